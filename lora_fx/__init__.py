@@ -1,0 +1,1 @@
+"""LoRA for any PyTorch model, by rewriting its torch.fx graphs."""

@@ -1,0 +1,171 @@
+"""Every exception of lora_fx.
+
+Each carries fields, not only a text, and reads alike: the first line says what is wrong and where; the facts stand
+aligned under it, all of them; the last line says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_fx.text import caret, columns
+
+
+class LoraFxError(Exception):
+    """Base of all errors that lora_fx raises on purpose."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default calls the class with the finished text; a worker process could not send the error home.
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[LoraFxError], args: tuple[object, ...], fields: dict[str, object]) -> LoraFxError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
+
+
+def _message(headline: str, facts: Sequence[Sequence[str]] = (), advice: str = "") -> str:
+    parts = [headline]
+    if facts:
+        parts.append(columns(facts))
+    if advice:
+        parts.append(f"  {advice}")
+    return "\n".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in a rule file: where (lines and columns count from 1; 0 = no position), what, what to do."""
+
+    message: str
+    line: int = 0
+    column: int = 0
+    length: int = 1
+    source_line: str = ""
+    hint: str = ""
+    where: str = ""
+    """Position in rules given as a dict, such as `rules[1].lora.r`."""
+
+    def text(self, source: str) -> str:
+        place = f"{source}:{self.line}:{self.column}" if self.line else ": ".join(filter(None, (source, self.where)))
+        parts = [f"{place}: {self.message}"]
+        if self.line and self.source_line:
+            parts.append(caret(self.source_line, self.line, self.column, self.length))
+        if self.hint:
+            parts.append(f"  {self.hint}")
+        return "\n".join(parts)
+
+
+class RuleError(LoraFxError):
+    """The rules cannot be read.  `problems` holds every problem found, in the order of the file."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in {source}\n"
+        super().__init__(head + "\n".join(problem.text(source) for problem in self.problems))
+
+
+@dataclass(frozen=True, slots=True)
+class Unmatched:
+    """A rule whose expectation does not hold: what it looked for, what it found, what looks like it."""
+
+    rule: str
+    where: str
+    pattern: str
+    expected: str
+    found: int
+    nearest: tuple[str, ...] = ()
+
+
+class NoMatchError(LoraFxError):
+    """A rule matched nothing, or not the number of sites it expects.  `unmatched` holds every such rule."""
+
+    def __init__(self, unmatched: Sequence[Unmatched], sites: int) -> None:
+        self.unmatched = tuple(unmatched)
+        self.sites = sites
+        super().__init__("\n".join(self._text(each) for each in self.unmatched))
+
+    @property
+    def nearest(self) -> tuple[str, ...]:
+        """What looks like the first unmatched pattern."""
+        return self.unmatched[0].nearest
+
+    def _text(self, each: Unmatched) -> str:
+        found = "none" if each.found == 0 else str(each.found)
+        facts = [("pattern", each.pattern)]
+        if each.nearest:
+            facts.append(("nearest", ", ".join(each.nearest)))
+        if each.found:
+            facts.append(("expected", each.expected))
+        advice = "fix the pattern, or set `expect: any` if a model need not have it"
+        return _message(f"{each.where} matched {found} of {self.sites} sites", facts, advice)
+
+
+class StalePlanError(LoraFxError):
+    """The plan was made for another model, or the model has changed since.
+
+    `differences` holds (path, planned, found) for every site that differs.
+    """
+
+    def __init__(self, differences: Sequence[tuple[str, str, str]]) -> None:
+        self.differences = tuple(differences)
+        facts = [(path, f"planned {planned}", f"found {found}") for path, planned, found in self.differences]
+        super().__init__(
+            _message("the plan was made for a different model", facts, "plan again: lora_fx.plan(model, rules)")
+        )
+
+
+class CaptureError(LoraFxError):
+    """A part of the model cannot be captured into a graph.  `failures` holds (path, reason) for each."""
+
+    def __init__(self, headline: str, failures: Sequence[tuple[str, str]] = (), advice: str = "") -> None:
+        self.failures = tuple(failures)
+        super().__init__(_message(headline, self.failures, advice))
+
+
+class RefusedError(LoraFxError):
+    """What was asked for would be wrong or without effect.  `refusals` holds (path, reason) for each."""
+
+    def __init__(self, headline: str, refusals: Sequence[tuple[str, str]] = (), advice: str = "") -> None:
+        self.refusals = tuple(refusals)
+        super().__init__(_message(headline, self.refusals, advice))
+
+
+class AdapterFileError(LoraFxError):
+    """An adapter's files are missing, damaged, or not an adapter.  `path` is the file."""
+
+    def __init__(self, path: str, headline: str, facts: Sequence[Sequence[str]] = (), advice: str = "") -> None:
+        self.path = path
+        self.facts = tuple(tuple(fact) for fact in facts)
+        super().__init__(_message(f"{path}: {headline}", self.facts, advice))
+
+
+class AdapterMismatchError(LoraFxError):
+    """An adapter does not belong to this model.  `mismatches` holds (key, in the file, in the model) for each."""
+
+    def __init__(
+        self, headline: str, mismatches: Sequence[tuple[str, str, str]] = (), advice: str = ""
+    ) -> None:
+        self.mismatches = tuple(mismatches)
+        facts = [(key, f"file {in_file}", f"model {in_model}") for key, in_file, in_model in self.mismatches]
+        super().__init__(_message(headline, facts, advice))
+
+
+class ExportError(LoraFxError):
+    """An adapter cannot be expressed in the target's format.  `target` names it, `facts` say why."""
+
+    def __init__(self, target: str, headline: str, facts: Sequence[Sequence[str]] = (), advice: str = "") -> None:
+        self.target = target
+        self.facts = tuple(tuple(fact) for fact in facts)
+        super().__init__(_message(f"{target}: {headline}", self.facts, advice))
+
+
+class MergeError(LoraFxError):
+    """A merge would give wrong weights.  `problems` holds (path, reason) for each; nothing was merged."""
+
+    def __init__(self, headline: str, problems: Sequence[tuple[str, str]] = (), advice: str = "") -> None:
+        self.problems = tuple(problems)
+        super().__init__(_message(headline, self.problems, advice))
