@@ -1,1 +1,70 @@
-"""LoRA for any PyTorch model, by rewriting its torch.fx graphs."""
+"""LoRA for any PyTorch model, by rewriting its torch.fx graphs.
+
+`plan` reads and never writes; `apply` writes and never decides; `verify` proves.
+
+Names are loaded on first use: linting rule files and printing help must not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_fx import errors as errors
+    from lora_fx import passes as passes
+    from lora_fx.api import apply as apply
+    from lora_fx.api import diff as diff
+    from lora_fx.api import disabled as disabled
+    from lora_fx.api import inspect as inspect
+    from lora_fx.api import load as load
+    from lora_fx.api import merge as merge
+    from lora_fx.api import parameters as parameters
+    from lora_fx.api import plan as plan
+    from lora_fx.api import remove as remove
+    from lora_fx.api import save as save
+    from lora_fx.errors import AdapterFileError as AdapterFileError
+    from lora_fx.errors import AdapterMismatchError as AdapterMismatchError
+    from lora_fx.errors import CaptureError as CaptureError
+    from lora_fx.errors import ExportError as ExportError
+    from lora_fx.errors import InvariantError as InvariantError
+    from lora_fx.errors import LoraFxError as LoraFxError
+    from lora_fx.errors import MergeError as MergeError
+    from lora_fx.errors import NoMatchError as NoMatchError
+    from lora_fx.errors import RefusedError as RefusedError
+    from lora_fx.errors import RuleError as RuleError
+    from lora_fx.errors import StalePlanError as StalePlanError
+    from lora_fx.graphdiff.compare import GraphDiff as GraphDiff
+    from lora_fx.planning import Plan as Plan
+    from lora_fx.reporting import Report as Report
+    from lora_fx.rules import LoRAConfig as LoRAConfig
+    from lora_fx.rules import RuleSet as RuleSet
+    from lora_fx.samples import call as call
+
+_HOMES = {
+    "lora_fx.api": "apply diff disabled inspect load merge parameters plan remove save",
+    "lora_fx.errors": (
+        "AdapterFileError AdapterMismatchError CaptureError ExportError InvariantError LoraFxError MergeError "
+        "NoMatchError RefusedError RuleError StalePlanError"
+    ),
+    "lora_fx.graphdiff.compare": "GraphDiff",
+    "lora_fx.planning": "Plan",
+    "lora_fx.reporting": "Report",
+    "lora_fx.rules": "LoRAConfig RuleSet",
+    "lora_fx.samples": "call",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    if name in ("errors", "passes"):
+        return importlib.import_module(f"lora_fx.{name}")
+    raise AttributeError(f"module 'lora_fx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -78,6 +78,7 @@ class Unmatched:
     expected: str
     found: int
     nearest: tuple[str, ...] = ()
+    what: str = "sites"
 
 
 class NoMatchError(LoraFxError):
@@ -101,7 +102,11 @@ class NoMatchError(LoraFxError):
         if each.found:
             facts.append(("expected", each.expected))
         advice = "fix the pattern, or set `expect: any` if a model need not have it"
-        return _message(f"{each.where} matched {found} of {self.sites} sites", facts, advice)
+        return _message(
+            f"{each.where} matched {found} of {self.sites if each.what == 'sites' else 'the'} {each.what}",
+            facts,
+            advice,
+        )
 
 
 class StalePlanError(LoraFxError):
@@ -146,9 +151,7 @@ class AdapterFileError(LoraFxError):
 class AdapterMismatchError(LoraFxError):
     """An adapter does not belong to this model.  `mismatches` holds (key, in the file, in the model) for each."""
 
-    def __init__(
-        self, headline: str, mismatches: Sequence[tuple[str, str, str]] = (), advice: str = ""
-    ) -> None:
+    def __init__(self, headline: str, mismatches: Sequence[tuple[str, str, str]] = (), advice: str = "") -> None:
         self.mismatches = tuple(mismatches)
         facts = [(key, f"file {in_file}", f"model {in_model}") for key, in_file, in_model in self.mismatches]
         super().__init__(_message(headline, facts, advice))
@@ -169,3 +172,11 @@ class MergeError(LoraFxError):
     def __init__(self, headline: str, problems: Sequence[tuple[str, str]] = (), advice: str = "") -> None:
         self.problems = tuple(problems)
         super().__init__(_message(headline, self.problems, advice))
+
+
+class InvariantError(LoraFxError):
+    """`verify` found an adapted model that is not as it must be: a defect.  `problems` holds (path, reason)."""
+
+    def __init__(self, headline: str, problems: Sequence[tuple[str, str]] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__(_message(headline, self.problems, "please report this with the model's plan"))

@@ -1,0 +1,86 @@
+"""LoRA: y = W x + b + scaling · B A dropout(x).
+
+Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_fx.adapters.spec import AdapterSpec
+
+
+class LoRAFactor(nn.Module):
+    """One factor of the product B A: `lora_A.<adapter>` [r, in] or `lora_B.<adapter>` [out, r].
+
+    A module of its own, so that graphs show the product node by node and its parameter keeps its key.  The factor A
+    carries the `spec`: an attribute of a module that a graph calls survives both pickle and deepcopy, which node and
+    graph metadata do not.
+    """
+
+    spec: AdapterSpec | None
+
+    def __init__(self, weight: Tensor, spec: AdapterSpec | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.spec = spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return weight · x in the weight's dtype; x is [..., columns of the weight]."""
+        return F.linear(x if x.dtype == self.weight.dtype else x.to(self.weight.dtype), self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} → {self.weight.shape[0]}"
+
+
+TensorMap = Callable[[Tensor], Tensor]
+
+
+def add_low_rank(
+    base: Tensor, x: Tensor, A: TensorMap, B: TensorMap, dropout: TensorMap | None, scaling: float, mixed: bool
+) -> Tensor:
+    """Return base + scaling · B A dropout(x); the only place where this formula is written.
+
+    The scaling is applied to the r columns of A x, not to the out columns of the result: the same product, r/out of
+    the work.  With B = 0 the result equals `base` bit by bit.
+
+    Args:
+        base: the base layer's output, [..., out].
+        x: the base layer's input, [..., in].
+        A: the map by lora_A, [..., in] → [..., r].
+        B: the map by lora_B, [..., r] → [..., out].
+        dropout: applied to x before A; None for none.
+        scaling: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; no unit.
+        mixed: whether the adapter's dtype differs from the base's (float32 adapters on a half-precision base); the
+            delta is then rounded once, to the dtype of `base`.
+    """
+    delta = B(A(x if dropout is None else dropout(x)) * scaling)
+    return base + (delta.type_as(base) if mixed else delta)
+
+
+def low_rank_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return ΔW = scaling · B A, [out, in], in float32 (float64 for float64 factors); the arguments stay unchanged."""
+    wide = torch.float64 if lora_A.dtype == torch.float64 else torch.float32
+    return (lora_B.to(wide) @ lora_A.to(wide)) * scaling
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return the base weight with the adapter folded in, a new tensor; the arguments stay unchanged.
+
+    W' = W + scaling · B A, accumulated in float32 (float64 where W or the factors are) and rounded once to W's dtype.
+
+    Args:
+        weight: base weight W, [out, in], any floating dtype.
+        lora_A: [r, in].
+        lora_B: [out, r].
+        scaling: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; no unit.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; scaling: Kalajdzievski 2023, arXiv:2312.03732.
+    """
+    delta = low_rank_weight(lora_A, lora_B, scaling)
+    wide = torch.promote_types(delta.dtype, weight.dtype)
+    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)

@@ -1,0 +1,175 @@
+"""The public functions.  Each reads like a table of contents: what is checked, what is made, what comes back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from lora_fx import applying, unapplying
+from lora_fx.checkpoint import restore, write
+from lora_fx.checkpoint.read import read_adapters
+from lora_fx.discovery import take_inventory
+from lora_fx.errors import CaptureError, StalePlanError
+from lora_fx.graphdiff.compare import GraphDiff, graph_diff
+from lora_fx.planning import Plan, decide, with_backends
+from lora_fx.reporting import Report, report
+from lora_fx.rules import RuleSet, read_rules
+from lora_fx.sites import differences
+from lora_fx.surveying import Study, with_graphs
+
+Rules: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet
+ChosenBackend: TypeAlias = Literal["auto", "graph", "modules"]
+
+
+def plan(model: nn.Module, rules: Rules, example_inputs: object = None) -> Plan:
+    """Return what `apply` would do to every site of the model, and why; nothing is changed.
+
+    Needs no weights: a model on the meta device will do.
+
+    Args:
+        model: any nn.Module, or a torch.fx.GraphModule.
+        rules: path of a YAML file, name of a shipped one (`attention`), a dict, or a RuleSet.
+        example_inputs: a tuple (positional), a dict (keyword), a `lora_fx.call(...)`, or a list of these; shows which
+            parts run as graphs, and how often each weight is used.
+
+    Raises:
+        RuleError: the rules cannot be read; names every problem with line and column.
+        NoMatchError: a rule matches nothing, or not what it expects; names every such rule.
+        CaptureError: the model refuses the example inputs.
+        RefusedError: the model is adapted already, compiled, or cannot be copied.
+    """
+    decided = decide(read_rules(rules), take_inventory(model))
+    return with_graphs(decided, model, example_inputs)
+
+
+def apply(
+    model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: object = None, backend: ChosenBackend = "auto"
+) -> nn.Module:
+    """Return an adapted twin of the model; the model itself stays unchanged, and no weight is copied.
+
+    The twin has the model's class, methods and state-dict keys; its base parameters share the model's storage and are
+    frozen; `lora_A` and `lora_B` stand beside each adapted weight.  With B = 0 it computes what the model computes,
+    bit by bit.
+
+    Args:
+        model: any nn.Module; a torch.fx.GraphModule comes back as a GraphModule with the LoRA nodes in its graph.
+        rules_or_plan: rules as for `plan`, or a Plan.
+        example_inputs: as for `plan`; with a Plan made from inputs in this process they are known already.
+        backend: "auto" runs blocks as guarded graphs where that is proven right and replaces modules elsewhere;
+            "graph" refuses what is in no graph; "modules" captures nothing.
+
+    Raises:
+        StalePlanError: the plan was made for another model.
+        RefusedError: nothing can be adapted, or a rule's every match is refused.
+        CaptureError: backend="graph" and a site is in no graph.
+        RuleError, NoMatchError: as `plan`.
+    """
+    decided = _planned(model, rules_or_plan, example_inputs, backend)
+    applying.check_refusals(decided)
+    twin = applying.build(model, decided)
+    _install_graphs(twin, decided)
+    applying.check_backend(twin, decided, backend)
+    return twin
+
+
+def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: object, backend: str) -> Plan:
+    """Return a plan that fits the model, with graphs where they are wanted."""
+    if backend not in ("auto", "graph", "modules"):
+        raise ValueError(f"backend is {backend!r}; it must be 'auto', 'graph' or 'modules'")
+    if not isinstance(rules_or_plan, Plan):
+        decided = decide(read_rules(rules_or_plan), take_inventory(model))
+    else:
+        decided = _still_fitting(rules_or_plan, model)
+    if backend == "modules":
+        return with_backends(decided, "module", 'backend="modules"')
+    if decided.capture is not None and example_inputs is None:
+        return decided
+    if isinstance(rules_or_plan, Plan) and decided.regions and example_inputs is None:
+        raise CaptureError(
+            "the plan has graphs, which were captured in another process",
+            advice='give the example_inputs again, or backend="modules"',
+        )
+    return with_graphs(decided, model, example_inputs)
+
+
+def _still_fitting(decided: Plan, model: nn.Module) -> Plan:
+    found = differences((each.site for each in decided.sites), take_inventory(model).sites)
+    if found:
+        raise StalePlanError(found)
+    return decided
+
+
+def parameters(tuned: nn.Module) -> Iterator[nn.Parameter]:
+    """Return an iterator over what is trained: adapter parameters, trained biases, modules under `train:`."""
+    return applying.trainable(tuned)
+
+
+def inspect(tuned: nn.Module) -> Report:
+    """Return what an adapted model is made of: its sites, regions with hits and misses, and parameter counts."""
+    return report(tuned)
+
+
+def disabled(tuned: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which the adapted model computes what its base computes, bit by bit; the same object."""
+    return unapplying.disabled(tuned)
+
+
+def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the model's adapters in PEFT's format; the model stays unchanged.
+
+    `adapter_config.json` and `adapter_model.safetensors` are complete or not there at all, and equal adapters are equal
+    bytes.
+
+    Raises:
+        AdapterFileError: the directory cannot be written, or the adapter has no values.
+    """
+    write.save(tuned, directory)
+
+
+def load(model: nn.Module, directory: str | os.PathLike[str], example_inputs: object = None) -> nn.Module:
+    """Return an adapted twin of the model with the adapters of a directory; the model itself stays unchanged.
+
+    Reads what `save` and PEFT write.  Files and model are checked against each other before anything is made.
+
+    Raises:
+        AdapterFileError: missing, damaged or contradictory files.
+        AdapterMismatchError: sites that the model has not or has in other shapes, or another base.
+        RefusedError: a site that cannot be adapted.
+    """
+    files = read_adapters(directory)
+    decided = with_graphs(restore.plan_of(files, take_inventory(model), model), model, example_inputs)
+    twin = applying.build(model, decided)
+    restore.fill(twin, files)
+    _install_graphs(twin, decided)
+    return twin
+
+
+def _install_graphs(twin: nn.Module, decided: Plan) -> None:
+    if isinstance(decided.capture, Study):
+        applying.install_graphs(twin, decided.capture.survey, decided.capture.samples)
+
+
+def diff(a: nn.Module, b: nn.Module) -> GraphDiff:
+    """Return how the graphs of two models differ, grouped by site; falsy if they do not.  Values are not compared."""
+    return graph_diff(a, b)
+
+
+def merge(tuned: nn.Module) -> nn.Module:
+    """Return a plain model of the original class with every adapter folded in; the adapted model stays unchanged.
+
+    W' = W + scaling · B A, accumulated in float32 and rounded once, in a new parameter: whoever shares the base weight
+    keeps it.  The result needs no lora_fx.
+
+    Raises:
+        MergeError: a merged weight would not be finite; names every such site, and nothing is merged.
+    """
+    return unapplying.merged(tuned)
+
+
+def remove(tuned: nn.Module) -> nn.Module:
+    """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
+    return unapplying.removed(tuned)

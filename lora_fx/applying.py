@@ -1,0 +1,167 @@
+"""From a plan to an adapted model: the twin, its adapters, its regions.  Writes, and never decides."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+from torch import fx, nn
+
+from lora_fx.adapters.attach import all_attached
+from lora_fx.adapters.spec import ModelRecord
+from lora_fx.editor import Editor
+from lora_fx.errors import CaptureError, RefusedError
+from lora_fx.modules import adapt, weights_read
+from lora_fx.passes import apply_pass
+from lora_fx.passes.inject import Inject
+from lora_fx.planning import Plan
+from lora_fx.records import record_of, spec_of
+from lora_fx.regions.install import install, regions, stock
+from lora_fx.regions.survey import Survey, run_modes
+from lora_fx.samples import Sample
+from lora_fx.tensors import get_tensor, own_parameters
+from lora_fx.twin import is_meta, make_twin
+
+
+def build(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return an adapted twin of the model as the plan says, with every site on the module backend.
+
+    A GraphModule's own graph is rewritten; the model itself stays unchanged.
+    """
+    twin = make_twin(model)
+    record = record_of(plan, model)
+    _own_tensors(model, twin, record)
+    if isinstance(twin, fx.GraphModule) and any(site.backend == "graph" for site in plan.adapted):
+        _inject(twin, plan, record)
+    _adapt_modules(twin, plan, record)
+    return twin
+
+
+def _own_tensors(model: nn.Module, twin: nn.Module, record: ModelRecord) -> None:
+    """Give the twin values of its own for all that training will change, and keep the model's in the record."""
+    record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    names = [name for name, _ in twin.named_parameters(remove_duplicate=False) if _is_trained(name, record)]
+    record.base |= {name: parameter.detach() for name in names if (parameter := get_tensor(model, name)) is not None}
+    own_parameters(twin, names, requires_grad=True)
+
+
+def _is_trained(name: str, record: ModelRecord) -> bool:
+    return name.startswith(tuple(f"{path}." for path in record.trained))
+
+
+def _inject(twin: fx.GraphModule, plan: Plan, record: ModelRecord) -> None:
+    editor = Editor(twin)
+    apply_pass(Inject(plan, record), editor)
+    editor.finish()
+
+
+def _adapt_modules(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
+    in_graph = {path for path, _ in all_attached(twin)}
+    # a weight whose module was never called may be read by somebody else: F.linear(x, self.child.weight)
+    read = weights_read(twin) | {each.path for each in plan.adapted if each.calls == 0}
+    for each in plan.adapted:
+        if each.path not in in_graph:
+            owner = twin.get_submodule(each.path)
+            adapt(owner, each.shape, spec_of(each, record, twin), weight_is_read=each.path in read)
+    _train_biases(twin, record)
+
+
+def _train_biases(twin: nn.Module, record: ModelRecord) -> None:
+    for path, found in all_attached(twin):
+        bias = found.owner._parameters.get("bias")
+        if found.spec.lora.bias and bias is not None:
+            record.base[f"{path}.bias"] = bias.detach()
+            own_parameters(twin, [f"{path}.bias"], requires_grad=True)
+
+
+def install_graphs(twin: nn.Module, survey: Survey, samples: Sequence[Sample]) -> None:
+    """Let the surveyed submodules of the twin run as graphs, proven on the samples in eval and in train mode.
+
+    Buffers, modes and random state are as before afterwards.
+    """
+    install(twin, survey.graphs)
+    stock(twin, survey.library, survey.structures)
+    if is_meta(twin) or not samples:
+        return
+    before = {name: tensor.detach().clone() for name, tensor in twin.named_buffers()}
+    run_modes(twin, samples)
+    for name, tensor in twin.named_buffers():
+        tensor.copy_(before[name])
+    for _, _, region in regions(twin):
+        region.hits, region.captures = 0, 0
+        region.misses.clear()
+
+
+def check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:
+    """Warn where a planned graph could not be proven; with backend="graph", refuse what is not in a graph."""
+    graphs = [path for path, _, region in regions(twin) if region.kind.programs]
+    failed = [
+        (path, "; ".join(region.kind.failures.values())) for path, _, region in regions(twin) if path not in graphs
+    ]
+    if failed:
+        warnings.warn(f"these run without a graph, correct but slower: {failed}", stacklevel=4)
+    if backend == "graph":
+        outside = [
+            (site.path, site.site.backend_reason)
+            for site in plan.adapted
+            if not (isinstance(twin, fx.GraphModule) and site.backend == "graph")
+            and not any(not path or site.path.startswith(f"{path}.") for path in graphs)
+        ]
+        if outside:
+            raise CaptureError(
+                'backend="graph", but these sites are in no graph',
+                outside,
+                'backend="auto" adapts them by module replacement',
+            )
+
+
+def check_refusals(plan: Plan) -> None:
+    """Raise if nothing can be adapted or a rule's every match is refused; warn where only some are."""
+    refused = [(site.path, site.reason) for site in plan.refused]
+    effective = {site.rule for site in plan.adapted}
+    without_effect = dict.fromkeys(str(site.rule) for site in plan.refused if site.rule not in effective)
+    if without_effect:
+        names = ", ".join(f"'{name}'" for name in without_effect)
+        raise RefusedError(
+            f"every site that rule {names} matches is refused", refused, "see lora_fx.plan(model, rules)"
+        )
+    if not plan.adapted:
+        raise RefusedError("the rules adapt no site of this model", advice="see lora_fx.plan(model, rules)")
+    if refused:
+        lines = "\n".join(f"  {path}: {reason}" for path, reason in refused)
+        warnings.warn(f"{len(refused)} matched sites are not adapted:\n{lines}", stacklevel=4)
+    for note in plan.notes:
+        if "min(in, out)" in note:
+            warnings.warn(note, stacklevel=4)
+
+
+def trainable(twin: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield every parameter that is to be trained, once: adapters, trained biases, modules under `train:`."""
+    seen: set[int] = set()
+    for tensor in (*_adapter_parameters(twin), *_trained_parameters(twin)):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+
+
+def _adapter_parameters(twin: nn.Module) -> Iterator[nn.Parameter]:
+    for _, found in all_attached(twin):
+        yield from found.parameters()
+
+
+def _trained_parameters(twin: nn.Module) -> Iterator[nn.Parameter]:
+    record = record_in(twin)
+    for name, parameter in twin.named_parameters(remove_duplicate=False):
+        if _is_trained(name, record):
+            yield parameter
+
+
+def record_in(twin: nn.Module) -> ModelRecord:
+    """Return the record that an adapted model carries.
+
+    Raises:
+        RefusedError: if the model is not adapted.
+    """
+    for _, found in all_attached(twin):
+        return found.spec.record
+    raise RefusedError("the model is not adapted", advice="tuned = lora_fx.apply(model, rules) gives one that is")

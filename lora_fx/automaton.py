@@ -1,0 +1,159 @@
+"""Matching in linear time: an expression becomes a nondeterministic automaton, simulated with a bounded memory.
+
+No expression can blow up on a hostile name: every character costs at most one step through the automaton's states, and
+usually one look-up.  Source: Thompson 1968, doi:10.1145/363347.363387; the lazily built deterministic automaton is
+that of RE2 (Cox 2010).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MOST_STATES = 50_000
+"""More than these (`states_of`) should be refused, not expanded: `{2,1000}` inside `{2,1000}`."""
+_MOST_REMEMBERED = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Characters:
+    """One character out of the ranges (inclusive), or out of all others."""
+
+    ranges: tuple[tuple[str, str], ...]
+    negated: bool = False
+
+    def accepts(self, character: str) -> bool:
+        return any(low <= character <= high for low, high in self.ranges) != self.negated
+
+
+ANY = Characters((), negated=True)
+NOT_DOT = Characters(((".", "."),), negated=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The parts one after another."""
+
+    parts: tuple[Expression, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the parts."""
+
+    parts: tuple[Expression, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """The part at least `low` times, at most `high` times; None = any number."""
+
+    part: Expression
+    low: int = 0
+    high: int | None = None
+
+
+Expression = Characters | Chain | Choice | Repeat
+EMPTY = Chain(())
+
+
+def literal(text: str) -> Chain:
+    return Chain(tuple(Characters(((each, each),)) for each in text))
+
+
+def states_of(expression: Expression) -> int:
+    """Return about how many states the expression's automaton has."""
+    if isinstance(expression, Characters):
+        return 1
+    if isinstance(expression, Repeat):
+        return states_of(expression.part) * max(expression.low + 1, expression.high or 0) + 1
+    return 1 + sum(map(states_of, expression.parts))
+
+
+class Automaton:
+    """A compiled expression."""
+
+    def __init__(self, expression: Expression) -> None:
+        self._steps: list[tuple[Characters, int] | None] = []
+        self._free: list[list[int]] = []
+        start, self._end = self._state(), self._state()
+        self._build(expression, start, self._end)
+        self._start = self._closure([start])
+        self._known: dict[tuple[frozenset[int], str], frozenset[int]] = {}
+        self.work = 0
+        """States visited so far; what tests count instead of time."""
+
+    def matches(self, text: str) -> bool:
+        """Whether the whole text matches."""
+        states = self._start
+        for character in text:
+            key = (states, character)
+            following = self._known.get(key)
+            states = self._advance(key) if following is None else following
+            if not states:
+                return False
+        return self._end in states
+
+    def _advance(self, key: tuple[frozenset[int], str]) -> frozenset[int]:
+        states, character = key
+        self.work += len(states)
+        reached = [step[1] for state in states if (step := self._steps[state]) and step[0].accepts(character)]
+        if len(self._known) >= _MOST_REMEMBERED:
+            self._known.clear()
+        following = self._known[key] = self._closure(reached)
+        return following
+
+    def _closure(self, states: Sequence[int]) -> frozenset[int]:
+        """Return the states and all that are reached from them without a character."""
+        waiting, found = list(states), set(states)
+        while waiting:
+            for state in self._free[waiting.pop()]:
+                if state not in found:
+                    found.add(state)
+                    waiting.append(state)
+        return frozenset(found)
+
+    # -- building
+
+    def _state(self) -> int:
+        self._steps.append(None)
+        self._free.append([])
+        return len(self._steps) - 1
+
+    def _build(self, expression: Expression, start: int, end: int) -> None:
+        if isinstance(expression, Characters):
+            middle = self._state()
+            self._free[start].append(middle)
+            self._steps[middle] = (expression, end)
+        elif isinstance(expression, Chain):
+            self._build_sequence(expression.parts, start, end)
+        elif isinstance(expression, Choice):
+            for part in expression.parts:
+                self._build(part, start, end)
+        else:
+            self._build_repeat(expression, start, end)
+
+    def _build_sequence(self, parts: Sequence[Expression], start: int, end: int) -> None:
+        for part in parts:
+            following = self._state()
+            self._build(part, start, following)
+            start = following
+        self._free[start].append(end)
+
+    def _build_repeat(self, expression: Repeat, start: int, end: int) -> None:
+        for _ in range(expression.low):
+            following = self._state()
+            self._build(expression.part, start, following)
+            start = following
+        if expression.high is None:
+            loop = self._state()
+            self._free[start].append(loop)
+            self._build(expression.part, loop, loop)
+            self._free[loop].append(end)
+            return
+        for _ in range(expression.high - expression.low):
+            self._free[start].append(end)
+            following = self._state()
+            self._build(expression.part, start, following)
+            start = following
+        self._free[start].append(end)

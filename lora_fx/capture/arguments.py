@@ -1,0 +1,112 @@
+"""A call's arguments, flattened: where each leaf is, and what must hold of the structure around the leaves.
+
+An access is a Python expression over `args` and `kwargs`, such as `kwargs['position_embeddings'][0]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONSTANTS = (
+    type(None), bool, int, float, complex, str, bytes, type(Ellipsis),
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+
+
+def is_constant(value: object) -> bool:
+    """Whether the value can be written into a graph and compared with `==`."""
+    if isinstance(value, (tuple, list, torch.Size)):
+        return all(is_constant(each) for each in value)
+    return isinstance(value, CONSTANTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A Python expression that must be true of a call, and the reason to give when it is not."""
+
+    expression: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One tensor, constant or opaque object among the arguments."""
+
+    access: str
+    name: str
+    """For people: `hidden_states`, `position_embeddings[0]`."""
+    value: Any
+
+
+@dataclass(slots=True)
+class FlatCall:
+    """The leaves of a call in order, and the checks of its structure."""
+
+    leaves: list[Leaf] = field(default_factory=list)
+    structure: list[Check] = field(default_factory=list)
+
+    def tensors(self) -> Iterator[Leaf]:
+        return (leaf for leaf in self.leaves if isinstance(leaf.value, Tensor))
+
+    def signature(self) -> tuple[object, ...]:
+        """Return what must be equal for two calls to have a chance at the same graph (sizes apart)."""
+        return (*((check.expression,) for check in self.structure), *(_leaf_signature(leaf) for leaf in self.leaves))
+
+
+def _leaf_signature(leaf: Leaf) -> tuple[object, ...]:
+    if isinstance(leaf.value, Tensor):
+        return (leaf.access, leaf.value.dtype, leaf.value.device, leaf.value.dim())
+    if is_constant(leaf.value):
+        return (leaf.access, type(leaf.value), repr(leaf.value))
+    return (leaf.access, type(leaf.value))
+
+
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
+    """Return the call's leaves and what must hold of tuples, lists and dicts around them."""
+    flat = FlatCall()
+    flat.structure.append(Check(f"len(args) == {len(args)}", "number of positional arguments"))
+    flat.structure.append(Check(f"kwargs.keys() == {set(kwargs)!r}" if kwargs else "not kwargs", "keyword arguments"))
+    for index, value in enumerate(args):
+        _flatten(value, f"args[{index}]", f"argument {index}", flat)
+    for key, value in kwargs.items():
+        _flatten(value, f"kwargs[{key!r}]", key, flat)
+    return flat
+
+
+def _flatten(value: Any, access: str, name: str, flat: FlatCall) -> None:
+    kind = type(value)
+    if kind in (tuple, list) and not is_constant(value):
+        flat.structure.append(
+            Check(f"type({access}) is {kind.__name__} and len({access}) == {len(value)}", f"structure of {name}")
+        )
+        for index, item in enumerate(value):
+            _flatten(item, f"{access}[{index}]", f"{name}[{index}]", flat)
+    elif kind is dict and all(isinstance(key, (str, int)) for key in value):
+        flat.structure.append(
+            Check(f"type({access}) is dict and tuple({access}) == {tuple(value)!r}", f"keys of {name}")
+        )
+        for key, item in value.items():
+            _flatten(item, f"{access}[{key!r}]", f"{name}[{key!r}]", flat)
+    else:
+        flat.leaves.append(Leaf(access, name, value))
+
+
+def rebuild(
+    args: tuple[Any, ...], kwargs: dict[str, Any], leaf: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the same structure with every leaf replaced by `leaf(value)`, visited in the order of `flatten`."""
+    return tuple(_rebuild(value, leaf) for value in args), {key: _rebuild(v, leaf) for key, v in kwargs.items()}
+
+
+def _rebuild(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    kind = type(value)
+    if kind in (tuple, list) and not is_constant(value):
+        return kind(_rebuild(item, leaf) for item in value)
+    if kind is dict and all(isinstance(key, (str, int)) for key in value):
+        return {key: _rebuild(item, leaf) for key, item in value.items()}
+    return leaf(value)

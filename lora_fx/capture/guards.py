@@ -1,0 +1,205 @@
+"""Guards: everything that a captured graph relies on, compiled into one Python function.
+
+The function takes the module, args and kwargs of a call and returns the graph's inputs, or the number of the first
+check that failed.  It is plain Python with plain names, so that a hit costs microseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.capture.arguments import Check, Leaf
+from lora_fx.capture.captured import Captured, TensorInput, size_name
+from lora_fx.capture.copies import Place
+from lora_fx.capture.torch_internals import global_hook_tables, shape_guard_names
+
+_AT_LEAST_TWO = re.compile(r"^2 <= (?=s\d+_\d+($| and ))")
+_FAILURES = "(AttributeError, KeyError, IndexError, TypeError)"
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """The compiled checks of one graph."""
+
+    match: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Tensor, ...] | int]
+    """Return the graph's inputs, or the index of the reason why this call is none of its own."""
+    match_ones: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Tensor, ...] | int]
+    """The same, but sizes that the capture took to be at least 2 may be 1 too."""
+    reasons: tuple[str, ...]
+    source: str
+
+
+def compile_guard(captured: Captured, classes: Mapping[str, type]) -> Guard:
+    """Return the guard of a captured graph.
+
+    Args:
+        captured: the graph and what it relies on.
+        classes: for each submodule whose own call the graph bypasses, the class that it must have.
+    """
+    writer = _GuardWriter(captured, classes)
+    strict, reasons = writer.write(list(captured.size_guards))
+    ones, _ = writer.write([_relaxed(clause) for clause in captured.size_guards])
+    return Guard(_compiled(strict, writer.names), _compiled(ones, writer.names), tuple(reasons), strict)
+
+
+def _relaxed(clause: str) -> str:
+    return _AT_LEAST_TWO.sub("1 <= ", clause)
+
+
+def _compiled(source: str, names: dict[str, Any]) -> Any:
+    scope = dict(names)
+    exec(compile(source, "<lora_fx guard>", "exec"), scope)
+    return scope["guard"]
+
+
+class _GuardWriter:
+    """Writes the source of one guard."""
+
+    def __init__(self, captured: Captured, classes: Mapping[str, type]) -> None:
+        self.captured = captured
+        self.classes = classes
+        self.names: dict[str, Any] = {**shape_guard_names, "Plain": (Tensor, nn.Parameter), "torch": torch}
+        self.module_names: dict[str, str] = {}
+
+    def write(self, size_guards: list[str]) -> tuple[str, list[str]]:
+        """Return (source, reasons)."""
+        self.module_names = {"": "self"}
+        reasons: list[str] = []
+        lines = ["def guard(self, args, kwargs):", "  try:"]
+        for step in self._steps(size_guards):
+            if isinstance(step, Check):
+                lines.append(f"    if not ({step.expression}): return {len(reasons)}")
+                reasons.append(step.reason)
+            else:
+                lines.append(f"    {step}")
+        lines += [f"  except {_FAILURES}: return {len(reasons)}", f"  return ({self._inputs()})"]
+        reasons.append("structure of the arguments")
+        return "\n".join(lines), reasons
+
+    def _inputs(self) -> str:
+        return "".join(f"x{index}, " for index in range(len(self.captured.inputs)))
+
+    def _steps(self, size_guards: list[str]) -> Iterator[Check | str]:
+        yield from self.captured.structure
+        for index, each in enumerate(self.captured.inputs):
+            yield from self._tensor(index, each)
+        yield from self._identities()
+        for clause in size_guards:
+            yield Check(clause, f"size: {self._readable(clause)}")
+        for leaf in self.captured.constants:
+            yield self._constant(leaf)
+        yield from self._surroundings()
+        yield from self._modules()
+        yield from self._reads()
+
+    # -- arguments
+
+    def _tensor(self, index: int, each: TensorInput) -> Iterator[Check | str]:
+        x = f"x{index}"
+        yield f"{x} = {each.access}"
+        yield Check(f"type({x}) in Plain", f"{each.name} is not a plain tensor")
+        if each.dtype is None:
+            return
+        yield Check(f"{x}.dtype is {self._name(each.dtype)}", f"dtype of {each.name}")
+        yield Check(f"{x}.device == {self._name(each.device)}", f"device of {each.name}")
+        yield Check(f"{x}.dim() == {len(each.shape)}", f"number of dimensions of {each.name}")
+        if each.shape:
+            yield f"{', '.join(size_name(index, dim) for dim in range(len(each.shape)))}, = {x}.shape"
+        if self.captured.log.asks_requires_grad:
+            yield Check(f"{x}.requires_grad is {each.requires_grad}", f"requires_grad of {each.name}")
+        if self.captured.log.asks_layout:
+            yield Check(f"{x}.is_contiguous() is {each.contiguous}", f"memory layout of {each.name}")
+
+    def _identities(self) -> Iterator[Check]:
+        for one, other in self.captured.same:
+            yield Check(f"{one} is {other}", "one tensor was given twice")
+        count = len(self.captured.inputs)
+        if count > 1:
+            ids = ", ".join(f"id(x{index})" for index in range(count))
+            yield Check(f"len({{{ids}}}) == {count}", "different tensors were given, now one twice")
+
+    def _readable(self, clause: str) -> str:
+        def name(match: re.Match[str]) -> str:
+            return f"{self.captured.inputs[int(match[1])].name}.shape[{match[2]}]"
+
+        return re.sub(r"\bs(\d+)_(\d+)\b", name, clause)
+
+    def _constant(self, leaf: Leaf) -> Check:
+        return Check(self._equals(leaf.access, leaf.value), f"value of {leaf.name}")
+
+    def _equals(self, access: str, value: object) -> str:
+        if value is None or isinstance(value, bool):
+            return f"{access} is {value}"
+        name = self._name(value)
+        return f"type({access}) is {self._name(type(value))} and {access} == {name}"
+
+    def _name(self, value: object) -> str:
+        name = f"c{len(self.names)}"
+        self.names[name] = value
+        return name
+
+    # -- surroundings
+
+    def _surroundings(self) -> Iterator[Check]:
+        around = self.captured.surroundings
+        if around is None:
+            return
+        yield Check(f"torch.is_grad_enabled() is {around.grad}", "grad mode")
+        for kind, enabled, dtype in around.autocast:
+            yield Check(f"torch.is_autocast_enabled({kind!r}) is {enabled}", f"autocast on {kind}")
+            if enabled:
+                expression = f"torch.get_autocast_dtype({kind!r}) is {self._name(dtype)}"
+                yield Check(expression, f"autocast dtype on {kind}")
+
+    # -- the module
+
+    def _modules(self) -> Iterator[Check | str]:
+        for table in global_hook_tables():
+            yield Check(f"not {self._name(table)}", "a global module hook")
+        for path, kind in sorted(self.classes.items()):
+            yield from self._reach(path)
+            m = self.module_names[path]
+            yield Check(f"type({m}) is {self._name(kind)}", f"class of {path}")
+            yield Check(f"not ({_any_hook(m)})", f"a hook on {path}")
+
+    def _reach(self, path: str) -> Iterator[str]:
+        """Bind a name to the submodule at the path."""
+        if path in self.module_names:
+            return
+        parent, _, last = path.rpartition(".")
+        yield from self._reach(parent)
+        self.module_names[path] = name = f"m{len(self.module_names)}"
+        yield f"{name} = {self.module_names[parent]}._modules[{last!r}]"
+
+    def _reads(self) -> Iterator[Check | str]:
+        for place, value in self.captured.log.read.items():
+            yield from self._reach(place.path)
+            access = ".".join((self.module_names[place.path], *place.attributes))
+            yield Check(self._equals(access, value), f"value of {place}")
+        for place in self.captured.log.absent:
+            yield from self._reach(place.path)
+            yield Check(self._absent(place), f"{place} now exists")
+        for name, facts in self.captured.owned.items():
+            yield from self._owned(name, *facts)
+
+    def _absent(self, place: Place) -> str:
+        owner = ".".join((self.module_names[place.path], *place.attributes[:-1]))
+        return f"not hasattr({owner}, {place.attributes[-1]!r})"
+
+    def _owned(self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterator[Check | str]:
+        parent, _, last = name.rpartition(".")
+        yield from self._reach(parent)
+        yield f"t = {self.module_names[parent]}.{last}"
+        same = f"t.dtype is {self._name(dtype)} and t.device == {self._name(device)} and t.shape == {self._name(shape)}"
+        yield Check(same, f"dtype, device or shape of {name}")
+
+
+def _any_hook(m: str) -> str:
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return " or ".join(f"{m}.{table}" for table in tables)

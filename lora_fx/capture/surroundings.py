@@ -1,0 +1,86 @@
+"""The state around a call that a graph depends on (grad mode, autocast), and a thread to set it up clean."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+Autocast = tuple[str, bool, torch.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Grad mode and, for each kind of device in use, (device type, autocast enabled, autocast dtype)."""
+
+    grad: bool
+    autocast: tuple[Autocast, ...]
+    devices: tuple[torch.device, ...]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Set the state up for the current thread."""
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast:
+                if enabled:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype))
+            for device in self.devices:
+                if device.type == "cuda":
+                    stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            yield
+
+
+def surroundings_of(devices: set[torch.device]) -> Surroundings:
+    """Return the current thread's state, as far as it matters to tensors on these devices."""
+    kinds = sorted({device.type for device in devices if torch.amp.is_autocast_available(device.type)} | {"cpu"})
+    autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+    return Surroundings(torch.is_grad_enabled(), autocast, tuple(sorted(devices, key=str)))
+
+
+def in_clean_thread(work: Callable[[], T]) -> T:
+    """Return what `work` returns, run in a thread of its own.
+
+    Modes, hooks on saved tensors and autocast are per thread: a capture in the middle of a checkpointed backward, or
+    under somebody's dispatch mode, must neither be seen by them nor see them.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="lora_fx capture")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+class RandomState:
+    """The state of the generators on some devices, taken now."""
+
+    def __init__(self, devices: tuple[torch.device, ...]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda:
+            torch.cuda.set_rng_state(state, device)
+
+    def __eq__(self, other: Any) -> bool:
+        same = torch.equal(self._cpu, other._cpu)
+        pairs = zip(self._cuda, other._cuda, strict=True)
+        return same and all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+    __hash__ = None  # type: ignore[assignment]

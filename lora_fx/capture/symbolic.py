@@ -1,0 +1,188 @@
+"""torch.fx's own symbolic tracing, without inputs, where it is provably safe.
+
+A Proxy is wrong in silence wherever Python looks at it: `x is None`, `isinstance`, `hasattr`, `try`, a flag.  So only
+straight-line code is accepted: every Python function that runs during the trace (torch's own apart) must have no
+branch, loop, handler or unpacking in its bytecode, call no builtin and store no attribute.  Then nothing can come out
+differently at the next call, whatever the inputs are.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Callable
+from inspect import Parameter, signature
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from lora_fx.capture.arguments import Check, is_constant
+from lora_fx.capture.captured import Captured, NotCaptured, TensorInput
+from lora_fx.capture.copies import Place, path_of, reporting_copy
+from lora_fx.capture.tracer import Log, is_leaf, reason_of
+from lora_fx.capture.writer import Untraceable
+
+
+def capture_symbolically(module: nn.Module) -> Captured:
+    """Return the module's forward as a graph, without inputs; the module stays unchanged.
+
+    Raises:
+        NotCaptured: the forward is not straight-line code, or differs between train and eval mode.
+    """
+    names = _tensor_parameters(module)
+    graph, log = _trace(module, names, training=False)
+    other, _ = _trace(module, names, training=True)
+    if str(graph) != str(other):
+        raise NotCaptured("train and eval mode give different graphs")
+    inputs = tuple(_unknown_input(position, name) for position, name in enumerate(names))
+    structure = (
+        Check(f"len(args) == {len(names)}", "number of positional arguments"),
+        Check("not kwargs", "keyword arguments"),
+    )
+    return Captured(graph, inputs, (), (), structure, (), log, None, {}, None)
+
+
+def _tensor_parameters(module: nn.Module) -> list[str]:
+    """Return the names of the forward's parameters, if all are plain and required."""
+    parameters = signature(module.forward).parameters.values()
+    plain = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    for each in parameters:
+        if each.kind not in plain or each.default is not Parameter.empty:
+            raise NotCaptured(f"parameter {each.name} of the forward is optional")
+    return [each.name for each in parameters]
+
+
+def _unknown_input(position: int, name: str) -> TensorInput:
+    return TensorInput(f"args[{position}]", name, (), (), None, None, False, True)
+
+
+def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Graph, Log]:
+    tracer = _SymbolicTracer(module)
+    for each in tracer.root.modules():
+        object.__setattr__(each, "training", training)
+    problems: list[str] = []
+    try:
+        proxies = [tracer.create_proxy("placeholder", f"in{i}", (), {}) for i in range(len(names))]
+        result = _watched(lambda: tracer.forward(proxies), problems)
+        tracer.graph.output(tracer.create_arg(result))
+    except (Untraceable, Exception) as error:
+        raise NotCaptured(problems[0] if problems else reason_of(error)) from error
+    if problems:
+        raise NotCaptured(problems[0])
+    return tracer.graph, tracer.log
+
+
+class _SymbolicTracer(fx.Tracer):
+    """A torch.fx.Tracer on a reporting copy: it patches nothing, and leaves are those of the other tracer."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.listening = False
+        self.log = Log()
+        self.root = reporting_copy(module, self)
+        self.graph = fx.Graph(tracer_cls=fx.Tracer)
+        self.tensor_attrs: dict[Any, str] = {}
+
+    def forward(self, proxies: list[fx.Proxy]) -> Any:
+        self.listening = True
+        try:
+            with _OnlyProxies():
+                return self.root.forward(*proxies)
+        finally:
+            self.listening = False
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = path_of(module)
+        if is_leaf(module):
+            return self.create_proxy("call_module", path, args, kwargs)
+        result = nn.Module.__call__(module, *args, **kwargs)
+        self.log.inlined.append(path)
+        return result
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            raise Untraceable("the forward uses a tensor that is no parameter")
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, *args, **kwargs)
+        node.meta["place"] = ""
+        return node
+
+    def read(self, place: Place, value: Any) -> None:
+        self.log.read.setdefault(place, value)
+
+    def absent(self, place: Place) -> None:
+        raise Untraceable(f"the forward asks whether {place} exists")
+
+    def wrote(self, place: Place) -> None:
+        raise Untraceable(f"the forward writes {place} to the module")
+
+
+class _OnlyProxies(TorchFunctionMode):
+    """Refuses torch functions that compute on something else than proxies: their result would be a constant."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(issubclass(kind, fx.Proxy) for kind in types):
+            raise Untraceable(f"the forward calls {func.__name__} on no input")
+        return func(*args, **(kwargs or {}))
+
+
+def _watched(work: Callable[[], Any], problems: list[str]) -> Any:
+    """Return what `work` returns; note every Python function run on the way that is not straight-line code."""
+    seen: set[CodeType] = set()
+
+    def watch(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code not in seen:
+            seen.add(frame.f_code)
+            problem = None if _is_ours_or_torchs(frame) else problem_of(frame.f_code, frame.f_globals)
+            if problem is not None:
+                problems.append(problem)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        return work()
+    finally:
+        sys.setprofile(before)
+
+
+def _is_ours_or_torchs(frame: FrameType) -> bool:
+    home = str(frame.f_globals.get("__name__", ""))
+    return home.split(".")[0] in ("torch", "lora_fx") or not home
+
+
+_STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR")
+_BRANCHES = ("JUMP", "FOR_ITER", "UNPACK", "IS_OP", "COMPARE_OP", "CONTAINS_OP", "YIELD", "SEND", "IMPORT", "WITH")
+
+
+def problem_of(code: CodeType, scope: dict[str, Any]) -> str | None:
+    """Return why a function is not straight-line code, or None if it is."""
+    where = f"{code.co_name} (line {code.co_firstlineno})"
+    if code.co_exceptiontable:
+        return f"{where} has a with, try or generator"
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _STORES:
+            return f"{where} stores into an object"
+        if any(part in instruction.opname for part in _BRANCHES):
+            return f"{where} has a branch, loop, comparison or unpacking"
+        if instruction.opname == "LOAD_GLOBAL" and not _is_harmless(scope.get(instruction.argval, _BUILTIN)):
+            return f"{where} uses {instruction.argval}"
+    return None
+
+
+_BUILTIN = object()
+
+
+def _is_harmless(value: object) -> bool:
+    """Whether straight-line code may use the global: torch, Python functions (they are watched too), constants."""
+    if isinstance(value, ModuleType):
+        return value.__name__.split(".")[0] in ("torch", "math", "operator")
+    return isinstance(value, FunctionType) or is_constant(value) or _comes_from_torch(value)
+
+
+def _comes_from_torch(value: object) -> bool:
+    home = value.__module__ if isinstance(value, (BuiltinFunctionType, type)) else ""
+    return str(home).startswith("torch")

@@ -1,0 +1,142 @@
+"""The one file that imports private torch interfaces; everything else uses the names below.
+
+A new torch release that moves something is a change here and nowhere else (`tests/test_torch_internals.py` pins what
+we rely on).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource, LocalSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
+from torch.fx.experimental.symbolic_shapes import (
+    SYMPY_INTERP,
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+__all__ = [
+    "FakeTensor",
+    "Fakes",
+    "FunctionMode",
+    "enter_autocast",
+    "exit_autocast",
+    "global_hook_tables",
+    "pytree",
+    "set_grad_enabled",
+    "shape_guard_names",
+]
+
+FunctionMode = PreDispatchTorchFunctionMode
+"""Base for a mode that sees torch functions; torch tells this class, and only this, of autocast regions."""
+
+set_grad_enabled = torch._C._set_grad_enabled
+shape_guard_names: dict[str, Any] = dict(SYMPY_INTERP)
+"""The names that a shape guard's expression may use."""
+
+
+def global_hook_tables() -> tuple[dict[int, Callable[..., Any]], ...]:
+    """Return torch's tables of hooks that fire for every module."""
+    return (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+
+
+_LOCAL = re.compile(r"L\['(\w+)'\]")
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Keep torch from logging every failure of a fake tensor: here a failure is an outcome, with a reason."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+class Fakes:
+    """Fake tensors with symbolic sizes, and what has been assumed of the sizes since."""
+
+    def __init__(self) -> None:
+        self.shapes = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
+
+    def tensor(self, like: Tensor, name: str, static: Sequence[bool]) -> Tensor:
+        """Return a fake of `like`; dimensions that are not `static` get symbolic sizes."""
+        sizes = [DimDynamic.STATIC if each else DimDynamic.DYNAMIC for each in static]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        fake: Tensor = self.mode.from_tensor(like, symbolic_context=context, source=ConstantSource(name))
+        return fake
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Run torch on fakes.  The Python dispatcher is needed where meta kernels exist in Python only."""
+        with self.mode, enable_python_dispatcher():
+            yield
+
+    def is_constant(self, symbol: sympy.Symbol) -> bool:
+        """Whether the symbol has been turned into a number."""
+        value = self.shapes.replacements.get(symbol)
+        return value is not None and value.is_number
+
+    def guards(self, sizes: Sequence[torch.SymInt], names: Sequence[str]) -> list[str]:
+        """Return the Python expressions over the names of the sizes (in order) that must all hold."""
+        if not sizes:
+            return []
+        sources = [LocalSource(name) for name in names]
+        clauses = self.shapes.produce_guards(sizes, sources, ignore_static=False)
+        return [_LOCAL.sub(r"\1", clause) for clause in clauses]
+
+
+def symbol_of(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr:
+    """Return the sympy expression of a symbolic number."""
+    return size.node.expr
+
+
+def constant_of(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> int | float | bool | None:
+    """Return the number that a symbolic number stands for, if it is known to be one."""
+    if size.node.constant is not None:
+        constant: int | float | bool = size.node.constant
+        return constant
+    expression = size.node.expr
+    if not (expression.is_number or expression in (sympy.true, sympy.false)):
+        return None
+    kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(size)]
+    number: int | float | bool = kind(expression)
+    return number
+
+
+def write_expression(graph: fx.Graph, expression: sympy.Expr, nodes: dict[sympy.Symbol, fx.Node]) -> fx.Node:
+    """Write the expression into the graph as nodes; `nodes` holds one for each of its symbols."""
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    values = {symbol: fx.Proxy(node, tracer) for symbol, node in nodes.items()}
+    result = sympy_interp(PythonReferenceAnalysis, values, expression)
+    return result.node if isinstance(result, fx.Proxy) else result
+
+
+def is_functorch_wrapper(tensor: Tensor) -> bool:
+    """Whether a functorch transform (vmap, grad) wraps the tensor."""
+    return bool(torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_gradtrackingtensor(tensor))

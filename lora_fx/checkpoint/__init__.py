@@ -1,0 +1,9 @@
+"""Adapters in files, in PEFT's format.
+
+names         keys and patterns as PEFT spells them
+fingerprint   a few values of the base weights, to tell another base
+describe      an adapted model → what is to be written
+write         atomic writing
+read          files → a checked AdapterFile
+restore       AdapterFile + model → an adapted model
+"""

@@ -1,0 +1,128 @@
+"""AdapterFile + model → an adapted model; everything is checked against the model before anything is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import attached
+from lora_fx.checkpoint.fingerprint import different
+from lora_fx.checkpoint.read import AdapterFile, SavedSite
+from lora_fx.errors import AdapterMismatchError, RefusedError
+from lora_fx.planning import Inventory, Plan, PlannedSite, TrainedModule
+from lora_fx.sites import Site, fingerprint
+from lora_fx.tensors import get_tensor
+
+Mismatch = tuple[str, str, str]
+
+
+def plan_of(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module) -> Plan:
+    """Return the plan that adapts exactly the sites of the files.
+
+    Raises:
+        AdapterMismatchError: sites or modules that the model has not or has in other shapes, or another base.
+        RefusedError: a site that lora_fx cannot adapt.
+    """
+    sites = {path: site for site in inventory.sites for path in site.paths}
+    problems = [problem for file in files for problem in _mismatches(file, sites, model)]
+    if problems:
+        raise AdapterMismatchError("the adapter does not fit this model", problems, _advice(problems))
+    _refuse(files, sites)
+    saved = {sites[each.path].path: (file, each) for file in files for each in file.sites}
+    return Plan(
+        model=inventory.model,
+        source=str(files[0].folder),
+        sites=tuple(_planned(site, saved.get(site.path)) for site in inventory.sites),
+        train=tuple(_trained(path, inventory, files[0]) for path in files[0].trained),
+        total=inventory.total,
+        fingerprint=fingerprint(inventory.sites),
+        rules=files[0].rules,
+    )
+
+
+def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
+    for each in file.sites:
+        site = sites.get(each.path)
+        shape = (each.lora_B.shape[0], each.lora_A.shape[1])
+        if site is None:
+            yield each.path, f"{shape[1]} → {shape[0]}", "has no such linear"
+        elif site.shape != shape:
+            yield each.path, f"{shape[1]} → {shape[0]}", f"{site.shape[1]} → {site.shape[0]}"
+    yield from _module_mismatches(file, model)
+    yield from _other_base(file, sites, model)
+
+
+def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch]:
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in file.modules.items():
+        if name not in state:
+            yield name, str(list(tensor.shape)), "has no such tensor"
+        elif state[name].shape != tensor.shape:
+            yield name, str(list(tensor.shape)), str(list(state[name].shape))
+    inside = tuple(f"{path}." for path in file.trained)
+    for name, tensor in state.items():
+        if inside and name.startswith(inside) and name not in file.modules:
+            yield name, "missing", str(list(tensor.shape))
+
+
+def _other_base(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
+    weights = {}
+    for each in file.sites:
+        site = sites.get(each.path)
+        weight = None if site is None else get_tensor(model, f"{site.path}.weight")
+        if weight is not None:
+            weights[each.path] = weight
+    for path in different(file.base, weights):
+        yield f"{path}.weight", "trained on other values", "is another base, or was changed since"
+
+
+def _advice(problems: Sequence[Mismatch]) -> str:
+    return f"{len(problems)} differences; give the model that the adapter was trained on"
+
+
+def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site]) -> None:
+    refused = [
+        (each.path, str(sites[each.path].refusal))
+        for file in files
+        for each in file.sites
+        if sites[each.path].refusal is not None
+    ]
+    if refused:
+        raise RefusedError("the adapter has sites that cannot be adapted", refused)
+
+
+def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None) -> PlannedSite:
+    if saved is None:
+        return PlannedSite(site, "keep", "not in the adapter")
+    file, each = saved
+    return PlannedSite(site, "adapt", f"from {file.folder.name}", each.rule or None, each.lora)
+
+
+def _trained(path: str, inventory: Inventory, file: AdapterFile) -> TrainedModule:
+    return TrainedModule(path, dict(inventory.modules)[path], f"{file.folder.name}: modules_to_save")
+
+
+def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
+    """Copy the saved values into a freshly adapted model, in place."""
+    with torch.no_grad():
+        for file in files:
+            for each in file.sites:
+                _fill_site(tuned, each)
+            for name, tensor in file.modules.items():
+                _copy(get_tensor(tuned, name), tensor)
+
+
+def _fill_site(tuned: nn.Module, each: SavedSite) -> None:
+    found = attached(tuned.get_submodule(each.path))
+    assert found is not None
+    _copy(found.lora_A.weight, each.lora_A)
+    _copy(found.lora_B.weight, each.lora_B)
+    if each.bias is not None:
+        _copy(found.owner._parameters["bias"], each.bias)
+
+
+def _copy(target: Tensor | None, value: Tensor) -> None:
+    assert target is not None
+    target.copy_(value)

@@ -1,0 +1,114 @@
+"""Atomic writing: a file is either the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from lora_fx.checkpoint.describe import Described, describe
+from lora_fx.checkpoint.names import CONFIG_FILE, WEIGHTS_FILE
+from lora_fx.errors import AdapterFileError
+
+
+def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the model's adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Equal adapters are written as equal bytes.  Existing files are replaced only when the new ones are complete; other
+    files of the directory stay.  Further adapters go into directories of their names.
+
+    Raises:
+        RefusedError: the model is not adapted.
+        AdapterFileError: the values are on the meta device, or the directory cannot be written.
+    """
+    folder = Path(directory)
+    described = describe_with_values(tuned, folder)
+    for position, each in enumerate(described):
+        _write(each, folder if position == 0 else folder / each.name)
+
+
+def describe_with_values(tuned: nn.Module, folder: Path) -> list[Described]:
+    described = describe(tuned) if not _on_meta(tuned) else []
+    if not described:
+        raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save")
+    return described
+
+
+def _on_meta(tuned: nn.Module) -> bool:
+    return any(p.is_meta for name, p in tuned.named_parameters() if ".lora_" in name)
+
+
+def _write(each: Described, folder: Path) -> None:
+    config = json.dumps(each.config, indent=2, sort_keys=True) + "\n"
+    files = {WEIGHTS_FILE: canonical_safetensors(each.tensors, each.metadata), CONFIG_FILE: config.encode()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(folder, files)
+    except OSError as error:
+        raise AdapterFileError(str(folder), f"cannot be written: {error.strerror or error}") from error
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files beside their places first, and move them there only when all are on disk."""
+    temporary: dict[str, str] = {}
+    try:
+        for name, content in files.items():
+            temporary[name] = _write_beside(folder, name, content)
+        for name in list(temporary):
+            os.replace(temporary.pop(name), folder / name)
+    finally:
+        for path in temporary.values():
+            Path(path).unlink(missing_ok=True)
+    _sync_folder(folder)
+
+
+def _write_beside(folder: Path, name: str, content: bytes) -> str:
+    handle, path = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(path, 0o666 & ~_umask())
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames last; where folders cannot be opened (Windows) there is nothing to do."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def canonical_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file whose bytes depend on the content alone.
+
+    The library writes metadata in the order of a randomly seeded table; the header is rewritten in sorted order,
+    which has the same length.
+    """
+    content = safetensors_bytes(dict(tensors), dict(metadata))
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text.rstrip()) != len(content[8 : 8 + length].rstrip()):  # another spelling of the library: leave it
+        return content
+    return content[:8] + text.ljust(length) + content[8 + length :]

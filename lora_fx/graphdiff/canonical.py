@@ -1,0 +1,161 @@
+"""A graph as statements: one line of code each, with names that do not depend on how the graph was made."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from lora_fx.adapters.attach import attached
+from lora_fx.adapters.spec import AdapterSpec
+from lora_fx.editor import Editor
+from lora_fx.passes.inject import splice_adapters
+from lora_fx.passes.sitegraph import LoRANodes, lora_nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One line of a graph's code."""
+
+    text: str
+    site: str
+    """Path of the site or submodule that it belongs to, within the graph."""
+    adapter: str = ""
+    """For an adapted site: rule, rank and scaling."""
+
+
+def statements_of(graph: fx.Graph, module: nn.Module) -> list[Statement]:
+    """Return the statements of a graph over the module; what computes nothing (attributes, inputs) is inlined."""
+    graph_module = fx.GraphModule(module, copy.deepcopy(graph))
+    return _Namer(graph_module).statements()
+
+
+def adapted_graph(graph: fx.Graph, module: nn.Module) -> fx.Graph:
+    """Return a copy of a captured graph with the module's adapters written into it, node by node."""
+    graph_module = fx.GraphModule(module, copy.deepcopy(graph))
+    splice_adapters(Editor(graph_module))
+    graph_module.graph.lint()
+    return graph_module.graph
+
+
+class _Namer:
+    """Names the nodes of a graph and writes their statements."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.names: dict[fx.Node, str] = {}
+        self.taken: Counter[str] = Counter()
+        self.lora = {found.result: found for found in lora_nodes(graph_module)}
+        self.silent = {node for found in self.lora.values() for node in found.between if node is not found.result}
+        self.bases = {found.base for found in self.lora.values()}
+
+    def statements(self) -> list[Statement]:
+        found = []
+        for node in self.graph_module.graph.nodes:
+            if node in self.silent or node in self.bases:
+                continue
+            text = self._statement(node)
+            if text is not None:
+                found.append(Statement(text, self._site(node), self._adapter(node)))
+        return found
+
+    def _site(self, node: fx.Node) -> str:
+        if node in self.lora:
+            return self.lora[node].path
+        return str(node.target) if node.op == "call_module" else str(node.meta.get("place", ""))
+
+    def _adapter(self, node: fx.Node) -> str:
+        if node not in self.lora:
+            return ""
+        found = attached(self.graph_module.get_submodule(self.lora[node].path))
+        return "" if found is None else describe_spec(found.spec)
+
+    def _statement(self, node: fx.Node) -> str | None:
+        if node.op in ("placeholder", "get_attr"):
+            self.names[node] = str(node.target) if node.op == "placeholder" else f"self.{node.target}"
+            return None
+        code = self._lora_code(self.lora[node]) if node in self.lora else self._code(node)
+        if node.op == "output":
+            return f"return {self._value(node.args[0])}"
+        self.names[node] = self._name(node)
+        return f"{self.names[node]} = {code}"
+
+    def _name(self, node: fx.Node) -> str:
+        source = self.lora[node].base if node in self.lora else node
+        stem = _stem(source)
+        self.taken[stem] += 1
+        return stem if self.taken[stem] == 1 else f"{stem}_{self.taken[stem]}"
+
+    def _lora_code(self, found: LoRANodes) -> str:
+        by_kind = {_factor_of(node): node for node in found.between}
+        lora_a, lora_b = by_kind["lora_A"], by_kind["lora_B"]
+        scaled = lora_b.args[0]
+        assert isinstance(scaled, fx.Node)
+        x = self._lora_input(lora_a)
+        inner = f"self.{found.path}.lora_B(self.{found.path}.lora_A({x}) * {self._value(scaled.args[1])})"
+        cast = ".to(base)" if any(node.target == "type_as" for node in found.between) else ""
+        return f"{self._code(found.base)} + {inner}{cast}"
+
+    def _lora_input(self, lora_a: fx.Node) -> str:
+        x = lora_a.args[0]
+        assert isinstance(x, fx.Node)
+        if _factor_of(x) == "lora_dropout":
+            return f"dropout({self._value(x.args[0])})"
+        return self._value(x)
+
+    def _code(self, node: fx.Node) -> str:
+        arguments = [self._value(each) for each in node.args]
+        arguments += [f"{key}={self._value(value)}" for key, value in node.kwargs.items()]
+        if node.op == "call_module":
+            return f"self.{node.target}({', '.join(arguments)})"
+        if node.op == "call_method":
+            return f"{arguments[0]}.{node.target}({', '.join(arguments[1:])})"
+        return f"{_function_name(node.target)}({', '.join(arguments)})"
+
+    def _value(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self.names[value]
+        if isinstance(value, tuple):
+            return f"({', '.join(map(self._value, value))}{',' if len(value) == 1 else ''})"
+        if isinstance(value, list):
+            return f"[{', '.join(map(self._value, value))}]"
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{key!r}: {self._value(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, slice):
+            return f"slice({self._value(value.start)}, {self._value(value.stop)}, {self._value(value.step)})"
+        return repr(value)
+
+
+def describe_spec(spec: AdapterSpec) -> str:
+    """Return `rule attention · r=8 scaling=2`."""
+    rule = f"rule {spec.rule} · " if spec.rule else ""
+    return f"{rule}r={spec.lora.r} scaling={spec.scaling:g}"
+
+
+def _factor_of(node: fx.Node) -> str:
+    """Return lora_A, lora_B or lora_dropout for a call of an adapter's module, else ""."""
+    match = re.search(r"\.(lora_A|lora_B|lora_dropout)\.[^.]+$", str(node.target)) if node.op == "call_module" else None
+    return match[1] if match else ""
+
+
+def _stem(node: fx.Node) -> str:
+    """Return a name for what a node computes: the last parts of a module's path, or the function's name."""
+    if node.op == "call_module":
+        parts = [part for part in str(node.target).split(".") if not part.isdigit()]
+        return "_".join(parts[-2:]) or "module"
+    return re.sub(r"\W", "", _function_name(node.target).rsplit(".", 1)[-1]) or "value"
+
+
+def _function_name(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    name = str(target.__name__)
+    home = str(target.__module__ or "")
+    if home in ("torch._C._nn", "torch.nn.functional"):
+        return f"F.{name}"
+    return f"torch.{name}" if home.startswith("torch") and "." not in name else name

@@ -1,0 +1,96 @@
+"""MODEL on the command line: a factory in a package or a file, or a directory of transformers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import LoraFxError
+
+FORMS = "package.module:factory, file.py:factory or hf:DIRECTORY"
+
+
+class ModelSpecError(LoraFxError):
+    """MODEL does not lead to a model."""
+
+
+def load_model(spec: str) -> tuple[nn.Module, object]:
+    """Return (model, example inputs or None) for what the user wrote as MODEL.
+
+    `package.module:factory` and `file.py:factory` execute that code; the factory is called without arguments, on the
+    meta device, and returns a model or (model, example_inputs).  `hf:DIRECTORY` needs the configuration only.
+
+    Raises:
+        ModelSpecError: says what is wrong with the text, the file, or what the factory returned.
+    """
+    scheme, _, rest = spec.partition(":")
+    if not rest:
+        raise ModelSpecError(f"'{spec}' is no model: write {FORMS}")
+    with torch.device("meta"):
+        found = _from_transformers(rest) if scheme == "hf" else _call(_module(scheme), scheme, rest)
+    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(model, nn.Module):
+        raise ModelSpecError(f"'{spec}' gives a {type(model).__name__}, not a torch.nn.Module")
+    return model, inputs
+
+
+def _module(home: str) -> ModuleType:
+    if home.endswith(".py"):
+        return _module_of_file(Path(home))
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does: modules of the current directory
+    try:
+        return importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        if error.name is None or not home.startswith(error.name):
+            raise  # the module is there, one that it needs is not
+        raise ModelSpecError(f"there is no module '{home}'") from error
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ModelSpecError(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _call(module: ModuleType, home: str, name: str) -> Any:
+    if name not in vars(module):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ModelSpecError(f"{home} has no '{name}'; it has {', '.join(known[:10]) or 'nothing to call'}")
+    found = vars(module)[name]
+    return found() if callable(found) and not isinstance(found, nn.Module) else found
+
+
+def _from_transformers(directory: str) -> nn.Module:
+    if not (Path(directory) / "config.json").is_file():
+        raise ModelSpecError(f"{directory}/config.json does not exist; hf: takes a directory, not a name of a hub")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelSpecError("hf: needs transformers: pip install 'lora-fx[hf]'") from error
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    return _model_of(transformers, config)
+
+
+def _model_of(transformers: Any, config: Any) -> nn.Module:
+    """Return the model of the class that the configuration names, else the bare encoder or decoder."""
+    for name in config.architectures or ():
+        kind = vars(transformers).get(name) or getattr(transformers, name, None)
+        if kind is not None:
+            model: nn.Module = kind(config)
+            return model
+    bare: nn.Module = transformers.AutoModel.from_config(config)
+    return bare

@@ -1,0 +1,116 @@
+"""The module backend: adapted modules compute base + scaling · B A dropout(x) in their own forward.
+
+It is the meaning that the graph backend must equal, and what runs wherever a graph does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import Attached, all_attached, attach, attached, detach
+from lora_fx.adapters.lora import add_low_rank, low_rank_weight
+from lora_fx.adapters.spec import AdapterSpec
+from lora_fx.swap import Swapped, original_class, swap, unswap
+
+_ACTIVE = "lora_fx_active"
+"""Instance attribute: name of the adapter in use, None while disabled."""
+
+
+class AdaptedLinear(Swapped, nn.Linear):
+    """Mixin for an adapted nn.Linear; its class keeps the name, the keys and the attributes of the original."""
+
+    lora_A: Any  # nn.ModuleDict of LoRAFactor; nn.Module's own annotations would call it a Tensor
+    lora_B: Any
+    lora_dropout: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        base = self.base_forward(input)
+        name = self.__dict__[_ACTIVE]
+        if name is None:
+            return base
+        A, B, dropout = self.lora_A[name], self.lora_B[name], None
+        if A.spec.lora.dropout:
+            dropout = self.lora_dropout[name]
+        return add_low_rank(base, input, A, B, dropout, A.spec.scaling, A.spec.mixed)
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        """Return what the module computes without its adapter."""
+        return super().forward(input)
+
+
+class AdaptedWeightRead(AdaptedLinear):
+    """Mixin for an adapted nn.Linear whose `weight` somebody reads instead of calling it.
+
+    torch's fused path of nn.TransformerEncoderLayer hands `linear1.weight` to a kernel; so `weight` is the effective
+    weight W + scaling · B A here, and the base weight stays the parameter of that name.
+    """
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        base = self._parameters["weight"]
+        assert base is not None
+        return base if self.__dict__[_ACTIVE] is None else effective_weight(self, base)
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        base = self._parameters["weight"]
+        assert base is not None
+        return nn.functional.linear(input, base, self.bias)
+
+
+def effective_weight(owner: nn.Module, base: Tensor) -> Tensor:
+    """Return W + scaling · B A in W's dtype, through which gradients reach A and B."""
+    found = attached(owner)
+    assert found is not None
+    delta = low_rank_weight(found.lora_A.weight, found.lora_B.weight, found.spec.scaling)
+    return base + delta.to(base.dtype)
+
+
+def adapt(owner: nn.Module, shape: tuple[int, ...], spec: AdapterSpec, weight_is_read: bool) -> None:
+    """Attach an adapter to the module and let its forward use it, in place."""
+    weight = owner.weight
+    assert isinstance(weight, Tensor)
+    attach(owner, weight, shape, spec)
+    swap(owner, AdaptedWeightRead if weight_is_read else AdaptedLinear)
+    owner.__dict__[_ACTIVE] = spec.adapter
+
+
+def restore(owner: nn.Module) -> None:
+    """Take the adapter away and give the module its own class back, in place; the base weight stays as it is."""
+    unswap(owner)
+    detach(owner)
+    owner.__dict__.pop(_ACTIVE, None)
+
+
+def set_active(owner: nn.Module, adapter: str | None) -> str | None:
+    """Switch the module to the adapter of that name, or off with None; return what was active."""
+    before: str | None = owner.__dict__[_ACTIVE]
+    owner.__dict__[_ACTIVE] = adapter
+    return before
+
+
+def is_active(owner: nn.Module) -> bool:
+    return owner.__dict__[_ACTIVE] is not None
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Attached]]:
+    """Yield (path, adapter) of the modules whose forward applies it."""
+    for path, found in all_attached(model):
+        if isinstance(found.owner, AdaptedLinear):
+            yield path, found
+
+
+def reads_weight_of_children(module: nn.Module) -> bool:
+    """Whether torch's own class hands its children's weights to a fused kernel in eval mode."""
+    return issubclass(original_class(module), nn.TransformerEncoderLayer)
+
+
+def weights_read(model: nn.Module) -> set[str]:
+    """Return the paths of linears whose weight is read by torch's fused encoder layer."""
+    paths = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if reads_weight_of_children(module):
+            paths |= {f"{path}.{name}".lstrip(".") for name in ("linear1", "linear2")}
+    return paths

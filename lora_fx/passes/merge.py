@@ -1,0 +1,58 @@
+"""merge: base + scaling · B A x → a plain linear with W' = W + scaling · B A, a new Parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from lora_fx.adapters.attach import Attached, all_attached, detach, is_adapted
+from lora_fx.adapters.lora import merged_weight
+from lora_fx.editor import Editor
+from lora_fx.errors import InvariantError, MergeError
+from lora_fx.passes.remove import erase_lora_nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Fold every adapter into its base weight.
+
+    W' is accumulated in float32 and rounded once.  Ensures: no LoRA node or module is left; keys = base keys.
+    """
+
+    name: str = "merge"
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        check_mergeable(graph_module)
+
+    def run(self, editor: Editor) -> None:
+        erase_lora_nodes(editor)
+        for path, found in list(all_attached(editor.graph_module)):
+            weight = folded(found)
+            editor.drop_modules(path, detach, path)
+            editor.set_weight(path, weight, f"{path}.weight" in found.spec.record.requires_grad)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        if is_adapted(graph_module):
+            raise InvariantError("an adapter is left after merging", [(p, "") for p, _ in all_attached(graph_module)])
+
+
+def folded(found: Attached) -> Tensor:
+    """Return W + scaling · B A of one adapter, a new tensor without gradient."""
+    with torch.no_grad():
+        return merged_weight(found.base_weight, found.lora_A.weight, found.lora_B.weight, found.spec.scaling)
+
+
+def check_mergeable(model: torch.nn.Module) -> None:
+    """Raise MergeError, naming every site, if a merge would give NaN or infinite weights or has nothing to merge."""
+    if not is_adapted(model):
+        raise MergeError("the model has no adapter to merge")
+    bad = []
+    for path, found in all_attached(model):
+        if found.lora_A.weight.is_meta:
+            bad.append((path, "on the meta device: no values to merge"))
+        elif not torch.isfinite(folded(found)).all():
+            bad.append((path, "the merged weight has NaN or infinite values"))
+    if bad:
+        raise MergeError("merging would spoil the model; nothing was merged", bad)

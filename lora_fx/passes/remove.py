@@ -1,0 +1,40 @@
+"""remove: base + scaling · B A x → the base alone, bit-equal to the original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from lora_fx.adapters.attach import all_attached, detach, is_adapted
+from lora_fx.editor import Editor
+from lora_fx.errors import InvariantError, RefusedError
+from lora_fx.passes.sitegraph import lora_nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Take every adapter away.  Ensures: no LoRA node or module is left; keys = base keys."""
+
+    name: str = "remove"
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        if not is_adapted(graph_module):
+            raise RefusedError("the model has no adapter to remove")
+
+    def run(self, editor: Editor) -> None:
+        erase_lora_nodes(editor)
+        for path, _ in list(all_attached(editor.graph_module)):
+            editor.drop_modules(path, detach, path)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        if is_adapted(graph_module):
+            raise InvariantError("an adapter is left after removing", [(p, "") for p, _ in all_attached(graph_module)])
+
+
+def erase_lora_nodes(editor: Editor) -> None:
+    """Let every user of an adapted output use the base output, and erase the nodes between."""
+    for found in list(lora_nodes(editor.graph_module)):
+        editor.replace_uses(found.result, found.base, found.path, but=lambda user: False)
+        for node in found.between:
+            editor.erase(node, found.path)

@@ -1,0 +1,103 @@
+"""Sites in a graph: the calls of a base weight, and the LoRA nodes beside them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.errors import MergeError
+
+_LINEARS = (F.linear, torch.ops.aten.linear.default)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCall:
+    """One use of a base weight in a graph."""
+
+    path: str
+    node: fx.Node
+    """The node that computes the base output."""
+    x: fx.Node
+
+
+def site_calls(graph_module: fx.GraphModule) -> Iterator[SiteCall]:
+    """Yield every linear in the graph: calls of nn.Linear, and F.linear with a module's own `weight`."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            if isinstance(graph_module.get_submodule(str(node.target)), nn.Linear):
+                yield SiteCall(str(node.target), node, _first_argument(node))
+        elif node.op == "call_function" and node.target in _LINEARS:
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            owner = _owner_of_weight(weight)
+            if owner is not None:
+                yield SiteCall(owner, node, _first_argument(node))
+
+
+def _first_argument(node: fx.Node) -> fx.Node:
+    value = node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def _owner_of_weight(weight: object) -> str | None:
+    """Return the path of the module that owns the weight as its `weight`."""
+    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+        path, _, name = str(weight.target).rpartition(".")
+        return path if name == "weight" and path else None
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class LoRANodes:
+    """The LoRA subgraph at one call: base + [type_as] B (scaling · A [dropout] x)."""
+
+    path: str
+    base: fx.Node
+    result: fx.Node
+    between: tuple[fx.Node, ...]
+    """Every node that the adapter added, the result included, last first."""
+
+
+def lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
+    """Yield the LoRA subgraph of every adapted call, found by structure from its lora_A.
+
+    Raises:
+        MergeError: where the nodes around a lora_A are no longer those that `inject` wrote.
+    """
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_module":
+            continue
+        factor = graph_module.get_submodule(str(node.target))
+        if isinstance(factor, LoRAFactor) and factor.spec is not None:
+            yield _around(node, str(node.target).rsplit(".lora_A.", 1)[0])
+
+
+def _around(lora_a: fx.Node, path: str) -> LoRANodes:
+    scaled = _only_user(lora_a, path)
+    lora_b = _only_user(scaled, path)
+    result = _only_user(lora_b, path)
+    nodes = [lora_b, scaled, lora_a]
+    if result.op == "call_method" and result.target == "type_as":
+        nodes.insert(0, result)
+        result = _only_user(result, path)
+    if result.target is not operator.add or not isinstance(result.args[0], fx.Node):
+        raise MergeError("a LoRA subgraph has been changed", [(path, f"{result.name} is not base + delta")])
+    dropped = lora_a.args[0]
+    assert isinstance(dropped, fx.Node)
+    if dropped.op == "call_module" and ".lora_dropout." in str(dropped.target):
+        nodes.append(dropped)
+    return LoRANodes(path, result.args[0], result, (result, *nodes))
+
+
+def _only_user(node: fx.Node, path: str) -> fx.Node:
+    if len(node.users) != 1:
+        raise MergeError(
+            "a LoRA subgraph has been changed", [(path, f"{node.name} is used {len(node.users)} times, not once")]
+        )
+    return next(iter(node.users))

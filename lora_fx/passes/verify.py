@@ -1,0 +1,122 @@
+"""verify: what must hold of every adapted model, as a list; run after every pass under test and on demand."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from lora_fx.adapters.attach import all_attached
+from lora_fx.editor import Editor
+from lora_fx.errors import InvariantError
+from lora_fx.passes.sitegraph import lora_nodes, site_calls
+
+Problem = tuple[str, str]
+
+
+def verify(model: nn.Module) -> None:
+    """Check every invariant of an adapted model; it stays unchanged.
+
+    Raises:
+        InvariantError: with (path, reason) for every invariant that does not hold.
+    """
+    problems = [problem for check in INVARIANTS for problem in check(model)]
+    if problems:
+        raise InvariantError("the adapted model is not as it must be", problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """`verify` as a pass: changes nothing."""
+
+    name: str = "verify"
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        verify(graph_module)
+
+    def run(self, editor: Editor) -> None:
+        """Nothing to change."""
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        verify(graph_module)
+
+
+def _shapes_fit(model: nn.Module) -> Iterator[Problem]:
+    for path, found in all_attached(model):
+        out_r, r_in = tuple(found.lora_B.weight.shape), tuple(found.lora_A.weight.shape)
+        out_features, in_features = _features(found.owner)
+        if out_r != (out_features, found.spec.lora.r) or r_in != (found.spec.lora.r, in_features):
+            yield (
+                path,
+                f"lora_B {out_r} · lora_A {r_in} does not fit r={found.spec.lora.r}, {in_features} → {out_features}",
+            )
+
+
+def _features(owner: nn.Module) -> tuple[int, int]:
+    if isinstance(owner, nn.Linear):
+        return owner.out_features, owner.in_features
+    weight = owner._parameters["weight"]
+    assert weight is not None
+    return weight.shape[0], math.prod(weight.shape[1:])
+
+
+def _devices_agree(model: nn.Module) -> Iterator[Problem]:
+    for path, found in all_attached(model):
+        devices = {str(p.device) for p in (found.base_weight, found.lora_A.weight, found.lora_B.weight)}
+        if len(devices) > 1:
+            yield path, f"weight, lora_A and lora_B are on {', '.join(sorted(devices))}"
+
+
+def _no_parameter_twice(model: nn.Module) -> Iterator[Problem]:
+    factors = [(path, factor.weight) for path, f in all_attached(model) for factor in (f.lora_A, f.lora_B)]
+    uses = Counter(id(weight) for _, weight in factors)
+    for path, weight in factors:
+        if uses[id(weight)] > 1:
+            yield path, "shares a factor's parameter with another site"
+
+
+def _adapters_are_trainable(model: nn.Module) -> Iterator[Problem]:
+    for path, found in all_attached(model):
+        if not (found.lora_A.weight.requires_grad and found.lora_B.weight.requires_grad):
+            yield path, "its factors do not require a gradient"
+
+
+def _targets_exist(model: nn.Module) -> Iterator[Problem]:
+    if not isinstance(model, fx.GraphModule):
+        return
+    try:
+        model.graph.lint()
+    except RuntimeError as error:
+        yield "(graph)", str(error)
+
+
+def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
+    if not isinstance(model, fx.GraphModule):
+        return
+    written = Counter(found.path for found in lora_nodes(model))
+    calls = Counter(call.path for call in site_calls(model))
+    for path, _ in all_attached(model):
+        if written[path] != calls[path]:
+            yield path, f"{calls[path]} calls in the graph, {written[path]} of them adapted"
+
+
+def _results_are_used(model: nn.Module) -> Iterator[Problem]:
+    if not isinstance(model, fx.GraphModule):
+        return
+    for found in lora_nodes(model):
+        if not found.result.users:
+            yield found.path, "the adapted output is not used"
+
+
+INVARIANTS: tuple[Callable[[nn.Module], Iterator[Problem]], ...] = (
+    _shapes_fit,
+    _devices_agree,
+    _no_parameter_twice,
+    _adapters_are_trainable,
+    _targets_exist,
+    _every_call_is_adapted,
+    _results_are_used,
+)

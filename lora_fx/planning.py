@@ -1,0 +1,279 @@
+"""Rules and sites in, a Plan out: what will happen to every site, and why.  Pure data; nothing is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from lora_fx.errors import NoMatchError, Unmatched
+from lora_fx.patterns import nearest_names
+from lora_fx.rules import LoRAConfig, Rule, RuleSet, Slices, TrainPattern
+from lora_fx.sites import Backend, Site, fingerprint
+from lora_fx.text import count
+
+Decision = Literal["adapt", "keep", "skip", "refuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSite:
+    """A site and what will happen to it."""
+
+    site: Site
+    decision: Decision
+    reason: str
+    rule: str | None = None
+    lora: LoRAConfig | None = None
+    slices: Slices | None = None
+
+    @property
+    def path(self) -> str:
+        return self.site.path
+
+    @property
+    def op(self) -> str:
+        return self.site.op
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.site.shape
+
+    @property
+    def calls(self) -> int | None:
+        return self.site.calls
+
+    @property
+    def backend(self) -> Backend:
+        return self.site.backend
+
+    @property
+    def trainable(self) -> int:
+        """Number of parameters that the adapter adds or unfreezes here: r · (in + out), DoRA's out, the bias."""
+        if self.lora is None:
+            return 0
+        out_features, in_features = self.shape[0], math.prod(self.shape[1:])
+        extra = out_features * (self.lora.dora + (self.lora.bias and self.site.bias))
+        return self.lora.r * (in_features + out_features) + extra
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModule:
+    """A module that is trained whole and saved with the adapter (rules' `train:`)."""
+
+    path: str
+    parameters: int
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRegion:
+    """A submodule whose forward will run as a guarded graph, or the reason why it will not."""
+
+    path: str
+    backend: Backend
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What a model has: everything that `decide` needs to know of it."""
+
+    model: str
+    """The model's class name."""
+    sites: tuple[Site, ...]
+    modules: tuple[tuple[str, int], ...]
+    """(path, number of parameters in it), for every module."""
+    total: int
+    """Number of parameters of the model."""
+    regions: tuple[PlannedRegion, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `apply` will do to every site of a model, and why: printable, countable, serialisable."""
+
+    model: str
+    source: str
+    sites: tuple[PlannedSite, ...]
+    train: tuple[TrainedModule, ...]
+    total: int
+    """Number of parameters of the model as given."""
+    fingerprint: str
+    regions: tuple[PlannedRegion, ...] = ()
+    notes: tuple[str, ...] = ()
+    unmatched_rules: tuple[str, ...] = ()
+    """Rules with `expect: any` (or 0) that decide no site here."""
+    rules: dict[str, object] = field(default_factory=dict, compare=False)
+    capture: object = field(default=None, compare=False, repr=False)
+    """The graphs that were captured while planning; not part of the plan's JSON."""
+
+    @property
+    def adapted(self) -> tuple[PlannedSite, ...]:
+        return tuple(site for site in self.sites if site.decision == "adapt")
+
+    @property
+    def refused(self) -> tuple[PlannedSite, ...]:
+        return tuple(site for site in self.sites if site.decision == "refuse")
+
+    @property
+    def trainable(self) -> int:
+        """Number of parameters that will be trained: adapters and the modules under `train:`."""
+        return sum(site.trainable for site in self.sites) + sum(module.parameters for module in self.train)
+
+    def __str__(self) -> str:
+        from lora_fx.plantext import plan_text
+
+        return plan_text(self)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON, the same text for the same plan; `Plan.from_json` reads it."""
+        from lora_fx.planjson import to_json
+
+        return to_json(self)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Return the plan that `to_json` wrote; ValueError if the text is not one."""
+        from lora_fx.planjson import from_json
+
+        return from_json(text)
+
+
+def decide(rules: RuleSet, inventory: Inventory) -> Plan:
+    """Return the plan: the first matching rule decides a site; NoMatchError names every rule that fails."""
+    trained = _trained(rules.train, inventory)
+    planned = tuple(_decide_site(site, rules.rules, trained) for site in inventory.sites)
+    unmatched = _check_expectations(rules.rules, planned, inventory)
+    return Plan(
+        model=inventory.model,
+        source=rules.source,
+        sites=planned,
+        train=trained,
+        total=inventory.total,
+        fingerprint=fingerprint(inventory.sites),
+        regions=inventory.regions,
+        notes=(*inventory.notes, *_shadow_notes(rules.rules, planned), *_rank_notes(planned)),
+        unmatched_rules=unmatched,
+        rules=rules.to_dict(),
+    )
+
+
+def _matches(rule: Rule, site: Site) -> bool:
+    return rule.match.matches(site.paths, site.shape, site.op, site.classes)
+
+
+def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedModule]) -> PlannedSite:
+    owner = _trained_owner(site, trained)
+    if owner is not None:
+        return PlannedSite(site, "keep", f"trained whole (train: {owner.pattern})")
+    rule = next((rule for rule in rules if _matches(rule, site)), None)
+    if rule is None:
+        return PlannedSite(site, "keep", "no rule")
+    if rule.skip is not None:
+        return PlannedSite(site, "skip", rule.skip, rule.name)
+    refusal = site.refusal or _unsupported(rule)
+    if refusal is not None:
+        return PlannedSite(site, "refuse", refusal, rule.name)
+    return PlannedSite(site, "adapt", _origin(rule), rule.name, rule.lora, rule.slices)
+
+
+def _unsupported(rule: Rule) -> str | None:
+    if rule.slices is not None:
+        return "slices of a fused weight are not supported yet; without `slices` the whole weight is adapted"
+    return None
+
+
+def _origin(rule: Rule) -> str:
+    return f"{rule.name} (line {rule.span.line})" if rule.span.line else rule.name
+
+
+def _trained_owner(site: Site, trained: Sequence[TrainedModule]) -> TrainedModule | None:
+    for module in trained:
+        if any(path == module.path or path.startswith(f"{module.path}.") for path in site.paths):
+            return module
+    return None
+
+
+def _trained(patterns: Sequence[TrainPattern], inventory: Inventory) -> tuple[TrainedModule, ...]:
+    found: dict[str, TrainedModule] = {}
+    failed = []
+    for each in patterns:
+        matched = [(path, size) for path, size in inventory.modules if path and each.pattern.matches(path)]
+        if not matched:
+            failed.append(_unmatched_train(each, inventory))
+        for path, size in matched:
+            found.setdefault(path, TrainedModule(path, size, each.pattern.text))
+    if failed:
+        raise NoMatchError(failed, len(inventory.sites))
+    return _outermost(found)
+
+
+def _unmatched_train(each: TrainPattern, inventory: Inventory) -> Unmatched:
+    names = [path for path, _ in inventory.modules if path]
+    where = f"train ({each.span})" if each.span.line else "train"
+    near = nearest_names(each.pattern, names)
+    return Unmatched("train", where, each.pattern.text, "at least one", 0, near, "modules")
+
+
+def _outermost(found: dict[str, TrainedModule]) -> tuple[TrainedModule, ...]:
+    """Return the modules that lie in no other of them, so that no parameter is counted twice."""
+
+    def inside(path: str) -> bool:
+        parts = path.split(".")
+        return any(".".join(parts[:depth]) in found for depth in range(1, len(parts)))
+
+    return tuple(module for path, module in found.items() if not inside(path))
+
+
+def _check_expectations(rules: Sequence[Rule], planned: Sequence[PlannedSite], inventory: Inventory) -> tuple[str, ...]:
+    decided = {rule.name: sum(site.rule == rule.name for site in planned) for rule in rules}
+    failed = [
+        _unmatched_rule(rule, decided[rule.name], inventory.sites)
+        for rule in rules
+        if not rule.expect.accepts(decided[rule.name]) and not _only_shadowed(rule, decided[rule.name], planned)
+    ]
+    if failed:
+        raise NoMatchError(failed, len(inventory.sites))
+    return tuple(name for name, number in decided.items() if number == 0)
+
+
+def _only_shadowed(rule: Rule, decided: int, planned: Iterable[PlannedSite]) -> bool:
+    """Whether the rule does match, but earlier rules decide all it matches: shown in the plan, no error."""
+    default = rule.expect.minimum == 1 and rule.expect.maximum is None
+    return default and decided == 0 and any(site.rule and _matches(rule, site.site) for site in planned)
+
+
+def _unmatched_rule(rule: Rule, found: int, sites: Sequence[Site]) -> Unmatched:
+    where = f"rule '{rule.name}'" + (f" ({rule.span})" if rule.span.line else "")
+    names = [path for site in sites for path in site.paths]
+    near = tuple(dict.fromkeys(name for pattern in rule.match.name for name in nearest_names(pattern, names)))
+    return Unmatched(rule.name, where, str(rule.match), str(rule.expect), found, near if found == 0 else ())
+
+
+def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list[str]:
+    notes = []
+    earlier: set[str] = set()
+    for rule in rules:
+        taken = [site.rule for site in planned if site.rule in earlier and _matches(rule, site.site)]
+        if taken:
+            by = ", ".join(dict.fromkeys(f"'{name}'" for name in taken))
+            notes.append(f"rule '{rule.name}' also matches {count(len(taken), 'site')} decided before it by {by}")
+        earlier.add(rule.name)
+    return notes
+
+
+def _rank_notes(planned: Iterable[PlannedSite]) -> list[str]:
+    return [
+        f"{site.path}: r = {site.lora.r} is above min(in, out) = {min(site.shape)}; "
+        "full fine-tuning would need fewer parameters"
+        for site in planned
+        if site.lora is not None and site.lora.r > min(site.shape)
+    ]
+
+
+def with_backends(plan: Plan, backend: Backend, reason: str) -> Plan:
+    """Return the plan with every site on one backend."""
+    sites = tuple(replace(each, site=replace(each.site, backend=backend, backend_reason=reason)) for each in plan.sites)
+    return replace(plan, sites=sites, regions=(), capture=None)

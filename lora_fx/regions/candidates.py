@@ -1,0 +1,90 @@
+"""Which submodules are worth a region: repeated blocks first; what lies outside them, as large as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+def block_regions(model: nn.Module, sites: Iterable[str]) -> list[str]:
+    """Return the paths of the regions to try: every block, and for sites outside of blocks their largest ancestor.
+
+    The root becomes a region only where the model has no repeated blocks: KV caches, masks, hooks and checkpointing
+    live in Python between the blocks.
+    """
+    wanted = list(sites)
+    blocks = list(_blocks(model, "", wanted, set()))
+    if wanted and not _has_blocks(model) and _has_forward(model):
+        return [""]
+    rest = [site for site in wanted if not _inside_any(site, blocks)]
+    others = dict.fromkeys(_largest_ancestor(model, site, blocks) for site in rest)
+    return blocks + [path for path in others if path is not None]
+
+
+def inner_regions(model: nn.Module, path: str, sites: Iterable[str]) -> list[str]:
+    """Return the regions to try inside a region that cannot be captured: its blocks, else its children."""
+    module = model.get_submodule(path)
+    prefix = f"{path}." if path else ""
+    wanted = [site[len(prefix) :] for site in sites if site.startswith(prefix) and site != path]
+    blocks = list(_blocks(module, "", wanted, set()))
+    rest = [site for site in wanted if not _inside_any(site, blocks)]
+    others = dict.fromkeys(_largest_ancestor(module, site, blocks) for site in rest)
+    return [prefix + inner for inner in (*blocks, *others) if inner is not None]
+
+
+def _blocks(module: nn.Module, path: str, sites: list[str], seen: set[int]) -> Iterator[str]:
+    """Yield the outermost blocks with sites in them, in model order."""
+    for name, child in module.named_children():
+        here = f"{path}.{name}" if path else name
+        if id(child) in seen or not _contains(here, sites):
+            continue
+        seen.add(id(child))
+        if _is_block(module, child):
+            yield here
+        else:
+            yield from _blocks(child, here, sites, seen)
+
+
+def _has_blocks(model: nn.Module) -> bool:
+    return any(
+        _has_children(child) and _is_block(module, child) for module in model.modules() for child in module.children()
+    )
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _is_block(parent: nn.Module, child: nn.Module) -> bool:
+    return _has_forward(child) and (isinstance(parent, _CONTAINERS) or _is_checkpointing_layer(child))
+
+
+def _is_checkpointing_layer(module: nn.Module) -> bool:
+    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is not nn.Module.forward
+
+
+def _contains(path: str, sites: list[str]) -> bool:
+    """Whether a site lies below the path (a site itself is no region)."""
+    return any(site.startswith(f"{path}.") for site in sites)
+
+
+def _inside_any(site: str, regions: Iterable[str]) -> bool:
+    return any(site.startswith(f"{region}.") for region in regions)
+
+
+def _largest_ancestor(model: nn.Module, site: str, blocks: list[str]) -> str | None:
+    """Return the outermost ancestor of the site, below the root, that contains no block."""
+    parts = site.split(".")
+    for depth in range(1, len(parts)):
+        path = ".".join(parts[:depth])
+        holds_block = any(block == path or block.startswith(f"{path}.") for block in blocks)
+        if not holds_block and _has_forward(model.get_submodule(path)):
+            return path
+    return None

@@ -1,0 +1,81 @@
+"""Put regions on a model and take them off; identical blocks share what they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from lora_fx.adapters.attach import attached
+from lora_fx.capture.captured import Captured
+from lora_fx.regions.region import GuardedRegion, Kind, Region, drop_region, region_of, set_region
+from lora_fx.swap import origin, original_class, swap
+
+
+def install(model: nn.Module, paths: Iterable[str]) -> None:
+    """Let the submodules at the paths run as regions, in place.
+
+    Blocks of the same class, structure, shapes and adapters share one Kind, so each graph is captured once.
+    """
+    kinds: dict[tuple[Any, ...], Kind] = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        kind = kinds.setdefault(structure_of(module), Kind())
+        swap(module, GuardedRegion)
+        set_region(module, Region(path, kind))
+
+
+def uninstall(module: nn.Module) -> None:
+    """Take the region off one module, in place."""
+    module.__class__ = origin(type(module))[0]
+    drop_region(module)
+
+
+def regions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region]]:
+    """Yield (path, module, region) for every region of the model."""
+    for path, module in model.named_modules():
+        region = region_of(module)
+        if region is not None:
+            yield path, module, region
+
+
+def structure_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return what is equal for identical blocks: classes, names, shapes, dtypes, adapters."""
+    return tuple(_facts(path, each) for path, each in module.named_modules())
+
+
+def _facts(path: str, module: nn.Module) -> tuple[Any, ...]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors)
+    found = attached(module)
+    return (path, original_class(module), shapes, None if found is None else (found.spec.lora, found.spec.mixed))
+
+
+Library = dict[tuple[Any, ...], list[Captured]]
+"""Captured graphs by the structure of the block that they were captured from."""
+
+
+def library_of(model: nn.Module) -> Library:
+    """Return every graph that the model's regions have captured, by the structure of the blocks."""
+    found: Library = {}
+    for _, module, region in regions(model):
+        found.setdefault(structure_of(module), [program.captured for program in region.kind.programs])
+    return found
+
+
+def stock(model: nn.Module, library: Library, structures: dict[str, tuple[Any, ...]]) -> None:
+    """Give the regions of an adapted model the graphs captured from its base.
+
+    Args:
+        model: the adapted model, with regions installed.
+        library: the captured graphs of the base.
+        structures: for each region's path, the structure of the block in the base.
+    """
+    stocked: set[int] = set()
+    for path, module, region in regions(model):
+        if id(region.kind) in stocked:
+            continue
+        stocked.add(id(region.kind))
+        for captured in library.get(structures[path], []):
+            region.kind.add(captured, module, verified=False)

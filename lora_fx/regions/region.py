@@ -1,0 +1,250 @@
+"""One region at run time: a submodule whose forward runs as whichever of its graphs fits the call.
+
+A call that fits none runs the module's own forward (with its adapters), is counted with the reason, and is captured
+for the next time.  So a capture can cost time but never correctness.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.capture.arguments import flatten
+from lora_fx.capture.captured import Captured, NotCaptured, VaryingSizes, capture, varying_sizes
+from lora_fx.capture.surroundings import surroundings_of
+from lora_fx.regions.checking import Replay, prove_sizes_of_one
+from lora_fx.regions.program import Program, make_program
+from lora_fx.swap import Swapped
+
+MOST_GRAPHS = 8
+"""How many graphs one region may capture; after that it warns and stays with those it has."""
+_REGION = "lora_fx_region"
+
+
+class GuardedRegion(Swapped, nn.Module):
+    """Mixin for the module of a region."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # torch.compile and torch.export trace the Python forward with its adapters
+            return super().forward(*args, **kwargs)
+        region: Region = self.__dict__[_REGION]
+        found = region.find(self, args, kwargs)
+        if found is None:
+            return region.miss(self, super().forward, args, kwargs)
+        program, inputs = found
+        return program.function(self, *inputs)
+
+
+@dataclass(slots=True)
+class Kind:
+    """What identical blocks share: their programs, and the calls that could not be captured."""
+
+    programs: list[Program] = field(default_factory=list)
+    failures: dict[tuple[object, ...], str] = field(default_factory=dict)
+    """Reason for each signature of a call that cannot be captured."""
+    lock: Any = field(default_factory=threading.Lock)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kind:
+        return self  # programs do not change; a copy of the model runs the same ones
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Kind, ())  # code is captured anew in the next process, with its torch and its classes
+
+    def add(self, captured: Captured, module: nn.Module, verified: bool) -> Program:
+        program = make_program(captured, module)
+        program.verified = verified
+        self.programs.append(program)
+        return program
+
+
+@dataclass(slots=True)
+class Region:
+    """State of one region."""
+
+    path: str
+    kind: Kind
+    enabled: bool = True
+    hits: int = 0
+    misses: Counter[str] = field(default_factory=Counter)
+    captures: int = 0
+    seconds: float = 0.0
+    """Time spent capturing and checking."""
+    mine: list[Program] = field(default_factory=list)
+    """The programs that have fitted a call of this region, the latest first."""
+    capturing: bool = True
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return (self.path, self.kind, self.enabled, self.hits, self.misses, self.seconds, self.capturing)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.path, self.kind, self.enabled, self.hits, self.misses, self.seconds, self.capturing = state
+        self.captures, self.mine = 0, []
+
+    # -- a call
+
+    def find(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, tuple[Tensor, ...]] | None:
+        """Return a proven program that fits the call, and its inputs."""
+        if not self.enabled:
+            return None
+        for position, program in enumerate(self.mine):
+            inputs = program.guard.match(module, args, kwargs)
+            if type(inputs) is tuple and program.verified:
+                self.hits += 1
+                if position:
+                    self.mine = [program, *(each for each in self.mine if each is not program)]
+                return program, inputs
+        return self._find_elsewhere(module, args, kwargs)
+
+    def _find_elsewhere(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, tuple[Tensor, ...]] | None:
+        """Look among the programs of identical blocks, and at sizes of 1."""
+        for program in self.kind.programs:
+            inputs = program.guard.match(module, args, kwargs)
+            if type(inputs) is tuple and program.verified:
+                self.hits += 1
+                self._keep(program)
+                return program, inputs
+        for program in self.kind.programs:
+            inputs = program.guard.match_ones(module, args, kwargs)
+            if type(inputs) is tuple and program.ones_of(inputs) in program.ones:
+                self.hits += 1
+                self._keep(program)
+                return program, inputs
+        return None
+
+    def _keep(self, program: Program) -> None:
+        if program not in self.mine:
+            self.mine = [program, *self.mine]
+
+    def miss(self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's own forward; if worth while, prove or capture a graph for such calls afterwards."""
+        if not self.enabled:
+            return forward(*args, **kwargs)
+        self.misses[self._why(module, args, kwargs)] += 1
+        if not self._may_capture(module, args, kwargs) or not self.kind.lock.acquire(blocking=False):
+            return forward(*args, **kwargs)
+        try:
+            replay = Replay(module, args, kwargs)
+            result = forward(*args, **kwargs)
+            started = time.perf_counter()
+            self._learn(module, forward, replay, result)
+            self.seconds += time.perf_counter() - started
+            return result
+        finally:
+            self.kind.lock.release()
+
+    def _why(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        programs = self.mine or self.kind.programs
+        if not programs:
+            return self.kind.failures.get(_signature(module, args, kwargs), "not captured yet")
+        index = programs[0].guard.match(module, args, kwargs)
+        return programs[0].guard.reasons[index] if isinstance(index, int) else "not compared with the forward yet"
+
+    def _may_capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not self.capturing:
+            return False
+        if self.captures >= MOST_GRAPHS:
+            self._warn_once()
+            return False
+        return _signature(module, args, kwargs) not in self.kind.failures
+
+    def _warn_once(self) -> None:
+        self.capturing = False
+        cause = ", ".join(reason for reason, _ in self.misses.most_common(3))
+        warnings.warn(
+            f"{self.path or 'the model'}: {MOST_GRAPHS} graphs captured and calls still differ ({cause}); "
+            "further such calls run without a graph, correct but slower",
+            stacklevel=4,
+        )
+
+    # -- learning
+
+    def _learn(self, module: nn.Module, forward: Any, replay: Replay, result: Any) -> None:
+        """Prove a waiting program on this call, or capture a new one; then see whether it holds at sizes of 1."""
+        program = self._waiting(module, replay, result) or self._capture(module, replay, result)
+        if program is not None and program.verified and not program.ones:
+            prove_sizes_of_one(program, module, forward, replay)
+
+    def _waiting(self, module: nn.Module, replay: Replay, result: Any) -> Program | None:
+        """Return a program that fits the call and has now been proven on it."""
+        for program in self.kind.programs:
+            inputs = program.guard.match_ones(module, replay.args, replay.kwargs)
+            if type(inputs) is not tuple:
+                continue
+            if self._prove(program, replay, inputs, result):
+                return program
+            if not program.verified:
+                self.kind.programs.remove(program)
+            return None
+        return None
+
+    def _prove(self, program: Program, replay: Replay, inputs: tuple[Tensor, ...], result: Any) -> bool:
+        if replay.difference(program, inputs, result) is not None:
+            return False
+        ones = program.ones_of(inputs)
+        if ones:
+            program.ones.add(ones)
+        else:
+            program.verified = True
+        self._keep(program)
+        return True
+
+    def _capture(self, module: nn.Module, replay: Replay, result: Any) -> Program | None:
+        signature = _signature(module, replay.args, replay.kwargs)
+        self.captures += 1
+        try:
+            captured = capture(module, replay.args, replay.kwargs, self._varying(replay))
+            program = make_program(captured, module)
+            inputs = program.guard.match(module, replay.args, replay.kwargs)
+            if isinstance(inputs, int):
+                raise NotCaptured(f"its own guard refuses it: {program.guard.reasons[inputs]}")
+            found = replay.difference(program, inputs, result)
+            if found is not None:
+                raise NotCaptured(f"the graph is not the forward: {found}")
+        except NotCaptured as reason:
+            self.kind.failures[signature] = str(reason)
+            return None
+        program.verified = not any(tensor.is_meta for tensor in inputs)
+        self.kind.programs.append(program)
+        self._keep(program)
+        return program
+
+    def _varying(self, replay: Replay) -> VaryingSizes:
+        """Return the sizes in which this call differs from those that were captured with the same structure."""
+        tensors = [leaf.value for leaf in flatten(replay.args, replay.kwargs).tensors()]
+        varying: VaryingSizes = frozenset()
+        for program in self.kind.programs:
+            if len(program.captured.inputs) == len(tensors) and not program.captured.same:
+                varying |= varying_sizes(program.captured.inputs, tensors)
+        return varying
+
+
+def _signature(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+    """Return what calls have in common that all can or all cannot be captured (sizes do not count)."""
+    flat = flatten(args, kwargs)
+    around = surroundings_of({leaf.value.device for leaf in flat.tensors()})
+    return (flat.signature(), module.training, around)
+
+
+def region_of(module: nn.Module) -> Region | None:
+    """Return the region of a module, or None."""
+    found: Region | None = module.__dict__.get(_REGION)
+    return found
+
+
+def set_region(module: nn.Module, region: Region) -> None:
+    module.__dict__[_REGION] = region
+
+
+def drop_region(module: nn.Module) -> None:
+    module.__dict__.pop(_REGION, None)

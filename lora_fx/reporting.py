@@ -1,0 +1,111 @@
+"""What an adapted model is made of, read off the model itself; so it also works after torch.load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from torch import fx, nn
+
+from lora_fx.adapters.attach import Attached, all_attached
+from lora_fx.applying import record_in, trainable
+from lora_fx.modules import AdaptedLinear
+from lora_fx.regions.install import regions
+from lora_fx.regions.region import Region
+from lora_fx.text import columns, count, thousands
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedSite:
+    """One adapter as it sits in the model."""
+
+    path: str
+    op: str
+    adapter: str
+    rule: str
+    r: int
+    scaling: float
+    parameters: int
+    backend: str
+    """"graph" if a region's graph or the GraphModule's own computes it, else "module"."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegionReport:
+    """One region: how many graphs fit it, how often, and why calls missed them."""
+
+    path: str
+    graphs: int
+    hits: int
+    misses: dict[str, int]
+    seconds: float
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `inspect` returns."""
+
+    model: str
+    sites: tuple[AdaptedSite, ...]
+    regions: tuple[RegionReport, ...]
+    trained: tuple[str, ...]
+    trainable: int
+    total: int
+    """Number of parameters of the adapted model, adapters included."""
+
+    def __str__(self) -> str:
+        rows = [
+            (s.path, f"r={s.r} scaling={s.scaling:g}", s.backend, s.rule, f"{thousands(s.parameters)} parameters")
+            for s in self.sites
+        ]
+        lines = [f"{self.model} · {count(len(self.sites), 'adapted site')}", "", columns(rows)]
+        if self.regions:
+            lines += ["", columns([_region_row(region) for region in self.regions])]
+        return "\n".join([*lines, "", f"Trainable: {thousands(self.trainable)} of {thousands(self.total)} parameters."])
+
+    def to_json(self) -> str:
+        return json.dumps({"schema_version": 1, **asdict(self)}, indent=1)
+
+
+def _region_row(region: RegionReport) -> tuple[str, ...]:
+    misses = ", ".join(f"{number} × {reason}" for reason, number in region.misses.items())
+    graphs = count(region.graphs, "graph") if region.graphs else f"no graph: {'; '.join(region.failures)}"
+    return (region.path or "(root)", graphs, f"{region.hits} hits", f"misses: {misses}" if misses else "no misses")
+
+
+def report(tuned: nn.Module) -> Report:
+    """Return the report of an adapted model; RefusedError if it is not adapted."""
+    record = record_in(tuned)
+    found = tuple(_region(region) for _, _, region in regions(tuned))
+    graphs = [region.path for region in found if region.graphs]
+    sites = tuple(_site(tuned, path, each, graphs) for path, each in all_attached(tuned))
+    total = sum(p.numel() for p in tuned.parameters())
+    trained = sum(p.numel() for p in trainable(tuned))
+    return Report(record.model, sites, found, record.trained, trained, total)
+
+
+def _site(tuned: nn.Module, path: str, each: Attached, graphs: list[str]) -> AdaptedSite:
+    own_graph = isinstance(tuned, fx.GraphModule) and not isinstance(each.owner, AdaptedLinear)
+    in_graph = own_graph or any(not region or path.startswith(f"{region}.") for region in graphs)
+    return AdaptedSite(
+        path=path,
+        op=each.spec.op,
+        adapter=each.spec.adapter,
+        rule=each.spec.rule,
+        r=each.spec.lora.r,
+        scaling=each.spec.scaling,
+        parameters=sum(p.numel() for p in each.parameters()),
+        backend="graph" if in_graph else "module",
+    )
+
+
+def _region(region: Region) -> RegionReport:
+    return RegionReport(
+        path=region.path,
+        graphs=len(region.kind.programs),
+        hits=region.hits,
+        misses=dict(region.misses),
+        seconds=region.seconds,
+        failures=tuple(dict.fromkeys(region.kind.failures.values())),
+    )

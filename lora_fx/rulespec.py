@@ -1,0 +1,176 @@
+"""The keys of a rule file: what each may hold and what it means; for the reader, the schema and the docs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+OPS = ("linear", "matmul", "embedding", "conv1d", "conv2d", "conv3d", "attention", "experts")
+INITS = ("kaiming", "gaussian", "orthogonal", "random")
+
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_TEXTS: dict[str, Any] = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
+_OP: dict[str, Any] = {"enum": list(OPS)}
+_SIZE = r"^\s*(\*|(>=|<=|>|<)\s*\d+|\d+\s*\.\.\s*\d+|(\d+\s*\*\s*)?[a-z])\s*$"
+_ROWS = r"^\s*\d+\s*\.\.\s*\d+\s*$"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key: its JSON schema, one sentence about it, and an example."""
+
+    schema: dict[str, Any]
+    about: str
+    example: str
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The keys of one mapping, and how people who come from elsewhere spell them."""
+
+    keys: dict[str, Key]
+    foreign: dict[str, str] = field(default_factory=dict)
+
+
+LORA = Table(
+    {
+        "r": Key({"type": "integer", "minimum": 1}, "Rank of the update, default 8.", "r: 16"),
+        "alpha": Key(
+            {"type": "number", "exclusiveMinimum": 0}, "The update is scaled by alpha / r; default 16.", "alpha: 32"
+        ),
+        "dropout": Key(
+            {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+            "Dropout on the adapter's input while training, default 0.",
+            "dropout: 0.05",
+        ),
+        "init": Key(
+            {"enum": list(INITS)},
+            "First values: `kaiming` (default), `gaussian` or `orthogonal` A with B zero; `random` for tests.",
+            "init: gaussian",
+        ),
+        "rslora": Key({"type": "boolean"}, "Scale by alpha / √r instead of alpha / r.", "rslora: true"),
+        "dora": Key({"type": "boolean"}, "Train a magnitude for each output too (DoRA).", "dora: true"),
+        "bias": Key({"type": "boolean"}, "Train the site's own bias too, saved with the adapter.", "bias: true"),
+        "adapter": Key(
+            {"type": "string", "pattern": r"^[A-Za-z_][A-Za-z0-9_]*$"},
+            "Name of the adapter that the site belongs to, default `default`.",
+            "adapter: style",
+        ),
+    },
+    {
+        "rank": "r",
+        "lora_r": "r",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "init_lora_weights": "init",
+        "use_dora": "dora",
+        "use_rslora": "rslora",
+        "rank_stabilized": "rslora",
+        "rank_stabilised": "rslora",
+        "adapter_name": "adapter",
+    },
+)
+
+MATCH = Table(
+    {
+        "name": Key(_TEXTS, "Globs (or `re:` expressions) over dotted paths; any may match.", 'name: "**.{q,v}_proj"'),
+        "shape": Key(
+            {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": 5,
+                "items": {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _SIZE}]},
+            },
+            "[out, in] of the weight: numbers, `*`, bounds, ranges, letters bound by their first use.",
+            "shape: [3*d, d]",
+        ),
+        "op": Key(
+            {"anyOf": [_OP, {"type": "array", "items": _OP, "minItems": 1}]},
+            "What is done with the weight.",
+            "op: linear",
+        ),
+        "class": Key(_TEXTS, "Globs over the owner's class, short or dotted.", "class: Linear"),
+    },
+    {"target_modules": "name", "path": "name", "names": "name", "type": "class", "kind": "op"},
+)
+
+SLICES = Table(
+    {
+        "of": Key(
+            {
+                "anyOf": [
+                    {"type": "array", "items": _TEXT, "minItems": 2, "uniqueItems": True},
+                    {
+                        "type": "object",
+                        "minProperties": 2,
+                        "additionalProperties": {
+                            "anyOf": [
+                                {"type": "integer", "minimum": 1},
+                                {"type": "string", "pattern": _ROWS},
+                                {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": _ROWS}},
+                            ]
+                        },
+                    },
+                ]
+            },
+            "The parts of a fused weight: equal ones by name, or with their rows.",
+            "of: [q, k, v]",
+            required=True,
+        ),
+        "adapt": Key(
+            {"type": "array", "items": _TEXT, "minItems": 1, "uniqueItems": True},
+            "Which parts get an adapter.",
+            "adapt: [q, v]",
+            required=True,
+        ),
+    }
+)
+
+RULE = Table(
+    {
+        "name": Key(_TEXT, "What messages call the rule; default `rule 1`, `rule 2`, ….", "name: attention"),
+        "match": Key(
+            {"$ref": "#/$defs/match"}, "Which sites; all given keys must hold.", 'match: {name: "**.fc1"}', True
+        ),
+        "lora": Key({"$ref": "#/$defs/lora"}, "The adapter, on top of `defaults`.", "lora: {r: 16, alpha: 32}"),
+        "skip": Key(_TEXT, "Leave these sites alone; the text is the reason.", 'skip: "tied to the embedding"'),
+        "slices": Key(
+            {"$ref": "#/$defs/slices"}, "Adapt parts of a fused weight.", "slices: {of: [q, k, v], adapt: [q, v]}"
+        ),
+        "expect": Key(
+            {"anyOf": [{"type": "integer", "minimum": 0}, {"const": "any"}]},
+            "How many sites the rule must decide; default at least one, `any` allows none.",
+            "expect: 12",
+        ),
+    },
+    {
+        "target_modules": "match.name",
+        "targets": "match.name",
+        "config": "lora",
+        "ignore": "skip",
+        "exclude": "skip",
+        **{key: f"lora.{key}" for key in LORA.keys},
+        **{foreign: f"lora.{key}" for foreign, key in LORA.foreign.items()},
+        **{key: f"match.{key}" for key in MATCH.keys if key != "name"},
+    },
+)
+
+TOP = Table(
+    {
+        "version": Key({"const": 1}, "Version of the format.", "version: 1", required=True),
+        "defaults": Key({"$ref": "#/$defs/lora"}, "What all rules share.", "defaults: {r: 8, alpha: 16}"),
+        "rules": Key(
+            {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/rule"}},
+            "The rules; the first that matches a site decides it.",
+            "rules: […]",
+            required=True,
+        ),
+        "train": Key(
+            {"type": "array", "minItems": 1, "items": _TEXT},
+            "Globs of modules that are trained whole and saved with the adapter.",
+            'train: ["classifier"]',
+        ),
+    },
+    {"modules_to_save": "train", "default": "defaults", "rule": "rules"},
+)

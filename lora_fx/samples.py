@@ -1,0 +1,82 @@
+"""One sample of a model's inputs, and the ways in which users give several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import CaptureError
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Positional and keyword arguments of one forward call."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def call(*args: Any, **kwargs: Any) -> Sample:
+    """Return one sample of inputs: `call(ids, attention_mask=mask)` stands for `model(ids, attention_mask=mask)`."""
+    return Sample(args, kwargs)
+
+
+def samples_of(example_inputs: object) -> tuple[Sample, ...]:
+    """Return the samples that a user gave: a tuple (positional), a dict (keyword), a `call(...)`, or a list of these.
+
+    Raises:
+        CaptureError: for anything else; says what was found.
+    """
+    items = example_inputs if isinstance(example_inputs, list) else [example_inputs]
+    if not items:
+        raise CaptureError("example_inputs is an empty list", advice="leave it out, or give a tuple, a dict or a call")
+    return tuple(_sample(item) for item in items)
+
+
+def _sample(item: object) -> Sample:
+    if isinstance(item, Sample):
+        return item
+    if isinstance(item, tuple):
+        return Sample(item)
+    if isinstance(item, Mapping):  # a tokenizer's BatchEncoding is one
+        return Sample((), {str(key): value for key, value in item.items()})
+    if isinstance(item, Tensor):
+        raise CaptureError(
+            "example_inputs is a bare tensor",
+            [("found", f"Tensor {list(item.shape)}")],
+            "put it into a tuple: example_inputs=(x,)",
+        )
+    raise CaptureError(
+        f"example_inputs is a {type(item).__name__}",
+        advice="give a tuple (positional), a dict (keyword), a lora_fx.call(...), or a list of these",
+    )
+
+
+def moved(sample: Sample, device: torch.device) -> Sample:
+    """Return the sample with its tensors on the device; the sample itself stays as it is."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if type(value) in (tuple, list):
+            return type(value)(move(item) for item in value)
+        if type(value) is dict:
+            return {key: move(item) for key, item in value.items()}
+        return value
+
+    return Sample(move(sample.args), move(sample.kwargs))
+
+
+def dummy_samples(model: nn.Module) -> tuple[Sample, ...] | None:
+    """Return the samples that the model's own class offers (transformers' `dummy_inputs`), or None."""
+    if not isinstance(getattr(type(model), "dummy_inputs", None), property):
+        return None
+    try:
+        inputs = model.dummy_inputs
+    except Exception:  # some classes inherit the property without what it needs
+        return None
+    return (Sample((), dict(inputs)),) if isinstance(inputs, Mapping) else None

@@ -1,0 +1,77 @@
+"""Give one module object other behaviour: its class becomes a dynamic subclass of its own class.
+
+Overriding `forward` on the instance breaks deepcopy, `load_state_dict(assign=True)` and activation checkpointing;
+replacing the module loses its class, attributes and hooks.  A subclass `class Linear(Mixin, Linear)` keeps them all.
+The subclass is made on demand, one per (class, mixin), bears the name of the original, and pickles as the original
+class plus the mixin.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_CLASSES: dict[tuple[type, type], type] = {}
+_ORIGIN = "_lora_fx_origin"
+
+
+class Swapped:
+    """Base of all mixins: makes their subclasses copy and pickle."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if not is_swapped(type(self)):  # somebody (FSDP2) has made a subclass of ours: theirs to copy
+            return super().__reduce_ex__(protocol)  # type: ignore[return-value]
+        original, mixin = origin(type(self))
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *rest = reduced
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            arguments = tuple(original if each is type(self) else each for each in arguments)
+        return (_rebuild, (mixin, function, arguments), *rest)
+
+
+def _rebuild(mixin: type, function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+    module = function(*arguments)
+    module.__class__ = swapped_class(type(module), mixin)
+    return module
+
+
+def swapped_class(original: type, mixin: type) -> type:
+    """Return the subclass of `original` with the behaviour of `mixin`, the same object at every call."""
+    key = (original, mixin)
+    if key not in _CLASSES:
+        names = ("__module__", "__qualname__", "__doc__")
+        body = {name: getattr(original, name) for name in names} | {_ORIGIN: key}
+        _CLASSES[key] = type(original)(original.__name__, (mixin, original), body)
+    return _CLASSES[key]
+
+
+def origin(kind: type) -> tuple[type, type]:
+    """Return (original class, mixin) of a class that `swapped_class` made."""
+    pair: tuple[type, type] = kind.__dict__[_ORIGIN]
+    return pair
+
+
+def is_swapped(kind: type) -> bool:
+    return _ORIGIN in kind.__dict__
+
+
+def swap(module: nn.Module, mixin: type) -> None:
+    """Give the module the behaviour of the mixin, in place; its attributes and parameters stay as they are."""
+    module.__class__ = swapped_class(type(module), mixin)
+
+
+def unswap(module: nn.Module) -> None:
+    """Give the module its own class back, in place; a module that was not swapped stays as it is."""
+    while is_swapped(type(module)):
+        module.__class__ = origin(type(module))[0]
+
+
+def original_class(module: nn.Module) -> type:
+    """Return the class that the module has without swaps."""
+    kind = type(module)
+    while is_swapped(kind):
+        kind = origin(kind)[0]
+    return kind

@@ -1,0 +1,57 @@
+"""Parameters and buffers by dotted name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+
+def _slot(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
+    """Return the table that holds the parameter or buffer, and its name there."""
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    tables: tuple[dict[str, Tensor | None], ...] = (owner._parameters, owner._buffers)  # type: ignore[assignment]
+    for table in tables:
+        if last in table:
+            return table, last
+    raise KeyError(name)
+
+
+def get_tensor(model: nn.Module, name: str) -> Tensor | None:
+    """Return the parameter or buffer of that dotted name."""
+    table, last = _slot(model, name)
+    return table[last]
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put the tensor in place of the parameter or buffer of that name; what is tied to it keeps the old one."""
+    table, last = _slot(model, name)
+    table[last] = tensor
+
+
+def own_parameters(model: nn.Module, names: Iterable[str], requires_grad: bool) -> None:
+    """Give the parameters of these names memory of their own; those that are tied to each other stay so."""
+    copies: dict[int, nn.Parameter] = {}
+    for name in names:
+        old = get_tensor(model, name)
+        assert old is not None
+        if id(old) not in copies:
+            copies[id(old)] = nn.Parameter(old.detach().clone(), requires_grad=requires_grad)
+        set_tensor(model, name, copies[id(old)])
+
+
+@contextlib.contextmanager
+def borrowed(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the model use other tensors for a while."""
+    own: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
+    for name, value in values.items():
+        table, last = _slot(model, name)
+        own.append((table, last, table[last]))
+        table[last] = nn.Parameter(value, requires_grad=False) if isinstance(table[last], nn.Parameter) else value
+    try:
+        yield
+    finally:
+        for table, last, tensor in own:
+            table[last] = tensor

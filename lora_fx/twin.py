@@ -1,0 +1,99 @@
+"""A frozen twin of a model: the same class and structure, own modules, base parameters on shared storage.
+
+The caller's model keeps its flags, values and behaviour; no weight is copied.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lora_fx.errors import RefusedError
+
+
+def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
+    """Return a copy of the model's structure whose parameters share the model's storage; the model stays unchanged.
+
+    Parameters that are tied in the model are tied in the twin.  Buffers are copied, so that running statistics do not
+    leak back.  With `freeze`, no parameter of the twin requires a gradient; otherwise each keeps its flag.
+
+    Raises:
+        RefusedError: if the model has uninitialised (lazy) parameters or cannot be copied; says which part.
+    """
+    _refuse_lazy(model)
+    memo: dict[int, object] = {id(p): _alias(p, freeze) for p in model.parameters()}
+    memo |= {id(t): t.detach() for t in _computed_tensors(model)}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        parts = list(_uncopyable_parts(model)) or [("(root)", f"{type(error).__name__}: {error}")]
+        raise RefusedError(
+            "the model cannot be copied, so it cannot be adapted without changing it",
+            parts,
+            "give these attributes a __deepcopy__, or remove them before",
+        ) from error
+
+
+def _alias(parameter: nn.Parameter, freeze: bool) -> Tensor:
+    flag = parameter.requires_grad and not freeze
+    if type(parameter) is not nn.Parameter and not parameter.requires_grad:
+        return parameter  # quantised weights carry state that detach() drops; frozen, they can serve both models
+    alias = parameter.detach()
+    if not isinstance(alias, nn.Parameter):
+        alias = nn.Parameter(alias, requires_grad=flag)
+    alias.requires_grad_(flag)
+    vars(alias).update(vars(parameter))
+    return alias
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise RefusedError(
+            "the model has parameters without a shape",
+            [(name, "not initialised") for name in lazy],
+            "call the model once, so that its lazy modules learn their sizes",
+        )
+
+
+def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield plain tensor attributes that autograd computed (weight_norm's weight): deepcopy refuses them."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield value
+
+
+def _uncopyable_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (path, reason) for every attribute of a module that copy.deepcopy cannot copy."""
+    shared: dict[int, object] = {id(each): each for each in (*model.modules(), *model.parameters(), *model.buffers())}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            try:
+                copy.deepcopy(value, dict(shared))
+            except Exception as error:
+                yield f"{path}.{name}".lstrip("."), f"{type(error).__name__}: {error}"
+
+
+def shares_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether the two tensors are views of the same memory."""
+    if a.device != b.device or a.device.type == "meta":
+        return a is b
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def total_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, each counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether the model has no values: all its parameters are on the meta device."""
+    parameters = list(model.parameters())
+    return bool(parameters) and all(p.device == torch.device("meta") for p in parameters)

@@ -1,0 +1,355 @@
+"""YAML text → a light tree of nodes with positions.
+
+Built from PyYAML's events without recursion and without ever making an object of a tag.  Everything that YAML lets
+through in silence and that a rule file cannot mean is an error here: duplicate keys, custom tags, several documents,
+alias bombs, leading zeros.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_fx.errors import Problem, RuleError
+
+MOST_BYTES = 1024 * 1024
+MOST_DEPTH = 20
+MOST_NODES = 100_000
+Value = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a node stands: line and column from 1 in a file, or a path such as `rules[1].lora` in a dict."""
+
+    line: int = 0
+    column: int = 0
+    length: int = 1
+    path: str = ""
+
+
+@dataclass(slots=True)
+class Node:
+    """A scalar, a list or a mapping, and where it was written."""
+
+    place: Place
+    value: Value = None
+    items: list[Node] | None = None
+    pairs: list[tuple[Node, Node]] | None = None
+    size: int = 1
+    """Number of nodes in it, aliases counted each time."""
+    quoted: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words: `the string '8'`, `a list`."""
+        if self.items is not None:
+            return "a list"
+        if self.pairs is not None:
+            return "a mapping"
+        return describe(self.value)
+
+
+def describe(value: object) -> str:
+    """Return a value in words."""
+    if value is None:
+        return "nothing"
+    kind = {str: "string", bool: "boolean", int: "number", float: "number"}[type(value)]
+    shown = ("true" if value else "false") if isinstance(value, bool) else repr(value)
+    return f"the {kind} {shown if len(shown) <= 40 else shown[:37] + '…'}"
+
+
+@dataclass(slots=True)
+class Source:
+    """The text that nodes come from, and the problems found in it."""
+
+    name: str
+    lines: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def problem(self, place: Place, message: str, hint: str = "") -> None:
+        self.problems.append(self._problem(place, message, hint))
+
+    def fail(self, place: Place, message: str, hint: str = "") -> RuleError:
+        """Return an error for a problem after which nothing more can be read."""
+        return RuleError(self.name, [*self.problems, self._problem(place, message, hint)])
+
+    def raise_problems(self) -> None:
+        if self.problems:
+            ordered = sorted(self.problems, key=lambda problem: (problem.line, problem.column))
+            raise RuleError(self.name, ordered)
+
+    def _problem(self, place: Place, message: str, hint: str) -> Problem:
+        line = self.lines[place.line - 1] if 0 < place.line <= len(self.lines) else ""
+        return Problem(message, place.line, place.column, place.length, line, hint, place.path)
+
+
+# -- files
+
+
+def read_file(path: Path, name: str) -> tuple[Source, Node]:
+    """Return the tree of a file; RuleError if it cannot be read or is no single YAML document."""
+    source = Source(name)
+    text = _decoded(_bytes_of(path, source), source)
+    source.lines = text.splitlines()
+    return source, _Builder(source).build(text)
+
+
+def _bytes_of(path: Path, source: Source) -> bytes:
+    try:
+        if path.is_dir():
+            raise source.fail(Place(), "is a directory, not a rule file")
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise source.fail(Place(), f"has {size:,} bytes; a rule file has at most {MOST_BYTES:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise source.fail(Place(), f"cannot be read: {os.strerror(error.errno) if error.errno else error}") from error
+
+
+def _decoded(content: bytes, source: Source) -> str:
+    if b"\0" in content:
+        raise source.fail(Place(), "is a binary file, not YAML text")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise source.fail(Place(line, 1), "is not UTF-8 text") from error
+
+
+# -- events to nodes
+
+_LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+_PLAIN_TAGS = frozenset(
+    {None, "!"} | {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
+)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A list or mapping whose end has not been seen."""
+
+    node: Node
+    anchor: str | None
+    key: Node | None = None
+
+
+class _Builder:
+    """Builds the tree of one document, event by event."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.open: list[_Open] = []
+        self.anchors: dict[str, Node] = {}
+        self.root: Node | None = None
+        self.documents = 0
+
+    def build(self, text: str) -> Node:
+        try:
+            for event in yaml.parse(text, Loader=_LOADER):
+                self._take(event)
+        except yaml.MarkedYAMLError as error:
+            raise self._syntax_error(error) from error
+        except yaml.YAMLError as error:
+            raise self.source.fail(Place(), f"is not YAML: {error}") from error
+        if self.root is None:
+            raise self.source.fail(Place(), "is empty", "a rule file starts with `version: 1`")
+        return self.root
+
+    def _syntax_error(self, error: yaml.MarkedYAMLError) -> RuleError:
+        mark = error.problem_mark or error.context_mark
+        place = Place() if mark is None else Place(mark.line + 1, mark.column + 1)
+        line = self.source.lines[place.line - 1] if 0 < place.line <= len(self.source.lines) else ""
+        return self.source.fail(place, f"not valid YAML: {error.problem or error.context}", _hint_for(line, str(error)))
+
+    def _take(self, event: Any) -> None:
+        if isinstance(event, yaml.DocumentStartEvent):
+            self.documents += 1
+            if self.documents > 1:
+                raise self.source.fail(_place(event), "a second document starts here; a rule file holds one")
+        elif isinstance(event, yaml.ScalarEvent):
+            self._check_tag(event)
+            self._add(self._scalar(event), event.anchor)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            self._start(event)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            finished = self.open.pop()
+            self._add(finished.node, finished.anchor)
+        elif isinstance(event, yaml.AliasEvent):
+            self._alias(event)
+
+    def _check_tag(self, event: Any) -> None:
+        if event.tag not in _PLAIN_TAGS:
+            raise self.source.fail(
+                _place(event), f"the tag {_short_tag(event.tag)} is not allowed; rules are plain data"
+            )
+
+    def _start(self, event: Any) -> None:
+        self._check_tag(event)
+        if len(self.open) >= MOST_DEPTH:
+            raise self.source.fail(_place(event), f"nested deeper than {MOST_DEPTH} levels")
+        mapping = isinstance(event, yaml.MappingStartEvent)
+        node = Node(_place(event), pairs=[]) if mapping else Node(_place(event), items=[])
+        self.open.append(_Open(node, event.anchor))
+
+    def _alias(self, event: Any) -> None:
+        node = self.anchors.get(event.anchor)
+        if node is None:
+            hint = _hint_for(self.source.lines[event.start_mark.line], "alias")
+            raise self.source.fail(_place(event), f"the alias *{event.anchor} is not defined", hint)
+        self._add(node, None)
+
+    def _add(self, node: Node, anchor: str | None) -> None:
+        if anchor is not None:
+            self.anchors[anchor] = node
+        if not self.open:
+            self.root = node
+            return
+        parent = self.open[-1]
+        parent.node.size += node.size
+        if parent.node.size > MOST_NODES:
+            raise self.source.fail(node.place, f"has more than {MOST_NODES:,} entries, aliases counted each time")
+        self._add_to(parent, node)
+
+    def _add_to(self, parent: _Open, node: Node) -> None:
+        if parent.node.items is not None:
+            parent.node.items.append(node)
+        elif parent.key is None:
+            parent.key = node
+        else:
+            _add_pair(self.source, parent.node, parent.key, node)
+            parent.key = None
+
+    def _scalar(self, event: Any) -> Node:
+        place = _place(event)
+        if not event.implicit[0] or event.style not in (None, ""):
+            return Node(place, value=event.value, quoted=True)
+        try:
+            return Node(place, value=plain_value(event.value))
+        except ValueError as error:
+            self.source.problem(place, str(error), "write it without leading zeros, or quote it")
+            return Node(place, value=event.value)
+
+
+def _place(event: Any) -> Place:
+    start, end = event.start_mark, event.end_mark
+    length = end.column - start.column if end.line == start.line else 1
+    return Place(start.line + 1, start.column + 1, max(1, length))
+
+
+def _short_tag(tag: str) -> str:
+    return "!!" + tag.removeprefix("tag:yaml.org,2002:") if tag.startswith("tag:yaml.org,2002:") else tag
+
+
+def _hint_for(line: str, problem: str) -> str:
+    if "\t" in line and ("cannot start any token" in problem or "tab" in problem):
+        return "a tab stands here; YAML is indented with spaces"
+    if re.search(r"[:\-\[,]\s*\*", line):
+        return 'a glob that starts with `*` must be quoted: name: "**.q_proj"'
+    if re.search(r":\s*[\[{%@`]", line):
+        return "quote the text if it is one"
+    return ""
+
+
+def _add_pair(source: Source, mapping: Node, key: Node, value: Node) -> None:
+    """Add a pair to a mapping; a key that is no string or stands there already is a problem."""
+    assert mapping.pairs is not None
+    if not isinstance(key.value, str) or key.items is not None or key.pairs is not None:
+        source.problem(key.place, f"a key must be a string, found {key.kind}")
+        return
+    if key.value == "<<" and not key.quoted:
+        source.problem(key.place, "merge keys (<<) are not supported", "put what rules share under `defaults:`")
+        return
+    earlier = next((each for each, _ in mapping.pairs if each.value == key.value), None)
+    if earlier is not None:
+        where = f", first in line {earlier.place.line}" if earlier.place.line else ""
+        source.problem(key.place, f"the key '{key.value}' stands here twice{where}")
+        return
+    mapping.pairs.append((key, value))
+
+
+# -- scalars, as YAML 1.2 reads them
+
+_INTEGER = re.compile(r"[-+]?\d+")
+_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?")
+_LEADING_ZERO = re.compile(r"[-+]?0\d+")
+_SPECIAL: dict[str, Value] = {
+    "": None, "~": None, "null": None, "Null": None, "NULL": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+    ".inf": math.inf, "-.inf": -math.inf, ".nan": math.nan, ".Inf": math.inf, ".NaN": math.nan, ".NAN": math.nan,
+}  # fmt: skip
+
+
+def plain_value(text: str) -> Value:
+    """Return the value of an unquoted scalar; ValueError for numbers with leading zeros.
+
+    As YAML 1.2 and not 1.1: `on` and `yes` are strings, `1e-3` is a number.
+    """
+    if text in _SPECIAL:
+        return _SPECIAL[text]
+    if _LEADING_ZERO.fullmatch(text):
+        raise ValueError(f"{text} could be {int(text)} or the octal number {text}")
+    if _INTEGER.fullmatch(text):
+        return int(text) if len(text) <= 18 else float(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+# -- dicts
+
+
+def read_mapping(rules: Mapping[str, object], name: str) -> tuple[Source, Node]:
+    """Return the tree of rules given as a dict; positions are paths such as `rules[1].lora.r`."""
+    source = Source(name)
+    builder = _DictReader(source)
+    return source, builder.node(rules, "", 0)
+
+
+class _DictReader:
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.count = 0
+
+    def node(self, value: object, path: str, depth: int) -> Node:
+        place = Place(path=path)
+        self.count += 1
+        if depth > MOST_DEPTH:
+            raise self.source.fail(place, f"nested deeper than {MOST_DEPTH} levels")
+        if self.count > MOST_NODES:
+            raise self.source.fail(place, f"has more than {MOST_NODES:,} entries")
+        if isinstance(value, Mapping):
+            return self._mapping(value, path, depth)
+        if isinstance(value, (list, tuple)):
+            items = [self.node(item, f"{path}[{position}]", depth + 1) for position, item in enumerate(value)]
+            return Node(place, items=items)
+        return self._scalar(value, place)
+
+    def _mapping(self, value: Mapping[Any, object], path: str, depth: int) -> Node:
+        node = Node(Place(path=path), pairs=[])
+        for key, item in value.items():
+            here = f"{path}.{key}" if path else str(key)
+            key_node = self._scalar(key, Place(path=here))
+            _add_pair(self.source, node, key_node, self.node(item, here, depth + 1))
+        return node
+
+    def _scalar(self, value: object, place: Place) -> Node:
+        if value is None or isinstance(value, (str, bool, int, float)):
+            return Node(place, value=_plain(value), quoted=isinstance(value, str))
+        self.source.problem(place, f"a {type(value).__name__} cannot stand in rules")
+        return Node(place)
+
+
+def _plain(value: str | bool | int | float | None) -> Value:
+    """Return the value as its plain type: numpy's float64 is a float, an enum of strings a str."""
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return None
