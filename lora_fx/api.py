@@ -15,11 +15,11 @@ from lora_fx.checkpoint.read import read_adapters
 from lora_fx.discovery import take_inventory
 from lora_fx.errors import CaptureError, StalePlanError
 from lora_fx.graphdiff.compare import GraphDiff, graph_diff
-from lora_fx.planning import Plan, decide, with_backends
+from lora_fx.planning import Plan, decide, on_modules
 from lora_fx.reporting import Report, report
 from lora_fx.rules import RuleSet, read_rules
 from lora_fx.sites import differences
-from lora_fx.surveying import Study, with_graphs
+from lora_fx.surveying import Study, studied
 
 Rules: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet
 ChosenBackend: TypeAlias = Literal["auto", "graph", "modules"]
@@ -43,7 +43,7 @@ def plan(model: nn.Module, rules: Rules, example_inputs: object = None) -> Plan:
         RefusedError: the model is adapted already, compiled, or cannot be copied.
     """
     decided = decide(read_rules(rules), take_inventory(model))
-    return with_graphs(decided, model, example_inputs)
+    return studied(decided, model, example_inputs)
 
 
 def apply(
@@ -85,7 +85,7 @@ def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: obje
     else:
         decided = _still_fitting(rules_or_plan, model)
     if backend == "modules":
-        return with_backends(decided, "module", 'backend="modules"')
+        return on_modules(studied(on_modules(decided), model, example_inputs, graphs=False))
     if decided.capture is not None and example_inputs is None:
         return decided
     if isinstance(rules_or_plan, Plan) and decided.regions and example_inputs is None:
@@ -93,7 +93,7 @@ def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: obje
             "the plan has graphs, which were captured in another process",
             advice='give the example_inputs again, or backend="modules"',
         )
-    return with_graphs(decided, model, example_inputs)
+    return studied(decided, model, example_inputs)
 
 
 def _still_fitting(decided: Plan, model: nn.Module) -> Plan:
@@ -141,7 +141,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str], example_inputs: ob
         RefusedError: a site that cannot be adapted.
     """
     files = read_adapters(directory)
-    decided = with_graphs(restore.plan_of(files, take_inventory(model), model), model, example_inputs)
+    decided = studied(restore.plan_of(files, take_inventory(model), model), model, example_inputs)
     twin = applying.build(model, decided)
     restore.fill(twin, files)
     _install_graphs(twin, decided)

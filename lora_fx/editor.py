@@ -121,6 +121,15 @@ class Writer:
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return fx.Proxy(node, self._tracer)
 
-    def module(self, path: str) -> Callable[[Any], Any]:
+    def attribute(self, path: str) -> fx.Proxy:
+        """Write a read of the parameter at the path."""
+        return self.proxy(self.graph.get_attr(path))
+
+    def module(self, path: str) -> Callable[..., Any]:
         """Return a function that writes a call of the module at the path."""
-        return lambda x: fx.Proxy(self.graph.call_module(path, (x.node,)), self._tracer)
+
+        def call(*args: fx.Proxy, **kwargs: fx.Proxy | None) -> fx.Proxy:
+            keywords: dict[str, Any] = {n: None if value is None else value.node for n, value in kwargs.items()}
+            return self.proxy(self.graph.call_module(path, tuple(arg.node for arg in args), keywords))
+
+        return call

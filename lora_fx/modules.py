@@ -5,12 +5,14 @@ It is the meaning that the graph backend must equal, and what runs wherever a gr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, attach, attached, detach
+from lora_fx.adapters.dora import row_norms
 from lora_fx.adapters.lora import add_low_rank, low_rank_weight
 from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.swap import Swapped, original_class, swap, unswap
@@ -25,16 +27,26 @@ class AdaptedLinear(Swapped, nn.Linear):
     lora_A: Any  # nn.ModuleDict of LoRAFactor; nn.Module's own annotations would call it a Tensor
     lora_B: Any
     lora_dropout: Any
+    lora_magnitude_vector: Any
 
     def forward(self, input: Tensor) -> Tensor:
         base = self.base_forward(input)
         name = self.__dict__[_ACTIVE]
         if name is None:
             return base
-        A, B, dropout = self.lora_A[name], self.lora_B[name], None
-        if A.spec.lora.dropout:
+        A, B, dropout, magnitude = self.lora_A[name], self.lora_B[name], None, None
+        lora = A.spec.lora
+        if lora.dropout:
             dropout = self.lora_dropout[name]
-        return add_low_rank(base, input, A, B, dropout, A.spec.scaling, A.spec.mixed)
+        if lora.dora:
+            magnitude = functools.partial(
+                self.lora_magnitude_vector[name],
+                weight=self._parameters["weight"],
+                bias=self.bias,
+                lora_A=A.weight,
+                lora_B=B.weight,
+            )
+        return add_low_rank(base, input, A, B, dropout, magnitude, lora.scaling, A.spec.mixed)
 
     def base_forward(self, input: Tensor) -> Tensor:
         """Return what the module computes without its adapter."""
@@ -61,11 +73,15 @@ class AdaptedWeightRead(AdaptedLinear):
 
 
 def effective_weight(owner: nn.Module, base: Tensor) -> Tensor:
-    """Return W + scaling · B A in W's dtype, through which gradients reach A and B."""
+    """Return W + scaling · B A (DoRA: m · V / ‖V‖) in W's dtype, through which gradients reach the adapter."""
     found = attached(owner)
     assert found is not None
-    delta = low_rank_weight(found.lora_A.weight, found.lora_B.weight, found.spec.scaling)
-    return base + delta.to(base.dtype)
+    A, B, scaling = found.lora_A.weight, found.lora_B.weight, found.spec.scaling
+    delta = low_rank_weight(A, B, scaling).to(base.dtype)
+    if found.magnitude is None:
+        return base + delta
+    scale = (found.magnitude.weight / row_norms(base, A, B, scaling).to(base.dtype)).unsqueeze(1)
+    return base + (scale - 1) * base + scale * delta
 
 
 def adapt(owner: nn.Module, shape: tuple[int, ...], spec: AdapterSpec, weight_is_read: bool) -> None:

@@ -273,7 +273,10 @@ def _rank_notes(planned: Iterable[PlannedSite]) -> list[str]:
     ]
 
 
-def with_backends(plan: Plan, backend: Backend, reason: str) -> Plan:
-    """Return the plan with every site on one backend."""
-    sites = tuple(replace(each, site=replace(each.site, backend=backend, backend_reason=reason)) for each in plan.sites)
+def on_modules(plan: Plan) -> Plan:
+    """Return the plan with every site on the module backend, as asked for."""
+    reason = 'backend="modules"'
+    sites = tuple(
+        replace(each, site=replace(each.site, backend="module", backend_reason=reason)) for each in plan.sites
+    )
     return replace(plan, sites=sites, regions=(), capture=None)

@@ -23,10 +23,16 @@ class Study:
     samples: tuple[Sample, ...]
 
 
-def with_graphs(plan: Plan, model: nn.Module, example_inputs: object) -> Plan:
-    """Return the plan with each site's backend, found by running the model on samples of its inputs.
+def studied(plan: Plan, model: nn.Module, example_inputs: object, graphs: bool = True) -> Plan:
+    """Return the plan with each site's backend and number of calls, found by running the model on samples.
 
     The model stays unchanged: a twin runs.
+
+    Args:
+        plan: a plan for the model.
+        model: the model.
+        example_inputs: the user's samples, or None.
+        graphs: whether to capture graphs; without, only calls are counted.
 
     Raises:
         CaptureError: if the user's own inputs are of a wrong kind or the model refuses them.
@@ -36,25 +42,25 @@ def with_graphs(plan: Plan, model: nn.Module, example_inputs: object) -> Plan:
     given = None if example_inputs is None else samples_of(example_inputs)
     samples = given or dummy_samples(model)
     if samples is None:
-        return _without_inputs(plan, model)
+        return _without_inputs(plan, model) if graphs else plan
     try:
-        return _surveyed(plan, model, _on_device(samples, model))
+        return _surveyed(plan, model, _on_device(samples, model), graphs)
     except _ModelRefuses as refusal:
         if given is not None and not is_meta(model):
             raise CaptureError(
                 "the model refuses the example inputs", [("(root)", str(refusal))], "check example_inputs"
             ) from refusal.__cause__
-        return _noted(plan, f"no graphs: the model does not run on its sample inputs here ({refusal})")
+        return _noted(_without_inputs(plan, model), f"the model does not run on its sample inputs here: {refusal}")
 
 
 class _ModelRefuses(Exception):
     """The model raised for a sample."""
 
 
-def _surveyed(plan: Plan, model: nn.Module, samples: tuple[Sample, ...]) -> Plan:
+def _surveyed(plan: Plan, model: nn.Module, samples: tuple[Sample, ...], graphs: bool) -> Plan:
     adapted = [site.path for site in plan.adapted]
     try:
-        found = survey(make_twin(model), samples, adapted)
+        found = survey(make_twin(model), samples, adapted if graphs else [])
     except Exception as error:
         raise _ModelRefuses(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     sites = tuple(_with_backend(each, found) for each in plan.sites)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapters.dora import DoRAMagnitude, row_norms
 from lora_fx.adapters.initialise import initialise
 from lora_fx.adapters.lora import LoRAFactor
 from lora_fx.adapters.spec import AdapterSpec
 
-CHILDREN = ("lora_A", "lora_B", "lora_dropout")
+CHILDREN = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -26,6 +27,7 @@ class Attached:
     lora_A: LoRAFactor
     lora_B: LoRAFactor
     dropout: nn.Module | None
+    magnitude: DoRAMagnitude | None
 
     @property
     def base_weight(self) -> Tensor:
@@ -38,6 +40,8 @@ class Attached:
         """Yield the parameters that belong to the adapter: A and B, and the site's bias if the rule trains it."""
         yield self.lora_A.weight
         yield self.lora_B.weight
+        if self.magnitude is not None:
+            yield self.magnitude.weight
         if self.spec.lora.bias and isinstance(self.owner.bias, nn.Parameter):
             yield self.owner.bias
 
@@ -53,8 +57,9 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
 def attach(owner: nn.Module, weight: Tensor, shape: tuple[int, ...], spec: AdapterSpec) -> Attached:
     """Add freshly initialised factors to the owner of a base weight; no key of the owner changes.
 
-    Adds `lora_A.<adapter>.weight` [r, in], `lora_B.<adapter>.weight` [out, r] and, where the rule asks for dropout,
-    a parameterless `lora_dropout.<adapter>`, all in the owner's mode (train or eval) and on the weight's device.
+    Adds `lora_A.<adapter>.weight` [r, in] and `lora_B.<adapter>.weight` [out, r]; where the rule asks for it a
+    parameterless `lora_dropout.<adapter>` and, for DoRA, `lora_magnitude_vector.<adapter>.weight` [out]; all in the
+    owner's mode (train or eval) and on the weight's device.
     """
     out_features, in_features = shape[0], math.prod(shape[1:])
     dtype, device = adapter_dtype(weight), weight.device
@@ -65,6 +70,9 @@ def attach(owner: nn.Module, weight: Tensor, shape: tuple[int, ...], spec: Adapt
     owner.lora_B = nn.ModuleDict({spec.adapter: factor_b})
     if spec.lora.dropout:
         owner.lora_dropout = nn.ModuleDict({spec.adapter: nn.Dropout(spec.lora.dropout)})
+    if spec.lora.dora:
+        norms = row_norms(weight, factor_a.weight, factor_b.weight, spec.scaling).to(dtype)
+        owner.lora_magnitude_vector = nn.ModuleDict({spec.adapter: DoRAMagnitude(norms, spec.scaling)})
     for name in CHILDREN:
         if name in owner._modules:
             owner._modules[name].train(owner.training)  # type: ignore[union-attr]
@@ -84,11 +92,12 @@ def attached(owner: nn.Module) -> Attached | None:
     return None
 
 
-def _partners(owner: nn.Module, adapter: str) -> tuple[LoRAFactor, nn.Module | None]:
-    partner = owner.get_submodule(f"lora_B.{adapter}")
-    assert isinstance(partner, LoRAFactor)
-    dropouts = owner._modules.get("lora_dropout")
-    return partner, None if dropouts is None else dropouts._modules[adapter]
+def _partners(owner: nn.Module, adapter: str) -> tuple[LoRAFactor, nn.Module | None, DoRAMagnitude | None]:
+    found = [None if (each := owner._modules.get(name)) is None else each._modules[adapter] for name in CHILDREN[1:]]
+    lora_b, dropout, magnitude = found
+    assert isinstance(lora_b, LoRAFactor)
+    assert magnitude is None or isinstance(magnitude, DoRAMagnitude)
+    return lora_b, dropout, magnitude
 
 
 def all_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:

@@ -41,7 +41,14 @@ TensorMap = Callable[[Tensor], Tensor]
 
 
 def add_low_rank(
-    base: Tensor, x: Tensor, A: TensorMap, B: TensorMap, dropout: TensorMap | None, scaling: float, mixed: bool
+    base: Tensor,
+    x: Tensor,
+    A: TensorMap,
+    B: TensorMap,
+    dropout: TensorMap | None,
+    magnitude: Callable[[Tensor, Tensor], Tensor] | None,
+    scaling: float,
+    mixed: bool,
 ) -> Tensor:
     """Return base + scaling · B A dropout(x); the only place where this formula is written.
 
@@ -54,12 +61,15 @@ def add_low_rank(
         A: the map by lora_A, [..., in] → [..., r].
         B: the map by lora_B, [..., r] → [..., out].
         dropout: applied to x before A; None for none.
+        magnitude: DoRA's map from (base, delta) to the output; None for plain LoRA, which adds them.
         scaling: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; no unit.
         mixed: whether the adapter's dtype differs from the base's (float32 adapters on a half-precision base); the
             delta is then rounded once, to the dtype of `base`.
     """
     delta = B(A(x if dropout is None else dropout(x)) * scaling)
-    return base + (delta.type_as(base) if mixed else delta)
+    if mixed:
+        delta = delta.type_as(base)
+    return base + delta if magnitude is None else magnitude(base, delta)
 
 
 def low_rank_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.applying import record_in
 from lora_fx.checkpoint.fingerprint import sample_values
-from lora_fx.checkpoint.names import METADATA_KEY, PREFIX, anchored, bias_key, factor_key, target_modules
+from lora_fx.checkpoint.names import METADATA_KEY, PREFIX, anchored, bias_key, factor_key, magnitude_key, target_modules
+from lora_fx.errors import AdapterFileError
 
 FORMAT_VERSION = 1
 
@@ -52,6 +53,7 @@ def describe(tuned: nn.Module) -> list[Described]:
 def _describe(
     tuned: nn.Module, name: str, sites: Sequence[tuple[str, Attached]], trained: Sequence[str], others: list[str]
 ) -> Described:
+    _refuse_mixed_dora(name, sites)
     tensors = dict(sorted({**_site_tensors(sites), **_module_tensors(tuned, trained)}.items()))
     config = _config(tuned, sites, trained)
     extra = {
@@ -71,6 +73,17 @@ def _describe(
     return Described(name, tensors, config, {"format": "pt", METADATA_KEY: text})
 
 
+def _refuse_mixed_dora(name: str, sites: Sequence[tuple[str, Attached]]) -> None:
+    plain = [(path, "plain LoRA") for path, found in sites if not found.spec.lora.dora]
+    if plain and len(plain) < len(sites):
+        raise AdapterFileError(
+            f"adapter '{name}'",
+            "mixes DoRA and plain LoRA, for which PEFT's format has one switch",
+            plain,
+            "give the plain sites an adapter of their own (`adapter:` in the rules)",
+        )
+
+
 def _version() -> str:
     try:
         return version("lora-fx")
@@ -83,6 +96,8 @@ def _site_tensors(sites: Sequence[tuple[str, Attached]]) -> dict[str, Tensor]:
     for path, found in sites:
         tensors[factor_key(path, "lora_A")] = _plain(found.lora_A.weight)
         tensors[factor_key(path, "lora_B")] = _plain(found.lora_B.weight)
+        if found.magnitude is not None:
+            tensors[magnitude_key(path)] = _plain(found.magnitude.weight)
         bias = found.owner._parameters.get("bias")
         if found.spec.lora.bias and bias is not None:
             tensors[bias_key(path)] = _plain(bias)
@@ -124,7 +139,7 @@ def _config(tuned: nn.Module, sites: Sequence[tuple[str, Attached]], trained: Se
         "rank_pattern": {anchored(path): value for path, value in sorted(ranks.items()) if value != rank},
         "target_modules": target_modules(loras, (name for name, _ in tuned.named_modules() if ".lora_" not in name)),
         "task_type": None,
-        "use_dora": False,
+        "use_dora": any(lora.dora for lora in loras.values()),
         "use_rslora": rslora,
     }
 

@@ -17,6 +17,11 @@ def factor_key(path: str, factor: str) -> str:
     return f"{PREFIX}{path}.{factor}.weight"
 
 
+def magnitude_key(path: str) -> str:
+    """Return the key of DoRA's lengths at a site."""
+    return f"{PREFIX}{path}.lora_magnitude_vector"
+
+
 def bias_key(path: str) -> str:
     """Return the key of a site's own bias, trained with the adapter."""
     return f"{PREFIX}{path}.base_layer.bias"

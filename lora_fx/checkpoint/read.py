@@ -21,6 +21,7 @@ from lora_fx.checkpoint.names import (
     WEIGHTS_FILE,
     bias_key,
     factor_key,
+    magnitude_key,
     pattern_value,
     split_factor_key,
 )
@@ -38,6 +39,8 @@ class SavedSite:
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None
+    magnitude: Tensor | None
+    """DoRA's lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,6 @@ def _our_metadata(path: Path, metadata: Mapping[str, str], tensors: Mapping[str,
 
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _REFUSED_SETTINGS = {
-    "use_dora": "DoRA",
     "lora_bias": "a bias on lora_B",
     "layer_replication": "layer replication",
     "trainable_token_indices": "trainable tokens",
@@ -210,6 +212,8 @@ class _AdapterReader:
         lora_a, lora_b = (self.tensors[key] for key in keys)
         if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
             yield path, f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)} do not multiply"
+        elif bool(self.config.get("use_dora")) != (magnitude_key(path) in self.tensors):
+            yield magnitude_key(path), "is missing" if self.config.get("use_dora") else "is there without use_dora"
         elif (rank := self._configured_rank(path)) != lora_a.shape[0]:
             yield path, f"has rank {lora_a.shape[0]}, {CONFIG_FILE} says {rank:g}"
 
@@ -222,7 +226,7 @@ class _AdapterReader:
 
     def _unknown(self, paths: list[str]) -> list[str]:
         known = {factor_key(path, factor) for path in paths for factor in ("lora_A", "lora_B")}
-        known |= {bias_key(path) for path in paths} | set(self._module_tensors())
+        known |= {key(path) for path in paths for key in (bias_key, magnitude_key)} | set(self._module_tensors())
         return [key for key in self.tensors if key not in known]
 
     def _module_tensors(self) -> dict[str, Tensor]:
@@ -243,6 +247,7 @@ class _AdapterReader:
             lora_A=self.tensors[factor_key(path, "lora_A")],
             lora_B=self.tensors[factor_key(path, "lora_B")],
             bias=self.tensors.get(bias_key(path)),
+            magnitude=self.tensors.get(magnitude_key(path)),
         )
 
     def _lora_of_config(self, path: str) -> LoRAConfig:
@@ -251,6 +256,7 @@ class _AdapterReader:
             alpha=pattern_value(self.config.get("alpha_pattern") or {}, path, self.config.get("lora_alpha", 8)),
             dropout=self.config.get("lora_dropout") or 0.0,
             rslora=bool(self.config.get("use_rslora")),
+            dora=magnitude_key(path) in self.tensors,
             bias=bias_key(path) in self.tensors,
         )
 

@@ -119,6 +119,9 @@ def _fill_site(tuned: nn.Module, each: SavedSite) -> None:
     assert found is not None
     _copy(found.lora_A.weight, each.lora_A)
     _copy(found.lora_B.weight, each.lora_B)
+    if each.magnitude is not None:
+        assert found.magnitude is not None
+        _copy(found.magnitude.weight, each.magnitude)
     if each.bias is not None:
         _copy(found.owner._parameters["bias"], each.bias)
 

@@ -99,6 +99,8 @@ class _Namer:
         x = self._lora_input(lora_a)
         inner = f"self.{found.path}.lora_B(self.{found.path}.lora_A({x}) * {self._value(scaled.args[1])})"
         cast = ".to(base)" if any(node.target == "type_as" for node in found.between) else ""
+        if _factor_of(found.result) == "lora_magnitude_vector":
+            return f"self.{found.path}.lora_magnitude_vector({self._code(found.base)}, {inner}{cast})"
         return f"{self._code(found.base)} + {inner}{cast}"
 
     def _lora_input(self, lora_a: fx.Node) -> str:
@@ -139,7 +141,11 @@ def describe_spec(spec: AdapterSpec) -> str:
 
 def _factor_of(node: fx.Node) -> str:
     """Return lora_A, lora_B or lora_dropout for a call of an adapter's module, else ""."""
-    match = re.search(r"\.(lora_A|lora_B|lora_dropout)\.[^.]+$", str(node.target)) if node.op == "call_module" else None
+    match = (
+        re.search(r"\.(lora_A|lora_B|lora_dropout|lora_magnitude_vector)\.[^.]+$", str(node.target))
+        if node.op == "call_module"
+        else None
+    )
     return match[1] if match else ""
 
 

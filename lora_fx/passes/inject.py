@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import attach, attached, is_adapted
+from lora_fx.adapters.attach import Attached, attach, attached, is_adapted
 from lora_fx.adapters.lora import add_low_rank
 from lora_fx.adapters.spec import AdapterSpec, ModelRecord
-from lora_fx.editor import Editor
+from lora_fx.editor import Editor, Writer
 from lora_fx.errors import RefusedError
 from lora_fx.passes.sitegraph import SiteCall, site_calls
 from lora_fx.passes.verify import verify
@@ -55,24 +57,35 @@ def splice_adapters(editor: Editor, only: set[str] | None = None) -> None:
     for call in list(site_calls(editor.graph_module)):
         found = attached(editor.graph_module.get_submodule(call.path))
         if found is not None and (only is None or call.path in only):
-            _splice(editor, call, found.spec, found.dropout is not None)
+            _splice(editor, call, found)
 
 
-def _splice(editor: Editor, call: SiteCall, spec: AdapterSpec, has_dropout: bool) -> None:
-    name = spec.adapter
+def _splice(editor: Editor, call: SiteCall, found: Attached) -> None:
+    spec, name = found.spec, found.spec.adapter
     with editor.writing_after(call.node, call.path) as write:
         result = add_low_rank(
             write.proxy(call.node),  # type: ignore[arg-type]
             write.proxy(call.x),  # type: ignore[arg-type]
             A=write.module(f"{call.path}.lora_A.{name}"),
             B=write.module(f"{call.path}.lora_B.{name}"),
-            dropout=write.module(f"{call.path}.lora_dropout.{name}") if has_dropout else None,
+            dropout=write.module(f"{call.path}.lora_dropout.{name}") if found.dropout is not None else None,
+            magnitude=_magnitude(write, call.path, found) if found.magnitude is not None else None,
             scaling=spec.scaling,
             mixed=spec.mixed,
         )
     added: fx.Node = result.node  # type: ignore[attr-defined]
-    own = {
-        added,
-        *(user for user in call.node.users if user.target == "type_as" and user.meta.get("site") == call.path),
-    }
+    own = {user for user in call.node.users if user is added or user.meta.get("site") == call.path}
     editor.replace_uses(call.node, added, call.path, but=lambda user: user in own)
+
+
+def _magnitude(write: Writer, path: str, found: Attached) -> Callable[[Any, Any], Any]:
+    """Return a function that writes the call of DoRA's magnitude with the tensors that it needs."""
+    name = found.spec.adapter
+    bias = None if found.owner._parameters.get("bias") is None else write.attribute(f"{path}.bias")
+    tensors = {
+        "weight": write.attribute(f"{path}.weight"),
+        "bias": bias,
+        "lora_A": write.attribute(f"{path}.lora_A.{name}.weight"),
+        "lora_B": write.attribute(f"{path}.lora_B.{name}.weight"),
+    }
+    return functools.partial(write.module(f"{path}.lora_magnitude_vector.{name}"), **tensors)

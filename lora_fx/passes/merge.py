@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from lora_fx.adapters.attach import Attached, all_attached, detach, is_adapted
+from lora_fx.adapters.dora import merged_dora_weight
 from lora_fx.adapters.lora import merged_weight
 from lora_fx.editor import Editor
 from lora_fx.errors import InvariantError, MergeError
@@ -39,9 +40,12 @@ class Merge:
 
 
 def folded(found: Attached) -> Tensor:
-    """Return W + scaling · B A of one adapter, a new tensor without gradient."""
+    """Return W + scaling · B A (DoRA: m · V / ‖V‖) of one adapter, a new tensor without gradient."""
     with torch.no_grad():
-        return merged_weight(found.base_weight, found.lora_A.weight, found.lora_B.weight, found.spec.scaling)
+        factors = (found.base_weight, found.lora_A.weight, found.lora_B.weight, found.spec.scaling)
+        if found.magnitude is not None:
+            return merged_dora_weight(*factors, found.magnitude.weight)
+        return merged_weight(*factors)
 
 
 def check_mergeable(model: torch.nn.Module) -> None:

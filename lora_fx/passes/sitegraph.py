@@ -86,8 +86,10 @@ def _around(lora_a: fx.Node, path: str) -> LoRANodes:
     if result.op == "call_method" and result.target == "type_as":
         nodes.insert(0, result)
         result = _only_user(result, path)
-    if result.target is not operator.add or not isinstance(result.args[0], fx.Node):
+    is_dora = result.op == "call_module" and ".lora_magnitude_vector." in str(result.target)
+    if not (result.target is operator.add or is_dora) or not isinstance(result.args[0], fx.Node):
         raise MergeError("a LoRA subgraph has been changed", [(path, f"{result.name} is not base + delta")])
+    nodes += [each for each in result.kwargs.values() if isinstance(each, fx.Node)]
     dropped = lora_a.args[0]
     assert isinstance(dropped, fx.Node)
     if dropped.op == "call_module" and ".lora_dropout." in str(dropped.target):
