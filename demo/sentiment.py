@@ -161,7 +161,7 @@ def main() -> None:
     for region in lora_fx.inspect(tuned).regions[:2]:
         print(f"{region.path}: {region.graphs} graphs, {region.hits} hits, misses {region.misses}")
     print(f"\n{time.perf_counter() - started:.0f} seconds in all")
-    if not same or after < 0.80 and chosen.train >= 2000:
+    if not same or (after < 0.80 and chosen.train >= 2000):
         raise SystemExit("the demo did not reach what it promises")
 
 

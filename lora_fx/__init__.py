@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_fx.errors import ExportError as ExportError
     from lora_fx.errors import InvariantError as InvariantError
     from lora_fx.errors import LoraFxError as LoraFxError
+    from lora_fx.errors import LoraFxWarning as LoraFxWarning
     from lora_fx.errors import MergeError as MergeError
     from lora_fx.errors import NoMatchError as NoMatchError
     from lora_fx.errors import RefusedError as RefusedError
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "lora_fx.api": "apply diff disabled inspect load merge parameters plan remove save",
     "lora_fx.errors": (
-        "AdapterFileError AdapterMismatchError CaptureError ExportError InvariantError LoraFxError MergeError "
-        "NoMatchError RefusedError RuleError StalePlanError"
+        "AdapterFileError AdapterMismatchError CaptureError ExportError InvariantError LoraFxError LoraFxWarning "
+        "MergeError NoMatchError RefusedError RuleError StalePlanError"
     ),
     "lora_fx.graphdiff.compare": "GraphDiff",
     "lora_fx.planning": "Plan",

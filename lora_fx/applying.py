@@ -10,7 +10,7 @@ from torch import fx, nn
 from lora_fx.adapters.attach import all_attached
 from lora_fx.adapters.spec import ModelRecord
 from lora_fx.editor import Editor
-from lora_fx.errors import CaptureError, RefusedError
+from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
 from lora_fx.modules import adapt, weights_read
 from lora_fx.passes import apply_pass
 from lora_fx.passes.inject import Inject
@@ -99,7 +99,7 @@ def check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:
         (path, "; ".join(region.kind.failures.values())) for path, _, region in regions(twin) if path not in graphs
     ]
     if failed:
-        warnings.warn(f"these run without a graph, correct but slower: {failed}", stacklevel=4)
+        warnings.warn(f"these run without a graph, correct but slower: {failed}", LoraFxWarning, stacklevel=4)
     if backend == "graph":
         outside = [
             (site.path, site.site.backend_reason)
@@ -129,10 +129,10 @@ def check_refusals(plan: Plan) -> None:
         raise RefusedError("the rules adapt no site of this model", advice="see lora_fx.plan(model, rules)")
     if refused:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in refused)
-        warnings.warn(f"{len(refused)} matched sites are not adapted:\n{lines}", stacklevel=4)
+        warnings.warn(f"{len(refused)} matched sites are not adapted:\n{lines}", LoraFxWarning, stacklevel=4)
     for note in plan.notes:
         if "min(in, out)" in note:
-            warnings.warn(note, stacklevel=4)
+            warnings.warn(note, LoraFxWarning, stacklevel=4)
 
 
 def trainable(twin: nn.Module) -> Iterator[nn.Parameter]:

@@ -14,7 +14,7 @@ from lora_fx.errors import RefusedError
 from lora_fx.passes.sitegraph import site_calls
 from lora_fx.planning import Inventory
 from lora_fx.sites import Site
-from lora_fx.twin import total_parameters
+from lora_fx.twin import refuse_lazy, total_parameters
 
 
 def take_inventory(model: nn.Module) -> Inventory:
@@ -33,6 +33,7 @@ def take_inventory(model: nn.Module) -> Inventory:
 
 
 def _refuse(model: nn.Module) -> None:
+    refuse_lazy(model)
     if is_adapted(model):
         raise RefusedError(
             "the model is adapted already", advice="lora_fx.remove(model) or lora_fx.merge(model) gives one that is not"

@@ -35,6 +35,10 @@ def _message(headline: str, facts: Sequence[Sequence[str]] = (), advice: str = "
     return "\n".join(parts)
 
 
+class LoraFxWarning(UserWarning):
+    """Something that works but is probably not meant."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong in a rule file: where (lines and columns count from 1; 0 = no position), what, what to do."""

@@ -11,14 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import Attached, all_attached, attach, attached, detach
+from lora_fx.adapters.attach import ACTIVE, Attached, all_attached, attach, attached
 from lora_fx.adapters.dora import row_norms
 from lora_fx.adapters.lora import add_low_rank, low_rank_weight
 from lora_fx.adapters.spec import AdapterSpec
-from lora_fx.swap import Swapped, original_class, swap, unswap
-
-_ACTIVE = "lora_fx_active"
-"""Instance attribute: name of the adapter in use, None while disabled."""
+from lora_fx.swap import Swapped, original_class, swap
 
 
 class AdaptedLinear(Swapped, nn.Linear):
@@ -31,7 +28,7 @@ class AdaptedLinear(Swapped, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         base = self.base_forward(input)
-        name = self.__dict__[_ACTIVE]
+        name = self.__dict__[ACTIVE]
         if name is None:
             return base
         A, B, dropout, magnitude = self.lora_A[name], self.lora_B[name], None, None
@@ -64,7 +61,7 @@ class AdaptedWeightRead(AdaptedLinear):
     def weight(self) -> Tensor:  # type: ignore[override]
         base = self._parameters["weight"]
         assert base is not None
-        return base if self.__dict__[_ACTIVE] is None else effective_weight(self, base)
+        return base if self.__dict__[ACTIVE] is None else effective_weight(self, base)
 
     def base_forward(self, input: Tensor) -> Tensor:
         base = self._parameters["weight"]
@@ -90,25 +87,18 @@ def adapt(owner: nn.Module, shape: tuple[int, ...], spec: AdapterSpec, weight_is
     assert isinstance(weight, Tensor)
     attach(owner, weight, shape, spec)
     swap(owner, AdaptedWeightRead if weight_is_read else AdaptedLinear)
-    owner.__dict__[_ACTIVE] = spec.adapter
-
-
-def restore(owner: nn.Module) -> None:
-    """Take the adapter away and give the module its own class back, in place; the base weight stays as it is."""
-    unswap(owner)
-    detach(owner)
-    owner.__dict__.pop(_ACTIVE, None)
+    owner.__dict__[ACTIVE] = spec.adapter
 
 
 def set_active(owner: nn.Module, adapter: str | None) -> str | None:
     """Switch the module to the adapter of that name, or off with None; return what was active."""
-    before: str | None = owner.__dict__[_ACTIVE]
-    owner.__dict__[_ACTIVE] = adapter
+    before: str | None = owner.__dict__[ACTIVE]
+    owner.__dict__[ACTIVE] = adapter
     return before
 
 
 def is_active(owner: nn.Module) -> bool:
-    return owner.__dict__[_ACTIVE] is not None
+    return owner.__dict__[ACTIVE] is not None
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Attached]]:

@@ -69,9 +69,9 @@ def unswap(module: nn.Module) -> None:
         module.__class__ = origin(type(module))[0]
 
 
-def original_class(module: nn.Module) -> type:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that the module has without swaps."""
-    kind = type(module)
+    kind: type[nn.Module] = type(module)
     while is_swapped(kind):
         kind = origin(kind)[0]
     return kind

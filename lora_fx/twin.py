@@ -24,7 +24,7 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
     Raises:
         RefusedError: if the model has uninitialised (lazy) parameters or cannot be copied; says which part.
     """
-    _refuse_lazy(model)
+    refuse_lazy(model)
     memo: dict[int, object] = {id(p): _alias(p, freeze) for p in model.parameters()}
     memo |= {id(t): t.detach() for t in _computed_tensors(model)}
     try:
@@ -50,7 +50,8 @@ def _alias(parameter: nn.Parameter, freeze: bool) -> Tensor:
     return alias
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise RefusedError, naming each, if the model has parameters without a shape."""
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise RefusedError(

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import Attached, all_attached
+from lora_fx.adapters.attach import Attached, all_attached, detach
 from lora_fx.adapters.spec import ModelRecord
 from lora_fx.applying import record_in
 from lora_fx.editor import Editor
-from lora_fx.modules import AdaptedLinear, restore, set_active
+from lora_fx.modules import AdaptedLinear, set_active
 from lora_fx.passes import apply_pass
 from lora_fx.passes.merge import Merge, check_mergeable, folded
 from lora_fx.passes.remove import Remove, erase_lora_nodes
@@ -27,7 +27,7 @@ def removed(tuned: nn.Module) -> nn.Module:
     record = record_in(tuned)
     twin = _plain_twin(tuned, Remove())
     for _, found in list(all_attached(twin)):
-        restore(found.owner)
+        detach(found.owner)
     for name, tensor in record.base.items():
         set_tensor(twin, name, _like(twin, name, tensor))
     return _flagged(twin, record)
@@ -51,7 +51,7 @@ def merged(tuned: nn.Module) -> nn.Module:
 
 def _merge_module(found: Attached) -> None:
     weight = folded(found)
-    restore(found.owner)
+    detach(found.owner)
     found.owner.weight = nn.Parameter(weight, requires_grad=False)
 
 

@@ -13,8 +13,11 @@ from lora_fx.adapters.dora import DoRAMagnitude, row_norms
 from lora_fx.adapters.initialise import initialise
 from lora_fx.adapters.lora import LoRAFactor
 from lora_fx.adapters.spec import AdapterSpec
+from lora_fx.swap import unswap
 
 CHILDREN = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
+ACTIVE = "lora_fx_active"
+"""Attribute of an adapted module: name of the adapter that its forward uses, None while disabled."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -109,7 +112,9 @@ def all_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
 
 
 def detach(owner: nn.Module) -> None:
-    """Take the adapter's modules away from the owner, in place."""
+    """Take the adapter away from the owner and give it its own class back, in place; the base weight stays."""
+    unswap(owner)
+    owner.__dict__.pop(ACTIVE, None)
     for name in CHILDREN:
         owner._modules.pop(name, None)
 

@@ -5,8 +5,9 @@ An access is a Python expression over `args` and `kwargs`, such as `kwargs['posi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class FlatCall:
     def tensors(self) -> Iterator[Leaf]:
         return (leaf for leaf in self.leaves if isinstance(leaf.value, Tensor))
 
-    def signature(self) -> tuple[object, ...]:
+    def shape_free(self) -> tuple[object, ...]:
         """Return what must be equal for two calls to have a chance at the same graph (sizes apart)."""
         return (*((check.expression,) for check in self.structure), *(_leaf_signature(leaf) for leaf in self.leaves))
 
@@ -66,13 +67,23 @@ def _leaf_signature(leaf: Leaf) -> tuple[object, ...]:
     return (leaf.access, type(leaf.value))
 
 
-def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
-    """Return the call's leaves and what must hold of tuples, lists and dicts around them."""
+def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return what a function calls its positional arguments."""
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(each.name for each in signature(function).parameters.values() if each.kind in positional)
+
+
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str] = ()) -> FlatCall:
+    """Return the call's leaves and what must hold of tuples, lists and dicts around them.
+
+    `names` are those of the positional arguments, for people.
+    """
     flat = FlatCall()
     flat.structure.append(Check(f"len(args) == {len(args)}", "number of positional arguments"))
     flat.structure.append(Check(f"kwargs.keys() == {set(kwargs)!r}" if kwargs else "not kwargs", "keyword arguments"))
     for index, value in enumerate(args):
-        _flatten(value, f"args[{index}]", f"argument {index}", flat)
+        name = names[index] if index < len(names) else f"argument {index}"
+        _flatten(value, f"args[{index}]", name, flat)
     for key, value in kwargs.items():
         _flatten(value, f"kwargs[{key!r}]", key, flat)
     return flat

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.capture.arguments import Check, FlatCall, Leaf, flatten, is_constant, rebuild
+from lora_fx.capture.arguments import Check, FlatCall, Leaf, flatten, is_constant, positional_names, rebuild
 from lora_fx.capture.outputs import write_output
 from lora_fx.capture.surroundings import Surroundings, in_clean_thread, surroundings_of
 from lora_fx.capture.torch_internals import Fakes, quiet_fakes, symbol_of
 from lora_fx.capture.tracer import Log, Specialised, Tracer, reason_of
 from lora_fx.capture.writer import Untraceable
+from lora_fx.swap import original_class
 
 _LOCK = threading.RLock()
 _MOST_RESTARTS = 24
@@ -84,7 +85,7 @@ def capture(
     Raises:
         NotCaptured: with the reason.
     """
-    flat = flatten(args, kwargs)
+    flat = flatten(args, kwargs, positional_names(original_class(module).forward)[1:])
     _refuse_opaque(flat)
     around = surroundings_of({leaf.value.device for leaf in flat.tensors()})
 

@@ -86,6 +86,7 @@ class _GuardWriter:
         return "".join(f"x{index}, " for index in range(len(self.captured.inputs)))
 
     def _steps(self, size_guards: list[str]) -> Iterator[Check | str]:
+        yield from self._surroundings()
         yield from self.captured.structure
         for index, each in enumerate(self.captured.inputs):
             yield from self._tensor(index, each)
@@ -94,7 +95,6 @@ class _GuardWriter:
             yield Check(clause, f"size: {self._readable(clause)}")
         for leaf in self.captured.constants:
             yield self._constant(leaf)
-        yield from self._surroundings()
         yield from self._modules()
         yield from self._reads()
 

@@ -24,6 +24,8 @@ _GUARDED = frozenset(
         "is_conj", "is_neg", "broadcast_shapes", "__hash__", "__format__",
     }
 )  # fmt: skip
+POINTERS = frozenset({"data_ptr", "storage", "untyped_storage", "numpy", "__array__", "tolist"})
+"""What a fake tensor has not, and what would be another one at the next call."""
 _LAYOUT = frozenset({"stride", "is_contiguous", "storage_offset", "sym_stride", "is_non_overlapping_and_dense"})
 
 
@@ -33,6 +35,8 @@ def what_was_read(func: Any, name: str) -> Readings:
         name = func.__self__.__name__
     if name == "requires_grad":
         return Readings.REQUIRES_GRAD
+    if name.startswith("sym_"):  # arithmetic on symbolic sizes
+        return Readings.GUARDED
     if name in _LAYOUT:
         return Readings.LAYOUT
     if name in _GUARDED or func in (torch.is_autocast_enabled, torch.is_grad_enabled):

@@ -51,9 +51,11 @@ def in_clean_thread(work: Callable[[], T]) -> T:
     """
     results: list[T] = []
     errors: list[BaseException] = []
+    threads = torch.get_num_threads()
 
     def run() -> None:
         try:
+            torch.set_num_threads(threads)  # per thread in OpenMP, and other splits of a product round differently
             results.append(work())
         except BaseException as error:
             errors.append(error)

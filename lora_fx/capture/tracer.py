@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.capture.copies import Place, class_of, path_of, reporting_copy
-from lora_fx.capture.readings import Readings, what_was_read
+from lora_fx.capture.readings import POINTERS, Readings, what_was_read
 from lora_fx.capture.torch_internals import Fakes, FunctionMode, enter_autocast, exit_autocast, set_grad_enabled
 from lora_fx.capture.writer import GraphWriter, Untraceable, holds_tensor
 
@@ -171,6 +171,8 @@ class Tracer(FunctionMode):
     def _function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.listening = False
         try:
+            if _name(func) in POINTERS:
+                raise Untraceable(f"the forward asks a tensor for {_name_of_reading(func)}")
             result = func(*args, **kwargs)
             if holds_tensor(result):
                 self.writer.made(result, self._write(func, args, kwargs))

@@ -52,14 +52,15 @@ def is_bypassed(module: nn.Module) -> bool:
     """Whether `flatten` writes the module as F.linear: linears without hooks or tricks, and factors of their dtype."""
     if isinstance(module, LoRAFactor):
         return module.spec is None or not module.spec.mixed
-    if not isinstance(module, nn.Linear) or _has_hooks(module) or nn.utils.parametrize.is_parametrized(module):
+    if not isinstance(module, nn.Linear) or has_hooks(module) or nn.utils.parametrize.is_parametrized(module):
         return False
     if isinstance(inspect.getattr_static(type(module), "weight", None), property):
         return False  # an effective weight stands in for the parameter
     return attached(module) is not None or type(module).forward is nn.Linear.forward
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from lora_fx.capture.arguments import flatten
 from lora_fx.capture.captured import Captured, NotCaptured, VaryingSizes, capture, varying_sizes
 from lora_fx.capture.surroundings import surroundings_of
+from lora_fx.errors import LoraFxWarning
+from lora_fx.passes.flatten import has_hooks
 from lora_fx.regions.checking import Replay, prove_sizes_of_one
 from lora_fx.regions.program import Program, make_program
 from lora_fx.swap import Swapped
@@ -147,11 +149,14 @@ class Region:
         programs = self.mine or self.kind.programs
         if not programs:
             return self.kind.failures.get(_signature(module, args, kwargs), "not captured yet")
-        index = programs[0].guard.match(module, args, kwargs)
-        return programs[0].guard.reasons[index] if isinstance(index, int) else "not compared with the forward yet"
+        tried = [(program.guard.match(module, args, kwargs), program.guard.reasons) for program in programs]
+        failed = [(index, reasons[index]) for index, reasons in tried if isinstance(index, int)]
+        # the program that came furthest is the one that was meant
+        return max(failed)[1] if len(failed) == len(tried) else "not compared with the forward yet"
 
     def _may_capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if not self.capturing:
+        # with a hook inside, capturing would fire it more often than the user calls the model
+        if not self.capturing or any(map(has_hooks, list(module.modules())[1:])):
             return False
         if self.captures >= MOST_GRAPHS:
             self._warn_once()
@@ -164,6 +169,7 @@ class Region:
         warnings.warn(
             f"{self.path or 'the model'}: {MOST_GRAPHS} graphs captured and calls still differ ({cause}); "
             "further such calls run without a graph, correct but slower",
+            LoraFxWarning,
             stacklevel=4,
         )
 
@@ -233,7 +239,7 @@ def _signature(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Return what calls have in common that all can or all cannot be captured (sizes do not count)."""
     flat = flatten(args, kwargs)
     around = surroundings_of({leaf.value.device for leaf in flat.tensors()})
-    return (flat.signature(), module.training, around)
+    return (flat.shape_free(), module.training, around)
 
 
 def region_of(module: nn.Module) -> Region | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,8 @@ def _retreat(twin: nn.Module, sites: Sequence[str], failures: dict[str, str]) ->
 
 def run_modes(model: nn.Module, samples: Sequence[Sample]) -> None:
     """Run every sample in eval and in train mode; random state and modes are as before afterwards."""
-    with unchanged_modes(model), unchanged_random(model):
+    with unchanged_modes(model), unchanged_random(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the model, about runs that the user has not asked for
         for training, grad in MODES:
             model.train(training)
             for sample in samples:
@@ -122,7 +124,8 @@ def count_calls(model: nn.Module, sample: Sample) -> dict[str, int]:
 
         hooks.append(module.register_forward_pre_hook(count))
     try:
-        with unchanged_modes(model), unchanged_random(model), torch.no_grad():
+        with unchanged_modes(model), unchanged_random(model), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             model.eval()
             model(*sample.args, **sample.kwargs)
     finally:
