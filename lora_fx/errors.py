@@ -106,6 +106,8 @@ class NoMatchError(LoraFxError):
         if each.found:
             facts.append(("expected", each.expected))
         advice = "fix the pattern, or set `expect: any` if a model need not have it"
+        if each.found:
+            advice = "fix the pattern, or change `expect`"
         return _message(
             f"{each.where} matched {found} of {self.sites if each.what == 'sites' else 'the'} {each.what}",
             facts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ class _Capture:
                 self.same.append((leaf.access, first[id(leaf.value)].access))
                 continue
             first[id(leaf.value)] = leaf
-            name = f"in{len(self.tensors)}"
+            name = re.sub(r"\W+", "_", leaf.name).strip("_")
             fake = self.fakes.tensor(_detached(leaf.value), name, [False] * leaf.value.dim())
             self._note_varying(len(self.tensors), fake)
             self.fake_of[id(leaf.value)] = fake

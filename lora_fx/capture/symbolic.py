@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import sys
+import sysconfig
 from collections.abc import Callable
 from inspect import Parameter, signature
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
@@ -64,7 +65,7 @@ def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Grap
         object.__setattr__(each, "training", training)
     problems: list[str] = []
     try:
-        proxies = [tracer.create_proxy("placeholder", f"in{i}", (), {}) for i in range(len(names))]
+        proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
         result = _watched(lambda: tracer.forward(proxies), problems)
         tracer.graph.output(tracer.create_arg(result))
     except (Untraceable, Exception) as error:
@@ -149,9 +150,15 @@ def _watched(work: Callable[[], Any], problems: list[str]) -> Any:
         sys.setprofile(before)
 
 
+_STANDARD_LIBRARY = (sysconfig.get_path("stdlib") + "/", "<frozen")
+"""What torch calls on the way; a forward's own use of it is seen where the forward names it."""
+
+
 def _is_ours_or_torchs(frame: FrameType) -> bool:
-    home = str(frame.f_globals.get("__name__", ""))
-    return home.split(".")[0] in ("torch", "lora_fx") or not home
+    home, file = str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename
+    return home.split(".")[0] in ("torch", "lora_fx") or (
+        file.startswith(_STANDARD_LIBRARY) and "-packages" not in file
+    )
 
 
 _STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR")

@@ -60,7 +60,7 @@ class GraphWriter:
 
     def placeholder(self, name: str, fake: Tensor) -> None:
         """Add an input; its symbolic sizes become available to expressions."""
-        node = self.graph.placeholder(name)
+        node = self.graph.placeholder(name)  # the graph makes the node's name unique; inputs go by position
         self.inputs.add(id(fake))
         self.made(fake, node)
         for dim, size in enumerate(fake.shape):

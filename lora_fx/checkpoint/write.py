@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from lora_fx.applying import record_in
 from lora_fx.checkpoint.describe import Described, describe
 from lora_fx.checkpoint.names import CONFIG_FILE, WEIGHTS_FILE
-from lora_fx.errors import AdapterFileError
+from lora_fx.errors import AdapterFileError, LoraFxWarning
+from lora_fx.text import listing
 
 
 def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -28,8 +32,24 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     folder = Path(directory)
     described = describe_with_values(tuned, folder)
+    _warn_of_moved_buffers(tuned)
     for position, each in enumerate(described):
         _write(each, folder if position == 0 else folder / each.name)
+
+
+def _warn_of_moved_buffers(tuned: nn.Module) -> None:
+    """Running statistics that training has moved belong to no adapter: whoever loads it has those of the base."""
+    record = record_in(tuned)
+    inside = tuple(f"{path}." for path in record.trained) or ("(none)",)
+    outside = [(name, buffer) for name, buffer in tuned.named_buffers() if not name.startswith(inside)]
+    moved = [name for name, buffer in outside if name in record.base and not torch.equal(buffer, record.base[name])]
+    if moved:
+        warnings.warn(
+            f"training has changed {listing(moved)}, which the adapter does not hold; "
+            "keep them with it by `train:`, or train with those modules in eval mode",
+            LoraFxWarning,
+            stacklevel=4,
+        )
 
 
 def describe_with_values(tuned: nn.Module, folder: Path) -> list[Described]:
@@ -59,8 +79,9 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         for name, content in files.items():
             temporary[name] = _write_beside(folder, name, content)
-        for name in list(temporary):
-            os.replace(temporary.pop(name), folder / name)
+        for name, path in list(temporary.items()):
+            os.replace(path, folder / name)
+            del temporary[name]
     finally:
         for path in temporary.values():
             Path(path).unlink(missing_ok=True)

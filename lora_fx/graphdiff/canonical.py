@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ class Statement:
 def statements_of(graph: fx.Graph, module: nn.Module) -> list[Statement]:
     """Return the statements of a graph over the module; what computes nothing (attributes, inputs) is inlined."""
     graph_module = fx.GraphModule(module, copy.deepcopy(graph))
-    return _Namer(graph_module).statements()
+    return _Namer(graph_module, module).statements()
 
 
 def adapted_graph(graph: fx.Graph, module: nn.Module) -> fx.Graph:
@@ -46,8 +47,10 @@ def adapted_graph(graph: fx.Graph, module: nn.Module) -> fx.Graph:
 class _Namer:
     """Names the nodes of a graph and writes their statements."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, module: nn.Module) -> None:
         self.graph_module = graph_module
+        self.module = module
+        """What the graph runs on; its classes are lost in a GraphModule."""
         self.names: dict[fx.Node, str] = {}
         self.taken: Counter[str] = Counter()
         self.lora = {found.result: found for found in lora_nodes(graph_module)}
@@ -67,23 +70,39 @@ class _Namer:
     def _site(self, node: fx.Node) -> str:
         if node in self.lora:
             return self.lora[node].path
+        read = next((path for each in node.all_input_nodes if (path := self._effective(each))), None)
+        if read is not None:
+            return read
         return str(node.target) if node.op == "call_module" else str(node.meta.get("place", ""))
 
+    def _effective(self, node: fx.Node) -> str | None:
+        """Return the path of the adapted site whose effective weight the node reads, if it reads one."""
+        path, _, last = str(node.target).rpartition(".")
+        if node.op != "get_attr" or last != "weight":
+            return None
+        kind = type(self.module.get_submodule(path))
+        return path if isinstance(inspect.getattr_static(kind, "weight", None), property) else None
+
     def _adapter(self, node: fx.Node) -> str:
-        if node not in self.lora:
-            return ""
-        found = attached(self.graph_module.get_submodule(self.lora[node].path))
+        found = attached(self.module.get_submodule(self._site(node)))
         return "" if found is None else describe_spec(found.spec)
 
     def _statement(self, node: fx.Node) -> str | None:
         if node.op in ("placeholder", "get_attr"):
-            self.names[node] = str(node.target) if node.op == "placeholder" else f"self.{node.target}"
+            self.names[node] = str(node.target) if node.op == "placeholder" else self._attribute(node)
             return None
         code = self._lora_code(self.lora[node]) if node in self.lora else self._code(node)
         if node.op == "output":
             return f"return {self._value(node.args[0])}"
         self.names[node] = self._name(node)
         return f"{self.names[node]} = {code}"
+
+    def _attribute(self, node: fx.Node) -> str:
+        path = self._effective(node)
+        found = None if path is None else attached(self.module.get_submodule(path))
+        if found is None:
+            return f"self.{node.target}"
+        return f"(self.{node.target} + self.{path}.lora_B @ self.{path}.lora_A * {found.spec.scaling})"
 
     def _name(self, node: fx.Node) -> str:
         source = self.lora[node].base if node in self.lora else node
