@@ -37,7 +37,7 @@ def load_model(spec: str) -> tuple[nn.Module, object]:
         found = _from_transformers(rest) if scheme == "hf" else _call(_module(scheme), scheme, rest)
     model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(model, nn.Module):
-        raise ModelSpecError(f"'{spec}' gives a {type(model).__name__}, not a torch.nn.Module")
+        raise ModelSpecError(f"'{spec}' gives an object of type {type(model).__name__}, not a torch.nn.Module")
     return model, inputs
 
 

@@ -29,7 +29,7 @@ def read_any(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -> 
         return _RuleReader(*read_mapping(rules, "rules")).read()
     if not isinstance(rules, (str, os.PathLike)):
         kind = type(rules).__name__
-        raise RuleError("rules", [Problem(f"rules must be a path, a shipped name, a dict or a RuleSet, not a {kind}")])
+        raise RuleError("rules", [Problem(f"rules must be a path, a shipped name, a dict or a RuleSet, not {kind}")])
     name = os.fspath(rules)
     path = shipped.find(name)
     if not path.exists():

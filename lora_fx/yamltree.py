@@ -235,7 +235,7 @@ class _Builder:
             return Node(place, value=plain_value(event.value))
         except ValueError as error:
             self.source.problem(place, str(error), "write it without leading zeros, or quote it")
-            return Node(place, value=event.value)
+            return Node(place, value=int(event.value))
 
 
 def _place(event: Any) -> Place:
@@ -343,7 +343,7 @@ class _DictReader:
     def _scalar(self, value: object, place: Place) -> Node:
         if value is None or isinstance(value, (str, bool, int, float)):
             return Node(place, value=_plain(value), quoted=isinstance(value, str))
-        self.source.problem(place, f"a {type(value).__name__} cannot stand in rules")
+        self.source.problem(place, f"a value of type {type(value).__name__} cannot stand in rules")
         return Node(place)
 
 

@@ -200,7 +200,7 @@ OUTSIDE = torch.ones(8)
 
 def test_opaque_argument_is_refused_by_name():
     module = Block(lambda self, x, cache: self.first(x))
-    with pytest.raises(NotCaptured, match="argument cache is a Mlp"):
+    with pytest.raises(NotCaptured, match="argument cache is of type Mlp"):
         capture(Named(module), (x(), zoo.Mlp()), {})
 
 

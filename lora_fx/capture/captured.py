@@ -101,9 +101,9 @@ def capture(
 def _refuse_opaque(flat: FlatCall) -> None:
     for leaf in flat.leaves:
         if not isinstance(leaf.value, Tensor) and not is_constant(leaf.value):
-            raise NotCaptured(f"argument {leaf.name} is a {type(leaf.value).__name__}")
+            raise NotCaptured(f"argument {leaf.name} is of type {type(leaf.value).__name__}")
         if isinstance(leaf.value, Tensor) and type(leaf.value) not in (Tensor, nn.Parameter):
-            raise NotCaptured(f"argument {leaf.name} is a tensor subclass, {type(leaf.value).__name__}")
+            raise NotCaptured(f"argument {leaf.name} is of the tensor subclass {type(leaf.value).__name__}")
 
 
 def _with_retreats(

@@ -70,15 +70,21 @@ class _Namer:
     def _site(self, node: fx.Node) -> str:
         if node in self.lora:
             return self.lora[node].path
-        read = next((path for each in node.all_input_nodes if (path := self._effective(each))), None)
+        read = next((path for each in node.all_input_nodes if (path := self._owner_read(each))), None)
         if read is not None:
             return read
         return str(node.target) if node.op == "call_module" else str(node.meta.get("place", ""))
 
+    def _owner_read(self, node: fx.Node) -> str | None:
+        """Return the path of the linear whose weight the node reads, if it reads one."""
+        path, _, last = str(node.target).rpartition(".")
+        reads = node.op == "get_attr" and last == "weight" and isinstance(self.module.get_submodule(path), nn.Linear)
+        return path if reads else None
+
     def _effective(self, node: fx.Node) -> str | None:
         """Return the path of the adapted site whose effective weight the node reads, if it reads one."""
-        path, _, last = str(node.target).rpartition(".")
-        if node.op != "get_attr" or last != "weight":
+        path = self._owner_read(node)
+        if path is None:
             return None
         kind = type(self.module.get_submodule(path))
         return path if isinstance(inspect.getattr_static(kind, "weight", None), property) else None
