@@ -31,8 +31,9 @@ LAYERS = [
     ["checkpoint.", "graphdiff."],
     ["api"],
     ["modelspec", "cli"],
+    ["__main__"],
 ]
-NO_TORCH = {name for layer in LAYERS[:5] for name in layer} | {"cli"}
+NO_TORCH = {name for layer in LAYERS[:5] for name in layer} | {"cli", "__main__"}
 
 
 def layer_of(module: str) -> int:

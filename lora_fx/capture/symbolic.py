@@ -9,6 +9,7 @@ differently at the next call, whatever the inputs are.
 from __future__ import annotations
 
 import dis
+import gc
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -142,12 +143,15 @@ def _watched(work: Callable[[], Any], problems: list[str]) -> Any:
             if problem is not None:
                 problems.append(problem)
 
-    before = sys.getprofile()
+    before, collecting = sys.getprofile(), gc.isenabled()
+    gc.disable()  # whoever listens to collections would be taken for a part of the forward
     sys.setprofile(watch)
     try:
         return work()
     finally:
         sys.setprofile(before)
+        if collecting:
+            gc.enable()
 
 
 _STANDARD_LIBRARY = (sysconfig.get_path("stdlib") + "/", "<frozen")

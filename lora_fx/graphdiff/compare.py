@@ -131,22 +131,22 @@ def _modules(model: nn.Module, covered: list[str]) -> list[Statement]:
             continue
         adapter = attached(module)
         if adapter is not None:
-            low_rank = f"self.{path}.lora_B(self.{path}.lora_A(x) * {adapter.spec.scaling})"
-            found.append(Statement(f"self.{path}(x) + {low_rank}", path, describe_spec(adapter.spec)))
+            name = path.rpartition(".")[2]
+            low_rank = f"{name}.lora_B({name}.lora_A(x) * {adapter.spec.scaling})"
+            found.append(Statement(f"{name}(x) + {low_rank}", path, describe_spec(adapter.spec)))
         elif next(module.children(), None) is None:
-            found.append(
-                Statement(f"self.{path}(x)" if isinstance(module, nn.Linear) else _summary(path, module), path)
-            )
+            found.append(Statement(_summary(path.rpartition(".")[2], module), path))
     return found
 
 
-def _summary(path: str, module: nn.Module) -> str:
-    return f"self.{path}: {type(module).__name__}({module.extra_repr()})"
+def _summary(name: str, module: nn.Module) -> str:
+    return f"{name}(x)" if isinstance(module, nn.Linear) else f"{name}: {type(module).__name__}({module.extra_repr()})"
 
 
 def _changes(section: _Section) -> tuple[list[SiteChange], int]:
     """Return the changes of a section by site, and the number of equal statements."""
-    matcher = difflib.SequenceMatcher(a=[s.text for s in section.a], b=[s.text for s in section.b], autojunk=False)
+    before, after = ([(each.site, each.text) for each in side] for side in (section.a, section.b))
+    matcher = difflib.SequenceMatcher(a=before, b=after, autojunk=False)
     removed: dict[str, list[str]] = {}
     added: dict[str, list[Statement]] = {}
     same = 0

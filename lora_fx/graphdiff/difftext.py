@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lora_fx.graphdiff.compare import GraphDiff
+import re
+
+from lora_fx.graphdiff.compare import GraphDiff, SiteChange
 from lora_fx.plantext import fold_rows
 from lora_fx.text import count, thousands
 
@@ -11,20 +13,28 @@ def diff_text(diff: GraphDiff, fold: bool = True) -> str:
     """Return the diff as text; an empty diff is one line that says so."""
     if not diff.changes:
         return f"no difference: {diff.a} and {diff.b}, {count(diff.unchanged, 'statement')}"
-    groups: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    groups: dict[object, list[SiteChange]] = {}
     for change in diff.changes:
-        key = (change.note, change.removed, change.added)
-        groups.setdefault(key if fold else (change.path, *key[1:]), []).append(change.path)
+        key = (change.note, *map(_without_numbers, (change.removed, change.added))) if fold else change.path
+        groups.setdefault(key, []).append(change)
     lines = [f"--- {diff.a}", f"+++ {diff.b}"]
-    for (note, removed, added), paths in groups.items():
-        lines += _hunk(paths, note, removed, added)
+    for changes in groups.values():
+        lines += _hunk([change.path for change in changes], changes[0])
     return "\n".join([*lines, _sums(diff)])
 
 
-def _hunk(paths: list[str], note: str, removed: tuple[str, ...], added: tuple[str, ...]) -> list[str]:
+def _without_numbers(statements: tuple[str, ...]) -> str:
+    """Return the statements as one text without the numbers of blocks and of repeated names."""
+    return _BLOCK_NUMBER.sub("#", "\n".join(statements))
+
+
+_BLOCK_NUMBER = re.compile(r"(?<=\w\.)\d+(?=\.)|(?<=_)\d+\b")
+
+
+def _hunk(paths: list[str], change: SiteChange) -> list[str]:
     names = ", ".join(" ".join(row[0].split()) for row in fold_rows([(path,) for path in paths]))
-    head = f"@@ {names} · {note} @@" if note else f"@@ {names} @@"
-    return [head, *(f"-    {text}" for text in removed), *(f"+    {text}" for text in added)]
+    head = f"@@ {names} · {change.note} @@" if change.note else f"@@ {names} @@"
+    return [head, *(f"-    {text}" for text in change.removed), *(f"+    {text}" for text in change.added)]
 
 
 def _sums(diff: GraphDiff) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from lora_fx.regions.structure import structure_of
+
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
@@ -36,16 +38,36 @@ def inner_regions(model: nn.Module, path: str, sites: Iterable[str]) -> list[str
 
 
 def _blocks(module: nn.Module, path: str, sites: list[str], seen: set[int]) -> Iterator[str]:
-    """Yield the outermost blocks with sites in them, in model order."""
+    """Yield the repeated blocks with sites in them, in model order."""
     for name, child in module.named_children():
         here = f"{path}.{name}" if path else name
         if id(child) in seen or not _contains(here, sites):
             continue
         seen.add(id(child))
-        if _is_block(module, child):
+        if _is_block(module, child) and _is_innermost(module, child):
             yield here
         else:
             yield from _blocks(child, here, sites, seen)
+
+
+def _is_innermost(parent: nn.Module, child: nn.Module) -> bool:
+    """Whether the block is repeated, or holds no blocks that are: a graph of many layers could not be shared."""
+    if _is_checkpointing_layer(child):
+        return True
+    return _occurs_twice(child, parent) or not any(_has_twins(module) for module in child.modules())
+
+
+def _occurs_twice(child: nn.Module, parent: nn.Module) -> bool:
+    own = structure_of(child)
+    return sum(structure_of(other) == own for other in parent.children() if type(other) is type(child)) > 1
+
+
+def _has_twins(container: nn.Module) -> bool:
+    """Whether a container holds two blocks of the same structure."""
+    if not isinstance(container, _CONTAINERS):
+        return False
+    inside = [structure_of(each) for each in container.children() if _has_forward(each) and _has_children(each)]
+    return len(inside) > len(set(inside))
 
 
 def _has_blocks(model: nn.Module) -> bool:

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapters.attach import attached
 from lora_fx.capture.captured import Captured
 from lora_fx.regions.region import GuardedRegion, Kind, Region, drop_region, region_of, set_region
-from lora_fx.swap import origin, original_class, swap
+from lora_fx.regions.structure import structure_of
+from lora_fx.swap import origin, swap
 
 
 def install(model: nn.Module, paths: Iterable[str]) -> None:
@@ -38,18 +38,6 @@ def regions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region]]:
         region = region_of(module)
         if region is not None:
             yield path, module, region
-
-
-def structure_of(module: nn.Module) -> tuple[Any, ...]:
-    """Return what is equal for identical blocks: classes, names, shapes, dtypes, adapters."""
-    return tuple(_facts(path, each) for path, each in module.named_modules())
-
-
-def _facts(path: str, module: nn.Module) -> tuple[Any, ...]:
-    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors)
-    found = attached(module)
-    return (path, original_class(module), shapes, None if found is None else (found.spec.lora, found.spec.mixed))
 
 
 Library = dict[tuple[Any, ...], list[Captured]]

@@ -16,7 +16,8 @@ from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.surroundings import RandomState
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.regions.candidates import block_regions, inner_regions
-from lora_fx.regions.install import Library, install, library_of, regions, structure_of, uninstall
+from lora_fx.regions.install import Library, install, library_of, regions, uninstall
+from lora_fx.regions.structure import structure_of
 from lora_fx.samples import Sample
 
 MODES = ((False, False), (True, True))

@@ -1,0 +1,41 @@
+# Each target makes its own .venv on a fresh machine; constraints.txt pins what is tested.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: demo test slow lint docs figures clean
+.DELETE_ON_ERROR:
+
+$(VENV)/pip: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
+
+# one stamp for each extra: make demo need not install what only the tests want
+$(VENV)/extra-%: $(VENV)/pip pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/extra-demo
+	$(BIN)/python demo/sentiment.py
+
+test: $(VENV)/extra-test
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/extra-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/extra-lint $(VENV)/extra-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/extra-docs
+	$(BIN)/mkdocs build --strict
+
+figures: $(VENV)/extra-test
+	$(BIN)/python benchmarks/figures.py
+
+clean:
+	rm -rf $(VENV) site demo_output .pytest_cache .mypy_cache .ruff_cache
