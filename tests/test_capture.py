@@ -319,7 +319,25 @@ def test_one_tensor_given_twice_is_another_call_than_two_tensors():
         assert reason(module, once, a, b) is None
 
 
-def test_grad_mode_autocast_attributes_classes_and_hooks_are_guarded():
+def test_grad_mode_is_guarded_only_where_the_forward_asks_for_it_or_changes_it():
+    asks = Block(lambda self, x: self.first(x) if torch.is_grad_enabled() else self.second(x))
+    with torch.no_grad():
+        found = captured(asks, x())
+    assert reason(asks, found, x()) == "grad mode"
+
+    class Stops(Block):
+        def forward(self, x):
+            with torch.no_grad():
+                y = self.second(x)
+            return self.first(x) + y
+
+    stops = Stops(lambda self, x: x)
+    assert reason(stops, captured(stops, x()), x()) == "grad mode"
+    careless = Block(lambda self, x: self.first(x))
+    assert reason(careless, captured(careless, x()), x()) is None
+
+
+def test_autocast_attributes_classes_and_hooks_are_guarded():
     module = Layer()
     found = captured(module, x())
     classes = {path: type(module.get_submodule(path)) for path in found.log.inlined}
@@ -329,7 +347,6 @@ def test_grad_mode_autocast_attributes_classes_and_hooks_are_guarded():
         result = guard.match(module, (x(),), {})
         return guard.reasons[result] if isinstance(result, int) else None
 
-    assert told() == "grad mode"
     with torch.no_grad():
         assert told() is None
         with torch.autocast("cpu", dtype=torch.bfloat16):

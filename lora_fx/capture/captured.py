@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +12,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.capture.arguments import Check, FlatCall, Leaf, flatten, is_constant, positional_names, rebuild
+from lora_fx.capture.copies import Place
+from lora_fx.capture.inputs import Input, Inputs, TensorInput, VaryingSizes
+from lora_fx.capture.objects import copied, is_plain_object
 from lora_fx.capture.outputs import write_output
+from lora_fx.capture.reasons import Untraceable, reason_of
 from lora_fx.capture.surroundings import Surroundings, in_clean_thread, surroundings_of
-from lora_fx.capture.torch_internals import Fakes, quiet_fakes, symbol_of
-from lora_fx.capture.tracer import Log, Specialised, Tracer, reason_of
-from lora_fx.capture.writer import Untraceable
+from lora_fx.capture.torch_internals import Fakes, quiet_fakes
+from lora_fx.capture.tracer import Log, Specialised, Tracer
 from lora_fx.swap import original_class
 
 _LOCK = threading.RLock()
 _MOST_RESTARTS = 24
-
-VaryingSizes = frozenset[tuple[int, int]]
-"""(input, dimension) pairs whose size is known to differ from call to call."""
 
 
 class NotCaptured(Exception):
@@ -32,28 +31,13 @@ class NotCaptured(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInput:
-    """A graph input: where the tensor is among the arguments, and what was assumed of it."""
-
-    access: str
-    name: str
-    shape: tuple[int, ...]
-    """The sizes of the call that was captured."""
-    symbols: tuple[str | None, ...]
-    """For each dimension the name of its symbolic size; None where the size is fixed."""
-    dtype: torch.dtype | None
-    """None, as the device: captured without inputs, nothing is assumed of them."""
-    device: torch.device | None
-    requires_grad: bool
-    contiguous: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Captured:
     """A submodule's forward as a graph, with call_module nodes for its leaves, and what the graph relies on."""
 
     graph: fx.Graph
-    inputs: tuple[TensorInput, ...]
+    inputs: tuple[Input, ...]
+    """What the guard finds and the graph is given; the first ones are the `tensors` arguments of the call."""
+    tensors: int
     same: tuple[tuple[str, str], ...]
     """Pairs of accesses that gave one and the same tensor."""
     constants: tuple[Leaf, ...]
@@ -65,6 +49,8 @@ class Captured:
     """None: does not matter to the graph."""
     owned: dict[str, tuple[torch.Size, torch.dtype, torch.device]]
     """Facts of the module's own tensors that the forward asked for."""
+    parameters: tuple[Place, ...]
+    """Integers of the module that accesses use as an index, as `[«place»]`: the layer's number in a KV cache."""
     example: tuple[tuple[Any, ...], dict[str, Any]] | None
     """The captured call with meta tensors: enough to capture the same call of another model."""
 
@@ -100,7 +86,8 @@ def capture(
 
 def _refuse_opaque(flat: FlatCall) -> None:
     for leaf in flat.leaves:
-        if not isinstance(leaf.value, Tensor) and not is_constant(leaf.value):
+        plain = isinstance(leaf.value, Tensor) or is_constant(leaf.value) or is_plain_object(leaf.value)
+        if not plain:
             raise NotCaptured(f"argument {leaf.name} is of type {type(leaf.value).__name__}")
         if isinstance(leaf.value, Tensor) and type(leaf.value) not in (Tensor, nn.Parameter):
             raise NotCaptured(f"argument {leaf.name} is of the tensor subclass {type(leaf.value).__name__}")
@@ -134,79 +121,32 @@ class _Capture:
     def __init__(self, module: nn.Module, flat: FlatCall, varying: VaryingSizes, opaque: frozenset[str]) -> None:
         self.flat = flat
         self.varying = varying
-        self.fakes = Fakes()
-        self.tracer = Tracer(module, self.fakes, opaque)
-        self.fake_of: dict[int, Tensor] = {}
-        self.tensors: list[Leaf] = []
-        self.same: list[tuple[str, str]] = []
+        self.tracer = tracer = Tracer(module, Fakes(), opaque)
+        self.inputs = Inputs(tracer.fakes, tracer.writer, lambda: tracer.listening)
+        tracer.ghosts = self.inputs.ghosts
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], around: Surroundings) -> Captured:
-        self._make_inputs()
-        fake_args, fake_kwargs = rebuild(args, kwargs, lambda leaf: self.fake_of.get(id(leaf), leaf))
-        result = self.tracer.run(fake_args, fake_kwargs)
+        self.inputs.admit(self.flat)
+        tensors = sum(isinstance(each.stand_in, Tensor) for each in self.inputs.given)
+        self.tracer.varying = list(self.inputs.symbols(self.varying))
+        stand_ins = self.inputs.stand_ins
+        result = self.tracer.run(*rebuild(args, kwargs, lambda leaf: stand_ins.get(id(leaf), leaf)))
         write_output(self.tracer.writer, result)
         self.tracer.writer.drop_unused()
         return Captured(
             graph=self.tracer.writer.graph,
-            inputs=tuple(self._input(leaf) for leaf in self.tensors),
-            same=tuple(self.same),
-            constants=tuple(leaf for leaf in self.flat.leaves if not isinstance(leaf.value, Tensor)),
-            structure=tuple(self.flat.structure),
-            size_guards=tuple(self._size_guards()),
+            inputs=self.inputs.inputs(),
+            tensors=tensors,
+            same=tuple(self.inputs.same),
+            constants=tuple(self.inputs.constants),
+            structure=(*self.flat.structure, *self.inputs.checks),
+            size_guards=tuple(self.inputs.size_guards()),
             log=self.tracer.log,
             surroundings=around,
             owned={name: _facts(self.tracer.module, name) for name in sorted(self.tracer.log.owned)},
+            parameters=(),
             example=rebuild(args, kwargs, _stub),
         )
-
-    def _make_inputs(self) -> None:
-        first: dict[int, Leaf] = {}
-        for leaf in self.flat.tensors():
-            if id(leaf.value) in first:
-                self.same.append((leaf.access, first[id(leaf.value)].access))
-                continue
-            first[id(leaf.value)] = leaf
-            name = re.sub(r"\W+", "_", leaf.name).strip("_")
-            fake = self.fakes.tensor(_detached(leaf.value), name, [False] * leaf.value.dim())
-            self._note_varying(len(self.tensors), fake)
-            self.fake_of[id(leaf.value)] = fake
-            self.tensors.append(leaf)
-            self.tracer.writer.placeholder(name, fake)
-
-    def _note_varying(self, index: int, fake: Tensor) -> None:
-        for dim, size in enumerate(fake.shape):
-            if (index, dim) in self.varying and isinstance(size, torch.SymInt):
-                self.tracer.varying.append(symbol_of(size))
-
-    def _input(self, leaf: Leaf) -> TensorInput:
-        fake = self.fake_of[id(leaf.value)]
-        symbols = tuple(str(symbol_of(s)) if isinstance(s, torch.SymInt) else None for s in fake.shape)
-        value = leaf.value
-        return TensorInput(
-            leaf.access, leaf.name, tuple(value.shape), symbols,
-            value.dtype, value.device, value.requires_grad, value.is_contiguous(),
-        )  # fmt: skip
-
-    def _size_guards(self) -> Iterable[str]:
-        sizes: list[torch.SymInt] = []
-        names: list[str] = []
-        for index, leaf in enumerate(self.tensors):
-            for dim, size in enumerate(self.fake_of[id(leaf.value)].shape):
-                if isinstance(size, torch.SymInt):
-                    sizes.append(size)
-                    names.append(size_name(index, dim))
-                else:
-                    yield f"{size_name(index, dim)} == {size}"
-        yield from self.fakes.guards(sizes, names)
-
-
-def size_name(index: int, dim: int) -> str:
-    """Return the name that size guards use for a dimension of an input."""
-    return f"s{index}_{dim}"
-
-
-def _detached(value: Tensor) -> Tensor:
-    return value.detach().requires_grad_(value.requires_grad)
 
 
 def _facts(module: nn.Module, name: str) -> tuple[torch.Size, torch.dtype, torch.device]:
@@ -220,17 +160,21 @@ def resolve(module: nn.Module, name: str) -> Any:
 
 
 def _stub(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
+    return value if is_constant(value) else copied(value, _meta)
+
+
+def _meta(value: Tensor) -> Tensor:
     stub = torch.empty_like(value, device="meta", memory_format=torch.preserve_format)
     return stub.requires_grad_(value.requires_grad)
 
 
-def varying_sizes(before: Sequence[TensorInput], tensors: Sequence[Tensor]) -> VaryingSizes:
-    """Return where the sizes of the tensors differ from those of an earlier capture of the same structure."""
+def varying_sizes(before: Captured, tensors: Sequence[Tensor]) -> VaryingSizes:
+    """Return where the sizes of a call's tensors differ from those of an earlier capture of the same structure."""
+    if before.tensors != len(tensors) or before.same:
+        return frozenset()
     return frozenset(
         (index, dim)
-        for index, (each, tensor) in enumerate(zip(before, tensors, strict=True))
+        for index, (each, tensor) in enumerate(zip(before.inputs[: before.tensors], tensors, strict=True))
         for dim, size in enumerate(tensor.shape)
-        if len(each.shape) == tensor.dim() and each.shape[dim] != size
+        if isinstance(each, TensorInput) and len(each.shape) == tensor.dim() and each.shape[dim] != size
     )

@@ -8,16 +8,14 @@ dynamic subclass of its class that reports calls, reads of plain attributes and 
 from __future__ import annotations
 
 import copy
-import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lora_fx.capture.arguments import is_constant
+from lora_fx.capture.objects import is_plain_object
 from lora_fx.swap import is_swapped, origin, swap, unswap
 
 _LISTENER = "_lora_fx_listener"
@@ -138,7 +136,7 @@ def _outside(module: nn.Module) -> Iterator[object]:
 def _report_objects(duplicate: nn.Module, original: nn.Module, path: str, listener: Listener) -> None:
     """Let plain objects that the module holds (a config) report too, if the copy has its own."""
     for name, value in vars(duplicate).items():
-        if name in _INTERNAL or value is vars(original).get(name) or not _is_plain_object(value):
+        if name in _INTERNAL or value is vars(original).get(name) or not is_plain_object(value):
             continue
         reporting = _reporting_class(type(value))
         try:
@@ -147,12 +145,6 @@ def _report_objects(duplicate: nn.Module, original: nn.Module, path: str, listen
             value.__class__ = reporting
         except (TypeError, AttributeError):  # slots or a layout of its own: what is read from it is not guarded
             continue
-
-
-def _is_plain_object(value: object) -> bool:
-    if isinstance(value, (nn.Module, Tensor, torch.Generator, type, FunctionType, ModuleType, enum.Enum, dict, list)):
-        return False
-    return not is_constant(value) and isinstance(getattr(value, "__dict__", None), dict)
 
 
 _REPORTING: dict[type, type] = {}

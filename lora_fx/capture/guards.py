@@ -14,25 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.arguments import Check, Leaf
-from lora_fx.capture.captured import Captured, TensorInput, size_name
+from lora_fx.capture.arguments import Check, Leaf, is_constant
+from lora_fx.capture.captured import Captured
 from lora_fx.capture.copies import Place
+from lora_fx.capture.inputs import NumberInput, TensorInput, size_name
 from lora_fx.capture.torch_internals import global_hook_tables, shape_guard_names
 
-_AT_LEAST_TWO = re.compile(r"^2 <= (?=s\d+_\d+($| and ))")
+_AT_LEAST_TWO = re.compile(r"^2 <= (?=s(\d+)_\d+($| and ))")
 _FAILURES = "(AttributeError, KeyError, IndexError, TypeError)"
+
+
+Match = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, ...] | int]
+"""Returns the graph's inputs, or the index of the reason why this call is none of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
     """The compiled checks of one graph."""
 
-    match: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Tensor, ...] | int]
-    """Return the graph's inputs, or the index of the reason why this call is none of its own."""
-    match_ones: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Tensor, ...] | int]
+    match: Match
+    match_ones: Match
     """The same, but sizes that the capture took to be at least 2 may be 1 too."""
+    match_unproven: Match
+    """As `match_ones`, and for any values of the module's integers that the graph has as parameters."""
     reasons: tuple[str, ...]
     source: str
+    proven: set[tuple[int, ...]]
+    """The values of these integers for which the graph has been proven."""
 
 
 def compile_guard(captured: Captured, classes: Mapping[str, type]) -> Guard:
@@ -43,13 +51,19 @@ def compile_guard(captured: Captured, classes: Mapping[str, type]) -> Guard:
         classes: for each submodule whose own call the graph bypasses, the class that it must have.
     """
     writer = _GuardWriter(captured, classes)
-    strict, reasons = writer.write(list(captured.size_guards))
-    ones, _ = writer.write([_relaxed(clause) for clause in captured.size_guards])
-    return Guard(_compiled(strict, writer.names), _compiled(ones, writer.names), tuple(reasons), strict)
+    relaxed = [_relaxed(clause, captured) for clause in captured.size_guards]
+    source, reasons = writer.write(list(captured.size_guards), proven=True)
+    ones, _ = writer.write(relaxed, proven=True)
+    unproven, _ = writer.write(relaxed, proven=False)
+    match, match_ones, match_unproven = (_compiled(each, writer.names) for each in (source, ones, unproven))
+    return Guard(match, match_ones, match_unproven, tuple(reasons), source, writer.proven)
 
 
-def _relaxed(clause: str) -> str:
-    return _AT_LEAST_TWO.sub("1 <= ", clause)
+def _relaxed(clause: str, captured: Captured) -> str:
+    found = _AT_LEAST_TWO.match(clause)
+    if found is None or isinstance(captured.inputs[int(found[1])], NumberInput):
+        return clause
+    return _AT_LEAST_TWO.sub(r"1 <= ", clause)
 
 
 def _compiled(source: str, names: dict[str, Any]) -> Any:
@@ -66,21 +80,39 @@ class _GuardWriter:
         self.classes = classes
         self.names: dict[str, Any] = {**shape_guard_names, "Plain": (Tensor, nn.Parameter), "torch": torch}
         self.module_names: dict[str, str] = {}
+        self.proven: set[tuple[int, ...]] = set()
+        self.names["proven"] = self.proven
+        self.parameters = {f"«{place}»": f"p{index}" for index, place in enumerate(captured.parameters)}
 
-    def write(self, size_guards: list[str]) -> tuple[str, list[str]]:
-        """Return (source, reasons)."""
+    def write(self, size_guards: list[str], proven: bool) -> tuple[str, list[str]]:
+        """Return (source, reasons); with `proven`, parameters must have values for which the graph was proven."""
         self.module_names = {"": "self"}
         reasons: list[str] = []
         lines = ["def guard(self, args, kwargs):", "  try:"]
-        for step in self._steps(size_guards):
+        for step in (*self._parameters(proven), *self._steps(size_guards)):
             if isinstance(step, Check):
-                lines.append(f"    if not ({step.expression}): return {len(reasons)}")
+                lines.append(f"    if not ({self._filled(step.expression)}): return {len(reasons)}")
                 reasons.append(step.reason)
             else:
-                lines.append(f"    {step}")
+                lines.append(f"    {self._filled(step)}")
         lines += [f"  except {_FAILURES}: return {len(reasons)}", f"  return ({self._inputs()})"]
         reasons.append("structure of the arguments")
         return "\n".join(lines), reasons
+
+    def _parameters(self, proven: bool) -> Iterator[Check | str]:
+        for place, name in zip(self.captured.parameters, self.parameters.values(), strict=True):
+            yield from self._reach(place.path)
+            yield f"{name} = {'.'.join((self.module_names[place.path], *place.attributes))}"
+            yield Check(f"type({name}) is int", f"value of {place}")
+        if self.parameters:
+            values = "".join(f"{name}, " for name in self.parameters.values())
+            expression = f"({values}) in proven" if proven else "True"
+            yield Check(expression, f"value of {', '.join(map(str, self.captured.parameters))}")
+
+    def _filled(self, text: str) -> str:
+        for place, name in self.parameters.items():
+            text = text.replace(place, name)
+        return text
 
     def _inputs(self) -> str:
         return "".join(f"x{index}, " for index in range(len(self.captured.inputs)))
@@ -89,7 +121,12 @@ class _GuardWriter:
         yield from self._surroundings()
         yield from self.captured.structure
         for index, each in enumerate(self.captured.inputs):
-            yield from self._tensor(index, each)
+            yield f"x{index} = {each.access}"
+            if isinstance(each, TensorInput):
+                yield from self._tensor(index, each)
+            elif isinstance(each, NumberInput):
+                yield Check(f"type(x{index}) is int", f"type of {each.name}")
+                yield f"{size_name(index, 0)} = x{index}"
         yield from self._identities()
         for clause in size_guards:
             yield Check(clause, f"size: {self._readable(clause)}")
@@ -102,7 +139,6 @@ class _GuardWriter:
 
     def _tensor(self, index: int, each: TensorInput) -> Iterator[Check | str]:
         x = f"x{index}"
-        yield f"{x} = {each.access}"
         yield Check(f"type({x}) in Plain", f"{each.name} is not a plain tensor")
         if each.dtype is None:
             return
@@ -119,18 +155,20 @@ class _GuardWriter:
     def _identities(self) -> Iterator[Check]:
         for one, other in self.captured.same:
             yield Check(f"{one} is {other}", "one tensor was given twice")
-        count = len(self.captured.inputs)
-        if count > 1:
-            ids = ", ".join(f"id(x{index})" for index in range(count))
-            yield Check(f"len({{{ids}}}) == {count}", "different tensors were given, now one twice")
+        ids = [f"id(x{i})" for i, each in enumerate(self.captured.inputs) if not isinstance(each, NumberInput)]
+        if len(ids) > 1:
+            yield Check(f"len({{{', '.join(ids)}}}) == {len(ids)}", "different tensors were given, now one twice")
 
     def _readable(self, clause: str) -> str:
         def name(match: re.Match[str]) -> str:
-            return f"{self.captured.inputs[int(match[1])].name}.shape[{match[2]}]"
+            each = self.captured.inputs[int(match[1])]
+            return each.name if isinstance(each, NumberInput) else f"{each.name}.shape[{match[2]}]"
 
         return re.sub(r"\bs(\d+)_(\d+)\b", name, clause)
 
     def _constant(self, leaf: Leaf) -> Check:
+        if not is_constant(leaf.value):
+            return Check(f"{leaf.access} is {self._name(leaf.value)}", f"{leaf.name} is another object")
         return Check(self._equals(leaf.access, leaf.value), f"value of {leaf.name}")
 
     def _equals(self, access: str, value: object) -> str:
@@ -150,7 +188,8 @@ class _GuardWriter:
         around = self.captured.surroundings
         if around is None:
             return
-        yield Check(f"torch.is_grad_enabled() is {around.grad}", "grad mode")
+        if self.captured.log.asks_grad_mode:
+            yield Check(f"torch.is_grad_enabled() is {around.grad}", "grad mode")
         for kind, enabled, dtype in around.autocast:
             yield Check(f"torch.is_autocast_enabled({kind!r}) is {enabled}", f"autocast on {kind}")
             if enabled:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from lora_fx.capture.arguments import is_constant
+from lora_fx.capture.ghosts import is_ghost
+from lora_fx.capture.reasons import Untraceable
 from lora_fx.capture.torch_internals import pytree
-from lora_fx.capture.writer import GraphWriter, Untraceable
+from lora_fx.capture.writer import GraphWriter
 
 
 class Rebuild:
@@ -22,6 +24,11 @@ class Rebuild:
     def __call__(self, *leaves: Any) -> Any:
         return pytree.tree_unflatten(list(leaves), self.structure)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rebuild) and self.structure == other.structure
+
+    __hash__ = object.__hash__
+
 
 def write_output(writer: GraphWriter, result: Any) -> None:
     """Write the graph's output node for what the forward returned."""
@@ -30,6 +37,8 @@ def write_output(writer: GraphWriter, result: Any) -> None:
 
 def _output(writer: GraphWriter, value: Any) -> Any:
     if isinstance(value, (Tensor, torch.SymInt, torch.SymFloat)) or is_constant(value):
+        return writer.argument(value)
+    if is_ghost(value):
         return writer.argument(value)
     if type(value) in (tuple, list):
         return type(value)(_output(writer, item) for item in value)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-import torch
-
 
 class Readings(enum.Enum):
     GUARDED = "covered by the guards on sizes, dtypes and devices"
@@ -39,6 +37,6 @@ def what_was_read(func: Any, name: str) -> Readings:
         return Readings.GUARDED
     if name in _LAYOUT:
         return Readings.LAYOUT
-    if name in _GUARDED or func in (torch.is_autocast_enabled, torch.is_grad_enabled):
+    if name in _GUARDED:
         return Readings.GUARDED
     return Readings.UNKNOWN

@@ -21,10 +21,11 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.capture.arguments import Check, is_constant
-from lora_fx.capture.captured import Captured, NotCaptured, TensorInput
+from lora_fx.capture.captured import Captured, NotCaptured
 from lora_fx.capture.copies import Place, path_of, reporting_copy
-from lora_fx.capture.tracer import Log, is_leaf, reason_of
-from lora_fx.capture.writer import Untraceable
+from lora_fx.capture.inputs import TensorInput
+from lora_fx.capture.reasons import Untraceable, reason_of
+from lora_fx.capture.tracer import Log, is_leaf
 
 
 def capture_symbolically(module: nn.Module) -> Captured:
@@ -43,7 +44,7 @@ def capture_symbolically(module: nn.Module) -> Captured:
         Check(f"len(args) == {len(names)}", "number of positional arguments"),
         Check("not kwargs", "keyword arguments"),
     )
-    return Captured(graph, inputs, (), (), structure, (), log, None, {}, None)
+    return Captured(graph, inputs, len(inputs), (), (), structure, (), log, None, {}, (), None)
 
 
 def _tensor_parameters(module: nn.Module) -> list[str]:

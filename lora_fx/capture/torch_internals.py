@@ -34,6 +34,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -85,11 +86,24 @@ class Fakes:
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
 
     def tensor(self, like: Tensor, name: str, static: Sequence[bool]) -> Tensor:
-        """Return a fake of `like`; dimensions that are not `static` get symbolic sizes."""
+        """Return a fake of `like`; dimensions that are not `static` get symbolic sizes.
+
+        Also works in the middle of a capture: no mode sees what is done here.
+        """
         sizes = [DimDynamic.STATIC if each else DimDynamic.DYNAMIC for each in static]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        fake: Tensor = self.mode.from_tensor(like, symbolic_context=context, source=ConstantSource(name))
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            detached = like.detach().requires_grad_(like.requires_grad)
+            fake: Tensor = self.mode.from_tensor(detached, symbolic_context=context, source=ConstantSource(name))
         return fake
+
+    def number(self, value: int, name: str) -> torch.SymInt:
+        """Return a symbolic integer that is `value` now."""
+        source = ConstantSource(name)
+        symbol = self.shapes.create_symbol(value, source, DimDynamic.DYNAMIC)
+        number = self.shapes.create_symintnode(symbol, hint=value, source=source)
+        assert isinstance(number, torch.SymInt)
+        return number
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

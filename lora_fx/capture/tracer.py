@@ -21,9 +21,11 @@ import torch
 from torch import fx, nn
 
 from lora_fx.capture.copies import Place, class_of, path_of, reporting_copy
+from lora_fx.capture.ghosts import Ghosts, settle
 from lora_fx.capture.readings import POINTERS, Readings, what_was_read
+from lora_fx.capture.reasons import Untraceable, reason_of
 from lora_fx.capture.torch_internals import Fakes, FunctionMode, enter_autocast, exit_autocast, set_grad_enabled
-from lora_fx.capture.writer import GraphWriter, Untraceable, holds_tensor
+from lora_fx.capture.writer import GraphWriter, holds_tensor
 
 
 class Specialised(BaseException):
@@ -61,6 +63,8 @@ class Log:
     """Parameters, buffers and tensor attributes that were asked for their dtype, device or shape."""
     asks_requires_grad: bool = False
     asks_layout: bool = False
+    asks_grad_mode: bool = False
+    """Whether the forward asks for grad mode or changes it; a graph of another serves both modes."""
 
 
 class Tracer(FunctionMode):
@@ -74,6 +78,8 @@ class Tracer(FunctionMode):
         self.opaque = opaque
         self.writer = GraphWriter(self.module)
         self.log = Log()
+        self.ghosts: Ghosts | None = None
+        """The objects among the arguments, if there are any."""
         self.varying: list[sympy.Symbol] = []
         """Symbols of sizes that are known to vary from call to call."""
         self._refusal: str | None = None
@@ -82,8 +88,8 @@ class Tracer(FunctionMode):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module's own forward returns for the fake arguments, having written it down."""
         luck = random.getstate()
-        _refuse_fused(self.module)
-        with _custom_functions_of(self), self.fakes.active(), self:
+        _refuse_fused(self.module, self.log)
+        with _custom_functions_of(self), _questions_of(self), self.fakes.active(), self:
             self.listening = True
             try:
                 result = self.module.forward(*args, **kwargs)
@@ -107,11 +113,11 @@ class Tracer(FunctionMode):
         return self._inline(module, path, args, kwargs)
 
     def _inline(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        take_back, outer, specialised = self.writer.mark(), self.writer.place, self._specialised()
+        take_back, outer, specialised = self._mark(), self.writer.place, self._specialised()
         luck = random.getstate()
         self.writer.place = path
         try:
-            _refuse_fused(module)
+            _refuse_fused(module, self.log)
             result = nn.Module.__call__(module, *args, **kwargs)
             self._raise_if_refused()
             _refuse_random(luck)
@@ -128,6 +134,18 @@ class Tracer(FunctionMode):
         finally:
             self.writer.place = outer
         return self._leaf(module, path, args, kwargs)
+
+    def _mark(self) -> Callable[[], None]:
+        """Return a function that takes back what is written to the graph, and to objects, from now on."""
+        graph = self.writer.mark()
+        objects = None if self.ghosts is None else self.ghosts.mark()
+
+        def take_back() -> None:
+            graph()
+            if objects is not None:
+                objects()
+
+        return take_back
 
     def _leaf(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node_args, node_kwargs = self.writer.argument(tuple(args)), self.writer.argument(kwargs)
@@ -161,6 +179,9 @@ class Tracer(FunctionMode):
         kwargs = kwargs or {}
         if not self.listening:
             return func(*args, **kwargs)
+        settle(args)
+        if func is set_grad_enabled:
+            self.log.asks_grad_mode = True
         if func in (enter_autocast, exit_autocast):
             return self._autocast(func, args)
         if func is torch.Tensor.__iter__:  # the default iterates inside, where the mode sees nothing
@@ -259,18 +280,12 @@ _OPEN = (
 )  # fmt: skip
 
 
-def _refuse_fused(module: nn.Module) -> None:
+def _refuse_fused(module: nn.Module, log: Log) -> None:
     """The trace would show torch's slow path, which rounds differently from the fused kernel that really runs."""
     fused = isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
+    log.asks_grad_mode = log.asks_grad_mode or fused
     if fused and not module.training and not torch.is_grad_enabled():
         raise Untraceable("torch runs nn.TransformerEncoderLayer as one fused kernel in eval mode")
-
-
-def reason_of(error: BaseException) -> str:
-    """Return one short line of an error's text."""
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
-    return text[:160] if isinstance(error, Untraceable) else f"{type(error).__name__}: {text[:160]}"
 
 
 def _refuse_random(before: object) -> None:
@@ -313,3 +328,21 @@ def _custom_functions_of(tracer: Tracer) -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = plain  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _questions_of(tracer: Tracer) -> Iterator[None]:
+    """Let the tracer hear of torch.is_grad_enabled, which no mode is told of; other threads are not affected."""
+    plain = torch.is_grad_enabled
+
+    def is_grad_enabled() -> bool:
+        if threading.get_ident() == thread and tracer.listening:
+            tracer.log.asks_grad_mode = True
+        return plain()
+
+    thread = threading.get_ident()
+    torch.is_grad_enabled = is_grad_enabled
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.capture.arguments import CONSTANTS
+from lora_fx.capture.ghosts import is_ghost
+from lora_fx.capture.reasons import Untraceable
 from lora_fx.capture.torch_internals import (
     FakeTensor,
     constant_of,
@@ -22,13 +25,6 @@ from lora_fx.capture.torch_internals import (
 )
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
-class Untraceable(BaseException):
-    """A forward cannot be captured; the text is the reason.
-
-    Not an Exception: a forward's own `except Exception` must not swallow it and continue on another branch.
-    """
 
 
 @dataclass(slots=True)
@@ -42,11 +38,13 @@ class GraphWriter:
     """Dotted path of the parameters, buffers and tensor attributes of the module, by identity."""
     attributes: dict[str, fx.Node] = field(default_factory=dict)
     sizes: dict[sympy.Expr, fx.Node] = field(default_factory=dict)
-    size_of: dict[sympy.Symbol, tuple[fx.Node, int]] = field(default_factory=dict)
+    size_of: dict[sympy.Symbol, tuple[fx.Node, int | None]] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)
     """Keeps tensors alive, since values are told apart by identity."""
-    inputs: set[int] = field(default_factory=set)
-    """Identities of the arguments."""
+    inputs: dict[int, fx.Node] = field(default_factory=dict)
+    """The graph's inputs, by the identity of what stands for them in the capture."""
+    ask_object: Callable[[Any], fx.Node] | None = None
+    """Makes an input of a ghost that the graph mentions."""
     place: str = ""
     """Path of the submodule whose forward is running."""
 
@@ -58,14 +56,21 @@ class GraphWriter:
                 if isinstance(value, Tensor):
                     self.owned.setdefault(id(value), f"{path}.{name}".lstrip("."))
 
-    def placeholder(self, name: str, fake: Tensor) -> None:
-        """Add an input; its symbolic sizes become available to expressions."""
-        node = self.graph.placeholder(name)  # the graph makes the node's name unique; inputs go by position
-        self.inputs.add(id(fake))
-        self.made(fake, node)
-        for dim, size in enumerate(fake.shape):
-            if isinstance(size, torch.SymInt) and symbol_of(size).is_symbol:
-                self.size_of.setdefault(symbol_of(size), (node, dim))
+    def input(self, name: str, stand_in: Any) -> fx.Node:
+        """Add an input, also in the middle of a capture; symbolic sizes of a fake become available to expressions."""
+        first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
+        with self.graph.inserting_before(first) if first is not None else contextlib.nullcontext():
+            node = self.graph.placeholder(name)  # the graph makes the node's name unique; inputs go by position
+        self.inputs[id(stand_in)] = node
+        self.alive.append(stand_in)
+        if isinstance(stand_in, Tensor):
+            node.meta["tensor"] = (tuple(map(str, stand_in.shape)), stand_in.dtype)
+            for dim, size in enumerate(stand_in.shape):
+                if isinstance(size, torch.SymInt) and symbol_of(size).is_symbol:
+                    self.size_of.setdefault(symbol_of(size), (node, dim))
+        elif isinstance(stand_in, torch.SymInt):
+            self.size_of.setdefault(symbol_of(stand_in), (node, None))
+        return node
 
     def emit(self, op: str, target: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> fx.Node:
         node = self.graph.create_node(op, target, tuple(args), kwargs or {})
@@ -94,6 +99,11 @@ class GraphWriter:
         """Return the value as a node's argument: tensors and symbolic sizes become the nodes that make them."""
         if isinstance(value, Tensor):
             return self._tensor(value)
+        if id(value) in self.inputs:
+            return self.inputs[id(value)]
+        if is_ghost(value):
+            assert self.ask_object is not None
+            return self.ask_object(value)
         if isinstance(value, _SYMBOLIC):
             return self._size(value)
         if isinstance(value, dict):
@@ -107,7 +117,8 @@ class GraphWriter:
         raise Untraceable(f"a torch function is given an object of type {type(value).__name__}")
 
     def _tensor(self, value: Tensor) -> fx.Node:
-        node = self.made_by.get(id(value))
+        # a call may return its own argument (`contiguous`): what made a tensor last stands before what gave it
+        node = self.made_by.get(id(value), self.inputs.get(id(value)))
         if node is not None:
             return node
         name = self.owned.get(id(value))
@@ -140,7 +151,7 @@ class GraphWriter:
             if symbol not in self.size_of:
                 raise Untraceable("a size depends on the values of a tensor")
             node, dim = self.size_of[symbol]
-            self.sizes[symbol] = self.emit("call_method", "size", (node, dim))
+            self.sizes[symbol] = node if dim is None else self.emit("call_method", "size", (node, dim))
         return self.sizes[symbol]
 
     def mark(self) -> Callable[[], None]:
@@ -151,7 +162,7 @@ class GraphWriter:
 
         def take_back() -> None:
             for node in reversed(list(self.graph.nodes)):
-                if node not in nodes:
+                if node not in nodes and node.op != "placeholder":
                     self.graph.erase_node(node)
             for table, old in zip(tables, before, strict=True):
                 table.clear()
@@ -166,7 +177,7 @@ class GraphWriter:
                 self.graph.erase_node(node)
 
 
-_FREE_METHODS = frozenset({"size", "view", "reshape", "transpose", "expand", "permute", "unsqueeze", "squeeze"})
+_FREE_METHODS = frozenset({"size", "view", "reshape", "transpose", "expand", "permute", "unsqueeze", "squeeze", "to"})
 
 
 def _is_free(node: fx.Node) -> bool:

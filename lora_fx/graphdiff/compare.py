@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import attached
 from lora_fx.capture.arguments import rebuild
 from lora_fx.capture.captured import Captured, NotCaptured, capture
+from lora_fx.capture.inputs import TensorInput
 from lora_fx.graphdiff.canonical import Statement, adapted_graph, describe_spec, statements_of
 from lora_fx.regions.install import regions
 
@@ -106,7 +107,7 @@ def _region(model: nn.Module, path: str, captured: Captured) -> list[Statement]:
     """Return the statements of a model's submodule for the call that was captured from either model."""
     module = model.get_submodule(path)
     own = [program.captured for p, _, region in regions(model) if p == path for program in region.kind.programs]
-    if captured in own or captured.example is None:
+    if (captured in own and not captured.parameters) or captured.example is None:
         graph = captured.graph
     else:
         args, kwargs = rebuild(*captured.example, lambda leaf: _filled(leaf, captured))
@@ -118,7 +119,8 @@ def _filled(leaf: object, captured: Captured) -> object:
     """Return an empty tensor on the device of the capture for a stub of one."""
     if not isinstance(leaf, Tensor):
         return leaf
-    device = next((each.device for each in captured.inputs if each.device is not None), torch.device("cpu"))
+    given = (each.device for each in captured.inputs if isinstance(each, TensorInput) and each.device is not None)
+    device = next(given, torch.device("cpu"))
     return torch.empty_like(leaf, device=device).requires_grad_(leaf.requires_grad)
 
 

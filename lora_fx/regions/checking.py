@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.arguments import flatten, rebuild
+from lora_fx.capture.arguments import flatten
+from lora_fx.capture.guards import Match
+from lora_fx.capture.inputs import TensorInput
+from lora_fx.capture.objects import copied, is_plain_object, objects_differ, tensors_in
 from lora_fx.capture.surroundings import RandomState, in_clean_thread, surroundings_of
 from lora_fx.capture.torch_internals import pytree
 from lora_fx.regions.program import Program
@@ -19,24 +22,28 @@ class Replay:
     """A call kept so that it can be made again: copies of its arguments, the buffers and the random state before it."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        copies: dict[int, Tensor] = {}
-
-        def keep(value: Any) -> Any:
-            return copies.setdefault(id(value), _copy(value)) if isinstance(value, Tensor) else value
-
         self.module = module
-        self.args, self.kwargs = rebuild(args, kwargs, keep)
-        self._given = [leaf.value for leaf in flatten(args, kwargs).tensors()]
-        tensors = [*copies.values(), *module.parameters()]
-        self.surroundings = surroundings_of({tensor.device for tensor in tensors})
+        self.args, self.kwargs = copied((args, kwargs), _copy)
+        self._given = (args, kwargs)
+        devices = {tensor.device for tensor in (*tensors_in((args, kwargs)), *module.parameters())}
+        self.surroundings = surroundings_of(devices)
         self.random = RandomState(self.surroundings.devices)
         self.buffers = _buffers(module)
 
-    def difference(self, program: Program, inputs: tuple[Tensor, ...], answer: Any) -> str | None:
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a fresh copy of the arguments: a forward may write to them."""
+        fresh: tuple[tuple[Any, ...], dict[str, Any]] = copied((self.args, self.kwargs), _copy)
+        return fresh
+
+    def difference(self, program: Program, match: Match, answer: Any) -> str | None:
         """Return how the program's result differs from `answer`, which the forward gave; None if not at all.
 
         Buffers and random state are left as the forward left them.
         """
+        arguments = self.arguments()
+        inputs = match(self.module, *arguments)
+        if isinstance(inputs, int):
+            return f"its own guard refuses it: {program.guard.reasons[inputs]}"
         after, buffers_after = RandomState(self.surroundings.devices), _buffers(self.module)
         self.random.restore()
         _restore(self.module, self.buffers)
@@ -44,19 +51,17 @@ class Replay:
             result = in_clean_thread(lambda: self._run(lambda: program.function(self.module, *inputs)))
             if RandomState(self.surroundings.devices) != after:
                 return "it draws other random numbers"
-            return difference(result, answer) or self._left_behind_differs(buffers_after)
+            return difference(result, answer) or self._left_behind_differs(arguments, buffers_after)
         except Exception as error:
             return f"it fails: {type(error).__name__}: {str(error)[:200]}"
         finally:
             after.restore()
             _restore(self.module, buffers_after)
 
-    def _left_behind_differs(self, buffers: dict[str, Tensor]) -> str | None:
+    def _left_behind_differs(self, arguments: Any, buffers: dict[str, Tensor]) -> str | None:
         """Return how what the program wrote in place differs from what the forward wrote."""
-        copies = [leaf.value for leaf in flatten(self.args, self.kwargs).tensors()]
-        for mine, given in zip(copies, self._given, strict=True):
-            if _tensor_difference(mine, given) is not None:
-                return "it leaves other values in an argument"
+        if objects_differ(arguments, self._given, lambda a, b: _tensor_difference(a, b) is not None):
+            return "it leaves other values in an argument"
         return _buffers_differ(self.module, buffers)
 
     def _run(self, work: Callable[[], Any]) -> Any:
@@ -69,7 +74,7 @@ def prove_sizes_of_one(program: Program, module: nn.Module, forward: Callable[..
 
     A capture assumes that symbolic sizes are at least 2 (1 broadcasts); mostly the graph holds for 1 as well.
     """
-    symbols = sorted({symbol for each in program.captured.inputs for symbol in each.symbols if symbol is not None})
+    symbols = sorted(_symbols(program, inside_objects=False) - _symbols(program, inside_objects=True))
     most = len(symbols) if len(symbols) <= _MOST_SYMBOLS else 1
     for number in range(1, most + 1):
         for chosen in itertools.combinations(symbols, number):
@@ -78,6 +83,12 @@ def prove_sizes_of_one(program: Program, module: nn.Module, forward: Callable[..
 
 
 _MOST_SYMBOLS = 3
+
+
+def _symbols(program: Program, inside_objects: bool) -> set[str]:
+    captured = program.captured
+    inputs = captured.inputs[captured.tensors :] if inside_objects else captured.inputs[: captured.tensors]
+    return {s for each in inputs if isinstance(each, TensorInput) for s in each.symbols if s is not None}
 
 
 def _holds_at_one(
@@ -92,8 +103,7 @@ def _holds_at_one(
     try:
         with replay.surroundings.active():
             answer = in_clean_thread(lambda: small._run(lambda: forward(*args, **kwargs)))
-        again = program.guard.match_ones(module, small.args, small.kwargs)
-        return not isinstance(again, int) and small.difference(program, again, answer) is None
+        return small.difference(program, program.guard.match_ones, answer) is None
     except Exception:  # the forward itself refuses such a size
         return False
     finally:
@@ -102,29 +112,20 @@ def _holds_at_one(
 
 
 def _narrowed(program: Program, replay: Replay, chosen: frozenset[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the replay's arguments with the chosen symbolic sizes cut to 1."""
-    symbols = dict(
-        zip(map(id, _unique_tensors(replay)), (each.symbols for each in program.captured.inputs), strict=True)
-    )
-    cut: dict[int, Tensor] = {}
-
-    def narrow(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in cut:
-            small = value.detach()
-            for dim, symbol in enumerate(symbols[id(value)]):
-                if symbol in chosen:
-                    small = small.narrow(dim, 0, 1)
-            cut[id(value)] = small.clone().requires_grad_(value.requires_grad)
-        return cut[id(value)]
-
-    return rebuild(replay.args, replay.kwargs, narrow)
-
-
-def _unique_tensors(replay: Replay) -> list[Tensor]:
+    """Return the replay's arguments with the chosen symbolic sizes of its tensors cut to 1."""
     tensors = {id(leaf.value): leaf.value for leaf in flatten(replay.args, replay.kwargs).tensors()}
-    return list(tensors.values())
+    given = program.captured.inputs[: program.captured.tensors]
+    symbols = {key: each.symbols for key, each in zip(tensors, given, strict=True) if isinstance(each, TensorInput)}
+
+    def narrow(value: Tensor) -> Tensor:
+        small = value.detach()
+        for dim, symbol in enumerate(symbols.get(id(value), ())):
+            if symbol in chosen:
+                small = small.narrow(dim, 0, 1)
+        return small.clone().requires_grad_(value.requires_grad)
+
+    narrowed: tuple[tuple[Any, ...], dict[str, Any]] = copied((replay.args, replay.kwargs), narrow)
+    return narrowed
 
 
 def difference(result: Any, expected: Any) -> str | None:
@@ -141,6 +142,9 @@ def difference(result: Any, expected: Any) -> str | None:
 
 
 def _value_difference(one: Any, other: Any) -> str | None:
+    if is_plain_object(one):
+        differ = objects_differ(one, other, lambda a, b: _tensor_difference(a, b) is not None)
+        return f"the {type(one).__name__} of the result differs" if differ else None
     return None if type(one) is type(other) and one == other else f"{one!r} instead of {other!r}"
 
 

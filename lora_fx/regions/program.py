@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lora_fx.capture.captured import Captured
+from lora_fx.capture.captured import Captured, resolve
 from lora_fx.capture.guards import Guard, compile_guard
+from lora_fx.capture.inputs import TensorInput
 from lora_fx.editor import Editor
 from lora_fx.passes import apply_pass
 from lora_fx.passes.flatten import Flatten, is_bypassed
@@ -37,9 +38,14 @@ class Program:
         return frozenset(
             symbol
             for each, tensor in zip(self.captured.inputs, inputs, strict=True)
+            if isinstance(each, TensorInput)
             for symbol, size in zip(each.symbols, tensor.shape, strict=False)
             if symbol is not None and size == 1
         )
+
+    def parameters_of(self, module: nn.Module) -> tuple[int, ...]:
+        """Return the module's values of the integers that are parameters of the program."""
+        return tuple(resolve(module, str(place)) for place in self.captured.parameters)
 
 
 def make_program(captured: Captured, module: nn.Module) -> Program:

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.capture.arguments import flatten
-from lora_fx.capture.captured import Captured, NotCaptured, VaryingSizes, capture, varying_sizes
+from lora_fx.capture.captured import Captured, NotCaptured, capture, varying_sizes
+from lora_fx.capture.generalise import generalise
+from lora_fx.capture.inputs import VaryingSizes
+from lora_fx.capture.objects import tensors_in
 from lora_fx.capture.surroundings import surroundings_of
 from lora_fx.errors import LoraFxWarning
 from lora_fx.passes.flatten import has_hooks
@@ -184,24 +187,27 @@ class Region:
     def _waiting(self, module: nn.Module, replay: Replay, result: Any) -> Program | None:
         """Return a program that fits the call and has now been proven on it."""
         for program in self.kind.programs:
-            inputs = program.guard.match_ones(module, replay.args, replay.kwargs)
-            if type(inputs) is not tuple:
+            if type(program.guard.match_unproven(module, replay.args, replay.kwargs)) is not tuple:
                 continue
-            if self._prove(program, replay, inputs, result):
+            if self._prove(program, replay, result):
                 return program
             if not program.verified:
                 self.kind.programs.remove(program)
             return None
         return None
 
-    def _prove(self, program: Program, replay: Replay, inputs: tuple[Tensor, ...], result: Any) -> bool:
-        if replay.difference(program, inputs, result) is not None:
+    def _prove(self, program: Program, replay: Replay, result: Any) -> bool:
+        match = program.guard.match_unproven
+        if replay.difference(program, match, result) is not None:
             return False
+        inputs = match(replay.module, replay.args, replay.kwargs)
+        assert not isinstance(inputs, int)
+        program.guard.proven.add(program.parameters_of(replay.module))
         ones = program.ones_of(inputs)
         if ones:
             program.ones.add(ones)
         else:
-            program.verified = True
+            program.verified = not any(isinstance(each, Tensor) and each.is_meta for each in inputs)
         self._keep(program)
         return True
 
@@ -211,27 +217,39 @@ class Region:
         try:
             captured = capture(module, replay.args, replay.kwargs, self._varying(replay))
             program = make_program(captured, module)
-            inputs = program.guard.match(module, replay.args, replay.kwargs)
-            if isinstance(inputs, int):
-                raise NotCaptured(f"its own guard refuses it: {program.guard.reasons[inputs]}")
-            found = replay.difference(program, inputs, result)
+            found = replay.difference(program, program.guard.match, result)
             if found is not None:
                 raise NotCaptured(f"the graph is not the forward: {found}")
         except NotCaptured as reason:
             self.kind.failures[signature] = str(reason)
             return None
-        program.verified = not any(tensor.is_meta for tensor in inputs)
+        program.verified = not any(tensor.is_meta for tensor in tensors_in((replay.args, replay.kwargs)))
+        program = self._generalised(program, replay, result) or program
         self.kind.programs.append(program)
         self._keep(program)
         return program
+
+    def _generalised(self, program: Program, replay: Replay, result: Any) -> Program | None:
+        """Return a program for both this one and one of an identical block, which it replaces, if there is one."""
+        for other in self.kind.programs:
+            captured = generalise(other.captured, program.captured)
+            if captured is None:
+                continue
+            both = make_program(captured, replay.module)
+            if self._prove(both, replay, result):
+                values = tuple(other.captured.log.read[place] for place in captured.parameters)
+                both.guard.proven.add(values)  # for these it is the other program, which has been proven
+                both.ones |= other.ones & program.ones
+                self.kind.programs.remove(other)
+                return both
+        return None
 
     def _varying(self, replay: Replay) -> VaryingSizes:
         """Return the sizes in which this call differs from those that were captured with the same structure."""
         tensors = [leaf.value for leaf in flatten(replay.args, replay.kwargs).tensors()]
         varying: VaryingSizes = frozenset()
         for program in self.kind.programs:
-            if len(program.captured.inputs) == len(tensors) and not program.captured.same:
-                varying |= varying_sizes(program.captured.inputs, tensors)
+            varying |= varying_sizes(program.captured, tensors)
         return varying
 
 

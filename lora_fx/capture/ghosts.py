@@ -1,0 +1,343 @@
+"""Ghosts: what a forward sees during a capture in place of a plain object among its arguments (a KV cache).
+
+A ghost has the object's class and attributes, but nothing that happens to it reaches the object.  A tensor attribute
+becomes a fake input when it is first read, a constant becomes a guard, and what the forward writes becomes a statement
+of the graph.  So the object's own methods run for real, and the graph does to the object what the forward would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lora_fx.capture.arguments import Check, is_constant
+from lora_fx.capture.objects import IDENTITIES, is_plain_object
+from lora_fx.capture.reasons import Untraceable
+
+_STATE = "_lora_fx_ghost"
+
+
+class Host(Protocol):
+    """The capture that ghosts belong to."""
+
+    def tensor_read(self, access: str, tensor: Tensor) -> Tensor:
+        """Return the fake of a tensor found at `access`."""
+
+    def number_read(self, access: str, number: int) -> Any:
+        """Return the symbolic number for an integer found at `access`."""
+
+    def constant_read(self, access: str, value: object) -> None:
+        """A constant, or something told apart by identity, was found at `access`."""
+
+    def required(self, check: Check) -> None:
+        """The capture relies on this."""
+
+    def wrote(self, function: Callable[..., None], ghost: Any, key: object, value: object) -> None:
+        """The forward changes the object that the ghost stands for: `function(object, key, value)` does it again."""
+
+
+@dataclass(slots=True)
+class _State:
+    """What a ghost knows of itself."""
+
+    ghosts: Ghosts
+    access: str
+    raw: set[object] = field(default_factory=set)
+    """Attributes, indices or keys whose value is still the object's own."""
+    changed: bool = False
+    """Whether the forward has set an item."""
+
+
+def set_attribute(target: object, name: str, value: object) -> None:
+    """Set an attribute: how a graph writes to a plain object."""
+    setattr(target, name, value)
+
+
+def set_item(target: Any, key: object, value: object) -> None:
+    """Set an item: how a graph writes to a list or dict."""
+    target[key] = value
+
+
+def append_item(target: list[object], _index: int, value: object) -> None:
+    """Append an item: how a graph lets a list grow."""
+    target.append(value)
+
+
+class Ghosts:
+    """All ghosts of one capture."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._made: dict[int, tuple[Any, Any]] = {}
+        """(object, ghost) by the object's identity."""
+
+    def of(self, value: Any, access: str) -> Any:
+        """Return what stands for the value found at `access`."""
+        if isinstance(value, Tensor):
+            return self.host.tensor_read(access, value)
+        if type(value) is int and value > 1:  # 0 and 1 mean something to most code: they are guarded as they are
+            return self.host.number_read(access, value)
+        if is_constant(value) or isinstance(value, IDENTITIES):
+            self.host.constant_read(access, value)
+            return value
+        if type(value) is tuple:
+            self.host.required(Check(f"type({access}) is tuple and len({access}) == {len(value)}", f"length: {access}"))
+            return tuple(self.of(item, f"{access}[{index}]") for index, item in enumerate(value))
+        return self._ghost(value, access)
+
+    def _ghost(self, value: Any, access: str) -> Any:
+        if id(value) in self._made:
+            ghost = self._made[id(value)][1]
+            self.host.required(Check(f"{access} is {access_of(ghost)}", f"{access} is another object"))
+            return ghost
+        ghost = self._new(value, access)
+        self._made[id(value)] = (value, ghost)
+        return ghost
+
+    def _new(self, value: Any, access: str) -> Any:
+        if type(value) is list:
+            ghost: Any = GhostList(value)
+            raw: set[object] = set(range(len(value)))
+            self.host.required(Check(f"type({access}) is list and len({access}) == {len(value)}", f"length: {access}"))
+        elif type(value) is dict:
+            ghost, raw = GhostDict(value), set(value)
+            self.host.required(Check(f"type({access}) is dict", f"{access} is no dict"))
+        elif is_plain_object(value):
+            ghost, raw = _empty(type(value), access), set(vars(value))
+            ghost.__dict__.update(vars(value))
+            self.host.constant_read(f"type({access})", type(value))
+        else:
+            raise Untraceable(f"{access} is of type {type(value).__name__}")
+        ghost.__dict__[_STATE] = _State(self, access, raw)
+        return ghost
+
+    def mark(self) -> Callable[[], None]:
+        """Return a function that takes back everything written to ghosts since."""
+        before = [(ghost, *_contents(ghost)) for _, ghost in self._made.values()]
+
+        def take_back() -> None:
+            for ghost, contents, raw in before:
+                _refill(ghost, contents, raw)
+
+        return take_back
+
+
+def _contents(ghost: Any) -> tuple[Any, set[object]]:
+    inside = list(list.__iter__(ghost)) if isinstance(ghost, GhostList) else None
+    if isinstance(ghost, GhostDict):
+        inside = dict(dict.items(ghost))  # type: ignore[assignment]
+    if inside is None:
+        inside = dict(ghost.__dict__)  # type: ignore[assignment]
+    return inside, set(_state(ghost).raw)
+
+
+def _refill(ghost: Any, contents: Any, raw: set[object]) -> None:
+    if isinstance(ghost, GhostList):
+        list.__setitem__(ghost, slice(None), contents)
+    elif isinstance(ghost, GhostDict):
+        dict.clear(ghost)
+        dict.update(ghost, contents)
+    else:
+        ghost.__dict__.clear()
+        ghost.__dict__.update(contents)
+    _state(ghost).raw = set(raw)
+
+
+def _state(ghost: Any) -> _State:
+    state: _State = object.__getattribute__(ghost, "__dict__")[_STATE]
+    return state
+
+
+def is_ghost(value: object) -> bool:
+    return isinstance(value, (GhostObject, GhostList, GhostDict))
+
+
+def access_of(ghost: Any) -> str:
+    """Return where among the arguments the object is that a ghost stands for."""
+    return _state(ghost).access
+
+
+def settle(value: Any) -> None:
+    """Resolve everything in a list or dict ghost: C code would see its raw contents."""
+    if isinstance(value, GhostList):
+        for _ in value:
+            pass
+    elif isinstance(value, GhostDict):
+        value.values()
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            settle(item)
+
+
+class GhostObject:
+    """Mixin of the class of an object's ghost."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the class's own hook from hearing of a subclass that is none of its own."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__"):
+            return super().__getattribute__(name)
+        own = object.__getattribute__(self, "__dict__")
+        state: _State | None = own.get(_STATE)
+        if state is not None and name in state.raw:
+            own[name] = state.ghosts.of(own[name], f"{state.access}.{name}")
+            state.raw.discard(name)
+        return super().__getattribute__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            access = access_of(self)
+            _state(self).ghosts.host.required(Check(f"not hasattr({access}, {name!r})", f"{access}.{name} now exists"))
+        inherited = getattr(super(), "__getattr__", None)
+        if inherited is None:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return inherited(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        state = _state(self)
+        state.ghosts.host.wrote(set_attribute, self, name, value)
+        state.raw.discard(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise Untraceable(f"the forward deletes {access_of(self)}.{name}")
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _empty(kind: type, access: str) -> Any:
+    try:
+        if kind not in _CLASSES:
+            _CLASSES[kind] = type(kind)(kind.__name__, (GhostObject, kind), {"__module__": kind.__module__})
+        return object.__new__(_CLASSES[kind])
+    except TypeError as error:
+        raise Untraceable(f"{access} is of type {kind.__name__}") from error
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def refuse(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+        raise Untraceable(f"the forward calls {name}() on {access_of(self)}")
+
+    return refuse
+
+
+class GhostList(list[Any]):
+    """The ghost of a list: items are resolved when they are read."""
+
+    def _item(self, index: int) -> Any:
+        state = _state(self)
+        if index in state.raw:
+            list.__setitem__(self, index, state.ghosts.of(list.__getitem__(self, index), f"{state.access}[{index}]"))
+            state.raw.discard(index)
+        return list.__getitem__(self, index)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return [self._item(index) for index in range(*key.indices(len(self)))]
+        index = key.__index__()
+        if not -len(self) <= index < len(self):
+            raise IndexError("list index out of range")
+        return self._item(index % len(self))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._item(index) for index in range(len(self)))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, slice):
+            raise Untraceable(f"the forward sets a slice of {access_of(self)}")
+        index = range(len(self))[key.__index__()]
+        _state(self).ghosts.host.wrote(set_item, self, index, value)
+        _state(self).raw.discard(index)
+        list.__setitem__(self, index, value)
+
+    def append(self, value: Any) -> None:
+        _state(self).ghosts.host.wrote(append_item, self, len(self), value)
+        list.append(self, value)
+
+    def _settled(self) -> list[Any]:
+        return list(iter(self))
+
+    def __contains__(self, value: object) -> bool:
+        return value in self._settled()
+
+    def __eq__(self, other: object) -> bool:
+        return self._settled() == other
+
+    def __add__(self, other: Any) -> Any:
+        return self._settled() + other
+
+    __hash__ = None
+    index = count = extend = insert = pop = remove = clear = reverse = sort = copy = _refused("a list method")
+    __reversed__ = __delitem__ = __iadd__ = __imul__ = __mul__ = _refused("a list method")
+
+
+class GhostDict(dict[Any, Any]):
+    """The ghost of a dict: values are resolved when they are read, and whether a key is there is guarded."""
+
+    def _known(self, key: Any) -> bool:
+        if not is_constant(key):
+            raise Untraceable(f"the forward looks up an object of type {type(key).__name__} in {access_of(self)}")
+        found = dict.__contains__(self, key)
+        state = _state(self)
+        if key in state.raw or not found:
+            text = "in" if found else "not in"
+            state.ghosts.host.required(Check(f"{key!r} {text} {state.access}", f"keys of {state.access}"))
+        return found
+
+    def __contains__(self, key: object) -> bool:
+        return self._known(key)
+
+    def __getitem__(self, key: Any) -> Any:
+        if not self._known(key):
+            raise KeyError(key)
+        state = _state(self)
+        if key in state.raw:
+            dict.__setitem__(self, key, state.ghosts.of(dict.__getitem__(self, key), f"{state.access}[{key!r}]"))
+            state.raw.discard(key)
+        return dict.__getitem__(self, key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if self._known(key) else default
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not is_constant(key):
+            raise Untraceable(f"the forward sets an item of {access_of(self)} under a key that is no constant")
+        state = _state(self)
+        state.ghosts.host.wrote(set_item, self, key, value)
+        state.raw.discard(key)
+        state.changed = True
+        dict.__setitem__(self, key, value)
+
+    def _all_keys(self) -> list[Any]:
+        keys = list(dict.__iter__(self))
+        state = _state(self)
+        if state.changed:
+            raise Untraceable(f"the forward lists the keys of {state.access} after changing it")
+        if not all(map(is_constant, keys)):
+            raise Untraceable(f"{state.access} has keys that are no constants")
+        state.ghosts.host.required(Check(f"tuple({state.access}) == {tuple(keys)!r}", f"keys of {state.access}"))
+        return keys
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._all_keys())
+
+    def __len__(self) -> int:
+        return len(self._all_keys()) if _STATE in self.__dict__ else dict.__len__(self)
+
+    def keys(self) -> Any:
+        return dict.fromkeys(self._all_keys()).keys()
+
+    def values(self) -> Any:
+        return {key: self[key] for key in self._all_keys()}.values()
+
+    def items(self) -> Any:
+        return {key: self[key] for key in self._all_keys()}.items()
+
+    __hash__ = None
+    setdefault = update = pop = popitem = clear = copy = _refused("a dict method")
+    __delitem__ = __or__ = __ior__ = __eq__ = _refused("a dict method")

@@ -1,0 +1,83 @@
+"""Plain Python objects that hold tensors (a KV cache, a config): what they are, copies of them, and comparing them."""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.capture.arguments import is_constant
+
+IDENTITIES = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, enum.Enum)
+"""What is told apart by identity, and holds nothing that a capture looks into."""
+
+
+def is_plain_object(value: object) -> bool:
+    """Whether the value is an instance of a Python class with attributes of its own, and no part of a model."""
+    if isinstance(value, (nn.Module, Tensor, torch.Generator, dict, list, tuple, set, *IDENTITIES)):
+        return False
+    return not is_constant(value) and isinstance(getattr(value, "__dict__", None), dict)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor that can be reached from the value through attributes, lists, tuples and dicts."""
+    return (each for each in _walk(value) if isinstance(each, Tensor))
+
+
+def _walk(value: Any) -> Iterator[Tensor | nn.Module]:
+    waiting, seen = [value], set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, (Tensor, nn.Module)):
+            yield each
+        elif isinstance(each, (list, tuple)):
+            waiting.extend(each)
+        elif isinstance(each, dict):
+            waiting.extend(each.values())
+        elif is_plain_object(each):
+            waiting.extend(vars(each).values())
+
+
+def copied(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
+    """Return a deep copy of the value with every tensor replaced by `tensor(it)`; the value stays unchanged.
+
+    Modules that it holds are not copied.
+    """
+    memo: dict[int, Any] = {id(each): tensor(each) if isinstance(each, Tensor) else each for each in _walk(value)}
+    return copy.deepcopy(value, memo)
+
+
+def objects_differ(one: Any, other: Any, tensors_differ: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether two values of the same making (a copy and its original, after the same calls) differ anywhere."""
+    waiting, seen = [(one, other)], set()
+    while waiting:
+        a, b = waiting.pop()
+        if a is b or (id(a), id(b)) in seen:
+            continue
+        seen.add((id(a), id(b)))
+        if type(a) is not type(b):
+            return True
+        if isinstance(a, Tensor):
+            if tensors_differ(a, b):
+                return True
+        elif isinstance(a, (list, tuple)):
+            if len(a) != len(b):
+                return True
+            waiting.extend(zip(a, b, strict=True))
+        elif isinstance(a, dict):
+            if list(a) != list(b):
+                return True
+            waiting.extend((a[key], b[key]) for key in a)
+        elif is_plain_object(a):
+            waiting.append((vars(a), vars(b)))
+        elif is_constant(a) and a != b:
+            return True
+    return False
