@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,6 +72,13 @@ class Editor:
         """Let every user of `old` use `new`, except those for which `but` holds."""
         old.replace_all_uses_with(new, delete_user_cb=lambda user: not but(user), propagate_meta=False)
         self._note("replace uses", f"{old.name} by {new.name}", site)
+
+    def read_instead(self, node: fx.Node, name: str, site: str, but: Collection[fx.Node]) -> None:
+        """Let every user of a `get_attr` read the parameter `name` instead, except those in `but`."""
+        with self.graph.inserting_after(node):
+            new = self.graph.get_attr(name)
+        self._note("add node", new.name, site)
+        self.replace_uses(node, new, site, but=lambda user: user in but)
 
     def erase(self, node: fx.Node, site: str) -> None:
         self.graph.erase_node(node)

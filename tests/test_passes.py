@@ -158,6 +158,35 @@ def test_module_called_twice_is_adapted_at_both_calls():
     assert torch.equal(tuned(X), modules(X))
 
 
+def test_merging_a_tied_head_leaves_the_embedding_of_an_exported_graph_alone():
+    torch.manual_seed(0)
+    tokens = zoo.tokens(2, 6)
+    graph_module = torch.export.export(zoo.Gpt().eval(), (tokens,)).module()
+    tuned = lora_fx.apply(graph_module, rules("lm_head", init="random"))
+    merged = lora_fx.merge(tuned)
+    torch.testing.assert_close(merged(tokens), tuned(tokens), rtol=1e-5, atol=1e-5)
+    assert torch.equal(merged.wte.weight, graph_module.wte.weight)
+    assert not torch.equal(merged.lm_head.weight, graph_module.lm_head.weight)
+
+
+class ReadsHead(nn.Module):
+    """The head's weight serves as the embedding, under no name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, zoo.VOCABULARY, bias=False)
+
+    def forward(self, ids):
+        return self.head(nn.functional.embedding(ids, self.head.weight))
+
+
+def test_merge_refuses_a_weight_that_others_read_under_no_other_name():
+    tuned = lora_fx.apply(fx.symbolic_trace(ReadsHead()), rules("head"))
+    with pytest.raises(MergeError) as caught:
+        lora_fx.merge(tuned)
+    assert caught.value.problems == (("head.weight", "embedding reads it too, and must not change"),)
+
+
 class HidesLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()

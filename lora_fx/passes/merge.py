@@ -13,6 +13,7 @@ from lora_fx.adapters.lora import merged_weight
 from lora_fx.editor import Editor
 from lora_fx.errors import InvariantError, MergeError
 from lora_fx.passes.remove import erase_lora_nodes
+from lora_fx.passes.sitegraph import site_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,9 @@ class Merge:
 
     def run(self, editor: Editor) -> None:
         erase_lora_nodes(editor)
-        for path, found in list(all_attached(editor.graph_module)):
+        sites = list(all_attached(editor.graph_module))
+        _keep_other_readers(editor, [path for path, _ in sites])
+        for path, found in sites:
             weight = folded(found)
             editor.drop_modules(path, detach, path)
             editor.set_weight(path, weight, f"{path}.weight" in found.spec.record.requires_grad)
@@ -37,6 +40,33 @@ class Merge:
     def ensures(self, graph_module: fx.GraphModule) -> None:
         if is_adapted(graph_module):
             raise InvariantError("an adapter is left after merging", [(p, "") for p, _ in all_attached(graph_module)])
+
+
+def _keep_other_readers(editor: Editor, paths: list[str]) -> None:
+    """Let whoever else reads an adapted weight (the embedding tied to a head) read it under a name that keeps it.
+
+    torch.export reads tied parameters under one of their names.
+
+    Raises:
+        MergeError: naming every weight that has no other name.
+    """
+    merged = {f"{path}.weight" for path in paths}
+    calls = {call.node for call in site_calls(editor.graph_module)}
+    nameless = []
+    for node in [node for node in editor.graph.nodes if node.op == "get_attr" and node.target in merged]:
+        others = [user for user in node.users if user not in calls]
+        name = _other_name(editor.graph_module, str(node.target), merged) if others else None
+        if name is not None:
+            editor.read_instead(node, name, str(node.target).removesuffix(".weight"), but=calls)
+        nameless += [(str(node.target), f"{user.name} reads it too, and must not change") for user in others if not name]
+    if nameless:
+        raise MergeError("merging would change more than the adapted sites; nothing was merged", nameless)
+
+
+def _other_name(graph_module: fx.GraphModule, name: str, merged: set[str]) -> str | None:
+    """Return another name of the same parameter that no merge changes."""
+    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
+    return next((each for each, p in parameters.items() if p is parameters[name] and each not in merged), None)
 
 
 def folded(found: Attached) -> Tensor:
