@@ -54,11 +54,12 @@ def _keep_other_readers(editor: Editor, paths: list[str]) -> None:
     calls = {call.node for call in site_calls(editor.graph_module)}
     nameless = []
     for node in [node for node in editor.graph.nodes if node.op == "get_attr" and node.target in merged]:
-        others = [user for user in node.users if user not in calls]
-        name = _other_name(editor.graph_module, str(node.target), merged) if others else None
-        if name is not None:
-            editor.read_instead(node, name, str(node.target).removesuffix(".weight"), but=calls)
-        nameless += [(str(node.target), f"{user.name} reads it too, and must not change") for user in others if not name]
+        weight, others = str(node.target), [user for user in node.users if user not in calls]
+        name = _other_name(editor.graph_module, weight, merged)
+        if name is None:
+            nameless += [(weight, f"{user.name} reads it too, and must not change") for user in others]
+        elif others:
+            editor.read_instead(node, name, weight.removesuffix(".weight"), but=calls)
     if nameless:
         raise MergeError("merging would change more than the adapted sites; nothing was merged", nameless)
 
