@@ -25,7 +25,7 @@ def test_adapted_model_differs_from_its_base_at_the_adapted_sites_and_nowhere_el
     diff = lora_fx.diff(model, tuned)
     assert diff
     assert {change.path for change in diff.changes} == {site.path for site in lora_fx.inspect(tuned).sites}
-    assert all(change.note == "rule rule 1 · r=4 scaling=4" for change in diff.changes)
+    assert all(change.note == "rule 1 · r=4 scaling=4" for change in diff.changes)
     assert diff.parameters[1] - diff.parameters[0] == lora_fx.inspect(tuned).trainable
 
 
@@ -73,6 +73,15 @@ def test_diff_of_graph_modules_compares_their_own_graphs():
     (change,) = lora_fx.diff(graph_module, tuned).changes
     assert change.removed == ("fc1 = self.fc1(x)",)
     assert change.added == ("fc1 = self.fc1(x) + self.fc1.lora_B(self.fc1.lora_A(x) * 4.0)",)
+
+
+def test_diff_of_exported_graphs_puts_both_sides_of_a_site_together():
+    graph_module = torch.export.export(zoo.Mlp().eval(), (zoo.features(2, 3),)).module()
+    tuned = lora_fx.apply(graph_module, rules("fc2"))
+    (change,) = lora_fx.diff(graph_module, tuned).changes
+    base = "linear_2 = linear.default(gelu, self.fc2.weight)"
+    assert (change.path, change.removed) == ("fc2", (base,))
+    assert change.added == (f"{base} + self.fc2.lora_B(self.fc2.lora_A(gelu) * 4.0)",)
 
 
 def test_changed_layer_shows_in_the_diff_of_two_plain_models():

@@ -16,7 +16,7 @@ from lora_fx.adapters.attach import attached
 from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.editor import Editor
 from lora_fx.passes.inject import splice_adapters
-from lora_fx.passes.sitegraph import LoRANodes, lora_nodes
+from lora_fx.passes.sitegraph import LoRANodes, lora_nodes, site_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class _Namer:
         self.taken: Counter[str] = Counter()
         self.lora = {found.result: found for found in lora_nodes(graph_module)}
         self.silent = {node for found in self.lora.values() for node in found.between if node is not found.result}
+        self.calls = {call.node: call.path for call in site_calls(graph_module)}
         self.bases = {found.base for found in self.lora.values()}
 
     def statements(self) -> list[Statement]:
@@ -70,6 +71,8 @@ class _Namer:
     def _site(self, node: fx.Node) -> str:
         if node in self.lora:
             return self.lora[node].path
+        if node in self.calls:
+            return self.calls[node]
         read = next((path for each in node.all_input_nodes if (path := self._owner_read(each))), None)
         if read is not None:
             return read
@@ -160,8 +163,8 @@ class _Namer:
 
 def describe_spec(spec: AdapterSpec) -> str:
     """Return `rule attention · r=8 scaling=2`."""
-    rule = f"rule {spec.rule} · " if spec.rule else ""
-    return f"{rule}r={spec.lora.r} scaling={spec.scaling:g}"
+    name = spec.rule if spec.rule.startswith("rule ") else f"rule {spec.rule}"
+    return f"{f'{name} · ' if spec.rule else ''}r={spec.lora.r} scaling={spec.scaling:g}"
 
 
 def _factor_of(node: fx.Node) -> str:
@@ -179,7 +182,8 @@ def _stem(node: fx.Node) -> str:
     if node.op == "call_module":
         parts = [part for part in str(node.target).split(".") if not part.isdigit()]
         return "_".join(parts[-2:]) or "module"
-    return re.sub(r"\W", "", _function_name(node.target).rsplit(".", 1)[-1]) or "value"
+    name = _function_name(node.target).removeprefix("torch.").removeprefix("F.")
+    return re.sub(r"\W", "", name.partition(".")[0]) or "value"  # aten's `linear.default` is called linear
 
 
 def _function_name(target: Any) -> str:
