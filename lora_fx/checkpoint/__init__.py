@@ -4,6 +4,8 @@ names         keys and patterns as PEFT spells them
 fingerprint   a few values of the base weights, to tell another base
 describe      an adapted model → what is to be written
 write         atomic writing
+configuration adapter_config.json, checked
+header        what lora_fx writes beside the tensors, with a hash over both
 read          files → a checked AdapterFile
 restore       AdapterFile + model → an adapted model
 """

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.applying import record_in
 from lora_fx.checkpoint.fingerprint import sample_values
+from lora_fx.checkpoint.header import header_text
 from lora_fx.checkpoint.names import METADATA_KEY, PREFIX, anchored, bias_key, factor_key, magnitude_key, target_modules
 from lora_fx.errors import AdapterFileError
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +52,20 @@ def _describe(
     _refuse_mixed_dora(name, sites)
     tensors = dict(sorted({**_site_tensors(sites), **_module_tensors(tuned, trained)}.items()))
     config = _config(tuned, sites, trained)
-    extra = {
-        "format": FORMAT_VERSION,
+    content = {
         "lora_fx": _version(),
         "adapter": name,
         "others": others,
+        "trained": list(trained),
         "model": record_in(tuned).model,
         "rules": record_in(tuned).rules,
         "sites": {
             path: asdict(found.spec.lora) | {"op": found.spec.op, "rule": found.spec.rule} for path, found in sites
         },
         "base": {path: sample_values(found.base_weight) for path, found in sites},
-        "sha256": hash_of(tensors),
     }
-    text = json.dumps(extra, sort_keys=True, separators=(",", ":"))
-    return Described(name, tensors, config, {"format": "pt", METADATA_KEY: text})
+    header = header_text(content, tensors)
+    return Described(name, tensors, config, {"format": "pt", METADATA_KEY: header})
 
 
 def _refuse_mixed_dora(name: str, sites: Sequence[tuple[str, Attached]]) -> None:
@@ -157,12 +152,3 @@ def _name_of(tuned: nn.Module) -> str | None:
     except AttributeError:
         return None
     return name if isinstance(name, str) and name else None
-
-
-def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes of the tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from lora_fx.patterns import EXPRESSION_PREFIX, NamePattern
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 METADATA_KEY = "lora_fx"
+Number = TypeVar("Number", int, float)
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_[AB])\.weight")
 
 
@@ -38,12 +42,33 @@ def anchored(path: str) -> str:
     return f"^{re.escape(path)}"
 
 
-def pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:
+def pattern_of(key: str) -> NamePattern:
+    r"""Return what a key of PEFT's rank_pattern or alpha_pattern means: the path, or its end after a dot.
+
+    PEFT asks `re.match(rf"(.*\.)?({key})$", path)`; here it is asked in linear time, since anybody may have written it.
+
+    Raises:
+        PatternError: the key is no expression, or not one that matches in linear time.
+    """
+    text = key.removesuffix("$")
+    if "|" in text:
+        return NamePattern(rf"{EXPRESSION_PREFIX}(.*\.)?({text})")
+    return NamePattern(EXPRESSION_PREFIX + (text[1:] if text.startswith("^") else rf"(.*\.)?({text})"))
+
+
+def pattern_value(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
     """Return what the patterns say of the path, as PEFT reads them: the first key that fits the path or its end."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+    return next((value for key, value in patterns.items() if pattern_of(key).matches(path)), default)
+
+
+def module_to_save(tensor: str, names: Sequence[str]) -> str | None:
+    """Return the path of the module of PEFT's `modules_to_save` that a tensor belongs to, or None.
+
+    As PEFT does, every module is meant whose path ends with one of the names.
+    """
+    parts = tensor.split(".")
+    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((path for path in paths if path.endswith(tuple(names))), None)
 
 
 def target_modules(paths: Iterable[str], modules: Iterable[str]) -> list[str] | str:

@@ -61,9 +61,13 @@ def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch
             yield name, str(list(tensor.shape)), "has no such tensor"
         elif state[name].shape != tensor.shape:
             yield name, str(list(tensor.shape)), str(list(state[name].shape))
-    inside = tuple(f"{path}." for path in file.trained)
+    modules = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    for path in file.trained:
+        if path not in modules:
+            yield path, "trained whole", "has no such module"
+    inside = tuple(f"{path}." for path in (*file.trained, *(p for p in modules if p.endswith(file.claimed))))
     for name, tensor in state.items():
-        if inside and name.startswith(inside) and name not in file.modules:
+        if name.startswith(inside) and name not in file.modules:
             yield name, "missing", str(list(tensor.shape))
 
 

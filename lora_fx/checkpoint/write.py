@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -33,8 +34,13 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     folder = Path(directory)
     described = describe_with_values(tuned, folder)
     _warn_of_moved_buffers(tuned)
-    for position, each in enumerate(described):
-        _write(each, folder if position == 0 else folder / each.name)
+    files: dict[Path, bytes] = {}
+    for each in reversed(described):  # the first, which names the others, comes last
+        files |= _files_of(each, folder if each is described[0] else folder / each.name)
+    try:
+        write_files(files)
+    except OSError as error:
+        raise AdapterFileError(str(folder), f"cannot be written: {error.strerror or error}") from error
 
 
 def _warn_of_moved_buffers(tuned: nn.Module) -> None:
@@ -63,43 +69,45 @@ def _on_meta(tuned: nn.Module) -> bool:
     return any(p.is_meta for name, p in tuned.named_parameters() if ".lora_" in name)
 
 
-def _write(each: Described, folder: Path) -> None:
+def _files_of(each: Described, folder: Path) -> dict[Path, bytes]:
     config = json.dumps(each.config, indent=2, sort_keys=True) + "\n"
-    files = {WEIGHTS_FILE: canonical_safetensors(each.tensors, each.metadata), CONFIG_FILE: config.encode()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_files(folder, files)
-    except OSError as error:
-        raise AdapterFileError(str(folder), f"cannot be written: {error.strerror or error}") from error
+    return {
+        folder / WEIGHTS_FILE: canonical_safetensors(each.tensors, each.metadata),
+        folder / CONFIG_FILE: config.encode(),
+    }
 
 
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_files(files: Mapping[Path, bytes]) -> None:
     """Write all files beside their places first, and move them there only when all are on disk."""
-    temporary: dict[str, str] = {}
+    temporary: dict[Path, Path] = {}
     try:
-        for name, content in files.items():
-            temporary[name] = _write_beside(folder, name, content)
-        for name, path in list(temporary.items()):
-            os.replace(path, folder / name)
-            del temporary[name]
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            temporary[path] = _write_beside(path, content)
+        for path in files:
+            os.replace(temporary[path], path)
+            del temporary[path]
     finally:
-        for path in temporary.values():
-            Path(path).unlink(missing_ok=True)
-    _sync_folder(folder)
+        for leftover in temporary.values():
+            leftover.unlink(missing_ok=True)
+    for folder in dict.fromkeys(path.parent for path in files):
+        _sync_folder(folder)
 
 
-def _write_beside(folder: Path, name: str, content: bytes) -> str:
-    handle, path = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+def _write_beside(path: Path, content: bytes) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(path, 0o666 & ~_umask())
+        os.chmod(name, 0o666 & ~_umask())
     except BaseException:
-        Path(path).unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
         raise
-    return path
+    return Path(name)
 
 
 def _umask() -> int:

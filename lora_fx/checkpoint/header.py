@@ -1,0 +1,113 @@
+"""What lora_fx writes beside the tensors of a safetensors file, with a hash over both: a flipped bit is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.checkpoint.names import METADATA_KEY
+from lora_fx.errors import AdapterFileError
+from lora_fx.rules import LoRAConfig
+
+FORMAT_VERSION = 1
+_HASH = "sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What is known of an adapter beyond PEFT's configuration."""
+
+    adapter: str
+    others: tuple[str, ...]
+    """Names of the adapters that were saved with it, in directories of their names."""
+    trained: tuple[str, ...]
+    """Paths of the modules that are trained whole."""
+    sites: dict[str, LoRAConfig]
+    rule_of: dict[str, str] = field(default_factory=dict)
+    """Name of the rule that chose each site."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, list[float] | None] = field(default_factory=dict)
+    """A few values of each base weight."""
+
+
+def header_text(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the header as it is written: sorted, with the format's version and the hash over content and tensors."""
+    numbered = {"format": FORMAT_VERSION, **content}
+    return _canonical(numbered | {_HASH: hash_of(numbered, tensors)})
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def hash_of(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over a header's content and over names, dtypes, shapes and bytes of the tensors."""
+    digest = hashlib.sha256(_canonical(content).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Header | None:
+    """Return the header of a file, None for a file of PEFT's.
+
+    Raises:
+        AdapterFileError: it is damaged, of another format, or not what was written with these tensors.
+    """
+    if METADATA_KEY not in metadata:
+        _refuse_misspelt_key(path, metadata)
+        return None
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+        version, noted = content["format"], content.pop(_HASH)
+        if version == FORMAT_VERSION:
+            _check_hash(path, noted, hash_of(content, tensors))
+            return _header(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterFileError(str(path), "has a damaged header", [(METADATA_KEY, str(error))]) from error
+    facts = [("written as format", str(version)), ("this lora_fx reads", str(FORMAT_VERSION))]
+    raise AdapterFileError(str(path), "is of another format", facts, "use the lora_fx that wrote it, or a newer one")
+
+
+def _refuse_misspelt_key(path: Path, metadata: Mapping[str, str]) -> None:
+    """A flipped bit in the key itself would let the file pass as PEFT's."""
+    for key in metadata:
+        if len(key) == len(METADATA_KEY) and sum(a != b for a, b in zip(key, METADATA_KEY, strict=True)) == 1:
+            raise AdapterFileError(str(path), "has a damaged header", [(METADATA_KEY, f"is spelt {key!r}")])
+
+
+def _check_hash(path: Path, noted: str, found: str) -> None:
+    if found != noted:
+        facts = [("SHA-256 when written", noted), ("SHA-256 now", found)]
+        advice = "copy it again from where it was written"
+        raise AdapterFileError(
+            str(path), "is damaged: its contents have changed since they were written", facts, advice
+        )
+
+
+def _header(content: Mapping[str, Any]) -> Header:
+    names = (content["adapter"], *content["others"])
+    if not all(name.isidentifier() for name in names):  # they become directories and names of modules
+        raise ValueError(f"{names} are not names of adapters")
+    sites = content["sites"]
+    return Header(
+        adapter=content["adapter"],
+        others=tuple(content["others"]),
+        trained=tuple(content["trained"]),
+        sites={path: _lora(each) for path, each in sites.items()},
+        rule_of={path: str(each["rule"]) for path, each in sites.items()},
+        rules=content["rules"],
+        base=content["base"],
+    )
+
+
+def _lora(saved: Mapping[str, Any]) -> LoRAConfig:
+    return LoRAConfig(**{each.name: saved[each.name] for each in fields(LoRAConfig)})
