@@ -74,15 +74,38 @@ class RuleError(LoraFxError):
 
 @dataclass(frozen=True, slots=True)
 class Unmatched:
-    """A rule whose expectation does not hold: what it looked for, what it found, what looks like it."""
+    """A rule (or a pattern of `train:`) whose expectation does not hold: what it looked for, what is there."""
 
     rule: str
-    where: str
     pattern: str
     expected: str
     found: int
     nearest: tuple[str, ...] = ()
+    """What looks like the pattern."""
     what: str = "sites"
+    source: str = ""
+    line: int = 0
+    column: int = 0
+    length: int = 1
+    source_line: str = ""
+
+    def text(self, total: int) -> str:
+        who, among = ("train", "the") if self.what == "modules" else (f"rule '{self.rule}'", f"{total}")
+        headline = f"{who} matched {self.found or 'none'} of {among} {self.what}"
+        place = Problem(headline, self.line, self.column, self.length, self.source_line)
+        facts = [("pattern", self.pattern)]
+        if self.nearest:
+            facts.append(("nearest", ", ".join(self.nearest)))
+        if self.found:
+            facts.append(("expected", self.expected))
+        return _message(place.text(self.source) if self.line else headline, facts, self._advice())
+
+    def _advice(self) -> str:
+        if self.what == "modules":
+            return "fix the pattern, or take it away"
+        if self.found:
+            return "fix the pattern, or change `expect`"
+        return "fix the pattern, or set `expect: any` if a model need not have it"
 
 
 class NoMatchError(LoraFxError):
@@ -91,28 +114,12 @@ class NoMatchError(LoraFxError):
     def __init__(self, unmatched: Sequence[Unmatched], sites: int) -> None:
         self.unmatched = tuple(unmatched)
         self.sites = sites
-        super().__init__("\n".join(self._text(each) for each in self.unmatched))
+        super().__init__("\n".join(each.text(sites) for each in self.unmatched))
 
     @property
     def nearest(self) -> tuple[str, ...]:
         """What looks like the first unmatched pattern."""
         return self.unmatched[0].nearest
-
-    def _text(self, each: Unmatched) -> str:
-        found = "none" if each.found == 0 else str(each.found)
-        facts = [("pattern", each.pattern)]
-        if each.nearest:
-            facts.append(("nearest", ", ".join(each.nearest)))
-        if each.found:
-            facts.append(("expected", each.expected))
-        advice = "fix the pattern, or set `expect: any` if a model need not have it"
-        if each.found:
-            advice = "fix the pattern, or change `expect`"
-        return _message(
-            f"{each.where} matched {found} of {self.sites if each.what == 'sites' else 'the'} {each.what}",
-            facts,
-            advice,
-        )
 
 
 class StalePlanError(LoraFxError):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lora_fx.errors import NoMatchError, Unmatched
 from lora_fx.patterns import nearest_names
-from lora_fx.rules import LoRAConfig, Rule, RuleSet, Slices, TrainPattern
+from lora_fx.rules import LoRAConfig, Rule, RuleSet, Slices, SourceSpan, TrainPattern
 from lora_fx.sites import Backend, Site, fingerprint
-from lora_fx.text import count
+from lora_fx.text import count, listing
 
 Decision = Literal["adapt", "keep", "skip", "refuse"]
 
@@ -143,9 +144,12 @@ class Plan:
 
 def decide(rules: RuleSet, inventory: Inventory) -> Plan:
     """Return the plan: the first matching rule decides a site; NoMatchError names every rule that fails."""
-    trained = _trained(rules.train, inventory)
+    trained, failed = _trained(rules.train, inventory)
     planned = tuple(_decide_site(site, rules.rules, trained) for site in inventory.sites)
-    unmatched = _check_expectations(rules.rules, planned, inventory)
+    failed += _failed_expectations(rules.rules, planned, inventory)
+    if failed:
+        raise NoMatchError(failed, len(inventory.sites))
+    decided = {site.rule for site in planned}
     return Plan(
         model=inventory.model,
         source=rules.source,
@@ -155,7 +159,7 @@ def decide(rules: RuleSet, inventory: Inventory) -> Plan:
         fingerprint=fingerprint(inventory.sites),
         regions=inventory.regions,
         notes=(*inventory.notes, *_shadow_notes(rules.rules, planned), *_rank_notes(planned)),
-        unmatched_rules=unmatched,
+        unmatched_rules=tuple(rule.name for rule in rules.rules if rule.name not in decided),
         rules=rules.to_dict(),
     )
 
@@ -196,7 +200,10 @@ def _trained_owner(site: Site, trained: Sequence[TrainedModule]) -> TrainedModul
     return None
 
 
-def _trained(patterns: Sequence[TrainPattern], inventory: Inventory) -> tuple[TrainedModule, ...]:
+def _trained(
+    patterns: Sequence[TrainPattern], inventory: Inventory
+) -> tuple[tuple[TrainedModule, ...], list[Unmatched]]:
+    """Return the modules under `train:`, and the patterns that match none."""
     found: dict[str, TrainedModule] = {}
     failed = []
     for each in patterns:
@@ -205,16 +212,16 @@ def _trained(patterns: Sequence[TrainPattern], inventory: Inventory) -> tuple[Tr
             failed.append(_unmatched_train(each, inventory))
         for path, size in matched:
             found.setdefault(path, TrainedModule(path, size, each.pattern.text))
-    if failed:
-        raise NoMatchError(failed, len(inventory.sites))
-    return _outermost(found)
+    return _outermost(found), failed
 
 
 def _unmatched_train(each: TrainPattern, inventory: Inventory) -> Unmatched:
-    names = [path for path, _ in inventory.modules if path]
-    where = f"train ({each.span})" if each.span.line else "train"
-    near = nearest_names(each.pattern, names)
-    return Unmatched("train", where, each.pattern.text, "at least one", 0, near, "modules")
+    near = nearest_names(each.pattern, [path for path, _ in inventory.modules if path])
+    return Unmatched("train", each.pattern.text, "at least one", 0, near, "modules", *_place(each.span))
+
+
+def _place(span: SourceSpan) -> tuple[str, int, int, int, str]:
+    return (span.file, span.line, span.column, span.length, span.text)
 
 
 def _outermost(found: dict[str, TrainedModule]) -> tuple[TrainedModule, ...]:
@@ -227,49 +234,54 @@ def _outermost(found: dict[str, TrainedModule]) -> tuple[TrainedModule, ...]:
     return tuple(module for path, module in found.items() if not inside(path))
 
 
-def _check_expectations(rules: Sequence[Rule], planned: Sequence[PlannedSite], inventory: Inventory) -> tuple[str, ...]:
-    decided = {rule.name: sum(site.rule == rule.name for site in planned) for rule in rules}
-    failed = [
+def _failed_expectations(
+    rules: Sequence[Rule], planned: Sequence[PlannedSite], inventory: Inventory
+) -> list[Unmatched]:
+    """Return the rules that decide no site, or not as many as they expect."""
+    decided = Counter(site.rule for site in planned)
+    return [
         _unmatched_rule(rule, decided[rule.name], inventory.sites)
         for rule in rules
         if not rule.expect.accepts(decided[rule.name]) and not _only_shadowed(rule, decided[rule.name], planned)
     ]
-    if failed:
-        raise NoMatchError(failed, len(inventory.sites))
-    return tuple(name for name, number in decided.items() if number == 0)
 
 
 def _only_shadowed(rule: Rule, decided: int, planned: Iterable[PlannedSite]) -> bool:
-    """Whether the rule does match, but earlier rules decide all it matches: shown in the plan, no error."""
+    """Whether the rule does match, but all that it matches is decided before: shown in the plan, no error."""
     default = rule.expect.minimum == 1 and rule.expect.maximum is None
-    return default and decided == 0 and any(site.rule and _matches(rule, site.site) for site in planned)
+    return default and decided == 0 and any(_matches(rule, site.site) for site in planned)
 
 
 def _unmatched_rule(rule: Rule, found: int, sites: Sequence[Site]) -> Unmatched:
-    where = f"rule '{rule.name}'" + (f" ({rule.span})" if rule.span.line else "")
     names = [path for site in sites for path in site.paths]
     near = tuple(dict.fromkeys(name for pattern in rule.match.name for name in nearest_names(pattern, names)))
-    return Unmatched(rule.name, where, str(rule.match), str(rule.expect), found, near if found == 0 else ())
+    near = near if found == 0 else ()
+    return Unmatched(rule.name, str(rule.match), str(rule.expect), found, near, "sites", *_place(rule.match_span))
 
 
 def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list[str]:
     notes = []
     earlier: set[str] = set()
     for rule in rules:
-        taken = [site.rule for site in planned if site.rule in earlier and _matches(rule, site.site)]
+        matched = [site for site in planned if _matches(rule, site.site)]
+        taken = [site.rule for site in matched if site.rule in earlier]
         if taken:
             by = ", ".join(dict.fromkeys(f"'{name}'" for name in taken))
             notes.append(f"rule '{rule.name}' also matches {count(len(taken), 'site')} decided before it by {by}")
+        if matched and all(site.rule is None for site in matched):
+            notes.append(f"rule '{rule.name}' matches only what is trained whole")
         earlier.add(rule.name)
     return notes
 
 
 def _rank_notes(planned: Iterable[PlannedSite]) -> list[str]:
+    paths: dict[tuple[str | None, int, int], list[str]] = {}
+    for site in planned:
+        if site.lora is not None and site.lora.r > min(site.shape):
+            paths.setdefault((site.rule, site.lora.r, min(site.shape)), []).append(site.path)
     return [
-        f"{site.path}: r = {site.lora.r} is above min(in, out) = {min(site.shape)}; "
-        "full fine-tuning would need fewer parameters"
-        for site in planned
-        if site.lora is not None and site.lora.r > min(site.shape)
+        f"{listing(sites, 3)}: r = {r} is above min(in, out) = {smaller}; full fine-tuning would need fewer parameters"
+        for (_, r, smaller), sites in paths.items()
     ]
 
 

@@ -31,6 +31,9 @@ def read_any(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -> 
         kind = type(rules).__name__
         raise RuleError("rules", [Problem(f"rules must be a path, a shipped name, a dict or a RuleSet, not {kind}")])
     name = os.fspath(rules)
+    if not name or "\n" in name:
+        what = "the path of the rules is empty" if not name else "this is the text of rules, not the path of a file"
+        raise RuleError("rules", [Problem(what, hint="give the path, or the parsed text: yaml.safe_load(text)")])
     path = shipped.find(name)
     if not path.exists():
         raise _missing(name, path)
@@ -200,7 +203,8 @@ class _RuleReader(Reading):
         return None if pattern is None else TrainPattern(pattern, self._span(node))
 
     def _span(self, node: Node) -> SourceSpan:
-        return SourceSpan(self.source.name, node.place.line, node.place.column)
+        place = node.place
+        return SourceSpan(self.source.name, place.line, place.column, place.length, self.source.line(place))
 
     # -- rules
 
@@ -236,7 +240,9 @@ class _RuleReader(Reading):
         if match is None:
             return None
         config = None if "skip" in found else LoRAConfig(**lora)
-        return Rule(name, match, config, skip, slices, expect, self._span(node))
+        return Rule(
+            name, match, config, skip, slices, expect, self._span(node), self._span(_pattern_in(found["match"]))
+        )
 
     def _skip(self, node: Node) -> str:
         if isinstance(node.value, bool):
@@ -337,6 +343,13 @@ _LORA_READERS: dict[str, Callable[[_RuleReader, Node], Any]] = {
     "bias": lambda reader, node: reader.boolean(node, "bias"),
     "adapter": _RuleReader.adapter,
 }
+
+
+def _pattern_in(match: Node) -> Node:
+    """Return what a match looks for: its name or else its first value; of a list the first."""
+    values = {key.value: value for key, value in match.pairs or ()}
+    found = values.get("name") or next(iter(values.values()), match)
+    return found.items[0] if found.items else found
 
 
 def _place_of(node: Node, key: str) -> Place:

@@ -24,6 +24,9 @@ class SourceSpan:
     file: str
     line: int = 0
     column: int = 0
+    length: int = 1
+    text: str = ""
+    """The whole line."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.line else self.file
@@ -161,6 +164,8 @@ class Rule:
     slices: Slices | None
     expect: Expect
     span: SourceSpan
+    match_span: SourceSpan
+    """Where its match is written."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 
@@ -15,12 +16,34 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "  ", gap: str = "  ") 
     return "\n".join((indent + line).rstrip() for line in lines)
 
 
+WIDEST_LINE = 100
+
+
 def caret(source_line: str, line: int, column: int, length: int = 1) -> str:
-    """Return a numbered source line with carets under `length` characters from `column` (both count from 1)."""
+    """Return a numbered source line with carets under `length` characters from `column` (both count from 1).
+
+    Of a long line only what surrounds the column is shown.
+    """
     gutter = f"{line:>5} | "
-    lead = "".join("\t" if character == "\t" else " " for character in source_line[: column - 1])
-    length = max(1, min(length, max(1, len(source_line) - column + 1)))
-    return f"{gutter}{source_line}\n{' ' * (len(gutter) - 2)}| {lead}{'^' * length}"
+    shown, column = _surroundings(source_line, column)
+    lead = "".join("\t" if character == "\t" else " " * _width(character) for character in shown[: column - 1])
+    marked = sum(map(_width, shown[column - 1 : column - 1 + length]))
+    return f"{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {lead}{'^' * max(1, marked)}"
+
+
+def _surroundings(line: str, column: int) -> tuple[str, int]:
+    """Return the part of a long line around a column, and the column in it."""
+    start = max(0, min(column - WIDEST_LINE // 2, len(line) - WIDEST_LINE))
+    end = start + WIDEST_LINE
+    before, after = "…" if start else "", "…" if end < len(line) else ""
+    return f"{before}{line[start:end]}{after}", column - start + len(before)
+
+
+def _width(character: str) -> int:
+    """Return how many cells of a terminal a character takes."""
+    if unicodedata.combining(character) or unicodedata.category(character) == "Cf":
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
 
 
 def nearest(word: str, known: Iterable[str], most: int = 3) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ alias bombs, leading zeros.
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import re
@@ -87,8 +88,11 @@ class Source:
             raise RuleError(self.name, ordered)
 
     def _problem(self, place: Place, message: str, hint: str) -> Problem:
-        line = self.lines[place.line - 1] if 0 < place.line <= len(self.lines) else ""
-        return Problem(message, place.line, place.column, place.length, line, hint, place.path)
+        return Problem(message, place.line, place.column, place.length, self.line(place), hint, place.path)
+
+    def line(self, place: Place) -> str:
+        """Return the line in which a place is; nothing for rules given as a dict."""
+        return self.lines[place.line - 1] if 0 < place.line <= len(self.lines) else ""
 
 
 # -- files
@@ -98,7 +102,7 @@ def read_file(path: Path, name: str) -> tuple[Source, Node]:
     """Return the tree of a file; RuleError if it cannot be read or is no single YAML document."""
     source = Source(name)
     text = _decoded(_bytes_of(path, source), source)
-    source.lines = text.splitlines()
+    _check_characters(text, source)
     return source, _Builder(source).build(text)
 
 
@@ -115,17 +119,39 @@ def _bytes_of(path: Path, source: Source) -> bytes:
 
 
 def _decoded(content: bytes, source: Source) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise source.fail(Place(), "is UTF-16 text, not UTF-8", "save it as UTF-8")
     if b"\0" in content:
         raise source.fail(Place(), "is a binary file, not YAML text")
+    content = content.removeprefix(codecs.BOM_UTF8)
+    source.lines = _lines(content.decode("utf-8", "replace"))
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise source.fail(Place(line, 1), "is not UTF-8 text") from error
+        place = _end_of(content[: error.start].decode("utf-8"))
+        raise source.fail(place, "is not UTF-8 text", "save it as UTF-8") from error
+
+
+def _lines(text: str) -> list[str]:
+    return _UNREADABLE.sub("\N{REPLACEMENT CHARACTER}", text).splitlines()
+
+
+def _end_of(text: str) -> Place:
+    """Return the place of the character that follows the text."""
+    lines = _lines(f"{text}.")
+    return Place(len(lines), len(lines[-1]))
+
+
+def _check_characters(text: str, source: Source) -> None:
+    unreadable = _UNREADABLE.search(text)
+    if unreadable is not None:
+        code = f"U+{ord(unreadable[0]):04X}"
+        raise source.fail(_end_of(text[: unreadable.start()]), f"the character {code} cannot stand in YAML text")
 
 
 # -- events to nodes
 
+_UNREADABLE = yaml.reader.Reader.NON_PRINTABLE
 _LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 _PLAIN_TAGS = frozenset(
     {None, "!"} | {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
@@ -164,10 +190,13 @@ class _Builder:
         return self.root
 
     def _syntax_error(self, error: yaml.MarkedYAMLError) -> RuleError:
-        mark = error.problem_mark or error.context_mark
+        problem, mark = error.problem or "", error.problem_mark
+        if mark is None or "end of stream" in problem:  # where the quote or bracket opens says more
+            mark = error.context_mark or mark
         place = Place() if mark is None else Place(mark.line + 1, mark.column + 1)
-        line = self.source.lines[place.line - 1] if 0 < place.line <= len(self.source.lines) else ""
-        return self.source.fail(place, f"not valid YAML: {error.problem or error.context}", _hint_for(line, str(error)))
+        what = " ".join(filter(None, (problem, error.context)))
+        hint = _hint_for(self.source.line(place), str(error))
+        return self.source.fail(place, f"not valid YAML: {what}", hint)
 
     def _take(self, event: Any) -> None:
         if isinstance(event, yaml.DocumentStartEvent):
@@ -253,7 +282,11 @@ def _hint_for(line: str, problem: str) -> str:
         return "a tab stands here; YAML is indented with spaces"
     if re.search(r"[:\-\[,]\s*\*", line):
         return 'a glob that starts with `*` must be quoted: name: "**.q_proj"'
-    if re.search(r":\s*[\[{%@`]", line):
+    if "quoted scalar" in problem:
+        return "the quotation mark that opens here is not closed"
+    if "flow" in problem:
+        return "close the bracket, or quote the text if it is one"
+    if re.search(r":\s*[%@`]", line):
         return "quote the text if it is one"
     return ""
 

@@ -127,7 +127,7 @@ def test_plan_of_a_transformers_directory_needs_the_configuration_only(tmp_path)
 def test_rule_that_matches_nothing_ends_with_1(model_file):
     result = run("plan", f"{model_file}:plain", "attention")
     assert result.exit_code == 1
-    assert result.stderr.startswith("lora-fx: rule 'attention' (attention:6) matched none of 2 sites")
+    assert result.stderr.startswith("lora-fx: attention:10:11: rule 'attention' matched none of 2 sites")
 
 
 @pytest.mark.parametrize(

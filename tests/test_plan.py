@@ -128,10 +128,49 @@ def test_every_rule_that_matches_nothing_is_named_at_once():
     golden("no_match.txt", str(caught.value))
 
 
-def test_train_pattern_that_matches_no_module_is_an_error():
-    with pytest.raises(NoMatchError, match="train matched none of the modules") as caught:
-        lora_fx.plan(zoo.Encoder(), rules("**.query", train=["clasifier"]))
-    assert caught.value.nearest == ("classifier",)
+def test_what_matches_nothing_is_shown_where_it_stands_rules_and_train_at_once(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        'version: 1\nrules:\n  - name: bad\n    match: {name: "**.qeury"}\n'
+        '  - match: {op: linear, shape: [7, 7]}\ntrain: ["clasifier"]\n'
+    )
+    with pytest.raises(NoMatchError) as caught:
+        lora_fx.plan(zoo.Encoder(layers=1), path)
+    assert str(caught.value).replace(str(path), "mine.yaml").splitlines() == [
+        "mine.yaml:6:9: train matched none of the modules",
+        '    6 | train: ["clasifier"]',
+        "      |         ^^^^^^^^^^^",
+        "  pattern  clasifier",
+        "  nearest  classifier",
+        "  fix the pattern, or take it away",
+        "mine.yaml:4:19: rule 'bad' matched none of 8 sites",
+        '    4 |     match: {name: "**.qeury"}',
+        "      |                   ^^^^^^^^^^",
+        "  pattern  **.qeury",
+        "  nearest  layer.0.attention.query",
+        "  fix the pattern, or set `expect: any` if a model need not have it",
+        "mine.yaml:5:17: rule 'rule 2' matched none of 8 sites",
+        "    5 |   - match: {op: linear, shape: [7, 7]}",
+        "      |                 ^^^^^^",
+        "  pattern  shape=[7, 7] op=linear",
+        "  fix the pattern, or set `expect: any` if a model need not have it",
+    ]
+
+
+def test_rule_for_what_is_trained_whole_is_shown_and_no_error():
+    chosen = rules("**.query", train=["classifier"])
+    chosen["rules"].append({"name": "head", "match": {"name": "classifier"}})
+    plan = lora_fx.plan(zoo.Encoder(), chosen)
+    assert plan.unmatched_rules == ("head",)
+    assert plan.notes[0] == "rule 'head' matches only what is trained whole"
+
+
+def test_rank_above_the_smaller_side_is_noted_once_for_all_sites_of_a_rule():
+    notes = lora_fx.plan(zoo.Encoder(layers=4), rules("**.query", r=64)).notes
+    assert notes[0] == (
+        "layer.0.attention.query, layer.1.attention.query, layer.2.attention.query … and 1 more: "
+        "r = 64 is above min(in, out) = 16; full fine-tuning would need fewer parameters"
+    )
 
 
 def test_zero_may_be_expected():

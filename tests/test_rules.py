@@ -123,13 +123,31 @@ def test_missing_file_is_an_error_with_what_is_near(written):
 
 
 @pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("", "rules: the path of the rules is empty"),
+        ("version: 1\nrules: []", "rules: this is the text of rules, not the path of a file"),
+        (["rules"], "rules: rules must be a path, a shipped name, a dict or a RuleSet, not list"),
+    ],
+)
+def test_what_is_neither_path_nor_rules_is_an_error(given, told):
+    with pytest.raises(RuleError) as caught:
+        read_rules(given)
+    assert str(caught.value).splitlines()[0] == told
+
+
+@pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"", (0, 0, "is empty")),
         (b"# only a comment\n", (0, 0, "is empty")),
         (b"\x00\x01\x02PK", (0, 0, "is a binary file, not YAML text")),
         (b"version: 1\n\xff\xfe\n", (2, 1, "is not UTF-8 text")),
-        (b"rules:\n\t- match: {}\n", (2, 1, "not valid YAML: found character that cannot start any token")),
+        ('version: 1\nrules: ["\u00e9'.encode("latin-1"), (2, 10, "is not UTF-8 text")),
+        ("version: 1\n".encode("utf-16"), (0, 0, "is UTF-16 text, not UTF-8")),
+        (b"version: 1\nrules: 'a\x07b'\n", (2, 10, "the character U+0007 cannot stand in YAML text")),
+        (b"version: 1\nrules: 'ab\n\n", (2, 8, "not valid YAML: found unexpected end of stream while scanning a quoted scalar")),
+        (b"rules:\n\t- match: {}\n", (2, 1, "not valid YAML: found character that cannot start any token while scanning for the next token")),
         (b"version: 1\n---\nversion: 1\n", (2, 1, "a second document starts here; a rule file holds one")),
         (b"a: !!python/object/apply:os.system [ls]\n", (1, 4, "the tag !!python/object/apply:os.system is not allowed; rules are plain data")),
         (b"[" * 30, (1, 21, "nested deeper than 20 levels")),
@@ -138,7 +156,7 @@ def test_missing_file_is_an_error_with_what_is_near(written):
         (b"- 1\n- 2\n", (1, 1, "the rule file must be a mapping, found a list")),
         (b"just text\n", (1, 1, "the rule file must be a mapping, found the string 'just text'")),
     ],
-    ids=["empty", "comment", "binary", "encoding", "tab", "documents", "tag", "deep", "very deep", "alias", "list", "text"],
+    ids=["empty", "comment", "binary", "encoding", "latin-1", "utf-16", "control", "quote", "tab", "documents", "tag", "deep", "very deep", "alias", "list", "text"],
 )  # fmt: skip
 def test_file_that_holds_no_rules_is_a_clear_error(content, expected, written):
     found = problems(content, written)
