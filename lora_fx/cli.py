@@ -16,6 +16,7 @@ except ImportError:  # pragma: no cover
     sys.exit("lora-fx: the command line needs click: pip install 'lora-fx[cli]'")
 
 from lora_fx.errors import LoraFxError, NoMatchError, RuleError
+from lora_fx.text import count
 
 VIOLATED, TROUBLE = 1, 2
 _MODEL_HELP = (
@@ -50,7 +51,7 @@ def lint(context: click.Context, rules: tuple[str, ...]) -> None:
             continue
         for warning in warnings:
             click.echo(f"warning: {warning}", err=True)
-        click.echo(f"{name}: {len(found.rules)} rules, no problem")
+        click.echo(f"{name}: {count(len(found.rules), 'rule')}, no problem")
     context.exit(VIOLATED if failed else 0)
 
 

@@ -31,7 +31,7 @@ def load_model(spec: str) -> tuple[nn.Module, object]:
         ModelSpecError: says what is wrong with the text, the file, or what the factory returned.
     """
     scheme, _, rest = spec.partition(":")
-    if not rest:
+    if not scheme or not rest:
         raise ModelSpecError(f"'{spec}' is no model: write {FORMS}")
     with torch.device("meta"):
         found = _from_transformers(rest) if scheme == "hf" else _call(_module(scheme), scheme, rest)
@@ -57,11 +57,13 @@ def _module(home: str) -> ModuleType:
 def _module_of_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ModelSpecError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` does: what lies beside it can be imported
+    name = f"_{path.stem}" if path.stem in sys.modules else path.stem  # a file may be called json.py
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

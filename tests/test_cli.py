@@ -68,7 +68,7 @@ def test_importing_lora_fx_imports_no_torch():
 def test_lint_of_good_files_ends_with_0():
     result = run("lint", "attention", "all-linear", str(ROOT / "demo" / "rules.yaml"))
     assert result.exit_code == 0
-    assert result.stdout.splitlines()[0] == "attention: 1 rules, no problem"
+    assert result.stdout.splitlines()[0] == "attention: 1 rule, no problem"
 
 
 def test_lint_of_bad_files_ends_with_1_and_names_every_problem_of_every_file(tmp_path):
@@ -78,7 +78,7 @@ def test_lint_of_bad_files_ends_with_1_and_names_every_problem_of_every_file(tmp
     assert f"{tmp_path / 'a.yaml'}:1:10: version must be 1" in result.stderr
     assert f"{tmp_path / 'a.yaml'}:2:8: rules is an empty list" in result.stderr
     assert "none.yaml: no such file" in result.stderr
-    assert "attention: 1 rules, no problem" in result.stdout
+    assert "attention: 1 rule, no problem" in result.stdout
 
 
 def test_lint_warns_of_rules_that_never_decide(tmp_path):
@@ -102,6 +102,16 @@ def test_plan_of_a_factory_in_a_file(model_file, rule_file, factory):
     assert "2 to adapt, 0 to keep, 0 refused.  Trainable: 80 of 208 parameters (38 %)." in result.stdout
 
 
+def test_file_may_import_what_lies_beside_it_and_bear_the_name_of_a_module(tmp_path, rule_file):
+    (tmp_path / "beside_it.py").write_text(
+        "import torch\ndef make(): return torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+    )
+    (tmp_path / "json.py").write_text("from beside_it import make\n")
+    result = run("plan", f"{tmp_path / 'json.py'}:make", str(rule_file), "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["trainable"] == 16
+
+
 def test_plan_as_json_into_a_file(model_file, rule_file, tmp_path):
     result = run("plan", f"{model_file}:plain", str(rule_file), "--format", "json", "-o", str(tmp_path / "plan.json"))
     assert result.exit_code == 0
@@ -115,7 +125,8 @@ def test_plan_of_a_factory_in_a_package():
 
 
 def test_plan_of_a_transformers_directory_needs_the_configuration_only(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     transformers.BertConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
     ).save_pretrained(tmp_path)
@@ -134,6 +145,7 @@ def test_rule_that_matches_nothing_ends_with_1(model_file):
     ("spec", "told"),
     [
         ("nonsense", "'nonsense' is no model: write package.module:factory, file.py:factory or hf:DIRECTORY"),
+        (":f", "':f' is no model: write package.module:factory"),
         ("nowhere.at.all:f", "there is no module 'nowhere.at.all'"),
         ("missing.py:f", "missing.py: no such file"),
         ("hf:nowhere", "nowhere/config.json does not exist"),
