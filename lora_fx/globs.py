@@ -10,7 +10,7 @@ MOST_NUMBERS = 10_000
 _SEGMENT = Repeat(NOT_DOT, 1)
 _DOT = literal(".")
 _PLAIN = re.compile(r"[\w-]+")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)(?=[,}])")
 
 
 class PatternError(ValueError):
@@ -26,7 +26,8 @@ def parse_glob(text: str) -> Expression:
     """Return the expression of a glob.
 
     `*` is part of one segment, `**` any number of whole segments (none included), `?` one character, `[ab]`, `[a-z]`
-    and `[!ab]` one of or none of them, `{a,b}` either, `{0..11}` a number, `\\` takes the next character as it is.
+    and `[!ab]` one of or none of them, `{a,b}` either, `{0..11}` a number (also `{0..3,9}`), `\\` takes the next
+    character as it is.
     """
     if not text:
         raise PatternError("the pattern is empty")
@@ -138,27 +139,37 @@ class _Segment:
         self.at = end + 1
         negated = inside.startswith("!")
         ranges = character_ranges(inside.removeprefix("!"))
+        if any(low > high for low, high in ranges):
+            raise self._error("the range runs backwards", start, self.at - start)
         return Characters((*ranges, (".", ".")) if negated else ranges, negated)
 
     def _brace(self) -> Expression:
         start = self.at - 1
-        numbers = _RANGE.match(self.text, self.at)
-        if numbers and self.text[numbers.end() : numbers.end() + 1] == "}":
-            self.at = numbers.end() + 1
-            return self._numbers(int(numbers[1]), int(numbers[2]), start)
-        choices = [self._until(",}")]
+        choices = [self._choice()]
         while self.at < len(self.text) and self.text[self.at] == ",":
             self.at += 1
-            choices.append(self._until(",}"))
+            choices.append(self._choice())
         if self.at == len(self.text):
             raise self._error("`{` without `}`", start)
         self.at += 1
         return Choice(tuple(choices))
 
+    def _choice(self) -> Expression:
+        """Return one of the parts of a brace: a range of numbers, or a pattern."""
+        start = self.at
+        numbers = _RANGE.match(self.text, start)
+        if numbers:
+            self.at = numbers.end()
+            return self._numbers(int(numbers[1]), int(numbers[2]), start)
+        found = self._until(",}")
+        if ".." in self.text[start : self.at]:
+            raise self._error("`..` stands between two numbers, such as {0..11}", start, self.at - start)
+        return found
+
     def _numbers(self, low: int, high: int, start: int) -> Expression:
         if low > high or high - low >= MOST_NUMBERS:
             problem = "runs backwards" if low > high else f"has more than {MOST_NUMBERS:,} numbers"
-            raise self._error(f"the range {{{low}..{high}}} {problem}", start, self.at - start)
+            raise self._error(f"the range {low}..{high} {problem}", start, self.at - start)
         return Choice(tuple(literal(str(number)) for number in range(low, high + 1)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 OPS = ("linear", "matmul", "embedding", "conv1d", "conv2d", "conv3d", "attention", "experts")
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
 
-_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_TEXT: dict[str, Any] = {"type": "string", "pattern": r"\S"}
 _TEXTS: dict[str, Any] = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
 _OP: dict[str, Any] = {"enum": list(OPS)}
 _SIZE = r"^\s*(\*|(>=|<=|>|<)\s*\d+|\d+\s*\.\.\s*\d+|(\d+\s*\*\s*)?[a-z])\s*$"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -12,7 +13,6 @@ from lora_fx.rules import read_rules
 from lora_fx.schema import json_schema, schema_text
 from tests.test_rules import GOOD
 
-jsonschema = pytest.importorskip("jsonschema")
 SHIPPED = Path(__file__).parent.parent / "rules"
 
 
