@@ -15,10 +15,9 @@ from lora_fx.checkpoint.read import read_adapters
 from lora_fx.discovery import take_inventory
 from lora_fx.errors import CaptureError, StalePlanError
 from lora_fx.graphdiff.compare import GraphDiff, graph_diff
-from lora_fx.planning import Plan, decide, on_modules
+from lora_fx.planning import Plan, decide, on_modules, stale_parts
 from lora_fx.reporting import Report, report
 from lora_fx.rules import RuleSet, read_rules
-from lora_fx.sites import differences
 from lora_fx.surveying import Study, studied
 
 Rules: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet
@@ -97,7 +96,7 @@ def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: obje
 
 
 def _still_fitting(decided: Plan, model: nn.Module) -> Plan:
-    found = differences((each.site for each in decided.sites), take_inventory(model).sites)
+    found = stale_parts(decided, take_inventory(model))
     if found:
         raise StalePlanError(found)
     return decided

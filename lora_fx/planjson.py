@@ -44,7 +44,9 @@ def from_json(text: str) -> Plan:
         if version != SCHEMA_VERSION:
             raise ValueError(f"the plan has schema version {version}, this lora_fx reads {SCHEMA_VERSION}")
         return _plan(document)
-    except (KeyError, TypeError) as error:
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a plan of lora_fx: not JSON: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a plan of lora_fx: {type(error).__name__}: {error}") from error
 
 

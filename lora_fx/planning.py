@@ -11,7 +11,7 @@ from typing import Literal
 from lora_fx.errors import NoMatchError, Unmatched
 from lora_fx.patterns import nearest_names
 from lora_fx.rules import LoRAConfig, Rule, RuleSet, Slices, SourceSpan, TrainPattern
-from lora_fx.sites import Backend, Site, fingerprint
+from lora_fx.sites import Backend, Site, differences, fingerprint
 from lora_fx.text import count, listing
 
 Decision = Literal["adapt", "keep", "skip", "refuse"]
@@ -283,6 +283,14 @@ def _rank_notes(planned: Iterable[PlannedSite]) -> list[str]:
         f"{listing(sites, 3)}: r = {r} is above min(in, out) = {smaller}; full fine-tuning would need fewer parameters"
         for (_, r, smaller), sites in paths.items()
     ]
+
+
+def stale_parts(plan: Plan, inventory: Inventory) -> list[tuple[str, str, str]]:
+    """Return (path, planned, found) for every site and every module trained whole in which a model differs."""
+    sizes = {path: count(size, "parameter") for path, size in inventory.modules}
+    trained = [(each.path, count(each.parameters, "parameter"), sizes.get(each.path, "nothing")) for each in plan.train]
+    sites = differences((each.site for each in plan.sites), inventory.sites)
+    return sites + [part for part in trained if part[1] != part[2]]
 
 
 def on_modules(plan: Plan) -> Plan:

@@ -51,7 +51,7 @@ def _sample(item: object) -> Sample:
             "put it into a tuple: example_inputs=(x,)",
         )
     raise CaptureError(
-        f"example_inputs is a {type(item).__name__}",
+        f"example_inputs is of type {type(item).__name__}",
         advice="give a tuple (positional), a dict (keyword), a lora_fx.call(...), or a list of these",
     )
 

@@ -56,11 +56,15 @@ def fingerprint(sites: Iterable[Site]) -> str:
 
 def differences(planned: Iterable[Site], found: Iterable[Site]) -> list[tuple[str, str, str]]:
     """Return (path, planned, found) for every site in which the two differ."""
-    before = {site.path: f"{site.op} {site.text()}" for site in planned}
-    after = {site.path: f"{site.op} {site.text()}" for site in found}
+    before = {site.path: _identity(site) for site in planned}
+    after = {site.path: _identity(site) for site in found}
     paths = [*before, *(path for path in after if path not in before)]
     return [
         (path, before.get(path, "nothing"), after.get(path, "nothing"))
         for path in paths
         if before.get(path) != after.get(path)
     ]
+
+
+def _identity(site: Site) -> str:
+    return site.text() if site.classes[0].lower() == site.op else f"{site.text()} ({site.op})"

@@ -236,7 +236,7 @@ def test_inputs_that_the_model_refuses_are_an_error():
 
 @pytest.mark.parametrize("inputs", [torch.zeros(2, 3), 7, [], "text", [torch.zeros(2)]], ids=repr)
 def test_inputs_of_a_wrong_kind_are_an_error(inputs):
-    with pytest.raises(CaptureError, match="example_inputs is a"):
+    with pytest.raises(CaptureError, match="example_inputs is"):
         lora_fx.apply(zoo.Mlp(), rules("fc1"), inputs)
 
 
@@ -305,8 +305,17 @@ def test_stale_plan_is_refused_and_every_difference_named():
     with pytest.raises(StalePlanError) as caught:
         lora_fx.apply(zoo.Encoder(width=32, layers=1), plan)
     differences = {path: (planned, found) for path, planned, found in caught.value.differences}
-    assert differences["layer.0.attention.query"] == ("linear Linear 16 → 16", "linear Linear 32 → 32")
-    assert differences["layer.1.attention.query"] == ("linear Linear 16 → 16", "nothing")
+    assert differences["layer.0.attention.query"] == ("Linear 16 → 16", "Linear 32 → 32")
+    assert differences["layer.1.attention.query"] == ("Linear 16 → 16", "nothing")
+
+
+def test_plan_that_trains_a_module_of_another_size_is_stale():
+    plan = lora_fx.plan(zoo.WithNorm(), rules("fc", train=["norm"]))
+    other = zoo.WithNorm()
+    other.norm = nn.Identity()
+    with pytest.raises(StalePlanError) as caught:
+        lora_fx.apply(other, plan)
+    assert caught.value.differences == (("norm", "16 parameters", "0 parameters"),)
 
 
 def test_plan_read_from_json_needs_the_inputs_again():

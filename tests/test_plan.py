@@ -190,9 +190,9 @@ def test_plan_survives_json():
     assert json.loads(plan.to_json())["schema_version"] == 1
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema_version": 9}', '{"schema_version": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema_version": 9}', '{"schema_version": 1, "sites": ["a"]}'])
 def test_text_that_is_no_plan_is_an_error(text):
-    with pytest.raises(ValueError, match=r"plan|Expecting"):
+    with pytest.raises(ValueError, match="plan"):
         lora_fx.Plan.from_json(text)
 
 
