@@ -13,7 +13,7 @@ from lora_fx.errors import Problem, RuleError
 from lora_fx.globs import PatternError
 from lora_fx.patterns import DIMENSION_FORMS, Dimension, NamePattern, ShapePattern, parse_dimension
 from lora_fx.rules import Expect, LoRAConfig, Match, Rule, RuleSet, SourceSpan, TrainPattern
-from lora_fx.rulespec import INITS, LORA, MATCH, OPS, RULE, TOP, Table
+from lora_fx.rulespec import INITS, LORA, MATCH, MODULE_NAMES, OPS, RULE, TOP, Table, is_adapter_name
 from lora_fx.slicereading import read_slices
 from lora_fx.text import nearest
 from lora_fx.yamltree import Node, Place, Source, read_file, read_mapping
@@ -328,8 +328,11 @@ class _RuleReader(Reading):
 
     def adapter(self, node: Node) -> str | None:
         value = self.text(node, "adapter")
-        if value and not (value.isidentifier() and value.isascii()):
-            self.problem(node.place, f"adapter '{value}' must be a name of letters, digits and _", "such as `style`")
+        if value in MODULE_NAMES:
+            self.problem(node.place, f"adapter '{value}' cannot be so called: torch needs the name", "such as `style`")
+        elif value and not is_adapter_name(value):
+            problem = f"adapter '{value}' must be a name of letters, digits and _, a letter first"
+            self.problem(node.place, problem, "such as `style`")
         return value
 
 

@@ -8,6 +8,18 @@ from typing import Any
 OPS = ("linear", "matmul", "embedding", "conv1d", "conv2d", "conv3d", "attention", "experts")
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
 
+_MODULE_NAMES = """
+add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches eval extra_repr
+float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys load_state_dict modules mtia
+named_buffers named_children named_modules named_parameters parameters pop register_backward_hook register_buffer
+register_forward_hook register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
+register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
+register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory
+state_dict to to_empty train training type update values xpu zero_grad T_destination
+"""
+MODULE_NAMES = tuple(_MODULE_NAMES.split())
+"""No adapter can bear the name of an attribute of torch's nn.ModuleDict, which holds the adapters of a site."""
+
 _TEXT: dict[str, Any] = {"type": "string", "pattern": r"\S"}
 _TEXTS: dict[str, Any] = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
 _OP: dict[str, Any] = {"enum": list(OPS)}
@@ -53,7 +65,7 @@ LORA = Table(
         "dora": Key({"type": "boolean"}, "Train a magnitude for each output too (DoRA).", "dora: true"),
         "bias": Key({"type": "boolean"}, "Train the site's own bias too, saved with the adapter.", "bias: true"),
         "adapter": Key(
-            {"type": "string", "pattern": r"^[A-Za-z_][A-Za-z0-9_]*$"},
+            {"type": "string", "pattern": r"^[A-Za-z][A-Za-z0-9_]*$", "not": {"enum": list(MODULE_NAMES)}},
             "Name of the adapter that the site belongs to, default `default`.",
             "adapter: style",
         ),
@@ -174,3 +186,8 @@ TOP = Table(
     },
     {"modules_to_save": "train", "default": "defaults", "rule": "rules"},
 )
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether an adapter can bear the name: letters, digits and _, a letter first, and free in torch."""
+    return name.isidentifier() and name.isascii() and name[0] != "_" and name not in MODULE_NAMES

@@ -10,6 +10,7 @@ import pytest
 
 from lora_fx.errors import RuleError
 from lora_fx.rules import Expect, LoRAConfig, RuleSet, Slice, Slices, read_rules
+from lora_fx.rulespec import MODULE_NAMES
 from tests.test_plan import golden
 
 GOOD = """\
@@ -226,7 +227,9 @@ RULE = "version: 1\nrules:\n  - match: {name: a}\n"
         (RULE + "    lora: {dropout: -0.1}\n", (4, 21, "dropout must be at least 0 and below 1, found -0.1")),
         (RULE + "    lora: {init: kaimng}\n", (4, 18, "init 'kaimng' is unknown")),
         (RULE + "    lora: {dora: yes}\n", (4, 18, "dora must be true or false, found the string 'yes'")),
-        (RULE + "    lora: {adapter: a.b}\n", (4, 21, "adapter 'a.b' must be a name of letters, digits and _")),
+        (RULE + "    lora: {adapter: a.b}\n", (4, 21, "adapter 'a.b' must be a name of letters, digits and _, a letter first")),
+        (RULE + "    lora: {adapter: _a}\n", (4, 21, "adapter '_a' must be a name of letters, digits and _, a letter first")),
+        (RULE + "    lora: {adapter: train}\n", (4, 21, "adapter 'train' cannot be so called: torch needs the name")),
         (RULE + "    lora: 8\n", (4, 11, "lora of rule 'rule 1' must be a mapping, found the number 8")),
         (RULE + "    skip: true\n", (4, 11, "skip needs a reason")),
         (RULE + '    skip: ""\n', (4, 11, "skip is empty")),
@@ -252,6 +255,12 @@ RULE = "version: 1\nrules:\n  - match: {name: a}\n"
 )  # fmt: skip
 def test_wrong_rule_is_told_with_its_place(text, expected, written):
     assert problems(text, written) == [expected]
+
+
+def test_names_that_no_adapter_can_bear_are_those_of_torch():
+    from torch import nn
+
+    assert {name for name in dir(nn.ModuleDict()) if not name.startswith("_")} <= set(MODULE_NAMES)
 
 
 def test_lora_beside_skip_is_an_error(written):

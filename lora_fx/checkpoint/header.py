@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_fx.checkpoint.names import METADATA_KEY
 from lora_fx.errors import AdapterFileError
 from lora_fx.rules import LoRAConfig
+from lora_fx.rulespec import is_adapter_name
 
 FORMAT_VERSION = 1
 _HASH = "sha256"
@@ -95,7 +96,7 @@ def _check_hash(path: Path, noted: str, found: str) -> None:
 
 def _header(content: Mapping[str, Any]) -> Header:
     names = (content["adapter"], *content["others"])
-    if not all(name.isidentifier() for name in names):  # they become directories and names of modules
+    if not all(map(is_adapter_name, names)):  # they become directories and names of modules
         raise ValueError(f"{names} are not names of adapters")
     sites = content["sites"]
     return Header(
