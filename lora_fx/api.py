@@ -15,7 +15,7 @@ from lora_fx.checkpoint.read import read_adapters
 from lora_fx.discovery import take_inventory
 from lora_fx.errors import CaptureError, StalePlanError
 from lora_fx.graphdiff.compare import GraphDiff, graph_diff
-from lora_fx.planning import Plan, decide, on_modules, stale_parts
+from lora_fx.planning import Inventory, Plan, decide, on_modules, stale_parts
 from lora_fx.reporting import Report, report
 from lora_fx.rules import RuleSet, read_rules
 from lora_fx.surveying import Study, studied
@@ -41,7 +41,7 @@ def plan(model: nn.Module, rules: Rules, example_inputs: object = None) -> Plan:
         CaptureError: the model refuses the example inputs.
         RefusedError: the model is adapted already, compiled, or cannot be copied.
     """
-    decided = decide(read_rules(rules), take_inventory(model))
+    decided = decide(read_rules(rules), _inventory(model))
     return studied(decided, model, example_inputs)
 
 
@@ -75,12 +75,18 @@ def apply(
     return twin
 
 
+def _inventory(model: nn.Module) -> Inventory:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, found {type(model).__name__}")
+    return take_inventory(model)
+
+
 def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: object, backend: str) -> Plan:
     """Return a plan that fits the model, with graphs where they are wanted."""
     if backend not in ("auto", "graph", "modules"):
         raise ValueError(f"backend is {backend!r}; it must be 'auto', 'graph' or 'modules'")
     if not isinstance(rules_or_plan, Plan):
-        decided = decide(read_rules(rules_or_plan), take_inventory(model))
+        decided = decide(read_rules(rules_or_plan), _inventory(model))
     else:
         decided = _still_fitting(rules_or_plan, model)
     if backend == "modules":
@@ -96,7 +102,7 @@ def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: obje
 
 
 def _still_fitting(decided: Plan, model: nn.Module) -> Plan:
-    found = stale_parts(decided, take_inventory(model))
+    found = stale_parts(decided, _inventory(model))
     if found:
         raise StalePlanError(found)
     return decided
@@ -140,7 +146,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str], example_inputs: ob
         RefusedError: a site that cannot be adapted.
     """
     files = read_adapters(directory)
-    decided = studied(restore.plan_of(files, take_inventory(model), model), model, example_inputs)
+    decided = studied(restore.plan_of(files, _inventory(model), model), model, example_inputs)
     twin = applying.build(model, decided)
     restore.fill(twin, files)
     _install_graphs(twin, decided)

@@ -111,6 +111,12 @@ def test_sites_of_modules_trained_whole_are_left_to_them():
 # -- rules that do not hold
 
 
+@pytest.mark.parametrize("function", [lora_fx.plan, lora_fx.apply])
+def test_what_is_no_model_is_an_error(function):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, found dict"):
+        function({"no": "model"}, rules("**"))
+
+
 def test_every_rule_that_matches_nothing_is_named_at_once():
     chosen = {
         "version": 1,
