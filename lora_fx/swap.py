@@ -9,7 +9,9 @@ class plus the mixin.
 from __future__ import annotations
 
 import copyreg
+import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -24,17 +26,27 @@ class Swapped:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         if not is_swapped(type(self)):  # somebody (FSDP2) has made a subclass of ours: theirs to copy
             return super().__reduce_ex__(protocol)  # type: ignore[return-value]
-        original, mixin = origin(type(self))
+        original, mixins = _layers(type(self))
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, *rest = reduced
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             arguments = tuple(original if each is type(self) else each for each in arguments)
-        return (_rebuild, (mixin, function, arguments), *rest)
+        return (_rebuild, (mixins, function, arguments), *rest)
 
 
-def _rebuild(mixin: type, function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+def _layers(kind: type) -> tuple[type, tuple[type, ...]]:
+    """Return the class without swaps and the mixins on top of it, the innermost first."""
+    mixins: list[type] = []
+    while is_swapped(kind):
+        kind, mixin = origin(kind)
+        mixins.insert(0, mixin)
+    return kind, tuple(mixins)
+
+
+def _rebuild(mixins: tuple[type, ...], function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
     module = function(*arguments)
-    module.__class__ = swapped_class(type(module), mixin)
+    for mixin in mixins:
+        swap(module, mixin)
     return module
 
 
@@ -44,8 +56,22 @@ def swapped_class(original: type, mixin: type) -> type:
     if key not in _CLASSES:
         names = ("__module__", "__qualname__", "__doc__")
         body = {name: getattr(original, name) for name in names} | {_ORIGIN: key}
+        if "forward" in vars(mixin):
+            body["forward"] = _shown_as(original.forward, mixin.forward)  # type: ignore[attr-defined]
         _CLASSES[key] = type(original)(original.__name__, (mixin, original), body)
     return _CLASSES[key]
+
+
+def _shown_as(original: Callable[..., Any], function: FunctionType) -> FunctionType:
+    """Return a function that does what `function` does and has the signature of `original`.
+
+    Trainers and `generate` ask `inspect.signature(model.forward)` which arguments a model takes.
+    """
+    twin = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(twin, original)  # type: ignore[return-value]
 
 
 def origin(kind: type) -> tuple[type, type]:
@@ -71,7 +97,5 @@ def unswap(module: nn.Module) -> None:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that the module has without swaps."""
-    kind: type[nn.Module] = type(module)
-    while is_swapped(kind):
-        kind = origin(kind)[0]
+    kind: type[nn.Module] = _layers(type(module))[0]
     return kind
