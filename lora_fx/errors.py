@@ -82,6 +82,8 @@ class Unmatched:
     found: int
     nearest: tuple[str, ...] = ()
     """What looks like the pattern."""
+    almost: str = ""
+    """A site that has the name, and which other condition it does not meet."""
     what: str = "sites"
     source: str = ""
     line: int = 0
@@ -96,6 +98,8 @@ class Unmatched:
         facts = [("pattern", self.pattern)]
         if self.nearest:
             facts.append(("nearest", ", ".join(self.nearest)))
+        if self.almost:
+            facts.append(("almost", self.almost))
         if self.found:
             facts.append(("expected", self.expected))
         return _message(place.text(self.source) if self.line else headline, facts, self._advice())

@@ -217,7 +217,7 @@ def _trained(
 
 def _unmatched_train(each: TrainPattern, inventory: Inventory) -> Unmatched:
     near = nearest_names(each.pattern, [path for path, _ in inventory.modules if path])
-    return Unmatched("train", each.pattern.text, "at least one", 0, near, "modules", *_place(each.span))
+    return Unmatched("train", each.pattern.text, "at least one", 0, near, "", "modules", *_place(each.span))
 
 
 def _place(span: SourceSpan) -> tuple[str, int, int, int, str]:
@@ -253,10 +253,23 @@ def _only_shadowed(rule: Rule, decided: int, planned: Iterable[PlannedSite]) -> 
 
 
 def _unmatched_rule(rule: Rule, found: int, sites: Sequence[Site]) -> Unmatched:
-    names = [path for site in sites for path in site.paths]
-    near = tuple(dict.fromkeys(name for pattern in rule.match.name for name in nearest_names(pattern, names)))
-    near = near if found == 0 else ()
-    return Unmatched(rule.name, str(rule.match), str(rule.expect), found, near, "sites", *_place(rule.match_span))
+    pattern, expected, place = str(rule.match), str(rule.expect), _place(rule.match_span)
+    if found:
+        return Unmatched(rule.name, pattern, expected, found, (), "", "sites", *place)
+    almost = _almost(rule, sites)
+    names = [] if almost else [path for site in sites for path in site.paths]
+    near = dict.fromkeys(name for each in rule.match.name for name in nearest_names(each, names))
+    return Unmatched(rule.name, pattern, expected, 0, tuple(near), almost, "sites", *place)
+
+
+def _almost(rule: Rule, sites: Sequence[Site]) -> str:
+    """Return a site that has the rule's name, with what keeps it from matching."""
+    for site in sites:
+        if any(pattern.matches(path) for pattern in rule.match.name for path in site.paths):
+            reason = rule.match.explain(site.paths, site.shape, site.op, site.classes)
+            if reason is not None:
+                return f"{site.path}, but {reason}"
+    return ""
 
 
 def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list[str]:

@@ -163,6 +163,17 @@ def test_what_matches_nothing_is_shown_where_it_stands_rules_and_train_at_once(t
     ]
 
 
+def test_rule_whose_name_fits_says_which_other_condition_does_not():
+    chosen = {"version": 1, "rules": [{"match": {"name": "**.c_attn", "shape": ["d", "d"]}}]}
+    with pytest.raises(NoMatchError) as caught:
+        lora_fx.plan(zoo.Gpt(), chosen)
+    assert caught.value.unmatched[0].almost == "h.0.c_attn, but shape: in = 16 is not d = 48"
+    assert str(caught.value).splitlines()[1:3] == [
+        "  pattern  name=**.c_attn shape=[d, d]",
+        "  almost   h.0.c_attn, but shape: in = 16 is not d = 48",
+    ]
+
+
 def test_rule_for_what_is_trained_whole_is_shown_and_no_error():
     chosen = rules("**.query", train=["classifier"])
     chosen["rules"].append({"name": "head", "match": {"name": "classifier"}})
