@@ -16,8 +16,8 @@ from lora_fx.passes import apply_pass
 from lora_fx.passes.inject import Inject
 from lora_fx.planning import Plan
 from lora_fx.records import record_of, spec_of
-from lora_fx.regions.install import install, regions, stock
-from lora_fx.regions.survey import Survey, run_modes
+from lora_fx.regions.install import in_graphs, install, regions, stock
+from lora_fx.regions.survey import Survey, run_modes, run_variants
 from lora_fx.samples import Sample
 from lora_fx.tensors import get_tensor, own_parameters
 from lora_fx.twin import is_meta, make_twin
@@ -77,26 +77,24 @@ def _train_biases(twin: nn.Module, record: ModelRecord) -> None:
 def install_graphs(twin: nn.Module, survey: Survey, samples: Sequence[Sample]) -> None:
     """Let the surveyed submodules of the twin run as graphs, proven on the samples in eval and in train mode.
 
-    Buffers, modes and random state are as before afterwards.
+    A copy runs: nothing that a forward leaves behind in its model shows in the twin.
     """
     install(twin, survey.graphs)
-    stock(twin, survey.library, survey.structures)
+    stock(twin, survey.library, survey.structures, survey.seconds)
     if is_meta(twin) or not samples:
         return
-    before = {name: tensor.detach().clone() for name, tensor in twin.named_buffers()}
-    run_modes(twin, samples)
-    for name, tensor in twin.named_buffers():
-        tensor.copy_(before[name])
-    for _, _, region in regions(twin):
-        region.hits, region.captures = 0, 0
-        region.misses.clear()
+    copy = make_twin(twin, freeze=False)  # what is proven on it holds for the twin: they share their kinds
+    run_modes(copy, samples)
+    run_variants(copy, samples)
 
 
 def check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:
     """Warn where a planned graph could not be proven; with backend="graph", refuse what is not in a graph."""
-    graphs = [path for path, _, region in regions(twin) if region.kind.programs]
+    covered = in_graphs(twin)
     failed = [
-        (path, "; ".join(region.kind.failures.values())) for path, _, region in regions(twin) if path not in graphs
+        (path, "; ".join(region.kind.failures.values()))
+        for path, _, region in regions(twin)
+        if not region.kind.programs
     ]
     if failed:
         warnings.warn(f"these run without a graph, correct but slower: {failed}", LoraFxWarning, stacklevel=4)
@@ -105,7 +103,7 @@ def check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:
             (site.path, site.site.backend_reason)
             for site in plan.adapted
             if not (isinstance(twin, fx.GraphModule) and site.backend == "graph")
-            and not any(not path or site.path.startswith(f"{path}.") for path in graphs)
+            and not covered.intersection(site.site.paths)
         ]
         if outside:
             raise CaptureError(

@@ -50,18 +50,15 @@ def _module_sites(model: nn.Module) -> Iterator[Site]:
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
     ties = _ties(model)
-    hidden = _hidden_in_attention(model)
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and path:
             aliases = tuple(name for name in names[id(module)] if name != path)
-            yield _linear_site(path, module, aliases, ties, hidden.get(path))
+            yield _linear_site(path, module, aliases, ties)
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             yield _attention_site(path, module)
 
 
-def _linear_site(
-    path: str, module: nn.Linear, aliases: tuple[str, ...], ties: dict[int, tuple[str, ...]], hidden: str | None
-) -> Site:
+def _linear_site(path: str, module: nn.Linear, aliases: tuple[str, ...], ties: dict[int, tuple[str, ...]]) -> Site:
     weight = module._parameters.get("weight")
     own = {f"{name}.weight" for name in (path, *aliases)}
     tied = () if weight is None else tuple(name for name in ties.get(id(weight), ()) if name not in own)
@@ -74,7 +71,7 @@ def _linear_site(
         bias=module.bias is not None,
         aliases=aliases,
         tied_to=tied,
-        refusal=hidden or _refusal(module),
+        refusal=_refusal(module),
     )
 
 
@@ -107,15 +104,6 @@ def _attention_site(path: str, module: nn.MultiheadAttention) -> Site:
     )
 
 
-def _hidden_in_attention(model: nn.Module) -> dict[str, str]:
-    """Return the linears that nn.MultiheadAttention never calls, with the reason."""
-    return {
-        f"{path}.out_proj".lstrip("."): "nn.MultiheadAttention reads this weight and never calls the module"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-    }
-
-
 def _ties(model: nn.Module) -> dict[int, tuple[str, ...]]:
     """Return for each parameter, by identity, every name under which it or another view of its memory is found."""
     groups: dict[object, list[tuple[str, Tensor]]] = {}
@@ -140,7 +128,7 @@ def _memory(tensor: Tensor) -> object:
 
 def _graph_sites(graph_module: fx.GraphModule) -> Iterator[Site]:
     """Yield the sites of a graph in its order, then the linears inside modules that it calls as a whole."""
-    calls = Counter(call.path for call in site_calls(graph_module))
+    calls = Counter(call.path for call in site_calls(graph_module) if call.path)
     ties = _ties(graph_module)
     for path, number in calls.items():
         yield replace(_owner_site(path, graph_module, ties), calls=number, backend="graph")
@@ -152,7 +140,7 @@ def _graph_sites(graph_module: fx.GraphModule) -> Iterator[Site]:
 def _owner_site(path: str, graph_module: fx.GraphModule, ties: dict[int, tuple[str, ...]]) -> Site:
     owner = graph_module.get_submodule(path)
     if isinstance(owner, nn.Linear):
-        return _linear_site(path, owner, (), ties, None)
+        return _linear_site(path, owner, (), ties)
     weight = owner._parameters["weight"]
     assert weight is not None
     return Site(

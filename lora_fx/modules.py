@@ -16,6 +16,7 @@ from lora_fx.adapters.dora import row_norms
 from lora_fx.adapters.lora import add_low_rank, low_rank_weight
 from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.swap import Swapped, original_class, swap
+from lora_fx.tensors import dotted
 
 
 class AdaptedLinear(Swapped, nn.Linear):
@@ -59,14 +60,18 @@ class AdaptedWeightRead(AdaptedLinear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        base = self._parameters["weight"]
-        assert base is not None
+        base = self.base_weight
         return base if self.__dict__[ACTIVE] is None else effective_weight(self, base)
 
-    def base_forward(self, input: Tensor) -> Tensor:
+    @property
+    def base_weight(self) -> Tensor:
+        """The base weight W itself (`attach.BASE_WEIGHT`)."""
         base = self._parameters["weight"]
         assert base is not None
-        return nn.functional.linear(input, base, self.bias)
+        return base
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.base_weight, self.bias)
 
 
 def effective_weight(owner: nn.Module, base: Tensor) -> Tensor:
@@ -108,15 +113,16 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Attached]]:
             yield path, found
 
 
-def reads_weight_of_children(module: nn.Module) -> bool:
-    """Whether torch's own class hands its children's weights to a fused kernel in eval mode."""
-    return issubclass(original_class(module), nn.TransformerEncoderLayer)
+_READ = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAttention: ("out_proj",)}
+"""Children of torch's own classes whose weight is handed to a kernel, at least in eval mode."""
 
 
 def weights_read(model: nn.Module) -> set[str]:
-    """Return the paths of linears whose weight is read by torch's fused encoder layer."""
-    paths = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        if reads_weight_of_children(module):
-            paths |= {f"{path}.{name}".lstrip(".") for name in ("linear1", "linear2")}
-    return paths
+    """Return the paths of linears whose weight torch's own layers read instead of calling the linear."""
+    return {
+        dotted(path, name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for kind, names in _READ.items()
+        if issubclass(original_class(module), kind)
+        for name in names
+    }

@@ -10,7 +10,7 @@ from torch import fx, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.applying import record_in, trainable
 from lora_fx.modules import AdaptedLinear
-from lora_fx.regions.install import regions
+from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.region import Region
 from lora_fx.text import columns, count, thousands
 
@@ -78,16 +78,16 @@ def report(tuned: nn.Module) -> Report:
     """Return the report of an adapted model; RefusedError if it is not adapted."""
     record = record_in(tuned)
     found = tuple(_region(region) for _, _, region in regions(tuned))
-    graphs = [region.path for region in found if region.graphs]
-    sites = tuple(_site(tuned, path, each, graphs) for path, each in all_attached(tuned))
+    covered = in_graphs(tuned)
+    sites = tuple(_site(tuned, path, each, covered) for path, each in all_attached(tuned))
     total = sum(p.numel() for p in tuned.parameters())
     trained = sum(p.numel() for p in trainable(tuned))
     return Report(record.model, sites, found, record.trained, trained, total)
 
 
-def _site(tuned: nn.Module, path: str, each: Attached, graphs: list[str]) -> AdaptedSite:
+def _site(tuned: nn.Module, path: str, each: Attached, covered: set[str]) -> AdaptedSite:
     own_graph = isinstance(tuned, fx.GraphModule) and not isinstance(each.owner, AdaptedLinear)
-    in_graph = own_graph or any(not region or path.startswith(f"{region}.") for region in graphs)
+    in_graph = own_graph or path in covered
     return AdaptedSite(
         path=path,
         op=each.spec.op,
@@ -106,6 +106,6 @@ def _region(region: Region) -> RegionReport:
         graphs=len(region.kind.programs),
         hits=region.hits,
         misses=dict(region.misses),
-        seconds=region.seconds,
+        seconds=region.kind.seconds,
         failures=tuple(dict.fromkeys(region.kind.failures.values())),
     )

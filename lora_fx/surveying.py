@@ -68,11 +68,11 @@ def _surveyed(plan: Plan, model: nn.Module, samples: tuple[Sample, ...], graphs:
 
 
 def _with_backend(each: PlannedSite, found: Survey) -> PlannedSite:
-    region = next((path for path in found.graphs if not path or each.path.startswith(f"{path}.")), None)
-    reason = "" if region is not None else _reason(each.path, found)
+    in_graph = any(path in found.covered for path in each.site.paths)
+    reason = "" if in_graph else _reason(each.path, found)
     site = replace(
         each.site,
-        backend="module" if region is None else "graph",
+        backend="graph" if in_graph else "module",
         backend_reason=reason,
         calls=found.calls.get(each.path, 0) if found.calls else None,
     )
@@ -81,7 +81,9 @@ def _with_backend(each: PlannedSite, found: Survey) -> PlannedSite:
 
 def _reason(path: str, found: Survey) -> str:
     """Return why the site is in no graph: the failure of its innermost region."""
-    owners = [region for region in found.failures if not region or path.startswith(f"{region}.")]
+    if found.calls and not found.calls.get(path):
+        return "never called as a module: its weight is read, or unused"
+    owners = [region for region in found.failures if not region or f"{path}.".startswith(f"{region}.")]
     return found.failures[max(owners, key=len)] if owners else "outside of repeated blocks"
 
 

@@ -8,6 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor, nn
 
 
+def dotted(*parts: str) -> str:
+    """Return a dotted name; the root's path is empty."""
+    return ".".join(filter(None, parts))
+
+
 def _slot(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
     """Return the table that holds the parameter or buffer, and its name there."""
     path, _, last = name.rpartition(".")

@@ -53,7 +53,7 @@ def test_identical_blocks_are_captured_once():
     kinds = {id(region.kind) for _, _, region in regions(tuned)}
     assert len(kinds) == 1
     (report, *_) = lora_fx.inspect(tuned).regions
-    assert report.graphs == 1, "one for inference and for training: this forward asks for neither"
+    assert report.graphs == 2, "with a mask and without; inference and training share them: nothing asks for the mode"
 
 
 def test_blocks_with_other_ranks_do_not_share_a_graph():
@@ -68,16 +68,22 @@ def test_blocks_with_other_ranks_do_not_share_a_graph():
     assert len({id(region.kind) for _, _, region in regions(tuned)}) == 2
 
 
-def test_missing_mask_misses_once_names_the_argument_and_is_captured():
+def test_missing_mask_was_made_up_while_planning_and_hits():
     tuned = tuned_encoder()
     ids = zoo.tokens(2, 6)
     with torch.no_grad():
-        expected = lora_fx.remove(tuned)(ids)
+        assert torch.equal(tuned(ids), lora_fx.remove(tuned)(ids))
+    assert counts(tuned) == (3, {})
+
+
+def test_mask_that_was_never_seen_misses_once_names_the_argument_and_is_captured():
+    model = zoo.Encoder().eval()
+    tuned = lora_fx.apply(model, rules("**.{query,value,output}"), lora_fx.call(zoo.tokens(2, 6)))
+    call = zoo.call_encoder()
+    with torch.no_grad():
         for _ in range(3):
-            assert torch.equal(tuned(ids), expected)
-    hits, misses = counts(tuned)
-    assert misses == {"mask is not a plain tensor": 1}
-    assert hits == 8
+            assert torch.equal(tuned(**call.kwargs), model(**call.kwargs))
+    assert counts(tuned) == (8, {"value of mask": 1})
 
 
 def test_other_dtype_misses_and_is_captured():
@@ -309,11 +315,11 @@ def test_flop_counter_sees_the_adapter_and_not_the_capture():
 
 def test_inspect_tells_regions_hits_misses_and_capture_time():
     tuned = tuned_encoder()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         tuned(zoo.tokens(2, 6))
     report = lora_fx.inspect(tuned)
     assert [region.path for region in report.regions] == ["layer.0", "layer.1", "layer.2"]
     assert report.regions[0].seconds > 0
-    assert "layer.0  2 graphs" in str(report)
-    assert "1 × mask is not a plain tensor" in str(report)
+    assert "layer.0  3 graphs" in str(report)
+    assert "1 × autocast on cpu" in str(report)
     assert '"misses": {' in report.to_json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from lora_fx.swap import unswap
 CHILDREN = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 ACTIVE = "lora_fx_active"
 """Attribute of an adapted module: name of the adapter that its forward uses, None while disabled."""
+BASE_WEIGHT = "base_weight"
+"""Attribute that gives the base weight of a module which shows an effective weight as its `weight`."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -101,6 +104,23 @@ def _partners(owner: nn.Module, adapter: str) -> tuple[LoRAFactor, nn.Module | N
     assert isinstance(lora_b, LoRAFactor)
     assert magnitude is None or isinstance(magnitude, DoRAMagnitude)
     return lora_b, dropout, magnitude
+
+
+def shows_effective_weight(owner: nn.Module) -> bool:
+    """Whether the module's `weight` is computed, not the parameter of that name."""
+    return isinstance(inspect.getattr_static(type(owner), "weight", None), property)
+
+
+def base_weight_name(owner: nn.Module) -> str:
+    """Return the attribute that gives the base weight."""
+    return BASE_WEIGHT if shows_effective_weight(owner) else "weight"
+
+
+def share_adapter(owner: nn.Module, other: nn.Module) -> None:
+    """Let another module hold the adapter of the owner too, in place: the same modules."""
+    for name in CHILDREN:
+        if name in owner._modules:
+            other.add_module(name, owner._modules[name])
 
 
 def all_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:

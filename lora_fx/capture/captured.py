@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 
 from lora_fx.capture.arguments import Check, FlatCall, Leaf, flatten, is_constant, positional_names, rebuild
 from lora_fx.capture.copies import Place
-from lora_fx.capture.inputs import Input, Inputs, TensorInput, VaryingSizes
+from lora_fx.capture.inputs import Input, Inputs, VaryingSizes
 from lora_fx.capture.objects import copied, is_plain_object
 from lora_fx.capture.outputs import write_output
 from lora_fx.capture.reasons import Untraceable, reason_of
+from lora_fx.capture.recording import NeedsRecord, Records
 from lora_fx.capture.surroundings import Surroundings, in_clean_thread, surroundings_of
 from lora_fx.capture.torch_internals import Fakes, quiet_fakes
 from lora_fx.capture.tracer import Log, Specialised, Tracer
@@ -60,6 +61,7 @@ def capture(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     varying: VaryingSizes = frozenset(),
+    record: Callable[[], Records] | None = None,
 ) -> Captured:
     """Return the forward of the module for calls like this one, as a graph; module and arguments stay unchanged.
 
@@ -68,6 +70,8 @@ def capture(
         args: positional arguments of a real call; only facts about them are used, not their values.
         kwargs: keyword arguments.
         varying: sizes that are known to vary; a part of the forward that turns one into a constant stays a call.
+        record: makes the same call for real and returns what the submodules returned; asked at most once, for those
+            that cannot run on fake tensors.
 
     Raises:
         NotCaptured: with the reason.
@@ -78,7 +82,7 @@ def capture(
 
     def work() -> Captured:
         with around.active():
-            return _with_retreats(module, args, kwargs, flat, varying, around)
+            return _with_retreats(module, args, kwargs, flat, varying, around, record)
 
     with _LOCK, quiet_fakes():
         return in_clean_thread(work)
@@ -100,28 +104,43 @@ def _with_retreats(
     flat: FlatCall,
     varying: VaryingSizes,
     around: Surroundings,
+    record: Callable[[], Records] | None,
 ) -> Captured:
-    """Capture; where a submodule bakes in a varying size, start again with that submodule as one opaque call."""
+    """Capture; start again with a submodule as one opaque call where it bakes in a varying size or cannot be faked."""
     opaque: set[str] = set()
+    records: Records | None = None
     for _ in range(_MOST_RESTARTS):
         try:
-            return _Capture(module, flat, varying, frozenset(opaque)).run(args, kwargs, around)
+            return _Capture(module, flat, varying, frozenset(opaque), records).run(args, kwargs, around)
         except Specialised as found:
-            if not found.path:
+            if not found.path or found.path in opaque:
                 raise NotCaptured("the forward turns a varying size into a constant") from None
+            opaque.add(found.path)
+        except NeedsRecord as found:
+            if record is None or found.path in opaque:
+                raise NotCaptured(found.reason) from None
             opaque.add(found.path)
         except (Untraceable, Exception) as error:
             raise NotCaptured(reason_of(error)) from error
-    raise NotCaptured(f"more than {_MOST_RESTARTS} submodules turn a varying size into a constant")
+        if records is None and record is not None:
+            records = record()
+    raise NotCaptured(f"more than {_MOST_RESTARTS} submodules cannot run on fake tensors of any size")
 
 
 class _Capture:
     """One attempt."""
 
-    def __init__(self, module: nn.Module, flat: FlatCall, varying: VaryingSizes, opaque: frozenset[str]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        flat: FlatCall,
+        varying: VaryingSizes,
+        opaque: frozenset[str],
+        records: Records | None,
+    ) -> None:
         self.flat = flat
         self.varying = varying
-        self.tracer = tracer = Tracer(module, Fakes(), opaque)
+        self.tracer = tracer = Tracer(module, Fakes(), opaque, records)
         self.inputs = Inputs(tracer.fakes, tracer.writer, lambda: tracer.listening)
         tracer.ghosts = self.inputs.ghosts
 
@@ -166,15 +185,3 @@ def _stub(value: Any) -> Any:
 def _meta(value: Tensor) -> Tensor:
     stub = torch.empty_like(value, device="meta", memory_format=torch.preserve_format)
     return stub.requires_grad_(value.requires_grad)
-
-
-def varying_sizes(before: Captured, tensors: Sequence[Tensor]) -> VaryingSizes:
-    """Return where the sizes of a call's tensors differ from those of an earlier capture of the same structure."""
-    if before.tensors != len(tensors) or before.same:
-        return frozenset()
-    return frozenset(
-        (index, dim)
-        for index, (each, tensor) in enumerate(zip(before.inputs[: before.tensors], tensors, strict=True))
-        for dim, size in enumerate(tensor.shape)
-        if isinstance(each, TensorInput) and len(each.shape) == tensor.dim() and each.shape[dim] != size
-    )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lora_fx.adapters.attach import shows_effective_weight
 from lora_fx.capture.arguments import is_constant
 from lora_fx.capture.objects import is_plain_object
 from lora_fx.swap import is_swapped, origin, swap, unswap
@@ -111,12 +112,21 @@ def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
     shared = {id(each): each for each in (*module.parameters(), *_outside(module))}
     duplicate = copy.deepcopy(module, dict(shared))
     for path, each in list(duplicate.named_modules()):
+        _as_seen(each)
         unswap(each)
         _report_objects(each, module.get_submodule(path), path, listener)
         object.__setattr__(each, _LISTENER, listener)
         object.__setattr__(each, _PATH, Place(path, ()))
         swap(each, ReportingModule)
     return duplicate
+
+
+def _as_seen(module: nn.Module) -> None:
+    """Let the weight of a module that shows an effective weight instead look like that one: it is trained."""
+    weight = module._parameters.get("weight")
+    if weight is not None and shows_effective_weight(module):
+        seen: Any = module.weight
+        module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=seen.requires_grad)
 
 
 def silence(duplicate: nn.Module) -> None:
@@ -126,11 +136,12 @@ def silence(duplicate: nn.Module) -> None:
 
 
 def _outside(module: nn.Module) -> Iterator[object]:
-    """Yield the tensors and modules that the module holds as plain attributes (a parent, a rotary table)."""
+    """Yield the tensors and modules outside that the module holds as plain attributes (a model, a rotary table)."""
+    inside = {id(each) for each in module.modules()}
     for each in module.modules():
         for value in vars(each).values():
             items = value if isinstance(value, (list, tuple)) else (value,)
-            yield from (item for item in items if isinstance(item, (Tensor, nn.Module)))
+            yield from (item for item in items if isinstance(item, (Tensor, nn.Module)) and id(item) not in inside)
 
 
 def _report_objects(duplicate: nn.Module, original: nn.Module, path: str, listener: Listener) -> None:

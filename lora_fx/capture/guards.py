@@ -226,6 +226,10 @@ class _GuardWriter:
             yield Check(self._absent(place), f"{place} now exists")
         for name, facts in self.captured.owned.items():
             yield from self._owned(name, *facts)
+        for name, flag in self.captured.log.flags.items():
+            parent, _, last = name.rpartition(".")
+            yield from self._reach(parent)
+            yield Check(f"{self.module_names[parent]}.{last}.requires_grad is {flag}", f"requires_grad of {name}")
 
     def _absent(self, place: Place) -> str:
         owner = ".".join((self.module_names[place.path], *place.attributes[:-1]))

@@ -130,6 +130,12 @@ def symbol_of(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr
     return size.node.expr
 
 
+def hint_of(size: torch.SymInt) -> int:
+    """Return the number that a symbolic size stood for when it was made."""
+    hint: int = size.node.hint
+    return hint
+
+
 def constant_of(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> int | float | bool | None:
     """Return the number that a symbolic number stands for, if it is known to be one."""
     if size.node.constant is not None:

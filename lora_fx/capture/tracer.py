@@ -8,10 +8,11 @@ child one opaque call, and the rest goes on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
 import random
-import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +22,12 @@ import torch
 from torch import fx, nn
 
 from lora_fx.capture.copies import Place, class_of, path_of, reporting_copy
-from lora_fx.capture.ghosts import Ghosts, settle
+from lora_fx.capture.ghosts import Ghosts, is_ghost, settle
+from lora_fx.capture.overheard import CustomFunction, overheard
 from lora_fx.capture.readings import POINTERS, Readings, what_was_read
 from lora_fx.capture.reasons import Untraceable, reason_of
-from lora_fx.capture.torch_internals import Fakes, FunctionMode, enter_autocast, exit_autocast, set_grad_enabled
+from lora_fx.capture.recording import NeedsRecord, Records, fake_result, of_shape
+from lora_fx.capture.torch_internals import Fakes, FunctionMode, enter_autocast, exit_autocast, pytree, set_grad_enabled
 from lora_fx.capture.writer import GraphWriter, holds_tensor
 
 
@@ -34,20 +37,6 @@ class Specialised(BaseException):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.path = path
-
-
-@dataclass(frozen=True, slots=True)
-class CustomFunction:
-    """A torch.autograd.Function as one node of a graph: its own backward stays."""
-
-    function: type[torch.autograd.Function]
-
-    @property
-    def __name__(self) -> str:
-        return self.function.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function.apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True)
@@ -61,6 +50,8 @@ class Log:
     """Submodules that stay one opaque call, and why."""
     owned: set[str] = field(default_factory=set)
     """Parameters, buffers and tensor attributes that were asked for their dtype, device or shape."""
+    flags: dict[str, bool] = field(default_factory=dict)
+    """requires_grad of the module's own tensors that were asked for it."""
     asks_requires_grad: bool = False
     asks_layout: bool = False
     asks_grad_mode: bool = False
@@ -70,12 +61,15 @@ class Log:
 class Tracer(FunctionMode):
     """Sees torch functions (as a function mode) and the calls of modules (as the listener of a reporting copy)."""
 
-    def __init__(self, module: nn.Module, fakes: Fakes, opaque: frozenset[str] = frozenset()) -> None:
+    def __init__(self, module: nn.Module, fakes: Fakes, opaque: frozenset[str], records: Records | None) -> None:
         super().__init__(None)  # type: ignore[arg-type]
         self.listening = False
         self.module = reporting_copy(module, self)
         self.fakes = fakes
         self.opaque = opaque
+        self.records = records
+        self.called_before: Counter[str] = Counter()
+        """How often each submodule with a record has been called."""
         self.writer = GraphWriter(self.module)
         self.log = Log()
         self.ghosts: Ghosts | None = None
@@ -88,11 +82,10 @@ class Tracer(FunctionMode):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module's own forward returns for the fake arguments, having written it down."""
         luck = random.getstate()
-        _refuse_fused(self.module, self.log)
-        with _custom_functions_of(self), _questions_of(self), self.fakes.active(), self:
+        with overheard(self), self.fakes.active(), self:
             self.listening = True
             try:
-                result = self.module.forward(*args, **kwargs)
+                result = _own_forward(self.module)(*args, **kwargs)
             finally:
                 self.listening = False
         self._raise_if_refused()
@@ -117,7 +110,6 @@ class Tracer(FunctionMode):
         luck = random.getstate()
         self.writer.place = path
         try:
-            _refuse_fused(module, self.log)
             result = nn.Module.__call__(module, *args, **kwargs)
             self._raise_if_refused()
             _refuse_random(luck)
@@ -149,12 +141,33 @@ class Tracer(FunctionMode):
 
     def _leaf(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node_args, node_kwargs = self.writer.argument(tuple(args)), self.writer.argument(kwargs)
+        if path in self.opaque:
+            return self._recorded(path, self.writer.emit("call_module", path, node_args, node_kwargs), (args, kwargs))
         with self._paused():
             try:
                 result = module.forward(*args, **kwargs)
             except Exception as error:
-                raise Untraceable(f"{path} cannot run on fake tensors: {reason_of(error)}") from error
+                self._refusal = f"{path} cannot run on fake tensors: {reason_of(error)}"
+                raise NeedsRecord(path, self._refusal) from error
         self.writer.made(result, self.writer.emit("call_module", path, node_args, node_kwargs))
+        return result
+
+    def _recorded(self, path: str, node: fx.Node, arguments: Any) -> Any:
+        """Return the result of a submodule whose forward must not run on fakes, as a real run has shown it."""
+        results = self.records.results.get(path, []) if self.records is not None else []
+        number = self.called_before[path]
+        self.called_before[path] += 1
+        if number >= len(results) or any(map(is_ghost, pytree.tree_leaves(arguments))):
+            raise Untraceable(f"{path} cannot run on fake tensors, and no real call of it is known")
+        if self.writer.writes_in_place():  # should the shape be another one, it is too late for the forward
+            raise Untraceable(f"{path} cannot run on fake tensors, and the forward writes in place before")
+        with self._paused():
+            result = fake_result(results[number], arguments)
+        self.writer.made(result, node)
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                sizes = self.writer.argument(tuple(leaf.shape))
+                self.writer.made(leaf, self.writer.emit("call_function", of_shape, (self.writer.argument(leaf), sizes)))
         return result
 
     def read(self, place: Place, value: Any) -> None:
@@ -228,6 +241,8 @@ class Tracer(FunctionMode):
             self.log.owned.add(self.writer.owned[id(args[0])])
         if kind is Readings.REQUIRES_GRAD and id(args[0]) in self.writer.inputs:
             self.log.asks_requires_grad = True
+        elif kind is Readings.REQUIRES_GRAD and id(args[0]) in self.writer.owned:
+            self.log.flags[self.writer.owned[id(args[0])]] = result
         elif kind is Readings.LAYOUT:
             self.log.asks_layout = True
         elif kind is not Readings.GUARDED:
@@ -238,6 +253,9 @@ class Tracer(FunctionMode):
             self._autocasts.append(self.writer.emit("call_function", func, args))
         else:
             self.writer.emit("call_function", func, (self._autocasts.pop(),))
+
+    def asked_grad_mode(self) -> None:
+        self.log.asks_grad_mode = True
 
     def custom_function(self, function: type[torch.autograd.Function], call: Callable[[], Any], args: Any) -> Any:
         node_args = self.writer.argument(tuple(args))
@@ -277,15 +295,18 @@ def is_leaf(module: nn.Module) -> bool:
 _OPEN = (
     nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer,
     nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
+    nn.MultiheadAttention,
 )  # fmt: skip
 
 
-def _refuse_fused(module: nn.Module, log: Log) -> None:
-    """The trace would show torch's slow path, which rounds differently from the fused kernel that really runs."""
-    fused = isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
-    log.asks_grad_mode = log.asks_grad_mode or fused
-    if fused and not module.training and not torch.is_grad_enabled():
-        raise Untraceable("torch runs nn.TransformerEncoderLayer as one fused kernel in eval mode")
+def _own_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return the forward of the module's own class.
+
+    transformers wraps the forward of every subclass of a checkpointing layer, and the outermost one checkpoints: here
+    that would be the reporting class, and the region's own class does it already.
+    """
+    kind: Any = class_of(module)
+    return functools.partial(kind.forward, module)
 
 
 def _refuse_random(before: object) -> None:
@@ -307,42 +328,3 @@ def _is_method(func: Any) -> bool:
 
 def _name_of_reading(func: Any) -> str:
     return f"{func.__self__.__name__}" if _name(func) == "__get__" else f"{_name(func)}()"
-
-
-@contextlib.contextmanager
-def _custom_functions_of(tracer: Tracer) -> Iterator[None]:
-    """Let the tracer see torch.autograd.Function.apply, which no mode is told of; other threads are not affected."""
-    plain = vars(torch.autograd.Function)["apply"]
-
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        def call() -> Any:
-            return plain.__func__(cls, *args, **kwargs)
-
-        if threading.get_ident() != thread or not tracer.listening or kwargs:
-            return call()
-        return tracer.custom_function(cls, call, args)
-
-    thread = threading.get_ident()
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = plain  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _questions_of(tracer: Tracer) -> Iterator[None]:
-    """Let the tracer hear of torch.is_grad_enabled, which no mode is told of; other threads are not affected."""
-    plain = torch.is_grad_enabled
-
-    def is_grad_enabled() -> bool:
-        if threading.get_ident() == thread and tracer.listening:
-            tracer.log.asks_grad_mode = True
-        return plain()
-
-    thread = threading.get_ident()
-    torch.is_grad_enabled = is_grad_enabled
-    try:
-        yield
-    finally:
-        torch.is_grad_enabled = plain

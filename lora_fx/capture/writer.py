@@ -154,6 +154,10 @@ class GraphWriter:
             self.sizes[symbol] = node if dim is None else self.emit("call_method", "size", (node, dim))
         return self.sizes[symbol]
 
+    def writes_in_place(self) -> bool:
+        """Whether a statement so far writes to a tensor or an object instead of computing a new one."""
+        return any(_writes(node) for node in self.graph.nodes)
+
     def mark(self) -> Callable[[], None]:
         """Return a function that takes back everything written since."""
         nodes = set(self.graph.nodes)
@@ -175,6 +179,13 @@ class GraphWriter:
         for node in reversed(list(self.graph.nodes)):
             if not node.users and _is_free(node):
                 self.graph.erase_node(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    if node.op not in ("call_method", "call_function"):
+        return False
+    return name in ("setitem", "set_item", "set_attribute", "append_item") or (name[-1] == "_" != name[-2])
 
 
 _FREE_METHODS = frozenset({"size", "view", "reshape", "transpose", "expand", "permute", "unsqueeze", "squeeze", "to"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import attached
+from lora_fx.adapters.attach import attached, shows_effective_weight
 from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.editor import Editor
 from lora_fx.passes.inject import splice_adapters
@@ -73,9 +72,8 @@ class _Namer:
             return self.lora[node].path
         if node in self.calls:
             return self.calls[node]
-        read = next((path for each in node.all_input_nodes if (path := self._owner_read(each))), None)
-        if read is not None:
-            return read
+        if self._is_handed_on(node):
+            return str(self._owner_read(node))
         return str(node.target) if node.op == "call_module" else str(node.meta.get("place", ""))
 
     def _owner_read(self, node: fx.Node) -> str | None:
@@ -84,13 +82,16 @@ class _Namer:
         reads = node.op == "get_attr" and last == "weight" and isinstance(self.module.get_submodule(path), nn.Linear)
         return path if reads else None
 
+    def _is_handed_on(self, node: fx.Node) -> bool:
+        """Whether the node reads the weight of a linear for a kernel that does more than that linear."""
+        return self._owner_read(node) is not None and any(user not in self.calls for user in node.users)
+
     def _effective(self, node: fx.Node) -> str | None:
         """Return the path of the adapted site whose effective weight the node reads, if it reads one."""
         path = self._owner_read(node)
         if path is None:
             return None
-        kind = type(self.module.get_submodule(path))
-        return path if isinstance(inspect.getattr_static(kind, "weight", None), property) else None
+        return path if shows_effective_weight(self.module.get_submodule(path)) else None
 
     def _adapter(self, node: fx.Node) -> str:
         found = attached(self.module.get_submodule(self._site(node)))
@@ -98,8 +99,12 @@ class _Namer:
 
     def _statement(self, node: fx.Node) -> str | None:
         if node.op in ("placeholder", "get_attr"):
-            self.names[node] = str(node.target) if node.op == "placeholder" else self._attribute(node)
-            return None
+            code = str(node.target) if node.op == "placeholder" else self._attribute(node)
+            if not self._is_handed_on(node):
+                self.names[node] = code
+                return None
+            self.names[node] = f"{_stem(node)}_weight"
+            return f"{self.names[node]} = {code}"
         code = self._lora_code(self.lora[node]) if node in self.lora else self._code(node)
         if node.op == "output":
             return f"return {self._value(node.args[0])}"
@@ -179,8 +184,9 @@ def _factor_of(node: fx.Node) -> str:
 
 def _stem(node: fx.Node) -> str:
     """Return a name for what a node computes: the last parts of a module's path, or the function's name."""
-    if node.op == "call_module":
-        parts = [part for part in str(node.target).split(".") if not part.isdigit()]
+    if node.op in ("call_module", "get_attr"):
+        path = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
+        parts = [part for part in path.split(".") if not part.isdigit()]
         return "_".join(parts[-2:]) or "module"
     name = _function_name(node.target).removeprefix("torch.").removeprefix("F.")
     return re.sub(r"\W", "", name.partition(".")[0]) or "value"  # aten's `linear.default` is called linear

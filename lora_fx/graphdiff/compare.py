@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ def _captured_regions(a: nn.Module, b: nn.Module) -> dict[str, Captured]:
         paths = {path for path, _ in other.named_modules()}
         for path, _, region in regions(model):
             programs = region.mine or region.kind.programs
-            if programs and path in paths and path not in found:
+            alone = isinstance(model.get_submodule(path), nn.Linear)  # shown as a module
+            if programs and path in paths and path not in found and not alone:
                 found[path] = programs[0].captured
     return found
 
@@ -111,7 +113,8 @@ def _region(model: nn.Module, path: str, captured: Captured) -> list[Statement]:
         graph = captured.graph
     else:
         args, kwargs = rebuild(*captured.example, lambda leaf: _filled(leaf, captured))
-        graph = capture(module, args, kwargs).graph
+        with contextlib.nullcontext() if captured.surroundings is None else captured.surroundings.active():
+            graph = capture(module, args, kwargs).graph
     return statements_of(adapted_graph(graph, module), module)
 
 

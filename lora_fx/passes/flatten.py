@@ -5,13 +5,12 @@ Only for region graphs, whose guards watch the classes and hooks of the modules 
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.adapters.attach import attached
+from lora_fx.adapters.attach import attached, base_weight_name, shows_effective_weight
 from lora_fx.adapters.lora import LoRAFactor
 from lora_fx.editor import Editor
 
@@ -39,7 +38,7 @@ def _flatten(editor: Editor, node: fx.Node, module: nn.Module) -> None:
         return
     path = str(node.target)
     with editor.writing_after(node, str(node.meta.get("site", ""))) as write:
-        weight = write.graph.get_attr(f"{path}.weight")
+        weight = write.graph.get_attr(f"{path}.{base_weight_name(module)}")
         arguments = (*node.args, weight) if node.args else (node.kwargs["input"], weight)
         if isinstance(module, nn.Linear) and module.bias is not None:
             arguments = (*arguments, write.graph.get_attr(f"{path}.bias"))
@@ -52,11 +51,16 @@ def is_bypassed(module: nn.Module) -> bool:
     """Whether `flatten` writes the module as F.linear: linears without hooks or tricks, and factors of their dtype."""
     if isinstance(module, LoRAFactor):
         return module.spec is None or not module.spec.mixed
-    if not isinstance(module, nn.Linear) or has_hooks(module) or nn.utils.parametrize.is_parametrized(module):
+    return is_plain_linear(module) and not has_hooks(module)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module's forward is F.linear of its own weight (and the adapter beside it)."""
+    if not isinstance(module, nn.Linear) or nn.utils.parametrize.is_parametrized(module):
         return False
-    if isinstance(inspect.getattr_static(type(module), "weight", None), property):
-        return False  # an effective weight stands in for the parameter
-    return attached(module) is not None or type(module).forward is nn.Linear.forward
+    if attached(module) is not None:
+        return True
+    return type(module).forward is nn.Linear.forward and not shows_effective_weight(module)
 
 
 def has_hooks(module: nn.Module) -> bool:

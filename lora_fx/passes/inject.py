@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import Attached, attach, attached, is_adapted
+from lora_fx.adapters.attach import Attached, attach, attached, base_weight_name, is_adapted
 from lora_fx.adapters.lora import add_low_rank
 from lora_fx.adapters.spec import AdapterSpec, ModelRecord
 from lora_fx.editor import Editor, Writer
 from lora_fx.errors import RefusedError
-from lora_fx.passes.sitegraph import SiteCall, site_calls
+from lora_fx.passes.sitegraph import SiteCall, first_argument, site_calls
 from lora_fx.passes.verify import verify
 from lora_fx.planning import Plan
 from lora_fx.records import record_of, spec_of
+from lora_fx.tensors import dotted
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +63,14 @@ def splice_adapters(editor: Editor, only: set[str] | None = None) -> None:
 
 def _splice(editor: Editor, call: SiteCall, found: Attached) -> None:
     spec, name = found.spec, found.spec.adapter
+    x = first_argument(call.node)  # only now: the site that makes it may have been adapted just before
     with editor.writing_after(call.node, call.path) as write:
         result = add_low_rank(
             write.proxy(call.node),  # type: ignore[arg-type]
-            write.proxy(call.x),  # type: ignore[arg-type]
-            A=write.module(f"{call.path}.lora_A.{name}"),
-            B=write.module(f"{call.path}.lora_B.{name}"),
-            dropout=write.module(f"{call.path}.lora_dropout.{name}") if found.dropout is not None else None,
+            write.proxy(x),  # type: ignore[arg-type]
+            A=write.module(dotted(call.path, f"lora_A.{name}")),
+            B=write.module(dotted(call.path, f"lora_B.{name}")),
+            dropout=write.module(dotted(call.path, f"lora_dropout.{name}")) if found.dropout is not None else None,
             magnitude=_magnitude(write, call.path, found) if found.magnitude is not None else None,
             scaling=spec.scaling,
             mixed=spec.mixed,
@@ -81,11 +83,11 @@ def _splice(editor: Editor, call: SiteCall, found: Attached) -> None:
 def _magnitude(write: Writer, path: str, found: Attached) -> Callable[[Any, Any], Any]:
     """Return a function that writes the call of DoRA's magnitude with the tensors that it needs."""
     name = found.spec.adapter
-    bias = None if found.owner._parameters.get("bias") is None else write.attribute(f"{path}.bias")
+    bias = None if found.owner._parameters.get("bias") is None else write.attribute(dotted(path, "bias"))
     tensors = {
-        "weight": write.attribute(f"{path}.weight"),
+        "weight": write.attribute(dotted(path, base_weight_name(found.owner))),
         "bias": bias,
-        "lora_A": write.attribute(f"{path}.lora_A.{name}.weight"),
-        "lora_B": write.attribute(f"{path}.lora_B.{name}.weight"),
+        "lora_A": write.attribute(dotted(path, f"lora_A.{name}.weight")),
+        "lora_B": write.attribute(dotted(path, f"lora_B.{name}.weight")),
     }
-    return functools.partial(write.module(f"{path}.lora_magnitude_vector.{name}"), **tensors)
+    return functools.partial(write.module(dotted(path, f"lora_magnitude_vector.{name}")), **tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,7 +24,6 @@ class SiteCall:
     path: str
     node: fx.Node
     """The node that computes the base output."""
-    x: fx.Node
 
 
 def site_calls(graph_module: fx.GraphModule) -> Iterator[SiteCall]:
@@ -31,15 +31,16 @@ def site_calls(graph_module: fx.GraphModule) -> Iterator[SiteCall]:
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             if isinstance(graph_module.get_submodule(str(node.target)), nn.Linear):
-                yield SiteCall(str(node.target), node, _first_argument(node))
+                yield SiteCall(str(node.target), node)
         elif node.op == "call_function" and node.target in _LINEARS:
             weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
             owner = _owner_of_weight(weight)
             if owner is not None:
-                yield SiteCall(owner, node, _first_argument(node))
+                yield SiteCall(owner, node)
 
 
-def _first_argument(node: fx.Node) -> fx.Node:
+def first_argument(node: fx.Node) -> fx.Node:
+    """Return the input of a linear's call."""
     value = node.args[0] if node.args else node.kwargs["input"]
     assert isinstance(value, fx.Node)
     return value
@@ -49,7 +50,7 @@ def _owner_of_weight(weight: object) -> str | None:
     """Return the path of the module that owns the weight as its `weight`."""
     if isinstance(weight, fx.Node) and weight.op == "get_attr":
         path, _, name = str(weight.target).rpartition(".")
-        return path if name == "weight" and path else None
+        return path if name == "weight" else None
     return None
 
 
@@ -75,7 +76,7 @@ def lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
             continue
         factor = graph_module.get_submodule(str(node.target))
         if isinstance(factor, LoRAFactor) and factor.spec is not None:
-            yield _around(node, str(node.target).rsplit(".lora_A.", 1)[0])
+            yield _around(node, re.sub(r"\.?lora_A\.[^.]+$", "", str(node.target)))
 
 
 def _around(lora_a: fx.Node, path: str) -> LoRANodes:

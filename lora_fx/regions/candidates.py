@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from lora_fx.passes.flatten import is_plain_linear
 from lora_fx.regions.structure import structure_of
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -27,7 +28,7 @@ def block_regions(model: nn.Module, sites: Iterable[str]) -> list[str]:
 
 
 def inner_regions(model: nn.Module, path: str, sites: Iterable[str]) -> list[str]:
-    """Return the regions to try inside a region that cannot be captured: its blocks, else its children."""
+    """Return the regions to try inside a region that cannot be captured: its blocks, its children, the sites."""
     module = model.get_submodule(path)
     prefix = f"{path}." if path else ""
     wanted = [site[len(prefix) :] for site in sites if site.startswith(prefix) and site != path]
@@ -102,11 +103,11 @@ def _inside_any(site: str, regions: Iterable[str]) -> bool:
 
 
 def _largest_ancestor(model: nn.Module, site: str, blocks: list[str]) -> str | None:
-    """Return the outermost ancestor of the site, below the root, that contains no block."""
+    """Return the outermost ancestor of the site, below the root, that contains no block; at the least the site."""
     parts = site.split(".")
     for depth in range(1, len(parts)):
         path = ".".join(parts[:depth])
         holds_block = any(block == path or block.startswith(f"{path}.") for block in blocks)
         if not holds_block and _has_forward(model.get_submodule(path)):
             return path
-    return None
+    return site if site and is_plain_linear(model.get_submodule(site)) else None

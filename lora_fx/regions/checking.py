@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.arguments import flatten
 from lora_fx.capture.guards import Match
-from lora_fx.capture.inputs import TensorInput
 from lora_fx.capture.objects import copied, is_plain_object, objects_differ, tensors_in
+from lora_fx.capture.recording import Records
 from lora_fx.capture.surroundings import RandomState, in_clean_thread, surroundings_of
 from lora_fx.capture.torch_internals import pytree
 from lora_fx.regions.program import Program
@@ -64,68 +62,23 @@ class Replay:
             return "it leaves other values in an argument"
         return _buffers_differ(self.module, buffers)
 
+    def recorded(self, forward: Callable[..., Any]) -> Records:
+        """Make the call again and return what the module's submodules return; nothing else comes of it."""
+        after, buffers_after = RandomState(self.surroundings.devices), _buffers(self.module)
+        args, kwargs = self.arguments()
+        records = Records()
+        self.random.restore()
+        _restore(self.module, self.buffers)
+        try:
+            records.hooked(self.module, lambda: in_clean_thread(lambda: self._run(lambda: forward(*args, **kwargs))))
+        finally:
+            after.restore()
+            _restore(self.module, buffers_after)
+        return records
+
     def _run(self, work: Callable[[], Any]) -> Any:
         with self.surroundings.active():
             return pytree.tree_map_only(Tensor, torch.Tensor.detach, work())
-
-
-def prove_sizes_of_one(program: Program, module: nn.Module, forward: Callable[..., Any], replay: Replay) -> None:
-    """Find out for which symbolic sizes the program is also right when they are 1, by trying.
-
-    A capture assumes that symbolic sizes are at least 2 (1 broadcasts); mostly the graph holds for 1 as well.
-    """
-    symbols = sorted(_symbols(program, inside_objects=False) - _symbols(program, inside_objects=True))
-    most = len(symbols) if len(symbols) <= _MOST_SYMBOLS else 1
-    for number in range(1, most + 1):
-        for chosen in itertools.combinations(symbols, number):
-            if _holds_at_one(program, module, forward, replay, frozenset(chosen)):
-                program.ones.add(frozenset(chosen))
-
-
-_MOST_SYMBOLS = 3
-
-
-def _symbols(program: Program, inside_objects: bool) -> set[str]:
-    captured = program.captured
-    inputs = captured.inputs[captured.tensors :] if inside_objects else captured.inputs[: captured.tensors]
-    return {s for each in inputs if isinstance(each, TensorInput) for s in each.symbols if s is not None}
-
-
-def _holds_at_one(
-    program: Program, module: nn.Module, forward: Callable[..., Any], replay: Replay, chosen: frozenset[str]
-) -> bool:
-    args, kwargs = _narrowed(program, replay, chosen)
-    inputs = program.guard.match_ones(module, args, kwargs)
-    if isinstance(inputs, int) or program.ones_of(inputs) != chosen:
-        return False
-    small = Replay(module, args, kwargs)
-    before = RandomState(replay.surroundings.devices)
-    try:
-        with replay.surroundings.active():
-            answer = in_clean_thread(lambda: small._run(lambda: forward(*args, **kwargs)))
-        return small.difference(program, program.guard.match_ones, answer) is None
-    except Exception:  # the forward itself refuses such a size
-        return False
-    finally:
-        before.restore()
-        _restore(module, small.buffers)
-
-
-def _narrowed(program: Program, replay: Replay, chosen: frozenset[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the replay's arguments with the chosen symbolic sizes of its tensors cut to 1."""
-    tensors = {id(leaf.value): leaf.value for leaf in flatten(replay.args, replay.kwargs).tensors()}
-    given = program.captured.inputs[: program.captured.tensors]
-    symbols = {key: each.symbols for key, each in zip(tensors, given, strict=True) if isinstance(each, TensorInput)}
-
-    def narrow(value: Tensor) -> Tensor:
-        small = value.detach()
-        for dim, symbol in enumerate(symbols.get(id(value), ())):
-            if symbol in chosen:
-                small = small.narrow(dim, 0, 1)
-        return small.clone().requires_grad_(value.requires_grad)
-
-    narrowed: tuple[tuple[Any, ...], dict[str, Any]] = copied((replay.args, replay.kwargs), narrow)
-    return narrowed
 
 
 def difference(result: Any, expected: Any) -> str | None:

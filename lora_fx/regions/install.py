@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from lora_fx.capture.captured import Captured
 from lora_fx.regions.region import GuardedRegion, Kind, Region, drop_region, region_of, set_region
 from lora_fx.regions.structure import structure_of
 from lora_fx.swap import origin, swap
+from lora_fx.tensors import dotted
 
 
 def install(model: nn.Module, paths: Iterable[str]) -> None:
@@ -40,6 +41,24 @@ def regions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region]]:
             yield path, module, region
 
 
+def in_graphs(model: nn.Module) -> set[str]:
+    """Return the paths of the linears that are computed inside a graph whenever one fits the call."""
+    found: set[str] = set()
+    for path, _, region in regions(model):
+        computed = [program.computes for program in region.kind.programs]
+        inside = frozenset.intersection(*computed) if computed else frozenset()
+        found |= {dotted(path, each) for each in inside}
+    return found
+
+
+def called_whole(model: nn.Module) -> Iterator[str]:
+    """Yield the paths of the submodules that graphs call as they are."""
+    for path, _, region in regions(model):
+        for program in region.kind.programs:
+            targets = {str(node.target) for node in program.graph.nodes if node.op == "call_module"}
+            yield from sorted(dotted(path, target) for target in targets)
+
+
 Library = dict[tuple[Any, ...], list[Captured]]
 """Captured graphs by the structure of the block that they were captured from."""
 
@@ -52,18 +71,25 @@ def library_of(model: nn.Module) -> Library:
     return found
 
 
-def stock(model: nn.Module, library: Library, structures: dict[str, tuple[Any, ...]]) -> None:
+def stock(
+    model: nn.Module,
+    library: Library,
+    structures: dict[str, tuple[Any, ...]],
+    seconds: Mapping[tuple[Any, ...], float],
+) -> None:
     """Give the regions of an adapted model the graphs captured from its base.
 
     Args:
         model: the adapted model, with regions installed.
         library: the captured graphs of the base.
         structures: for each region's path, the structure of the block in the base.
+        seconds: the time that this has taken, by structure.
     """
     stocked: set[int] = set()
     for path, module, region in regions(model):
         if id(region.kind) in stocked:
             continue
         stocked.add(id(region.kind))
+        region.kind.seconds += seconds.get(structures[path], 0.0)
         for captured in library.get(structures[path], []):
             region.kind.add(captured, module, verified=False)

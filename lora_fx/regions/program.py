@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from lora_fx.adapters.attach import share_adapter
 from lora_fx.capture.captured import Captured, resolve
 from lora_fx.capture.guards import Guard, compile_guard
 from lora_fx.capture.inputs import TensorInput
+from lora_fx.capture.recording import of_shape
 from lora_fx.editor import Editor
 from lora_fx.passes import apply_pass
-from lora_fx.passes.flatten import Flatten, is_bypassed
+from lora_fx.passes.flatten import Flatten, is_bypassed, is_plain_linear
 from lora_fx.passes.inject import splice_adapters
 
 
@@ -28,10 +30,19 @@ class Program:
     code: str
     function: Callable[..., Any]
     """Called with the module and the graph's inputs."""
+    may_give_up: bool
+    """Whether the code checks on the way that a submodule returns what it relies on (`OtherShape`)."""
+    computes: frozenset[str]
+    """Paths of the linears that the code computes by itself instead of calling them."""
     verified: bool = False
     """Whether its result has been compared with the forward's, bit by bit."""
     ones: set[frozenset[str]] = field(default_factory=set)
     """Sets of symbolic sizes for which it has been proven right when they are 1."""
+
+    def give_up(self) -> None:
+        """Forget all that was proven, so that the program answers no call any more."""
+        self.verified = False
+        self.ones.clear()
 
     def ones_of(self, inputs: tuple[Tensor, ...]) -> frozenset[str]:
         """Return the symbolic sizes that are 1 in these inputs."""
@@ -55,16 +66,33 @@ def make_program(captured: Captured, module: nn.Module) -> Program:
     """
     graph_module = fx.GraphModule(module, copy.deepcopy(captured.graph))
     bypassed = _bypassed(graph_module)
+    if is_plain_linear(module):  # a linear alone is the region
+        bypassed.add("")
+        share_adapter(module, graph_module)
     editor = Editor(graph_module)
     editor.by = "inject"
     splice_adapters(editor, only=bypassed)
+    factors = _bypassed(graph_module) - bypassed
     apply_pass(Flatten(), editor)
     graph_module.graph.lint()
     code = graph_module.graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, f"<lora_fx graph of {type(module).__name__}>", "exec"), scope)
-    classes = {path: type(module.get_submodule(path)) for path in (*captured.log.inlined, *bypassed)}
-    return Program(captured, compile_guard(captured, classes), graph_module.graph, code.src, scope["forward"])
+    watched = (*captured.log.inlined, *bypassed, *factors)
+    classes = {path: type(module.get_submodule(path)) for path in watched if path}
+    checks = any(node.target is of_shape for node in graph_module.graph.nodes)
+    guard = compile_guard(captured, classes)
+    graph = graph_module.graph
+    computes = bypassed | set(_weights_read(graph, module))
+    return Program(captured, guard, graph, code.src, scope["forward"], checks, frozenset(computes))
+
+
+def _weights_read(graph: fx.Graph, module: nn.Module) -> Iterator[str]:
+    """Yield the paths of the linears whose (effective) weight the graph reads."""
+    for node in graph.nodes:
+        path, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and name == "weight" and isinstance(module.get_submodule(path), nn.Linear):
+            yield path
 
 
 def _bypassed(graph_module: fx.GraphModule) -> set[str]:

@@ -17,18 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.capture.arguments import flatten
-from lora_fx.capture.captured import Captured, NotCaptured, capture, varying_sizes
+from lora_fx.capture.captured import Captured, NotCaptured, capture
 from lora_fx.capture.generalise import generalise
-from lora_fx.capture.inputs import VaryingSizes
 from lora_fx.capture.objects import tensors_in
-from lora_fx.capture.surroundings import surroundings_of
+from lora_fx.capture.recording import OtherShape, Records
+from lora_fx.capture.surroundings import RandomState, surroundings_of
 from lora_fx.errors import LoraFxWarning
 from lora_fx.passes.flatten import has_hooks
-from lora_fx.regions.checking import Replay, prove_sizes_of_one
+from lora_fx.regions.checking import Replay
 from lora_fx.regions.program import Program, make_program
+from lora_fx.regions.sizes import Sizes
 from lora_fx.swap import Swapped
 
-MOST_GRAPHS = 8
+MOST_GRAPHS = 16
 """How many graphs one region may capture; after that it warns and stays with those it has."""
 _REGION = "lora_fx_region"
 
@@ -44,6 +45,10 @@ class GuardedRegion(Swapped, nn.Module):
         if found is None:
             return region.miss(self, super().forward, args, kwargs)
         program, inputs = found
+        if region.checking:
+            return region.check(self, super().forward, args, kwargs, program)
+        if program.may_give_up:
+            return region.attempt(self, super().forward, args, kwargs, found)
         return program.function(self, *inputs)
 
 
@@ -54,6 +59,9 @@ class Kind:
     programs: list[Program] = field(default_factory=list)
     failures: dict[tuple[object, ...], str] = field(default_factory=dict)
     """Reason for each signature of a call that cannot be captured."""
+    sizes: Sizes = field(default_factory=Sizes)
+    seconds: float = 0.0
+    """Time spent capturing and checking."""
     lock: Any = field(default_factory=threading.Lock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kind:
@@ -79,18 +87,18 @@ class Region:
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
     captures: int = 0
-    seconds: float = 0.0
-    """Time spent capturing and checking."""
     mine: list[Program] = field(default_factory=list)
     """The programs that have fitted a call of this region, the latest first."""
     capturing: bool = True
+    checking: bool = False
+    """Whether what a program computes is compared with the forward, call by call."""
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return (self.path, self.kind, self.enabled, self.hits, self.misses, self.seconds, self.capturing)
+        return (self.path, self.kind, self.enabled, self.hits, self.misses, self.capturing)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.path, self.kind, self.enabled, self.hits, self.misses, self.seconds, self.capturing = state
-        self.captures, self.mine = 0, []
+        self.path, self.kind, self.enabled, self.hits, self.misses, self.capturing = state
+        self.captures, self.mine, self.checking = 0, [], False
 
     # -- a call
 
@@ -136,17 +144,53 @@ class Region:
         if not self.enabled:
             return forward(*args, **kwargs)
         self.misses[self._why(module, args, kwargs)] += 1
+        noted = self.kind.sizes.noted(args, kwargs)
         if not self._may_capture(module, args, kwargs) or not self.kind.lock.acquire(blocking=False):
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
+            noted()  # only now: sizes that the forward refuses do not count
+            return result
         try:
             replay = Replay(module, args, kwargs)
             result = forward(*args, **kwargs)
+            noted()
             started = time.perf_counter()
             self._learn(module, forward, replay, result)
-            self.seconds += time.perf_counter() - started
+            self.kind.seconds += time.perf_counter() - started
             return result
         finally:
             self.kind.lock.release()
+
+    def check(
+        self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], program: Program
+    ) -> Any:
+        """Return what the forward returns; a program that computes something else is given up."""
+        replay = Replay(module, args, kwargs)
+        result = forward(*args, **kwargs)
+        found = replay.difference(program, program.guard.match_ones, result)
+        if found is not None:
+            program.give_up()
+            self.kind.programs = [each for each in self.kind.programs if each is not program]
+            signature = _signature(module, replay.args, replay.kwargs)
+            self.kind.failures[signature] = f"the graph is not the forward at other sizes: {found}"
+        return result
+
+    def attempt(
+        self,
+        module: nn.Module,
+        forward: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: tuple[Program, tuple[Any, ...]],
+    ) -> Any:
+        """Return what the program computes; where a submodule returns another shape than it relies on, the forward."""
+        program, inputs = found
+        before = RandomState(tuple({each.device for each in inputs if isinstance(each, Tensor)}))
+        try:
+            return program.function(module, *inputs)
+        except OtherShape:
+            before.restore()
+            self.misses["a submodule returns a tensor of another shape"] += 1
+            return forward(*args, **kwargs)
 
     def _why(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         programs = self.mine or self.kind.programs
@@ -179,10 +223,9 @@ class Region:
     # -- learning
 
     def _learn(self, module: nn.Module, forward: Any, replay: Replay, result: Any) -> None:
-        """Prove a waiting program on this call, or capture a new one; then see whether it holds at sizes of 1."""
-        program = self._waiting(module, replay, result) or self._capture(module, replay, result)
-        if program is not None and program.verified and not program.ones:
-            prove_sizes_of_one(program, module, forward, replay)
+        """Prove a waiting program on this call, or capture a new one."""
+        if self._waiting(module, replay, result) is None:
+            self._capture(module, forward, replay, result)
 
     def _waiting(self, module: nn.Module, replay: Replay, result: Any) -> Program | None:
         """Return a program that fits the call and has now been proven on it."""
@@ -211,12 +254,11 @@ class Region:
         self._keep(program)
         return True
 
-    def _capture(self, module: nn.Module, replay: Replay, result: Any) -> Program | None:
+    def _capture(self, module: nn.Module, forward: Any, replay: Replay, result: Any) -> Program | None:
         signature = _signature(module, replay.args, replay.kwargs)
         self.captures += 1
         try:
-            captured = capture(module, replay.args, replay.kwargs, self._varying(replay))
-            program = make_program(captured, module)
+            program = make_program(self._captured(module, forward, replay), module)
             found = replay.difference(program, program.guard.match, result)
             if found is not None:
                 raise NotCaptured(f"the graph is not the forward: {found}")
@@ -244,20 +286,28 @@ class Region:
                 return both
         return None
 
-    def _varying(self, replay: Replay) -> VaryingSizes:
-        """Return the sizes in which this call differs from those that were captured with the same structure."""
-        tensors = [leaf.value for leaf in flatten(replay.args, replay.kwargs).tensors()]
-        varying: VaryingSizes = frozenset()
-        for program in self.kind.programs:
-            varying |= varying_sizes(program.captured, tensors)
-        return varying
+    def _captured(self, module: nn.Module, forward: Any, replay: Replay) -> Captured:
+        varying = self.kind.sizes.varying(replay.args, replay.kwargs)
+
+        def record() -> Records:
+            return replay.recorded(forward)
+
+        try:
+            return capture(module, replay.args, replay.kwargs, varying, record)
+        except NotCaptured:
+            if not varying or not self.kind.programs:
+                raise
+        # other sizes have their graph; this one (a sequence of 1, say) may need one of its own
+        return capture(module, replay.args, replay.kwargs, frozenset(), record)
 
 
 def _signature(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
-    """Return what calls have in common that all can or all cannot be captured (sizes do not count)."""
+    """Return what calls have in common that all can or all cannot be captured (sizes other than 1 do not count)."""
     flat = flatten(args, kwargs)
     around = surroundings_of({leaf.value.device for leaf in flat.tensors()})
-    return (flat.shape_free(), module.training, around)
+    # what fails at a size of 1 may be captured at others
+    ones = tuple(tuple(size == 1 for size in leaf.value.shape) for leaf in flat.tensors())
+    return (flat.shape_free(), ones, module.training, around)
 
 
 def region_of(module: nn.Module) -> Region | None:

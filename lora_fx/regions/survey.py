@@ -16,12 +16,23 @@ from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.surroundings import RandomState
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.regions.candidates import block_regions, inner_regions
-from lora_fx.regions.install import Library, install, library_of, regions, uninstall
+from lora_fx.regions.install import (
+    Library,
+    called_whole,
+    in_graphs,
+    install,
+    library_of,
+    regions,
+    stock,
+    uninstall,
+)
 from lora_fx.regions.structure import structure_of
+from lora_fx.regions.variants import variants
 from lora_fx.samples import Sample
 
 MODES = ((False, False), (True, True))
 """(training, grad mode) of the runs: as in inference, and as in training."""
+_EVAL_WITH_GRADIENTS = ((False, True),)
 
 
 @dataclass(slots=True)
@@ -37,7 +48,10 @@ class Survey:
     library: Library
     structures: dict[str, tuple[Any, ...]]
     """For each region, the structure of its block."""
-    seconds: float = 0.0
+    covered: frozenset[str]
+    """Paths of the linears that graphs compute."""
+    seconds: dict[tuple[Any, ...], float]
+    """Time spent capturing and checking, by the structure of the block."""
 
 
 def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> Survey:
@@ -55,14 +69,42 @@ def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> 
     """
     calls = count_calls(twin, samples[0])
     failures: dict[str, str] = {}
-    tried = block_regions(twin, sites)
-    install(twin, tried)
-    while tried:
+    tried = dict.fromkeys(block_regions(twin, sites))
+    new = list(tried)
+    while new:
+        install(twin, new)
+        _learn_sizes(twin, samples)
         run_modes(twin, samples)
-        tried = _retreat(twin, sites, failures)
+        smaller = (*_retreat(twin, sites, failures), *_inside_leaves(twin, sites))
+        new = [path for path in dict.fromkeys(smaller) if path not in tried]
+        tried |= dict.fromkeys(new)
+    with checked_hits(twin):
+        run_variants(twin, samples)
     found = {path: structure_of(module) for path, module, _ in regions(twin)}
-    seconds = sum(region.seconds for _, _, region in regions(twin))
-    return Survey(tuple(found), failures, calls, library_of(twin), dict(found), seconds)
+    seconds = {found[path]: region.kind.seconds for path, _, region in regions(twin)}
+    covered = frozenset(in_graphs(twin))
+    return Survey(tuple(found), failures, calls, library_of(twin), dict(found), covered, seconds)
+
+
+def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
+    """Let the regions see which sizes vary before they capture anything."""
+    found = [region for _, _, region in regions(twin)]
+    for region in found:
+        region.capturing = False
+    run_modes(twin, (*samples, *variants(twin, samples[0])), may_fail=True, modes=MODES[:1])
+    for region in found:
+        region.capturing = True
+        region.misses.clear()
+
+
+def _inside_leaves(twin: nn.Module, sites: Sequence[str]) -> list[str]:
+    """Return the regions to try inside the submodules that graphs call as they are."""
+    covered = in_graphs(twin)
+    found: list[str] = []
+    for leaf in dict.fromkeys(called_whole(twin)):
+        inside = [site for site in sites if site.startswith(f"{leaf}.") and site not in covered]
+        found += inner_regions(twin, leaf, inside)
+    return found
 
 
 def survey_symbolically(twin: nn.Module, sites: Sequence[str]) -> Survey:
@@ -70,7 +112,7 @@ def survey_symbolically(twin: nn.Module, sites: Sequence[str]) -> Survey:
     library: Library = {}
     structures: dict[str, tuple[Any, ...]] = {}
     failures: dict[str, str] = {}
-    waiting = block_regions(twin, sites)
+    waiting = [path for path in block_regions(twin, sites) if path not in sites]
     while waiting:
         path = waiting.pop(0)
         structure = structure_of(twin.get_submodule(path))
@@ -81,11 +123,14 @@ def survey_symbolically(twin: nn.Module, sites: Sequence[str]) -> Survey:
         except NotCaptured as reason:
             failures[path] = str(reason)
             waiting += inner_regions(twin, path, sites)
-    return Survey(tuple(structures), failures, {}, library, structures)
+        waiting = [path for path in waiting if path not in sites]  # nothing shows that a linear alone is called
+    install(twin, structures)
+    stock(twin, library, structures, {})
+    return Survey(tuple(structures), failures, {}, library, structures, frozenset(in_graphs(twin)), {})
 
 
 def _retreat(twin: nn.Module, sites: Sequence[str], failures: dict[str, str]) -> list[str]:
-    """Take off the regions that became no graph; return the smaller ones that were put on inside them."""
+    """Take off the regions that became no graph; return the smaller ones to try inside them."""
     smaller = []
     for path, module, region in list(regions(twin)):
         if region.kind.failures:
@@ -97,19 +142,44 @@ def _retreat(twin: nn.Module, sites: Sequence[str], failures: dict[str, str]) ->
         uninstall(module)
         if region.misses:
             smaller += inner_regions(twin, path, sites)
-    install(twin, smaller)
     return smaller
 
 
-def run_modes(model: nn.Module, samples: Sequence[Sample]) -> None:
-    """Run every sample in eval and in train mode; random state and modes are as before afterwards."""
+def run_variants(model: nn.Module, samples: Sequence[Sample]) -> None:
+    """Run what is made up from the samples, in eval and in train mode; what the model refuses does not count."""
+    made_up = tuple(variants(model, samples[0]))
+    run_modes(model, made_up, may_fail=True)
+    if any(each.captured.log.asks_grad_mode for _, _, region in regions(model) for each in region.kind.programs):
+        run_modes(model, (*samples, *made_up), may_fail=True, modes=_EVAL_WITH_GRADIENTS)
+
+
+@contextlib.contextmanager
+def checked_hits(model: nn.Module) -> Iterator[None]:
+    """Let every call that a graph answers be compared with the forward for a while."""
+    found = [region for _, _, region in regions(model)]
+    for region in found:
+        region.checking = True
+    try:
+        yield
+    finally:
+        for region in found:
+            region.checking = False
+
+
+def run_modes(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    may_fail: bool = False,
+    modes: Sequence[tuple[bool, bool]] = MODES,
+) -> None:
+    """Run every sample in every mode; random state and modes are as before afterwards."""
     with unchanged_modes(model), unchanged_random(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model, about runs that the user has not asked for
-        for training, grad in MODES:
+        for training, grad in modes:
             model.train(training)
             for sample in samples:
                 with torch.set_grad_enabled(grad), contextlib.ExitStack() as stack:
-                    if training:  # some models refuse to train on such a batch; the user will not either
+                    if training or may_fail:  # some models refuse to train on such a batch; the user will not either
                         stack.enter_context(contextlib.suppress(Exception))
                     model(*sample.args, **sample.kwargs)
 
