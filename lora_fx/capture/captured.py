@@ -31,6 +31,10 @@ class NotCaptured(Exception):
     """This call of this submodule cannot be captured; the text is the reason.  An outcome: the module runs as it is."""
 
 
+class BakesSize(NotCaptured):
+    """The forward itself turns a size that is known to vary into a constant."""
+
+
 @dataclass(frozen=True, slots=True)
 class Captured:
     """A submodule's forward as a graph, with call_module nodes for its leaves, and what the graph relies on."""
@@ -114,7 +118,7 @@ def _with_retreats(
             return _Capture(module, flat, varying, frozenset(opaque), records).run(args, kwargs, around)
         except Specialised as found:
             if not found.path or found.path in opaque:
-                raise NotCaptured("the forward turns a varying size into a constant") from None
+                raise BakesSize("the forward turns a varying size into a constant") from None
             opaque.add(found.path)
         except NeedsRecord as found:
             if record is None or found.path in opaque:

@@ -2,83 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapters.attach import is_adapted
 from lora_fx.capture.guards import Match
 from lora_fx.capture.objects import copied, is_plain_object, objects_differ, tensors_in
 from lora_fx.capture.recording import Records
 from lora_fx.capture.surroundings import RandomState, in_clean_thread, surroundings_of
 from lora_fx.capture.torch_internals import pytree
+from lora_fx.regions.gradients import gradients_differ
 from lora_fx.regions.program import Program
+from lora_fx.regions.standin import stand_in, with_noise
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Replay:
-    """A call kept so that it can be made again: copies of its arguments, the buffers and the random state before it."""
+    """A call kept so that it can be made again: copies of module, arguments and random state as they were before it."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.module = module
+        self._before = stand_in(module)
         self.args, self.kwargs = copied((args, kwargs), _copy)
         self._given = (args, kwargs)
         devices = {tensor.device for tensor in (*tensors_in((args, kwargs)), *module.parameters())}
         self.surroundings = surroundings_of(devices)
         self.random = RandomState(self.surroundings.devices)
-        self.buffers = _buffers(module)
 
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self) -> Call:
         """Return a fresh copy of the arguments: a forward may write to them."""
-        fresh: tuple[tuple[Any, ...], dict[str, Any]] = copied((self.args, self.kwargs), _copy)
+        fresh: Call = copied((self.args, self.kwargs), _copy)
         return fresh
 
     def difference(self, program: Program, match: Match, answer: Any) -> str | None:
-        """Return how the program's result differs from `answer`, which the forward gave; None if not at all.
+        """Return how the program differs from the forward, which gave `answer`; None if not at all.
 
-        Buffers and random state are left as the forward left them.
+        The program makes the same call; then both make it with factors that show in the place of the adapters' own.
+        A copy of the module runs, and random state is left as the forward left it.
         """
-        arguments = self.arguments()
-        inputs = match(self.module, *arguments)
-        if isinstance(inputs, int):
-            return f"its own guard refuses it: {program.guard.reasons[inputs]}"
-        after, buffers_after = RandomState(self.surroundings.devices), _buffers(self.module)
-        self.random.restore()
-        _restore(self.module, self.buffers)
+        after = RandomState(self.surroundings.devices)
         try:
-            result = in_clean_thread(lambda: self._run(lambda: program.function(self.module, *inputs)))
-            if RandomState(self.surroundings.devices) != after:
-                return "it draws other random numbers"
-            return difference(result, answer) or self._left_behind_differs(arguments, buffers_after)
+            found = self._differs_from_answer(program, match, answer, after)
+            return found or self._differs_with_noise(program, match)
         except Exception as error:
             return f"it fails: {type(error).__name__}: {str(error)[:200]}"
         finally:
             after.restore()
-            _restore(self.module, buffers_after)
 
-    def _left_behind_differs(self, arguments: Any, buffers: dict[str, Tensor]) -> str | None:
-        """Return how what the program wrote in place differs from what the forward wrote."""
-        if objects_differ(arguments, self._given, lambda a, b: _tensor_difference(a, b) is not None):
-            return "it leaves other values in an argument"
-        return _buffers_differ(self.module, buffers)
-
-    def recorded(self, forward: Callable[..., Any]) -> Records:
-        """Make the call again and return what the module's submodules return; nothing else comes of it."""
-        after, buffers_after = RandomState(self.surroundings.devices), _buffers(self.module)
-        args, kwargs = self.arguments()
-        records = Records()
+    def _differs_from_answer(self, program: Program, match: Match, answer: Any, after: RandomState) -> str | None:
+        arguments = self.arguments()
+        inputs = match(self.module, *arguments)
+        if isinstance(inputs, int):
+            return f"its own guard refuses it: {program.guard.reasons[inputs]}"
+        module = stand_in(self._before)
         self.random.restore()
-        _restore(self.module, self.buffers)
+        result = self._run(lambda: _detached(program.function(module, *inputs)))
+        if RandomState(self.surroundings.devices) != after:
+            return "it draws other random numbers"
+        return difference(result, answer) or _left_behind_differs((module, arguments), (self.module, self._given))
+
+    def _differs_with_noise(self, program: Program, match: Match) -> str | None:
+        """Return how program and forward differ with other factors in the adapters, gradients included."""
+        if not is_adapted(self.module) or any(p.is_meta for p in self.module.parameters()):
+            return None
+        modules = with_noise(stand_in(self._before)), with_noise(stand_in(self._before))
+        calls = self.arguments(), self.arguments()
+        inputs = match(self.module, *calls[1])
+        assert not isinstance(inputs, int)
+        self.random.restore()
+        expected = self._run(lambda: modules[0].forward(*calls[0][0], **calls[0][1]))
+        self.random.restore()
+        result = self._run(lambda: program.function(modules[1], *inputs))
+        found = difference(_detached(result), _detached(expected))
+        if found is None and self.surroundings.grad:
+            found = gradients_differ((result, calls[1], modules[1]), (expected, calls[0], modules[0]))
+        return None if found is None else f"with other adapters, {found}"
+
+    def recorded(self) -> Records:
+        """Make the call again and return what the module's submodules return; nothing else comes of it."""
+        after = RandomState(self.surroundings.devices)
+        args, kwargs = self.arguments()
+        module, records = stand_in(self._before), Records()
+        self.random.restore()
         try:
-            records.hooked(self.module, lambda: in_clean_thread(lambda: self._run(lambda: forward(*args, **kwargs))))
+            records.hooked(module, lambda: self._run(lambda: module.forward(*args, **kwargs)))
         finally:
             after.restore()
-            _restore(self.module, buffers_after)
         return records
 
-    def _run(self, work: Callable[[], Any]) -> Any:
-        with self.surroundings.active():
-            return pytree.tree_map_only(Tensor, torch.Tensor.detach, work())
+    def _run(self, work: Any) -> Any:
+        def run() -> Any:
+            with self.surroundings.active():
+                return work()
+
+        return in_clean_thread(run)
+
+
+def _detached(result: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.Tensor.detach, result)
+
+
+def _left_behind_differs(mine: tuple[nn.Module, Any], theirs: tuple[nn.Module, Any]) -> str | None:
+    """Return how what the program wrote in place differs from what the forward wrote."""
+    if objects_differ(mine[1], theirs[1], lambda a, b: _tensor_difference(a, b) is not None):
+        return "it leaves other values in an argument"
+    expected = dict(theirs[0].named_buffers())
+    for name, buffer in mine[0].named_buffers():
+        if name not in expected or _tensor_difference(buffer, expected[name]) is not None:
+            return f"it leaves other values in buffer {name}"
+    return None
 
 
 def difference(result: Any, expected: Any) -> str | None:
@@ -117,21 +152,3 @@ def _tensor_difference(one: Any, other: Tensor) -> str | None:
 
 def _copy(value: Tensor) -> Tensor:
     return value.detach().clone().requires_grad_(value.requires_grad)
-
-
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-
-
-def _restore(module: nn.Module, values: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if name in values and buffer.shape == values[name].shape and not torch.equal(buffer, values[name]):
-                buffer.copy_(values[name])
-
-
-def _buffers_differ(module: nn.Module, expected: dict[str, Tensor]) -> str | None:
-    for name, buffer in module.named_buffers():
-        if name not in expected or _tensor_difference(buffer, expected[name]) is not None:
-            return f"it leaves other values in buffer {name}"
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ def in_graphs(model: nn.Module) -> set[str]:
     """Return the paths of the linears that are computed inside a graph whenever one fits the call."""
     found: set[str] = set()
     for path, _, region in regions(model):
-        computed = [program.computes for program in region.kind.programs]
+        computed = [program.computes for program in region.kind.programs if not program.static]
         inside = frozenset.intersection(*computed) if computed else frozenset()
         found |= {dotted(path, each) for each in inside}
     return found
@@ -59,15 +60,15 @@ def called_whole(model: nn.Module) -> Iterator[str]:
             yield from sorted(dotted(path, target) for target in targets)
 
 
-Library = dict[tuple[Any, ...], list[Captured]]
-"""Captured graphs by the structure of the block that they were captured from."""
+Library = dict[tuple[Any, ...], list[tuple[Captured, bool]]]
+"""Captured graphs, and whether they are for one size only, by the structure of the block that they come from."""
 
 
 def library_of(model: nn.Module) -> Library:
     """Return every graph that the model's regions have captured, by the structure of the blocks."""
     found: Library = {}
     for _, module, region in regions(model):
-        found.setdefault(structure_of(module), [program.captured for program in region.kind.programs])
+        found.setdefault(structure_of(module), [(each.captured, each.static) for each in region.kind.programs])
     return found
 
 
@@ -91,5 +92,6 @@ def stock(
             continue
         stocked.add(id(region.kind))
         region.kind.seconds += seconds.get(structures[path], 0.0)
-        for captured in library.get(structures[path], []):
-            region.kind.add(captured, module, verified=False)
+        for captured, static in library.get(structures[path], []):
+            with contextlib.suppress(AttributeError):  # it reads what a forward makes first: captured anew then
+                region.kind.add(captured, module, static)

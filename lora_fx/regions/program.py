@@ -34,6 +34,8 @@ class Program:
     """Whether the code checks on the way that a submodule returns what it relies on (`OtherShape`)."""
     computes: frozenset[str]
     """Paths of the linears that the code computes by itself instead of calling them."""
+    static: bool = False
+    """Whether it is for one size only that is known to vary."""
     verified: bool = False
     """Whether its result has been compared with the forward's, bit by bit."""
     ones: set[frozenset[str]] = field(default_factory=set)

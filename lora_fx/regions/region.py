@@ -17,21 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.capture.arguments import flatten
-from lora_fx.capture.captured import Captured, NotCaptured, capture
+from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture
 from lora_fx.capture.generalise import generalise
 from lora_fx.capture.objects import tensors_in
-from lora_fx.capture.recording import OtherShape, Records
+from lora_fx.capture.recording import OtherShape
 from lora_fx.capture.surroundings import RandomState, surroundings_of
 from lora_fx.errors import LoraFxWarning
 from lora_fx.passes.flatten import has_hooks
 from lora_fx.regions.checking import Replay
 from lora_fx.regions.program import Program, make_program
 from lora_fx.regions.sizes import Sizes
+from lora_fx.regions.standin import REGION
 from lora_fx.swap import Swapped
 
 MOST_GRAPHS = 16
 """How many graphs one region may capture; after that it warns and stays with those it has."""
-_REGION = "lora_fx_region"
+MOST_STATIC = 4
+"""How many of them may be for one size each, of a forward that loops over a size or so."""
 
 
 class GuardedRegion(Swapped, nn.Module):
@@ -40,7 +42,7 @@ class GuardedRegion(Swapped, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # torch.compile and torch.export trace the Python forward with its adapters
             return super().forward(*args, **kwargs)
-        region: Region = self.__dict__[_REGION]
+        region: Region = self.__dict__[REGION]
         found = region.find(self, args, kwargs)
         if found is None:
             return region.miss(self, super().forward, args, kwargs)
@@ -70,11 +72,11 @@ class Kind:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Kind, ())  # code is captured anew in the next process, with its torch and its classes
 
-    def add(self, captured: Captured, module: nn.Module, verified: bool) -> Program:
+    def add(self, captured: Captured, module: nn.Module, static: bool) -> None:
+        """Make a program of a graph that was captured from the base; it has yet to be proven."""
         program = make_program(captured, module)
-        program.verified = verified
+        program.static = static
         self.programs.append(program)
-        return program
 
 
 @dataclass(slots=True)
@@ -150,24 +152,34 @@ class Region:
             noted()  # only now: sizes that the forward refuses do not count
             return result
         try:
-            replay = Replay(module, args, kwargs)
+            started = time.perf_counter()
+            replay = self._kept(module, args, kwargs)
             result = forward(*args, **kwargs)
             noted()
-            started = time.perf_counter()
-            self._learn(module, forward, replay, result)
+            if replay is not None:
+                self._learn(replay, result)
             self.kind.seconds += time.perf_counter() - started
             return result
         finally:
             self.kind.lock.release()
 
+    def _kept(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replay | None:
+        """Return the call as it was before the forward; None if it cannot be kept, with the reason noted."""
+        try:
+            return Replay(module, args, kwargs)
+        except Exception as error:  # whatever a user's __deepcopy__ raises
+            text = f"the call cannot be made twice: {type(error).__name__}: {error}"
+            self.kind.failures[_signature(module, args, kwargs)] = text[:200]
+            return None
+
     def check(
         self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], program: Program
     ) -> Any:
         """Return what the forward returns; a program that computes something else is given up."""
-        replay = Replay(module, args, kwargs)
+        replay = self._kept(module, args, kwargs)
         result = forward(*args, **kwargs)
-        found = replay.difference(program, program.guard.match_ones, result)
-        if found is not None:
+        found = None if replay is None else replay.difference(program, program.guard.match_ones, result)
+        if replay is not None and found is not None:
             program.give_up()
             self.kind.programs = [each for each in self.kind.programs if each is not program]
             signature = _signature(module, replay.args, replay.kwargs)
@@ -222,15 +234,15 @@ class Region:
 
     # -- learning
 
-    def _learn(self, module: nn.Module, forward: Any, replay: Replay, result: Any) -> None:
+    def _learn(self, replay: Replay, result: Any) -> None:
         """Prove a waiting program on this call, or capture a new one."""
-        if self._waiting(module, replay, result) is None:
-            self._capture(module, forward, replay, result)
+        if self._waiting(replay, result) is None:
+            self._capture(replay, result)
 
-    def _waiting(self, module: nn.Module, replay: Replay, result: Any) -> Program | None:
+    def _waiting(self, replay: Replay, result: Any) -> Program | None:
         """Return a program that fits the call and has now been proven on it."""
         for program in self.kind.programs:
-            if type(program.guard.match_unproven(module, replay.args, replay.kwargs)) is not tuple:
+            if type(program.guard.match_unproven(replay.module, replay.args, replay.kwargs)) is not tuple:
                 continue
             if self._prove(program, replay, result):
                 return program
@@ -254,11 +266,13 @@ class Region:
         self._keep(program)
         return True
 
-    def _capture(self, module: nn.Module, forward: Any, replay: Replay, result: Any) -> Program | None:
-        signature = _signature(module, replay.args, replay.kwargs)
+    def _capture(self, replay: Replay, result: Any) -> Program | None:
+        signature = _signature(replay.module, replay.args, replay.kwargs)
         self.captures += 1
         try:
-            program = make_program(self._captured(module, forward, replay), module)
+            captured, static = self._captured(replay)
+            program = make_program(captured, replay.module)
+            program.static = static
             found = replay.difference(program, program.guard.match, result)
             if found is not None:
                 raise NotCaptured(f"the graph is not the forward: {found}")
@@ -286,19 +300,15 @@ class Region:
                 return both
         return None
 
-    def _captured(self, module: nn.Module, forward: Any, replay: Replay) -> Captured:
+    def _captured(self, replay: Replay) -> tuple[Captured, bool]:
+        """Return a graph of the call, and whether it is for these sizes only though they are known to vary."""
         varying = self.kind.sizes.varying(replay.args, replay.kwargs)
-
-        def record() -> Records:
-            return replay.recorded(forward)
-
         try:
-            return capture(module, replay.args, replay.kwargs, varying, record)
-        except NotCaptured:
-            if not varying or not self.kind.programs:
+            return capture(replay.module, replay.args, replay.kwargs, varying, replay.recorded), False
+        except BakesSize:
+            if not varying or sum(program.static for program in self.kind.programs) >= MOST_STATIC:
                 raise
-        # other sizes have their graph; this one (a sequence of 1, say) may need one of its own
-        return capture(module, replay.args, replay.kwargs, frozenset(), record)
+        return capture(replay.module, replay.args, replay.kwargs, frozenset(), replay.recorded), True
 
 
 def _signature(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
@@ -312,13 +322,13 @@ def _signature(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def region_of(module: nn.Module) -> Region | None:
     """Return the region of a module, or None."""
-    found: Region | None = module.__dict__.get(_REGION)
+    found: Region | None = module.__dict__.get(REGION)
     return found
 
 
 def set_region(module: nn.Module, region: Region) -> None:
-    module.__dict__[_REGION] = region
+    module.__dict__[REGION] = region
 
 
 def drop_region(module: nn.Module) -> None:
-    module.__dict__.pop(_REGION, None)
+    module.__dict__.pop(REGION, None)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapters.attach import attached
+from lora_fx.adapters.attach import attached, shows_effective_weight
 from lora_fx.swap import original_class
 
 Structure = tuple[Any, ...]
@@ -21,4 +21,5 @@ def _facts(path: str, module: nn.Module) -> tuple[Any, ...]:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors)
     found = attached(module)
-    return (path, original_class(module), shapes, None if found is None else (found.spec.lora, found.spec.mixed))
+    adapter = None if found is None else (found.spec.lora, found.spec.mixed, shows_effective_weight(module))
+    return (path, original_class(module), shapes, adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from lora_fx.regions.install import (
 from lora_fx.regions.structure import structure_of
 from lora_fx.regions.variants import variants
 from lora_fx.samples import Sample
+from lora_fx.twin import is_meta
 
 MODES = ((False, False), (True, True))
 """(training, grad mode) of the runs: as in inference, and as in training."""
@@ -78,8 +80,9 @@ def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> 
         smaller = (*_retreat(twin, sites, failures), *_inside_leaves(twin, sites))
         new = [path for path in dict.fromkeys(smaller) if path not in tried]
         tried |= dict.fromkeys(new)
-    with checked_hits(twin):
-        run_variants(twin, samples)
+    if not is_meta(twin):
+        with checked_hits(twin):
+            run_variants(twin, samples)
     found = {path: structure_of(module) for path, module, _ in regions(twin)}
     seconds = {found[path]: region.kind.seconds for path, _, region in regions(twin)}
     covered = frozenset(in_graphs(twin))
@@ -91,18 +94,20 @@ def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
     found = [region for _, _, region in regions(twin)]
     for region in found:
         region.capturing = False
-    run_modes(twin, (*samples, *variants(twin, samples[0])), may_fail=True, modes=MODES[:1])
+    made_up = itertools.islice(variants(twin, samples[0]), 1 if is_meta(twin) else None)
+    run_modes(twin, (*samples, *made_up), may_fail=True, modes=MODES[:1])
     for region in found:
         region.capturing = True
         region.misses.clear()
 
 
 def _inside_leaves(twin: nn.Module, sites: Sequence[str]) -> list[str]:
-    """Return the regions to try inside the submodules that graphs call as they are."""
+    """Return the regions to try inside what graphs call as it is, and inside regions with graphs for one size only."""
     covered = in_graphs(twin)
     found: list[str] = []
-    for leaf in dict.fromkeys(called_whole(twin)):
-        inside = [site for site in sites if site.startswith(f"{leaf}.") and site not in covered]
+    for_one_size = [path for path, _, region in regions(twin) if all(p.static for p in region.kind.programs)]
+    for leaf in dict.fromkeys((*called_whole(twin), *for_one_size)):
+        inside = [site for site in sites if site.startswith(f"{leaf}." if leaf else "") and site not in covered]
         found += inner_regions(twin, leaf, inside)
     return found
 
@@ -118,7 +123,7 @@ def survey_symbolically(twin: nn.Module, sites: Sequence[str]) -> Survey:
         structure = structure_of(twin.get_submodule(path))
         try:
             if structure not in library:
-                library[structure] = [capture_symbolically(twin.get_submodule(path))]
+                library[structure] = [(capture_symbolically(twin.get_submodule(path)), False)]
             structures[path] = structure
         except NotCaptured as reason:
             failures[path] = str(reason)
@@ -155,8 +160,8 @@ def run_variants(model: nn.Module, samples: Sequence[Sample]) -> None:
 
 @contextlib.contextmanager
 def checked_hits(model: nn.Module) -> Iterator[None]:
-    """Let every call that a graph answers be compared with the forward for a while."""
-    found = [region for _, _, region in regions(model)]
+    """Let every call that a graph answers be compared with the forward for a while, in one block of each kind."""
+    found = {id(region.kind): region for _, _, region in regions(model)}.values()
     for region in found:
         region.checking = True
     try:

@@ -1,0 +1,53 @@
+"""Compare the gradients of two runs of the same call: what a graph must not lose besides values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.capture.objects import tensors_in
+
+Run = tuple[Any, Any, nn.Module]
+"""(result, arguments, module) of a run with gradients."""
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Of the largest value: gradients that are summed up in another order round differently."""
+
+
+def gradients_differ(one: Run, other: Run) -> str | None:
+    """Return how the gradients of all inputs and trained parameters differ between two runs; None if they agree."""
+    outputs, expected = _outputs(one[0]), _outputs(other[0])
+    if [each.requires_grad for each in outputs] != [each.requires_grad for each in expected]:
+        return "other results require a gradient"
+    names = _sources(other).keys()
+    for name, a, b in zip(names, _gradients(outputs, one), _gradients(expected, other), strict=True):
+        if (a is None) != (b is None):
+            return f"{'no' if a is None else 'a'} gradient reaches {name}"
+        if a is not None and b is not None and _far(a, b):
+            return f"the gradient of {name} differs"
+    return None
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    return [each for each in tensors_in(result) if each.is_floating_point()]
+
+
+def _sources(run: Run) -> dict[str, Tensor]:
+    """Return what gradients are wanted of: the arguments and parameters that require one."""
+    given = [each for each in tensors_in(run[1]) if each.requires_grad and each.is_leaf]
+    found = {f"argument {index}": each for index, each in enumerate(given)}
+    return found | {name: each for name, each in run[2].named_parameters() if each.requires_grad}
+
+
+def _gradients(outputs: list[Tensor], run: Run) -> tuple[Tensor | None, ...]:
+    sources, wanted = list(_sources(run).values()), [each for each in outputs if each.requires_grad]
+    if not wanted or not sources:
+        return (None,) * len(sources)
+    cotangents = [torch.ones_like(each) for each in wanted]
+    return torch.autograd.grad(wanted, sources, cotangents, allow_unused=True)
+
+
+def _far(a: Tensor, b: Tensor) -> bool:
+    scale = b.abs().max() if b.numel() else b.new_zeros(())
+    return not bool(((a - b).abs() <= _TOLERANCE[b.dtype] * scale + 1e-12).all() | ~torch.isfinite(scale))
