@@ -172,6 +172,21 @@ class AttentionModule(Hazard):
         return (values(3, 7, 8),), {"mask": mask}
 
 
+class MissesInTraining(Hazard):
+    """A call of another structure in the middle of training; its backward needs the statistics as they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x, twice=False):
+        y = self.second(self.norm(self.first(x).transpose(1, 2)).transpose(1, 2))
+        return 2 * y if twice and self.training else y
+
+    def b(self):
+        return (values(3, 7, 8),), {"twice": True}
+
+
 class Vmapped(Hazard):
     def forward(self, x):
         return self.second(torch.vmap(lambda row: row * row.sum(), in_dims=0)(self.first(x)))

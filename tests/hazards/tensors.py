@@ -220,6 +220,18 @@ class ReturnsArgumentOrCopy(Hazard):
         return (values(7, 3, 8).transpose(0, 1),), {}
 
 
+class WritesAfterContiguous(Hazard):
+    """Whether the write is seen in `kept` depends on the layout."""
+
+    def forward(self, x):
+        kept = x.contiguous()
+        x.mul_(2)
+        return self.first(x) + kept
+
+    def b(self):
+        return (values(7, 3, 8).transpose(0, 1),), {}
+
+
 class ReturnsParameter(Hazard):
     def forward(self, x):
         return self.first(x), self.second.bias
