@@ -149,6 +149,8 @@ class Tracer(FunctionMode):
             except Exception as error:
                 self._refusal = f"{path} cannot run on fake tensors: {reason_of(error)}"
                 raise NeedsRecord(path, self._refusal) from error
+        # a module may return its argument today (nn.Identity) and something else when it has been replaced
+        result = pytree.tree_map_only(self.writer.is_known, lambda tensor: tensor.view(tensor.shape), result)
         self.writer.made(result, self.writer.emit("call_module", path, node_args, node_kwargs))
         return result
 
@@ -209,7 +211,7 @@ class Tracer(FunctionMode):
                 raise Untraceable(f"the forward asks a tensor for {_name_of_reading(func)}")
             result = func(*args, **kwargs)
             if holds_tensor(result):
-                self.writer.made(result, self._write(func, args, kwargs))
+                self._made(result, self._write(func, args, kwargs), func)
             elif func is set_grad_enabled or _name(func) == "__setitem__":
                 self._write(func, args, kwargs)
             else:
@@ -220,6 +222,12 @@ class Tracer(FunctionMode):
         finally:
             self.listening = True
         return result
+
+    def _made(self, result: Any, node: fx.Node, func: Any) -> None:
+        if not self.writer.is_known(result):
+            self.writer.made(result, node)
+        elif _name(func) in ("contiguous", "to"):  # gave its argument back: at another layout it makes a copy
+            self.log.asks_layout = True
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         arguments, keywords = self.writer.argument(tuple(args)), self.writer.argument(kwargs)

@@ -90,6 +90,10 @@ class GraphWriter:
         elif not isinstance(value, (*CONSTANTS, *_SYMBOLIC)):
             raise Untraceable(f"a call returns an object of type {type(value).__name__}")
 
+    def is_known(self, value: Any) -> bool:
+        """Whether the value is a tensor that the graph has already."""
+        return isinstance(value, Tensor) and any(id(value) in each for each in (self.made_by, self.inputs, self.owned))
+
     def _made_items(self, items: Any, node: fx.Node) -> None:
         for key, item in items:
             if holds_tensor(item):

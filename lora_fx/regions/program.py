@@ -38,6 +38,10 @@ class Program:
     """Whether it is for one size only that is known to vary."""
     verified: bool = False
     """Whether its result has been compared with the forward's, bit by bit."""
+    proven_with_noise: bool = False
+    """Whether it was also right with other factors in its adapters."""
+    checks: int = 0
+    """How often it was compared with the forward again, at other sizes."""
     ones: set[frozenset[str]] = field(default_factory=set)
     """Sets of symbolic sizes for which it has been proven right when they are 1."""
 

@@ -32,6 +32,8 @@ from lora_fx.swap import Swapped
 
 MOST_GRAPHS = 16
 """How many graphs one region may capture; after that it warns and stays with those it has."""
+MOST_CHECKS = 3
+"""How often a program is compared with the forward at other sizes while a model is surveyed."""
 MOST_STATIC = 4
 """How many of them may be for one size each, of a forward that loops over a size or so."""
 
@@ -47,7 +49,7 @@ class GuardedRegion(Swapped, nn.Module):
         if found is None:
             return region.miss(self, super().forward, args, kwargs)
         program, inputs = found
-        if region.checking:
+        if region.checking and program.checks < MOST_CHECKS:
             return region.check(self, super().forward, args, kwargs, program)
         if program.may_give_up:
             return region.attempt(self, super().forward, args, kwargs, found)
@@ -177,6 +179,7 @@ class Region:
     ) -> Any:
         """Return what the forward returns; a program that computes something else is given up."""
         replay = self._kept(module, args, kwargs)
+        program.checks += 1
         result = forward(*args, **kwargs)
         found = None if replay is None else replay.difference(program, program.guard.match_ones, result)
         if replay is not None and found is not None:
