@@ -149,8 +149,7 @@ class Tracer(FunctionMode):
             except Exception as error:
                 self._refusal = f"{path} cannot run on fake tensors: {reason_of(error)}"
                 raise NeedsRecord(path, self._refusal) from error
-        # a module may return its argument today (nn.Identity) and something else when it has been replaced
-        result = pytree.tree_map_only(self.writer.is_known, lambda tensor: tensor.view(tensor.shape), result)
+        result = self._distinct(result)
         self.writer.made(result, self.writer.emit("call_module", path, node_args, node_kwargs))
         return result
 
@@ -211,7 +210,10 @@ class Tracer(FunctionMode):
                 raise Untraceable(f"the forward asks a tensor for {_name_of_reading(func)}")
             result = func(*args, **kwargs)
             if holds_tensor(result):
-                self._made(result, self._write(func, args, kwargs), func)
+                node = self._write(func, args, kwargs)
+                if not (self.writer.is_known(result) and _writes_to_argument(_name(func), kwargs)):
+                    result = self._distinct(result)
+                    self.writer.made(result, node)
             elif func is set_grad_enabled or _name(func) == "__setitem__":
                 self._write(func, args, kwargs)
             else:
@@ -223,11 +225,13 @@ class Tracer(FunctionMode):
             self.listening = True
         return result
 
-    def _made(self, result: Any, node: fx.Node, func: Any) -> None:
-        if not self.writer.is_known(result):
-            self.writer.made(result, node)
-        elif _name(func) in ("contiguous", "to"):  # gave its argument back: at another layout it makes a copy
-            self.log.asks_layout = True
+    def _distinct(self, result: Any) -> Any:
+        """Return a call's result with other objects for tensors that the graph has already.
+
+        What gives its argument back today (nn.Identity, `contiguous`) may make a copy at another layout, or have been
+        replaced; then the argument and the result are two.
+        """
+        return pytree.tree_map_only(self.writer.is_known, lambda tensor: tensor.view(tensor.shape), result)
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         arguments, keywords = self.writer.argument(tuple(args)), self.writer.argument(kwargs)
@@ -328,6 +332,11 @@ def _name(func: Any) -> str:
         # operator wrappers arrive under the wrapped function's name: __rpow__ calls itself `pow`
         return next(key for key, value in vars(torch.Tensor).items() if value is func)
     return name
+
+
+def _writes_to_argument(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a function returns one of its arguments because it has written to it."""
+    return "out" in kwargs or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_method(func: Any) -> bool:
