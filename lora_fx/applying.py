@@ -94,7 +94,7 @@ def check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:
     failed = [
         (path, "; ".join(region.kind.failures.values()))
         for path, _, region in regions(twin)
-        if not region.kind.programs
+        if not region.kind.programs and region.kind.failures
     ]
     if failed:
         warnings.warn(f"these run without a graph, correct but slower: {failed}", LoraFxWarning, stacklevel=4)

@@ -75,6 +75,8 @@ class Call:
 
 def _calls(model: nn.Module, inputs: Inputs) -> Iterator[Call]:
     """Yield the calls that the base accepts."""
+    trial = copy.deepcopy(model)  # a call may change running statistics
+    accepted: list[Call] = []
     for batch, length in SHAPES:
         args, kwargs = inputs(batch, length)
         without = {key: value for key, value in kwargs.items() if "mask" not in key}
@@ -84,8 +86,9 @@ def _calls(model: nn.Module, inputs: Inputs) -> Iterator[Call]:
                     name = f"({batch}, {length}){masks}{' train' * training}{' grad' * grad}"
                     call = Call(name, training, grad, args, given)
                     with contextlib.suppress(Exception):
-                        call.of(model)
-                        yield call
+                        call.of(trial)
+                        accepted.append(call)
+    yield from accepted
 
 
 def _in(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -122,7 +125,8 @@ def _beside_base(found: Findings, call: Call, tuned: nn.Module, base: nn.Module,
     found.in_graphs &= _answered(tuned, before)
     fused = call.grad and not call.training and any(isinstance(m, nn.TransformerEncoderLayer) for m in base.modules())
     for index, (one, other) in enumerate(zip(result, expected, strict=True)):
-        same = torch.allclose(one, other, atol=1e-5) if fused else torch.equal(_numbers(one), _numbers(other))
+        rounding = 1e-5 if one.dtype == torch.float32 else 0.05
+        same = torch.allclose(one, other, atol=rounding) if fused else torch.equal(_numbers(one), _numbers(other))
         if not same:  # a frozen base is fused by torch there, an adapted model cannot be: it needs gradients
             found.wrong.append(f"{call.name}: output {index} beside the base, off by {(one - other).abs().max():.2g}")
 

@@ -29,6 +29,7 @@ LAYERS = [
     ["applying", "surveying"],
     ["unapplying", "reporting"],
     ["checkpoint.", "graphdiff."],
+    ["integrations."],
     ["api"],
     ["modelspec", "cli"],
     ["__main__"],

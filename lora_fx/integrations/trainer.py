@@ -22,9 +22,10 @@ _CONFIGURATION = "config.json"
 class AdapterCheckpoints(TrainerCallback):
     """Lets a Trainer's checkpoints hold what is trained, and the buffers, but nothing of the frozen base.
 
-    `lora_fx.load(model, ".../checkpoint-N")` reads such a checkpoint, and so does PEFT.  The Trainer resumes from it and
-    loads the best of them at the end: it finds the trained tensors under their own keys in `model.safetensors`.
-    `config.json` is left out, since `from_pretrained` would take the folder for a whole model.
+    `lora_fx.load(model, ".../checkpoint-N")` reads such a checkpoint, and so does PEFT.  The Trainer resumes from it,
+    and loads the best of them at the end: it finds the trained tensors under their own keys in `model.safetensors`
+    (also where `save_pretrained` would rename them, and the Trainer then silently resume without).  `config.json` is
+    left out, since `from_pretrained` would take the folder for a whole model.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class AdapterCheckpoints(TrainerCallback):
 def write_checkpoint(tuned: nn.Module, folder: Path) -> None:
     """Write the adapter in PEFT's format, and all that is not frozen as `model.safetensors`, in place of the model."""
     save(tuned, folder)
-    write_files(folder, {_WEIGHTS: canonical_safetensors(trained_tensors(tuned), {"format": "pt"})})
+    write_files({folder / _WEIGHTS: canonical_safetensors(trained_tensors(tuned), {"format": "pt"})})
     (folder / _CONFIGURATION).unlink(missing_ok=True)
 
 

@@ -52,6 +52,12 @@ def in_graphs(model: nn.Module) -> set[str]:
     return found
 
 
+def for_one_size(model: nn.Module) -> list[str]:
+    """Return the paths of the regions that have graphs, each for one size only."""
+    found = [(path, region.kind.programs) for path, _, region in regions(model)]
+    return [path for path, programs in found if programs and all(program.static for program in programs)]
+
+
 def called_whole(model: nn.Module) -> Iterator[str]:
     """Yield the paths of the submodules that graphs call as they are."""
     for path, _, region in regions(model):

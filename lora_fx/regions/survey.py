@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from lora_fx.regions.candidates import block_regions, inner_regions
 from lora_fx.regions.install import (
     Library,
     called_whole,
+    for_one_size,
     in_graphs,
     install,
     library_of,
@@ -105,8 +106,7 @@ def _inside_leaves(twin: nn.Module, sites: Sequence[str]) -> list[str]:
     """Return the regions to try inside what graphs call as it is, and inside regions with graphs for one size only."""
     covered = in_graphs(twin)
     found: list[str] = []
-    for_one_size = [path for path, _, region in regions(twin) if all(p.static for p in region.kind.programs)]
-    for leaf in dict.fromkeys((*called_whole(twin), *for_one_size)):
+    for leaf in dict.fromkeys((*called_whole(twin), *for_one_size(twin))):
         inside = [site for site in sites if site.startswith(f"{leaf}." if leaf else "") and site not in covered]
         found += inner_regions(twin, leaf, inside)
     return found
@@ -134,6 +134,10 @@ def survey_symbolically(twin: nn.Module, sites: Sequence[str]) -> Survey:
     return Survey(tuple(structures), failures, {}, library, structures, frozenset(in_graphs(twin)), {})
 
 
+def _is_inside(path: str, owners: Iterable[str]) -> bool:
+    return any(path != owner and path.startswith(f"{owner}." if owner else "") for owner in owners)
+
+
 def _retreat(twin: nn.Module, sites: Sequence[str], failures: dict[str, str]) -> list[str]:
     """Take off the regions that became no graph; return the smaller ones to try inside them."""
     smaller = []
@@ -143,6 +147,8 @@ def _retreat(twin: nn.Module, sites: Sequence[str], failures: dict[str, str]) ->
         if region.mine:
             continue
         if not region.misses:
+            if _is_inside(path, for_one_size(twin)):  # its turn comes when that one is called at another size
+                continue
             failures[path] = "never called"
         uninstall(module)
         if region.misses:
