@@ -260,7 +260,9 @@ def test_wrong_rule_is_told_with_its_place(text, expected, written):
 def test_names_that_no_adapter_can_bear_are_those_of_torch():
     from torch import nn
 
-    assert {name for name in dir(nn.ModuleDict()) if not name.startswith("_")} <= set(MODULE_NAMES)
+    names = {name for name in dir(nn.ModuleDict()) if not name.startswith("_")}
+    patched = {"smart_apply"}  # transformers adds it to every module of the process
+    assert names - patched <= set(MODULE_NAMES)
 
 
 def test_lora_beside_skip_is_an_error(written):
