@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -103,8 +103,16 @@ def _flatten(value: Any, access: str, name: str, flat: FlatCall) -> None:
         )
         for key, item in value.items():
             _flatten(item, f"{access}[{key!r}]", f"{name}[{key!r}]", flat)
+    elif _is_named_tuple(kind):
+        flat.leaves.append(Leaf(f"type({access})", f"type of {name}", kind))
+        for field_name, item in zip(kind._fields, value, strict=True):
+            _flatten(item, f"{access}.{field_name}", f"{name}.{field_name}", flat)
     else:
         flat.leaves.append(Leaf(access, name, value))
+
+
+def _is_named_tuple(kind: type) -> TypeGuard[type[NamedTuple]]:
+    return issubclass(kind, tuple) and "_fields" in vars(kind)
 
 
 def rebuild(
@@ -120,4 +128,6 @@ def _rebuild(value: Any, leaf: Callable[[Any], Any]) -> Any:
         return kind(_rebuild(item, leaf) for item in value)
     if kind is dict and all(isinstance(key, (str, int)) for key in value):
         return {key: _rebuild(item, leaf) for key, item in value.items()}
+    if _is_named_tuple(kind):
+        return kind(*(_rebuild(item, leaf) for item in value))
     return leaf(value)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.capture.arguments import Check, FlatCall, Leaf, flatten, is_constant, positional_names, rebuild
-from lora_fx.capture.copies import Place
 from lora_fx.capture.inputs import Input, Inputs, VaryingSizes
+from lora_fx.capture.log import Log, Place
 from lora_fx.capture.objects import copied, is_plain_object
 from lora_fx.capture.outputs import write_output
 from lora_fx.capture.reasons import Untraceable, reason_of
 from lora_fx.capture.recording import NeedsRecord, Records
 from lora_fx.capture.surroundings import Surroundings, in_clean_thread, surroundings_of
 from lora_fx.capture.torch_internals import Fakes, quiet_fakes
-from lora_fx.capture.tracer import Log, Specialised, Tracer
+from lora_fx.capture.tracer import Specialised, Tracer
 from lora_fx.swap import original_class
 
 _LOCK = threading.RLock()
@@ -52,8 +54,8 @@ class Captured:
     log: Log
     surroundings: Surroundings | None
     """None: does not matter to the graph."""
-    owned: dict[str, tuple[torch.Size, torch.dtype, torch.device]]
-    """Facts of the module's own tensors that the forward asked for."""
+    owned: dict[str, tuple[str, torch.Size, torch.dtype, torch.device]]
+    """Of the module's own tensors that the graph reads or the forward asked about: where each stands, and facts."""
     parameters: tuple[Place, ...]
     """Integers of the module that accesses use as an index, as `[«place»]`: the layer's number in a KV cache."""
     example: tuple[tuple[Any, ...], dict[str, Any]] | None
@@ -92,13 +94,29 @@ def capture(
         return in_clean_thread(work)
 
 
+def refuse_opaque(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a call with arguments that cannot be copied or compared: a generator, a lock, an open file.
+
+    Raises:
+        NotCaptured: naming the argument.
+    """
+    _refuse_opaque(flatten(args, kwargs))
+
+
 def _refuse_opaque(flat: FlatCall) -> None:
     for leaf in flat.leaves:
-        plain = isinstance(leaf.value, Tensor) or is_constant(leaf.value) or is_plain_object(leaf.value)
-        if not plain:
+        if not _is_transparent(leaf.value):
             raise NotCaptured(f"argument {leaf.name} is of type {type(leaf.value).__name__}")
         if isinstance(leaf.value, Tensor) and type(leaf.value) not in (Tensor, nn.Parameter):
             raise NotCaptured(f"argument {leaf.name} is of the tensor subclass {type(leaf.value).__name__}")
+
+
+def _is_transparent(value: object) -> bool:
+    if isinstance(value, FunctionType):
+        return "<" not in value.__qualname__  # a lambda or inner function is likely to be another one at the next call
+    if isinstance(value, (type, BuiltinFunctionType, enum.Enum)):
+        return True
+    return isinstance(value, Tensor) or is_constant(value) or is_plain_object(value)
 
 
 def _with_retreats(
@@ -145,7 +163,7 @@ class _Capture:
         self.flat = flat
         self.varying = varying
         self.tracer = tracer = Tracer(module, Fakes(), opaque, records)
-        self.inputs = Inputs(tracer.fakes, tracer.writer, lambda: tracer.listening)
+        self.inputs = Inputs(tracer.fakes, tracer.writer, lambda: tracer.listening, tracer.paused)
         tracer.ghosts = self.inputs.ghosts
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], around: Surroundings) -> Captured:
@@ -156,6 +174,7 @@ class _Capture:
         result = self.tracer.run(*rebuild(args, kwargs, lambda leaf: stand_ins.get(id(leaf), leaf)))
         write_output(self.tracer.writer, result)
         self.tracer.writer.drop_unused()
+        read = {str(node.target) for node in self.tracer.writer.graph.nodes if node.op == "get_attr"}
         return Captured(
             graph=self.tracer.writer.graph,
             inputs=self.inputs.inputs(),
@@ -166,15 +185,18 @@ class _Capture:
             size_guards=tuple(self.inputs.size_guards()),
             log=self.tracer.log,
             surroundings=around,
-            owned={name: _facts(self.tracer.module, name) for name in sorted(self.tracer.log.owned)},
+            owned={name: _facts(self.tracer.module, name) for name in sorted(self.tracer.log.owned | read)},
             parameters=(),
             example=rebuild(args, kwargs, _stub),
         )
 
 
-def _facts(module: nn.Module, name: str) -> tuple[torch.Size, torch.dtype, torch.device]:
+def _facts(module: nn.Module, name: str) -> tuple[str, torch.Size, torch.dtype, torch.device]:
     tensor = resolve(module, name)
-    return (tensor.shape, tensor.dtype, tensor.device)
+    path, _, last = name.rpartition(".")
+    owner = module.get_submodule(path)
+    table = next((each for each in ("_parameters", "_buffers") if last in vars(owner)[each]), "__dict__")
+    return (table, tensor.shape, tensor.dtype, tensor.device)
 
 
 def resolve(module: nn.Module, name: str) -> Any:

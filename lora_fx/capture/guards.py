@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lora_fx.capture.arguments import Check, Leaf, is_constant
 from lora_fx.capture.captured import Captured
-from lora_fx.capture.copies import Place
+from lora_fx.capture.frozen import Freezer, Frozen, Inside, OfType, conditions
 from lora_fx.capture.inputs import NumberInput, TensorInput, size_name
+from lora_fx.capture.log import Place
 from lora_fx.capture.torch_internals import global_hook_tables, shape_guard_names
 
 _AT_LEAST_TWO = re.compile(r"^2 <= (?=s(\d+)_\d+($| and ))")
@@ -80,6 +81,8 @@ class _GuardWriter:
         self.classes = classes
         self.names: dict[str, Any] = {**shape_guard_names, "Plain": (Tensor, nn.Parameter), "torch": torch}
         self.module_names: dict[str, str] = {}
+        self.object_names: dict[Place, str] = {}
+        self.freezer = Freezer()
         self.proven: set[tuple[int, ...]] = set()
         self.names["proven"] = self.proven
         self.parameters = {f"«{place}»": f"p{index}" for index, place in enumerate(captured.parameters)}
@@ -87,6 +90,7 @@ class _GuardWriter:
     def write(self, size_guards: list[str], proven: bool) -> tuple[str, list[str]]:
         """Return (source, reasons); with `proven`, parameters must have values for which the graph was proven."""
         self.module_names = {"": "self"}
+        self.object_names = {}
         reasons: list[str] = []
         lines = ["def guard(self, args, kwargs):", "  try:"]
         for step in (*self._parameters(proven), *self._steps(size_guards)):
@@ -133,7 +137,9 @@ class _GuardWriter:
         for leaf in self.captured.constants:
             yield self._constant(leaf)
         yield from self._modules()
+        yield from self._structure()
         yield from self._reads()
+        yield from self._outside()
 
     # -- arguments
 
@@ -169,15 +175,11 @@ class _GuardWriter:
     def _constant(self, leaf: Leaf) -> Check:
         if not is_constant(leaf.value):
             return Check(f"{leaf.access} is {self._name(leaf.value)}", f"{leaf.name} is another object")
-        return Check(self._equals(leaf.access, leaf.value), f"value of {leaf.name}")
-
-    def _equals(self, access: str, value: object) -> str:
-        if value is None or isinstance(value, bool):
-            return f"{access} is {value}"
-        name = self._name(value)
-        return f"type({access}) is {self._name(type(value))} and {access} == {name}"
+        return Check(conditions(self.freezer.freeze(leaf.value), leaf.access, self._name), f"value of {leaf.name}")
 
     def _name(self, value: object) -> str:
+        if isinstance(value, Inside):
+            return "self" + "".join(f"._modules[{each!r}]" for each in filter(None, value.path.split(".")))
         name = f"c{len(self.names)}"
         self.names[name] = value
         return name
@@ -206,6 +208,7 @@ class _GuardWriter:
             m = self.module_names[path]
             yield Check(f"type({m}) is {self._name(kind)}", f"class of {path}")
             yield Check(f"not ({_any_hook(m)})", f"a hook on {path}")
+            yield Check(f"'forward' not in {m}.__dict__", f"forward of {path} is replaced")
 
     def _reach(self, path: str) -> Iterator[str]:
         """Bind a name to the submodule at the path."""
@@ -217,28 +220,74 @@ class _GuardWriter:
         yield f"{name} = {self.module_names[parent]}._modules[{last!r}]"
 
     def _reads(self) -> Iterator[Check | str]:
-        for place, value in self.captured.log.read.items():
-            yield from self._reach(place.path)
-            access = ".".join((self.module_names[place.path], *place.attributes))
-            yield Check(self._equals(access, value), f"value of {place}")
-        for place in self.captured.log.absent:
-            yield from self._reach(place.path)
-            yield Check(self._absent(place), f"{place} now exists")
+        log = self.captured.log
+        for place, frozen in log.held.items():
+            yield from self._compared(place, frozen)
+        for place, value in log.read.items():
+            yield from self._compared(place, self.freezer.freeze(value))
+        for place in log.absent:
+            yield from self._owner(place)
+            yield Check(f"not hasattr({self._object(place)}, {place.attributes[-1]!r})", f"{place} now exists")
+        for place in log.methods:
+            yield from self._owner(place)
+            yield Check(f"{place.attributes[-1]!r} not in {self._object(place)}.__dict__", f"{place} is replaced")
         for name, facts in self.captured.owned.items():
             yield from self._owned(name, *facts)
-        for name, flag in self.captured.log.flags.items():
+        for name, flag in log.flags.items():
             parent, _, last = name.rpartition(".")
             yield from self._reach(parent)
             yield Check(f"{self.module_names[parent]}.{last}.requires_grad is {flag}", f"requires_grad of {name}")
 
-    def _absent(self, place: Place) -> str:
-        owner = ".".join((self.module_names[place.path], *place.attributes[:-1]))
-        return f"not hasattr({owner}, {place.attributes[-1]!r})"
+    def _compared(self, place: Place, frozen: Frozen) -> Iterator[Check | str]:
+        yield from self._owner(place)
+        access = f"{self._object(place)}.{place.attributes[-1]}"
+        if isinstance(frozen, OfType):
+            name = self.object_names[place] = f"o{len(self.object_names)}"
+            yield f"{name} = {access}"
+            access = name
+        yield Check(conditions(frozen, access, self._name), f"value of {place}")
 
-    def _owned(self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterator[Check | str]:
+    def _owner(self, place: Place) -> Iterator[str]:
+        """Bind a name to the object that has the attribute."""
+        yield from self._reach(place.path)
+        for length in range(1, len(place.attributes)):
+            owner = Place(place.path, place.attributes[:length])
+            if owner not in self.object_names:
+                access = f"{self._object(owner)}.{owner.attributes[-1]}"
+                self.object_names[owner] = f"o{len(self.object_names)}"
+                yield f"{self.object_names[owner]} = {access}"
+
+    def _object(self, place: Place) -> str:
+        """Return the name bound to the object that has the attribute."""
+        owner = Place(place.path, place.attributes[:-1])
+        return self.object_names[owner] if owner.attributes else self.module_names[place.path]
+
+    def _structure(self) -> Iterator[Check | str]:
+        """Check what is where in the tree of modules."""
+        for path, names in self.captured.log.children.items():
+            yield from self._reach(path)
+            yield Check(f"(*{self.module_names[path]}._modules,) == {names!r}", f"children of {path}")
+        for place, known in self.captured.log.aliases.items():
+            yield from self._reach(place.path)
+            parent, _, last = known.rpartition(".")
+            yield from self._reach(parent)
+            other = f"getattr({self.module_names[parent]}, {last!r})" if last else "self"
+            same = f"getattr({self.module_names[place.path]}, {place.attributes[0]!r}) is {other}"
+            yield Check(same, f"{place} is no longer {known or 'the module itself'}")
+
+    def _outside(self) -> Iterator[Check]:
+        for source, frozen in self.captured.log.outside.items():
+            yield Check(
+                conditions(frozen, source.access(self._name(source.root)), self._name), f"value of {source.name}"
+            )
+
+    def _owned(
+        self, name: str, table: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[Check | str]:
         parent, _, last = name.rpartition(".")
         yield from self._reach(parent)
-        yield f"t = {self.module_names[parent]}.{last}"
+        yield f"t = {self.module_names[parent]}.{table}.get({last!r})"
+        yield Check("t is not None", f"{name} is gone")
         same = f"t.dtype is {self._name(dtype)} and t.device == {self._name(device)} and t.shape == {self._name(shape)}"
         yield Check(same, f"dtype, device or shape of {name}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,8 @@ class Inputs:
     fakes: Fakes
     writer: GraphWriter
     listening: Callable[[], bool]
+    quietly: Callable[[], AbstractContextManager[None]]
+    """While it is entered, the tracer does not listen."""
     given: list[_Given] = field(default_factory=list)
     stand_ins: dict[int, Any] = field(default_factory=dict)
     """Fake or ghost by the identity of an argument's tensor or object."""
@@ -121,7 +124,8 @@ class Inputs:
     # -- what turns up while the forward runs (the Host of the ghosts)
 
     def tensor_read(self, access: str, tensor: Tensor) -> Tensor:
-        return self._tensor(access, _spoken(access), tensor)
+        with self.quietly():
+            return self._tensor(access, _spoken(access), tensor)
 
     def number_read(self, access: str, number: int) -> Any:
         stand_in = self.fakes.number(number, _identifier(access))

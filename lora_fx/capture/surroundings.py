@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,6 +68,36 @@ def in_clean_thread(work: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+class PythonLuck:
+    """The state of the global generators of Python and, where it is imported, numpy, taken now."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy = _numpy_state()
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+    def drawn_from(self) -> str | None:
+        """Return whose generator has been drawn from since, or None."""
+        if random.getstate() != self._python:
+            return "Python's random"
+        now = _numpy_state()
+        if now is None or self._numpy is None:
+            return None
+        same = now[2:] == self._numpy[2:] and bool((now[1] == self._numpy[1]).all())
+        return None if same else "numpy's random"
+
+
+def _numpy_state() -> tuple[Any, ...] | None:
+    if "numpy" not in sys.modules:
+        return None
+    state: tuple[Any, ...] = sys.modules["numpy"].random.get_state()
+    return state
 
 
 class RandomState:

@@ -22,10 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 from lora_fx.capture.arguments import Check, is_constant
 from lora_fx.capture.captured import Captured, NotCaptured
-from lora_fx.capture.copies import Place, path_of, reporting_copy
+from lora_fx.capture.copies import path_of, reporting_copy
 from lora_fx.capture.inputs import TensorInput
+from lora_fx.capture.log import Log, Place
+from lora_fx.capture.notes import Notes
 from lora_fx.capture.reasons import Untraceable, reason_of
-from lora_fx.capture.tracer import Log, is_leaf
+from lora_fx.capture.tracer import is_leaf
 
 
 def capture_symbolically(module: nn.Module) -> Captured:
@@ -77,14 +79,16 @@ def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Grap
     return tracer.graph, tracer.log
 
 
-class _SymbolicTracer(fx.Tracer):
+class _SymbolicTracer(Notes, fx.Tracer):
     """A torch.fx.Tracer on a reporting copy: it patches nothing, and leaves are those of the other tracer."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.listening = False
         self.log = Log()
+        self.original = module
         self.root = reporting_copy(module, self)
+        self.owned = {id(each): name for name, each in (*self.root.named_buffers(), *self.root.named_parameters())}
         self.graph = fx.Graph(tracer_cls=fx.Tracer)
         self.tensor_attrs: dict[Any, str] = {}
 
@@ -113,9 +117,6 @@ class _SymbolicTracer(fx.Tracer):
         node = super().create_node(kind, *args, **kwargs)
         node.meta["place"] = ""
         return node
-
-    def read(self, place: Place, value: Any) -> None:
-        self.log.read.setdefault(place, value)
 
     def absent(self, place: Place) -> None:
         raise Untraceable(f"the forward asks whether {place} exists")

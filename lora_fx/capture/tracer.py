@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import operator
-import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch import fx, nn
 
-from lora_fx.capture.copies import Place, class_of, path_of, reporting_copy
+from lora_fx.capture.changes import changed_attribute, changed_registration, tables_of
+from lora_fx.capture.copies import class_of, path_of, reporting_copy
 from lora_fx.capture.ghosts import Ghosts, is_ghost, settle
+from lora_fx.capture.log import Log, Place
+from lora_fx.capture.notes import Notes
 from lora_fx.capture.overheard import CustomFunction, overheard
 from lora_fx.capture.readings import POINTERS, Readings, what_was_read
 from lora_fx.capture.reasons import Untraceable, reason_of
 from lora_fx.capture.recording import NeedsRecord, Records, fake_result, of_shape
+from lora_fx.capture.surroundings import PythonLuck
 from lora_fx.capture.torch_internals import Fakes, FunctionMode, enter_autocast, exit_autocast, pytree, set_grad_enabled
+from lora_fx.capture.world import World
 from lora_fx.capture.writer import GraphWriter, holds_tensor
 
 
@@ -39,31 +44,13 @@ class Specialised(BaseException):
         self.path = path
 
 
-@dataclass(slots=True)
-class Log:
-    """What the forward relied on, apart from its arguments."""
-
-    read: dict[Place, Any] = field(default_factory=dict)
-    absent: dict[Place, None] = field(default_factory=dict)
-    inlined: list[str] = field(default_factory=list)
-    retreats: dict[str, str] = field(default_factory=dict)
-    """Submodules that stay one opaque call, and why."""
-    owned: set[str] = field(default_factory=set)
-    """Parameters, buffers and tensor attributes that were asked for their dtype, device or shape."""
-    flags: dict[str, bool] = field(default_factory=dict)
-    """requires_grad of the module's own tensors that were asked for it."""
-    asks_requires_grad: bool = False
-    asks_layout: bool = False
-    asks_grad_mode: bool = False
-    """Whether the forward asks for grad mode or changes it; a graph of another serves both modes."""
-
-
-class Tracer(FunctionMode):
+class Tracer(Notes, FunctionMode):
     """Sees torch functions (as a function mode) and the calls of modules (as the listener of a reporting copy)."""
 
     def __init__(self, module: nn.Module, fakes: Fakes, opaque: frozenset[str], records: Records | None) -> None:
-        super().__init__(None)  # type: ignore[arg-type]
+        FunctionMode.__init__(self, None)  # type: ignore[arg-type]
         self.listening = False
+        self.original = module
         self.module = reporting_copy(module, self)
         self.fakes = fakes
         self.opaque = opaque
@@ -72,6 +59,8 @@ class Tracer(FunctionMode):
         """How often each submodule with a record has been called."""
         self.writer = GraphWriter(self.module)
         self.log = Log()
+        self.owned = self.writer.owned
+        self.world = World(module, self.refuse, self.asked_grad_mode)
         self.ghosts: Ghosts | None = None
         """The objects among the arguments, if there are any."""
         self.varying: list[sympy.Symbol] = []
@@ -81,18 +70,40 @@ class Tracer(FunctionMode):
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module's own forward returns for the fake arguments, having written it down."""
-        luck = random.getstate()
-        with overheard(self), self.fakes.active(), self:
-            self.listening = True
-            try:
-                result = _own_forward(self.module)(*args, **kwargs)
-            finally:
-                self.listening = False
-        self._raise_if_refused()
-        _refuse_random(luck)
+        luck, registered, profiler = PythonLuck(), tables_of(self.module), sys.getprofile()
+        try:
+            with _no_collections(), overheard(self), self.fakes.active(), self:
+                self._listen(True)
+                try:
+                    result = _own_forward(self.module)(*args, **kwargs)
+                finally:
+                    self._listen(False)
+            self._raise_if_refused()
+            self._refuse_changes(luck)
+            ran = ("", *self.log.inlined)
+            self._refuse_changed(changed_registration(self.module, registered, ran))
+            self._refuse_changed(changed_attribute(self.module, self.original, ran))
+        finally:
+            luck.restore()
+            self.world.changed()
+            sys.setprofile(profiler)
+        self.log.outside = self.world.readings
         if self._specialised():
             raise Specialised("")
         return result
+
+    def _refuse_changes(self, luck: PythonLuck) -> None:
+        """Refuse what has happened outside since: random numbers drawn, a global changed."""
+        drawn = luck.drawn_from()
+        if drawn is not None:
+            raise Untraceable(f"the forward draws from {drawn}")
+        changed = self.world.changed()
+        if changed is not None:
+            raise Untraceable(f"the forward changes {changed}")
+
+    def _refuse_changed(self, name: str | None) -> None:
+        if name is not None:
+            raise Untraceable(f"the forward writes {name} to the module")
 
     # -- what the module does
 
@@ -107,16 +118,18 @@ class Tracer(FunctionMode):
 
     def _inline(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         take_back, outer, specialised = self._mark(), self.writer.place, self._specialised()
-        luck = random.getstate()
+        luck = PythonLuck()
         self.writer.place = path
         try:
             result = nn.Module.__call__(module, *args, **kwargs)
             self._raise_if_refused()
-            _refuse_random(luck)
+            with self.paused():
+                self._refuse_changes(luck)
         except (Untraceable, Exception) as error:
             take_back()
-            random.setstate(luck)
+            luck.restore()
             self._refusal = None
+            self._listen(True)  # Python stops profiling when the profiler raises
             self.log.retreats[path] = reason_of(error)
         else:
             if self._specialised() != specialised:
@@ -143,7 +156,7 @@ class Tracer(FunctionMode):
         node_args, node_kwargs = self.writer.argument(tuple(args)), self.writer.argument(kwargs)
         if path in self.opaque:
             return self._recorded(path, self.writer.emit("call_module", path, node_args, node_kwargs), (args, kwargs))
-        with self._paused():
+        with self.paused():
             try:
                 result = module.forward(*args, **kwargs)
             except Exception as error:
@@ -162,7 +175,7 @@ class Tracer(FunctionMode):
             raise Untraceable(f"{path} cannot run on fake tensors, and no real call of it is known")
         if self.writer.writes_in_place():  # should the shape be another one, it is too late for the forward
             raise Untraceable(f"{path} cannot run on fake tensors, and the forward writes in place before")
-        with self._paused():
+        with self.paused():
             result = fake_result(results[number], arguments)
         self.writer.made(result, node)
         for leaf in pytree.tree_leaves(result):
@@ -171,19 +184,14 @@ class Tracer(FunctionMode):
                 self.writer.made(leaf, self.writer.emit("call_function", of_shape, (self.writer.argument(leaf), sizes)))
         return result
 
-    def read(self, place: Place, value: Any) -> None:
-        self.log.read.setdefault(place, list(value) if isinstance(value, list) else value)
-
-    def absent(self, place: Place) -> None:
-        self.log.absent[place] = None
-
     def wrote(self, place: Place) -> None:
+        self.log.read.pop(place, None)
         self.refuse(f"the forward writes {place} to the module")
 
     def refuse(self, reason: str) -> None:
         """Raise Untraceable, and remember it, in case the forward swallows it."""
         self._refusal = self._refusal or reason
-        raise Untraceable(reason)
+        super().refuse(reason)
 
     # -- torch functions
 
@@ -204,8 +212,10 @@ class Tracer(FunctionMode):
         return self._function(func, args, kwargs)
 
     def _function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.listening = False
+        self._listen(False)
         try:
+            if torch.is_inference_mode_enabled():
+                raise Untraceable("the forward switches to inference mode")
             if _name(func) in POINTERS:
                 raise Untraceable(f"the forward asks a tensor for {_name_of_reading(func)}")
             result = func(*args, **kwargs)
@@ -222,7 +232,7 @@ class Tracer(FunctionMode):
             self._refusal = self._refusal or reason_of(error)
             raise
         finally:
-            self.listening = True
+            self._listen(True)
         return result
 
     def _distinct(self, result: Any) -> Any:
@@ -249,6 +259,8 @@ class Tracer(FunctionMode):
     def _note_reading(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """A call gave Python a plain value: fine where a guard covers it, else refused."""
         kind = what_was_read(func, _name(func))
+        if args and isinstance(args[0], torch.Tensor) and not self.writer.knows(args[0]):
+            raise Untraceable("the forward looks at a tensor from outside of the module")
         if kind is Readings.GUARDED and args and id(args[0]) in self.writer.owned:
             self.log.owned.add(self.writer.owned[id(args[0])])
         if kind is Readings.REQUIRES_GRAD and id(args[0]) in self.writer.inputs:
@@ -271,7 +283,7 @@ class Tracer(FunctionMode):
 
     def custom_function(self, function: type[torch.autograd.Function], call: Callable[[], Any], args: Any) -> Any:
         node_args = self.writer.argument(tuple(args))
-        with self._paused():
+        with self.paused():
             result = call()
         self.writer.made(result, self.writer.emit("call_function", CustomFunction(function), node_args))
         return result
@@ -279,12 +291,18 @@ class Tracer(FunctionMode):
     # -- state
 
     @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
-        self.listening = False
+    def paused(self) -> Iterator[None]:
+        """Do not listen for a while."""
+        before = self.listening
+        self._listen(False)
         try:
             yield
         finally:
-            self.listening = True
+            self._listen(before)
+
+    def _listen(self, listening: bool) -> None:
+        self.listening = listening
+        sys.setprofile(self.world.profile if listening else None)
 
     def _raise_if_refused(self) -> None:
         if self._refusal is not None:
@@ -294,11 +312,23 @@ class Tracer(FunctionMode):
         return sum(self.fakes.is_constant(symbol) for symbol in self.varying)
 
 
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep whoever listens to garbage collections from being taken for a part of the forward."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a graph calls the module as a whole: torch's own layers, linears, and modules with hooks."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or "forward" in vars(module):
         return True
     home = class_of(module).__module__
     return home.startswith(("torch.nn", "torch.ao")) and not isinstance(module, _OPEN)
@@ -319,11 +349,6 @@ def _own_forward(module: nn.Module) -> Callable[..., Any]:
     """
     kind: Any = class_of(module)
     return functools.partial(kind.forward, module)
-
-
-def _refuse_random(before: object) -> None:
-    if random.getstate() != before:
-        raise Untraceable("the forward draws from Python's random")
 
 
 def _name(func: Any) -> str:

@@ -134,6 +134,10 @@ class GraphWriter:
             raise Untraceable("the forward uses a functorch transform (vmap, grad)")
         raise Untraceable("a tensor is neither an argument nor a parameter, buffer or attribute of the module")
 
+    def knows(self, value: Tensor) -> bool:
+        """Whether the graph knows where the tensor comes from."""
+        return id(value) in self.made_by or id(value) in self.inputs or id(value) in self.owned
+
     def attribute(self, name: str) -> fx.Node:
         if name not in self.attributes:
             self.attributes[name] = self.emit("get_attr", name)

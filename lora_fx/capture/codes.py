@@ -1,0 +1,75 @@
+"""What a piece of Python code names outside of itself, read off its bytecode."""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A global and the attributes that follow it: `base.FLAG`."""
+
+    root: str
+    attributes: tuple[str, ...]
+    module: bool = False
+    """Whether the root is a module that the code imports by itself."""
+
+
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
+_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")
+_SILENT = ("CACHE", "COPY", "SWAP", "EXTENDED_ARG", "PUSH_NULL")
+_TYPES = ("type", "__class__")
+
+
+@functools.lru_cache(maxsize=4096)
+def named_by(code: CodeType) -> tuple[Named, ...]:
+    """Return every global that the code reads or writes, with its attributes."""
+    return tuple(dict.fromkeys(_named(code)))
+
+
+def _named(code: CodeType) -> Iterator[Named]:
+    imported: dict[str, str] = {}
+    root, attributes, module = "", [], False
+    previous = ""
+    for each in dis.get_instructions(code):
+        name = each.opname
+        if name in _SILENT:
+            continue
+        if root and name in _ATTRIBUTES:
+            attributes.append(each.argval)
+            continue
+        if root:
+            yield Named(root, tuple(attributes), module)
+        root, attributes, module = "", [], False
+        if name in _GLOBALS:
+            root = each.argval
+        elif name == "IMPORT_NAME":
+            previous = each.argval
+        elif name == "IMPORT_FROM":
+            yield Named(previous, (each.argval,), module=True)
+        elif name == "STORE_FAST" and previous:
+            imported[each.argval] = previous
+        elif name == "LOAD_FAST" and each.argval in imported:
+            root, module = imported[each.argval], True
+        if name not in ("IMPORT_NAME", "IMPORT_FROM", "STORE_FAST"):
+            previous = ""
+    if root:
+        yield Named(root, tuple(attributes), module)
+
+
+@functools.lru_cache(maxsize=4096)
+def asks_for_class(code: CodeType) -> bool:
+    """Whether the code looks at the class of an object, whose attributes it can reach by that."""
+    return any(name in code.co_names for name in _TYPES)
+
+
+def codes_inside(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of the functions, lambdas and comprehensions that the code makes when it runs."""
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield each
+            yield from codes_inside(each)

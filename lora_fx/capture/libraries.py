@@ -1,0 +1,26 @@
+"""Which code is nobody's forward: torch and what torch runs on, the standard library, this package."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import sysconfig
+from pathlib import Path
+
+_PACKAGES = frozenset({"torch", "lora_fx", "sympy", "mpmath", "numpy", "networkx", "typing_extensions", "einops"})
+_HERE = str(Path(__file__).resolve().parents[1]) + "/"
+_STANDARD_LIBRARY = (sysconfig.get_path("stdlib") + "/", "<frozen")
+_PACKAGE_FOLDER = "-packages/"
+
+
+def is_library_module(name: str) -> bool:
+    """Whether the top-level module of this name is one whose own state a forward is not watched for."""
+    return name in _PACKAGES or name in sys.stdlib_module_names
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library_file(file: str) -> bool:
+    """Whether code from the file is one of these libraries'."""
+    if _PACKAGE_FOLDER in file:
+        return file.rsplit(_PACKAGE_FOLDER, 1)[1].split("/")[0].removesuffix(".py") in _PACKAGES
+    return file.startswith((_HERE, *_STANDARD_LIBRARY))
