@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -153,8 +155,46 @@ def write_expression(graph: fx.Graph, expression: sympy.Expr, nodes: dict[sympy.
     """Write the expression into the graph as nodes; `nodes` holds one for each of its symbols."""
     tracer = fx.proxy.GraphAppendingTracer(graph)
     values = {symbol: fx.Proxy(node, tracer) for symbol, node in nodes.items()}
-    result = sympy_interp(PythonReferenceAnalysis, values, expression)
+    result = sympy_interp(_Written, values, expression)
     return result.node if isinstance(result, fx.Proxy) else result
+
+
+class _Written(PythonReferenceAnalysis):
+    """As torch's, where that would ask a proxy for its value."""
+
+    @staticmethod
+    def maximum(a: Any, b: Any) -> Any:
+        return _call(torch.sym_max, a, b)
+
+    @staticmethod
+    def minimum(a: Any, b: Any) -> Any:
+        return _call(torch.sym_min, a, b)
+
+    @staticmethod
+    def int_truediv(a: Any, b: Any) -> Any:
+        return _call(operator.truediv, a, b)
+
+    @staticmethod
+    def to_dtype(x: Any, dtype: torch.dtype) -> Any:
+        return _call({torch.float64: float, torch.int64: int}[dtype], x)
+
+    @staticmethod
+    def floor_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return _call(math.floor, x)
+
+    @staticmethod
+    def ceil_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return _call(math.ceil, x)
+
+    @staticmethod
+    def not_(a: Any) -> Any:
+        return _call(operator.not_, a)
+
+
+def _call(function: Callable[..., Any], *values: Any) -> Any:
+    """Return a proxy for the call, or its result where all values are known."""
+    proxies = [value for value in values if isinstance(value, fx.Proxy)]
+    return proxies[0].tracer.create_proxy("call_function", function, values, {}) if proxies else function(*values)
 
 
 def is_functorch_wrapper(tensor: Tensor) -> bool:
