@@ -62,12 +62,13 @@ def _linear_site(path: str, module: nn.Linear, aliases: tuple[str, ...], ties: d
     weight = module._parameters.get("weight")
     own = {f"{name}.weight" for name in (path, *aliases)}
     tied = () if weight is None else tuple(name for name in ties.get(id(weight), ()) if name not in own)
+    stored = next(module.parameters(), None)  # reading a parametrized `weight` would run its power iteration
     return Site(
         path=path,
         op="linear",
         classes=class_names(type(module)),
         shape=(module.out_features, module.in_features),
-        dtype=str(module.weight.dtype).removeprefix("torch."),
+        dtype=str((module.weight if stored is None else stored).dtype).removeprefix("torch."),
         bias=module.bias is not None,
         aliases=aliases,
         tied_to=tied,

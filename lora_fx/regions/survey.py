@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_fx.capture.captured import NotCaptured
-from lora_fx.capture.surroundings import RandomState
+from lora_fx.capture.surroundings import PythonLuck, RandomState
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.regions.candidates import block_regions, inner_regions
 from lora_fx.regions.install import (
@@ -229,10 +228,10 @@ def unchanged_modes(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged_random(model: nn.Module) -> Iterator[None]:
-    """Give torch's and Python's generators their state back."""
-    state, luck = RandomState(tuple({p.device for p in model.parameters()})), random.getstate()
+    """Give the generators of torch, Python and numpy their state back."""
+    state, luck = RandomState(tuple({p.device for p in model.parameters()})), PythonLuck()
     try:
         yield
     finally:
         state.restore()
-        random.setstate(luck)
+        luck.restore()

@@ -10,8 +10,6 @@ FUNCTORCH = "functorch transform"
 OTHER_RESULT = "the graph is not the forward"
 
 OPEN: dict[str, str] = {
-    "NumpyLuck": "planning runs the forward and leaves numpy's generator where it is",
-    "Spectral": "reading a parametrized weight runs its parametrization",
     "ScalesParameterInPlace": "the forward writes to a parameter, and planning runs it",
 }
 """Known to be silently wrong, each a strict xfail: a fix must take it off this list."""
