@@ -60,7 +60,8 @@ def _is_innermost(parent: nn.Module, child: nn.Module) -> bool:
 
 def _occurs_twice(child: nn.Module, parent: nn.Module) -> bool:
     own = structure_of(child)
-    return sum(structure_of(other) == own for other in parent.children() if type(other) is type(child)) > 1
+    others = (other for other in parent.children() if other is not child and type(other) is type(child))
+    return any(structure_of(other) == own for other in others)
 
 
 def _has_twins(container: nn.Module) -> bool:
