@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lora_fx
 from lora_fx.capture.captured import NotCaptured, capture, refuse_opaque
 from tests.test_capture import Block, captured, reason, refusal, x
 
@@ -302,3 +303,29 @@ def test_enum_and_function_arguments_are_guarded_by_identity():
     assert reason(module, found, x(), torch.tanh, Colour.RED) is None
     assert reason(module, found, x(), torch.sigmoid, Colour.RED) == "argument 1 is another object"
     assert reason(module, found, x(), torch.tanh, Colour.BLUE) == "argument 2 is another object"
+
+
+class Kind(enum.StrEnum):
+    PLAIN = "plain"
+    WIDE = "wide"
+
+
+KNOWN_KINDS = {Kind.PLAIN: {"x"}, Kind.WIDE: {"x", "y"}}
+
+
+def test_dict_with_members_of_an_enum_as_keys_is_guarded(monkeypatch):
+    class Registered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.first(x) * len(KNOWN_KINDS[Kind.WIDE])
+
+    model = Registered().eval()
+    x = torch.ones(2, 3, 8)
+    tuned = lora_fx.apply(model, {"version": 1, "rules": [{"match": {"name": "first"}, "lora": {"r": 2}}]}, (x,))
+    assert lora_fx.inspect(tuned).regions[0].graphs == 1
+    monkeypatch.setitem(KNOWN_KINDS, Kind.WIDE, {"x", "y", "z"})
+    with torch.no_grad():
+        assert torch.equal(tuned(x), model(x))

@@ -323,3 +323,16 @@ def test_inspect_tells_regions_hits_misses_and_capture_time():
     assert "layer.0  3 graphs" in str(report)
     assert "1 × autocast on cpu" in str(report)
     assert '"misses": {' in report.to_json()
+
+
+def test_error_of_a_capture_is_a_reason_and_never_the_users(monkeypatch):
+    tuned = tuned_encoder()
+    call = zoo.call_encoder()
+
+    def broken(captured, module):
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(region_module, "make_program", broken)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tuned(**call.kwargs), lora_fx.remove(tuned)(**call.kwargs))
+    assert "the capture failed: RuntimeError: broken on purpose" in lora_fx.inspect(tuned).regions[0].failures

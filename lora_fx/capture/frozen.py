@@ -214,7 +214,7 @@ class Freezer:
             both = (*keys, *values)
             return Flat(kind, both, tuple(map(type, both)), "(*{0}, *dict.values({0}))")
         return self._parts(
-            kind, "len({})", {f"dict.__getitem__({{}}, {_quoted(key)})": dict.get(value, key) for key in keys}
+            kind, "len({})", {f"dict.__getitem__({{}}, {_literal(key)})": dict.get(value, key) for key in keys}
         )
 
     def _object(self, value: Any) -> Frozen:
@@ -231,6 +231,13 @@ class Freezer:
 
 def _partial(value: functools.partial[Any]) -> dict[str, Any]:
     return {"func": value.func, "args": value.args, "keywords": value.keywords}
+
+
+def _literal(key: str | int | None) -> str:
+    """Return the key of a dict as source; a member of a string or integer enum as the plain value that it equals."""
+    if isinstance(key, str):
+        return _quoted(str.__str__(key))
+    return repr(key if key is None else int(key))
 
 
 def _quoted(key: object) -> str:

@@ -20,6 +20,7 @@ from lora_fx.capture.arguments import flatten
 from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture
 from lora_fx.capture.generalise import generalise
 from lora_fx.capture.objects import tensors_in
+from lora_fx.capture.reasons import reason_of
 from lora_fx.capture.recording import OtherShape
 from lora_fx.capture.surroundings import RandomState, surroundings_of
 from lora_fx.errors import LoraFxWarning
@@ -159,7 +160,7 @@ class Region:
             result = forward(*args, **kwargs)
             noted()
             if replay is not None:
-                self._learn(replay, result)
+                self._learn_or_note(replay, result)
             self.kind.seconds += time.perf_counter() - started
             return result
         finally:
@@ -236,6 +237,14 @@ class Region:
         )
 
     # -- learning
+
+    def _learn_or_note(self, replay: Replay, result: Any) -> None:
+        """Learn from the call; an error of ours on the way is a reason to run without a graph, not the user's."""
+        try:
+            self._learn(replay, result)
+        except Exception as error:
+            signature = _signature(replay.module, replay.args, replay.kwargs)
+            self.kind.failures[signature] = f"the capture failed: {reason_of(error)}"
 
     def _learn(self, replay: Replay, result: Any) -> None:
         """Prove a waiting program on this call, or capture a new one."""
