@@ -50,6 +50,7 @@ def test_every_architecture_is_right_at_other_sizes(name: str, dtype: torch.dtyp
 def test_ninety_eight_percent_of_the_linears_in_blocks_run_in_graphs():
     every = [findings(name, torch.float32) for name in NAMES]
     in_blocks, in_graphs = (sum(len(getattr(each, what)) for each in every) for what in ("in_blocks", "in_graphs"))
+    print(f"{in_graphs} of {in_blocks} linears in blocks ran in graphs at every call")
     assert in_graphs >= 0.98 * in_blocks
 
 
