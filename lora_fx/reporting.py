@@ -40,6 +40,8 @@ class RegionReport:
     misses: dict[str, int]
     seconds: float
     failures: tuple[str, ...]
+    guards: tuple[str, ...]
+    """What the guards of its graphs check, in the order of checking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,9 @@ class Report:
 def _region_row(region: RegionReport) -> tuple[str, ...]:
     misses = ", ".join(f"{number} × {reason}" for reason, number in region.misses.items())
     graphs = count(region.graphs, "graph") if region.graphs else f"no graph: {'; '.join(region.failures)}"
-    return (region.path or "(root)", graphs, f"{region.hits} hits", f"misses: {misses}" if misses else "no misses")
+    hits = f"{region.hits} hits"
+    learnt = f"{count(len(region.guards), 'guard')}, {region.seconds:.1f} s"
+    return (region.path or "(root)", graphs, learnt, hits, f"misses: {misses}" if misses else "no misses")
 
 
 def report(tuned: nn.Module) -> Report:
@@ -108,4 +112,5 @@ def _region(region: Region) -> RegionReport:
         misses=dict(region.misses),
         seconds=region.kind.seconds,
         failures=tuple(dict.fromkeys(region.kind.failures.values())),
+        guards=tuple(dict.fromkeys(reason for each in region.kind.programs for reason in each.guard.reasons)),
     )

@@ -323,6 +323,9 @@ def test_inspect_tells_regions_hits_misses_and_capture_time():
     assert "layer.0  3 graphs" in str(report)
     assert "1 × autocast on cpu" in str(report)
     assert '"misses": {' in report.to_json()
+    guards = report.regions[0].guards
+    assert {"dtype of hidden", "autocast on cpu", "value of attention.heads"} <= set(guards)
+    assert f"{len(guards)} guards, " in str(report)
 
 
 def test_error_of_a_capture_is_a_reason_and_never_the_users(monkeypatch):
