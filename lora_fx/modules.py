@@ -6,12 +6,11 @@ It is the meaning that the graph backend must equal, and what runs wherever a gr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import ACTIVE, Attached, all_attached, attach, attached
+from lora_fx.adapters.attach import ACTIVE, attach, attached
 from lora_fx.adapters.dora import row_norms
 from lora_fx.adapters.lora import add_low_rank, low_rank_weight
 from lora_fx.adapters.spec import AdapterSpec
@@ -100,17 +99,6 @@ def set_active(owner: nn.Module, adapter: str | None) -> str | None:
     before: str | None = owner.__dict__[ACTIVE]
     owner.__dict__[ACTIVE] = adapter
     return before
-
-
-def is_active(owner: nn.Module) -> bool:
-    return owner.__dict__[ACTIVE] is not None
-
-
-def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Attached]]:
-    """Yield (path, adapter) of the modules whose forward applies it."""
-    for path, found in all_attached(model):
-        if isinstance(found.owner, AdaptedLinear):
-            yield path, found
 
 
 _READ = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAttention: ("out_proj",)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_fx.capture.arguments import is_constant
 from lora_fx.capture.copies import attributes_of, plain_class
 from lora_fx.capture.frozen import UNCHANGING
-from lora_fx.capture.objects import is_plain_object
+from lora_fx.capture.objects import Pairs, differ_anywhere, is_plain_object
 from lora_fx.capture.torch_internals import FakeTensor
 
 Tables = dict[str, tuple[dict[str, Any], ...]]
@@ -50,23 +50,13 @@ def changed_attribute(copy: nn.Module, original: nn.Module, paths: Iterable[str]
 
 def differ(copy: Any, original: Any) -> bool:
     """Whether a copy differs from its original; tensors are taken to be equal unless one is a fake."""
-    waiting, seen = [(copy, original)], set()
-    while waiting:
-        mine, given = waiting.pop()
-        if mine is given or (id(mine), id(given)) in seen:
-            continue
-        seen.add((id(mine), id(given)))
-        if plain_class(mine) is not plain_class(given):
-            return True
-        pairs = _pairs(mine, given)
-        if pairs is None:
-            return True
-        waiting.extend(pairs)
-    return False
+    return differ_anywhere(copy, original, _pairs)
 
 
-def _pairs(mine: Any, given: Any) -> list[tuple[Any, Any]] | None:
+def _pairs(mine: Any, given: Any) -> Pairs | None:
     """Return the parts that have yet to be compared, or None if the two differ already."""
+    if plain_class(mine) is not plain_class(given):
+        return None
     if isinstance(mine, Tensor):
         return None if isinstance(mine, FakeTensor) else []
     if isinstance(mine, nn.Module):

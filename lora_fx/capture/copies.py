@@ -178,8 +178,7 @@ def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
     It shares the parameters with the module, not the buffers: torch runs in-place operations on small integer tensors
     (BatchNorm's `num_batches_tracked`) for real, even under fake tensors.
     """
-    shared = {id(each): each for each in (*module.parameters(), *_outside(module))}
-    duplicate = copy.deepcopy(module, dict(shared))
+    duplicate = copy.deepcopy(module, {id(each): each for each in shared_by_copies(module)})
     for path, each in list(duplicate.named_modules()):
         _as_seen(each)
         unswap(each)
@@ -198,19 +197,16 @@ def _as_seen(module: nn.Module) -> None:
         module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=seen.requires_grad)
 
 
-def silence(duplicate: nn.Module) -> None:
-    """Give the modules of a copy their own classes back."""
-    for each in duplicate.modules():
-        unswap(each)
-
-
-def _outside(module: nn.Module) -> Iterator[object]:
-    """Yield the tensors and modules outside that the module holds as plain attributes (a model, a rotary table)."""
-    inside = {id(each) for each in module.modules()}
+def shared_by_copies(module: nn.Module) -> Iterator[object]:
+    """Yield what a copy shares with the module: parameters, hooks, and what lies outside (a model, a rotary table)."""
+    yield from module.parameters()
+    own = {id(each) for each in (*module.modules(), *module.buffers())}
     for each in module.modules():
         for value in vars(each).values():
             items = value if isinstance(value, (list, tuple)) else (value,)
-            yield from (item for item in items if isinstance(item, (Tensor, nn.Module)) and id(item) not in inside)
+            yield from (item for item in items if isinstance(item, (Tensor, nn.Module)) and id(item) not in own)
+        for table in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
+            yield from table.values()
 
 
 def _report_objects(duplicate: Any, original: Any, path: str, listener: Listener) -> None:
@@ -222,7 +218,7 @@ def _report_objects(duplicate: Any, original: Any, path: str, listener: Listener
             given = vars(source).get(name)
             if name in _INTERNAL or value is given or not is_plain_object(value) or _LISTENER in vars(value):
                 continue
-            if is_library_module(type(value).__module__.split(".")[0]):
+            if is_library_module(type(value).__module__):
                 continue  # its methods may be written in C, and read what nobody hears
             where = Place(path, (*place.attributes, name))
             if _reports(value, where, listener):

@@ -190,7 +190,7 @@ class Freezer:
             if not isinstance(value.__self__, (types.ModuleType, type, types.NoneType)):
                 raise Unfreezable(f"a method of a {type(value.__self__).__name__}")
             return Same(value)
-        if is_library_module(type(value).__module__.split(".")[0]) and type(value) is not types.SimpleNamespace:
+        if is_library_module(type(value).__module__) and type(value) is not types.SimpleNamespace:
             raise Unfreezable(f"of type {type(value).__name__}")
         return self._object(value)
 
@@ -248,7 +248,7 @@ def _quoted(key: object) -> str:
 def _class_containers(kind: type) -> Iterator[tuple[str, Any]]:
     """Yield the lists, dicts and sets that the objects of a class share."""
     for each in reversed(kind.__mro__[:-1]):
-        if not is_library_module(each.__module__.split(".")[0]):
+        if not is_library_module(each.__module__):
             yield from (
                 (name, value)
                 for name, value in vars(each).items()

@@ -11,6 +11,8 @@ from typing import Any
 from lora_fx.capture.libraries import is_library_module
 from lora_fx.capture.sources import Source
 
+CACHED = type(functools.lru_cache(lambda: None))
+"""What functools.lru_cache makes of a function."""
 _DEEPEST = 6
 
 
@@ -42,7 +44,7 @@ class Functions:
             return
         self._searched[id(scope)] = scope
         for name, value in list(scope.items()):
-            if isinstance(value, type) and not is_library_module(value.__module__.split(".")[0]):
+            if isinstance(value, type) and not is_library_module(value.__module__):
                 self.search_class(value)
             else:
                 self.met(value, Source(scope, (("item", name),), name))
@@ -71,13 +73,10 @@ def _functions_in(value: Any, depth: int = 0) -> Iterator[FunctionType]:
         inside = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, functools.cached_property):
         inside = [value.func]
-    elif isinstance(value, _CACHED):
+    elif isinstance(value, CACHED):
         inside = [value.__wrapped__]
     for each in inside:
         yield from _functions_in(each, depth + 1)
-
-
-_CACHED = type(functools.lru_cache(lambda: None))
 
 
 def cells_of(function: FunctionType) -> list[tuple[str, CellType]]:

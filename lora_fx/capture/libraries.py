@@ -14,8 +14,9 @@ _PACKAGE_FOLDER = "-packages/"
 
 
 def is_library_module(name: str) -> bool:
-    """Whether the top-level module of this name is one whose own state a forward is not watched for."""
-    return name in _PACKAGES or name in sys.stdlib_module_names
+    """Whether the module of this dotted name belongs to a package whose own state a forward is not watched for."""
+    package = name.split(".")[0]
+    return package in _PACKAGES or package in sys.stdlib_module_names
 
 
 @functools.lru_cache(maxsize=4096)

@@ -57,27 +57,36 @@ def copied(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
 
 def objects_differ(one: Any, other: Any, tensors_differ: Callable[[Tensor, Tensor], bool]) -> bool:
     """Whether two values of the same making (a copy and its original, after the same calls) differ anywhere."""
+
+    def pairs(a: Any, b: Any) -> Pairs | None:
+        if type(a) is not type(b):
+            return None
+        if isinstance(a, Tensor):
+            return None if tensors_differ(a, b) else []
+        if isinstance(a, (list, tuple)):
+            return list(zip(a, b, strict=True)) if len(a) == len(b) else None
+        if isinstance(a, dict):
+            return [(a[key], b[key]) for key in a] if list(a) == list(b) else None
+        if is_plain_object(a):
+            return [(vars(a), vars(b))]
+        return None if is_constant(a) and a != b else []
+
+    return differ_anywhere(one, other, pairs)
+
+
+Pairs = list[tuple[Any, Any]]
+
+
+def differ_anywhere(one: Any, other: Any, pairs: Callable[[Any, Any], Pairs | None]) -> bool:
+    """Whether two values differ; `pairs` gives the parts of two that have yet to be compared, None if they differ."""
     waiting, seen = [(one, other)], set()
     while waiting:
         a, b = waiting.pop()
         if a is b or (id(a), id(b)) in seen:
             continue
         seen.add((id(a), id(b)))
-        if type(a) is not type(b):
+        parts = pairs(a, b)
+        if parts is None:
             return True
-        if isinstance(a, Tensor):
-            if tensors_differ(a, b):
-                return True
-        elif isinstance(a, (list, tuple)):
-            if len(a) != len(b):
-                return True
-            waiting.extend(zip(a, b, strict=True))
-        elif isinstance(a, dict):
-            if list(a) != list(b):
-                return True
-            waiting.extend((a[key], b[key]) for key in a)
-        elif is_plain_object(a):
-            waiting.append((vars(a), vars(b)))
-        elif is_constant(a) and a != b:
-            return True
+        waiting.extend(parts)
     return False

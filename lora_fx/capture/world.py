@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import datetime
-import functools
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ from lora_fx.capture.changes import Undo
 from lora_fx.capture.codes import Named, asks_for_class, codes_inside, named_by
 from lora_fx.capture.copies import plain_class
 from lora_fx.capture.frozen import Flat, Freezer, Frozen, Parts, Unfreezable
-from lora_fx.capture.functions import Functions, cells_of
+from lora_fx.capture.functions import CACHED, Functions, cells_of
 from lora_fx.capture.libraries import is_library_file, is_library_module
 from lora_fx.capture.sources import Source
 
@@ -34,7 +33,6 @@ _CALL = (("call", None),)
 _OWN = (("attribute", "__dict__"),)
 _CONTENTS = (("attribute", "cell_contents"),)
 _GUARDED_IN_LIBRARIES = (*CONSTANTS, list, dict, set, types.FunctionType, type)
-_CACHED = type(functools.lru_cache(lambda: None))
 _IS_GRAD_ENABLED = torch.is_grad_enabled
 _QUESTIONS = ("is_", "are_", "get_")
 _ASKED_BY_NAME = frozenset({torch.get_default_dtype, torch.get_num_threads, torch.get_num_interop_threads})
@@ -156,7 +154,7 @@ class World:
                 break
             source, value = source.then("attribute", attribute), following
         if isinstance(value, types.ModuleType):
-            if not is_library_module(value.__name__.split(".")[0]):
+            if not is_library_module(value.__name__):
                 raise Unfreezable(f"the forward hands on the module {source.name}")
         elif len(source.steps) == 1 or _may_be_set(value):
             self._note(source, value)
@@ -166,7 +164,7 @@ class World:
         owner = frame.f_locals.get("self")
         kind = plain_class(owner)
         for each in kind.__mro__ if isinstance(owner, nn.Module) else ():
-            if is_library_module(each.__module__.split(".")[0]):
+            if is_library_module(each.__module__):
                 continue
             for name, value in vars(each).items():
                 if not name.startswith("__") and (is_constant(value) or isinstance(value, (list, dict, set))):
@@ -178,7 +176,7 @@ class World:
         """Note the defaults and the closure of the function that starts, and where it is found."""
         owner = frame.f_locals.get("self")
         for kind in plain_class(owner).__mro__ if isinstance(owner, nn.Module) else ():
-            if not is_library_module(kind.__module__.split(".")[0]):
+            if not is_library_module(kind.__module__):
                 self._functions.search_class(kind)
         for function, source in self._functions.running(frame):
             if source is not None:
@@ -201,7 +199,7 @@ class World:
         except Unfreezable as found:
             raise Unfreezable(f"the forward reads {source.name}, {found}") from None
         self._kept[source] = (value, Undo(value if isinstance(self.readings[source], (Flat, Parts)) else None))
-        if isinstance(value, _CACHED):
+        if isinstance(value, CACHED):
             self._caches[value] = value.cache_info().currsize
 
     def changed(self) -> str | None:
@@ -254,11 +252,11 @@ def _may_be_set(value: Any) -> bool:
         return isinstance(value.__self__, (types.ModuleType, type, types.NoneType))
     if isinstance(value, types.FunctionType) and value.__module__.startswith("lora_fx."):
         return False  # what the capture itself has patched, for as long as it runs
-    return not is_library_module(type(value).__module__.split(".")[0]) or isinstance(value, _GUARDED_IN_LIBRARIES)
+    return not is_library_module(type(value).__module__) or isinstance(value, _GUARDED_IN_LIBRARIES)
 
 
 def _is_generated(frame: types.FrameType) -> bool:
     """Whether a dataclass, a named tuple or a library has made the code from a text."""
     home = str(frame.f_globals.get("__name__", ""))
     made = frame.f_code.co_qualname.startswith("__create_fn__") or home.startswith("namedtuple_")
-    return frame.f_code.co_filename == "<string>" and (made or is_library_module(home.split(".")[0]))
+    return frame.f_code.co_filename == "<string>" and (made or is_library_module(home))

@@ -172,8 +172,12 @@ class Region:
             return Replay(module, args, kwargs)
         except Exception as error:  # whatever a user's __deepcopy__ raises
             text = f"the call cannot be made twice: {type(error).__name__}: {error}"
-            self.kind.failures[_signature(module, args, kwargs)] = text[:200]
+            self._note_failure(module, args, kwargs, text[:200])
             return None
+
+    def _note_failure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> None:
+        """Remember why calls like this one run without a graph."""
+        self.kind.failures[_signature(module, args, kwargs)] = reason
 
     def check(
         self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], program: Program
@@ -182,12 +186,14 @@ class Region:
         replay = self._kept(module, args, kwargs)
         program.checks += 1
         result = forward(*args, **kwargs)
-        found = None if replay is None else replay.difference(program, program.guard.match_ones, result)
-        if replay is not None and found is not None:
+        if replay is None:
+            return result
+        found = replay.difference(program, program.guard.match_ones, result)
+        if found is not None:
             program.give_up()
             self.kind.programs = [each for each in self.kind.programs if each is not program]
-            signature = _signature(module, replay.args, replay.kwargs)
-            self.kind.failures[signature] = f"the graph is not the forward at other sizes: {found}"
+            reason = f"the graph is not the forward at other sizes: {found}"
+            self._note_failure(module, replay.args, replay.kwargs, reason)
         return result
 
     def attempt(
@@ -243,8 +249,7 @@ class Region:
         try:
             self._learn(replay, result)
         except Exception as error:
-            signature = _signature(replay.module, replay.args, replay.kwargs)
-            self.kind.failures[signature] = f"the capture failed: {reason_of(error)}"
+            self._note_failure(replay.module, replay.args, replay.kwargs, f"the capture failed: {reason_of(error)}")
 
     def _learn(self, replay: Replay, result: Any) -> None:
         """Prove a waiting program on this call, or capture a new one."""
@@ -279,7 +284,6 @@ class Region:
         return True
 
     def _capture(self, replay: Replay, result: Any) -> Program | None:
-        signature = _signature(replay.module, replay.args, replay.kwargs)
         self.captures += 1
         try:
             captured, static = self._captured(replay)
@@ -289,7 +293,7 @@ class Region:
             if found is not None:
                 raise NotCaptured(f"the graph is not the forward: {found}")
         except NotCaptured as reason:
-            self.kind.failures[signature] = str(reason)
+            self._note_failure(replay.module, replay.args, replay.kwargs, str(reason))
             return None
         program.verified = not any(tensor.is_meta for tensor in tensors_in((replay.args, replay.kwargs)))
         program = self._generalised(program, replay, result) or program

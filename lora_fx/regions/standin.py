@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx.adapters.attach import all_attached
+from lora_fx.capture.copies import shared_by_copies
 from lora_fx.swap import origin
 
 REGION = "lora_fx_region"
@@ -19,24 +18,11 @@ _NOISE = 0.02
 
 def stand_in(module: nn.Module) -> nn.Module:
     """Return a copy of a block that shares its parameters, has buffers of its own, and runs no graphs."""
-    duplicate: nn.Module = copy.deepcopy(module, {id(each): each for each in _shared(module)})
+    duplicate: nn.Module = copy.deepcopy(module, {id(each): each for each in shared_by_copies(module)})
     for each in duplicate.modules():
         if each.__dict__.pop(REGION, None) is not None:
             each.__class__ = origin(type(each))[0]
     return duplicate
-
-
-def _shared(module: nn.Module) -> Iterator[Any]:
-    """Yield what a copy shares: parameters, hooks, and what lies outside (a parent model, a table)."""
-    yield from module.parameters()
-    own = {id(each) for each in (*module.modules(), *module.buffers())}
-    for each in module.modules():
-        for value in vars(each).values():
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, (Tensor, nn.Module)) and id(item) not in own:
-                    yield item
-        for table in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
-            yield from table.values()
 
 
 def with_noise(duplicate: nn.Module) -> nn.Module:

@@ -9,8 +9,6 @@ from torch import nn
 from lora_fx.adapters.attach import attached, shows_effective_weight
 from lora_fx.swap import original_class
 
-Structure = tuple[Any, ...]
-
 
 def structure_of(module: nn.Module) -> tuple[Any, ...]:
     """Return what is equal for identical blocks: classes, names, shapes, dtypes, adapters."""
