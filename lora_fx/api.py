@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, TypeAlias
 
 from torch import nn
 
 from lora_fx import applying, unapplying
-from lora_fx.checkpoint import restore, write
+from lora_fx.checkpoint import restore, streaming, write
+from lora_fx.checkpoint.mergereport import MergeReport
 from lora_fx.checkpoint.read import read_adapters
-from lora_fx.discovery import take_inventory
+from lora_fx.checkpoint.resolve import resolved, uses_in_files
+from lora_fx.checkpoint.rounding import Rounding
+from lora_fx.discovery import refuse_unfit, take_inventory, uses_in
 from lora_fx.errors import CaptureError, StalePlanError
 from lora_fx.graphdiff.compare import GraphDiff, graph_diff
-from lora_fx.planning import Inventory, Plan, decide, on_modules, stale_parts
+from lora_fx.planning import Plan, decide, on_modules, stale_parts
 from lora_fx.reporting import Report, report
 from lora_fx.rules import RuleSet, read_rules
-from lora_fx.surveying import Study, studied
+from lora_fx.surveying import Observed, Study, observed, studied
 
 Rules: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet
 ChosenBackend: TypeAlias = Literal["auto", "graph", "modules"]
@@ -41,8 +44,9 @@ def plan(model: nn.Module, rules: Rules, example_inputs: object = None) -> Plan:
         CaptureError: the model refuses the example inputs.
         RefusedError: the model is adapted already, compiled, or cannot be copied.
     """
-    decided = decide(read_rules(rules), _inventory(model))
-    return studied(decided, model, example_inputs)
+    read = read_rules(rules)
+    seen = _observed(model, example_inputs)
+    return studied(decide(read, take_inventory(model, seen.uses)), model, seen)
 
 
 def apply(
@@ -75,37 +79,41 @@ def apply(
     return twin
 
 
-def _inventory(model: nn.Module) -> Inventory:
+def _observed(model: nn.Module, example_inputs: object) -> Observed:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, found {type(model).__name__}")
-    return take_inventory(model)
+    return observed(model, example_inputs)
 
 
 def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: object, backend: str) -> Plan:
     """Return a plan that fits the model, with graphs where they are wanted."""
     if backend not in ("auto", "graph", "modules"):
         raise ValueError(f"backend is {backend!r}; it must be 'auto', 'graph' or 'modules'")
-    if not isinstance(rules_or_plan, Plan):
-        decided = decide(read_rules(rules_or_plan), _inventory(model))
-    else:
-        decided = _still_fitting(rules_or_plan, model)
+    if isinstance(rules_or_plan, Plan):
+        return _of_plan(rules_or_plan, model, example_inputs, backend)
+    read = read_rules(rules_or_plan)
+    seen = _observed(model, example_inputs)
+    decided = decide(read, take_inventory(model, seen.uses))
+    return on_modules(decided) if backend == "modules" else studied(decided, model, seen)
+
+
+def _of_plan(decided: Plan, model: nn.Module, example_inputs: object, backend: str) -> Plan:
+    """Return a plan that was made before, if it still fits the model, with graphs where they are wanted."""
+    seen = _observed(model, example_inputs) if example_inputs is not None else Observed(())
+    refuse_unfit(model)
+    found = stale_parts(decided, take_inventory(model, uses_in(decided)))
+    if found:
+        raise StalePlanError(found)
     if backend == "modules":
-        return on_modules(studied(on_modules(decided), model, example_inputs, graphs=False))
+        return on_modules(decided)
     if decided.capture is not None and example_inputs is None:
         return decided
-    if isinstance(rules_or_plan, Plan) and decided.regions and example_inputs is None:
+    if decided.regions and example_inputs is None:
         raise CaptureError(
             "the plan has graphs, which were captured in another process",
             advice='give the example_inputs again, or backend="modules"',
         )
-    return studied(decided, model, example_inputs)
-
-
-def _still_fitting(decided: Plan, model: nn.Module) -> Plan:
-    found = stale_parts(decided, _inventory(model))
-    if found:
-        raise StalePlanError(found)
-    return decided
+    return studied(decided, model, seen)
 
 
 def parameters(tuned: nn.Module) -> Iterator[nn.Parameter]:
@@ -145,8 +153,10 @@ def load(model: nn.Module, directory: str | os.PathLike[str], example_inputs: ob
         AdapterMismatchError: sites that the model has not or has in other shapes, or another base.
         RefusedError: a site that cannot be adapted.
     """
-    files = read_adapters(directory)
-    decided = studied(restore.plan_of(files, _inventory(model), model), model, example_inputs)
+    files = resolved(read_adapters(directory), model)
+    seen = _observed(model, example_inputs)
+    inventory = take_inventory(model, uses_in_files(files, model, seen.uses))
+    decided = studied(restore.plan_of(files, inventory, model), model, seen)
     twin = applying.build(model, decided)
     restore.fill(twin, files)
     _install_graphs(twin, decided)
@@ -178,3 +188,40 @@ def merge(tuned: nn.Module) -> nn.Module:
 def remove(tuned: nn.Module) -> nn.Module:
     """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
     return unapplying.removed(tuned)
+
+
+def merge_checkpoint(
+    base_dir: str | os.PathLike[str],
+    adapter_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out_dir: str | os.PathLike[str],
+    *,
+    out_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    progress: streaming.Progress | None = None,
+) -> MergeReport:
+    """Write a checkpoint with adapters folded in and return what was done to each tensor; no model is made.
+
+    W' = W + Σ scaling · B A over the adapters, accumulated in float32 and rounded once (DoRA: m · V / ‖V‖).  Base and
+    adapters stay unchanged; all other tensors are copied byte by byte, and so are tokenizer and configuration.  Memory
+    does not grow with the model.  A run that was killed is continued by the same call; until the end the directory has
+    no `config.json`.
+
+    Args:
+        base_dir: a directory with `model.safetensors`, or with shards and their index.
+        adapter_dir: an adapter that `lora_fx.save` or PEFT wrote, or several of them.
+        out_dir: a directory that is not there, is empty, or holds the same merge unfinished.
+        out_dtype: of all floating point tensors; None keeps each one's own.
+        rounding: "nearest", or "stochastic", whose mean is the exact value.
+        seed: of the stochastic rounding; the same seed gives the same bytes.
+        progress: is told (bytes written, bytes in all, name of the tensor) again and again.
+
+    Raises:
+        AdapterFileError: missing or damaged adapter files.
+        AdapterMismatchError: names or shapes that the checkpoint has not, or another base; all of them.
+        MergeError: quantised bases, expert banks, ambiguous names, a directory that is not ours, a full disk, values
+            that would not be finite.
+    """
+    adapters = [adapter_dir] if isinstance(adapter_dir, (str, os.PathLike)) else list(adapter_dir)
+    options = streaming.Options(out_dtype, rounding, seed)
+    return streaming.merge_files(base_dir, adapters, out_dir, options, progress)

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import all_attached
+from lora_fx.adapters.attach import all_attached, attach
 from lora_fx.adapters.spec import ModelRecord
 from lora_fx.editor import Editor
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
-from lora_fx.modules import adapt, weights_read
+from lora_fx.modules import adapt, count_calls_anew, read_by_kernels
 from lora_fx.passes import apply_pass
 from lora_fx.passes.inject import Inject
-from lora_fx.planning import Plan
+from lora_fx.planning import DEAD, Plan, PlannedSite
 from lora_fx.records import record_of, spec_of
 from lora_fx.regions.install import in_graphs, install, regions, stock
 from lora_fx.regions.survey import Survey, run_modes, run_variants
@@ -57,19 +57,25 @@ def _inject(twin: fx.GraphModule, plan: Plan, record: ModelRecord) -> None:
 
 def _adapt_modules(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
     in_graph = {path for path, _ in all_attached(twin)}
-    # a weight whose module was never called may be read by somebody else: F.linear(x, self.child.weight)
-    read = weights_read(twin) | {each.path for each in plan.adapted if each.calls == 0}
+    kernels = read_by_kernels(twin)
+    owners: dict[str, list[PlannedSite]] = {}
     for each in plan.adapted:
         if each.path not in in_graph:
-            owner = twin.get_submodule(each.path)
-            adapt(owner, each.shape, spec_of(each, record, twin), weight_is_read=each.path in read)
+            attach(twin.get_submodule(each.site.owner), spec_of(each, record, twin))
+            owners.setdefault(each.site.owner, []).append(each)
+    for path, sites in owners.items():
+        read = [each for each in sites if each.site.read or path in kernels or each.calls == 0]
+        names = [each.site.weight.rpartition(".")[2] for each in read]
+        adapt(twin.get_submodule(path), names, path in kernels)
+    if any(found.call is not None for _, found in all_attached(twin)):
+        twin.register_forward_pre_hook(count_calls_anew)
     _train_biases(twin, record)
 
 
 def _train_biases(twin: nn.Module, record: ModelRecord) -> None:
-    for path, found in all_attached(twin):
-        bias = found.owner._parameters.get("bias")
-        if found.spec.lora.bias and bias is not None:
+    for path, found in list(all_attached(twin)):
+        bias = found.owner._parameters.get("bias") if found.spec.path_is_owner else None
+        if found.spec.lora.bias and bias is not None and f"{path}.bias" not in record.base:
             record.base[f"{path}.bias"] = bias.detach()
             own_parameters(twin, [f"{path}.bias"], requires_grad=True)
 
@@ -129,7 +135,7 @@ def check_refusals(plan: Plan) -> None:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in refused)
         warnings.warn(f"{len(refused)} matched sites are not adapted:\n{lines}", LoraFxWarning, stacklevel=4)
     for note in plan.notes:
-        if "min(in, out)" in note:
+        if "min(in, out)" in note or DEAD in note:
             warnings.warn(note, LoraFxWarning, stacklevel=4)
 
 

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import is_adapted
+from lora_fx.adapters.attach import HOME, is_adapted
 from lora_fx.errors import RefusedError
+from lora_fx.layerkinds import RECURRENT, LayerKind, attention_weights, expert_banks, kind_of, recurrent_weights
 from lora_fx.passes.sitegraph import site_calls
-from lora_fx.planning import Inventory
-from lora_fx.sites import Site
+from lora_fx.planning import Inventory, Plan
+from lora_fx.sites import Layout, Site
+from lora_fx.tensors import dotted
+from lora_fx.ties import ties
 from lora_fx.twin import refuse_lazy, total_parameters
+from lora_fx.weightuses import Uses, WeightUse
+
+UNKNOWN_USE = "a raw parameter: how it is used shows only with example_inputs"
 
 
-def take_inventory(model: nn.Module) -> Inventory:
+def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
     """Return the sites and modules of a model; it stays unchanged, and needs no values (the meta device will do).
+
+    Args:
+        model: any nn.Module or GraphModule.
+        uses: what a run of the model has shown (`weightuses.weight_uses`), if it could run.
 
     Raises:
         RefusedError: for a model that is adapted already, compiled or scripted.
     """
-    _refuse(model)
-    sites = tuple(_graph_sites(model) if isinstance(model, fx.GraphModule) else _module_sites(model))
+    refuse_unfit(model)
+    sites = tuple(_graph_sites(model) if isinstance(model, fx.GraphModule) else _Finder(model, uses).sites())
     modules = tuple(
         (path, sum(p.numel() for p in module.parameters()))
         for path, module in model.named_modules(remove_duplicate=False)
@@ -32,7 +42,8 @@ def take_inventory(model: nn.Module) -> Inventory:
     return Inventory(type(model).__name__, sites, modules, total_parameters(model))
 
 
-def _refuse(model: nn.Module) -> None:
+def refuse_unfit(model: nn.Module) -> None:
+    """Raise RefusedError for a model that cannot be adapted at all: lazy, adapted already, scripted or compiled."""
     refuse_lazy(model)
     if is_adapted(model):
         raise RefusedError(
@@ -44,36 +55,16 @@ def _refuse(model: nn.Module) -> None:
         raise RefusedError("a compiled model cannot be adapted", advice="adapt the model first, then torch.compile it")
 
 
-def _module_sites(model: nn.Module) -> Iterator[Site]:
-    """Yield the sites of a module tree, each module once, in model order."""
-    names: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(path)
-    ties = _ties(model)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and path:
-            aliases = tuple(name for name in names[id(module)] if name != path)
-            yield _linear_site(path, module, aliases, ties)
-        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            yield _attention_site(path, module)
-
-
-def _linear_site(path: str, module: nn.Linear, aliases: tuple[str, ...], ties: dict[int, tuple[str, ...]]) -> Site:
-    weight = module._parameters.get("weight")
-    own = {f"{name}.weight" for name in (path, *aliases)}
-    tied = () if weight is None else tuple(name for name in ties.get(id(weight), ()) if name not in own)
-    stored = next(module.parameters(), None)  # reading a parametrized `weight` would run its power iteration
-    return Site(
-        path=path,
-        op="linear",
-        classes=class_names(type(module)),
-        shape=(module.out_features, module.in_features),
-        dtype=str((module.weight if stored is None else stored).dtype).removeprefix("torch."),
-        bias=module.bias is not None,
-        aliases=aliases,
-        tied_to=tied,
-        refusal=_refusal(module),
-    )
+def uses_in(plan: Plan) -> Uses | None:
+    """Return what a run of the model has shown, as far as a plan tells; None if it was made without one."""
+    if all(each.calls is None for each in plan.sites):
+        return None
+    weights = {
+        each.site.weight: WeightUse(each.op, each.site.layout, each.calls or 0, each.site.read)
+        for each in plan.sites
+        if each.calls
+    }
+    return Uses({each.path: each.calls or 0 for each in plan.sites}, weights)
 
 
 def class_names(kind: type) -> tuple[str, ...]:
@@ -81,67 +72,181 @@ def class_names(kind: type) -> tuple[str, ...]:
     return (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
 
 
-def _refusal(module: nn.Linear) -> str | None:
-    """Return why a linear cannot be adapted as it is, or None."""
-    if nn.utils.parametrize.is_parametrized(module):
-        return "its weight is computed by a parametrization; remove it (torch.nn.utils.parametrize) before"
-    if module._parameters.get("weight") is None:
-        return "its weight is computed at each call (weight_norm, spectral_norm); remove that before"
-    if type(module).forward is not nn.Linear.forward:
-        return f"class {type(module).__name__} has a forward of its own; what it does with the weight is not known"
+@dataclass(slots=True)
+class _Raw:
+    """A raw parameter that multiplies: what is known of its use."""
+
+    op: str
+    layout: Layout
+    aliases: tuple[str, ...] = ()
+    refusal: str | None = None
+
+
+class _Finder:
+    """Finds the sites of a module tree, in model order."""
+
+    def __init__(self, model: nn.Module, uses: Uses | None) -> None:
+        self.model = model
+        self.uses = uses
+        self.ran = uses is not None and uses.complete
+        self.names: dict[int, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(id(module), []).append(path)
+        self.ties = ties(model)
+
+    def sites(self) -> Iterator[Site]:
+        for path, module in self.model.named_modules():
+            kind = kind_of(module)
+            if kind is not None:
+                yield self._layer(path, module, kind)
+            for name, raw in self._raw_weights(path, module, kind).items():
+                yield self._raw(path, module, name, raw)
+
+    def _use(self, name: str) -> WeightUse | None:
+        return None if self.uses is None else self.uses.weights.get(name)
+
+    def _aliases(self, path: str, module: nn.Module) -> tuple[str, ...]:
+        return tuple(name for name in self.names[id(module)] if name != path)
+
+    # -- layers that are known by class
+
+    def _layer(self, path: str, module: nn.Module, kind: LayerKind) -> Site:
+        aliases = self._aliases(path, module)
+        own = {dotted(name, "weight") for name in (path, *aliases)}
+        weight = module._parameters.get("weight")
+        use = self._use(dotted(path, "weight"))
+        stored = next(module.parameters(), None)  # reading a parametrized `weight` would run its power iteration
+        return Site(
+            path=path,
+            op=kind.op,
+            classes=class_names(type(module)),
+            shape=kind.shape,
+            dtype=_dtype_name(module.weight if stored is None else stored),
+            bias=getattr(module, "bias", None) is not None,
+            calls=self._calls(path, kind, use),
+            aliases=aliases,
+            tied_to=() if weight is None else tuple(n for n in self.ties.get(id(weight), ()) if n not in own),
+            refusal=kind.refusal or (use.problem or None if use is not None else None),
+            layout=kind.layout,
+            read=not kind.called or (use is not None and use.outside),
+        )
+
+    def _calls(self, path: str, kind: LayerKind, use: WeightUse | None) -> int | None:
+        if self.uses is None or not self.ran:
+            return None
+        number = 0 if use is None else use.calls
+        return max(number, self.uses.calls.get(path, 0)) if kind.called else number
+
+    # -- raw parameters
+
+    def _raw_weights(self, path: str, module: nn.Module, kind: LayerKind | None) -> dict[str, _Raw]:
+        """Return the parameters of the module itself that multiply, or that may."""
+        known: dict[str, _Raw] = {}
+        if isinstance(module, nn.MultiheadAttention):
+            known = {name: _Raw("attention", "out_in", others) for name, others in attention_weights(module)}
+        for name in recurrent_weights(module):
+            known[name] = _Raw("linear", "out_in", (), RECURRENT)
+        for name, layout in expert_banks(module):
+            known[name] = _Raw("experts", layout)
+        if isinstance(module, nn.utils.parametrize.ParametrizationList):  # told of where its weight is used
+            return {}
+        own = {"weight"} if kind is not None else set()
+        if kind is not None and not self.ran:
+            return {}
+        found = {}
+        for name, parameter in module._parameters.items():
+            if parameter is None or name in own:
+                continue
+            raw = self._seen(dotted(path, name), parameter, known.get(name))
+            if raw is not None:
+                found[name] = raw
+        return found
+
+    def _seen(self, name: str, parameter: Tensor, known: _Raw | None) -> _Raw | None:
+        """Return what a run has shown of a raw parameter, or what its owner's class says of it."""
+        use = self._use(name)
+        if use is None:
+            if known is None and not self.ran and parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1:
+                return _Raw("matmul", "out_in", (), UNKNOWN_USE)
+            return known
+        if known is not None and known.op in ("attention", "linear"):
+            return known
+        op = "matmul" if use.op == "other" else use.op
+        return _Raw(op, use.layout, (), use.problem or _odd_shape(parameter, op) or None)
+
+    def _raw(self, path: str, module: nn.Module, name: str, raw: _Raw) -> Site:
+        parameter = module._parameters[name]
+        assert parameter is not None
+        full = dotted(path, name)
+        use = self._use(full)
+        aliases = tuple(dotted(owner, name) for owner in self._aliases(path, module))
+        others = tuple(dotted(path, each) for each in raw.aliases)
+        if name == "weight" and path:
+            others = (path, *others)
+        return Site(
+            path=full,
+            op=raw.op,
+            classes=class_names(type(module)),
+            shape=_shape(tuple(parameter.shape), raw.op, raw.layout),
+            dtype=_dtype_name(parameter),
+            calls=None if not self.ran else (0 if use is None else use.calls),
+            aliases=tuple(each for each in (*others, *aliases) if each),
+            tied_to=tuple(n for n in self.ties.get(id(parameter), ()) if n not in (full, *aliases)),
+            refusal=raw.refusal or _taken_name(module, name),
+            parameter=full,
+            layout=raw.layout,
+            read=True,
+        )
+
+
+def _odd_shape(parameter: Tensor, op: str) -> str:
+    if parameter.dim() == 1:
+        return "a vector has no low rank; train it whole (`train:` its module)"
+    if parameter.dim() > 3 and not op.startswith("conv"):
+        return f"a weight of {parameter.dim()} dimensions is not supported"
+    if not parameter.is_floating_point():
+        return f"a weight of dtype {_dtype_name(parameter)} is not supported"
+    return ""
+
+
+def _taken_name(module: nn.Module, name: str) -> str | None:
+    if name != "weight" and name + HOME in (*vars(module), *module._modules, *module._parameters, *module._buffers):
+        return f"its adapter would be kept as {name}{HOME}, a name that the module uses itself"
     return None
 
 
-def _attention_site(path: str, module: nn.MultiheadAttention) -> Site:
-    weight = module.in_proj_weight
-    return Site(
-        path=path,
-        op="attention",
-        classes=class_names(type(module)),
-        shape=tuple(weight.shape),
-        dtype=str(weight.dtype).removeprefix("torch."),
-        bias=module.in_proj_bias is not None,
-        refusal="nn.MultiheadAttention's projections are not supported yet",
-    )
+def _shape(stored: tuple[int, ...], op: str, layout: Layout) -> tuple[int, ...]:
+    """Return (.., out, in) of a stored weight."""
+    if layout == "out_in" or op.startswith("conv") or len(stored) < 2:
+        return stored
+    return (*stored[:-2], stored[-1], stored[-2])
 
 
-def _ties(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Return for each parameter, by identity, every name under which it or another view of its memory is found."""
-    groups: dict[object, list[tuple[str, Tensor]]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(_memory(parameter), []).append((name, parameter))
-    return {
-        id(parameter): tuple(name for name, _ in group)
-        for group in groups.values()
-        if len(group) > 1
-        for _, parameter in group
-    }
-
-
-def _memory(tensor: Tensor) -> object:
-    if tensor.is_meta:
-        return id(tensor)
-    try:
-        return (tensor.device, tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else id(tensor)
-    except RuntimeError:  # tensor subclasses without memory of their own
-        return id(tensor)
+def _dtype_name(tensor: Tensor | nn.Module) -> str:
+    assert isinstance(tensor, Tensor)
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _graph_sites(graph_module: fx.GraphModule) -> Iterator[Site]:
-    """Yield the sites of a graph in its order, then the linears inside modules that it calls as a whole."""
+    """Yield the sites of a graph in its order, then those inside modules that it calls as a whole."""
     calls = Counter(call.path for call in site_calls(graph_module) if call.path)
-    ties = _ties(graph_module)
+    finder = _Finder(graph_module, None)
+    found = {site.path: site for site in finder.sites()}
     for path, number in calls.items():
-        yield replace(_owner_site(path, graph_module, ties), calls=number, backend="graph")
-    for site in _module_sites(graph_module):
-        if site.path not in calls:
+        site = found.get(path) or _weight_site(path, graph_module, finder.ties)
+        yield replace(site, calls=number, backend="graph")
+    for site in found.values():
+        if site.path not in calls and not _is_in_graph(site, calls):
             yield replace(site, backend_reason="inside a module that the graph calls as a whole")
 
 
-def _owner_site(path: str, graph_module: fx.GraphModule, ties: dict[int, tuple[str, ...]]) -> Site:
+def _is_in_graph(site: Site, calls: Counter[str]) -> bool:
+    return site.parameter.endswith("weight") and site.owner in calls
+
+
+def _weight_site(path: str, graph_module: fx.GraphModule, tied: Mapping[int, tuple[str, ...]]) -> Site:
+    """Return the site of a weight that the graph reads from a module that is no layer."""
     owner = graph_module.get_submodule(path)
-    if isinstance(owner, nn.Linear):
-        return _linear_site(path, owner, (), ties)
     weight = owner._parameters["weight"]
     assert weight is not None
     return Site(
@@ -149,7 +254,7 @@ def _owner_site(path: str, graph_module: fx.GraphModule, ties: dict[int, tuple[s
         op="linear",
         classes=class_names(nn.Linear),
         shape=tuple(weight.shape),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=_dtype_name(weight),
         bias=owner._parameters.get("bias") is not None,
-        tied_to=tuple(name for name in ties.get(id(weight), ()) if name != f"{path}.weight"),
+        tied_to=tuple(name for name in tied.get(id(weight), ()) if name != f"{path}.weight"),
     )

@@ -105,11 +105,11 @@ class Editor:
             if name not in after:
                 self._note("drop module", f"{path}.{name}", site)
 
-    def set_weight(self, path: str, weight: Tensor, requires_grad: bool) -> None:
-        """Put a new Parameter at `<path>.weight`; whoever else holds the old one keeps it."""
+    def set_weight(self, path: str, weight: Tensor, requires_grad: bool, name: str = "weight") -> None:
+        """Put a new Parameter at `<path>.<name>`; whoever else holds the old one keeps it."""
         owner = self.graph_module.get_submodule(path)
-        owner.weight = nn.Parameter(weight, requires_grad=requires_grad)
-        self._note("set weight", f"{path}.weight", path)
+        setattr(owner, name, nn.Parameter(weight, requires_grad=requires_grad))
+        self._note("set weight", f"{path}.{name}", path)
 
     def finish(self) -> None:
         """Check and recompile the graph, once."""

@@ -1,25 +1,40 @@
 """The module backend: adapted modules compute base + scaling · B A dropout(x) in their own forward.
 
-It is the meaning that the graph backend must equal, and what runs wherever a graph does not.
+It is the meaning that the graph backend must equal, and what runs wherever a graph does not.  A layer that is called
+adds the low-rank product to its output; a weight that is read shows itself as a LoRAWeight, and whatever is computed
+with it is right.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import ACTIVE, attach, attached
+from lora_fx.adapters.attach import (
+    ACTIVE,
+    CALLED,
+    DENSE,
+    READS,
+    Attached,
+    attached,
+    attached_to,
+    has_call_factors,
+)
 from lora_fx.adapters.dora import row_norms
-from lora_fx.adapters.lora import add_low_rank, low_rank_weight
-from lora_fx.adapters.spec import AdapterSpec
-from lora_fx.swap import Swapped, original_class, swap
+from lora_fx.adapters.factors import CallFactors
+from lora_fx.adapters.lora import add_low_rank, as_rows
+from lora_fx.adapters.weight import LoRAWeight, Part
+from lora_fx.errors import RefusedError
+from lora_fx.swap import MADE_BY, Swapped, original_class, swap
 from lora_fx.tensors import dotted
 
 
-class AdaptedLinear(Swapped, nn.Linear):
-    """Mixin for an adapted nn.Linear; its class keeps the name, the keys and the attributes of the original."""
+class AdaptedLayer(Swapped, nn.Module):
+    """Mixin for an adapted layer that is called; its class keeps the name, the keys and the attributes it had."""
 
     lora_A: Any  # nn.ModuleDict of LoRAFactor; nn.Module's own annotations would call it a Tensor
     lora_B: Any
@@ -27,71 +42,107 @@ class AdaptedLinear(Swapped, nn.Linear):
     lora_magnitude_vector: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        base = self.base_forward(input)
+        base: Tensor = super().forward(input)
         name = self.__dict__[ACTIVE]
         if name is None:
             return base
         A, B, dropout, magnitude = self.lora_A[name], self.lora_B[name], None, None
+        if type(A) is CallFactors:
+            number = _next_call(self, len(A))
+            A, B = A[number], B[number]
         lora = A.spec.lora
         if lora.dropout:
             dropout = self.lora_dropout[name]
         if lora.dora:
             magnitude = functools.partial(
                 self.lora_magnitude_vector[name],
-                weight=self._parameters["weight"],
+                weight=as_rows(self._parameters["weight"], A.spec.layout),
                 bias=self.bias,
                 lora_A=A.weight,
-                lora_B=B.weight,
+                lora_B=B.matrix,
             )
-        return add_low_rank(base, input, A, B, dropout, magnitude, lora.scaling, A.spec.mixed)
+        one_hot = A.spec.op == "embedding"
+        return add_low_rank(base, input, A, B, dropout, magnitude, lora.scaling, A.spec.mixed, one_hot)
 
     def base_forward(self, input: Tensor) -> Tensor:
         """Return what the module computes without its adapter."""
-        return super().forward(input)
+        result: Tensor = super().forward(input)
+        return result
 
 
-class AdaptedWeightRead(AdaptedLinear):
-    """Mixin for an adapted nn.Linear whose `weight` somebody reads instead of calling it.
-
-    torch's fused path of nn.TransformerEncoderLayer hands `linear1.weight` to a kernel; so `weight` is the effective
-    weight W + scaling · B A here, and the base weight stays the parameter of that name.
-    """
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        base = self.base_weight
-        return base if self.__dict__[ACTIVE] is None else effective_weight(self, base)
-
-    @property
-    def base_weight(self) -> Tensor:
-        """The base weight W itself (`attach.BASE_WEIGHT`)."""
-        base = self._parameters["weight"]
-        assert base is not None
-        return base
-
-    def base_forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, self.base_weight, self.bias)
+def _next_call(owner: nn.Module, calls: int) -> int:
+    """Return the number of the call that begins, and count it."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RefusedError(
+            "an adapter for each call cannot be used with activation checkpointing: a call that is made again in the "
+            "backward pass does not say which one it is",
+            advice="leave out `per_call: true`, or checkpoint other modules",
+        )
+    number: int = owner.__dict__.get(CALLED, 0)
+    owner.__dict__[CALLED] = (number + 1) % calls
+    return number
 
 
-def effective_weight(owner: nn.Module, base: Tensor) -> Tensor:
+def count_calls_anew(root: nn.Module, _args: Any = None) -> None:
+    """Begin to count the calls of every module with an adapter for each: a forward of the whole model begins."""
+    for module in root.modules():
+        if CALLED in module.__dict__:
+            module.__dict__[CALLED] = 0
+
+
+@functools.cache
+def reading(names: tuple[str, ...]) -> type:
+    """Return the mixin for a module that shows the parameters of these names with their adapters."""
+    body: dict[str, Any] = {name: property(_reader(name)) for name in names}
+    return type("AdaptedWeights", (Swapped, nn.Module), {**body, READS: names, MADE_BY: (reading, (names,))})
+
+
+def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
+    def read(owner: nn.Module) -> Tensor | None:
+        base = owner._parameters[name]
+        found = attached(owner, name)
+        if found is None or base is None or owner.__dict__.get(ACTIVE) is None:
+            return base
+        return shown(found, base)
+
+    return read
+
+
+def shown(found: Attached, base: Tensor) -> Tensor:
+    """Return the adapted weight as it is read: a LoRAWeight, or a plain tensor for those who need one."""
+    owner = found.owner
+    fused = owner.__dict__.get(DENSE, False) and not owner.training and not torch.is_grad_enabled()
+    if found.magnitude is not None or fused or torch.compiler.is_compiling():
+        return effective_weight(found, base)
+    dropout = found.dropout if found.dropout is not None and found.dropout.training else None
+    return LoRAWeight(Part(base, found.low_rank(), dropout))
+
+
+def effective_weight(found: Attached, base: Tensor) -> Tensor:
     """Return W + scaling · B A (DoRA: m · V / ‖V‖) in W's dtype, through which gradients reach the adapter."""
-    found = attached(owner)
-    assert found is not None
-    A, B, scaling = found.lora_A.weight, found.lora_B.weight, found.spec.scaling
-    delta = low_rank_weight(A, B, scaling).to(base.dtype)
+    delta = found.delta().to(base.dtype)
     if found.magnitude is None:
         return base + delta
-    scale = (found.magnitude.weight / row_norms(base, A, B, scaling).to(base.dtype)).unsqueeze(1)
+    norms = row_norms(base, found.lora_A.weight, found.lora_B.matrix, found.spec.scaling)
+    scale = (found.magnitude.weight / norms.to(base.dtype)).unsqueeze(1)
     return base + (scale - 1) * base + scale * delta
 
 
-def adapt(owner: nn.Module, shape: tuple[int, ...], spec: AdapterSpec, weight_is_read: bool) -> None:
-    """Attach an adapter to the module and let its forward use it, in place."""
-    weight = owner.weight
-    assert isinstance(weight, Tensor)
-    attach(owner, weight, shape, spec)
-    swap(owner, AdaptedWeightRead if weight_is_read else AdaptedLinear)
-    owner.__dict__[ACTIVE] = spec.adapter
+def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:
+    """Let the adapters that the module holds take part in what it computes, in place.
+
+    Args:
+        owner: a module with adapters.
+        reads: names of the adapted parameters that code reads; where it is none, the module is called.
+        kernel: whether torch's fused kernels read its weights in eval mode.
+    """
+    names = tuple(reads)
+    swap(owner, reading(names) if names else AdaptedLayer)
+    owner.__dict__[ACTIVE] = next(attached_to(owner)).spec.adapter
+    if has_call_factors(owner):
+        owner.__dict__[CALLED] = 0
+    if kernel:
+        owner.__dict__[DENSE] = True
 
 
 def set_active(owner: nn.Module, adapter: str | None) -> str | None:
@@ -101,16 +152,16 @@ def set_active(owner: nn.Module, adapter: str | None) -> str | None:
     return before
 
 
-_READ = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAttention: ("out_proj",)}
-"""Children of torch's own classes whose weight is handed to a kernel, at least in eval mode."""
+_KERNELS = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAttention: ("out_proj", "")}
+"""Children of torch's own classes ("" is the class itself) whose weights are handed to a kernel in eval mode."""
 
 
-def weights_read(model: nn.Module) -> set[str]:
-    """Return the paths of linears whose weight torch's own layers read instead of calling the linear."""
+def read_by_kernels(model: nn.Module) -> set[str]:
+    """Return the paths of modules whose weights torch's own layers hand to fused kernels."""
     return {
         dotted(path, name)
         for path, module in model.named_modules(remove_duplicate=False)
-        for kind, names in _READ.items()
+        for kind, names in _KERNELS.items()
         if issubclass(original_class(module), kind)
         for name in names
     }

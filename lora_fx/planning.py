@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from typing import Literal
 from lora_fx.errors import NoMatchError, Unmatched
 from lora_fx.patterns import nearest_names
 from lora_fx.rules import LoRAConfig, Rule, RuleSet, Slices, SourceSpan, TrainPattern
-from lora_fx.sites import Backend, Site, differences, fingerprint
+from lora_fx.sites import CONVOLUTIONS, Backend, Site, differences, fingerprint
 from lora_fx.text import count, listing
 
 Decision = Literal["adapt", "keep", "skip", "refuse"]
@@ -27,6 +26,8 @@ class PlannedSite:
     rule: str | None = None
     lora: LoRAConfig | None = None
     slices: Slices | None = None
+    per_call: bool = False
+    """Whether each call of the site has an adapter of its own."""
 
     @property
     def path(self) -> str:
@@ -50,12 +51,19 @@ class PlannedSite:
 
     @property
     def trainable(self) -> int:
-        """Number of parameters that the adapter adds or unfreezes here: r · (in + out), DoRA's out, the bias."""
+        """Number of parameters that the adapter adds or unfreezes here: r · (in + out), DoRA's out, the bias.
+
+        A sliced adapter has r · (in + rows) for each part; a bank of experts, or a site with an adapter for each call,
+        has that many times as much.
+        """
         if self.lora is None:
             return 0
-        out_features, in_features = self.shape[0], math.prod(self.shape[1:])
+        out_features, in_features = self.site.features
+        parts = self.slices.rows(out_features) if self.slices is not None else (range(out_features),)
+        rows = sum(map(len, parts))
+        calls = (self.calls or 1) if self.per_call else 1
         extra = out_features * (self.lora.dora + (self.lora.bias and self.site.bias))
-        return self.lora.r * (in_features + out_features) + extra
+        return self.site.bank * calls * self.lora.r * (len(parts) * in_features + rows) + extra
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +166,7 @@ def decide(rules: RuleSet, inventory: Inventory) -> Plan:
         total=inventory.total,
         fingerprint=fingerprint(inventory.sites),
         regions=inventory.regions,
-        notes=(*inventory.notes, *_shadow_notes(rules.rules, planned), *_rank_notes(planned)),
+        notes=(*inventory.notes, *_shadow_notes(rules.rules, planned), *_rank_notes(planned), *_dead_notes(planned)),
         unmatched_rules=tuple(rule.name for rule in rules.rules if rule.name not in decided),
         rules=rules.to_dict(),
     )
@@ -177,15 +185,29 @@ def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedMod
         return PlannedSite(site, "keep", "no rule")
     if rule.skip is not None:
         return PlannedSite(site, "skip", rule.skip, rule.name)
-    refusal = site.refusal or _unsupported(rule)
+    refusal = site.refusal or _unsupported(rule, site)
     if refusal is not None:
         return PlannedSite(site, "refuse", refusal, rule.name)
-    return PlannedSite(site, "adapt", _origin(rule), rule.name, rule.lora, rule.slices)
+    per_call = rule.per_call and site.calls != 1
+    return PlannedSite(site, "adapt", _origin(rule), rule.name, rule.lora, rule.slices, per_call)
 
 
-def _unsupported(rule: Rule) -> str | None:
+def _unsupported(rule: Rule, site: Site) -> str | None:
+    """Return why a site cannot have the adapter that its rule wants; None if it can."""
+    assert rule.lora is not None
     if rule.slices is not None:
-        return "slices of a fused weight are not supported yet; without `slices` the whole weight is adapted"
+        if site.op in (*CONVOLUTIONS, "embedding"):
+            return f"slices are for weights with parts among their rows, not for {site.op}"
+        try:
+            rule.slices.rows(site.features[0])
+        except ValueError as problem:
+            return str(problem)
+    if rule.lora.dora and (site.op != "linear" or site.parameter or rule.slices is not None or rule.per_call):
+        return "DoRA is for whole linear layers, not for this kind of site; leave out `dora`"
+    if rule.per_call and site.calls is None:
+        return "per_call needs example_inputs: without them nothing shows how often it is called"
+    if rule.per_call and site.calls != 1 and (site.read or site.parameter):
+        return "per_call is for layers that are called; code reads this weight, which does not show which call it is"
     return None
 
 
@@ -290,12 +312,20 @@ def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list
 def _rank_notes(planned: Iterable[PlannedSite]) -> list[str]:
     paths: dict[tuple[str | None, int, int], list[str]] = {}
     for site in planned:
-        if site.lora is not None and site.lora.r > min(site.shape):
-            paths.setdefault((site.rule, site.lora.r, min(site.shape)), []).append(site.path)
+        if site.lora is not None and site.lora.r > min(site.site.features):
+            paths.setdefault((site.rule, site.lora.r, min(site.site.features)), []).append(site.path)
     return [
         f"{listing(sites, 3)}: r = {r} is above min(in, out) = {smaller}; full fine-tuning would need fewer parameters"
         for (_, r, smaller), sites in paths.items()
     ]
+
+
+DEAD = "never used with the example inputs"
+
+
+def _dead_notes(planned: Iterable[PlannedSite]) -> list[str]:
+    dead = [site.path for site in planned if site.decision == "adapt" and site.calls == 0]
+    return [f"{listing(dead, 3)}: {DEAD}, so their adapters get no gradient from such inputs"] if dead else []
 
 
 def stale_parts(plan: Plan, inventory: Inventory) -> list[tuple[str, str, str]]:

@@ -32,7 +32,7 @@ def _header(plan: Plan) -> str:
 def _row(each: PlannedSite) -> tuple[str, ...]:
     doing = SYMBOLS[each.decision]
     if each.lora is not None:
-        doing += f" {_lora_text(each.lora)}"
+        doing += f" {_lora_text(each.lora)}{_parts_text(each)}"
     elif each.decision != "keep":
         doing += {"skip": " skipped", "refuse": " refused"}[each.decision]
     backend = each.backend if each.decision == "adapt" else ""
@@ -44,6 +44,12 @@ def _lora_text(lora: LoRAConfig) -> str:
     dropout = f" dropout={lora.dropout:g}" if lora.dropout else ""
     switches = (("rslora", lora.rslora), ("dora", lora.dora), ("bias", lora.bias))
     return f"r={lora.r} alpha={lora.alpha:g}{dropout}" + "".join(f" {name}" for name, on in switches if on)
+
+
+def _parts_text(each: PlannedSite) -> str:
+    """Return ` on q, v` for slices, ` for each of 12 calls` for calls with an adapter each."""
+    parts = "" if each.slices is None else f" on {', '.join(each.slices.adapt)}"
+    return parts + (f" for each of {each.calls} calls" if each.per_call else "")
 
 
 def fold_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

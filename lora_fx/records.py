@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx.adapters.attach import adapter_dtype
 from lora_fx.adapters.spec import AdapterSpec, ModelRecord
 from lora_fx.planning import Plan, PlannedSite
+from lora_fx.tensors import get_tensor
 
 
 def record_of(plan: Plan, model: nn.Module) -> ModelRecord:
@@ -23,7 +24,21 @@ def record_of(plan: Plan, model: nn.Module) -> ModelRecord:
 def spec_of(each: PlannedSite, record: ModelRecord, model: nn.Module) -> AdapterSpec:
     """Return what the adapter at a planned site knows of itself."""
     assert each.lora is not None
-    weight = model.get_submodule(each.path).weight
-    assert isinstance(weight, Tensor)
-    mixed = adapter_dtype(weight) != weight.dtype
-    return AdapterSpec(each.path, each.op, each.lora.adapter, each.rule or "", each.lora, mixed, record)
+    site = each.site
+    weight = get_tensor(model, site.weight)
+    assert weight is not None
+    return AdapterSpec(
+        path=each.path,
+        op=each.op,
+        adapter=each.lora.adapter,
+        rule=each.rule or "",
+        lora=each.lora,
+        mixed=adapter_dtype(weight) != weight.dtype,
+        record=record,
+        shape=site.shape,
+        parameter=site.weight.rpartition(".")[2],
+        layout=site.layout,
+        parts=() if each.slices is None else each.slices.rows(site.features[0]),
+        slices=None if each.slices is None else each.slices.to_dict(),
+        calls=(each.calls or 0) if each.per_call else 0,
+    )

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import Attached, all_attached
+from lora_fx.adapters.attach import ACTIVE, Attached, all_attached
 from lora_fx.applying import record_in, trainable
-from lora_fx.modules import AdaptedLinear
 from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.region import Region
 from lora_fx.text import columns, count, thousands
@@ -28,6 +27,8 @@ class AdaptedSite:
     parameters: int
     backend: str
     """"graph" if a region's graph or the GraphModule's own computes it, else "module"."""
+    call: int | None = None
+    """The call that it serves, where each has an adapter of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def report(tuned: nn.Module) -> Report:
 
 
 def _site(tuned: nn.Module, path: str, each: Attached, covered: set[str]) -> AdaptedSite:
-    own_graph = isinstance(tuned, fx.GraphModule) and not isinstance(each.owner, AdaptedLinear)
+    own_graph = isinstance(tuned, fx.GraphModule) and ACTIVE not in each.owner.__dict__
     in_graph = own_graph or path in covered
     return AdaptedSite(
         path=path,
@@ -98,6 +99,7 @@ def _site(tuned: nn.Module, path: str, each: Attached, covered: set[str]) -> Ada
         adapter=each.spec.adapter,
         rule=each.spec.rule,
         r=each.spec.lora.r,
+        call=each.call,
         scaling=each.spec.scaling,
         parameters=sum(p.numel() for p in each.parameters()),
         backend="graph" if in_graph else "module",

@@ -240,9 +240,9 @@ class _RuleReader(Reading):
         if match is None:
             return None
         config = None if "skip" in found else LoRAConfig(**lora)
-        return Rule(
-            name, match, config, skip, slices, expect, self._span(node), self._span(_pattern_in(found["match"]))
-        )
+        per_call = bool(self.boolean(found["per_call"], "per_call")) if "per_call" in found else False
+        place, pattern = self._span(node), self._span(_pattern_in(found["match"]))
+        return Rule(name, match, config, skip, slices, expect, place, pattern, per_call)
 
     def _skip(self, node: Node) -> str:
         if isinstance(node.value, bool):
@@ -251,7 +251,7 @@ class _RuleReader(Reading):
         return self.text(node, "skip")
 
     def _no_use_with_skip(self, found: dict[str, Node]) -> None:
-        for key in ("lora", "slices"):
+        for key in ("lora", "slices", "per_call"):
             if key in found:
                 self.problem(found[key].place, f"a rule that skips cannot have '{key}'", "take one of the two away")
 

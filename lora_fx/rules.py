@@ -123,6 +123,33 @@ class Slices:
     parts: tuple[Slice, ...]
     adapt: tuple[str, ...]
 
+    def rows(self, out_features: int) -> tuple[tuple[int, ...], ...]:
+        """Return the rows of each part that is adapted, in the order of the parts.
+
+        Raises:
+            ValueError: the parts do not fit a weight of so many rows; says how.
+        """
+        rows = self._all_rows(out_features)
+        return tuple(tuple(rows[part.name]) for part in self.parts if part.name in self.adapt)
+
+    def _all_rows(self, out_features: int) -> dict[str, list[int]]:
+        if any(part.rows for part in self.parts):
+            end = max(b for part in self.parts for _, b in part.rows)
+            if end > out_features:
+                raise ValueError(f"the slices name rows up to {end}, the weight has {out_features}")
+            return {part.name: [row for a, b in part.rows for row in range(a, b)] for part in self.parts}
+        equal, rest = divmod(out_features, len(self.parts))
+        sizes = [equal if part.size is None else part.size for part in self.parts]
+        if self.parts[0].size is None and rest:
+            raise ValueError(f"{out_features} rows cannot be cut into {len(self.parts)} equal parts")
+        if sum(sizes) != out_features:
+            raise ValueError(f"the slices have {sum(sizes)} rows together, the weight has {out_features}")
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        return {
+            part.name: list(range(start, start + size))
+            for part, start, size in zip(self.parts, starts, sizes, strict=True)
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""
         if all(part.size is None and not part.rows for part in self.parts):
@@ -166,6 +193,8 @@ class Rule:
     span: SourceSpan
     match_span: SourceSpan
     """Where its match is written."""
+    per_call: bool = False
+    """Whether each call of a module that is called several times gets an adapter of its own."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""
@@ -176,6 +205,8 @@ class Rule:
             found["skip"] = self.skip
         if self.slices is not None:
             found["slices"] = self.slices.to_dict()
+        if self.per_call:
+            found["per_call"] = True
         if self.expect.value() is not None:
             found["expect"] = self.expect.value()
         return found

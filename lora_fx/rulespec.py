@@ -150,6 +150,11 @@ RULE = Table(
         "slices": Key(
             {"$ref": "#/$defs/slices"}, "Adapt parts of a fused weight.", "slices: {of: [q, k, v], adapt: [q, v]}"
         ),
+        "per_call": Key(
+            {"type": "boolean"},
+            "Give each call of a module that is called several times an adapter of its own.",
+            "per_call: true",
+        ),
         "expect": Key(
             {"anyOf": [{"type": "integer", "minimum": 0}, {"const": "any"}]},
             "How many sites the rule must decide; default at least one, `any` allows none.",

@@ -20,7 +20,7 @@ def json_schema() -> dict[str, Any]:
             "slices": _object(SLICES),
             "rule": {
                 **_object(RULE),
-                "not": {"anyOf": [{"required": ["skip", other]} for other in ("lora", "slices")]},
+                "not": {"anyOf": [{"required": ["skip", other]} for other in ("lora", "slices", "per_call")]},
             },
         },
     }

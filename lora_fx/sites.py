@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 Backend = Literal["graph", "module"]
+Layout = Literal["out_in", "in_out"]
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,20 +18,20 @@ class Site:
     """One weight that multiplies an activation, whatever wrote it."""
 
     path: str
-    """Dotted path of the owning module, under the first of its names."""
+    """Dotted path of the owning module, under the first of its names; of a raw parameter, its own dotted name."""
     op: str
     """What is done with the weight: one of `rules.OPS`."""
     classes: tuple[str, ...]
     """The owner's class as a rule may write it: `Linear` and `torch.nn.modules.linear.Linear`."""
     shape: tuple[int, ...]
-    """(out_features, in_features), as `nn.Linear.weight`."""
+    """(out, in); of a convolution (out, in / groups, kernel…); of a bank of experts (bank, out, in)."""
     dtype: str = "float32"
     bias: bool = False
     """Whether a bias belongs to it."""
     calls: int | None = None
     """How often one forward uses it; None where no inputs were given."""
     aliases: tuple[str, ...] = ()
-    """Other names of the same module."""
+    """Other names of the same site."""
     tied_to: tuple[str, ...] = ()
     """Names of other parameters that are the same weight."""
     refusal: str | None = None
@@ -36,14 +39,48 @@ class Site:
     backend: Backend = "module"
     backend_reason: str = ""
     """Why this backend, when it is not the graph."""
+    parameter: str = ""
+    """Dotted name of the weight where it is a raw parameter; empty where it is `weight` of the module at `path`."""
+    layout: Layout = "out_in"
+    """How the parameter holds the matrix: as [out, in], or transposed."""
+    read: bool = False
+    """Whether code reads the weight, instead of (or besides) calling the module that owns it."""
 
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path, *self.aliases)
 
+    @property
+    def weight(self) -> str:
+        """Dotted name of the weight."""
+        return self.parameter or f"{self.path}.weight".lstrip(".")
+
+    @property
+    def owner(self) -> str:
+        """Dotted path of the module that owns the weight."""
+        return self.weight.rpartition(".")[0]
+
+    @property
+    def is_banked(self) -> bool:
+        """Whether the weight holds several matrices, [bank, out, in]."""
+        return len(self.shape) == 3 and self.op not in CONVOLUTIONS
+
+    @property
+    def bank(self) -> int:
+        """Number of matrices that the weight holds."""
+        return self.shape[0] if self.is_banked else 1
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(out, in) of the matrix; a convolution's kernel counts as inputs."""
+        shape = self.shape[1:] if self.is_banked else self.shape
+        return shape[0], math.prod(shape[1:])
+
     def text(self) -> str:
-        """Return `Linear 768 → 3072`."""
-        return f"{self.classes[0]} {' × '.join(map(str, self.shape[1:]))} → {self.shape[0]}"
+        """Return `Linear 768 → 3072`; of a bank, `Experts 8 × 768 → 3072`."""
+        *bank, out_features = self.shape[: 1 + self.is_banked]
+        sizes = (*bank, *self.shape[1 + self.is_banked :])
+        return f"{self.classes[0]} {' × '.join(map(str, sizes))} → {out_features}"
 
 
 def fingerprint(sites: Iterable[Site]) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
 
-from lora_fx.errors import CaptureError
-from lora_fx.planning import Plan, PlannedRegion, PlannedSite
-from lora_fx.regions.survey import Survey, survey, survey_symbolically
+from lora_fx.discovery import refuse_unfit
+from lora_fx.errors import CaptureError, RefusedError
+from lora_fx.planning import DEAD, Plan, PlannedRegion, PlannedSite
+from lora_fx.regions.survey import Survey, survey, survey_symbolically, unchanged_modes, unchanged_random
 from lora_fx.samples import Sample, dummy_samples, moved, samples_of
 from lora_fx.twin import is_meta, make_twin
+from lora_fx.weightuses import Uses, weight_uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,67 +26,90 @@ class Study:
     samples: tuple[Sample, ...]
 
 
-def studied(plan: Plan, model: nn.Module, example_inputs: object, graphs: bool = True) -> Plan:
-    """Return the plan with each site's backend and number of calls, found by running the model on samples.
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a first run of the model has shown, before anything is decided."""
 
-    The model stays unchanged: a twin runs.
+    samples: tuple[Sample, ...]
+    """Empty where there are none, or where the model does not run on them here."""
+    uses: Uses | None = None
+    note: str = ""
 
-    Args:
-        plan: a plan for the model.
-        model: the model.
-        example_inputs: the user's samples, or None.
-        graphs: whether to capture graphs; without, only calls are counted.
+
+def observed(model: nn.Module, example_inputs: object) -> Observed:
+    """Return how the model uses its weights, seen in a run of each sample in eval mode; the model stays unchanged.
+
+    A twin runs.  Without samples, and for a GraphModule, nothing runs.
 
     Raises:
         CaptureError: if the user's own inputs are of a wrong kind or the model refuses them.
     """
-    if isinstance(model, fx.GraphModule) or not plan.adapted:
-        return plan
+    refuse_unfit(model)
     given = None if example_inputs is None else samples_of(example_inputs)
+    if isinstance(model, fx.GraphModule):
+        return Observed(given or ())
     samples = given or dummy_samples(model)
     if samples is None:
-        return _without_inputs(plan, model) if graphs else plan
+        return Observed(())
+    samples = _on_device(samples, model)
     try:
-        return _surveyed(plan, model, _on_device(samples, model), graphs)
-    except _ModelRefuses as refusal:
+        return Observed(samples, _uses(make_twin(model), samples))
+    except RefusedError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if given is not None and not is_meta(model):
             raise CaptureError(
-                "the model refuses the example inputs", [("(root)", str(refusal))], "check example_inputs"
-            ) from refusal.__cause__
-        return _noted(_without_inputs(plan, model), f"the model does not run on its sample inputs here: {refusal}")
+                "the model refuses the example inputs", [("(root)", reason)], "check example_inputs"
+            ) from error
+        return Observed((), None, f"the model does not run on its sample inputs here: {reason}")
 
 
-class _ModelRefuses(Exception):
-    """The model raised for a sample."""
+def _uses(twin: nn.Module, samples: Sequence[Sample]) -> Uses:
+    """Return what all samples show: the calls of the first, and every weight that any of them uses."""
+    found: list[Uses] = []
+    with unchanged_modes(twin), unchanged_random(twin), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin.eval()
+        for sample in samples:
+            found.append(weight_uses(twin, sample.args, sample.kwargs))
+    calls = {path: number for each in reversed(found) for path, number in each.calls.items()}
+    return Uses(calls, {name: use for each in reversed(found) for name, use in each.weights.items()})
 
 
-def _surveyed(plan: Plan, model: nn.Module, samples: tuple[Sample, ...], graphs: bool) -> Plan:
-    adapted = [site.path for site in plan.adapted]
-    try:
-        found = survey(make_twin(model), samples, adapted if graphs else [])
-    except Exception as error:
-        raise _ModelRefuses(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+def studied(plan: Plan, model: nn.Module, seen: Observed, graphs: bool = True) -> Plan:
+    """Return the plan with each site's backend, found by running the model on samples; it stays unchanged.
+
+    Args:
+        plan: a plan for the model.
+        model: the model.
+        seen: what a first run of it has shown.
+        graphs: whether to capture graphs.
+    """
+    if seen.note:
+        plan = _noted(plan, seen.note)
+    if isinstance(model, fx.GraphModule) or not plan.adapted:
+        return plan
+    if not seen.samples:
+        return _without_inputs(plan, model) if graphs else plan
+    wanted = [site.path for site in plan.adapted] if graphs else []
+    found = survey(make_twin(model), seen.samples, wanted)
     sites = tuple(_with_backend(each, found) for each in plan.sites)
-    return replace(plan, sites=sites, regions=_planned_regions(found), capture=Study(found, samples))
+    return replace(plan, sites=sites, regions=_planned_regions(found), capture=Study(found, seen.samples))
 
 
 def _with_backend(each: PlannedSite, found: Survey) -> PlannedSite:
-    in_graph = any(path in found.covered for path in each.site.paths)
-    reason = "" if in_graph else _reason(each.path, found)
-    site = replace(
-        each.site,
-        backend="graph" if in_graph else "module",
-        backend_reason=reason,
-        calls=found.calls.get(each.path, 0) if found.calls else None,
-    )
+    in_graph = any(path in found.covered for path in (*each.site.paths, each.site.weight))
+    reason = "" if in_graph else _reason(each, found)
+    site = replace(each.site, backend="graph" if in_graph else "module", backend_reason=reason)
     return replace(each, site=site)
 
 
-def _reason(path: str, found: Survey) -> str:
+def _reason(each: PlannedSite, found: Survey) -> str:
     """Return why the site is in no graph: the failure of its innermost region."""
-    if found.calls and not found.calls.get(path):
-        return "never called as a module: its weight is read, or unused"
-    owners = [region for region in found.failures if not region or f"{path}.".startswith(f"{region}.")]
+    if each.calls == 0:
+        return DEAD
+    owners = [region for region in found.failures if not region or f"{each.path}.".startswith(f"{region}.")]
     return found.failures[max(owners, key=len)] if owners else "outside of repeated blocks"
 
 

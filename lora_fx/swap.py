@@ -18,6 +18,8 @@ from torch import nn
 
 _CLASSES: dict[tuple[type, type], type] = {}
 _ORIGIN = "_lora_fx_origin"
+MADE_BY = "_lora_fx_made_by"
+"""Attribute of a mixin that was made on demand: (function, arguments) that make it."""
 
 
 class Swapped:
@@ -31,7 +33,7 @@ class Swapped:
         function, arguments, *rest = reduced
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             arguments = tuple(original if each is type(self) else each for each in arguments)
-        return (_rebuild, (mixins, function, arguments), *rest)
+        return (_rebuild, (tuple(map(_recipe, mixins)), function, arguments), *rest)
 
 
 def _layers(kind: type) -> tuple[type, tuple[type, ...]]:
@@ -43,10 +45,15 @@ def _layers(kind: type) -> tuple[type, tuple[type, ...]]:
     return kind, tuple(mixins)
 
 
-def _rebuild(mixins: tuple[type, ...], function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+def _recipe(mixin: type) -> Any:
+    """Return the mixin, or, of one that was made on demand, (function, arguments) that make it."""
+    return getattr(mixin, MADE_BY, mixin)
+
+
+def _rebuild(mixins: tuple[Any, ...], function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
     module = function(*arguments)
-    for mixin in mixins:
-        swap(module, mixin)
+    for each in mixins:
+        swap(module, each if isinstance(each, type) else each[0](*each[1]))
     return module
 
 

@@ -8,17 +8,18 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import Attached, all_attached, detach
+from lora_fx.adapters.attach import ACTIVE, Attached, all_attached, detach
 from lora_fx.adapters.spec import ModelRecord
 from lora_fx.applying import record_in
 from lora_fx.editor import Editor
-from lora_fx.modules import AdaptedLinear, set_active
+from lora_fx.modules import count_calls_anew, set_active
 from lora_fx.passes import apply_pass
 from lora_fx.passes.merge import Merge, check_mergeable, folded
 from lora_fx.passes.remove import Remove, erase_lora_nodes
 from lora_fx.passes.sitegraph import lora_nodes
 from lora_fx.regions.install import regions, uninstall
 from lora_fx.tensors import borrowed, own_parameters, set_tensor
+from lora_fx.ties import mark_untied, tied_names
 from lora_fx.twin import make_twin
 
 
@@ -42,22 +43,41 @@ def merged(tuned: nn.Module) -> nn.Module:
     record = record_in(tuned)
     check_mergeable(tuned)
     twin = _plain_twin(tuned, Merge())
+    owners: dict[int, list[Attached]] = {}
     for _, found in list(all_attached(twin)):
-        _merge_module(found)
+        owners.setdefault(id(found.owner), []).append(found)
+    for adapters in owners.values():
+        _merge_module(adapters)
+    _untie(tuned, twin)
     names = [name for name, _ in twin.named_parameters(remove_duplicate=False) if name in record.base]
     own_parameters(twin, names, requires_grad=False)  # trained whole: the adapted model may go on training its own
     return _flagged(twin, record)
 
 
-def _merge_module(found: Attached) -> None:
-    weight = folded(found)
-    detach(found.owner)
-    found.owner.weight = nn.Parameter(weight, requires_grad=False)
+def _merge_module(adapters: list[Attached]) -> None:
+    """Fold the adapters of one module into its weights."""
+    owner = adapters[0].owner
+    weights = {found.spec.parameter: folded(found) for found in adapters}
+    detach(owner)
+    for name, weight in weights.items():
+        setattr(owner, name, nn.Parameter(weight, requires_grad=False))
+
+
+def _untie(tuned: nn.Module, twin: nn.Module) -> None:
+    """Note in a transformers model that weights which were tied no longer are, or loading it would tie them again."""
+    parameters = dict(twin.named_parameters(remove_duplicate=False))
+    for names in tied_names(tuned):
+        if len({id(parameters[name]) for name in names if name in parameters}) > 1:
+            mark_untied(twin)
+            return
 
 
 def _plain_twin(tuned: nn.Module, rewrite: Merge | Remove) -> nn.Module:
     """Return a twin without regions and, for a GraphModule, with its graph rewritten."""
     twin = make_twin(tuned)
+    for key, hook in list(twin._forward_pre_hooks.items()):
+        if hook is count_calls_anew:
+            del twin._forward_pre_hooks[key]
     for _, module, _ in list(regions(twin)):
         uninstall(module)
     if isinstance(twin, fx.GraphModule) and next(lora_nodes(twin), None) is not None:
@@ -98,7 +118,7 @@ def disabled(tuned: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _inactive_modules(tuned: nn.Module) -> Iterator[None]:
-    owners = [found.owner for _, found in all_attached(tuned) if isinstance(found.owner, AdaptedLinear)]
+    owners = list({id(f.owner): f.owner for _, f in all_attached(tuned) if ACTIVE in f.owner.__dict__}.values())
     before = [(owner, set_active(owner, None)) for owner in owners]
     graphs = [(region, region.enabled) for _, _, region in regions(tuned)]
     for region, _ in graphs:

@@ -52,7 +52,7 @@ def test_plan_as_text():
 def test_plan_as_text_without_folding_has_a_line_for_each_site():
     plan = lora_fx.plan(zoo.Gpt(), CHOSEN, (zoo.tokens(2, 6),))
     lines = plan_text(plan, fold=False).splitlines()
-    assert sum("Linear" in line for line in lines) == len(plan.sites) == 13
+    assert sum("Linear" in line or "Embedding" in line for line in lines) == len(plan.sites) == 15
 
 
 def test_every_site_has_a_decision_and_a_reason():
@@ -149,13 +149,13 @@ def test_what_matches_nothing_is_shown_where_it_stands_rules_and_train_at_once(t
         "  pattern  clasifier",
         "  nearest  classifier",
         "  fix the pattern, or take it away",
-        "mine.yaml:4:19: rule 'bad' matched none of 8 sites",
+        "mine.yaml:4:19: rule 'bad' matched none of 9 sites",
         '    4 |     match: {name: "**.qeury"}',
         "      |                   ^^^^^^^^^^",
         "  pattern  **.qeury",
         "  nearest  layer.0.attention.query",
         "  fix the pattern, or set `expect: any` if a model need not have it",
-        "mine.yaml:5:17: rule 'rule 2' matched none of 8 sites",
+        "mine.yaml:5:17: rule 'rule 2' matched none of 9 sites",
         "    5 |   - match: {op: linear, shape: [7, 7]}",
         "      |                 ^^^^^^",
         "  pattern  shape=[7, 7] op=linear",

@@ -291,8 +291,9 @@ SHAPES = ((2, 6), (3, 9), (1, 6), (4, 1), (5, 7))
 
 
 def rules(name: str | list[str] = "**", train: list[str] | None = None, **lora: Any) -> dict[str, Any]:
-    """Return rules with one rule."""
-    found: dict[str, Any] = {"version": 1, "rules": [{"match": {"name": name}, "lora": {"r": 4, **lora}}]}
+    """Return rules with one rule; for all linears if no name is given."""
+    match = {"name": name, "op": "linear"} if name == "**" else {"name": name}
+    found: dict[str, Any] = {"version": 1, "rules": [{"match": match, "lora": {"r": 4, **lora}}]}
     return found | ({"train": train} if train else {})
 
 

@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.dora import DoRAMagnitude, row_norms
-from lora_fx.adapters.initialise import initialise
-from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.adapters.factored import Factored
+from lora_fx.adapters.factors import (
+    CallFactors,
+    Convolution,
+    ConvolutionA,
+    ConvolutionB,
+    EmbeddingA,
+    SlicedB,
+    TokenDropout,
+)
+from lora_fx.adapters.initialise import Kind, initialise
+from lora_fx.adapters.lora import LoRAFactor, low_rank_weight
 from lora_fx.adapters.spec import AdapterSpec
+from lora_fx.adapters.views import WeightView
 from lora_fx.swap import unswap
+from lora_fx.tensors import dotted
 
 CHILDREN = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 ACTIVE = "lora_fx_active"
 """Attribute of an adapted module: name of the adapter that its forward uses, None while disabled."""
-BASE_WEIGHT = "base_weight"
-"""Attribute that gives the base weight of a module which shows an effective weight as its `weight`."""
+CALLED = "lora_fx_called"
+"""Attribute of a module with an adapter for each call: how often it has been called in this forward."""
+READS = "lora_fx_reads"
+"""Attribute of a class whose instances show these parameters with their adapters."""
+DENSE = "lora_fx_dense"
+"""Attribute of a module whose weights torch's fused kernels read in eval mode: they get a plain tensor there."""
+HOME = "_lora"
+"""What the name of a raw parameter gets as its end in the name of the module that holds its adapter."""
 _HALF = (torch.float16, torch.bfloat16)
+
+
+class AdapterHome(nn.Module):
+    """Holds the adapter of a raw parameter: `<parameter>_lora.lora_A.<adapter>.weight` and the rest."""
+
+    lora_A: Any
+    lora_B: Any
+
+    def __init__(self, parameter: str) -> None:
+        super().__init__()
+        self.parameter = parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +58,20 @@ class Attached:
     """One adapter where it sits: the module that owns the base weight, and the factors beside it."""
 
     owner: nn.Module
+    home: nn.Module
+    """What holds the factors: the owner itself, or the AdapterHome of a raw parameter."""
     spec: AdapterSpec
     lora_A: LoRAFactor
     lora_B: LoRAFactor
     dropout: nn.Module | None
     magnitude: DoRAMagnitude | None
+    call: int | None = None
+    """The call that it serves, where each has an adapter of its own."""
 
     @property
     def base_weight(self) -> Tensor:
-        """The base weight W itself, also where the owner shows an effective weight instead."""
-        weight = self.owner._parameters["weight"]
+        """The base weight W itself, also where the owner shows an adapted weight instead."""
+        weight = self.owner._parameters[self.spec.parameter]
         assert weight is not None
         return weight
 
@@ -48,8 +81,23 @@ class Attached:
         yield self.lora_B.weight
         if self.magnitude is not None:
             yield self.magnitude.weight
-        if self.spec.lora.bias and isinstance(self.owner.bias, nn.Parameter):
-            yield self.owner.bias
+        bias = self.owner._parameters.get("bias") if self.spec.path_is_owner else None
+        if self.spec.lora.bias and bias is not None:
+            yield bias
+
+    def low_rank(self) -> Factored:
+        """Return the low-rank part of the weight as it is stored."""
+        rows, columns = self.lora_B.matrix, self.lora_A.matrix
+        if self.spec.layout == "in_out":
+            rows, columns = columns.transpose(-1, -2), rows.transpose(-1, -2)
+        view = WeightView.of(tuple(self.base_weight.shape), self.spec.is_banked)
+        return Factored(view, rows, columns, self.spec.rank, self.spec.scaling)
+
+    def delta(self) -> Tensor:
+        """Return ΔW = scaling · B A in float32 (float64 for float64 factors), in the shape of the base weight."""
+        delta = low_rank_weight(self.lora_A.matrix, self.lora_B.matrix, self.spec.scaling)
+        stored = delta.transpose(-1, -2) if self.spec.layout == "in_out" else delta
+        return stored.reshape(self.base_weight.shape)
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:
@@ -60,60 +108,116 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype if weight.is_floating_point() and weight.dtype not in _HALF else torch.float32
 
 
-def attach(owner: nn.Module, weight: Tensor, shape: tuple[int, ...], spec: AdapterSpec) -> Attached:
+def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
     """Add freshly initialised factors to the owner of a base weight; no key of the owner changes.
 
-    Adds `lora_A.<adapter>.weight` [r, in] and `lora_B.<adapter>.weight` [out, r]; where the rule asks for it a
-    parameterless `lora_dropout.<adapter>` and, for DoRA, `lora_magnitude_vector.<adapter>.weight` [out]; all in the
-    owner's mode (train or eval) and on the weight's device.
+    Adds `lora_A.<adapter>.weight` [r, in] and `lora_B.<adapter>.weight` [out, r] to the owner, or, for a raw parameter,
+    to a module `<parameter>_lora` in it; where the rule asks for it a parameterless `lora_dropout.<adapter>` and, for
+    DoRA, `lora_magnitude_vector.<adapter>.weight` [out]; all in the owner's mode (train or eval) and on the weight's
+    device.
     """
-    out_features, in_features = shape[0], math.prod(shape[1:])
-    dtype, device = adapter_dtype(weight), weight.device
-    factor_a = LoRAFactor(torch.empty(spec.lora.r, in_features, dtype=dtype, device=device), spec)
-    factor_b = LoRAFactor(torch.empty(out_features, spec.lora.r, dtype=dtype, device=device))
-    initialise(factor_a.weight, factor_b.weight, spec.lora.init)
-    owner.lora_A = nn.ModuleDict({spec.adapter: factor_a})
-    owner.lora_B = nn.ModuleDict({spec.adapter: factor_b})
+    weight = owner._parameters[spec.parameter]
+    assert weight is not None
+    home = _home(owner, spec)
+    pairs = [_factors(owner, weight, spec) for _ in range(max(1, spec.calls))]
+    first, second = zip(*pairs, strict=True)
+    home.lora_A = nn.ModuleDict({spec.adapter: CallFactors(first) if spec.calls else first[0]})
+    home.lora_B = nn.ModuleDict({spec.adapter: CallFactors(second) if spec.calls else second[0]})
     if spec.lora.dropout:
-        owner.lora_dropout = nn.ModuleDict({spec.adapter: nn.Dropout(spec.lora.dropout)})
+        kind = TokenDropout if spec.op == "embedding" else nn.Dropout
+        home.lora_dropout = nn.ModuleDict({spec.adapter: kind(spec.lora.dropout)})
     if spec.lora.dora:
-        norms = row_norms(weight, factor_a.weight, factor_b.weight, spec.scaling).to(dtype)
-        owner.lora_magnitude_vector = nn.ModuleDict({spec.adapter: DoRAMagnitude(norms, spec.scaling)})
+        norms = row_norms(weight, first[0].weight, second[0].matrix, spec.scaling).to(adapter_dtype(weight))
+        home.lora_magnitude_vector = nn.ModuleDict({spec.adapter: DoRAMagnitude(norms, spec.scaling)})
     for name in CHILDREN:
-        if name in owner._modules:
-            owner._modules[name].train(owner.training)  # type: ignore[union-attr]
-    found = attached(owner)
-    assert found is not None
-    return found
+        if name in home._modules:
+            home._modules[name].train(owner.training)  # type: ignore[union-attr]
+    return [found for found in attached_to(owner) if found.spec is spec]
 
 
-def attached(owner: nn.Module) -> Attached | None:
-    """Return the adapter beside the owner's weight, or None."""
-    factors = owner._modules.get("lora_A")
-    if factors is None:
-        return None
-    for name, factor in factors._modules.items():
-        if isinstance(factor, LoRAFactor) and factor.spec is not None:
-            return Attached(owner, factor.spec, factor, *_partners(owner, name))
-    return None
+def _home(owner: nn.Module, spec: AdapterSpec) -> nn.Module:
+    if spec.parameter == "weight":
+        return owner
+    home = AdapterHome(spec.parameter)
+    home.train(owner.training)
+    owner.add_module(spec.parameter + HOME, home)
+    return home
 
 
-def _partners(owner: nn.Module, adapter: str) -> tuple[LoRAFactor, nn.Module | None, DoRAMagnitude | None]:
-    found = [None if (each := owner._modules.get(name)) is None else each._modules[adapter] for name in CHILDREN[1:]]
+def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAFactor, LoRAFactor]:
+    """Return fresh factors A and B for a weight."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=adapter_dtype(weight), device=weight.device)
+
+    *bank, out_features = spec.shape[: 1 + spec.is_banked]
+    inner = spec.shape[1 + spec.is_banked :]
+    rows = sum(map(len, spec.parts)) or out_features
+    A: LoRAFactor
+    B: LoRAFactor
+    if spec.op in ("conv1d", "conv2d", "conv3d") and isinstance(owner, Convolution):
+        A = ConvolutionA(empty(spec.rank, *inner), spec, owner)
+        B = ConvolutionB(empty(rows, spec.rank, *(1 for _ in inner[1:])), owner.groups)
+    else:
+        values = empty(*bank, spec.rank, math.prod(inner))
+        if spec.op == "embedding" and isinstance(owner, nn.Embedding):
+            A = EmbeddingA(values, spec, owner.padding_idx)
+        else:
+            A = LoRAFactor(values, spec)
+        B = _second(empty(*bank, rows, spec.lora.r), spec)
+    kind: Kind = "bank" if bank else "embedding" if spec.op == "embedding" else "matrix"
+    initialise(A.weight, B.weight, spec.lora.init, kind)
+    return A, B
+
+
+def _second(values: Tensor, spec: AdapterSpec) -> LoRAFactor:
+    if not spec.parts:
+        return LoRAFactor(values)
+    return SlicedB(values, spec.shape[int(spec.is_banked)], spec.parts)
+
+
+def attached_to(owner: nn.Module) -> Iterator[Attached]:
+    """Yield every adapter beside a weight of the module, in the order of its children."""
+    homes = [owner, *(child for child in owner._modules.values() if isinstance(child, AdapterHome))]
+    for home in homes:
+        factors = None if isinstance(owner, AdapterHome) else home._modules.get("lora_A")
+        for name, factor in () if factors is None else factors._modules.items():
+            yield from _attached(owner, home, name, factor)
+
+
+def _attached(owner: nn.Module, home: nn.Module, name: str, factor: nn.Module | None) -> Iterator[Attached]:
+    second, dropout, magnitude = _partners(home, name)
+    firsts = list(factor) if isinstance(factor, CallFactors) else [factor]
+    seconds = list(second) if isinstance(second, CallFactors) else [second]
+    for number, (A, B) in enumerate(zip(firsts, seconds, strict=True)):
+        if isinstance(A, LoRAFactor) and A.spec is not None:
+            assert isinstance(B, LoRAFactor)
+            call = number if isinstance(factor, CallFactors) else None
+            yield Attached(owner, home, A.spec, A, B, dropout, magnitude, call)
+
+
+def attached(owner: nn.Module, parameter: str = "weight") -> Attached | None:
+    """Return the adapter beside one weight of the module (its first call's, if each has its own), or None."""
+    return next((found for found in attached_to(owner) if found.spec.parameter == parameter), None)
+
+
+def _partners(home: nn.Module, adapter: str) -> tuple[nn.Module, nn.Module | None, DoRAMagnitude | None]:
+    found = [None if (each := home._modules.get(name)) is None else each._modules[adapter] for name in CHILDREN[1:]]
     lora_b, dropout, magnitude = found
-    assert isinstance(lora_b, LoRAFactor)
+    assert lora_b is not None
     assert magnitude is None or isinstance(magnitude, DoRAMagnitude)
     return lora_b, dropout, magnitude
 
 
-def shows_effective_weight(owner: nn.Module) -> bool:
-    """Whether the module's `weight` is computed, not the parameter of that name."""
-    return isinstance(inspect.getattr_static(type(owner), "weight", None), property)
+def has_call_factors(owner: nn.Module) -> bool:
+    """Whether each call of the module has an adapter of its own."""
+    return any(found.call is not None for found in attached_to(owner))
 
 
-def base_weight_name(owner: nn.Module) -> str:
-    """Return the attribute that gives the base weight."""
-    return BASE_WEIGHT if shows_effective_weight(owner) else "weight"
+def shown_parameters(owner: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters that the module shows with their adapters."""
+    names: tuple[str, ...] = getattr(type(owner), READS, ())
+    return names
 
 
 def share_adapter(owner: nn.Module, other: nn.Module) -> None:
@@ -124,19 +228,20 @@ def share_adapter(owner: nn.Module, other: nn.Module) -> None:
 
 
 def all_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
-    """Yield (path, adapter) for every adapter in the model, in model order; a shared module once."""
+    """Yield (path of the site, adapter) for every adapter in the model, in model order; a shared module once."""
     for path, module in model.named_modules():
-        found = attached(module)
-        if found is not None:
-            yield path, found
+        for found in attached_to(module):
+            yield (path if found.spec.path_is_owner else dotted(path, found.spec.parameter)), found
 
 
 def detach(owner: nn.Module) -> None:
-    """Take the adapter away from the owner and give it its own class back, in place; the base weight stays."""
+    """Take all adapters away from the owner and give it its own class back, in place; the base weights stay."""
     unswap(owner)
-    owner.__dict__.pop(ACTIVE, None)
-    for name in CHILDREN:
-        owner._modules.pop(name, None)
+    for name in (ACTIVE, CALLED, DENSE):
+        owner.__dict__.pop(name, None)
+    for name, child in list(owner._modules.items()):
+        if name in CHILDREN or isinstance(child, AdapterHome):
+            del owner._modules[name]
 
 
 def is_adapted(model: nn.Module) -> bool:

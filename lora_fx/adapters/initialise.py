@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+Kind = Literal["matrix", "bank", "embedding"]
 
-def initialise(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
+
+def initialise(lora_A: Tensor, lora_B: Tensor, init: str, kind: Kind = "matrix") -> None:
     """Fill both factors in place with the scheme named `init` (one of `rules.INITS`), from torch's global generator.
 
     Args:
-        lora_A: [r, in].
-        lora_B: [out, r].
+        lora_A: [r, in], a convolution's [r, in, kernel…], or one matrix for each expert, [bank, r, in].
+        lora_B: [out, r], or with the same further dimensions.
         init: "kaiming" (A kaiming-uniform with a = √5, B zero: arXiv:2106.09685 as published), "gaussian" (A normal
             with standard deviation 1/r, B zero), "orthogonal" (rows of A orthonormal, B zero), "random" (as kaiming,
             B too: for tests; the adapted model then differs from its base).
+        kind: "bank" for one matrix for each of several experts; "embedding" if the input is one-hot: then A is zero and
+            B normal, as PEFT and loralib do it ("random" fills both).
     """
     with torch.no_grad():
-        _INITIALISE_A[init](lora_A)
+        if kind == "embedding":
+            nn.init.normal_(lora_B)
+            (nn.init.normal_ if init == "random" else nn.init.zeros_)(lora_A)
+            return
+        for factor in lora_A if kind == "bank" else (lora_A,):
+            _INITIALISE_A[init](factor)
+        nn.init.zeros_(lora_B)
         if init == "random":
-            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(lora_B)
+            for factor in lora_B if kind == "bank" else (lora_B,):
+                _kaiming(factor)
 
 
 def _kaiming(weight: Tensor) -> None:

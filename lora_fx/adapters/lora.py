@@ -6,6 +6,7 @@ Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,13 @@ class LoRAFactor(nn.Module):
         """Return weight · x in the weight's dtype; x is [..., columns of the weight]."""
         return F.linear(x if x.dtype == self.weight.dtype else x.to(self.weight.dtype), self.weight)
 
+    @property
+    def matrix(self) -> Tensor:
+        """The factor as a matrix: A [r, in], B [out, r]; for a bank of experts one for each, [bank, .., ..]."""
+        return self.weight
+
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]} → {self.weight.shape[0]}"
+        return f"{self.weight.shape[-1]} → {self.weight.shape[-2]}"
 
 
 TensorMap = Callable[[Tensor], Tensor]
@@ -49,6 +55,7 @@ def add_low_rank(
     magnitude: Callable[[Tensor, Tensor], Tensor] | None,
     scaling: float,
     mixed: bool,
+    one_hot: bool = False,
 ) -> Tensor:
     """Return base + scaling · B A dropout(x); the only place where this formula is written.
 
@@ -60,16 +67,25 @@ def add_low_rank(
         x: the base layer's input, [..., in].
         A: the map by lora_A, [..., in] → [..., r].
         B: the map by lora_B, [..., r] → [..., out].
-        dropout: applied to x before A; None for none.
+        dropout: applied to x before A; None for none.  With `one_hot`, to what A makes of x.
         magnitude: DoRA's map from (base, delta) to the output; None for plain LoRA, which adds them.
         scaling: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; no unit.
         mixed: whether the adapter's dtype differs from the base's (float32 adapters on a half-precision base); the
             delta is then rounded once, to the dtype of `base`.
+        one_hot: whether x are ids, which stand for one-hot vectors.
     """
-    delta = B(A(x if dropout is None else dropout(x)) * scaling)
+    inner = A(x if dropout is None or one_hot else dropout(x))
+    if one_hot and dropout is not None:
+        inner = dropout(inner)
+    delta = B(inner * scaling)
     if mixed:
         delta = delta.type_as(base)
     return base + delta if magnitude is None else magnitude(base, delta)
+
+
+def as_rows(weight: Any, layout: str) -> Any:
+    """Return the weight, a tensor or a proxy, as [out, in]."""
+    return weight if layout == "out_in" else weight.t()
 
 
 def low_rank_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -91,6 +107,10 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 
     Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; scaling: Kalajdzievski 2023, arXiv:2312.03732.
     """
-    delta = low_rank_weight(lora_A, lora_B, scaling)
+    return folded_weight(weight, low_rank_weight(lora_A, lora_B, scaling))
+
+
+def folded_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    """Return W + ΔW in W's dtype, a new tensor: accumulated in the wider dtype of the two and rounded once."""
     wide = torch.promote_types(delta.dtype, weight.dtype)
     return (weight.to(wide) + delta.to(wide)).to(weight.dtype)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import shows_effective_weight
+from lora_fx.adapters.attach import shown_parameters
 from lora_fx.capture.arguments import is_constant
 from lora_fx.capture.libraries import is_library_file, is_library_module
 from lora_fx.capture.log import Place
@@ -191,10 +191,11 @@ def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
 
 def _as_seen(module: nn.Module) -> None:
     """Let the weight of a module that shows an effective weight instead look like that one: it is trained."""
-    weight = module._parameters.get("weight")
-    if weight is not None and shows_effective_weight(module):
-        seen: Any = module.weight
-        module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=seen.requires_grad)
+    for name in shown_parameters(module):
+        weight = module._parameters[name]
+        if weight is not None:
+            seen: Any = getattr(module, name)
+            module._parameters[name] = nn.Parameter(weight.detach(), requires_grad=seen.requires_grad)
 
 
 def shared_by_copies(module: nn.Module) -> Iterator[object]:

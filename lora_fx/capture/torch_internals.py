@@ -36,11 +36,13 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 __all__ = [
+    "DispatchMode",
     "FakeTensor",
     "Fakes",
     "FunctionMode",

@@ -34,6 +34,7 @@ from lora_fx.capture.surroundings import PythonLuck
 from lora_fx.capture.torch_internals import Fakes, FunctionMode, enter_autocast, exit_autocast, pytree, set_grad_enabled
 from lora_fx.capture.world import World
 from lora_fx.capture.writer import GraphWriter, holds_tensor
+from lora_fx.layerkinds import is_layer
 
 
 class Specialised(BaseException):
@@ -328,7 +329,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a graph calls the module as a whole: torch's own layers, linears, and modules with hooks."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    if isinstance(module, nn.Linear) or "forward" in vars(module):
+    if is_layer(module) or "forward" in vars(module):
         return True
     home = class_of(module).__module__
     return home.startswith(("torch.nn", "torch.ao")) and not isinstance(module, _OPEN)

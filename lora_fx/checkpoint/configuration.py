@@ -30,6 +30,9 @@ class Configuration:
     target_modules: tuple[str, ...]
     """The names of the list; none where it is an expression."""
     modules_to_save: tuple[str, ...]
+    target_parameters: tuple[str, ...] = ()
+    """Ends of the dotted names of raw parameters."""
+    peft_version: str = ""
 
 
 def read_configuration(folder: Path) -> Configuration:
@@ -107,6 +110,7 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "use_dora": (_is_switch, "true or false"),
     "target_modules": (_are_targets, "a string or a list of strings"),
     "modules_to_save": (_are_names, "a list of strings"),
+    "target_parameters": (_are_names, "a list of strings"),
 }
 _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
@@ -140,7 +144,6 @@ _REFUSED_SETTINGS = {
     "lora_bias": "a bias on lora_B",
     "layer_replication": "layer replication",
     "trainable_token_indices": "trainable tokens",
-    "target_parameters": "adapted raw parameters",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
     "alora_invocation_tokens": "activated LoRA",
@@ -174,4 +177,6 @@ def _configuration(config: Mapping[str, Any]) -> Configuration:
         use_dora=bool(config.get("use_dora")),
         target_modules=tuple(targets) if isinstance(targets, list) else (),
         modules_to_save=tuple(config.get("modules_to_save") or ()),
+        target_parameters=tuple(config.get("target_parameters") or ()),
+        peft_version=str(config.get("peft_version") or ""),
     )

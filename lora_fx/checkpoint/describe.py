@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import Attached, all_attached
+from lora_fx.adapters.attach import Attached, all_attached, shown_parameters
+from lora_fx.adapters.factors import ConvolutionA, EmbeddingA
 from lora_fx.applying import record_in
+from lora_fx.checkpoint.codec import encoded
 from lora_fx.checkpoint.fingerprint import sample_values
-from lora_fx.checkpoint.header import header_text
-from lora_fx.checkpoint.names import METADATA_KEY, PREFIX, anchored, bias_key, factor_key, magnitude_key, target_modules
+from lora_fx.checkpoint.header import SiteNote, header_text, note_of
+from lora_fx.checkpoint.names import (
+    METADATA_KEY,
+    PREFIX,
+    anchored,
+    bias_key,
+    call_stem,
+    factor_key,
+    factor_names,
+    magnitude_key,
+    parameter_stem,
+    target_modules,
+)
 from lora_fx.errors import AdapterFileError
 
 
@@ -26,6 +39,49 @@ class Described:
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     metadata: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Filed:
+    """One site's adapter, and how a file calls it."""
+
+    stem: str
+    """What stands for the site in keys."""
+    path: str
+    found: Attached
+    is_parameter: bool
+    """Whether PEFT would have it among `target_parameters`."""
+
+    @property
+    def name(self) -> str:
+        """What PEFT's patterns call the site."""
+        return self.path if self.is_parameter else self.stem
+
+    @property
+    def ranks(self) -> int:
+        """How many times r the file has ranks."""
+        groups = self.found.lora_A.groups if isinstance(self.found.lora_A, ConvolutionA) else 1
+        return max(1, len(self.found.spec.parts)) * groups
+
+    @property
+    def rank(self) -> int:
+        return self.found.spec.lora.r * self.ranks
+
+    def note(self) -> SiteNote:
+        spec, found = self.found.spec, self.found
+        return SiteNote(
+            path=self.path,
+            lora=spec.lora,
+            rule=spec.rule,
+            op=spec.op,
+            parameter="" if spec.path_is_owner else self.path,
+            layout=spec.layout,
+            read=spec.parameter in shown_parameters(found.owner),
+            slices=spec.slices,
+            call=found.call,
+            calls=spec.calls,
+            file_ranks=self.ranks,
+        )
 
 
 def describe(tuned: nn.Module) -> list[Described]:
@@ -42,12 +98,33 @@ def describe(tuned: nn.Module) -> list[Described]:
     for name in names:
         first = name == names[0]
         trained = record.trained if first else ()
-        described.append(_describe(tuned, name, groups[name], trained, names[1:] if first else []))
+        filed = _filed(groups[name])
+        described.append(_describe(tuned, name, filed, trained, names[1:] if first else []))
     return described
 
 
+def _filed(sites: Sequence[tuple[str, Attached]]) -> list[_Filed]:
+    """Return the sites with what stands for each in the file."""
+    together = Counter(id(found.owner) for _, found in sites if not found.spec.path_is_owner)
+    filed = []
+    for path, found in sites:
+        if found.spec.path_is_owner:
+            stem = path if found.call is None else call_stem(path, found.call)
+        else:
+            number = _position(found, sites)
+            stem = parameter_stem(path.rpartition(".")[0], number, together[id(found.owner)])
+        filed.append(_Filed(stem, path, found, not found.spec.path_is_owner))
+    return filed
+
+
+def _position(found: Attached, sites: Sequence[tuple[str, Attached]]) -> int:
+    """Return which of the adapted raw parameters of its module this one is, in the order of registration."""
+    mine = {each.spec.parameter for _, each in sites if each.owner is found.owner and not each.spec.path_is_owner}
+    return [name for name in found.owner._parameters if name in mine].index(found.spec.parameter)
+
+
 def _describe(
-    tuned: nn.Module, name: str, sites: Sequence[tuple[str, Attached]], trained: Sequence[str], others: list[str]
+    tuned: nn.Module, name: str, sites: Sequence[_Filed], trained: Sequence[str], others: list[str]
 ) -> Described:
     _refuse_mixed_dora(name, sites)
     tensors = dict(sorted({**_site_tensors(sites), **_module_tensors(tuned, trained)}.items()))
@@ -59,17 +136,15 @@ def _describe(
         "trained": list(trained),
         "model": record_in(tuned).model,
         "rules": record_in(tuned).rules,
-        "sites": {
-            path: asdict(found.spec.lora) | {"op": found.spec.op, "rule": found.spec.rule} for path, found in sites
-        },
-        "base": {path: sample_values(found.base_weight) for path, found in sites},
+        "sites": {each.stem: note_of(each.note()) for each in sites},
+        "base": {each.path: sample_values(each.found.base_weight) for each in sites},
     }
     header = header_text(content, tensors)
     return Described(name, tensors, config, {"format": "pt", METADATA_KEY: header})
 
 
-def _refuse_mixed_dora(name: str, sites: Sequence[tuple[str, Attached]]) -> None:
-    plain = [(path, "plain LoRA") for path, found in sites if not found.spec.lora.dora]
+def _refuse_mixed_dora(name: str, sites: Sequence[_Filed]) -> None:
+    plain = [(each.path, "plain LoRA") for each in sites if not each.found.spec.lora.dora]
     if plain and len(plain) < len(sites):
         raise AdapterFileError(
             f"adapter '{name}'",
@@ -86,16 +161,18 @@ def _version() -> str:
         return "unknown"
 
 
-def _site_tensors(sites: Sequence[tuple[str, Attached]]) -> dict[str, Tensor]:
+def _site_tensors(sites: Sequence[_Filed]) -> dict[str, Tensor]:
     tensors = {}
-    for path, found in sites:
-        tensors[factor_key(path, "lora_A")] = _plain(found.lora_A.weight)
-        tensors[factor_key(path, "lora_B")] = _plain(found.lora_B.weight)
+    for each in sites:
+        found = each.found
+        names = factor_names(isinstance(found.lora_A, EmbeddingA))
+        for name, factor in zip(names, encoded(found), strict=True):
+            tensors[factor_key(each.stem, name)] = _plain(factor)
         if found.magnitude is not None:
-            tensors[magnitude_key(path)] = _plain(found.magnitude.weight)
-        bias = found.owner._parameters.get("bias")
+            tensors[magnitude_key(each.stem)] = _plain(found.magnitude.weight)
+        bias = found.owner._parameters.get("bias") if found.spec.path_is_owner else None
         if found.spec.lora.bias and bias is not None:
-            tensors[bias_key(path)] = _plain(bias)
+            tensors[bias_key(each.path)] = _plain(bias)
     return tensors
 
 
@@ -111,32 +188,51 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu").contiguous()
 
 
-def _config(tuned: nn.Module, sites: Sequence[tuple[str, Attached]], trained: Sequence[str]) -> dict[str, Any]:
+def _config(tuned: nn.Module, sites: Sequence[_Filed], trained: Sequence[str]) -> dict[str, Any]:
     """Return PEFT's configuration; ranks and alphas that are not the most common go into anchored patterns."""
-    loras = {path: found.spec.lora for path, found in sites}
+    loras = {each.name: each.found.spec.lora for each in sites}
     rslora = all(lora.rslora for lora in loras.values())
-    ranks = {path: lora.r for path, lora in loras.items()}
-    # PEFT has one switch for rank-stabilised scaling; where only some sites use it, their alpha says the same
-    alphas = {p: lora.alpha if lora.rslora == rslora else lora.scaling * lora.r for p, lora in loras.items()}
+    ranks = {each.name: each.rank for each in sites}
+    alphas = {each.name: _alpha(each, rslora) for each in sites}
     rank, alpha = _most_common(ranks), _most_common(alphas)
+    parameters = sorted(each.path for each in sites if each.is_parameter)
+    modules = (name for name, _ in tuned.named_modules() if not _is_of_adapter(name))
     return {
-        "alpha_pattern": {anchored(path): value for path, value in sorted(alphas.items()) if value != alpha},
+        "alpha_pattern": {anchored(name): value for name, value in sorted(alphas.items()) if value != alpha},
         "base_model_name_or_path": _name_of(tuned),
         "bias": "lora_only" if any(lora.bias for lora in loras.values()) else "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
-        "lora_dropout": _most_common({path: lora.dropout for path, lora in loras.items()}),
+        # PEFT has no dropout on raw parameters, and refuses to load them with one
+        "lora_dropout": 0.0 if parameters else _most_common({name: lora.dropout for name, lora in loras.items()}),
         "modules_to_save": sorted(trained) or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {anchored(path): value for path, value in sorted(ranks.items()) if value != rank},
-        "target_modules": target_modules(loras, (name for name, _ in tuned.named_modules() if ".lora_" not in name)),
+        "rank_pattern": {anchored(name): value for name, value in sorted(ranks.items()) if value != rank},
+        "target_modules": target_modules((each.stem for each in sites if not each.is_parameter), modules),
+        **({"target_parameters": parameters} if parameters else {}),
         "task_type": None,
         "use_dora": any(lora.dora for lora in loras.values()),
         "use_rslora": rslora,
     }
+
+
+def _alpha(each: _Filed, rslora: bool) -> float:
+    """Return the alpha that gives the site's scaling at the file's rank.
+
+    PEFT has one switch for rank-stabilised scaling; where only some sites use it, their alpha says the same.
+    """
+    lora = each.found.spec.lora
+    if each.ranks == 1:
+        return lora.alpha if lora.rslora == rslora else lora.scaling * lora.r
+    exact = lora.alpha * each.ranks if lora.rslora == rslora and not rslora else None
+    return exact if exact is not None else lora.scaling * (each.rank**0.5 if rslora else each.rank)
+
+
+def _is_of_adapter(name: str) -> bool:
+    return ".lora_" in f".{name}" or "_lora.lora_" in name
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

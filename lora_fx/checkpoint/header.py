@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,30 @@ from lora_fx.checkpoint.names import METADATA_KEY
 from lora_fx.errors import AdapterFileError
 from lora_fx.rules import LoRAConfig
 from lora_fx.rulespec import is_adapter_name
+from lora_fx.sites import Layout
 
 FORMAT_VERSION = 1
 _HASH = "sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class SiteNote:
+    """What is known of one site."""
+
+    path: str
+    lora: LoRAConfig
+    rule: str
+    op: str
+    parameter: str = ""
+    """Dotted name of the weight where it is a raw parameter."""
+    layout: Layout = "out_in"
+    read: bool = False
+    slices: dict[str, Any] | None = None
+    call: int | None = None
+    """The call that the adapter serves, where each has its own, and how many there are."""
+    calls: int = 0
+    file_ranks: int = 1
+    """How many times r the configuration's rank is: for parts of the weight, and groups of a convolution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +51,8 @@ class Header:
     """Names of the adapters that were saved with it, in directories of their names."""
     trained: tuple[str, ...]
     """Paths of the modules that are trained whole."""
-    sites: dict[str, LoRAConfig]
-    rule_of: dict[str, str] = field(default_factory=dict)
-    """Name of the rule that chose each site."""
+    sites: dict[str, SiteNote]
+    """By what stands for the site in the keys of the file."""
     rules: dict[str, Any] = field(default_factory=dict)
     base: dict[str, list[float] | None] = field(default_factory=dict)
     """A few values of each base weight."""
@@ -103,12 +123,25 @@ def _header(content: Mapping[str, Any]) -> Header:
         adapter=content["adapter"],
         others=tuple(content["others"]),
         trained=tuple(content["trained"]),
-        sites={path: _lora(each) for path, each in sites.items()},
-        rule_of={path: str(each["rule"]) for path, each in sites.items()},
+        sites={stem: _note(stem, each) for stem, each in sites.items()},
         rules=content["rules"],
         base=content["base"],
     )
 
 
-def _lora(saved: Mapping[str, Any]) -> LoRAConfig:
-    return LoRAConfig(**{each.name: saved[each.name] for each in fields(LoRAConfig)})
+def note_of(note: SiteNote) -> dict[str, Any]:
+    """Return what is written of a site; what is as for a plain linear is left out."""
+    plain = SiteNote(note.path, note.lora, note.rule, note.op)
+    extra = {
+        each.name: getattr(note, each.name)
+        for each in fields(SiteNote)
+        if getattr(note, each.name) != getattr(plain, each.name)
+    }
+    return asdict(note.lora) | {"path": note.path, "op": note.op, "rule": note.rule} | extra
+
+
+def _note(stem: str, saved: Mapping[str, Any]) -> SiteNote:
+    lora = LoRAConfig(**{each.name: saved[each.name] for each in fields(LoRAConfig)})
+    names = {each.name for each in fields(SiteNote)} - {"lora", "path"}
+    kept = {name: saved[name] for name in names if name in saved}
+    return SiteNote(path=saved.get("path", stem), lora=lora, **kept)

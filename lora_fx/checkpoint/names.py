@@ -7,18 +7,47 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from lora_fx.patterns import EXPRESSION_PREFIX, NamePattern
+from lora_fx.tensors import dotted
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 METADATA_KEY = "lora_fx"
 Number = TypeVar("Number", int, float)
-_FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_[AB])\.weight")
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}((?P<path>.+)\.)?(?P<factor>lora_[AB])\.weight")
+_EMBEDDING = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_embedding_[AB])")
+_NESTED = ".base_layer"
 
 
 def factor_key(path: str, factor: str) -> str:
-    """Return the key of `lora_A` or `lora_B` at a site."""
-    return f"{PREFIX}{path}.{factor}.weight"
+    """Return the key of `lora_A` or `lora_B` at a site; an embedding's `lora_embedding_A` has no `.weight`."""
+    return f"{PREFIX}{dotted(path, factor)}{'' if 'embedding' in factor else '.weight'}"
+
+
+def factor_names(embedding: bool) -> tuple[str, str]:
+    """Return the names of the two factors in a file."""
+    return ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+
+
+def parameter_stem(owner: str, position: int, number: int) -> str:
+    """Return what stands for one of `number` adapted raw parameters of a module, in order of registration, in a key.
+
+    PEFT nests a layer for each: the first parameter is the innermost.
+    """
+    return owner + _NESTED * (number - 1 - position)
+
+
+def split_stem(stem: str) -> tuple[str, int]:
+    """Return (path of the module, depth) of a stem that `parameter_stem` made."""
+    depth = 0
+    while stem.endswith(_NESTED):
+        stem, depth = stem.removesuffix(_NESTED), depth + 1
+    return stem, depth
+
+
+def call_stem(path: str, call: int) -> str:
+    """Return what stands for one call's adapter in a key; PEFT knows no such thing, and finds no such module."""
+    return f"{path}.call_{call}"
 
 
 def magnitude_key(path: str) -> str:
@@ -32,9 +61,9 @@ def bias_key(path: str) -> str:
 
 
 def split_factor_key(key: str) -> tuple[str, str] | None:
-    """Return (path, "lora_A" or "lora_B") of a factor's key, else None."""
-    match = _FACTOR.fullmatch(key)
-    return None if match is None else (match["path"], match["factor"])
+    """Return (path, "lora_A" or "lora_B", or an embedding's) of a factor's key, else None."""
+    match = _FACTOR.fullmatch(key) or _EMBEDDING.fullmatch(key)
+    return None if match is None else (match["path"] or "", match["factor"])
 
 
 def anchored(path: str) -> str:

@@ -13,17 +13,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_fx.checkpoint.configuration import Configuration, read_configuration
-from lora_fx.checkpoint.header import Header, read_header
+from lora_fx.checkpoint.header import Header, SiteNote, read_header
 from lora_fx.checkpoint.names import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
     bias_key,
     factor_key,
+    factor_names,
     magnitude_key,
     module_to_save,
     pattern_value,
     split_factor_key,
+    split_stem,
 )
 from lora_fx.errors import AdapterFileError
 from lora_fx.rules import LoRAConfig
@@ -34,13 +36,21 @@ class SavedSite:
     """One site of an adapter file."""
 
     path: str
+    """Path of the site; of a raw parameter in PEFT's own files, what stands for it in the keys."""
     lora: LoRAConfig
     rule: str
     lora_A: Tensor
+    """As the file holds it; `codec` says how for each kind of site."""
     lora_B: Tensor
     bias: Tensor | None
     magnitude: Tensor | None
     """DoRA's lengths."""
+    embedding: bool = False
+    """Whether the keys are those of an embedding."""
+    note: SiteNote | None = None
+    """What lora_fx has noted of it, where lora_fx wrote the file."""
+    stem: str = ""
+    """What stands for the site in the keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,10 @@ class AdapterFile:
     rules: dict[str, Any] = field(default_factory=dict)
     base: dict[str, list[float] | None] = field(default_factory=dict)
     """A few values of each base weight, where lora_fx wrote the file."""
+    parameters: tuple[str, ...] = ()
+    """Ends of the names of the raw parameters that PEFT adapted."""
+    patterns: Configuration | None = None
+    """The configuration, for what depends on the model: ranks of raw parameters."""
 
 
 def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFile]:
@@ -119,6 +133,8 @@ class _AdapterReader:
             claimed=self.config.modules_to_save if header is None else (),
             rules={} if header is None else header.rules,
             base={} if header is None else header.base,
+            parameters=self.config.target_parameters if header is None else (),
+            patterns=self.config,
         )
 
     @property
@@ -147,19 +163,41 @@ class _AdapterReader:
             raise AdapterFileError(self._weights, "is not a usable adapter", facts)
 
     def _site_problems(self, path: str) -> Iterator[tuple[str, str]]:
-        keys = [factor_key(path, factor) for factor in ("lora_A", "lora_B")]
+        keys = self._factor_keys(path)
         missing = [key for key in keys if key not in self.tensors]
         if missing:
             yield missing[0], "is missing"
             return
         lora_a, lora_b = (self.tensors[key] for key in keys)
-        if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
+        if not self._multiply(path, lora_a, lora_b):
             yield path, f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)} do not multiply"
         elif self.config.use_dora != (magnitude_key(path) in self.tensors):
             yield magnitude_key(path), "is missing" if self.config.use_dora else "is there without use_dora"
-        elif (rank := self._configured_rank(path)) != lora_a.shape[0]:
+        elif not self._is_parameter(path) and (rank := self._configured_rank(path)) != lora_a.shape[0]:
             yield path, f"has rank {lora_a.shape[0]}, {CONFIG_FILE} says {rank}"
         yield from self._vector_problems(path, lora_b)
+
+    def _factor_keys(self, path: str) -> list[str]:
+        embedding = factor_key(path, "lora_embedding_A") in self.tensors
+        return [factor_key(path, name) for name in factor_names(embedding)]
+
+    def _multiply(self, path: str, lora_a: Tensor, lora_b: Tensor) -> bool:
+        """Whether two tensors can be the factors of one matrix, or of one convolution."""
+        if lora_a.dim() != lora_b.dim() or lora_a.dim() not in (2, 3, 4, 5):
+            return False
+        if lora_a.dim() == 2:
+            return lora_a.shape[0] == lora_b.shape[1]
+        ones = all(size == 1 for size in lora_b.shape[2:])
+        return ones and lora_b.shape[1] > 0 and lora_a.shape[0] % lora_b.shape[1] == 0
+
+    def _is_parameter(self, stem: str) -> bool:
+        """Whether what stands in the keys is a raw parameter, whose rank depends on the model."""
+        note = None if self.header is None else self.header.sites.get(stem)
+        if note is not None:
+            return bool(note.parameter)
+        owner = split_stem(stem)[0]
+        owners = [name.rpartition(".")[0] for name in self.config.target_parameters]
+        return any(not each or owner == each or owner.endswith(f".{each}") for each in owners)
 
     def _vector_problems(self, path: str, lora_b: Tensor) -> Iterator[tuple[str, str]]:
         for key in (bias_key(path), magnitude_key(path)):
@@ -173,7 +211,7 @@ class _AdapterReader:
         return [name for name in targets if not any(path == name or path.endswith(f".{name}") for path in paths)]
 
     def _unknown(self, paths: list[str]) -> list[str]:
-        known = {factor_key(path, factor) for path in paths for factor in ("lora_A", "lora_B")}
+        known = {key for path in paths for key in self._factor_keys(path)}
         known |= {key(path) for path in paths for key in (bias_key, magnitude_key)}
         return [key for key in self.tensors if key not in known and not self._owner(key)]
 
@@ -181,17 +219,22 @@ class _AdapterReader:
         return pattern_value(self.config.rank_pattern, path, self.config.r)
 
     def _site(self, path: str) -> SavedSite:
-        saved = None if self.header is None else self.header.sites.get(path)
-        lora = self._lora_of_config(path) if saved is None else saved
-        self._must_agree(path, lora)
+        note = None if self.header is None else self.header.sites.get(path)
+        lora = self._lora_of_config(path) if note is None else note.lora
+        if note is not None:
+            self._must_agree(path, note)
+        first, second = self._factor_keys(path)
         return SavedSite(
-            path=path,
+            path=path if note is None else note.path,
             lora=lora,
-            rule="" if self.header is None else self.header.rule_of.get(path, ""),
-            lora_A=self.tensors[factor_key(path, "lora_A")],
-            lora_B=self.tensors[factor_key(path, "lora_B")],
+            rule="" if note is None else note.rule,
+            lora_A=self.tensors[first],
+            lora_B=self.tensors[second],
             bias=self.tensors.get(bias_key(path)),
             magnitude=self.tensors.get(magnitude_key(path)),
+            embedding="embedding" in first,
+            note=note,
+            stem=path,
         )
 
     def _lora_of_config(self, path: str) -> LoRAConfig:
@@ -204,12 +247,13 @@ class _AdapterReader:
             bias=bias_key(path) in self.tensors,
         )
 
-    def _must_agree(self, path: str, lora: LoRAConfig) -> None:
+    def _must_agree(self, path: str, note: SiteNote) -> None:
         """The configuration, which other tools read, must scale as the header says."""
-        configured = self._lora_of_config(path)
-        if lora.r != configured.r or abs(configured.scaling - lora.scaling) > 1e-6 * abs(lora.scaling):
+        lora, configured = note.lora, self._lora_of_config(note.parameter or path)
+        ranks = lora.r * note.file_ranks
+        if ranks != configured.r or abs(configured.scaling - lora.scaling) > 1e-6 * abs(lora.scaling):
             facts = [
-                ("by the header", f"r {lora.r}", f"scaling {lora.scaling:g}"),
+                ("by the header", f"r {ranks}", f"scaling {lora.scaling:g}"),
                 (f"by {CONFIG_FILE}", f"r {configured.r}", f"scaling {configured.scaling:g}"),
             ]
             raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE} at {path}", facts)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import attached
+from lora_fx.adapters.attach import Attached, all_attached, attached_to
+from lora_fx.checkpoint.codec import Form, decode, fits, form_of
 from lora_fx.checkpoint.fingerprint import different
 from lora_fx.checkpoint.read import AdapterFile, SavedSite
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.planning import Inventory, Plan, PlannedSite, TrainedModule
+from lora_fx.rules import Slices, read_rules
 from lora_fx.sites import Site, fingerprint
 from lora_fx.tensors import get_tensor
 
@@ -25,12 +28,15 @@ def plan_of(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module
         AdapterMismatchError: sites or modules that the model has not or has in other shapes, or another base.
         RefusedError: a site that lora_fx cannot adapt.
     """
-    sites = {path: site for site in inventory.sites for path in site.paths}
+    sites = _by_name(inventory)
     problems = [problem for file in files for problem in _mismatches(file, sites, model)]
     if problems:
         raise AdapterMismatchError("the adapter does not fit this model", problems, _advice(problems))
     _refuse(files, sites)
-    saved = {sites[each.path].path: (file, each) for file in files for each in file.sites}
+    saved: dict[str, tuple[AdapterFile, SavedSite]] = {}
+    for file in files:
+        for each in file.sites:
+            saved.setdefault(sites[each.path].path, (file, each))
     return Plan(
         model=inventory.model,
         source=str(files[0].folder),
@@ -45,13 +51,35 @@ def plan_of(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module
 def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
     for each in file.sites:
         site = sites.get(each.path)
-        shape = (each.lora_B.shape[0], each.lora_A.shape[1])
+        given = tuple(each.lora_A.shape), tuple(each.lora_B.shape)
         if site is None:
-            yield each.path, f"{shape[1]} → {shape[0]}", "has no such linear"
-        elif site.shape != shape:
-            yield each.path, f"{shape[1]} → {shape[0]}", f"{site.shape[1]} → {site.shape[0]}"
+            yield each.path, _factor_text(given), "has no such linear"
+            continue
+        form = _form(site, model)
+        expected = form.shapes(each.lora_A.shape[0] // form.factor)
+        if given != expected or each.embedding != (site.op == "embedding" and not site.parameter):
+            yield each.path, _factor_text(given), _factor_text(expected)
     yield from _module_mismatches(file, model)
     yield from _other_base(file, sites, model)
+
+
+def _by_name(inventory: Inventory) -> dict[str, Site]:
+    """Return the sites by each of their names; a path of its own goes before another site's alias."""
+    named = {path: site for site in reversed(inventory.sites) for path in site.aliases}
+    return named | {site.path: site for site in inventory.sites}
+
+
+def _form(site: Site, model: nn.Module) -> Form:
+    owner = model.get_submodule(site.owner)
+    return form_of(site, getattr(owner, "groups", 1), is_layer=not site.parameter)
+
+
+def _factor_text(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
+    """Return `8 → 16` for linears, all sizes of both factors for the rest."""
+    first, second = shapes
+    if len(first) == 2 and len(second) == 2:
+        return f"{first[1]} → {second[0]}"
+    return f"A {list(first)}, B {list(second)}"
 
 
 def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch]:
@@ -75,11 +103,11 @@ def _other_base(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
     weights = {}
     for each in file.sites:
         site = sites.get(each.path)
-        weight = None if site is None else get_tensor(model, f"{site.path}.weight")
+        weight = None if site is None else get_tensor(model, site.weight)
         if weight is not None:
             weights[each.path] = weight
     for path in different(file.base, weights):
-        yield f"{path}.weight", "trained on other values", "is another base, or was changed since"
+        yield sites[path].weight, "trained on other values", "is another base, or was changed since"
 
 
 def _advice(problems: Sequence[Mismatch]) -> str:
@@ -101,7 +129,17 @@ def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None) -> Planned
     if saved is None:
         return PlannedSite(site, "keep", "not in the adapter")
     file, each = saved
-    return PlannedSite(site, "adapt", f"from {file.folder.name}", each.rule or None, each.lora)
+    slices = None if each.note is None or each.note.slices is None else _slices(each.note.slices)
+    calls = 0 if each.note is None else each.note.calls
+    if calls:
+        site = replace(site, calls=calls)
+    reason = f"from {file.folder.name}"
+    return PlannedSite(site, "adapt", reason, each.rule or None, each.lora, slices, per_call=calls > 0)
+
+
+def _slices(written: dict[str, object]) -> Slices | None:
+    rules = {"version": 1, "rules": [{"match": {"name": "**"}, "slices": written}]}
+    return read_rules(rules).rules[0].slices
 
 
 def _trained(path: str, inventory: Inventory, file: AdapterFile) -> TrainedModule:
@@ -119,15 +157,26 @@ def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
 
 
 def _fill_site(tuned: nn.Module, each: SavedSite) -> None:
-    found = attached(tuned.get_submodule(each.path))
-    assert found is not None
-    _copy(found.lora_A.weight, each.lora_A)
-    _copy(found.lora_B.weight, each.lora_B)
+    found = _attached(tuned, each)
+    problem = fits(found, each.lora_A, each.lora_B)
+    if problem is not None:
+        raise AdapterMismatchError("the adapter does not fit this model", [(each.path, "in the file", problem)])
+    decode(found, each.lora_A, each.lora_B)
     if each.magnitude is not None:
         assert found.magnitude is not None
         _copy(found.magnitude.weight, each.magnitude)
     if each.bias is not None:
         _copy(found.owner._parameters["bias"], each.bias)
+
+
+def _attached(tuned: nn.Module, each: SavedSite) -> Attached:
+    """Return the adapter that a saved site is for."""
+    call = None if each.note is None else each.note.call
+    for path, found in all_attached(tuned):
+        if each.path in (path, found.spec.path) and found.call == call:
+            return found
+    owner = tuned.get_submodule(each.path)  # another name of a shared module, or PEFT's name of an attention
+    return next(found for found in attached_to(owner) if found.call == call)
 
 
 def _copy(target: Tensor | None, value: Tensor) -> None:

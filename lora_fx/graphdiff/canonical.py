@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import attached, shows_effective_weight
+from lora_fx.adapters.attach import HOME, Attached, attached, shown_parameters
 from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.editor import Editor
+from lora_fx.layerkinds import kind_of
 from lora_fx.passes.inject import splice_adapters
 from lora_fx.passes.sitegraph import LoRANodes, lora_nodes, site_calls
+from lora_fx.tensors import dotted
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +75,33 @@ class _Namer:
         if node in self.calls:
             return self.calls[node]
         if self._is_handed_on(node):
-            return str(self._owner_read(node))
+            return self._site_read(node)
         return str(node.target) if node.op == "call_module" else str(node.meta.get("place", ""))
 
-    def _owner_read(self, node: fx.Node) -> str | None:
-        """Return the path of the linear whose weight the node reads, if it reads one."""
-        path, _, last = str(node.target).rpartition(".")
-        reads = node.op == "get_attr" and last == "weight" and isinstance(self.module.get_submodule(path), nn.Linear)
-        return path if reads else None
+    def _site_read(self, node: fx.Node) -> str:
+        """Return the name under which the weight that a node reads is a site."""
+        owner, _, last = str(node.target).rpartition(".")
+        return owner if last == "weight" and kind_of(self.module.get_submodule(owner)) else str(node.target)
 
     def _is_handed_on(self, node: fx.Node) -> bool:
-        """Whether the node reads the weight of a linear for a kernel that does more than that linear."""
-        return self._owner_read(node) is not None and any(user not in self.calls for user in node.users)
+        """Whether the node reads a weight that an adapter may change for what is more than a call of its layer."""
+        owner, _, last = str(node.target).rpartition(".")
+        if node.op != "get_attr":
+            return False
+        parameter = getattr(self.module.get_submodule(owner), "_parameters", {}).get(last)
+        is_matrix = parameter is not None and parameter.dim() > 1
+        return is_matrix and any(user not in self.calls for user in node.users)
 
-    def _effective(self, node: fx.Node) -> str | None:
-        """Return the path of the adapted site whose effective weight the node reads, if it reads one."""
-        path = self._owner_read(node)
-        if path is None:
-            return None
-        return path if shows_effective_weight(self.module.get_submodule(path)) else None
+    def _read(self, node: fx.Node) -> Attached | None:
+        """Return the adapter of the weight that the node reads, if it has one that shows in it."""
+        owner, _, last = str(node.target).rpartition(".")
+        module = self.module.get_submodule(owner) if node.op == "get_attr" else None
+        return attached(module, last) if module is not None and last in shown_parameters(module) else None
 
     def _adapter(self, node: fx.Node) -> str:
-        found = attached(self.module.get_submodule(self._site(node)))
+        found = self._read(node) if node.op == "get_attr" else None
+        if found is None and node.op != "get_attr":
+            found = attached(self.module.get_submodule(self._site(node)))
         return "" if found is None else describe_spec(found.spec)
 
     def _statement(self, node: fx.Node) -> str | None:
@@ -112,11 +119,14 @@ class _Namer:
         return f"{self.names[node]} = {code}"
 
     def _attribute(self, node: fx.Node) -> str:
-        path = self._effective(node)
-        found = None if path is None else attached(self.module.get_submodule(path))
+        found = self._read(node)
         if found is None:
             return f"self.{node.target}"
-        return f"(self.{node.target} + self.{path}.lora_B @ self.{path}.lora_A * {found.spec.scaling})"
+        owner, _, last = str(node.target).rpartition(".")
+        home = owner if found.home is found.owner else dotted(owner, last + HOME)
+        B, A = (f"self.{dotted(home, factor)}" for factor in ("lora_B", "lora_A"))
+        delta = f"{B} @ {A}" if found.spec.layout == "out_in" else f"({B} @ {A}).T"
+        return f"(self.{node.target} + {delta} * {found.spec.scaling})"
 
     def _name(self, node: fx.Node) -> str:
         source = self.lora[node].base if node in self.lora else node
@@ -175,7 +185,7 @@ def describe_spec(spec: AdapterSpec) -> str:
 def _factor_of(node: fx.Node) -> str:
     """Return lora_A, lora_B or lora_dropout for a call of an adapter's module, else ""."""
     match = (
-        re.search(r"\.(lora_A|lora_B|lora_dropout|lora_magnitude_vector)\.[^.]+$", str(node.target))
+        re.search(r"\.(lora_A|lora_B|lora_dropout|lora_magnitude_vector)\.[^.]+(\.\d+)?$", str(node.target))
         if node.op == "call_module"
         else None
     )

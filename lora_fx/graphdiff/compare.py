@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import attached
+from lora_fx.adapters.attach import HOME, attached_to
 from lora_fx.capture.arguments import rebuild
 from lora_fx.capture.captured import Captured, NotCaptured, capture
 from lora_fx.capture.inputs import TensorInput
 from lora_fx.graphdiff.canonical import Statement, adapted_graph, describe_spec, statements_of
 from lora_fx.regions.install import regions
+from lora_fx.tensors import dotted
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +132,23 @@ def _modules(model: nn.Module, covered: list[str]) -> list[Statement]:
     """Return a statement for every module without children outside of the covered paths."""
     found = []
     for path, module in model.named_modules():
-        inside = any(not c or path == c or path.startswith(f"{c}.") for c in covered) or ".lora_" in f".{path}"
+        inside = (
+            any(not c or path == c or path.startswith(f"{c}.") for c in covered)
+            or "lora_" in path
+            or path.endswith(HOME)
+        )
         if inside or not path:
             continue
-        adapter = attached(module)
-        if adapter is not None:
-            name = path.rpartition(".")[2]
+        adapters = list(attached_to(module))
+        for adapter in adapters:
+            name = path.rpartition(".")[2] if adapter.home is adapter.owner else adapter.spec.parameter
             low_rank = f"{name}.lora_B({name}.lora_A(x) * {adapter.spec.scaling})"
-            found.append(Statement(f"{name}(x) + {low_rank}", path, describe_spec(adapter.spec)))
-        elif next(module.children(), None) is None:
+            found.append(Statement(f"{name}(x) + {low_rank}", dotted(path, "" if adapter.home is adapter.owner else
+                                                                     adapter.spec.parameter),
+                                   describe_spec(adapter.spec)))  # fmt: skip
+        if adapters:
+            continue
+        if next(module.children(), None) is None:
             found.append(Statement(_summary(path.rpartition(".")[2], module), path))
     return found
 

@@ -1,18 +1,21 @@
 """flatten: calls of linears and of LoRA factors become plain torch functions on their weights.
 
-Only for region graphs, whose guards watch the classes and hooks of the modules that are bypassed.
+Other adapted layers are asked for their base's output.  Only for region graphs, whose guards watch the classes and
+hooks of the modules that are bypassed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import attached, base_weight_name, shows_effective_weight
+from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
 from lora_fx.adapters.lora import LoRAFactor
 from lora_fx.editor import Editor
+from lora_fx.layerkinds import kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,33 +37,47 @@ class Flatten:
 
 
 def _flatten(editor: Editor, node: fx.Node, module: nn.Module) -> None:
-    if not is_bypassed(module):
+    if not is_bypassed(module) or not (_is_flat(module) or attached(module) is not None):
         return
     path = str(node.target)
+    x = next(iter((*node.args, *node.kwargs.values())))
     with editor.writing_after(node, str(node.meta.get("site", ""))) as write:
-        weight = write.graph.get_attr(f"{path}.{base_weight_name(module)}")
-        arguments = (*node.args, weight) if node.args else (node.kwargs["input"], weight)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            arguments = (*arguments, write.graph.get_attr(f"{path}.bias"))
-        flat = write.graph.call_function(F.linear, arguments)
+        if not _is_flat(module):
+            flat = write.graph.call_function(base_output, (write.graph.get_attr(path), x))
+        else:
+            arguments = [x, write.graph.get_attr(f"{path}.weight")]
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                arguments.append(write.graph.get_attr(f"{path}.bias"))
+            flat = write.graph.call_function(F.linear, tuple(arguments))
     editor.replace_uses(node, flat, path, but=lambda user: False)
     editor.erase(node, path)
 
 
+def base_output(layer: Any, x: Tensor) -> Tensor:
+    """Return what an adapted layer computes without its adapter; stands in region graphs."""
+    result: Tensor = layer.base_forward(x)
+    return result
+
+
+def _is_flat(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, LoRAFactor))
+
+
 def is_bypassed(module: nn.Module) -> bool:
-    """Whether `flatten` writes the module as F.linear: linears without hooks or tricks, and factors of their dtype."""
+    """Whether a graph computes the module by itself: layers without hooks or tricks, and factors of their dtype."""
     if isinstance(module, LoRAFactor):
-        return module.spec is None or not module.spec.mixed
-    return is_plain_linear(module) and not has_hooks(module)
+        return type(module) is LoRAFactor and (module.spec is None or not module.spec.mixed)
+    return is_plain_layer(module) and not has_hooks(module)
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module's forward is F.linear of its own weight (and the adapter beside it)."""
-    if not isinstance(module, nn.Linear) or nn.utils.parametrize.is_parametrized(module):
+def is_plain_layer(module: nn.Module) -> bool:
+    """Whether calling the module is all that happens to its weight, and the adapter beside it the same at each call."""
+    if shown_parameters(module) or has_call_factors(module):
         return False
     if attached(module) is not None:
         return True
-    return type(module).forward is nn.Linear.forward and not shows_effective_weight(module)
+    kind = kind_of(module)
+    return kind is not None and kind.called and kind.refusal is None
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
-from lora_fx.adapters.attach import Attached, attach, attached, base_weight_name, is_adapted
-from lora_fx.adapters.lora import add_low_rank
-from lora_fx.adapters.spec import AdapterSpec, ModelRecord
+from lora_fx.adapters.attach import Attached, attach, attached_to, is_adapted, shown_parameters
+from lora_fx.adapters.lora import add_low_rank, as_rows
+from lora_fx.adapters.spec import ModelRecord
 from lora_fx.editor import Editor, Writer
 from lora_fx.errors import RefusedError
-from lora_fx.passes.sitegraph import SiteCall, first_argument, site_calls
+from lora_fx.passes.sitegraph import SiteCall, site_calls, whole_graph_call
 from lora_fx.passes.verify import verify
 from lora_fx.planning import Plan
 from lora_fx.records import record_of, spec_of
@@ -40,40 +41,48 @@ class Inject:
         for each in self.plan.adapted:
             if each.path in called:
                 spec = spec_of(each, record, editor.graph_module)
-                editor.add_modules(each.path, functools.partial(_attach, shape=each.shape, spec=spec), each.path)
+                editor.add_modules(each.path, functools.partial(attach, spec=spec), each.path)
         splice_adapters(editor)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         verify(graph_module)
 
 
-def _attach(owner: nn.Module, shape: tuple[int, ...], spec: AdapterSpec) -> None:
-    weight = owner._parameters["weight"]
-    assert weight is not None
-    attach(owner, weight, shape, spec)
-
-
 def splice_adapters(editor: Editor, only: set[str] | None = None) -> None:
     """Write the LoRA nodes of every attached adapter (of the paths in `only`) after each call of its base."""
+    met: Counter[str] = Counter()
     for call in list(site_calls(editor.graph_module)):
-        found = attached(editor.graph_module.get_submodule(call.path))
-        if found is not None and (only is None or call.path in only):
-            _splice(editor, call, found)
+        owner = editor.graph_module.get_submodule(call.path)
+        # what shows its weight with the adapter in it needs no nodes
+        adapters = [] if shown_parameters(owner) else [f for f in attached_to(owner) if f.home is f.owner]
+        if adapters and (only is None or call.path in only):
+            _splice(editor, call, adapters[min(met[call.path], len(adapters) - 1)])
+            met[call.path] += 1
+
+
+def splice_layer(editor: Editor) -> None:
+    """Write the LoRA nodes of the adapter beside a layer whose own forward the graph is."""
+    for found in attached_to(editor.graph_module):
+        _splice(editor, whole_graph_call(editor.graph), found)
 
 
 def _splice(editor: Editor, call: SiteCall, found: Attached) -> None:
     spec, name = found.spec, found.spec.adapter
-    x = first_argument(call.node)  # only now: the site that makes it may have been adapted just before
+    number = "" if found.call is None else f".{found.call}"
+    # only now: the site that makes the input may have been adapted just before
+    x = call.x if call.path == "" else next(iter((*call.node.args, *call.node.kwargs.values())))
+    assert isinstance(x, fx.Node)
     with editor.writing_after(call.node, call.path) as write:
         result = add_low_rank(
             write.proxy(call.node),  # type: ignore[arg-type]
             write.proxy(x),  # type: ignore[arg-type]
-            A=write.module(dotted(call.path, f"lora_A.{name}")),
-            B=write.module(dotted(call.path, f"lora_B.{name}")),
+            A=write.module(dotted(call.path, f"lora_A.{name}{number}")),
+            B=write.module(dotted(call.path, f"lora_B.{name}{number}")),
             dropout=write.module(dotted(call.path, f"lora_dropout.{name}")) if found.dropout is not None else None,
             magnitude=_magnitude(write, call.path, found) if found.magnitude is not None else None,
             scaling=spec.scaling,
             mixed=spec.mixed,
+            one_hot=spec.op == "embedding",
         )
     added: fx.Node = result.node  # type: ignore[attr-defined]
     own = {user for user in call.node.users if user is added or user.meta.get("site") == call.path}
@@ -85,7 +94,7 @@ def _magnitude(write: Writer, path: str, found: Attached) -> Callable[[Any, Any]
     name = found.spec.adapter
     bias = None if found.owner._parameters.get("bias") is None else write.attribute(dotted(path, "bias"))
     tensors = {
-        "weight": write.attribute(dotted(path, base_weight_name(found.owner))),
+        "weight": as_rows(write.attribute(dotted(path, "weight")), found.spec.layout),
         "bias": bias,
         "lora_A": write.attribute(dotted(path, f"lora_A.{name}.weight")),
         "lora_B": write.attribute(dotted(path, f"lora_B.{name}.weight")),

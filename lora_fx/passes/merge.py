@@ -9,11 +9,12 @@ from torch import Tensor, fx
 
 from lora_fx.adapters.attach import Attached, all_attached, detach, is_adapted
 from lora_fx.adapters.dora import merged_dora_weight
-from lora_fx.adapters.lora import merged_weight
+from lora_fx.adapters.lora import as_rows, folded_weight
 from lora_fx.editor import Editor
 from lora_fx.errors import InvariantError, MergeError
 from lora_fx.passes.remove import erase_lora_nodes
 from lora_fx.passes.sitegraph import site_calls
+from lora_fx.tensors import dotted
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,10 @@ class Merge:
         sites = list(all_attached(editor.graph_module))
         _keep_other_readers(editor, [path for path, _ in sites])
         for path, found in sites:
-            weight = folded(found)
-            editor.drop_modules(path, detach, path)
-            editor.set_weight(path, weight, f"{path}.weight" in found.spec.record.requires_grad)
+            weight, name = folded(found), found.spec.parameter
+            owner = path if found.spec.path_is_owner else path.rpartition(".")[0]
+            editor.drop_modules(owner, detach, path)
+            editor.set_weight(owner, weight, dotted(owner, name) in found.spec.record.requires_grad, name)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         if is_adapted(graph_module):
@@ -71,12 +73,14 @@ def _other_name(graph_module: fx.GraphModule, name: str, merged: set[str]) -> st
 
 
 def folded(found: Attached) -> Tensor:
-    """Return W + scaling · B A (DoRA: m · V / ‖V‖) of one adapter, a new tensor without gradient."""
+    """Return W + scaling · B A (DoRA: m · V / ‖V‖) of one adapter, as W is stored: a new tensor without gradient."""
     with torch.no_grad():
-        factors = (found.base_weight, found.lora_A.weight, found.lora_B.weight, found.spec.scaling)
-        if found.magnitude is not None:
-            return merged_dora_weight(*factors, found.magnitude.weight)
-        return merged_weight(*factors)
+        if found.magnitude is None:
+            return folded_weight(found.base_weight, found.delta())
+        factors = (found.lora_A.weight, found.lora_B.weight, found.spec.scaling, found.magnitude.weight)
+        merged = merged_dora_weight(as_rows(found.base_weight, found.spec.layout), *factors)
+        stored: Tensor = as_rows(merged, found.spec.layout)
+        return stored.contiguous()
 
 
 def check_mergeable(model: torch.nn.Module) -> None:
@@ -85,9 +89,11 @@ def check_mergeable(model: torch.nn.Module) -> None:
         raise MergeError("the model has no adapter to merge")
     bad = []
     for path, found in all_attached(model):
-        if found.lora_A.weight.is_meta:
+        if found.call is not None:
+            bad.append((path, "each call has an adapter of its own, and the one weight cannot hold them all"))
+        elif found.lora_A.weight.is_meta:
             bad.append((path, "on the meta device: no values to merge"))
         elif not torch.isfinite(folded(found)).all():
             bad.append((path, "the merged weight has NaN or infinite values"))
     if bad:
-        raise MergeError("merging would spoil the model; nothing was merged", bad)
+        raise MergeError("merging would spoil the model; nothing was merged", list(dict.fromkeys(bad)))

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
 from lora_fx.adapters.lora import LoRAFactor
 from lora_fx.errors import MergeError
+from lora_fx.layerkinds import kind_of
 
 _LINEARS = (F.linear, torch.ops.aten.linear.default)
+_FACTOR = re.compile(r"\.?lora_A\.[^.]+(\.\d+)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +26,37 @@ class SiteCall:
     path: str
     node: fx.Node
     """The node that computes the base output."""
+    x: fx.Node
+    """What the weight is applied to."""
 
 
 def site_calls(graph_module: fx.GraphModule) -> Iterator[SiteCall]:
-    """Yield every linear in the graph: calls of nn.Linear, and F.linear with a module's own `weight`."""
+    """Yield every layer call in the graph that has a weight to adapt, and F.linear with a module's own `weight`."""
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
-            if isinstance(graph_module.get_submodule(str(node.target)), nn.Linear):
-                yield SiteCall(str(node.target), node)
+            kind = kind_of(graph_module.get_submodule(str(node.target)))
+            if kind is not None and (kind.called or kind.op == "linear"):
+                yield SiteCall(str(node.target), node, _first_argument(node))
         elif node.op == "call_function" and node.target in _LINEARS:
             weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
             owner = _owner_of_weight(weight)
             if owner is not None:
-                yield SiteCall(owner, node)
+                yield SiteCall(owner, node, _first_argument(node))
 
 
-def first_argument(node: fx.Node) -> fx.Node:
-    """Return the input of a linear's call."""
-    value = node.args[0] if node.args else node.kwargs["input"]
+def _first_argument(node: fx.Node) -> fx.Node:
+    """Return the input of a layer's call."""
+    value = next(iter((*node.args, *node.kwargs.values())))
     assert isinstance(value, fx.Node)
     return value
+
+
+def whole_graph_call(graph: fx.Graph) -> SiteCall:
+    """Return the one call that the graph of a layer's own forward is."""
+    x = next(node for node in graph.nodes if node.op == "placeholder")
+    result = next(node for node in graph.nodes if node.op == "output").args[0]
+    assert isinstance(result, fx.Node)
+    return SiteCall("", result, x)
 
 
 def _owner_of_weight(weight: object) -> str | None:
@@ -76,26 +89,44 @@ def lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
             continue
         factor = graph_module.get_submodule(str(node.target))
         if isinstance(factor, LoRAFactor) and factor.spec is not None:
-            yield _around(node, re.sub(r"\.?lora_A\.[^.]+$", "", str(node.target)))
+            yield _around(node, _FACTOR.sub("", str(node.target)))
 
 
 def _around(lora_a: fx.Node, path: str) -> LoRANodes:
     scaled = _only_user(lora_a, path)
+    nodes = [lora_a]
+    if _is_dropout(scaled):  # of tokens, which are dropped as a whole
+        nodes.insert(0, scaled)
+        scaled = _only_user(scaled, path)
     lora_b = _only_user(scaled, path)
     result = _only_user(lora_b, path)
-    nodes = [lora_b, scaled, lora_a]
+    nodes = [lora_b, scaled, *nodes]
     if result.op == "call_method" and result.target == "type_as":
         nodes.insert(0, result)
         result = _only_user(result, path)
     is_dora = result.op == "call_module" and ".lora_magnitude_vector." in str(result.target)
     if not (result.target is operator.add or is_dora) or not isinstance(result.args[0], fx.Node):
         raise MergeError("a LoRA subgraph has been changed", [(path, f"{result.name} is not base + delta")])
-    nodes += [each for each in result.kwargs.values() if isinstance(each, fx.Node)]
+    nodes += _magnitude_inputs(result)
     dropped = lora_a.args[0]
     assert isinstance(dropped, fx.Node)
-    if dropped.op == "call_module" and ".lora_dropout." in str(dropped.target):
+    if _is_dropout(dropped):
         nodes.append(dropped)
     return LoRANodes(path, result.args[0], result, (result, *nodes))
+
+
+def _is_dropout(node: fx.Node) -> bool:
+    return node.op == "call_module" and "lora_dropout." in str(node.target)
+
+
+def _magnitude_inputs(result: fx.Node) -> list[fx.Node]:
+    """Return the nodes that DoRA's magnitude alone reads, users before what they use."""
+    found: list[fx.Node] = []
+    for each in result.kwargs.values():
+        if isinstance(each, fx.Node):
+            found.append(each)
+            found += [inner for inner in each.args if isinstance(inner, fx.Node) and each.op == "call_method"]
+    return found
 
 
 def _only_user(node: fx.Node, path: str) -> fx.Node:

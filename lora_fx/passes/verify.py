@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,21 +45,13 @@ class Verify:
 
 def _shapes_fit(model: nn.Module) -> Iterator[Problem]:
     for path, found in all_attached(model):
-        out_r, r_in = tuple(found.lora_B.weight.shape), tuple(found.lora_A.weight.shape)
-        out_features, in_features = _features(found.owner)
-        if out_r != (out_features, found.spec.lora.r) or r_in != (found.spec.lora.r, in_features):
+        out_r, r_in = tuple(found.lora_B.matrix.shape), tuple(found.lora_A.matrix.shape)
+        bank, (out_features, in_features) = found.spec.matrices
+        if out_r != (*bank, out_features, found.spec.rank) or r_in != (*bank, found.spec.rank, in_features):
             yield (
                 path,
-                f"lora_B {out_r} · lora_A {r_in} does not fit r={found.spec.lora.r}, {in_features} → {out_features}",
+                f"lora_B {out_r} · lora_A {r_in} does not fit r={found.spec.rank}, {in_features} → {out_features}",
             )
-
-
-def _features(owner: nn.Module) -> tuple[int, int]:
-    if isinstance(owner, nn.Linear):
-        return owner.out_features, owner.in_features
-    weight = owner._parameters["weight"]
-    assert weight is not None
-    return weight.shape[0], math.prod(weight.shape[1:])
 
 
 def _devices_agree(model: nn.Module) -> Iterator[Problem]:
@@ -98,7 +89,7 @@ def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
         return
     written = Counter(found.path for found in lora_nodes(model))
     calls = Counter(call.path for call in site_calls(model))
-    for path, _ in all_attached(model):
+    for path in dict.fromkeys(path for path, _ in all_attached(model)):
         if written[path] != calls[path]:
             yield path, f"{calls[path]} calls in the graph, {written[path]} of them adapted"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from lora_fx.passes.flatten import is_plain_linear
+from lora_fx.passes.flatten import is_plain_layer
 from lora_fx.regions.structure import structure_of
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -111,4 +111,11 @@ def _largest_ancestor(model: nn.Module, site: str, blocks: list[str]) -> str | N
         holds_block = any(block == path or block.startswith(f"{path}.") for block in blocks)
         if not holds_block and _has_forward(model.get_submodule(path)):
             return path
-    return site if site and is_plain_linear(model.get_submodule(site)) else None
+    return site if site and _is_layer(model, site) else None
+
+
+def _is_layer(model: nn.Module, site: str) -> bool:
+    """Whether the site is a layer that a graph can call alone, not a raw parameter."""
+    path, _, name = site.rpartition(".")
+    owner = model.get_submodule(path)
+    return name in owner._modules and is_plain_layer(owner.get_submodule(name))

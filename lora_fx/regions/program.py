@@ -16,8 +16,8 @@ from lora_fx.capture.inputs import TensorInput
 from lora_fx.capture.recording import of_shape
 from lora_fx.editor import Editor
 from lora_fx.passes import apply_pass
-from lora_fx.passes.flatten import Flatten, is_bypassed, is_plain_linear
-from lora_fx.passes.inject import splice_adapters
+from lora_fx.passes.flatten import Flatten, is_bypassed, is_plain_layer
+from lora_fx.passes.inject import splice_adapters, splice_layer
 
 
 @dataclass(slots=True)
@@ -72,12 +72,13 @@ def make_program(captured: Captured, module: nn.Module) -> Program:
     """
     graph_module = fx.GraphModule(module, copy.deepcopy(captured.graph))
     bypassed = _bypassed(graph_module)
-    if is_plain_linear(module):  # a linear alone is the region
-        bypassed.add("")
-        share_adapter(module, graph_module)
     editor = Editor(graph_module)
     editor.by = "inject"
     splice_adapters(editor, only=bypassed)
+    if is_plain_layer(module):  # a layer alone is the region
+        bypassed.add("")
+        share_adapter(module, graph_module)
+        splice_layer(editor)
     factors = _bypassed(graph_module) - bypassed
     apply_pass(Flatten(), editor)
     graph_module.graph.lint()
@@ -94,11 +95,13 @@ def make_program(captured: Captured, module: nn.Module) -> Program:
 
 
 def _weights_read(graph: fx.Graph, module: nn.Module) -> Iterator[str]:
-    """Yield the paths of the linears whose (effective) weight the graph reads."""
+    """Yield the names of the parameters that the graph reads, with their adapters, and of the layers that own them."""
     for node in graph.nodes:
         path, _, name = str(node.target).rpartition(".")
-        if node.op == "get_attr" and name == "weight" and isinstance(module.get_submodule(path), nn.Linear):
-            yield path
+        if node.op == "get_attr" and name in getattr(module.get_submodule(path), "_parameters", {}):
+            yield str(node.target)
+            if name == "weight":
+                yield path
 
 
 def _bypassed(graph_module: fx.GraphModule) -> set[str]:

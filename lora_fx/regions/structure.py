@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapters.attach import attached, shows_effective_weight
+from lora_fx.adapters.attach import attached_to, shown_parameters
 from lora_fx.swap import original_class
 
 
@@ -18,6 +18,5 @@ def structure_of(module: nn.Module) -> tuple[Any, ...]:
 def _facts(path: str, module: nn.Module) -> tuple[Any, ...]:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors)
-    found = attached(module)
-    adapter = None if found is None else (found.spec.lora, found.spec.mixed, shows_effective_weight(module))
-    return (path, original_class(module), shapes, adapter)
+    adapters = tuple((each.spec.lora, each.spec.mixed, each.spec.parameter, each.call) for each in attached_to(module))
+    return (path, original_class(module), shapes, adapters, shown_parameters(module))

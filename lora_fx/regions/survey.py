@@ -45,8 +45,6 @@ class Survey:
     """Paths of the regions that run as graphs."""
     failures: dict[str, str]
     """Why a submodule does not run as a graph, or not in every mode."""
-    calls: dict[str, int]
-    """How often one forward calls each submodule."""
     library: Library
     structures: dict[str, tuple[Any, ...]]
     """For each region, the structure of its block."""
@@ -69,7 +67,6 @@ def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> 
     Raises:
         Exception: whatever the model raises for the samples in eval mode.
     """
-    calls = count_calls(twin, samples[0])
     failures: dict[str, str] = {}
     tried = dict.fromkeys(block_regions(twin, sites))
     new = list(tried)
@@ -86,7 +83,7 @@ def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> 
     found = {path: structure_of(module) for path, module, _ in regions(twin)}
     seconds = {found[path]: region.kind.seconds for path, _, region in regions(twin)}
     covered = frozenset(in_graphs(twin))
-    return Survey(tuple(found), failures, calls, library_of(twin), dict(found), covered, seconds)
+    return Survey(tuple(found), failures, library_of(twin), dict(found), covered, seconds)
 
 
 def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
@@ -130,7 +127,7 @@ def survey_symbolically(twin: nn.Module, sites: Sequence[str]) -> Survey:
         waiting = [path for path in waiting if path not in sites]  # nothing shows that a linear alone is called
     install(twin, structures)
     stock(twin, library, structures, {})
-    return Survey(tuple(structures), failures, {}, library, structures, frozenset(in_graphs(twin)), {})
+    return Survey(tuple(structures), failures, library, structures, frozenset(in_graphs(twin)), {})
 
 
 def _is_inside(path: str, owners: Iterable[str]) -> bool:
@@ -192,27 +189,6 @@ def run_modes(
                     if training or may_fail:  # some models refuse to train on such a batch; the user will not either
                         stack.enter_context(contextlib.suppress(Exception))
                     model(*sample.args, **sample.kwargs)
-
-
-def count_calls(model: nn.Module, sample: Sample) -> dict[str, int]:
-    """Return how often a forward in eval mode calls each submodule."""
-    calls: dict[str, int] = {}
-    hooks = []
-    for path, module in model.named_modules():
-
-        def count(_module: nn.Module, _args: object, path: str = path) -> None:
-            calls[path] = calls.get(path, 0) + 1
-
-        hooks.append(module.register_forward_pre_hook(count))
-    try:
-        with unchanged_modes(model), unchanged_random(model), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.eval()
-            model(*sample.args, **sample.kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
 
 
 @contextlib.contextmanager

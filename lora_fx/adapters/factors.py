@@ -1,0 +1,126 @@
+"""The factors A and B of layers that are no plain linears: convolutions, embeddings, and linears with parts.
+
+Each keeps its values in the shape that PEFT gives them, and gives the plain matrix as `matrix`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.adapters.spec import AdapterSpec
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvolutionA(LoRAFactor):
+    """A of a convolution: r filters [r, in / groups, kernel…], which every group of channels meets.
+
+    Stride, padding, its mode and dilation are the base layer's.
+    """
+
+    def __init__(self, weight: Tensor, spec: AdapterSpec, base: Convolution) -> None:
+        super().__init__(weight, spec)
+        self.stride, self.dilation, self.groups = base.stride, base.dilation, base.groups
+        self.mode: str = base.padding_mode
+        self.padding: Any = base.padding if self.mode == "zeros" else 0
+        self.border: list[int] = base._reversed_padding_repeated_twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the r filters' answers, [.., groups · r, …], in the factor's dtype."""
+        x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
+        if self.mode != "zeros":
+            x = F.pad(x, self.border, mode=self.mode)
+        weight: Tensor = self.weight
+        if self.groups > 1:
+            weight = weight.repeat(self.groups, *(1 for _ in weight.shape[1:]))
+        convolve = _CONVOLVE[weight.dim() - 2]
+        return convolve(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.flatten(1)
+
+
+class ConvolutionB(LoRAFactor):
+    """B of a convolution: [out, r, 1…]."""
+
+    def __init__(self, weight: Tensor, groups: int) -> None:
+        super().__init__(weight)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _CONVOLVE[self.weight.dim() - 2](x, self.weight, None, 1, 0, 1, self.groups)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.flatten(1)
+
+
+class EmbeddingA(LoRAFactor):
+    """A of an embedding: [r, num_embeddings]; the ids pick its columns."""
+
+    def __init__(self, weight: Tensor, spec: AdapterSpec, padding_idx: int | None) -> None:
+        super().__init__(weight, spec)
+        self.padding_idx = padding_idx
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.weight.t(), self.padding_idx)
+
+
+class TokenDropout(nn.Dropout):
+    """Dropout on the input of an embedding: a token is one-hot, so it is dropped as a whole or not at all."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what A makes of the tokens, [.., r], with all values of a dropped token zero."""
+        return input * super().forward(torch.ones_like(input[..., :1]))
+
+
+class SlicedB(LoRAFactor):
+    """B of a weight with parts, of which some are adapted: each part has r columns of its own, and rows of its own.
+
+    `weight` [rows of the adapted parts, r] holds the blocks; the whole matrix [out, parts · r] has zeros elsewhere.  A
+    bank of experts has one such weight for each.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, weight: Tensor, out_features: int, parts: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__(weight)
+        self.out_features, self.parts = out_features, len(parts)
+        rows = [row for part in parts for row in part]
+        numbers = [number for number, part in enumerate(parts) for _ in part]
+        self.register_buffer("rows", torch.tensor(rows, device=weight.device), persistent=False)
+        self.register_buffer("columns", torch.tensor(numbers, device=weight.device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = self.matrix
+        return F.linear(x if x.dtype == matrix.dtype else x.to(matrix.dtype), matrix)
+
+    @property
+    def matrix(self) -> Tensor:
+        *bank, _, r = self.weight.shape
+        whole = self.weight.new_zeros(*bank, self.out_features, self.parts, r)
+        if bank:
+            whole = whole.index_put((torch.arange(bank[0], device=whole.device)[:, None], self.rows, self.columns),
+                                    self.weight)  # fmt: skip
+        else:
+            whole = whole.index_put((self.rows, self.columns), self.weight)
+        return whole.flatten(-2)
+
+    def blocks_of(self, matrix: Tensor) -> Tensor:
+        """Return the blocks of a whole matrix, as `weight` holds them."""
+        r = self.weight.shape[-1]
+        blocks: Tensor = matrix.reshape(*matrix.shape[:-1], self.parts, r)[..., self.rows, self.columns, :]
+        return blocks
+
+
+class CallFactors(nn.ModuleList):
+    """The factors of a module that is called several times, one for each call."""
