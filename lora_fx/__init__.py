@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from lora_fx.api import inspect as inspect
     from lora_fx.api import load as load
     from lora_fx.api import merge as merge
+    from lora_fx.api import merge_checkpoint as merge_checkpoint
     from lora_fx.api import parameters as parameters
     from lora_fx.api import plan as plan
     from lora_fx.api import remove as remove
     from lora_fx.api import save as save
+    from lora_fx.checkpoint.mergereport import MergeReport as MergeReport
     from lora_fx.errors import AdapterFileError as AdapterFileError
     from lora_fx.errors import AdapterMismatchError as AdapterMismatchError
     from lora_fx.errors import CaptureError as CaptureError
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
     from lora_fx.samples import call as call
 
 _HOMES = {
-    "lora_fx.api": "apply diff disabled inspect load merge parameters plan remove save",
+    "lora_fx.api": "apply diff disabled inspect load merge merge_checkpoint parameters plan remove save",
+    "lora_fx.checkpoint.mergereport": "MergeReport",
     "lora_fx.errors": (
         "AdapterFileError AdapterMismatchError CaptureError ExportError InvariantError LoraFxError LoraFxWarning "
         "MergeError NoMatchError RefusedError RuleError StalePlanError"

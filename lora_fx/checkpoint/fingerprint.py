@@ -20,16 +20,22 @@ def sample_values(weight: Tensor) -> list[float] | None:
     if weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
         return None
     flat = weight.detach().reshape(-1)
-    positions = torch.linspace(0, flat.numel() - 1, VALUES, dtype=torch.float64).round().long()
-    return [float(value) for value in flat[positions.to(flat.device)].double().cpu()]
+    positions = torch.tensor(sample_positions(flat.numel()), device=flat.device)
+    return [float(value) for value in flat[positions].double().cpu()]
+
+
+def sample_positions(number: int) -> list[int]:
+    """Return where `sample_values` looks in a weight of so many values."""
+    return [int(each) for each in torch.linspace(0, number - 1, VALUES, dtype=torch.float64).round()]
 
 
 def different(saved: Mapping[str, list[float] | None], weights: Mapping[str, Tensor]) -> list[str]:
     """Return the paths whose base weight is not the one that the adapter was trained on."""
-    return [path for path, weight in weights.items() if not _same(saved.get(path), sample_values(weight))]
+    return [path for path, weight in weights.items() if not same_values(saved.get(path), sample_values(weight))]
 
 
-def _same(before: list[float] | None, now: list[float] | None) -> bool:
+def same_values(before: list[float] | None, now: list[float] | None) -> bool:
+    """Whether two samples are of one weight, perhaps in another dtype; unknown ones count as the same."""
     if before is None or now is None:
         return True
     scale = max(map(abs, before), default=0.0)

@@ -1,0 +1,89 @@
+"""What a streaming merge did to each tensor, and how much of the adapters survived the rounding."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lora_fx.text import columns, count
+
+_MOST_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class MergedTensor:
+    """A tensor that is not the base's.
+
+    With W the base, D the exact delta and W' what was written, `relative_delta` is ‖D‖ / ‖W‖ and `survived` is
+    ⟨W' − W, D⟩ / ‖D‖²: 1 if rounding lost nothing, 0 if it lost all.  Both are None where there is no delta.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    how: str
+    """`merged`, `replaced` (trained whole) or `added` (the base has no such tensor)."""
+    adapters: tuple[str, ...]
+    relative_delta: float | None = None
+    survived: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(saved: dict[str, Any]) -> MergedTensor:
+        """Return what `to_dict` gave, also after a journey through JSON."""
+        return MergedTensor(**{**saved, "shape": tuple(saved["shape"]), "adapters": tuple(saved["adapters"])})
+
+    def row(self) -> tuple[str, ...]:
+        size = " × ".join(map(str, self.shape))
+        if self.relative_delta is None:
+            return (self.name, size, self.dtype, self.how)
+        survived = "" if self.survived is None else f"survived {self.survived:.1%}"
+        return (self.name, size, self.dtype, self.how, f"‖Δ‖/‖W‖ {self.relative_delta:.2g}", survived)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What `merge_checkpoint` wrote; `str()` gives a summary."""
+
+    folder: str
+    tensors: tuple[MergedTensor, ...]
+    """Those that are not the base's, by file and place in it."""
+    untouched: int
+    """How many tensors are the base's, byte by byte (or cast, with `out_dtype`)."""
+    carried: tuple[str, ...]
+    """Files that were copied along."""
+    left_out: tuple[str, ...]
+    """Files of the base that hold its weights in other forms; they were not copied."""
+    untied: bool
+    """Whether config.json now says that head and embedding are two tensors."""
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, everything: bool = False) -> str:
+        """Return a summary with the tensors of which rounding took the most, or with all."""
+        ways = Counter(each.how for each in self.tensors)
+        parts = [f"{number:,} {how}" for how, number in sorted(ways.items())]
+        lines = [f"{self.folder}: {', '.join([*parts, f'{self.untouched:,} untouched'])}"]
+        lines += [columns([each.row() for each in self._shown(everything)])] if self.tensors else []
+        if self.untied:
+            lines.append("  config.json: tie_word_embeddings is false now, since head and embedding differ")
+        if self.left_out:
+            lines.append(f"  left out, as the unmerged weights are in {count(len(self.left_out), 'other file')}:")
+            lines.append(columns([(name,) for name in self.left_out], indent="    "))
+        return "\n".join(lines)
+
+    def _shown(self, everything: bool) -> Sequence[MergedTensor]:
+        if everything:
+            return self.tensors
+        measured = [each for each in self.tensors if each.survived is not None]
+        return sorted(measured, key=lambda each: each.survived or 0.0)[:_MOST_SHOWN]
+
+    def to_json(self) -> str:
+        """Return the report as JSON."""
+        return json.dumps(asdict(self), indent=2)

@@ -1,0 +1,103 @@
+"""A directory that is filled file by file: a file is whole or hidden, and a journal tells that more must come."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_fx.errors import MergeError
+from lora_fx.text import listing
+
+OURS = ".lora-fx-merge"
+"""Beginning of every hidden file that a merge keeps in its directory while it runs."""
+JOURNAL = f"{OURS}.json"
+_LOCK = f"{OURS}.lock"
+
+
+def part_of(path: Path) -> Path:
+    """Return where a file is written before it is whole."""
+    return path.with_name(f"{OURS}.{path.name}.part")
+
+
+def settle(path: Path) -> None:
+    """Give a file, written and synced as its part, its name."""
+    os.replace(part_of(path), path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames last; where folders cannot be opened (Windows) there is nothing to do."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file: the old one or the new one is there, whole."""
+    with part_of(path).open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    settle(path)
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copy a file byte by byte; what a link points to is copied, not the link."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, part_of(target))
+    with part_of(target).open("rb+") as file:
+        os.fsync(file.fileno())
+    settle(target)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a directory that holds anything but an unfinished merge.
+
+    Raises:
+        MergeError: it is a file, or not empty and not ours.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise MergeError(f"{folder}: is there already, and no directory; nothing was written")
+    names = sorted(path.name for path in folder.iterdir())
+    if JOURNAL not in names and not all(name.startswith(OURS) for name in names):
+        facts = [("holds", listing(names))]
+        raise MergeError(
+            f"{folder}: is there already; nothing was written", facts, "name a directory that is not there"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how much may be written there: what is free, and what an interrupted run has left and will overwrite."""
+    parent = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
+    left = sum(path.stat().st_size for path in folder.glob(f"{OURS}.*.part")) if folder.is_dir() else 0
+    return shutil.disk_usage(parent).free + left
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other merges out of the directory; the lock of a process that was killed is gone with it.
+
+    Raises:
+        MergeError: another process merges into it.
+    """
+    path = folder / _LOCK
+    with path.open("wb") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+        else:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise MergeError(f"{folder}: another process is merging into it") from error
+            yield
+    path.unlink(missing_ok=True)
