@@ -87,6 +87,45 @@ def _plan(model: str, rules: str, form: str, everything: bool) -> str:
 
 
 @main.command()
+@click.argument("base", type=click.Path())
+@click.argument("adapters", nargs=-1, required=True, type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="Directory to write; continued if unfinished.")
+@click.option("--out-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: each tensor's own.")
+@click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--all", "everything", is_flag=True, help="Show every tensor, not only those that rounding hurt most.")
+@click.option("--no-progress", is_flag=True, help="Show no progress bar.")
+@click.pass_context
+def merge(
+    context: click.Context,
+    base: str,
+    adapters: tuple[str, ...],
+    output: str,
+    out_dtype: str | None,
+    rounding: str,
+    seed: int,
+    form: str,
+    everything: bool,
+    no_progress: bool,
+) -> None:
+    """Fold ADAPTERS into the checkpoint BASE, in bounded memory; nothing is changed but the directory given by -o."""
+    try:
+        from lora_fx.checkpoint.streaming import Options, merge_files
+
+        with click.progressbar(length=1, label="merging", hidden=no_progress, file=sys.stderr) as bar:
+
+            def show(done: int, total: int, name: str) -> None:
+                bar.length = total
+                bar.update(done - bar.pos)
+
+            report = merge_files(base, adapters, output, Options(out_dtype, rounding, seed), show)
+        click.echo(report.to_json() if form == "json" else report.text(everything))
+    except Exception as error:
+        _fail(error, TROUBLE, context.obj)
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON schema of rule files, for editors."""
     from lora_fx.schema import schema_text
