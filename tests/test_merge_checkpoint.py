@@ -13,6 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx import merge_checkpoint
@@ -22,6 +24,7 @@ from lora_fx.checkpoint import mergetiles, outfolder, rawbytes, streaming
 from lora_fx.checkpoint.rawfile import read_raw
 from lora_fx.checkpoint.rounding import Noise, round_into
 from lora_fx.errors import AdapterFileError, AdapterMismatchError, MergeError
+from lora_fx.rulespec import OPS
 from tests import zoo
 from tests.merging import PREFIX, contents, delta, factors, loaded, weight, write_adapter, write_base
 
@@ -214,20 +217,62 @@ def test_new_head_that_the_base_has_not_is_added_in_its_own_dtype(tmp_path, shar
         assert index["metadata"]["total_size"] == sum(each.nbytes for each in expected.values())
 
 
-def test_convolution_gets_the_product_of_its_factors_in_its_shape(tmp_path):
-    """The reader may refuse factors of four dimensions; the plan does not depend on that."""
-    from lora_fx.checkpoint.orientation import orientations, stored_factors
-    from lora_fx.checkpoint.rawfile import RawTensor
-    from lora_fx.checkpoint.read import SavedSite
-    from lora_fx.rules import LoRAConfig
+EVERY_KIND = {"version": 1, "rules": [{"match": {"name": "**", "op": list(OPS)}, "lora": {"r": 4}}]}
 
-    A, B = torch.randn(4, 3, 5, 5), torch.randn(8, 4, 1, 1)
-    site = SavedSite("conv", LoRAConfig(r=4), "", A, B, None, None)
-    assert orientations(site, RawTensor("F32", (8, 3, 5, 5), 0, 0)) == ("out_in",)
-    assert orientations(site, RawTensor("F32", (8, 1, 5, 5), 0, 0)) == ()
-    left, right = stored_factors(site, "out_in")
-    expected = torch.nn.functional.conv2d(A.transpose(0, 1), B).transpose(0, 1)
-    torch.testing.assert_close((left @ right).view(8, 3, 5, 5), expected)
+
+class Kinds(nn.Module):
+    """A weight of each kind that one tensor of a file holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 24)
+        self.conv = nn.Conv2d(3, 24, 3)
+        self.square = Conv1D(24, 24)
+        self.raw = nn.Parameter(torch.randn(24, 24))
+        self.out = nn.Linear(24, 5)
+
+    def forward(self, ids, image):
+        return self.out(self.square(self.embed(ids)) @ self.raw) + self.conv(image).mean()
+
+
+def test_sites_of_every_kind_are_merged_as_in_memory(tmp_path):
+    model = Kinds()
+    inputs = torch.zeros(1, 3, dtype=torch.long), torch.randn(1, 3, 8, 8)
+    tuned = lora_fx.apply(model, EVERY_KIND, inputs, backend="modules")
+    zoo.randomise_(tuned, 1)
+    lora_fx.save(tuned, tmp_path / "adapter")
+    base = write_base(tmp_path / "base", {name: each.clone() for name, each in model.state_dict().items()})
+    report = merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert sorted(each.name for each in report.tensors) == [
+        "conv.weight", "embed.weight", "out.weight", "raw", "square.weight",
+    ]  # fmt: skip
+    assert_same(loaded(tmp_path / "out"), lora_fx.merge(tuned).state_dict())
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "rule", "told"),
+    [
+        (nn.Sequential(nn.Conv1d(8, 8, 3, groups=2)), torch.zeros(1, 8, 9), {}, ("0.weight", "a grouped convolution")),
+        (Twice(), torch.zeros(1, 8), {"per_call": True}, ("fc.weight", "an adapter of its own for each call")),
+    ],
+)
+def test_what_no_weight_of_the_file_can_hold_is_refused(tmp_path, model, inputs, rule, told):
+    rules = {"version": 1, "rules": [EVERY_KIND["rules"][0] | rule]}
+    lora_fx.save(lora_fx.apply(model, rules, (inputs,), backend="modules"), tmp_path / "adapter")
+    base = write_base(tmp_path / "base", dict(model.state_dict()))
+    with pytest.raises(MergeError) as caught:
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert [key for key, _ in caught.value.problems] == [told[0]]
+    assert told[1] in caught.value.problems[0][1]
 
 
 # -- Conv1D, which stores [in, out]

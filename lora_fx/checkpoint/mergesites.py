@@ -5,11 +5,9 @@ Everything is decided, and every problem is found, before the first byte is writ
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +17,9 @@ from lora_fx.checkpoint.basefiles import Checkpoint, read_object
 from lora_fx.checkpoint.fingerprint import same_values
 from lora_fx.checkpoint.mergenames import Prefix, find_prefix, near_keys
 from lora_fx.checkpoint.mergeplan import Addition, Fold, MergePlan, Term, Value, Work
-from lora_fx.checkpoint.names import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE
+from lora_fx.checkpoint.names import CONFIG_FILE
 from lora_fx.checkpoint.orientation import Orientation, orientations, stored_factors
-from lora_fx.checkpoint.rawfile import DTYPES, FLOATS, NAME_OF, RawFile, RawTensor, read_raw, sample
+from lora_fx.checkpoint.rawfile import DTYPES, FLOATS, NAME_OF, RawFile, RawTensor, sample
 from lora_fx.checkpoint.read import AdapterFile, SavedSite
 from lora_fx.errors import AdapterMismatchError, MergeError
 
@@ -41,21 +39,11 @@ class Given:
     fan_in_fan_out: bool
     """What its configuration says of linears that store [in, out]."""
     ensures_tying: bool
-    notes: dict[str, dict[str, Any]] | None
-    """What lora_fx has noted of each site, by path; None in a file of PEFT's."""
 
     @staticmethod
     def of(file: AdapterFile, label: str) -> Given:
         config = read_object(file.folder / CONFIG_FILE)
-        metadata = read_raw(file.folder / WEIGHTS_FILE).metadata
-        notes = None
-        if METADATA_KEY in metadata:
-            sites = json.loads(metadata[METADATA_KEY])["sites"]
-            notes = {each.get("path", stem): each for stem, each in sites.items()}
-        return Given(file, label, bool(config.get("fan_in_fan_out")), bool(config.get("ensure_weight_tying")), notes)
-
-    def note(self, path: str) -> dict[str, Any]:
-        return (self.notes or {}).get(path, {})
+        return Given(file, label, bool(config.get("fan_in_fan_out")), bool(config.get("ensure_weight_tying")))
 
 
 @dataclass(slots=True)
@@ -86,7 +74,8 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Given], out_dtype: torch.dty
     heads = [key for key in works if tied.is_head(key)]
     found.refusals += tied.refusals(base, works, heads, any(each.ensures_tying for each in adapters))
     if found.refusals:
-        raise MergeError("the adapter cannot be merged into this checkpoint; nothing was written", found.refusals)
+        refused = list(dict.fromkeys(found.refusals))
+        raise MergeError("the adapter cannot be merged into this checkpoint; nothing was written", refused)
     additions = {key: _addition(works.pop(key)) for key in [*works] if base.find(key) is None}
     return MergePlan(base, works, additions, bool(heads) and tied.may_be_tied(base), out_dtype)
 
@@ -110,7 +99,7 @@ def _refuse_quantised(base: Checkpoint) -> None:
 def _place(given: Given, base: Checkpoint, found: _Found) -> None:
     """Find what one adapter changes in the checkpoint."""
     sites = given.file.sites
-    names = {each.path: given.note(each.path).get("parameter") or f"{each.path}.weight" for each in sites}
+    names = {each.path: _weight_name(each) for each in sites}
     prefix = find_prefix([name for name in names.values() if not tied.is_head(name)], base)
     placed = [(each, *_locate(names[each.path], _shape(each), prefix, base)) for each in sites]
     usual = _usual_orientation(given, base, placed)
@@ -123,6 +112,11 @@ def _place(given: Given, base: Checkpoint, found: _Found) -> None:
             _place_value(f"{each.path}.bias", Value(each.bias, given.label), prefix, base, found, is_site=True)
     for name, tensor in given.file.modules.items():
         _place_value(name, Value(tensor, given.label), prefix, base, found, is_site=False)
+
+
+def _weight_name(site: SavedSite) -> str:
+    """Return the name of a site's weight; that of a raw parameter is its own."""
+    return f"{site.path}.weight" if site.note is None or not site.note.parameter else site.note.parameter
 
 
 def _shape(site: SavedSite) -> tuple[int, ...]:
@@ -163,14 +157,16 @@ def _place_site(
     given: Given, site: SavedSite, key: str, where: Located, usual: Orientation | None, found: _Found
 ) -> None:
     file, entry = where
-    possible = _orientations(given, site, entry)
+    possible = _orientations(site, entry)
     shape = list(_shape(site))
-    if given.note(site.path).get("calls"):
+    if site.note is not None and site.note.calls:
         found.refusals.append((key, "has an adapter of its own for each call, which no one weight can hold"))
     elif entry.dtype not in FLOATS:
         found.refusals.append((key, f"is stored as {entry.dtype}: quantised weights cannot be merged into here"))
     elif len(entry.shape) == 3 and site.lora_A.dim() == 2 and not (possible and "expert" not in key):
         found.refusals.append((key, f"is a bank of experts {list(entry.shape)}; load the model and use lora_fx.merge"))
+    elif site.lora_B.dim() > 2 and site.lora_A.shape[0] != site.lora_B.shape[1]:
+        found.refusals.append((key, "is a grouped convolution; load the model and use lora_fx.merge"))
     elif not possible:
         found.mismatches.append((key, str(shape), str(list(entry.shape))))
     elif len(possible) > 1 and usual is None:
@@ -184,16 +180,15 @@ def _place_site(
         found.folds.setdefault(key, []).append(_fold(given, site, file, entry, chosen))
 
 
-def _orientations(given: Given, site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
+def _orientations(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
     """Return the ways in which the weight may be stored; what lora_fx has noted leaves one.
 
     The file has the factors of a raw parameter as it is stored.
     """
     ways = orientations(site, entry)
-    if given.notes is None or len(ways) < 2:
+    if site.note is None or len(ways) < 2:
         return ways
-    note = given.note(site.path)
-    return ("in_out",) if note.get("layout") == "in_out" and not note.get("parameter") else ("out_in",)
+    return ("out_in",) if site.note.parameter else (site.note.layout,)
 
 
 def _fold(given: Given, site: SavedSite, file: RawFile, entry: RawTensor, chosen: Orientation) -> Fold:
