@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from lora_fx.api import apply as apply
     from lora_fx.api import diff as diff
     from lora_fx.api import disabled as disabled
+    from lora_fx.api import extract as extract
     from lora_fx.api import inspect as inspect
     from lora_fx.api import load as load
     from lora_fx.api import merge as merge
     from lora_fx.api import merge_checkpoint as merge_checkpoint
     from lora_fx.api import parameters as parameters
     from lora_fx.api import plan as plan
+    from lora_fx.api import remerge as remerge
     from lora_fx.api import remove as remove
     from lora_fx.api import save as save
     from lora_fx.checkpoint.mergereport import MergeReport as MergeReport
@@ -45,7 +47,9 @@ if TYPE_CHECKING:
     from lora_fx.samples import call as call
 
 _HOMES = {
-    "lora_fx.api": "apply diff disabled inspect load merge merge_checkpoint parameters plan remove save",
+    "lora_fx.api": (
+        "apply diff disabled extract inspect load merge merge_checkpoint parameters plan remerge remove save"
+    ),
     "lora_fx.checkpoint.mergereport": "MergeReport",
     "lora_fx.errors": (
         "AdapterFileError AdapterMismatchError CaptureError ExportError InvariantError LoraFxError LoraFxWarning "

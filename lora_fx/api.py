@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager
 from typing import Literal, TypeAlias
 
 from torch import nn
+from torch.export import ExportedProgram
 
-from lora_fx import applying, unapplying
+from lora_fx import applying, extraction, remerging, unapplying
 from lora_fx.checkpoint import restore, streaming, write
 from lora_fx.checkpoint.mergereport import MergeReport
 from lora_fx.checkpoint.read import read_adapters
@@ -225,3 +226,50 @@ def merge_checkpoint(
     adapters = [adapter_dir] if isinstance(adapter_dir, (str, os.PathLike)) else list(adapter_dir)
     options = streaming.Options(out_dtype, rounding, seed)
     return streaming.merge_files(base_dir, adapters, out_dir, options, progress)
+
+
+def remerge(model: nn.Module | ExportedProgram, example_inputs: object = None) -> nn.Module:
+    """Return the model with every LoRA in it folded, whoever wrote it; the model itself stays unchanged.
+
+    A LoRA is found by its structure: scaling · B A x (dropout asleep) added to a linear of the same x, or
+    scaling · B A added to the weight.  W' = W + Σ scaling · B A, accumulated in float32 and rounded once.  A layer that
+    is a linear and its LoRA becomes the plain linear; a GraphModule or ExportedProgram comes back as a GraphModule
+    without the nodes.  What looks like a LoRA and is none is left alone, and a LoraFxWarning gives the reasons;
+    `lora_fx.remerging.remerged` returns them.
+
+    Args:
+        model: any nn.Module (PEFT's comes back as its base model), torch.fx.GraphModule or ExportedProgram.
+        example_inputs: as for `plan`; layers are then read from their real calls, and the results are compared.
+
+    Raises:
+        MergeError: the folded model computes something else for the example inputs.
+        CaptureError: the example inputs are of a wrong kind.
+        RefusedError: the model cannot be copied.
+    """
+    result = remerging.remerged(model, example_inputs)
+    remerging.warn_of(result)
+    return result.model
+
+
+def extract(tuned_full: nn.Module, base: nn.Module, r: int = 8, rules: Rules | None = None) -> nn.Module:
+    """Return an adapted twin of the base that is as near to the tuned model as its rank allows; both stay unchanged.
+
+    At each linear whose weight differs, B A is the truncated singular value decomposition of W_tuned - W_base, the
+    nearest matrix of rank r (Eckart and Young 1936), with √σ in A and in B, computed in float32 (float64 for float64).
+    The scaling is 1 (alpha = r).  The twin is as `apply` returns it: it can be saved, trained, merged.  What differs
+    outside of linears (biases, norms) is lost, and a LoraFxWarning names it; `lora_fx.extraction.extracted` returns a
+    report with the retained energy of each site beside the twin.
+
+    Args:
+        tuned_full: the model after full fine-tuning.
+        base: the model before.
+        r: rank at every site, without `rules`.
+        rules: which sites get which rank and scaling; `bias: true` and `train:` take over more of the tuned model.
+
+    Raises:
+        RefusedError: two architectures, no difference, values that are not finite, rules with DoRA or slices.
+        RuleError, NoMatchError: as `plan`.
+    """
+    twin, report = extraction.extracted(tuned_full, base, r, rules)
+    extraction.warn_of_losses(report)
+    return twin

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
-Kind = Literal["add node", "erase node", "replace uses", "add module", "drop module", "set weight"]
+from lora_fx.tensors import set_tensor
+
+Kind = Literal["add node", "erase node", "replace uses", "add module", "drop module", "set weight", "drop weight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,22 @@ class Editor:
         owner = self.graph_module.get_submodule(path)
         setattr(owner, name, nn.Parameter(weight, requires_grad=requires_grad))
         self._note("set weight", f"{path}.{name}", path)
+
+    def set_tensor(self, name: str, tensor: Tensor, site: str) -> None:
+        """Put a tensor in place of the parameter or buffer of that name; whoever else holds the old one keeps it."""
+        set_tensor(self.graph_module, name, tensor)
+        self._note("set weight", name, site)
+
+    def drop_tensor(self, name: str, site: str) -> None:
+        """Take a parameter or buffer away."""
+        path, _, last = name.rpartition(".")
+        delattr(self.graph_module.get_submodule(path), last)
+        self._note("drop weight", name, site)
+
+    def drop_module(self, path: str, site: str) -> None:
+        """Take a module away."""
+        self.graph_module.delete_submodule(path)
+        self._note("drop module", path, site)
 
     def finish(self) -> None:
         """Check and recompile the graph, once."""

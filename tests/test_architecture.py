@@ -29,7 +29,7 @@ LAYERS = [
     ["modules"],
     ["regions."],
     ["applying", "surveying"],
-    ["unapplying", "reporting"],
+    ["unapplying", "reporting", "foreign", "parametrized", "remerging", "extraction"],
     ["checkpoint.", "graphdiff."],
     ["integrations."],
     ["api"],

@@ -1,0 +1,273 @@
+"""Sums of matrix chains: x · M₁ · M₂ ··· s + x · N₁ ··· t + c, the form in which a LoRA is seen by its structure.
+
+Everything is written for rows, x · M, so an nn.Linear's weight stands here transposed.  Factors are views of the
+parameters as they are: what is folded later is accumulated from them in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_fx.adapters.lora import low_rank_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which columns, start to stop, of which stored tensor a factor is; `transposed` if that is stored as [out, in]."""
+
+    name: str
+    transposed: bool
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """A constant matrix: a view of one parameter, or something made of parameters without a product."""
+
+    tensor: Tensor
+    names: frozenset[str]
+    part: Part | None = None
+
+    def transposed(self) -> Factor:
+        part = self.part
+        if part is not None and (part.start, part.stop) == (0, self.tensor.shape[1]):
+            part = Part(part.name, not part.transposed, 0, self.tensor.shape[0])
+        else:
+            part = None
+        return Factor(self.tensor.t(), self.names, part)
+
+    def columns(self, start: int, stop: int) -> Factor:
+        part = self.part
+        if part is not None:
+            part = replace(part, start=part.start + start, stop=part.start + stop)
+        return Factor(self.tensor[:, start:stop], self.names, part)
+
+    @property
+    def key(self) -> object:
+        """Equal for factors that are the same values by construction."""
+        return self.part or (self.names, id(self.tensor))
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """coefficient · F₁ · F₂ ··· ; no factors: the identity."""
+
+    coefficient: float
+    factors: tuple[Factor, ...]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return tuple(factor.key for factor in self.factors)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset().union(*(factor.names for factor in self.factors))
+
+    @property
+    def rank(self) -> int:
+        """The smallest dimension between two factors."""
+        return min(factor.tensor.shape[0] for factor in self.factors[1:])
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is a product through fewer dimensions than it has rows and columns."""
+        return len(self.factors) > 1 and self.rank < min(self.factors[0].tensor.shape[0], self.columns)
+
+    @property
+    def columns(self) -> int:
+        return self.factors[-1].tensor.shape[1]
+
+    @property
+    def part(self) -> Part | None:
+        """What it is a part of, if it is nothing but columns of one stored matrix."""
+        return self.factors[0].part if len(self.factors) == 1 and self.coefficient == 1.0 else None
+
+    def scaled(self, number: float) -> Chain:
+        return Chain(self.coefficient * number, self.factors)
+
+    def delta(self) -> Tensor:
+        """Return the chain's matrix as nn.Linear stores it, [columns, rows], in float32 (float64 for float64)."""
+        if len(self.factors) == 1:
+            only = self.factors[0].tensor.t()
+            return only.to(_wide(only)) * self.coefficient
+        first, *rest = (factor.tensor for factor in self.factors)
+        last = functools.reduce(lambda left, right: left.to(_wide(left)) @ right.to(_wide(left)), rest)
+        return low_rank_weight(first.t(), last.t(), self.coefficient)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+Chains = tuple[Chain, ...]
+
+
+def simplified(chains: Iterable[Chain]) -> Chains:
+    """Return the sum with equal chains put together; those that cancel (W + B A - W) are gone."""
+    total: dict[object, Chain] = {}
+    for chain in chains:
+        known = total.get(chain.key)
+        total[chain.key] = chain if known is None else Chain(known.coefficient + chain.coefficient, chain.factors)
+    return tuple(chain for chain in total.values() if chain.coefficient != 0.0)
+
+
+def product(left: Chains, right: Chains) -> Chains:
+    return simplified(
+        Chain(a.coefficient * b.coefficient, (*a.factors, *b.factors)) for a in left for b in right
+    )  # fmt: skip
+
+
+def folded_weight(weight: Tensor, chains: Iterable[Chain], start: int = 0) -> Tensor:
+    """Return weight + Σ chains, a new tensor; the arguments stay unchanged.
+
+    W' = W + Σ scaling · B A, accumulated in float32 (float64 where W or a factor is) and rounded once to W's dtype.
+
+    Args:
+        weight: [out, in] as nn.Linear stores it.
+        chains: each with `in` rows and as many columns as rows of the weight are changed.
+        start: the first row that is changed.
+    """
+    total = weight.detach().to(_wide(weight)).clone()
+    with torch.no_grad():
+        for chain in chains:
+            delta = chain.delta()
+            total = total.to(torch.promote_types(total.dtype, delta.dtype))
+            total[start : start + delta.shape[0]] += delta
+    return total.to(weight.dtype)
+
+
+def refolded(stored: Tensor, transposed: bool, chains: Iterable[Chain], start: int = 0) -> Tensor:
+    """Return `folded_weight` of a weight that is stored as [out, in] if `transposed`, else as [in, out]."""
+    if transposed:
+        return folded_weight(stored, chains, start)
+    return folded_weight(stored.t(), chains, start).t().contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A constant of a graph: a sum of chains, [rows, columns]; a single factor may have any number of dimensions.
+
+    `shape` may have ones in front of the two dimensions of a product (what conv1d gives).
+    """
+
+    chains: Chains
+    shape: tuple[int, ...]
+
+    @property
+    def single(self) -> Factor | None:
+        """The only factor, if the value is nothing else."""
+        if len(self.chains) == 1 and len(self.chains[0].factors) == 1 and self.chains[0].coefficient == 1.0:
+            return self.chains[0].factors[0]
+        return None
+
+    @property
+    def is_plain(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset().union(*(chain.names for chain in self.chains))
+
+    def scaled(self, number: float) -> Matrix:
+        return Matrix(tuple(chain.scaled(number) for chain in self.chains), self.shape)
+
+    def transposed(self) -> Matrix:
+        turned = (
+            Chain(each.coefficient, tuple(factor.transposed() for factor in reversed(each.factors)))
+            for each in self.chains
+        )
+        return Matrix(tuple(turned), (self.shape[1], self.shape[0]))
+
+    def columns(self, start: int, stop: int) -> Matrix:
+        return Matrix(tuple(_columns(chain, start, stop) for chain in self.chains), (self.shape[0], stop - start))
+
+
+def matrix(tensor: Tensor, names: Iterable[str], part: Part | None = None) -> Matrix:
+    """Return a constant that is one factor."""
+    return Matrix((Chain(1.0, (Factor(tensor, frozenset(names), part),)),), tuple(tensor.shape))
+
+
+def _columns(chain: Chain, start: int, stop: int) -> Chain:
+    return Chain(chain.coefficient, (*chain.factors[:-1], chain.factors[-1].columns(start, stop)))
+
+
+def _placed(chain: Chain, start: int, total: int) -> Chain:
+    """Return the chain with columns of zeros around its own."""
+    last = chain.factors[-1]
+    after = total - start - last.tensor.shape[1]
+    padded = torch.nn.functional.pad(last.tensor.detach(), (start, after))
+    return Chain(chain.coefficient, (*chain.factors[:-1], Factor(padded, last.names)))
+
+
+def side_by_side(matrices: list[Matrix]) -> Matrix:
+    """Return the constants one beside the other, as columns."""
+    total, start, chains = sum(each.shape[1] for each in matrices), 0, []
+    for each in matrices:
+        chains += [_placed(chain, start, total) for chain in each.chains]
+        start += each.shape[1]
+    return Matrix(_joined(matrices, tuple(chains)), (matrices[0].shape[0], total))
+
+
+def _joined(matrices: list[Matrix], chains: Chains) -> Chains:
+    """Return single factors side by side as one factor: stacked weights are one matrix again."""
+    singles = [each.single for each in matrices]
+    if any(single is None for single in singles):
+        return chains
+    found = [single for single in singles if single is not None]
+    tensor = torch.cat([single.tensor.detach() for single in found], dim=1)
+    return (Chain(1.0, (Factor(tensor, frozenset().union(*(each.names for each in found))),)),)
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A value of a graph in terms of one other: x · Σ linear + Σ constant, for each row of x."""
+
+    linear: Chains
+    constant: Chains
+    """Rows: their first factor is [1, n]."""
+    width: int
+    rows: object
+    """The dimensions in front of the last one; equal ones are equal dimensions."""
+
+    @staticmethod
+    def identity(width: int, rows: object) -> Affine:
+        return Affine((Chain(1.0, ()),), (), width, rows)
+
+    def plus(self, other: Affine) -> Affine:
+        linear, constant = (*self.linear, *other.linear), (*self.constant, *other.constant)
+        return replace(self, linear=simplified(linear), constant=simplified(constant))
+
+    def scaled(self, number: float) -> Affine:
+        linear, constant = (tuple(each.scaled(number) for each in part) for part in (self.linear, self.constant))
+        return replace(self, linear=linear, constant=constant)
+
+    def times(self, other: Matrix) -> Affine:
+        linear, constant = product(self.linear, other.chains), product(self.constant, other.chains)
+        return Affine(linear, constant, other.shape[1], self.rows)
+
+    def shifted(self, row: Matrix) -> Affine:
+        return replace(self, constant=simplified((*self.constant, *row.chains)))
+
+    def columns(self, start: int, stop: int) -> Affine:
+        if any(
+            not chain.factors for chain in self.linear
+        ):  # of the input itself: the rest takes its columns by a factor
+            return self.times(matrix(torch.eye(self.width)[:, start:stop], ()))
+        linear, constant = (tuple(_columns(c, start, stop) for c in part) for part in (self.linear, self.constant))
+        return Affine(linear, constant, stop - start, self.rows)
+
+    def placed(self, start: int, total: int) -> Affine:
+        linear, constant = (tuple(_placed(c, start, total) for c in part) for part in (self.linear, self.constant))
+        return Affine(linear, constant, total, self.rows)
+
+    def parts(self) -> Iterator[tuple[Chain, Part]]:
+        """Yield the linear chains that are columns of one stored matrix."""
+        for chain in self.linear:
+            if chain.part is not None:
+                yield chain, chain.part

@@ -1,0 +1,175 @@
+"""remerge: finds LoRAs by their structure in any graph, whoever wrote them, and folds them into their base weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+
+from lora_fx.capture.captured import resolve
+from lora_fx.editor import Editor
+from lora_fx.errors import InvariantError
+from lora_fx.passes.affine import addends
+from lora_fx.passes.chains import folded_weight, refolded
+from lora_fx.passes.cleaning import drop_unused, erase_unread
+from lora_fx.passes.folds import Fold, Found, find_folds
+from lora_fx.passes.operations import IDENTITY, NotLinear, is_inactive_dropout
+from lora_fx.passes.reading import Reading
+from lora_fx.passes.running import finite, problem_with
+from lora_fx.passes.uses import checked, names_of_weight, stored_as
+
+
+@dataclass(frozen=True, slots=True)
+class Remerge:
+    """Fold every product of low rank that is added to a linear of the same input, or to its weight.
+
+    W' = W + Σ scaling · B A, accumulated in float32 and rounded once, in a new parameter: who else holds W keeps it.
+    What looks like a LoRA and cannot be folded is left alone.  Ensures: what was folded is in no graph and no module.
+    """
+
+    folded: list[str] = field(default_factory=list)
+    """Filled by `run`: where the weights stand that took up a product."""
+    left: list[tuple[str, str]] = field(default_factory=list)
+    """Filled by `run`: (path, reason) of what was left alone."""
+    name: str = "remerge"
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Any graph will do."""
+
+    def run(self, editor: Editor) -> None:
+        read = Reading(editor.graph_module, editor.graph)
+        found = find_folds(read)
+        folds = sorted(checked(read, _provable(read, found), found.left), key=lambda fold: read.order[fold.use])
+        weights = _new_tensors(read, folds, found.left)
+        folds = [fold for fold in folds if fold.path not in found.left]
+        weights_of = {fold.use: min(names_of_weight(read, fold)) for fold in folds if fold.delta is None}
+        for name, (tensor, path) in weights.items():
+            if path not in found.left:
+                editor.set_tensor(name, tensor, path)
+        called = {str(node.target) for fold in folds for node in fold.cone if node.op == "call_module"}
+        _take_out(editor, read, folds, weights_of)
+        drop_unused(editor, [read.tensors[name] for fold in folds for name in fold.factors], called, "remerge")
+        self.folded.extend(dict.fromkeys(fold.path for fold in folds))
+        self.left.extend(found.left.items())
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        again = find_folds(Reading(graph_module, graph_module.graph))
+        missed = [(fold.path, "still there") for fold in again.folds if fold.path in self.folded]
+        if missed:
+            raise InvariantError("a product that was folded is still in the graph", missed)
+
+
+def _provable(read: Reading, found: Found) -> list[Fold]:
+    """Return the folds that compute what their structure says; the others are left alone."""
+    kept = []
+    for fold in found.folds:
+        reason = problem_with(read, fold)
+        if reason is None:
+            kept.append(fold)
+        else:
+            found.left[fold.path] = reason
+    return [fold for fold in kept if fold.path not in found.left]
+
+
+# -- weights
+
+
+def _new_tensors(read: Reading, folds: list[Fold], left: dict[str, str]) -> dict[str, tuple[Tensor, str]]:
+    """Return (tensor, path of the fold) for each stored name that gets new values; not finite ones go to `left`."""
+    new: dict[str, tuple[Tensor, str]] = {}
+    for use in dict.fromkeys(fold.use for fold in folds):
+        own = [fold for fold in folds if fold.use is use]
+        values = [weight_of(read, own), *bias_of(read, own)]
+        if not finite(values):
+            left[own[0].path] = "the folded weight has NaN or infinite values"
+            continue
+        for name in stored_as(read, own[0]):
+            old = resolve(read.root, name)
+            value = next(each for each in values if each.shape == old.shape)
+            new.setdefault(name, (_like(old, value), own[0].path))
+    return new
+
+
+def _like(old: Tensor, value: Tensor) -> Tensor:
+    return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+
+
+def weight_of(read: Reading, folds: list[Fold]) -> Tensor:
+    """Return the stored weight with all products of one linear folded in."""
+    part = folds[0].part
+    total = read.tensors[part.name]
+    for start in sorted({fold.part.start for fold in folds}):
+        chains = [chain for fold in folds if fold.part.start == start for chain in fold.chains]
+        total = refolded(total, part.transposed, chains, start)
+    return total
+
+
+def bias_of(read: Reading, folds: list[Fold]) -> list[Tensor]:
+    """Return the stored bias with what the products bring along added, if they bring any."""
+    total: Tensor | None = None
+    for fold in folds:
+        if fold.bias is not None and fold.constants:
+            total = read.tensors[fold.bias.name] if total is None else total
+            total = folded_weight(total.unsqueeze(1), fold.constants, fold.bias.start).squeeze(1)
+    return [] if total is None else [total]
+
+
+# -- nodes
+
+
+def _take_out(editor: Editor, read: Reading, folds: list[Fold], names: dict[fx.Node, str]) -> None:
+    """Let every sum be what it is without the products, and erase what computed them."""
+    gone = {fold.delta for fold in folds if fold.delta is not None}
+    touched = {node for fold in folds for node in fold.cone} | gone
+    for node in list(read.graph.nodes):
+        call = read.calls.get(node)
+        if call is None:
+            continue
+        if (call.op in ("add", "sub") and any(fold.reader is node for fold in folds)) or _reads_one_gone(
+            read, node, gone
+        ):
+            touched.add(node)
+            _without(editor, read, node, gone)
+        elif (call.op == IDENTITY or is_inactive_dropout(call)) and read.given(call) in gone and node not in touched:
+            gone.add(node)
+            touched.add(node)
+    for fold in folds:
+        if fold.delta is None:
+            _read_weight_alone(editor, fold, names[fold.use])
+    erase_unread(editor, touched, "remerge")
+
+
+def _reads_one_gone(read: Reading, node: fx.Node, gone: set[fx.Node]) -> bool:
+    call = read.calls[node]
+    if call.op not in ("add", "sub") or read.is_constant(node):
+        return False
+    try:
+        return any(each in gone for each, _ in addends(read, call))
+    except NotLinear:
+        return False
+
+
+def _without(editor: Editor, read: Reading, node: fx.Node, gone: set[fx.Node]) -> None:
+    """Let the readers of a sum read its other addend; if both are gone, so is the sum."""
+    names = ("input", "other")
+    kept = [name for name in names if read.given(read.calls[node], name) not in gone]
+    if not kept:
+        gone.add(node)
+        return
+    other = read.calls[node].arguments[kept[0]]
+    for value in (node, read.calls[node].arguments["input"]) if read.calls[node].in_place else (node,):
+        if value is not other:
+            _replace_for(editor, value, other, set(read.readers(node)))
+
+
+def _replace_for(editor: Editor, old: fx.Node, new: fx.Node, readers: set[fx.Node]) -> None:
+    editor.replace_uses(old, new, "remerge", but=lambda user: user not in readers)
+
+
+def _read_weight_alone(editor: Editor, fold: Fold, name: str) -> None:
+    """Let the readers of W + B A read W."""
+    with editor.writing_after(fold.use, fold.path) as write:
+        weight = write.graph.get_attr(name)
+        if fold.part.transposed:
+            weight = write.graph.call_method("t", (weight,))
+    editor.replace_uses(fold.use, weight, fold.path, but=lambda user: user is weight)
