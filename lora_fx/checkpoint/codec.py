@@ -2,8 +2,8 @@
 
 A linear's are what they are.  A convolution's have its shape; a grouped one's A becomes one block for each group, which
 is the same map with g · r ranks.  A bank of experts is one matrix: A [bank · r, in], B [out, r · bank].  A raw
-parameter has the factors of what is stored, whichever way round it multiplies.  Parts of a fused weight become n · r
-ranks with zeros in B.
+parameter has the factors of what is stored, whichever way round it multiplies; of a bank, PEFT takes the matrices as
+stored [out, in] unless their module says `is_transposed`.  Parts of a fused weight become n · r ranks with zeros in B.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached
-from lora_fx.adapters.factors import ConvolutionA, SlicedB
-from lora_fx.sites import CONVOLUTIONS, Site
+from lora_fx.adapters.factors import Convolution, ConvolutionA, SlicedB
+from lora_fx.sites import CONVOLUTIONS, Layout, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,11 @@ class Form:
     """Sizes of the inputs: (in,), or (in / groups, kernel…)."""
     groups: int
     flipped: bool
-    """Whether the file has the factors of the transposed matrix: a raw [in, out] parameter's."""
+    """Whether the file has the factors of the transposed matrix."""
 
     @property
     def factor(self) -> int:
-        """How many times r the file's A has rows."""
+        """How many times its ranks the file's A has rows."""
         return self.groups * (self.bank or 1)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -48,16 +48,28 @@ class Form:
         return (self.factor * rank, inputs), (outputs, self.factor * rank)
 
 
-def form_of(site: Site, groups: int, is_layer: bool) -> Form:
-    """Return the form of a site; `groups` are those of its convolution, `is_layer` whether its owner's class is known.
+def form_of(site: Site, owner: nn.Module) -> Form:
+    """Return the form of a site whose weight `owner` holds.
 
     A functional convolution's weight counts as a matrix.
     """
     out_features, in_features = site.features
-    inner = site.shape[1:] if site.op in CONVOLUTIONS and is_layer else (in_features,)
+    if site.op in CONVOLUTIONS and isinstance(owner, Convolution) and not site.parameter:
+        return Form(site.op, None, out_features, site.shape[1:], owner.groups, False)
     bank = site.bank if site.is_banked else None
-    flipped = site.layout == "in_out" and bool(site.parameter) and bank is None
-    return Form(site.op, bank, out_features, inner, groups if is_layer else 1, flipped)
+    flipped = bool(site.parameter) and _is_flipped(site.layout, site.is_banked, owner)
+    return Form(site.op, bank, out_features, (in_features,), 1, flipped)
+
+
+def _is_flipped(layout: Layout, is_banked: bool, owner: nn.Module) -> bool:
+    """Whether a raw parameter that multiplies as `layout` says has the factors of its transpose in a file."""
+    stored = banked_layout(owner) if is_banked else "out_in"
+    return layout != stored
+
+
+def banked_layout(owner: nn.Module) -> Layout:
+    """Return how PEFT takes the matrices of a bank to be stored; transformers' modules of experts tell it."""
+    return "in_out" if getattr(owner, "is_transposed", False) else "out_in"
 
 
 def encoded(found: Attached) -> tuple[Tensor, Tensor]:
@@ -66,11 +78,16 @@ def encoded(found: Attached) -> tuple[Tensor, Tensor]:
     if isinstance(found.lora_A, ConvolutionA):
         return _blocks(A, found.lora_A.groups), found.lora_B.weight
     B = found.lora_B.matrix
+    if _flips(found):
+        A, B = B.mT, A.mT
     if found.spec.is_banked:
         return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-    if found.spec.layout == "in_out" and not found.spec.path_is_owner:
-        return B.t(), A.t()
     return A, B
+
+
+def _flips(found: Attached) -> bool:
+    spec = found.spec
+    return not spec.path_is_owner and _is_flipped(spec.layout, spec.is_banked, found.owner)
 
 
 def _blocks(filters: Tensor, groups: int) -> Tensor:
@@ -84,16 +101,22 @@ def _blocks(filters: Tensor, groups: int) -> Tensor:
     return whole.flatten(0, 1).flatten(1, 2)
 
 
-def fits(found: Attached, A: Tensor, B: Tensor) -> str | None:
-    """Return why the factors of a file are not such as this adapter's can be; None if they are."""
-    if isinstance(found.lora_A, ConvolutionA) and found.lora_A.groups > 1:
-        again = _blocks(_first_block(A, found.lora_A.groups), found.lora_A.groups)
-        if not torch.equal(again, A):
-            return "its lora_A mixes the groups of the convolution, which no merged weight can do"
-    if isinstance(found.lora_B, SlicedB):
-        outside = _whole(found, B).contiguous().clone()
-        cells = outside.view(*outside.shape[:-1], found.lora_B.parts, found.spec.lora.r)
-        cells[..., found.lora_B.rows.cpu(), found.lora_B.columns.cpu(), :] = 0
+def misfit(form: Form, parts: tuple[tuple[int, ...], ...], A: Tensor, B: Tensor) -> str | None:
+    """Return why factors of the right shapes are not such as an adapter of this site can have; None if they are.
+
+    Args:
+        form: of the site.
+        parts: rows of each adapted part of the weight; empty if it is adapted whole.
+        A: as the file holds it.
+        B: as the file holds it.
+    """
+    if form.groups > 1 and not torch.equal(_blocks(_first_block(A, form.groups), form.groups), A):
+        return "its lora_A mixes the groups of the convolution, which no merged weight can do"
+    if parts:
+        _, whole = _matrices(A, B, form.bank, form.flipped)
+        outside = whole.reshape(*whole.shape[:-1], len(parts), -1).clone()
+        for number, rows in enumerate(parts):
+            outside[..., rows, number, :] = 0
         if bool(outside.any()):
             return "its lora_B has values outside of the slices"
     return None
@@ -105,23 +128,20 @@ def _first_block(A: Tensor, groups: int) -> Tensor:
 
 
 def decode(found: Attached, A: Tensor, B: Tensor) -> None:
-    """Copy the factors of a file into an adapter, in place; `fits` must hold."""
-    if found.spec.layout == "in_out" and not found.spec.path_is_owner and not found.spec.is_banked:
-        A, B = B.t(), A.t()
+    """Copy the factors of a file into an adapter, in place; there must be no `misfit`."""
     if isinstance(found.lora_A, ConvolutionA):
-        A = _first_block(A, found.lora_A.groups) if found.lora_A.groups > 1 else A
-    elif found.spec.is_banked:
-        A = A.reshape(found.spec.shape[0], -1, A.shape[1])
-    matrix = _whole(found, B)
+        A = _first_block(A, found.lora_A.groups)
+    else:
+        A, B = _matrices(A, B, found.spec.shape[0] if found.spec.is_banked else None, _flips(found))
+    if isinstance(found.lora_B, SlicedB):
+        B = found.lora_B.blocks_of(B.to(found.lora_B.rows.device))
     with torch.no_grad():
         found.lora_A.weight.copy_(A)
-        found.lora_B.weight.copy_(
-            found.lora_B.blocks_of(matrix.to(found.lora_B.rows.device)) if isinstance(found.lora_B, SlicedB) else matrix
-        )
+        found.lora_B.weight.copy_(B)
 
 
-def _whole(found: Attached, B: Tensor) -> Tensor:
-    """Return B [.., out, ranks] of a file's B."""
-    if not found.spec.is_banked:
-        return B
-    return B.reshape(B.shape[0], -1, found.spec.shape[0]).permute(2, 0, 1)
+def _matrices(A: Tensor, B: Tensor, bank: int | None, flipped: bool) -> tuple[Tensor, Tensor]:
+    """Return a file's factors as [.., ranks, in] and [.., out, ranks]: what `encoded` was given."""
+    if bank is not None:
+        A, B = A.reshape(bank, -1, A.shape[1]), B.reshape(B.shape[0], -1, bank).permute(2, 0, 1)
+    return (B.mT, A.mT) if flipped else (A, B)

@@ -45,6 +45,11 @@ def split_stem(stem: str) -> tuple[str, int]:
     return stem, depth
 
 
+def pattern_name(stem: str) -> str:
+    """Return what PEFT's rank_pattern and alpha_pattern call the layer of a stem: an attention's are its out_proj's."""
+    return stem.partition(f"{_NESTED}.")[0]
+
+
 def call_stem(path: str, call: int) -> str:
     """Return what stands for one call's adapter in a key; PEFT knows no such thing, and finds no such module."""
     return f"{path}.call_{call}"
@@ -111,3 +116,10 @@ def target_modules(paths: Iterable[str], modules: Iterable[str]) -> list[str] | 
     if claimed <= set(wanted):
         return wanted
     return "^(" + "|".join(map(re.escape, wanted)) + ")$"
+
+
+def only_for_lora_fx(path: str, reason: str) -> str:
+    """Return a `target_modules` that no module has, so that PEFT refuses the adapter, and shows why, instead of
+    computing something else with it.
+    """
+    return f"only lora_fx can read this adapter, since at {path} {reason}"

@@ -23,6 +23,7 @@ from lora_fx.checkpoint.names import (
     factor_names,
     magnitude_key,
     module_to_save,
+    pattern_name,
     pattern_value,
     split_factor_key,
     split_stem,
@@ -216,7 +217,7 @@ class _AdapterReader:
         return [key for key in self.tensors if key not in known and not self._owner(key)]
 
     def _configured_rank(self, path: str) -> int:
-        return pattern_value(self.config.rank_pattern, path, self.config.r)
+        return pattern_value(self.config.rank_pattern, pattern_name(path), self.config.r)
 
     def _site(self, path: str) -> SavedSite:
         note = None if self.header is None else self.header.sites.get(path)
@@ -240,7 +241,7 @@ class _AdapterReader:
     def _lora_of_config(self, path: str) -> LoRAConfig:
         return LoRAConfig(
             r=self._configured_rank(path),
-            alpha=pattern_value(self.config.alpha_pattern, path, self.config.lora_alpha),
+            alpha=pattern_value(self.config.alpha_pattern, pattern_name(path), self.config.lora_alpha),
             dropout=self.config.lora_dropout,
             rslora=self.config.use_rslora,
             dora=self.config.use_dora,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, attached_to
-from lora_fx.checkpoint.codec import Form, decode, fits, form_of
+from lora_fx.checkpoint.codec import Form, decode, form_of, misfit
 from lora_fx.checkpoint.fingerprint import different
 from lora_fx.checkpoint.read import AdapterFile, SavedSite
 from lora_fx.errors import AdapterMismatchError, RefusedError
@@ -55,10 +55,13 @@ def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
         if site is None:
             yield each.path, _factor_text(given), "has no such linear"
             continue
-        form = _form(site, model)
-        expected = form.shapes(each.lora_A.shape[0] // form.factor)
+        form = form_of(site, model.get_submodule(site.owner))
+        expected = form.shapes(_ranks(each, form))
         if given != expected or each.embedding != (site.op == "embedding" and not site.parameter):
             yield each.path, _factor_text(given), _factor_text(expected)
+        elif (problem := misfit(form, _parts(each, site), each.lora_A, each.lora_B)) is not None:
+            yield each.path, "in the file", problem
+        yield from _other_calls(each, site)
     yield from _module_mismatches(file, model)
     yield from _other_base(file, sites, model)
 
@@ -69,15 +72,25 @@ def _by_name(inventory: Inventory) -> dict[str, Site]:
     return named | {site.path: site for site in inventory.sites}
 
 
-def _form(site: Site, model: nn.Module) -> Form:
-    owner = model.get_submodule(site.owner)
-    return form_of(site, getattr(owner, "groups", 1), is_layer=not site.parameter)
+def _ranks(each: SavedSite, form: Form) -> int:
+    """Return the inner dimension of B A, of each group and of each matrix of a bank."""
+    return each.lora.r if each.note is None else each.lora.r * each.note.file_ranks // form.groups
+
+
+def _parts(each: SavedSite, site: Site) -> tuple[tuple[int, ...], ...]:
+    slices = None if each.note is None or each.note.slices is None else _slices(each.note.slices)
+    return () if slices is None else slices.rows(site.features[0])
+
+
+def _other_calls(each: SavedSite, site: Site) -> Iterator[Mismatch]:
+    if each.note is not None and each.note.calls and site.calls not in (None, each.note.calls):
+        yield each.path, f"an adapter for each of {each.note.calls} calls", f"called {site.calls} times"
 
 
 def _factor_text(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
     """Return `8 → 16` for linears, all sizes of both factors for the rest."""
     first, second = shapes
-    if len(first) == 2 and len(second) == 2:
+    if len(first) == 2 and len(second) == 2 and first[0] == second[1]:
         return f"{first[1]} → {second[0]}"
     return f"A {list(first)}, B {list(second)}"
 
@@ -116,13 +129,19 @@ def _advice(problems: Sequence[Mismatch]) -> str:
 
 def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site]) -> None:
     refused = [
-        (each.path, str(sites[each.path].refusal))
+        (each.path, reason)
         for file in files
         for each in file.sites
-        if sites[each.path].refusal is not None
+        if (reason := _refusal(each, sites[each.path])) is not None
     ]
     if refused:
-        raise RefusedError("the adapter has sites that cannot be adapted", refused)
+        raise RefusedError("the adapter has sites that cannot be adapted", list(dict.fromkeys(refused)))
+
+
+def _refusal(each: SavedSite, site: Site) -> str | None:
+    if each.lora.dora and (site.op != "linear" or site.parameter):
+        return "DoRA is for whole linear layers, not for this kind of site"
+    return site.refusal
 
 
 def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None) -> PlannedSite:
@@ -148,35 +167,28 @@ def _trained(path: str, inventory: Inventory, file: AdapterFile) -> TrainedModul
 
 def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
     """Copy the saved values into a freshly adapted model, in place."""
+    places = {(path, found.call): found for site, found in all_attached(tuned) for path in {site, found.spec.path}}
     with torch.no_grad():
         for file in files:
             for each in file.sites:
-                _fill_site(tuned, each)
+                call = None if each.note is None else each.note.call
+                _fill_site(places.get((each.path, call)) or _under_another_name(tuned, each.path, call), each)
             for name, tensor in file.modules.items():
                 _copy(get_tensor(tuned, name), tensor)
 
 
-def _fill_site(tuned: nn.Module, each: SavedSite) -> None:
-    found = _attached(tuned, each)
-    problem = fits(found, each.lora_A, each.lora_B)
-    if problem is not None:
-        raise AdapterMismatchError("the adapter does not fit this model", [(each.path, "in the file", problem)])
+def _under_another_name(tuned: nn.Module, path: str, call: int | None) -> Attached:
+    """Return the adapter of a shared module by another of its names, or of an attention by PEFT's."""
+    return next(found for found in attached_to(tuned.get_submodule(path)) if found.call == call)
+
+
+def _fill_site(found: Attached, each: SavedSite) -> None:
     decode(found, each.lora_A, each.lora_B)
     if each.magnitude is not None:
         assert found.magnitude is not None
         _copy(found.magnitude.weight, each.magnitude)
     if each.bias is not None:
         _copy(found.owner._parameters["bias"], each.bias)
-
-
-def _attached(tuned: nn.Module, each: SavedSite) -> Attached:
-    """Return the adapter that a saved site is for."""
-    call = None if each.note is None else each.note.call
-    for path, found in all_attached(tuned):
-        if each.path in (path, found.spec.path) and found.call == call:
-            return found
-    owner = tuned.get_submodule(each.path)  # another name of a shared module, or PEFT's name of an attention
-    return next(found for found in attached_to(owner) if found.call == call)
 
 
 def _copy(target: Tensor | None, value: Tensor) -> None:
