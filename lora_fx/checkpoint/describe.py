@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, shown_parameters
-from lora_fx.adapters.factors import ConvolutionA, EmbeddingA
+from lora_fx.adapters.factors import Convolution, ConvolutionA, EmbeddingA
 from lora_fx.applying import record_in
 from lora_fx.checkpoint.codec import encoded
 from lora_fx.checkpoint.fingerprint import sample_values
@@ -25,10 +25,13 @@ from lora_fx.checkpoint.names import (
     factor_key,
     factor_names,
     magnitude_key,
+    only_for_lora_fx,
     parameter_stem,
     target_modules,
 )
 from lora_fx.errors import AdapterFileError
+from lora_fx.modules import read_by_kernels
+from lora_fx.planning import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,10 @@ class _Filed:
     found: Attached
     is_parameter: bool
     """Whether PEFT would have it among `target_parameters`."""
+    read: bool
+    """Whether code reads the weight, instead of (or besides) calling the module that owns it."""
+    beyond_peft: str
+    """Why PEFT would compute something else with it; empty if it computes the same, or refuses it by itself."""
 
     @property
     def name(self) -> str:
@@ -76,7 +83,7 @@ class _Filed:
             op=spec.op,
             parameter="" if spec.path_is_owner else self.path,
             layout=spec.layout,
-            read=spec.parameter in shown_parameters(found.owner),
+            read=self.read,
             slices=spec.slices,
             call=found.call,
             calls=spec.calls,
@@ -94,26 +101,63 @@ def describe(tuned: nn.Module) -> list[Described]:
     for path, found in all_attached(tuned):
         groups.setdefault(found.spec.adapter, []).append((path, found))
     names = sorted(groups, key=lambda name: (name != "default", name))
-    described = []
+    traits, described = _Traits.of(tuned), []
     for name in names:
         first = name == names[0]
         trained = record.trained if first else ()
-        filed = _filed(groups[name])
+        filed = _filed(groups[name], traits)
         described.append(_describe(tuned, name, filed, trained, names[1:] if first else []))
     return described
 
 
-def _filed(sites: Sequence[tuple[str, Attached]]) -> list[_Filed]:
+@dataclass(frozen=True, slots=True)
+class _Traits:
+    """What the model as a whole tells of its modules."""
+
+    shared: set[int]
+    """Identities of the modules that are children of several modules, or under several names."""
+    uncalled: set[str]
+    """Paths of the sites that no run has used: their weight shows itself adapted, whoever may read it."""
+
+    @staticmethod
+    def of(tuned: nn.Module) -> _Traits:
+        places = Counter(id(child) for module in tuned.modules() for child in module._modules.values())
+        shared = {module for module, number in places.items() if number > 1}
+        planned = Plan.from_json(record_in(tuned).plan).adapted
+        kernels = read_by_kernels(tuned)
+        return _Traits(shared, {each.path for each in planned if not each.site.read and each.path not in kernels})
+
+    def read(self, path: str, found: Attached) -> bool:
+        return found.spec.parameter in shown_parameters(found.owner) and path not in self.uncalled
+
+    def beyond_peft(self, path: str, found: Attached) -> str:
+        if found.call is not None:
+            return "each call has an adapter of its own"
+        if id(found.owner) in self.shared:
+            return "the module has several names, of which PEFT would adapt one"
+        if not found.spec.path_is_owner:
+            return ""
+        if self.read(path, found):
+            return "code reads its weight, which PEFT would leave as it is"
+        owner = found.owner
+        if isinstance(owner, Convolution) and (owner.padding_mode, {*owner.dilation}) != ("zeros", {1}):
+            return "PEFT would leave out the padding_mode and dilation of the convolution"
+        return ""
+
+
+def _filed(sites: Sequence[tuple[str, Attached]], traits: _Traits) -> list[_Filed]:
     """Return the sites with what stands for each in the file."""
     together = Counter(id(found.owner) for _, found in sites if not found.spec.path_is_owner)
+    layers = {id(found.owner) for _, found in sites if found.spec.path_is_owner}
     filed = []
     for path, found in sites:
-        if found.spec.path_is_owner:
-            stem = path if found.call is None else call_stem(path, found.call)
+        raw = not found.spec.path_is_owner
+        if raw:  # inside of the layer that owns it, where that is adapted too
+            number = together[id(found.owner)] + (id(found.owner) in layers)
+            stem = parameter_stem(path.rpartition(".")[0], _position(found, sites), number)
         else:
-            number = _position(found, sites)
-            stem = parameter_stem(path.rpartition(".")[0], number, together[id(found.owner)])
-        filed.append(_Filed(stem, path, found, not found.spec.path_is_owner))
+            stem = path if found.call is None else call_stem(path, found.call)
+        filed.append(_Filed(stem, path, found, raw, traits.read(path, found), traits.beyond_peft(path, found)))
     return filed
 
 
@@ -195,8 +239,10 @@ def _config(tuned: nn.Module, sites: Sequence[_Filed], trained: Sequence[str]) -
     ranks = {each.name: each.rank for each in sites}
     alphas = {each.name: _alpha(each, rslora) for each in sites}
     rank, alpha = _most_common(ranks), _most_common(alphas)
-    parameters = sorted(each.path for each in sites if each.is_parameter)
+    beyond = next((each for each in sites if each.beyond_peft), None)
+    parameters = sorted(each.path for each in sites if each.is_parameter and beyond is None)
     modules = (name for name, _ in tuned.named_modules() if not _is_of_adapter(name))
+    layers = target_modules((each.stem for each in sites if not each.is_parameter), modules)
     return {
         "alpha_pattern": {anchored(name): value for name, value in sorted(alphas.items()) if value != alpha},
         "base_model_name_or_path": _name_of(tuned),
@@ -211,7 +257,7 @@ def _config(tuned: nn.Module, sites: Sequence[_Filed], trained: Sequence[str]) -
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {anchored(name): value for name, value in sorted(ranks.items()) if value != rank},
-        "target_modules": target_modules((each.stem for each in sites if not each.is_parameter), modules),
+        "target_modules": layers if beyond is None else only_for_lora_fx(beyond.path, beyond.beyond_peft),
         **({"target_parameters": parameters} if parameters else {}),
         "task_type": None,
         "use_dora": any(lora.dora for lora in loras.values()),
