@@ -123,8 +123,9 @@ def effective_weight(found: Attached, base: Tensor) -> Tensor:
     delta = found.delta().to(base.dtype)
     if found.magnitude is None:
         return base + delta
-    norms = row_norms(base, found.lora_A.weight, found.lora_B.matrix, found.spec.scaling)
-    scale = (found.magnitude.weight / norms.to(base.dtype)).unsqueeze(1)
+    rows = as_rows(base, found.spec.layout)
+    norms = row_norms(rows, found.lora_A.weight, found.lora_B.matrix, found.spec.scaling)
+    scale = (found.magnitude.weight / norms.to(base.dtype)).unsqueeze(1 if found.spec.layout == "out_in" else 0)
     return base + (scale - 1) * base + scale * delta
 
 

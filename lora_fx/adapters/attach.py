@@ -22,7 +22,7 @@ from lora_fx.adapters.factors import (
     TokenDropout,
 )
 from lora_fx.adapters.initialise import Kind, initialise
-from lora_fx.adapters.lora import LoRAFactor, low_rank_weight
+from lora_fx.adapters.lora import LoRAFactor, as_rows, low_rank_weight
 from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.adapters.views import WeightView
 from lora_fx.swap import unswap
@@ -127,8 +127,9 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
         kind = TokenDropout if spec.op == "embedding" else nn.Dropout
         home.lora_dropout = nn.ModuleDict({spec.adapter: kind(spec.lora.dropout)})
     if spec.lora.dora:
-        norms = row_norms(weight, first[0].weight, second[0].matrix, spec.scaling).to(adapter_dtype(weight))
-        home.lora_magnitude_vector = nn.ModuleDict({spec.adapter: DoRAMagnitude(norms, spec.scaling)})
+        norms = row_norms(as_rows(weight, spec.layout), first[0].weight, second[0].matrix, spec.scaling)
+        magnitude = DoRAMagnitude(norms.to(adapter_dtype(weight)), spec.scaling)
+        home.lora_magnitude_vector = nn.ModuleDict({spec.adapter: magnitude})
     for name in CHILDREN:
         if name in home._modules:
             home._modules[name].train(owner.training)  # type: ignore[union-attr]
