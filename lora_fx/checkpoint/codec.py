@@ -72,6 +72,11 @@ def banked_layout(owner: nn.Module) -> Layout:
     return "in_out" if getattr(owner, "is_transposed", False) else "out_in"
 
 
+def has_other_border(owner: nn.Module) -> bool:
+    """Whether it is a convolution with a padding_mode or dilation, which PEFT 0.21 leaves out of its adapters."""
+    return isinstance(owner, Convolution) and (owner.padding_mode, {*owner.dilation}) != ("zeros", {1})
+
+
 def encoded(found: Attached) -> tuple[Tensor, Tensor]:
     """Return the factors A and B of an adapter as a file holds them."""
     A: Tensor = found.lora_A.weight

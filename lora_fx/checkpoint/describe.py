@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, shown_parameters
-from lora_fx.adapters.factors import Convolution, ConvolutionA, EmbeddingA
+from lora_fx.adapters.factors import ConvolutionA, EmbeddingA
 from lora_fx.applying import record_in
-from lora_fx.checkpoint.codec import encoded
+from lora_fx.checkpoint.codec import encoded, has_other_border
 from lora_fx.checkpoint.fingerprint import sample_values
 from lora_fx.checkpoint.header import SiteNote, header_text, note_of
 from lora_fx.checkpoint.names import (
@@ -139,8 +139,7 @@ class _Traits:
             return ""
         if self.read(path, found):
             return "code reads its weight, which PEFT would leave as it is"
-        owner = found.owner
-        if isinstance(owner, Convolution) and (owner.padding_mode, {*owner.dilation}) != ("zeros", {1}):
+        if has_other_border(found.owner):
             return "PEFT would leave out the padding_mode and dilation of the convolution"
         return ""
 

@@ -65,6 +65,11 @@ def bias_key(path: str) -> str:
     return f"{PREFIX}{path}.base_layer.bias"
 
 
+def base_key(path: str) -> str:
+    """Return the key of a base weight: PEFT writes those of embeddings and heads along, untrained."""
+    return f"{PREFIX}{path}.base_layer.weight"
+
+
 def split_factor_key(key: str) -> tuple[str, str] | None:
     """Return (path, "lora_A" or "lora_B", or an embedding's) of a factor's key, else None."""
     match = _FACTOR.fullmatch(key) or _EMBEDDING.fullmatch(key)

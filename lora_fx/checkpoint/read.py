@@ -13,11 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_fx.checkpoint.configuration import Configuration, read_configuration
+from lora_fx.checkpoint.fingerprint import sample_values
 from lora_fx.checkpoint.header import Header, SiteNote, read_header
 from lora_fx.checkpoint.names import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
+    base_key,
     bias_key,
     factor_key,
     factor_names,
@@ -69,7 +71,7 @@ class AdapterFile:
     """Ends of paths: PEFT saves every module that has one of them, so the file must hold all of its tensors."""
     rules: dict[str, Any] = field(default_factory=dict)
     base: dict[str, list[float] | None] = field(default_factory=dict)
-    """A few values of each base weight, where lora_fx wrote the file."""
+    """A few values of each base weight, where lora_fx wrote the file, or PEFT with the base weight in it."""
     parameters: tuple[str, ...] = ()
     """Ends of the names of the raw parameters that PEFT adapted."""
     patterns: Configuration | None = None
@@ -133,7 +135,7 @@ class _AdapterReader:
             trained=self._trained() if header is None else header.trained,
             claimed=self.config.modules_to_save if header is None else (),
             rules={} if header is None else header.rules,
-            base={} if header is None else header.base,
+            base=self._base(paths) if header is None else header.base,
             parameters=self.config.target_parameters if header is None else (),
             patterns=self.config,
         )
@@ -150,6 +152,10 @@ class _AdapterReader:
 
     def _trained(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(owner for key in self.tensors if (owner := self._owner(key))))
+
+    def _base(self, paths: list[str]) -> dict[str, list[float] | None]:
+        """Return a few values of the base weights in the file: PEFT would put them in place of the model's."""
+        return {path: sample_values(self.tensors[base_key(path)]) for path in paths if base_key(path) in self.tensors}
 
     def _check(self, paths: list[str]) -> None:
         facts = [fact for path in paths for fact in self._site_problems(path)]
@@ -203,7 +209,7 @@ class _AdapterReader:
     def _vector_problems(self, path: str, lora_b: Tensor) -> Iterator[tuple[str, str]]:
         for key in (bias_key(path), magnitude_key(path)):
             vector = self.tensors.get(key)
-            if vector is not None and vector.shape != lora_b.shape[:1]:
+            if vector is not None and vector.squeeze().shape != lora_b.shape[:1]:  # a convolution's is [1, out, 1…]
                 yield key, f"has shape {list(vector.shape)}, not {list(lora_b.shape[:1])}"
 
     def _lost_targets(self, paths: list[str]) -> list[str]:
@@ -213,7 +219,7 @@ class _AdapterReader:
 
     def _unknown(self, paths: list[str]) -> list[str]:
         known = {key for path in paths for key in self._factor_keys(path)}
-        known |= {key(path) for path in paths for key in (bias_key, magnitude_key)}
+        known |= {key(path) for path in paths for key in (base_key, bias_key, magnitude_key)}
         return [key for key in self.tensors if key not in known and not self._owner(key)]
 
     def _configured_rank(self, path: str) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, attached_to
-from lora_fx.checkpoint.codec import Form, decode, form_of, misfit
+from lora_fx.checkpoint.codec import Form, decode, form_of, has_other_border, misfit
 from lora_fx.checkpoint.fingerprint import different
 from lora_fx.checkpoint.read import AdapterFile, SavedSite
 from lora_fx.errors import AdapterMismatchError, RefusedError
@@ -32,7 +32,7 @@ def plan_of(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module
     problems = [problem for file in files for problem in _mismatches(file, sites, model)]
     if problems:
         raise AdapterMismatchError("the adapter does not fit this model", problems, _advice(problems))
-    _refuse(files, sites)
+    _refuse(files, sites, model)
     saved: dict[str, tuple[AdapterFile, SavedSite]] = {}
     for file in files:
         for each in file.sites:
@@ -127,20 +127,25 @@ def _advice(problems: Sequence[Mismatch]) -> str:
     return f"{len(problems)} differences; give the model that the adapter was trained on"
 
 
-def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site]) -> None:
+def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site], model: nn.Module) -> None:
     refused = [
         (each.path, reason)
         for file in files
         for each in file.sites
-        if (reason := _refusal(each, sites[each.path])) is not None
+        if (reason := _refusal(each, sites[each.path], model)) is not None
     ]
     if refused:
         raise RefusedError("the adapter has sites that cannot be adapted", list(dict.fromkeys(refused)))
 
 
-def _refusal(each: SavedSite, site: Site) -> str | None:
+def _refusal(each: SavedSite, site: Site, model: nn.Module) -> str | None:
     if each.lora.dora and (site.op != "linear" or site.parameter):
         return "DoRA is for whole linear layers, not for this kind of site"
+    if each.note is None and has_other_border(model.get_submodule(site.owner)):
+        return (
+            "PEFT trains it without the padding_mode and dilation of the convolution, so what was trained is no change "
+            "of its weight"
+        )
     return site.refusal
 
 
