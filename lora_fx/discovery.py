@@ -60,9 +60,9 @@ def uses_in(plan: Plan) -> Uses | None:
     if all(each.calls is None for each in plan.sites):
         return None
     weights = {
-        each.site.weight: WeightUse(each.op, each.site.layout, each.calls or 0, each.site.read)
-        for each in plan.sites
-        if each.calls
+        site.weight: WeightUse(site.op, site.layout, site.calls or 0, site.read, flat=len(site.shape) == 2)
+        for site in (each.site for each in plan.sites)
+        if site.calls
     }
     return Uses({each.path: each.calls or 0 for each in plan.sites}, weights)
 
@@ -80,6 +80,8 @@ class _Raw:
     layout: Layout
     aliases: tuple[str, ...] = ()
     refusal: str | None = None
+    flat: bool = False
+    """Whether all axes but the first are one side of the matrix."""
 
 
 class _Finder:
@@ -172,7 +174,7 @@ class _Finder:
         if known is not None and known.op in ("attention", "linear"):
             return known
         op = "matmul" if use.op == "other" else use.op
-        return _Raw(op, use.layout, (), use.problem or _odd_shape(parameter, op) or None)
+        return _Raw(op, use.layout, (), use.problem or _odd_shape(parameter, op, use.flat) or None, use.flat)
 
     def _raw(self, path: str, module: nn.Module, name: str, raw: _Raw) -> Site:
         parameter = module._parameters[name]
@@ -187,7 +189,7 @@ class _Finder:
             path=full,
             op=raw.op,
             classes=class_names(type(module)),
-            shape=_shape(tuple(parameter.shape), raw.op, raw.layout),
+            shape=_shape(_matrix_shape(parameter) if raw.flat else tuple(parameter.shape), raw.op, raw.layout),
             dtype=_dtype_name(parameter),
             calls=None if not self.ran else (0 if use is None else use.calls),
             aliases=tuple(each for each in (*others, *aliases) if each),
@@ -199,10 +201,10 @@ class _Finder:
         )
 
 
-def _odd_shape(parameter: Tensor, op: str) -> str:
+def _odd_shape(parameter: Tensor, op: str, flat: bool) -> str:
     if parameter.dim() == 1:
         return "a vector has no low rank; train it whole (`train:` its module)"
-    if parameter.dim() > 3 and not op.startswith("conv"):
+    if parameter.dim() > 3 and not flat and not op.startswith("conv"):
         return f"a weight of {parameter.dim()} dimensions is not supported"
     if not parameter.is_floating_point():
         return f"a weight of dtype {_dtype_name(parameter)} is not supported"
@@ -213,6 +215,10 @@ def _taken_name(module: nn.Module, name: str) -> str | None:
     if name != "weight" and name + HOME in (*vars(module), *module._modules, *module._parameters, *module._buffers):
         return f"its adapter would be kept as {name}{HOME}, a name that the module uses itself"
     return None
+
+
+def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
+    return parameter.shape[0], parameter.shape[1:].numel()
 
 
 def _shape(stored: tuple[int, ...], op: str, layout: Layout) -> tuple[int, ...]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 
 from lora_fx.adapters.products import name_of
-from lora_fx.adapters.views import Kind, WeightView
-from lora_fx.capture.torch_internals import DispatchMode, FunctionMode
+from lora_fx.capture.torch_internals import DispatchMode
 from lora_fx.sites import Layout
 
 
@@ -34,6 +34,8 @@ class WeightUse:
     """Whether code reads it while the module that owns it is not being called."""
     problem: str = ""
     """Why no adapter can take part in this use."""
+    flat: bool = False
+    """Whether all axes of the parameter but the first are one side of a matrix."""
 
 
 @dataclass(slots=True)
@@ -46,6 +48,8 @@ class Uses:
     """By the dotted name of the parameter; of one with several, the one whose module was being called."""
     complete: bool = True
     """Whether a run has shown it, so that what is not there is not used."""
+    looked_at: frozenset[str] = frozenset()
+    """Raw parameters whose use is known without a run, though not all that is there was seen."""
 
 
 @dataclass(slots=True)
@@ -53,15 +57,20 @@ class _Seen:
     """Uses of one parameter, being collected."""
 
     ops: Counter[str] = field(default_factory=Counter)
-    layouts: Counter[Layout] = field(default_factory=Counter)
+    sides: Counter[tuple[Layout, bool]] = field(default_factory=Counter)
+    """How the parameter holds its matrix, and whether that is flat."""
     calls: int = 0
     outside: bool = False
     problem: str = ""
 
     def use(self, banked: bool) -> WeightUse:
         op = self.ops.most_common(1)[0][0]
-        layout: Layout = self.layouts.most_common(1)[0][0] if self.layouts else "out_in"
-        return WeightUse("experts" if banked and op == "linear" else op, layout, self.calls, self.outside, self.problem)
+        layout, flat = self.sides.most_common(1)[0][0] if self.sides else ("out_in", False)
+        problem = self.problem
+        if len({flat for _, flat in self.sides}) > 1:
+            problem = problem or "it is used as a bank of matrices and as one matrix"
+        op = "experts" if banked and not flat and op == "linear" else op
+        return WeightUse(op, layout, self.calls, self.outside, problem, flat)
 
 
 def weight_uses(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Uses:
@@ -112,11 +121,11 @@ def _module_stack(model: nn.Module, calls: dict[str, int], active: list[nn.Modul
             hook.remove()
 
 
-class _Functions(FunctionMode):
+class _Functions(TorchFunctionMode):  # type: ignore[no-untyped-call]
     """Remembers which torch function runs: F.linear and @ end in the same kernel."""
 
     def __init__(self) -> None:
-        super().__init__(None)  # type: ignore[arg-type]
+        super().__init__()  # type: ignore[no-untyped-call]
         self.name = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,26 +136,65 @@ class _Functions(FunctionMode):
             self.name = outer
 
 
-_Where = tuple[dict[str, nn.Module], WeightView]
-"""Names of a parameter, each with the module that owns it there, and what of it a tensor shows."""
+_Axes = frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What a tensor shows of a parameter."""
+
+    owners: dict[str, nn.Module]
+    """Its names, each with the module that owns it there."""
+    rank: int
+    """Number of its dimensions."""
+    axes: tuple[_Axes, ...]
+    """The axes of the parameter that each dimension of the tensor runs over."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What lies in the memory of a parameter, or of a copy of one."""
+
+    shown: tuple[_Shown, ...]
+    """One parameter, or each of those that it was computed from."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    alive: StorageWeakRef | None = None
+    """Of a copy: its memory, which may go to another tensor later."""
+
+    def seen_by(self, tensor: Tensor) -> tuple[_Shown, ...]:
+        """Return what a tensor on this memory shows."""
+        steps = [self._along(*step) for step in zip(tensor.shape, tensor.stride(), strict=True)]
+        return tuple(
+            replace(each, axes=tuple(frozenset[int]().union(*(each.axes[i] for i in step)) for step in steps))
+            for each in self.shown
+        )
+
+    def _along(self, size: int, stride: int) -> list[int]:
+        """Return the dimensions whose index changes in so many steps of one stride."""
+        dims = enumerate(zip(self.shape, self.strides, strict=True))
+        return [i for i, (n, each) in dims if n > 1 and stride * (size - 1) >= each and stride % (each * n)]
 
 
 class _Watch(DispatchMode):
     """Sees kernels, and knows which of their operands are (views or copies of) parameters."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.active: list[nn.Module] = []
         self.functions = _Functions()
         self.seen: dict[str, _Seen] = {}
-        self._roots: dict[int, tuple[dict[str, nn.Module], Tensor]] = {}
-        """By memory: every name of the parameter with the module that owns it there, and the parameter."""
-        self._copies: dict[int, tuple[StorageWeakRef, dict[str, nn.Module], WeightView, tuple[int, ...]]] = {}
+        self._roots: dict[int, _Memory] = {}
+        """The parameters, by memory."""
+        self._copies: dict[int, _Memory] = {}
+        self._buffers = {_storage(buffer) for buffer in model.buffers() if _has_storage(buffer)}
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 1 and _has_storage(parameter):
-                    owners, _ = self._roots.setdefault(_storage(parameter), ({}, parameter))
-                    owners[f"{path}.{name}".lstrip(".")] = module
+                    memory = self._roots.setdefault(_storage(parameter), _memory_of(parameter))
+                    memory.shown[0].owners[f"{path}.{name}".lstrip(".")] = module
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -161,96 +209,107 @@ class _Watch(DispatchMode):
             self._note_product(name, args)
         elif name in _KERNELS:
             for each in (*operands, *(t for a in args if isinstance(a, (list, tuple)) for t in a)):
-                found = self._where(each) if isinstance(each, Tensor) and each.dim() >= 2 else None
-                if found is not None:
-                    self._see(found[0], "other", None, f"torch.{name} is one kernel; nothing can be added inside of it")
+                for found in self._where(each) if isinstance(each, Tensor) and each.dim() >= 2 else ():
+                    self._see(found, "other", None, f"torch.{name} is one kernel; nothing can be added inside of it")
         elif name in _COPIES and isinstance(result, Tensor):
             self._note_copy(name, args, result)
+        elif name in _ARITHMETIC and isinstance(result, Tensor):
+            self._note_computed([*operands, *(args[0] if isinstance(args[0], (list, tuple)) else ())], result)
 
     # -- where a tensor comes from
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return _has_storage(tensor) and (_storage(tensor) in self._roots or _storage(tensor) in self._copies)
 
-    def _where(self, tensor: Tensor) -> _Where | None:
-        """Return the parameter that the tensor shows, and what of it; None if it is none or shows it strangely."""
+    def _where(self, tensor: Tensor) -> tuple[_Shown, ...]:
+        """Return what the tensor shows of parameters; nothing if it is none and was not made of some."""
         if not _has_storage(tensor):
-            return None
-        key = _storage(tensor)
-        if key in self._roots:
-            owners, root = self._roots[key]
-            return None if not root.is_contiguous() else _seen_as(owners, root, tensor)
-        if key in self._copies and not self._copies[key][0].expired():  # type: ignore[no-untyped-call]
-            _, owners, view, strides = self._copies[key]
-            order = _order(tensor, view.shape, strides)
-            moved = None if order is None else view.through(lambda stub: stub.permute(order))
-            return None if moved is None else (owners, moved)
-        return None
+            return ()
+        memory = self._roots.get(_storage(tensor)) or self._copies.get(_storage(tensor))
+        if memory is None or (memory.alive is not None and memory.alive.expired()):  # type: ignore[no-untyped-call]
+            return ()
+        return memory.seen_by(tensor)
 
     def _note_copy(self, name: str, args: Any, result: Tensor) -> None:
-        found = self._where(args[0]) if isinstance(args[0], Tensor) else None
-        if found is None or not _has_storage(result):
-            return
-        view: WeightView | None = found[1]
+        shown = self._where(args[0]) if isinstance(args[0], Tensor) else ()
         if name in ("index", "index_select"):
             index = args[1][0] if name == "index" else args[2]
-            leading = len(args[1]) == 1 if name == "index" else args[1] == 0
-            usable = leading and isinstance(index, Tensor) and index.dim() <= 1 and index.dtype != torch.bool
-            view = found[1].picked(None if index.dim() == 0 else index.numel()) if usable else None
-        if view is not None and view.shape == tuple(result.shape):
+            if not isinstance(index, Tensor) or (len(args[1]) if name == "index" else args[1] + 1) != 1:
+                return
+            shown = tuple(replace(each, axes=(*each.axes[:1] * index.dim(), *each.axes[1:])) for each in shown)
+        self._remember(shown, result)
+
+    def _note_computed(self, operands: list[Tensor], result: Tensor) -> None:
+        """What is computed from weights, buffers and numbers alone is a weight; each axis stays where it was."""
+        given = [each for each in operands if each.is_floating_point() and each.dim()]
+        given = [each for each in given if not _has_storage(each) or _storage(each) not in self._buffers]
+        shown = [self._where(each) for each in given]
+        if all(shown):
+            unknown = (frozenset[int](),) * result.dim()
+            every = [each for found in shown for each in found]
+            kept = (each if len(each.axes) == result.dim() else replace(each, axes=unknown) for each in every)
+            self._remember(tuple(kept), result)
+
+    def _remember(self, shown: tuple[_Shown, ...], result: Tensor) -> None:
+        if not shown or not _has_storage(result) or _storage(result) in self._roots:
+            return
+        if all(len(each.axes) == result.dim() for each in shown):
             alive = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
-            entry = (alive, found[0], view, result.stride())
-            self._copies[_storage(result)] = entry
+            self._copies[_storage(result)] = _Memory(shown, tuple(result.shape), result.stride(), alive)
 
     # -- products
 
     def _note_product(self, name: str, args: Any) -> None:
         left, right, kind = _PRODUCTS[name]
         if kind != "product":
-            found = self._where(args[right])
-            if found is not None:
+            for found in self._where(args[right]):
                 self._note_layer(kind, found, args)
             return
         weights = [self._where(args[left]), self._where(args[right])]
         if all(weights):  # of two parameters, the one that F.linear calls the weight is
-            weights[0] = None
-        for found, tensor, summed in zip(weights, (args[left], args[right]), (-1, -2), strict=True):
-            if found is not None:
-                self._note_matrix(found, tensor, 0 if tensor.dim() == 1 else summed)
+            weights[0] = ()
+        for shown, tensor, summed in zip(weights, (args[left], args[right]), (-1, -2), strict=True):
+            for found in shown:
+                self._note_matrix(found, 0 if tensor.dim() == 1 else summed)
 
-    def _note_layer(self, kind: str, found: _Where, args: Any) -> None:
-        owners, view = found
+    def _note_layer(self, kind: str, found: _Shown, args: Any) -> None:
         if kind == "embedding":
-            self._see(owners, "embedding", "in_out")
+            self._see(found, "embedding", ("in_out", False))
         elif kind == "bag":
-            self._see(owners, "embedding", "in_out", "nn.EmbeddingBag sums inside of one kernel")
+            self._see(found, "embedding", ("in_out", False), "nn.EmbeddingBag sums inside of one kernel")
+        elif args[6]:
+            self._see(found, "other", ("out_in", False), "a transposed convolution cannot be adapted")
         else:
-            dims = len(view.shape) - 2
-            transposed = "a transposed convolution" if args[6] else ""
-            op = f"conv{dims}d" if not transposed else "other"
-            self._see(owners, op, "out_in", f"{transposed} cannot be adapted" if transposed else "")
+            self._see(found, f"conv{len(found.axes) - 2}d", ("out_in", False))
 
-    def _note_matrix(self, found: _Where, tensor: Tensor, summed: int) -> None:
-        owners, view = found
+    def _note_matrix(self, found: _Shown, summed: int) -> None:
         op = "linear" if self.functions.name in ("linear", "multi_head_attention_forward", "") else "matmul"
-        kinds: list[Kind] = [dim.kind for dim in view.dims or ()]
-        if view.banked and self.functions.name not in ("einsum",):
+        if found.rank == 3 and self.functions.name not in ("einsum",):
             op = "linear"  # a bank: `use` calls it experts
-        if len(kinds) < 1 or kinds[summed] not in ("first", "second"):
-            self._see(owners, op, None)
-            return
-        self._see(owners, op, "out_in" if kinds[summed] == "second" else "in_out")
+        kept = frozenset[int]().union(*found.axes) - found.axes[summed]
+        self._see(found, op, _sides(found.rank, found.axes[summed], kept))
 
-    def _see(self, owners: dict[str, nn.Module], op: str, layout: Layout | None, problem: str = "") -> None:
+    def _see(self, found: _Shown, op: str, sides: tuple[Layout, bool] | None, problem: str = "") -> None:
+        owners = found.owners
         inside = [each for each, module in owners.items() if self.active and self.active[-1] is module]
         name = inside[0] if inside else next(iter(owners))
         seen = self.seen.setdefault(name, _Seen())
         seen.ops[op] += 1
         seen.calls += 1
-        if layout is not None:
-            seen.layouts[layout] += 1
+        if sides is not None:
+            seen.sides[sides] += 1
         seen.outside |= not inside
         seen.problem = seen.problem or problem
+
+
+def _sides(rank: int, summed: _Axes, kept: _Axes) -> tuple[Layout, bool] | None:
+    """Return which way round a parameter holds its matrix, and whether flat, from the axes that a product sums over."""
+    inner, outer = summed - {0}, kept - {0}
+    if rank > 2 and inner and outer and inner.isdisjoint(outer):  # a bank, along the first axis
+        return ("out_in" if max(inner) > max(outer) else "in_out"), False
+    if summed and summed == inner:
+        return "out_in", rank > 2
+    return ("in_out", rank > 2) if summed == {0} else None
 
 
 def _has_storage(tensor: Tensor) -> bool:
@@ -265,28 +324,9 @@ def _storage(tensor: Tensor) -> int:
     return key
 
 
-def _seen_as(owners: dict[str, nn.Module], root: Tensor, tensor: Tensor) -> _Where | None:
-    """Return the view of the root that a tensor on its memory is."""
-    shape = tuple(root.shape)
-    whole = WeightView.of(shape if len(shape) > 1 else (1, *shape), banked=len(shape) == 3)
-    offset = tensor.storage_offset() - root.storage_offset()
-    view = whole.through(lambda stub: stub.as_strided(tensor.shape, tensor.stride(), offset))
-    return None if not isinstance(view, WeightView) else (owners, view)
-
-
-def _order(tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int] | None:
-    """Return the permutation of a copy's dimensions that a view of it is; None if it is something else."""
-    if tensor.storage_offset() or sorted(tensor.shape) != sorted(shape):
-        return None
-    left = list(range(len(shape)))
-    order = []
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        match = next((i for i in left if shape[i] == size and (size == 1 or strides[i] == stride)), None)
-        if match is None:
-            return None
-        left.remove(match)
-        order.append(match)
-    return order
+def _memory_of(parameter: Tensor) -> _Memory:
+    axes = tuple(frozenset((axis,)) for axis in range(parameter.dim()))
+    return _Memory((_Shown({}, parameter.dim(), axes),), tuple(parameter.shape), parameter.stride())
 
 
 _PRODUCTS: dict[str, tuple[int, int, str]] = {
@@ -312,3 +352,8 @@ _KERNELS = frozenset(
      "lstm_cell", "gru_cell", "_trilinear", "_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
 )  # fmt: skip
 _COPIES = frozenset({"_to_copy", "clone", "contiguous", "index", "index_select", "_reshape_copy"})
+_ARITHMETIC = frozenset(
+    {"add", "sub", "rsub", "mul", "div", "neg", "exp", "log", "sigmoid", "tanh", "softplus", "pow", "sqrt", "rsqrt",
+     "abs", "sum", "mean", "var", "std", "norm", "linalg_vector_norm", "clamp", "clamp_min", "cat", "stack", "where"}
+)  # fmt: skip
+"""What may be done to weights, and make weights, before something is multiplied by them."""
