@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import lora_fx
+from lora_fx import merge_checkpoint
 
 RANK = 16
 SHARD_BYTES = 1 << 30
@@ -116,7 +116,7 @@ def copied(base: Path, out: Path, synced: bool) -> float:
 def merged(base: Path, adapter: Path, out: Path) -> float:
     """Return the seconds of a merge."""
     started = time.perf_counter()
-    lora_fx.merge_checkpoint(base, adapter, out)
+    merge_checkpoint(base, adapter, out)
     return time.perf_counter() - started
 
 

@@ -6,10 +6,12 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -184,30 +186,32 @@ def _named(name: str) -> Iterator[None]:
 # -- threads
 
 
-@dataclass(slots=True)
 class Workers:
-    """Threads with memory of their own; with one, the calling thread does the work."""
+    """Threads with memory of their own, kept from file to file; with one, the calling thread does the work."""
 
-    number: int
-    _scratch: list[Scratch] = field(default_factory=list)
+    def __init__(self, number: int) -> None:
+        self._scratch = [Scratch() for _ in range(number)]
+        self._threads = ThreadPoolExecutor(number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown()
 
     def run(self, todo: Iterator[Job], done: Callable[[Done], object]) -> None:
         """Do all jobs and tell of each, in the calling thread; after an error the others end with what they are at."""
-        self._scratch = self._scratch or [Scratch() for _ in range(self.number)]
-        if self.number == 1:
+        if len(self._scratch) == 1:
             for job in todo:
                 done(job(self._scratch[0]))
             return
         shared = _Shared(todo)
-        threads = [threading.Thread(target=shared.work, args=(each,), daemon=True) for each in self._scratch]
-        for thread in threads:
-            thread.start()
+        working = [self._threads.submit(shared.work, each) for each in self._scratch]
         try:
-            shared.tell(done, len(threads))
+            shared.tell(done, len(working))
         finally:
             shared.stop.set()
-            for thread in threads:
-                thread.join()
+            wait(working)
 
 
 class _Shared:

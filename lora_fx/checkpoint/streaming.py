@@ -176,9 +176,9 @@ class _Merge:
 
     def _write_shards(self, number: int) -> None:
         """Write the shards; what is written is synced in a thread of its own, while the next is computed."""
-        workers, todo = Workers(number), self._todo()
+        todo = self._todo()
         self._tell(self.total - sum(out_shard(self.plan, name).size for name in todo), "")
-        with Syncing() as syncing:
+        with Workers(number) as workers, Syncing() as syncing:
             for name in todo:
                 shard = out_shard(self.plan, name)
                 with _abandoned_on_error(OpenFiles(part_of(self.out / name))) as files:
