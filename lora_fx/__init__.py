@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_fx.api import apply as apply
     from lora_fx.api import diff as diff
     from lora_fx.api import disabled as disabled
+    from lora_fx.api import explain as explain
     from lora_fx.api import extract as extract
     from lora_fx.api import inspect as inspect
     from lora_fx.api import load as load
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "lora_fx.api": (
-        "apply diff disabled extract inspect load merge merge_checkpoint parameters plan remerge remove save"
+        "apply diff disabled explain extract inspect load merge merge_checkpoint parameters plan remerge remove save"
     ),
     "lora_fx.checkpoint.mergereport": "MergeReport",
     "lora_fx.errors": (

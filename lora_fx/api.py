@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from torch import nn
 from torch.export import ExportedProgram
 
-from lora_fx import applying, extraction, remerging, unapplying
+from lora_fx import applying, explaining, extraction, remerging, unapplying
 from lora_fx.checkpoint import restore, streaming, write
 from lora_fx.checkpoint.mergereport import MergeReport
 from lora_fx.checkpoint.read import read_adapters
@@ -48,6 +48,24 @@ def plan(model: nn.Module, rules: Rules, example_inputs: object = None) -> Plan:
     read = read_rules(rules)
     seen = _observed(model, example_inputs)
     return studied(decide(read, take_inventory(model, seen.uses)), model, seen)
+
+
+def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = None) -> str:
+    """Return as text why the sites at a path are adapted by the rules or not: what each rule says, and the facts.
+
+    Args:
+        model: as for `plan`, as are `rules` and `example_inputs`; nothing is changed.
+        path: name of a site, one of its aliases, a glob, or a module with sites in it.
+
+    Raises:
+        UnknownPathError: nothing bears the name; a ValueError that tells the nearest names.
+        RuleError, CaptureError, RefusedError: as `plan`; a rule that matches nothing is no error here.
+    """
+    read = read_rules(rules)
+    seen = _observed(model, example_inputs)
+    inventory = take_inventory(model, seen.uses)
+    decided = studied(decide(read, inventory, strict=False), model, seen)
+    return explaining.explain(decided, read, inventory, path)
 
 
 def apply(

@@ -125,6 +125,32 @@ def merge(
         _fail(error, TROUBLE, context.obj)
 
 
+@main.command(epilog=_MODEL_HELP)
+@click.argument("model")
+@click.argument("path")
+@click.argument("rules")
+@click.pass_context
+def explain(context: click.Context, model: str, path: str, rules: str) -> None:
+    """Say why the site at PATH (a name or a glob) of MODEL is adapted by RULES or not."""
+    try:
+        click.echo(_explain(model, path, rules))
+    except (RuleError, NoMatchError) as error:
+        _fail(error, VIOLATED, context.obj)
+    except Exception as error:
+        _fail(error, TROUBLE, context.obj)
+
+
+def _explain(model: str, path: str, rules: str) -> str:
+    from lora_fx.rules import read_rules
+
+    read = read_rules(rules)  # a misspelt rule is told before torch is imported
+    from lora_fx.api import explain as explain_sites
+    from lora_fx.modelspec import load_model
+
+    built, inputs = load_model(model)
+    return explain_sites(built, path, read, inputs)
+
+
 @main.command()
 def schema() -> None:
     """Print the JSON schema of rule files, for editors."""

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import HOME, is_adapted
 from lora_fx.errors import RefusedError
 from lora_fx.layerkinds import RECURRENT, LayerKind, attention_weights, expert_banks, kind_of, recurrent_weights
+from lora_fx.passes.rawgraph import RawUse, raw_uses
 from lora_fx.passes.sitegraph import site_calls
 from lora_fx.planning import Inventory, Plan
 from lora_fx.sites import Layout, Site
@@ -65,6 +66,28 @@ def uses_in(plan: Plan) -> Uses | None:
         if site.calls
     }
     return Uses({each.path: each.calls or 0 for each in plan.sites}, weights)
+
+
+def uses_in_graph(graph_module: fx.GraphModule, path: str = "") -> dict[str, WeightUse]:
+    """Return how a graph uses raw parameters, by their names below `path`."""
+    seen: dict[str, list[RawUse]] = {}
+    for use in raw_uses(graph_module):
+        if use.delta is not None:
+            seen.setdefault(use.parameter, []).append(use)
+    weights = {}
+    for name, uses in seen.items():
+        layouts = [use.layout for use in uses if use.layout is not None]
+        op = Counter(use.op for use in uses).most_common(1)[0][0]
+        weights[dotted(path, name)] = WeightUse(op, layouts[0] if layouts else "out_in", len(uses), False)
+    return weights
+
+
+def has_unknown_weights(module: nn.Module) -> bool:
+    """Whether the module itself owns a matrix of which its class does not tell whether it multiplies anything."""
+    known = kind_of(module) is not None or isinstance(module, nn.MultiheadAttention) or any(recurrent_weights(module))
+    if known or any(expert_banks(module)) or isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return False
+    return any(p is not None and p.dim() >= 2 for p in module._parameters.values())
 
 
 def class_names(kind: type) -> tuple[str, ...]:
@@ -168,7 +191,8 @@ class _Finder:
         """Return what a run has shown of a raw parameter, or what its owner's class says of it."""
         use = self._use(name)
         if use is None:
-            if known is None and not self.ran and parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1:
+            looked_at = self.ran or (self.uses is not None and name in self.uses.looked_at)
+            if known is None and not looked_at and parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1:
                 return _Raw("matmul", "out_in", (), UNKNOWN_USE)
             return known
         if known is not None and known.op in ("attention", "linear"):
@@ -191,7 +215,7 @@ class _Finder:
             classes=class_names(type(module)),
             shape=_shape(_matrix_shape(parameter) if raw.flat else tuple(parameter.shape), raw.op, raw.layout),
             dtype=_dtype_name(parameter),
-            calls=None if not self.ran else (0 if use is None else use.calls),
+            calls=use.calls if use is not None else (0 if self.ran else None),
             aliases=tuple(each for each in (*others, *aliases) if each),
             tied_to=tuple(n for n in self.ties.get(id(parameter), ()) if n not in (full, *aliases)),
             refusal=raw.refusal or _taken_name(module, name),
@@ -236,18 +260,18 @@ def _dtype_name(tensor: Tensor | nn.Module) -> str:
 def _graph_sites(graph_module: fx.GraphModule) -> Iterator[Site]:
     """Yield the sites of a graph in its order, then those inside modules that it calls as a whole."""
     calls = Counter(call.path for call in site_calls(graph_module) if call.path)
-    finder = _Finder(graph_module, None)
+    finder = _Finder(graph_module, Uses({}, uses_in_graph(graph_module), complete=False))
     found = {site.path: site for site in finder.sites()}
     for path, number in calls.items():
         site = found.get(path) or _weight_site(path, graph_module, finder.ties)
         yield replace(site, calls=number, backend="graph")
+    read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     for site in found.values():
-        if site.path not in calls and not _is_in_graph(site, calls):
+        if site.parameter in read:
+            if site.calls or site.refusal not in (None, UNKNOWN_USE):
+                yield replace(site, backend="graph", read=False)
+        elif site.path not in calls:
             yield replace(site, backend_reason="inside a module that the graph calls as a whole")
-
-
-def _is_in_graph(site: Site, calls: Counter[str]) -> bool:
-    return site.parameter.endswith("weight") and site.owner in calls
 
 
 def _weight_site(path: str, graph_module: fx.GraphModule, tied: Mapping[int, tuple[str, ...]]) -> Site:

@@ -82,6 +82,10 @@ class Editor:
         self._note("add node", new.name, site)
         self.replace_uses(node, new, site, but=lambda user: user in but)
 
+    def note_use(self, node: fx.Node, site: str) -> None:
+        """Note that a node was given another operand."""
+        self._note("replace uses", f"an operand of {node.name}", site)
+
     def erase(self, node: fx.Node, site: str) -> None:
         self.graph.erase_node(node)
         self._note("erase node", node.name, site)
@@ -95,7 +99,7 @@ class Editor:
         add(owner)
         for name, _ in owner.named_modules():
             if name not in before:
-                self._note("add module", f"{path}.{name}", site)
+                self._note("add module", f"{path}.{name}".lstrip("."), site)
 
     def drop_modules(self, path: str, drop: Callable[[nn.Module], Any], site: str) -> None:
         """Let `drop` take modules away from the module at `path`."""
@@ -105,7 +109,7 @@ class Editor:
         after = {name for name, _ in owner.named_modules()}
         for name in before:
             if name not in after:
-                self._note("drop module", f"{path}.{name}", site)
+                self._note("drop module", f"{path}.{name}".lstrip("."), site)
 
     def set_weight(self, path: str, weight: Tensor, requires_grad: bool, name: str = "weight") -> None:
         """Put a new Parameter at `<path>.<name>`; whoever else holds the old one keeps it."""

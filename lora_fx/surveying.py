@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
 
-from lora_fx.discovery import refuse_unfit
+from lora_fx.capture.captured import NotCaptured
+from lora_fx.capture.symbolic import capture_symbolically
+from lora_fx.discovery import has_unknown_weights, refuse_unfit, uses_in_graph
 from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.planning import DEAD, Plan, PlannedRegion, PlannedSite
 from lora_fx.regions.survey import Survey, survey, survey_symbolically, unchanged_modes, unchanged_random
 from lora_fx.samples import Sample, dummy_samples, moved, samples_of
+from lora_fx.tensors import dotted
 from lora_fx.twin import is_meta, make_twin
-from lora_fx.weightuses import Uses, weight_uses
+from lora_fx.weightuses import Uses, WeightUse, weight_uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +54,27 @@ def observed(model: nn.Module, example_inputs: object) -> Observed:
         return Observed(given or ())
     samples = given or dummy_samples(model)
     if samples is None:
-        return Observed(())
+        return Observed((), _symbolic_uses(model))
     samples = _on_device(samples, model)
     try:
         return Observed(samples, _uses(make_twin(model), samples))
     except RefusedError:
         raise
+    except Exception as unwatched:
+        return _unwatched(model, samples, given is not None, unwatched)
+
+
+def _unwatched(model: nn.Module, samples: tuple[Sample, ...], given: bool, unwatched: Exception) -> Observed:
+    """Return what is known of a model that does not run while its kernels are watched, or not at all."""
+    torch.compiler.reset()  # torch.cond compiles; what it has compiled under a mode would fail without one too
+    try:
+        with _as_in_inference(twin := make_twin(model)):
+            for sample in samples:
+                twin(*sample.args, **sample.kwargs)
+        return Observed(samples, _symbolic_uses(model), f"how weights are used cannot be watched: {_line(unwatched)}")
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if given is not None and not is_meta(model):
+        reason = _line(error)
+        if given and not is_meta(model):
             raise CaptureError(
                 "the model refuses the example inputs", [("(root)", reason)], "check example_inputs"
             ) from error
@@ -68,13 +84,40 @@ def observed(model: nn.Module, example_inputs: object) -> Observed:
 def _uses(twin: nn.Module, samples: Sequence[Sample]) -> Uses:
     """Return what all samples show: the calls of the first, and every weight that any of them uses."""
     found: list[Uses] = []
-    with unchanged_modes(twin), unchanged_random(twin), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        twin.eval()
+    with _as_in_inference(twin):
         for sample in samples:
             found.append(weight_uses(twin, sample.args, sample.kwargs))
     calls = {path: number for each in reversed(found) for path, number in each.calls.items()}
     return Uses(calls, {name: use for each in reversed(found) for name, use in each.weights.items()})
+
+
+@contextlib.contextmanager
+def _as_in_inference(twin: nn.Module) -> Iterator[None]:
+    with unchanged_modes(twin), unchanged_random(twin), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin.eval()
+        yield
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _symbolic_uses(model: nn.Module) -> Uses | None:
+    """Return how modules use the raw parameters that they own, as far as straight-line forwards tell without inputs."""
+    owners = [path for path, module in model.named_modules() if has_unknown_weights(module)]
+    if not owners:
+        return None
+    weights: dict[str, WeightUse] = {}
+    looked_at: set[str] = set()
+    twin = make_twin(model)
+    for path in owners:
+        module = twin.get_submodule(path)
+        with contextlib.suppress(NotCaptured):
+            graph_module = fx.GraphModule(module, capture_symbolically(module).graph)
+            weights |= uses_in_graph(graph_module, path)
+            looked_at |= {dotted(path, name) for name in module._parameters}
+    return Uses({}, weights, complete=False, looked_at=frozenset(looked_at))
 
 
 def studied(plan: Plan, model: nn.Module, seen: Observed, graphs: bool = True) -> Plan:

@@ -121,11 +121,11 @@ def _module_stack(model: nn.Module, calls: dict[str, int], active: list[nn.Modul
             hook.remove()
 
 
-class _Functions(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _Functions(TorchFunctionMode):
     """Remembers which torch function runs: F.linear and @ end in the same kernel."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.name = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -178,8 +178,6 @@ class _Memory:
 
 class _Watch(DispatchMode):
     """Sees kernels, and knows which of their operands are (views or copies of) parameters."""
-
-    supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ LAYERS = [
     ["automaton", "globs", "expressions", "patterns", "yamltree", "rulespec", "shipped"],
     ["rules", "rulereading", "slicereading", "linting", "schema"],
     ["sites"],
-    ["planning", "plantext", "planjson"],
+    ["planning", "plantext", "planjson", "explaining"],
     ["swap", "twin", "tensors", "samples", "ties"],
     ["layerkinds"],
     ["adapters."],

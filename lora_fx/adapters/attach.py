@@ -235,6 +235,11 @@ def all_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
             yield (path if found.spec.path_is_owner else dotted(path, found.spec.parameter)), found
 
 
+def owner_path(path: str, found: Attached) -> str:
+    """Return the path of the module that owns the weight of the site at `path`."""
+    return path if found.spec.path_is_owner else path.rpartition(".")[0]
+
+
 def detach(owner: nn.Module) -> None:
     """Take all adapters away from the owner and give it its own class back, in place; the base weights stay."""
     unswap(owner)

@@ -52,12 +52,14 @@ class Factored:
     # -- factors
 
     def _side(self, kind: Kind) -> Operand:
-        """Return one factor for what the view shows: bank dimensions, its own dimensions, with r last."""
-        factor = self.rows if kind == "first" else self.columns.transpose(-1, -2)
-        if self.view.banked:
-            factor = _taken(factor, self.view.region("bank"), 0, self.view.sizes[0], keep=False)
+        """Return one factor for what the view shows: bank dimensions, then its own with r last; `columns`: r first."""
+        factor, axis = (self.rows, -2) if kind == "first" else (self.columns, -1)
         banks = sum(dim.kind == "bank" for dim in self.view.dims or ())
-        return _taken(factor, self.view.region(kind), banks, self.view.sizes[1 if kind == "first" else 2], keep=False)
+        if self.view.banked:
+            factor = _taken(factor, self.view.region("bank"), 0, self.view.sizes[0])
+        # with r behind it, or with r before it and no more dimensions after
+        position = banks if axis == -2 else banks + 1
+        return _taken(factor, self.view.region(kind), position, self.view.sizes[1 if kind == "first" else 2])
 
     def matrices(self) -> tuple[Operand, Operand] | None:
         """Return (left, right) with view = scaling · left right, [.., a, r] and [.., r, b]; None if not a matrix."""
@@ -65,14 +67,16 @@ class Factored:
         if kinds is None:
             return None
         left, right = self._matrix(kinds[0], -2), self._matrix(kinds[1], -1)
-        return left, right.transpose(-1, -2)
+        if kinds[0] == "second":
+            left, right = left.transpose(-1, -2), right.transpose(-1, -2)
+        return left, right
 
     def _matrix(self, kind: Kind, position: int) -> Operand:
-        """Return the factor of one side of a matrix view, [.., n, r]."""
+        """Return the factor of one side of a matrix view: [.., n, r] of rows, [.., r, n] of columns."""
         assert self.view.dims is not None
         side = self._side(kind)
         if self.view.dims[position].kind == "one":
-            side = side.unsqueeze(-2)
+            side = side.unsqueeze(-2 if kind == "first" else -1)
         if len(self.view.dims) == 3 and self.view.dims[0].kind == "one":
             side = side.unsqueeze(0)
         return side
@@ -146,8 +150,15 @@ class Factored:
             return None
         one = summed.pop()
         other: Kind = "second" if one == "first" else "first"
-        return letters.products([x for k in ("bank", one) for x in kinds if kinds[x] == k],
-                                [x for k in ("bank", other) for x in kinds if kinds[x] == k], (one, other))  # fmt: skip
+        banks = [x for x in kinds if kinds[x] == "bank"]
+        sides = {kind: banks + [x for x in kinds if kinds[x] == kind] for kind in (one, other)}
+        found = letters.products(sides[one], sides[other])
+        if found is None:
+            return None
+        inner, rank = found
+        written = {kind: _factor_letters(kind, len(banks), sides[kind], rank) for kind in (one, other)}
+        first, second = f"{letters.x},{written[one]}->{inner}", f"{inner},{written[other]}->{letters.result}"
+        return first, second, (one, other)
 
     # -- as a whole
 
@@ -156,18 +167,28 @@ class Factored:
         assert self.view.dims is not None
         names = dict(zip(range(len(self.view.dims)), string.ascii_lowercase, strict=False))
         kinds = {name: self.view.dims[index].kind for index, name in names.items()}
-        rows, columns = ("".join(n for k in ("bank", kind) for n in names.values() if kinds[n] == k)
-                         for kind in ("first", "second"))  # fmt: skip
+        banks = [name for name in names.values() if kinds[name] == "bank"]
+        rows, columns = (
+            _factor_letters(kind, len(banks), banks + [name for name in names.values() if kinds[name] == kind], "z")
+            for kind in ("first", "second")
+        )
         whole = "".join(name for name in names.values() if kinds[name] in ("bank", "first", "second"))
-        product = torch.einsum(f"{rows}z,{columns}z->{whole}", self._side("first"), self._side("second"))
+        product = torch.einsum(f"{rows},{columns}->{whole}", self._side("first"), self._side("second"))
         return (product * self.scaling).reshape(_unexpanded(self.view.dims)).expand(self.view.shape)
+
+
+def _factor_letters(kind: str, banks: int, letters: Sequence[str], rank: str) -> str:
+    """Return the letters of one factor as `_side` gives it: the rank last with rows, before the columns."""
+    if kind == "first":
+        return "".join(letters) + rank
+    return "".join(letters[:banks]) + rank + "".join(letters[banks:])
 
 
 def _unexpanded(dims: Sequence[Dim]) -> tuple[int, ...]:
     return tuple(1 if dim.kind == "repeat" else dim.size for dim in dims)
 
 
-def _taken(factor: Operand, region: Region, axis: int, length: int, keep: bool) -> Operand:
+def _taken(factor: Operand, region: Region, axis: int, length: int) -> Operand:
     """Return the entries of one axis that a region names, with an axis for each of its dimensions (none: selected)."""
     if not region.dims:
         return factor.select(axis, region.start)
@@ -217,10 +238,8 @@ class _Letters:
     def summed(self) -> str:
         return "".join(letter for letter in self.weight if letter not in self.result)
 
-    def products(
-        self, one: Sequence[str], other: Sequence[str], kinds: tuple[Kind, Kind]
-    ) -> tuple[str, str, tuple[Kind, Kind]] | None:
-        """Return the equations of x with the factor that is summed over, and of what comes out with the other."""
+    def products(self, one: Sequence[str], other: Sequence[str]) -> tuple[str, str] | None:
+        """Return the letters of x times the factor that is summed over, and that of the rank; None if it is no such."""
         if any(letter not in self.x for letter in self.summed) or any(letter not in self.result for letter in other):
             return None
         rank = next(letter for letter in string.ascii_letters if letter not in self.x + self.weight + self.result)
@@ -230,6 +249,4 @@ class _Letters:
             return None
         kept = [letter for letter in (*plain, *one) if letter not in self.summed]
         dots = "..." if "..." in self.x else ""
-        inner = dots + "".join(dict.fromkeys(kept)) + rank
-        first = f"{self.x},{''.join(one)}{rank}->{inner}"
-        return first, f"{inner},{''.join(other)}{rank}->{self.result}", kinds
+        return dots + "".join(dict.fromkeys(kept)) + rank, rank

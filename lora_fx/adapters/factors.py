@@ -100,8 +100,11 @@ class SlicedB(LoRAFactor):
         self.register_buffer("rows", torch.tensor(rows, device=weight.device), persistent=False)
         self.register_buffer("columns", torch.tensor(numbers, device=weight.device), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        """Return B x; without x, B as a whole."""
         matrix = self.matrix
+        if x is None:
+            return matrix
         return F.linear(x if x.dtype == matrix.dtype else x.to(matrix.dtype), matrix)
 
     @property

@@ -97,9 +97,12 @@ def _einsum(call: Call) -> Delta | None:
 
 def _embedding(call: Call) -> Delta | None:
     ids, weight = call.operand(0, "input"), call.operand(1, "weight")
-    if weight is not call.weight or call.operand(3, "max_norm") is not None:
+    if ids is call.weight:  # aten's own takes the weight first
+        ids, padding = weight, None
+    elif weight is call.weight and call.operand(3, "max_norm") is None:
+        padding = call.operand(2, "padding_idx")
+    else:
         return None
-    padding = call.operand(2, "padding_idx")
     return lambda low, given: given(low.embedding(ids, padding_idx=padding))
 
 

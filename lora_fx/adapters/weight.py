@@ -55,6 +55,8 @@ class LoRAWeight(Tensor):
     ) -> Any:
         if name_of(func) == "multi_head_attention_forward":
             return attention_forward(*args, **(kwargs or {}))
+        if any(kind not in _OWN for kind in types):  # another subclass of Tensor has its say in the base's product
+            return _call(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             return _call(func, args, kwargs or {})
 
@@ -76,6 +78,7 @@ class LoRAWeight(Tensor):
         return _kept(self).dense().detach()
 
 
+_OWN = (LoRAWeight, Tensor, torch.nn.Parameter)
 _PLAIN = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 

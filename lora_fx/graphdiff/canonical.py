@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import HOME, Attached, attached, shown_parameters
+from lora_fx.adapters.attach import HOME, Attached, attached, share_adapter, shown_parameters
 from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.editor import Editor
 from lora_fx.layerkinds import kind_of
-from lora_fx.passes.inject import splice_adapters
-from lora_fx.passes.sitegraph import LoRANodes, lora_nodes, site_calls
+from lora_fx.passes.flatten import is_plain_layer
+from lora_fx.passes.inject import splice_adapters, splice_layer
+from lora_fx.passes.rawgraph import LoRANodes, raw_uses
+from lora_fx.passes.sitegraph import lora_nodes, site_calls
 from lora_fx.tensors import dotted
 
 
@@ -40,7 +42,11 @@ def statements_of(graph: fx.Graph, module: nn.Module) -> list[Statement]:
 def adapted_graph(graph: fx.Graph, module: nn.Module) -> fx.Graph:
     """Return a copy of a captured graph with the module's adapters written into it, node by node."""
     graph_module = fx.GraphModule(module, copy.deepcopy(graph))
-    splice_adapters(Editor(graph_module))
+    editor = Editor(graph_module)
+    splice_adapters(editor)
+    if is_plain_layer(module):
+        share_adapter(module, graph_module)
+        splice_layer(editor)
     graph_module.graph.lint()
     return graph_module.graph
 
@@ -57,6 +63,8 @@ class _Namer:
         self.lora = {found.result: found for found in lora_nodes(graph_module)}
         self.silent = {node for found in self.lora.values() for node in found.between if node is not found.result}
         self.calls = {call.node: call.path for call in site_calls(graph_module)}
+        own = isinstance(module, fx.GraphModule)  # in a region's graph, raw weights show their adapters themselves
+        self.raw = {use.node: use.parameter for use in raw_uses(graph_module)} if own else {}
         self.bases = {found.base for found in self.lora.values()}
 
     def statements(self) -> list[Statement]:
@@ -74,6 +82,8 @@ class _Namer:
             return self.lora[node].path
         if node in self.calls:
             return self.calls[node]
+        if node in self.raw:
+            return self.raw[node]
         if self._is_handed_on(node):
             return self._site_read(node)
         return str(node.target) if node.op == "call_module" else str(node.meta.get("place", ""))
@@ -99,10 +109,16 @@ class _Namer:
         return attached(module, last) if module is not None and last in shown_parameters(module) else None
 
     def _adapter(self, node: fx.Node) -> str:
-        found = self._read(node) if node.op == "get_attr" else None
-        if found is None and node.op != "get_attr":
-            found = attached(self.module.get_submodule(self._site(node)))
+        found = self._read(node) if node.op == "get_attr" else self._at(self._site(node))
         return "" if found is None else describe_spec(found.spec)
+
+    def _at(self, path: str) -> Attached | None:
+        """Return the adapter at a site: of a module, or of a raw parameter."""
+        owner, _, last = path.rpartition(".")
+        above = self.module.get_submodule(owner)
+        if last in above._parameters:
+            return attached(above, last)
+        return attached(self.module.get_submodule(path))
 
     def _statement(self, node: fx.Node) -> str | None:
         if node.op in ("placeholder", "get_attr"):
@@ -136,6 +152,8 @@ class _Namer:
 
     def _lora_code(self, found: LoRANodes) -> str:
         by_kind = {_factor_of(node): node for node in found.between}
+        if "lora_A" not in by_kind:
+            return self._raw_code(found)
         lora_a, lora_b = by_kind["lora_A"], by_kind["lora_B"]
         scaled = lora_b.args[0]
         assert isinstance(scaled, fx.Node)
@@ -145,6 +163,12 @@ class _Namer:
         if _factor_of(found.result) == "lora_magnitude_vector":
             return f"self.{found.path}.lora_magnitude_vector({self._code(found.base)}, {inner}{cast})"
         return f"{self._code(found.base)} + {inner}{cast}"
+
+    def _raw_code(self, found: LoRANodes) -> str:
+        """Return the statement of a product with a raw parameter: its inner nodes are many, and say no more."""
+        adapter = self._at(found.path)
+        scaling = "" if adapter is None else f" * {adapter.spec.scaling}"
+        return f"{self._code(found.base)} + self.{found.path}_lora(..){scaling}"
 
     def _lora_input(self, lora_a: fx.Node) -> str:
         x = lora_a.args[0]

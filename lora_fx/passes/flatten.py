@@ -16,6 +16,7 @@ from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
 from lora_fx.adapters.lora import LoRAFactor
 from lora_fx.editor import Editor
 from lora_fx.layerkinds import kind_of
+from lora_fx.swap import original_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,12 @@ def is_bypassed(module: nn.Module) -> bool:
     """Whether a graph computes the module by itself: layers without hooks or tricks, and factors of their dtype."""
     if isinstance(module, LoRAFactor):
         return type(module) is LoRAFactor and (module.spec is None or not module.spec.mixed)
-    return is_plain_layer(module) and not has_hooks(module)
+    return (is_plain_layer(module) or _shows_its_weight(module)) and not has_hooks(module)
+
+
+def _shows_its_weight(module: nn.Module) -> bool:
+    """Whether it is a linear whose weight shows itself with the adapter: F.linear with that is all it computes."""
+    return "weight" in shown_parameters(module) and original_class(module).forward is nn.Linear.forward
 
 
 def is_plain_layer(module: nn.Module) -> bool:

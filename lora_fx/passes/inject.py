@@ -15,6 +15,7 @@ from lora_fx.adapters.lora import add_low_rank, as_rows
 from lora_fx.adapters.spec import ModelRecord
 from lora_fx.editor import Editor, Writer
 from lora_fx.errors import RefusedError
+from lora_fx.passes.rawgraph import raw_uses, splice_raw
 from lora_fx.passes.sitegraph import SiteCall, site_calls, whole_graph_call
 from lora_fx.passes.verify import verify
 from lora_fx.planning import Plan
@@ -38,11 +39,13 @@ class Inject:
     def run(self, editor: Editor) -> None:
         record = self.record or record_of(self.plan, editor.graph_module)
         called = {call.path for call in site_calls(editor.graph_module)}
+        called |= {use.parameter for use in raw_uses(editor.graph_module)}
         for each in self.plan.adapted:
             if each.path in called:
                 spec = spec_of(each, record, editor.graph_module)
-                editor.add_modules(each.path, functools.partial(attach, spec=spec), each.path)
+                editor.add_modules(each.site.owner, functools.partial(attach, spec=spec), each.path)
         splice_adapters(editor)
+        splice_raw(editor)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         verify(graph_module)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lora_fx.adapters.attach import Attached, all_attached, detach, is_adapted
+from lora_fx.adapters.attach import Attached, all_attached, detach, is_adapted, owner_path
 from lora_fx.adapters.dora import merged_dora_weight
 from lora_fx.adapters.lora import as_rows, folded_weight
 from lora_fx.editor import Editor
@@ -32,10 +32,10 @@ class Merge:
     def run(self, editor: Editor) -> None:
         erase_lora_nodes(editor)
         sites = list(all_attached(editor.graph_module))
-        _keep_other_readers(editor, [path for path, _ in sites])
+        _keep_other_readers(editor, [path for path, found in sites if found.spec.path_is_owner])
         for path, found in sites:
             weight, name = folded(found), found.spec.parameter
-            owner = path if found.spec.path_is_owner else path.rpartition(".")[0]
+            owner = owner_path(path, found)
             editor.drop_modules(owner, detach, path)
             editor.set_weight(owner, weight, dotted(owner, name) in found.spec.record.requires_grad, name)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lora_fx.adapters.attach import all_attached, detach, is_adapted
+from lora_fx.adapters.attach import all_attached, detach, is_adapted, owner_path
 from lora_fx.editor import Editor
 from lora_fx.errors import InvariantError, RefusedError
 from lora_fx.passes.sitegraph import lora_nodes
@@ -24,8 +24,8 @@ class Remove:
 
     def run(self, editor: Editor) -> None:
         erase_lora_nodes(editor)
-        for path, _ in list(all_attached(editor.graph_module)):
-            editor.drop_modules(path, detach, path)
+        for path, found in list(all_attached(editor.graph_module)):
+            editor.drop_modules(owner_path(path, found), detach, path)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         if is_adapted(graph_module):
@@ -34,7 +34,9 @@ class Remove:
 
 def erase_lora_nodes(editor: Editor) -> None:
     """Let every user of an adapted output use the base output, and erase the nodes between."""
+    added: dict[fx.Node, str] = {}
     for found in list(lora_nodes(editor.graph_module)):
         editor.replace_uses(found.result, found.base, found.path, but=lambda user: False)
-        for node in found.between:
-            editor.erase(node, found.path)
+        added |= dict.fromkeys(found.between, found.path)
+    for node in reversed([each for each in editor.graph.nodes if each in added]):  # calls may share a factor's read
+        editor.erase(node, added[node])

@@ -14,6 +14,7 @@ from torch import fx
 from lora_fx.adapters.lora import LoRAFactor
 from lora_fx.errors import MergeError
 from lora_fx.layerkinds import kind_of
+from lora_fx.passes.rawgraph import LoRANodes, raw_lora_nodes
 
 _LINEARS = (F.linear, torch.ops.aten.linear.default)
 _FACTOR = re.compile(r"\.?lora_A\.[^.]+(\.\d+)?$")
@@ -40,7 +41,7 @@ def site_calls(graph_module: fx.GraphModule) -> Iterator[SiteCall]:
         elif node.op == "call_function" and node.target in _LINEARS:
             weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
             owner = _owner_of_weight(weight)
-            if owner is not None:
+            if owner:
                 yield SiteCall(owner, node, _first_argument(node))
 
 
@@ -67,17 +68,6 @@ def _owner_of_weight(weight: object) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class LoRANodes:
-    """The LoRA subgraph at one call: base + [type_as] B (scaling · A [dropout] x)."""
-
-    path: str
-    base: fx.Node
-    result: fx.Node
-    between: tuple[fx.Node, ...]
-    """Every node that the adapter added, the result included, last first."""
-
-
 def lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
     """Yield the LoRA subgraph of every adapted call, found by structure from its lora_A.
 
@@ -90,6 +80,7 @@ def lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
         factor = graph_module.get_submodule(str(node.target))
         if isinstance(factor, LoRAFactor) and factor.spec is not None:
             yield _around(node, _FACTOR.sub("", str(node.target)))
+    yield from raw_lora_nodes(graph_module)
 
 
 def _around(lora_a: fx.Node, path: str) -> LoRANodes:

@@ -11,6 +11,7 @@ from torch import fx, nn
 from lora_fx.adapters.attach import all_attached
 from lora_fx.editor import Editor
 from lora_fx.errors import InvariantError
+from lora_fx.passes.rawgraph import raw_uses
 from lora_fx.passes.sitegraph import lora_nodes, site_calls
 
 Problem = tuple[str, str]
@@ -88,7 +89,7 @@ def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
     if not isinstance(model, fx.GraphModule):
         return
     written = Counter(found.path for found in lora_nodes(model))
-    calls = Counter(call.path for call in site_calls(model))
+    calls = Counter(call.path for call in site_calls(model)) + Counter(use.parameter for use in raw_uses(model))
     for path in dict.fromkeys(path for path, _ in all_attached(model)):
         if written[path] != calls[path]:
             yield path, f"{calls[path]} calls in the graph, {written[path]} of them adapted"

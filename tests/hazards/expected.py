@@ -68,7 +68,6 @@ OUTCOMES: dict[str, str] = {
     "NumpyAttributeChanges": "the forward reads window, of type ndarray",
     "TensorListAttributeChanges": OUTSIDE,
     # weights
-    "CalledAndRead": "with other adapters",
     # the world
     "CachedConstant": OUTSIDE,
     "CachedHelper": "unhashable type",
