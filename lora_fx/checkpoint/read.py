@@ -209,7 +209,8 @@ class _AdapterReader:
     def _vector_problems(self, path: str, lora_b: Tensor) -> Iterator[tuple[str, str]]:
         for key in (bias_key(path), magnitude_key(path)):
             vector = self.tensors.get(key)
-            if vector is not None and vector.squeeze().shape != lora_b.shape[:1]:  # a convolution's is [1, out, 1…]
+            # a convolution's lengths are [1, out, 1…]
+            if vector is not None and vector.shape not in (lora_b.shape[:1], (1, *lora_b.shape[:1], *lora_b.shape[2:])):
                 yield key, f"has shape {list(vector.shape)}, not {list(lora_b.shape[:1])}"
 
     def _lost_targets(self, paths: list[str]) -> list[str]:
