@@ -290,6 +290,22 @@ class OutputUsedElsewhere(Lookalike):
         return (y + self.product(x)) * torch.sigmoid(y)
 
 
+class SumUsedTwice(Lookalike):
+    """The linear is in one sum twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return (y + y) + self.product(x)
+
+
+class ProductUsedInAnotherSum(Lookalike):
+    """The product is in two sums, of which one has another linear's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = self.product(x)
+        return torch.relu(self.fc(x) + d) * (torch.tanh(F.linear(x, self.B @ self.A)) + d)
+
+
 class WeightUsedElsewhere(Lookalike):
     def forward(self, x: Tensor) -> Tensor:
         return (F.linear(x, self.fc.weight) + self.product(x)) * self.fc.weight.mean()

@@ -350,6 +350,8 @@ LOOKALIKES = [
     (foreign.DynamicScaling, "the scaling depends on the input (mean)"),
     (foreign.NonlinearBetween, "relu is not linear"),
     (foreign.OutputUsedElsewhere, "the linear's output is used without the product too (sigmoid)"),
+    (foreign.SumUsedTwice, "the linear's output is used without the product too (add)"),
+    (foreign.ProductUsedInAnotherSum, "a factor is used elsewhere too (matmul)"),
     (foreign.WeightUsedElsewhere, "its weight is read elsewhere too (mean), and must not change"),
     (foreign.TwoCallsOneProduct, "its weight is read elsewhere too (fc_1), and must not change"),
     (foreign.TwoCallsTwoProducts, "its weight is used several times, and not each time with the same product"),
@@ -596,8 +598,25 @@ def test_layer_whose_values_show_another_result_than_its_graph_is_left_alone(mon
 def test_pass_checks_that_nothing_is_left_of_what_it_folded():
     graph = fx.symbolic_trace(randomised(between(foreign.LinearWithLoRA)))
     with pytest.raises(InvariantError) as caught:
-        Remerge(folded=["2.linear"]).ensures(graph)
+        Remerge().ensures(graph)
     assert caught.value.problems == (("2.linear", "still there"),)
+
+
+def test_product_that_shows_when_another_one_is_gone_is_folded_too():
+    class Both(foreign.LinearWithLoRAMerged):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = foreign.LoRALayer(16, 24)
+
+        def forward(self, x):
+            return super().forward(x) + self.other(x)
+
+    graph = fx.symbolic_trace(randomised(Both()))
+    work = Remerge()
+    plain = passes.run(graph, [work]).graph_module
+    assert work.folded == ["linear"]
+    assert names(plain) == {"linear.weight", "linear.bias"}
+    assert_equal(plain, graph)
 
 
 def test_pass_keeps_a_journal_and_its_input():

@@ -127,9 +127,9 @@ def _flatten(read: Reading, node: fx.Node, number: float, parts: list[Addend], s
     seen.add(node)
     for each, own in addends(read, read.calls[node]):
         inner = each
-        while len(read.readers(inner)) == 1 and _is_same(read, inner):
+        while read.is_read_once(inner) and _is_same(read, inner):
             inner = read.given(read.calls[inner])
-        if _is_sum(read, inner) and len(read.readers(inner)) == 1:
+        if _is_sum(read, inner) and read.is_read_once(inner):
             _flatten(read, inner, number * own, parts, seen)
         else:
             parts.append(Addend(each, node, number * own))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from lora_fx.capture.captured import resolve
 from lora_fx.passes.affine import AFFINE_OPERATIONS
@@ -76,6 +77,16 @@ class Reading:
         root = self._root(node)
         users = (user for name in (root, *self.writes.get(root, ())) for user in name.users)
         return [user for user in dict.fromkeys(users) if self.latest(root, user) is node]
+
+    def times_read(self, node: fx.Node, reader: fx.Node) -> int:
+        """Return how often a node reads a value: y + y reads it twice."""
+        found: list[fx.Node] = []
+        map_arg((reader.args, reader.kwargs), found.append)
+        return sum(self.latest(each, reader) is node for each in found)
+
+    def is_read_once(self, node: fx.Node) -> bool:
+        readers = self.readers(node)
+        return len(readers) == 1 and self.times_read(node, readers[0]) == 1
 
     def given(self, call: Call, name: str = "input") -> fx.Node:
         """Return the node whose value the call finds in an argument."""

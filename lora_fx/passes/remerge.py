@@ -9,11 +9,10 @@ from torch import Tensor, fx, nn
 from lora_fx.capture.captured import resolve
 from lora_fx.editor import Editor
 from lora_fx.errors import InvariantError
-from lora_fx.passes.affine import addends
 from lora_fx.passes.chains import folded_weight, refolded
 from lora_fx.passes.cleaning import drop_unused, erase_unread
 from lora_fx.passes.folds import Fold, Found, find_folds
-from lora_fx.passes.operations import IDENTITY, NotLinear, is_inactive_dropout
+from lora_fx.passes.operations import IDENTITY, is_inactive_dropout
 from lora_fx.passes.reading import Reading
 from lora_fx.passes.running import finite, problem_with
 from lora_fx.passes.uses import checked, names_of_weight, stored_as
@@ -37,26 +36,40 @@ class Remerge:
         """Any graph will do."""
 
     def run(self, editor: Editor) -> None:
-        read = Reading(editor.graph_module, editor.graph)
-        found = find_folds(read)
-        folds = sorted(checked(read, _provable(read, found), found.left), key=lambda fold: read.order[fold.use])
-        weights = _new_tensors(read, folds, found.left)
-        folds = [fold for fold in folds if fold.path not in found.left]
-        weights_of = {fold.use: min(names_of_weight(read, fold)) for fold in folds if fold.delta is None}
-        for name, (tensor, path) in weights.items():
-            if path not in found.left:
-                editor.set_tensor(name, tensor, path)
-        called = {str(node.target) for fold in folds for node in fold.cone if node.op == "call_module"}
-        _take_out(editor, read, folds, weights_of)
-        drop_unused(editor, [read.tensors[name] for fold in folds for name in fold.factors], called, "remerge")
-        self.folded.extend(dict.fromkeys(fold.path for fold in folds))
-        self.left.extend(found.left.items())
+        while True:  # a product in a sum may become visible when one in the weight is gone
+            read = Reading(editor.graph_module, editor.graph)
+            folds, left = _to_fold(read)
+            if not folds:
+                break
+            _fold(editor, read, folds)
+            self.folded.extend(fold.path for fold in folds if fold.path not in self.folded)
+        self.left.extend(left.items())
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        again = find_folds(Reading(graph_module, graph_module.graph))
-        missed = [(fold.path, "still there") for fold in again.folds if fold.path in self.folded]
-        if missed:
-            raise InvariantError("a product that was folded is still in the graph", missed)
+        folds, _ = _to_fold(Reading(graph_module, graph_module.graph))
+        if folds:
+            missed = {fold.path: "still there" for fold in folds}
+            raise InvariantError("a product that can be folded is still in the graph", list(missed.items()))
+
+
+def _to_fold(read: Reading) -> tuple[list[Fold], dict[str, str]]:
+    """Return the folds to do, in the order of the graph, and what is left alone and why."""
+    found = find_folds(read)
+    folds = sorted(checked(read, _provable(read, found), found.left), key=lambda fold: read.order[fold.use])
+    for use in dict.fromkeys(fold.use for fold in folds):
+        own = [fold for fold in folds if fold.use is use]
+        if not finite([weight_of(read, own), *bias_of(read, own)]):
+            found.left[own[0].path] = "the folded weight has NaN or infinite values"
+    return [fold for fold in folds if fold.path not in found.left], found.left
+
+
+def _fold(editor: Editor, read: Reading, folds: list[Fold]) -> None:
+    names = {fold.use: min(names_of_weight(read, fold)) for fold in folds if fold.delta is None}
+    for name, (tensor, path) in _new_tensors(read, folds).items():
+        editor.set_tensor(name, tensor, path)
+    called = {str(node.target) for fold in folds for node in fold.cone if node.op == "call_module"}
+    _take_out(editor, read, folds, names)
+    drop_unused(editor, [read.tensors[name] for fold in folds for name in fold.factors], called, "remerge")
 
 
 def _provable(read: Reading, found: Found) -> list[Fold]:
@@ -74,15 +87,12 @@ def _provable(read: Reading, found: Found) -> list[Fold]:
 # -- weights
 
 
-def _new_tensors(read: Reading, folds: list[Fold], left: dict[str, str]) -> dict[str, tuple[Tensor, str]]:
-    """Return (tensor, path of the fold) for each stored name that gets new values; not finite ones go to `left`."""
+def _new_tensors(read: Reading, folds: list[Fold]) -> dict[str, tuple[Tensor, str]]:
+    """Return (tensor, path of the fold) for each stored name that gets new values."""
     new: dict[str, tuple[Tensor, str]] = {}
     for use in dict.fromkeys(fold.use for fold in folds):
         own = [fold for fold in folds if fold.use is use]
         values = [weight_of(read, own), *bias_of(read, own)]
-        if not finite(values):
-            left[own[0].path] = "the folded weight has NaN or infinite values"
-            continue
         for name in stored_as(read, own[0]):
             old = resolve(read.root, name)
             value = next(each for each in values if each.shape == old.shape)
@@ -119,47 +129,56 @@ def bias_of(read: Reading, folds: list[Fold]) -> list[Tensor]:
 
 def _take_out(editor: Editor, read: Reading, folds: list[Fold], names: dict[fx.Node, str]) -> None:
     """Let every sum be what it is without the products, and erase what computed them."""
-    gone = {fold.delta for fold in folds if fold.delta is not None}
-    touched = {node for fold in folds for node in fold.cone} | gone
+    removal = _Removal(editor, read, {(fold.delta, fold.reader) for fold in folds})
     for node in list(read.graph.nodes):
-        call = read.calls.get(node)
-        if call is None:
-            continue
-        if (call.op in ("add", "sub") and any(fold.reader is node for fold in folds)) or _reads_one_gone(
-            read, node, gone
-        ):
-            touched.add(node)
-            _without(editor, read, node, gone)
-        elif (call.op == IDENTITY or is_inactive_dropout(call)) and read.given(call) in gone and node not in touched:
-            gone.add(node)
-            touched.add(node)
+        if node in read.calls and not read.is_constant(node):
+            removal.visit(node)
     for fold in folds:
         if fold.delta is None:
             _read_weight_alone(editor, fold, names[fold.use])
-    erase_unread(editor, touched, "remerge")
+    erase_unread(editor, {node for fold in folds for node in fold.cone} | removal.touched, "remerge")
 
 
-def _reads_one_gone(read: Reading, node: fx.Node, gone: set[fx.Node]) -> bool:
-    call = read.calls[node]
-    if call.op not in ("add", "sub") or read.is_constant(node):
-        return False
-    try:
-        return any(each in gone for each, _ in addends(read, call))
-    except NotLinear:
-        return False
+class _Removal:
+    """Takes addends out of sums, one sum after the other in the order of the graph."""
 
+    def __init__(self, editor: Editor, read: Reading, addends: set[tuple[fx.Node | None, fx.Node | None]]) -> None:
+        self.editor, self.read = editor, read
+        self.addends = addends
+        """Pairs of a value and the sum that shall not have it: another sum may go on reading it."""
+        self.gone: set[fx.Node] = set()
+        """Sums of which nothing is left, and casts of them."""
+        self.now: dict[fx.Node, fx.Node] = {}
+        """What stands for a sum that has one addend left."""
+        self.touched: set[fx.Node] = set()
 
-def _without(editor: Editor, read: Reading, node: fx.Node, gone: set[fx.Node]) -> None:
-    """Let the readers of a sum read its other addend; if both are gone, so is the sum."""
-    names = ("input", "other")
-    kept = [name for name in names if read.given(read.calls[node], name) not in gone]
-    if not kept:
-        gone.add(node)
-        return
-    other = read.calls[node].arguments[kept[0]]
-    for value in (node, read.calls[node].arguments["input"]) if read.calls[node].in_place else (node,):
-        if value is not other:
-            _replace_for(editor, value, other, set(read.readers(node)))
+    def visit(self, node: fx.Node) -> None:
+        call = self.read.calls[node]
+        if call.op in ("add", "sub"):
+            names = [name for name in ("input", "other") if isinstance(call.get(name), fx.Node)]
+            kept = [name for name in names if not self._is_gone(self.read.given(call, name), node)]
+            if len(kept) < len(names):
+                self._keep(node, kept)
+        elif (call.op == IDENTITY or is_inactive_dropout(call)) and self.read.given(call) in self.gone:
+            self.gone.add(node)
+            self.touched.add(node)
+
+    def _is_gone(self, value: fx.Node, reader: fx.Node) -> bool:
+        return value in self.gone or (value, reader) in self.addends
+
+    def _keep(self, node: fx.Node, kept: list[str]) -> None:
+        """Let the readers of a sum read its other addend; if both are gone, so is the sum."""
+        self.touched.add(node)
+        if not kept:
+            self.gone.add(node)
+            return
+        call = self.read.calls[node]
+        other = self.now.get(self.read.given(call, kept[0]), call.arguments[kept[0]])
+        self.now[node] = other
+        readers = set(self.read.readers(node))
+        for value in (node, call.arguments["input"]) if call.in_place else (node,):
+            if value is not other:
+                _replace_for(self.editor, value, other, readers)
 
 
 def _replace_for(editor: Editor, old: fx.Node, new: fx.Node, readers: set[fx.Node]) -> None:

@@ -22,7 +22,7 @@ class Others:
     def __init__(self, read: Reading, folds: list[Fold]) -> None:
         self.folds = folds
         self.cones: frozenset[fx.Node] = frozenset().union(*(fold.cone for fold in folds))
-        self.sums = {fold.reader for fold in folds}
+        self.addends = {(fold.delta, fold.reader) for fold in folds}
         self.uses = {fold.use for fold in folds}
         self.by_use: dict[fx.Node, set[object]] = {}
         for fold in folds:
@@ -122,7 +122,8 @@ def _value_is_its_own(read: Reading, fold: Fold, others: Others) -> str | None:
         readers = read.readers(node)
         ahead = [each for each in readers if each in fold.base or each is end]
         for each in readers:
-            if each not in ahead and not _other_columns(read, each, node, fold):
+            once = each in ahead and read.times_read(node, each) == 1
+            if not once and not _other_columns(read, each, node, fold):
                 return f"the linear's output is used without the product too ({each.name})"
         if end in ahead or not ahead:
             return None
@@ -168,7 +169,7 @@ def _values_stay_inside(read: Reading, fold: Fold, others: Others) -> str | None
     """No value between the input and the sum, from the first factor on, is read by anything else."""
     for node in fold.cone:
         for reader in read.readers(node):
-            if reader in others.cones or reader in others.sums or reader is fold.reader:
+            if reader in others.cones or (node, reader) in others.addends:
                 continue
             if (fold.delta is None and node is fold.use) or not _has_factor(read, node, fold):
                 continue
