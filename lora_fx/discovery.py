@@ -77,7 +77,8 @@ def uses_in_graph(graph_module: fx.GraphModule, path: str = "") -> dict[str, Wei
     weights = {}
     for name, uses in seen.items():
         layouts = [use.layout for use in uses if use.layout is not None]
-        op = Counter(use.op for use in uses).most_common(1)[0][0]
+        ops = Counter(use.op for use in uses)
+        op = "experts" if "experts" in ops else ops.most_common(1)[0][0]
         weights[dotted(path, name)] = WeightUse(op, layouts[0] if layouts else "out_in", len(uses), False)
     return weights
 

@@ -49,8 +49,7 @@ def _unknown(inventory: Inventory, path: str) -> str:
 
 
 def _explained(each: PlannedSite, rules: RuleSet) -> str:
-    facts = [(f"  {name}", text) for name, text in _facts(each.site)]
-    lines = [each.path, columns(facts), "", f"  {_verdict(each)}", *_rule_lines(each, rules.rules)]
+    lines = [each.path, columns(_facts(each.site)), "", f"  {_verdict(each)}", *_rule_lines(each, rules.rules)]
     return "\n".join(lines)
 
 
@@ -85,5 +84,5 @@ def _rule_lines(each: PlannedSite, rules: Sequence[Rule]) -> list[str]:
         if reason is None:
             reason = "would match, but an earlier rule decides" if decided else "matches, and decides"
             decided = True
-        rows.append((f"    {rule.name}", reason))
+        rows.append((f"  {rule.name}", reason))
     return [columns(rows)]

@@ -70,7 +70,7 @@ class _Namer:
     def statements(self) -> list[Statement]:
         found = []
         for node in self.graph_module.graph.nodes:
-            if node in self.silent or node in self.bases:
+            if node in self.silent or (node in self.bases and node.op != "get_attr"):
                 continue
             text = self._statement(node)
             if text is not None:

@@ -46,7 +46,7 @@ def _flatten(editor: Editor, node: fx.Node, module: nn.Module) -> None:
         if not _is_flat(module):
             flat = write.graph.call_function(base_output, (write.graph.get_attr(path), x))
         else:
-            arguments = [x, write.graph.get_attr(f"{path}.weight")]
+            arguments = [x, write.graph.create_node("get_attr", f"{path}.weight")]  # get_attr() would ask what is there
             if isinstance(module, nn.Linear) and module.bias is not None:
                 arguments.append(write.graph.get_attr(f"{path}.bias"))
             flat = write.graph.call_function(F.linear, tuple(arguments))

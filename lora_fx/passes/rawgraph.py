@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from lora_fx.adapters.attach import HOME, Attached, attached
 from lora_fx.adapters.factored import Factored
@@ -46,7 +47,7 @@ def raw_uses(graph_module: fx.GraphModule) -> Iterator[RawUse]:
     linears = _weights_of_linears(graph_module)
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
-            whole = _whole(graph_module, str(node.target))
+            whole = _whole(graph_module, node)
             if whole is not None and node.target not in linears:
                 shown[node] = (str(node.target), whole)
             continue
@@ -59,13 +60,16 @@ def raw_uses(graph_module: fx.GraphModule) -> Iterator[RawUse]:
                 yield _use(node, weight, name, view)
 
 
-def _whole(graph_module: fx.GraphModule, name: str) -> WeightView | None:
-    owner, _, last = name.rpartition(".")
+def _whole(graph_module: fx.GraphModule, node: fx.Node) -> WeightView | None:
+    owner, _, last = str(node.target).rpartition(".")
     module = graph_module.get_submodule(owner)
     parameter = module._parameters.get(last) if isinstance(module, nn.Module) else None
     if parameter is None or parameter.dim() < 2 or (last == "weight" and kind_of(module) is not None):
         return None
-    return WeightView.of(tuple(parameter.shape), banked=parameter.dim() == 3)
+    found = attached(module, last)
+    convolves = any(name_of(user.target).startswith("conv") for user in node.users)
+    banked = parameter.dim() == 3 and not convolves if found is None else found.spec.is_banked
+    return WeightView.of(tuple(parameter.shape), banked)
 
 
 def _weights_of_linears(graph_module: fx.GraphModule) -> set[str]:
@@ -174,13 +178,15 @@ def _write_product(editor: Editor, use: RawUse, found: Attached, home: str) -> b
     with editor.writing_after(use.node, use.parameter) as write:
 
         def given(x: Any) -> Any:
-            x = x if isinstance(x, fx.Proxy) else write.proxy(x)
             if found.dropout is not None:
                 x = write.module(dotted(home, f"lora_dropout.{name}"))(x)
             return x.to(found.lora_A.weight.dtype) if spec.mixed and use.op != "embedding" else x
 
         # only now: what makes the other operand may have been adapted just before
-        delta = product(name_of(use.node.target), Call(use.node.args, use.node.kwargs, use.weight))
+        operand: Any = lambda node: node if node is use.weight else write.proxy(node)  # noqa: E731
+        mapped: Any = map_arg((use.node.args, use.node.kwargs), operand)
+        args, kwargs = mapped
+        delta = product(name_of(use.node.target), Call(args, kwargs, use.weight))
         assert delta is not None
         low = delta(_low_rank(write, use, found, home), given)
         if low is not None:
@@ -257,8 +263,9 @@ def _factor_path(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
     *before, last = ["", *parts[: parts.index(factor)]]
     if last.endswith(HOME):  # by name: a graph that is shown without its model has lost the class
         return dotted(*before, last.removesuffix(HOME))
-    found = attached(graph_module.get_submodule(dotted(*before, last)))
-    return None if found is None or found.spec.path_is_owner else dotted(*before, last, found.spec.parameter)
+    if all("lora_magnitude_vector." in str(user.target) for user in node.users):  # DoRA reads its layer's factors
+        return None
+    return dotted(*before, last, "weight")
 
 
 def _dropouts(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:

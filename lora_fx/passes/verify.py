@@ -89,7 +89,9 @@ def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
     if not isinstance(model, fx.GraphModule):
         return
     written = Counter(found.path for found in lora_nodes(model))
-    calls = Counter(call.path for call in site_calls(model)) + Counter(use.parameter for use in raw_uses(model))
+    own = {node for found in lora_nodes(model) for node in found.between if node is not found.result}
+    calls = Counter(call.path for call in site_calls(model))
+    calls += Counter(use.parameter for use in raw_uses(model) if use.node not in own)
     for path in dict.fromkeys(path for path, _ in all_attached(model)):
         if written[path] != calls[path]:
             yield path, f"{calls[path]} calls in the graph, {written[path]} of them adapted"
