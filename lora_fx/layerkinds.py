@@ -73,7 +73,8 @@ def _embedding(module: nn.Module) -> LayerKind:
     refusal = _refusal(module, called)
     if module.max_norm is not None:
         refusal = (
-            "max_norm rescales the rows that are looked up, base and delta together: no merged weight does the same"
+            "max_norm rescales the rows that are looked up, base and delta together: no merged weight does the same; "
+            "train it whole (`train:`), or set its max_norm to None"
         )
     return LayerKind("embedding", "in_out", shape, called, refusal)
 
@@ -86,7 +87,8 @@ def _bag(module: nn.Module) -> LayerKind:
 
 def _bilinear(module: nn.Module) -> LayerKind:
     assert isinstance(module, nn.Bilinear)
-    return LayerKind("linear", "out_in", tuple(module.weight.shape), False, "nn.Bilinear multiplies by two inputs")
+    reason = "nn.Bilinear multiplies by two inputs at once; train it whole (`train:`)"
+    return LayerKind("linear", "out_in", tuple(module.weight.shape), False, reason)
 
 
 def _transposed_linear(module: nn.Module) -> LayerKind:
