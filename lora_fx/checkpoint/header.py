@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lora_fx.checkpoint.names import METADATA_KEY
-from lora_fx.errors import AdapterFileError
-from lora_fx.rules import LoRAConfig
-from lora_fx.rulespec import is_adapter_name
+from lora_fx.errors import AdapterFileError, RuleError
+from lora_fx.rules import LoRAConfig, Slices, read_rules
+from lora_fx.rulespec import OPS, is_adapter_name
 from lora_fx.sites import Layout
 
 FORMAT_VERSION = 1
@@ -119,12 +121,15 @@ def _header(content: Mapping[str, Any]) -> Header:
     names = (content["adapter"], *content["others"])
     if not all(map(is_adapter_name, names)):  # they become directories and names of modules
         raise ValueError(f"{names} are not names of adapters")
-    sites = content["sites"]
+    sites = {stem: _note(stem, each) for stem, each in content["sites"].items()}
+    places = Counter((note.path, note.call) for note in sites.values())
+    if max(places.values(), default=1) > 1:
+        raise ValueError(f"{places.most_common(1)[0][0][0]} is noted twice")
     return Header(
         adapter=content["adapter"],
         others=tuple(content["others"]),
         trained=tuple(content["trained"]),
-        sites={stem: _note(stem, each) for stem, each in sites.items()},
+        sites=sites,
         rules=content["rules"],
         base=content["base"],
     )
@@ -142,7 +147,54 @@ def note_of(note: SiteNote) -> dict[str, Any]:
 
 
 def _note(stem: str, saved: Mapping[str, Any]) -> SiteNote:
+    wrong = [name for name, fits in _FITS.items() if name in saved and not fits(saved[name])]
+    if wrong:
+        raise ValueError("; ".join(f"{stem}: {name} is {saved[name]!r:.60}" for name in wrong))
     lora = LoRAConfig(**{each.name: saved[each.name] for each in fields(LoRAConfig)})
     names = {each.name for each in fields(SiteNote)} - {"lora", "path"}
-    kept = {name: saved[name] for name in names if name in saved}
-    return SiteNote(path=saved.get("path", stem), lora=lora, **kept)
+    note = SiteNote(path=saved.get("path", stem), lora=lora, **{name: saved[name] for name in names if name in saved})
+    if note.parameter not in ("", note.path) or (note.call is None) != (note.calls == 0):
+        raise ValueError(f"{stem}: parameter is {note.parameter!r}, call {note.call} of {note.calls}")
+    if note.call is not None and note.call >= note.calls:
+        raise ValueError(f"{stem}: call {note.call} of {note.calls}")
+    return note
+
+
+def slices_of(written: Mapping[str, Any]) -> Slices:
+    """Return the slices that a note holds as a rule file would; ValueError if they are none."""
+    rules = {"version": 1, "rules": [{"match": {"name": "**"}, "slices": dict(written)}]}
+    try:
+        slices = read_rules(rules).rules[0].slices
+    except RuleError as error:
+        raise ValueError(str(error)) from error
+    assert slices is not None
+    return slices
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_slices(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and slices_of(value) is not None)
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "r": lambda value: _is_whole(value, 1),
+    "alpha": _is_number,
+    "dropout": lambda value: _is_number(value) and 0 <= value < 1,
+    "adapter": is_adapter_name,
+    "call": lambda value: value is None or _is_whole(value, 0),
+    "calls": lambda value: _is_whole(value, 0),
+    "file_ranks": lambda value: _is_whole(value, 1),
+    "op": lambda value: value in (*OPS, "other"),
+    "layout": lambda value: value in get_args(Layout),
+    "slices": _are_slices,
+    **{name: lambda value: isinstance(value, bool) for name in ("rslora", "dora", "bias", "read")},
+    **{name: lambda value: isinstance(value, str) for name in ("init", "path", "rule", "parameter")},
+}
+"""What each value of a note can be: a header may have been written by anybody."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached, attached_to
 from lora_fx.checkpoint.codec import Form, decode, form_of, has_other_border, misfit
 from lora_fx.checkpoint.fingerprint import different
+from lora_fx.checkpoint.header import slices_of
 from lora_fx.checkpoint.read import AdapterFile, SavedSite
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.planning import Inventory, Plan, PlannedSite, TrainedModule
-from lora_fx.rules import Slices, read_rules
 from lora_fx.sites import Site, fingerprint
 from lora_fx.tensors import get_tensor
 
@@ -55,12 +55,7 @@ def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
         if site is None:
             yield each.path, _factor_text(given), "has no such linear"
             continue
-        form = form_of(site, model.get_submodule(site.owner))
-        expected = form.shapes(_ranks(each, form))
-        if given != expected or each.embedding != (site.op == "embedding" and not site.parameter):
-            yield each.path, _factor_text(given), _factor_text(expected)
-        elif (problem := misfit(form, _parts(each, site), each.lora_A, each.lora_B)) is not None:
-            yield each.path, "in the file", problem
+        yield from _other_factors(each, site, form_of(site, model.get_submodule(site.owner)))
         yield from _other_calls(each, site)
     yield from _module_mismatches(file, model)
     yield from _other_base(file, sites, model)
@@ -72,14 +67,29 @@ def _by_name(inventory: Inventory) -> dict[str, Site]:
     return named | {site.path: site for site in inventory.sites}
 
 
-def _ranks(each: SavedSite, form: Form) -> int:
-    """Return the inner dimension of B A, of each group and of each matrix of a bank."""
-    return each.lora.r if each.note is None else each.lora.r * each.note.file_ranks // form.groups
+def _other_factors(each: SavedSite, site: Site, form: Form) -> Iterator[Mismatch]:
+    """Yield how the factors of a file are not those that an adapter of the site has."""
+    given = tuple(each.lora_A.shape), tuple(each.lora_B.shape)
+    expected = form.shapes(each.lora.r if each.note is None else each.lora.r * each.note.file_ranks // form.groups)
+    if given != expected or each.embedding != (site.op == "embedding" and not site.parameter):
+        texts = _factor_text(given), _factor_text(expected)
+        yield each.path, *(texts if texts[0] != texts[1] else (_size_text(given), _size_text(expected)))
+        return
+    try:
+        parts = _parts(each, site)
+    except ValueError as error:
+        yield each.path, "its slices", str(error)
+        return
+    if each.note is not None and each.note.file_ranks != max(1, len(parts)) * form.groups:
+        yield each.path, f"has {each.note.file_ranks} · r ranks", f"{len(parts)} parts, {form.groups} groups"
+    elif (problem := misfit(form, parts, each.lora_A, each.lora_B)) is not None:
+        yield each.path, "in the file", problem
 
 
 def _parts(each: SavedSite, site: Site) -> tuple[tuple[int, ...], ...]:
-    slices = None if each.note is None or each.note.slices is None else _slices(each.note.slices)
-    return () if slices is None else slices.rows(site.features[0])
+    if each.note is None or each.note.slices is None:
+        return ()
+    return slices_of(each.note.slices).rows(site.features[0])
 
 
 def _other_calls(each: SavedSite, site: Site) -> Iterator[Mismatch]:
@@ -90,9 +100,11 @@ def _other_calls(each: SavedSite, site: Site) -> Iterator[Mismatch]:
 def _factor_text(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
     """Return `8 → 16` for linears, all sizes of both factors for the rest."""
     first, second = shapes
-    if len(first) == 2 and len(second) == 2 and first[0] == second[1]:
-        return f"{first[1]} → {second[0]}"
-    return f"A {list(first)}, B {list(second)}"
+    return f"{first[1]} → {second[0]}" if len(first) == 2 and len(second) == 2 else _size_text(shapes)
+
+
+def _size_text(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
+    return f"A {list(shapes[0])}, B {list(shapes[1])}"
 
 
 def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch]:
@@ -153,17 +165,12 @@ def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None) -> Planned
     if saved is None:
         return PlannedSite(site, "keep", "not in the adapter")
     file, each = saved
-    slices = None if each.note is None or each.note.slices is None else _slices(each.note.slices)
+    slices = None if each.note is None or each.note.slices is None else slices_of(each.note.slices)
     calls = 0 if each.note is None else each.note.calls
     if calls:
         site = replace(site, calls=calls)
     reason = f"from {file.folder.name}"
     return PlannedSite(site, "adapt", reason, each.rule or None, each.lora, slices, per_call=calls > 0)
-
-
-def _slices(written: dict[str, object]) -> Slices | None:
-    rules = {"version": 1, "rules": [{"match": {"name": "**"}, "slices": written}]}
-    return read_rules(rules).rules[0].slices
 
 
 def _trained(path: str, inventory: Inventory, file: AdapterFile) -> TrainedModule:
