@@ -203,8 +203,8 @@ def attached(owner: nn.Module, parameter: str = "weight") -> Attached | None:
 
 
 def _partners(home: nn.Module, adapter: str) -> tuple[nn.Module, nn.Module | None, DoRAMagnitude | None]:
-    found = [None if (each := home._modules.get(name)) is None else each._modules[adapter] for name in CHILDREN[1:]]
-    lora_b, dropout, magnitude = found
+    holders = [home._modules.get(name) for name in CHILDREN[1:]]  # torch.compile cannot read a `:=` in here
+    lora_b, dropout, magnitude = (None if each is None else each._modules[adapter] for each in holders)
     assert lora_b is not None
     assert magnitude is None or isinstance(magnitude, DoRAMagnitude)
     return lora_b, dropout, magnitude
