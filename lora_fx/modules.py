@@ -112,7 +112,8 @@ def shown(found: Attached, base: Tensor) -> Tensor:
     """Return the adapted weight as it is read: a LoRAWeight, or a plain tensor for those who need one."""
     owner = found.owner
     fused = owner.__dict__.get(DENSE, False) and not owner.training and not torch.is_grad_enabled()
-    if found.magnitude is not None or fused or torch.compiler.is_compiling():
+    wrapped = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if found.magnitude is not None or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
         return effective_weight(found, base)
     dropout = found.dropout if found.dropout is not None and found.dropout.training else None
     return LoRAWeight(Part(base, found.low_rank(), dropout))
