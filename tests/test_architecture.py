@@ -13,7 +13,7 @@ import lora_fx
 PACKAGE = Path(lora_fx.__file__).parent
 # each layer may import those before it, and itself; a name ending in a dot is a package
 LAYERS = [
-    ["errors", "text"],
+    ["errors", "text", "clients."],
     ["automaton", "globs", "expressions", "patterns", "yamltree", "rulespec", "shipped"],
     ["rules", "rulereading", "slicereading", "linting", "schema"],
     ["sites"],
@@ -31,6 +31,7 @@ LAYERS = [
     ["applying", "surveying"],
     ["unapplying", "reporting", "foreign", "parametrized", "remerging", "extraction"],
     ["checkpoint.", "graphdiff."],
+    ["exporters."],
     ["integrations."],
     ["api"],
     ["modelspec", "cli"],

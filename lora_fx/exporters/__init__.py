@@ -1,0 +1,121 @@
+"""Write an adapted model in the format of another program: what cannot be expressed exactly is refused, with why."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.applying import record_in
+from lora_fx.errors import ExportError
+from lora_fx.exporters.registry import BUILT_IN, GROUP, names, target_named, targets
+from lora_fx.exporters.running import largest_difference, outputs_of
+from lora_fx.exporters.staging import staged
+from lora_fx.exporters.target import FEATURES, Ability, Refusal, Target
+from lora_fx.samples import Sample
+from lora_fx.text import listing
+from lora_fx.twin import is_meta, make_twin
+from lora_fx.unapplying import disabled
+
+__all__ = ["BUILT_IN", "FEATURES", "GROUP", "Ability", "Exported", "Refusal", "Target"]
+__all__ += ["export", "names", "target_named", "targets"]
+
+_ROUNDING = {torch.float64: 1.0, torch.float32: 1.0, torch.float16: 200.0, torch.bfloat16: 2000.0}
+"""How many times the tolerance of float32 a dtype has: a few roundings of 2⁻¹¹ and 2⁻⁸ of values of order one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export has written, and what verifying it has shown."""
+
+    target: str
+    path: Path
+    difference: float | None = None
+    """max |Δ| of the outputs, ours against the client's; None where that was not asked for."""
+    tolerance: float = 0.0
+    effect: float = 0.0
+    """max |Δ| of the outputs with the adapter against without it: what a lost adapter would show as difference."""
+
+    def __str__(self) -> str:
+        text = f"{self.target}: {self.path} written"
+        if self.difference is None:
+            return text
+        found = f"max |Δ| {self.difference:.2g} (tolerance {self.tolerance:.2g}; the adapter changes {self.effect:.2g})"
+        return f"{text}\n  verified in {target_named(self.target).client}: {found}"
+
+
+def export(
+    tuned: nn.Module, path: Path, target: str, sample: Sample | None = None, verify: bool = False, **options: Any
+) -> Exported:
+    """Write the adapted model for a target, whole or not at all; the model stays unchanged.
+
+    Raises:
+        ExportError: names every site that cannot be expressed, an extra that is not installed, an unknown option, or
+            the difference that verifying has found; nothing is written then.
+    """
+    chosen, path = target_named(target), Path(path).absolute()
+    _check(tuned, chosen, sample, verify, options)
+    still = make_twin(tuned, freeze=False).eval()
+    given = {**options, "sample": sample} if chosen.needs_sample else options
+    with staged(target, path) as stage:
+        chosen.write(still, stage, **given)
+        if not verify or sample is None:
+            return Exported(target, path)
+        return _verified(chosen, still, stage, path, sample)
+
+
+def _check(tuned: nn.Module, chosen: Target, sample: Sample | None, verify: bool, options: dict[str, Any]) -> None:
+    record_in(tuned)
+    unknown = [name for name in options if name not in chosen.options]
+    if unknown:
+        known = [(name, about) for name, about in chosen.options.items()] or [("it takes", "no options")]
+        raise ExportError(chosen.name, f"there is no option {listing(unknown)}", known)
+    if is_meta(tuned):
+        raise ExportError(chosen.name, "the model is on the meta device and has no values to write")
+    refusals = list(dict.fromkeys(chosen.refused(tuned)))
+    if refusals:
+        raise ExportError(chosen.name, "cannot express this adapter; nothing was written", refusals)
+    if verify and chosen.verify is None:
+        raise ExportError(chosen.name, f"there is no way to run {chosen.client} from here", advice="leave out verify")
+    if (verify or chosen.needs_sample) and sample is None:
+        raise ExportError(chosen.name, "inputs are needed", advice="give example_inputs, as for lora_fx.plan")
+    _check_installed(chosen, verify)
+
+
+def _check_installed(chosen: Target, verify: bool) -> None:
+    needed = [*chosen.needs, *(chosen.verify_needs if verify else ())]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            chosen.name, f"needs {listing(missing)}", advice=f"pip install 'lora-fx[{chosen.extra or 'export'}]'"
+        )
+
+
+def _verified(chosen: Target, tuned: nn.Module, stage: Path, path: Path, sample: Sample) -> Exported:
+    assert chosen.verify is not None
+    adapted = outputs_of(tuned, sample)
+    with disabled(tuned):
+        base = outputs_of(tuned, sample)
+    effect = largest_difference(chosen.name, adapted, base)
+    tolerance = _tolerance(chosen, tuned, [*adapted, *base])
+    difference = chosen.verify(tuned, stage, sample)
+    if not difference <= tolerance:
+        raise ExportError(
+            chosen.name,
+            f"{chosen.client} computes something else; nothing was written",
+            [("max |Δ|", f"{difference:.3g}"), ("tolerance", f"{tolerance:.3g}"), ("effect", f"{effect:.3g}")],
+        )
+    return Exported(chosen.name, path, difference, tolerance, effect)
+
+
+def _tolerance(chosen: Target, tuned: nn.Module, outputs: Sequence[torch.Tensor]) -> float:
+    """Return the target's tolerance for the model's least exact dtype and largest output."""
+    dtypes = {each.dtype for each in tuned.parameters()}
+    rounding = max((_ROUNDING.get(dtype, 1.0) for dtype in dtypes), default=1.0)
+    largest = max((float(each.abs().max()) for each in outputs if each.numel()), default=1.0)
+    return chosen.tolerance * rounding * max(1.0, largest)

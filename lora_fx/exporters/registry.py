@@ -1,0 +1,60 @@
+"""Which targets there are: ours, one file each, and those that other packages offer as entry points."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from importlib.metadata import EntryPoint, entry_points
+
+from lora_fx.errors import ExportError
+from lora_fx.exporters.target import Target
+from lora_fx.text import listing, nearest
+
+GROUP = "lora_fx.targets"
+"""Group of entry points; each names a `Target`: `mine = "my_package.my_target:TARGET"`."""
+BUILT_IN = ("merged", "peft", "onnx", "gguf", "diffusers", "kohya", "mlx", "pt2", "executorch")
+
+
+def names() -> list[str]:
+    """Return the names of all targets, ours first; nothing is imported."""
+    return [*_own(), *(name for name in _foreign() if name not in BUILT_IN)]
+
+
+def targets() -> dict[str, Target]:
+    """Return all targets by name; each is imported, what it writes with is not."""
+    return {name: target_named(name) for name in names()}
+
+
+def target_named(name: str) -> Target:
+    """Return the target of that name.
+
+    Raises:
+        ExportError: there is none, or what bears the name is none.
+    """
+    if name in _own():
+        found: Target = importlib.import_module(f"lora_fx.exporters.{name}").TARGET
+        return found
+    foreign = _foreign()
+    if name not in foreign:
+        like = nearest(name, names())
+        advice = f"did you mean {listing(like)}?" if like else f"the targets are {listing(names(), 20)}"
+        raise ExportError(name, "there is no such target", advice=advice)
+    return _loaded(name, foreign[name])
+
+
+def _own() -> list[str]:
+    return [name for name in BUILT_IN if importlib.util.find_spec(f"lora_fx.exporters.{name}") is not None]
+
+
+def _foreign() -> dict[str, EntryPoint]:
+    return {each.name: each for each in entry_points(group=GROUP)}
+
+
+def _loaded(name: str, entry: EntryPoint) -> Target:
+    try:
+        found = entry.load()
+    except Exception as error:
+        raise ExportError(name, f"cannot be loaded from {entry.value}", [(type(error).__name__, str(error))]) from error
+    if not isinstance(found, Target):
+        raise ExportError(name, f"{entry.value} is of type {type(found).__name__}, not a Target")
+    return found
