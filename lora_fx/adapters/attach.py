@@ -187,6 +187,8 @@ def attached_to(owner: nn.Module) -> Iterator[Attached]:
 
 
 def _attached(owner: nn.Module, home: nn.Module, name: str, factor: nn.Module | None) -> Iterator[Attached]:
+    if not isinstance(factor, (LoRAFactor, CallFactors)):  # somebody else's lora_A
+        return
     second, dropout, magnitude = _partners(home, name)
     firsts = list(factor) if isinstance(factor, CallFactors) else [factor]
     seconds = list(second) if isinstance(second, CallFactors) else [second]

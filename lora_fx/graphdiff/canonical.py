@@ -43,7 +43,7 @@ def adapted_graph(graph: fx.Graph, module: nn.Module) -> fx.Graph:
     """Return a copy of a captured graph with the module's adapters written into it, node by node."""
     graph_module = fx.GraphModule(module, copy.deepcopy(graph))
     editor = Editor(graph_module)
-    splice_adapters(editor)
+    splice_adapters(editor, to_show=True)
     if is_plain_layer(module):
         share_adapter(module, graph_module)
         splice_layer(editor)

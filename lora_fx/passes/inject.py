@@ -51,13 +51,16 @@ class Inject:
         verify(graph_module)
 
 
-def splice_adapters(editor: Editor, only: set[str] | None = None) -> None:
-    """Write the LoRA nodes of every attached adapter (of the paths in `only`) after each call of its base."""
+def splice_adapters(editor: Editor, only: set[str] | None = None, to_show: bool = False) -> None:
+    """Write the LoRA nodes of every attached adapter (of the paths in `only`) after each call of its base.
+
+    A layer that shows its weight with the adapter in it needs no nodes; `to_show`, it gets them all the same.
+    """
     met: Counter[str] = Counter()
     for call in list(site_calls(editor.graph_module)):
         owner = editor.graph_module.get_submodule(call.path)
-        # what shows its weight with the adapter in it needs no nodes
-        adapters = [] if shown_parameters(owner) else [f for f in attached_to(owner) if f.home is f.owner]
+        wanted = not shown_parameters(owner) or (to_show and call.node.op == "call_module")
+        adapters = [found for found in attached_to(owner) if found.home is found.owner] if wanted else []
         if adapters and (only is None or call.path in only):
             _splice(editor, call, adapters[min(met[call.path], len(adapters) - 1)])
             met[call.path] += 1
