@@ -66,7 +66,8 @@ def export(
         chosen.write(still, stage, **given)
         if not verify or sample is None:
             return Exported(target, path)
-        return _verified(chosen, still, stage, path, sample)
+        kept = {name: value for name, value in options.items() if name in chosen.verify_options}
+        return _verified(chosen, still, stage, path, sample, kept)
 
 
 def _check(tuned: nn.Module, chosen: Target, sample: Sample | None, verify: bool, options: dict[str, Any]) -> None:
@@ -96,14 +97,16 @@ def _check_installed(chosen: Target, verify: bool) -> None:
         )
 
 
-def _verified(chosen: Target, tuned: nn.Module, stage: Path, path: Path, sample: Sample) -> Exported:
+def _verified(
+    chosen: Target, tuned: nn.Module, stage: Path, path: Path, sample: Sample, options: dict[str, Any]
+) -> Exported:
     assert chosen.verify is not None
     adapted = outputs_of(tuned, sample)
     with disabled(tuned):
         base = outputs_of(tuned, sample)
     effect = largest_difference(chosen.name, adapted, base)
     tolerance = _tolerance(chosen, tuned, [*adapted, *base])
-    difference = chosen.verify(tuned, stage, sample)
+    difference = chosen.verify(tuned, stage, sample, **options)
     if not difference <= tolerance:
         raise ExportError(
             chosen.name,

@@ -68,5 +68,7 @@ class Target:
     """For the table of capabilities: of each of FEATURES, whether it is written, and how."""
     options: dict[str, str] = field(default_factory=dict)
     """Keyword arguments that `write` takes, with a sentence about each."""
+    verify_options: tuple[str, ...] = ()
+    """Those of them that `verify` takes too."""
     tolerance: float = 1e-5
     """Above which max |Δ| is a failure, for a float32 model whose outputs are of order one."""
