@@ -45,9 +45,14 @@ def split_stem(stem: str) -> tuple[str, int]:
     return stem, depth
 
 
+def is_of_attention(stem: str) -> bool:
+    """Whether a stem is as PEFT writes that of an attention's out_proj."""
+    return pattern_name(stem) != stem
+
+
 def pattern_name(stem: str) -> str:
     """Return what PEFT's rank_pattern and alpha_pattern call the layer of a stem: an attention's are its out_proj's."""
-    return stem.partition(f"{_NESTED}.")[0]
+    return stem.removesuffix(f"{_NESTED}.out_proj")
 
 
 def call_stem(path: str, call: int) -> str:

@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.factors import Convolution
 from lora_fx.checkpoint.codec import banked_layout
-from lora_fx.checkpoint.names import pattern_value, split_stem
+from lora_fx.checkpoint.names import is_of_attention, pattern_name, pattern_value, split_stem
 from lora_fx.checkpoint.read import AdapterFile, SavedSite
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.layerkinds import kind_of
 from lora_fx.rules import LoRAConfig
 from lora_fx.tensors import dotted
 from lora_fx.weightuses import Uses, WeightUse
-
-_INNER = ".base_layer."
 
 
 def resolved(files: Sequence[AdapterFile], model: nn.Module) -> list[AdapterFile]:
@@ -35,13 +33,21 @@ def resolved(files: Sequence[AdapterFile], model: nn.Module) -> list[AdapterFile
 def _site(each: SavedSite, file: AdapterFile, model: nn.Module) -> SavedSite:
     if each.note is not None:
         return each
-    if _INNER in each.path:
+    if isinstance(_module(pattern_name(each.path), model), nn.MultiheadAttention) and is_of_attention(each.path):
         # PEFT 0.21 adds the delta of an attention's out_proj twice; what was trained so is read so
-        return replace(each, path=each.path.replace(_INNER, "."), lora_B=each.lora_B * 2)
+        return replace(each, path=f"{pattern_name(each.path)}.out_proj", lora_B=each.lora_B * 2)
     name = _parameter(each.stem, file, model)
     if name is not None:
         return _of_parameter(replace(each, lora=_lora(each, name, file, model)), name, model)
     return replace(each, lora=_lora_of_groups(each, model))
+
+
+def _module(path: str, model: nn.Module) -> nn.Module | None:
+    """Return the module at a path that a file names, or None."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _of_parameter(each: SavedSite, name: str, model: nn.Module) -> SavedSite:
@@ -58,10 +64,7 @@ def _of_parameter(each: SavedSite, name: str, model: nn.Module) -> SavedSite:
 
 def _lora_of_groups(each: SavedSite, model: nn.Module) -> LoRAConfig:
     """Return the settings of a site; where it is a grouped convolution, its r is that of each group."""
-    try:
-        owner = model.get_submodule(each.path)
-    except AttributeError:
-        return each.lora
+    owner = _module(each.path, model)
     groups = owner.groups if isinstance(owner, Convolution) else 1
     if groups == 1 or each.lora.r % groups:
         return each.lora
@@ -71,11 +74,9 @@ def _lora_of_groups(each: SavedSite, model: nn.Module) -> LoRAConfig:
 
 def _wanted(owner: str, file: AdapterFile, model: nn.Module) -> list[str]:
     """Return the raw parameters of a module that PEFT adapted, in the order of registration."""
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        return []
-    names = [dotted(owner, name) for name, parameter in module._parameters.items() if parameter is not None]
+    module = _module(owner, model)
+    parameters = {} if module is None else module._parameters
+    names = [dotted(owner, name) for name, parameter in parameters.items() if parameter is not None]
     return [name for name in names if any(name == each or name.endswith(f".{each}") for each in file.parameters)]
 
 
