@@ -57,19 +57,31 @@ def _inject(twin: fx.GraphModule, plan: Plan, record: ModelRecord) -> None:
 
 def _adapt_modules(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
     in_graph = {path for path, _ in all_attached(twin)}
-    kernels = read_by_kernels(twin)
+    kernels, in_code = read_by_kernels(twin), read_in_graph(twin)
     owners: dict[str, list[PlannedSite]] = {}
     for each in plan.adapted:
         if each.path not in in_graph:
             attach(twin.get_submodule(each.site.owner), spec_of(each, record, twin))
             owners.setdefault(each.site.owner, []).append(each)
     for path, sites in owners.items():
-        read = [each for each in sites if each.site.read or path in kernels or each.calls == 0]
+        read = [each for each in sites if _is_read(each) or path in kernels or each.site.weight in in_code]
         names = [each.site.weight.rpartition(".")[2] for each in read]
         adapt(twin.get_submodule(path), names, path in kernels)
     if any(found.call is not None for _, found in all_attached(twin)):
         twin.register_forward_pre_hook(count_calls_anew)
     _train_biases(twin, record)
+
+
+def _is_read(each: PlannedSite) -> bool:
+    """Whether the weight must show itself adapted; where nothing has called its owner, whoever uses it may read it."""
+    return each.site.read or bool(each.site.parameter) or each.calls == 0
+
+
+def read_in_graph(model: nn.Module) -> set[str]:
+    """Return the names of what the graph of a GraphModule reads; none of another model."""
+    if not isinstance(model, fx.GraphModule):
+        return set()
+    return {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
 
 
 def _train_biases(twin: nn.Module, record: ModelRecord) -> None:
