@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, shown_parameters
 from lora_fx.adapters.factors import ConvolutionA, EmbeddingA
-from lora_fx.applying import record_in
+from lora_fx.applying import read_in_graph, record_in
 from lora_fx.checkpoint.codec import encoded, has_other_border
 from lora_fx.checkpoint.fingerprint import sample_values
 from lora_fx.checkpoint.header import SiteNote, header_text, note_of
@@ -32,6 +32,7 @@ from lora_fx.checkpoint.names import (
 from lora_fx.errors import AdapterFileError
 from lora_fx.modules import read_by_kernels
 from lora_fx.planning import Plan
+from lora_fx.tensors import dotted
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,8 @@ class _Traits:
     """Identities of the modules that are children of several modules, or under several names."""
     uncalled: set[str]
     """Paths of the sites that no run has used: their weight shows itself adapted, whoever may read it."""
+    in_code: set[str]
+    """Names of what the graph of a GraphModule reads."""
 
     @staticmethod
     def of(tuned: nn.Module) -> _Traits:
@@ -125,9 +128,12 @@ class _Traits:
         shared = {module for module, number in places.items() if number > 1}
         planned = Plan.from_json(record_in(tuned).plan).adapted
         kernels = read_by_kernels(tuned)
-        return _Traits(shared, {each.path for each in planned if not each.site.read and each.path not in kernels})
+        uncalled = {each.path for each in planned if not each.site.read and each.path not in kernels}
+        return _Traits(shared, uncalled, read_in_graph(tuned))
 
     def read(self, path: str, found: Attached) -> bool:
+        if found.spec.path_is_owner and dotted(path, "weight") in self.in_code:
+            return True
         return found.spec.parameter in shown_parameters(found.owner) and path not in self.uncalled
 
     def beyond_peft(self, path: str, found: Attached) -> str:
