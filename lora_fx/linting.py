@@ -11,8 +11,8 @@ from lora_fx.rules import Match, Rule, RuleSet, read_rules
 _EVERYTHING = Match(name=(NamePattern("**"),))
 
 
-def lint(rules: str | os.PathLike[str]) -> tuple[RuleSet, list[str]]:
-    """Return the rules of a file and warnings about rules that can never decide anything.
+def lint(rules: str | os.PathLike[str] | RuleSet) -> tuple[RuleSet, list[str]]:
+    """Return the rules (of a file, or read already) and warnings about rules that can never decide anything.
 
     Raises:
         RuleError: with every problem of the file.

@@ -37,6 +37,11 @@ def read_any(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -> 
     path = shipped.find(name)
     if not path.exists():
         raise _missing(name, path)
+    return read_from(path, name)
+
+
+def read_from(path: Path, name: str) -> RuleSet:
+    """Return the rules of a file that messages call by a name."""
     return _RuleReader(*read_file(path, name)).read()
 
 

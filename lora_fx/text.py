@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -66,3 +67,21 @@ def count(number: int, noun: str) -> str:
 def thousands(number: int) -> str:
     """Return the number with thin groups: 1,234,567."""
     return f"{number:,}"
+
+
+def wrapped(text: str, width: int | None) -> str:
+    """Return the text with longer lines broken at blanks, their rest indented; None leaves all lines as they are."""
+    if width is None:
+        return text
+    return "\n".join(_wrapped_line(line, max(width, 20)) for line in text.split("\n"))
+
+
+def _wrapped_line(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    margin = min(len(line) - len(line.lstrip(" +-")), width // 4)
+    wrapper = textwrap.TextWrapper(
+        width, subsequent_indent=" " * (margin + 4), break_long_words=False, break_on_hyphens=False,
+        drop_whitespace=True, replace_whitespace=False,
+    )  # fmt: skip
+    return "\n".join(wrapper.wrap(line))

@@ -1,0 +1,46 @@
+"""The command line.  Needs the extra `cli`; help, linting, the schema and what works on JSON files import no torch.
+
+A verb is a module of this package with a `command`, and a line in `VERBS`; it is imported when it is called.
+
+Exit status: 0 done or the same, 1 it differs or a rule is violated, 2 trouble.
+"""
+
+from __future__ import annotations
+
+import sys
+
+try:
+    import click
+except ImportError:  # pragma: no cover
+    sys.exit("lora-fx: the command line needs click: pip install 'lora-fx[cli]'")
+
+from lora_fx.cli.verbs import Verbs
+
+VERBS = ("plan", "explain", "diff", "lint", "inspect", "export", "merge", "doctor", "schema")
+
+_EPILOG = """\b
+MODEL is one of
+  package.module:factory   calls it on the meta device; executes that code
+  file.py:factory          the same
+  hf:DIRECTORY             of transformers; needs config.json only
+  model.pt2                a program of torch.export
+  model.safetensors        names and shapes only (or its .index.json)
+  plan.json                a saved plan
+A factory returns a model or (model, example_inputs); - is standard input or output.
+
+\b
+Exit status: 0 done or the same, 1 it differs or a rule is violated, 2 trouble."""
+
+
+@click.group(
+    cls=Verbs,
+    verbs=VERBS,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="lora-fx", prog_name="lora-fx")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def main(context: click.Context, debug: bool) -> None:
+    """LoRA for any PyTorch model: see what will happen, then do it."""
+    context.obj = debug

@@ -1,0 +1,22 @@
+"""`lora-fx explain`."""
+
+from __future__ import annotations
+
+import click
+
+from lora_fx.cli.options import model_argument, rules_argument, rules_of
+from lora_fx.cli.output import write
+
+
+@click.command("explain")
+@model_argument
+@click.argument("path")
+@rules_argument()
+def command(model: str, path: str, rules: str) -> None:
+    """Say why the site at PATH (a name or a glob) of MODEL is adapted by RULES or not."""
+    read = rules_of(rules)  # a misspelt rule is told before torch is imported
+    from lora_fx.api import explain
+    from lora_fx.modelspec import load_model
+
+    built, inputs = load_model(model)
+    write(explain(built, path, read, inputs))

@@ -1,0 +1,31 @@
+"""`lora-fx lint`."""
+
+from __future__ import annotations
+
+import click
+
+from lora_fx.cli.options import rules_argument, rules_of
+from lora_fx.cli.verbs import DIFFERS
+from lora_fx.errors import RuleError
+from lora_fx.text import count
+
+
+@click.command("lint")
+@rules_argument(many=True)
+@click.pass_context
+def command(context: click.Context, rules: tuple[str, ...]) -> None:
+    """Check rule files; needs neither a model nor torch."""
+    from lora_fx.linting import lint
+
+    failed = False
+    for name in rules:
+        try:
+            found, warnings = lint(rules_of(name))
+        except RuleError as error:
+            failed = True
+            click.echo(str(error), err=True)
+            continue
+        for warning in warnings:
+            click.echo(f"warning: {warning}", err=True)
+        click.echo(f"{name}: {count(len(found.rules), 'rule')}, no problem")
+    context.exit(DIFFERS if failed else 0)

@@ -1,0 +1,44 @@
+"""`lora-fx merge`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from lora_fx.cli.options import format_option
+from lora_fx.cli.output import show
+
+
+@click.command("merge")
+@click.argument("base", type=click.Path())
+@click.argument("adapters", nargs=-1, required=True, type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="Directory to write; continued if unfinished.")
+@click.option("--out-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: each tensor's own.")
+@click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
+@format_option("text", "json")
+@click.option("--all", "everything", is_flag=True, help="Show every tensor, not only those that rounding hurt most.")
+@click.option("--no-progress", is_flag=True, help="Show no progress bar.")
+def command(
+    base: str,
+    adapters: tuple[str, ...],
+    output: str,
+    out_dtype: str | None,
+    rounding: str,
+    seed: int,
+    form: str,
+    everything: bool,
+    no_progress: bool,
+) -> None:
+    """Fold ADAPTERS into the checkpoint BASE, in bounded memory; nothing is changed but the directory given by -o."""
+    from lora_fx.checkpoint.streaming import Options, merge_files
+
+    with click.progressbar(length=1, label="merging", hidden=no_progress, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        report = merge_files(base, adapters, output, Options(out_dtype, rounding, seed), progress)
+    show(report.to_json() if form == "json" else report.text(everything))

@@ -1,0 +1,68 @@
+"""What the verbs share: arguments, options, and what the shell completes."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from lora_fx.rules import RuleSet
+
+F = TypeVar("F", bound=Callable[..., Any])
+FORMATS = ("text", "json", "mermaid", "dot", "html")
+STANDARD = "-"
+
+
+def _complete_rules(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from lora_fx import shipped
+
+    names = [CompletionItem(name) for name in shipped.names() if name.startswith(incomplete)]
+    return [*names, CompletionItem(incomplete, type="file")]
+
+
+def _complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(incomplete, type="file")]
+
+
+def model_argument(function: F) -> F:
+    """Add MODEL."""
+    return click.argument("model", shell_complete=_complete_file)(function)
+
+
+def rules_argument(required: bool = True, many: bool = False) -> Callable[[F], F]:
+    """Add RULES: files, or names of shipped ones."""
+    return click.argument("rules", required=required, nargs=-1 if many else 1, shell_complete=_complete_rules)
+
+
+def format_option(*forms: str) -> Callable[[F], F]:
+    """Add --format."""
+    return click.option("--format", "form", type=click.Choice(forms), default="text", show_default=True)
+
+
+def output_option(function: F) -> F:
+    """Add -o."""
+    about = "File to write; - is the standard output."
+    return click.option("-o", "--output", default=STANDARD, help=about, shell_complete=_complete_file)(function)
+
+
+def rules_of(name: str) -> RuleSet:
+    """Return the rules of a file, of a shipped one by its name, or of the standard input.
+
+    Raises:
+        RuleError: with every problem.
+    """
+    if name != STANDARD:
+        from lora_fx.rules import read_rules
+
+        return read_rules(name)
+    from lora_fx.rulereading import read_from
+
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        file.write(sys.stdin.buffer.read())
+        file.flush()
+        return read_from(Path(file.name), "standard input")

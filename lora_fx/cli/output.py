@@ -1,0 +1,60 @@
+"""Where text goes: to a file as it is, to a terminal within its width and in colours."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from lora_fx.text import wrapped
+
+_COLOURS = (
+    (re.compile(r"^(\+\+\+|---) .*", re.MULTILINE), {"bold": True}),
+    (re.compile(r"^@@ .* @@$", re.MULTILINE), {"fg": "cyan"}),
+    (re.compile(r"^\+(?!\+\+ ).*", re.MULTILINE), {"fg": "green"}),
+    (re.compile(r"^-(?!-- ).*", re.MULTILINE), {"fg": "red"}),
+    (re.compile(r"(?<=  )\+ r=.*?(?=  |$)", re.MULTILINE), {"fg": "green"}),
+    (re.compile(r"(?<=  )! refused.*", re.MULTILINE), {"fg": "red"}),
+    (re.compile(r"(?<=  )· skipped.*", re.MULTILINE), {"fg": "yellow"}),
+)
+
+
+def terminal_width() -> int | None:
+    """Return the width of the terminal that will show the output; None where it goes to a file or a pipe.
+
+    COLUMNS, where it is set, says so for both.
+    """
+    if not (sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()):
+        return None
+    return shutil.get_terminal_size().columns
+
+
+def write(text: str, output: str = "-") -> None:
+    """Write the text to a file as it is, or show it: within the terminal's width, and in colours where there are."""
+    if output == "-":
+        show(wrapped(text, terminal_width()))
+    else:
+        Path(output).write_text(text + "\n", encoding="utf-8")
+
+
+def show(text: str) -> None:
+    """Show a text in colours, unless it goes to a file or the environment says NO_COLOR."""
+    wanted = _colour_wanted()
+    click.echo(painted(text) if wanted else text, color=wanted)
+
+
+def painted(text: str) -> str:
+    """Return the text with what is added in green, what is taken away or refused in red, skipped in yellow."""
+    for pattern, style in _COLOURS:
+        text = pattern.sub(lambda match, style=style: click.style(match[0], **style), text)
+    return text
+
+
+def _colour_wanted() -> bool:
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()

@@ -1,0 +1,13 @@
+"""`lora-fx schema`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("schema")
+def command() -> None:
+    """Print the JSON schema of rule files, for editors."""
+    from lora_fx.schema import schema_text
+
+    click.echo(schema_text(), nl=False)

@@ -1,0 +1,74 @@
+"""The group of verbs: each is imported when it is called, and all end alike."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from lora_fx.errors import LoraFxError, NoMatchError, RuleError
+from lora_fx.text import nearest
+
+DIFFERS, TROUBLE = 1, 2
+VIOLATIONS = (RuleError, NoMatchError)
+
+
+class Verbs(click.Group):
+    """A group whose commands are modules of this package."""
+
+    def __init__(self, *args: Any, verbs: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.verbs = tuple(name for name in verbs if importlib.util.find_spec(f"lora_fx.cli.{name}"))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.verbs)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.verbs:
+            return None
+        command = importlib.import_module(f"lora_fx.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take `--debug` wherever it stands."""
+        if "--debug" in args:
+            args = ["--debug", *(word for word in args if word != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.verbs and not args[0].startswith("-"):
+            near = nearest(args[0], self.verbs, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self.verbs)}"
+            ctx.fail(f"there is no verb '{args[0]}'; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; an error is told and becomes the exit status."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            _fail(error, debug=bool(ctx.obj))
+
+
+def _fail(error: Exception, debug: bool) -> NoReturn:
+    """End with the error's text (its first line, for errors that are not ours) and the exit status."""
+    if debug:
+        traceback.print_exc()
+    click.echo(f"lora-fx: {_told(error)}", err=True)
+    sys.exit(DIFFERS if isinstance(error, VIOLATIONS) else TROUBLE)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, LoraFxError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
