@@ -17,7 +17,7 @@ LAYERS = [
     ["automaton", "globs", "expressions", "patterns", "yamltree", "rulespec", "shipped"],
     ["rules", "rulereading", "slicereading", "linting", "schema"],
     ["sites"],
-    ["planning", "plantext", "planjson", "explaining"],
+    ["planning", "plantext", "planjson", "explaining", "plandiff", "plantree", "planhtml"],
     ["swap", "twin", "tensors", "samples", "ties"],
     ["layerkinds", "quantised"],
     ["adapters."],

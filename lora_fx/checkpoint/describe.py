@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -148,6 +148,15 @@ class _Traits:
         if has_other_border(found.owner):
             return "PEFT would leave out the padding_mode and dilation of the convolution"
         return ""
+
+
+def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (path, reason) for every site with which PEFT would compute something else, or which it cannot have."""
+    traits = _Traits.of(tuned)
+    for path, found in all_attached(tuned):
+        reason = traits.beyond_peft(path, found)
+        if reason:
+            yield path, reason
 
 
 def _filed(sites: Sequence[tuple[str, Attached]], traits: _Traits) -> list[_Filed]:

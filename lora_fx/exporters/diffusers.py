@@ -1,0 +1,101 @@
+"""diffusers: `pytorch_lora_weights.safetensors`, with the ranks and alphas in its metadata.
+
+Without `lora_adapter_metadata` diffusers takes alpha = rank, and says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_fx.checkpoint.describe import Described, describe
+from lora_fx.checkpoint.names import PREFIX
+from lora_fx.checkpoint.write import canonical_safetensors, write_files
+from lora_fx.exporters import peft
+from lora_fx.exporters.features import expressed, refusals
+from lora_fx.exporters.running import given_sample, run_client
+from lora_fx.exporters.target import Refusal, Target
+from lora_fx.samples import Sample
+from lora_fx.swap import original_class
+from lora_fx.unapplying import removed
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"
+_MERGE = "; the merged model loads there: target='merged'"
+REFUSED = {
+    "embedding": f"diffusers takes the factors of embeddings for something else{_MERGE}",
+    "attention": f"diffusers has no names for parts of nn.MultiheadAttention{_MERGE}",
+    "parameter": f"diffusers adapts layers, not raw parameters{_MERGE}",
+    "experts": f"diffusers adapts layers, not banks of experts{_MERGE}",
+    "calls": f"diffusers has one adapter for all calls of a module{_MERGE}",
+    "bias": f"diffusers does not load trained biases{_MERGE}",
+    "train": f"diffusers does not load modules that were trained whole{_MERGE}",
+    "adapters": "one file holds one adapter; give all rules one `adapter:`",
+}
+_CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora", "bias")
+
+
+def refused(tuned: nn.Module) -> Iterator[Refusal]:
+    """Yield (path, reason) for what diffusers does not load, or would compute otherwise."""
+    if not _loads_adapters(tuned):
+        yield "", f"{type(tuned).__name__} is no model of diffusers that loads adapters; target='peft' fits any model"
+    yield from refusals(tuned, REFUSED)
+    yield from peft.beyond_peft(tuned)
+
+
+def _loads_adapters(tuned: nn.Module) -> bool:
+    return any("load_lora_adapter" in vars(kind) for kind in type(tuned).__mro__)
+
+
+def component_of(tuned: nn.Module) -> str:
+    """Return what pipelines call a model: `unet`, or `transformer`."""
+    return "unet" if "UNet" in original_class(tuned).__name__ else "transformer"
+
+
+def write(tuned: nn.Module, path: Path, component: str = "") -> None:
+    """Write the file into the directory, or as the path where that ends in `.safetensors`."""
+    (described,) = describe(tuned)
+    component = component or component_of(tuned)
+    tensors = {f"{component}.{key.removeprefix(PREFIX)}": value for key, value in described.tensors.items()}
+    metadata = {"format": "pt", METADATA: json.dumps(_metadata(described, component), sort_keys=True)}
+    write_files({file_in(path): canonical_safetensors(tensors, metadata)})
+
+
+def file_in(path: Path) -> Path:
+    """Return the file that is meant by the path of an export."""
+    return path if path.suffix == ".safetensors" else path / WEIGHTS
+
+
+def _metadata(described: Described, component: str) -> dict[str, Any]:
+    return {f"{component}.{key}": described.config[key] for key in _CONFIG}
+
+
+def verify(tuned: nn.Module, path: Path, sample: Sample, component: str = "") -> float:
+    """Return max |Δ| of ours against `load_lora_adapter` on the same base, with the adapter on and off."""
+    given = {
+        "base": removed(tuned).eval(),
+        "file": str(file_in(path)),
+        "component": component or component_of(tuned),
+        "sample": given_sample(sample),
+    }
+    found = run_client("diffusers", "lora_fx.clients.diffusers", given)
+    return peft.against_both("diffusers", tuned, sample, found["adapted"], found["base"])
+
+
+TARGET = Target(
+    name="diffusers",
+    writes="a directory, or one file",
+    client="diffusers",
+    refused=refused,
+    write=write,
+    verify=verify,
+    extra="export-diffusers",
+    verify_needs=("diffusers", "peft"),
+    expresses=expressed(REFUSED, {"slices"}),
+    options={"component": "what the pipeline calls the model: `unet`, `transformer` (found by the class)"},
+    verify_options=("component",),
+)

@@ -1,0 +1,74 @@
+"""What an adapted model has of what targets differ in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+
+from torch import nn
+
+from lora_fx.adapters.attach import Attached, all_attached, owner_path
+from lora_fx.applying import record_in
+from lora_fx.exporters.target import FEATURES, Ability, Refusal
+from lora_fx.sites import CONVOLUTIONS
+
+_SEVERAL: dict[str, Callable[[Attached], Hashable]] = {
+    "ranks": lambda found: found.spec.lora.r,
+    "alphas": lambda found: found.spec.scaling,
+    "adapters": lambda found: found.spec.adapter,
+}
+
+
+def features(tuned: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (feature, path of a site or module that has it) for all that the adapted model has of FEATURES."""
+    sites = list(all_attached(tuned))
+    for path, found in sites:
+        yield _kind(tuned, path, found), path
+        yield from ((feature, path) for feature in _traits(found))
+    for feature, value_of in _SEVERAL.items():
+        counted = Counter(value_of(found) for _, found in sites)
+        usual = counted.most_common(1)[0][0]
+        yield from ((feature, path) for path, found in sites if value_of(found) != usual)
+    yield from (("train", path) for path in record_in(tuned).trained)
+
+
+def _kind(tuned: nn.Module, path: str, found: Attached) -> str:
+    above = tuned.get_submodule(owner_path(path, found).rpartition(".")[0])
+    if isinstance(found.owner, nn.MultiheadAttention) or isinstance(above, nn.MultiheadAttention):
+        return "attention"
+    if found.spec.is_banked:
+        return "experts"
+    if not found.spec.path_is_owner:
+        return "parameter"
+    if found.spec.op in CONVOLUTIONS:
+        return "convolution"
+    if found.spec.op == "embedding":
+        return "embedding"
+    return "conv1d" if found.spec.layout == "in_out" else "linear"
+
+
+def _traits(found: Attached) -> Iterator[str]:
+    lora = found.spec.lora
+    held = {"slices": found.spec.parts, "calls": found.call is not None}
+    held |= {"rslora": lora.rslora, "dora": lora.dora, "bias": lora.bias}
+    yield from (feature for feature, has in held.items() if has)
+
+
+def refusals(tuned: nn.Module, refused: Mapping[str, str]) -> Iterator[Refusal]:
+    """Yield (path, reason) for all that the model has of the refused features.
+
+    Args:
+        tuned: an adapted model.
+        refused: reasons, by feature.
+    """
+    for feature, path in features(tuned):
+        if feature in refused:
+            yield path, refused[feature]
+
+
+def expressed(refused: Collection[str], exact: Collection[str] = ()) -> dict[str, Ability]:
+    """Return what a target says of all features: refused, expressed by an exact equivalent, or as they are."""
+    kinds: dict[str, Ability] = {}
+    for feature in FEATURES:
+        kinds[feature] = "refused" if feature in refused else "exact equivalent" if feature in exact else "yes"
+    return kinds

@@ -1,0 +1,87 @@
+"""kohya: the file of sd-scripts, `lora_unet_<path>.lora_down.weight`, `.lora_up.weight`, `.alpha`, read by ComfyUI too.
+
+Dots of a path become underscores, so two paths may get one name.  Each layer has its own alpha and rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_fx.adapters.attach import all_attached
+from lora_fx.checkpoint.write import canonical_safetensors, write_files
+from lora_fx.exporters import peft
+from lora_fx.exporters.features import expressed, refusals
+from lora_fx.exporters.pairs import pairs
+from lora_fx.exporters.running import given_sample, run_client
+from lora_fx.exporters.target import Refusal, Target
+from lora_fx.samples import Sample
+from lora_fx.swap import original_class
+from lora_fx.unapplying import removed
+
+PREFIX = "lora_unet"
+_MERGE = "; merged weights hold it: target='merged'"
+REFUSED = {
+    "conv1d": f"readers take transformers' Conv1D for a convolution, or leave it out{_MERGE}",
+    "embedding": f"the format has no embeddings{_MERGE}",
+    "attention": f"the format has names for modules, not for parts of nn.MultiheadAttention{_MERGE}",
+    "parameter": f"the format has names for modules, not for raw parameters{_MERGE}",
+    "experts": f"the format has names for modules, not for banks of experts{_MERGE}",
+    "calls": f"the format has one adapter for all calls of a module{_MERGE}",
+    "dora": f"diffusers leaves out the `dora_scale` of a file, without an error{_MERGE}",
+    "bias": f"the format has no biases{_MERGE}",
+    "train": f"the format has no whole modules{_MERGE}",
+}
+
+
+def refused(tuned: nn.Module) -> Iterator[Refusal]:
+    """Yield (path, reason) for what the format does not hold, or holds under a name of two modules."""
+    yield from refusals(tuned, REFUSED)
+    yield from peft.beyond_peft(tuned)
+    names = Counter(_flat(name) for name, module in tuned.named_modules() if next(iter(module._parameters), None))
+    for path, found in all_attached(tuned):
+        if names[_flat(path)] > 1:
+            yield path, f"another module gets its name, {_flat(path)}, as well{_MERGE}"
+        if found.spec.op.startswith("conv") and found.lora_B.weight.shape[1] != found.lora_A.weight.shape[0]:
+            yield path, f"readers differ over the groups of a convolution{_MERGE}"
+
+
+def _flat(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def write(tuned: nn.Module, path: Path, prefix: str = PREFIX) -> None:
+    """Write the file; the alpha of each layer is its scaling times its rank."""
+    tensors = {}
+    for pair in pairs(tuned):
+        name = f"{prefix}_{_flat(pair.path)}"
+        tensors[f"{name}.lora_down.weight"] = pair.A
+        tensors[f"{name}.lora_up.weight"] = pair.B
+        tensors[f"{name}.alpha"] = torch.tensor(pair.scaling * pair.rank)
+    write_files({path: canonical_safetensors(dict(sorted(tensors.items())), {"format": "pt"})})
+
+
+def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
+    """Return max |Δ| of ours against diffusers for a UNet, against LyCORIS for other models, adapter on and off."""
+    reader = "diffusers" if "UNet2DCondition" in original_class(tuned).__name__ else "lycoris"
+    given = {"base": removed(tuned).eval(), "file": str(path), "sample": given_sample(sample), "reader": reader}
+    found = run_client("kohya", "lora_fx.clients.kohya", given)
+    return peft.against_both("kohya", tuned, sample, found["adapted"], found["base"])
+
+
+TARGET = Target(
+    name="kohya",
+    writes="one file",
+    client="LyCORIS, or diffusers for a UNet",
+    refused=refused,
+    write=write,
+    verify=verify,
+    extra="export-kohya",
+    verify_needs=("lycoris",),
+    expresses=expressed(REFUSED, {"slices", "rslora", "adapters"}),
+    options={"prefix": "of the names: `lora_unet` (default), `lora_te1`, `lora_te2`, `lora_transformer`"},
+)

@@ -1,0 +1,103 @@
+"""merged: plain weights in safetensors; of models that have `save_pretrained`, the directory that it writes.
+
+Quantised weights become plain ones: of the adapted layers, with the adapter folded into the dequantised weight, and of
+all others too.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.checkpoint.write import canonical_safetensors, write_files
+from lora_fx.errors import MergeError
+from lora_fx.exporters.features import expressed
+from lora_fx.exporters.running import given_sample, largest_difference, outputs_of, run_client
+from lora_fx.exporters.target import Refusal, Target
+from lora_fx.quantised import dequantised_
+from lora_fx.samples import Sample
+from lora_fx.swap import original_class
+from lora_fx.unapplying import merged
+
+WEIGHTS = "model.safetensors"
+
+
+def refused(tuned: nn.Module) -> Iterator[Refusal]:
+    """Yield (path, reason) for what one plain weight cannot hold."""
+    from lora_fx.passes.merge import check_mergeable
+
+    try:
+        check_mergeable(tuned)
+    except MergeError as error:
+        yield from error.problems
+
+
+def _plain(tuned: nn.Module) -> nn.Module:
+    """Return the merged model without any quantised weight."""
+    return dequantised_(merged(tuned))
+
+
+def write(tuned: nn.Module, path: Path) -> None:
+    """Write the directory, or one file where the path ends in `.safetensors`."""
+    model = _plain(tuned)
+    if _saves_itself(model) and path.suffix != ".safetensors":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of generation settings that the base has too
+            model.save_pretrained(path)  # type: ignore[operator]
+    else:
+        write_files({_file_in(path): canonical_safetensors(_tensors(model), {"format": "pt"})})
+
+
+def _saves_itself(model: nn.Module) -> bool:
+    return callable(getattr(model, "save_pretrained", None)) and callable(getattr(model, "from_pretrained", None))
+
+
+def _file_in(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path / WEIGHTS
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict with memory for each name: tied weights are written under all of their names."""
+    state: dict[str, Any] = model.state_dict()
+    return {name: value.detach().cpu().contiguous().clone() for name, value in sorted(state.items())}
+
+
+def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
+    """Return max |Δ| of ours against `from_pretrained`, or against the plain model with the file in it."""
+    model = _plain(tuned).eval()
+    given: dict[str, Any] = {"sample": given_sample(sample), "path": str(path)}
+    if _saves_itself(model) and path.suffix != ".safetensors":
+        given["kind"] = original_class(model)
+    else:
+        given |= {"model": _emptied(model), "path": str(_file_in(path))}
+    return largest_difference(
+        "merged", outputs_of(tuned, sample), run_client("merged", "lora_fx.clients.merged", given)
+    )
+
+
+def _emptied(model: nn.Module) -> nn.Module:
+    """Return a copy in which every value that the file must bring is NaN."""
+    empty = copy.deepcopy(model)
+    with torch.no_grad():
+        for value in empty.state_dict().values():
+            if value.is_floating_point():
+                value.fill_(float("nan"))
+    return empty
+
+
+TARGET = Target(
+    name="merged",
+    writes="a directory, or one file",
+    client="transformers, diffusers or torch",
+    refused=refused,
+    write=write,
+    verify=verify,
+    extra="export",
+    expresses=expressed({"calls"}),
+)

@@ -1,0 +1,28 @@
+"""Weights that are no plain tensors of numbers: quantised ones, which say themselves what numbers they stand for."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether the weight is of a subclass of Tensor that can dequantise itself (torchao's, for instance)."""
+    return type(weight).dequantize is not Tensor.dequantize
+
+
+def dense(weight: Tensor) -> Tensor:
+    """Return the numbers that a weight stands for, as a plain tensor; a plain weight is returned as it is."""
+    if not is_quantised(weight):
+        return weight
+    plain: Tensor = weight.dequantize()
+    return plain
+
+
+def dequantised_(model: nn.Module) -> nn.Module:
+    """Give the model plain parameters in place of all quantised ones, in place, and return it."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and is_quantised(parameter):
+                plain = dense(parameter).detach().clone()
+                module._parameters[name] = nn.Parameter(plain, requires_grad=False)
+    return model
