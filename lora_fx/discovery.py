@@ -177,7 +177,7 @@ class _Finder:
         if isinstance(module, nn.utils.parametrize.ParametrizationList):  # told of where its weight is used
             return {}
         own = {"weight"} if kind is not None else set()
-        if kind is not None and not self.ran:
+        if kind is not None and kind.refusal is not None and not self.ran:  # what its weight is computed from
             return {}
         found = {}
         for name, parameter in module._parameters.items():
