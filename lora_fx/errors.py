@@ -13,7 +13,19 @@ from lora_fx.text import caret, columns
 
 
 class LoraFxError(Exception):
-    """Base of all errors that lora_fx raises on purpose."""
+    """Base of all errors that lora_fx raises on purpose.
+
+    A traceback ends with where the documentation explains the error; `str(error)` is the message alone.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.add_note(f"  see docs: {self.anchor()}")
+
+    @classmethod
+    def anchor(cls) -> str:
+        """Return the heading of the documentation that explains it: `errors#ruleerror`."""
+        return f"errors#{cls.__name__.lower()}"
 
     def __reduce__(self) -> tuple[object, ...]:
         # The default calls the class with the finished text; a worker process could not send the error home.

@@ -1,4 +1,4 @@
-"""MODEL on the command line: a factory in a package or a file, or a directory of transformers."""
+"""MODEL on the command line: a factory in a package or a file, a directory of transformers, or a file of weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.api import load
+from lora_fx.checkpointmodel import INDEX_SUFFIX, checkpoint_model
 from lora_fx.errors import LoraFxError
+from lora_fx.reporting import report
+from lora_fx.samples import call
+from lora_fx.text import count
 
-FORMS = "package.module:factory, file.py:factory or hf:DIRECTORY"
+FORMS = "package.module:factory, file.py:factory, hf:DIRECTORY, a .pt2 or a .safetensors file"
 
 
 class ModelSpecError(LoraFxError):
@@ -25,11 +30,14 @@ def load_model(spec: str) -> tuple[nn.Module, object]:
     """Return (model, example inputs or None) for what the user wrote as MODEL.
 
     `package.module:factory` and `file.py:factory` execute that code; the factory is called without arguments, on the
-    meta device, and returns a model or (model, example_inputs).  `hf:DIRECTORY` needs the configuration only.
+    meta device, and returns a model or (model, example_inputs).  `hf:DIRECTORY` needs the configuration only.  A `.pt2`
+    file is loaded whole; of a `.safetensors` file only the header is read.
 
     Raises:
         ModelSpecError: says what is wrong with the text, the file, or what the factory returned.
     """
+    if spec.endswith((".pt2", ".safetensors", INDEX_SUFFIX)):
+        return _of_program(spec) if spec.endswith(".pt2") else (checkpoint_model(spec), None)
     scheme, _, rest = spec.partition(":")
     if not scheme or not rest:
         raise ModelSpecError(f"'{spec}' is no model: write {FORMS}")
@@ -39,6 +47,28 @@ def load_model(spec: str) -> tuple[nn.Module, object]:
     if not isinstance(model, nn.Module):
         raise ModelSpecError(f"'{spec}' gives an object of type {type(model).__name__}, not a torch.nn.Module")
     return model, inputs
+
+
+def check_fit(adapter: str, spec: str) -> str:
+    """Return a line that says that an adapter's directory fits a model.
+
+    Raises:
+        AdapterMismatchError, RefusedError: it does not; all reasons.
+        AdapterFileError: its files are damaged.
+    """
+    model, inputs = load_model(spec)
+    tuned = load(model, adapter, inputs)
+    sites = len(report(tuned).sites)
+    return f"fits {type(model).__name__}: {count(sites, 'site')} with the names and shapes of the adapter"
+
+
+def _of_program(path: str) -> tuple[nn.Module, object]:
+    """Return the module of a file that `torch.export.save` wrote, and the inputs that it was exported with."""
+    if not Path(path).is_file():
+        raise ModelSpecError(f"{path}: no such file")
+    program = torch.export.load(path)
+    given = program.example_inputs
+    return program.module(), call(*given[0], **given[1]) if given else None
 
 
 def _module(home: str) -> ModuleType:

@@ -7,29 +7,66 @@ from collections.abc import Sequence
 
 from lora_fx.planning import Plan, PlannedSite
 from lora_fx.rules import LoRAConfig
-from lora_fx.text import columns, count, thousands
+from lora_fx.text import columns, count, thousands, wrapped
 
 SYMBOLS = {"adapt": "+", "keep": "·", "skip": "·", "refuse": "!"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
-def plan_text(plan: Plan, fold: bool = True) -> str:
-    """Return the header, a line for each site (identical sites of repeated blocks as one), the notes and the sums."""
-    rows = [_row(site) for site in plan.sites]
-    lines = fold_rows(rows) if fold else rows
+def plan_text(plan: Plan, fold: bool = True, width: int | None = None) -> str:
+    """Return the header, a line for each site (identical sites of repeated blocks as one), the notes and the sums.
+
+    Where the table is wider than `width`, each site takes two lines; other long lines are broken.
+    """
+    table = _fitting(rows_of(plan, fold), width)
     modules = [f"  train whole: {each.path}, {count(each.parameters, 'parameter')}" for each in plan.train]
     notes = [f"  note: {note}" for note in plan.notes]
-    parts = [_header(plan), "", columns(lines), *modules, *_region_lines(plan), *notes, "", _sums(plan)]
-    return "\n".join(parts)
+    parts = [header(plan), "", table, *modules, *_region_lines(plan), *notes, "", sums(plan)]
+    return wrapped("\n".join(parts), width)
 
 
-def _header(plan: Plan) -> str:
+def plan_stat(plan: Plan) -> str:
+    """Return the header, a line for each rule and one for what no rule takes, and the sums."""
+    groups: dict[tuple[str, str], list[PlannedSite]] = {}
+    for each in plan.sites:
+        groups.setdefault((each.decision, each.rule or each.reason), []).append(each)
+    rows = [_stat_row(decision, rule, sites) for (decision, rule), sites in groups.items()]
+    modules = [f"  train whole: {each.path}, {count(each.parameters, 'parameter')}" for each in plan.train]
+    return "\n".join([header(plan), "", columns(rows), *modules, "", sums(plan)])
+
+
+def _stat_row(decision: str, rule: str, sites: Sequence[PlannedSite]) -> tuple[str, ...]:
+    does = {"adapt": "adapted", "keep": "kept", "skip": "skipped", "refuse": "refused"}[decision]
+    trainable = sum(each.trainable for each in sites)
+    return (rule, count(len(sites), "site"), does, count(trainable, "parameter") if trainable else "")
+
+
+def rows_of(plan: Plan, fold: bool = True) -> list[tuple[str, ...]]:
+    """Return (path, weight, calls, what is done, backend, why) for each site, repeated blocks as one if `fold`."""
+    rows = [row_of(site) for site in plan.sites]
+    return fold_rows(rows) if fold else rows
+
+
+def _fitting(rows: Sequence[tuple[str, ...]], width: int | None) -> str:
+    table = columns(rows)
+    if width is None or all(len(line) <= width for line in table.splitlines()):
+        return table
+    lines = []
+    for path, weight, calls, doing, backend, reason in rows:
+        first, second = (path, calls), (doing, backend, weight, reason)
+        lines += [f"  {'  '.join(filter(None, first))}", f"    {'  '.join(filter(None, second))}"]
+    return "\n".join(lines)
+
+
+def header(plan: Plan) -> str:
+    """Return `GPT · qkvo · 48 of 48 adapted sites in graphs`."""
     in_graph = sum(site.backend == "graph" for site in plan.adapted)
     how = f"{in_graph} of {len(plan.adapted)} adapted sites in graphs" if plan.adapted else "nothing adapted"
     return f"{plan.model} · {plan.source} · {how}"
 
 
-def _row(each: PlannedSite) -> tuple[str, ...]:
+def row_of(each: PlannedSite) -> tuple[str, ...]:
+    """Return (path, weight, calls, what is done, backend, why) of a site."""
     doing = SYMBOLS[each.decision]
     if each.lora is not None:
         doing += f" {_lora_text(each.lora)}{_parts_text(each)}"
@@ -99,7 +136,8 @@ def _folded_names(paths: Sequence[str]) -> list[str]:
     return [row[0] for row in fold_rows([(path,) for path in paths])]
 
 
-def _sums(plan: Plan) -> str:
+def sums(plan: Plan) -> str:
+    """Return how many sites are adapted, kept and refused, and how much is trained."""
     adapt, refuse = len(plan.adapted), len(plan.refused)
     share = 100 * plan.trainable / plan.total if plan.total else 0.0
     return (

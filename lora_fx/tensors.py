@@ -7,10 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-
-def dotted(*parts: str) -> str:
-    """Return a dotted name; the root's path is empty."""
-    return ".".join(filter(None, parts))
+from lora_fx.text import dotted as dotted
 
 
 def _slot(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:

@@ -59,6 +59,11 @@ def listing(words: Iterable[str], most: int = 6) -> str:
     return shown if len(items) <= most else f"{shown} … and {len(items) - most} more"
 
 
+def dotted(*parts: str) -> str:
+    """Return a dotted name; the root's path is empty."""
+    return ".".join(filter(None, parts))
+
+
 def count(number: int, noun: str) -> str:
     """Return '1 site' or '12 sites'."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

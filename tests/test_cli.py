@@ -144,7 +144,7 @@ def test_rule_that_matches_nothing_ends_with_1(model_file):
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ("nonsense", "'nonsense' is no model: write package.module:factory, file.py:factory or hf:DIRECTORY"),
+        ("nonsense", "'nonsense' is no model: write package.module:factory, file.py:factory, hf:DIRECTORY"),
         (":f", "':f' is no model: write package.module:factory"),
         ("nowhere.at.all:f", "there is no module 'nowhere.at.all'"),
         ("missing.py:f", "missing.py: no such file"),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from lora_fx.patterns import EXPRESSION_PREFIX, NamePattern
-from lora_fx.tensors import dotted
+from lora_fx.text import dotted
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

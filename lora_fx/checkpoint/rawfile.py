@@ -5,142 +5,21 @@ The library reads and writes whole tensors; what streams must know where each by
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
-
 import torch
 
 from lora_fx.checkpoint.fingerprint import sample_positions
-from lora_fx.errors import MergeError
+from lora_fx.checkpoint.rawheader import BITS as BITS
+from lora_fx.checkpoint.rawheader import RawFile as RawFile
+from lora_fx.checkpoint.rawheader import RawTensor as RawTensor
+from lora_fx.checkpoint.rawheader import header_bytes as header_bytes
+from lora_fx.checkpoint.rawheader import read_raw as read_raw
 
-BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """What can be merged into; everything else is only copied."""
 DTYPES = FLOATS | {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000
-"""The format's own limit."""
-
-
-class RawTensor(NamedTuple):
-    """One entry of a header; `start` and `end` count bytes from the first byte after the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class RawFile:
-    """A safetensors file whose header was read and checked; tensors in the order of their bytes."""
-
-    path: Path
-    data_start: int
-    size: int
-    sha256: str
-    """Of the header."""
-    tensors: dict[str, RawTensor]
-    metadata: dict[str, str]
-
-
-def read_raw(path: Path) -> RawFile:
-    """Return the checked header of a safetensors file; no tensor is read.
-
-    Raises:
-        MergeError: the file is missing, cut off, or its header does not describe exactly its bytes.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-                _damaged(path, f"a header of {length:,} bytes in a file of {size:,}")
-            text = file.read(length)
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be read: {error.strerror or error}") from error
-    content = _json(path, text)
-    metadata = content.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _damaged(path, "its metadata is no table of strings")
-    tensors = dict(sorted(_tensors(path, content), key=lambda item: item[1][2:]))
-    _check_ranges(path, tensors, size - 8 - length)
-    return RawFile(path, 8 + length, size, hashlib.sha256(text).hexdigest(), tensors, metadata)
-
-
-def _damaged(path: Path, reason: str) -> NoReturn:
-    raise MergeError(f"{path}: is not a whole safetensors file", [("header", reason)], "copy it again")
-
-
-def _json(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        _damaged(path, str(error))
-    if not isinstance(content, dict):
-        _damaged(path, "is no JSON object")
-    return content
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return table
-
-
-def _tensors(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, RawTensor]]:
-    """Yield the entries; equal words and shapes are one object, which halves the memory for 100,000 tensors."""
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for name, entry in content.items():
-        try:
-            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            bits = BITS[dtype] * math.prod(shape)
-        except (KeyError, TypeError, ValueError):
-            _damaged(path, f"{name}: {entry!r:.80} describes no tensor")
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-            _damaged(path, f"{name}: sizes and offsets must be whole numbers, not below 0")
-        if (end - start) * 8 != bits:
-            _damaged(path, f"{name}: {dtype} {list(shape)} does not take {end - start:,} bytes")
-        yield sys.intern(name), RawTensor(sys.intern(dtype), shapes.setdefault(shape, shape), start, end)
-
-
-def _check_ranges(path: Path, tensors: Mapping[str, RawTensor], size: int) -> None:
-    """The format allows neither gaps nor overlaps: every byte belongs to one tensor."""
-    position = 0
-    for name, tensor in tensors.items():
-        if tensor.start != position:
-            _damaged(path, f"{name} begins at byte {tensor.start:,}, not at {position:,}")
-        position = tensor.end
-    if position != size:
-        _damaged(path, f"it describes {position:,} bytes, the file has {size:,}")
-
-
-def header_bytes(tensors: Iterable[tuple[str, RawTensor]], metadata: Mapping[str, str]) -> bytes:
-    """Return length and header of a file with these tensors, padded so that the data begin at a multiple of 8."""
-    content: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    for name, tensor in tensors:
-        offsets = [tensor.start, tensor.end]
-        content[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def sample(file: RawFile, entry: RawTensor) -> list[float] | None:

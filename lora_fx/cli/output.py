@@ -7,12 +7,13 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from lora_fx.text import wrapped
 
-_COLOURS = (
+_COLOURS: tuple[tuple[re.Pattern[str], dict[str, Any]], ...] = (
     (re.compile(r"^(\+\+\+|---) .*", re.MULTILINE), {"bold": True}),
     (re.compile(r"^@@ .* @@$", re.MULTILINE), {"fg": "cyan"}),
     (re.compile(r"^\+(?!\+\+ ).*", re.MULTILINE), {"fg": "green"}),
@@ -33,10 +34,12 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns
 
 
-def write(text: str, output: str = "-") -> None:
+def write(text: str, output: str = "-", form: str = "text") -> None:
     """Write the text to a file as it is, or show it: within the terminal's width, and in colours where there are."""
-    if output == "-":
+    if output == "-" and form == "text":
         show(wrapped(text, terminal_width()))
+    elif output == "-":
+        click.echo(text)
     else:
         Path(output).write_text(text + "\n", encoding="utf-8")
 
@@ -50,7 +53,8 @@ def show(text: str) -> None:
 def painted(text: str) -> str:
     """Return the text with what is added in green, what is taken away or refused in red, skipped in yellow."""
     for pattern, style in _COLOURS:
-        text = pattern.sub(lambda match, style=style: click.style(match[0], **style), text)
+        start, end = click.style("\0", **style).split("\0")
+        text = pattern.sub(rf"{start}\g<0>{end}", text)
     return text
 
 

@@ -2,25 +2,77 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
-from lora_fx.cli.options import format_option, model_argument, output_option, rules_argument, rules_of
-from lora_fx.cli.output import write
+from lora_fx.cli.options import FORMATS, format_option, model_argument, output_option, rules_argument, rules_of
+from lora_fx.cli.output import terminal_width, write
+from lora_fx.cli.saved import read_plan
+from lora_fx.cli.verbs import DIFFERS
+
+if TYPE_CHECKING:
+    from lora_fx.planning import Plan
 
 
 @click.command("plan")
 @model_argument
-@rules_argument()
-@format_option("text", "json")
+@rules_argument(required=False)
+@format_option(*FORMATS)
 @click.option("--all", "everything", is_flag=True, help="Show repeated blocks one by one.")
+@click.option("--stat", is_flag=True, help="Show only the sums, by rule.")
+@click.option("--expect", metavar="FILE", help="Compare with a saved plan; exit 1 and show what differs.")
 @output_option
-def command(model: str, rules: str, form: str, everything: bool, output: str) -> None:
-    """Show what RULES would do to every linear of MODEL, and why; nothing is changed."""
-    read = rules_of(rules)
-    from lora_fx.api import plan as make_plan
+@click.pass_context
+def command(
+    context: click.Context,
+    model: str,
+    rules: str | None,
+    form: str,
+    everything: bool,
+    stat: bool,
+    expect: str | None,
+    output: str,
+) -> None:
+    """Show what RULES would do to every linear of MODEL, and why; nothing is changed.
+
+    MODEL may be a plan that was saved with --format json; RULES are left out then.
+    """
+    expected = read_plan(expect) if expect is not None else None
+    found = planned(model, rules)
+    if expected is not None:
+        context.exit(_compare(expected, found, str(expect), form, stat, output))
+    to_terminal = output == "-" and form == "text"
+    write(_text(found, form, not everything, stat, terminal_width() if to_terminal else None), output, form)
+
+
+def planned(model: str, rules: str | None) -> Plan:
+    """Return the plan of a model by rules, or a saved one."""
+    if rules is None:
+        if not model.endswith(".json") and model != "-":
+            raise click.UsageError("RULES are missing: a file, or one of the shipped ones; or give a saved plan.json")
+        return read_plan(model)
+    if Path(model).suffix == ".json" and not model.endswith(".index.json"):
+        raise click.UsageError(f"{model} is a saved plan, which has its rules already; leave out '{rules}'")
+    read = rules_of(rules)  # a misspelt rule is told before torch is imported
+    from lora_fx.api import plan
     from lora_fx.modelspec import load_model
-    from lora_fx.plantext import plan_text
 
     built, inputs = load_model(model)
-    found = make_plan(built, read, inputs)
-    write(found.to_json() if form == "json" else plan_text(found, fold=not everything), output)
+    return plan(built, read, inputs)
+
+
+def _compare(expected: Plan, found: Plan, name: str, form: str, stat: bool, output: str) -> int:
+    from lora_fx.cli.rendering import plan_diff_as
+    from lora_fx.plandiff import plan_diff
+
+    diff = plan_diff(expected, found, (name, f"{found.model} · {found.source}"))
+    write(plan_diff_as(diff, form, stat), output, form)
+    return DIFFERS if diff else 0
+
+
+def _text(plan: Plan, form: str, fold: bool, stat: bool, width: int | None) -> str:
+    from lora_fx.cli.rendering import plan_as
+
+    return plan_as(plan, form, fold, stat, width)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NoReturn
 
 import click
 
@@ -16,6 +18,24 @@ from lora_fx.text import nearest
 
 DIFFERS, TROUBLE = 1, 2
 VIOLATIONS = (RuleError, NoMatchError)
+
+
+class Misuse(click.UsageError):
+    """A usage error in one line, with where help is."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        path = self.ctx.command_path if self.ctx is not None else "lora-fx"
+        click.echo(f"lora-fx: {self.format_message()} (see {path} --help)", err=True)
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (Misuse, click.exceptions.NoArgsIsHelpError):
+        raise
+    except click.UsageError as error:
+        raise Misuse(error.format_message(), error.ctx) from error
 
 
 class Verbs(click.Group):
@@ -35,6 +55,10 @@ class Verbs(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _in_one_line():
+            return super().make_context(*args, **kwargs)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take `--debug` wherever it stands."""
         if "--debug" in args:
@@ -53,7 +77,11 @@ class Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; an error is told and becomes the exit status."""
         try:
-            return super().invoke(ctx)
+            with _in_one_line(), warnings.catch_warnings():
+                if not ctx.params.get("debug"):
+                    for kind in (FutureWarning, DeprecationWarning):  # of torch, to whoever wrote torch
+                        warnings.simplefilter("ignore", kind)
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
@@ -64,11 +92,12 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
     """End with the error's text (its first line, for errors that are not ours) and the exit status."""
     if debug:
         traceback.print_exc()
-    click.echo(f"lora-fx: {_told(error)}", err=True)
+    click.echo(f"lora-fx: {told(error)}", err=True)
     sys.exit(DIFFERS if isinstance(error, VIOLATIONS) else TROUBLE)
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """Return the text of an error of ours, with where it is explained; the first line of any other."""
     if isinstance(error, LoraFxError):
-        return str(error)
+        return "\n".join([str(error), *error.__notes__])
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,29 @@
+"""`lora-fx doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import click
+
+from lora_fx.cli.options import format_option, output_option
+from lora_fx.cli.output import write
+from lora_fx.cli.verbs import DIFFERS
+
+
+@click.command("doctor")
+@click.option("--quick", is_flag=True, help="Only look at versions; run nothing.")
+@format_option("text", "json")
+@output_option
+@click.pass_context
+def command(context: click.Context, quick: bool, form: str, output: str) -> None:
+    """Show versions and missing extras, and try whether adapting works here (exit 1 if it does not)."""
+    from lora_fx.health import Health, installed, trouble
+
+    found = Health(installed(), trouble())
+    if not quick:
+        from lora_fx.selftest import checks
+
+        found = replace(found, checks=checks())
+    write(found.to_json() if form == "json" else str(found), output, form)
+    context.exit(0 if found.is_well else DIFFERS)

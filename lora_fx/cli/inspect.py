@@ -1,0 +1,36 @@
+"""`lora-fx inspect`."""
+
+from __future__ import annotations
+
+import click
+
+from lora_fx.cli.options import format_option, output_option
+from lora_fx.cli.output import write
+from lora_fx.cli.verbs import DIFFERS, told
+from lora_fx.errors import AdapterMismatchError, RefusedError
+
+
+@click.command("inspect")
+@click.argument("adapter", type=click.Path())
+@click.argument("model", required=False)
+@format_option("text", "json")
+@output_option
+@click.pass_context
+def command(context: click.Context, adapter: str, model: str | None, form: str, output: str) -> None:
+    """Show what is in the directory ADAPTER; with MODEL, check that it fits (exit 1 if it does not).
+
+    Without MODEL no torch is needed: the configuration and the header are read, no values.  With MODEL all values are
+    read and checked, and names and shapes compared; MODEL has no weights, so that its values are not.
+    """
+    from lora_fx.checkpoint.contents import contents_of
+
+    found = contents_of(adapter)
+    write(found.to_json() if form == "json" else str(found), output, form)
+    if model is not None:
+        from lora_fx.modelspec import check_fit
+
+        try:
+            click.echo(check_fit(adapter, model), err=form == "json")
+        except (AdapterMismatchError, RefusedError) as error:
+            click.echo(f"lora-fx: {told(error)}", err=True)
+            context.exit(DIFFERS)

@@ -1,0 +1,33 @@
+"""Plans and their differences in each of the formats.  No torch here."""
+
+from __future__ import annotations
+
+from lora_fx.plandiff import PlanDiff
+from lora_fx.planhtml import plan_diff_html, plan_html
+from lora_fx.planning import Plan
+from lora_fx.plantext import plan_stat, plan_text
+from lora_fx.plantree import diff_tree, dot, mermaid, plan_tree
+
+
+def plan_as(plan: Plan, form: str, fold: bool = True, stat: bool = False, width: int | None = None) -> str:
+    """Return a plan as text, json, mermaid, dot or html."""
+    if form == "json":
+        return plan.to_json()
+    if form == "html":
+        return plan_html(plan, fold)
+    if form in ("mermaid", "dot"):
+        tree = plan_tree(plan)
+        return mermaid(tree) if form == "mermaid" else dot(tree)
+    return plan_stat(plan) if stat else plan_text(plan, fold, width)
+
+
+def plan_diff_as(diff: PlanDiff, form: str, stat: bool = False) -> str:
+    """Return the difference of two plans as text, json, mermaid, dot or html."""
+    if form == "json":
+        return diff.to_json()
+    if form == "html":
+        return plan_diff_html(diff)
+    if form in ("mermaid", "dot"):
+        tree = diff_tree(diff)
+        return mermaid(tree) if form == "mermaid" else dot(tree)
+    return diff.stat() if stat and diff else str(diff)
