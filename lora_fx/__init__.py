@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_fx.api import diff as diff
     from lora_fx.api import disabled as disabled
     from lora_fx.api import explain as explain
+    from lora_fx.api import export as export
     from lora_fx.api import extract as extract
     from lora_fx.api import inspect as inspect
     from lora_fx.api import load as load
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from lora_fx.errors import RefusedError as RefusedError
     from lora_fx.errors import RuleError as RuleError
     from lora_fx.errors import StalePlanError as StalePlanError
+    from lora_fx.exporters import Exported as Exported
     from lora_fx.graphdiff.compare import GraphDiff as GraphDiff
     from lora_fx.planning import Plan as Plan
     from lora_fx.reporting import Report as Report
@@ -49,13 +51,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "lora_fx.api": (
-        "apply diff disabled explain extract inspect load merge merge_checkpoint parameters plan remerge remove save"
+        "apply diff disabled explain export extract inspect load merge merge_checkpoint parameters plan remerge "
+        "remove save"
     ),
     "lora_fx.checkpoint.mergereport": "MergeReport",
     "lora_fx.errors": (
         "AdapterFileError AdapterMismatchError CaptureError ExportError InvariantError LoraFxError LoraFxWarning "
         "MergeError NoMatchError RefusedError RuleError StalePlanError"
     ),
+    "lora_fx.exporters": "Exported",
     "lora_fx.graphdiff.compare": "GraphDiff",
     "lora_fx.planning": "Plan",
     "lora_fx.reporting": "Report",

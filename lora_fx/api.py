@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from lora_fx import applying, explaining, extraction, remerging, unapplying
+from lora_fx import applying, explaining, exporters, extraction, remerging, requantising, samples, unapplying
 from lora_fx.checkpoint import restore, streaming, write
 from lora_fx.checkpoint.mergereport import MergeReport
 from lora_fx.checkpoint.read import read_adapters
@@ -192,21 +193,61 @@ def diff(a: nn.Module, b: nn.Module) -> GraphDiff:
     return graph_diff(a, b)
 
 
-def merge(tuned: nn.Module) -> nn.Module:
+def merge(tuned: nn.Module, *, requantize: requantising.Quantise | None = None) -> nn.Module:
     """Return a plain model of the original class with every adapter folded in; the adapted model stays unchanged.
 
     W' = W + scaling · B A, accumulated in float32 and rounded once, in a new parameter: whoever shares the base weight
-    keeps it.  The result needs no lora_fx.
+    keeps it.  The result needs no lora_fx.  Of a quantised weight W are the numbers that it stands for, and W' is a
+    plain parameter.
+
+    Args:
+        tuned: an adapted model.
+        requantize: quantises a module in place; is given each merged layer whose weight was quantised.  A LoraFxWarning
+            says how much of the adapter that takes; `lora_fx.requantising.merged_and_requantised` returns it.
 
     Raises:
         MergeError: a merged weight would not be finite; names every such site, and nothing is merged.
     """
-    return unapplying.merged(tuned)
+    if requantize is None:
+        return unapplying.merged(tuned)
+    model, costs = requantising.merged_and_requantised(tuned, requantize)
+    requantising.warn_of_costs(costs)
+    return model
 
 
 def remove(tuned: nn.Module) -> nn.Module:
     """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
     return unapplying.removed(tuned)
+
+
+def export(
+    tuned: nn.Module,
+    path: str | os.PathLike[str],
+    target: str,
+    example_inputs: object = None,
+    verify: bool = False,
+    **options: Any,
+) -> exporters.Exported:
+    """Write the adapted model in the format of another program, whole or not at all; the model stays unchanged.
+
+    What the format cannot hold exactly is refused, with the nearest exact way; what it holds in another, equal form is
+    written so.  The page "Export" of the documentation has the table of both.
+
+    Args:
+        tuned: an adapted model.
+        path: what to write: a file or a directory, as the target has it.
+        target: `merged`, `peft`, `onnx`, `gguf`, `diffusers`, `kohya`, `mlx`…; `lora_fx.exporters.targets()` has all.
+        example_inputs: as for `plan`, of which the first counts; needed by `verify`, and by targets that run the model.
+        verify: whether to load what was written in the target's own client, in a subprocess, and to compare the outputs
+            there with ours.
+        **options: of the target.
+
+    Raises:
+        ExportError: names every site that cannot be expressed, what is not installed, or the difference that verifying
+            has found; nothing is written then.
+    """
+    given = samples.dummy_samples(tuned) if example_inputs is None else samples.samples_of(example_inputs)
+    return exporters.export(tuned, Path(path), target, given[0] if given else None, verify, **options)
 
 
 def merge_checkpoint(

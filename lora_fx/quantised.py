@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 def is_quantised(weight: Tensor) -> bool:
     """Whether the weight is of a subclass of Tensor that can dequantise itself (torchao's, for instance)."""
-    return type(weight).dequantize is not Tensor.dequantize
+    return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
 
 
 def dense(weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.lora import low_rank_weight
+from lora_fx.quantised import dense
 
 
 class DoRAMagnitude(nn.Module):
@@ -38,7 +39,7 @@ class DoRAMagnitude(nn.Module):
 def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Return ‖W + scaling · B A‖ for each row, [out], without gradient."""
     with torch.no_grad():
-        delta = low_rank_weight(lora_A, lora_B, scaling)
+        delta, weight = low_rank_weight(lora_A, lora_B, scaling), dense(weight)
         wide = torch.promote_types(delta.dtype, weight.dtype)
         norms: Tensor = torch.linalg.vector_norm(weight.to(wide) + delta.to(wide), dim=1)
         return norms

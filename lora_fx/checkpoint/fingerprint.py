@@ -10,14 +10,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lora_fx.quantised import is_quantised
+
 VALUES = 8
 TOLERANCE = 2.0**-6
 """Relative; bfloat16 keeps 8 bits."""
 
 
 def sample_values(weight: Tensor) -> list[float] | None:
-    """Return a few evenly spaced values of a weight; None for one without floating point values to look at."""
-    if weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
+    """Return a few evenly spaced values of a weight; None for one without floating point values to look at.
+
+    None for a quantised one too: its adapter fits the base that was quantised, whose values differ by more than a few
+    roundings.
+    """
+    if is_quantised(weight) or weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
         return None
     flat = weight.detach().reshape(-1)
     positions = torch.tensor(sample_positions(flat.numel()), device=flat.device)

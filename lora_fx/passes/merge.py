@@ -14,6 +14,7 @@ from lora_fx.editor import Editor
 from lora_fx.errors import InvariantError, MergeError
 from lora_fx.passes.remove import erase_lora_nodes
 from lora_fx.passes.sitegraph import site_calls
+from lora_fx.quantised import dense
 from lora_fx.tensors import dotted
 
 
@@ -73,12 +74,16 @@ def _other_name(graph_module: fx.GraphModule, name: str, merged: set[str]) -> st
 
 
 def folded(found: Attached) -> Tensor:
-    """Return W + scaling · B A (DoRA: m · V / ‖V‖) of one adapter, as W is stored: a new tensor without gradient."""
+    """Return W + scaling · B A (DoRA: m · V / ‖V‖) of one adapter, as W is stored: a new tensor without gradient.
+
+    Of a quantised W it is a plain tensor: the numbers that W stands for, plus the delta.
+    """
     with torch.no_grad():
+        weight = dense(found.base_weight)
         if found.magnitude is None:
-            return folded_weight(found.base_weight, found.delta())
+            return folded_weight(weight, found.delta())
         factors = (found.lora_A.weight, found.lora_B.weight, found.spec.scaling, found.magnitude.weight)
-        merged = merged_dora_weight(as_rows(found.base_weight, found.spec.layout), *factors)
+        merged = merged_dora_weight(as_rows(weight, found.spec.layout), *factors)
         stored: Tensor = as_rows(merged, found.spec.layout)
         return stored.contiguous()
 

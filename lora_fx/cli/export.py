@@ -1,0 +1,47 @@
+"""`lora-fx export`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lora_fx.cli.options import model_argument
+from lora_fx.cli.output import show
+
+
+@click.command("export")
+@model_argument
+@click.argument("adapter", type=click.Path())
+@click.option("--target", required=True, help="The format; an unknown one lists them all.")
+@click.option("-o", "--output", required=True, type=click.Path(), help="File or directory to write.")
+@click.option("--verify", is_flag=True, help="Load it in its own client, and compare what both compute.")
+@click.option("--set", "options", metavar="KEY=VALUE", multiple=True, help="Option of the target; may be repeated.")
+def command(model: str, adapter: str, target: str, output: str, verify: bool, options: tuple[str, ...]) -> None:
+    """Write MODEL with the ADAPTER of a directory for another program: whole, or not at all.
+
+    MODEL needs its weights here.  The inputs that --verify compares on, and that some targets need, are those which the
+    factory returns with the model, or transformers' own `dummy_inputs`.
+    """
+    given = _read(options)  # a misspelt option is told before torch is imported
+    from lora_fx.api import export, load
+    from lora_fx.exporters import target_named
+    from lora_fx.modelloading import load_with_weights
+
+    target_named(target)
+    built, inputs = load_with_weights(model)
+    tuned = load(built, adapter).eval()
+    show(str(export(tuned, output, target, inputs, verify, **given)))
+
+
+def _read(options: tuple[str, ...]) -> dict[str, Any]:
+    """Return what stands behind each --set, read as YAML: numbers, true and false are what they look like."""
+    import yaml
+
+    found = {}
+    for text in options:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise click.UsageError(f"--set {text}: write KEY=VALUE")
+        found[key] = yaml.safe_load(value)
+    return found
