@@ -61,7 +61,7 @@ def uses_in(plan: Plan) -> Uses | None:
     if all(each.calls is None for each in plan.sites):
         return None
     weights = {
-        site.weight: WeightUse(site.op, site.layout, site.calls or 0, site.read, flat=len(site.shape) == 2)
+        site.weight: WeightUse(site.op, site.layout, site.calls or 0, site.outside, flat=len(site.shape) == 2)
         for site in (each.site for each in plan.sites)
         if site.calls
     }
@@ -155,6 +155,7 @@ class _Finder:
             refusal=kind.refusal or (use.problem or None if use is not None else None),
             layout=kind.layout,
             read=not kind.called or (use is not None and use.outside),
+            outside=use is not None and use.outside,
         )
 
     def _calls(self, path: str, kind: LayerKind, use: WeightUse | None) -> int | None:
@@ -223,6 +224,7 @@ class _Finder:
             parameter=full,
             layout=raw.layout,
             read=True,
+            outside=use is not None and use.outside,
         )
 
 

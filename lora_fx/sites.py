@@ -45,6 +45,8 @@ class Site:
     """How the parameter holds the matrix: as [out, in], or transposed."""
     read: bool = False
     """Whether code reads the weight, instead of (or besides) calling the module that owns it."""
+    outside: bool = False
+    """Whether some of that code is another module's than the owner's."""
 
     @property
     def paths(self) -> tuple[str, ...]:

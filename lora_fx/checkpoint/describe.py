@@ -121,6 +121,8 @@ class _Traits:
     """Paths of the sites that no run has used: their weight shows itself adapted, whoever may read it."""
     in_code: set[str]
     """Names of what the graph of a GraphModule reads."""
+    outside: set[str]
+    """Paths of the sites whose weight other modules than its owner read."""
 
     @staticmethod
     def of(tuned: nn.Module) -> _Traits:
@@ -129,7 +131,8 @@ class _Traits:
         planned = Plan.from_json(record_in(tuned).plan).adapted
         kernels = read_by_kernels(tuned)
         uncalled = {each.path for each in planned if not each.site.read and each.path not in kernels}
-        return _Traits(shared, uncalled, read_in_graph(tuned))
+        outside = {each.path for each in planned if each.site.outside}
+        return _Traits(shared, uncalled, read_in_graph(tuned), outside)
 
     def read(self, path: str, found: Attached) -> bool:
         if found.spec.path_is_owner and dotted(path, "weight") in self.in_code:
@@ -142,7 +145,8 @@ class _Traits:
         if id(found.owner) in self.shared:
             return "the module has several names, of which PEFT would adapt one"
         if not found.spec.path_is_owner:
-            return ""
+            elsewhere = "code outside of its module reads it, where PEFT would leave it as it is"
+            return elsewhere if path in self.outside else ""
         if self.read(path, found):
             return "code reads its weight, which PEFT would leave as it is"
         if has_other_border(found.owner):
