@@ -35,7 +35,7 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
     try:
         check_mergeable(tuned)
     except MergeError as error:
-        yield from error.problems
+        yield from ((path, f"{reason}; programs hold it: target='onnx', target='pt2'") for path, reason in error.problems)
 
 
 def _plain(tuned: nn.Module) -> nn.Module:

@@ -108,7 +108,7 @@ TARGET = Target(
     refused=refused,
     write=write,
     verify=verify,
-    extra="export-mlx",
+    extra="mlx",
     verify_needs=("mlx", "mlx_lm"),
     expresses=expressed(REFUSED, {"slices", "ranks", "alphas", "rslora", "adapters"}),
 )
