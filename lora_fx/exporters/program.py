@@ -1,0 +1,137 @@
+"""An adapted model → the program that torch.export makes of it, with names for what goes in and comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from lora_fx.errors import ExportError, LoraFxWarning
+from lora_fx.samples import Sample
+from lora_fx.swap import Swapped, swap
+from lora_fx.text import listing
+
+
+class PlainOutputs(Swapped, nn.Module):
+    """Mixin for a model that is exported: it returns tensors in tuples and dicts, which every client knows."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return plain(super().forward(*args, **kwargs))
+
+
+def plain(value: Any) -> Any:
+    """Return the tensors of an output: a transformers output as a dict, without what is no tensor (caches)."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        kept = {str(key): plain(each) for key, each in value.items()}
+        return {key: each for key, each in kept.items() if each is not None}
+    if isinstance(value, (tuple, list)):
+        kept_items = [plain(each) for each in value]
+        return tuple(each for each in kept_items if each is not None)
+    return None
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for every tensor in tuples, lists and dicts: `hidden_states_0`, `logits`."""
+    if isinstance(value, Tensor):
+        yield name or "output", value
+    elif isinstance(value, (Mapping, tuple, list)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, each in items:
+            yield from named_tensors(each, f"{name}_{key}" if name else _word(key))
+
+
+def _word(key: object) -> str:
+    return f"output_{key}" if isinstance(key, int) else str(key)
+
+
+def call_of(model: nn.Module, sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the sample with positional arguments as keywords, as far as the model's forward has names for them."""
+    bound = inspect.signature(model.forward).bind(*sample.args, **sample.kwargs)
+    kinds = {name: each.kind for name, each in bound.signature.parameters.items()}
+    if any(kinds[name] is not inspect.Parameter.POSITIONAL_OR_KEYWORD for name in bound.arguments):
+        return sample.args, dict(sample.kwargs)
+    return (), dict(bound.arguments)
+
+
+def input_tensors(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
+    """Return the tensors that go into the model, by name, in order."""
+    args, kwargs = call_of(model, sample)
+    return dict((*named_tensors({f"input_{number}": each for number, each in enumerate(args)}), *named_tensors(kwargs)))
+
+
+def exported(target: str, model: nn.Module, sample: Sample) -> ExportedProgram:
+    """Return what torch.export makes of the model, with every size dynamic that torch does not fix by itself.
+
+    Raises:
+        ExportError: torch.export cannot trace the model.
+    """
+    if not isinstance(model, fx.GraphModule):
+        swap(model, PlainOutputs)
+    args, kwargs = call_of(model, sample)
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for _, tensor in named_tensors((args, kwargs)):
+        shapes[tensor] = dict.fromkeys(range(tensor.dim()), Dim.AUTO)
+    try:
+        with torch.no_grad(), quiet():
+            dynamic = shapes.dynamic_shapes(model, args, kwargs)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # whatever tracing somebody's forward raises
+        raise ExportError(target, "torch.export cannot trace the model", [told(error)]) from error
+    _warn_of_ones(target, args, kwargs)
+    return program
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Say nothing of what torch and the model warn of while they are traced and converted."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [log.level for log in logs]
+    try:
+        for log in logs:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
+def floating(model: nn.Module, sample: Sample) -> list[Tensor]:
+    """Return the floating point tensors among what an exported model gives, in order, as float32."""
+    with torch.no_grad():
+        found = named_tensors(plain(model(*sample.args, **sample.kwargs)))
+    return [each.float().cpu() for _, each in found if each.is_floating_point()]
+
+
+def output_names(model: nn.Module, sample: Sample) -> list[str]:
+    """Return the names of the tensors that the model gives back, in order."""
+    with torch.no_grad():
+        return [name for name, _ in named_tensors(plain(model(*sample.args, **sample.kwargs)))]
+
+
+def told(error: BaseException) -> tuple[str, str]:
+    """Return an error as a fact: its type, and the first line of what it says."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return type(error).__name__, lines[0][:300]
+
+
+def _warn_of_ones(target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Torch takes a size of 1 for a constant."""
+    ones = [name for name, tensor in named_tensors(kwargs or args) if 1 in tensor.shape]
+    if ones:
+        warnings.warn(
+            f"{target}: the example input {listing(ones)} has a size of 1, which torch.export takes for a constant; "
+            "give an example with sizes of 2 or more where the size may change",
+            LoraFxWarning,
+            stacklevel=2,
+        )
