@@ -25,4 +25,10 @@ def dequantised_(model: nn.Module) -> nn.Module:
             if parameter is not None and is_quantised(parameter):
                 plain = dense(parameter).detach().clone()
                 module._parameters[name] = nn.Parameter(plain, requires_grad=False)
+                forget_quantisation(module)
     return model
+
+
+def forget_quantisation(module: nn.Module) -> None:
+    """Take away what torchao's quantize_ hangs on a layer beside its weight: how it prints, which cannot be pickled."""
+    module.__dict__.pop("extra_repr", None)

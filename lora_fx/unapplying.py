@@ -17,6 +17,7 @@ from lora_fx.passes import apply_pass
 from lora_fx.passes.merge import Merge, check_mergeable, folded
 from lora_fx.passes.remove import Remove, erase_lora_nodes
 from lora_fx.passes.sitegraph import lora_nodes
+from lora_fx.quantised import forget_quantisation, is_quantised
 from lora_fx.regions.install import regions, uninstall
 from lora_fx.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.ties import mark_untied, tied_names
@@ -58,6 +59,8 @@ def _merge_module(adapters: list[Attached]) -> None:
     """Fold the adapters of one module into its weights."""
     owner = adapters[0].owner
     weights = {found.spec.parameter: folded(found) for found in adapters}
+    if any(is_quantised(found.base_weight) for found in adapters):
+        forget_quantisation(owner)
     detach(owner)
     for name, weight in weights.items():
         setattr(owner, name, nn.Parameter(weight, requires_grad=False))
