@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,10 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.api import load
+from lora_fx.api import apply, diff, load
 from lora_fx.checkpointmodel import INDEX_SUFFIX, checkpoint_model
 from lora_fx.errors import LoraFxError
+from lora_fx.graphdiff.compare import GraphDiff
+from lora_fx.graphdiff.graphs import Graph
+from lora_fx.graphdiff.models import Comparable, graph_of
 from lora_fx.reporting import report
+from lora_fx.rules import RuleSet
 from lora_fx.samples import call
 from lora_fx.text import count
 
@@ -60,6 +65,31 @@ def check_fit(adapter: str, spec: str) -> str:
     tuned = load(model, adapter, inputs)
     sites = len(report(tuned).sites)
     return f"fits {type(model).__name__}: {count(sites, 'site')} with the names and shapes of the adapter"
+
+
+def compared(a: str | Graph, b: str | Graph) -> GraphDiff:
+    """Return how two models differ, each given as MODEL or as a graph."""
+    first, second = (_comparable(each) for each in (a, b))
+    return diff(first[0], second[0], first[1] if first[1] is not None else second[1])
+
+
+def compared_by_rules(spec: str, rules: Sequence[RuleSet]) -> GraphDiff:
+    """Return what rules change in a model's graph; of two rule sets, how the two adapted models differ."""
+    model, inputs = load_model(spec)
+    *before, after = [model, *(apply(model, each, inputs) for each in rules)]
+    return diff(before[-1], after, inputs)
+
+
+def graph_text(spec: str) -> str:
+    """Return a model's graph as JSON."""
+    return graph_of(*_comparable(spec)).to_json()
+
+
+def _comparable(spec: str | Graph) -> tuple[Comparable, object]:
+    """Return (what `diff` takes, example inputs or None); a `.pt2` file is read there."""
+    if isinstance(spec, str) and not spec.endswith(".pt2"):
+        return load_model(spec)
+    return spec, None
 
 
 def _of_program(path: str) -> tuple[nn.Module, object]:

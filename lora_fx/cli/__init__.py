@@ -20,15 +20,16 @@ VERBS = ("plan", "explain", "diff", "lint", "inspect", "export", "merge", "docto
 
 _EPILOG = """\b
 MODEL is one of
-  package.module:factory   calls it on the meta device; executes that code
-  file.py:factory          the same
-  hf:DIRECTORY             of transformers; needs config.json only
-  model.pt2                a program of torch.export
-  model.safetensors        names and shapes only (or its .index.json)
-  plan.json                a saved plan
-A factory returns a model or (model, example_inputs); - is standard input or output.
+  package.module:factory  calls it; executes that code
+  file.py:factory         the same
+  hf:DIRECTORY            needs config.json only
+  model.pt2               a program of torch.export
+  model.safetensors       names and shapes only
+  plan.json               a saved plan
 
-\b
+A factory returns a model or (model, example_inputs); it is called on the meta device, so no weights are made.  - is the
+standard input or output.
+
 Exit status: 0 done or the same, 1 it differs or a rule is violated, 2 trouble."""
 
 

@@ -17,7 +17,10 @@ from lora_fx.cli.verbs import DIFFERS
 @output_option
 @click.pass_context
 def command(context: click.Context, quick: bool, form: str, output: str) -> None:
-    """Show versions and missing extras, and try whether adapting works here (exit 1 if it does not)."""
+    """Show versions, and try whether adapting works.
+
+    What the extras need is listed, and a tiny model is adapted, trained, saved and merged (exit 1 if that fails).
+    """
     from lora_fx.health import Health, installed, trouble
 
     found = Health(installed(), trouble())

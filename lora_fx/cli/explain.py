@@ -13,7 +13,10 @@ from lora_fx.cli.output import write
 @click.argument("path")
 @rules_argument()
 def command(model: str, path: str, rules: str) -> None:
-    """Say why the site at PATH (a name or a glob) of MODEL is adapted by RULES or not."""
+    """Say why the site at PATH is adapted or not.
+
+    PATH is a name in MODEL, a glob, or a module with sites in it; what each of the RULES says of it is listed.
+    """
     read = rules_of(rules)  # a misspelt rule is told before torch is imported
     from lora_fx.api import explain
     from lora_fx.modelspec import load_model

@@ -10,7 +10,7 @@ from lora_fx.cli.options import model_argument
 from lora_fx.cli.output import show
 
 
-@click.command("export")
+@click.command("export", short_help="Write an adapted model for another program.")
 @model_argument
 @click.argument("adapter", type=click.Path())
 @click.option("--target", required=True, help="The format; an unknown one lists them all.")

@@ -17,7 +17,9 @@ from lora_fx.errors import AdapterMismatchError, RefusedError
 @output_option
 @click.pass_context
 def command(context: click.Context, adapter: str, model: str | None, form: str, output: str) -> None:
-    """Show what is in the directory ADAPTER; with MODEL, check that it fits (exit 1 if it does not).
+    """Show what is in an adapter's directory.
+
+    With MODEL, check that it fits, too (exit 1 if it does not).
 
     Without MODEL no torch is needed: the configuration and the header are read, no values.  With MODEL all values are
     read and checked, and names and shapes compared; MODEL has no weights, so that its values are not.

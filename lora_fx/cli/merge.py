@@ -31,7 +31,10 @@ def command(
     everything: bool,
     no_progress: bool,
 ) -> None:
-    """Fold ADAPTERS into the checkpoint BASE, in bounded memory; nothing is changed but the directory given by -o."""
+    """Fold adapters into a checkpoint on disk.
+
+    BASE and ADAPTERS are directories and stay unchanged; the directory given by -o is written, in bounded memory.
+    """
     from lora_fx.checkpoint.streaming import Options, merge_files
 
     with click.progressbar(length=1, label="merging", hidden=no_progress, file=sys.stderr) as bar:

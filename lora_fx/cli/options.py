@@ -25,6 +25,10 @@ def _complete_rules(context: click.Context, parameter: click.Parameter, incomple
     return [*names, CompletionItem(incomplete, type="file")]
 
 
+complete_any = _complete_rules
+"""Shipped rules, or files."""
+
+
 def _complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(incomplete, type="file")]
 

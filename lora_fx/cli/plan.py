@@ -35,9 +35,10 @@ def command(
     expect: str | None,
     output: str,
 ) -> None:
-    """Show what RULES would do to every linear of MODEL, and why; nothing is changed.
+    """Show what RULES would do to MODEL, and why.
 
-    MODEL may be a plan that was saved with --format json; RULES are left out then.
+    Every weight that multiplies is listed with what would be done to it; nothing is changed.  MODEL may be a plan that
+    was saved with --format json; RULES are left out then.
     """
     expected = read_plan(expect) if expect is not None else None
     found = planned(model, rules)

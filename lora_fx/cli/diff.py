@@ -1,0 +1,158 @@
+"""`lora-fx diff`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_fx.cli.options import FORMATS, STANDARD, complete_any, format_option, output_option, rules_of
+from lora_fx.cli.output import write
+from lora_fx.cli.saved import SavedFileError, read_text
+from lora_fx.cli.verbs import DIFFERS
+
+if TYPE_CHECKING:
+    from lora_fx.graphdiff.compare import GraphDiff
+    from lora_fx.graphdiff.graphs import Graph
+    from lora_fx.plandiff import PlanDiff
+    from lora_fx.planning import Plan
+
+_JSON = (".json", STANDARD)
+
+
+@click.command("diff")
+@click.argument("a", shell_complete=complete_any)
+@click.argument("others", metavar="[B] [RULES]...", nargs=-1, shell_complete=complete_any)
+@format_option(*FORMATS)
+@click.option("--stat", is_flag=True, help="Show only what has changed how much.")
+@click.option("--exit-code", is_flag=True, help="Exit 1 if there is a difference, as git diff does.")
+@output_option
+@click.pass_context
+def command(
+    context: click.Context, a: str, others: tuple[str, ...], form: str, stat: bool, exit_code: bool, output: str
+) -> None:
+    """Show how two graphs, or two plans, differ.
+
+    \b
+      diff MODEL RULES          a model before and after
+      diff MODEL RULES RULES    a model adapted in two ways
+      diff A B                  two MODELs, .pt2 files, saved graphs or saved plans
+      diff MODEL -o FILE        nothing to compare with: its graph is saved as JSON
+
+    Two JSON files are compared without torch.
+    """
+    if not others:
+        write(_graph_text(a), output, "json")
+        return
+    diff = _difference(a, others)
+    write(_shown(diff, form, stat), output, form)
+    context.exit(DIFFERS if diff and exit_code else 0)
+
+
+def _difference(a: str, others: tuple[str, ...]) -> GraphDiff | PlanDiff:
+    rules = tuple(each for each in others if _is_rules(each))
+    if len(others) > 2 or (len(others) == 2 and len(rules) != 2):
+        raise click.UsageError("give two models, or a model and one or two rule files")
+    if rules:
+        return _by_rules(a, rules)
+    (b,) = others
+    if a.endswith(_JSON) and b.endswith(_JSON):
+        return _of_saved(a, b)
+    return _of_models(a, b)
+
+
+def _is_rules(operand: str) -> bool:
+    """Whether an operand names rules: what is no MODEL by its form is a rule file, or a shipped one's name."""
+    if operand.endswith((".yaml", ".yml")):
+        return True
+    return not (":" in operand or operand.endswith((*_JSON, ".pt2", ".safetensors")))
+
+
+def _of_saved(a: str, b: str) -> GraphDiff | PlanDiff:
+    from lora_fx.planning import Plan
+
+    first, second = _saved(a), _saved(b)
+    if isinstance(first, Plan):
+        if not isinstance(second, Plan):
+            raise SavedFileError(f"{a} is a plan, {b} a graph")
+        from lora_fx.plandiff import plan_diff
+
+        return plan_diff(first, second, (a, b))
+    if isinstance(second, Plan):
+        raise SavedFileError(f"{a} is a graph, {b} a plan")
+    from lora_fx.graphdiff.compare import compare
+
+    return compare(first, second)
+
+
+def _saved(name: str) -> Plan | Graph:
+    """Return the plan or the graph that a JSON file holds."""
+    text = read_text(name)
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise SavedFileError(f"{name}: is not JSON: {error}") from error
+    if isinstance(document, dict) and document.get("kind") == "lora_fx graph":
+        from lora_fx.graphdiff.graphs import Graph
+
+        return Graph.from_json(text)
+    from lora_fx.planning import Plan
+
+    try:
+        return Plan.from_json(text)
+    except ValueError as error:
+        raise SavedFileError(f"{name}: is neither a graph nor a plan of lora_fx") from error
+
+
+def _of_models(a: str, b: str) -> GraphDiff:
+    from lora_fx.modelspec import compared
+
+    return compared(_saved_graph(a), _saved_graph(b))
+
+
+def _saved_graph(operand: str) -> Graph | str:
+    """Return a saved graph, or the operand itself if it is a model."""
+    if not operand.endswith(_JSON) or operand.endswith(".index.json"):
+        return operand
+    from lora_fx.planning import Plan
+
+    found = _saved(operand)
+    if isinstance(found, Plan):
+        raise SavedFileError(f"{operand}: is a plan, which can only be compared with a plan")
+    return found
+
+
+def _by_rules(model: str, rules: tuple[str, ...]) -> GraphDiff:
+    read = [rules_of(name) for name in rules]  # a misspelt rule is told before torch is imported
+    from lora_fx.modelspec import compared_by_rules
+
+    return compared_by_rules(model, read)
+
+
+def _graph_text(model: str) -> str:
+    from lora_fx.modelspec import graph_text
+
+    return graph_text(model)
+
+
+def _shown(diff: GraphDiff | PlanDiff, form: str, stat: bool) -> str:
+    from lora_fx.plandiff import PlanDiff
+
+    if isinstance(diff, PlanDiff):
+        from lora_fx.cli.rendering import plan_diff_as
+
+        return plan_diff_as(diff, form, stat)
+    forms = {"json": diff.to_json, "html": diff.to_html, "mermaid": diff.to_mermaid, "dot": diff.to_dot}
+    if form in forms:
+        return forms[form]()
+    return _stat(diff) if stat and diff else str(diff)
+
+
+def _stat(diff: GraphDiff) -> str:
+    """Return a line for each site with how many statements went and came, and the sums."""
+    from lora_fx.plantext import fold_rows
+    from lora_fx.text import columns
+
+    rows = [(each.path, f"-{len(each.removed)} +{len(each.added)}", each.note) for each in diff.changes]
+    return "\n".join([columns(fold_rows(rows)), str(diff).splitlines()[-1]])
