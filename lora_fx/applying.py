@@ -11,7 +11,7 @@ from lora_fx.adapters.attach import all_attached, attach
 from lora_fx.adapters.spec import ModelRecord
 from lora_fx.editor import Editor
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
-from lora_fx.modules import adapt, count_calls_anew, read_by_kernels
+from lora_fx.modules import adapt, count_calls_anew, read_by_kernels, stop_counting
 from lora_fx.passes import apply_pass
 from lora_fx.passes.inject import Inject
 from lora_fx.planning import DEAD, Plan, PlannedSite
@@ -69,6 +69,7 @@ def _adapt_modules(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
         adapt(twin.get_submodule(path), names, path in kernels)
     if any(found.call is not None for _, found in all_attached(twin)):
         twin.register_forward_pre_hook(count_calls_anew)
+        twin.register_forward_hook(stop_counting, always_call=True)
     _train_biases(twin, record)
 
 

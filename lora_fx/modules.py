@@ -19,6 +19,7 @@ from lora_fx.adapters.attach import (
     CALLED,
     DENSE,
     READS,
+    WITHIN,
     Attached,
     attached,
     attached_to,
@@ -79,15 +80,31 @@ def _next_call(owner: nn.Module, calls: int) -> int:
             advice="leave out `per_call: true`, or checkpoint other modules",
         )
     number: int = owner.__dict__.get(CALLED, 0)
-    owner.__dict__[CALLED] = (number + 1) % calls
+    if number >= calls:
+        if owner.__dict__.get(WITHIN, False):
+            raise RefusedError(
+                f"a forward calls a module more often than the {calls} times for which it has an adapter each",
+                advice="apply with example_inputs that call it as often, or leave out `per_call: true`",
+            )
+        number = 0  # a part of the model is run alone: its calls begin again
+    owner.__dict__[CALLED] = number + 1
     return number
 
 
 def count_calls_anew(root: nn.Module, _args: Any = None) -> None:
     """Begin to count the calls of every module with an adapter for each: a forward of the whole model begins."""
+    _set_calls(root, True)
+
+
+def stop_counting(root: nn.Module, _args: Any, _result: Any) -> None:
+    """Note that the forward of the whole model has ended."""
+    _set_calls(root, False)
+
+
+def _set_calls(root: nn.Module, within: bool) -> None:
     for module in root.modules():
         if CALLED in module.__dict__:
-            module.__dict__[CALLED] = 0
+            module.__dict__.update({CALLED: 0, WITHIN: within})
 
 
 @functools.cache

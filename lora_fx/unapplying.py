@@ -12,7 +12,7 @@ from lora_fx.adapters.attach import ACTIVE, Attached, all_attached, detach
 from lora_fx.adapters.spec import ModelRecord
 from lora_fx.applying import record_in
 from lora_fx.editor import Editor
-from lora_fx.modules import count_calls_anew, set_active
+from lora_fx.modules import count_calls_anew, set_active, stop_counting
 from lora_fx.passes import apply_pass
 from lora_fx.passes.merge import Merge, check_mergeable, folded
 from lora_fx.passes.remove import Remove, erase_lora_nodes
@@ -78,14 +78,22 @@ def _untie(tuned: nn.Module, twin: nn.Module) -> None:
 def _plain_twin(tuned: nn.Module, rewrite: Merge | Remove) -> nn.Module:
     """Return a twin without regions and, for a GraphModule, with its graph rewritten."""
     twin = make_twin(tuned)
-    for key, hook in list(twin._forward_pre_hooks.items()):
-        if hook is count_calls_anew:
-            del twin._forward_pre_hooks[key]
+    _drop_hooks(twin)
     for _, module, _ in list(regions(twin)):
         uninstall(module)
     if isinstance(twin, fx.GraphModule) and next(lora_nodes(twin), None) is not None:
         _rewrite_graph(twin, rewrite)
     return twin
+
+
+def _drop_hooks(twin: nn.Module) -> None:
+    """Take off the hooks that count calls."""
+    hooks: tuple[dict[int, object], ...] = (twin._forward_pre_hooks, twin._forward_hooks)  # type: ignore[assignment]
+    for table in hooks:
+        for key, hook in list(table.items()):
+            if hook in (count_calls_anew, stop_counting):
+                del table[key]
+                twin._forward_hooks_always_called.pop(key, None)
 
 
 def _rewrite_graph(twin: fx.GraphModule, rewrite: Merge | Remove) -> None:

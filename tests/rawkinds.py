@@ -84,7 +84,7 @@ PRODUCTS = [
     of("bmm with a bank", lambda self, x: torch.bmm(x, self.w), (3, 6, 5), "bank in_out", batches),
     of("bmm with a bank from the left", lambda self, x: torch.bmm(self.w, x.mT), (3, 5, 6), "bank out_in", batches),
     of("matmul with a bank", lambda self, x: x @ self.w, (3, 6, 5), "bank in_out", batches),
-    of("bmm with an expanded matrix", lambda self, x: torch.bmm(x, self.w.unsqueeze(0).expand(3, -1, -1)), IN, "in_out", batches, drops=False),
+    of("bmm with an expanded matrix", lambda self, x: torch.bmm(x, self.w.unsqueeze(0).expand(3, -1, -1)), IN, "in_out", batches),
     of("baddbmm", lambda self, x: torch.baddbmm(x[..., :5], x, self.w), (3, 6, 5), "bank in_out", batches),
     of("addmm", lambda self, x: torch.addmm(self.b, x, self.w), IN, "in_out", matrix, bias=True),
     of("addmm, alpha and beta", lambda self, x: torch.addmm(self.b, x, self.w, beta=0.5, alpha=2.0), IN, "in_out", matrix, bias=True),

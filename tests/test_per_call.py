@@ -200,7 +200,6 @@ def test_activation_checkpointing_is_refused_loudly(backend: str):
         result.sum().backward()
 
 
-@pytest.mark.xfail(reason="a call beyond those that were planned gets the first call's adapter", strict=True)
 def test_more_calls_than_were_planned_are_refused():
     tuned = trained()
     tuned.times = CALLS + 1

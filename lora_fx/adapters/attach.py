@@ -33,6 +33,8 @@ ACTIVE = "lora_fx_active"
 """Attribute of an adapted module: name of the adapter that its forward uses, None while disabled."""
 CALLED = "lora_fx_called"
 """Attribute of a module with an adapter for each call: how often it has been called in this forward."""
+WITHIN = "lora_fx_within"
+"""Attribute of such a module: whether a forward of the whole model is running."""
 READS = "lora_fx_reads"
 """Attribute of a class whose instances show these parameters with their adapters."""
 DENSE = "lora_fx_dense"
@@ -245,7 +247,7 @@ def owner_path(path: str, found: Attached) -> str:
 def detach(owner: nn.Module) -> None:
     """Take all adapters away from the owner and give it its own class back, in place; the base weights stay."""
     unswap(owner)
-    for name in (ACTIVE, CALLED, DENSE):
+    for name in (ACTIVE, CALLED, WITHIN, DENSE):
         owner.__dict__.pop(name, None)
     for name, child in list(owner._modules.items()):
         if name in CHILDREN or isinstance(child, AdapterHome):

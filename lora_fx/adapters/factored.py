@@ -104,7 +104,7 @@ class Factored:
     def grouped(self, x: Operand, offsets: Operand, product: Callable[..., Operand]) -> Operand | None:
         """Return each group of rows of x [S, in] times its member of the bank [E, in, out]."""
         found = self.matrices()
-        if found is None or len(self.view.shape) != 3:
+        if found is None or len(self.view.shape) != 3 or not self.view.banked:
             return None
         return product(product(x, found[0], offsets) * self.scaling, found[1], offsets)
 

@@ -110,12 +110,12 @@ class WeightView:
     def two_sides(self) -> tuple[Kind, Kind] | None:
         """Return the kinds of the last two dimensions if they are rows and columns, either way round; else None.
 
-        Before them at most the bank may stand.
+        Before them at most the bank may stand, or a dimension over which one matrix is repeated.
         """
         if self.dims is None or len(self.dims) not in (2, 3):
             return None
         *before, left, right = (dim.kind for dim in self.dims)
-        if before and before[0] != "bank" and not (before[0] == "one" and self.banked):
+        if before and before[0] not in ("bank", "one", "repeat"):
             return None
         return _SIDES.get((left, right))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 from torch.fx.node import map_arg
@@ -104,11 +104,22 @@ def _method(name: str) -> Callable[..., Any]:
     return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
 
 
+class _Seen(NamedTuple):
+    """Which product a call makes, and of what."""
+
+    kind: str
+    args: tuple[Any, ...]
+
+    def __mul__(self, factor: Any) -> _Seen:
+        """Return itself: `alpha` changes nothing about which product it is."""
+        return self
+
+
 class _Probe:
     """Stands for a low-rank weight, to see which product a call makes of it."""
 
-    def __getattr__(self, name: str) -> Callable[..., tuple[str, tuple[Any, ...]]]:
-        return lambda *args, **_: (name, args)
+    def __getattr__(self, name: str) -> Callable[..., _Seen]:
+        return lambda *args, **_: _Seen(name, args)
 
 
 def _use(node: fx.Node, weight: fx.Node, name: str, view: WeightView) -> RawUse:
