@@ -137,6 +137,7 @@ def grouped_product(x: Tensor, bank: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([*parts, rest])
 
 
+GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 _PRODUCTS: dict[str, Callable[[Call], Delta | None]] = {
     "linear": _linear,
     "matmul": _matmul,
@@ -151,9 +152,7 @@ _PRODUCTS: dict[str, Callable[[Call], Delta | None]] = {
     "einsum": _einsum,
     "embedding": _embedding,
     **{name: _convolution(name) for name in _CONVOLUTIONS},
-    "grouped_mm": _grouped,
-    "_grouped_mm": _grouped,
-    "grouped_mm_fallback": _grouped,
+    **dict.fromkeys(GROUPED, _grouped),
 }
 
 VIEWS = frozenset(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lora_fx.adapters.attention import attention_forward
 from lora_fx.adapters.factored import Factored
-from lora_fx.adapters.products import COPIES, VIEWS, Call, name_of, product
+from lora_fx.adapters.products import COPIES, GROUPED, VIEWS, Call, name_of, product
+from lora_fx.adapters.routed import routed_product, runs_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Part:
     base: Tensor
     low: Factored
     dropout: Callable[[Tensor], Tensor] | None
+    picked: bool = False
+    """Whether it is a member of a bank that an index tensor has picked."""
 
     def dense(self) -> Tensor:
         """Return W + scaling · B A, a plain tensor in W's dtype, through which gradients reach the factors."""
@@ -141,7 +144,11 @@ def _product(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Return base product + low-rank product; None if the call does not multiply the weight, or not so simply."""
     part = _kept(weight)
     others = _mapped((args, kwargs), lambda each: each if each is weight else _kept(each).dense())
-    delta = product(name, Call(others[0], others[1], weight))
+    call = Call(others[0], others[1], weight)
+    routed = _routed(name, func, call, part)
+    if routed is not None:
+        return routed
+    delta = product(name, call)
     if delta is None:
         return None
     low = delta(part.low, lambda x: _given(x, part))
@@ -151,6 +158,26 @@ def _product(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     base = func(*args, **kwargs)
     result: Tensor = base + low.to(base.dtype)
     return result
+
+
+def _routed(name: str, func: Any, call: Call, part: Part) -> Tensor | None:
+    """Return the product of rows with the members of a bank that they are routed to; None if it is something else."""
+    if (
+        not (name in GROUPED or (name == "linear" and part.picked))
+        or call.operand(1, "weight", "mat_b") is not call.weight
+    ):
+        return None
+    x, bias = call.operand(0, "input", "mat_a"), call.operand(3 if name in GROUPED else 2, "bias")
+    frozen = not part.base.requires_grad and (bias is None or not bias.requires_grad)
+    plain = type(x) is Tensor and x.dim() > 1 and part.dropout is None
+    if not (frozen and plain) or torch.is_autocast_enabled(x.device.type):
+        return None
+    args, kwargs = _mapped((call.args, call.kwargs), lambda _: part.base)
+    weight, low = part.base, part.low
+    if name == "linear":
+        weight, low = weight.t(), low.through(torch.t)
+    runs = None if low is None else runs_of(name, call, low, x.shape[:-1].numel())
+    return None if runs is None else routed_product(lambda: func(*args, **kwargs), runs, x, weight, low)
 
 
 def _given(x: Tensor, part: Part) -> Tensor:
@@ -188,7 +215,7 @@ def _picked(name: str, part: Part, args: tuple[Any, ...]) -> LoRAWeight | None:
     if index.dim() > 1:
         return None
     low = part.low.picked(index, None if index.dim() == 0 else index.shape[0])
-    return None if low is None else LoRAWeight(replace(part, base=part.base[index], low=low))
+    return None if low is None else LoRAWeight(replace(part, base=part.base[index], low=low, picked=True))
 
 
 def _name(func: Any) -> str:

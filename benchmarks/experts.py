@@ -1,0 +1,250 @@
+"""What adapters on routed experts cost: `python benchmarks/experts.py` prints it; times are of this machine.
+
+A Mixtral block of experts with its router, and a whole decoder layer: 8 experts, top-2, hidden size 512, rank 8 on both
+banks.  The base is the same model frozen, with gradients to its input, so that the backward pass goes through it too.
+Time is the median of paired ratios, interleaved in one process in rotating order, beside that of the base over itself;
+saved bytes count every storage that autograd keeps for the backward pass once, weights and adapters apart; FLOPs are
+those of both passes; the peak is of bytes that were made since the step began, and live at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import statistics
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralSparseMoeBlock
+
+import lora_fx
+
+EXPERTS, TOP, RANK = 8, 2, 8
+RULES = {"version": 1, "rules": [{"match": {"name": "**.experts.{gate_up,down}_proj"}, "lora": {"r": RANK}}]}
+
+
+class Block(nn.Module):
+    """The router and the experts."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.mlp = MixtralSparseMoeBlock(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.mlp(x)
+        return result
+
+
+class Layer(nn.Module):
+    """A whole decoder layer."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.layer = MixtralDecoderLayer(config, 0)
+        self.width = config.head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[1])[:, None] * torch.logspace(0, -4, self.width // 2).repeat(2)
+        result = self.layer(
+            x, position_embeddings=tuple(each[None].to(x.dtype) for each in (angles.cos(), angles.sin()))
+        )
+        return result if isinstance(result, Tensor) else result[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one number of tokens."""
+
+    kind: type[nn.Module]
+    implementation: str
+    intermediate: int
+    tokens: int
+    dtype: torch.dtype = torch.float32
+    hidden: int = 512
+
+    def base(self) -> nn.Module:
+        """Return the frozen model, with random weights."""
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            hidden_size=self.hidden, intermediate_size=self.intermediate, num_local_experts=EXPERTS,
+            num_experts_per_tok=TOP, num_attention_heads=8, num_key_value_heads=8, head_dim=self.hidden // 8,
+            num_hidden_layers=1, attn_implementation="sdpa", experts_implementation=self.implementation,
+        )  # fmt: skip
+        config._attn_implementation, config._experts_implementation = "sdpa", self.implementation
+        model = self.kind(config)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)
+        return model.to(self.dtype).requires_grad_(False)
+
+    def input(self) -> Tensor:
+        return torch.randn(1, self.tokens, self.hidden, generator=torch.Generator().manual_seed(1)).to(self.dtype)
+
+    def text(self) -> str:
+        what = f"{self.kind.__name__.lower():5} {self.implementation:10} {self.intermediate:5} {self.tokens:6}"
+        return f"{what}  {str(self.dtype).removeprefix('torch.'):8}"
+
+
+def adapted(base: nn.Module, sample: Tensor) -> nn.Module:
+    """Return the base with adapters that are no longer zero."""
+    tuned = lora_fx.apply(base, RULES, (sample[:, :16],))
+    for parameter in lora_fx.parameters(tuned):
+        nn.init.normal_(parameter, std=0.02)
+    return tuned
+
+
+def step(model: nn.Module, x: Tensor) -> None:
+    """Run both passes, down to the gradient of the input."""
+    model.zero_grad()
+    model(x.detach().requires_grad_()).sum().backward()
+
+
+# -- what does not depend on the machine
+
+
+def _grouped_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    """Every row meets one matrix; of two matrices, every group of the sum is one product."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+def flops(model: nn.Module, x: Tensor) -> int:
+    """Return the FLOPs of both passes; torch does not count grouped products itself."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}) as counter:
+        step(model, x)
+    total: int = counter.get_total_flops()
+    return total
+
+
+def saved_bytes(model: nn.Module, x: Tensor, weights: bool = False) -> int:
+    """Return the bytes that autograd keeps between the passes, those of the model's own parameters only on request."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if weights or storage._cdata not in own:
+            kept[storage._cdata] = tensor, storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x.detach().requires_grad_())
+    return sum(size for _, size in kept.values())
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the bytes of the storages that are made, and takes them off as they go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {each.untyped_storage()._cdata for each in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for each in _tensors(result):
+            storage = each.untyped_storage()
+            fresh = storage._cdata not in self.known and storage._cdata not in before
+            if fresh and each.device.type != "meta":
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def peak_bytes(model: nn.Module, x: Tensor) -> int:
+    with _Live() as live:
+        step(model, x)
+    return live.peak
+
+
+# -- time
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def time_ratios(base: nn.Module, again: nn.Module, tuned: nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
+    """Return medians over rounds of the paired ratios to the base, by wall clock and by the time of the processor."""
+    models = [base, again, tuned]
+    for model in models:
+        step(model, x)
+        step(model, x)
+    wall, processor = [], []
+    with _no_collection():
+        for number in range(rounds):
+            spent = {}
+            for index in (0, 1, 2) if number % 2 else (2, 1, 0):
+                started = time.perf_counter(), time.process_time()
+                step(models[index], x)
+                spent[index] = time.perf_counter() - started[0], time.process_time() - started[1]
+            wall.append([spent[index][0] / spent[0][0] for index in (1, 2)])
+            processor.append([spent[index][1] / spent[0][1] for index in (1, 2)])
+    names = ("control", "adapted")
+    found = {name: statistics.median(each[i] for each in wall) for i, name in enumerate(names)}
+    return found | {f"{name} cpu": statistics.median(each[i] for each in processor) for i, name in enumerate(names)}
+
+
+def cases() -> Iterator[Case]:
+    for kind in (Block, Layer):
+        for intermediate in (1792, 1024):
+            for tokens in (512, 2048):
+                for implementation in ("eager", "grouped_mm"):
+                    yield Case(kind, implementation, intermediate, tokens)
+        yield Case(kind, "batched_mm", 1792, 16)
+    yield Case(Layer, "grouped_mm", 1792, 512, torch.bfloat16)
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--rounds", type=int, default=20, help="0: no times")
+    asked.add_argument("--only", default="", help="words of the cases to measure: `Block eager`")
+    options = asked.parse_args()
+    torch.set_num_threads(1)
+    print("model experts     inner  tokens  dtype      FLOPs   saved  +weights  peak    time  (cpu)   base/base (cpu)")
+    for case in cases():
+        if not all(word.lower() in case.text() for word in options.only.split()):
+            continue
+        x, base = case.input(), case.base()
+        tuned = adapted(base, x)
+        ratios = [measure(tuned, x) / measure(base, x) for measure in (flops, saved_bytes)]
+        ratios += [saved_bytes(tuned, x, True) / saved_bytes(base, x, True), peak_bytes(tuned, x) / peak_bytes(base, x)]
+        line = case.text() + "  ".join(f"{each:7.3f}" for each in ratios)
+        if options.rounds:
+            t = time_ratios(base, case.base(), tuned, x, options.rounds)
+            line += f"  {t['adapted']:.3f} ({t['adapted cpu']:.3f})  {t['control']:.3f} ({t['control cpu']:.3f})"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
