@@ -77,6 +77,7 @@ def test_all_architectures_that_are_allowed_are_tested():
     assert {f"{kind}ForCausalLM" for kind in SETTINGS} == set(LAYOUTS)
 
 
+@pytest.mark.slow
 def test_without_the_permutation_of_q_and_k_the_file_loads_and_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -38,7 +38,7 @@ class Layout:
     blocks: dict[str, str]
     """Path in a layer → name in `blk.N`."""
     permuted: bool = False
-    """Whether the rows of q and k are in the order of the original LLaMA's rotary embedding, and not in transformers'."""
+    """Whether the rows of q and k are in the order of the original LLaMA's rotary embedding, not in transformers'."""
 
     def tensor(self, path: str) -> str | None:
         """Return the name of the weight of a site, or None if the file has none that an adapter may change."""

@@ -18,6 +18,8 @@ from lora_fx.samples import Sample
 from lora_fx.swap import Swapped, swap
 from lora_fx.text import listing
 
+EXPERTS = "where it is transformers' experts: load the model with experts_implementation='batched_mm'"
+
 
 class PlainOutputs(Swapped, nn.Module):
     """Mixin for a model that is exported: it returns tensors in tuples and dicts, which every client knows."""
@@ -85,7 +87,7 @@ def exported(target: str, model: nn.Module, sample: Sample) -> ExportedProgram:
             dynamic = shapes.dynamic_shapes(model, args, kwargs)
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # whatever tracing somebody's forward raises
-        raise ExportError(target, "torch.export cannot trace the model", [told(error)]) from error
+        raise ExportError(target, "torch.export cannot trace the model", [told(error)], EXPERTS) from error
     _warn_of_ones(target, args, kwargs)
     return program
 
@@ -121,6 +123,8 @@ def output_names(model: nn.Module, sample: Sample) -> list[str]:
 
 def told(error: BaseException) -> tuple[str, str]:
     """Return an error as a fact: its type, and the first line of what it says."""
+    while error.__cause__ is not None:  # what torch.onnx says first is how to report an error
+        error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     return type(error).__name__, lines[0][:300]
 

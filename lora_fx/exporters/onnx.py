@@ -1,0 +1,281 @@
+"""onnx: one graph of the base model, whose adapters are optional inputs; and a file for each adapter.
+
+Every A and B is an initializer that is also an input: without an adapter its rank is 0, and the graph computes what the
+base computes; onnxruntime fills in the values of the `.onnx_adapter` files that a run names.  The scaling is in B.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.checkpoint.fingerprint import same_values
+from lora_fx.errors import ExportError
+from lora_fx.exporters.neutral import NAME, Neutral, neutral
+from lora_fx.exporters.program import EXPERTS, exported, floating, input_tensors, output_names, quiet, told
+from lora_fx.exporters.running import largest_difference, run_client
+from lora_fx.exporters.target import Refusal, Target
+from lora_fx.samples import Sample
+from lora_fx.unapplying import disabled
+
+ADAPTER_SUFFIX = ".onnx_adapter"
+NOTE = "lora_fx"
+"""Key of the model's metadata that says what its adapters may be."""
+_LARGE = 1_800_000_000
+"""Bytes above which the weights lie beside the graph: a protobuf file ends at 2 GiB."""
+_ADAPTER_NAME = re.compile(rf"(?:(?<=\.)|^)(lora_A|lora_B|lora_magnitude_vector)\.{NAME}\.")
+
+
+def _refused(tuned: nn.Module) -> Iterator[Refusal]:
+    yield from ()
+
+
+def _write(
+    tuned: nn.Module, path: Path, sample: Sample, optimize: bool = True, graph: str | Path | None = None
+) -> None:
+    parts = neutral(tuned)
+    if path.suffix == ADAPTER_SUFFIX:
+        _write_adapter_for(parts, path, graph)
+        return
+    model = _converted(parts, sample)
+    lifted = _lift(model, parts)
+    if optimize:
+        _optimise(model)
+    _give_defaults(model, lifted, parts)
+    _save(model, path)
+    for name, values in parts.adapters.items():
+        _write_adapter(path.with_name(f"{name}{ADAPTER_SUFFIX}"), values)
+
+
+def short(name: str) -> str:
+    """Return the name of a parameter without the adapter's: `q_proj.lora_A.weight`."""
+    return _ADAPTER_NAME.sub(r"\1.", name)
+
+
+# -- the graph
+
+
+def _converted(parts: Neutral, sample: Sample) -> Any:
+    """Return the model as onnx_ir holds it, unoptimised: what optimises renames or folds the adapters' initializers."""
+    program = exported("onnx", parts.model, sample)
+    try:
+        with quiet():
+            made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+    except Exception as error:
+        raise ExportError("onnx", "torch.onnx cannot convert the model", [told(error)], EXPERTS) from error
+    assert made is not None
+    model: Any = made.model
+    _rename(model.graph.inputs, list(input_tensors(parts.model, sample)))
+    _rename(model.graph.outputs, output_names(parts.model, sample))
+    _forget_tracing(model)
+    return model
+
+
+def _rename(values: Any, names: list[str]) -> None:
+    if len(values) == len(names) and len({id(value) for value in values}) == len(names):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+
+
+def _forget_tracing(model: Any) -> None:
+    """Drop where in somebody's files each node came from, and the shapes of what lies between: ranks may change."""
+    ends = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if id(value) not in ends:
+                value.shape = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Lifted:
+    """An input that an adapter fills."""
+
+    name: str
+    value: Any
+    default: Tensor
+    axis: int | None
+    """Of the rank, if any rank will do."""
+
+    def note(self) -> dict[str, object]:
+        return {"shape": list(self.default.shape), "rank": self.axis}
+
+
+def _lift(model: Any, parts: Neutral) -> list[_Lifted]:
+    """Make inputs of all that adapters change, in place."""
+    lifted = []
+    aliases = _aliases(parts.model)
+    for name, default in parts.base.items():
+        value = _taken(model, aliases.get(name, [name]))
+        if value is None:
+            raise ExportError("onnx", "torch.onnx has left out a part of the adapter", [(name, "is in no node")])
+        axis = parts.rank_axes.get(name)
+        value.name, value.const_value = short(name), None
+        value.shape = _shape(default, axis, value.name)
+        model.graph.inputs.append(value)
+        lifted.append(_Lifted(value.name, value, default, axis))
+    note = {"inputs": {each.name: each.note() for each in lifted}, "base": parts.fingerprint}
+    model.metadata_props[NOTE] = json.dumps(note)
+    return lifted
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Return, for the name of each parameter, all names of the same parameter."""
+    every = list(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, parameter in every:
+        names.setdefault(id(parameter), []).append(name)
+    return {name: names[id(parameter)] for name, parameter in every}
+
+
+def _taken(model: Any, names: list[str]) -> Any:
+    """Take the initializers of these names out of the graph, in place, and return one that stands for them all."""
+    ir = importlib.import_module("onnx_ir")
+    found = [model.graph.initializers.pop(name) for name in names if name in model.graph.initializers]
+    for other in found[1:]:
+        ir.convenience.replace_all_uses_with(other, found[0])
+    return found[0] if found else None
+
+
+def _shape(default: Tensor, axis: int | None, name: str) -> Any:
+    ir = importlib.import_module("onnx_ir")
+    site = re.sub(r"\.?lora_[AB]\.weight$", "", name)
+    return ir.Shape([f"rank of {site}" if place == axis else size for place, size in enumerate(default.shape)])
+
+
+def _optimise(model: Any) -> None:
+    """Fold constants and fuse nodes, in place; the adapters have no values at this time, so none is folded."""
+    with quiet():
+        importlib.import_module("onnxscript.optimizer").optimize_ir(model)
+
+
+def _give_defaults(model: Any, lifted: list[_Lifted], parts: Neutral) -> None:
+    """Let the inputs be optional, in place: without a value the graph is the base."""
+    ir = importlib.import_module("onnx_ir")
+    for each in lifted:
+        default = each.default if each.axis is None else each.default.narrow(each.axis, 0, 0)
+        each.value.const_value = ir.tensor(default.detach().cpu().contiguous().numpy(), name=each.name)
+        model.graph.register_initializer(each.value)
+
+
+def _save(model: Any, path: Path) -> None:
+    ir = importlib.import_module("onnx_ir")
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if size > _LARGE:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        ir.save(model, path)
+
+
+# -- adapters
+
+
+def _write_adapter(path: Path, values: dict[str, Tensor]) -> None:
+    runtime = importlib.import_module("onnxruntime")
+    arrays = {short(name): value.detach().cpu().contiguous().numpy() for name, value in values.items()}
+    file = runtime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(1)
+    file.set_parameters({name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()})
+    file.export_adapter(str(path))
+
+
+def _write_adapter_for(parts: Neutral, path: Path, graph: str | Path | None) -> None:
+    """Write an adapter for a graph that another one was exported with, if it fits."""
+    if graph is None or len(parts.adapters) > 1:
+        what = "a graph to go with" if graph is None else "one adapter, not several"
+        raise ExportError("onnx", f"an {ADAPTER_SUFFIX} file needs {what}", advice="graph='model.onnx'")
+    values = next(iter(parts.adapters.values()))
+    note = _note_of(Path(graph))
+    problems = [(short(name), why) for name, value in values.items() if (why := _misfit(note, short(name), value))]
+    problems += [
+        (site, "has another base weight there")
+        for site, sample in parts.fingerprint.items()
+        if not same_values(note["base"].get(site), sample)
+    ]
+    if problems:
+        raise ExportError(
+            "onnx", f"{graph} is no graph for this adapter", problems, "export the graph from this adapter"
+        )
+    _write_adapter(path, values)
+
+
+def _note_of(graph: Path) -> dict[str, Any]:
+    ir = importlib.import_module("onnx_ir")
+    try:
+        note: dict[str, Any] = json.loads(ir.load(graph).metadata_props[NOTE])
+    except (KeyError, OSError) as error:
+        raise ExportError("onnx", f"{graph} is no graph that lora_fx has exported", [told(error)]) from error
+    return note
+
+
+def _misfit(note: dict[str, Any], name: str, value: Tensor) -> str | None:
+    found = note["inputs"].get(name)
+    if found is None:
+        return "the graph has no such input"
+    expected, shape = list(found["shape"]), list(value.shape)
+    if found["rank"] is not None:
+        expected[found["rank"]] = shape[found["rank"]]
+    return None if expected == shape else f"is {shape}, in the graph {found['shape']}"
+
+
+# -- in onnxruntime
+
+
+def _verify(tuned: nn.Module, path: Path, sample: Sample, graph: str | Path | None = None) -> float:
+    alone = path.suffix == ADAPTER_SUFFIX
+    files = [path] if alone else sorted(path.parent.glob(f"*{ADAPTER_SUFFIX}"))
+    given = {
+        "graph": str(graph if alone else path),
+        "adapters": [str(each) for each in files],
+        "inputs": input_tensors(tuned, sample),
+    }
+    base, adapted = run_client("onnx", "lora_fx.clients.onnx", given)
+    with disabled(tuned):
+        expected = floating(tuned, sample)
+    return max(largest_difference("onnx", expected, base), largest_difference("onnx", floating(tuned, sample), adapted))
+
+
+TARGET = Target(
+    name="onnx",
+    writes=f"`model.onnx`, the graph of the base, and an `{ADAPTER_SUFFIX}` file for each adapter beside it",
+    client="onnxruntime",
+    refused=_refused,
+    write=_write,
+    verify=_verify,
+    extra="onnx",
+    needs=("onnx", "onnxscript", "onnxruntime"),
+    needs_sample=True,
+    expresses={
+        "linear": "yes",
+        "conv1d": "yes",
+        "convolution": "yes",
+        "embedding": "yes",
+        "attention": "yes",
+        "parameter": "yes",
+        "experts": "yes",
+        "slices": "exact equivalent",
+        "calls": "yes",
+        "ranks": "yes",
+        "alphas": "exact equivalent",
+        "rslora": "exact equivalent",
+        "dora": "yes",
+        "bias": "yes",
+        "train": "yes",
+        "adapters": "yes",
+    },
+    options={
+        "optimize": "fold constants and fuse nodes (True); adapters stay what they are",
+        "graph": f"for a path that ends in {ADAPTER_SUFFIX}: the graph that the adapter is for",
+    },
+    verify_options=("graph",),
+)

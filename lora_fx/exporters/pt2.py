@@ -1,0 +1,179 @@
+"""pt2: the program that torch.export makes of the adapted model, whose adapters are named parameters; and their values.
+
+Another adapter is put in with `program.module().load_state_dict(values, strict=False)`, or, in a program that
+AOTInductor has compiled, with `load_constants(values, check_full_update=False)`.  The scaling is in B.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from lora_fx.errors import ExportError
+from lora_fx.exporters.neutral import Neutral, neutral
+from lora_fx.exporters.program import call_of, exported, floating, quiet, told
+from lora_fx.exporters.running import largest_difference, run_client
+from lora_fx.exporters.target import Refusal, Target
+from lora_fx.samples import Sample
+from lora_fx.unapplying import disabled
+
+VALUES = ".safetensors"
+BASE, COMPILED = ".base.safetensors", ".aoti.pt2"
+"""Ends of the names of what lies beside `model.pt2`: `model.base.safetensors`, `model.aoti.pt2`."""
+
+
+def _refused(tuned: nn.Module) -> Iterator[Refusal]:
+    yield from ()
+
+
+def _write(
+    tuned: nn.Module, path: Path, sample: Sample, compile: bool = False, program: str | Path | None = None
+) -> None:
+    parts = neutral(tuned)
+    if path.suffix == VALUES:
+        _write_values_for(parts, path, program)
+        return
+    if path.suffix != ".pt2":
+        raise ExportError("pt2", f"{path.name} does not end in .pt2, or in {VALUES} for an adapter alone")
+    made = exported("pt2", parts.model, sample)
+    _forget_tracing(made)
+    _save(made, path)
+    if compile:
+        _compile(made, path.with_suffix(COMPILED))
+    _write_values(path.with_suffix(BASE), parts.base)
+    for name, values in parts.adapters.items():
+        _write_values(path.with_name(f"{name}{VALUES}"), values)
+
+
+def _forget_tracing(program: ExportedProgram) -> None:
+    """Drop the example inputs, which may be private, and where in somebody's files each node came from."""
+    program.example_inputs = None
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+
+
+def _save(program: ExportedProgram, path: Path) -> None:
+    try:
+        with quiet():
+            torch.export.save(program, path)
+    except Exception as error:
+        raise ExportError("pt2", "torch.export cannot save the program", [told(error)]) from error
+
+
+def _compile(program: ExportedProgram, path: Path) -> None:
+    """Write the program as AOTInductor compiles it; needs a C++ compiler."""
+    inductor: Any = importlib.import_module("torch._inductor")  # the documented place of AOTInductor's functions
+    try:
+        with torch.no_grad(), quiet():
+            inductor.aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:
+        raise ExportError(
+            "pt2", "AOTInductor cannot compile the model", [told(error)], "it needs a C++ compiler; leave out compile"
+        ) from error
+
+
+# -- adapters
+
+
+def _write_values(path: Path, values: Mapping[str, Tensor]) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in sorted(values.items())}, path)
+
+
+def _write_values_for(parts: Neutral, path: Path, program: str | Path | None) -> None:
+    """Write an adapter for a program that another one was exported with, if it fits."""
+    if program is None or len(parts.adapters) > 1:
+        what = "a program to go with" if program is None else "one adapter, not several"
+        raise ExportError("pt2", f"a {VALUES} file needs {what}", advice="program='model.pt2'")
+    state = torch.export.load(program).state_dict
+    values = next(iter(parts.adapters.values()))
+    fitted = {name: _fitted(value, state.get(name), parts.rank_axes.get(name)) for name, value in values.items()}
+    problems = [(name, _misfit(values[name], state.get(name))) for name, value in fitted.items() if value is None]
+    if problems:
+        raise ExportError(
+            "pt2", f"{program} is no program for this adapter", problems, "export the program from this adapter"
+        )
+    _write_values(path, {name: value for name, value in fitted.items() if value is not None})
+
+
+def _fitted(value: Tensor, place: Tensor | None, axis: int | None) -> Tensor | None:
+    """Return the values as the program has room for them, a lower rank with zeros; None if they do not fit."""
+    if place is None or value.dim() != place.dim():
+        return None
+    if axis is not None and value.shape[axis] < place.shape[axis]:
+        room = list(value.shape)
+        room[axis] = place.shape[axis] - value.shape[axis]
+        value = torch.cat([value, value.new_zeros(room)], axis)
+    return value if value.shape == place.shape else None
+
+
+def _misfit(value: Tensor, place: Tensor | None) -> str:
+    if place is None:
+        return "the program has no such parameter"
+    return f"is {list(value.shape)}, in the program {list(place.shape)}"
+
+
+# -- in a process of its own
+
+
+def _verify(tuned: nn.Module, path: Path, sample: Sample, program: str | Path | None = None) -> float:
+    alone = path.suffix == VALUES
+    main = Path(program) if alone and program is not None else path
+    base = main.with_suffix(BASE)
+    adapters = [path] if alone else [each for each in sorted(path.parent.glob(f"*{VALUES}")) if each != base]
+    compiled = main.with_suffix(COMPILED)
+    given = {
+        "programs": [str(each) for each in (main, compiled) if each.exists()],
+        "base": str(base),
+        "adapters": [str(each) for each in adapters],
+        "sample": call_of(tuned, sample),
+    }
+    with disabled(tuned):
+        expected = [floating(tuned, sample)]
+    expected.append(floating(tuned, sample))
+    found = run_client("pt2", "lora_fx.clients.pt2", given)
+    return max(
+        largest_difference("pt2", ours, theirs)
+        for outputs in found
+        for ours, theirs in zip(expected, outputs, strict=True)
+    )
+
+
+TARGET = Target(
+    name="pt2",
+    writes=f"`model.pt2`, a file of values for each adapter beside it, and `model{BASE}` to take them out again",
+    client="torch.export and AOTInductor",
+    refused=_refused,
+    write=_write,
+    verify=_verify,
+    needs_sample=True,
+    expresses={
+        "linear": "yes",
+        "conv1d": "yes",
+        "convolution": "yes",
+        "embedding": "yes",
+        "attention": "yes",
+        "parameter": "yes",
+        "experts": "yes",
+        "slices": "exact equivalent",
+        "calls": "yes",
+        "ranks": "yes",
+        "alphas": "exact equivalent",
+        "rslora": "exact equivalent",
+        "dora": "yes",
+        "bias": "yes",
+        "train": "yes",
+        "adapters": "yes",
+    },
+    options={
+        "compile": f"also compile it with AOTInductor, to `model{COMPILED}` (False); needs a C++ compiler",
+        "program": f"for a path that ends in {VALUES}: the program that the adapter is for",
+    },
+    verify_options=("program",),
+)
