@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from lora_fx import errors as errors
     from lora_fx import passes as passes
     from lora_fx.api import apply as apply
+    from lora_fx.api import deltas as deltas
     from lora_fx.api import diff as diff
     from lora_fx.api import disabled as disabled
     from lora_fx.api import explain as explain
     from lora_fx.api import export as export
     from lora_fx.api import extract as extract
+    from lora_fx.api import graph as graph
     from lora_fx.api import inspect as inspect
     from lora_fx.api import load as load
     from lora_fx.api import merge as merge
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from lora_fx.errors import StalePlanError as StalePlanError
     from lora_fx.exporters import Exported as Exported
     from lora_fx.graphdiff.compare import GraphDiff as GraphDiff
+    from lora_fx.graphdiff.graphs import Graph as Graph
+    from lora_fx.graphdiff.spectra import Deltas as Deltas
     from lora_fx.planning import Plan as Plan
     from lora_fx.reporting import Report as Report
     from lora_fx.rules import LoRAConfig as LoRAConfig
@@ -51,8 +55,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "lora_fx.api": (
-        "apply diff disabled explain export extract inspect load merge merge_checkpoint parameters plan remerge "
-        "remove save"
+        "apply deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters plan "
+        "remerge remove save"
     ),
     "lora_fx.checkpoint.mergereport": "MergeReport",
     "lora_fx.errors": (
@@ -61,6 +65,8 @@ _HOMES = {
     ),
     "lora_fx.exporters": "Exported",
     "lora_fx.graphdiff.compare": "GraphDiff",
+    "lora_fx.graphdiff.graphs": "Graph",
+    "lora_fx.graphdiff.spectra": "Deltas",
     "lora_fx.planning": "Plan",
     "lora_fx.reporting": "Report",
     "lora_fx.rules": "LoRAConfig RuleSet",

@@ -19,7 +19,11 @@ from lora_fx.checkpoint.resolve import resolved, uses_in_files
 from lora_fx.checkpoint.rounding import Rounding
 from lora_fx.discovery import refuse_unfit, take_inventory, uses_in
 from lora_fx.errors import CaptureError, StalePlanError
-from lora_fx.graphdiff.compare import GraphDiff, graph_diff
+from lora_fx.graphdiff.compare import GraphDiff
+from lora_fx.graphdiff.deltas import deltas_of
+from lora_fx.graphdiff.graphs import Graph
+from lora_fx.graphdiff.models import Comparable, graph_diff, graph_of
+from lora_fx.graphdiff.spectra import Deltas
 from lora_fx.planning import Plan, decide, on_modules, stale_parts
 from lora_fx.reporting import Report, report
 from lora_fx.rules import RuleSet, read_rules
@@ -188,9 +192,42 @@ def _install_graphs(twin: nn.Module, decided: Plan) -> None:
         applying.install_graphs(twin, decided.capture.survey, decided.capture.samples)
 
 
-def diff(a: nn.Module, b: nn.Module) -> GraphDiff:
-    """Return how the graphs of two models differ, grouped by site; falsy if they do not.  Values are not compared."""
-    return graph_diff(a, b)
+def diff(a: Comparable, b: Comparable, example_inputs: object = None) -> GraphDiff:
+    """Return how two graphs differ, grouped by site; falsy if they do not.  Values of weights are not compared.
+
+    Args:
+        a: a model, a torch.fx.GraphModule, an ExportedProgram, a graph from `lora_fx.graph`, or the path of a `.pt2`
+            file or of a saved graph.
+        b: the same, of any of these kinds; both stay unchanged.
+        example_inputs: as for `plan`; shows the blocks of models that hold no graphs yet, which are otherwise compared
+            module by module.
+
+    Raises:
+        LoraFxError: a file cannot be read.
+        CaptureError: a model refuses the example inputs.
+    """
+    return graph_diff(a, b, example_inputs)
+
+
+def graph(model: Comparable, example_inputs: object = None) -> Graph:
+    """Return the graph of a model as data that can be saved, read back without torch, and given to `diff`.
+
+    Args:
+        model: as for `diff`.
+        example_inputs: as for `diff`.
+    """
+    return graph_of(model, example_inputs)
+
+
+def deltas(tuned: nn.Module) -> Deltas:
+    """Return norms and singular values of every adapter's ΔW = scaling · B A; the adapted model stays unchanged.
+
+    B A is never formed: the singular values are those of an r × r matrix.
+
+    Raises:
+        RefusedError: the model is not adapted, or its adapters have no values.
+    """
+    return deltas_of(tuned)
 
 
 def merge(tuned: nn.Module, *, requantize: requantising.Quantise | None = None) -> nn.Module:

@@ -1,23 +1,13 @@
-"""Two models side by side → GraphDiff."""
+"""Two graphs side by side → GraphDiff.  Needs no torch."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, fx, nn
-
-from lora_fx.adapters.attach import HOME, attached_to
-from lora_fx.capture.arguments import rebuild
-from lora_fx.capture.captured import Captured, NotCaptured, capture
-from lora_fx.capture.inputs import TensorInput
-from lora_fx.graphdiff.canonical import Statement, adapted_graph, describe_spec, statements_of
-from lora_fx.regions.install import regions
-from lora_fx.tensors import dotted
+from lora_fx.graphdiff.align import align, digest, increasing
+from lora_fx.graphdiff.graphs import INPUT, Graph, Node, Weight
+from lora_fx.graphdiff.naming import lines_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +16,38 @@ class SiteChange:
 
     path: str
     note: str
+    """Rule, rank and scaling of an adapted site, of both sides if both have one."""
     removed: tuple[str, ...]
     added: tuple[str, ...]
+    moved_from: str = ""
+    """Path on the other side, if the site has moved."""
+    parameters: tuple[int, int] = (0, 0)
+    """Of the changed statements, before and after."""
+    flops: tuple[int, int] = (0, 0)
+    bytes: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One change of one statement: `before` is its position in a, `after` in b; None where it is not there."""
+
+    before: int | None
+    after: int | None
+    node: Node | None = None
+    """What stands at `after`."""
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two graphs, which of their nodes are the same, and the line that each is."""
+
+    a: Graph
+    b: Graph
+    partner: tuple[int | None, ...]
+    """For each node of a, its position in b."""
+    lines: tuple[tuple[str, ...], tuple[str, ...]]
+    edits: tuple[Edit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +61,11 @@ class GraphDiff:
     """Number of statements that are the same on both sides."""
     parameters: tuple[int, int]
     """Number of parameters of each side."""
+    flops: tuple[int, int] = (0, 0)
+    """Floating-point operations with weights for one row of input (a token, a position of an image)."""
+    bytes: tuple[int, int] = (0, 0)
+    """What the parameters take."""
+    comparison: Comparison | None = field(default=None, repr=False, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.changes)
@@ -50,133 +75,212 @@ class GraphDiff:
 
         return diff_text(self)
 
+    def applied_to(self, graph: Graph) -> Graph:
+        """Return the graph with the reported edits made: applied to `a` it is `b`."""
+        from lora_fx.graphdiff.patch import patched
+
+        return patched(graph, self._compared.edits, self.b, (self.parameters[1], self.bytes[1]))
+
     def to_json(self) -> str:
-        return json.dumps({"schema_version": 1, **asdict(self)}, indent=1)
+        from lora_fx.graphdiff.jsonform import diff_json
+
+        return diff_json(self)
+
+    def to_html(self) -> str:
+        """Return one page that needs nothing else: pictures, lines, search."""
+        from lora_fx.graphdiff.html import diff_html
+
+        return diff_html(self)
+
+    def to_svg(self) -> str:
+        """Return a picture of the blocks that differ, each kind once."""
+        from lora_fx.graphdiff.svg import diff_svg
+
+        return diff_svg(self)
+
+    def to_mermaid(self) -> str:
+        """Return a flowchart that stays within the limits of GitHub; what does not fit is folded."""
+        from lora_fx.graphdiff.mermaid import diff_mermaid
+
+        return diff_mermaid(self)
+
+    def to_dot(self) -> str:
+        """Return both graphs as one in Graphviz's language."""
+        from lora_fx.graphdiff.dot import diff_dot
+
+        return diff_dot(self)
+
+    def to_graphml(self) -> str:
+        """Return both graphs as one in GraphML."""
+        from lora_fx.graphdiff.dot import diff_graphml
+
+        return diff_graphml(self)
+
+    @property
+    def _compared(self) -> Comparison:
+        assert self.comparison is not None, "a GraphDiff is made by lora_fx.diff"
+        return self.comparison
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """The statements of one region, or of what lies outside of all regions."""
-
-    path: str
-    a: list[Statement]
-    b: list[Statement]
-
-
-def graph_diff(a: nn.Module, b: nn.Module) -> GraphDiff:
-    """Return how the graphs of two models differ, grouped by site; both models stay unchanged.
-
-    Blocks that either model runs as graphs are compared statement by statement; what lies outside of them is compared
-    module by module.  Two GraphModules are compared by their own graphs.
-    """
-    changes: list[SiteChange] = []
-    unchanged = 0
-    for section in _sections(a, b):
-        found, same = _changes(section)
-        changes += found
-        unchanged += same
-    sizes = (sum(p.numel() for p in a.parameters()), sum(p.numel() for p in b.parameters()))
-    return GraphDiff(type(a).__name__, type(b).__name__, tuple(changes), unchanged, sizes)
-
-
-def _sections(a: nn.Module, b: nn.Module) -> Iterator[_Section]:
-    if isinstance(a, fx.GraphModule) and isinstance(b, fx.GraphModule):
-        yield _Section("", statements_of(a.graph, a), statements_of(b.graph, b))
-        return
-    covered = []
-    for path, captured in _captured_regions(a, b).items():
-        try:
-            yield _Section(path, _region(a, path, captured), _region(b, path, captured))
-            covered.append(path)
-        except NotCaptured:  # one side cannot be captured like the other: compare its modules
-            continue
-    yield _Section("", _modules(a, covered), _modules(b, covered))
-
-
-def _captured_regions(a: nn.Module, b: nn.Module) -> dict[str, Captured]:
-    """Return a captured graph for every region of either model that the other has too."""
-    found: dict[str, Captured] = {}
-    for model, other in ((a, b), (b, a)):
-        paths = {path for path, _ in other.named_modules()}
-        for path, _, region in regions(model):
-            programs = region.mine or region.kind.programs
-            alone = isinstance(model.get_submodule(path), nn.Linear)  # shown as a module
-            if programs and path in paths and path not in found and not alone:
-                found[path] = programs[0].captured
-    return found
-
-
-def _region(model: nn.Module, path: str, captured: Captured) -> list[Statement]:
-    """Return the statements of a model's submodule for the call that was captured from either model."""
-    module = model.get_submodule(path)
-    own = [program.captured for p, _, region in regions(model) if p == path for program in region.kind.programs]
-    if (captured in own and not captured.parameters) or captured.example is None:
-        graph = captured.graph
+def compare(a: Graph, b: Graph) -> GraphDiff:
+    """Return how two graphs differ, grouped by site; mirrored if they are swapped."""
+    if digest(a) <= digest(b):  # where alignment has a choice, it makes the same one both ways round
+        partner = align(a, b)
+        lines = lines_of(a, b, partner)
     else:
-        args, kwargs = rebuild(*captured.example, lambda leaf: _filled(leaf, captured))
-        with contextlib.nullcontext() if captured.surroundings is None else captured.surroundings.active():
-            graph = capture(module, args, kwargs).graph
-    return statements_of(adapted_graph(graph, module), module)
+        other = align(b, a)
+        partner = _inverted(other, len(a.nodes))
+        after, before = lines_of(b, a, other)
+        lines = before, after
+    edits = _edits(a, b, partner)
+    compared = Comparison(a, b, tuple(partner), (tuple(lines[0]), tuple(lines[1])), tuple(edits))
+    changed = {edit.before for edit in edits}
+    unchanged = sum(i not in changed and node.op != INPUT for i, node in enumerate(a.nodes))
+    return GraphDiff(
+        a=a.name,
+        b=b.name,
+        changes=_changes(compared),
+        unchanged=unchanged,
+        parameters=(a.parameters, b.parameters),
+        flops=(a.flops, b.flops),
+        bytes=(a.bytes, b.bytes),
+        comparison=compared,
+    )
 
 
-def _filled(leaf: object, captured: Captured) -> object:
-    """Return an empty tensor on the device of the capture for a stub of one."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    given = (each.device for each in captured.inputs if isinstance(each, TensorInput) and each.device is not None)
-    device = next(given, torch.device("cpu"))
-    return torch.empty_like(leaf, device=device).requires_grad_(leaf.requires_grad)
-
-
-def _modules(model: nn.Module, covered: list[str]) -> list[Statement]:
-    """Return a statement for every module without children outside of the covered paths."""
-    found = []
-    for path, module in model.named_modules():
-        inside = (
-            any(not c or path == c or path.startswith(f"{c}.") for c in covered)
-            or "lora_" in path
-            or path.endswith(HOME)
-        )
-        if inside or not path:
-            continue
-        adapters = list(attached_to(module))
-        for adapter in adapters:
-            name = path.rpartition(".")[2] if adapter.home is adapter.owner else adapter.spec.parameter
-            low_rank = f"{name}.lora_B({name}.lora_A(x) * {adapter.spec.scaling})"
-            found.append(Statement(f"{name}(x) + {low_rank}", dotted(path, "" if adapter.home is adapter.owner else
-                                                                     adapter.spec.parameter),
-                                   describe_spec(adapter.spec)))  # fmt: skip
-        if adapters:
-            continue
-        if next(module.children(), None) is None:
-            found.append(Statement(_summary(path.rpartition(".")[2], module), path))
+def _inverted(partner: Sequence[int | None], length: int) -> list[int | None]:
+    found: list[int | None] = [None] * length
+    for j, i in enumerate(partner):
+        if i is not None:
+            found[i] = j
     return found
 
 
-def _summary(name: str, module: nn.Module) -> str:
-    return f"{name}(x)" if isinstance(module, nn.Linear) else f"{name}: {type(module).__name__}({module.extra_repr()})"
+def merged(a: Graph, b: Graph, partner: Sequence[int | None]) -> list[tuple[int | None, int | None, bool]]:
+    """Return the nodes of both graphs as one list, in the order of b: (position in a, in b, whether out of order)."""
+    pairs = [(i, j) for i, j in enumerate(partner) if j is not None]
+    in_order = {pairs[position][0] for position in increasing([j for _, j in pairs])}
+    origin = {j: i for i, j in pairs}
+    found: list[tuple[int | None, int | None, bool]] = []
+    position = 0
+    for j in range(len(b.nodes)):
+        i = origin.get(j)
+        if i is not None and i in in_order:
+            found += [(k, None, False) for k in range(position, i) if partner[k] is None]
+            position = i
+        found.append((i, j, i is not None and i not in in_order))
+    return found + [(k, None, False) for k in range(position, len(a.nodes)) if partner[k] is None]
 
 
-def _changes(section: _Section) -> tuple[list[SiteChange], int]:
-    """Return the changes of a section by site, and the number of equal statements."""
-    before, after = ([(each.site, each.text) for each in side] for side in (section.a, section.b))
-    matcher = difflib.SequenceMatcher(a=before, b=after, autojunk=False)
-    removed: dict[str, list[str]] = {}
-    added: dict[str, list[Statement]] = {}
-    same = 0
-    for kind, a0, a1, b0, b1 in matcher.get_opcodes():
-        if kind == "equal":
-            same += a1 - a0
-            continue
-        for statement in section.a[a0:a1]:
-            removed.setdefault(statement.site, []).append(statement.text)
-        for statement in section.b[b0:b1]:
-            added.setdefault(statement.site, []).append(statement)
-    sites = dict.fromkeys((*added, *removed))
-    return [_change(section.path, site, removed.get(site, []), added.get(site, [])) for site in sites], same
+def _edits(a: Graph, b: Graph, partner: Sequence[int | None]) -> list[Edit]:
+    """Return what turns a into b, in the order of b, each removal where it was."""
+    edits: list[Edit] = []
+    for i, j, out_of_order in merged(a, b, partner):
+        if j is None:
+            edits.append(Edit(i, None))
+        elif i is None or out_of_order or not _same(a, b, i, j, partner):
+            node = b.nodes[j]
+            edits.append(Edit(i, j, node, {name: b.weights[name] for name in node.weights}))
+    return edits
 
 
-def _change(region: str, site: str, removed: list[str], added: list[Statement]) -> SiteChange:
-    path = ".".join(filter(None, (region, site)))
-    note = next((statement.adapter for statement in added if statement.adapter), "")
-    return SiteChange(path, note, tuple(removed), tuple(statement.text for statement in added))
+def _same(a: Graph, b: Graph, i: int, j: int, partner: Sequence[int | None]) -> bool:
+    """Whether two paired nodes compute the same from the same, at the same place."""
+    one, other = a.nodes[i], b.nodes[j]
+    if (one.path, one.op, one.name, one.code, one.region, one.weights) != (
+        other.path, other.op, other.name, other.code, other.region, other.weights,
+    ):  # fmt: skip
+        return False
+    if [partner[each] for each in one.inputs] != list(other.inputs):
+        return False
+    return all(a.weights[name] == b.weights[name] for name in one.weights)
+
+
+# -- by site
+
+
+@dataclass(slots=True)
+class _Site:
+    """The edits of one site."""
+
+    before: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+
+
+def _changes(compared: Comparison) -> tuple[SiteChange, ...]:
+    a, b = compared.a, compared.b
+    sites: dict[tuple[str, str], _Site] = {}
+    for edit in compared.edits:
+        old = None if edit.before is None else a.nodes[edit.before].path
+        new = None if edit.after is None else b.nodes[edit.after].path
+        pair = (old if old is not None else new or "", new if new is not None else old or "")
+        site = sites.setdefault(pair, _Site())
+        if edit.before is not None:
+            site.before.append(edit.before)
+        if edit.after is not None:
+            site.after.append(edit.after)
+    return tuple(_change(compared, *paths, site) for paths, site in sites.items())
+
+
+def _change(compared: Comparison, old: str, new: str, site: _Site) -> SiteChange:
+    site = replace(site, before=sorted(site.before), after=sorted(site.after))
+    sides = [(compared.a, site.before), (compared.b, site.after)]
+    costs = [_cost(graph, positions) for graph, positions in sides]
+    removed, added = _site_lines(compared, site)
+    return SiteChange(
+        path=new,
+        note=_note(*([graph.nodes[i].rule for i in positions] for graph, positions in sides)),
+        removed=removed,
+        added=added,
+        moved_from="" if old == new else old,
+        parameters=(costs[0][0], costs[1][0]),
+        flops=(costs[0][1], costs[1][1]),
+        bytes=(costs[0][2], costs[1][2]),
+    )
+
+
+def _cost(graph: Graph, positions: Sequence[int]) -> tuple[int, int, int]:
+    """Return the parameters that the nodes read, their operations, and the bytes of the parameters."""
+    nodes = [graph.nodes[i] for i in positions]
+    weights = [graph.weights[name] for name in dict.fromkeys(name for node in nodes for name in node.weights)]
+    return sum(w.parameters for w in weights), sum(node.flops for node in nodes), sum(w.bytes for w in weights)
+
+
+def _note(before: Sequence[str], after: Sequence[str]) -> str:
+    old, new = (next(filter(None, rules), "") for rules in (before, after))
+    if not old or old == new:
+        return new
+    return f"{old} → {new}" if new else f"without {old}"
+
+
+def _site_lines(compared: Comparison, site: _Site) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the lines of a site; where a line is the same on both sides, with what differs behind it."""
+    before, after = ({i: lines[i] for i in where} for lines, where in zip(compared.lines, (site.before, site.after),
+                                                                          strict=True))  # fmt: skip
+    for i in site.before:
+        j = compared.partner[i]
+        if j in after and before[i] == after[j]:
+            one, other = _details(compared, i, j)
+            before[i] += one
+            after[j] += other
+    lines = [f"{text}  # an input" if compared.a.nodes[i].op == INPUT else text for i, text in before.items()]
+    others = [f"{text}  # an input" if compared.b.nodes[j].op == INPUT else text for j, text in after.items()]
+    return tuple(lines), tuple(others)
+
+
+def _details(compared: Comparison, i: int, j: int) -> tuple[str, str]:
+    """Return what differs between two nodes whose lines are the same: their weights, their module, or their place."""
+    a, b = compared.a, compared.b
+    one, other = a.nodes[i], b.nodes[j]
+    facts = [{name: str(graph.weights[name]) for name in node.weights} for graph, node in ((a, one), (b, other))]
+    differing = [{k: v for k, v in mine.items() if others.get(k) != v} for mine, others in (facts, facts[::-1])]
+    if any(differing):
+        return tuple("  # " + ", ".join(f"{_last(k)} {v}" for k, v in each.items()) for each in differing)  # type: ignore[return-value]
+    if (one.path, one.region) != (other.path, other.region):
+        return f"  # in {one.path or 'the model'}", f"  # in {other.path or 'the model'}"
+    return tuple(f"  # after {lines[k - 1]}" if k else "  # first" for lines, k in zip(compared.lines, (i, j),
+                                                                                         strict=True))  # type: ignore[return-value]  # fmt: skip
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,36 @@
+"""A GraphDiff as JSON: the changes by site, the sums, and the edits that turn one graph into the other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from lora_fx.graphdiff.compare import Edit, GraphDiff
+from lora_fx.graphdiff.graphs import node_data
+
+
+def diff_json(diff: GraphDiff) -> str:
+    """Return the diff as JSON; `edits` are in the order of b."""
+    document: dict[str, Any] = {
+        "schema_version": 1,
+        "a": diff.a,
+        "b": diff.b,
+        "changes": [asdict(change) for change in diff.changes],
+        "unchanged": diff.unchanged,
+        "parameters": diff.parameters,
+        "flops": diff.flops,
+        "bytes": diff.bytes,
+    }
+    edits = () if diff.comparison is None else diff.comparison.edits
+    lines = (json.dumps(_edit(edit), ensure_ascii=False) for edit in edits)
+    head = json.dumps(document, indent=1, ensure_ascii=False)
+    return f'{head[:-2]},\n "edits": [\n  ' + ",\n  ".join(lines) + "\n ]\n}"
+
+
+def _edit(edit: Edit) -> dict[str, Any]:
+    data: dict[str, Any] = {"before": edit.before, "after": edit.after}
+    if edit.node is not None:
+        data["node"] = node_data(edit.node)
+        data["weights"] = {name: [list(each.shape), each.dtype] for name, each in edit.weights.items()}
+    return data

@@ -1,0 +1,68 @@
+"""Exported programs as Graphs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from lora_fx.errors import LoraFxError
+from lora_fx.graphdiff.canonical import placed, statements_of
+from lora_fx.graphdiff.graphs import Graph
+
+
+class ProgramFileError(LoraFxError):
+    """A file is no exported program that this torch can read."""
+
+
+def load_program(path: Path) -> ExportedProgram:
+    """Return the program of a `.pt2` file."""
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        raise ProgramFileError(f"{path}: cannot be read as a .pt2 file: {type(error).__name__}: {text}") from error
+
+
+def graph_of_program(program: ExportedProgram, name: str) -> Graph:
+    """Return the graph of an exported program; its weights are named as in the model that was exported."""
+    root, attributes = _tree(program)
+    graph = copy.deepcopy(program.graph)
+    for node in graph.nodes:
+        if node.op == "placeholder" and str(node.target) in attributes:
+            node.op, node.target = "get_attr", attributes[str(node.target)]
+    nodes, weights = placed(statements_of(graph, root), root, "")
+    parameters = [each for each in program.state_dict.values() if isinstance(each, nn.Parameter)]
+    unique = {id(each): each for each in parameters}.values()
+    total = sum(each.numel() for each in unique), sum(each.numel() * each.element_size() for each in unique)
+    return Graph(name, tuple(nodes), weights, *total)
+
+
+def _tree(program: ExportedProgram) -> tuple[fx.GraphModule, dict[str, str]]:
+    """Return modules that hold the program's tensors, and which of its inputs is which of them."""
+    root = fx.GraphModule(nn.Module(), fx.Graph())
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names |= signature.inputs_to_lifted_tensor_constants
+    for target in dict.fromkeys(names.values()):
+        tensor = program.state_dict.get(target, program.constants.get(target))
+        if tensor is not None:
+            _put(root, target, tensor)
+    return root, names
+
+
+def _put(root: nn.Module, name: str, tensor: Any) -> None:
+    owner = root
+    *path, last = name.split(".")
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(last, tensor)
+    elif isinstance(tensor, Tensor):
+        owner.register_buffer(last, tensor, persistent=False)
