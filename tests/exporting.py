@@ -65,11 +65,11 @@ def written(*given: dict[str, Any], train: list[str] | None = None) -> dict[str,
     return {"version": 1, "rules": list(given), **({"train": train} if train else {})}
 
 
-def tuned_of(model: nn.Module, chosen: Any, inputs: tuple[Any, ...], backend: Any = "modules") -> nn.Module:
+def tuned_of(model: nn.Module, chosen: Any, inputs: tuple[Any, ...] | None, backend: Any = "modules") -> nn.Module:
     """Return an adapted model with random values in all that is trained."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ranks that are as large as the tiny layers
-        tuned = lora_fx.apply(model, chosen, lora_fx.call(*inputs), backend).eval()
+        tuned = lora_fx.apply(model, chosen, None if inputs is None else lora_fx.call(*inputs), backend).eval()
     randomise_(tuned)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -95,8 +95,8 @@ FEATURES: dict[str, Callable[[], tuple[nn.Module, Any, Any]]] = {
     "convolution": lambda: _of(kinds.Convolutions, written(rule("{line,plane,space}"))),
     "embedding": lambda: _of(kinds.Tokens, written(rule("words"))),
     "attention": lambda: _of(kinds.Attention, written(rule("mha.in_proj_weight"))),
-    "parameter": lambda: (kinds.built(kinds.Product), written(rule("w")), (_ROWS,)),
-    "experts": lambda: (kinds.built(kinds.Experts), written(rule("{up,down}")), (_ROWS,)),
+    "parameter": lambda: (nn.Sequential(kinds.built(kinds.Product)), written(rule("0.w")), (_ROWS,)),
+    "experts": lambda: (nn.Sequential(kinds.built(kinds.Experts)), written(rule("0.{up,down}")), (_ROWS,)),
     "slices": lambda: (
         kinds.built(Fused),
         written(rule("qkv", slices={"of": ["q", "k", "v"], "adapt": ["q", "v"]})),

@@ -20,7 +20,7 @@ from lora_fx.exporters.running import largest_difference, run_client
 from lora_fx.exporters.target import FEATURES, Target
 from tests import exporting
 from tests.exporting import Fused, rule, specimen, tuned_of, written
-from tests.kinds import built
+from tests.kinds import Product, built
 from tests.zoo import Mlp, features, rules
 
 OURS = {"merged": merged, "peft": peft, "vllm": vllm, "diffusers": diffusers, "kohya": kohya, "mlx": mlx}
@@ -250,14 +250,16 @@ def mixed() -> nn.Module:
     return tuned_of(built(Mlp), written(rule("fc1", r=2, alpha=7), rule("fc2", r=4, alpha=1)), (X,))
 
 
-def test_kohya_has_the_alpha_of_each_layer(tmp_path):
+def test_kohya_has_one_alpha_for_all_layers(tmp_path):
     model = mixed()
     lora_fx.export(model, tmp_path / "x.safetensors", "kohya")
     found = load_file(tmp_path / "x.safetensors")
     assert found["lora_unet_fc1.alpha"] == 7
-    assert found["lora_unet_fc2.alpha"] == 1
-    theirs = found["lora_unet_fc2.lora_up.weight"] @ found["lora_unet_fc2.lora_down.weight"] * (1 / 4)
-    torch.testing.assert_close(theirs, delta(model, "fc2"))
+    assert found["lora_unet_fc2.alpha"] == 7
+    for path, rank in (("fc1", 2), ("fc2", 4)):
+        up, down = found[f"lora_unet_{path}.lora_up.weight"], found[f"lora_unet_{path}.lora_down.weight"]
+        assert up.shape[1] == rank
+        torch.testing.assert_close(up @ down * (7 / rank), delta(model, path))
 
 
 def test_kohya_refuses_names_that_two_modules_get(tmp_path):
@@ -305,6 +307,13 @@ def test_vllm_refuses_ranks_above_its_largest(tmp_path):
     wide = lora_fx.apply(nn.Sequential(nn.Linear(600, 600)), written(rule("0", r=513)), backend="modules")
     with pytest.raises(ExportError, match="rank 513 is above vLLM's largest, 512"):
         lora_fx.export(wide, tmp_path / "x", "vllm")
+
+
+def test_peft_refuses_raw_parameters_of_the_root(tmp_path):
+    tuned = tuned_of(built(Product), written(rule("w")), (torch.randn(3, 8),))
+    with pytest.raises(ExportError, match="what the model itself owns") as caught:
+        lora_fx.export(tuned, tmp_path / "x", "peft")
+    assert [path for path, _ in caught.value.facts] == ["w"]
 
 
 @pytest.mark.parametrize("name", ["peft", "kohya"])

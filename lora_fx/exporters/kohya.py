@@ -1,6 +1,7 @@
 """kohya: the file of sd-scripts, `lora_unet_<path>.lora_down.weight`, `.lora_up.weight`, `.alpha`, read by ComfyUI too.
 
-Dots of a path become underscores, so two paths may get one name.  Each layer has its own alpha and rank.
+Dots of a path become underscores, so two paths may get one name.  Each layer has its own rank and could have its own
+alpha, but diffusers loses the alphas of attention layers where they differ: all get one, and B the rest of the scaling.
 """
 
 from __future__ import annotations
@@ -55,13 +56,15 @@ def _flat(path: str) -> str:
 
 
 def write(tuned: nn.Module, path: Path, prefix: str = PREFIX) -> None:
-    """Write the file; the alpha of each layer is its scaling times its rank."""
+    """Write the file, with one alpha for all layers."""
+    sites = list(pairs(tuned))
+    alpha = float(sites[0].scaling * sites[0].rank)
     tensors = {}
-    for pair in pairs(tuned):
-        name = f"{prefix}_{_flat(pair.path)}"
+    for each in sites:
+        name, pair = f"{prefix}_{_flat(each.path)}", each.with_scaling(alpha / each.rank)
         tensors[f"{name}.lora_down.weight"] = pair.A
         tensors[f"{name}.lora_up.weight"] = pair.B
-        tensors[f"{name}.alpha"] = torch.tensor(pair.scaling * pair.rank)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
     write_files({path: canonical_safetensors(dict(sorted(tensors.items())), {"format": "pt"})})
 
 
@@ -82,6 +85,6 @@ TARGET = Target(
     verify=verify,
     extra="kohya",
     verify_needs=("lycoris",),
-    expresses=expressed(REFUSED, {"slices", "rslora", "adapters"}),
+    expresses=expressed(REFUSED, {"slices", "alphas", "rslora", "adapters"}),
     options={"prefix": "of the names: `lora_unet` (default), `lora_te1`, `lora_te2`, `lora_transformer`"},
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lora_fx.adapters.attach import all_attached, owner_path
 from lora_fx.applying import record_in
 from lora_fx.checkpoint.describe import beyond_peft as sites_beyond_peft
 from lora_fx.checkpoint.describe import describe
@@ -34,6 +35,9 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
 def beyond_peft(tuned: nn.Module) -> Iterator[Refusal]:
     """Yield (path, reason) for the sites that PEFT's layers cannot be put at."""
     yield from ((path, reason + WAY_OUT) for path, reason in sites_beyond_peft(tuned))
+    for path, found in all_attached(tuned):
+        if not owner_path(path, found):
+            yield path, f"PEFT cannot adapt what the model itself owns, only what a module in it does{WAY_OUT}"
 
 
 def write(tuned: nn.Module, path: Path) -> None:
