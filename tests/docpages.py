@@ -2,7 +2,7 @@
 
 In a page, ```python blocks run one after another in one namespace; a ```text block behind one is what it prints.
 ```console blocks show `$ lora-fx …` commands with the beginning of what they print.  `<!-- keys: TABLE -->` is followed
-by the table of the rule file's keys.
+by the table of the rule file's keys, `<!-- targets -->` by those of export targets.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _KEYS = re.compile(r"<!-- keys: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+_TARGETS = re.compile(r"<!-- targets -->\n.*?<!-- end -->", re.DOTALL)
+_SIGNS = {"yes": "✓", "exact equivalent": "=", "refused": "✗"}
 
 
 @dataclass
@@ -82,7 +85,8 @@ def _console(text: str) -> str:
 
 
 def with_keys(page: str) -> str:
-    """Return the page with the tables of keys as rulespec has them."""
+    """Return the page with the tables of keys as rulespec has them, and that of export targets."""
+    page = _TARGETS.sub(lambda _: f"<!-- targets -->\n\n{_capabilities()}\n\n<!-- end -->", page)
     return _KEYS.sub(lambda match: f"<!-- keys: {match[1]} -->\n\n{_table(match[1])}\n\n<!-- end -->", page)
 
 
@@ -92,6 +96,22 @@ def _table(name: str) -> str:
         needed = " Required." if each.required else ""
         rows.append(f"| `{key}` | {each.about}{needed} | `{each.example}` |")
     return "\n".join(rows)
+
+
+def _capabilities() -> str:
+    """Return what each target of ours writes and takes, and the table of what each expresses."""
+    from lora_fx.exporters import BUILT_IN, FEATURES, names, target_named
+
+    found = [target_named(name) for name in names() if name in BUILT_IN]
+    rows = ["| target | writes | verified in | needs | options |", "|---|---|---|---|---|"]
+    for each in found:
+        options = "<br>".join(f"`{key}`: {about}" for key, about in each.options.items())
+        extra = f"`lora-fx[{each.extra}]`" if each.extra else ""
+        rows.append(f"| `{each.name}` | {each.writes} | {each.client} | {extra} | {options} |")
+    rows += ["", f"| | {' | '.join(f'`{each.name}`' for each in found)} |", f"|---|{'---|' * len(found)}"]
+    for feature, words in FEATURES.items():
+        rows.append(f"| {words} | {' | '.join(_SIGNS[each.expresses[feature]] for each in found)} |")
+    return "\n".join([*rows, "", "✓ as it is, = in an exact equivalent, ✗ refused with the reason."])
 
 
 def updated(page: str) -> str:

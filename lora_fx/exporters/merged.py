@@ -35,7 +35,8 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
     try:
         check_mergeable(tuned)
     except MergeError as error:
-        yield from ((path, f"{reason}; programs hold it: target='onnx', target='pt2'") for path, reason in error.problems)
+        way_out = "programs hold it: target='onnx', target='pt2'"
+        yield from ((path, f"{reason}; {way_out}") for path, reason in error.problems)
 
 
 def _plain(tuned: nn.Module) -> nn.Module:
