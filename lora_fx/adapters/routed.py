@@ -91,12 +91,12 @@ def routed_product(
         runs: which rows meet which matrix; other rows are as the base leaves them.
         x: [.., in].
         weight: W as [.., in, out], frozen.
-        low: the low-rank part of the same view.
+        low: its low-rank part, of one matrix as [out, in].
     """
     found = low.matrices()
     if found is None:
         return None
-    A, B = found[0].mT, found[1]
+    A, B = (found[0].mT, found[1]) if weight.dim() == 3 else (found[1], found[0].mT)
     result: Tensor = _Routed.apply(base, runs, low.scaling, source(x), x, weight, A, B)  # type: ignore[no-untyped-call]
     return result
 
@@ -126,7 +126,9 @@ class _Routed(torch.autograd.Function):
             return None, None, None, None, *_differentiable(ctx.runs, ctx.scaling, gradient, x, weight, A, B, wanted)
         flat, kept = gradient.flatten(0, -2), [each.flatten(0, -2) for each in kept]
         of_x = flat.new_empty(flat.shape[0], weight.shape[-2]) if wanted else None
-        of_A, of_B = (torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in (A, B))
+        met = len(ctx.runs) == (A.shape[0] if A.dim() == 3 else 1)
+        new = torch.empty if met else torch.zeros
+        of_A, of_B = (new(each.shape, dtype=each.dtype, device=each.device) for each in (A, B))
         for run, h in _each(ctx.runs, inner, A.shape[-2]):
             g = flat[run.rows]
             wide, x = g.to(A.dtype), ctx.make(*(each[run.rows] for each in kept)).to(A.dtype)

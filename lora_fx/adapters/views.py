@@ -82,6 +82,7 @@ class WeightView:
         view = WeightView(stub, self.sizes, self.banked)
         return None if view.dims is None else view
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  # few views, each asked for at every product
     def picked(self, number: int | None) -> WeightView | None:
         """Return the view that shows members of the bank picked by an index: one (None), or `number` of them.
 

@@ -173,11 +173,9 @@ def _routed(name: str, func: Any, call: Call, part: Part) -> Tensor | None:
     if not (frozen and plain) or torch.is_autocast_enabled(x.device.type):
         return None
     args, kwargs = _mapped((call.args, call.kwargs), lambda _: part.base)
-    weight, low = part.base, part.low
-    if name == "linear":
-        weight, low = weight.t(), low.through(torch.t)
-    runs = None if low is None else runs_of(name, call, low, x.shape[:-1].numel())
-    return None if runs is None else routed_product(lambda: func(*args, **kwargs), runs, x, weight, low)
+    runs = runs_of(name, call, part.low, x.shape[:-1].numel())
+    weight = part.base.t() if name == "linear" else part.base
+    return None if runs is None else routed_product(lambda: func(*args, **kwargs), runs, x, weight, part.low)
 
 
 def _given(x: Tensor, part: Part) -> Tensor:
