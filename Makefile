@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test slow lint docs figures clean
+.PHONY: demo test slow lint docs site-test pictures figures clean
 .DELETE_ON_ERROR:
 
 $(VENV)/pip: constraints.txt
@@ -31,8 +31,17 @@ lint: $(VENV)/extra-lint $(VENV)/extra-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# both must build it: mkdocs is what the site is written for, zensical what it can move to
 docs: $(VENV)/extra-docs
+	$(BIN)/zensical build --strict --clean
 	$(BIN)/mkdocs build --strict
+
+# in a browser, where there is one
+site-test: $(VENV)/extra-docs $(VENV)/extra-test $(VENV)/extra-browser
+	$(BIN)/python -m pytest -rs tests/test_site.py
+
+pictures: $(VENV)/extra-test
+	$(BIN)/python -m tests.pictures
 
 figures: $(VENV)/extra-test
 	$(BIN)/python benchmarks/figures.py

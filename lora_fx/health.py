@@ -15,7 +15,7 @@ from lora_fx.text import columns
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[^\]]*\])?\s*(?P<versions>[^;]*)(;(?P<marker>.*))?")
 _LEAST = re.compile(r">=\s*([\d.]+)")
 _EXTRA = re.compile(r"""extra\s*==\s*["']([\w-]+)["']""")
-_DEVELOPING = ("test", "lint", "docs")
+_DEVELOPING = ("test", "lint", "docs", "browser")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
 
+from lora_fx.errors import LoraFxError, RuleError
+from tests.clitools import run
 from tests.docpages import PAGES, ROOT, blocks_of, differences, with_keys
+from tests.pictures import FOLDER, pictures
 
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 
@@ -54,3 +58,43 @@ def test_version_stands_in_the_changelog():
     assert re.search(
         rf"^## {re.escape(version('lora-fx'))}", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
     )
+
+
+def test_every_error_has_a_heading_that_messages_link_to():
+    for module in ("cli.saved", "graphdiff.graphs", "graphdiff.programs", "modelspec"):
+        importlib.import_module(f"lora_fx.{module}")
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    headings = {f"errors#{line[3:].lower()}" for line in page.splitlines() if line.startswith("## ")}
+    missing = [kind.__name__ for kind in errors_of(LoraFxError) if kind.anchor() not in headings]
+    assert missing == []
+    assert RuleError("rules", []).__notes__ == ["  see docs: errors#ruleerror"]
+
+
+def errors_of(kind: type[LoraFxError]) -> list[type[LoraFxError]]:
+    ours = [each for each in kind.__subclasses__() if each.__module__.startswith("lora_fx.")]
+    return [kind, *(each for sub in ours for each in errors_of(sub))]
+
+
+def test_newcomer_has_an_adapted_model_of_their_own_after_twelve_lines():
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    first = next(block for block in blocks_of(tutorial) if block.language == "python")
+    assert "lora_fx.apply(model" in first.text
+    assert len(first.text.strip().splitlines()) <= 12
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    assert listed == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+
+
+def test_hook_for_pre_commit_runs_a_verb_that_is_there():
+    import yaml
+
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    assert hook["entry"].split() == ["lora-fx", "lint"]
+    assert run("lint", ROOT / "demo" / "rules.yaml").exit_code == 0
+
+
+def test_figures_show_what_the_code_does():
+    wrong = [name for name, text in pictures().items() if (FOLDER / name).read_text(encoding="utf-8") != text]
+    assert wrong == [], "python -m tests.pictures brings the figures up to date"
