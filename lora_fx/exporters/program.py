@@ -70,8 +70,10 @@ def input_tensors(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
     return dict((*named_tensors({f"input_{number}": each for number, each in enumerate(args)}), *named_tensors(kwargs)))
 
 
-def exported(target: str, model: nn.Module, sample: Sample) -> ExportedProgram:
+def exported(target: str, model: nn.Module, sample: Sample, bounded: bool = False) -> ExportedProgram:
     """Return what torch.export makes of the model, with every size dynamic that torch does not fix by itself.
+
+    With `bounded`, the sizes of the sample are the largest.
 
     Raises:
         ExportError: torch.export cannot trace the model.
@@ -81,7 +83,7 @@ def exported(target: str, model: nn.Module, sample: Sample) -> ExportedProgram:
     args, kwargs = call_of(model, sample)
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for _, tensor in named_tensors((args, kwargs)):
-        shapes[tensor] = dict.fromkeys(range(tensor.dim()), Dim.AUTO)
+        shapes[tensor] = {axis: _dynamic(size, bounded) for axis, size in enumerate(tensor.shape)}
     try:
         with torch.no_grad(), quiet():
             dynamic = shapes.dynamic_shapes(model, args, kwargs)
@@ -90,6 +92,10 @@ def exported(target: str, model: nn.Module, sample: Sample) -> ExportedProgram:
         raise ExportError(target, "torch.export cannot trace the model", [told(error)], EXPERTS) from error
     _warn_of_ones(target, args, kwargs)
     return program
+
+
+def _dynamic(size: int, bounded: bool) -> Any:
+    return Dim.AUTO(max=size) if bounded and size > 1 else Dim.AUTO
 
 
 @contextlib.contextmanager

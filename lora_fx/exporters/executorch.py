@@ -1,0 +1,80 @@
+"""executorch: one .pte file with two methods, `forward` with the adapters and `base` without; they share their weights.
+
+A program of ExecuTorch plans its memory beforehand: it takes inputs of the example's sizes, and smaller ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import ExportError
+from lora_fx.exporters.neutral import neutral
+from lora_fx.exporters.program import exported, floating, input_tensors, quiet, told
+from lora_fx.exporters.running import largest_difference, run_client
+from lora_fx.exporters.target import Refusal, Target
+from lora_fx.samples import Sample
+from lora_fx.unapplying import disabled, removed
+
+
+def _refused(tuned: nn.Module) -> Iterator[Refusal]:
+    yield from ()
+
+
+def _write(tuned: nn.Module, path: Path, sample: Sample) -> None:
+    models = {"forward": neutral(tuned).model, "base": removed(tuned).eval().requires_grad_(False)}
+    programs = {name: exported("executorch", model, sample, bounded=True) for name, model in models.items()}
+    exir: Any = importlib.import_module("executorch.exir")
+    try:
+        with torch.no_grad(), quiet():
+            content = bytes(exir.to_edge(programs).to_executorch().buffer)
+    except Exception as error:
+        raise ExportError("executorch", "ExecuTorch cannot convert the model", [told(error)]) from error
+    path.write_bytes(content)
+
+
+def _verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
+    given = {"program": str(path), "inputs": list(input_tensors(tuned, sample).values())}
+    adapted, base = run_client("executorch", "lora_fx.clients.executorch", given)
+    with disabled(tuned):
+        expected = floating(tuned, sample)
+    return max(
+        largest_difference("executorch", expected, base),
+        largest_difference("executorch", floating(tuned, sample), adapted),
+    )
+
+
+TARGET = Target(
+    name="executorch",
+    writes="one `.pte` file with the methods `forward` (adapted) and `base`",
+    client="ExecuTorch",
+    refused=_refused,
+    write=_write,
+    verify=_verify,
+    extra="executorch",
+    needs=("executorch",),
+    needs_sample=True,
+    expresses={
+        "linear": "yes",
+        "conv1d": "yes",
+        "convolution": "yes",
+        "embedding": "yes",
+        "attention": "yes",
+        "parameter": "yes",
+        "experts": "yes",
+        "slices": "exact equivalent",
+        "calls": "yes",
+        "ranks": "yes",
+        "alphas": "exact equivalent",
+        "rslora": "exact equivalent",
+        "dora": "yes",
+        "bias": "yes",
+        "train": "yes",
+        "adapters": "exact equivalent",
+    },
+)
