@@ -13,7 +13,7 @@ import lora_fx
 PACKAGE = Path(lora_fx.__file__).parent
 # each layer may import those before it, and itself; a name ending in a dot is a package
 LAYERS = [
-    ["errors", "text", "clients."],
+    ["errors", "text", "health", "clients."],
     ["automaton", "globs", "expressions", "patterns", "yamltree", "rulespec", "shipped"],
     ["rules", "rulereading", "slicereading", "linting", "schema"],
     ["sites"],
@@ -34,7 +34,7 @@ LAYERS = [
     ["exporters."],
     ["integrations."],
     ["api"],
-    ["modelspec", "modelloading"],
+    ["selftest", "checkpointmodel", "modelspec", "modelloading"],
     ["cli."],
     ["__main__"],
 ]
