@@ -29,6 +29,10 @@ BASE, COMPILED = ".base.safetensors", ".aoti.pt2"
 """Ends of the names of what lies beside `model.pt2`: `model.base.safetensors`, `model.aoti.pt2`."""
 
 
+_KEEP = {"always_keep_tensor_constants": True}
+"""Inductor writes vectors of up to 8 values into its code otherwise: a bias of two classes could not be replaced."""
+
+
 def _refused(tuned: nn.Module) -> Iterator[Refusal]:
     yield from ()
 
@@ -43,18 +47,18 @@ def _write(
     if path.suffix != ".pt2":
         raise ExportError("pt2", f"{path.name} does not end in .pt2, or in {VALUES} for an adapter alone")
     made = exported("pt2", parts.model, sample)
-    _forget_tracing(made)
-    _save(made, path)
+    _forget_sources(made)
     if compile:
         _compile(made, path.with_suffix(COMPILED))
+    made.example_inputs = None  # they may be private; the compiler needs them
+    _save(made, path)
     _write_values(path.with_suffix(BASE), parts.base)
     for name, values in parts.adapters.items():
         _write_values(path.with_name(f"{name}{VALUES}"), values)
 
 
-def _forget_tracing(program: ExportedProgram) -> None:
-    """Drop the example inputs, which may be private, and where in somebody's files each node came from."""
-    program.example_inputs = None
+def _forget_sources(program: ExportedProgram) -> None:
+    """Drop where in somebody's files each node came from, in place."""
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
 
@@ -72,7 +76,7 @@ def _compile(program: ExportedProgram, path: Path) -> None:
     inductor: Any = importlib.import_module("torch._inductor")  # the documented place of AOTInductor's functions
     try:
         with torch.no_grad(), quiet():
-            inductor.aoti_compile_and_package(program, package_path=str(path))
+            inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_KEEP)
     except Exception as error:
         raise ExportError(
             "pt2", "AOTInductor cannot compile the model", [told(error)], "it needs a C++ compiler; leave out compile"
