@@ -4,6 +4,7 @@
    operation and occurrence.
 2. What is left may have moved: by structural hash, whatever the path.
 3. From pairs to their neighbours, and between modules that have been renamed.
+4. As many as are left at a path on both sides: one operation in the place of another.
 
 The hashes are numbers that stand for structures exactly (one table for both graphs), so none collide.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fx.graphdiff.graphs import INPUT, Graph, Node, users_of
+from lora_fx.graphdiff.graphs import INPUT, RETURN, Graph, Node, users_of
 
 _SELF = re.compile(r"self\.[\w.]+")
 _MOST_CELLS = 250_000
@@ -90,6 +91,7 @@ class _Alignment:
         self._moved()
         self._neighbours()
         self._renamed()
+        self._by_key(lambda side, i: (place(side, i), side.nodes[i].op in (INPUT, RETURN)))  # one became another
         return self.a.partner
 
     def _pair(self, i: int, j: int) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lora_fx.graphdiff.compare import Comparison, merged
+from lora_fx.graphdiff.difftext import without_numbers
 from lora_fx.graphdiff.graphs import INPUT, Node
 
 SAME, CHANGED, ADDED, REMOVED, MOVED = "same", "changed", "added", "removed", "moved"
@@ -57,7 +58,7 @@ class Block:
 
 def blocks_of(compared: Comparison) -> list[Block]:
     """Return the blocks of both graphs, equal ones once, in the order of b."""
-    order = merged(compared.a, compared.b, compared.partner)
+    order = merged(len(compared.b.nodes), compared.partner, compared.in_order)
     edited = {edit.before for edit in compared.edits}, {edit.after for edit in compared.edits}
     owners = _owners([_shown(compared, i, j) for i, j, _ in order])
     members: dict[str, list[int]] = {}
@@ -71,8 +72,16 @@ def blocks_of(compared: Comparison) -> list[Block]:
         known = found.setdefault(_kind(block), block)
         if known is not block:
             known.paths.append(owner)
+            known.steps = [_for_both(one, other) for one, other in zip(known.steps, steps, strict=True)]
         known.rules.update(step.rule for step in steps if step.rule)
     return list(found.values())
+
+
+def _for_both(one: Step, other: Step) -> Step:
+    """Return a step that says of two equal blocks only what is true of both."""
+    value = one.value if one.value == other.value else ""
+    rule = one.rule if one.rule == other.rule else "several rules"
+    return one if (value, rule) == (one.value, one.rule) else replace(one, value=value, rule=rule)
 
 
 def _shown(compared: Comparison, i: int | None, j: int | None) -> Node:
@@ -146,7 +155,7 @@ def _inner(edges: dict[tuple[int, int], str], owners: Sequence[str]) -> dict[str
 
 def _kind(block: Block) -> object:
     """Return what is equal for blocks that are shown once."""
-    steps = tuple((s.status, s.path, s.op, _NUMBER.sub("#", s.before), _NUMBER.sub("#", s.after)) for s in block.steps)
+    steps = tuple((s.status, s.path, s.op, *map(without_numbers, (s.before, s.after))) for s in block.steps)
     return steps, tuple(sorted(block.edges.items()))
 
 

@@ -120,7 +120,7 @@ class _Writer:
                 code=code,
                 inputs=tuple(self.inputs),
                 weights=weights,
-                value=value_text(node),
+                value=value_text(self.lora[node].base if node in self.lora else node),
                 flops=self._flops(node, adapter, weights),
             )
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from lora_fx.graphdiff.align import align, digest, increasing
 from lora_fx.graphdiff.graphs import INPUT, Graph, Node, Weight
@@ -19,8 +20,8 @@ class SiteChange:
     """Rule, rank and scaling of an adapted site, of both sides if both have one."""
     removed: tuple[str, ...]
     added: tuple[str, ...]
-    moved_from: str = ""
-    """Path on the other side, if the site has moved."""
+    moved_from: str | None = None
+    """Path in a, if the site has moved."""
     parameters: tuple[int, int] = (0, 0)
     """Of the changed statements, before and after."""
     flops: tuple[int, int] = (0, 0)
@@ -46,6 +47,8 @@ class Comparison:
     b: Graph
     partner: tuple[int | None, ...]
     """For each node of a, its position in b."""
+    in_order: frozenset[int]
+    """Nodes of a that have a partner, and stand on both sides in the same order."""
     lines: tuple[tuple[str, ...], tuple[str, ...]]
     edits: tuple[Edit, ...]
 
@@ -126,15 +129,18 @@ def compare(a: Graph, b: Graph) -> GraphDiff:
     """Return how two graphs differ, grouped by site; mirrored if they are swapped."""
     if digest(a) <= digest(b):  # where alignment has a choice, it makes the same one both ways round
         partner = align(a, b)
+        in_order = _in_order(partner)
         lines = lines_of(a, b, partner)
     else:
         other = align(b, a)
         partner = _inverted(other, len(a.nodes))
+        kept = _in_order(other)
+        in_order = {i for j, i in enumerate(other) if i is not None and j in kept}
         after, before = lines_of(b, a, other)
         lines = before, after
-    edits = _edits(a, b, partner)
-    compared = Comparison(a, b, tuple(partner), (tuple(lines[0]), tuple(lines[1])), tuple(edits))
-    changed = {edit.before for edit in edits}
+    both = tuple(lines[0]), tuple(lines[1])
+    compared = Comparison(a, b, tuple(partner), frozenset(in_order), both, tuple(_edits(a, b, partner, in_order)))
+    changed = {edit.before for edit in compared.edits}
     unchanged = sum(i not in changed and node.op != INPUT for i, node in enumerate(a.nodes))
     return GraphDiff(
         a=a.name,
@@ -156,26 +162,38 @@ def _inverted(partner: Sequence[int | None], length: int) -> list[int | None]:
     return found
 
 
-def merged(a: Graph, b: Graph, partner: Sequence[int | None]) -> list[tuple[int | None, int | None, bool]]:
-    """Return the nodes of both graphs as one list, in the order of b: (position in a, in b, whether out of order)."""
+def _in_order(partner: Sequence[int | None]) -> set[int]:
+    """Return the most positions whose partners are in the same order."""
     pairs = [(i, j) for i, j in enumerate(partner) if j is not None]
-    in_order = {pairs[position][0] for position in increasing([j for _, j in pairs])}
-    origin = {j: i for i, j in pairs}
-    found: list[tuple[int | None, int | None, bool]] = []
+    return {pairs[position][0] for position in increasing([j for _, j in pairs])}
+
+
+Merged: TypeAlias = list[tuple[int | None, int | None, bool]]
+
+
+def merged(number: int, partner: Sequence[int | None], in_order: Collection[int]) -> Merged:
+    """Return the nodes of both graphs as one list, in the order of b: (position in a, in b, whether out of order).
+
+    Args:
+        number: of nodes of b.
+        partner: as in `Comparison`, as is `in_order`.
+    """
+    origin = {j: i for i, j in enumerate(partner) if j is not None}
+    found: Merged = []
     position = 0
-    for j in range(len(b.nodes)):
+    for j in range(number):
         i = origin.get(j)
         if i is not None and i in in_order:
             found += [(k, None, False) for k in range(position, i) if partner[k] is None]
             position = i
         found.append((i, j, i is not None and i not in in_order))
-    return found + [(k, None, False) for k in range(position, len(a.nodes)) if partner[k] is None]
+    return found + [(k, None, False) for k in range(position, len(partner)) if partner[k] is None]
 
 
-def _edits(a: Graph, b: Graph, partner: Sequence[int | None]) -> list[Edit]:
+def _edits(a: Graph, b: Graph, partner: Sequence[int | None], in_order: Collection[int]) -> list[Edit]:
     """Return what turns a into b, in the order of b, each removal where it was."""
     edits: list[Edit] = []
-    for i, j, out_of_order in merged(a, b, partner):
+    for i, j, out_of_order in merged(len(b.nodes), partner, in_order):
         if j is None:
             edits.append(Edit(i, None))
         elif i is None or out_of_order or not _same(a, b, i, j, partner):
@@ -232,7 +250,7 @@ def _change(compared: Comparison, old: str, new: str, site: _Site) -> SiteChange
         note=_note(*([graph.nodes[i].rule for i in positions] for graph, positions in sides)),
         removed=removed,
         added=added,
-        moved_from="" if old == new else old,
+        moved_from=None if old == new else old,
         parameters=(costs[0][0], costs[1][0]),
         flops=(costs[0][1], costs[1][1]),
         bytes=(costs[0][2], costs[1][2]),
@@ -274,6 +292,8 @@ def _details(compared: Comparison, i: int, j: int) -> tuple[str, str]:
     one, other = a.nodes[i], b.nodes[j]
     facts = [{name: str(graph.weights[name]) for name in node.weights} for graph, node in ((a, one), (b, other))]
     differing = [{k: v for k, v in mine.items() if others.get(k) != v} for mine, others in (facts, facts[::-1])]
+    if one.op != other.op:
+        return f"  # {one.op}", f"  # {other.op}"
     if any(differing):
         return tuple("  # " + ", ".join(f"{_last(k)} {v}" for k, v in each.items()) for each in differing)  # type: ignore[return-value]
     if (one.path, one.region) != (other.path, other.region):
@@ -283,4 +303,6 @@ def _details(compared: Comparison, i: int, j: int) -> tuple[str, str]:
 
 
 def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+    """Return `weight`, or of an adapter's parameter `lora_A weight`."""
+    parts = name.split(".")
+    return " ".join([*(part for part in parts if part.startswith("lora_")), parts[-1]])

@@ -30,17 +30,18 @@ def groups_of(changes: Sequence[SiteChange], fold: bool = True) -> list[list[Sit
 
 def _kind(change: SiteChange) -> tuple[object, ...]:
     """Return what is equal for the same change of repeated blocks."""
-    moved = _PATH_NUMBER.sub("#", change.moved_from)
+    moved = None if change.moved_from is None else _PATH_NUMBER.sub("#", change.moved_from)
     costs = (change.parameters, change.flops, change.bytes)
-    return (change.note, moved, *map(_without_numbers, (change.removed, change.added)), costs)
+    lines = tuple(tuple(map(without_numbers, each)) for each in (change.removed, change.added))
+    return (change.note, moved, lines, costs)
 
 
-def _without_numbers(statements: tuple[str, ...]) -> str:
-    """Return the statements as one text without the numbers of blocks and of repeated names."""
-    return _BLOCK_NUMBER.sub("#", "\n".join(statements))
+def without_numbers(line: str) -> str:
+    """Return a line without the numbers of blocks and of repeated names."""
+    return _BLOCK_NUMBER.sub("", line)
 
 
-_BLOCK_NUMBER = re.compile(r"(?<=\w\.)\d+(?=\.)|(?<=_)\d+\b")
+_BLOCK_NUMBER = re.compile(r"(?<=\w\.)\d+(?=\.)|_\d+\b")  # the first of several names has no number
 _PATH_NUMBER = re.compile(r"\d+")
 
 
@@ -61,7 +62,7 @@ def _new(change: SiteChange) -> str:
 
 
 def _old(change: SiteChange) -> str:
-    return change.moved_from or change.path or "(root)"
+    return (change.path if change.moved_from is None else change.moved_from) or "(root)"
 
 
 def folded(paths: Sequence[str]) -> str:

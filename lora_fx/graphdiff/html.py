@@ -23,17 +23,15 @@ def diff_html(diff: GraphDiff) -> str:
     entries = _Entries()
     changes = [entries.add(_hunk(group), [change.path for change in group]) for group in groups_of(diff.changes)]
     blocks = blocks_of(diff._compared)
-    pictures = [
-        entries.add(_block(block), block.paths) for block in sorted(blocks, key=lambda block: not block.changed)
-    ]
+    blocks.sort(key=lambda block: not block.changed)
+    pictures = [entries.add(_block(block), block.paths) for block in blocks]
     main = (
         f"<section><h2>What differs, by site</h2>{''.join(changes) or '<p>Nothing.</p>'}</section>"
         f"<section><h2>Blocks</h2>{''.join(pictures)}</section>"
     )
     if entries.left_out:
-        main += (
-            f"<p>{count(entries.left_out, 'entry')} left out to keep the page small: see the text or the JSON form.</p>"
-        )
+        left_out = f"{thousands(entries.left_out)} more left out to keep the page small"
+        main += f"<p>{left_out}: the text and the JSON form have them.</p>"
     return page(f"{diff.a} → {diff.b}", _sums(diff), main, STYLE, entries.paths)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 WIDTH, HEIGHT, GAP, ROW = 216, 42, 20, 74
+_MARGIN = 40
+"""Room on the right, for lines that go around boxes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ def layered(number: int, edges: Iterable[tuple[int, int]]) -> Layout:
     for row, column in zip(rows, columns, strict=True):
         left = (width - counts[row] * (WIDTH + GAP) + GAP) / 2
         corners.append((left + column * (WIDTH + GAP), GAP + row * ROW))
-    return Layout(corners, width, GAP + (1 + max(rows, default=0)) * ROW)
+    return Layout(corners, width + _MARGIN, GAP + (1 + max(rows, default=0)) * ROW)
 
 
 def _pull_down(rows: list[int], above: list[list[int]]) -> None:

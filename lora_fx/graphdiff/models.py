@@ -81,10 +81,11 @@ def _pair(a: nn.Module, b: nn.Module, example_inputs: object) -> tuple[Graph, Gr
 def _own_captures(model: nn.Module, example_inputs: object) -> dict[str, Captured]:
     """Return a captured graph for every region of the model, or, without regions, for what the inputs show."""
     found = {}
-    for path, _, region in regions(model):
-        programs = region.mine or region.kind.programs
-        if programs and not is_layer(model.get_submodule(path)):  # shown as a module
-            found[path] = programs[0].captured
+    for path, module, region in regions(model):
+        captures = [program.captured for program in region.mine or region.kind.programs]
+        fitting = [each for each in captures if _reads_the_same(module, each, each)]  # blocks may share what they learn
+        if fitting and not is_layer(module):  # shown as a module
+            found[path] = fitting[0]
     return found if found or example_inputs is None else _surveyed(model, example_inputs)
 
 
@@ -161,14 +162,25 @@ def _reads_the_same(module: nn.Module, made: Captured, wanted: Captured) -> bool
 
 @contextlib.contextmanager
 def _in_its_mode(module: nn.Module, captured: Captured) -> Iterator[None]:
-    """Let the module be in the mode, and around it what was around, when the call was captured."""
+    """Let the module be in the mode, and around it what was around, when the call was captured.
+
+    Whether weights want gradients decides which of its ways torch's attention takes; that is no difference to show.
+    """
     around = contextlib.nullcontext() if captured.surroundings is None else captured.surroundings.active()
+    own = {name: each for name, each in module.named_parameters() if name in captured.log.flags and each.is_leaf}
+    before = {name: each.requires_grad for name, each in own.items()}
     with unchanged_modes(module), around:
         for place, value in captured.log.read.items():
             if place.attributes == ("training",):
                 with contextlib.suppress(AttributeError):
                     module.get_submodule(place.path).training = value
-        yield
+        try:
+            for name, each in own.items():
+                each.requires_grad_(captured.log.flags[name])
+            yield
+        finally:
+            for name, each in own.items():
+                each.requires_grad_(before[name])
 
 
 def _filled(leaf: object, captured: Captured) -> object:
