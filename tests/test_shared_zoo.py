@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests import shared, zoo
-from tests.examining import Findings, examine
+from tests.examining import EVERY_KIND, RULES, Findings, examine
 
 MODELS = shared.load("models")
 NAMES = tuple(MODELS.zoo()) if MODELS is not None else ()
@@ -19,11 +19,12 @@ NEVER_CALLED = {"mamba": {"backbone.layers.0.mixer.dt_proj", "backbone.layers.1.
 
 
 @functools.cache
-def findings(name: str, dtype: torch.dtype) -> Findings:
+def findings(name: str, dtype: torch.dtype, every_kind: bool = False) -> Findings:
     assert MODELS is not None
     torch.manual_seed(0)
     model, inputs = MODELS.zoo()[name]()
-    return examine(MODELS.zero_dropout(model), inputs, MODELS.main_tensors, dtype)
+    rules = EVERY_KIND if every_kind else RULES
+    return examine(MODELS.zero_dropout(model), inputs, MODELS.main_tensors, dtype, rules)
 
 
 def check(name: str, dtype: torch.dtype) -> None:
@@ -52,6 +53,16 @@ def test_ninety_eight_percent_of_the_linears_in_blocks_run_in_graphs():
     in_blocks, in_graphs = (sum(len(getattr(each, what)) for each in every) for what in ("in_blocks", "in_graphs"))
     print(f"{in_graphs} of {in_blocks} linears in blocks ran in graphs at every call")
     assert in_graphs >= 0.98 * in_blocks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture_is_right_with_adapters_of_every_kind(name: str, dtype: torch.dtype):
+    found = findings(name, dtype, every_kind=True)
+    print(f"{name}, {dtype}: {len(found.adapted)} sites adapted, {found.graph_sites} of them in graphs")
+    assert found.wrong == []
+    assert found.linears <= found.adapted
 
 
 class Wrong(nn.Module):
