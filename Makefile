@@ -21,10 +21,10 @@ demo: $(VENV)/extra-demo
 	$(BIN)/python demo/sentiment.py
 
 test: $(VENV)/extra-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 slow: $(VENV)/extra-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 lint: $(VENV)/extra-lint $(VENV)/extra-test
 	$(BIN)/ruff check .
