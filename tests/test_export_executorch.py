@@ -12,10 +12,13 @@ pytest.importorskip("executorch")
 
 import lora_fx
 from lora_fx.exporters import Exported, export
+from lora_fx.exporters import executorch as target
 from lora_fx.samples import Sample
 from tests.peers import BERT, DIT, LLAMA, VIT, Peer, each
 from tests.peers import adapted as adapted_peer
+from tests.sitekinds import randomise_ as randomise_kind_
 from tests.test_export_pt2 import MIXED, adapted
+from tests.test_site_kinds import KINDS
 from tests.zoo import call_encoder, randomise_, rules
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -37,6 +40,24 @@ def test_adapters_of_several_ranks_and_scalings_with_rslora_dora_and_modules_tra
 def test_real_architectures(peer: Peer, tmp_path: Path):
     sample = Sample((), peer.inputs(3, 7))
     assert_verified(export(adapted_peer(peer, "modules"), tmp_path / "model.pte", "executorch", sample, verify=True))
+
+
+KINDS_TESTED = (
+    "Conv1D of transformers", "conv1d groups", "conv2d plain", "conv2d circular", "embedding, padding", "shared",
+    "x @ w", "bmm with a bank", "chunked", "F.embedding", "self-attention", "encoder layer", "all experts at once",
+    "Mixtral, batched_mm",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS_TESTED)
+def test_kinds_of_sites(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from lora_fx.clients import executorch as client
+
+    monkeypatch.setattr(target, "run_client", lambda name, module, given: client.work(given))
+    (kind,) = (one for one in KINDS if one.name == name)
+    tuned = kind.adapted()
+    randomise_kind_(tuned)
+    assert_verified(export(tuned, tmp_path / "model.pte", "executorch", kind.sample(), verify=True))
 
 
 def test_methods_share_their_weights_and_take_smaller_inputs(tmp_path: Path):
