@@ -112,7 +112,7 @@ class _Routed(torch.autograd.Function):
         inner = A.new_empty(x.shape[0] * A.shape[-2])
         for run, h in _each(runs, inner, A.shape[-2]):
             torch.mm(run.of(A), x[run.rows].to(A.dtype).t(), out=h).mul_(scaling)
-            _add(flat[run.rows], h.t(), run.of(B).contiguous())
+            _add(flat[run.rows], h.t(), run.of(B))
         ctx.runs, ctx.scaling, ctx.make = runs, scaling, rows.make
         ctx.save_for_backward(weight, A, B, inner, *rows.tensors)
         return total
@@ -132,7 +132,7 @@ class _Routed(torch.autograd.Function):
         for run, h in _each(ctx.runs, inner, A.shape[-2]):
             g = flat[run.rows]
             wide, x = g.to(A.dtype), ctx.make(*(each[run.rows] for each in kept)).to(A.dtype)
-            z = torch.mm(run.of(B).contiguous(), wide.t()).mul_(ctx.scaling)
+            z = torch.mm(run.of(B).contiguous(), wide.t()).mul_(ctx.scaling)  # strided, it takes four times as long
             torch.mm(h, wide, out=run.of(of_B))
             torch.mm(z, x, out=run.of(of_A))
             if of_x is not None:
