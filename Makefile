@@ -21,10 +21,10 @@ demo: $(VENV)/extra-demo
 	$(BIN)/python demo/sentiment.py
 
 test: $(VENV)/extra-test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/extra-test
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 lint: $(VENV)/extra-lint $(VENV)/extra-test
 	$(BIN)/ruff check .
