@@ -178,7 +178,7 @@ def test_adapter_of_a_graph_is_saved_and_loaded_bit_by_bit(tmp_path):
 def test_diff_shows_the_adapter_at_each_product_with_a_raw_parameter():
     base = traced()
     text = str(lora_fx.diff(base, adapted(base)))
-    assert "@@ second · rule 2 · r=2 scaling=8 @@" in text
+    assert "@@ second · rule 2 · r=2 scaling=8 ·" in text
     assert text.count("+ self.bank_lora(..) * 8.0") == 2
 
 

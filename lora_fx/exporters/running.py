@@ -19,6 +19,12 @@ from lora_fx.errors import ExportError
 from lora_fx.samples import Sample
 
 SECONDS = 1800
+_START = """
+import runpy, sys
+sys.path.extend(path for path in {paths!r} if path not in sys.path)  # behind what Python itself needs
+runpy.run_module({client!r}, run_name="__main__", alter_sys=False)
+"""
+"""What a client's process runs.  Libraries put folders on the path that hide modules of Python's own."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -36,8 +42,8 @@ def run_client(target: str, client: str, given: dict[str, Any], seconds: float =
     """
     with tempfile.TemporaryDirectory() as folder:
         _save(target, given, Path(folder) / GIVEN)
-        environment = {**os.environ, **_OFFLINE, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", client, folder]
+        environment = {**os.environ, **_OFFLINE}
+        command = [sys.executable, "-c", _START.format(client=client, paths=sys.path), folder]
         try:
             ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired as error:
