@@ -16,6 +16,7 @@ from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
 from lora_fx.adapters.lora import LoRAFactor
 from lora_fx.editor import Editor
 from lora_fx.layerkinds import kind_of
+from lora_fx.passes.sitegraph import first_argument
 from lora_fx.swap import original_class
 
 
@@ -41,7 +42,7 @@ def _flatten(editor: Editor, node: fx.Node, module: nn.Module) -> None:
     if not is_bypassed(module) or not (_is_flat(module) or attached(module) is not None):
         return
     path = str(node.target)
-    x = next(iter((*node.args, *node.kwargs.values())))
+    x = first_argument(node)
     with editor.writing_after(node, str(node.meta.get("site", ""))) as write:
         if not _is_flat(module):
             flat = write.graph.call_function(base_output, (write.graph.get_attr(path), x))

@@ -16,7 +16,7 @@ from lora_fx.adapters.spec import ModelRecord
 from lora_fx.editor import Editor, Writer
 from lora_fx.errors import RefusedError
 from lora_fx.passes.rawgraph import raw_uses, splice_raw
-from lora_fx.passes.sitegraph import SiteCall, site_calls, whole_graph_call
+from lora_fx.passes.sitegraph import SiteCall, first_argument, site_calls
 from lora_fx.passes.verify import verify
 from lora_fx.planning import Plan
 from lora_fx.records import record_of, spec_of
@@ -62,22 +62,24 @@ def splice_adapters(editor: Editor, only: set[str] | None = None, to_show: bool 
         wanted = not shown_parameters(owner) or (to_show and call.node.op == "call_module")
         adapters = [found for found in attached_to(owner) if found.home is found.owner] if wanted else []
         if adapters and (only is None or call.path in only):
-            _splice(editor, call, adapters[min(met[call.path], len(adapters) - 1)])
+            # only now: the site that makes the input may have been adapted just before
+            x = first_argument(call.node)
+            _splice(editor, call, x, adapters[min(met[call.path], len(adapters) - 1)])
             met[call.path] += 1
 
 
 def splice_layer(editor: Editor) -> None:
     """Write the LoRA nodes of the adapter beside a layer whose own forward the graph is."""
+    x = next(node for node in editor.graph.nodes if node.op == "placeholder")
     for found in attached_to(editor.graph_module):
-        _splice(editor, whole_graph_call(editor.graph), found)
+        result = next(node for node in editor.graph.nodes if node.op == "output").args[0]
+        assert isinstance(result, fx.Node)
+        _splice(editor, SiteCall("", result), x, found)
 
 
-def _splice(editor: Editor, call: SiteCall, found: Attached) -> None:
+def _splice(editor: Editor, call: SiteCall, x: fx.Node, found: Attached) -> None:
     spec, name = found.spec, found.spec.adapter
     number = "" if found.call is None else f".{found.call}"
-    # only now: the site that makes the input may have been adapted just before
-    x = call.x if call.path == "" else next(iter((*call.node.args, *call.node.kwargs.values())))
-    assert isinstance(x, fx.Node)
     with editor.writing_after(call.node, call.path) as write:
         result = add_low_rank(
             write.proxy(call.node),  # type: ignore[arg-type]

@@ -27,8 +27,6 @@ class SiteCall:
     path: str
     node: fx.Node
     """The node that computes the base output."""
-    x: fx.Node
-    """What the weight is applied to."""
 
 
 def site_calls(graph_module: fx.GraphModule) -> Iterator[SiteCall]:
@@ -37,27 +35,19 @@ def site_calls(graph_module: fx.GraphModule) -> Iterator[SiteCall]:
         if node.op == "call_module":
             kind = kind_of(graph_module.get_submodule(str(node.target)))
             if kind is not None and (kind.called or kind.op == "linear"):
-                yield SiteCall(str(node.target), node, _first_argument(node))
+                yield SiteCall(str(node.target), node)
         elif node.op == "call_function" and node.target in _LINEARS:
             weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
             owner = _owner_of_weight(weight)
             if owner:
-                yield SiteCall(owner, node, _first_argument(node))
+                yield SiteCall(owner, node)
 
 
-def _first_argument(node: fx.Node) -> fx.Node:
+def first_argument(node: fx.Node) -> fx.Node:
     """Return the input of a layer's call."""
     value = next(iter((*node.args, *node.kwargs.values())))
     assert isinstance(value, fx.Node)
     return value
-
-
-def whole_graph_call(graph: fx.Graph) -> SiteCall:
-    """Return the one call that the graph of a layer's own forward is."""
-    x = next(node for node in graph.nodes if node.op == "placeholder")
-    result = next(node for node in graph.nodes if node.op == "output").args[0]
-    assert isinstance(result, fx.Node)
-    return SiteCall("", result, x)
 
 
 def _owner_of_weight(weight: object) -> str | None:
