@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.adapters.lora import low_rank_weight, merged_weight
+from lora_fx.adapters.lora import folded_weight, low_rank_weight
 from lora_fx.capture import torch_internals
 from lora_fx.capture.surroundings import in_clean_thread
 from lora_fx.samples import call, samples_of
@@ -147,7 +147,7 @@ def test_merged_weight_is_accumulated_in_float32_and_rounded_once():
     weight = torch.randn(64, 32, dtype=torch.bfloat16)
     A, B = torch.randn(8, 32), torch.randn(64, 8) * 0.01
     exact = weight.double() + 2.0 * (B.double() @ A.double())
-    merged = merged_weight(weight, A, B, 2.0)
+    merged = folded_weight(weight, low_rank_weight(A, B, 2.0))
     assert merged.dtype == torch.bfloat16
     ulp = torch.finfo(torch.bfloat16).eps * exact.abs()
     assert ((merged.double() - exact).abs() <= 0.5 * ulp + 1e-6).all()

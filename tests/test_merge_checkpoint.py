@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_fx
 from lora_fx import merge_checkpoint
 from lora_fx.adapters.dora import merged_dora_weight
-from lora_fx.adapters.lora import merged_weight
+from lora_fx.adapters.lora import folded_weight, low_rank_weight
 from lora_fx.checkpoint import mergetiles, outfolder, rawbytes, streaming
 from lora_fx.checkpoint.rawfile import read_raw
 from lora_fx.checkpoint.rounding import Noise, round_into
@@ -69,7 +69,7 @@ def in_memory(tensors, adapter, *paths, scaling=1.5):
     merged = dict(tensors)
     for path in paths:
         factor = [adapter[f"{PREFIX}{path}.lora_{name}.weight"] for name in "AB"]
-        merged[f"{path}.weight"] = merged_weight(tensors[f"{path}.weight"], *factor, scaling)
+        merged[f"{path}.weight"] = folded_weight(tensors[f"{path}.weight"], low_rank_weight(*factor, scaling))
     return merged
 
 

@@ -89,11 +89,8 @@ class Attached:
 
     def low_rank(self) -> Factored:
         """Return the low-rank part of the weight as it is stored."""
-        rows, columns = self.lora_B.matrix, self.lora_A.matrix
-        if self.spec.layout == "in_out":
-            rows, columns = columns.transpose(-1, -2), rows.transpose(-1, -2)
-        view = WeightView.of(tuple(self.base_weight.shape), self.spec.is_banked)
-        return Factored(view, rows, columns, self.spec.rank, self.spec.scaling)
+        spec, view = self.spec, WeightView.of(tuple(self.base_weight.shape), self.spec.is_banked)
+        return Factored.of(view, self.lora_A.matrix, self.lora_B.matrix, spec.layout, spec.rank, spec.scaling)
 
     def delta(self) -> Tensor:
         """Return ΔW = scaling · B A in float32 (float64 for float64 factors), in the shape of the base weight."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_fx.adapters.views import Dim, Kind, Region, WeightView
+from lora_fx.adapters.views import Dim, Extent, Kind, WeightView
+from lora_fx.sites import Layout
 
 Operand = Any
 """A tensor, or a proxy that writes a graph."""
@@ -31,6 +32,13 @@ class Factored:
     """[r, second], or [bank, r, second]."""
     r: int
     scaling: float
+
+    @staticmethod
+    def of(view: WeightView, A: Operand, B: Operand, layout: Layout, r: int, scaling: float) -> Factored:
+        """Return scaling · B A for a weight that is stored as B A, or, with the layout "in_out", transposed."""
+        if layout == "in_out":
+            A, B = B.transpose(-1, -2), A.transpose(-1, -2)
+        return Factored(view, B, A, r, scaling)
 
     # -- views
 
@@ -56,10 +64,10 @@ class Factored:
         factor, axis = (self.rows, -2) if kind == "first" else (self.columns, -1)
         banks = sum(dim.kind == "bank" for dim in self.view.dims or ())
         if self.view.banked:
-            factor = _taken(factor, self.view.region("bank"), 0, self.view.sizes[0])
+            factor = _taken(factor, self.view.extent("bank"), 0, self.view.sizes[0])
         # with r behind it, or with r before it and no more dimensions after
         position = banks if axis == -2 else banks + 1
-        return _taken(factor, self.view.region(kind), position, self.view.sizes[1 if kind == "first" else 2])
+        return _taken(factor, self.view.extent(kind), position, self.view.sizes[1 if kind == "first" else 2])
 
     def matrices(self) -> tuple[Operand, Operand] | None:
         """Return (left, right) with view = scaling · left right, [.., a, r] and [.., r, b]; None if not a matrix."""
@@ -188,17 +196,17 @@ def _unexpanded(dims: Sequence[Dim]) -> tuple[int, ...]:
     return tuple(1 if dim.kind == "repeat" else dim.size for dim in dims)
 
 
-def _taken(factor: Operand, region: Region, axis: int, length: int) -> Operand:
-    """Return the entries of one axis that a region names, with an axis for each of its dimensions (none: selected)."""
-    if not region.dims:
-        return factor.select(axis, region.start)
-    sizes = [dim.size for dim in region.dims]
-    if _is_run(region.dims):
+def _taken(factor: Operand, extent: Extent, axis: int, length: int) -> Operand:
+    """Return the entries of one axis that an extent names, with an axis for each of its dimensions (none: selected)."""
+    if not extent.dims:
+        return factor.select(axis, extent.start)
+    sizes = [dim.size for dim in extent.dims]
+    if _is_run(extent.dims):
         number = sizes[0] if len(sizes) == 1 else int(torch.Size(sizes).numel())
-        part = factor if number == length else factor.narrow(axis, region.start, number)
+        part = factor if number == length else factor.narrow(axis, extent.start, number)
         return part if len(sizes) == 1 else part.unflatten(axis, sizes)
-    indices = torch.tensor(region.start)
-    for dim in region.dims:
+    indices = torch.tensor(extent.start)
+    for dim in extent.dims:
         indices = indices.unsqueeze(-1) + torch.arange(dim.size) * dim.step
     taken = factor.index_select(axis, indices.reshape(-1).to(factor.device))
     return taken.unflatten(axis, sizes)

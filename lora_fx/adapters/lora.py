@@ -94,23 +94,12 @@ def low_rank_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return (lora_B.to(wide) @ lora_A.to(wide)) * scaling
 
 
-def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return the base weight with the adapter folded in, a new tensor; the arguments stay unchanged.
+def folded_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    """Return W + ΔW in W's dtype, a new tensor; the arguments stay unchanged.
 
-    W' = W + scaling · B A, accumulated in float32 (float64 where W or the factors are) and rounded once to W's dtype.
-
-    Args:
-        weight: base weight W, [out, in], any floating dtype.
-        lora_A: [r, in].
-        lora_B: [out, r].
-        scaling: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; no unit.
+    Accumulated in the wider dtype of the two and rounded once; `low_rank_weight` gives ΔW in float32 or float64.
 
     Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; scaling: Kalajdzievski 2023, arXiv:2312.03732.
     """
-    return folded_weight(weight, low_rank_weight(lora_A, lora_B, scaling))
-
-
-def folded_weight(weight: Tensor, delta: Tensor) -> Tensor:
-    """Return W + ΔW in W's dtype, a new tensor: accumulated in the wider dtype of the two and rounded once."""
     wide = torch.promote_types(delta.dtype, weight.dtype)
     return (weight.to(wide) + delta.to(wide)).to(weight.dtype)

@@ -29,7 +29,7 @@ class Dim:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class Extent:
     """The dimensions of a view that run over one axis of the stored weight, and where they start."""
 
     start: int
@@ -99,10 +99,10 @@ class WeightView:
         stub = root.as_strided((number, *sizes), (first * second, *strides), offset)
         return WeightView(stub, (bank, first, second), banked=True)
 
-    def region(self, kind: Kind) -> Region:
+    def extent(self, kind: Kind) -> Extent:
         """Return the dimensions of one kind, and where on the axis they start."""
         assert self.dims is not None
-        return Region(self._starts[kind], tuple(dim for dim in self.dims if dim.kind == kind))
+        return Extent(self._starts[kind], tuple(dim for dim in self.dims if dim.kind == kind))
 
     @property
     def _starts(self) -> dict[Kind, int]:

@@ -215,9 +215,7 @@ def _low_rank(write: Writer, use: RawUse, found: Attached, home: str) -> Factore
     """Return the low-rank weight with proxies for its factors."""
     A, B = (_matrix(write, dotted(home, f"{factor}.{found.spec.adapter}"), module)
             for factor, module in (("lora_A", found.lora_A), ("lora_B", found.lora_B)))  # fmt: skip
-    if found.spec.layout == "in_out":
-        A, B = B.transpose(-1, -2), A.transpose(-1, -2)
-    return Factored(use.view, B, A, found.spec.rank, found.spec.scaling)
+    return Factored.of(use.view, A, B, found.spec.layout, found.spec.rank, found.spec.scaling)
 
 
 def _matrix(write: Writer, path: str, factor: nn.Module) -> fx.Proxy:
