@@ -17,7 +17,7 @@ from lora_fx.checkpoint.mergereport import MergeReport
 from lora_fx.checkpoint.read import read_adapters
 from lora_fx.checkpoint.resolve import resolved, uses_in_files
 from lora_fx.checkpoint.rounding import Rounding
-from lora_fx.discovery import refuse_unfit, take_inventory, uses_in
+from lora_fx.discovery import take_inventory, uses_in
 from lora_fx.errors import CaptureError, StalePlanError
 from lora_fx.graphdiff.compare import GraphDiff
 from lora_fx.graphdiff.deltas import deltas_of
@@ -104,9 +104,13 @@ def apply(
 
 
 def _observed(model: nn.Module, example_inputs: object) -> Observed:
+    _must_be_module(model)
+    return observed(model, example_inputs)
+
+
+def _must_be_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, found {type(model).__name__}")
-    return observed(model, example_inputs)
 
 
 def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: object, backend: str) -> Plan:
@@ -123,8 +127,8 @@ def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: obje
 
 def _of_plan(decided: Plan, model: nn.Module, example_inputs: object, backend: str) -> Plan:
     """Return a plan that was made before, if it still fits the model, with graphs where they are wanted."""
-    seen = _observed(model, example_inputs) if example_inputs is not None else Observed(())
-    refuse_unfit(model)
+    _must_be_module(model)
+    seen = observed(model, example_inputs) if example_inputs is not None else Observed(())
     found = stale_parts(decided, take_inventory(model, uses_in(decided)))
     if found:
         raise StalePlanError(found)

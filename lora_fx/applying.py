@@ -14,7 +14,7 @@ from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
 from lora_fx.modules import adapt, count_calls_anew, read_by_kernels, stop_counting
 from lora_fx.passes import apply_pass
 from lora_fx.passes.inject import Inject
-from lora_fx.planning import DEAD, Plan, PlannedSite
+from lora_fx.planning import Plan, PlannedSite
 from lora_fx.records import record_of, spec_of
 from lora_fx.regions.install import in_graphs, install, regions, stock
 from lora_fx.regions.survey import Survey, run_modes, run_variants
@@ -147,9 +147,8 @@ def check_refusals(plan: Plan) -> None:
     if refused:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in refused)
         warnings.warn(f"{len(refused)} matched sites are not adapted:\n{lines}", LoraFxWarning, stacklevel=4)
-    for note in plan.notes:
-        if "min(in, out)" in note or DEAD in note:
-            warnings.warn(note, LoraFxWarning, stacklevel=4)
+    for caution in plan.cautions:
+        warnings.warn(caution, LoraFxWarning, stacklevel=4)
 
 
 def trainable(twin: nn.Module) -> Iterator[nn.Parameter]:

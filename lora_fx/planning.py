@@ -127,6 +127,11 @@ class Plan:
         return tuple(site for site in self.sites if site.decision == "refuse")
 
     @property
+    def cautions(self) -> tuple[str, ...]:
+        """What `apply` warns of, each also a note: ranks that save nothing, sites that are never used."""
+        return (*_rank_notes(self.sites), *_dead_notes(self.sites))
+
+    @property
     def trainable(self) -> int:
         """Number of parameters that will be trained: adapters and the modules under `train:`."""
         return sum(site.trainable for site in self.sites) + sum(module.parameters for module in self.train)
