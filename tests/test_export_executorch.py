@@ -16,13 +16,12 @@ from lora_fx.exporters import executorch as target
 from lora_fx.samples import Sample
 from tests.peers import BERT, DIT, LLAMA, VIT, Peer, each
 from tests.peers import adapted as adapted_peer
+from tests.programs import CLOSE, EFFECT, MIXED, adapted
 from tests.sitekinds import randomise_ as randomise_kind_
-from tests.test_export_pt2 import MIXED, adapted
 from tests.test_site_kinds import KINDS
 from tests.zoo import call_encoder, randomise_, rules
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-CLOSE, EFFECT = 1e-5, 1e-2
 
 
 def assert_verified(found: Exported) -> None:

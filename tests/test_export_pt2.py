@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +19,13 @@ from lora_fx.exporters import pt2 as target
 from lora_fx.samples import Sample
 from tests.peers import BERT, DIT, LLAMA, T5, UNET, VIT, Peer, each
 from tests.peers import adapted as adapted_peer
+from tests.programs import CLOSE, EFFECT, MIXED, adapted
 from tests.sitekinds import Kind
 from tests.sitekinds import randomise_ as randomise_kind_
 from tests.test_site_kinds import KINDS
-from tests.zoo import Encoder, call_encoder, randomise_, rules
+from tests.zoo import call_encoder, randomise_, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and transformers' own, while they trace
-CLOSE = 1e-5
-"""Of outputs of order one in float32."""
-EFFECT = 1e-2
-MIXED = {
-    "version": 1,
-    "rules": [
-        {"match": {"name": "layer.0.**"}, "lora": {"r": 2, "alpha": 3, "dropout": 0.1}},
-        {"match": {"name": "layer.1.**"}, "lora": {"r": 5, "alpha": 8, "rslora": True}},
-        {"match": {"name": "layer.2.**"}, "lora": {"r": 3, "alpha": 12, "adapter": "top"}},
-        {"match": {"name": "pooler.0"}, "lora": {"dora": True}},
-    ],
-    "train": ["classifier"],
-}
-
-
-def adapted(chosen: Mapping[str, Any], seed: int = 1) -> nn.Module:
-    """Return an encoder with random adapters, and other values for what is trained whole."""
-    torch.manual_seed(0)
-    tuned = lora_fx.apply(Encoder().eval(), chosen, backend="modules")
-    randomise_(tuned, seed)
-    with torch.no_grad():
-        for parameter in lora_fx.parameters(tuned):
-            if parameter is tuned.classifier.weight:
-                parameter.add_(0.1)
-    return tuned.eval()
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,19 @@ from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.exporters.neutral import neutral
-from lora_fx.exporters.program import exported, floating, input_tensors, quiet, told
-from lora_fx.exporters.running import largest_difference, run_client
+from lora_fx.exporters.program import (
+    EVERY_FEATURE,
+    exported,
+    input_tensors,
+    outputs_of_both,
+    quiet,
+    told,
+    worst_difference,
+)
+from lora_fx.exporters.running import run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.samples import Sample
-from lora_fx.unapplying import disabled, removed
+from lora_fx.unapplying import removed
 
 
 def _refused(tuned: nn.Module) -> Iterator[Refusal]:
@@ -41,12 +49,7 @@ def _write(tuned: nn.Module, path: Path, sample: Sample) -> None:
 def _verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     given = {"program": str(path), "inputs": list(input_tensors(tuned, sample).values())}
     adapted, base = run_client("executorch", "lora_fx.clients.executorch", given)
-    with disabled(tuned):
-        expected = floating(tuned, sample)
-    return max(
-        largest_difference("executorch", expected, base),
-        largest_difference("executorch", floating(tuned, sample), adapted),
-    )
+    return worst_difference("executorch", outputs_of_both(tuned, sample), (base, adapted))
 
 
 TARGET = Target(
@@ -59,22 +62,5 @@ TARGET = Target(
     extra="executorch",
     needs=("executorch",),
     needs_sample=True,
-    expresses={
-        "linear": "yes",
-        "conv1d": "yes",
-        "convolution": "yes",
-        "embedding": "yes",
-        "attention": "yes",
-        "parameter": "yes",
-        "experts": "yes",
-        "slices": "exact equivalent",
-        "calls": "yes",
-        "ranks": "yes",
-        "alphas": "exact equivalent",
-        "rslora": "exact equivalent",
-        "dora": "yes",
-        "bias": "yes",
-        "train": "yes",
-        "adapters": "exact equivalent",
-    },
+    expresses={**EVERY_FEATURE, "adapters": "exact equivalent"},
 )

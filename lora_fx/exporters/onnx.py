@@ -20,11 +20,20 @@ from torch import Tensor, nn
 from lora_fx.checkpoint.fingerprint import same_values
 from lora_fx.errors import ExportError
 from lora_fx.exporters.neutral import NAME, Neutral, neutral
-from lora_fx.exporters.program import EXPERTS, exported, floating, input_tensors, output_names, quiet, told
-from lora_fx.exporters.running import largest_difference, run_client
+from lora_fx.exporters.program import (
+    EVERY_FEATURE,
+    EXPERTS,
+    exported,
+    input_tensors,
+    output_names,
+    outputs_of_both,
+    quiet,
+    told,
+    worst_difference,
+)
+from lora_fx.exporters.running import run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.samples import Sample
-from lora_fx.unapplying import disabled
 
 ADAPTER_SUFFIX = ".onnx_adapter"
 NOTE = "lora_fx"
@@ -239,10 +248,8 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, graph: str | Path | No
         "adapters": [str(each) for each in files],
         "inputs": input_tensors(tuned, sample),
     }
-    base, adapted = run_client("onnx", "lora_fx.clients.onnx", given)
-    with disabled(tuned):
-        expected = floating(tuned, sample)
-    return max(largest_difference("onnx", expected, base), largest_difference("onnx", floating(tuned, sample), adapted))
+    found = run_client("onnx", "lora_fx.clients.onnx", given)
+    return worst_difference("onnx", outputs_of_both(tuned, sample), found)
 
 
 TARGET = Target(
@@ -255,24 +262,7 @@ TARGET = Target(
     extra="onnx",
     needs=("onnx", "onnxscript", "onnxruntime"),
     needs_sample=True,
-    expresses={
-        "linear": "yes",
-        "conv1d": "yes",
-        "convolution": "yes",
-        "embedding": "yes",
-        "attention": "yes",
-        "parameter": "yes",
-        "experts": "yes",
-        "slices": "exact equivalent",
-        "calls": "yes",
-        "ranks": "yes",
-        "alphas": "exact equivalent",
-        "rslora": "exact equivalent",
-        "dora": "yes",
-        "bias": "yes",
-        "train": "yes",
-        "adapters": "yes",
-    },
+    expresses=EVERY_FEATURE,
     options={
         "optimize": "fold constants and fuse nodes (True); adapters stay what they are",
         "graph": f"for a path that ends in {ADAPTER_SUFFIX}: the graph that the adapter is for",

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,18 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import ExportError, LoraFxWarning
+from lora_fx.exporters.running import largest_difference
+from lora_fx.exporters.target import FEATURES, Ability
 from lora_fx.samples import Sample
 from lora_fx.swap import Swapped, swap
 from lora_fx.text import listing
+from lora_fx.unapplying import disabled
 
+EVERY_FEATURE: dict[str, Ability] = {
+    **dict.fromkeys(FEATURES, "yes"),
+    **dict.fromkeys(("slices", "alphas", "rslora"), "exact equivalent"),
+}
+"""What a program of the whole model expresses; the scaling is in B, and what is no row of a part is zero there."""
 EXPERTS = "where it is transformers' experts: load the model with experts_implementation='batched_mm'"
 
 
@@ -119,6 +127,18 @@ def floating(model: nn.Module, sample: Sample) -> list[Tensor]:
     with torch.no_grad():
         found = named_tensors(plain(model(*sample.args, **sample.kwargs)))
     return [each.float().cpu() for _, each in found if each.is_floating_point()]
+
+
+def outputs_of_both(tuned: nn.Module, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what the adapted model gives without its adapters, and with them, as `floating` does."""
+    with disabled(tuned):
+        base = floating(tuned, sample)
+    return base, floating(tuned, sample)
+
+
+def worst_difference(target: str, ours: Sequence[list[Tensor]], theirs: Sequence[list[Tensor]]) -> float:
+    """Return max |Δ| of the outputs of several runs, ours against the client's."""
+    return max(largest_difference(target, mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 
 def output_names(model: nn.Module, sample: Sample) -> list[str]:

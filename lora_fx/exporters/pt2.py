@@ -18,11 +18,10 @@ from torch.export import ExportedProgram
 
 from lora_fx.errors import ExportError
 from lora_fx.exporters.neutral import Neutral, neutral
-from lora_fx.exporters.program import call_of, exported, floating, quiet, told
-from lora_fx.exporters.running import largest_difference, run_client
+from lora_fx.exporters.program import EVERY_FEATURE, call_of, exported, outputs_of_both, quiet, told, worst_difference
+from lora_fx.exporters.running import run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.samples import Sample
-from lora_fx.unapplying import disabled
 
 VALUES = ".safetensors"
 BASE, COMPILED = ".base.safetensors", ".aoti.pt2"
@@ -138,15 +137,8 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, program: str | Path | 
         "adapters": [str(each) for each in adapters],
         "sample": call_of(tuned, sample),
     }
-    with disabled(tuned):
-        expected = [floating(tuned, sample)]
-    expected.append(floating(tuned, sample))
-    found = run_client("pt2", "lora_fx.clients.pt2", given)
-    return max(
-        largest_difference("pt2", ours, theirs)
-        for outputs in found
-        for ours, theirs in zip(expected, outputs, strict=True)
-    )
+    ours = outputs_of_both(tuned, sample)
+    return max(worst_difference("pt2", ours, found) for found in run_client("pt2", "lora_fx.clients.pt2", given))
 
 
 TARGET = Target(
@@ -157,24 +149,7 @@ TARGET = Target(
     write=_write,
     verify=_verify,
     needs_sample=True,
-    expresses={
-        "linear": "yes",
-        "conv1d": "yes",
-        "convolution": "yes",
-        "embedding": "yes",
-        "attention": "yes",
-        "parameter": "yes",
-        "experts": "yes",
-        "slices": "exact equivalent",
-        "calls": "yes",
-        "ranks": "yes",
-        "alphas": "exact equivalent",
-        "rslora": "exact equivalent",
-        "dora": "yes",
-        "bias": "yes",
-        "train": "yes",
-        "adapters": "yes",
-    },
+    expresses=EVERY_FEATURE,
     options={
         "compile": f"also compile it with AOTInductor, to `model{COMPILED}` (False); needs a C++ compiler",
         "program": f"for a path that ends in {VALUES}: the program that the adapter is for",
