@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lora_fx import modelspec
-from lora_fx.modelspec import ModelSpecError, load_model
+from lora_fx.modelspec import ModelSpecError, called, class_and_config, load_model, model_and_inputs, module_at
 
 
 def load_with_weights(spec: str) -> tuple[nn.Module, object]:
@@ -22,22 +20,12 @@ def load_with_weights(spec: str) -> tuple[nn.Module, object]:
         raise ModelSpecError(f"'{spec}' has names and weights only, and no model: give hf:DIRECTORY or a factory")
     if not rest or spec.endswith(".pt2"):
         return load_model(spec)
-    found = _from_pretrained(rest) if scheme == "hf" else modelspec._call(modelspec._module(scheme), scheme, rest)
-    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-    if not isinstance(model, nn.Module):
-        raise ModelSpecError(f"'{spec}' gives an object of type {type(model).__name__}, not a torch.nn.Module")
+    found = _from_pretrained(rest) if scheme == "hf" else called(module_at(scheme), scheme, rest)
+    model, inputs = model_and_inputs(found, spec)
     return model.eval(), inputs
 
 
 def _from_pretrained(directory: str) -> Any:
     """Return the model of the class that the configuration names, with the weights of the directory."""
-    if not (Path(directory) / "config.json").is_file():
-        raise ModelSpecError(f"{directory}/config.json does not exist; hf: takes a directory, not a name of a hub")
-    try:
-        import transformers
-    except ImportError as error:
-        raise ModelSpecError("hf: needs transformers: pip install 'lora-fx[hf]'") from error
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    kinds = (vars(transformers).get(name) or getattr(transformers, name, None) for name in config.architectures or ())
-    kind = next((kind for kind in kinds if kind is not None), transformers.AutoModel)
+    kind, _ = class_and_config(directory)
     return kind.from_pretrained(directory, local_files_only=True)

@@ -47,7 +47,16 @@ def load_model(spec: str) -> tuple[nn.Module, object]:
     if not scheme or not rest:
         raise ModelSpecError(f"'{spec}' is no model: write {FORMS}")
     with torch.device("meta"):
-        found = _from_transformers(rest) if scheme == "hf" else _call(_module(scheme), scheme, rest)
+        found = _from_transformers(rest) if scheme == "hf" else called(module_at(scheme), scheme, rest)
+    return model_and_inputs(found, spec)
+
+
+def model_and_inputs(found: Any, spec: str) -> tuple[nn.Module, object]:
+    """Return (model, example inputs or None) of what a factory returned.
+
+    Raises:
+        ModelSpecError: it is no model.
+    """
     model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(model, nn.Module):
         raise ModelSpecError(f"'{spec}' gives an object of type {type(model).__name__}, not a torch.nn.Module")
@@ -101,7 +110,7 @@ def _of_program(path: str) -> tuple[nn.Module, object]:
     return program.module(), call(*given[0], **given[1]) if given else None
 
 
-def _module(home: str) -> ModuleType:
+def module_at(home: str) -> ModuleType:
     if home.endswith(".py"):
         return _module_of_file(Path(home))
     if "" not in sys.path:
@@ -128,7 +137,7 @@ def _module_of_file(path: Path) -> ModuleType:
     return module
 
 
-def _call(module: ModuleType, home: str, name: str) -> Any:
+def called(module: ModuleType, home: str, name: str) -> Any:
     if name not in vars(module):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ModelSpecError(f"{home} has no '{name}'; it has {', '.join(known[:10]) or 'nothing to call'}")
@@ -137,6 +146,20 @@ def _call(module: ModuleType, home: str, name: str) -> Any:
 
 
 def _from_transformers(directory: str) -> nn.Module:
+    kind, config = class_and_config(directory)
+    import transformers  # class_and_config has said so if it is not installed
+
+    bare: Any = transformers.AutoModel
+    model: nn.Module = bare.from_config(config) if kind is bare else kind(config)
+    return model
+
+
+def class_and_config(directory: str) -> tuple[Any, Any]:
+    """Return the class that a transformers directory's configuration names (`AutoModel` for the bare model), and it.
+
+    Raises:
+        ModelSpecError: there is no configuration, or no transformers.
+    """
     if not (Path(directory) / "config.json").is_file():
         raise ModelSpecError(f"{directory}/config.json does not exist; hf: takes a directory, not a name of a hub")
     try:
@@ -144,15 +167,5 @@ def _from_transformers(directory: str) -> nn.Module:
     except ImportError as error:
         raise ModelSpecError("hf: needs transformers: pip install 'lora-fx[hf]'") from error
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    return _model_of(transformers, config)
-
-
-def _model_of(transformers: Any, config: Any) -> nn.Module:
-    """Return the model of the class that the configuration names, else the bare encoder or decoder."""
-    for name in config.architectures or ():
-        kind = vars(transformers).get(name) or getattr(transformers, name, None)
-        if kind is not None:
-            model: nn.Module = kind(config)
-            return model
-    bare: nn.Module = transformers.AutoModel.from_config(config)
-    return bare
+    kinds = (vars(transformers).get(name) or getattr(transformers, name, None) for name in config.architectures or ())
+    return next((kind for kind in kinds if kind is not None), transformers.AutoModel), config
