@@ -27,6 +27,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralSparseMoeBlock
 
 import lora_fx
+from lora_fx.capture.objects import tensors_in
 
 EXPERTS, TOP, RANK = 8, 2, 8
 RULES = {"version": 1, "rules": [{"match": {"name": "**.experts.{gate_up,down}_proj"}, "lora": {"r": RANK}}]}
@@ -148,9 +149,9 @@ class _Live(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {each.untyped_storage()._cdata for each in _tensors((args, kwargs))}
+        before = {each.untyped_storage()._cdata for each in tensors_in((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for each in _tensors(result):
+        for each in tensors_in(result):
             storage = each.untyped_storage()
             fresh = storage._cdata not in self.known and storage._cdata not in before
             if fresh and each.device.type != "meta":
@@ -163,16 +164,6 @@ class _Live(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
 
 
 def peak_bytes(model: nn.Module, x: Tensor) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Names = frozenset[str]
 
@@ -68,11 +69,11 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        operands = list(_tensors((args, kwargs)))
+        operands = _tensors((args, kwargs))
         if name in NO_PRODUCT:
             self._derive(operands, result)
         else:
-            factors = list(_tensors(args[FACTORS[name]])) if name in FACTORS else operands
+            factors = _tensors(args[FACTORS[name]]) if name in FACTORS else operands
             self._count(name, factors)
         return result
 
@@ -122,15 +123,9 @@ def multiplying_weights(model: nn.Module, call: Callable[[], object]) -> dict[Na
     return counter.found
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(value) if isinstance(each, Tensor)]
+
+
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))

@@ -5,7 +5,6 @@ Needs chromium and the extra `browser`; left out where either is missing.  Scree
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import pytest
 import lora_fx
 from lora_fx.graphdiff.compare import compare
 from tests import zoo
+from tests.conftest import CHROMIUM
 from tests.graphs import decoder
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
+pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PICTURES = Path(__file__).parent.parent / "build" / "pictures"
 pytestmark = [
     pytest.mark.slow,
@@ -27,14 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
+from tests.conftest import CHROMIUM
+
+pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PAGES = ["", "tutorial/", "recipes/", "rules/", "errors/", "cli/", "reference/api/"]
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
@@ -53,14 +54,6 @@ class Visit:
     def open(self, path: str) -> None:
         self.page.goto(self.home + path)
         self.page.wait_for_load_state("networkidle")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module", params=["mkdocs", "zensical"])
