@@ -282,7 +282,7 @@ class _Watch(DispatchMode):
 
     def _note_matrix(self, found: _Shown, summed: int) -> None:
         op = "linear" if self.functions.name in ("linear", "multi_head_attention_forward", "") else "matmul"
-        if found.rank == 3 and self.functions.name not in ("einsum",):
+        if found.rank == 3 and self.functions.name != "einsum":
             op = "linear"  # a bank: `use` calls it experts
         kept = frozenset[int]().union(*found.axes) - found.axes[summed]
         self._see(found, op, _sides(found.rank, found.axes[summed], kept))

@@ -160,6 +160,28 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(lora_fx.remove(tuned)(IDS), traced()(IDS))
 
 
+class NamedWeight(nn.Module):
+    """A raw parameter whose adapter stands beside it, not in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4), requires_grad=False)
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weight)
+
+
+def test_parameter_called_weight_loses_its_adapter_with_its_dropout():
+    base, x = fx.symbolic_trace(NamedWeight()), torch.ones(3, 4)
+    tuned = lora_fx.apply(
+        base, {"version": 1, "rules": [{"match": {"name": "weight"}, "lora": {"r": 2, "dropout": 0.5}}]}
+    )
+    randomise_(tuned)
+    for plain in (lora_fx.remove(tuned), lora_fx.merge(tuned)):
+        assert not lora_fx.diff(plain, base)
+    assert torch.equal(lora_fx.remove(tuned)(x), base(x))
+
+
 def test_half_precision_graph_gets_float32_factors():
     half = fx.symbolic_trace(Everything().bfloat16())
     tuned = adapted(half, dropout=0.1)

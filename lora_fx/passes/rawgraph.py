@@ -242,11 +242,10 @@ def raw_lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
     """Yield every LoRA subgraph of a raw parameter: what is computed from its factors, up to where it is added."""
     low: dict[fx.Node, tuple[str, frozenset[fx.Node]]] = {}
     for node in list(graph_module.graph.nodes):
-        path = _factor_path(graph_module, node)
+        path = _factor_path(node)
         inputs = [each for each in node.all_input_nodes if each in low]
         if path is not None:
-            inside = frozenset({node, *(n for each in inputs for n in low[each][1]), *_dropouts(graph_module, node)})
-            low[node] = (path, inside)
+            low[node] = (path, frozenset({node}))
         elif inputs and node.target is operator.add and node.args[0] not in low:
             path, _ = low[inputs[0]]
             inside = frozenset(n for each in inputs for n in low[each][1]) | {node}
@@ -254,14 +253,14 @@ def raw_lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
             assert isinstance(node.args[0], fx.Node)
             yield LoRANodes(path, node.args[0], node, tuple(reversed(order)))
         elif inputs:
-            dropped = {each for each in node.all_input_nodes if _is_dropout(graph_module, each)}
-            casts = {each for each in node.all_input_nodes if _is_cast_for(each, node, graph_module)}
+            casts = {each for each in node.all_input_nodes if _is_cast_for(each, node)}
+            dropped = {each for each in (*node.all_input_nodes, *(x for cast in casts for x in cast.all_input_nodes))
+                       if is_dropout(each)}  # fmt: skip
             inside = frozenset({node, *dropped, *casts, *(n for each in inputs for n in low[each][1])})
-            inside |= {each.args[0] for each in casts if _is_dropout(graph_module, each.args[0])}
             low[node] = (low[inputs[0]][0], inside)
 
 
-def _factor_path(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
+def _factor_path(node: fx.Node) -> str | None:
     """Return the parameter whose factor a node reads, if it reads one of a raw parameter."""
     if node.op != "get_attr" and not (node.op == "call_module" and not node.args):
         return None
@@ -277,14 +276,11 @@ def _factor_path(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
     return dotted(*before, last, "weight")
 
 
-def _dropouts(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
-    return (each for each in node.all_input_nodes if _is_dropout(graph_module, each))
+def is_dropout(node: fx.Node) -> bool:
+    """Whether a node is the dropout of an adapter."""
+    return node.op == "call_module" and "lora_dropout." in str(node.target)
 
 
-def _is_dropout(graph_module: fx.GraphModule, node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_module" and f"{HOME}.lora_dropout." in str(node.target)
-
-
-def _is_cast_for(cast: fx.Node, node: fx.Node, graph_module: fx.GraphModule) -> bool:
+def _is_cast_for(cast: fx.Node, node: fx.Node) -> bool:
     """Whether a node casts the other operand for one low-rank product alone."""
     return cast.op == "call_method" and cast.target == "to" and list(cast.users) == [node]

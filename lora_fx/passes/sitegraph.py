@@ -14,7 +14,7 @@ from torch import fx
 from lora_fx.adapters.lora import LoRAFactor
 from lora_fx.errors import MergeError
 from lora_fx.layerkinds import kind_of
-from lora_fx.passes.rawgraph import LoRANodes, raw_lora_nodes
+from lora_fx.passes.rawgraph import LoRANodes, is_dropout, raw_lora_nodes
 
 _LINEARS = (F.linear, torch.ops.aten.linear.default)
 _FACTOR = re.compile(r"\.?lora_A\.[^.]+(\.\d+)?$")
@@ -76,7 +76,7 @@ def lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
 def _around(lora_a: fx.Node, path: str) -> LoRANodes:
     scaled = _only_user(lora_a, path)
     nodes = [lora_a]
-    if _is_dropout(scaled):  # of tokens, which are dropped as a whole
+    if is_dropout(scaled):  # of tokens, which are dropped as a whole
         nodes.insert(0, scaled)
         scaled = _only_user(scaled, path)
     lora_b = _only_user(scaled, path)
@@ -91,13 +91,9 @@ def _around(lora_a: fx.Node, path: str) -> LoRANodes:
     nodes += _magnitude_inputs(result)
     dropped = lora_a.args[0]
     assert isinstance(dropped, fx.Node)
-    if _is_dropout(dropped):
+    if is_dropout(dropped):
         nodes.append(dropped)
     return LoRANodes(path, result.args[0], result, (result, *nodes))
-
-
-def _is_dropout(node: fx.Node) -> bool:
-    return node.op == "call_module" and "lora_dropout." in str(node.target)
 
 
 def _magnitude_inputs(result: fx.Node) -> list[fx.Node]:
