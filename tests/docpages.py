@@ -76,7 +76,7 @@ def _console(text: str) -> str:
         shown.append(f"$ {command}")
         if words[0] == "lora-fx":
             with contextlib.chdir(ROOT):
-                result = CliRunner().invoke(main, words[1:])
+                result = CliRunner(env={"COLUMNS": None}).invoke(main, words[1:])
             output = [line.rstrip() for line in (result.stdout + result.stderr).splitlines()]
             shown += output[: len(lines)] if lines else output
         else:
