@@ -30,7 +30,7 @@ def findings(name: str, dtype: torch.dtype, every_kind: bool = False) -> Finding
 def check(name: str, dtype: torch.dtype) -> None:
     found = findings(name, dtype)
     assert found.wrong == []
-    assert found.adapted == found.linears
+    assert found.linears <= found.adapted
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in QUICK])
