@@ -2,32 +2,26 @@
 
 A Mixtral block of experts with its router, and a whole decoder layer: 8 experts, top-2, hidden size 512, rank 8 on both
 banks.  The base is the same model frozen, with gradients to its input, so that the backward pass goes through it too.
-Time is the median of paired ratios, interleaved in one process in rotating order, beside that of the base over itself;
-saved bytes count every storage that autograd keeps for the backward pass once, weights and adapters apart; FLOPs are
-those of both passes; the peak is of bytes that were made since the step began, and live at once.
+Time is the median of paired ratios, beside that of the base over itself, as `lora_fx.bench` measures; saved bytes count
+every storage that autograd keeps for the backward pass once, weights and adapters apart; FLOPs are those of both
+passes; the peak is of bytes that were made since the step began, and live at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-import statistics
-import time
-import weakref
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralSparseMoeBlock
 
 import lora_fx
-from lora_fx.capture.objects import tensors_in
+from lora_fx.bench import counters
+from lora_fx.bench.timing import Timing, summarised, timed
 
 EXPERTS, TOP, RANK = 8, 2, 8
 RULES = {"version": 1, "rules": [{"match": {"name": "**.experts.{gate_up,down}_proj"}, "lora": {"r": RANK}}]}
@@ -108,102 +102,27 @@ def step(model: nn.Module, x: Tensor) -> None:
     model(x.detach().requires_grad_()).sum().backward()
 
 
-# -- what does not depend on the machine
-
-
-def _grouped_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    """Every row meets one matrix; of two matrices, every group of the sum is one product."""
-    return 2 * a[0] * a[1] * b[-1]
-
-
 def flops(model: nn.Module, x: Tensor) -> int:
-    """Return the FLOPs of both passes; torch does not count grouped products itself."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}) as counter:
-        step(model, x)
-    total: int = counter.get_total_flops()
-    return total
+    """Return the FLOPs of both passes."""
+    return counters.flops(lambda: step(model, x))
 
 
 def saved_bytes(model: nn.Module, x: Tensor, weights: bool = False) -> int:
     """Return the bytes that autograd keeps between the passes, those of the model's own parameters only on request."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, tuple[Tensor, int]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if weights or storage._cdata not in own:
-            kept[storage._cdata] = tensor, storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x.detach().requires_grad_())
-    return sum(size for _, size in kept.values())
-
-
-class _Live(TorchDispatchMode):
-    """Adds up the bytes of the storages that are made, and takes them off as they go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {each.untyped_storage()._cdata for each in tensors_in((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for each in tensors_in(result):
-            storage = each.untyped_storage()
-            fresh = storage._cdata not in self.known and storage._cdata not in before
-            if fresh and each.device.type != "meta":
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
+    own = () if weights else (*model.parameters(), *model.buffers())
+    return counters.saved_bytes(lambda: model(x.detach().requires_grad_()), own)
 
 
 def peak_bytes(model: nn.Module, x: Tensor) -> int:
-    with _Live() as live:
-        step(model, x)
-    return live.peak
+    """Return the most bytes that were live at once of what both passes make."""
+    return counters.peak_bytes(lambda: step(model, x))
 
 
-# -- time
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def time_ratios(base: nn.Module, again: nn.Module, tuned: nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
-    """Return medians over rounds of the paired ratios to the base, by wall clock and by the time of the processor."""
-    models = [base, again, tuned]
-    for model in models:
-        step(model, x)
-        step(model, x)
-    wall, processor = [], []
-    with _no_collection():
-        for number in range(rounds):
-            spent = {}
-            for index in (0, 1, 2) if number % 2 else (2, 1, 0):
-                started = time.perf_counter(), time.process_time()
-                step(models[index], x)
-                spent[index] = time.perf_counter() - started[0], time.process_time() - started[1]
-            wall.append([spent[index][0] / spent[0][0] for index in (1, 2)])
-            processor.append([spent[index][1] / spent[0][1] for index in (1, 2)])
-    names = ("control", "adapted")
-    found = {name: statistics.median(each[i] for each in wall) for i, name in enumerate(names)}
-    return found | {f"{name} cpu": statistics.median(each[i] for each in processor) for i, name in enumerate(names)}
+def times(base: nn.Module, again: nn.Module, tuned: nn.Module, x: Tensor, rounds: int) -> Timing:
+    """Return the paired ratios to the base, by wall clock and by the time of the processor."""
+    models = {"base": base, "again": again, "adapted": tuned}
+    steps = {name: functools.partial(step, model, x) for name, model in models.items()}
+    return summarised(timed(steps, rounds), "base", "again")
 
 
 def cases() -> Iterator[Case]:
@@ -232,8 +151,9 @@ def main() -> None:
         ratios += [saved_bytes(tuned, x, True) / saved_bytes(base, x, True), peak_bytes(tuned, x) / peak_bytes(base, x)]
         line = case.text() + "  ".join(f"{each:7.3f}" for each in ratios)
         if options.rounds:
-            t = time_ratios(base, case.base(), tuned, x, options.rounds)
-            line += f"  {t['adapted']:.3f} ({t['adapted cpu']:.3f})  {t['control']:.3f} ({t['control cpu']:.3f})"
+            timing = times(base, case.base(), tuned, x, options.rounds)
+            found = (timing.ratios["adapted"], timing.control)
+            line += "".join(f"  {each.ratio:.3f} ({each.processor:.3f})" for each in found)
         print(line, flush=True)
 
 

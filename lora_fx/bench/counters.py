@@ -1,0 +1,169 @@
+"""What a step costs that does not depend on the machine: two counts of the same step are equal.
+
+Everything is counted with a dispatch mode and with hooks on saved tensors, which leave the graphs of an adapted model
+in use.  torch's FlopCounterMode would not: it puts a hook on all modules, and a graph steps aside for those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from lora_fx.capture.objects import tensors_in
+from lora_fx.capture.torch_internals import DispatchMode
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one step costs."""
+
+    flops: int
+    """Floating-point operations of matrix products, convolutions and attention, of both passes."""
+    saved_bytes: int
+    """What autograd keeps between the passes; weights, adapters and buffers are not counted."""
+    peak_bytes: int
+    """The most that was live at once of what the step made: activations, temporaries, gradients."""
+    aten_calls: int
+    """Calls of torch's operators, of both passes."""
+
+
+def counted(step: Work, forward: Work, own: Iterable[Tensor]) -> Counts:
+    """Return the counts of a step, which must have run before: first uses are not the step's.
+
+    Args:
+        step: both passes.
+        forward: the forward pass alone.
+        own: parameters and buffers of the model.
+    """
+    tally = _tallied(step)
+    return Counts(tally.flops, saved_bytes(forward, own), tally.peak, tally.calls)
+
+
+def flops(step: Work) -> int:
+    """Return the FLOPs of a step; a multiplication with its addition is two."""
+    return _tallied(step).flops
+
+
+def aten_calls(step: Work) -> int:
+    """Return how many operators of torch a step calls."""
+    return _tallied(step).calls
+
+
+def peak_bytes(step: Work) -> int:
+    """Return the most bytes that were live at once of the storages that a step makes."""
+    return _tallied(step).peak
+
+
+def saved_bytes(forward: Work, own: Iterable[Tensor] = ()) -> int:
+    """Return the bytes that autograd keeps of a forward pass, every storage once; those of `own` are left out."""
+    left_out = {each.untyped_storage()._cdata for each in own}
+    kept: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in left_out:
+            kept[storage._cdata] = tensor, storage.nbytes()  # the tensor keeps the address from being used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(size for _, size in kept.values())
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python's collector of garbage from running, as far as that is to be had: it would take time, and memory."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _tallied(step: Work) -> _Tally:
+    tally = _Tally()
+    with no_collection(), tally:
+        step()
+    return tally
+
+
+class _Tally(DispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up operators, their FLOPs, and the bytes of the storages that are made, less those that go."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = self.calls = self.peak = 0
+        self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {each.untyped_storage()._cdata for each in tensors_in((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        for each in tensors_in(result):
+            self._add(each, before)
+        self.peak = max(self.peak, self._now)
+        return result
+
+    def _add(self, tensor: Tensor, before: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        fresh = storage._cdata not in self._known and storage._cdata not in before
+        if fresh and tensor.device.type != "meta":
+            self._known.add(storage._cdata)
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Every row meets one matrix; of two matrices, every group of the sum is one product."""
+    return 2 * a.shape[0] * a.shape[1] * int(b.shape[-1])
+
+
+def _matrix_vector(matrix: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * matrix.numel()
+
+
+def _added_matrix_vector(_: Tensor, matrix: Tensor, *__: Any, **___: Any) -> int:
+    return 2 * matrix.numel()
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """Return torch's own formulas, and those for what torch leaves out: products in place, attention on the CPU."""
+    aten, known = torch.ops.aten, dict(flop_registry)
+    return {
+        **known,
+        aten.addmm_: known[aten.addmm],
+        aten.baddbmm_: known[aten.baddbmm],
+        aten.mv: _matrix_vector,
+        aten.dot: _matrix_vector,
+        aten.addmv: _added_matrix_vector,
+        aten.addmv_: _added_matrix_vector,
+        aten._grouped_mm: _grouped,
+        aten._scaled_dot_product_flash_attention_for_cpu: known[aten._scaled_dot_product_flash_attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: known[
+            aten._scaled_dot_product_flash_attention_backward
+        ],
+    }
+
+
+_FORMULAS = _formulas()
