@@ -35,6 +35,7 @@ LAYERS = [
     ["integrations."],
     ["api"],
     ["selftest", "checkpointmodel", "modelspec", "modelloading"],
+    ["bench."],
     ["cli."],
     ["__main__"],
 ]

@@ -1,0 +1,126 @@
+"""What was measured, and on which machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_fx.bench.subjects import Base, Subject, tensors_of
+from lora_fx.graphdiff.difftext import folded
+from lora_fx.reporting import RegionReport, Report, report
+from lora_fx.samples import Sample
+
+_CPUS = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What was measured."""
+
+    model: str
+    rules: str
+    sites: int
+    in_graphs: int
+    """How many of the sites a graph computes."""
+    trainable: int
+    dtype: str
+    """Of the base's weights."""
+    inputs: tuple[str, ...]
+    tokens: int | None
+    """Rows that the linears of a sequence model are called with; None for inputs that do not show it."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where it was measured."""
+
+    device: str
+    processor: str
+    cores: int
+    threads: int
+    system: str
+    python: str
+    torch: str
+
+
+def setting_of(base: Base, ours: Subject, rules: str, before: Report) -> Setting:
+    """Return what was measured.
+
+    Args:
+        base: the frozen model and its inputs.
+        ours: the adapted model.
+        rules: their name.
+        before: of the adapted model, from before it was measured.
+    """
+    inspected = report(ours.model)
+    kinds = {each.dtype for each in base.model.parameters() if each.is_floating_point()}
+    sample = (base.sample.args, base.sample.kwargs)
+    return Setting(
+        model=type(base.model).__name__,
+        rules=rules,
+        sites=len(inspected.sites),
+        in_graphs=sum(each.backend == "graph" for each in inspected.sites),
+        trainable=inspected.trainable,
+        dtype=", ".join(sorted(map(_name, kinds))),
+        inputs=tuple(f"{_name(each.dtype)} {list(each.shape)}" for each in tensors_of(sample)),
+        tokens=_tokens(base.sample),
+        notes=tuple(_notes(before.regions, inspected.regions)),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tokens(sample: Sample) -> int | None:
+    first = next(tensors_of((sample.args, sample.kwargs)), None)
+    if first is None:
+        return None
+    if first.is_floating_point():
+        return first.shape[:-1].numel() if first.dim() in (2, 3) else None
+    return first.numel() if first.dim() in (1, 2) else None
+
+
+def _notes(before: Sequence[RegionReport], after: Sequence[RegionReport]) -> Iterator[str]:
+    """Yield why graphs were not used although they are there: what was measured is not theirs then."""
+    found: dict[str, list[str]] = {}
+    for first, last in zip(before, after, strict=True):
+        for reason, number in last.misses.items():
+            if number > first.misses.get(reason, 0):
+                why = "; ".join([reason, *last.failures])
+                found.setdefault(why, []).append(last.path or "(root)")
+    for why, paths in found.items():
+        yield f"graphs stood aside in {folded(paths)}: {why}"
+
+
+def machine_of(model: nn.Module, threads: int) -> Machine:
+    """Return the facts of the machine that the model is on."""
+    return Machine(
+        device=device_of(model).type,
+        processor=_processor(device_of(model)),
+        cores=os.cpu_count() or 1,
+        threads=threads,
+        system=platform.system(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter."""
+    return next((each.device for each in model.parameters()), torch.device("cpu"))
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = _CPUS.read_text(encoding="utf-8").splitlines() if _CPUS.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -1,0 +1,135 @@
+"""What `bench` returns: as a table, as JSON, as a page with pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from lora_fx.bench.counters import Counts
+from lora_fx.bench.facts import Machine, Setting
+from lora_fx.bench.subjects import LB, OURS, PEFT
+from lora_fx.bench.timing import Timing
+from lora_fx.graphdiff.difftext import size_text
+from lora_fx.text import columns, count
+
+HEADS = ("FLOPs", "saved", "peak", "aten calls")
+TIME_HEADS = ("time [95 %]", "min/min", "processor")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a step costs, by subject; all ratios are to the lower bound LB."""
+
+    setting: Setting
+    machine: Machine
+    counts: dict[str, Counts]
+    timing: Timing | None
+    """None where nothing was timed."""
+    parity: float | None
+    """Largest difference between lora_fx and PEFT, over the largest value; None without PEFT."""
+
+    @property
+    def void(self) -> str:
+        """Why the times say nothing; empty if they do, or there are none."""
+        return self.timing.void if self.timing is not None else ""
+
+    def relative(self, name: str) -> tuple[float, float, float, float]:
+        """Return FLOPs, saved bytes, peak bytes and operator calls of a subject over those of LB."""
+        first, own = self.counts[LB], self.counts[name]
+        return (
+            _over(own.flops, first.flops),
+            _over(own.saved_bytes, first.saved_bytes),
+            _over(own.peak_bytes, first.peak_bytes),
+            _over(own.aten_calls, first.aten_calls),
+        )
+
+    @property
+    def excess_removed(self) -> float | None:
+        """How much of the time that PEFT takes above LB lora_fx does not take; None where PEFT takes none."""
+        if self.timing is None or PEFT not in self.timing.ratios:
+            return None
+        theirs, ours = (self.timing.ratios[name].ratio - 1 for name in (PEFT, OURS))
+        return (theirs - ours) / theirs if theirs > 0 else None
+
+    def __str__(self) -> str:
+        rows = [("", *(TIME_HEADS if self.timing is not None else ()), *HEADS)]
+        rows += [(name, *self._cells(name)) for name in self.counts]
+        return "\n".join([self._heading(), "", columns(rows), "", *(f"  {line}" for line in self.remarks())])
+
+    def _heading(self) -> str:
+        setting, machine = self.setting, self.machine
+        tokens = [] if setting.tokens is None else [count(setting.tokens, "token")]
+        sites = f"{count(setting.sites, 'site')}, {setting.in_graphs} in graphs"
+        threads = count(machine.threads, "thread")
+        return " · ".join([setting.model, setting.rules, sites, *tokens, setting.dtype, machine.device, threads])
+
+    def _cells(self, name: str) -> Iterator[str]:
+        """Yield what a row shows: ratios to LB, and in LB's own row what they are ratios to."""
+        if self.timing is not None:
+            ratio = self.timing.ratios[name]
+            own = (_time_text(ratio.seconds), "", "")
+            yield from own if name == LB else (ratio.text(), f"{ratio.least:.3f}", f"{ratio.processor:.3f}")
+        if name == LB:
+            first = self.counts[LB]
+            yield from (_flops_text(first.flops), size_text(first.saved_bytes), size_text(first.peak_bytes))
+            yield str(first.aten_calls)
+        else:
+            yield from (f"{each:.3f}" for each in self.relative(name))
+
+    def remarks(self) -> Iterator[str]:
+        """Yield what stands under the table: the control, what was left out, parity, notes."""
+        if self.timing is not None:
+            left_out = f"{self.timing.discarded} of {count(self.timing.rounds, 'round')} disturbed and left out"
+            yield f"A/A control {self.timing.control.text()}; {left_out}"
+            if self.timing.void:
+                yield f"VOID: {self.timing.void}"
+        if self.excess_removed is not None:
+            yield f"of the time that PEFT takes above LB, lora_fx takes {100 * (1 - self.excess_removed):.0f} %"
+        if self.parity is not None:
+            yield f"outputs and gradients of lora_fx and PEFT differ by {self.parity:.1e} of the largest value"
+        yield from (f"note: {each}" for each in self.setting.notes)
+
+    def to_json(self) -> str:
+        """Return the report as JSON: all numbers, and the machine that they were measured on."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return what `to_json` writes."""
+        return {
+            "schema_version": 1,
+            "setting": asdict(self.setting),
+            "machine": asdict(self.machine),
+            "subjects": [self._subject(name) for name in self.counts],
+            "timing": None if self.timing is None else self._timing(self.timing),
+            "parity": self.parity,
+        }
+
+    def _subject(self, name: str) -> dict[str, object]:
+        ratio = None if self.timing is None else asdict(self.timing.ratios[name])
+        return {"name": name, "counts": asdict(self.counts[name]), "time": ratio}
+
+    def _timing(self, timing: Timing) -> dict[str, object]:
+        return {
+            "rounds": timing.rounds,
+            "discarded": timing.discarded,
+            "control": asdict(timing.control),
+            "void": timing.void,
+            "excess_removed": self.excess_removed,
+        }
+
+
+def _over(number: int, first: int) -> float:
+    """Return the ratio; of nothing to nothing it is 1."""
+    return number / first if first else 1.0 if not number else float("inf")
+
+
+def _flops_text(number: int) -> str:
+    for unit, factor in (("TFLOP", 10**12), ("GFLOP", 10**9), ("MFLOP", 10**6), ("kFLOP", 10**3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number} FLOP"
+
+
+def _time_text(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

@@ -1,0 +1,131 @@
+"""Measure a model by rules: first that all compute the same, then what can be counted, then time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_fx import reporting
+from lora_fx.api import Rules
+from lora_fx.bench.counters import Counts, counted
+from lora_fx.bench.facts import device_of, machine_of, setting_of
+from lora_fx.bench.peer import check_parity, peft_subject, require_peft
+from lora_fx.bench.report import Report
+from lora_fx.bench.subjects import AGAIN, LB, MODULES, OURS, Base, Subject, copy_adapters
+from lora_fx.bench.timing import summarised, timed
+from lora_fx.rules import RuleSet, read_rules
+
+SEED = 0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CAPTURES = 2
+"""Steps after which an adapted model has captured what it will capture."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to measure."""
+
+    peer: str | None = None
+    """`peft`, to compare with it."""
+    rounds: int = 20
+    """Of timing; 0 counts only."""
+    threads: int = 1
+    dtype: torch.dtype | None = None
+    """Of the base; None leaves it as it is."""
+
+
+def bench(
+    model: nn.Module,
+    rules: Rules,
+    example_inputs: object = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Return what a training step of the model with adapters by the rules costs; the model stays unchanged.
+
+    Args:
+        model: with values; it is measured in train mode.
+        rules: as for `lora_fx.plan`.
+        example_inputs: as for `lora_fx.plan`; of several the first is measured.  None: those of the model's class.
+        options: how to measure.
+        progress: called with what is done, and how much there is to do.
+
+    Raises:
+        LoraFxError: PEFT is asked for and not installed.
+        RefusedError: no inputs, nothing to adapt, or sites that PEFT cannot adapt; names every one.
+        InvariantError: lora_fx and PEFT compute different things.
+    """
+    wanted = options if options is not None else Options()
+    if wanted.peer is not None:
+        require_peft()
+    read, told = read_rules(rules), progress if progress is not None else _untold
+    with _settled(wanted.threads):
+        base = Base.of(model, example_inputs, wanted.dtype)
+        ours = base.adapted(OURS, read)
+        subjects = _subjects(base, ours, read, wanted.peer)
+        parity = check_parity(ours, subjects[-2]) if wanted.peer is not None else None
+        before = _warm(ours)
+        jobs = len(subjects) + wanted.rounds
+        counts = {each.name: _counted(each, told, number, jobs) for number, each in enumerate(subjects, 1)}
+        timing = None
+        if wanted.rounds:
+            steps = {each.name: each.step for each in subjects}
+            rounds = timed(
+                steps,
+                wanted.rounds,
+                device=device_of(base.model).type,
+                progress=lambda done, _: told(len(subjects) + done, jobs),
+            )
+            timing = summarised(rounds, LB, AGAIN)
+    counts.pop(AGAIN)
+    setting = setting_of(base, ours, read.source, before)
+    return Report(setting, machine_of(base.model, wanted.threads), counts, timing, parity)
+
+
+def _warm(ours: Subject) -> reporting.Report:
+    """Return what the adapted model is made of when its graphs are captured."""
+    for _ in range(CAPTURES):
+        ours.step()
+    return reporting.report(ours.model)
+
+
+def _untold(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def _subjects(base: Base, ours: Subject, rules: RuleSet, peer: str | None) -> list[Subject]:
+    """Return the subjects, PEFT last but one."""
+    modules = base.adapted(MODULES, rules, backend="modules")
+    copy_adapters(ours.model, modules.model)
+    others = [] if peer is None else [peft_subject(base, ours.model)]
+    return [base.frozen(LB), base.frozen(AGAIN), ours, modules, *others, base.full()]
+
+
+def _counted(subject: Subject, progress: Progress, number: int, jobs: int) -> Counts:
+    subject.step()  # what a first step makes for all others is not a step's own
+    found = counted(subject.step, subject.forward, subject.own())
+    progress(number, jobs)
+    return found
+
+
+@contextlib.contextmanager
+def _settled(threads: int) -> Iterator[None]:
+    """Fix the number of threads and the random state, and give both back."""
+    before = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """Return the dtype of a name such as `bfloat16`."""
+    return None if name is None else DTYPES[name]
