@@ -29,9 +29,20 @@ def require_peft() -> None:
 
 
 def peft_subject(base: Base, tuned: nn.Module) -> Subject:
-    """Return PEFT's model of the base with the adapters of ours: same sites, ranks, scalings, dropout and values.
+    """Return PEFT's model of the base, as `peft_model` makes it, as a subject in train mode."""
+    model = peft_model(base.model, tuned)
+    inner = base.subject(PEFT, model.get_base_model())
+    return Subject(PEFT, model.train(), inner.sample, inner.leaf)
+
+
+def peft_model(model: nn.Module, tuned: nn.Module) -> Any:
+    """Return PEFT's model with the adapters of ours: same sites, ranks, scalings, dropout and values.
 
     Half precision bases have adapters in float32, which is PEFT's default and ours.
+
+    Args:
+        model: the base; stays unchanged, and shares its storage.
+        tuned: the base with adapters of ours.
 
     Raises:
         LoraFxError: PEFT is not installed.
@@ -45,11 +56,10 @@ def peft_subject(base: Base, tuned: nn.Module) -> Subject:
     config = peft.LoraConfig(**{**described.config, "inference_mode": False})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transposed and of tied weights, which are as they should be
-        model: Any = peft.get_peft_model(make_twin(base.model), config)
-        loaded: Any = peft.set_peft_model_state_dict(model, described.tensors)
-    _check_loaded(described, model, loaded.unexpected_keys)
-    subject = base.subject(PEFT, model.get_base_model())
-    return Subject(PEFT, model.train(), subject.sample, subject.leaf)
+        adapted: Any = peft.get_peft_model(make_twin(model), config)
+        loaded: Any = peft.set_peft_model_state_dict(adapted, described.tensors)
+    _check_loaded(described, adapted, loaded.unexpected_keys)
+    return adapted
 
 
 def _check(tuned: nn.Module) -> None:

@@ -15,7 +15,7 @@ from lora_fx.bench.counters import Counts, counted
 from lora_fx.bench.facts import device_of, machine_of, setting_of
 from lora_fx.bench.peer import check_parity, peft_subject, require_peft
 from lora_fx.bench.report import Report
-from lora_fx.bench.subjects import AGAIN, LB, MODULES, OURS, Base, Subject, copy_adapters
+from lora_fx.bench.subjects import AGAIN, LB, MODULES, OURS, PEFT, Base, Subject, copy_adapters
 from lora_fx.bench.timing import summarised, timed
 from lora_fx.rules import RuleSet, read_rules
 
@@ -37,6 +37,8 @@ class Options:
     threads: int = 1
     dtype: torch.dtype | None = None
     """Of the base; None leaves it as it is."""
+    others: bool = True
+    """Whether the module backend and full fine-tuning are measured too."""
 
 
 def bench(
@@ -67,8 +69,8 @@ def bench(
     with _settled(wanted.threads):
         base = Base.of(model, example_inputs, wanted.dtype)
         ours = base.adapted(OURS, read)
-        subjects = _subjects(base, ours, read, wanted.peer)
-        parity = check_parity(ours, subjects[-2]) if wanted.peer is not None else None
+        subjects = list(_subjects(base, ours, read, wanted))
+        parity = next((check_parity(ours, each) for each in subjects if each.name == PEFT), None)
         before = _warm(ours)
         jobs = len(subjects) + wanted.rounds
         counts = {each.name: _counted(each, told, number, jobs) for number, each in enumerate(subjects, 1)}
@@ -98,12 +100,16 @@ def _untold(done: int, total: int) -> None:
     """Tell nobody."""
 
 
-def _subjects(base: Base, ours: Subject, rules: RuleSet, peer: str | None) -> list[Subject]:
-    """Return the subjects, PEFT last but one."""
-    modules = base.adapted(MODULES, rules, backend="modules")
-    copy_adapters(ours.model, modules.model)
-    others = [] if peer is None else [peft_subject(base, ours.model)]
-    return [base.frozen(LB), base.frozen(AGAIN), ours, modules, *others, base.full()]
+def _subjects(base: Base, ours: Subject, rules: RuleSet, options: Options) -> Iterator[Subject]:
+    yield from (base.frozen(LB), base.frozen(AGAIN), ours)
+    if options.others:
+        modules = base.adapted(MODULES, rules, backend="modules")
+        copy_adapters(ours.model, modules.model)
+        yield modules
+    if options.peer is not None:
+        yield peft_subject(base, ours.model)
+    if options.others:
+        yield base.full()
 
 
 def _counted(subject: Subject, progress: Progress, number: int, jobs: int) -> Counts:
