@@ -34,6 +34,12 @@ def step_of(model: nn.Module, x: Tensor, input_gradient: bool = True):
     return step
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    with counters.frozen_heap():
+        yield
+
+
 # -- counters
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from lora_fx.bench import peer
-from lora_fx.bench.counters import Counts
+from lora_fx.bench.counters import Counts, frozen_heap
 from lora_fx.bench.facts import Machine, Setting
 from lora_fx.bench.picture import panels, report_html
 from lora_fx.bench.report import Report
@@ -167,9 +168,18 @@ def test_pictures_show_every_subject_with_its_interval():
     page = report_html(report_of())
     assert page.count("<svg") == 5
     assert page.count("<circle") == 10
-    assert 'aria-label="saved over the lower bound: lora_fx 1.100, PEFT 2.000"' in page
-    assert "a &lt;CPU&gt;, 1 of 2 threads" in page
+    assert 'aria-label="saved over the lower bound: lora_fx 1.100; PEFT 2.000"' in page
+    assert "a &lt;CPU&gt;, 1 thread on 2 cores" in page
     assert not re.search(r"https?://", page)
+
+
+def test_collections_look_at_new_things_only_and_at_all_afterwards():
+    with frozen_heap():
+        assert gc.get_freeze_count() > 0
+        with frozen_heap():
+            assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
 
 
 # -- the whole

@@ -11,12 +11,13 @@ from lora_fx.bench.report import HEADS, Report
 from lora_fx.bench.subjects import LB
 from lora_fx.bench.timing import FIT
 from lora_fx.graphdiff.page import page
+from lora_fx.text import count
 
 STYLE = """
 .ratios text{font:12px system-ui,sans-serif;fill:var(--ink,#1b1b1b)}.ratios .title{font:bold 14px system-ui,sans-serif}
 .ratios .one{stroke:var(--line,#767676);stroke-width:1.5}.ratios .fit{fill:var(--line,#767676);fill-opacity:.18}
 .ratios .span{stroke:var(--ink,#1b1b1b);stroke-width:2}.ratios circle{fill:var(--added,#1a6b2d)}
-.ratios .void circle{fill:var(--removed,#a3201d)}
+.ratios.void circle{fill:var(--removed,#a3201d)}
 """
 _LEFT, _WIDTH, _RIGHT, _ROW, _TOP = 140, 480, 170, 26, 34
 
@@ -40,7 +41,8 @@ def report_html(report: Report) -> str:
     )
     main = f"<section><h2>Over the lower bound</h2>{figures}</section><section><h2>Numbers</h2>{table}</section>"
     setting, machine = report.setting, report.machine
-    where = f"{machine.processor}, {machine.threads} of {machine.cores} threads, torch {machine.torch}"
+    used = f"{count(machine.threads, 'thread')} on {count(machine.cores, 'core')}"
+    where = f"{machine.processor}, {used}, torch {machine.torch}"
     void = f"<p><b>VOID: {escape(report.void)}</b></p>" if report.void else ""
     header = f'<p class="sums">{escape(", ".join(setting.inputs))}; {escape(setting.dtype)}; {escape(where)}.</p>{void}'
     return page(f"A training step of {setting.model} by {setting.rules}", header, main, STYLE)
@@ -61,7 +63,7 @@ def panels(report: Report) -> list[tuple[str, list[Mark]]]:
 
 
 def _figure(title: str, marks: Sequence[Mark], void: bool) -> str:
-    label = f"{title} over the lower bound: " + ", ".join(f"{each.name} {each.text}" for each in marks)
+    label = f"{title} over the lower bound: " + "; ".join(f"{each.name} {each.text}" for each in marks)
     width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _ROW * len(marks) + 8
     drawn = _axis(title, marks, height) + "".join(_mark(each, k, _scale(marks)) for k, each in enumerate(marks))
     svg = (

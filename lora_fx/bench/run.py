@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx import reporting
 from lora_fx.api import Rules
-from lora_fx.bench.counters import Counts, counted
+from lora_fx.bench.counters import Counts, counted, frozen_heap
 from lora_fx.bench.facts import device_of, machine_of, setting_of
 from lora_fx.bench.peer import check_parity, peft_subject, require_peft
 from lora_fx.bench.report import Report
@@ -66,7 +66,7 @@ def bench(
     if wanted.peer is not None:
         require_peft()
     read, told = read_rules(rules), progress if progress is not None else _untold
-    with _settled(wanted.threads):
+    with _settled(wanted.threads), frozen_heap():
         base = Base.of(model, example_inputs, wanted.dtype)
         ours = base.adapted(OURS, read)
         subjects = list(_subjects(base, ours, read, wanted))
