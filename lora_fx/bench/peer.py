@@ -17,9 +17,10 @@ from lora_fx.errors import InvariantError, LoraFxError, RefusedError
 from lora_fx.exporters.peft import refused
 from lora_fx.twin import make_twin
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.4}
 """Largest difference over the largest value.  Sums are formed in another order; in half precision each product, scaling
-and sum is rounded to three digits, or two, and PEFT and lora_fx round at different places."""
+and sum is rounded to three digits, or two, PEFT and lora_fx round at different places, and layers pass it on.  With
+another scaling, or with a site left out, gradients of factors differ by about as much as they are."""
 
 
 def require_peft() -> None:
