@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lora_fx.bench.counters import Work, no_collection
+from lora_fx.bench.counters import Work, frozen_heap, no_collection
 
 WARM_UPS = 3
 CONTENDED = 1.15
@@ -103,12 +103,13 @@ def timed(
     for _ in range(warm_ups):
         for step in steps.values():
             step()
-    for number in range(rounds):
-        with no_collection():
-            for index in order(number, len(names)):
-                spent[:, number, index] = _clocked(steps[names[index]], device)
-        if progress is not None:
-            progress(number + 1, rounds)
+    with frozen_heap():
+        for number in range(rounds):
+            with no_collection():
+                for index in order(number, len(names)):
+                    spent[:, number, index] = _clocked(steps[names[index]], device)
+            if progress is not None:
+                progress(number + 1, rounds)
     return Rounds(names, spent[0], spent[1], device == "cpu")
 
 
