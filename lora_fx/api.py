@@ -74,7 +74,11 @@ def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = 
 
 
 def apply(
-    model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: object = None, backend: ChosenBackend = "auto"
+    model: nn.Module,
+    rules_or_plan: Rules | Plan,
+    example_inputs: object = None,
+    backend: ChosenBackend = "auto",
+    optimise: bool | Sequence[str] = True,
 ) -> nn.Module:
     """Return an adapted twin of the model; the model itself stays unchanged, and no weight is copied.
 
@@ -88,6 +92,9 @@ def apply(
         example_inputs: as for `plan`; with a Plan made from inputs in this process they are known already.
         backend: "auto" runs blocks as guarded graphs where that is proven right and replaces modules elsewhere;
             "graph" refuses what is in no graph; "modules" captures nothing.
+        optimise: whether graphs are made cheaper to train by "stack" (siblings share one product by A) and "recompute"
+            (inputs that are cheap to make are not kept), or the names of those that are wanted.  "stack" sums in
+            another order: a call that fits no graph may then differ by rounding from one that does.
 
     Raises:
         StalePlanError: the plan was made for another model.
@@ -95,10 +102,11 @@ def apply(
         CaptureError: backend="graph" and a site is in no graph.
         RuleError, NoMatchError: as `plan`.
     """
+    passes = applying.optimisations(optimise)
     decided = _planned(model, rules_or_plan, example_inputs, backend)
     applying.check_refusals(decided)
     twin = applying.build(model, decided)
-    _install_graphs(twin, decided)
+    _install_graphs(twin, decided, passes)
     applying.check_backend(twin, decided, backend)
     return twin
 
@@ -171,29 +179,36 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     write.save(tuned, directory)
 
 
-def load(model: nn.Module, directory: str | os.PathLike[str], example_inputs: object = None) -> nn.Module:
+def load(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    example_inputs: object = None,
+    optimise: bool | Sequence[str] = True,
+) -> nn.Module:
     """Return an adapted twin of the model with the adapters of a directory; the model itself stays unchanged.
 
     Reads what `save` and PEFT write.  Files and model are checked against each other before anything is made.
+    `example_inputs` and `optimise` are as for `apply`.
 
     Raises:
         AdapterFileError: missing, damaged or contradictory files.
         AdapterMismatchError: sites that the model has not or has in other shapes, or another base.
         RefusedError: a site that cannot be adapted.
     """
+    passes = applying.optimisations(optimise)
     files = resolved(read_adapters(directory), model)
     seen = _observed(model, example_inputs)
     inventory = take_inventory(model, uses_in_files(files, model, seen.uses))
     decided = studied(restore.plan_of(files, inventory, model), model, seen)
     twin = applying.build(model, decided)
     restore.fill(twin, files)
-    _install_graphs(twin, decided)
+    _install_graphs(twin, decided, passes)
     return twin
 
 
-def _install_graphs(twin: nn.Module, decided: Plan) -> None:
+def _install_graphs(twin: nn.Module, decided: Plan, passes: tuple[str, ...]) -> None:
     if isinstance(decided.capture, Study):
-        applying.install_graphs(twin, decided.capture.survey, decided.capture.samples)
+        applying.install_graphs(twin, decided.capture.survey, decided.capture.samples, passes)
 
 
 def diff(a: Comparable, b: Comparable, example_inputs: object = None) -> GraphDiff:

@@ -17,6 +17,7 @@ from lora_fx.passes.inject import Inject
 from lora_fx.planning import Plan, PlannedSite
 from lora_fx.records import record_of, spec_of
 from lora_fx.regions.install import in_graphs, install, regions, stock
+from lora_fx.regions.program import OPTIMISATIONS
 from lora_fx.regions.survey import Survey, run_modes, run_variants
 from lora_fx.samples import Sample
 from lora_fx.tensors import get_tensor, own_parameters
@@ -93,12 +94,27 @@ def _train_biases(twin: nn.Module, record: ModelRecord) -> None:
             own_parameters(twin, [f"{path}.bias"], requires_grad=True)
 
 
-def install_graphs(twin: nn.Module, survey: Survey, samples: Sequence[Sample]) -> None:
+def optimisations(optimise: bool | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the optimisations that are asked for.
+
+    Raises:
+        ValueError: a name is none; the message lists those that there are.
+    """
+    wanted = (OPTIMISATIONS if optimise else ()) if isinstance(optimise, bool) else tuple(optimise)
+    unknown = [each for each in wanted if each not in OPTIMISATIONS]
+    if unknown or isinstance(optimise, str):
+        raise ValueError(
+            f"optimise is {optimise!r}; it must be True, False, or names out of {', '.join(OPTIMISATIONS)}"
+        )
+    return wanted
+
+
+def install_graphs(twin: nn.Module, survey: Survey, samples: Sequence[Sample], passes: tuple[str, ...]) -> None:
     """Let the surveyed submodules of the twin run as graphs, proven on the samples in eval and in train mode.
 
     A copy runs: nothing that a forward leaves behind in its model shows in the twin.
     """
-    install(twin, survey.graphs)
+    install(twin, survey.graphs, passes)
     stock(twin, survey.library, survey.structures, survey.seconds)
     if is_meta(twin) or not samples:
         return

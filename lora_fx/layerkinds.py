@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.sites import Layout
-from lora_fx.swap import original_class
+from lora_fx.swap import original_class, unswapped
 
 _CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 _TRANSPOSED = {nn.ConvTranspose1d: "conv1d", nn.ConvTranspose2d: "conv2d", nn.ConvTranspose3d: "conv3d"}
@@ -35,6 +35,14 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         if isinstance(module, kinds):
             return describe(module)
     return _transposed_linear(module) if _is_conv1d_of_transformers(module) else None
+
+
+def linear_layout(kind: type) -> Layout | None:
+    """Return how a class of layers that computes x Wᵀ + b and nothing else stores W; None for any other class."""
+    original = unswapped(kind)
+    if issubclass(original, nn.Linear):
+        return "out_in" if original.forward is nn.Linear.forward else None
+    return "in_out" if _is_named_conv1d(original) else None
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -112,7 +120,10 @@ _LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED, nn.Embedding, nn.EmbeddingBa
 
 def _is_conv1d_of_transformers(module: nn.Module) -> bool:
     """Whether it is GPT-2's linear, known by name: transformers need not be installed."""
-    kind = original_class(module)
+    return _is_named_conv1d(original_class(module))
+
+
+def _is_named_conv1d(kind: type) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 

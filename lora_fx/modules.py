@@ -27,6 +27,8 @@ from lora_fx.adapters.attach import (
 )
 from lora_fx.adapters.dora import row_norms
 from lora_fx.adapters.factors import CallFactors
+from lora_fx.adapters.fused import Term, adapted
+from lora_fx.adapters.fusing import term_of
 from lora_fx.adapters.lora import add_low_rank, as_rows
 from lora_fx.adapters.weight import LoRAWeight, Part
 from lora_fx.errors import RefusedError
@@ -43,10 +45,17 @@ class AdaptedLayer(Swapped, nn.Module):
     lora_magnitude_vector: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        base: Tensor = super().forward(input)
+        return self.adapted_forward(input)
+
+    def adapted_forward(self, input: Tensor) -> Tensor:
+        """Return what the module computes with the adapter that is active."""
         name = self.__dict__[ACTIVE]
         if name is None:
-            return base
+            return self.base_forward(input)
+        term = self.adapted_term(input)
+        if term is not None:
+            return adapted((term,), input)[0]
+        base = self.base_forward(input)
         A, B, dropout, magnitude = self.lora_A[name], self.lora_B[name], None, None
         if type(A) is CallFactors:
             number = _next_call(self, len(A))
@@ -64,6 +73,16 @@ class AdaptedLayer(Swapped, nn.Module):
             )
         one_hot = A.spec.op == "embedding"
         return add_low_rank(base, input, A, B, dropout, magnitude, lora.scaling, A.spec.mixed, one_hot)
+
+    def adapted_term(self, input: Tensor) -> Term | None:
+        """Return the layer with its active adapter as a term of a fused product with the input, if it can be one."""
+        name = self.__dict__[ACTIVE]
+        return None if name is None else term_of(self, name, input)
+
+    @property
+    def lora_fx_layer(self) -> nn.Module:
+        """The layer, by a name that a graph of its own forward can use."""
+        return self
 
     def base_forward(self, input: Tensor) -> Tensor:
         """Return what the module computes without its adapter."""

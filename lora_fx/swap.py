@@ -104,5 +104,10 @@ def unswap(module: nn.Module) -> None:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that the module has without swaps."""
-    kind: type[nn.Module] = _layers(type(module))[0]
+    kind: type[nn.Module] = unswapped(type(module))
     return kind
+
+
+def unswapped(kind: type) -> type:
+    """Return the class without swaps."""
+    return _layers(kind)[0]

@@ -199,7 +199,7 @@ def _judge(trial: Trial) -> Verdict:
     before = (portrait_of_state(model), luck_outside_of_torch())
     samples = [lora_fx.call(*args, **kwargs) for args, kwargs in trial.samples()]
     plan = lora_fx.plan(model, rules(trial.rule, r=2), samples)
-    graph = lora_fx.apply(model, plan)
+    graph = lora_fx.apply(model, plan, optimise=False)  # which are compared bit by bit
     modules = lora_fx.apply(model, plan, backend="modules")
     after = (portrait_of_state(model), luck_outside_of_torch())
     silent = difference(after, before, "after apply")

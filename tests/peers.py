@@ -163,21 +163,27 @@ def _plan(peer: Peer, dropout: float, config: tuple[tuple[str, Any], ...]) -> lo
         return lora_fx.plan(peer.build(**dict(config)), rules(r=2, dropout=dropout), peer.inputs(2, 6))
 
 
-def _applied(peer: Peer, dropout: float, config: tuple[tuple[str, Any], ...]) -> nn.Module:
-    return lora_fx.apply(peer.build(**dict(config)), _plan(peer, dropout, config))
+def _applied(peer: Peer, dropout: float, config: tuple[tuple[str, Any], ...], optimise: bool) -> nn.Module:
+    return lora_fx.apply(peer.build(**dict(config)), _plan(peer, dropout, config), optimise=optimise)
 
 
 _kept = functools.cache(_applied)
 
 
 def adapted(
-    peer: Peer, backend: str = "auto", random: bool = True, dropout: float = 0.0, anew: bool = False, **config: Any
+    peer: Peer,
+    backend: str = "auto",
+    random: bool = True,
+    dropout: float = 0.0,
+    anew: bool = False,
+    optimise: bool = True,
+    **config: Any,
 ) -> nn.Module:
     """Return an adapted model, always with the same values; B is zero unless `random`.
 
     It is a copy of one that is kept, and knows the graphs that others have learnt; `anew`, only those of `apply`.
     """
-    options = (dropout, tuple(config.items()))
+    options = (dropout, tuple(config.items()), optimise)
     if backend == "modules":
         tuned = lora_fx.apply(peer.build(**config), rules(r=2, dropout=dropout), backend="modules")
     else:

@@ -155,7 +155,7 @@ def test_module_called_twice_is_adapted_at_both_calls():
     assert sum("a.lora_A" in str(node.target) for node in tuned.graph.nodes) == 2
     modules = lora_fx.apply(zoo.Shared().eval(), rules("a"), backend="modules")
     modules.load_state_dict(tuned.state_dict(), strict=False)  # tracing drops the second name, b
-    assert torch.equal(tuned(X), modules(X))
+    torch.testing.assert_close(tuned(X), modules(X), rtol=1e-6, atol=1e-6)  # node by node, and as one operation
 
 
 def test_merging_a_tied_head_leaves_the_embedding_of_an_exported_graph_alone():

@@ -332,7 +332,7 @@ def test_error_of_a_capture_is_a_reason_and_never_the_users(monkeypatch):
     tuned = tuned_encoder()
     call = zoo.call_encoder()
 
-    def broken(captured, module):
+    def broken(captured, module, passes):
         raise RuntimeError("broken on purpose")
 
     monkeypatch.setattr(region_module, "make_program", broken)

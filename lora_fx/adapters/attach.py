@@ -39,6 +39,8 @@ READS = "lora_fx_reads"
 """Attribute of a class whose instances show these parameters with their adapters."""
 DENSE = "lora_fx_dense"
 """Attribute of a module whose weights torch's fused kernels read in eval mode: they get a plain tensor there."""
+ITSELF = "lora_fx_layer"
+"""Attribute of an adapted layer that is called: the layer itself, for the graph of one layer alone."""
 HOME = "_lora"
 """What the name of a raw parameter gets as its end in the name of the module that holds its adapter."""
 _HALF = (torch.float16, torch.bfloat16)

@@ -28,12 +28,32 @@ class DoRAMagnitude(nn.Module):
 
         Written so that it equals `base` bit by bit while B = 0 and m = ‖W‖.  Dropout reaches `delta` alone.
         """
-        scale = (self.weight / row_norms(weight, lora_A, lora_B, self.scaling).to(self.weight.dtype)).to(base.dtype)
+        scale = self.scale(weight, lora_A, lora_B).to(base.dtype)
         plain = base if bias is None else base - bias
         return base + (scale - 1) * plain + scale * delta
 
+    def scale(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """Return m/‖V‖ [out] for a weight [out, in]."""
+        return self.weight / row_norms_factored(weight, lora_A, lora_B, self.scaling).to(self.weight.dtype)
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}"
+
+
+def row_norms_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return ‖W + scaling · B A‖ for each row, [out], without gradient, and without the sum as a whole.
+
+    ‖V‖² = ‖W‖² + 2 scaling · Σ (W Aᵀ ⊙ B) + scaling² · Σ (B (A Aᵀ) ⊙ B), each Σ over a row.  For B = 0 it is ‖W‖ as
+    `row_norms` gives it, bit by bit.  Where V nearly cancels W, it is as exact as W's own length.
+    """
+    with torch.no_grad():
+        wide = torch.promote_types(torch.float32, lora_A.dtype)
+        W, A, B = dense(weight).to(wide), lora_A.to(wide), lora_B.to(wide)
+        lengths: Tensor = torch.linalg.vector_norm(W, dim=1)
+        cross = ((W @ A.t()) * B).sum(1).mul_(2 * scaling)
+        added = ((B @ (A @ A.t())) * B).sum(1).mul_(scaling * scaling).add_(cross)
+        grown = lengths * (1 + added / lengths.square()).clamp_(min=0).sqrt_()
+        return torch.where(lengths > 0, grown, added.clamp(min=0).sqrt_())
 
 
 def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

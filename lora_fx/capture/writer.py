@@ -164,7 +164,7 @@ class GraphWriter:
 
     def writes_in_place(self) -> bool:
         """Whether a statement so far writes to a tensor or an object instead of computing a new one."""
-        return any(_writes(node) for node in self.graph.nodes)
+        return any(writes(node) for node in self.graph.nodes)
 
     def mark(self) -> Callable[[], None]:
         """Return a function that takes back everything written since."""
@@ -189,10 +189,11 @@ class GraphWriter:
                 self.graph.erase_node(node)
 
 
-def _writes(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else node.target.__name__
+def writes(node: fx.Node) -> bool:
+    """Whether the statement writes to a tensor or an object instead of computing a new one."""
     if node.op not in ("call_method", "call_function"):
         return False
+    name = node.target if isinstance(node.target, str) else node.target.__name__
     return name in ("setitem", "set_item", "set_attribute", "append_item") or (name[-1] == "_" != name[-2])
 
 

@@ -1,7 +1,6 @@
-"""flatten: calls of linears and of LoRA factors become plain torch functions on their weights.
+"""flatten: calls of linears become plain torch functions on their weights, those of adapted layers one call each.
 
-Other adapted layers are asked for their base's output.  Only for region graphs, whose guards watch the classes and
-hooks of the modules that are bypassed.
+Only for region graphs, whose guards watch the classes and hooks of the modules that are bypassed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
-from lora_fx.adapters.lora import LoRAFactor
 from lora_fx.editor import Editor
 from lora_fx.layerkinds import kind_of
 from lora_fx.passes.sitegraph import first_argument
@@ -39,36 +37,38 @@ class Flatten:
 
 
 def _flatten(editor: Editor, node: fx.Node, module: nn.Module) -> None:
-    if not is_bypassed(module) or not (_is_flat(module) or attached(module) is not None):
+    if not is_bypassed(module):
         return
     path = str(node.target)
     x = first_argument(node)
     with editor.writing_after(node, str(node.meta.get("site", ""))) as write:
-        if not _is_flat(module):
-            flat = write.graph.call_function(base_output, (write.graph.get_attr(path), x))
-        else:
+        if _is_adapted(module):
+            flat = write.graph.call_function(adapted_output, (write.graph.get_attr(path), x))
+        elif isinstance(module, nn.Linear):
             arguments = [x, write.graph.create_node("get_attr", f"{path}.weight")]  # get_attr() would ask what is there
-            if isinstance(module, nn.Linear) and module.bias is not None:
+            if module.bias is not None:
                 arguments.append(write.graph.get_attr(f"{path}.bias"))
             flat = write.graph.call_function(F.linear, tuple(arguments))
+        else:
+            return
+    flat.meta.update({key: value for key, value in node.meta.items() if key == "tensor"})
     editor.replace_uses(node, flat, path, but=lambda user: False)
     editor.erase(node, path)
 
 
-def base_output(layer: Any, x: Tensor) -> Tensor:
-    """Return what an adapted layer computes without its adapter; stands in region graphs."""
-    result: Tensor = layer.base_forward(x)
+def adapted_output(layer: Any, x: Tensor) -> Tensor:
+    """Return what an adapted layer computes; stands in region graphs."""
+    result: Tensor = layer.adapted_forward(x)
     return result
 
 
-def _is_flat(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, LoRAFactor))
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether the layer adds its adapter to its output, rather than to a weight that it shows."""
+    return attached(module) is not None and not shown_parameters(module)
 
 
 def is_bypassed(module: nn.Module) -> bool:
-    """Whether a graph computes the module by itself: layers without hooks or tricks, and factors of their dtype."""
-    if isinstance(module, LoRAFactor):
-        return type(module) is LoRAFactor and (module.spec is None or not module.spec.mixed)
+    """Whether a graph computes the module by itself: layers without hooks or tricks."""
     return (is_plain_layer(module) or _shows_its_weight(module)) and not has_hooks(module)
 
 

@@ -13,7 +13,7 @@ from lora_fx.capture.objects import copied, is_plain_object, objects_differ, ten
 from lora_fx.capture.recording import Records
 from lora_fx.capture.surroundings import RandomState, in_clean_thread, surroundings_of
 from lora_fx.capture.torch_internals import pytree
-from lora_fx.regions.gradients import gradients_differ
+from lora_fx.regions.gradients import gradients_differ, values_differ
 from lora_fx.regions.program import Program
 from lora_fx.regions.standin import stand_in, with_noise
 
@@ -82,6 +82,36 @@ class Replay:
             found = self._run(lambda: gradients_differ(mine, theirs))  # a backward runs in the thread that asks for it
         program.proven_with_noise = found is None
         return None if found is None else f"with other adapters, {found}"
+
+    def fast_difference(self, program: Program, match: Match) -> str | None:
+        """Return how the fast code of a program differs from the forward, gradients included, but for rounding.
+
+        Both run on copies, with factors that show in the adapters; random state is left as it was.
+        """
+        after = RandomState(self.surroundings.devices)
+        try:
+            return self._fast_differs(program, match)
+        except Exception as error:
+            return f"it fails: {type(error).__name__}: {str(error)[:200]}"
+        finally:
+            after.restore()
+
+    def _fast_differs(self, program: Program, match: Match) -> str | None:
+        assert program.fast is not None
+        function = program.fast.function
+        modules = with_noise(stand_in(self._before)), with_noise(stand_in(self._before))
+        calls = self.arguments(), self.arguments()
+        inputs = match(self.module, *calls[1])
+        assert not isinstance(inputs, int)
+        self.random.restore()
+        expected = self._run(lambda: modules[0].forward(*calls[0][0], **calls[0][1]))
+        drawn = RandomState(self.surroundings.devices)
+        self.random.restore()
+        result = self._run(lambda: function(modules[1], *inputs))
+        if RandomState(self.surroundings.devices) != drawn:
+            return "it draws other random numbers"
+        mine, theirs = (result, calls[1], modules[1]), (expected, calls[0], modules[0])
+        return values_differ(result, expected) or self._run(lambda: gradients_differ(mine, theirs))
 
     def recorded(self) -> Records:
         """Make the call again and return what the module's submodules return; nothing else comes of it."""

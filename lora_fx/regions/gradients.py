@@ -29,6 +29,14 @@ def gradients_differ(one: Run, other: Run) -> str | None:
     return None
 
 
+def values_differ(result: Any, expected: Any) -> str | None:
+    """Return how the floating-point tensors of two results differ beyond rounding; None if they agree."""
+    ones, others = _outputs(result), _outputs(expected)
+    if [each.shape for each in ones] != [each.shape for each in others]:
+        return "the results have other shapes"
+    return "the result differs" if any(map(_far, ones, others)) else None
+
+
 def _outputs(result: Any) -> list[Tensor]:
     return [each for each in tensors_in(result) if each.is_floating_point()]
 

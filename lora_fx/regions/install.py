@@ -15,15 +15,16 @@ from lora_fx.swap import origin, swap
 from lora_fx.tensors import dotted
 
 
-def install(model: nn.Module, paths: Iterable[str]) -> None:
+def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()) -> None:
     """Let the submodules at the paths run as regions, in place.
 
-    Blocks of the same class, structure, shapes and adapters share one Kind, so each graph is captured once.
+    Blocks of the same class, structure, shapes and adapters share one Kind, so each graph is captured once.  Their
+    programs are optimised by the `passes` of these names.
     """
     kinds: dict[tuple[Any, ...], Kind] = {}
     for path in paths:
         module = model.get_submodule(path)
-        kind = kinds.setdefault(structure_of(module), Kind())
+        kind = kinds.setdefault(structure_of(module), Kind(passes))
         swap(module, GuardedRegion)
         set_region(module, Region(path, kind))
 

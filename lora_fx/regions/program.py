@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import share_adapter
+from lora_fx.adapters.attach import ITSELF, attached
 from lora_fx.capture.captured import Captured, resolve
 from lora_fx.capture.guards import Guard, compile_guard
 from lora_fx.capture.inputs import TensorInput
 from lora_fx.capture.recording import of_shape
 from lora_fx.editor import Editor
-from lora_fx.passes import apply_pass
-from lora_fx.passes.flatten import Flatten, is_bypassed, is_plain_layer
-from lora_fx.passes.inject import splice_adapters, splice_layer
+from lora_fx.passes import Pass, apply_pass
+from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
+from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.stack import Stack
+
+_OPTIMISATIONS: tuple[Pass, ...] = (Stack(), Recompute())
+OPTIMISATIONS = tuple(each.name for each in _OPTIMISATIONS)
+"""What can be done to programs to make training cheaper, in this order."""
+
+
+@dataclass(slots=True)
+class Fast:
+    """A program after all passes: equal to the plain one but for the order of sums."""
+
+    graph: fx.Graph
+    code: str
+    function: Callable[..., Any]
+    passes: tuple[str, ...]
+    """Those that found something to do."""
+    proven: bool = False
+    """Whether its results and gradients have been compared with the forward's."""
 
 
 @dataclass(slots=True)
@@ -30,6 +49,8 @@ class Program:
     code: str
     function: Callable[..., Any]
     """Called with the module and the graph's inputs."""
+    fast: Fast | None
+    """The same computed with fewer products and bytes, for calls with gradients; None if there is nothing to gain."""
     may_give_up: bool
     """Whether the code checks on the way that a submodule returns what it relies on (`OtherShape`)."""
     computes: frozenset[str]
@@ -42,8 +63,30 @@ class Program:
     """Whether it was also right with other factors in its adapters."""
     checks: int = 0
     """How often it was compared with the forward again, at other sizes."""
+    why_not_fast: str = ""
+    """Why the fast code was given up."""
     ones: set[frozenset[str]] = field(default_factory=set)
     """Sets of symbolic sizes for which it has been proven right when they are 1."""
+
+    def run(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """Return what it computes, by the fast code where that is proven and may be used."""
+        fast = self.fast
+        if fast is not None and fast.proven and may_be_fast():
+            return fast.function(module, *inputs)
+        return self.function(module, *inputs)
+
+    @property
+    def wants_proof(self) -> bool:
+        """Whether the fast code could answer this call, had it been compared with the forward."""
+        return self.fast is not None and not self.fast.proven and may_be_fast()
+
+    def decide(self, difference: str | None) -> None:
+        """Take the fast code as proven, or give it up for a difference that was found."""
+        assert self.fast is not None
+        if difference is None:
+            self.fast.proven = True
+        else:
+            self.fast, self.why_not_fast = None, difference
 
     def give_up(self) -> None:
         """Forget all that was proven, so that the program answers no call any more."""
@@ -65,33 +108,80 @@ class Program:
         return tuple(resolve(module, str(place)) for place in self.captured.parameters)
 
 
-def make_program(captured: Captured, module: nn.Module) -> Program:
+def may_be_fast() -> bool:
+    """Whether a call may keep other tensors for its gradients than the forward does.
+
+    Not while torch checkpoints: it runs the block again in the backward pass, perhaps by its own forward, and must find
+    the same tensors.  Under autocast a chain that is made again would be made without it.
+    """
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is None or hooks[0].__module__ != "torch.utils.checkpoint"
+
+
+def make_program(captured: Captured, module: nn.Module, passes: Collection[str] = ()) -> Program:
     """Return the program of a captured graph on a module: the adapters that the module holds are injected.
 
     The program reads parameters from the module that it is called with, so all identical blocks can share it.
+
+    Args:
+        captured: the graph of the base.
+        module: a block with its adapters.
+        passes: names of the optimisations that its fast code may have.
     """
     graph_module = fx.GraphModule(module, copy.deepcopy(captured.graph))
     bypassed = _bypassed(graph_module)
-    editor = Editor(graph_module)
-    editor.by = "inject"
-    splice_adapters(editor, only=bypassed)
-    if is_plain_layer(module):  # a layer alone is the region
+    apply_pass(Flatten(), Editor(graph_module))
+    if is_plain_layer(module) and attached(module) is not None:
         bypassed.add("")
-        share_adapter(module, graph_module)
-        splice_layer(editor)
-    factors = _bypassed(graph_module) - bypassed
-    apply_pass(Flatten(), editor)
+        _write_layer(graph_module, module)
     graph_module.graph.lint()
-    code = graph_module.graph.python_code("self")
-    scope = dict(code.globals)
-    exec(compile(code.src, f"<lora_fx graph of {type(module).__name__}>", "exec"), scope)
-    watched = (*captured.log.inlined, *bypassed, *factors)
+    code, function = _compiled(graph_module.graph, module)
+    watched = (*captured.log.inlined, *bypassed)
     classes = {path: type(module.get_submodule(path)) for path in watched if path}
     checks = any(node.target is of_shape for node in graph_module.graph.nodes)
     guard = compile_guard(captured, classes)
     graph = graph_module.graph
     computes = bypassed | set(_weights_read(graph, module))
-    return Program(captured, guard, graph, code.src, scope["forward"], checks, frozenset(computes))
+    fast = None if checks else _optimised(graph_module, module, passes)
+    return Program(captured, guard, graph, code, function, fast, checks, frozenset(computes))
+
+
+def _compiled(graph: fx.Graph, module: nn.Module) -> tuple[str, Callable[..., Any]]:
+    """Return the source of a graph, and the function."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, f"<lora_fx graph of {type(module).__name__}>", "exec"), scope)
+    return code.src, scope["forward"]
+
+
+def _optimised(graph_module: fx.GraphModule, module: nn.Module, passes: Collection[str]) -> Fast | None:
+    """Return the program of a copy of the graph after the passes that make training cheaper; None if they find none."""
+    copied = fx.GraphModule(module, copy.deepcopy(graph_module.graph))
+    found = []
+    for each in (each for each in _OPTIMISATIONS if each.name in passes):
+        editor = Editor(copied)
+        apply_pass(each, editor)
+        if editor.journal.modified:
+            found.append(each.name)
+    if not found:
+        return None
+    for node in reversed(list(copied.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            copied.graph.erase_node(node)
+    copied.graph.lint()
+    return Fast(copied.graph, *_compiled(copied.graph, module), tuple(found))
+
+
+def _write_layer(graph_module: fx.GraphModule, layer: nn.Module) -> None:
+    """Let the graph of an adapted layer's own forward call the layer with its adapter instead."""
+    graph_module.add_module(ITSELF, layer)
+    graph, output = graph_module.graph, next(iter(reversed(graph_module.graph.nodes)))
+    x = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_before(output):
+        output.args = (graph.call_function(adapted_output, (graph.get_attr(ITSELF), x)),)
+    graph.eliminate_dead_code()
 
 
 def _weights_read(graph: fx.Graph, module: nn.Module) -> Iterator[str]:

@@ -54,13 +54,17 @@ class GuardedRegion(Swapped, nn.Module):
             return region.check(self, super().forward, args, kwargs, program)
         if program.may_give_up:
             return region.attempt(self, super().forward, args, kwargs, found)
-        return program.function(self, *inputs)
+        if program.wants_proof:
+            return region.prove_fast(self, args, kwargs, program)
+        return program.run(self, inputs)
 
 
 @dataclass(slots=True)
 class Kind:
     """What identical blocks share: their programs, and the calls that could not be captured."""
 
+    passes: tuple[str, ...] = ()
+    """Names of what is done to programs to make training cheaper."""
     programs: list[Program] = field(default_factory=list)
     failures: dict[tuple[object, ...], str] = field(default_factory=dict)
     """Reason for each signature of a call that cannot be captured."""
@@ -73,11 +77,11 @@ class Kind:
         return self  # programs do not change; a copy of the model runs the same ones
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Kind, ())  # code is captured anew in the next process, with its torch and its classes
+        return (Kind, (self.passes,))  # code is captured anew in the next process, with its torch and its classes
 
     def add(self, captured: Captured, module: nn.Module, static: bool) -> None:
         """Make a program of a graph that was captured from the base; it has yet to be proven."""
-        program = make_program(captured, module)
+        program = make_program(captured, module, self.passes)
         program.static = static
         self.programs.append(program)
 
@@ -196,6 +200,15 @@ class Region:
             self._note_failure(module, replay.args, replay.kwargs, reason)
         return result
 
+    def prove_fast(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], program: Program) -> Any:
+        """Return what the fast program computes, if it is found to be the forward but for rounding; else the plain."""
+        replay = self._kept(module, args, kwargs)
+        if replay is not None:
+            program.decide(replay.fast_difference(program, program.guard.match_ones))
+        inputs = program.guard.match_ones(module, args, kwargs)
+        assert not isinstance(inputs, int)
+        return program.run(module, inputs)
+
     def attempt(
         self,
         module: nn.Module,
@@ -287,7 +300,7 @@ class Region:
         self.captures += 1
         try:
             captured, static = self._captured(replay)
-            program = make_program(captured, replay.module)
+            program = make_program(captured, replay.module, self.kind.passes)
             program.static = static
             found = replay.difference(program, program.guard.match, result)
             if found is not None:
@@ -307,7 +320,7 @@ class Region:
             captured = generalise(other.captured, program.captured)
             if captured is None:
                 continue
-            both = make_program(captured, replay.module)
+            both = make_program(captured, replay.module, self.kind.passes)
             if self._prove(both, replay, result):
                 values = tuple(other.captured.log.read[place] for place in captured.parameters)
                 both.guard.proven.add(values)  # for these it is the other program, which has been proven

@@ -1,0 +1,102 @@
+"""Which adapted layers compute base and adapter as one operation, asked at every call.
+
+Whatever is not plain (a hook on a factor, a trained base weight, a tensor subclass, a transformation or a compiler
+around it) is computed operation by operation instead, which is right for all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from lora_fx.adapters.dora import DoRAMagnitude
+from lora_fx.adapters.fused import Term
+from lora_fx.adapters.lora import LoRAFactor, as_rows
+from lora_fx.adapters.masks import is_possible, new_seed
+from lora_fx.layerkinds import linear_layout
+
+_FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+@functools.cache
+def _layout_of(kind: Any) -> str | None:
+    return linear_layout(kind)
+
+
+def is_watched() -> bool:
+    """Whether something follows the operations that does not see into an autograd function."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
+    """Return an adapted layer as a term of a fused product with x; None if it must go operation by operation.
+
+    With dropout, the seed of its mask is drawn here.
+    """
+    if is_watched():  # first: a compiler follows these lines too
+        return None
+    kind: Any = type(layer)
+    layout = _layout_of(kind)
+    if layout is None or not _is_plain(x) or torch.is_autocast_enabled(x.device.type):
+        return None
+    parameters = layer._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if not _is_frozen(weight, x.dtype) or not (bias is None or _is_frozen(bias, x.dtype)):
+        return None
+    modules = layer._modules
+    A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+    p = _dropout(modules.get("lora_dropout"), adapter)
+    if p is None or not _are_plain_factors(A, B):
+        return None
+    first, second, spec = A._parameters["weight"], B._parameters["weight"], A.spec
+    scale = None
+    if spec.lora.dora:
+        magnitude = modules["lora_magnitude_vector"]._modules[adapter]
+        if type(magnitude) is not DoRAMagnitude or _is_hooked(magnitude):
+            return None
+        scale = magnitude.scale(as_rows(weight, spec.layout), first, second)
+    seed = new_seed(x) if p else None
+    return Term(weight, bias, first, second, scale, spec.lora.scaling, layout == "in_out", p, seed)
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in _PLAIN and tensor.dtype in _FLOATS and tensor.layout is torch.strided
+
+
+def _is_frozen(tensor: Any, dtype: torch.dtype) -> bool:
+    return _is_plain(tensor) and not tensor.requires_grad and tensor.dtype == dtype
+
+
+def _are_plain_factors(A: Any, B: Any) -> bool:
+    if type(A) is not LoRAFactor or type(B) is not LoRAFactor or _is_hooked(A) or _is_hooked(B):
+        return False
+    first, second = A._parameters.get("weight"), B._parameters.get("weight")
+    return _is_plain(first) and _is_plain(second) and first.dtype == second.dtype  # type: ignore[union-attr]
+
+
+def _dropout(holder: Any, adapter: str) -> float | None:
+    """Return the probability of an adapter's dropout as it is now; None if it is no dropout that is known."""
+    if holder is None:
+        return 0.0
+    dropout = holder._modules[adapter]
+    if type(dropout) is not nn.Dropout or _is_hooked(dropout):
+        return None
+    if not dropout.training:
+        return 0.0
+    return dropout.p if is_possible(dropout.p) else None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

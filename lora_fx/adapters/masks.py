@@ -1,0 +1,67 @@
+"""Dropout that is nearly free: which entries are kept follows from a seed, so that no mask is stored.
+
+Entry (i, j) is kept where a byte of a hash of (seed, i, j) is at least 256 p; where a byte cannot come within 2 % of p,
+two bytes are.  Entries are kept independently of each other with the probability that `keeping` gives, and the scale is
+1 over it, so that the mean of what is dropped out is what came in, exactly.
+
+The hash is splitmix64 of the row plus splitmix64 of the column, mixed once more (Steele, Lea, Flood 2014,
+doi:10.1145/2660193.2660195); integer arithmetic wraps alike on every device, so a seed gives the same mask on all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+_GOLDEN, _FIRST, _SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_NEAR = 0.02
+"""How far the probability may be from what was asked for, relatively, for one byte to do."""
+
+
+def bits_for(p: float) -> int:
+    """Return how many random bits decide on an entry that is dropped with probability p: 8 or 16."""
+    return 8 if abs(round(256 * p) / 256 - p) <= _NEAR * p else 16
+
+
+def keeping(p: float) -> float:
+    """Return the probability with which an entry is kept: 1 - p, to 8 or 16 bits."""
+    steps: int = 1 << bits_for(p)
+    return 1 - round(steps * p) / steps
+
+
+def is_possible(p: float) -> bool:
+    """Whether there is a mask for this probability: not for one so near to 1 that nothing is kept."""
+    return keeping(p) > 0
+
+
+def new_seed(x: Tensor) -> Tensor:
+    """Return a fresh seed from the generator of x's device, without waiting for the device."""
+    return torch.empty((), dtype=torch.int64, device=x.device).random_()
+
+
+def kept(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:
+    """Return the mask [rows, columns] of ones, which are kept, and zeros; `seed` is a scalar int64 tensor."""
+    bits = bits_for(p)
+    words = -(-columns * bits // 64)
+    sides = _mixed(torch.arange(1, rows + words + 1, device=seed.device).add_(seed).mul_(_GOLDEN))
+    mixed = sides[:rows].unsqueeze(1) + sides[rows:]
+    mixed.bitwise_xor_(_shifted(mixed, 32)).mul_(_FIRST).bitwise_xor_(_shifted(mixed, 29))
+    drawn = mixed.view(torch.int8 if bits == 8 else torch.int16)[:, :columns]
+    threshold = round((1 << bits) * p) - (1 << (bits - 1))  # of signed numbers
+    return torch.ge(drawn, threshold, out=drawn).to(dtype)
+
+
+def _mixed(words: Tensor) -> Tensor:
+    words.bitwise_xor_(_shifted(words, 30)).mul_(_FIRST)
+    words.bitwise_xor_(_shifted(words, 27)).mul_(_SECOND)
+    return words.bitwise_xor_(_shifted(words, 31))
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """Return the words shifted to the right with zeros coming in: torch's own shift brings in the sign."""
+    return (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)

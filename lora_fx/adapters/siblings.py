@@ -1,0 +1,60 @@
+"""What region graphs call where several adapted layers have the same input, or one whose making is cheap to repeat.
+
+A layer that must go operation by operation (see `fusing`) does so here too, and random numbers are drawn in the order
+of the layers, as if each had been called alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.adapters.fused import Produce, Term, adapted, adapted_from
+
+
+def adapted_siblings(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    """Return what each adapted layer computes from x; their A products are one product."""
+    terms = _terms(layers, x)
+    if len(terms) == len(layers):
+        return adapted(terms, x)
+    return (*(adapted((term,), x)[0] for term in terms), *(each.adapted_forward(x) for each in layers[len(terms) :]))
+
+
+def _terms(layers: Sequence[Any], x: Tensor) -> list[Term]:
+    """Return the terms of the layers, up to the first that is none."""
+    terms = []
+    for layer in layers:
+        term = layer.adapted_term(x)
+        if term is None:
+            break
+        terms.append(term)
+    return terms
+
+
+def making(produce: Produce, layers: int, shows: bool, name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a function of layers and inputs: what the layers compute from x = produce(*inputs), which is not kept.
+
+    Args:
+        produce: as for `adapted_from`.
+        layers: how many of the arguments are layers; the rest are the inputs.
+        shows: whether x is the last result.
+        name: of the function, for graphs.
+    """
+
+    def adapted_making(*arguments: Any) -> tuple[Tensor, ...]:
+        called, inputs = arguments[:layers], arguments[layers:]
+        with torch.no_grad():
+            x = produce(*inputs)
+        terms = _terms(called, x)
+        if len(terms) == layers:
+            return adapted_from(terms, x, produce, inputs, shows)
+        x = produce(*inputs)
+        results = [adapted((term,), x)[0] for term in terms]
+        results += [each.adapted_forward(x) for each in called[len(terms) :]]
+        return (*results, x) if shows else tuple(results)
+
+    adapted_making.__name__ = adapted_making.__qualname__ = name
+    return adapted_making

@@ -1,0 +1,174 @@
+"""recompute: what adapted layers multiply is made again in the backward pass instead of kept, where that is cheap.
+
+A norm's output, silu(gate) · up, gelu(h): entry by entry or along a row, from tensors that are kept anyway.  Where the
+chain of such operations begins is chosen so that the fewest bytes are kept.  It never reaches across random numbers, or
+into a graph that writes anything in place, and only takes in what nobody else uses; the layers' input itself may have
+other users, who then get it as a result.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from lora_fx.adapters.siblings import adapted_siblings, making
+from lora_fx.capture.writer import writes
+from lora_fx.editor import Editor
+from lora_fx.passes.flatten import adapted_output
+from lora_fx.passes.pointwise import bytes_of, is_alias, is_quiet, is_repeatable, kept_by_autograd
+from lora_fx.passes.stack import draws, is_adapted_linear
+
+_LONGEST = 24
+"""How many operations a chain may have."""
+_WORTH = 1.02
+"""A longer chain must save this much more than a shorter one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recompute:
+    """Make inputs of adapted layers again.  Ensures: the same results and gradients."""
+
+    name: str = "recompute"
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Any graph will do: there is something to gain in those that `flatten` wrote."""
+
+    def run(self, editor: Editor) -> None:
+        if any(map(writes, editor.graph.nodes)):
+            return
+        for number, node in enumerate(list(editor.graph.nodes)):
+            if node.target is adapted_siblings or is_adapted_linear(node, editor.graph_module):
+                chain = _chain(node)
+                if chain is not None and _may_move(node, chain.x, editor.graph_module):
+                    _rewrite(editor, node, chain, f"adapted_making_{number}")
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Nothing beyond what the editor checks; regions compare the result with the forward."""
+
+
+@dataclass(slots=True)
+class _Chain:
+    """Operations that end in `x`, in the order in which they were found: users before what they use."""
+
+    x: fx.Node
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """What the chain is made from, in graph order of the first use."""
+        found = (each for node in reversed(self.nodes) for each in node.all_input_nodes if each not in self.nodes)
+        return list(dict.fromkeys(found))
+
+    def gain(self) -> int:
+        """Return how many bytes fewer are kept if the chain's inputs are and nothing inside of it."""
+        before = {_root(self.x)} | {_root(each) for node in self.nodes for each in kept_by_autograd(node)}
+        after = {_root(each) for each in self.inputs if each.op != "get_attr"}
+        return sum(map(bytes_of, before - after)) - sum(map(bytes_of, after - before))
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """Return the node whose storage this one shows."""
+    while is_alias(node):
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return node
+
+
+def _chain(call: fx.Node) -> _Chain | None:
+    """Return the chain before a call of adapted layers that saves the most; None if none saves anything."""
+    x = _input_of(call)
+    chain = _Chain(x)
+    best, gained = 0, 0
+    while len(chain.nodes) < _LONGEST:
+        found = _next(chain)
+        if found is None:
+            break
+        chain.nodes.append(found)
+        gain = chain.gain()
+        if gain > gained * _WORTH and all(_is_tensor(each) for each in chain.inputs):
+            best, gained = len(chain.nodes), gain
+    return _Chain(x, chain.nodes[:best]) if best else None
+
+
+def _next(chain: _Chain) -> fx.Node | None:
+    """Return the latest operation that the chain can take in: repeatable, and with no user outside but for x."""
+    if not chain.nodes:
+        return chain.x if is_repeatable(chain.x) else None
+    fit = [each for each in chain.inputs if is_repeatable(each) and all(user in chain.nodes for user in each.users)]
+    return max(fit, default=None)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return node.op == "get_attr" or "tensor" in node.meta
+
+
+def _input_of(call: fx.Node) -> fx.Node:
+    x = call.args[0] if call.target is adapted_siblings else call.args[1]
+    assert isinstance(x, fx.Node)
+    return x
+
+
+def _layers_of(call: fx.Node) -> Sequence[Any]:
+    return call.args[1:] if call.target is adapted_siblings else call.args[:1]
+
+
+def _may_move(call: fx.Node, x: fx.Node, graph_module: fx.GraphModule) -> bool:
+    """Whether the call may be made as early as the first user of x: nothing before it would draw after it then."""
+    node = min(x.users)
+    while node is not call:
+        if not is_quiet(node) or (node.target is adapted_output and draws(node, graph_module)):
+            return False
+        node = node.next
+    return True
+
+
+def _rewrite(editor: Editor, call: fx.Node, chain: _Chain, name: str) -> None:
+    """Let the call take the chain's inputs, and make its own input from them."""
+    layers, inputs, x = _layers_of(call), chain.inputs, chain.x
+    others = [user for user in x.users if user is not call]
+    produce = _function_of(chain)
+    site = str(call.meta.get("site", ""))
+    with editor.writing_after(min((call, *others)).prev, site) as write:
+        layers = [write.graph.get_attr(str(layer.target)) for layer in layers]
+        made = write.graph.call_function(making(produce, len(layers), bool(others), name), (*layers, *inputs))
+        results = [write.graph.call_function(operator.getitem, (made, i)) for i in range(len(layers) + bool(others))]
+    if others:
+        results[-1].meta.update(x.meta)
+        editor.replace_uses(x, results[-1], site, but=lambda user: user is call)
+    _replace(editor, call, results, site)
+    for node in sorted(chain.nodes, reverse=True):
+        if not node.users:
+            editor.erase(node, site)
+
+
+def _replace(editor: Editor, call: fx.Node, results: list[fx.Node], site: str) -> None:
+    if call.target is adapted_output:
+        results[0].meta.update(call.meta)
+        editor.replace_uses(call, results[0], site, but=lambda user: False)
+    else:
+        for item in list(call.users):
+            result = results[item.args[1]]  # type: ignore[index]
+            result.meta.update(item.meta)
+            editor.replace_uses(item, result, site, but=lambda user: False)
+            editor.erase(item, site)
+    editor.erase(call, site)
+
+
+def _function_of(chain: _Chain) -> Callable[..., Tensor]:
+    """Return the chain as a function of its inputs."""
+    graph = fx.Graph()
+    made = {node: graph.placeholder(f"x{number}") for number, node in enumerate(chain.inputs)}
+    for node in sorted(chain.nodes):
+        made[node] = graph.node_copy(node, lambda each: made[each])
+    graph.output(made[chain.x])
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<lora_fx recomputed chain>", "exec"), scope)
+    forward = scope["forward"]
+    return lambda *inputs: forward(None, *inputs)
