@@ -78,7 +78,7 @@ def row_of(each: PlannedSite) -> tuple[str, ...]:
 
 
 def _lora_text(lora: LoRAConfig) -> str:
-    dropout = f" dropout={lora.dropout:g}" if lora.dropout else ""
+    dropout = f" dropout={lora.dropout:g}{' shared' * lora.share_dropout}" if lora.dropout else ""
     switches = (("rslora", lora.rslora), ("dora", lora.dora), ("bias", lora.bias))
     return f"r={lora.r} alpha={lora.alpha:g}{dropout}" + "".join(f" {name}" for name, on in switches if on)
 

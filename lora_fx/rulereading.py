@@ -349,6 +349,7 @@ _LORA_READERS: dict[str, Callable[[_RuleReader, Node], Any]] = {
     "rslora": lambda reader, node: reader.boolean(node, "rslora"),
     "dora": lambda reader, node: reader.boolean(node, "dora"),
     "bias": lambda reader, node: reader.boolean(node, "bias"),
+    "share_dropout": lambda reader, node: reader.boolean(node, "share_dropout"),
     "adapter": _RuleReader.adapter,
 }
 

@@ -45,6 +45,8 @@ class LoRAConfig:
     bias: bool = False
     """Also train the site's own bias."""
     adapter: str = "default"
+    share_dropout: bool = False
+    """Let the dropout of sites on one input drop the same entries."""
 
     @property
     def scaling(self) -> float:

@@ -56,6 +56,11 @@ LORA = Table(
             "Dropout on the adapter's input while training, default 0.",
             "dropout: 0.05",
         ),
+        "share_dropout": Key(
+            {"type": "boolean"},
+            "Let sites on one input (q, k and v) drop the same entries: one mask and one product for all of them.",
+            "share_dropout: true",
+        ),
         "init": Key(
             {"enum": list(INITS)},
             "First values: `kaiming` (default), `gaussian` or `orthogonal` A with B zero; `random` for tests.",

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from lora_fx.adapters.dora import DoRAMagnitude
 from lora_fx.adapters.fused import Term
 from lora_fx.adapters.lora import LoRAFactor, as_rows
-from lora_fx.adapters.masks import is_possible, new_seed
+from lora_fx.adapters.masks import is_possible, new_seed, shared_seed
 from lora_fx.layerkinds import linear_layout
 
 _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
@@ -65,7 +65,7 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         if type(magnitude) is not DoRAMagnitude or _is_hooked(magnitude):
             return None
         scale = magnitude.scale(as_rows(weight, spec.layout), first, second)
-    seed = new_seed(x) if p else None
+    seed = _seed(layer, spec.lora.share_dropout, x, p)
     return Term(weight, bias, first, second, scale, spec.lora.scaling, layout == "in_out", p, seed)
 
 
@@ -94,6 +94,12 @@ def _dropout(holder: Any, adapter: str) -> float | None:
     if not dropout.training:
         return 0.0
     return dropout.p if is_possible(dropout.p) else None
+
+
+def _seed(layer: Any, shares: bool, x: Tensor, p: float) -> Tensor | None:
+    if not p:
+        return None
+    return shared_seed(x, p, id(layer)) if shares and not x.is_inference() else new_seed(x)
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -10,6 +10,9 @@ doi:10.1145/2660193.2660195); integer arithmetic wraps alike on every device, so
 
 from __future__ import annotations
 
+import threading
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -42,6 +45,36 @@ def is_possible(p: float) -> bool:
 def new_seed(x: Tensor) -> Tensor:
     """Return a fresh seed from the generator of x's device, without waiting for the device."""
     return torch.empty((), dtype=torch.int64, device=x.device).random_()
+
+
+class _Latest(threading.local):
+    """The input that was dropped out last by layers that share, its seed, and who has used that."""
+
+    x: weakref.ref[Tensor] | None = None
+    version = 0
+    p = 0.0
+    seed: Tensor
+    users: frozenset[int] = frozenset()
+
+
+_LATEST = _Latest()
+
+
+def shared_seed(x: Tensor, p: float, user: int) -> Tensor:
+    """Return the seed of the layer that met this very x before; a fresh one if there is none, or for its second turn.
+
+    Args:
+        x: the input; an unchanged one, for an old seed.
+        p: the probability of dropout, which must be the same too.
+        user: which layer asks: each uses a seed once, so that a model that is run again on one tensor draws anew.
+    """
+    latest = _LATEST
+    same = latest.x is not None and latest.x() is x and latest.version == x._version and latest.p == p
+    if not same or user in latest.users:
+        latest.x, latest.version, latest.p = weakref.ref(x), x._version, p
+        latest.seed, latest.users = new_seed(x), frozenset()
+    latest.users |= {user}
+    return latest.seed
 
 
 def kept(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:

@@ -194,7 +194,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "op": lambda value: value in (*OPS, "other"),
     "layout": lambda value: value in get_args(Layout),
     "slices": _are_slices,
-    **{name: lambda value: isinstance(value, bool) for name in ("rslora", "dora", "bias", "read")},
+    **{name: lambda value: isinstance(value, bool) for name in ("rslora", "dora", "bias", "read", "share_dropout")},
     **{name: lambda value: isinstance(value, str) for name in ("init", "path", "rule", "parameter")},
 }
 """What each value of a note can be: a header may have been written by anybody."""
