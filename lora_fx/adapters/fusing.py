@@ -21,6 +21,8 @@ from lora_fx.layerkinds import linear_layout
 
 _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _PLAIN = frozenset((Tensor, nn.Parameter))
+_RECORDERS = frozenset(("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor"))
+"""Of selective checkpointing and of make_fx."""
 
 
 @functools.cache
@@ -35,7 +37,15 @@ def is_watched() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
+        or nn.modules.module._has_any_global_hook()
+        or (torch._C._len_torch_dispatch_stack() > 0 and _is_recorded())
     )
+
+
+def _is_recorded() -> bool:
+    """Whether operations are recorded one by one, to be run again: what they return must not be changed in place."""
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__module__ in _RECORDERS for mode in modes)
 
 
 def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
@@ -47,7 +57,7 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         return None
     kind: Any = type(layer)
     layout = _layout_of(kind)
-    if layout is None or not _is_plain(x) or torch.is_autocast_enabled(x.device.type):
+    if layout is None or not _is_plain(x) or torch._C._is_any_autocast_enabled():
         return None
     parameters = layer._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")

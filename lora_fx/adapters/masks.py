@@ -79,6 +79,8 @@ def shared_seed(x: Tensor, p: float, user: int) -> Tensor:
 
 def kept(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:
     """Return the mask [rows, columns] of ones, which are kept, and zeros; `seed` is a scalar int64 tensor."""
+    if not rows:
+        return torch.ones((0, columns), dtype=dtype, device=seed.device)
     bits = bits_for(p)
     words = -(-columns * bits // 64)
     sides = _mixed(torch.arange(1, rows + words + 1, device=seed.device).add_(seed).mul_(_GOLDEN))
