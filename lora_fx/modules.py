@@ -25,7 +25,7 @@ from lora_fx.adapters.attach import (
     attached_to,
     has_call_factors,
 )
-from lora_fx.adapters.dora import row_norms
+from lora_fx.adapters.dora import row_norms, stretch
 from lora_fx.adapters.factors import CallFactors
 from lora_fx.adapters.fused import Term, adapted
 from lora_fx.adapters.fusing import term_of
@@ -162,7 +162,7 @@ def effective_weight(found: Attached, base: Tensor) -> Tensor:
         return base + delta
     rows = as_rows(base, found.spec.layout)
     norms = row_norms(rows, found.lora_A.weight, found.lora_B.matrix, found.spec.scaling)
-    scale = (found.magnitude.weight / norms.to(base.dtype)).unsqueeze(1 if found.spec.layout == "out_in" else 0)
+    scale = stretch(found.magnitude.weight, norms).to(base.dtype).unsqueeze(1 if found.spec.layout == "out_in" else 0)
     return base + (scale - 1) * base + scale * delta
 
 

@@ -34,17 +34,24 @@ class DoRAMagnitude(nn.Module):
 
     def scale(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """Return m/‖V‖ [out] for a weight [out, in]."""
-        return self.weight / row_norms_factored(weight, lora_A, lora_B, self.scaling).to(self.weight.dtype)
+        return stretch(self.weight, row_norms_factored(weight, lora_A, lora_B, self.scaling))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}"
+
+
+def stretch(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Return m/‖V‖ in m's dtype; 0 rather than 0/0 for a row of zeros, which stays one."""
+    norms = norms.to(magnitude.dtype)
+    return magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def row_norms_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Return ‖W + scaling · B A‖ for each row, [out], without gradient, and without the sum as a whole.
 
     ‖V‖² = ‖W‖² + 2 scaling · Σ (W Aᵀ ⊙ B) + scaling² · Σ (B (A Aᵀ) ⊙ B), each Σ over a row.  For B = 0 it is ‖W‖ as
-    `row_norms` gives it, bit by bit.  Where V nearly cancels W, it is as exact as W's own length.
+    `row_norms` gives it, bit by bit.  Where V nearly cancels W, it is as exact as W's own length; it is never so small
+    that it is nothing but rounding, and in particular not 0 then.
     """
     with torch.no_grad():
         wide = torch.promote_types(torch.float32, lora_A.dtype)
@@ -52,7 +59,7 @@ def row_norms_factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
         lengths: Tensor = torch.linalg.vector_norm(W, dim=1)
         cross = ((W @ A.t()) * B).sum(1).mul_(2 * scaling)
         added = ((B @ (A @ A.t())) * B).sum(1).mul_(scaling * scaling).add_(cross)
-        grown = lengths * (1 + added / lengths.square()).clamp_(min=0).sqrt_()
+        grown = lengths * (1 + added / lengths.square()).clamp_(min=torch.finfo(wide).eps).sqrt_()
         return torch.where(lengths > 0, grown, added.clamp(min=0).sqrt_())
 
 
@@ -71,4 +78,4 @@ def merged_dora_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     wide = torch.promote_types(delta.dtype, weight.dtype)
     directions = weight.to(wide) + delta.to(wide)
     norms = row_norms(weight, lora_A, lora_B, scaling).to(wide)
-    return (directions * (magnitude.to(wide) / norms).unsqueeze(1)).to(weight.dtype)
+    return (directions * stretch(magnitude.to(wide), norms).unsqueeze(1)).to(weight.dtype)
