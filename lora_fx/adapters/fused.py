@@ -18,7 +18,9 @@ Source: Hu et al. 2021, arXiv:2106.09685, §4.1; what must be saved: Cherniuk et
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +63,8 @@ class _Facts:
     in_out: bool
     p: float
     seed: Tensor | None
+    dtype: torch.dtype
+    """Of the factors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +87,9 @@ class _Group:
     @property
     def bundles(self) -> list[tuple[int, ...]]:
         """Numbers of the sites that meet the same dropout(x)."""
-        found: dict[tuple[float, int], list[int]] = {}
+        found: dict[tuple[torch.dtype, float, int], list[int]] = {}
         for number, fact in enumerate(self.facts):
-            found.setdefault((fact.p, id(fact.seed) if fact.p else 0), []).append(number)
+            found.setdefault((fact.dtype, fact.p, id(fact.seed) if fact.p else 0), []).append(number)
         return [tuple(each) for each in found.values()]
 
 
@@ -148,7 +152,7 @@ def adapted_from(
         inputs: what x is made of.
         shows: whether x is wanted as well.
     """
-    facts = tuple(_Facts(each.scaling, each.in_out, each.p, each.seed) for each in terms)
+    facts = tuple(_Facts(each.scaling, each.in_out, each.p, each.seed, each.A.dtype) for each in terms)
     group = _Group(facts, produce, len(inputs), shows)
     tensors = (*inputs, *(tensor for each in terms for tensor in each.tensors))
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
@@ -235,9 +239,23 @@ class _Adapted(torch.autograd.Function):
         saved, group = ctx.saved_tensors, ctx.group
         tensors, kept_ones = saved[: ctx.given], saved[ctx.given :]
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # create_graph=True: through differentiable operations, all of it anew
-            return (None, None, *_differentiable(group, tensors, needs, grads))
-        return (None, None, *_Backward(group, tensors, needs, kept_ones).gradients(grads))
+        with _without_autocast(tensors[0].device.type):
+            if torch.is_grad_enabled() or any(grad is not None and _is_batched(grad) for grad in grads):
+                return (None, None, *_differentiable(group, tensors, needs, grads))
+            return (None, None, *_Backward(group, tensors, needs, kept_ones).gradients(grads))
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether it stands for many gradients: vmap has no rules for products in place."""
+    functions = torch._C._functorch
+    return bool(functions.is_legacy_batchedtensor(grad) or functions.is_batchedtensor(grad))
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Return a context in which products keep their dtypes, as in the forward, which is not fused under autocast."""
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 class _Backward:
@@ -339,16 +357,21 @@ class _Backward:
 def _differentiable(
     group: _Group, tensors: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Return the gradients by autograd, which can be differentiated again."""
-    inputs, sites = group.parted(tensors)
-    x = inputs[0] if group.produce is None else group.produce(*inputs)
-    results = [_plain(site, x) for site in sites] + ([x] if group.shows else [])
-    pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
-    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-    outputs = [result.view_as(result) for result, _ in pairs]  # x may be its own gradient's source
-    found = iter(
-        torch.autograd.grad(outputs, wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True)
-    )
+    """Return the gradients by autograd, which can be differentiated again: create_graph=True.
+
+    Of views: a layer that is called twice has its A in the history of its x too, and that way does not count here.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(tensors, needs, strict=True)]
+        inputs, sites = group.parted(views)
+        x = inputs[0] if group.produce is None else group.produce(*inputs)
+        results = [_plain(site, x) for site in sites] + ([x] if group.shows else [])
+        pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+        outputs = [result.view_as(result) for result, _ in pairs]  # x may be its own gradient's source
+    wanted = [view for view, need in zip(views, needs, strict=True) if need]
+    slopes = torch.autograd.grad(outputs, wanted, [grad for _, grad in pairs], create_graph=again, allow_unused=True)
+    found = iter(slopes)
     return [next(found) if need else None for need in needs]
 
 
