@@ -68,6 +68,7 @@ def _items(value: object) -> list:  # type: ignore[type-arg]
 
 def _planned_site(row: dict) -> PlannedSite:  # type: ignore[type-arg]
     decided = {key: row.pop(key) for key in ("decision", "reason", "rule", "lora", "slices", "per_call")}
+    decided["passes"] = tuple(row.pop("passes", ()))
     lists = {key: tuple(row[key]) for key in ("classes", "shape", "aliases", "tied_to")}
     decided["lora"] = LoRAConfig(**decided["lora"]) if decided["lora"] else None
     decided["slices"] = _slices(decided["slices"]) if decided["slices"] else None

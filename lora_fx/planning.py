@@ -16,6 +16,9 @@ from lora_fx.text import count, listing
 Decision = Literal["adapt", "keep", "skip", "refuse"]
 
 
+_FUSED_DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedSite:
     """A site and what will happen to it."""
@@ -28,6 +31,8 @@ class PlannedSite:
     slices: Slices | None = None
     per_call: bool = False
     """Whether each call of the site has an adapter of its own."""
+    passes: tuple[str, ...] = ()
+    """What makes it cheaper to train, as far as it is known before: "fuse", "stack", "recompute"."""
 
     @property
     def path(self) -> str:
@@ -153,6 +158,25 @@ class Plan:
         from lora_fx.planjson import from_json
 
         return from_json(text)
+
+
+def not_fused(each: PlannedSite) -> str:
+    """Return why base and adapter of an adapted site are not computed as one operation; "" where they are."""
+    if each.decision != "adapt" or each.lora is None:
+        return ""
+    if each.op != "linear":
+        return f"{each.op} goes operation by operation"
+    if each.site.read or each.site.parameter:
+        return "a weight that is read goes operation by operation"
+    if each.slices is not None:
+        return "slices go operation by operation"
+    if each.per_call:
+        return "an adapter for each call goes operation by operation"
+    if each.lora.bias:
+        return "with a trained bias it goes operation by operation"
+    if each.site.dtype not in _FUSED_DTYPES:
+        return f"a base of {each.site.dtype} goes operation by operation"
+    return ""
 
 
 def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Plan:

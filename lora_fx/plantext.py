@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lora_fx.planning import Plan, PlannedSite
+from lora_fx.planning import Plan, PlannedSite, not_fused
 from lora_fx.rules import LoRAConfig
 from lora_fx.text import columns, count, thousands, wrapped
 
+_PASSES = {"fuse": "fused", "stack": "stacked with siblings", "recompute": "with inputs made again instead of kept"}
 SYMBOLS = {"adapt": "+", "keep": "·", "skip": "·", "refuse": "!"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
@@ -21,7 +22,7 @@ def plan_text(plan: Plan, fold: bool = True, width: int | None = None) -> str:
     table = _fitting(rows_of(plan, fold), width)
     modules = [f"  train whole: {each.path}, {count(each.parameters, 'parameter')}" for each in plan.train]
     notes = [f"  note: {note}" for note in plan.notes]
-    parts = [header(plan), "", table, *modules, *_region_lines(plan), *notes, "", sums(plan)]
+    parts = [header(plan), "", table, *modules, *_region_lines(plan), *_training_lines(plan), *notes, "", sums(plan)]
     return wrapped("\n".join(parts), width)
 
 
@@ -130,6 +131,19 @@ def _region_lines(plan: Plan) -> list[str]:
         if region.backend == "module":
             reasons.setdefault(region.reason, []).append(region.path or "(root)")
     return [f"  not a graph: {', '.join(_folded_names(paths))}: {reason}" for reason, paths in reasons.items()]
+
+
+def _training_lines(plan: Plan) -> list[str]:
+    """Return how many sites the passes make cheaper to train, and why some are left alone."""
+    adapted, alone = plan.adapted, dict[str, list[str]]()
+    for each in adapted:
+        reason = not_fused(each)
+        if reason:
+            alone.setdefault(reason, []).append(each.path)
+    counts = {name: sum(name in each.passes for each in adapted) for name in _PASSES}
+    told = [f"{number} {text}" for name, text in _PASSES.items() if (number := counts[name])]
+    lines = [f"  in training: {', '.join(told)}"] if told else []
+    return lines + [f"  not fused: {', '.join(_folded_names(paths))}: {reason}" for reason, paths in alone.items()]
 
 
 def _folded_names(paths: Sequence[str]) -> list[str]:

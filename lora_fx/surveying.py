@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,8 @@ from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.discovery import has_unknown_weights, refuse_unfit, uses_in_graph
 from lora_fx.errors import CaptureError, RefusedError
-from lora_fx.planning import DEAD, Plan, PlannedRegion, PlannedSite
+from lora_fx.planning import DEAD, Plan, PlannedRegion, PlannedSite, not_fused
+from lora_fx.regions.program import OPTIMISATIONS, foreseen
 from lora_fx.regions.survey import Survey, survey, survey_symbolically, unchanged_modes, unchanged_random
 from lora_fx.samples import Sample, dummy_samples, moved, samples_of
 from lora_fx.tensors import dotted
@@ -137,8 +138,33 @@ def studied(plan: Plan, model: nn.Module, seen: Observed, graphs: bool = True) -
         return _without_inputs(plan, model) if graphs else plan
     wanted = [site.path for site in plan.adapted] if graphs else []
     found = survey(make_twin(model), seen.samples, wanted)
-    sites = tuple(_with_backend(each, found) for each in plan.sites)
+    passes = foreseen_passes(found, plan, model)
+    sites = tuple(_with_passes(_with_backend(each, found), passes) for each in plan.sites)
     return replace(plan, sites=sites, regions=_planned_regions(found), capture=Study(found, seen.samples))
+
+
+def foreseen_passes(found: Survey, plan: Plan, model: nn.Module) -> dict[str, set[str]]:
+    """Return what the optimisations will do at each fused site of the plan, by its path, in the survey's graphs."""
+    fused = {path for each in plan.adapted if not not_fused(each) for path in each.site.paths}
+    passes: dict[str, set[str]] = {}
+    known: dict[tuple[int, frozenset[str]], dict[str, set[str]]] = {}
+    for path, structure in found.structures.items():
+        block = model.get_submodule(path)
+        inside = frozenset(name for name, _ in block.named_modules() if name and dotted(path, name) in fused)
+        for captured, _ in found.library.get(structure, ()):
+            key = (id(captured), inside)
+            if key not in known:
+                known[key] = foreseen(captured, block, inside)
+            for name, does in known[key].items():
+                passes.setdefault(dotted(path, name), set()).update(does)
+    return passes
+
+
+def _with_passes(each: PlannedSite, passes: Mapping[str, set[str]]) -> PlannedSite:
+    if each.decision != "adapt" or not_fused(each):
+        return each
+    does = {"fuse"}.union(*(passes.get(path, set()) for path in each.site.paths))
+    return replace(each, passes=tuple(name for name in ("fuse", *OPTIMISATIONS) if name in does))
 
 
 def _with_backend(each: PlannedSite, found: Survey) -> PlannedSite:
@@ -165,7 +191,8 @@ def _planned_regions(found: Survey) -> tuple[PlannedRegion, ...]:
 def _without_inputs(plan: Plan, model: nn.Module) -> Plan:
     """Trace without inputs what is provably safe to trace so; the rest is module replacement."""
     found = survey_symbolically(make_twin(model), [site.path for site in plan.adapted])
-    sites = tuple(_with_backend(each, found) for each in plan.sites)
+    passes = foreseen_passes(found, plan, model)
+    sites = tuple(_with_passes(_with_backend(each, found), passes) for each in plan.sites)
     traced = replace(plan, sites=sites, regions=_planned_regions(found), capture=Study(found, ()))
     if all(site.backend == "graph" for site in traced.adapted):
         return traced

@@ -34,6 +34,23 @@ def _terms(layers: Sequence[Any], x: Tensor) -> list[Term]:
     return terms
 
 
+def _of_tensors(produce: Produce, given: Sequence[Any]) -> tuple[Produce, tuple[Tensor, ...]]:
+    """Return a function of the tensors among the arguments, the others being fixed, and the tensors."""
+    tensors = tuple(each for each in given if isinstance(each, Tensor))
+    if len(tensors) == len(given):
+        return produce, tensors
+    fixed = [_TENSOR if isinstance(each, Tensor) else each for each in given]
+
+    def of_tensors(*inputs: Tensor) -> Tensor:
+        following = iter(inputs)
+        return produce(*(next(following) if each is _TENSOR else each for each in fixed))
+
+    return of_tensors, tensors
+
+
+_TENSOR = object()
+
+
 def making(produce: Produce, layers: int, shows: bool, name: str) -> Callable[..., tuple[Tensor, ...]]:
     """Return a function of layers and inputs: what the layers compute from x = produce(*inputs), which is not kept.
 
@@ -45,16 +62,18 @@ def making(produce: Produce, layers: int, shows: bool, name: str) -> Callable[..
     """
 
     def adapted_making(*arguments: Any) -> tuple[Tensor, ...]:
-        called, inputs = arguments[:layers], arguments[layers:]
+        called, given = arguments[:layers], arguments[layers:]
+        make, inputs = _of_tensors(produce, given)
         with torch.no_grad():
-            x = produce(*inputs)
+            x = make(*inputs)
         terms = _terms(called, x)
         if len(terms) == layers:
-            return adapted_from(terms, x, produce, inputs, shows)
-        x = produce(*inputs)
+            return adapted_from(terms, x, make, inputs, shows)
+        x = make(*inputs)
         results = [adapted((term,), x)[0] for term in terms]
         results += [each.adapted_forward(x) for each in called[len(terms) :]]
         return (*results, x) if shows else tuple(results)
 
     adapted_making.__name__ = adapted_making.__qualname__ = name
+    adapted_making.makes = layers  # type: ignore[attr-defined]  # by which passes know it
     return adapted_making

@@ -5,6 +5,7 @@ Only for region graphs, whose guards watch the classes and hooks of the modules 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from lora_fx.swap import original_class
 class Flatten:
     """Write linears as F.linear.  Ensures: the same operations in the same order."""
 
+    foreseen: frozenset[str] = frozenset()
+    """Paths of layers that shall have an adapter and have none yet: to see what other passes will do."""
     name: str = "flatten"
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -30,19 +33,20 @@ class Flatten:
     def run(self, editor: Editor) -> None:
         for node in list(editor.graph.nodes):
             if node.op == "call_module":
-                _flatten(editor, node, editor.graph_module.get_submodule(str(node.target)))
+                _flatten(editor, node, self.foreseen)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Nothing beyond what the editor checks."""
 
 
-def _flatten(editor: Editor, node: fx.Node, module: nn.Module) -> None:
+def _flatten(editor: Editor, node: fx.Node, foreseen: Collection[str]) -> None:
+    path = str(node.target)
+    module = editor.graph_module.get_submodule(path)
     if not is_bypassed(module):
         return
-    path = str(node.target)
     x = first_argument(node)
     with editor.writing_after(node, str(node.meta.get("site", ""))) as write:
-        if _is_adapted(module):
+        if _is_adapted(module) or path in foreseen:
             flat = write.graph.call_function(adapted_output, (write.graph.get_attr(path), x))
         elif isinstance(module, nn.Linear):
             arguments = [x, write.graph.create_node("get_attr", f"{path}.weight")]  # get_attr() would ask what is there

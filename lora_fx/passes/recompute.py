@@ -91,7 +91,7 @@ def _chain(call: fx.Node) -> _Chain | None:
             break
         chain.nodes.append(found)
         gain = chain.gain()
-        if gain > gained * _WORTH and all(_is_tensor(each) for each in chain.inputs):
+        if gain > gained * _WORTH:
             best, gained = len(chain.nodes), gain
     return _Chain(x, chain.nodes[:best]) if best else None
 
@@ -104,10 +104,6 @@ def _next(chain: _Chain) -> fx.Node | None:
     return max(fit, default=None)
 
 
-def _is_tensor(node: fx.Node) -> bool:
-    return node.op == "get_attr" or "tensor" in node.meta
-
-
 def _input_of(call: fx.Node) -> fx.Node:
     x = call.args[0] if call.target is adapted_siblings else call.args[1]
     assert isinstance(x, fx.Node)
@@ -116,6 +112,11 @@ def _input_of(call: fx.Node) -> fx.Node:
 
 def _layers_of(call: fx.Node) -> Sequence[Any]:
     return call.args[1:] if call.target is adapted_siblings else call.args[:1]
+
+
+def is_making(node: fx.Node) -> bool:
+    """Whether the node calls adapted layers and makes their input."""
+    return isinstance(getattr(node.target, "makes", None), int)
 
 
 def _may_move(call: fx.Node, x: fx.Node, graph_module: fx.GraphModule) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import ITSELF, attached
+from lora_fx.adapters.siblings import adapted_siblings
 from lora_fx.capture.captured import Captured, resolve
 from lora_fx.capture.guards import Guard, compile_guard
 from lora_fx.capture.inputs import TensorInput
@@ -18,7 +19,8 @@ from lora_fx.capture.recording import of_shape
 from lora_fx.editor import Editor
 from lora_fx.passes import Pass, apply_pass
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
-from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.inline import Inline, inlined
+from lora_fx.passes.recompute import Recompute, is_making
 from lora_fx.passes.stack import Stack
 
 _OPTIMISATIONS: tuple[Pass, ...] = (Stack(), Recompute())
@@ -116,6 +118,8 @@ def may_be_fast() -> bool:
     """
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False
+    if torch._C._current_graph_task_id() != -1:  # a block that is run again in the backward pass: what for, once more
+        return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is None or hooks[0].__module__ != "torch.utils.checkpoint"
 
@@ -132,13 +136,14 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     """
     graph_module = fx.GraphModule(module, copy.deepcopy(captured.graph))
     bypassed = _bypassed(graph_module)
+    seen_into = {str(node.target) for node in inlined(graph_module)} if passes else set()
     apply_pass(Flatten(), Editor(graph_module))
     if is_plain_layer(module) and attached(module) is not None:
         bypassed.add("")
         _write_layer(graph_module, module)
     graph_module.graph.lint()
     code, function = _compiled(graph_module.graph, module)
-    watched = (*captured.log.inlined, *bypassed)
+    watched = (*captured.log.inlined, *bypassed, *seen_into)
     classes = {path: type(module.get_submodule(path)) for path in watched if path}
     checks = any(node.target is of_shape for node in graph_module.graph.nodes)
     guard = compile_guard(captured, classes)
@@ -156,9 +161,28 @@ def _compiled(graph: fx.Graph, module: nn.Module) -> tuple[str, Callable[..., An
     return code.src, scope["forward"]
 
 
+def foreseen(captured: Captured, module: nn.Module, paths: frozenset[str]) -> dict[str, set[str]]:
+    """Return which optimisations a graph will have at the layers of these paths, once they are adapted."""
+    graph_module = fx.GraphModule(module, copy.deepcopy(captured.graph))
+    editor = Editor(graph_module)
+    passes: tuple[Pass, ...] = (Flatten(paths), Inline(), *_OPTIMISATIONS)
+    for each in passes:
+        apply_pass(each, editor)
+    found: dict[str, set[str]] = {}
+    for node in graph_module.graph.nodes:
+        names = {"stack": node.target is adapted_siblings or is_making(node), "recompute": is_making(node)}
+        layers = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr" and each.target in paths]
+        for path in layers:
+            found.setdefault(path, set()).update(name for name, holds in names.items() if holds)
+        if len(layers) == 1:
+            found[layers[0]].discard("stack")
+    return found
+
+
 def _optimised(graph_module: fx.GraphModule, module: nn.Module, passes: Collection[str]) -> Fast | None:
     """Return the program of a copy of the graph after the passes that make training cheaper; None if they find none."""
     copied = fx.GraphModule(module, copy.deepcopy(graph_module.graph))
+    apply_pass(Inline(), Editor(copied))
     found = []
     for each in (each for each in _OPTIMISATIONS if each.name in passes):
         editor = Editor(copied)
