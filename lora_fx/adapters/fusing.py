@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lora_fx.adapters.contraction import choose
 from lora_fx.adapters.dora import DoRAMagnitude
-from lora_fx.adapters.fused import Term
+from lora_fx.adapters.fusedterms import Term
 from lora_fx.adapters.lora import LoRAFactor, as_rows
 from lora_fx.adapters.masks import is_possible, new_seed, shared_seed
 from lora_fx.layerkinds import linear_layout
@@ -76,7 +77,8 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
             return None
         scale = magnitude.scale(as_rows(weight, spec.layout), first, second)
     seed = _seed(layer, spec.lora.share_dropout, x, p)
-    return Term(weight, bias, first, second, scale, spec.lora.scaling, layout == "in_out", p, seed)
+    merged = choose(x, weight, first, second, p > 0, scale is not None) == "merged"
+    return Term(weight, bias, first, second, scale, spec.lora.scaling, layout == "in_out", p, seed, merged)
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -1,0 +1,150 @@
+"""The backward pass of `fused`, where its formulas are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fx.adapters.fusedterms import Group, Site, add_product, below_each_other, inner_products, mask_of
+
+
+class Backward:
+    """The gradients of one group."""
+
+    def __init__(self, group: Group, tensors: Sequence[Any], needs: Sequence[bool], kept_ones: Sequence[Any]) -> None:
+        self.group, self.needs = group, needs
+        self.inputs, self.sites = group.parted(tensors)
+        count = len(self.sites)
+        self.inner, self.unscaled = kept_ones[:count], kept_ones[count:]
+        self.found: list[Tensor | None] = [None] * len(tensors)
+        self.of_x = any(needs[: group.inputs])
+
+    def _place(self, site: int, tensor: int) -> int:
+        return self.group.inputs + 5 * site + tensor
+
+    def _needs(self, site: int, tensor: int) -> bool:
+        return self.needs[self._place(site, tensor)]
+
+    def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        x, sources = self._x()
+        rows = x.detach().reshape(-1, x.shape[-1])
+        inner = self._inner(rows)
+        dx: Tensor | None = None
+        z: dict[int, Tensor] = {}
+        for number, grad in enumerate(grads[: len(self.sites)]):
+            if grad is None:
+                continue
+            dy = self._of_scale(number, grad.reshape(-1, grad.shape[-1]))
+            z[number] = self._of_factor_b(number, dy, inner[number])
+            if self.of_x:
+                site = self.sites[number]
+                matrix = site.met().t() if site.facts.in_out else site.met()
+                dx = torch.mm(dy, matrix) if dx is None else torch.addmm(dx, dy, matrix, out=dx)
+        for bundle in self.group.bundles:
+            self._of_factor_a([each for each in bundle if each in z], z, rows, dx)
+        self._of_inputs(x, sources, dx, grads[-1] if self.group.shows else None)
+        return self.found
+
+    def _inner(self, rows: Tensor) -> list[Any]:
+        """Return h of all sites; those of merged ones were not needed in the forward pass and are made here."""
+        made = inner_products(self.group, rows, self.sites, merged=True)
+        return [old if new is None else new for old, new in zip(self.inner, made, strict=True)]
+
+    def _x(self) -> tuple[Tensor, list[Tensor]]:
+        """Return x, and what it was made of, for its gradient."""
+        if self.group.produce is None:
+            return self.inputs[0], []
+        with torch.enable_grad():
+            needs = self.needs[: self.group.inputs]
+            sources = [each.detach().requires_grad_(need) for each, need in zip(self.inputs, needs, strict=True)]
+            return self.group.produce(*sources), sources
+
+    def _of_scale(self, number: int, dy: Tensor) -> Tensor:
+        """Return the gradient before DoRA's scale, and note that of the scale."""
+        scale = self.sites[number].scale
+        if scale is None:
+            return dy
+        if self._needs(number, 4):
+            self.found[self._place(number, 4)] = (dy * self.unscaled[number]).sum(0, dtype=scale.dtype)
+        return dy * scale.to(dy.dtype)
+
+    def _of_factor_b(self, number: int, dy: Tensor, h: Tensor) -> Tensor:
+        """Return z = scaling · Bᵀ dyᵀ, and note the gradient of B."""
+        site = self.sites[number]
+        wide = dy if dy.dtype == site.B.dtype else dy.to(site.B.dtype)
+        if self._needs(number, 3):
+            self.found[self._place(number, 3)] = torch.mm(h, wide).mul_(site.facts.scaling).t()
+        return torch.mm(site.B.t(), wide.t()).mul_(site.facts.scaling)
+
+    def _of_factor_a(self, bundle: list[int], z: dict[int, Tensor], rows: Tensor, dx: Tensor | None) -> None:
+        """Note the gradients of A of sites with the same dropout(x), and add theirs to dx in place."""
+        if not bundle:
+            return
+        members = [self.sites[number] for number in bundle]
+        below = below_each_other([each.A for each in members])
+        beside = below_each_other([z[number] for number in bundle])
+        mask = mask_of(members[0], rows, below.dtype)
+        if members[0].facts.merged:
+            dx = None  # it is whole
+        if dx is not None and mask is None:
+            add_product(dx, beside.t(), below, 1.0)
+        elif dx is not None:
+            assert mask is not None
+            dx.add_(torch.mm(beside.t(), below).mul_(mask))
+        if any(self._needs(number, 2) for number in bundle):
+            wide = rows if rows.dtype == below.dtype else rows.to(below.dtype)
+            of_all = torch.mm(beside, wide if mask is None else mask.mul_(wide))
+            for number, part in zip(bundle, torch.split(of_all, [each.A.shape[0] for each in members]), strict=True):
+                if self._needs(number, 2):
+                    self.found[self._place(number, 2)] = part
+
+    def _of_inputs(self, x: Tensor, sources: list[Tensor], dx: Tensor | None, shown: Tensor | None) -> None:
+        if not self.of_x:
+            return
+        whole = None if dx is None else dx.view(x.shape)
+        if shown is not None:
+            whole = shown if whole is None else whole.add_(shown)
+        if whole is None or not sources:
+            self.found[0] = whole
+            return
+        wanted = [number for number, source in enumerate(sources) if source.requires_grad]
+        found = torch.autograd.grad(x, [sources[number] for number in wanted], whole, allow_unused=True)
+        for number, gradient in zip(wanted, found, strict=True):
+            self.found[number] = gradient
+
+
+def differentiable(
+    group: Group, tensors: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients by autograd, which can be differentiated again: create_graph=True.
+
+    Of views: a layer that is called twice has its A in the history of its x too, and that way does not count here.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(tensors, needs, strict=True)]
+        inputs, sites = group.parted(views)
+        x = inputs[0] if group.produce is None else group.produce(*inputs)
+        results = [_plain(site, x) for site in sites] + ([x] if group.shows else [])
+        pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+        outputs = [result.view_as(result) for result, _ in pairs]  # x may be its own gradient's source
+    wanted = [view for view, need in zip(views, needs, strict=True) if need]
+    slopes = torch.autograd.grad(outputs, wanted, [grad for _, grad in pairs], create_graph=again, allow_unused=True)
+    found = iter(slopes)
+    return [next(found) if need else None for need in needs]
+
+
+def _plain(site: Site, x: Tensor) -> Tensor:
+    """Return what one site computes, in operations that autograd knows."""
+    base, wide = site.layer(x, site.weight), x.to(site.A.dtype)
+    mask = mask_of(site, x.reshape(-1, x.shape[-1]), site.A.dtype)
+    inner = F.linear(wide if mask is None else wide * mask.view_as(wide), site.A)
+    delta = F.linear(inner * site.facts.scaling, site.B)
+    total = base + delta.to(base.dtype)
+    if site.scale is None:
+        return total
+    return total + (site.scale - 1).to(base.dtype) * (total if site.bias is None else total - site.bias)
