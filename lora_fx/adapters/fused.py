@@ -71,10 +71,12 @@ def adapted_from(
         shows: whether x is wanted as well.
     """
     facts = tuple(Facts(each.scaling, each.in_out, each.p, each.seed, each.merged, each.A.dtype) for each in terms)
-    group = Group(facts, produce, len(inputs), shows)
+    with_x = shows and any(each.requires_grad for each in inputs)  # else no gradient reaches x, and none is asked for
+    group = Group(facts, produce, len(inputs), with_x)
     tensors = (*inputs, *(tensor for each in terms for tensor in each.tensors))
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
-        return _Adapted.apply(group, x, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+        made = _Adapted.apply(group, x, *tensors)  # type: ignore[no-untyped-call]
+        return (*made, x) if shows and not with_x else tuple(made)
     results = _forward(group, x, group.parted(tensors)[1])[0]
     return (*results, x) if shows else tuple(results)
 
@@ -94,7 +96,7 @@ def _forward(
         if site.scale is not None:
             plain = rows if site.bias is None else rows - site.bias
             y = torch.addcmul(rows, plain, (site.scale - 1).to(y.dtype)).view_as(y)
-        results.append(y)
+        results.append(torch.ops.aten._unsafe_view(y, y.shape))  # a view could not be written to in place
         unscaled.append(plain)
     return results, inner, unscaled
 
