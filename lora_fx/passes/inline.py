@@ -61,7 +61,7 @@ def _inline(editor: Editor, node: fx.Node) -> None:
     module = editor.graph_module.get_submodule(path)
     function, arguments = _LAYERS[type(module)]
     with editor.writing_after(node, path) as write:
-        given = {
+        given: dict[str, Any] = {
             name: write.graph.create_node("get_attr", f"{path}.{attribute}")
             for name, attribute in arguments.items()
             if getattr(module, attribute) is not None
