@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from lora_fx import applying, explaining, exporters, extraction, remerging, requantising, samples, unapplying
+from lora_fx.adapters import contraction
 from lora_fx.checkpoint import restore, streaming, write
 from lora_fx.checkpoint.mergereport import MergeReport
 from lora_fx.checkpoint.read import read_adapters
@@ -70,7 +71,7 @@ def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = 
     seen = _observed(model, example_inputs)
     inventory = take_inventory(model, seen.uses)
     decided = studied(decide(read, inventory, strict=False), model, seen)
-    return explaining.explain(decided, read, inventory, path)
+    return explaining.explain(decided, read, inventory, path, contraction.teller(model))
 
 
 def apply(

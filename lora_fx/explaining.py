@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lora_fx.patterns import NamePattern, nearest_names
 from lora_fx.planning import Inventory, Plan, PlannedSite
@@ -10,12 +10,15 @@ from lora_fx.rules import Rule, RuleSet
 from lora_fx.sites import Site
 from lora_fx.text import columns, count, listing, thousands
 
+Contraction = Callable[[PlannedSite], str]
+"""Tells in which order a site's products are taken; empty where there is nothing to tell."""
+
 
 class UnknownPathError(ValueError):
     """There is nothing at a path."""
 
 
-def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str) -> str:
+def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contraction: Contraction) -> str:
     """Return why the sites at a path (a site's name, one of its aliases, a glob, or a module with sites in it) are
     adapted or not.
 
@@ -24,7 +27,7 @@ def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str) -> str:
     """
     found = _sites_at(plan, path)
     if found:
-        return "\n\n".join(_explained(each, rules) for each in found)
+        return "\n\n".join(_explained(each, rules, contraction(each)) for each in found)
     inside = [each for each in plan.sites if each.path.startswith(f"{path}.")]
     if inside:
         rows = [(each.path, each.site.text(), each.decision, each.reason) for each in inside]
@@ -48,9 +51,11 @@ def _unknown(inventory: Inventory, path: str) -> str:
     return f"the model has nothing called {path}" + (f"; nearest: {listing(near, 3)}" if near else "")
 
 
-def _explained(each: PlannedSite, rules: RuleSet) -> str:
-    lines = [each.path, columns(_facts(each.site)), "", f"  {_verdict(each)}", *_rule_lines(each, rules.rules)]
-    return "\n".join(lines)
+def _explained(each: PlannedSite, rules: RuleSet, contraction: str) -> str:
+    lines = [each.path, columns(_facts(each.site)), "", f"  {_verdict(each)}"]
+    if contraction:
+        lines.append(f"  contraction: {contraction}")
+    return "\n".join([*lines, *_rule_lines(each, rules.rules)])
 
 
 def _facts(site: Site) -> list[tuple[str, str]]:
