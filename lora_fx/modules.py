@@ -28,7 +28,7 @@ from lora_fx.adapters.attach import (
 from lora_fx.adapters.dora import row_norms, stretch
 from lora_fx.adapters.factors import CallFactors
 from lora_fx.adapters.fused import Term, adapted
-from lora_fx.adapters.fusing import term_of
+from lora_fx.adapters.fusing import cast_as_products, term_of
 from lora_fx.adapters.lora import add_low_rank, as_rows
 from lora_fx.adapters.weight import LoRAWeight, Part
 from lora_fx.errors import RefusedError
@@ -52,9 +52,10 @@ class AdaptedLayer(Swapped, nn.Module):
         name = self.__dict__[ACTIVE]
         if name is None:
             return self.base_forward(input)
-        term = self.adapted_term(input)
+        x = cast_as_products(input)
+        term = self.adapted_term(x)
         if term is not None:
-            return adapted((term,), input)[0]
+            return adapted((term,), x)[0]
         base = self.base_forward(input)
         A, B, dropout, magnitude = self.lora_A[name], self.lora_B[name], None, None
         if type(A) is CallFactors:

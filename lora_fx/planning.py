@@ -172,8 +172,6 @@ def not_fused(each: PlannedSite) -> str:
         return "slices go operation by operation"
     if each.per_call:
         return "an adapter for each call goes operation by operation"
-    if each.lora.bias:
-        return "with a trained bias it goes operation by operation"
     if each.site.dtype not in _FUSED_DTYPES:
         return f"a base of {each.site.dtype} goes operation by operation"
     return ""

@@ -43,6 +43,10 @@ class RegionReport:
     failures: tuple[str, ...]
     guards: tuple[str, ...]
     """What the guards of its graphs check, in the order of checking."""
+    optimised: tuple[str, ...] = ()
+    """What made its graphs cheaper to train and has been compared with the forward: "stack", "recompute"."""
+    given_up: tuple[str, ...] = ()
+    """Why it was not done to a graph after all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ def _region_row(region: RegionReport) -> tuple[str, ...]:
     graphs = count(region.graphs, "graph") if region.graphs else f"no graph: {'; '.join(region.failures)}"
     hits = f"{region.hits} hits"
     learnt = f"{count(len(region.guards), 'guard')}, {region.seconds:.1f} s"
-    return (region.path or "(root)", graphs, learnt, hits, f"misses: {misses}" if misses else "no misses")
+    done = ", ".join(region.optimised) or "; ".join(f"not optimised: {reason}" for reason in region.given_up)
+    return (region.path or "(root)", graphs, learnt, hits, f"misses: {misses}" if misses else "no misses", done)
 
 
 def report(tuned: nn.Module) -> Report:
@@ -115,4 +120,6 @@ def _region(region: Region) -> RegionReport:
         seconds=region.kind.seconds,
         failures=tuple(dict.fromkeys(region.kind.failures.values())),
         guards=tuple(dict.fromkeys(reason for each in region.kind.programs for reason in each.guard.reasons)),
+        optimised=tuple(dict.fromkeys(name for each in region.kind.programs for name in each.optimised)),
+        given_up=tuple(dict.fromkeys(each.why_not_fast for each in region.kind.programs if each.why_not_fast)),
     )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.fusedterms import Group, Site, add_product, below_each_other, inner_products, mask_of
+from lora_fx.quantised import dense
 
 
 class Backward:
@@ -38,11 +39,15 @@ class Backward:
         for number, grad in enumerate(grads[: len(self.sites)]):
             if grad is None:
                 continue
-            dy = self._of_scale(number, grad.reshape(-1, grad.shape[-1]))
+            dy = grad.reshape(-1, grad.shape[-1])
+            if self._needs(number, 1):  # of the bias; DoRA leaves it as it is
+                self.found[self._place(number, 1)] = dy.sum(0)
+            dy = self._of_scale(number, dy)
             z[number] = self._of_factor_b(number, dy, inner[number])
             if self.of_x:
                 site = self.sites[number]
-                matrix = site.met().t() if site.facts.in_out else site.met()
+                met = dense(site.met())
+                matrix = met.t() if site.facts.in_out else met
                 dx = torch.mm(dy, matrix) if dx is None else torch.addmm(dx, dy, matrix, out=dx)
         for bundle in self.group.bundles:
             self._of_factor_a([each for each in bundle if each in z], z, rows, dx)

@@ -19,6 +19,7 @@ from lora_fx.adapters.fusedterms import Term
 from lora_fx.adapters.lora import LoRAFactor, as_rows
 from lora_fx.adapters.masks import is_possible, new_seed, shared_seed
 from lora_fx.layerkinds import linear_layout
+from lora_fx.quantised import is_quantised
 
 _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _PLAIN = frozenset((Tensor, nn.Parameter))
@@ -58,11 +59,14 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         return None
     kind: Any = type(layer)
     layout = _layout_of(kind)
-    if layout is None or not _is_plain(x) or torch._C._is_any_autocast_enabled():
+    if layout is None or not _is_plain(x):
         return None
     parameters = layer._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if not _is_frozen(weight, x.dtype) or not (bias is None or _is_frozen(bias, x.dtype)):
+    plain, cast = _is_plain(weight), autocast_dtype(x.device.type)
+    if not (plain or (cast is None and is_quantised(weight))) or weight.requires_grad:
+        return None
+    if x.dtype != (cast or weight.dtype) or not (bias is None or (_is_plain(bias) and bias.dtype == weight.dtype)):
         return None
     modules = layer._modules
     A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
@@ -76,8 +80,10 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         if type(magnitude) is not DoRAMagnitude or _is_hooked(magnitude):
             return None
         scale = magnitude.scale(as_rows(weight, spec.layout), first, second)
+    if cast is not None:
+        weight, bias, first, second = (None if t is None else t.to(cast) for t in (weight, bias, first, second))
     seed = _seed(layer, spec.lora.share_dropout, x, p)
-    merged = choose(x, weight, first, second, p > 0, scale is not None) == "merged"
+    merged = plain and choose(x, weight, first, second, p > 0, scale is not None) == "merged"
     return Term(weight, bias, first, second, scale, spec.lora.scaling, layout == "in_out", p, seed, merged)
 
 
@@ -85,8 +91,19 @@ def _is_plain(tensor: Any) -> bool:
     return type(tensor) in _PLAIN and tensor.dtype in _FLOATS and tensor.layout is torch.strided
 
 
-def _is_frozen(tensor: Any, dtype: torch.dtype) -> bool:
-    return _is_plain(tensor) and not tensor.requires_grad and tensor.dtype == dtype
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype in which products are made under autocast; None without autocast."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def cast_as_products(x: Tensor) -> Tensor:
+    """Return x as a linear multiplies it: under autocast in its dtype, else as it is."""
+    if type(x) not in _PLAIN or x.dtype is torch.float64:
+        return x
+    dtype = autocast_dtype(x.device.type)
+    return x if dtype is None or x.dtype == dtype or x.dtype not in _FLOATS else x.to(dtype)
 
 
 def _are_plain_factors(A: Any, B: Any) -> bool:

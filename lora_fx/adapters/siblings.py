@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from lora_fx.adapters.fused import Produce, Term, adapted, adapted_from
+from lora_fx.adapters.fusing import autocast_dtype, cast_as_products
 
 
 def adapted_siblings(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """Return what each adapted layer computes from x; their A products are one product."""
+    x = cast_as_products(x)
     terms = _terms(layers, x)
     if len(terms) == len(layers):
         return adapted(terms, x)
@@ -51,6 +53,16 @@ def _of_tensors(produce: Produce, given: Sequence[Any]) -> tuple[Produce, tuple[
 _TENSOR = object()
 
 
+def _under_autocast(produce: Produce, device: str, dtype: torch.dtype) -> Produce:
+    """Return what makes x as it was made under autocast, and cast as products cast it, also in the backward pass."""
+
+    def as_then(*inputs: Tensor) -> Tensor:
+        with torch.autocast(device, dtype=dtype):
+            return cast_as_products(produce(*inputs))
+
+    return as_then
+
+
 def making(produce: Produce, layers: int, shows: bool, name: str) -> Callable[..., tuple[Tensor, ...]]:
     """Return a function of layers and inputs: what the layers compute from x = produce(*inputs), which is not kept.
 
@@ -64,6 +76,11 @@ def making(produce: Produce, layers: int, shows: bool, name: str) -> Callable[..
     def adapted_making(*arguments: Any) -> tuple[Tensor, ...]:
         called, given = arguments[:layers], arguments[layers:]
         make, inputs = _of_tensors(produce, given)
+        cast = autocast_dtype(inputs[0].device.type)
+        if cast is not None and shows:  # others want it as it was before the cast
+            x = make(*inputs)
+            return (*adapted_siblings(x, *called), x)
+        make = make if cast is None else _under_autocast(make, inputs[0].device.type, cast)
         with torch.no_grad():
             x = make(*inputs)
         terms = _terms(called, x)

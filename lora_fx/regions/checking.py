@@ -111,7 +111,16 @@ class Replay:
         if RandomState(self.surroundings.devices) != drawn:
             return "it draws other random numbers"
         mine, theirs = (result, calls[1], modules[1]), (expected, calls[0], modules[0])
-        return values_differ(result, expected) or self._run(lambda: gradients_differ(mine, theirs))
+        precision = self._precision(expected)
+        different = values_differ(result, expected, precision)
+        return different or self._run(lambda: gradients_differ(mine, theirs, precision))
+
+    def _precision(self, result: Any) -> torch.dtype:
+        """Return the coarsest dtype in which the call rounds."""
+        tensors = (*tensors_in((result, self.args, self.kwargs)), *self.module.parameters())
+        found = {each.dtype for each in tensors if each.is_floating_point()}
+        found |= {dtype for _, enabled, dtype in self.surroundings.autocast if enabled}
+        return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
     def recorded(self) -> Records:
         """Make the call again and return what the module's submodules return; nothing else comes of it."""

@@ -15,8 +15,11 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, tor
 """Of the largest value: gradients that are summed up in another order round differently."""
 
 
-def gradients_differ(one: Run, other: Run) -> str | None:
-    """Return how the gradients of all inputs and trained parameters differ between two runs; None if they agree."""
+def gradients_differ(one: Run, other: Run, precision: torch.dtype | None = None) -> str | None:
+    """Return how the gradients of all inputs and trained parameters differ between two runs; None if they agree.
+
+    `precision` is the dtype in which the runs round, where that is coarser than the dtype of the gradients.
+    """
     outputs, expected = _outputs(one[0]), _outputs(other[0])
     if [each.requires_grad for each in outputs] != [each.requires_grad for each in expected]:
         return "other results require a gradient"
@@ -24,17 +27,18 @@ def gradients_differ(one: Run, other: Run) -> str | None:
     for name, a, b in zip(names, _gradients(outputs, one), _gradients(expected, other), strict=True):
         if (a is None) != (b is None):
             return f"{'no' if a is None else 'a'} gradient reaches {name}"
-        if a is not None and b is not None and _far(a, b):
+        if a is not None and b is not None and _far(a, b, precision):
             return f"the gradient of {name} differs"
     return None
 
 
-def values_differ(result: Any, expected: Any) -> str | None:
+def values_differ(result: Any, expected: Any, precision: torch.dtype | None = None) -> str | None:
     """Return how the floating-point tensors of two results differ beyond rounding; None if they agree."""
     ones, others = _outputs(result), _outputs(expected)
     if [each.shape for each in ones] != [each.shape for each in others]:
         return "the results have other shapes"
-    return "the result differs" if any(map(_far, ones, others)) else None
+    far = (_far(one, other, precision) for one, other in zip(ones, others, strict=True))
+    return "the result differs" if any(far) else None
 
 
 def _outputs(result: Any) -> list[Tensor]:
@@ -56,6 +60,7 @@ def _gradients(outputs: list[Tensor], run: Run) -> tuple[Tensor | None, ...]:
     return torch.autograd.grad(wanted, sources, cotangents, allow_unused=True)
 
 
-def _far(a: Tensor, b: Tensor) -> bool:
+def _far(a: Tensor, b: Tensor, precision: torch.dtype | None) -> bool:
     scale = b.abs().max() if b.numel() else b.new_zeros(())
-    return not bool(((a - b).abs() <= _TOLERANCE[b.dtype] * scale + 1e-12).all() | ~torch.isfinite(scale))
+    tolerance = max(_TOLERANCE[b.dtype], _TOLERANCE.get(precision or b.dtype, 0.1))
+    return not bool(((a - b).abs() <= tolerance * scale + 1e-12).all() | ~torch.isfinite(scale))

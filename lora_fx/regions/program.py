@@ -78,6 +78,11 @@ class Program:
         return self.function(module, *inputs)
 
     @property
+    def optimised(self) -> tuple[str, ...]:
+        """Names of the optimisations that its fast code has, once that is proven."""
+        return self.fast.passes if self.fast is not None and self.fast.proven else ()
+
+    @property
     def wants_proof(self) -> bool:
         """Whether the fast code could answer this call, had it been compared with the forward."""
         return self.fast is not None and not self.fast.proven and may_be_fast()
@@ -114,9 +119,9 @@ def may_be_fast() -> bool:
     """Whether a call may keep other tensors for its gradients than the forward does.
 
     Not while torch checkpoints: it runs the block again in the backward pass, perhaps by its own forward, and must find
-    the same tensors.  Under autocast a chain that is made again would be made without it.
+    the same tensors.
     """
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if not torch.is_grad_enabled():
         return False
     if torch._C._current_graph_task_id() != -1:  # a block that is run again in the backward pass: what for, once more
         return False
