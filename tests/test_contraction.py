@@ -20,6 +20,7 @@ from lora_fx.bench import calibration, counters
 from lora_fx.bench.analytic import Linear
 from lora_fx.cli.bench import _calibrated
 from lora_fx.errors import LoraFxWarning
+from tests import zoo
 from tests.zoo import rules
 
 N, M, OUT, R = 40, 16, 24, 4
@@ -219,6 +220,26 @@ def test_a_large_layer_starts_bit_equal_to_its_base():
     assert torch.equal(tuned(x), base(x))
 
 
+@pytest.mark.parametrize("backend", ["graph", "modules"])
+def test_a_model_of_merged_layers_computes_what_it_computes_without(calibrations, backend):
+    ids = zoo.tokens(8, 16)
+    tuned = lora_fx.apply(zoo.Gpt(), rules("h.**"), (ids,), backend=backend)
+    zoo.randomise_(tuned)
+    trained = list(lora_fx.parameters(tuned))
+
+    def slopes() -> list[Tensor]:
+        contraction.forget()
+        result = tuned(ids)
+        return [result, *torch.autograd.grad((result**2).mean(), trained)]
+
+    expected, apart = slopes(), counters.flops(slopes)
+    machine.write(calibrations, {key(): EAGER})
+    found, merged = slopes(), counters.flops(slopes)
+    assert merged < apart
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= TOLERANCES[torch.float32] * other.abs().max()
+
+
 # -- what it costs
 
 
@@ -359,7 +380,12 @@ def test_explain_tells_what_is_in_the_way_of_merging():
     layer = nn.Sequential(nn.Linear(M, OUT))
     assert told(layer, r=R, dropout=0.1) == ["contraction: factored (dropout)"]
     assert told(layer, r=R, dora=True) == ["contraction: factored (DoRA)"]
-    assert told(layer, r=R, bias=True) == ["contraction: factored (trained bias)"]
+    assert told(layer, r=R, bias=True) == ["contraction: factored (a trained bias)"]
+    sliced = {
+        "version": 1,
+        "rules": [{"match": {"name": "0"}, "slices": {"of": ["q", "k"], "adapt": ["k"]}, "lora": {"r": 2}}],
+    }
+    assert "contraction: factored (slices)" in lora_fx.explain(layer, "0", sliced)
     assert told(layer.bfloat16(), r=R) == ["contraction: factored (half precision)"]
 
 

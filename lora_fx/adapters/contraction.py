@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 from lora_fx.adapters import machine
 from lora_fx.adapters.machine import Contraction, Machine, Products
-from lora_fx.planning import PlannedSite
+from lora_fx.planning import PlannedSite, not_fused
 
 GAIN = 0.02
 """Part of a layer's step that merging must save by prediction: less is noise, and W' takes memory for a moment."""
 DEFAULT = Machine(wide=1.1e-11, knee=16.0, traffic=2e-11, fresh=3e-10, call=2e-5)
 """Of a processor that nobody has calibrated: as measured above, with making W' dearer and changing y and dx cheaper."""
 _SIZES = {torch.float32: 4, torch.float64: 8}
-_NAMES = {str(each).removeprefix("torch."): each for each in (*_SIZES, torch.float16, torch.bfloat16)}
+_DTYPES = {str(each).removeprefix("torch."): each for each in (*_SIZES, torch.float16, torch.bfloat16)}
 _ALIGNED = 64
 _FAR = 1 << 30
 
@@ -119,10 +119,11 @@ def _told(kind: str, threads: int, planned: PlannedSite) -> str:
     site, lora = planned.site, planned.lora
     if planned.decision != "adapt" or lora is None or site.op != "linear" or site.read or site.parameter:
         return ""
-    dtype = _NAMES.get(site.dtype)
-    why = _kind_of_adapter(planned) or ("" if dtype else f"{site.dtype} weight")
-    if why or dtype is None:
+    why = "slices" if planned.slices is not None else not_fused(planned)
+    why = why or ("a trained bias" if lora.bias and site.bias else "")
+    if why:
         return f"factored ({why})"
+    dtype = _DTYPES[site.dtype]
     why = obstacle(dtype, dtype, bool(lora.dropout), lora.dora)
     if why:
         return f"factored ({why})"
@@ -131,13 +132,3 @@ def _told(kind: str, threads: int, planned: PlannedSite) -> str:
     if least is None:
         return f"factored (cost model: {origin})"
     return f"factored below {least:,} tokens, merged from there on (cost model: {origin})"
-
-
-def _kind_of_adapter(planned: PlannedSite) -> str:
-    """Return what of an adapter makes it go operation by operation; empty if nothing does."""
-    assert planned.lora is not None
-    if planned.slices is not None:
-        return "parts of a weight"
-    if planned.per_call:
-        return "an adapter for each call"
-    return "trained bias" if planned.lora.bias and planned.site.bias else ""
