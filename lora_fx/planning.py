@@ -168,8 +168,8 @@ def not_fused(each: PlannedSite) -> str:
         return f"{each.op} goes operation by operation"
     if each.site.read or each.site.parameter:
         return "a weight that is read goes operation by operation"
-    if each.slices is not None:
-        return "slices go operation by operation"
+    if each.slices is not None and not each.slices.are_runs:
+        return "slices of rows that are no neighbours go operation by operation"
     if each.per_call:
         return "an adapter for each call goes operation by operation"
     if each.site.dtype not in _FUSED_DTYPES:

@@ -125,6 +125,11 @@ class Slices:
     parts: tuple[Slice, ...]
     adapt: tuple[str, ...]
 
+    @property
+    def are_runs(self) -> bool:
+        """Whether the rows of each adapted part lie next to each other."""
+        return all(len(part.rows) <= 1 for part in self.parts if part.name in self.adapt)
+
     def rows(self, out_features: int) -> tuple[tuple[int, ...], ...]:
         """Return the rows of each part that is adapted, in the order of the parts.
 

@@ -99,6 +99,10 @@ class SlicedB(LoRAFactor):
         numbers = [number for number, part in enumerate(parts) for _ in part]
         self.register_buffer("rows", torch.tensor(rows, device=weight.device), persistent=False)
         self.register_buffer("columns", torch.tensor(numbers, device=weight.device), persistent=False)
+        runs = [(part[0], part[-1] + 1) for part in parts]
+        whole = all(part == tuple(range(*run)) for part, run in zip(parts, runs, strict=True))
+        self.runs: tuple[tuple[int, int], ...] | None = tuple(runs) if whole else None
+        """First row and end of each part; None where the rows of a part are no neighbours."""
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         """Return B x; without x, B as a whole."""

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.fusedbackward import Backward, differentiable
-from lora_fx.adapters.fusedterms import Facts, Group, Site, add_product, inner_products
+from lora_fx.adapters.fusedterms import Group, Site, add_product, inner_products
 from lora_fx.adapters.fusedterms import Produce as Produce
 from lora_fx.adapters.fusedterms import Term as Term
 
@@ -48,7 +48,7 @@ def adapted(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, ...]:
 
 def _flat(term: Term, x: Tensor) -> Tensor | None:
     """Return what one layer computes, in as few operations as can be; None where there is more to it."""
-    if term.in_out or term.scale is not None or term.p or term.A.dtype != x.dtype:
+    if term.in_out or term.scale is not None or term.p or term.runs or term.A.dtype != x.dtype:
         return None
     y = F.linear(x, term.weight, term.bias)
     if not y.is_contiguous():
@@ -70,7 +70,9 @@ def adapted_from(
         inputs: what x is made of.
         shows: whether x is wanted as well.
     """
-    facts = tuple(Facts(each.scaling, each.in_out, each.p, each.seed, each.merged, each.A.dtype) for each in terms)
+    facts = tuple(
+        Facts(each.scaling, each.in_out, each.p, each.seed, each.merged, each.A.dtype, each.runs) for each in terms
+    )
     with_x = shows and any(each.requires_grad for each in inputs)  # else no gradient reaches x, and none is asked for
     group = Group(facts, produce, len(inputs), with_x)
     tensors = (*inputs, *(tensor for each in terms for tensor in each.tensors))
@@ -91,7 +93,8 @@ def _forward(
         y = site.layer(x, site.met()).contiguous()
         rows = y.view(-1, y.shape[-1])
         if h is not None:
-            add_product(rows, h.t(), site.B.t(), site.facts.scaling)
+            for outputs, inner_rows, block in site.blocks():
+                add_product(rows[:, outputs], h[inner_rows].t(), block.t(), site.facts.scaling)
         plain = None
         if site.scale is not None:
             plain = rows if site.bias is None else rows - site.bias

@@ -81,9 +81,12 @@ class Backward:
         """Return z = scaling · Bᵀ dyᵀ, and note the gradient of B."""
         site = self.sites[number]
         wide = dy if dy.dtype == site.B.dtype else dy.to(site.B.dtype)
+        blocks = list(site.blocks())
         if self._needs(number, 3):
-            self.found[self._place(number, 3)] = torch.mm(h, wide).mul_(site.facts.scaling).t()
-        return torch.mm(site.B.t(), wide.t()).mul_(site.facts.scaling)
+            slopes = [torch.mm(h[inner], wide[:, outputs]) for outputs, inner, _ in blocks]
+            self.found[self._place(number, 3)] = _beside_each_other(slopes).mul_(site.facts.scaling).t()
+        found = [torch.mm(block.t(), wide[:, outputs].t()) for outputs, _, block in blocks]
+        return below_each_other(found).mul_(site.facts.scaling)
 
     def _of_factor_a(self, bundle: list[int], z: dict[int, Tensor], rows: Tensor, dx: Tensor | None) -> None:
         """Note the gradients of A of sites with the same dropout(x), and add theirs to dx in place."""
@@ -122,6 +125,10 @@ class Backward:
             self.found[number] = gradient
 
 
+def _beside_each_other(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
+
+
 def differentiable(
     group: Group, tensors: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
@@ -135,8 +142,10 @@ def differentiable(
         inputs, sites = group.parted(views)
         x = inputs[0] if group.produce is None else group.produce(*inputs)
         results = [_plain(site, x) for site in sites] + ([x] if group.shows else [])
-        pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+        pairs = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None and y.requires_grad]
         outputs = [result.view_as(result) for result, _ in pairs]  # x may be its own gradient's source
+    if not pairs:  # what has a gradient needs none: all of that site is frozen
+        return [None] * len(needs)
     wanted = [view for view, need in zip(views, needs, strict=True) if need]
     slopes = torch.autograd.grad(outputs, wanted, [grad for _, grad in pairs], create_graph=again, allow_unused=True)
     found = iter(slopes)
@@ -148,7 +157,7 @@ def _plain(site: Site, x: Tensor) -> Tensor:
     base, wide = site.layer(x, site.weight), x.to(site.A.dtype)
     mask = mask_of(site, x.reshape(-1, x.shape[-1]), site.A.dtype)
     inner = F.linear(wide if mask is None else wide * mask.view_as(wide), site.A)
-    delta = F.linear(inner * site.facts.scaling, site.B)
+    delta = F.linear(inner * site.facts.scaling, site.whole_factor())
     total = base + delta.to(base.dtype)
     if site.scale is None:
         return total

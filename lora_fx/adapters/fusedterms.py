@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_fx.adapters.masks import keeping, kept
 
 Produce = Callable[..., Tensor]
+Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,16 @@ class Term:
     """Of the dropout; layers that share one share their mask."""
     merged: bool = False
     """Whether x meets W + scaling · B A instead of both apart (see `contraction`); not with dropout or two dtypes."""
+    runs: Runs = ()
+    """Where only parts of the rows of W are adapted, their first rows and ends: B has the blocks, A r rows for each."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.weight, self.bias, self.A, self.B, self.scale
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(self.scaling, self.in_out, self.p, self.seed, self.merged, self.A.dtype, self.runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,7 @@ class Facts:
     merged: bool
     dtype: torch.dtype
     """Of the factors."""
+    runs: Runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,23 @@ class Site:
             return self.weight
         left, right = (self.A.t(), self.B.t()) if self.facts.in_out else (self.B, self.A)
         return torch.addmm(self.weight, left, right, alpha=self.facts.scaling)
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield (columns of y, rows of h, block of B) of each adapted part; of a whole weight one."""
+        r, start = self.B.shape[1], 0
+        for number, (first, end) in enumerate(self.facts.runs or ((0, self.B.shape[0]),)):
+            yield slice(first, end), slice(number * r, (number + 1) * r), self.B[start : start + end - first]
+            start += end - first
+
+    def whole_factor(self) -> Tensor:
+        """Return B as [out, rows of A], with zeros where nothing is adapted."""
+        if not self.facts.runs:
+            return self.B
+        out_features = self.weight.shape[1 if self.facts.in_out else 0]
+        columns = []
+        for outputs, _, block in self.blocks():
+            columns.append(F.pad(block, (0, 0, outputs.start, out_features - outputs.stop)))
+        return torch.cat(columns, dim=1)
 
 
 def inner_products(group: Group, x: Tensor, sites: list[Site], merged: bool) -> list[Tensor | None]:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from lora_fx.adapters.contraction import choose
 from lora_fx.adapters.dora import DoRAMagnitude
+from lora_fx.adapters.factors import SlicedB
 from lora_fx.adapters.fusedterms import Term
 from lora_fx.adapters.lora import LoRAFactor, as_rows
 from lora_fx.adapters.masks import is_possible, new_seed, shared_seed
@@ -79,12 +80,13 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         magnitude = modules["lora_magnitude_vector"]._modules[adapter]
         if type(magnitude) is not DoRAMagnitude or _is_hooked(magnitude):
             return None
-        scale = magnitude.scale(as_rows(weight, spec.layout), first, second)
+        scale = magnitude.scale(as_rows(weight, spec.layout), first, B.matrix)
     if cast is not None:
         weight, bias, first, second = (None if t is None else t.to(cast) for t in (weight, bias, first, second))
     seed = _seed(layer, spec.lora.share_dropout, x, p)
-    merged = plain and choose(x, weight, first, second, p > 0, scale is not None) == "merged"
-    return Term(weight, bias, first, second, scale, spec.lora.scaling, layout == "in_out", p, seed, merged)
+    runs = B.runs or () if type(B) is SlicedB else ()
+    merged = plain and not runs and choose(x, weight, first, second, p > 0, scale is not None) == "merged"
+    return Term(weight, bias, first, second, scale, spec.lora.scaling, layout == "in_out", p, seed, merged, runs)
 
 
 def _is_plain(tensor: Any) -> bool:
@@ -107,7 +109,9 @@ def cast_as_products(x: Tensor) -> Tensor:
 
 
 def _are_plain_factors(A: Any, B: Any) -> bool:
-    if type(A) is not LoRAFactor or type(B) is not LoRAFactor or _is_hooked(A) or _is_hooked(B):
+    if type(A) is not LoRAFactor or _is_hooked(A) or _is_hooked(B):
+        return False
+    if type(B) is not LoRAFactor and (type(B) is not SlicedB or B.runs is None):
         return False
     first, second = A._parameters.get("weight"), B._parameters.get("weight")
     return _is_plain(first) and _is_plain(second) and first.dtype == second.dtype  # type: ignore[union-attr]
