@@ -2,7 +2,7 @@
 
 A norm's output, silu(gate) · up, gelu(h): entry by entry or along a row, from tensors that are kept anyway.  Where the
 chain of such operations begins is chosen so that the fewest bytes are kept.  It never reaches across random numbers, or
-into a graph that writes anything in place, and only takes in what nobody else uses; the layers' input itself may have
+into a graph that changes a tensor in place, and only takes in what nobody else uses; the layers' input itself may have
 other users, who then get it as a result.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lora_fx.adapters.siblings import adapted_siblings, making
+from lora_fx.capture.ghosts import append_item, set_attribute, set_item
 from lora_fx.capture.writer import writes
 from lora_fx.editor import Editor
 from lora_fx.passes.flatten import adapted_output
@@ -38,7 +39,7 @@ class Recompute:
         """Any graph will do: there is something to gain in those that `flatten` wrote."""
 
     def run(self, editor: Editor) -> None:
-        if any(map(writes, editor.graph.nodes)):
+        if any(map(_writes_to_a_tensor, editor.graph.nodes)):
             return
         for number, node in enumerate(list(editor.graph.nodes)):
             if node.target is adapted_siblings or is_adapted_linear(node, editor.graph_module):
@@ -48,6 +49,11 @@ class Recompute:
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Nothing beyond what the editor checks; regions compare the result with the forward."""
+
+
+def _writes_to_a_tensor(node: fx.Node) -> bool:
+    """Whether the statement changes a tensor: one that changes an object, as a cache of keys, is no harm."""
+    return writes(node) and node.target not in (set_attribute, set_item, append_item)
 
 
 @dataclass(slots=True)

@@ -56,8 +56,13 @@ def _gradients(outputs: list[Tensor], run: Run) -> tuple[Tensor | None, ...]:
     sources, wanted = list(_sources(run).values()), [each for each in outputs if each.requires_grad]
     if not wanted or not sources:
         return (None,) * len(sources)
-    cotangents = [torch.ones_like(each) for each in wanted]
-    return torch.autograd.grad(wanted, sources, cotangents, allow_unused=True)
+    return torch.autograd.grad(wanted, sources, [_cotangent(each) for each in wanted], allow_unused=True)
+
+
+def _cotangent(result: Tensor) -> Tensor:
+    """Return numbers that are not all alike: the sum of a layer norm's output is a constant, its gradients rounding."""
+    numbers = torch.arange(result.numel(), dtype=torch.float32, device=result.device).cos_()
+    return numbers.view(result.shape).to(result.dtype)
 
 
 def _far(a: Tensor, b: Tensor, precision: torch.dtype | None) -> bool:
