@@ -70,9 +70,7 @@ def adapted_from(
         inputs: what x is made of.
         shows: whether x is wanted as well.
     """
-    facts = tuple(
-        Facts(each.scaling, each.in_out, each.p, each.seed, each.merged, each.A.dtype, each.runs) for each in terms
-    )
+    facts = tuple(each.facts for each in terms)
     with_x = shows and any(each.requires_grad for each in inputs)  # else no gradient reaches x, and none is asked for
     group = Group(facts, produce, len(inputs), with_x)
     tensors = (*inputs, *(tensor for each in terms for tensor in each.tensors))
