@@ -12,7 +12,7 @@ ratios), N being 512, 2048, 8192:  d = 768:   r = 8    1.06  1.00  0.97      r =
                                               r = 16   1.03  0.98  0.98      r = 128  1.08  0.94  0.90
                                    d = 2048:  r = 8    1.06  1.00  0.99      r = 64   1.13  1.01  0.97
                                               r = 16   1.05  1.01  1.00      r = 128  1.17  1.03  0.97
-So at r ≤ 16 there is next to nothing to win.
+So at r ≤ 16 there is next to nothing to win.  `benchmarks/contraction.py` measures it anew.
 
 Source: Cherniuk et al. 2023 (RunLoRA), arXiv:2312.03415, §3, whose forward pass 2 and backward pass 5 are merged.
 """
