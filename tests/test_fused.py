@@ -5,6 +5,7 @@ The reference is what a textbook would write, in float64, with the mask that the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx.adapters import fused, masks
-from lora_fx.adapters.dora import row_norms
+from lora_fx.adapters.dora import row_norms, row_norms_factored
 from lora_fx.bench.analytic import Linear
 from lora_fx.bench.counters import flops
 from tests import zoo
@@ -249,3 +250,68 @@ def test_what_is_saved_is_x_once_and_r_numbers_a_row():
 def test_flops_of_a_step_are_those_of_the_formula(kind: str, options: dict[str, Any], slope: bool):
     layer, x = adapted(kind, **options), torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=slope)
     assert flops(lambda: layer(x).sum().backward()) == Linear(10, IN, OUT, RANK).factored(slope).total
+
+
+# -- DoRA
+
+
+def dense_norms(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(W.double() + SCALING * B.double() @ A.double(), dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_factored_norms_are_those_of_the_sum(dtype: torch.dtype):
+    W, A, B = (torch.randn(shape, dtype=dtype) for shape in ((50, 40), (4, 40), (50, 4)))
+    W[0], W[1], B[1], B[2] = 0, 0, 0, 0
+    found, expected = row_norms_factored(W, A, B, SCALING), dense_norms(W, A, B)
+    assert float(((found - expected).abs() / expected.clamp_min(1e-30)).max()) < 1e-6
+    assert found[1] == 0
+    zero = row_norms_factored(W, A, 0 * B, SCALING)
+    assert torch.equal(zero, row_norms(W, A, 0 * B, SCALING))
+
+
+def test_norm_of_a_row_that_the_adapter_nearly_cancels_is_finite_and_not_zero():
+    A, B = torch.randn(3, IN), torch.randn(50, 3)
+    for apart in (0.0, 1e-7, 1e-5, 1e-3, 1e-1):
+        W = -SCALING * (B @ A) * (1 + apart)
+        lengths = torch.linalg.vector_norm(W, dim=1)
+        found = row_norms_factored(W, A, B, SCALING)
+        assert bool((found > 0).all())
+        assert float(((found - dense_norms(W, A, B)).abs() / lengths).max()) < 2e-3, (
+            "root of the rounding of W's square"
+        )
+
+
+def test_dora_of_a_row_of_zeros_is_that_row_with_finite_gradients():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(IN, OUT))
+    base[0].weight.data[2] = 0
+    tuned = lora_fx.apply(base, zoo.rules("0", r=RANK, dora=True), backend="modules")
+    x = torch.randn(4, IN)
+    assert torch.equal(tuned(x), base(x))
+    tuned(x).square().sum().backward()
+    assert all(bool(each.grad.isfinite().all()) for each in lora_fx.parameters(tuned))
+    assert all(bool(each.isfinite().all()) for each in lora_fx.merge(tuned).parameters())
+
+
+def test_dora_step_is_that_of_peft():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(IN, 16), nn.Tanh(), nn.Linear(16, OUT))
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, use_dora=True, target_modules=["0", "2"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    ours = lora_fx.apply(base, zoo.rules(["0", "2"], r=RANK, alpha=ALPHA, dora=True), backend="modules")
+    zoo.randomise_(ours)
+    mine = {name: each for name, each in ours.named_parameters() if each.requires_grad}
+    other = {name.removeprefix("base_model.model."): each for name, each in theirs.named_parameters()}
+    with torch.no_grad():
+        for name, each in mine.items():
+            other[name].copy_(each)
+    x = torch.randn(8, IN)
+    losses = [model(x).square().sum() for model in (ours, theirs)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    assert len(mine) == 6
+    for name, each in mine.items():
+        torch.testing.assert_close(each.grad, other[name].grad, rtol=1e-5, atol=1e-5)
