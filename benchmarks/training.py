@@ -32,6 +32,8 @@ QUERY_VALUE = {"name": "**.{q_proj,v_proj,query,value}"}
 FUSED = {"name": "**.c_attn"}
 SLICES = {"slices": {"of": ["q", "k", "v"], "adapt": ["q", "v"]}}
 CONFIGS = ("qv", "all8", "all16")
+VARIANTS = {"dora8": ("all r8, DoRA", {"dora": True}), "shared8": ("all r8, share_dropout", {"share_dropout": True})}
+"""Others, by name: what the table calls them, and what their rules hold besides."""
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 HEADS = (
     "model", "adapted", "dropout", "dtype", "lora_fx / LB", "PEFT / LB", "excess removed", "saved / LB", "saved / PEFT",
@@ -85,7 +87,11 @@ class Model:
     def configs(self, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], str | None]]:
         """Yield (name in the table, rule without dropout, peer) for each configuration."""
         for name in wanted:
-            if name != "qv":
+            if name in VARIANTS:
+                told, more = VARIANTS[name]
+                rule = _rule(BLOCKS, 8)
+                yield told, {**rule, "lora": {**rule["lora"], **more}}, "peft"
+            elif name != "qv":
                 yield f"all r{name[3:]}", _rule(BLOCKS, int(name[3:])), "peft"
             elif self.fused:
                 yield "c_attn r8", _rule(FUSED, 8), "peft"
@@ -204,7 +210,7 @@ def written(page: str, text: str) -> str:
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    asked.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    asked.add_argument("--configs", nargs="+", choices=(*CONFIGS, *VARIANTS), default=list(CONFIGS))
     asked.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     asked.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     asked.add_argument("--rounds", type=int, default=20)

@@ -84,8 +84,8 @@ def _check(tuned: nn.Module) -> None:
 
 
 def _check_loaded(described: Described, model: nn.Module, unexpected: list[str]) -> None:
-    adapted = sum(name.endswith(".weight") and ".lora_" in name for name, _ in model.named_parameters())
-    wanted = sum(name.endswith(".weight") and ".lora_" in name for name in described.tensors)
+    adapted = sum(".lora_" in name for name, _ in model.named_parameters())
+    wanted = sum(".lora_" in name for name in described.tensors)
     if unexpected or adapted != wanted:
         found = (f"{len(described.tensors)} tensors", f"PEFT has taken them for {adapted} factors")
         raise InvariantError("PEFT has adapted other sites", [found, *((name, "left over") for name in unexpected)])
