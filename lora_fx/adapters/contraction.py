@@ -120,7 +120,6 @@ def _told(kind: str, threads: int, planned: PlannedSite) -> str:
     if planned.decision != "adapt" or lora is None or site.op != "linear" or site.read or site.parameter:
         return ""
     why = "slices" if planned.slices is not None else not_fused(planned)
-    why = why or ("a trained bias" if lora.bias and site.bias else "")
     if why:
         return f"factored ({why})"
     dtype = _DTYPES[site.dtype]
