@@ -376,6 +376,17 @@ def test_explain_tells_the_contraction_and_where_it_comes_from(calibrations):
     assert told(wide, r=8) == ["contraction: factored below 784 tokens, merged from there on (cost model: calibrated)"]
 
 
+class Quantised(Tensor):
+    """A weight that says itself what numbers it stands for."""
+
+    @staticmethod
+    def __new__(cls, data: Tensor) -> Quantised:
+        return Tensor._make_subclass(cls, data)
+
+    def dequantize(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
 def test_explain_tells_what_is_in_the_way_of_merging():
     layer = nn.Sequential(nn.Linear(M, OUT))
     assert told(layer, r=R, dropout=0.1) == ["contraction: factored (dropout)"]
@@ -385,6 +396,9 @@ def test_explain_tells_what_is_in_the_way_of_merging():
         "rules": [{"match": {"name": "0"}, "slices": {"of": ["q", "k"], "adapt": ["k"]}, "lora": {"r": 2}}],
     }
     assert "contraction: factored (slices)" in lora_fx.explain(layer, "0", sliced)
+    quantised = nn.Sequential(nn.Linear(M, OUT, bias=False))
+    quantised[0].weight = nn.Parameter(Quantised(quantised[0].weight.detach()), requires_grad=False)
+    assert told(quantised, r=R) == ["contraction: factored (quantised weight)"]
     assert told(layer.bfloat16(), r=R) == ["contraction: factored (half precision)"]
 
 

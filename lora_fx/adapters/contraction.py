@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lora_fx.adapters import machine
 from lora_fx.adapters.machine import Contraction, Machine, Products
 from lora_fx.planning import PlannedSite, not_fused
+from lora_fx.quantised import is_quantised
 
 GAIN = 0.02
 """Part of a layer's step that merging must save by prediction: less is noise, and W' takes memory for a moment."""
@@ -112,14 +113,16 @@ def forget() -> None:
 def teller(model: nn.Module) -> Callable[[PlannedSite], str]:
     """Return a function that says how an adapted linear layer of the model will be computed; empty for other sites."""
     kind = next((each.device.type for each in model.parameters()), "cpu")
-    return functools.partial(_told, "cpu" if kind == "meta" else kind, torch.get_num_threads())
+    quantised = frozenset(name for name, each in model.named_parameters() if is_quantised(each))
+    return functools.partial(_told, "cpu" if kind == "meta" else kind, torch.get_num_threads(), quantised)
 
 
-def _told(kind: str, threads: int, planned: PlannedSite) -> str:
+def _told(kind: str, threads: int, quantised: frozenset[str], planned: PlannedSite) -> str:
     site, lora = planned.site, planned.lora
     if planned.decision != "adapt" or lora is None or site.op != "linear" or site.read or site.parameter:
         return ""
     why = "slices" if planned.slices is not None else not_fused(planned)
+    why = "quantised weight" if site.weight in quantised else why
     if why:
         return f"factored ({why})"
     dtype = _DTYPES[site.dtype]
