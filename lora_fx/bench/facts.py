@@ -6,17 +6,15 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from lora_fx.adapters.machine import device_name
 from lora_fx.bench.subjects import Base, Subject, tensors_of
 from lora_fx.graphdiff.difftext import folded
 from lora_fx.reporting import RegionReport, Report, report
 from lora_fx.samples import Sample
-
-_CPUS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +102,7 @@ def machine_of(model: nn.Module, threads: int) -> Machine:
     """Return the facts of the machine that the model is on."""
     return Machine(
         device=device_of(model).type,
-        processor=_processor(device_of(model)),
+        processor=device_name(device_of(model).type),
         cores=os.cpu_count() or 1,
         threads=threads,
         system=platform.system(),
@@ -116,11 +114,3 @@ def machine_of(model: nn.Module, threads: int) -> Machine:
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter."""
     return next((each.device for each in model.parameters()), torch.device("cpu"))
-
-
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = _CPUS.read_text(encoding="utf-8").splitlines() if _CPUS.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
