@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx.adapters import masks
@@ -230,6 +231,19 @@ def test_layers_that_share_drop_the_same_of_one_input_and_anew_at_the_next_call(
     assert torch.equal(first, second) == share
     assert not torch.equal(first, again)
     assert not torch.equal(again, k(x.clone())), "another input, if an equal one"
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+def test_checkpoints_on_one_input_that_share_run_again_with_what_they_dropped(reentrant: bool):
+    """As cross-attention of several layers on what one encoder gives: the first has drawn for all."""
+    blocks = [nn.Sequential(layer(0.5, share_dropout=True)[0], nn.Dropout(0.5)) for _ in range(3)]
+    x = torch.ones(20, 16, dtype=torch.float64, requires_grad=True)
+    results = [checkpoint(each, x, use_reentrant=reentrant) for each in blocks]
+    sum(results).sum().backward()
+    for block, result in zip(blocks, results, strict=True):
+        kept = (result.detach() != 0).double()  # by the adapter's dropout and by the other; B A = 1
+        whole = block[0].lora_B["default"].weight.grad
+        assert torch.equal(whole.diagonal(), 4 * kept.sum(0))
 
 
 def test_eval_drops_nothing():

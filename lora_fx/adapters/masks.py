@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +53,7 @@ class _Latest(threading.local):
     """The input that was dropped out last by layers that share, its seed, and who has used that."""
 
     x: weakref.ref[Tensor] | None = None
+    checkpoint: weakref.ref[Callable[..., Any]] | None = None
     version = 0
     p = 0.0
     seed: Tensor
@@ -68,13 +71,21 @@ def shared_seed(x: Tensor, p: float, user: int) -> Tensor:
         p: the probability of dropout, which must be the same too.
         user: which layer asks: each uses a seed once, so that a model that is run again on one tensor draws anew.
     """
-    latest = _LATEST
+    latest, checkpoint = _LATEST, _checkpoint()
+    if not torch.is_grad_enabled() or (checkpoint is None and torch._C._current_graph_task_id() != -1):
+        return new_seed(x)  # a reentrant checkpoint runs it without gradients, and again in the backward pass
     same = latest.x is not None and latest.x() is x and latest.version == x._version and latest.p == p
-    if not same or user in latest.users:
-        latest.x, latest.version, latest.p = weakref.ref(x), x._version, p
+    if not same or user in latest.users or latest.checkpoint != checkpoint:
+        latest.x, latest.version, latest.p, latest.checkpoint = weakref.ref(x), x._version, p, checkpoint
         latest.seed, latest.users = new_seed(x), frozenset()
     latest.users |= {user}
     return latest.seed
+
+
+def _checkpoint() -> weakref.ref[Callable[..., Any]] | None:
+    """Return what tells the checkpoint that is at work from others: what it runs again must draw what it drew."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint" else weakref.ref(hooks[0])
 
 
 def kept(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:
