@@ -105,6 +105,7 @@ def test_sixty_steps_with_dropout_drop_the_same():
 
 @pytest.mark.slow
 def test_demo_learns_the_same_with_and_without_passes():
+    """In float64: in float32, two trainings that round differently are some hundredths apart after 200 steps."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
     try:
         sentiment = pytest.importorskip("sentiment")
@@ -115,23 +116,21 @@ def test_demo_learns_the_same_with_and_without_passes():
     rules = {"version": 1, "rules": [{"match": {"name": "**.layer.**", "op": "linear"}, "lora": {"r": 8}}]}
     found = []
     for optimise in (True, False):
-        model = sentiment.fresh_model()
+        model = sentiment.fresh_model().double()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         tuned = lora_fx.apply(model, rules, example, optimise=optimise).train()
         optimizer = torch.optim.AdamW(lora_fx.parameters(tuned), lr=1e-3)
         found.append([])
-        for inputs, labels in training.batches(16) * 4:
+        for inputs, labels in training.batches(8) * 2:
             loss = F.cross_entropy(tuned(**inputs).logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             found[-1].append(loss.item())
     assert len(found[0]) == 200
-    first, second = torch.tensor(found)
-    torch.testing.assert_close(first[:50], second[:50], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(first[-50:].mean(), second[-50:].mean(), rtol=0.05, atol=0.01)
+    torch.testing.assert_close(*torch.tensor(found), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
