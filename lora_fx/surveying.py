@@ -154,7 +154,9 @@ def foreseen_passes(found: Survey, plan: Plan, model: nn.Module) -> dict[str, se
         for captured, _ in found.library.get(structure, ()):
             key = (id(captured), inside)
             if key not in known:
-                known[key] = foreseen(captured, block, inside)
+                known[key] = {}
+                with contextlib.suppress(AttributeError):  # it reads what a forward makes first
+                    known[key] = foreseen(captured, block, inside)
             for name, does in known[key].items():
                 passes.setdefault(dotted(path, name), set()).update(does)
     return passes
