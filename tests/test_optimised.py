@@ -70,7 +70,7 @@ def assert_equal_but_for_rounding(found: Run, expected: Run, values: float = 1e-
 
 
 @ALL
-@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_fast_programs_are_proven_and_give_the_results_and_gradients_of_the_module_backend(peer: Peer, p: float):
     fast, modules = adapted(peer, dropout=p), adapted(peer, "modules", dropout=p)
     for shape in ((3, 7), (2, 5), (3, 7)):
