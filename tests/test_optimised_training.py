@@ -105,7 +105,8 @@ def test_sixty_steps_with_dropout_drop_the_same():
 
 @pytest.mark.slow
 def test_demo_learns_the_same_with_and_without_passes():
-    """In float64: in float32, two trainings that round differently are some hundredths apart after 200 steps."""
+    """In float64 and at a fifth of the demo's rate: at its own, trainings without any pass that start 1e-15 apart are 0.3
+    apart after 200 steps."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
     try:
         sentiment = pytest.importorskip("sentiment")
@@ -121,7 +122,7 @@ def test_demo_learns_the_same_with_and_without_passes():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         tuned = lora_fx.apply(model, rules, example, optimise=optimise).train()
-        optimizer = torch.optim.AdamW(lora_fx.parameters(tuned), lr=1e-3)
+        optimizer = torch.optim.AdamW(lora_fx.parameters(tuned), lr=2e-4)
         found.append([])
         for inputs, labels in training.batches(8) * 2:
             loss = F.cross_entropy(tuned(**inputs).logits, labels)
