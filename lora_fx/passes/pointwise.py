@@ -68,6 +68,13 @@ def kept_by_autograd(node: fx.Node) -> Iterator[fx.Node]:
         yield from operands
 
 
+def work_of(node: fx.Node) -> int:
+    """Return what computing the result takes, for comparisons: 1 for each pass over its bytes."""
+    if is_alias(node):
+        return 0
+    return 3 if operation(node) in ("tanh", "pow", "erf", "exp", "sigmoid") else 1
+
+
 def is_alias(node: fx.Node) -> bool:
     """Whether the result is its operand itself, or a view of it: a cast to the dtype that it has."""
     name = operation(node)

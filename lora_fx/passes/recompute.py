@@ -20,13 +20,13 @@ from lora_fx.capture.ghosts import append_item, set_attribute, set_item
 from lora_fx.capture.writer import writes
 from lora_fx.editor import Editor
 from lora_fx.passes.flatten import adapted_output
-from lora_fx.passes.pointwise import bytes_of, is_alias, is_quiet, is_repeatable, kept_by_autograd
+from lora_fx.passes.pointwise import bytes_of, is_alias, is_quiet, is_repeatable, kept_by_autograd, work_of
 from lora_fx.passes.stack import draws, is_adapted_linear
 
 _LONGEST = 24
 """How many operations a chain may have."""
-_WORTH = 1.02
-"""A longer chain must save this much more than a shorter one."""
+_PRICE = 0.3
+"""How many bytes must be saved for each that is computed again, for it to be worth its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,17 @@ class _Chain:
         found = (each for node in reversed(self.nodes) for each in node.all_input_nodes if each not in self.nodes)
         return list(dict.fromkeys(found))
 
-    def gain(self) -> int:
-        """Return how many bytes fewer are kept if the chain's inputs are and nothing inside of it."""
+    def gain(self) -> float:
+        """Return how many bytes fewer are kept if the chain's inputs are and nothing inside of it, less its price."""
         before = {_root(self.x)} | {_root(each) for node in self.nodes for each in kept_by_autograd(node)}
-        after = {_root(each) for each in self.inputs if each.op != "get_attr"}
-        return sum(map(bytes_of, before - after)) - sum(map(bytes_of, after - before))
+        after = {_root(each) for each in self.inputs if each.op != "get_attr" and not self._is_kept(each)}
+        work = sum(bytes_of(each) * work_of(each) for each in self.nodes)
+        return sum(map(bytes_of, before - after)) - sum(map(bytes_of, after - before)) - _PRICE * work
+
+    def _is_kept(self, node: fx.Node) -> bool:
+        """Whether a tensor is kept for what makes it, or for somebody else who uses it."""
+        others = [node, *(user for user in node.users if user not in self.nodes)]
+        return any(node in kept_by_autograd(each) for each in others if is_repeatable(each))
 
 
 def _root(node: fx.Node) -> fx.Node:
@@ -90,24 +96,27 @@ def _chain(call: fx.Node) -> _Chain | None:
     """Return the chain before a call of adapted layers that saves the most; None if none saves anything."""
     x = _input_of(call)
     chain = _Chain(x)
-    best, gained = 0, 0
+    best, gained = 0, 0.0
     while len(chain.nodes) < _LONGEST:
         found = _next(chain)
         if found is None:
             break
         chain.nodes.append(found)
         gain = chain.gain()
-        if gain > gained * _WORTH:
+        if gain > gained:
             best, gained = len(chain.nodes), gain
     return _Chain(x, chain.nodes[:best]) if best else None
 
 
 def _next(chain: _Chain) -> fx.Node | None:
-    """Return the latest operation that the chain can take in: repeatable, and with no user outside but for x."""
+    """Return the next operation that the chain can take in: repeatable, and with no user outside but for x.
+
+    The cheapest first, of equals the latest.
+    """
     if not chain.nodes:
         return chain.x if is_repeatable(chain.x) else None
     fit = [each for each in chain.inputs if is_repeatable(each) and all(user in chain.nodes for user in each.users)]
-    return max(fit, default=None)
+    return max(fit, key=lambda each: (-work_of(each), each), default=None)
 
 
 def _input_of(call: fx.Node) -> fx.Node:
