@@ -45,6 +45,13 @@ def linear_layout(kind: type) -> Layout | None:
     return "in_out" if _is_named_conv1d(original) else None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether `kind_of` knows the module, without reading anything from it but its class."""
     return isinstance(module, _LAYERS) or _is_conv1d_of_transformers(module)

@@ -19,7 +19,7 @@ from lora_fx.adapters.factors import SlicedB
 from lora_fx.adapters.fusedterms import Term
 from lora_fx.adapters.lora import LoRAFactor, as_rows
 from lora_fx.adapters.masks import is_possible, new_seed, shared_seed
-from lora_fx.layerkinds import linear_layout
+from lora_fx.layerkinds import has_hooks, linear_layout
 from lora_fx.quantised import is_quantised
 
 _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
@@ -78,7 +78,7 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
     scale = None
     if spec.lora.dora:
         magnitude = modules["lora_magnitude_vector"]._modules[adapter]
-        if type(magnitude) is not DoRAMagnitude or _is_hooked(magnitude):
+        if type(magnitude) is not DoRAMagnitude or has_hooks(magnitude):
             return None
         scale = magnitude.scale(as_rows(weight, spec.layout), first, B.matrix)
     if cast is not None:
@@ -109,7 +109,7 @@ def cast_as_products(x: Tensor) -> Tensor:
 
 
 def _are_plain_factors(A: Any, B: Any) -> bool:
-    if type(A) is not LoRAFactor or _is_hooked(A) or _is_hooked(B):
+    if type(A) is not LoRAFactor or has_hooks(A) or has_hooks(B):
         return False
     if type(B) is not LoRAFactor and (type(B) is not SlicedB or B.runs is None):
         return False
@@ -122,7 +122,7 @@ def _dropout(holder: Any, adapter: str) -> float | None:
     if holder is None:
         return 0.0
     dropout = holder._modules[adapter]
-    if type(dropout) is not nn.Dropout or _is_hooked(dropout):
+    if type(dropout) is not nn.Dropout or has_hooks(dropout):
         return None
     if not dropout.training:
         return 0.0
@@ -133,9 +133,3 @@ def _seed(layer: Any, shares: bool, x: Tensor, p: float) -> Tensor | None:
     if not p:
         return None
     return shared_seed(x, p, id(layer)) if shares and not x.is_inference() else new_seed(x)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_fx.adapters.saving import checkpointing
+
 
 def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
@@ -84,8 +86,8 @@ def shared_seed(x: Tensor, p: float, user: int) -> Tensor:
 
 def _checkpoint() -> weakref.ref[Callable[..., Any]] | None:
     """Return what tells the checkpoint that is at work from others: what it runs again must draw what it drew."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return None if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint" else weakref.ref(hooks[0])
+    pack = checkpointing()
+    return None if pack is None else weakref.ref(pack)
 
 
 def kept(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:

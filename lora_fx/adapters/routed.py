@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lora_fx.adapters.factored import Factored
 from lora_fx.adapters.products import GROUPED, Call
+from lora_fx.adapters.saving import packing
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def _itself(x: Tensor) -> Tensor:
 
 def _hooks_may_move_tensors() -> bool:
     """Whether torch recomputes or offloads what autograd keeps, so that asking for it early would undo that."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0].__module__.startswith("torch.")
+    pack = packing()
+    return pack is not None and pack.__module__.startswith("torch.")
 
 
 def routed_product(

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
 from lora_fx.editor import Editor
-from lora_fx.layerkinds import kind_of
+from lora_fx.layerkinds import has_hooks, kind_of
 from lora_fx.passes.sitegraph import first_argument
 from lora_fx.swap import original_class
 
@@ -89,10 +89,3 @@ def is_plain_layer(module: nn.Module) -> bool:
         return True
     kind = kind_of(module)
     return kind is not None and kind.called and kind.refusal is None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

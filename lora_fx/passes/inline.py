@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.editor import Editor
-from lora_fx.passes.flatten import has_hooks
+from lora_fx.layerkinds import has_hooks
 from lora_fx.passes.sitegraph import first_argument
 
 _LAYERS: dict[type[nn.Module], tuple[Callable[..., Any], Mapping[str, str]]] = {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import ITSELF, attached
+from lora_fx.adapters.saving import checkpointing
 from lora_fx.adapters.siblings import adapted_siblings
 from lora_fx.capture.captured import Captured, resolve
 from lora_fx.capture.guards import Guard, compile_guard
@@ -125,8 +126,7 @@ def may_be_fast() -> bool:
         return False
     if torch._C._current_graph_task_id() != -1:  # a block that is run again in the backward pass: what for, once more
         return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is None or hooks[0].__module__ != "torch.utils.checkpoint"
+    return checkpointing() is None
 
 
 def make_program(captured: Captured, module: nn.Module, passes: Collection[str] = ()) -> Program:

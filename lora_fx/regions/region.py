@@ -24,7 +24,7 @@ from lora_fx.capture.reasons import reason_of
 from lora_fx.capture.recording import OtherShape
 from lora_fx.capture.surroundings import RandomState, surroundings_of
 from lora_fx.errors import LoraFxWarning
-from lora_fx.passes.flatten import has_hooks
+from lora_fx.layerkinds import has_hooks
 from lora_fx.regions.checking import Replay
 from lora_fx.regions.program import Program, make_program
 from lora_fx.regions.sizes import Sizes
