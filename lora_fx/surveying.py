@@ -138,9 +138,14 @@ def studied(plan: Plan, model: nn.Module, seen: Observed, graphs: bool = True) -
         return _without_inputs(plan, model) if graphs else plan
     wanted = [site.path for site in plan.adapted] if graphs else []
     found = survey(make_twin(model), seen.samples, wanted)
+    return _surveyed(plan, model, found, seen.samples)
+
+
+def _surveyed(plan: Plan, model: nn.Module, found: Survey, samples: tuple[Sample, ...]) -> Plan:
+    """Return the plan with what a survey of the model has found of each site and region."""
     passes = foreseen_passes(found, plan, model)
     sites = tuple(_with_passes(_with_backend(each, found), passes) for each in plan.sites)
-    return replace(plan, sites=sites, regions=_planned_regions(found), capture=Study(found, seen.samples))
+    return replace(plan, sites=sites, regions=_planned_regions(found), capture=Study(found, samples))
 
 
 def foreseen_passes(found: Survey, plan: Plan, model: nn.Module) -> dict[str, set[str]]:
@@ -193,9 +198,7 @@ def _planned_regions(found: Survey) -> tuple[PlannedRegion, ...]:
 def _without_inputs(plan: Plan, model: nn.Module) -> Plan:
     """Trace without inputs what is provably safe to trace so; the rest is module replacement."""
     found = survey_symbolically(make_twin(model), [site.path for site in plan.adapted])
-    passes = foreseen_passes(found, plan, model)
-    sites = tuple(_with_passes(_with_backend(each, found), passes) for each in plan.sites)
-    traced = replace(plan, sites=sites, regions=_planned_regions(found), capture=Study(found, ()))
+    traced = _surveyed(plan, model, found, ())
     if all(site.backend == "graph" for site in traced.adapted):
         return traced
     return _noted(traced, "no example_inputs: only straight-line blocks are graphs; with inputs more of them would be")

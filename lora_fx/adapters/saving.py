@@ -17,6 +17,6 @@ def packing() -> Pack | None:
 
 
 def checkpointing() -> Pack | None:
-    """Return the hook of the checkpoint that is at work, each has its own; None outside of one, or in a reentrant one."""
+    """Return the hook of the checkpoint that is at work; each has its own.  None outside, and in a reentrant one."""
     pack = packing()
     return pack if pack is not None and pack.__module__ == "torch.utils.checkpoint" else None

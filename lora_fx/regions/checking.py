@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lora_fx.capture.objects import copied, is_plain_object, objects_differ, ten
 from lora_fx.capture.recording import Records
 from lora_fx.capture.surroundings import RandomState, in_clean_thread, surroundings_of
 from lora_fx.capture.torch_internals import pytree
-from lora_fx.regions.gradients import gradients_differ, values_differ
+from lora_fx.regions.gradients import Run, gradients_differ, values_differ
 from lora_fx.regions.program import Program
 from lora_fx.regions.standin import stand_in, with_noise
 
@@ -43,10 +44,25 @@ class Replay:
         The program makes the same call; then both make it with factors that show in the place of the adapters' own.
         A copy of the module runs, and random state is left as the forward left it.
         """
-        after = RandomState(self.surroundings.devices)
-        try:
+
+        def compared(after: RandomState) -> str | None:
             found = self._differs_from_answer(program, match, answer, after)
             return found or self._differs_with_noise(program, match)
+
+        return self._without_trace(compared)
+
+    def fast_difference(self, program: Program, match: Match) -> str | None:
+        """Return how the fast code of a program differs from the forward, gradients included, but for rounding.
+
+        Both run on copies, with factors that show in the adapters; random state is left as it was.
+        """
+        return self._without_trace(lambda _: self._fast_differs(program, match))
+
+    def _without_trace(self, compared: Callable[[RandomState], str | None]) -> str | None:
+        """Return what a comparison finds, or its failure; it is given the random state, which is restored after it."""
+        after = RandomState(self.surroundings.devices)
+        try:
+            return compared(after)
         except Exception as error:
             return f"it fails: {type(error).__name__}: {str(error)[:200]}"
         finally:
@@ -68,37 +84,24 @@ class Replay:
         """Return how program and forward differ with other factors in the adapters, gradients included."""
         if program.proven_with_noise or not is_adapted(self.module) or any(p.is_meta for p in self.module.parameters()):
             return None
-        modules = with_noise(stand_in(self._before)), with_noise(stand_in(self._before))
-        calls = self.arguments(), self.arguments()
-        inputs = match(self.module, *calls[1])
-        assert not isinstance(inputs, int)
-        self.random.restore()
-        expected = self._run(lambda: modules[0].forward(*calls[0][0], **calls[0][1]))
-        self.random.restore()
-        result = self._run(lambda: program.function(modules[1], *inputs))
-        found = difference(_detached(result), _detached(expected))
+        mine, theirs, _ = self._both_with_noise(program.function, match)
+        found = difference(_detached(mine[0]), _detached(theirs[0]))
         if found is None and self.surroundings.grad:
-            mine, theirs = (result, calls[1], modules[1]), (expected, calls[0], modules[0])
             found = self._run(lambda: gradients_differ(mine, theirs))  # a backward runs in the thread that asks for it
         program.proven_with_noise = found is None
         return None if found is None else f"with other adapters, {found}"
 
-    def fast_difference(self, program: Program, match: Match) -> str | None:
-        """Return how the fast code of a program differs from the forward, gradients included, but for rounding.
-
-        Both run on copies, with factors that show in the adapters; random state is left as it was.
-        """
-        after = RandomState(self.surroundings.devices)
-        try:
-            return self._fast_differs(program, match)
-        except Exception as error:
-            return f"it fails: {type(error).__name__}: {str(error)[:200]}"
-        finally:
-            after.restore()
-
     def _fast_differs(self, program: Program, match: Match) -> str | None:
         assert program.fast is not None
-        function = program.fast.function
+        mine, theirs, alike = self._both_with_noise(program.fast.function, match)
+        if not alike:
+            return "it draws other random numbers"
+        precision = self._precision(theirs[0])
+        different = values_differ(mine[0], theirs[0], precision)
+        return different or self._run(lambda: gradients_differ(mine, theirs, precision))
+
+    def _both_with_noise(self, function: Callable[..., Any], match: Match) -> tuple[Run, Run, bool]:
+        """Run a program's code and the forward on copies with other factors; say whether both draw alike."""
         modules = with_noise(stand_in(self._before)), with_noise(stand_in(self._before))
         calls = self.arguments(), self.arguments()
         inputs = match(self.module, *calls[1])
@@ -108,12 +111,8 @@ class Replay:
         drawn = RandomState(self.surroundings.devices)
         self.random.restore()
         result = self._run(lambda: function(modules[1], *inputs))
-        if RandomState(self.surroundings.devices) != drawn:
-            return "it draws other random numbers"
-        mine, theirs = (result, calls[1], modules[1]), (expected, calls[0], modules[0])
-        precision = self._precision(expected)
-        different = values_differ(result, expected, precision)
-        return different or self._run(lambda: gradients_differ(mine, theirs, precision))
+        alike = RandomState(self.surroundings.devices) == drawn
+        return (result, calls[1], modules[1]), (expected, calls[0], modules[0]), alike
 
     def _precision(self, result: Any) -> torch.dtype:
         """Return the coarsest dtype in which the call rounds."""

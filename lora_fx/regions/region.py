@@ -55,7 +55,7 @@ class GuardedRegion(Swapped, nn.Module):
         if program.may_give_up:
             return region.attempt(self, super().forward, args, kwargs, found)
         if program.wants_proof:
-            return region.prove_fast(self, args, kwargs, program)
+            return region.prove_fast(self, args, kwargs, found)
         return program.run(self, inputs)
 
 
@@ -200,13 +200,18 @@ class Region:
             self._note_failure(module, replay.args, replay.kwargs, reason)
         return result
 
-    def prove_fast(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], program: Program) -> Any:
+    def prove_fast(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: tuple[Program, tuple[Any, ...]],
+    ) -> Any:
         """Return what the fast program computes, if it is found to be the forward but for rounding; else the plain."""
+        program, inputs = found
         replay = self._kept(module, args, kwargs)
         if replay is not None:
             program.decide(replay.fast_difference(program, program.guard.match_ones))
-        inputs = program.guard.match_ones(module, args, kwargs)
-        assert not isinstance(inputs, int)
         return program.run(module, inputs)
 
     def attempt(
