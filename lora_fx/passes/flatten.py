@@ -47,7 +47,7 @@ def _flatten(editor: Editor, node: fx.Node, foreseen: Collection[str]) -> None:
     x = first_argument(node)
     with editor.writing_after(node, str(node.meta.get("site", ""))) as write:
         if _is_adapted(module) or path in foreseen:
-            flat = write.graph.call_function(adapted_output, (write.graph.get_attr(path), x))
+            flat = write.graph.call_function(adapted_output, (x, write.graph.get_attr(path)))
         elif isinstance(module, nn.Linear):
             arguments = [x, write.graph.create_node("get_attr", f"{path}.weight")]  # get_attr() would ask what is there
             if module.bias is not None:
@@ -60,7 +60,7 @@ def _flatten(editor: Editor, node: fx.Node, foreseen: Collection[str]) -> None:
     editor.erase(node, path)
 
 
-def adapted_output(layer: Any, x: Tensor) -> Tensor:
+def adapted_output(x: Tensor, layer: Any) -> Tensor:
     """Return what an adapted layer computes; stands in region graphs."""
     result: Tensor = layer.adapted_forward(x)
     return result

@@ -9,7 +9,7 @@ other users, who then get it as a result.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,8 @@ def _root(node: fx.Node) -> fx.Node:
 
 def _chain(call: fx.Node) -> _Chain | None:
     """Return the chain before a call of adapted layers that saves the most; None if none saves anything."""
-    x = _input_of(call)
+    x = call.args[0]
+    assert isinstance(x, fx.Node)
     chain = _Chain(x)
     best, gained = 0, 0.0
     while len(chain.nodes) < _LONGEST:
@@ -119,16 +120,6 @@ def _next(chain: _Chain) -> fx.Node | None:
     return max(fit, key=lambda each: (-work_of(each), each), default=None)
 
 
-def _input_of(call: fx.Node) -> fx.Node:
-    x = call.args[0] if call.target is adapted_siblings else call.args[1]
-    assert isinstance(x, fx.Node)
-    return x
-
-
-def _layers_of(call: fx.Node) -> Sequence[Any]:
-    return call.args[1:] if call.target is adapted_siblings else call.args[:1]
-
-
 def is_making(node: fx.Node) -> bool:
     """Whether the node calls adapted layers and makes their input."""
     return isinstance(getattr(node.target, "makes", None), int)
@@ -146,7 +137,8 @@ def _may_move(call: fx.Node, x: fx.Node, graph_module: fx.GraphModule) -> bool:
 
 def _rewrite(editor: Editor, call: fx.Node, chain: _Chain, name: str) -> None:
     """Let the call take the chain's inputs, and make its own input from them."""
-    layers, inputs, x = _layers_of(call), chain.inputs, chain.x
+    layers: list[Any] = list(call.args[1:])
+    inputs, x = chain.inputs, chain.x
     others = [user for user in x.users if user is not call]
     produce = _function_of(chain)
     site = str(call.meta.get("site", ""))

@@ -42,8 +42,8 @@ def _siblings(graph_module: fx.GraphModule) -> Iterator[list[fx.Node]]:
     for node in graph_module.graph.nodes:
         if is_adapted_linear(node, graph_module):
             if draws(node, graph_module):  # what has an earlier input, but comes later, would draw before
-                yield from _closed(open_groups, but=node.args[1])
-            open_groups.setdefault(node.args[1], []).append(node)
+                yield from _closed(open_groups, but=node.args[0])
+            open_groups.setdefault(node.args[0], []).append(node)
         elif not is_quiet(node):
             yield from _closed(open_groups)
     yield from _closed(open_groups)
@@ -63,7 +63,7 @@ def is_adapted_linear(node: fx.Node, graph_module: fx.GraphModule) -> bool:
 
 
 def _layer(node: fx.Node, graph_module: fx.GraphModule) -> object:
-    layer = node.args[0]
+    layer = node.args[1]
     assert isinstance(layer, fx.Node)
     return graph_module.get_submodule(str(layer.target))
 
@@ -74,9 +74,9 @@ def draws(node: fx.Node, graph_module: fx.GraphModule) -> bool:
 
 
 def _join(editor: Editor, siblings: list[fx.Node]) -> None:
-    first, x = siblings[0], siblings[0].args[1]
+    first, x = siblings[0], siblings[0].args[0]
     with editor.writing_after(first, str(first.meta.get("site", ""))) as write:
-        layers = [write.graph.get_attr(str(node.args[0].target)) for node in siblings]  # type: ignore[union-attr]
+        layers = [write.graph.get_attr(str(node.args[1].target)) for node in siblings]  # type: ignore[union-attr]
         joined = write.graph.call_function(adapted_siblings, (x, *layers))
         results = [write.graph.call_function(operator.getitem, (joined, i)) for i in range(len(siblings))]
     for node, result in zip(siblings, results, strict=True):

@@ -209,7 +209,7 @@ def _write_layer(graph_module: fx.GraphModule, layer: nn.Module) -> None:
     graph, output = graph_module.graph, next(iter(reversed(graph_module.graph.nodes)))
     x = next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_before(output):
-        output.args = (graph.call_function(adapted_output, (graph.get_attr(ITSELF), x)),)
+        output.args = (graph.call_function(adapted_output, (x, graph.get_attr(ITSELF))),)
     graph.eliminate_dead_code()
 
 
