@@ -27,8 +27,9 @@ from lora_fx.adapters.attach import (
 )
 from lora_fx.adapters.dora import row_norms, stretch
 from lora_fx.adapters.factors import CallFactors
-from lora_fx.adapters.fused import Term, adapted
-from lora_fx.adapters.fusing import cast_as_products, term_of
+from lora_fx.adapters.fused import adapted
+from lora_fx.adapters.fusedterms import Term
+from lora_fx.adapters.fusing import term_of
 from lora_fx.adapters.lora import add_low_rank, as_rows
 from lora_fx.adapters.weight import LoRAWeight, Part
 from lora_fx.errors import RefusedError
@@ -52,10 +53,9 @@ class AdaptedLayer(Swapped, nn.Module):
         name = self.__dict__[ACTIVE]
         if name is None:
             return self.base_forward(input)
-        x = cast_as_products(input)
-        term = self.adapted_term(x)
+        term = self.adapted_term(input)
         if term is not None:
-            return adapted((term,), x)[0]
+            return adapted((term,), input)[0]
         base = self.base_forward(input)
         A, B, dropout, magnitude = self.lora_A[name], self.lora_B[name], None, None
         if type(A) is CallFactors:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_fx
-from lora_fx.adapters import fused, masks
+from lora_fx.adapters import fused, fusedterms, masks
 from lora_fx.adapters.dora import row_norms, row_norms_factored
 from lora_fx.bench.analytic import Linear
 from lora_fx.bench.counters import flops
@@ -156,7 +156,7 @@ def test_gradcheck_and_gradgradcheck(kind: str, options: dict[str, Any]):
         scale = None if norms is None else tensors["m"] / norms
         seed, p = (torch.tensor(5), 0.5) if options.get("dropout") else (None, 0.0)
         layout = kind == "Conv1D"
-        term = fused.Term(layer.weight, layer.bias, tensors["A"], tensors["B"], scale, SCALING, layout, p, seed)
+        term = fusedterms.Term(layer.weight, layer.bias, tensors["A"], tensors["B"], scale, SCALING, layout, p, seed)
         return fused.adapted((term,), x)[0]
 
     given = [each.requires_grad_() for each in (torch.randn(2, 2, IN, dtype=torch.float64), *values)]

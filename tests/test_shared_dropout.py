@@ -108,3 +108,11 @@ def test_plan_and_file_say_that_dropout_is_shared(tmp_path):
     lora_fx.save(adapted, tmp_path)
     loaded = lora_fx.load(zeros(), tmp_path)
     assert {found.spec.lora.share_dropout for _, found in all_attached(loaded)} == {True}
+
+
+@both
+def test_siblings_share_under_autocast_too(backend: str):
+    head = tuned(True, backend).blocks[0]
+    x = torch.ones(64, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(head.q(x), head.k(x))

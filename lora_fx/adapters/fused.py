@@ -29,9 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.fusedbackward import Backward, differentiable
-from lora_fx.adapters.fusedterms import Group, Site, add_product, inner_products
-from lora_fx.adapters.fusedterms import Produce as Produce
-from lora_fx.adapters.fusedterms import Term as Term
+from lora_fx.adapters.fusedterms import (
+    Group,
+    Produce,
+    Site,
+    Term,
+    add_product,
+    cast_as_products,
+    inner_products,
+)
 
 
 def adapted(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, ...]:
@@ -39,6 +45,7 @@ def adapted(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, ...]:
 
     Bit-equal to the layers alone while B = 0 (DoRA: and m = ‖W‖).
     """
+    x = cast_as_products(x)
     if len(terms) == 1 and not torch.is_grad_enabled():
         found = _flat(terms[0], x)
         if found is not None:
@@ -129,7 +136,7 @@ def _is_batched(grad: Tensor) -> bool:
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """Return a context in which products keep their dtypes, as in the forward, which is not fused under autocast."""
+    """Return a context in which products keep their dtypes: what the forward saved has been cast."""
     if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

@@ -48,7 +48,10 @@ class Backward:
                 site = self.sites[number]
                 met = dense(site.met())
                 matrix = met.t() if site.facts.in_out else met
-                dx = torch.mm(dy, matrix) if dx is None else torch.addmm(dx, dy, matrix, out=dx)
+                if dx is None:
+                    dx = torch.mm(dy, matrix)
+                else:
+                    add_product(dx, dy, matrix, 1.0)
         for bundle in self.group.bundles:
             self._of_factor_a([each for each in bundle if each in z], z, rows, dx)
         self._of_inputs(x, sources, dx, grads[-1] if self.group.shows else None)

@@ -144,6 +144,24 @@ def inner_products(group: Group, x: Tensor, sites: list[Site], merged: bool) -> 
     return found
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype in which products are made under autocast; None without autocast."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear multiplies x; autocast leaves float64 alone."""
+    return x.dtype if x.dtype is torch.float64 else autocast_dtype(x.device.type) or x.dtype
+
+
+def cast_as_products(x: Tensor) -> Tensor:
+    """Return x as a linear multiplies it: under autocast in its dtype, else as it is."""
+    dtype = product_dtype(x)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def below_each_other(factors: Sequence[Tensor]) -> Tensor:
     return factors[0] if len(factors) == 1 else torch.cat(tuple(factors))
 

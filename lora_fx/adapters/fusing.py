@@ -1,7 +1,7 @@
 """Which adapted layers compute base and adapter as one operation, asked at every call.
 
-Whatever is not plain (a hook on a factor, a trained base weight, a tensor subclass, a transformation or a compiler
-around it) is computed operation by operation instead, which is right for all of them.
+Whatever is not plain (a hook on a factor, a trained base weight, a tensor subclass that is not quantised, a
+transformation or a compiler around it) is computed operation by operation instead, which is right for all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from lora_fx.adapters.contraction import choose
 from lora_fx.adapters.dora import DoRAMagnitude
 from lora_fx.adapters.factors import SlicedB
-from lora_fx.adapters.fusedterms import Term
+from lora_fx.adapters.fusedterms import Term, autocast_dtype, product_dtype
 from lora_fx.adapters.lora import LoRAFactor, as_rows
 from lora_fx.adapters.masks import is_possible, new_seed, shared_seed
 from lora_fx.layerkinds import has_hooks, linear_layout
@@ -67,7 +67,9 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
     plain, cast = _is_plain(weight), autocast_dtype(x.device.type)
     if not (plain or (cast is None and is_quantised(weight))) or weight.requires_grad:
         return None
-    if x.dtype != (cast or weight.dtype) or not (bias is None or (_is_plain(bias) and bias.dtype == weight.dtype)):
+    if product_dtype(x) != (cast or weight.dtype) or not (
+        bias is None or (_is_plain(bias) and bias.dtype == weight.dtype)
+    ):
         return None
     modules = layer._modules
     A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
@@ -91,21 +93,6 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
 
 def _is_plain(tensor: Any) -> bool:
     return type(tensor) in _PLAIN and tensor.dtype in _FLOATS and tensor.layout is torch.strided
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """Return the dtype in which products are made under autocast; None without autocast."""
-    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def cast_as_products(x: Tensor) -> Tensor:
-    """Return x as a linear multiplies it: under autocast in its dtype, else as it is."""
-    if type(x) not in _PLAIN or x.dtype is torch.float64:
-        return x
-    dtype = autocast_dtype(x.device.type)
-    return x if dtype is None or x.dtype == dtype or x.dtype not in _FLOATS else x.to(dtype)
 
 
 def _are_plain_factors(A: Any, B: Any) -> bool:

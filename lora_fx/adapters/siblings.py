@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.adapters.fused import Produce, Term, adapted, adapted_from
-from lora_fx.adapters.fusing import autocast_dtype, cast_as_products
+from lora_fx.adapters.fused import adapted, adapted_from
+from lora_fx.adapters.fusedterms import Produce, Term, autocast_dtype, cast_as_products
 
 
 def adapted_siblings(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """Return what each adapted layer computes from x; their A products are one product."""
-    x = cast_as_products(x)
     terms = _terms(layers, x)
     if len(terms) == len(layers):
         return adapted(terms, x)
