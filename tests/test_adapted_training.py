@@ -85,9 +85,8 @@ def test_checkpointed_blocks_are_recomputed_and_gradients_stay_the_same(peer: Pe
         assert_close(ours, expected)
         assert sum(wanted.values()) > sum(without.values())
         assert not wanted - found
-        assert (
-            sum((found - wanted).values()) <= 1
-        )  # UNet: what an optimised block outside of the checkpoints makes again
+        # UNet: what an optimised block outside of the checkpoints makes again
+        assert sum((found - wanted).values()) <= 1
 
 
 @each(QUICK, slow=(T5,))
