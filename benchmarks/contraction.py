@@ -15,7 +15,7 @@ import torch
 from lora_fx.adapters import machine
 from lora_fx.adapters.contraction import DEFAULT
 from lora_fx.adapters.fused import adapted
-from lora_fx.adapters.fusedterms import Term
+from lora_fx.adapters.fusedterms import Facts, Term
 from lora_fx.adapters.machine import Machine, Products
 from lora_fx.bench.timing import Timing, summarised, timed
 
@@ -28,7 +28,7 @@ def step(tokens: int, width: int, rank: int, merged: bool) -> Callable[[], None]
     weight = torch.randn(width, width) / width**0.5
     first, second = torch.randn(rank, width).requires_grad_(), torch.randn(width, rank).requires_grad_()
     x, slope = torch.randn(tokens, width).requires_grad_(), torch.randn(tokens, width)
-    term = Term(weight, None, first, second, None, 1e-3, False, 0.0, None, merged)
+    term = Term(Facts(1e-3, merged=merged), weight, None, first, second)
 
     def both() -> None:
         for each in (x, first, second):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import lora_fx
 from lora_fx.adapters import contraction, machine
 from lora_fx.adapters.contraction import DEFAULT, choose, crossover
 from lora_fx.adapters.fused import adapted
-from lora_fx.adapters.fusedterms import Term
+from lora_fx.adapters.fusedterms import Facts, Term
 from lora_fx.adapters.fusing import term_of
 from lora_fx.adapters.machine import Machine, Products
 from lora_fx.bench import calibration, counters
@@ -143,10 +142,10 @@ def test_nobody_is_merged_on_a_device_without_a_calibration():
 )
 def test_layers_decide_at_every_call(more: dict[str, object], expected: bool):
     layer = lora_fx.apply(nn.Sequential(nn.Linear(M, OUT)), rules("**", r=R, **more))[0]
-    assert term_of(layer, "default", torch.randn(N, M)).merged == expected
-    assert not term_of(layer, "default", torch.randn(3, M)).merged
+    assert term_of(layer, "default", torch.randn(N, M)).facts.merged == expected
+    assert not term_of(layer, "default", torch.randn(3, M)).facts.merged
     with torch.no_grad():
-        assert not term_of(layer, "default", torch.randn(N, M)).merged
+        assert not term_of(layer, "default", torch.randn(N, M)).facts.merged
 
 
 # -- what is computed
@@ -161,9 +160,8 @@ def terms(dtype: torch.dtype, merged: tuple[bool, ...], in_out: bool = False) ->
         weight, bias = torch.randn(out, M, dtype=dtype), torch.randn(out, dtype=dtype)
         A, B = torch.randn(r, M, dtype=dtype), torch.randn(out, r, dtype=dtype)
         weight = weight.t().contiguous() if in_out else weight
-        found.append(
-            Term(weight, bias, A.requires_grad_(), B.requires_grad_(), None, 1.5, in_out, 0.0, None, merged=each)
-        )
+        facts = Facts(1.5, in_out, merged=each)
+        found.append(Term(facts, weight, bias, A.requires_grad_(), B.requires_grad_()))
     return found
 
 
@@ -196,7 +194,7 @@ def test_gradients_are_right_by_finite_differences():
     x = torch.randn(3, M, dtype=torch.float64, requires_grad=True)
 
     def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return adapted((replace(term, A=A, B=B),), x)[0]
+        return adapted((term._replace(A=A, B=B),), x)[0]
 
     assert torch.autograd.gradcheck(layer, (x, term.A, term.B))
     assert torch.autograd.gradgradcheck(layer, (x, term.A, term.B))
@@ -216,7 +214,7 @@ def test_adapters_that_are_zero_change_no_bit(dtype: torch.dtype, in_out: bool):
 def test_a_large_layer_starts_bit_equal_to_its_base():
     base = nn.Linear(192, 320)
     tuned, x = lora_fx.apply(nn.Sequential(base), rules("**", r=64)), torch.randn(512, 192)
-    assert term_of(tuned[0], "default", x).merged
+    assert term_of(tuned[0], "default", x).facts.merged
     assert torch.equal(tuned(x), base(x))
 
 
@@ -273,7 +271,7 @@ def test_nothing_is_kept_but_x():
     x = torch.randn(N, M, requires_grad=True)
     own = (term.weight, term.bias, term.A, term.B)
     assert counters.saved_bytes(lambda: adapted((term,), x), own) == x.nbytes
-    apart = replace(term, merged=False)
+    apart = term._replace(facts=term.facts._replace(merged=False))
     assert counters.saved_bytes(lambda: adapted((apart,), x), own) == x.nbytes + 4 * R * N
 
 

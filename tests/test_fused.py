@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import lora_fx
@@ -155,8 +156,8 @@ def test_gradcheck_and_gradgradcheck(kind: str, options: dict[str, Any]):
         # the norm counts as a constant, which numerical gradients would not know
         scale = None if norms is None else tensors["m"] / norms
         seed, p = (torch.tensor(5), 0.5) if options.get("dropout") else (None, 0.0)
-        layout = kind == "Conv1D"
-        term = fusedterms.Term(layer.weight, layer.bias, tensors["A"], tensors["B"], scale, SCALING, layout, p, seed)
+        facts = fusedterms.Facts(SCALING, kind == "Conv1D", p, seed)
+        term = fusedterms.Term(facts, layer.weight, layer.bias, tensors["A"], tensors["B"], scale)
         return fused.adapted((term,), x)[0]
 
     given = [each.requires_grad_() for each in (torch.randn(2, 2, IN, dtype=torch.float64), *values)]
@@ -177,6 +178,34 @@ def test_zero_b_is_the_layer_alone_bit_by_bit(kind: str, dtype: torch.dtype, opt
     assert torch.equal(*slopes)
     with torch.no_grad():
         assert torch.equal(layer(x), alone)
+
+
+class Widest(TorchDispatchMode):
+    """Remembers the largest float32 tensor that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.dtype == torch.float32:
+            self.numbers = max(self.numbers, found.numel())
+        return found
+
+
+def test_a_bfloat16_base_with_float32_adapters_casts_the_factors_and_not_x():
+    layer, x = adapted(dtype=torch.bfloat16), torch.randn(64, IN, dtype=torch.bfloat16).requires_grad_()
+    factors = tensors_of(layer)
+    with Widest() as widest:
+        slopes = torch.autograd.grad(layer(x).sum(), [x, *factors.values()])
+    assert widest.numbers == max(each.numel() for each in factors.values()) < x.numel(), "only gradients of factors"
+    assert [each.dtype for each in slopes] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_a_float16_base_with_float32_adapters_multiplies_in_float32_whose_range_gradients_need():
+    layer = adapted(dtype=torch.float16)
+    x = torch.full((2, IN), 1e-4, dtype=torch.float16)
+    (slope,) = torch.autograd.grad(layer(x), tensors_of(layer)["A"], torch.full((2, OUT), 1e-4, dtype=torch.float16))
+    assert 0 < float(slope.abs().max()) < torch.finfo(torch.float16).tiny / 16
 
 
 def penalty(run: Callable[[Tensor], Tensor], x: Tensor, trained: list[Tensor]) -> list[Tensor]:

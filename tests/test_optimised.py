@@ -90,11 +90,12 @@ def test_fast_programs_keep_fewer_bytes(peer: Peer):
     assert found[0] < found[1]
 
 
-def test_adapted_llama_keeps_less_than_nine_tenths_of_the_bytes_of_its_frozen_base():
+@pytest.mark.parametrize(("dtype", "part"), [(torch.float32, 0.88), (torch.bfloat16, 0.78)], ids=str)
+def test_adapted_llama_keeps_fewer_bytes_than_its_frozen_base(dtype: torch.dtype, part: float):
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 176}
-    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)).train()
-    given = torch.randn(2, 32, 64, requires_grad=True)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 352}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)).to(dtype).train()
+    given = torch.randn(2, 256, 128, dtype=dtype, requires_grad=True)
     rules = {"version": 1, "rules": [{"match": {"name": "**.layers.**", "op": "linear"}, "lora": {"r": 2}}]}
     tuned = lora_fx.apply(base, rules, {"inputs_embeds": given, "use_cache": False}).train()
     frozen = copy.deepcopy(base).requires_grad_(False)
@@ -103,7 +104,7 @@ def test_adapted_llama_keeps_less_than_nine_tenths_of_the_bytes_of_its_frozen_ba
         model(inputs_embeds=given, use_cache=False)
         own = [*model.parameters(), *model.buffers()]
         found.append(saved_bytes(lambda m=model: m(inputs_embeds=given, use_cache=False), own))
-    assert found[0] < 0.9 * found[1]
+    assert found[0] < part * found[1], "norms in float32 of a half-precision stream are made from that again"
 
 
 class ThinProducts(TorchDispatchMode):

@@ -10,6 +10,8 @@ Backward:                zᵢ = scalingᵢ · Bᵢᵀ dyᵢᵀ         dBᵢᵀ 
 Merged (`contraction`):  Wᵢ + scalingᵢ · Bᵢ Aᵢ stands for Wᵢ in both passes, made anew as hᵢ is; nothing is added
 Shapes: x [.., in], W [out, in] (with `in_out` [in, out]), A [r, in], B [out, r], h and z [r, N] for N rows of x.
 
+With dropout, dropout(x) only drops, and scalingᵢ holds the 1 over the probability of keeping.
+
 The thin products are written so that the long side of the result is its last: with r rows of N columns a matrix
 library needs a half to a quarter of the time that N rows of r columns take it.
 
@@ -32,9 +34,9 @@ from lora_fx.adapters.fusedbackward import Backward, differentiable
 from lora_fx.adapters.fusedterms import (
     Group,
     Produce,
-    Site,
     Term,
     add_product,
+    bundled,
     cast_as_products,
     inner_products,
 )
@@ -55,13 +57,16 @@ def adapted(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, ...]:
 
 def _flat(term: Term, x: Tensor) -> Tensor | None:
     """Return what one layer computes, in as few operations as can be; None where there is more to it."""
-    if term.in_out or term.scale is not None or term.p or term.runs or term.A.dtype != x.dtype:
+    facts, weight, bias, A, B, scale = term
+    if facts.in_out or scale is not None or facts.p or facts.runs or A.dtype != x.dtype:
         return None
-    y = F.linear(x, term.weight, term.bias)
+    y = F.linear(x, weight, bias)
     if not y.is_contiguous():
         return None
-    rows, given = (y, x) if x.dim() == 2 else (y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
-    torch.addmm(rows, torch.mm(given, term.A.t()), term.B.t(), alpha=term.scaling, out=rows)
+    rows, h = y, F.linear(x, A)
+    if y.dim() != 2:
+        rows, h = y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1])
+    torch.addmm(rows, h, B.t(), alpha=facts.scaling, out=rows)
     return y
 
 
@@ -77,42 +82,46 @@ def adapted_from(
         inputs: what x is made of.
         shows: whether x is wanted as well.
     """
-    facts = tuple(each.facts for each in terms)
     with_x = shows and any(each.requires_grad for each in inputs)  # else no gradient reaches x, and none is asked for
-    group = Group(facts, produce, len(inputs), with_x)
-    tensors = (*inputs, *(tensor for each in terms for tensor in each.tensors))
+    group = Group(tuple(each.facts for each in terms), bundled(terms), produce, len(inputs), with_x)
+    tensors = list(inputs)
+    for each in terms:
+        tensors += each[1:]  # type: ignore[arg-type]
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
-        made = _Adapted.apply(group, x, *tensors)  # type: ignore[no-untyped-call]
+        made = _Adapted.apply(group, terms, x, *tensors)  # type: ignore[no-untyped-call]
         return (*made, x) if shows and not with_x else tuple(made)
-    results = _forward(group, x, group.parted(tensors)[1])[0]
+    results = _forward(group, x, terms)[0]
     return (*results, x) if shows else tuple(results)
 
 
 def _forward(
-    group: Group, x: Tensor, sites: list[Site]
+    group: Group, x: Tensor, terms: Sequence[Term]
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """Return all y, all h (of merged sites none), and what DoRA keeps: y before its scale and without the bias."""
-    inner = inner_products(group, x, sites, merged=False)
+    """Return all y, all h (of merged terms none), and what DoRA keeps: y before its scale and without the bias."""
+    inner = inner_products(group, x, terms, merged=False)
     results, unscaled = [], []
-    for site, h in zip(sites, inner, strict=True):
-        y = site.layer(x, site.met()).contiguous()
+    for term, h in zip(terms, inner, strict=True):
+        y = term.layer(x, term.met()).contiguous()
         rows = y.view(-1, y.shape[-1])
         if h is not None:
-            for outputs, inner_rows, block in site.blocks():
-                add_product(rows[:, outputs], h[inner_rows].t(), block.t(), site.facts.scaling)
+            for outputs, inner_rows, block in term.blocks():
+                add_product(rows[:, outputs], h[inner_rows].t(), block.t(), term.facts.factor)
         plain = None
-        if site.scale is not None:
-            plain = rows if site.bias is None else rows - site.bias
-            y = torch.addcmul(rows, plain, (site.scale - 1).to(y.dtype)).view_as(y)
-        results.append(torch.ops.aten._unsafe_view(y, y.shape))  # a view could not be written to in place
+        if term.scale is not None:
+            plain = rows if term.bias is None else rows - term.bias
+            y = torch.addcmul(rows, plain, (term.scale - 1).to(y.dtype)).view_as(y)
+        results.append(_UNSAFE_VIEW(y, y.shape) if y._is_view() else y)  # a view could not be written to in place
         unscaled.append(plain)
     return results, inner, unscaled
 
 
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+
+
 class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: Group, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        results, inner, unscaled = _forward(group, x, group.parted(tensors)[1])
+    def forward(ctx: Any, group: Group, terms: Sequence[Term], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        results, inner, unscaled = _forward(group, x, terms)
         ctx.group, ctx.given = group, len(tensors)
         ctx.save_for_backward(*tensors, *inner, *unscaled)
         ctx.set_materialize_grads(False)
@@ -122,11 +131,11 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, group = ctx.saved_tensors, ctx.group
         tensors, kept_ones = saved[: ctx.given], saved[ctx.given :]
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         with _without_autocast(tensors[0].device.type):
             if torch.is_grad_enabled() or any(grad is not None and _is_batched(grad) for grad in grads):
-                return (None, None, *differentiable(group, tensors, needs, grads))
-            return (None, None, *Backward(group, tensors, needs, kept_ones).gradients(grads))
+                return (None, None, None, *differentiable(group, tensors, needs, grads))
+            return (None, None, None, *Backward(group, tensors, needs, kept_ones).gradients(grads))
 
 
 def _is_batched(grad: Tensor) -> bool:

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fx.adapters.fusedterms import Group, Site, add_product, below_each_other, inner_products, mask_of
+from lora_fx.adapters.fusedterms import (
+    Group,
+    Term,
+    add_product,
+    below_each_other,
+    inner_products,
+    mask_of,
+    parted_like,
+)
 from lora_fx.quantised import dense
 
 
@@ -18,17 +26,17 @@ class Backward:
 
     def __init__(self, group: Group, tensors: Sequence[Any], needs: Sequence[bool], kept_ones: Sequence[Any]) -> None:
         self.group, self.needs = group, needs
-        self.inputs, self.sites = group.parted(tensors)
-        count = len(self.sites)
+        self.inputs, self.terms = group.parted(tensors)
+        count = len(self.terms)
         self.inner, self.unscaled = kept_ones[:count], kept_ones[count:]
         self.found: list[Tensor | None] = [None] * len(tensors)
         self.of_x = any(needs[: group.inputs])
 
-    def _place(self, site: int, tensor: int) -> int:
-        return self.group.inputs + 5 * site + tensor
+    def _place(self, term: int, tensor: int) -> int:
+        return self.group.inputs + 5 * term + tensor
 
-    def _needs(self, site: int, tensor: int) -> bool:
-        return self.needs[self._place(site, tensor)]
+    def _needs(self, term: int, tensor: int) -> bool:
+        return self.needs[self._place(term, tensor)]
 
     def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         x, sources = self._x()
@@ -36,7 +44,7 @@ class Backward:
         inner = self._inner(rows)
         dx: Tensor | None = None
         z: dict[int, Tensor] = {}
-        for number, grad in enumerate(grads[: len(self.sites)]):
+        for number, grad in enumerate(grads[: len(self.terms)]):
             if grad is None:
                 continue
             dy = grad.reshape(-1, grad.shape[-1])
@@ -45,9 +53,9 @@ class Backward:
             dy = self._of_scale(number, dy)
             z[number] = self._of_factor_b(number, dy, inner[number])
             if self.of_x:
-                site = self.sites[number]
-                met = dense(site.met())
-                matrix = met.t() if site.facts.in_out else met
+                term = self.terms[number]
+                met = dense(term.met())
+                matrix = met.t() if term.facts.in_out else met
                 if dx is None:
                     dx = torch.mm(dy, matrix)
                 else:
@@ -58,8 +66,10 @@ class Backward:
         return self.found
 
     def _inner(self, rows: Tensor) -> list[Any]:
-        """Return h of all sites; those of merged ones were not needed in the forward pass and are made here."""
-        made = inner_products(self.group, rows, self.sites, merged=True)
+        """Return h of all terms; those of merged ones were not needed in the forward pass and are made here."""
+        if not any(facts.merged for facts in self.group.facts):
+            return list(self.inner)
+        made = inner_products(self.group, rows, self.terms, merged=True)
         return [old if new is None else new for old, new in zip(self.inner, made, strict=True)]
 
     def _x(self) -> tuple[Tensor, list[Tensor]]:
@@ -73,7 +83,7 @@ class Backward:
 
     def _of_scale(self, number: int, dy: Tensor) -> Tensor:
         """Return the gradient before DoRA's scale, and note that of the scale."""
-        scale = self.sites[number].scale
+        scale = self.terms[number].scale
         if scale is None:
             return dy
         if self._needs(number, 4):
@@ -82,34 +92,34 @@ class Backward:
 
     def _of_factor_b(self, number: int, dy: Tensor, h: Tensor) -> Tensor:
         """Return z = scaling · Bᵀ dyᵀ, and note the gradient of B."""
-        site = self.sites[number]
-        wide = dy if dy.dtype == site.B.dtype else dy.to(site.B.dtype)
-        blocks = list(site.blocks())
+        term = self.terms[number]
+        wide = dy if dy.dtype == term.B.dtype else dy.to(term.B.dtype)
+        blocks = list(term.blocks())
         if self._needs(number, 3):
             slopes = [torch.mm(h[inner], wide[:, outputs]) for outputs, inner, _ in blocks]
-            self.found[self._place(number, 3)] = _beside_each_other(slopes).mul_(site.facts.scaling).t()
+            self.found[self._place(number, 3)] = _beside_each_other(slopes).mul_(term.facts.factor).t()
         found = [torch.mm(block.t(), wide[:, outputs].t()) for outputs, _, block in blocks]
-        return below_each_other(found).mul_(site.facts.scaling)
+        return below_each_other(found).mul_(term.facts.factor)
 
     def _of_factor_a(self, bundle: list[int], z: dict[int, Tensor], rows: Tensor, dx: Tensor | None) -> None:
-        """Note the gradients of A of sites with the same dropout(x), and add theirs to dx in place."""
+        """Note the gradients of A of terms with the same dropout(x), and add theirs to dx in place."""
         if not bundle:
             return
-        members = [self.sites[number] for number in bundle]
+        members = [self.terms[number] for number in bundle]
         below = below_each_other([each.A for each in members])
         beside = below_each_other([z[number] for number in bundle])
-        mask = mask_of(members[0], rows, below.dtype)
+        mask = mask_of(members[0].facts, rows, below.dtype)
         if members[0].facts.merged:
             dx = None  # it is whole
         if dx is not None and mask is None:
             add_product(dx, beside.t(), below, 1.0)
         elif dx is not None:
             assert mask is not None
-            dx.add_(torch.mm(beside.t(), below).mul_(mask))
+            _add_masked(dx, torch.mm(beside.t(), below), mask)
         if any(self._needs(number, 2) for number in bundle):
             wide = rows if rows.dtype == below.dtype else rows.to(below.dtype)
             of_all = torch.mm(beside, wide if mask is None else mask.mul_(wide))
-            for number, part in zip(bundle, torch.split(of_all, [each.A.shape[0] for each in members]), strict=True):
+            for number, part in zip(bundle, parted_like(of_all, [each.A for each in members]), strict=True):
                 if self._needs(number, 2):
                     self.found[self._place(number, 2)] = part
 
@@ -128,6 +138,14 @@ class Backward:
             self.found[number] = gradient
 
 
+def _add_masked(rows: Tensor, found: Tensor, mask: Tensor) -> None:
+    """Add what the mask keeps to the rows, in place."""
+    if found.dtype == rows.dtype:
+        rows.addcmul_(found, mask)
+    else:
+        rows.add_(found.mul_(mask))
+
+
 def _beside_each_other(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
 
@@ -142,12 +160,12 @@ def differentiable(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         views = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(tensors, needs, strict=True)]
-        inputs, sites = group.parted(views)
+        inputs, terms = group.parted(views)
         x = inputs[0] if group.produce is None else group.produce(*inputs)
-        results = [_plain(site, x) for site in sites] + ([x] if group.shows else [])
+        results = [_plain(term, x) for term in terms] + ([x] if group.shows else [])
         pairs = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None and y.requires_grad]
         outputs = [result.view_as(result) for result, _ in pairs]  # x may be its own gradient's source
-    if not pairs:  # what has a gradient needs none: all of that site is frozen
+    if not pairs:  # what has a gradient needs none: all of that term is frozen
         return [None] * len(needs)
     wanted = [view for view, need in zip(views, needs, strict=True) if need]
     slopes = torch.autograd.grad(outputs, wanted, [grad for _, grad in pairs], create_graph=again, allow_unused=True)
@@ -155,13 +173,13 @@ def differentiable(
     return [next(found) if need else None for need in needs]
 
 
-def _plain(site: Site, x: Tensor) -> Tensor:
-    """Return what one site computes, in operations that autograd knows."""
-    base, wide = site.layer(x, site.weight), x.to(site.A.dtype)
-    mask = mask_of(site, x.reshape(-1, x.shape[-1]), site.A.dtype)
-    inner = F.linear(wide if mask is None else wide * mask.view_as(wide), site.A)
-    delta = F.linear(inner * site.facts.scaling, site.whole_factor())
+def _plain(term: Term, x: Tensor) -> Tensor:
+    """Return what one term computes, in operations that autograd knows."""
+    base, wide = term.layer(x, term.weight), x.to(term.A.dtype)
+    mask = mask_of(term.facts, x.reshape(-1, x.shape[-1]), term.A.dtype)
+    inner = F.linear(wide if mask is None else wide * mask.view_as(wide), term.A)
+    delta = F.linear(inner * term.facts.factor, term.whole_factor())
     total = base + delta.to(base.dtype)
-    if site.scale is None:
+    if term.scale is None:
         return total
-    return total + (site.scale - 1).to(base.dtype) * (total if site.bias is None else total - site.bias)
+    return total + (term.scale - 1).to(base.dtype) * (total if term.bias is None else total - term.bias)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +15,15 @@ Produce = Callable[..., Tensor]
 Runs = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One layer with its adapter: its tensors, and what is to be done with them."""
+class Facts(NamedTuple):
+    """What is to be done with the tensors of a term."""
 
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    scale: Tensor | None
-    """DoRA's m / ‖V‖ [out], the norm being a constant for gradients; None for plain LoRA."""
     scaling: float
-    in_out: bool
-    p: float
+    in_out: bool = False
+    """Whether the weight is stored as [in, out]."""
+    p: float = 0.0
     """Probability of dropout; 0 for none."""
-    seed: Tensor | None
+    seed: Tensor | None = None
     """Of the dropout; layers that share one share their mask."""
     merged: bool = False
     """Whether x meets W + scaling · B A instead of both apart (see `contraction`); not with dropout or two dtypes."""
@@ -38,62 +31,21 @@ class Term:
     """Where only parts of the rows of W are adapted, their first rows and ends: B has the blocks, A r rows for each."""
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.weight, self.bias, self.A, self.B, self.scale
-
-    @property
-    def facts(self) -> Facts:
-        return Facts(self.scaling, self.in_out, self.p, self.seed, self.merged, self.A.dtype, self.runs)
+    def factor(self) -> float:
+        """What B A is multiplied by: the scaling, and that of dropout, which then costs no pass over a mask."""
+        return self.scaling / keeping(self.p) if self.p else self.scaling
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """A term without its tensors."""
+class Term(NamedTuple):
+    """One layer with its adapter: its tensors, and what is to be done with them."""
 
-    scaling: float
-    in_out: bool
-    p: float
-    seed: Tensor | None
-    merged: bool
-    dtype: torch.dtype
-    """Of the factors."""
-    runs: Runs
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """What is computed, for the autograd function."""
-
-    facts: tuple[Facts, ...]
-    produce: Produce | None
-    """Makes x from the inputs again in the backward pass; None if x itself is the input."""
-    inputs: int
-    shows: bool
-    """Whether x is a result too, for others that use it; only where it is made."""
-
-    def parted(self, tensors: Sequence[Any]) -> tuple[list[Tensor], list[Site]]:
-        """Return the inputs and the sites' tensors out of one flat list."""
-        rest = tensors[self.inputs :]
-        sites = [Site(fact, *rest[5 * i : 5 * i + 5]) for i, fact in enumerate(self.facts)]
-        return list(tensors[: self.inputs]), sites
-
-    @property
-    def bundles(self) -> list[tuple[int, ...]]:
-        """Numbers of the sites that meet the same dropout(x) in the same way."""
-        found: dict[tuple[torch.dtype, bool, float, int], list[int]] = {}
-        for number, fact in enumerate(self.facts):
-            found.setdefault((fact.dtype, fact.merged, fact.p, id(fact.seed) if fact.p else 0), []).append(number)
-        return [tuple(each) for each in found.values()]
-
-
-@dataclass(slots=True)
-class Site:
     facts: Facts
     weight: Tensor
     bias: Tensor | None
     A: Tensor
     B: Tensor
-    scale: Tensor | None
+    scale: Tensor | None = None
+    """DoRA's m / ‖V‖ [out], the norm being a constant for gradients; None for plain LoRA."""
 
     def layer(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return what the frozen layer would compute with a weight, as it computes it."""
@@ -108,7 +60,7 @@ class Site:
         if not self.facts.merged:
             return self.weight
         left, right = (self.A.t(), self.B.t()) if self.facts.in_out else (self.B, self.A)
-        return torch.addmm(self.weight, left, right, alpha=self.facts.scaling)
+        return torch.addmm(self.weight, left, right, alpha=self.facts.factor)
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield (columns of y, rows of h, block of B) of each adapted part; of a whole weight one."""
@@ -128,18 +80,49 @@ class Site:
         return torch.cat(columns, dim=1)
 
 
-def inner_products(group: Group, x: Tensor, sites: list[Site], merged: bool) -> list[Tensor | None]:
-    """Return h = A dropout(x)ᵀ of the sites that are merged, or of those that are not, [r, N], in the dtype of A."""
-    rows = x.reshape(-1, x.shape[-1])
-    found: list[Tensor | None] = [None] * len(sites)
+class Group(NamedTuple):
+    """What is computed, without the tensors, for the autograd function."""
+
+    facts: tuple[Facts, ...]
+    bundles: tuple[tuple[int, ...], ...]
+    """Numbers of the terms that meet the same dropout(x) in the same way."""
+    produce: Produce | None
+    """Makes x from the inputs again in the backward pass; None if x itself is the input."""
+    inputs: int
+    shows: bool
+    """Whether x is a result too, for others that use it; only where it is made."""
+
+    def parted(self, tensors: Sequence[Any]) -> tuple[list[Tensor], list[Term]]:
+        """Return the inputs and the terms out of one flat list of tensors."""
+        start = self.inputs
+        terms = [Term(fact, *tensors[start + 5 * i : start + 5 * i + 5]) for i, fact in enumerate(self.facts)]
+        return list(tensors[:start]), terms
+
+
+def bundled(terms: Sequence[Term]) -> tuple[tuple[int, ...], ...]:
+    """Return the numbers of the terms that meet the same dropout(x) in the same way."""
+    if len(terms) == 1:
+        return _ALONE
+    found: dict[tuple[torch.dtype, bool, float, int], list[int]] = {}
+    for number, (facts, _, _, A, _, _) in enumerate(terms):
+        found.setdefault((A.dtype, facts.merged, facts.p, id(facts.seed) if facts.p else 0), []).append(number)
+    return tuple(map(tuple, found.values()))
+
+
+_ALONE = ((0,),)
+
+
+def inner_products(group: Group, x: Tensor, terms: Sequence[Term], merged: bool) -> list[Tensor | None]:
+    """Return h = A dropout(x)ᵀ of the terms that are merged, or of those that are not, [r, N], in the dtype of A."""
+    found: list[Tensor | None] = [None] * len(terms)
     for bundle in group.bundles:
-        members = [sites[number] for number in bundle]
-        if members[0].facts.merged != merged:
+        first = terms[bundle[0]]
+        if first.facts.merged != merged:
             continue
-        below = below_each_other([each.A for each in members])
-        h = torch.mm(below, dropped(rows, members[0], below.dtype).t())
-        parts = torch.split(h, [each.A.shape[0] for each in members]) if len(members) > 1 else (h,)
-        for number, part in zip(bundle, parts, strict=True):
+        factors = [terms[number].A for number in bundle]
+        below = below_each_other(factors)
+        h = torch.mm(below, dropped(x.reshape(-1, x.shape[-1]), first.facts, below.dtype).t())
+        for number, part in zip(bundle, parted_like(h, factors), strict=True):
             found[number] = part
     return found
 
@@ -153,32 +136,39 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear multiplies x; autocast leaves float64 alone."""
-    return x.dtype if x.dtype is torch.float64 else autocast_dtype(x.device.type) or x.dtype
+    dtype = x.dtype
+    if dtype is torch.float64 or not torch._C._is_any_autocast_enabled():
+        return dtype
+    return autocast_dtype(x.device.type) or dtype
 
 
 def cast_as_products(x: Tensor) -> Tensor:
     """Return x as a linear multiplies it: under autocast in its dtype, else as it is."""
     dtype = product_dtype(x)
-    return x if x.dtype == dtype else x.to(dtype)
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def below_each_other(factors: Sequence[Tensor]) -> Tensor:
     return factors[0] if len(factors) == 1 else torch.cat(tuple(factors))
 
 
-def dropped(rows: Tensor, site: Site, dtype: torch.dtype) -> Tensor:
-    """Return dropout(x) in the factors' dtype."""
-    mask = mask_of(site, rows, dtype)
+def parted_like(whole: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the parts of a tensor that stand below each other, with as many rows as the given ones."""
+    return (whole,) if len(parts) == 1 else whole.split_with_sizes([each.shape[0] for each in parts])
+
+
+def dropped(rows: Tensor, facts: Facts, dtype: torch.dtype) -> Tensor:
+    """Return dropout(x) in the factors' dtype, before it is divided by the probability of keeping."""
+    mask = mask_of(facts, rows, dtype)
     wide = rows if rows.dtype == dtype else rows.to(dtype)
     return wide if mask is None else mask.mul_(wide)
 
 
-def mask_of(site: Site, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the mask with the scale in it; None without dropout."""
-    seed, p = site.facts.seed, site.facts.p
-    if seed is None or not p:
+def mask_of(facts: Facts, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the mask of ones and zeros; None without dropout."""
+    if facts.seed is None or not facts.p:
         return None
-    return kept(seed, rows.shape[0], rows.shape[1], p, dtype).mul_(1 / keeping(p))
+    return kept(facts.seed, rows.shape[0], rows.shape[1], facts.p, dtype)
 
 
 def add_product(rows: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:

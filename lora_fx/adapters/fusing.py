@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from lora_fx.adapters.contraction import choose
 from lora_fx.adapters.dora import DoRAMagnitude
 from lora_fx.adapters.factors import SlicedB
-from lora_fx.adapters.fusedterms import Term, autocast_dtype, product_dtype
+from lora_fx.adapters.fusedterms import Facts, Term, autocast_dtype, product_dtype
 from lora_fx.adapters.lora import LoRAFactor, as_rows
 from lora_fx.adapters.masks import is_possible, new_seed, shared_seed
 from lora_fx.layerkinds import has_hooks, linear_layout
@@ -64,7 +64,8 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         return None
     parameters = layer._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    plain, cast = _is_plain(weight), autocast_dtype(x.device.type)
+    plain = _is_plain(weight)
+    cast = autocast_dtype(x.device.type) if torch._C._is_any_autocast_enabled() else None
     if not (plain or (cast is None and is_quantised(weight))) or weight.requires_grad:
         return None
     if product_dtype(x) != (cast or weight.dtype) or not (
@@ -85,10 +86,13 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         scale = magnitude.scale(as_rows(weight, spec.layout), first, B.matrix)
     if cast is not None:
         weight, bias, first, second = (None if t is None else t.to(cast) for t in (weight, bias, first, second))
+    elif x.dtype is torch.bfloat16 and first.dtype is torch.float32:
+        first, second = first.to(x.dtype), second.to(x.dtype)
     seed = _seed(layer, spec.lora.share_dropout, x, p)
     runs = B.runs or () if type(B) is SlicedB else ()
     merged = plain and not runs and choose(x, weight, first, second, p > 0, scale is not None) == "merged"
-    return Term(weight, bias, first, second, scale, spec.lora.scaling, layout == "in_out", p, seed, merged, runs)
+    facts = Facts(spec.lora.scaling, layout == "in_out", p, seed, merged, runs)
+    return Term(facts, weight, bias, first, second, scale)
 
 
 def _is_plain(tensor: Any) -> bool:

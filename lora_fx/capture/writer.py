@@ -18,6 +18,7 @@ from lora_fx.capture.reasons import Untraceable
 from lora_fx.capture.torch_internals import (
     FakeTensor,
     constant_of,
+    hint_of,
     is_functorch_wrapper,
     pytree,
     symbol_of,
@@ -64,7 +65,7 @@ class GraphWriter:
         self.inputs[id(stand_in)] = node
         self.alive.append(stand_in)
         if isinstance(stand_in, Tensor):
-            node.meta["tensor"] = (tuple(map(str, stand_in.shape)), stand_in.dtype)
+            node.meta.update(_facts_of(stand_in))
             for dim, size in enumerate(stand_in.shape):
                 if isinstance(size, torch.SymInt) and symbol_of(size).is_symbol:
                     self.size_of.setdefault(symbol_of(size), (node, dim))
@@ -82,7 +83,7 @@ class GraphWriter:
         if isinstance(value, Tensor):
             self.made_by[id(value)] = node
             self.alive.append(value)
-            node.meta["tensor"] = (tuple(map(str, value.shape)), value.dtype)
+            node.meta.update(_facts_of(value))
         elif isinstance(value, (tuple, list)):
             self._made_items(enumerate(value), node)
         elif isinstance(value, dict):
@@ -210,6 +211,18 @@ def _is_free(node: fx.Node) -> bool:
 
 def _computes_size(node: fx.Node) -> bool:
     return "tensor" not in node.meta and "place" not in node.meta
+
+
+def _facts_of(tensor: Tensor) -> dict[str, Any]:
+    """Return what a node remembers of its tensor: sizes and dtype, and how many bytes it had when it was captured."""
+    number = tensor.dtype.itemsize
+    for size in tensor.shape:
+        number *= size if isinstance(size, int) else hint_of(size) or _SOME
+    return {"tensor": (tuple(map(str, tensor.shape)), tensor.dtype), "bytes": number}
+
+
+_SOME = 64
+"""What a size counts as that depends on data."""
 
 
 def holds_tensor(value: Any) -> bool:

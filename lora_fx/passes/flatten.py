@@ -55,7 +55,7 @@ def _flatten(editor: Editor, node: fx.Node, foreseen: Collection[str]) -> None:
             flat = write.graph.call_function(F.linear, tuple(arguments))
         else:
             return
-    flat.meta.update({key: value for key, value in node.meta.items() if key == "tensor"})
+    flat.meta.update({key: value for key, value in node.meta.items() if key in ("tensor", "bytes")})
     editor.replace_uses(node, flat, path, but=lambda user: False)
     editor.erase(node, path)
 

@@ -67,6 +67,6 @@ def _inline(editor: Editor, node: fx.Node) -> None:
             if getattr(module, attribute) is not None
         }
         flat = write.graph.call_function(function, (first_argument(node),), given)
-    flat.meta.update({key: value for key, value in node.meta.items() if key == "tensor"})
+    flat.meta.update({key: value for key, value in node.meta.items() if key in ("tensor", "bytes")})
     editor.replace_uses(node, flat, path, but=lambda user: False)
     editor.erase(node, path)

@@ -17,6 +17,10 @@ _KEEP_OPERANDS = frozenset(
      "leaky_relu", "elu", "hardswish", "mish", "layer_norm", "rms_norm", "relu6", "clamp", "rsub"}
 )  # fmt: skip
 _KEEP_RESULT = frozenset({"relu", "tanh", "exp", "rsqrt", "sqrt", "sigmoid", "reciprocal"})
+_SERIES = frozenset(
+    {"tanh", "erf", "exp", "sigmoid", "silu", "gelu", "softplus", "mish", "elu", "log", "sin", "cos"}
+)  # fmt: skip
+"""Operations that cost several times what reading and writing their numbers does."""
 _REPEATABLE = _CASTS | _KEEP_NOTHING | _KEEP_OPERANDS | _KEEP_RESULT
 _QUIET = (
     _REPEATABLE | VIEWS
@@ -69,10 +73,13 @@ def kept_by_autograd(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def work_of(node: fx.Node) -> int:
-    """Return what computing the result takes, for comparisons: 1 for each pass over its bytes."""
+    """Return what computing the result takes, for comparisons: 1 for a pass over its bytes."""
+    name = operation(node)
     if is_alias(node):
         return 0
-    return 3 if operation(node) in ("tanh", "pow", "erf", "exp", "sigmoid") else 1
+    if name in _SERIES or (name == "pow" and 2 not in node.args):
+        return 6
+    return 3 if name in ("layer_norm", "rms_norm") else 1
 
 
 def is_alias(node: fx.Node) -> bool:
@@ -88,11 +95,6 @@ def _dtype(node: object) -> object:
 
 
 def bytes_of(node: fx.Node) -> int:
-    """Return the size of a node's tensor for comparisons, any size that is not known counting as 64; 0 if unknown."""
-    if "tensor" not in node.meta:
-        return 0
-    shape, dtype = node.meta["tensor"]
-    number: int = dtype.itemsize
-    for size in shape:
-        number *= int(size) if str(size).isdigit() else 64
+    """Return the size of a node's tensor as it was captured; 0 if unknown."""
+    number: int = node.meta.get("bytes", 0)
     return number

@@ -25,8 +25,8 @@ from lora_fx.passes.stack import draws, is_adapted_linear
 
 _LONGEST = 24
 """How many operations a chain may have."""
-_PRICE = 0.3
-"""How many bytes must be saved for each that is computed again, for it to be worth its time."""
+_PRICE = 0.1
+"""How many bytes must be saved for each that is computed again, in one pass, for it to be worth its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,17 @@ class _Chain:
 
     def gain(self) -> float:
         """Return how many bytes fewer are kept if the chain's inputs are and nothing inside of it, less its price."""
-        before = {_root(self.x)} | {_root(each) for node in self.nodes for each in kept_by_autograd(node)}
-        after = {_root(each) for each in self.inputs if each.op != "get_attr" and not self._is_kept(each)}
+        kept = [self.x, *(each for node in self.nodes for each in kept_by_autograd(node))]
+        wanted = [each for each in self.inputs if each.op != "get_attr"]
+        before, after = set(map(_root, kept)), set(map(_root, wanted))
+        anyway = {_root(each) for each in (*kept, *wanted) if self._is_kept(each)}
         work = sum(bytes_of(each) * work_of(each) for each in self.nodes)
-        return sum(map(bytes_of, before - after)) - sum(map(bytes_of, after - before)) - _PRICE * work
+        saved, added = before - after - anyway, after - before - anyway
+        return sum(map(bytes_of, saved)) - sum(map(bytes_of, added)) - _PRICE * work
 
     def _is_kept(self, node: fx.Node) -> bool:
-        """Whether a tensor is kept for what makes it, or for somebody else who uses it."""
-        others = [node, *(user for user in node.users if user not in self.nodes)]
+        """Whether a tensor is kept for what makes it, or for who uses it, outside of the chain."""
+        others = [each for each in (node, *node.users) if each not in self.nodes]
         return any(node in kept_by_autograd(each) for each in others if is_repeatable(each))
 
 
