@@ -180,6 +180,12 @@ def test_zero_b_is_the_layer_alone_bit_by_bit(kind: str, dtype: torch.dtype, opt
         assert torch.equal(layer(x), alone)
 
 
+@pytest.mark.parametrize("kind", ["linear", "Conv1D"])
+def test_many_rows_are_dropped_out_in_parts_with_the_same_result(kind: str, monkeypatch):
+    monkeypatch.setattr(masks, "_ENTRIES", 1)
+    assert_is_reference(adapted(kind, dropout=0.5), torch.randn(200, IN))
+
+
 class Widest(TorchDispatchMode):
     """Remembers the largest float32 tensor that an operation makes."""
 

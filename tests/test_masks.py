@@ -155,6 +155,16 @@ def test_seed_decides_and_is_not_changed():
     assert not torch.equal(masks.kept(torch.tensor(6), 40, 30, 0.3, torch.float32), first)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 64, 200])
+def test_parts_of_a_mask_are_those_of_the_whole(rows: int, monkeypatch):
+    monkeypatch.setattr(masks, "_ENTRIES", 1)
+    parts = list(masks.kept_in_parts(torch.tensor(5), rows, 30, 0.3, torch.float32))
+    assert len(parts) == max(1, -(-rows // 64))
+    whole = masks.kept(torch.tensor(5), rows, 30, 0.3, torch.float32)
+    assert torch.equal(torch.cat([each for _, each in parts]), whole)
+    assert all(torch.equal(whole[which], each) for which, each in parts)
+
+
 def test_golden_mask():
     """What a seed stands for is the same on every machine and in every version, or checkpoints would differ."""
     rows = ["".join(str(int(each)) for each in row) for row in mask(2026, 0.5, 4, 16)]

@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.fusedterms import (
+    Facts,
     Group,
     Term,
     add_product,
     below_each_other,
     inner_products,
-    mask_of,
     parted_like,
+    wide_parts,
 )
+from lora_fx.adapters.masks import kept
 from lora_fx.quantised import dense
 
 
@@ -108,20 +110,20 @@ class Backward:
         members = [self.terms[number] for number in bundle]
         below = below_each_other([each.A for each in members])
         beside = below_each_other([z[number] for number in bundle])
-        mask = mask_of(members[0].facts, rows, below.dtype)
         if members[0].facts.merged:
             dx = None  # it is whole
-        if dx is not None and mask is None:
-            add_product(dx, beside.t(), below, 1.0)
-        elif dx is not None:
-            assert mask is not None
-            _add_masked(dx, torch.mm(beside.t(), below), mask)
-        if any(self._needs(number, 2) for number in bundle):
-            wide = rows if rows.dtype == below.dtype else rows.to(below.dtype)
-            of_all = torch.mm(beside, wide if mask is None else mask.mul_(wide))
-            for number, part in zip(bundle, parted_like(of_all, [each.A for each in members]), strict=True):
+        of_all: Tensor | None = None
+        for part, wide, mask in wide_parts(rows, members[0].facts, below.dtype):
+            left = beside if part is None else beside[:, part]
+            if dx is not None:
+                _add_outer(dx if part is None else dx[part], left.t(), below, mask)
+            if any(self._needs(number, 2) for number in bundle):
+                wide = wide if mask is None else mask.mul_(wide)
+                of_all = torch.mm(left, wide) if of_all is None else torch.addmm(of_all, left, wide, out=of_all)
+        if of_all is not None:
+            for number, found in zip(bundle, parted_like(of_all, [each.A for each in members]), strict=True):
                 if self._needs(number, 2):
-                    self.found[self._place(number, 2)] = part
+                    self.found[self._place(number, 2)] = found
 
     def _of_inputs(self, x: Tensor, sources: list[Tensor], dx: Tensor | None, shown: Tensor | None) -> None:
         if not self.of_x:
@@ -138,12 +140,14 @@ class Backward:
             self.found[number] = gradient
 
 
-def _add_masked(rows: Tensor, found: Tensor, mask: Tensor) -> None:
-    """Add what the mask keeps to the rows, in place."""
-    if found.dtype == rows.dtype:
-        rows.addcmul_(found, mask)
+def _add_outer(rows: Tensor, left: Tensor, right: Tensor, mask: Tensor | None) -> None:
+    """Add left right, or what the mask keeps of it, to the rows in place."""
+    if mask is None:
+        add_product(rows, left, right, 1.0)
+    elif left.dtype == rows.dtype:
+        rows.addcmul_(torch.mm(left, right), mask)
     else:
-        rows.add_(found.mul_(mask))
+        rows.add_(torch.mm(left, right).mul_(mask))
 
 
 def _beside_each_other(parts: Sequence[Tensor]) -> Tensor:
@@ -176,10 +180,16 @@ def differentiable(
 def _plain(term: Term, x: Tensor) -> Tensor:
     """Return what one term computes, in operations that autograd knows."""
     base, wide = term.layer(x, term.weight), x.to(term.A.dtype)
-    mask = mask_of(term.facts, x.reshape(-1, x.shape[-1]), term.A.dtype)
-    inner = F.linear(wide if mask is None else wide * mask.view_as(wide), term.A)
+    mask = _mask_of(term.facts, x, term.A.dtype)
+    inner = F.linear(wide if mask is None else wide * mask, term.A)
     delta = F.linear(inner * term.facts.factor, term.whole_factor())
     total = base + delta.to(base.dtype)
     if term.scale is None:
         return total
     return total + (term.scale - 1).to(base.dtype) * (total if term.bias is None else total - term.bias)
+
+
+def _mask_of(facts: Facts, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if facts.seed is None or not facts.p:
+        return None
+    return kept(facts.seed, x.shape[:-1].numel(), x.shape[-1], facts.p, dtype).view(x.shape)

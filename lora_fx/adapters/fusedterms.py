@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fx.adapters.masks import keeping, kept
+from lora_fx.adapters.masks import keeping, kept_in_parts
 
 Produce = Callable[..., Tensor]
 Runs = tuple[tuple[int, int], ...]
@@ -121,10 +121,18 @@ def inner_products(group: Group, x: Tensor, terms: Sequence[Term], merged: bool)
             continue
         factors = [terms[number].A for number in bundle]
         below = below_each_other(factors)
-        h = torch.mm(below, dropped(x.reshape(-1, x.shape[-1]), first.facts, below.dtype).t())
+        h = _inner_product(below, x.reshape(-1, x.shape[-1]), first.facts)
         for number, part in zip(bundle, parted_like(h, factors), strict=True):
             found[number] = part
     return found
+
+
+def _inner_product(below: Tensor, rows: Tensor, facts: Facts) -> Tensor:
+    parts = [
+        torch.mm(below, (wide if mask is None else mask.mul_(wide)).t())
+        for _, wide, mask in wide_parts(rows, facts, below.dtype)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -157,18 +165,17 @@ def parted_like(whole: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
     return (whole,) if len(parts) == 1 else whole.split_with_sizes([each.shape[0] for each in parts])
 
 
-def dropped(rows: Tensor, facts: Facts, dtype: torch.dtype) -> Tensor:
-    """Return dropout(x) in the factors' dtype, before it is divided by the probability of keeping."""
-    mask = mask_of(facts, rows, dtype)
-    wide = rows if rows.dtype == dtype else rows.to(dtype)
-    return wide if mask is None else mask.mul_(wide)
+def wide_parts(rows: Tensor, facts: Facts, dtype: torch.dtype) -> Iterator[tuple[slice | None, Tensor, Tensor | None]]:
+    """Yield (which rows, these in the factors' dtype, their mask); (None, all, None) without dropout.
 
-
-def mask_of(facts: Facts, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the mask of ones and zeros; None without dropout."""
+    The mask is of ones and zeros, and may be written to.  dropout(x) is one times the other here: what it is divided
+    by is in the factor.
+    """
     if facts.seed is None or not facts.p:
-        return None
-    return kept(facts.seed, rows.shape[0], rows.shape[1], facts.p, dtype)
+        yield None, rows if rows.dtype == dtype else rows.to(dtype), None
+        return
+    for part, mask in kept_in_parts(facts.seed, rows.shape[0], rows.shape[1], facts.p, dtype):
+        yield part, rows[part].to(dtype), mask
 
 
 def add_product(rows: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:

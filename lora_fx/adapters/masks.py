@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -92,16 +92,41 @@ def _checkpoint() -> weakref.ref[Callable[..., Any]] | None:
 
 def kept(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:
     """Return the mask [rows, columns] of ones, which are kept, and zeros; `seed` is a scalar int64 tensor."""
+    return next(mask for _, mask in _parts(seed, rows, columns, p, dtype, max(rows, 1)))
+
+
+def kept_in_parts(
+    seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the mask by parts, (which rows, mask of these), small enough for a processor to keep at hand.
+
+    Other devices get it in one part: there a call costs more than memory.
+    """
+    step = max(_FEWEST, _ENTRIES // max(columns, 1)) if seed.device.type == "cpu" else max(rows, 1)
+    return _parts(seed, rows, columns, p, dtype, step)
+
+
+_ENTRIES, _FEWEST = 1 << 19, 64
+"""Entries of a part, and the rows that it has at least: measured; smaller parts cost more calls than they save."""
+
+
+def _parts(
+    seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype, step: int
+) -> Iterator[tuple[slice, Tensor]]:
     if not rows:
-        return torch.ones((0, columns), dtype=dtype, device=seed.device)
+        yield slice(0, 0), torch.ones((0, columns), dtype=dtype, device=seed.device)
+        return
     bits = bits_for(p)
+    threshold = round((1 << bits) * p) - (1 << (bits - 1))  # of signed numbers
     words = -(-columns * bits // 64)
     sides = _mixed(torch.arange(1, rows + words + 1, device=seed.device).add_(seed).mul_(_GOLDEN))
-    mixed = sides[:rows].unsqueeze(1) + sides[rows:]
-    mixed.bitwise_xor_(_shifted(mixed, 32)).mul_(_FIRST).bitwise_xor_(_shifted(mixed, 29))
-    drawn = mixed.view(torch.int8 if bits == 8 else torch.int16)[:, :columns]
-    threshold = round((1 << bits) * p) - (1 << (bits - 1))  # of signed numbers
-    return torch.ge(drawn, threshold, out=drawn).to(dtype)
+    left, right = sides[:rows].unsqueeze(1), sides[rows:]
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        mixed = left[part] + right
+        mixed.bitwise_xor_(_shifted(mixed, 32)).mul_(_FIRST).bitwise_xor_(_shifted(mixed, 29))
+        drawn = mixed.view(torch.int8 if bits == 8 else torch.int16)[:, :columns]
+        yield part, torch.ge(drawn, threshold, out=drawn).to(dtype)
 
 
 def _mixed(words: Tensor) -> Tensor:
