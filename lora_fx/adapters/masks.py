@@ -106,7 +106,7 @@ def kept_in_parts(
     return _parts(seed, rows, columns, p, dtype, step)
 
 
-_ENTRIES, _FEWEST = 1 << 19, 64
+_ENTRIES, _FEWEST = 1 << 20, 64
 """Entries of a part, and the rows that it has at least: measured; smaller parts cost more calls than they save."""
 
 
