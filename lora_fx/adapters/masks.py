@@ -1,8 +1,8 @@
 """Dropout that is nearly free: which entries are kept follows from a seed, so that no mask is stored.
 
-Entry (i, j) is kept where a byte of a hash of (seed, i, j) is at least 256 p; where a byte cannot come within 2 % of p,
-two bytes are.  Entries are kept independently of each other with the probability that `keeping` gives, and the scale is
-1 over it, so that the mean of what is dropped out is what came in, exactly.
+Entry (i, j) is kept where a byte of a hash of (seed, i, j) is at least 256 p; where a byte cannot come within 2 % of p
+and of 1 - p, two bytes are.  Entries are kept independently of each other with the probability that `keeping` gives, and
+the scale is 1 over it, so that the mean of what is dropped out is what came in, exactly.
 
 The hash is splitmix64 of the row plus splitmix64 of the column, mixed once more (Steele, Lea, Flood 2014,
 doi:10.1145/2660193.2660195); integer arithmetic wraps alike on every device, so a seed gives the same mask on all.
@@ -27,12 +27,12 @@ def _signed(word: int) -> int:
 
 _GOLDEN, _FIRST, _SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _NEAR = 0.02
-"""How far the probability may be from what was asked for, relatively, for one byte to do."""
+"""How far, relatively, the probabilities of dropping and keeping may be from what was asked for, for one byte to do."""
 
 
 def bits_for(p: float) -> int:
     """Return how many random bits decide on an entry that is dropped with probability p: 8 or 16."""
-    return 8 if abs(round(256 * p) / 256 - p) <= _NEAR * p else 16
+    return 8 if abs(round(256 * p) / 256 - p) <= _NEAR * min(p, 1 - p) else 16
 
 
 def keeping(p: float) -> float:
