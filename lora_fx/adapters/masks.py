@@ -1,8 +1,8 @@
 """Dropout that is nearly free: which entries are kept follows from a seed, so that no mask is stored.
 
 Entry (i, j) is kept where a byte of a hash of (seed, i, j) is at least 256 p; where a byte cannot come within 2 % of p
-and of 1 - p, two bytes are.  Entries are kept independently of each other with the probability that `keeping` gives, and
-the scale is 1 over it, so that the mean of what is dropped out is what came in, exactly.
+and of 1 - p, two bytes are.  Entries are kept independently of each other with the probability that `keeping` gives,
+and the scale is 1 over it, so that the mean of what is dropped out is what came in, exactly.
 
 The hash is splitmix64 of the row plus splitmix64 of the column, mixed once more (Steele, Lea, Flood 2014,
 doi:10.1145/2660193.2660195); integer arithmetic wraps alike on every device, so a seed gives the same mask on all.
