@@ -57,7 +57,7 @@ def adapted(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, ...]:
 
 def _flat(term: Term, x: Tensor) -> Tensor | None:
     """Return what one layer computes, in as few operations as can be; None where there is more to it."""
-    facts, weight, bias, A, B, scale = term
+    facts, weight, bias, A, B, scale = term.as_multiplied(x.dtype)
     if facts.in_out or scale is not None or facts.p or facts.runs or A.dtype != x.dtype:
         return None
     y = F.linear(x, weight, bias)
@@ -98,6 +98,7 @@ def _forward(
     group: Group, x: Tensor, terms: Sequence[Term]
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """Return all y, all h (of merged terms none), and what DoRA keeps: y before its scale and without the bias."""
+    terms = [each.as_multiplied(x.dtype) for each in terms]
     inner = inner_products(group, x, terms, merged=False)
     results, unscaled = [], []
     for term, h in zip(terms, inner, strict=True):

@@ -42,6 +42,7 @@ class Backward:
 
     def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         x, sources = self._x()
+        self.terms = [each.as_multiplied(x.dtype) for each in self.terms]  # autograd casts their gradients back
         rows = x.detach().reshape(-1, x.shape[-1])
         inner = self._inner(rows)
         dx: Tensor | None = None
@@ -166,7 +167,7 @@ def differentiable(
         views = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(tensors, needs, strict=True)]
         inputs, terms = group.parted(views)
         x = inputs[0] if group.produce is None else group.produce(*inputs)
-        results = [_plain(term, x) for term in terms] + ([x] if group.shows else [])
+        results = [_plain(each.as_multiplied(x.dtype), x) for each in terms] + ([x] if group.shows else [])
         pairs = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None and y.requires_grad]
         outputs = [result.view_as(result) for result, _ in pairs]  # x may be its own gradient's source
     if not pairs:  # what has a gradient needs none: all of that term is frozen

@@ -47,6 +47,16 @@ class Term(NamedTuple):
     scale: Tensor | None = None
     """DoRA's m / ‖V‖ [out], the norm being a constant for gradients; None for plain LoRA."""
 
+    def as_multiplied(self, dtype: torch.dtype) -> Term:
+        """Return the term with its factors as they meet an x of a dtype.
+
+        float32 factors are cast to bfloat16, as by autocast: their rounding changes y by less than y's own.
+        With float16, small gradients need the range of float32.
+        """
+        if dtype is torch.bfloat16 and self.A.dtype is torch.float32:
+            return self._replace(A=self.A.to(dtype), B=self.B.to(dtype))
+        return self
+
     def layer(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return what the frozen layer would compute with a weight, as it computes it."""
         if not self.facts.in_out:

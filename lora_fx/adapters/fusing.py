@@ -86,8 +86,6 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         scale = magnitude.scale(as_rows(weight, spec.layout), first, B.matrix)
     if cast is not None:
         weight, bias, first, second = (None if t is None else t.to(cast) for t in (weight, bias, first, second))
-    elif x.dtype is torch.bfloat16 and first.dtype is torch.float32:
-        first, second = first.to(x.dtype), second.to(x.dtype)
     seed = _seed(layer, spec.lora.share_dropout, x, p)
     runs = B.runs or () if type(B) is SlicedB else ()
     merged = plain and not runs and choose(x, weight, first, second, p > 0, scale is not None) == "merged"
