@@ -191,6 +191,7 @@ def _plain(term: Term, x: Tensor) -> Tensor:
 
 
 def _mask_of(facts: Facts, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if facts.seed is None or not facts.p:
+    seed = facts.mask_seed
+    if seed is None:
         return None
-    return kept(facts.seed, x.shape[:-1].numel(), x.shape[-1], facts.p, dtype).view(x.shape)
+    return kept(seed, x.shape[:-1].numel(), x.shape[-1], facts.p, dtype).view(x.shape)

@@ -31,6 +31,11 @@ class Facts(NamedTuple):
     """Where only parts of the rows of W are adapted, their first rows and ends: B has the blocks, A r rows for each."""
 
     @property
+    def mask_seed(self) -> Tensor | None:
+        """Of the mask; None without dropout."""
+        return self.seed if self.p else None
+
+    @property
     def factor(self) -> float:
         """What B A is multiplied by: the scaling, and that of dropout, which then costs no pass over a mask."""
         return self.scaling / keeping(self.p) if self.p else self.scaling
@@ -181,10 +186,11 @@ def wide_parts(rows: Tensor, facts: Facts, dtype: torch.dtype) -> Iterator[tuple
     The mask is of ones and zeros, and may be written to.  dropout(x) is one times the other here: what it is divided
     by is in the factor.
     """
-    if facts.seed is None or not facts.p:
+    seed = facts.mask_seed
+    if seed is None:
         yield None, rows if rows.dtype == dtype else rows.to(dtype), None
         return
-    for part, mask in kept_in_parts(facts.seed, rows.shape[0], rows.shape[1], facts.p, dtype):
+    for part, mask in kept_in_parts(seed, rows.shape[0], rows.shape[1], facts.p, dtype):
         yield part, rows[part].to(dtype), mask
 
 

@@ -65,7 +65,7 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
     parameters = layer._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
     plain = _is_plain(weight)
-    cast = autocast_dtype(x.device.type) if torch._C._is_any_autocast_enabled() else None
+    cast = autocast_dtype(x.device.type)
     if not (plain or (cast is None and is_quantised(weight))) or weight.requires_grad:
         return None
     if product_dtype(x) != (cast or weight.dtype) or not (

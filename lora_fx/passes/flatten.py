@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
 from lora_fx.editor import Editor
 from lora_fx.layerkinds import has_hooks, kind_of
-from lora_fx.passes.sitegraph import first_argument
+from lora_fx.passes.sitegraph import first_argument, keep_tensor_facts
 from lora_fx.swap import original_class
 
 
@@ -55,7 +55,7 @@ def _flatten(editor: Editor, node: fx.Node, foreseen: Collection[str]) -> None:
             flat = write.graph.call_function(F.linear, tuple(arguments))
         else:
             return
-    flat.meta.update({key: value for key, value in node.meta.items() if key in ("tensor", "bytes")})
+    keep_tensor_facts(node, flat)
     editor.replace_uses(node, flat, path, but=lambda user: False)
     editor.erase(node, path)
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lora_fx.editor import Editor
 from lora_fx.layerkinds import has_hooks
-from lora_fx.passes.sitegraph import first_argument
+from lora_fx.passes.sitegraph import first_argument, keep_tensor_facts
 
 _LAYERS: dict[type[nn.Module], tuple[Callable[..., Any], Mapping[str, str]]] = {
     nn.LayerNorm: (F.layer_norm, {"normalized_shape": "normalized_shape", "weight": "weight", "bias": "bias",
@@ -67,6 +67,6 @@ def _inline(editor: Editor, node: fx.Node) -> None:
             if getattr(module, attribute) is not None
         }
         flat = write.graph.call_function(function, (first_argument(node),), given)
-    flat.meta.update({key: value for key, value in node.meta.items() if key in ("tensor", "bytes")})
+    keep_tensor_facts(node, flat)
     editor.replace_uses(node, flat, path, but=lambda user: False)
     editor.erase(node, path)

@@ -50,6 +50,11 @@ def first_argument(node: fx.Node) -> fx.Node:
     return value
 
 
+def keep_tensor_facts(node: fx.Node, successor: fx.Node) -> None:
+    """Note at a node what the capture knew of the tensor that it now makes in the place of another."""
+    successor.meta.update({key: node.meta[key] for key in ("tensor", "bytes") if key in node.meta})
+
+
 def _owner_of_weight(weight: object) -> str | None:
     """Return the path of the module that owns the weight as its `weight`."""
     if isinstance(weight, fx.Node) and weight.op == "get_attr":
