@@ -38,10 +38,10 @@ docs: $(VENV)/extra-docs
 
 # in a browser, where there is one
 site-test: $(VENV)/extra-docs $(VENV)/extra-test $(VENV)/extra-browser
-	$(BIN)/python -m pytest -rs tests/test_site.py
+	$(BIN)/python -m pytest -rs tests/docs/test_site.py
 
 pictures: $(VENV)/extra-test
-	$(BIN)/python -m tests.pictures
+	$(BIN)/python -m tests.support.pictures
 
 figures: $(VENV)/extra-test
 	$(BIN)/python benchmarks/figures.py

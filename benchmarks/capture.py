@@ -15,8 +15,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 import lora_fx
+from lora_fx.models.samples import Sample
 from lora_fx.regions.install import regions
-from lora_fx.samples import Sample
 
 RULES = {"version": 1, "rules": [{"match": {"name": "**.{q,v}_proj"}, "lora": {"r": 8}}]}
 PAIRS = 40

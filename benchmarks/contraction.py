@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lora_fx.adapters import machine
-from lora_fx.adapters.contraction import DEFAULT
-from lora_fx.adapters.fused import adapted
-from lora_fx.adapters.fusedterms import Facts, Term
-from lora_fx.adapters.machine import Machine, Products
+from lora_fx.adapters.fused import machine
+from lora_fx.adapters.fused.contraction import DEFAULT
+from lora_fx.adapters.fused.forward import adapted
+from lora_fx.adapters.fused.machine import Machine, Products
+from lora_fx.adapters.fused.terms import Facts, Term
 from lora_fx.bench.timing import Timing, summarised, timed
 
 FACTORED, AGAIN, MERGED = "factored", "factored again", "merged"

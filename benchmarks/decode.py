@@ -21,7 +21,7 @@ import lora_fx
 from lora_fx.bench.peer import peft_model
 from lora_fx.bench.subjects import SPREAD, copy_adapters
 from lora_fx.bench.timing import Timing, summarised, timed
-from lora_fx.samples import Sample
+from lora_fx.models.samples import Sample
 from lora_fx.text import columns
 
 RANK = 8

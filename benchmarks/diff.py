@@ -15,7 +15,7 @@ import lora_fx
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lora_fx.graphdiff.compare import GraphDiff, compare
 from lora_fx.graphdiff.graphs import Graph, Weight
-from tests.graphs import decoder, edited
+from tests.support.graphs import decoder, edited
 
 WIDTH, LAYERS = 64, 96
 

@@ -14,7 +14,7 @@ import torch
 import lora_fx
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.textbook import gpt2_classifier, gpt3
+from tests.support.textbook import gpt2_classifier, gpt3
 
 RULE = (
     '  - name: r{0}\n    match: {{name: "**.layers.{0}.{{q,v}}_proj", shape: [">=1024", "*"]}}\n    lora: {{r: 16}}\n'

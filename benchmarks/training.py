@@ -25,7 +25,7 @@ import lora_fx
 from lora_fx.bench.report import Report
 from lora_fx.bench.run import DTYPES, Options, bench
 from lora_fx.bench.subjects import OURS, PEFT
-from lora_fx.samples import Sample
+from lora_fx.models.samples import Sample
 
 BLOCKS = {"name": "**.{h,layer,layers}.*.**", "op": "linear"}
 QUERY_VALUE = {"name": "**.{q_proj,v_proj,query,value}"}

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from lora_fx.api import remerge as remerge
     from lora_fx.api import remove as remove
     from lora_fx.api import save as save
-    from lora_fx.checkpoint.mergereport import MergeReport as MergeReport
     from lora_fx.errors import AdapterFileError as AdapterFileError
     from lora_fx.errors import AdapterMismatchError as AdapterMismatchError
     from lora_fx.errors import CaptureError as CaptureError
@@ -44,21 +43,22 @@ if TYPE_CHECKING:
     from lora_fx.errors import RuleError as RuleError
     from lora_fx.errors import StalePlanError as StalePlanError
     from lora_fx.exporters import Exported as Exported
+    from lora_fx.files.checkpoint.report import MergeReport as MergeReport
     from lora_fx.graphdiff.compare import GraphDiff as GraphDiff
+    from lora_fx.graphdiff.deltas.spectra import Deltas as Deltas
     from lora_fx.graphdiff.graphs import Graph as Graph
-    from lora_fx.graphdiff.spectra import Deltas as Deltas
-    from lora_fx.planning import Plan as Plan
-    from lora_fx.reporting import Report as Report
-    from lora_fx.rules import LoRAConfig as LoRAConfig
-    from lora_fx.rules import RuleSet as RuleSet
-    from lora_fx.samples import call as call
+    from lora_fx.models.samples import call as call
+    from lora_fx.planning.decide import Plan as Plan
+    from lora_fx.rules.ruleset import LoRAConfig as LoRAConfig
+    from lora_fx.rules.ruleset import RuleSet as RuleSet
+    from lora_fx.tuned.report import Report as Report
 
 _HOMES = {
     "lora_fx.api": (
         "apply deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters plan "
         "remerge remove save"
     ),
-    "lora_fx.checkpoint.mergereport": "MergeReport",
+    "lora_fx.files.checkpoint.report": "MergeReport",
     "lora_fx.errors": (
         "AdapterFileError AdapterMismatchError CaptureError ExportError InvariantError LoraFxError LoraFxWarning "
         "MergeError NoMatchError RefusedError RuleError StalePlanError"
@@ -66,11 +66,11 @@ _HOMES = {
     "lora_fx.exporters": "Exported",
     "lora_fx.graphdiff.compare": "GraphDiff",
     "lora_fx.graphdiff.graphs": "Graph",
-    "lora_fx.graphdiff.spectra": "Deltas",
-    "lora_fx.planning": "Plan",
-    "lora_fx.reporting": "Report",
-    "lora_fx.rules": "LoRAConfig RuleSet",
-    "lora_fx.samples": "call",
+    "lora_fx.graphdiff.deltas.spectra": "Deltas",
+    "lora_fx.planning.decide": "Plan",
+    "lora_fx.tuned.report": "Report",
+    "lora_fx.rules.ruleset": "LoRAConfig RuleSet",
+    "lora_fx.models.samples": "call",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -11,24 +11,30 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 from torch.export import ExportedProgram
 
-from lora_fx import applying, explaining, exporters, extraction, remerging, requantising, samples, unapplying
-from lora_fx.adapters import contraction
-from lora_fx.checkpoint import restore, streaming, write
-from lora_fx.checkpoint.mergereport import MergeReport
-from lora_fx.checkpoint.read import read_adapters
-from lora_fx.checkpoint.resolve import resolved, uses_in_files
-from lora_fx.checkpoint.rounding import Rounding
-from lora_fx.discovery import take_inventory, uses_in
+from lora_fx import exporters
+from lora_fx.adapters.fused import contraction
+from lora_fx.discovery.sites import take_inventory, uses_in
+from lora_fx.discovery.study import Observed, Study, observed, studied
 from lora_fx.errors import CaptureError, StalePlanError
+from lora_fx.files.adapter import restore, write
+from lora_fx.files.adapter.read import read_adapters
+from lora_fx.files.adapter.resolve import resolved, uses_in_files
+from lora_fx.files.checkpoint import streaming
+from lora_fx.files.checkpoint.report import MergeReport
+from lora_fx.files.checkpoint.rounding import Rounding
 from lora_fx.graphdiff.compare import GraphDiff
-from lora_fx.graphdiff.deltas import deltas_of
+from lora_fx.graphdiff.deltas.measure import deltas_of
+from lora_fx.graphdiff.deltas.spectra import Deltas
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_diff, graph_of
-from lora_fx.graphdiff.spectra import Deltas
-from lora_fx.planning import Plan, decide, on_modules, stale_parts
-from lora_fx.reporting import Report, report
-from lora_fx.rules import RuleSet, read_rules
-from lora_fx.surveying import Observed, Study, observed, studied
+from lora_fx.models import samples
+from lora_fx.planning import explain as explaining
+from lora_fx.planning.decide import Plan, decide, on_modules, stale_parts
+from lora_fx.remerging import whole
+from lora_fx.rules.ruleset import RuleSet, read_rules
+from lora_fx.tuned import build, requantise, undo
+from lora_fx.tuned import extract as extraction
+from lora_fx.tuned.report import Report, report
 
 Rules: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet
 ChosenBackend: TypeAlias = Literal["auto", "graph", "modules"]
@@ -103,12 +109,12 @@ def apply(
         CaptureError: backend="graph" and a site is in no graph.
         RuleError, NoMatchError: as `plan`.
     """
-    passes = applying.optimisations(optimise)
+    passes = build.optimisations(optimise)
     decided = _planned(model, rules_or_plan, example_inputs, backend)
-    applying.check_refusals(decided)
-    twin = applying.build(model, decided)
+    build.check_refusals(decided)
+    twin = build.build(model, decided)
     _install_graphs(twin, decided, passes)
-    applying.check_backend(twin, decided, backend)
+    build.check_backend(twin, decided, backend)
     return twin
 
 
@@ -155,7 +161,7 @@ def _of_plan(decided: Plan, model: nn.Module, example_inputs: object, backend: s
 
 def parameters(tuned: nn.Module) -> Iterator[nn.Parameter]:
     """Return an iterator over what is trained: adapter parameters, trained biases, modules under `train:`."""
-    return applying.trainable(tuned)
+    return build.trainable(tuned)
 
 
 def inspect(tuned: nn.Module) -> Report:
@@ -165,7 +171,7 @@ def inspect(tuned: nn.Module) -> Report:
 
 def disabled(tuned: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which the adapted model computes what its base computes, bit by bit; the same object."""
-    return unapplying.disabled(tuned)
+    return undo.disabled(tuned)
 
 
 def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -196,12 +202,12 @@ def load(
         AdapterMismatchError: sites that the model has not or has in other shapes, or another base.
         RefusedError: a site that cannot be adapted.
     """
-    passes = applying.optimisations(optimise)
+    passes = build.optimisations(optimise)
     files = resolved(read_adapters(directory), model)
     seen = _observed(model, example_inputs)
     inventory = take_inventory(model, uses_in_files(files, model, seen.uses))
     decided = studied(restore.plan_of(files, inventory, model), model, seen)
-    twin = applying.build(model, decided)
+    twin = build.build(model, decided)
     restore.fill(twin, files)
     _install_graphs(twin, decided, passes)
     return twin
@@ -209,7 +215,7 @@ def load(
 
 def _install_graphs(twin: nn.Module, decided: Plan, passes: tuple[str, ...]) -> None:
     if isinstance(decided.capture, Study):
-        applying.install_graphs(twin, decided.capture.survey, decided.capture.samples, passes)
+        build.install_graphs(twin, decided.capture.survey, decided.capture.samples, passes)
 
 
 def diff(a: Comparable, b: Comparable, example_inputs: object = None) -> GraphDiff:
@@ -250,7 +256,7 @@ def deltas(tuned: nn.Module) -> Deltas:
     return deltas_of(tuned)
 
 
-def merge(tuned: nn.Module, *, requantize: requantising.Quantise | None = None) -> nn.Module:
+def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) -> nn.Module:
     """Return a plain model of the original class with every adapter folded in; the adapted model stays unchanged.
 
     W' = W + scaling · B A, accumulated in float32 and rounded once, in a new parameter: whoever shares the base weight
@@ -260,21 +266,21 @@ def merge(tuned: nn.Module, *, requantize: requantising.Quantise | None = None) 
     Args:
         tuned: an adapted model.
         requantize: quantises a module in place; is given each merged layer whose weight was quantised.  A LoraFxWarning
-            says how much of the adapter that takes; `lora_fx.requantising.merged_and_requantised` returns it.
+            says how much of the adapter that takes; `lora_fx.tuned.requantise.merged_and_requantised` returns it.
 
     Raises:
         MergeError: a merged weight would not be finite; names every such site, and nothing is merged.
     """
     if requantize is None:
-        return unapplying.merged(tuned)
-    model, costs = requantising.merged_and_requantised(tuned, requantize)
-    requantising.warn_of_costs(costs)
+        return undo.merged(tuned)
+    model, costs = requantise.merged_and_requantised(tuned, requantize)
+    requantise.warn_of_costs(costs)
     return model
 
 
 def remove(tuned: nn.Module) -> nn.Module:
     """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
-    return unapplying.removed(tuned)
+    return undo.removed(tuned)
 
 
 def export(
@@ -351,7 +357,7 @@ def remerge(model: nn.Module | ExportedProgram, example_inputs: object = None) -
     scaling · B A added to the weight.  W' = W + Σ scaling · B A, accumulated in float32 and rounded once.  A layer that
     is a linear and its LoRA becomes the plain linear; a GraphModule or ExportedProgram comes back as a GraphModule
     without the nodes.  What looks like a LoRA and is none is left alone, and a LoraFxWarning gives the reasons;
-    `lora_fx.remerging.remerged` returns them.
+    `lora_fx.remerging.whole.remerged` returns them.
 
     Args:
         model: any nn.Module (PEFT's comes back as its base model), torch.fx.GraphModule or ExportedProgram.
@@ -362,8 +368,8 @@ def remerge(model: nn.Module | ExportedProgram, example_inputs: object = None) -
         CaptureError: the example inputs are of a wrong kind.
         RefusedError: the model cannot be copied.
     """
-    result = remerging.remerged(model, example_inputs)
-    remerging.warn_of(result)
+    result = whole.remerged(model, example_inputs)
+    whole.warn_of(result)
     return result.model
 
 
@@ -373,8 +379,8 @@ def extract(tuned_full: nn.Module, base: nn.Module, r: int = 8, rules: Rules | N
     At each linear whose weight differs, B A is the truncated singular value decomposition of W_tuned - W_base, the
     nearest matrix of rank r (Eckart and Young 1936), with √σ in A and in B, computed in float32 (float64 for float64).
     The scaling is 1 (alpha = r).  The twin is as `apply` returns it: it can be saved, trained, merged.  What differs
-    outside of linears (biases, norms) is lost, and a LoraFxWarning names it; `lora_fx.extraction.extracted` returns a
-    report with the retained energy of each site beside the twin.
+    outside of linears (biases, norms) is lost, and a LoraFxWarning names it; `lora_fx.tuned.extract.extracted` returns
+    a report with the retained energy of each site beside the twin.
 
     Args:
         tuned_full: the model after full fine-tuning.

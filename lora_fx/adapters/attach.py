@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.dora import DoRAMagnitude, row_norms
-from lora_fx.adapters.factored import Factored
 from lora_fx.adapters.factors import (
     CallFactors,
     Convolution,
@@ -23,10 +22,11 @@ from lora_fx.adapters.factors import (
 )
 from lora_fx.adapters.initialise import Kind, initialise
 from lora_fx.adapters.lora import LoRAFactor, as_rows, low_rank_weight
+from lora_fx.adapters.rawweight.factored import Factored
+from lora_fx.adapters.rawweight.views import WeightView
 from lora_fx.adapters.spec import AdapterSpec
-from lora_fx.adapters.views import WeightView
-from lora_fx.swap import unswap
-from lora_fx.tensors import dotted
+from lora_fx.models.swap import unswap
+from lora_fx.models.tensors import dotted
 
 CHILDREN = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 ACTIVE = "lora_fx_active"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.lora import low_rank_weight
-from lora_fx.quantised import dense
+from lora_fx.models.quantised import dense
 
 
 class DoRAMagnitude(nn.Module):

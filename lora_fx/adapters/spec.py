@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_fx.rules import LoRAConfig
-from lora_fx.sites import Layout
+from lora_fx.planning.sites import Layout
+from lora_fx.rules.ruleset import LoRAConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

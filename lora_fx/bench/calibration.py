@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_fx.adapters import contraction, machine
-from lora_fx.adapters.machine import Key, Machine, Products
+from lora_fx.adapters.fused import contraction, machine
+from lora_fx.adapters.fused.machine import Key, Machine, Products
 from lora_fx.bench.counters import frozen_heap, no_collection
 from lora_fx.text import columns, count
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from lora_fx.capture.objects import tensors_in
-from lora_fx.capture.torch_internals import DispatchMode
+from lora_fx.models.torch_internals import DispatchMode
 
 Work = Callable[[], object]
 

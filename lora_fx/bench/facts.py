@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_fx.adapters.machine import device_name
+from lora_fx.adapters.fused.machine import device_name
 from lora_fx.bench.subjects import Base, Subject, tensors_of
-from lora_fx.graphdiff.difftext import folded
-from lora_fx.reporting import RegionReport, Report, report
-from lora_fx.samples import Sample
+from lora_fx.graphdiff.render.text import folded
+from lora_fx.models.samples import Sample
+from lora_fx.tuned.report import RegionReport, Report, report
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.bench.subjects import PEFT, Base, Subject, floating
-from lora_fx.checkpoint.describe import Described, describe
 from lora_fx.errors import InvariantError, LoraFxError, RefusedError
 from lora_fx.exporters.peft import refused
-from lora_fx.twin import make_twin
+from lora_fx.files.adapter.describe import Described, describe
+from lora_fx.models.twin import make_twin
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.4}
 """Largest difference over the largest value.  Sums are formed in another order; in half precision each product, scaling

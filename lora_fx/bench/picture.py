@@ -10,7 +10,7 @@ from html import escape
 from lora_fx.bench.report import HEADS, Report
 from lora_fx.bench.subjects import LB
 from lora_fx.bench.timing import FIT
-from lora_fx.graphdiff.page import page
+from lora_fx.graphdiff.render.page import page
 from lora_fx.text import count
 
 STYLE = """

@@ -10,7 +10,7 @@ from lora_fx.bench.counters import Counts
 from lora_fx.bench.facts import Machine, Setting
 from lora_fx.bench.subjects import LB, OURS, PEFT
 from lora_fx.bench.timing import Timing
-from lora_fx.graphdiff.difftext import size_text
+from lora_fx.graphdiff.render.text import size_text
 from lora_fx.text import columns, count
 
 HEADS = ("FLOPs", "saved", "peak", "aten calls")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_fx import reporting
 from lora_fx.api import Rules
 from lora_fx.bench.counters import Counts, counted, frozen_heap
 from lora_fx.bench.facts import device_of, machine_of, setting_of
@@ -17,7 +16,8 @@ from lora_fx.bench.peer import check_parity, peft_subject, require_peft
 from lora_fx.bench.report import Report
 from lora_fx.bench.subjects import AGAIN, LB, MODULES, OURS, PEFT, Base, Subject, copy_adapters
 from lora_fx.bench.timing import summarised, timed
-from lora_fx.rules import RuleSet, read_rules
+from lora_fx.rules.ruleset import RuleSet, read_rules
+from lora_fx.tuned import report
 
 SEED = 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -89,11 +89,11 @@ def bench(
     return Report(setting, machine_of(base.model, wanted.threads), counts, timing, parity)
 
 
-def _warm(ours: Subject) -> reporting.Report:
+def _warm(ours: Subject) -> report.Report:
     """Return what the adapted model is made of when its graphs are captured."""
     for _ in range(CAPTURES):
         ours.step()
-    return reporting.report(ours.model)
+    return report.report(ours.model)
 
 
 def _untold(done: int, total: int) -> None:

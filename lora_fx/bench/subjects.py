@@ -18,8 +18,8 @@ from lora_fx.adapters.attach import all_attached
 from lora_fx.api import ChosenBackend, Rules, apply, parameters
 from lora_fx.capture.objects import copied, is_plain_object
 from lora_fx.errors import RefusedError
-from lora_fx.samples import Sample, dummy_samples, samples_of
-from lora_fx.twin import make_twin
+from lora_fx.models.samples import Sample, dummy_samples, samples_of
+from lora_fx.models.twin import make_twin
 
 LB, AGAIN, OURS, MODULES, PEFT, FULL = "LB", "LB again", "lora_fx", "lora_fx, modules", "PEFT", "full fine-tuning"
 SPREAD = 0.02

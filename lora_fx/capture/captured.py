@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lora_fx.capture.ambient import Surroundings, in_clean_thread, surroundings_of
 from lora_fx.capture.arguments import Check, FlatCall, Leaf, flatten, is_constant, positional_names, rebuild
-from lora_fx.capture.inputs import Input, Inputs, VaryingSizes
-from lora_fx.capture.log import Log, Place
 from lora_fx.capture.objects import copied, is_plain_object
-from lora_fx.capture.outputs import write_output
+from lora_fx.capture.reads.dependencies import Log, Place
 from lora_fx.capture.reasons import Untraceable, reason_of
-from lora_fx.capture.recording import NeedsRecord, Records
-from lora_fx.capture.surroundings import Surroundings, in_clean_thread, surroundings_of
-from lora_fx.capture.torch_internals import Fakes, quiet_fakes
-from lora_fx.capture.tracer import Specialised, Tracer
-from lora_fx.swap import original_class
+from lora_fx.capture.tracing.inputs import Input, Inputs, VaryingSizes
+from lora_fx.capture.tracing.outputs import write_output
+from lora_fx.capture.tracing.recording import NeedsRecord, Records
+from lora_fx.capture.tracing.tracer import Specialised, Tracer
+from lora_fx.models.swap import original_class
+from lora_fx.models.torch_internals import Fakes, quiet_fakes
 
 _LOCK = threading.RLock()
 _MOST_RESTARTS = 24

@@ -15,8 +15,8 @@ from torch import fx
 
 from lora_fx.capture.arguments import Check, Leaf
 from lora_fx.capture.captured import Captured
-from lora_fx.capture.inputs import Input, NumberInput, ObjectInput, TensorInput
-from lora_fx.capture.log import Place
+from lora_fx.capture.reads.dependencies import Place
+from lora_fx.capture.tracing.inputs import Input, NumberInput, ObjectInput, TensorInput
 
 _INDEX = re.compile(r"(?<=\[)(\d+)(?=\])|\b(\d+)(?= (?:not )?in )")
 

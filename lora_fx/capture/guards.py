@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lora_fx.capture.arguments import Check, Leaf, is_constant
 from lora_fx.capture.captured import Captured
-from lora_fx.capture.frozen import Freezer, Frozen, Inside, OfType, conditions
-from lora_fx.capture.inputs import NumberInput, TensorInput, size_name
-from lora_fx.capture.log import Place
-from lora_fx.capture.torch_internals import global_hook_tables, shape_guard_names
+from lora_fx.capture.reads.dependencies import Place
+from lora_fx.capture.reads.frozen import Freezer, Frozen, Inside, OfType, conditions
+from lora_fx.capture.tracing.inputs import NumberInput, TensorInput, size_name
+from lora_fx.models.torch_internals import global_hook_tables, shape_guard_names
 
 _AT_LEAST_TWO = re.compile(r"^2 <= (?=s(\d+)_\d+($| and ))")
 _FAILURES = "(AttributeError, KeyError, IndexError, TypeError)"

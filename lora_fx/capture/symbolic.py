@@ -22,12 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 from lora_fx.capture.arguments import Check, is_constant
 from lora_fx.capture.captured import Captured, NotCaptured
-from lora_fx.capture.copies import path_of, reporting_copy
-from lora_fx.capture.inputs import TensorInput
-from lora_fx.capture.log import Log, Place
-from lora_fx.capture.notes import Notes
+from lora_fx.capture.reads.dependencies import Log, Place
 from lora_fx.capture.reasons import Untraceable, reason_of
-from lora_fx.capture.tracer import is_leaf
+from lora_fx.capture.tracing.copies import path_of, reporting_copy
+from lora_fx.capture.tracing.inputs import TensorInput
+from lora_fx.capture.tracing.module_reads import Notes
+from lora_fx.capture.tracing.tracer import is_leaf
 
 
 def capture_symbolically(module: nn.Module) -> Captured:

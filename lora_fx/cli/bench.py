@@ -84,8 +84,8 @@ def _measured(
     hidden: bool,
 ) -> Report:
     read = rules_of(rules)  # a misspelt rule is told before torch is imported
-    from lora_fx.bench.models import runnable
     from lora_fx.bench.run import Options, bench, dtype_named
+    from lora_fx.cli.models.runnable import runnable
 
     built, inputs = runnable(model, tokens)
     options = Options(peer, rounds, threads, dtype_named(dtype))

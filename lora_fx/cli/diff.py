@@ -15,8 +15,8 @@ from lora_fx.cli.verbs import DIFFERS
 if TYPE_CHECKING:
     from lora_fx.graphdiff.compare import GraphDiff
     from lora_fx.graphdiff.graphs import Graph
-    from lora_fx.plandiff import PlanDiff
-    from lora_fx.planning import Plan
+    from lora_fx.planning.decide import Plan
+    from lora_fx.planning.diff import PlanDiff
 
 _JSON = (".json", STANDARD)
 
@@ -70,13 +70,13 @@ def _is_rules(operand: str) -> bool:
 
 
 def _of_saved(a: str, b: str) -> GraphDiff | PlanDiff:
-    from lora_fx.planning import Plan
+    from lora_fx.planning.decide import Plan
 
     first, second = _saved(a), _saved(b)
     if isinstance(first, Plan):
         if not isinstance(second, Plan):
             raise SavedFileError(f"{a} is a plan, {b} a graph")
-        from lora_fx.plandiff import plan_diff
+        from lora_fx.planning.diff import plan_diff
 
         return plan_diff(first, second, (a, b))
     if isinstance(second, Plan):
@@ -97,7 +97,7 @@ def _saved(name: str) -> Plan | Graph:
         from lora_fx.graphdiff.graphs import Graph
 
         return Graph.from_json(text)
-    from lora_fx.planning import Plan
+    from lora_fx.planning.decide import Plan
 
     try:
         return Plan.from_json(text)
@@ -106,7 +106,7 @@ def _saved(name: str) -> Plan | Graph:
 
 
 def _of_models(a: str, b: str) -> GraphDiff:
-    from lora_fx.modelspec import compared
+    from lora_fx.cli.models.spec import compared
 
     return compared(_saved_graph(a), _saved_graph(b))
 
@@ -115,7 +115,7 @@ def _saved_graph(operand: str) -> Graph | str:
     """Return a saved graph, or the operand itself if it is a model."""
     if not operand.endswith(_JSON) or operand.endswith(".index.json"):
         return operand
-    from lora_fx.planning import Plan
+    from lora_fx.planning.decide import Plan
 
     found = _saved(operand)
     if isinstance(found, Plan):
@@ -125,19 +125,19 @@ def _saved_graph(operand: str) -> Graph | str:
 
 def _by_rules(model: str, rules: tuple[str, ...]) -> GraphDiff:
     read = [rules_of(name) for name in rules]  # a misspelt rule is told before torch is imported
-    from lora_fx.modelspec import compared_by_rules
+    from lora_fx.cli.models.spec import compared_by_rules
 
     return compared_by_rules(model, read)
 
 
 def _graph_text(model: str) -> str:
-    from lora_fx.modelspec import graph_text
+    from lora_fx.cli.models.spec import graph_text
 
     return graph_text(model)
 
 
 def _shown(diff: GraphDiff | PlanDiff, form: str, stat: bool) -> str:
-    from lora_fx.plandiff import PlanDiff
+    from lora_fx.planning.diff import PlanDiff
 
     if isinstance(diff, PlanDiff):
         from lora_fx.cli.rendering import plan_diff_as
@@ -151,7 +151,7 @@ def _shown(diff: GraphDiff | PlanDiff, form: str, stat: bool) -> str:
 
 def _stat(diff: GraphDiff) -> str:
     """Return a line for each site with how many statements went and came, and the sums."""
-    from lora_fx.plantext import fold_rows
+    from lora_fx.planning.rows import fold_rows
     from lora_fx.text import columns
 
     rows = [(each.path, f"-{len(each.removed)} +{len(each.added)}", each.note) for each in diff.changes]

@@ -21,11 +21,11 @@ def command(context: click.Context, quick: bool, form: str, output: str) -> None
 
     What the extras need is listed, and a tiny model is adapted, trained, saved and merged (exit 1 if that fails).
     """
-    from lora_fx.health import Health, installed, trouble
+    from lora_fx.cli.health import Health, installed, trouble
 
     found = Health(installed(), trouble())
     if not quick:
-        from lora_fx.selftest import checks
+        from lora_fx.cli.models.selftest import checks
 
         found = replace(found, checks=checks())
     write(found.to_json() if form == "json" else str(found), output, form)

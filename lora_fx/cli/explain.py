@@ -19,7 +19,7 @@ def command(model: str, path: str, rules: str) -> None:
     """
     read = rules_of(rules)  # a misspelt rule is told before torch is imported
     from lora_fx.api import explain
-    from lora_fx.modelspec import load_model
+    from lora_fx.cli.models.spec import load_model
 
     built, inputs = load_model(model)
     write(explain(built, path, read, inputs))

@@ -25,8 +25,8 @@ def command(model: str, adapter: str, target: str, output: str, verify: bool, op
     """
     given = _read(options)  # a misspelt option is told before torch is imported
     from lora_fx.api import export, load
+    from lora_fx.cli.models.loading import load_with_weights
     from lora_fx.exporters import target_named
-    from lora_fx.modelloading import load_with_weights
 
     target_named(target)
     built, inputs = load_with_weights(model)

@@ -24,12 +24,12 @@ def command(context: click.Context, adapter: str, model: str | None, form: str, 
     Without MODEL no torch is needed: the configuration and the header are read, no values.  With MODEL all values are
     read and checked, and names and shapes compared; MODEL has no weights, so that its values are not.
     """
-    from lora_fx.checkpoint.contents import contents_of
+    from lora_fx.files.adapter.contents import contents_of
 
     found = contents_of(adapter)
     write(found.to_json() if form == "json" else str(found), output, form)
     if model is not None:
-        from lora_fx.modelspec import check_fit
+        from lora_fx.cli.models.spec import check_fit
 
         try:
             click.echo(check_fit(adapter, model), err=form == "json")

@@ -15,7 +15,7 @@ from lora_fx.text import count
 @click.pass_context
 def command(context: click.Context, rules: tuple[str, ...]) -> None:
     """Check rule files; needs neither a model nor torch."""
-    from lora_fx.linting import lint
+    from lora_fx.rules.lint import lint
 
     failed = False
     for name in rules:

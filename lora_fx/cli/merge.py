@@ -35,7 +35,7 @@ def command(
 
     BASE and ADAPTERS are directories and stay unchanged; the directory given by -o is written, in bounded memory.
     """
-    from lora_fx.checkpoint.streaming import Options, merge_files
+    from lora_fx.files.checkpoint.streaming import Options, merge_files
 
     with click.progressbar(length=1, label="merging", hidden=no_progress, file=sys.stderr) as bar:
 

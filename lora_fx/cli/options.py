@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from lora_fx.rules import RuleSet
+from lora_fx.rules.ruleset import RuleSet
 
 F = TypeVar("F", bound=Callable[..., Any])
 FORMATS = ("text", "json", "mermaid", "dot", "html")
@@ -19,7 +19,7 @@ STANDARD = "-"
 
 
 def _complete_rules(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from lora_fx import shipped
+    from lora_fx.rules import shipped
 
     names = [CompletionItem(name) for name in shipped.names() if name.startswith(incomplete)]
     return [*names, CompletionItem(incomplete, type="file")]
@@ -61,10 +61,10 @@ def rules_of(name: str) -> RuleSet:
         RuleError: with every problem.
     """
     if name != STANDARD:
-        from lora_fx.rules import read_rules
+        from lora_fx.rules.ruleset import read_rules
 
         return read_rules(name)
-    from lora_fx.rulereading import read_from
+    from lora_fx.rules.reader import read_from
 
     with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
         file.write(sys.stdin.buffer.read())

@@ -13,7 +13,7 @@ from lora_fx.cli.saved import read_plan
 from lora_fx.cli.verbs import DIFFERS
 
 if TYPE_CHECKING:
-    from lora_fx.planning import Plan
+    from lora_fx.planning.decide import Plan
 
 
 @click.command("plan")
@@ -58,7 +58,7 @@ def planned(model: str, rules: str | None) -> Plan:
         raise click.UsageError(f"{model} is a saved plan, which has its rules already; leave out '{rules}'")
     read = rules_of(rules)  # a misspelt rule is told before torch is imported
     from lora_fx.api import plan
-    from lora_fx.modelspec import load_model
+    from lora_fx.cli.models.spec import load_model
 
     built, inputs = load_model(model)
     return plan(built, read, inputs)
@@ -66,7 +66,7 @@ def planned(model: str, rules: str | None) -> Plan:
 
 def _compare(expected: Plan, found: Plan, name: str, form: str, stat: bool, output: str) -> int:
     from lora_fx.cli.rendering import plan_diff_as
-    from lora_fx.plandiff import plan_diff
+    from lora_fx.planning.diff import plan_diff
 
     diff = plan_diff(expected, found, (name, f"{found.model} · {found.source}"))
     write(plan_diff_as(diff, form, stat), output, form)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lora_fx.plandiff import PlanDiff
-from lora_fx.planhtml import plan_diff_html, plan_html
-from lora_fx.planning import Plan
-from lora_fx.plantext import plan_stat, plan_text
-from lora_fx.plantree import diff_tree, dot, mermaid, plan_tree
+from lora_fx.planning.decide import Plan
+from lora_fx.planning.diff import PlanDiff
+from lora_fx.planning.render.html import plan_diff_html, plan_html
+from lora_fx.planning.render.tree import diff_tree, dot, mermaid, plan_tree
+from lora_fx.planning.rows import plan_stat, plan_text
 
 
 def plan_as(plan: Plan, form: str, fold: bool = True, stat: bool = False, width: int | None = None) -> str:

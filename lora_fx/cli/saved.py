@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError
-from lora_fx.planning import Plan
+from lora_fx.planning.decide import Plan
 
 
 class SavedFileError(LoraFxError):

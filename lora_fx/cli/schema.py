@@ -8,6 +8,6 @@ import click
 @click.command("schema")
 def command() -> None:
     """Print the JSON schema of rule files, for editors."""
-    from lora_fx.schema import schema_text
+    from lora_fx.rules.schema import schema_text
 
     click.echo(schema_text(), nl=False)

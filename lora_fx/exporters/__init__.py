@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.applying import record_in
 from lora_fx.errors import ExportError
 from lora_fx.exporters.registry import BUILT_IN, GROUP, names, target_named, targets
 from lora_fx.exporters.running import largest_difference, outputs_of
 from lora_fx.exporters.staging import staged
 from lora_fx.exporters.target import FEATURES, Ability, Refusal, Target
-from lora_fx.samples import Sample
+from lora_fx.models.samples import Sample
+from lora_fx.models.twin import is_meta, make_twin
 from lora_fx.text import listing
-from lora_fx.twin import is_meta, make_twin
-from lora_fx.unapplying import disabled
+from lora_fx.tuned.build import record_in
+from lora_fx.tuned.undo import disabled
 
 __all__ = ["BUILT_IN", "FEATURES", "GROUP", "Ability", "Exported", "Refusal", "Target"]
 __all__ += ["export", "names", "target_named", "targets"]

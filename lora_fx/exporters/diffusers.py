@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.checkpoint.describe import Described, describe
-from lora_fx.checkpoint.names import PREFIX
-from lora_fx.checkpoint.write import canonical_safetensors, write_files
 from lora_fx.exporters import peft
 from lora_fx.exporters.features import expressed, refusals
 from lora_fx.exporters.running import given_sample, run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.samples import Sample
-from lora_fx.swap import original_class
-from lora_fx.unapplying import removed
+from lora_fx.files.adapter.describe import Described, describe
+from lora_fx.files.adapter.names import PREFIX
+from lora_fx.files.adapter.write import canonical_safetensors, write_files
+from lora_fx.models.samples import Sample
+from lora_fx.models.swap import original_class
+from lora_fx.tuned.undo import removed
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -82,7 +82,7 @@ def verify(tuned: nn.Module, path: Path, sample: Sample, component: str = "") ->
         "component": component or component_of(tuned),
         "sample": given_sample(sample),
     }
-    found = run_client("diffusers", "lora_fx.clients.diffusers", given)
+    found = run_client("diffusers", "lora_fx.exporters.clients.diffusers", given)
     return peft.against_both("diffusers", tuned, sample, found["adapted"], found["base"])
 
 

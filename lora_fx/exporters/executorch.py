@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ExportError
-from lora_fx.exporters.neutral import neutral
+from lora_fx.exporters.base_graph import neutral
 from lora_fx.exporters.program import (
     EVERY_FEATURE,
     exported,
@@ -26,8 +26,8 @@ from lora_fx.exporters.program import (
 )
 from lora_fx.exporters.running import run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.samples import Sample
-from lora_fx.unapplying import removed
+from lora_fx.models.samples import Sample
+from lora_fx.tuned.undo import removed
 
 
 def _refused(tuned: nn.Module) -> Iterator[Refusal]:
@@ -48,7 +48,7 @@ def _write(tuned: nn.Module, path: Path, sample: Sample) -> None:
 
 def _verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     given = {"program": str(path), "inputs": list(input_tensors(tuned, sample).values())}
-    adapted, base = run_client("executorch", "lora_fx.clients.executorch", given)
+    adapted, base = run_client("executorch", "lora_fx.exporters.clients.executorch", given)
     return worst_difference("executorch", outputs_of_both(tuned, sample), (base, adapted))
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from torch import nn
 
 from lora_fx.adapters.attach import Attached, all_attached, owner_path
-from lora_fx.applying import record_in
 from lora_fx.exporters.target import FEATURES, Ability, Refusal
-from lora_fx.sites import CONVOLUTIONS
+from lora_fx.planning.sites import CONVOLUTIONS
+from lora_fx.tuned.build import record_in
 
 _SEVERAL: dict[str, Callable[[Attached], Hashable]] = {
     "ranks": lambda found: found.spec.lora.r,

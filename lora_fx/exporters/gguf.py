@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
-from lora_fx.applying import record_in
 from lora_fx.errors import ExportError
 from lora_fx.exporters.gguf_layout import LAYOUTS, Layout, permuted_rows
 from lora_fx.exporters.program import call_of
 from lora_fx.exporters.running import largest_difference, run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.planning import Plan
-from lora_fx.samples import Sample
-from lora_fx.swap import original_class
-from lora_fx.unapplying import disabled
+from lora_fx.models.samples import Sample
+from lora_fx.models.swap import original_class
+from lora_fx.planning.decide import Plan
+from lora_fx.tuned.build import record_in
+from lora_fx.tuned.undo import disabled
 
 _MERGE = "merge the adapter (target 'merged') and convert that model"
 _MOST_WORDS = 1000
@@ -149,7 +149,7 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, base: str | Path | Non
     prompts = _prompts(tuned, sample)
     words = min(_config(tuned).vocab_size, _MOST_WORDS)
     given = {"base": str(base), "adapter": str(path), "prompts": prompts, "words": words}
-    found = run_client("gguf", "lora_fx.clients.gguf", given)
+    found = run_client("gguf", "lora_fx.exporters.clients.gguf", given)
     with disabled(tuned):
         before = _log_probabilities(tuned, prompts)
     return max(_difference(before, found[0]), _difference(_log_probabilities(tuned, prompts), found[1]))

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.checkpoint.write import canonical_safetensors, write_files
 from lora_fx.exporters import peft
 from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.pairs import pairs
+from lora_fx.exporters.plain import pairs
 from lora_fx.exporters.running import given_sample, run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.samples import Sample
-from lora_fx.swap import original_class
-from lora_fx.unapplying import removed
+from lora_fx.files.adapter.write import canonical_safetensors, write_files
+from lora_fx.models.samples import Sample
+from lora_fx.models.swap import original_class
+from lora_fx.tuned.undo import removed
 
 PREFIX = "lora_unet"
 _MERGE = "; merged weights hold it: target='merged'"
@@ -72,7 +72,7 @@ def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against diffusers for a UNet, against LyCORIS for other models, adapter on and off."""
     reader = "diffusers" if "UNet2DCondition" in original_class(tuned).__name__ else "lycoris"
     given = {"base": removed(tuned).eval(), "file": str(path), "sample": given_sample(sample), "reader": reader}
-    found = run_client("kohya", "lora_fx.clients.kohya", given)
+    found = run_client("kohya", "lora_fx.exporters.clients.kohya", given)
     return peft.against_both("kohya", tuned, sample, found["adapted"], found["base"])
 
 

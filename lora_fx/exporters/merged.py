@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.checkpoint.write import canonical_safetensors, write_files
 from lora_fx.errors import MergeError
 from lora_fx.exporters.features import expressed
 from lora_fx.exporters.running import given_sample, largest_difference, outputs_of, run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.quantised import dequantised_
-from lora_fx.samples import Sample
-from lora_fx.swap import original_class
-from lora_fx.unapplying import merged
+from lora_fx.files.adapter.write import canonical_safetensors, write_files
+from lora_fx.models.quantised import dequantised_
+from lora_fx.models.samples import Sample
+from lora_fx.models.swap import original_class
+from lora_fx.tuned.undo import merged
 
 WEIGHTS = "model.safetensors"
 
@@ -78,7 +78,7 @@ def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     else:
         given |= {"model": _emptied(model), "path": str(_file_in(path))}
     return largest_difference(
-        "merged", outputs_of(tuned, sample), run_client("merged", "lora_fx.clients.merged", given)
+        "merged", outputs_of(tuned, sample), run_client("merged", "lora_fx.exporters.clients.merged", given)
     )
 
 

@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.checkpoint.write import canonical_safetensors, write_files
 from lora_fx.exporters import peft
 from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.pairs import Pair, pairs
+from lora_fx.exporters.plain import Pair, pairs
 from lora_fx.exporters.running import largest_difference, outputs_of, run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.samples import Sample
-from lora_fx.unapplying import disabled, removed
+from lora_fx.files.adapter.write import canonical_safetensors, write_files
+from lora_fx.models.samples import Sample
+from lora_fx.tuned.undo import disabled, removed
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 MODEL_TYPES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
@@ -94,7 +94,7 @@ def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     with tempfile.TemporaryDirectory() as folder:
         removed(tuned).save_pretrained(folder)  # type: ignore[operator]
         given = {"base": folder, "adapter": str(path), "ids": ids}
-        found = run_client("mlx", "lora_fx.clients.mlx", given)
+        found = run_client("mlx", "lora_fx.exporters.clients.mlx", given)
     with disabled(tuned):
         base = outputs_of(tuned, alone)[0]
     adapted = outputs_of(tuned, alone)[0]

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.checkpoint.fingerprint import same_values
 from lora_fx.errors import ExportError
-from lora_fx.exporters.neutral import NAME, Neutral, neutral
+from lora_fx.exporters.base_graph import NAME, Neutral, neutral
 from lora_fx.exporters.program import (
     EVERY_FEATURE,
     EXPERTS,
@@ -33,7 +32,8 @@ from lora_fx.exporters.program import (
 )
 from lora_fx.exporters.running import run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.samples import Sample
+from lora_fx.files.fingerprint import same_values
+from lora_fx.models.samples import Sample
 
 ADAPTER_SUFFIX = ".onnx_adapter"
 NOTE = "lora_fx"
@@ -248,7 +248,7 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, graph: str | Path | No
         "adapters": [str(each) for each in files],
         "inputs": input_tensors(tuned, sample),
     }
-    found = run_client("onnx", "lora_fx.clients.onnx", given)
+    found = run_client("onnx", "lora_fx.exporters.clients.onnx", given)
     return worst_difference("onnx", outputs_of_both(tuned, sample), found)
 
 

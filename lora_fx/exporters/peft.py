@@ -8,16 +8,16 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached, owner_path
-from lora_fx.applying import record_in
-from lora_fx.checkpoint.describe import beyond_peft as sites_beyond_peft
-from lora_fx.checkpoint.describe import describe
-from lora_fx.checkpoint.write import save
 from lora_fx.errors import AdapterFileError
 from lora_fx.exporters.features import expressed, features
 from lora_fx.exporters.running import given_sample, largest_difference, outputs_of, run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.samples import Sample
-from lora_fx.unapplying import disabled, removed
+from lora_fx.files.adapter.describe import beyond_peft as sites_beyond_peft
+from lora_fx.files.adapter.describe import describe
+from lora_fx.files.adapter.write import save
+from lora_fx.models.samples import Sample
+from lora_fx.tuned.build import record_in
+from lora_fx.tuned.undo import disabled, removed
 
 WAY_OUT = "; merged weights hold it: target='merged'"
 
@@ -49,7 +49,7 @@ def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against PeftModel.from_pretrained on the same base, with the adapter on and off."""
     others = [each.name for each in describe(tuned)][1:]
     given = {"base": removed(tuned).eval(), "folder": str(path), "others": others, "sample": given_sample(sample)}
-    found = run_client("peft", "lora_fx.clients.peft", given)
+    found = run_client("peft", "lora_fx.exporters.clients.peft", given)
     whole = not record_in(tuned).trained and all(feature != "bias" for feature, _ in features(tuned))
     return against_both("peft", tuned, sample, found["adapted"], found["base"] if whole else None)
 

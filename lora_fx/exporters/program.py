@@ -16,10 +16,10 @@ from torch.export import Dim, ExportedProgram
 from lora_fx.errors import ExportError, LoraFxWarning
 from lora_fx.exporters.running import largest_difference
 from lora_fx.exporters.target import FEATURES, Ability
-from lora_fx.samples import Sample
-from lora_fx.swap import Swapped, swap
+from lora_fx.models.samples import Sample
+from lora_fx.models.swap import Swapped, swap
 from lora_fx.text import listing
-from lora_fx.unapplying import disabled
+from lora_fx.tuned.undo import disabled
 
 EVERY_FEATURE: dict[str, Ability] = {
     **dict.fromkeys(FEATURES, "yes"),

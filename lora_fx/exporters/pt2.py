@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lora_fx.errors import ExportError
-from lora_fx.exporters.neutral import Neutral, neutral
+from lora_fx.exporters.base_graph import Neutral, neutral
 from lora_fx.exporters.program import EVERY_FEATURE, call_of, exported, outputs_of_both, quiet, told, worst_difference
 from lora_fx.exporters.running import run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.samples import Sample
+from lora_fx.models.samples import Sample
 
 VALUES = ".safetensors"
 BASE, COMPILED = ".base.safetensors", ".aoti.pt2"
@@ -138,7 +138,9 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, program: str | Path | 
         "sample": call_of(tuned, sample),
     }
     ours = outputs_of_both(tuned, sample)
-    return max(worst_difference("pt2", ours, found) for found in run_client("pt2", "lora_fx.clients.pt2", given))
+    return max(
+        worst_difference("pt2", ours, found) for found in run_client("pt2", "lora_fx.exporters.clients.pt2", given)
+    )
 
 
 TARGET = Target(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.clients.job import FOUND, GIVEN, outputs
 from lora_fx.errors import ExportError
-from lora_fx.samples import Sample
+from lora_fx.exporters.clients.job import FOUND, GIVEN, outputs
+from lora_fx.models.samples import Sample
 
 SECONDS = 1800
 _START = """
@@ -33,7 +33,7 @@ def run_client(target: str, client: str, given: dict[str, Any], seconds: float =
 
     Args:
         target: for the texts of errors.
-        client: a module that calls `lora_fx.clients.job.run`: `lora_fx.clients.peft`.
+        client: a module that calls `lora_fx.exporters.clients.job.run`: `lora_fx.exporters.clients.peft`.
         given: whatever torch.save can pickle; modules by their classes, which the client must be able to import.
         seconds: after which the client is killed.
 

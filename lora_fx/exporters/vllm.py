@@ -13,13 +13,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.checkpoint.describe import Described, describe
-from lora_fx.checkpoint.names import CONFIG_FILE, PREFIX, WEIGHTS_FILE, factor_key
-from lora_fx.checkpoint.write import canonical_safetensors, write_files
 from lora_fx.exporters import peft
 from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.pairs import pairs
+from lora_fx.exporters.plain import pairs
 from lora_fx.exporters.target import Refusal, Target
+from lora_fx.files.adapter.describe import Described, describe
+from lora_fx.files.adapter.names import CONFIG_FILE, PREFIX, WEIGHTS_FILE, factor_key
+from lora_fx.files.adapter.write import canonical_safetensors, write_files
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""

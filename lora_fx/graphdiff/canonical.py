@@ -12,17 +12,17 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import HOME, Attached, attached, share_adapter, shown_parameters
 from lora_fx.adapters.spec import AdapterSpec
-from lora_fx.editor import Editor
 from lora_fx.graphdiff.costs import adapter_flops, called_flops, product_flops, weights_in
 from lora_fx.graphdiff.graphs import INPUT, RETURN, Node, Weight, escaped
 from lora_fx.graphdiff.nodefacts import factor_of, function_name, place_of, stem_of, value_text
-from lora_fx.layerkinds import kind_of
+from lora_fx.models.layers import kind_of
+from lora_fx.models.swap import original_class
+from lora_fx.models.tensors import dotted
+from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import is_plain_layer
 from lora_fx.passes.inject import splice_adapters, splice_layer
-from lora_fx.passes.rawgraph import LoRANodes, raw_uses
-from lora_fx.passes.sitegraph import lora_nodes, site_calls
-from lora_fx.swap import original_class
-from lora_fx.tensors import dotted
+from lora_fx.passes.rawsites import LoRANodes, raw_uses
+from lora_fx.passes.sites import lora_nodes, site_calls
 
 _FACTORS = re.compile(r"(^|\.)lora_(A|B|dropout|magnitude_vector)(\.[^.]+)*$")
 

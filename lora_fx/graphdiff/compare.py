@@ -74,7 +74,7 @@ class GraphDiff:
         return bool(self.changes)
 
     def __str__(self) -> str:
-        from lora_fx.graphdiff.difftext import diff_text
+        from lora_fx.graphdiff.render.text import diff_text
 
         return diff_text(self)
 
@@ -85,37 +85,37 @@ class GraphDiff:
         return patched(graph, self._compared.edits, self.b, (self.parameters[1], self.bytes[1]))
 
     def to_json(self) -> str:
-        from lora_fx.graphdiff.jsonform import diff_json
+        from lora_fx.graphdiff.render.json import diff_json
 
         return diff_json(self)
 
     def to_html(self) -> str:
         """Return one page that needs nothing else: pictures, lines, search."""
-        from lora_fx.graphdiff.html import diff_html
+        from lora_fx.graphdiff.render.html import diff_html
 
         return diff_html(self)
 
     def to_svg(self) -> str:
         """Return a picture of the blocks that differ, each kind once."""
-        from lora_fx.graphdiff.svg import diff_svg
+        from lora_fx.graphdiff.render.svg import diff_svg
 
         return diff_svg(self)
 
     def to_mermaid(self) -> str:
         """Return a flowchart that stays within the limits of GitHub; what does not fit is folded."""
-        from lora_fx.graphdiff.mermaid import diff_mermaid
+        from lora_fx.graphdiff.render.mermaid import diff_mermaid
 
         return diff_mermaid(self)
 
     def to_dot(self) -> str:
         """Return both graphs as one in Graphviz's language."""
-        from lora_fx.graphdiff.dot import diff_dot
+        from lora_fx.graphdiff.render.dot import diff_dot
 
         return diff_dot(self)
 
     def to_graphml(self) -> str:
         """Return both graphs as one in GraphML."""
-        from lora_fx.graphdiff.dot import diff_graphml
+        from lora_fx.graphdiff.render.dot import diff_graphml
 
         return diff_graphml(self)
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import CHILDREN, HOME
-from lora_fx.adapters.products import COPIES, VIEWS, name_of
+from lora_fx.adapters.rawweight.products import COPIES, VIEWS, name_of
 from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.graphdiff.graphs import Weight
-from lora_fx.layerkinds import kind_of
+from lora_fx.models.layers import kind_of
 
 _PRODUCTS = frozenset(
     {"linear", "matmul", "__matmul__", "rmatmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "tensordot", "bilinear",

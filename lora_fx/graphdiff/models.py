@@ -16,24 +16,24 @@ from torch.export import ExportedProgram
 from lora_fx.adapters.attach import HOME, attached_to
 from lora_fx.capture.arguments import rebuild
 from lora_fx.capture.captured import Captured, NotCaptured, capture, resolve
-from lora_fx.capture.frozen import Freezer, Frozen, OfType, Unfreezable
-from lora_fx.capture.inputs import TensorInput
-from lora_fx.capture.log import Place
-from lora_fx.discovery import take_inventory
+from lora_fx.capture.reads.dependencies import Place
+from lora_fx.capture.reads.frozen import Freezer, Frozen, OfType, Unfreezable
+from lora_fx.capture.tracing.inputs import TensorInput
+from lora_fx.discovery.sites import take_inventory
+from lora_fx.discovery.study import observed
 from lora_fx.graphdiff.canonical import Statements, adapted_graph, describe_spec, placed, statements_of
 from lora_fx.graphdiff.compare import GraphDiff, compare
 from lora_fx.graphdiff.costs import called_flops, weights_in
 from lora_fx.graphdiff.graphs import Graph, Node, Weight, escaped
 from lora_fx.graphdiff.programs import graph_of_program, load_program
-from lora_fx.layerkinds import is_layer
+from lora_fx.models.layers import is_layer
+from lora_fx.models.samples import samples_of
+from lora_fx.models.swap import original_class
+from lora_fx.models.tensors import dotted
+from lora_fx.models.twin import make_twin
 from lora_fx.regions.install import regions
 from lora_fx.regions.structure import structure_of
 from lora_fx.regions.survey import survey, unchanged_modes
-from lora_fx.samples import samples_of
-from lora_fx.surveying import observed
-from lora_fx.swap import original_class
-from lora_fx.tensors import dotted
-from lora_fx.twin import make_twin
 
 Comparable: TypeAlias = nn.Module | ExportedProgram | Graph | str | os.PathLike[str]
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_fx.checkpoint.write import canonical_safetensors, save, write_files
+from lora_fx.files.adapter.write import canonical_safetensors, save, write_files
 
 _WEIGHTS = "model.safetensors"
 _CONFIGURATION = "config.json"

@@ -12,8 +12,8 @@ from typing import Protocol
 
 from torch import fx
 
-from lora_fx.editor import Editor, Journal
-from lora_fx.twin import make_twin
+from lora_fx.models.twin import make_twin
+from lora_fx.passes.editor import Editor, Journal
 
 
 class Pass(Protocol):

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
-from lora_fx.editor import Editor
-from lora_fx.layerkinds import has_hooks, kind_of
-from lora_fx.passes.sitegraph import first_argument, keep_tensor_facts
-from lora_fx.swap import original_class
+from lora_fx.models.layers import has_hooks, kind_of
+from lora_fx.models.swap import original_class
+from lora_fx.passes.editor import Editor
+from lora_fx.passes.sites import first_argument, keep_tensor_facts
 
 
 @dataclass(frozen=True, slots=True)

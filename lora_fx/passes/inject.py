@@ -12,15 +12,15 @@ from torch import fx
 
 from lora_fx.adapters.attach import Attached, attach, attached_to, is_adapted, shown_parameters
 from lora_fx.adapters.lora import add_low_rank, as_rows
+from lora_fx.adapters.records import record_of, spec_of
 from lora_fx.adapters.spec import ModelRecord
-from lora_fx.editor import Editor, Writer
 from lora_fx.errors import RefusedError
-from lora_fx.passes.rawgraph import raw_uses, splice_raw
-from lora_fx.passes.sitegraph import SiteCall, first_argument, site_calls
+from lora_fx.models.tensors import dotted
+from lora_fx.passes.editor import Editor, Writer
+from lora_fx.passes.rawsites import raw_uses, splice_raw
+from lora_fx.passes.sites import SiteCall, first_argument, site_calls
 from lora_fx.passes.verify import verify
-from lora_fx.planning import Plan
-from lora_fx.records import record_of, spec_of
-from lora_fx.tensors import dotted
+from lora_fx.planning.decide import Plan
 
 
 @dataclass(frozen=True, slots=True)

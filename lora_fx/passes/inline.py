@@ -13,9 +13,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.editor import Editor
-from lora_fx.layerkinds import has_hooks
-from lora_fx.passes.sitegraph import first_argument, keep_tensor_facts
+from lora_fx.models.layers import has_hooks
+from lora_fx.passes.editor import Editor
+from lora_fx.passes.sites import first_argument, keep_tensor_facts
 
 _LAYERS: dict[type[nn.Module], tuple[Callable[..., Any], Mapping[str, str]]] = {
     nn.LayerNorm: (F.layer_norm, {"normalized_shape": "normalized_shape", "weight": "weight", "bias": "bias",

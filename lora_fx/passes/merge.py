@@ -10,12 +10,12 @@ from torch import Tensor, fx
 from lora_fx.adapters.attach import Attached, all_attached, detach, is_adapted, owner_path
 from lora_fx.adapters.dora import merged_dora_weight
 from lora_fx.adapters.lora import as_rows, folded_weight
-from lora_fx.editor import Editor
 from lora_fx.errors import InvariantError, MergeError
+from lora_fx.models.quantised import dense
+from lora_fx.models.tensors import dotted
+from lora_fx.passes.editor import Editor
 from lora_fx.passes.remove import erase_lora_nodes
-from lora_fx.passes.sitegraph import site_calls
-from lora_fx.quantised import dense
-from lora_fx.tensors import dotted
+from lora_fx.passes.sites import site_calls
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from lora_fx.adapters.products import VIEWS, name_of
+from lora_fx.adapters.rawweight.products import VIEWS, name_of
 from lora_fx.passes.flatten import adapted_output
 
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "double", "contiguous"})

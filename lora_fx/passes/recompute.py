@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lora_fx.adapters.siblings import adapted_siblings, making
-from lora_fx.capture.ghosts import append_item, set_attribute, set_item
-from lora_fx.capture.writer import writes
-from lora_fx.editor import Editor
+from lora_fx.adapters.fused.siblings import adapted_siblings, making
+from lora_fx.capture.tracing.proxies import append_item, set_attribute, set_item
+from lora_fx.capture.tracing.writer import writes
+from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import adapted_output
 from lora_fx.passes.pointwise import bytes_of, is_alias, is_quiet, is_repeatable, kept_by_autograd, work_of
 from lora_fx.passes.stack import draws, is_adapted_linear

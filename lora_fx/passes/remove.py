@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from lora_fx.adapters.attach import all_attached, detach, is_adapted, owner_path
-from lora_fx.editor import Editor
 from lora_fx.errors import InvariantError, RefusedError
-from lora_fx.passes.sitegraph import lora_nodes
+from lora_fx.passes.editor import Editor
+from lora_fx.passes.sites import lora_nodes
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lora_fx.adapters.siblings import adapted_siblings
-from lora_fx.editor import Editor
-from lora_fx.layerkinds import linear_layout
+from lora_fx.adapters.fused.siblings import adapted_siblings
+from lora_fx.models.layers import linear_layout
+from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import adapted_output
 from lora_fx.passes.pointwise import is_quiet
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.editor import Editor
 from lora_fx.errors import InvariantError
-from lora_fx.passes.rawgraph import raw_uses
-from lora_fx.passes.sitegraph import lora_nodes, site_calls
+from lora_fx.passes.editor import Editor
+from lora_fx.passes.rawsites import raw_uses
+from lora_fx.passes.sites import lora_nodes, site_calls
 
 Problem = tuple[str, str]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import is_adapted
+from lora_fx.capture.ambient import RandomState, in_clean_thread, surroundings_of
 from lora_fx.capture.guards import Match
 from lora_fx.capture.objects import copied, is_plain_object, objects_differ, tensors_in
-from lora_fx.capture.recording import Records
-from lora_fx.capture.surroundings import RandomState, in_clean_thread, surroundings_of
-from lora_fx.capture.torch_internals import pytree
+from lora_fx.capture.tracing.recording import Records
+from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.gradients import Run, gradients_differ, values_differ
 from lora_fx.regions.program import Program
 from lora_fx.regions.standin import stand_in, with_noise

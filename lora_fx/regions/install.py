@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from lora_fx.capture.captured import Captured
+from lora_fx.models.swap import origin, swap
+from lora_fx.models.tensors import dotted
 from lora_fx.regions.region import GuardedRegion, Kind, Region, drop_region, region_of, set_region
 from lora_fx.regions.structure import structure_of
-from lora_fx.swap import origin, swap
-from lora_fx.tensors import dotted
 
 
 def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()) -> None:

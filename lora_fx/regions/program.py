@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import ITSELF, attached
-from lora_fx.adapters.saving import checkpointing
-from lora_fx.adapters.siblings import adapted_siblings
+from lora_fx.adapters.fused.saving import checkpointing
+from lora_fx.adapters.fused.siblings import adapted_siblings
 from lora_fx.capture.captured import Captured, resolve
 from lora_fx.capture.guards import Guard, compile_guard
-from lora_fx.capture.inputs import TensorInput
-from lora_fx.capture.recording import of_shape
-from lora_fx.editor import Editor
+from lora_fx.capture.tracing.inputs import TensorInput
+from lora_fx.capture.tracing.recording import of_shape
 from lora_fx.passes import Pass, apply_pass
+from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
 from lora_fx.passes.inline import Inline, inlined
 from lora_fx.passes.recompute import Recompute, is_making

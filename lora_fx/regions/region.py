@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx.capture.ambient import RandomState, surroundings_of
 from lora_fx.capture.arguments import flatten
 from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture
 from lora_fx.capture.generalise import generalise
 from lora_fx.capture.objects import tensors_in
 from lora_fx.capture.reasons import reason_of
-from lora_fx.capture.recording import OtherShape
-from lora_fx.capture.surroundings import RandomState, surroundings_of
+from lora_fx.capture.tracing.recording import OtherShape
 from lora_fx.errors import LoraFxWarning
-from lora_fx.layerkinds import has_hooks
+from lora_fx.models.layers import has_hooks
+from lora_fx.models.swap import Swapped
 from lora_fx.regions.checking import Replay
 from lora_fx.regions.program import Program, make_program
 from lora_fx.regions.sizes import Sizes
 from lora_fx.regions.standin import REGION
-from lora_fx.swap import Swapped
 
 MOST_GRAPHS = 16
 """How many graphs one region may capture; after that it warns and stays with those it has."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_fx.capture.arguments import flatten
-from lora_fx.capture.inputs import VaryingSizes
+from lora_fx.capture.tracing.inputs import VaryingSizes
 
 _Shapes = tuple[tuple[int, ...], ...]
 

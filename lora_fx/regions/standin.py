@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.capture.copies import shared_by_copies
-from lora_fx.swap import origin
+from lora_fx.capture.tracing.copies import shared_by_copies
+from lora_fx.models.swap import origin
 
 REGION = "lora_fx_region"
 """Attribute of a module that is a region."""

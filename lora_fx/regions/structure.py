@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lora_fx.adapters.attach import attached_to, shown_parameters
-from lora_fx.swap import original_class
+from lora_fx.models.swap import original_class
 
 
 def structure_of(module: nn.Module) -> tuple[Any, ...]:

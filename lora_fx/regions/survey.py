@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.capture.ambient import PythonLuck, RandomState
 from lora_fx.capture.captured import NotCaptured
-from lora_fx.capture.surroundings import PythonLuck, RandomState
 from lora_fx.capture.symbolic import capture_symbolically
+from lora_fx.models.samples import Sample
+from lora_fx.models.twin import is_meta
 from lora_fx.regions.candidates import block_regions, inner_regions
 from lora_fx.regions.install import (
     Library,
@@ -29,8 +31,6 @@ from lora_fx.regions.install import (
 )
 from lora_fx.regions.structure import structure_of
 from lora_fx.regions.variants import variants
-from lora_fx.samples import Sample
-from lora_fx.twin import is_meta
 
 MODES = ((False, False), (True, True))
 """(training, grad mode) of the runs: as in inference, and as in training."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.capture.arguments import flatten, rebuild
-from lora_fx.samples import Sample
-from lora_fx.swap import original_class
+from lora_fx.models.samples import Sample
+from lora_fx.models.swap import original_class
 
 _FEW = 2
 _SHORT = 5

@@ -1,0 +1,1 @@
+"""Base, adapter and dropout of one or more layers as one differentiable operation."""

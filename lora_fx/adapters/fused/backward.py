@@ -1,0 +1,197 @@
+"""The backward pass of `fused`, where its formulas are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fx.adapters.fused.masks import kept
+from lora_fx.adapters.fused.terms import (
+    Facts,
+    Group,
+    Term,
+    add_product,
+    below_each_other,
+    inner_products,
+    parted_like,
+    wide_parts,
+)
+from lora_fx.models.quantised import dense
+
+
+class Backward:
+    """The gradients of one group."""
+
+    def __init__(self, group: Group, tensors: Sequence[Any], needs: Sequence[bool], kept_ones: Sequence[Any]) -> None:
+        self.group, self.needs = group, needs
+        self.inputs, self.terms = group.parted(tensors)
+        count = len(self.terms)
+        self.inner, self.unscaled = kept_ones[:count], kept_ones[count:]
+        self.found: list[Tensor | None] = [None] * len(tensors)
+        self.of_x = any(needs[: group.inputs])
+
+    def _place(self, term: int, tensor: int) -> int:
+        return self.group.inputs + 5 * term + tensor
+
+    def _needs(self, term: int, tensor: int) -> bool:
+        return self.needs[self._place(term, tensor)]
+
+    def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        x, sources = self._x()
+        self.terms = [each.as_multiplied(x.dtype) for each in self.terms]  # autograd casts their gradients back
+        rows = x.detach().reshape(-1, x.shape[-1])
+        inner = self._inner(rows)
+        dx: Tensor | None = None
+        z: dict[int, Tensor] = {}
+        for number, grad in enumerate(grads[: len(self.terms)]):
+            if grad is None:
+                continue
+            dy = grad.reshape(-1, grad.shape[-1])
+            if self._needs(number, 1):  # of the bias; DoRA leaves it as it is
+                self.found[self._place(number, 1)] = dy.sum(0)
+            dy = self._of_scale(number, dy)
+            z[number] = self._of_factor_b(number, dy, inner[number])
+            if self.of_x:
+                term = self.terms[number]
+                met = dense(term.met())
+                matrix = met.t() if term.facts.in_out else met
+                if dx is None:
+                    dx = torch.mm(dy, matrix)
+                else:
+                    add_product(dx, dy, matrix, 1.0)
+        for bundle in self.group.bundles:
+            self._of_factor_a([each for each in bundle if each in z], z, rows, dx)
+        self._of_inputs(x, sources, dx, grads[-1] if self.group.shows else None)
+        return self.found
+
+    def _inner(self, rows: Tensor) -> list[Any]:
+        """Return h of all terms; those of merged ones were not needed in the forward pass and are made here."""
+        if not any(facts.merged for facts in self.group.facts):
+            return list(self.inner)
+        made = inner_products(self.group, rows, self.terms, merged=True)
+        return [old if new is None else new for old, new in zip(self.inner, made, strict=True)]
+
+    def _x(self) -> tuple[Tensor, list[Tensor]]:
+        """Return x, and what it was made of, for its gradient."""
+        if self.group.produce is None:
+            return self.inputs[0], []
+        with torch.enable_grad():
+            needs = self.needs[: self.group.inputs]
+            sources = [each.detach().requires_grad_(need) for each, need in zip(self.inputs, needs, strict=True)]
+            return self.group.produce(*sources), sources
+
+    def _of_scale(self, number: int, dy: Tensor) -> Tensor:
+        """Return the gradient before DoRA's scale, and note that of the scale."""
+        scale = self.terms[number].scale
+        if scale is None:
+            return dy
+        if self._needs(number, 4):
+            self.found[self._place(number, 4)] = (dy * self.unscaled[number]).sum(0, dtype=scale.dtype)
+        return dy * scale.to(dy.dtype)
+
+    def _of_factor_b(self, number: int, dy: Tensor, h: Tensor) -> Tensor:
+        """Return z = scaling · Bᵀ dyᵀ, and note the gradient of B."""
+        term = self.terms[number]
+        wide = dy if dy.dtype == term.B.dtype else dy.to(term.B.dtype)
+        blocks = list(term.blocks())
+        if self._needs(number, 3):
+            slopes = [torch.mm(h[inner], wide[:, outputs]) for outputs, inner, _ in blocks]
+            self.found[self._place(number, 3)] = _beside_each_other(slopes).mul_(term.facts.factor).t()
+        found = [torch.mm(block.t(), wide[:, outputs].t()) for outputs, _, block in blocks]
+        return below_each_other(found).mul_(term.facts.factor)
+
+    def _of_factor_a(self, bundle: list[int], z: dict[int, Tensor], rows: Tensor, dx: Tensor | None) -> None:
+        """Note the gradients of A of terms with the same dropout(x), and add theirs to dx in place."""
+        if not bundle:
+            return
+        members = [self.terms[number] for number in bundle]
+        below = below_each_other([each.A for each in members])
+        beside = below_each_other([z[number] for number in bundle])
+        if members[0].facts.merged:
+            dx = None  # it is whole
+        of_all: Tensor | None = None
+        for part, wide, mask in wide_parts(rows, members[0].facts, below.dtype):
+            left = beside if part is None else beside[:, part]
+            if dx is not None:
+                _add_outer(dx if part is None else dx[part], left.t(), below, mask)
+            if any(self._needs(number, 2) for number in bundle):
+                wide = wide if mask is None else mask.mul_(wide)
+                of_all = torch.mm(left, wide) if of_all is None else torch.addmm(of_all, left, wide, out=of_all)
+        if of_all is not None:
+            for number, found in zip(bundle, parted_like(of_all, [each.A for each in members]), strict=True):
+                if self._needs(number, 2):
+                    self.found[self._place(number, 2)] = found
+
+    def _of_inputs(self, x: Tensor, sources: list[Tensor], dx: Tensor | None, shown: Tensor | None) -> None:
+        if not self.of_x:
+            return
+        whole = None if dx is None else dx.view(x.shape)
+        if shown is not None:
+            whole = shown if whole is None else whole.add_(shown)
+        if whole is None or not sources:
+            self.found[0] = whole
+            return
+        wanted = [number for number, source in enumerate(sources) if source.requires_grad]
+        found = torch.autograd.grad(x, [sources[number] for number in wanted], whole, allow_unused=True)
+        for number, gradient in zip(wanted, found, strict=True):
+            self.found[number] = gradient
+
+
+def _add_outer(rows: Tensor, left: Tensor, right: Tensor, mask: Tensor | None) -> None:
+    """Add left right, or what the mask keeps of it, to the rows in place."""
+    if mask is None:
+        add_product(rows, left, right, 1.0)
+    elif left.dtype == rows.dtype:
+        rows.addcmul_(torch.mm(left, right), mask)
+    else:
+        rows.add_(torch.mm(left, right).mul_(mask))
+
+
+def _beside_each_other(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
+
+
+def differentiable(
+    group: Group, tensors: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients by autograd, which can be differentiated again: create_graph=True.
+
+    Of views: a layer that is called twice has its A in the history of its x too, and that way does not count here.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(tensors, needs, strict=True)]
+        inputs, terms = group.parted(views)
+        x = inputs[0] if group.produce is None else group.produce(*inputs)
+        results = [_plain(each.as_multiplied(x.dtype), x) for each in terms] + ([x] if group.shows else [])
+        pairs = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None and y.requires_grad]
+        outputs = [result.view_as(result) for result, _ in pairs]  # x may be its own gradient's source
+    if not pairs:  # what has a gradient needs none: all of that term is frozen
+        return [None] * len(needs)
+    wanted = [view for view, need in zip(views, needs, strict=True) if need]
+    slopes = torch.autograd.grad(outputs, wanted, [grad for _, grad in pairs], create_graph=again, allow_unused=True)
+    found = iter(slopes)
+    return [next(found) if need else None for need in needs]
+
+
+def _plain(term: Term, x: Tensor) -> Tensor:
+    """Return what one term computes, in operations that autograd knows."""
+    base, wide = term.layer(x, term.weight), x.to(term.A.dtype)
+    mask = _mask_of(term.facts, x, term.A.dtype)
+    inner = F.linear(wide if mask is None else wide * mask, term.A)
+    delta = F.linear(inner * term.facts.factor, term.whole_factor())
+    total = base + delta.to(base.dtype)
+    if term.scale is None:
+        return total
+    return total + (term.scale - 1).to(base.dtype) * (total if term.bias is None else total - term.bias)
+
+
+def _mask_of(facts: Facts, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    seed = facts.mask_seed
+    if seed is None:
+        return None
+    return kept(seed, x.shape[:-1].numel(), x.shape[-1], facts.p, dtype).view(x.shape)

@@ -1,0 +1,124 @@
+"""Which adapted layers compute base and adapter as one operation, asked at every call.
+
+Whatever is not plain (a hook on a factor, a trained base weight, a tensor subclass that is not quantised, a
+transformation or a compiler around it) is computed operation by operation instead, which is right for all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from lora_fx.adapters.dora import DoRAMagnitude
+from lora_fx.adapters.factors import SlicedB
+from lora_fx.adapters.fused.contraction import choose
+from lora_fx.adapters.fused.masks import is_possible, new_seed, shared_seed
+from lora_fx.adapters.fused.terms import Facts, Term, autocast_dtype, product_dtype
+from lora_fx.adapters.lora import LoRAFactor, as_rows
+from lora_fx.models.layers import has_hooks, linear_layout
+from lora_fx.models.quantised import is_quantised
+
+_FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_RECORDERS = frozenset(("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor"))
+"""Of selective checkpointing and of make_fx."""
+
+
+@functools.cache
+def _layout_of(kind: Any) -> str | None:
+    return linear_layout(kind)
+
+
+def is_watched() -> bool:
+    """Whether something follows the operations that does not see into an autograd function."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or (torch._C._len_torch_dispatch_stack() > 0 and _is_recorded())
+    )
+
+
+def _is_recorded() -> bool:
+    """Whether operations are recorded one by one, to be run again: what they return must not be changed in place."""
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__module__ in _RECORDERS for mode in modes)
+
+
+def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
+    """Return an adapted layer as a term of a fused product with x; None if it must go operation by operation.
+
+    With dropout, the seed of its mask is drawn here.
+    """
+    if is_watched():  # first: a compiler follows these lines too
+        return None
+    kind: Any = type(layer)
+    layout = _layout_of(kind)
+    if layout is None or not _is_plain(x):
+        return None
+    parameters = layer._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    plain = _is_plain(weight)
+    cast = autocast_dtype(x.device.type)
+    if not (plain or (cast is None and is_quantised(weight))) or weight.requires_grad:
+        return None
+    if product_dtype(x) != (cast or weight.dtype) or not (
+        bias is None or (_is_plain(bias) and bias.dtype == weight.dtype)
+    ):
+        return None
+    modules = layer._modules
+    A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+    p = _dropout(modules.get("lora_dropout"), adapter)
+    if p is None or not _are_plain_factors(A, B):
+        return None
+    first, second, spec = A._parameters["weight"], B._parameters["weight"], A.spec
+    scale = None
+    if spec.lora.dora:
+        magnitude = modules["lora_magnitude_vector"]._modules[adapter]
+        if type(magnitude) is not DoRAMagnitude or has_hooks(magnitude):
+            return None
+        scale = magnitude.scale(as_rows(weight, spec.layout), first, B.matrix)
+    if cast is not None:
+        weight, bias, first, second = (None if t is None else t.to(cast) for t in (weight, bias, first, second))
+    seed = _seed(layer, spec.lora.share_dropout, x, p)
+    runs = B.runs or () if type(B) is SlicedB else ()
+    merged = plain and not runs and choose(x, weight, first, second, p > 0, scale is not None) == "merged"
+    facts = Facts(spec.lora.scaling, layout == "in_out", p, seed, merged, runs)
+    return Term(facts, weight, bias, first, second, scale)
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in _PLAIN and tensor.dtype in _FLOATS and tensor.layout is torch.strided
+
+
+def _are_plain_factors(A: Any, B: Any) -> bool:
+    if type(A) is not LoRAFactor or has_hooks(A) or has_hooks(B):
+        return False
+    if type(B) is not LoRAFactor and (type(B) is not SlicedB or B.runs is None):
+        return False
+    first, second = A._parameters.get("weight"), B._parameters.get("weight")
+    return _is_plain(first) and _is_plain(second) and first.dtype == second.dtype  # type: ignore[union-attr]
+
+
+def _dropout(holder: Any, adapter: str) -> float | None:
+    """Return the probability of an adapter's dropout as it is now; None if it is no dropout that is known."""
+    if holder is None:
+        return 0.0
+    dropout = holder._modules[adapter]
+    if type(dropout) is not nn.Dropout or has_hooks(dropout):
+        return None
+    if not dropout.training:
+        return 0.0
+    return dropout.p if is_possible(dropout.p) else None
+
+
+def _seed(layer: Any, shares: bool, x: Tensor, p: float) -> Tensor | None:
+    if not p:
+        return None
+    return shared_seed(x, p, id(layer)) if shares and not x.is_inference() else new_seed(x)

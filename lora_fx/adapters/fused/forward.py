@@ -1,0 +1,152 @@
+"""base + scaling · B A dropout(x) for one or more frozen linears on the same x, as one differentiable operation.
+
+What it saves for the backward pass is x (once for all layers), A x, and references to the weights; nothing is cast,
+scaled, masked or added in a tensor of its own that outlives the call.  Of several layers on one x the A products are
+one product, with all A below each other, and so are their gradients.
+
+Forward, for layer i:    hᵢ = Aᵢ dropout(x)ᵀ              yᵢ = x Wᵢᵀ + bᵢ, then += scalingᵢ · hᵢᵀ Bᵢᵀ in place
+Backward:                zᵢ = scalingᵢ · Bᵢᵀ dyᵢᵀ         dBᵢᵀ = scalingᵢ · hᵢ dyᵢ        dAᵢ = zᵢ dropout(x)
+                         dx = Σ dyᵢ Wᵢ, then += dropout'(Σ zᵢᵀ Aᵢ) in place
+Merged (`contraction`):  Wᵢ + scalingᵢ · Bᵢ Aᵢ stands for Wᵢ in both passes, made anew as hᵢ is; nothing is added
+Shapes: x [.., in], W [out, in] (with `in_out` [in, out]), A [r, in], B [out, r], h and z [r, N] for N rows of x.
+
+With dropout, dropout(x) only drops, and scalingᵢ holds the 1 over the probability of keeping.
+
+The thin products are written so that the long side of the result is its last: with r rows of N columns a matrix
+library needs a half to a quarter of the time that N rows of r columns take it.
+
+Source: Hu et al. 2021, arXiv:2106.09685, §4.1; what must be saved: Cherniuk et al. 2023, arXiv:2312.03415.  DoRA: see
+`dora.py`; here y = t + (m/‖V‖ - 1)(t - b), with t the sum above.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fx.adapters.fused.backward import Backward, differentiable
+from lora_fx.adapters.fused.terms import (
+    Group,
+    Produce,
+    Term,
+    add_product,
+    bundled,
+    cast_as_products,
+    inner_products,
+)
+
+
+def adapted(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, ...]:
+    """Return what the layers compute from x with their adapters; nothing is changed.
+
+    Bit-equal to the layers alone while B = 0 (DoRA: and m = ‖W‖).
+    """
+    x = cast_as_products(x)
+    if len(terms) == 1 and not torch.is_grad_enabled():
+        found = _flat(terms[0], x)
+        if found is not None:
+            return (found,)
+    return adapted_from(terms, x, None, (x,), False)
+
+
+def _flat(term: Term, x: Tensor) -> Tensor | None:
+    """Return what one layer computes, in as few operations as can be; None where there is more to it."""
+    facts, weight, bias, A, B, scale = term.as_multiplied(x.dtype)
+    if facts.in_out or scale is not None or facts.p or facts.runs or A.dtype != x.dtype:
+        return None
+    y = F.linear(x, weight, bias)
+    if not y.is_contiguous():
+        return None
+    rows, h = y, F.linear(x, A)
+    if y.dim() != 2:
+        rows, h = y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1])
+    torch.addmm(rows, h, B.t(), alpha=facts.scaling, out=rows)
+    return y
+
+
+def adapted_from(
+    terms: Sequence[Term], x: Tensor, produce: Produce | None, inputs: Sequence[Tensor], shows: bool
+) -> tuple[Tensor, ...]:
+    """Return the results of all terms on x, and x last if it `shows`; x is made again for gradients, and not kept.
+
+    Args:
+        terms: the layers, all on x.
+        x: what `produce` makes of the inputs, computed without gradients.
+        produce: differentiable, draws nothing and writes nothing in place; None: the one input is x.
+        inputs: what x is made of.
+        shows: whether x is wanted as well.
+    """
+    with_x = shows and any(each.requires_grad for each in inputs)  # else no gradient reaches x, and none is asked for
+    group = Group(tuple(each.facts for each in terms), bundled(terms), produce, len(inputs), with_x)
+    tensors = list(inputs)
+    for each in terms:
+        tensors += each[1:]  # type: ignore[arg-type]
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
+        made = _Adapted.apply(group, terms, x, *tensors)  # type: ignore[no-untyped-call]
+        return (*made, x) if shows and not with_x else tuple(made)
+    results = _forward(group, x, terms)[0]
+    return (*results, x) if shows else tuple(results)
+
+
+def _forward(
+    group: Group, x: Tensor, terms: Sequence[Term]
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """Return all y, all h (of merged terms none), and what DoRA keeps: y before its scale and without the bias."""
+    terms = [each.as_multiplied(x.dtype) for each in terms]
+    inner = inner_products(group, x, terms, merged=False)
+    results, unscaled = [], []
+    for term, h in zip(terms, inner, strict=True):
+        y = term.layer(x, term.met()).contiguous()
+        rows = y.view(-1, y.shape[-1])
+        if h is not None:
+            for outputs, inner_rows, block in term.blocks():
+                add_product(rows[:, outputs], h[inner_rows].t(), block.t(), term.facts.factor)
+        plain = None
+        if term.scale is not None:
+            plain = rows if term.bias is None else rows - term.bias
+            y = torch.addcmul(rows, plain, (term.scale - 1).to(y.dtype)).view_as(y)
+        results.append(_UNSAFE_VIEW(y, y.shape) if y._is_view() else y)  # a view could not be written to in place
+        unscaled.append(plain)
+    return results, inner, unscaled
+
+
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+
+
+class _Adapted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, terms: Sequence[Term], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        results, inner, unscaled = _forward(group, x, terms)
+        ctx.group, ctx.given = group, len(tensors)
+        ctx.save_for_backward(*tensors, *inner, *unscaled)
+        ctx.set_materialize_grads(False)
+        return (*results, x) if group.shows else tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, group = ctx.saved_tensors, ctx.group
+        tensors, kept_ones = saved[: ctx.given], saved[ctx.given :]
+        needs = ctx.needs_input_grad[3:]
+        with _without_autocast(tensors[0].device.type):
+            if torch.is_grad_enabled() or any(grad is not None and _is_batched(grad) for grad in grads):
+                return (None, None, None, *differentiable(group, tensors, needs, grads))
+            return (None, None, None, *Backward(group, tensors, needs, kept_ones).gradients(grads))
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether it stands for many gradients: vmap has no rules for products in place."""
+    functions = torch._C._functorch
+    return bool(functions.is_legacy_batchedtensor(grad) or functions.is_batchedtensor(grad))
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Return a context in which products keep their dtypes: what the forward saved has been cast."""
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

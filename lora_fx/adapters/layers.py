@@ -1,0 +1,206 @@
+"""The module backend: adapted modules compute base + scaling · B A dropout(x) in their own forward.
+
+It is the meaning that the graph backend must equal, and what runs wherever a graph does not.  A layer that is called
+adds the low-rank product to its output; a weight that is read shows itself as a LoRAWeight, and whatever is computed
+with it is right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import (
+    ACTIVE,
+    CALLED,
+    DENSE,
+    READS,
+    WITHIN,
+    Attached,
+    attached,
+    attached_to,
+    has_call_factors,
+)
+from lora_fx.adapters.dora import row_norms, stretch
+from lora_fx.adapters.factors import CallFactors
+from lora_fx.adapters.fused.eligible import term_of
+from lora_fx.adapters.fused.forward import adapted
+from lora_fx.adapters.fused.terms import Term
+from lora_fx.adapters.lora import add_low_rank, as_rows
+from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
+from lora_fx.errors import RefusedError
+from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap
+from lora_fx.models.tensors import dotted
+
+
+class AdaptedLayer(Swapped, nn.Module):
+    """Mixin for an adapted layer that is called; its class keeps the name, the keys and the attributes it had."""
+
+    lora_A: Any  # nn.ModuleDict of LoRAFactor; nn.Module's own annotations would call it a Tensor
+    lora_B: Any
+    lora_dropout: Any
+    lora_magnitude_vector: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.adapted_forward(input)
+
+    def adapted_forward(self, input: Tensor) -> Tensor:
+        """Return what the module computes with the adapter that is active."""
+        name = self.__dict__[ACTIVE]
+        if name is None:
+            return self.base_forward(input)
+        term = self.adapted_term(input)
+        if term is not None:
+            return adapted((term,), input)[0]
+        base = self.base_forward(input)
+        A, B, dropout, magnitude = self.lora_A[name], self.lora_B[name], None, None
+        if type(A) is CallFactors:
+            number = _next_call(self, len(A))
+            A, B = A[number], B[number]
+        lora = A.spec.lora
+        if lora.dropout:
+            dropout = self.lora_dropout[name]
+        if lora.dora:
+            magnitude = functools.partial(
+                self.lora_magnitude_vector[name],
+                weight=as_rows(self._parameters["weight"], A.spec.layout),
+                bias=self.bias,
+                lora_A=A.weight,
+                lora_B=B.matrix,
+            )
+        one_hot = A.spec.op == "embedding"
+        return add_low_rank(base, input, A, B, dropout, magnitude, lora.scaling, A.spec.mixed, one_hot)
+
+    def adapted_term(self, input: Tensor) -> Term | None:
+        """Return the layer with its active adapter as a term of a fused product with the input, if it can be one."""
+        name = self.__dict__[ACTIVE]
+        return None if name is None else term_of(self, name, input)
+
+    @property
+    def lora_fx_layer(self) -> nn.Module:
+        """The layer, by a name that a graph of its own forward can use."""
+        return self
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        """Return what the module computes without its adapter."""
+        result: Tensor = super().forward(input)
+        return result
+
+
+def _next_call(owner: nn.Module, calls: int) -> int:
+    """Return the number of the call that begins, and count it."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RefusedError(
+            "an adapter for each call cannot be used with activation checkpointing: a call that is made again in the "
+            "backward pass does not say which one it is",
+            advice="leave out `per_call: true`, or checkpoint other modules",
+        )
+    number: int = owner.__dict__.get(CALLED, 0)
+    if number >= calls:
+        if owner.__dict__.get(WITHIN, False):
+            raise RefusedError(
+                f"a forward calls a module more often than the {calls} times for which it has an adapter each",
+                advice="apply with example_inputs that call it as often, or leave out `per_call: true`",
+            )
+        number = 0  # a part of the model is run alone: its calls begin again
+    owner.__dict__[CALLED] = number + 1
+    return number
+
+
+def count_calls_anew(root: nn.Module, _args: Any = None) -> None:
+    """Begin to count the calls of every module with an adapter for each: a forward of the whole model begins."""
+    _set_calls(root, True)
+
+
+def stop_counting(root: nn.Module, _args: Any, _result: Any) -> None:
+    """Note that the forward of the whole model has ended."""
+    _set_calls(root, False)
+
+
+def _set_calls(root: nn.Module, within: bool) -> None:
+    for module in root.modules():
+        if CALLED in module.__dict__:
+            module.__dict__.update({CALLED: 0, WITHIN: within})
+
+
+@functools.cache
+def reading(names: tuple[str, ...]) -> type:
+    """Return the mixin for a module that shows the parameters of these names with their adapters."""
+    body: dict[str, Any] = {name: property(_reader(name)) for name in names}
+    return type("AdaptedWeights", (Swapped, nn.Module), {**body, READS: names, MADE_BY: (reading, (names,))})
+
+
+def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
+    def read(owner: nn.Module) -> Tensor | None:
+        base = owner._parameters[name]
+        found = attached(owner, name)
+        if found is None or base is None or owner.__dict__.get(ACTIVE) is None:
+            return base
+        return shown(found, base)
+
+    return read
+
+
+def shown(found: Attached, base: Tensor) -> Tensor:
+    """Return the adapted weight as it is read: a LoRAWeight, or a plain tensor for those who need one."""
+    owner = found.owner
+    fused = owner.__dict__.get(DENSE, False) and not owner.training and not torch.is_grad_enabled()
+    wrapped = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if found.magnitude is not None or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
+        return effective_weight(found, base)
+    dropout = found.dropout if found.dropout is not None and found.dropout.training else None
+    return LoRAWeight(Part(base, found.low_rank(), dropout))
+
+
+def effective_weight(found: Attached, base: Tensor) -> Tensor:
+    """Return W + scaling · B A (DoRA: m · V / ‖V‖) in W's dtype, through which gradients reach the adapter."""
+    delta = found.delta().to(base.dtype)
+    if found.magnitude is None:
+        return base + delta
+    rows = as_rows(base, found.spec.layout)
+    norms = row_norms(rows, found.lora_A.weight, found.lora_B.matrix, found.spec.scaling)
+    scale = stretch(found.magnitude.weight, norms).to(base.dtype).unsqueeze(1 if found.spec.layout == "out_in" else 0)
+    return base + (scale - 1) * base + scale * delta
+
+
+def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:
+    """Let the adapters that the module holds take part in what it computes, in place.
+
+    Args:
+        owner: a module with adapters.
+        reads: names of the adapted parameters that code reads; where it is none, the module is called.
+        kernel: whether torch's fused kernels read its weights in eval mode.
+    """
+    names = tuple(reads)
+    swap(owner, reading(names) if names else AdaptedLayer)
+    owner.__dict__[ACTIVE] = next(attached_to(owner)).spec.adapter
+    if has_call_factors(owner):
+        owner.__dict__[CALLED] = 0
+    if kernel:
+        owner.__dict__[DENSE] = True
+
+
+def set_active(owner: nn.Module, adapter: str | None) -> str | None:
+    """Switch the module to the adapter of that name, or off with None; return what was active."""
+    before: str | None = owner.__dict__[ACTIVE]
+    owner.__dict__[ACTIVE] = adapter
+    return before
+
+
+_KERNELS = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAttention: ("out_proj", "")}
+"""Children of torch's own classes ("" is the class itself) whose weights are handed to a kernel in eval mode."""
+
+
+def read_by_kernels(model: nn.Module) -> set[str]:
+    """Return the paths of modules whose weights torch's own layers hand to fused kernels."""
+    return {
+        dotted(path, name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for kind, names in _KERNELS.items()
+        if issubclass(original_class(module), kind)
+        for name in names
+    }

@@ -1,0 +1,174 @@
+"""Products of rows with the members of a bank that they are routed to, base and low-rank part in one autograd function.
+
+y = x W + scaling · (x Aᵀ) B, where W is frozen.  A frozen product keeps nothing for its gradient; this one keeps x, and
+only where x cannot be had from what autograd keeps anyway: what enters the last matrix of a gated expert is a
+product act(g) · u, whose factors are kept for its own gradient.  The narrow matrices lie with their long side last, for
+which matrix kernels are several times faster.
+
+Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; one autograd function that keeps x alone: Cherniuk et al. 2023,
+arXiv:2312.03415.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.adapters.fused.saving import packing
+from lora_fx.adapters.rawweight.factored import Factored
+from lora_fx.adapters.rawweight.products import GROUPED, Call
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows that meet the same matrix: `rows` of x, and a member of the bank, or the one matrix if that is None."""
+
+    member: int | None
+    rows: slice
+
+    def of(self, matrices: Tensor) -> Tensor:
+        return matrices if self.member is None else matrices[self.member]
+
+
+def runs_of(name: str, call: Call, low: Factored, rows: int) -> tuple[Run, ...] | None:
+    """Return which rows meet which matrix in a call of a torch function; None if it is no product that is known here.
+
+    Groups whose ends are known only on another device are left to torch's own kernels.
+    """
+    if name == "linear":
+        return (Run(None, slice(0, rows)),) if len(low.view.shape) == 2 else None
+    offsets = call.operand(2, "offs")
+    if name not in GROUPED or offsets is None or offsets.device.type != "cpu" or len(low.view.shape) != 3:
+        return None
+    ends = itertools.pairwise([0, *offsets.tolist()])
+    return tuple(Run(member, slice(a, b)) for member, (a, b) in enumerate(ends) if b > a)
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the rows are had again in the backward pass."""
+
+    tensors: tuple[Tensor, ...]
+    """What is kept; each in the shape of the rows."""
+    make: Callable[..., Tensor]
+    """Makes any of the rows of the same part of each."""
+
+
+def source(x: Tensor) -> Source:
+    """Return how to have x again: as the product that it is, if autograd keeps its factors; else x is kept itself."""
+    node = x.grad_fn
+    if type(node).__name__ == "MulBackward0" and not _hooks_may_move_tensors():
+        try:
+            factors = (node._saved_self, node._saved_other)  # type: ignore[union-attr]
+        except RuntimeError:  # changed in place since, so no longer what was multiplied
+            return Source((x,), _itself)
+        if all(each is not None and each.shape == x.shape and each.dtype == x.dtype for each in factors):
+            return Source(factors, torch.mul)
+    return Source((x,), _itself)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _hooks_may_move_tensors() -> bool:
+    """Whether torch recomputes or offloads what autograd keeps, so that asking for it early would undo that."""
+    pack = packing()
+    return pack is not None and pack.__module__.startswith("torch.")
+
+
+def routed_product(
+    base: Callable[[], Tensor], runs: Sequence[Run], x: Tensor, weight: Tensor, low: Factored
+) -> Tensor | None:
+    """Return x W + scaling · (x Aᵀ) B in the dtype of the base's product; None if the weight shows no matrices.
+
+    Args:
+        base: computes x W, plus a bias if there is one.
+        runs: which rows meet which matrix; other rows are as the base leaves them.
+        x: [.., in].
+        weight: W as [.., in, out], frozen.
+        low: its low-rank part, of one matrix as [out, in].
+    """
+    found = low.matrices()
+    if found is None:
+        return None
+    A, B = (found[0].mT, found[1]) if weight.dim() == 3 else (found[1], found[0].mT)
+    result: Tensor = _Routed.apply(base, runs, low.scaling, source(x), x, weight, A, B)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Routed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, base: Any, runs: Any, scaling: float, rows: Source, x: Tensor, weight: Tensor, A: Tensor, B: Tensor
+    ) -> Tensor:
+        total: Tensor = base()
+        total = total if total.is_contiguous() else total.contiguous()
+        flat, x = total.flatten(0, -2), x.flatten(0, -2)
+        inner = A.new_empty(x.shape[0] * A.shape[-2])
+        for run, h in _each(runs, inner, A.shape[-2]):
+            torch.mm(run.of(A), x[run.rows].to(A.dtype).t(), out=h).mul_(scaling)
+            _add(flat[run.rows], h.t(), run.of(B))
+        ctx.runs, ctx.scaling, ctx.make = runs, scaling, rows.make
+        ctx.save_for_backward(weight, A, B, inner, *rows.tensors)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, A, B, inner, *kept = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4]
+        if torch.is_grad_enabled():
+            x = ctx.make(*kept)
+            return None, None, None, None, *_differentiable(ctx.runs, ctx.scaling, gradient, x, weight, A, B, wanted)
+        flat, kept = gradient.flatten(0, -2), [each.flatten(0, -2) for each in kept]
+        of_x = flat.new_empty(flat.shape[0], weight.shape[-2]) if wanted else None
+        met = len(ctx.runs) == (A.shape[0] if A.dim() == 3 else 1)
+        new = torch.empty if met else torch.zeros
+        of_A, of_B = (new(each.shape, dtype=each.dtype, device=each.device) for each in (A, B))
+        for run, h in _each(ctx.runs, inner, A.shape[-2]):
+            g = flat[run.rows]
+            wide, x = g.to(A.dtype), ctx.make(*(each[run.rows] for each in kept)).to(A.dtype)
+            z = torch.mm(run.of(B).contiguous(), wide.t()).mul_(ctx.scaling)  # strided, it takes four times as long
+            torch.mm(h, wide, out=run.of(of_B))
+            torch.mm(z, x, out=run.of(of_A))
+            if of_x is not None:
+                _add(torch.mm(g, run.of(weight).t(), out=of_x[run.rows]), z.t(), run.of(A))
+        if of_x is not None:
+            of_x[ctx.runs[-1].rows.stop if ctx.runs else 0 :].zero_()  # rows that meet no matrix
+            of_x = of_x.view(*gradient.shape[:-1], weight.shape[-2])
+        return None, None, None, None, of_x, None, of_A, of_B
+
+
+def _each(runs: Sequence[Run], inner: Tensor, r: int) -> Iterator[tuple[Run, Tensor]]:
+    """Yield every run, with its part of the memory for the inner products as [r, rows]."""
+    for run in runs:
+        yield run, inner[run.rows.start * r : run.rows.stop * r].view(r, run.rows.stop - run.rows.start)
+
+
+def _add(total: Tensor, x: Tensor, matrix: Tensor) -> None:
+    """Add x M to the total, in place; in mixed precision, x M is rounded to the dtype of the total first."""
+    if total.dtype == x.dtype:
+        torch.addmm(total, x, matrix, out=total)
+    else:
+        total.add_(torch.mm(x, matrix).to(total.dtype))
+
+
+def _differentiable(
+    runs: Sequence[Run], scaling: float, gradient: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, wanted: bool
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, W, A and B by torch's own products, to be differentiated again."""
+    flat, of_result = x.flatten(0, -2), gradient.flatten(0, -2)
+    met = [flat[run.rows] @ run.of(weight) for run in runs]
+    low = [((flat[run.rows].to(A.dtype) @ run.of(A).mT) * scaling) @ run.of(B) for run in runs]
+    results = [one + other.to(one.dtype) for one, other in zip(met, low, strict=True)]
+    inputs = [each for each in ((x, A, B) if wanted else (A, B)) if each.requires_grad]
+    grads = torch.autograd.grad(
+        results, inputs, [of_result[run.rows] for run in runs], create_graph=True, allow_unused=True
+    )
+    found = dict(zip(map(id, inputs), grads, strict=True))
+    return found.get(id(x)), None, found.get(id(A)), found.get(id(B))

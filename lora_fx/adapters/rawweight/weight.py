@@ -1,0 +1,260 @@
+"""What a module shows as its weight while an adapter is on it: W + scaling · B A, without computing it.
+
+A LoRAWeight is a tensor to whoever reads it.  Products with it become the base's product plus the low-rank one, so that
+dropout reaches the other operand and no weight-sized tensor is made; views of it are LoRAWeights; every other function
+gets the sum as a plain tensor.  It has no memory of its own: a kernel that asks for its address gets an error, never
+the bare base weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.adapters.rawweight.attention import attention_forward
+from lora_fx.adapters.rawweight.factored import Factored
+from lora_fx.adapters.rawweight.products import COPIES, GROUPED, VIEWS, Call, name_of, product
+from lora_fx.adapters.rawweight.routed import routed_product, runs_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """The two parts of an adapted weight, or of a view of it."""
+
+    base: Tensor
+    low: Factored
+    dropout: Callable[[Tensor], Tensor] | None
+    picked: bool = False
+    """Whether it is a member of a bank that an index tensor has picked."""
+
+    def dense(self) -> Tensor:
+        """Return W + scaling · B A, a plain tensor in W's dtype, through which gradients reach the factors."""
+        whole: Tensor = self.base + self.low.dense().to(self.base.dtype)
+        return whole
+
+
+class LoRAWeight(Tensor):
+    """A view of W + scaling · B A that is not computed until somebody needs it as a whole."""
+
+    part: Part
+
+    @staticmethod
+    def __new__(cls, part: Part) -> LoRAWeight:
+        low = part.low
+        if torch.is_grad_enabled() and (low.rows.requires_grad or low.columns.requires_grad):
+            shown: LoRAWeight = _Shown.apply(part, part.base, low.rows, low.columns)  # type: ignore[no-untyped-call]
+        else:
+            shown = _bare(cls, part.base)
+        shown.part = part
+        return shown
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if name_of(func) == "multi_head_attention_forward":
+            return attention_forward(*args, **(kwargs or {}))
+        if any(kind not in _OWN for kind in types):  # another subclass of Tensor has its say in the base's product
+            return _call(func, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return _call(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _PLAIN:
+            return func(*_mapped(args, lambda weight: _kept(weight).base), **(kwargs or {}))
+        return func(*_mapped(args, _dense), **_mapped(kwargs or {}, _dense))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"LoRAWeight({tuple(self.part.base.shape)}, r={self.part.low.r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _kept(self).dense().detach().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return _kept(self).dense().detach()
+
+
+_OWN = (LoRAWeight, Tensor, torch.nn.Parameter)
+_PLAIN = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+class _Shown(torch.autograd.Function):
+    """Lets a gradient of the whole weight, should somebody compute one, reach the factors."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Part, base: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.view, ctx.r, ctx.scaling = part.low.view, part.low.r, part.low.scaling
+        ctx.save_for_backward(rows, columns)
+        return _bare(LoRAWeight, base)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            rows, columns = (each.detach().requires_grad_() for each in ctx.saved_tensors)
+            dense = Factored(ctx.view, rows, columns, ctx.r, ctx.scaling).dense()
+            found = torch.autograd.grad(dense, (rows, columns), gradient.to(dense.dtype))
+        return None, None, *found
+
+
+def _bare(kind: type[LoRAWeight], base: Tensor) -> LoRAWeight:
+    made: LoRAWeight = Tensor._make_wrapper_subclass(
+        kind, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device
+    )
+    return made
+
+
+def _kept(weight: LoRAWeight) -> Part:
+    part: Part | None = weight.__dict__.get("part")
+    if part is None:  # a tensor that autograd has saved and given back is another object
+        raise RuntimeError("an adapted weight was taken out of torch's hands; read it from its module again")
+    return part
+
+
+# -- calls
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    weights = {id(each): each for each in _weights_in((args, kwargs))}
+    if not weights:
+        return func(*args, **kwargs)
+    name = _name(func)
+    if name == "data_ptr":
+        raise RuntimeError("an adapted weight has no address: a kernel would read the base weight there")
+    if name in _FACTS:
+        return func(*_mapped(args, lambda each: _kept(each).base), **_mapped(kwargs, lambda each: _kept(each).base))
+    if name == "requires_grad":
+        return any(each.requires_grad for each in (_kept(args[0]).low.rows, _kept(args[0]).low.columns))
+    for weight in weights.values():
+        result = _product(name, func, args, kwargs, weight)
+        if result is None and args and args[0] is weight:
+            result = _view(name, func, args, kwargs, weight)
+        if result is not None:
+            return result
+    return func(*_mapped(args, _dense), **_mapped(kwargs, _dense))
+
+
+def _product(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: LoRAWeight) -> Tensor | None:
+    """Return base product + low-rank product; None if the call does not multiply the weight, or not so simply."""
+    part = _kept(weight)
+    others = _mapped((args, kwargs), lambda each: each if each is weight else _kept(each).dense())
+    call = Call(others[0], others[1], weight)
+    routed = _routed(name, func, call, part)
+    if routed is not None:
+        return routed
+    delta = product(name, call)
+    if delta is None:
+        return None
+    low = delta(part.low, lambda x: _given(x, part))
+    if low is None:
+        return None
+    args, kwargs = _mapped(others, lambda each: part.base)
+    base = func(*args, **kwargs)
+    result: Tensor = base + low.to(base.dtype)
+    return result
+
+
+def _routed(name: str, func: Any, call: Call, part: Part) -> Tensor | None:
+    """Return the product of rows with the members of a bank that they are routed to; None if it is something else."""
+    if (
+        not (name in GROUPED or (name == "linear" and part.picked))
+        or call.operand(1, "weight", "mat_b") is not call.weight
+    ):
+        return None
+    x, bias = call.operand(0, "input", "mat_a"), call.operand(3 if name in GROUPED else 2, "bias")
+    frozen = not part.base.requires_grad and (bias is None or not bias.requires_grad)
+    plain = type(x) is Tensor and x.dim() > 1 and part.dropout is None
+    if not (frozen and plain) or torch.is_autocast_enabled(x.device.type):
+        return None
+    args, kwargs = _mapped((call.args, call.kwargs), lambda _: part.base)
+    runs = runs_of(name, call, part.low, x.shape[:-1].numel())
+    weight = part.base.t() if name == "linear" else part.base
+    return None if runs is None else routed_product(lambda: func(*args, **kwargs), runs, x, weight, part.low)
+
+
+def _given(x: Tensor, part: Part) -> Tensor:
+    """Return the other operand as the low-rank product gets it: after dropout, in the factors' dtype."""
+    x = x if part.dropout is None else part.dropout(x)
+    return x if x.dtype == part.low.rows.dtype or not x.is_floating_point() else x.to(part.low.rows.dtype)
+
+
+def _view(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: LoRAWeight) -> Any:
+    """Return the view of the weight that a call asks for, as a LoRAWeight or several; None if it asks for none."""
+    part = _kept(weight)
+    others = [each for each in _tensors((args[1:], kwargs)) if name in VIEWS]
+    if name in COPIES:
+        base = func(part.base, *_mapped(args[1:], _dense), **_mapped(kwargs, _dense))
+        same_place = isinstance(base, Tensor) and base.device == part.base.device and base.is_floating_point()
+        return LoRAWeight(replace(part, base=base)) if same_place else None
+    if name not in VIEWS:
+        return None
+    if others:
+        return _picked(name, part, args)
+    found = part.low.through(lambda stub: func(stub, *args[1:], **kwargs))
+    if found is None:
+        return None
+    base = func(part.base, *args[1:], **kwargs)
+    if isinstance(found, list):
+        return tuple(LoRAWeight(replace(part, base=b, low=low)) for b, low in zip(base, found, strict=True))
+    return LoRAWeight(replace(part, base=base, low=found))
+
+
+def _picked(name: str, part: Part, args: tuple[Any, ...]) -> LoRAWeight | None:
+    """Return the members of a bank that an index tensor names: `experts[ids]`."""
+    index = args[1]
+    if name != "__getitem__" or not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        return None
+    if index.dim() > 1:
+        return None
+    low = part.low.picked(index, None if index.dim() == 0 else index.shape[0])
+    return None if low is None else LoRAWeight(replace(part, base=part.base[index], low=low, picked=True))
+
+
+def _name(func: Any) -> str:
+    """Return a function's name; of a property its own, not that of its getter."""
+    name = name_of(func)
+    return name_of(func.__self__) if name == "__get__" else name
+
+
+_FACTS = frozenset(
+    {"shape", "dtype", "device", "layout", "ndim", "size", "dim", "numel", "nelement", "stride", "storage_offset",
+     "is_contiguous", "is_floating_point", "is_complex", "element_size", "__len__", "get_device", "is_cuda", "is_cpu",
+     "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested", "is_leaf", "names", "is_inference", "is_xpu",
+     "is_mps", "is_conj", "is_neg", "result_type", "can_cast", "is_same_size", "is_signed", "itemsize"}
+)  # fmt: skip
+"""What depends on no value."""
+
+
+def _weights_in(value: Any) -> Iterator[LoRAWeight]:
+    return (each for each in _tensors(value) if isinstance(each, LoRAWeight))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _mapped(value: Any, function: Callable[[LoRAWeight], Any]) -> Any:
+    """Return the arguments with every LoRAWeight replaced."""
+    if isinstance(value, LoRAWeight):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(each, function) for each in value)
+    if type(value) is dict:
+        return {key: _mapped(each, function) for key, each in value.items()}
+    return value
+
+
+def _dense(weight: LoRAWeight) -> Tensor:
+    return _kept(weight).dense()

@@ -1,0 +1,1 @@
+"""The run on fake tensors that writes a torch.fx.Graph."""

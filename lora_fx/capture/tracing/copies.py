@@ -1,0 +1,278 @@
+"""A private copy of a submodule that reports what its forward does.
+
+The copy has the same parameters (the same objects) but its own modules and attributes, so a capture leaves no trace in
+the user's model, needs no global patch of `nn.Module`, and disturbs no other thread.  Each module of the copy, and each
+plain object that it holds, gets a dynamic subclass of its class that reports calls, reads and writes to a listener.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import shown_parameters
+from lora_fx.capture.arguments import is_constant
+from lora_fx.capture.objects import is_plain_object
+from lora_fx.capture.reads.dependencies import Place
+from lora_fx.capture.reads.libraries import is_library_file, is_library_module
+from lora_fx.models.swap import is_swapped, origin, swap, unswap
+
+_LISTENER = "_lora_fx_listener"
+_PATH = "_lora_fx_access"
+_KIND = "_lora_fx_kind"
+_INTERNAL = frozenset({*vars(nn.Module()), *vars(nn.Module), _LISTENER, _PATH}) - {"training"}
+
+
+class Listener(Protocol):
+    """Who hears what the copy does."""
+
+    listening: bool
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module of the copy was called; return what the call returns."""
+
+    def read(self, place: Place, value: Any) -> None:
+        """The constant `value` was read at `place`."""
+
+    def held(self, place: Place, value: Any) -> None:
+        """Something that is neither constant nor method was read at `place`."""
+
+    def method(self, place: Place) -> None:
+        """A method of its class was read at `place`."""
+
+    def child(self, place: Place, value: Any) -> None:
+        """A submodule, parameter or buffer was read at `place`."""
+
+    def children(self, path: str, children: dict[str, Any]) -> None:
+        """The children of the module at `path` were listed."""
+
+    def absent(self, place: Place) -> None:
+        """Somebody asked for `place`, and there is nothing."""
+
+    def wrote(self, place: Place) -> None:
+        """The forward wrote an attribute."""
+
+    def refuse(self, reason: str) -> None:
+        """The forward does what nobody can follow."""
+
+
+class _Reporting:
+    """What modules and plain objects have in common: reads and writes are reported."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        own = super().__getattribute__("__dict__")
+        listener = own.get(_LISTENER)
+        if listener is None or not listener.listening:
+            return value
+        if name in _INTERNAL or name.startswith("__"):
+            _heard_inside(listener, own, name, value)
+        elif name in own or not isinstance(vars_of_class(type(self), name), property):  # a property's own code is heard
+            _heard(listener, self, own, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = self.__dict__
+        listener = own.get(_LISTENER)
+        if listener is not None and listener.listening and not _is_there(own, name, value):
+            listener.wrote(_place(own, name))
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        own = self.__dict__
+        listener = own.get(_LISTENER)
+        if listener is not None and listener.listening:
+            listener.wrote(_place(own, name))
+        super().__delattr__(name)
+
+
+def _heard(listener: Listener, owner: Any, own: dict[str, Any], name: str, value: Any) -> None:
+    place = _place(own, name)
+    if is_constant(value):
+        listener.read(place, value)
+    elif isinstance(value, MethodType) and name not in own and value.__self__ in (owner, type(owner)):
+        listener.method(place)
+    elif isinstance(value, nn.Module) and _PATH in vars(value):
+        listener.child(place, value)
+    else:
+        listener.held(place, value)
+
+
+def _heard_inside(listener: Listener, own: dict[str, Any], name: str, value: Any) -> None:
+    """Hear of what torch itself reads all the time, where it matters."""
+    if name == "_modules":
+        listener.children(own[_PATH].path, value)
+    elif name == "__dict__":
+        asks = sys._getframe(2).f_code
+        if asks.co_name != "__getattr__" and not is_library_file(asks.co_filename):  # what that finds is heard anyway
+            listener.refuse(f"the forward reads all attributes of {str(own[_PATH]) or 'the module'}")
+
+
+def vars_of_class(kind: type, name: str) -> Any:
+    """Return what the class has under the name, unbound, or None."""
+    return next((vars(each)[name] for each in kind.__mro__ if name in vars(each)), None)
+
+
+def _is_there(own: dict[str, Any], name: str, value: Any) -> bool:
+    """Whether the attribute is this very object already: `self.steps += 1` writes to a buffer in place."""
+    tables = (own, own.get("_buffers", {}), own.get("_parameters", {}))
+    return any(name in table and table[name] is value for table in tables)
+
+
+def _place(own: dict[str, Any], name: str) -> Place:
+    here: Place = own[_PATH]
+    return Place(here.path, (*here.attributes, name))
+
+
+class ReportingModule(_Reporting, nn.Module):
+    """Mixin for the modules of a copy."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[_LISTENER].called(self, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__
+        listener = own.get(_LISTENER)
+        try:
+            value = super().__getattr__(name)
+        except AttributeError:
+            if listener is not None and listener.listening:
+                listener.absent(_place(own, name))
+            raise
+        if listener is not None and listener.listening:
+            if isinstance(value, (Tensor, nn.Module)):
+                listener.child(_place(own, name), value)
+            else:
+                _heard(listener, self, own, name, value)
+        return value
+
+
+class ReportingObject(_Reporting):
+    """Mixin for the plain objects that a copy holds (a config)."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the class's own hook from hearing of a subclass that is none of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        inherited = vars_of_class(plain_class(self), "__getattr__")
+        try:
+            if inherited is None:
+                raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+            return inherited(self, name)
+        except AttributeError:
+            own = self.__dict__
+            listener = own.get(_LISTENER)
+            if listener is not None and listener.listening and not name.startswith("__"):
+                listener.absent(_place(own, name))
+            raise
+
+
+def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
+    """Return a copy of the module that reports to the listener.
+
+    It shares the parameters with the module, not the buffers: torch runs in-place operations on small integer tensors
+    (BatchNorm's `num_batches_tracked`) for real, even under fake tensors.
+    """
+    duplicate = copy.deepcopy(module, {id(each): each for each in shared_by_copies(module)})
+    for path, each in list(duplicate.named_modules()):
+        _as_seen(each)
+        unswap(each)
+        _report_objects(each, module.get_submodule(path), path, listener)
+        object.__setattr__(each, _LISTENER, listener)
+        object.__setattr__(each, _PATH, Place(path, ()))
+        swap(each, ReportingModule)
+    return duplicate
+
+
+def _as_seen(module: nn.Module) -> None:
+    """Let the weight of a module that shows an effective weight instead look like that one: it is trained."""
+    for name in shown_parameters(module):
+        weight = module._parameters[name]
+        if weight is not None:
+            seen: Any = getattr(module, name)
+            module._parameters[name] = nn.Parameter(weight.detach(), requires_grad=seen.requires_grad)
+
+
+def shared_by_copies(module: nn.Module) -> Iterator[object]:
+    """Yield what a copy shares with the module: parameters, hooks, and what lies outside (a model, a rotary table)."""
+    yield from module.parameters()
+    own = {id(each) for each in (*module.modules(), *module.buffers())}
+    for each in module.modules():
+        for value in vars(each).values():
+            items = value if isinstance(value, (list, tuple)) else (value,)
+            yield from (item for item in items if isinstance(item, (Tensor, nn.Module)) and id(item) not in own)
+        for table in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
+            yield from table.values()
+
+
+def _report_objects(duplicate: Any, original: Any, path: str, listener: Listener) -> None:
+    """Let the plain objects that the module holds report too, and those that they hold, if the copy has its own."""
+    waiting = [(duplicate, original, Place(path, ()))]
+    while waiting:
+        owner, source, place = waiting.pop()
+        for name, value in list(vars(owner).items()):
+            given = vars(source).get(name)
+            if name in _INTERNAL or value is given or not is_plain_object(value) or _LISTENER in vars(value):
+                continue
+            if is_library_module(type(value).__module__):
+                continue  # its methods may be written in C, and read what nobody hears
+            where = Place(path, (*place.attributes, name))
+            if _reports(value, where, listener):
+                waiting.append((value, given, where))
+
+
+def _reports(value: Any, place: Place, listener: Listener) -> bool:
+    """Let one object report; False if its class allows no subclass in place: then it is compared as a whole."""
+    try:
+        object.__setattr__(value, "__class__", _reporting_class(type(value)))
+    except TypeError:
+        return False
+    vars(value).update({_LISTENER: listener, _PATH: place})
+    return True
+
+
+_REPORTING: dict[type, type] = {}
+
+
+def _reporting_class(kind: type) -> type:
+    if kind not in _REPORTING:
+        body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, _KIND: kind}
+        _REPORTING[kind] = type(kind)(kind.__name__, (ReportingObject, kind), body)
+    return _REPORTING[kind]
+
+
+def reports(value: object) -> bool:
+    """Whether the value is an object of a copy that reports what is read from it."""
+    return isinstance(value, ReportingObject)
+
+
+def class_of(module: nn.Module) -> type:
+    """Return the class that a module of a copy has in the model."""
+    kind = type(module)
+    return origin(kind)[0] if is_swapped(kind) else kind
+
+
+def plain_class(value: object) -> type:
+    """Return the class that a module or object of a copy has in the model."""
+    kind = type(value)
+    if isinstance(value, nn.Module):
+        return class_of(value)
+    original: type = vars(kind)[_KIND] if issubclass(kind, ReportingObject) else kind
+    return original
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of a module or object, what reporting needs and torch's own tables apart."""
+    hidden = _INTERNAL if isinstance(value, nn.Module) else (_LISTENER, _PATH)
+    return {name: each for name, each in vars(value).items() if name not in hidden}
+
+
+def path_of(module: nn.Module) -> str:
+    """Return where in the copy the module is."""
+    place: Place = module.__dict__[_PATH]
+    return place.path

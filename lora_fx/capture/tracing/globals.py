@@ -1,0 +1,262 @@
+"""What lies outside of a module and its arguments: globals, closures, defaults, flags of torch.
+
+While a forward runs for a capture, every Python function that is neither torch's nor the standard library's is noted
+when it starts.  What its code names is frozen at that moment, before the function can change it, becomes a guard, and
+is compared after the run: what a capture has changed is put back, and the forward is refused.
+"""
+
+from __future__ import annotations
+
+import builtins
+import datetime
+import os
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.capture.arguments import CONSTANTS, is_constant
+from lora_fx.capture.reads.codes import Named, asks_for_class, codes_inside, named_by
+from lora_fx.capture.reads.frozen import Flat, Freezer, Frozen, Parts, Unfreezable
+from lora_fx.capture.reads.functions import CACHED, Functions, cells_of
+from lora_fx.capture.reads.libraries import is_library_file, is_library_module
+from lora_fx.capture.reads.sources import Source
+from lora_fx.capture.tracing.changes import Undo
+from lora_fx.capture.tracing.copies import plain_class
+
+_LOOKUPS = ("get", "getenv", "__getitem__", "__contains__", "__iter__")
+_CALL = (("call", None),)
+_OWN = (("attribute", "__dict__"),)
+_CONTENTS = (("attribute", "cell_contents"),)
+_GUARDED_IN_LIBRARIES = (*CONSTANTS, list, dict, set, types.FunctionType, type)
+_IS_GRAD_ENABLED = torch.is_grad_enabled
+_QUESTIONS = ("is_", "are_", "get_")
+_ASKED_BY_NAME = frozenset({torch.get_default_dtype, torch.get_num_threads, torch.get_num_interop_threads})
+
+
+class World:
+    """Everything outside that one capture has met."""
+
+    def __init__(self, module: nn.Module, refuse: Callable[[str], None], asked_grad_mode: Callable[[], None]) -> None:
+        self.refuse = refuse
+        self._asked_grad_mode = asked_grad_mode
+        self.readings: dict[Source, Frozen] = {}
+        self._kept: dict[Source, tuple[Any, Undo]] = {}
+        self._known: dict[types.CodeType, str] = {}
+        """Why each code that has started cannot be guarded; empty if it can."""
+        self._inside: set[types.CodeType] = set()
+        self._freezer = _OutsideFreezer({id(each): path for path, each in module.named_modules()})
+        self._functions = Functions()
+        self._caches: dict[Any, int] = {}
+
+    # -- while the forward runs
+
+    def profile(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        """Hear of every call: to be set by `sys.setprofile`."""
+        try:
+            self._heard(frame, event, argument)
+        except Unfreezable as found:
+            self.refuse(str(found))
+
+    def _heard(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event == "call":
+            if not is_library_file(code.co_filename) and not _is_generated(frame):
+                self._started(frame)
+            elif frame.f_back is not None and not is_library_file(frame.f_back.f_code.co_filename):
+                self._asked(frame)
+        elif event == "c_call" and not is_library_file(code.co_filename):
+            self._called(argument)
+
+    def _called(self, function: Any) -> None:
+        owner = function.__self__ if isinstance(function, types.BuiltinFunctionType) else None
+        if owner is time and function.__name__ != "sleep":
+            self.refuse(f"the forward reads the clock ({function.__name__})")
+        if (
+            isinstance(owner, type)
+            and issubclass(owner, datetime.date)
+            and function.__name__ in ("now", "today", "utcnow")
+        ):
+            self.refuse(f"the forward reads the clock ({function.__name__})")
+        if function is torch.is_inference_mode_enabled:
+            self.refuse("the forward asks for inference mode")
+        if function is _IS_GRAD_ENABLED:
+            self._asked_grad_mode()
+        if function in _ASKED_BY_NAME:
+            self._note(Source(function, _CALL, f"{function.__name__}()"), function())
+
+    def _asked(self, frame: types.FrameType) -> None:
+        """A library's function was called by somebody else: does it answer by the state of the world?"""
+        code = frame.f_code
+        if code.co_name in _LOOKUPS and (code.co_name == "getenv" or frame.f_locals.get("self") is os.environ):
+            self._looked_up(frame.f_locals.get("key"))
+        if code.co_argcount or code.co_kwonlyargcount or not code.co_name.startswith(_QUESTIONS):
+            return
+        function = frame.f_globals.get(code.co_name)
+        if isinstance(function, types.FunctionType) and function.__code__ is code and not code.co_flags & 0x0C:
+            answer = function()
+            if is_constant(answer):
+                self._note(Source(function, _CALL, f"{code.co_name}()"), answer)
+
+    def _looked_up(self, key: object) -> None:
+        if not isinstance(key, str):
+            self.refuse("the forward reads the whole environment")
+        self._note(Source(os.environ, (("lookup", key),), f"${key}"), os.environ.get(str(key)))
+
+    def _started(self, frame: types.FrameType) -> None:
+        code = frame.f_code
+        problem = self._known.get(code)
+        if problem is None or (code.co_freevars and code not in self._inside):  # another closure may run the same code
+            problem = self._known[code] = self._judged(frame)
+        if problem:
+            self.refuse(problem)
+
+    def _judged(self, frame: types.FrameType) -> str:
+        """Note what the function that starts relies on; return why that cannot be guarded, or nothing."""
+        code = frame.f_code
+        self._inside.update(codes_inside(code))
+        try:
+            for named in named_by(code):
+                self._name(named, frame)
+            if asks_for_class(code):
+                self._class_of(frame)
+            if code not in self._inside:
+                self._function(frame)
+        except Unfreezable as found:
+            return str(found)
+        return ""
+
+    # -- what code names
+
+    def _name(self, named: Named, frame: types.FrameType) -> None:
+        scope: dict[str, Any] = dict(sys.modules) if named.module else frame.f_globals
+        if named.root in scope:
+            root = sys.modules if named.module else scope
+            self._follow(Source(root, (("item", named.root),), named.root), named.attributes)
+        elif not named.module and named.root not in vars(builtins):  # yet to be set
+            self._note(Source(scope, (("has", named.root),), named.root), False)
+
+    def _follow(self, source: Source, attributes: tuple[str, ...]) -> None:
+        """Note what is at the end of a chain of attributes, as far as they are those of modules and classes."""
+        value = source.value()
+        for attribute in attributes:
+            if not _leads_on(value):
+                break
+            try:
+                following = getattr(value, attribute)
+            except AttributeError:  # the forward will meet it too
+                return
+            if isinstance(following, types.MethodType) and following.__self__ is value and not isinstance(value, type):
+                break
+            source, value = source.then("attribute", attribute), following
+        if isinstance(value, types.ModuleType):
+            if not is_library_module(value.__name__):
+                raise Unfreezable(f"the forward hands on the module {source.name}")
+        elif len(source.steps) == 1 or _may_be_set(value):
+            self._note(source, value)
+
+    def _class_of(self, frame: types.FrameType) -> None:
+        """Note the constants of the class of `self`."""
+        owner = frame.f_locals.get("self")
+        kind = plain_class(owner)
+        for each in kind.__mro__ if isinstance(owner, nn.Module) else ():
+            if is_library_module(each.__module__):
+                continue
+            for name, value in vars(each).items():
+                if not name.startswith("__") and (is_constant(value) or isinstance(value, (list, dict, set))):
+                    self._note(Source(each, (*_OWN, ("item", name)), f"{each.__name__}.{name}"), value)
+
+    # -- functions
+
+    def _function(self, frame: types.FrameType) -> None:
+        """Note the defaults and the closure of the function that starts, and where it is found."""
+        owner = frame.f_locals.get("self")
+        for kind in plain_class(owner).__mro__ if isinstance(owner, nn.Module) else ():
+            if not is_library_module(kind.__module__):
+                self._functions.search_class(kind)
+        for function, source in self._functions.running(frame):
+            if source is not None:
+                self._note(source, source.value())
+            for table in ("__defaults__", "__kwdefaults__"):
+                source = Source(function, (("attribute", table),), f"the defaults of {function.__name__}")
+                if source.value():
+                    self._note(source, source.value())
+            for variable, cell in cells_of(function):
+                self._note(Source(cell, _CONTENTS, f"{function.__name__}.{variable}"), cell.cell_contents)
+
+    # -- noting
+
+    def _note(self, source: Source, value: Any) -> None:
+        if source in self.readings:
+            return
+        self._functions.met(value)
+        try:
+            self.readings[source] = self._freezer.freeze(value)
+        except Unfreezable as found:
+            raise Unfreezable(f"the forward reads {source.name}, {found}") from None
+        self._kept[source] = (value, Undo(value if isinstance(self.readings[source], (Flat, Parts)) else None))
+        if isinstance(value, CACHED):
+            self._caches[value] = value.cache_info().currsize
+
+    def changed(self) -> str | None:
+        """Put back what the run has changed; return its name, or None."""
+        found = None
+        for source, frozen in self.readings.items():
+            if not self._is_still(source, frozen):
+                value, undo = self._kept[source]
+                source.put_back(value)
+                undo()
+                found = found or source.name
+        for function, size in self._caches.items():
+            if function.cache_info().currsize != size:
+                function.cache_clear()  # there are fakes in it
+                found = found or f"the cache of {function.__name__}"
+        return found
+
+    def _is_still(self, source: Source, frozen: Frozen) -> bool:
+        try:
+            return self._freezer.freeze(source.value()) == frozen
+        except Unfreezable:
+            return False
+
+
+class _OutsideFreezer(Freezer):
+    """Refuses the module that is captured: what is read from it behind the back of its copy is not heard."""
+
+    def module(self, value: nn.Module) -> Frozen:
+        if id(value) in self.paths:
+            raise Unfreezable("that leads to the module itself")
+        return super().module(value)
+
+
+def _leads_on(value: Any) -> bool:
+    """Whether attributes of the value are followed: of modules, classes and torch's objects with flags."""
+    if isinstance(value, (types.ModuleType, type)):
+        return True
+    return type(value).__module__.startswith("torch.backends")
+
+
+def _may_be_set(value: Any) -> bool:
+    """Whether the attribute of a module or class with this value is a flag, or what somebody may have patched.
+
+    What a library keeps for itself (a registry, its random generator) is its own affair; the clock, the environment and
+    random numbers are heard where they are asked.
+    """
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format, types.MethodType)):
+        return False
+    if isinstance(value, types.BuiltinFunctionType):
+        return isinstance(value.__self__, (types.ModuleType, type, types.NoneType))
+    if isinstance(value, types.FunctionType) and value.__module__.startswith("lora_fx."):
+        return False  # what the capture itself has patched, for as long as it runs
+    return not is_library_module(type(value).__module__) or isinstance(value, _GUARDED_IN_LIBRARIES)
+
+
+def _is_generated(frame: types.FrameType) -> bool:
+    """Whether a dataclass, a named tuple or a library has made the code from a text."""
+    home = str(frame.f_globals.get("__name__", ""))
+    made = frame.f_code.co_qualname.startswith("__create_fn__") or home.startswith("namedtuple_")
+    return frame.f_code.co_filename == "<string>" and (made or is_library_module(home))

@@ -1,0 +1,1 @@
+"""MODEL on the command line.  The one part of the command line that imports torch."""

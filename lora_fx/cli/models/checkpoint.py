@@ -1,0 +1,83 @@
+"""A checkpoint as a model without forward: names and shapes of its tensors, on the meta device."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_fx.files.rawfile import DTYPES
+from lora_fx.files.safetensors import RawTensor, read_raw
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^shared$")
+
+
+class Checkpoint(nn.Module):
+    """What a checkpoint holds.  It has no forward: how a weight is used is read from its shape and its name."""
+
+
+def checkpoint_model(path: str) -> Checkpoint:
+    """Return the tensors of a safetensors file, or of the shards of an index, as modules on the meta device.
+
+    A matrix called `weight` is taken for a linear (for one that stores [in, out] where only the bias fits so), or for
+    an embedding if its module is called like one; all else stays a parameter.
+
+    Raises:
+        MergeError: a file is missing or damaged.
+    """
+    tensors = dict(_tensors(Path(path)))
+    model = Checkpoint()
+    for name in tensors:
+        owner, _, last = name.rpartition(".")
+        _place(_submodule(model, owner, tensors), last, tensors[name])
+    return model
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, RawTensor]]:
+    if path.name.endswith(INDEX_SUFFIX):
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        for shard in shards:
+            yield from _tensors(path.parent / shard)
+    else:
+        yield from read_raw(path).tensors.items()
+
+
+def _submodule(model: nn.Module, path: str, tensors: Mapping[str, RawTensor]) -> nn.Module:
+    module = model
+    parts = path.split(".") if path else []
+    for depth, part in enumerate(parts, 1):
+        if part not in module._modules:
+            module.add_module(part, _module(".".join(parts[:depth]), tensors))
+        module = module.get_submodule(part)
+    return module
+
+
+def _module(path: str, tensors: Mapping[str, RawTensor]) -> nn.Module:
+    weight, bias = tensors.get(f"{path}.weight"), tensors.get(f"{path}.bias")
+    if weight is None or len(weight.shape) != 2:
+        return nn.Module()
+    rows, columns = weight.shape
+    dtype = DTYPES.get(weight.dtype, torch.float32)
+    dtype = dtype if dtype.is_floating_point else torch.float32
+    if _EMBEDDING.search(path.rpartition(".")[2]):
+        return nn.Embedding(rows, columns, device="meta", dtype=dtype)
+    if bias is not None and bias.shape == (columns,) != (rows,):
+        rows, columns = columns, rows
+    return nn.Linear(columns, rows, bias is not None, device="meta", dtype=dtype)
+
+
+def _place(module: nn.Module, name: str, tensor: RawTensor) -> None:
+    """Register what the module's class has not brought along."""
+    if name in module._parameters:
+        return
+    dtype = DTYPES.get(tensor.dtype, torch.uint8)
+    empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    if dtype.is_floating_point:
+        module.register_parameter(name, nn.Parameter(empty))
+    else:
+        module.register_buffer(name, empty)

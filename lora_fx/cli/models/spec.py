@@ -1,0 +1,171 @@
+"""MODEL on the command line: a factory in a package or a file, a directory of transformers, or a file of weights."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.api import apply, diff, load
+from lora_fx.cli.models.checkpoint import INDEX_SUFFIX, checkpoint_model
+from lora_fx.errors import LoraFxError
+from lora_fx.graphdiff.compare import GraphDiff
+from lora_fx.graphdiff.graphs import Graph
+from lora_fx.graphdiff.models import Comparable, graph_of
+from lora_fx.models.samples import call
+from lora_fx.rules.ruleset import RuleSet
+from lora_fx.text import count
+from lora_fx.tuned.report import report
+
+FORMS = "package.module:factory, file.py:factory, hf:DIRECTORY, a .pt2 or a .safetensors file"
+
+
+class ModelSpecError(LoraFxError):
+    """MODEL does not lead to a model."""
+
+
+def load_model(spec: str) -> tuple[nn.Module, object]:
+    """Return (model, example inputs or None) for what the user wrote as MODEL.
+
+    `package.module:factory` and `file.py:factory` execute that code; the factory is called without arguments, on the
+    meta device, and returns a model or (model, example_inputs).  `hf:DIRECTORY` needs the configuration only.  A `.pt2`
+    file is loaded whole; of a `.safetensors` file only the header is read.
+
+    Raises:
+        ModelSpecError: says what is wrong with the text, the file, or what the factory returned.
+    """
+    if spec.endswith((".pt2", ".safetensors", INDEX_SUFFIX)):
+        return _of_program(spec) if spec.endswith(".pt2") else (checkpoint_model(spec), None)
+    scheme, _, rest = spec.partition(":")
+    if not scheme or not rest:
+        raise ModelSpecError(f"'{spec}' is no model: write {FORMS}")
+    with torch.device("meta"):
+        found = _from_transformers(rest) if scheme == "hf" else called(module_at(scheme), scheme, rest)
+    return model_and_inputs(found, spec)
+
+
+def model_and_inputs(found: Any, spec: str) -> tuple[nn.Module, object]:
+    """Return (model, example inputs or None) of what a factory returned.
+
+    Raises:
+        ModelSpecError: it is no model.
+    """
+    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(model, nn.Module):
+        raise ModelSpecError(f"'{spec}' gives an object of type {type(model).__name__}, not a torch.nn.Module")
+    return model, inputs
+
+
+def check_fit(adapter: str, spec: str) -> str:
+    """Return a line that says that an adapter's directory fits a model.
+
+    Raises:
+        AdapterMismatchError, RefusedError: it does not; all reasons.
+        AdapterFileError: its files are damaged.
+    """
+    model, inputs = load_model(spec)
+    tuned = load(model, adapter, inputs)
+    sites = len(report(tuned).sites)
+    return f"fits {type(model).__name__}: {count(sites, 'site')} with the names and shapes of the adapter"
+
+
+def compared(a: str | Graph, b: str | Graph) -> GraphDiff:
+    """Return how two models differ, each given as MODEL or as a graph."""
+    first, second = (_comparable(each) for each in (a, b))
+    return diff(first[0], second[0], first[1] if first[1] is not None else second[1])
+
+
+def compared_by_rules(spec: str, rules: Sequence[RuleSet]) -> GraphDiff:
+    """Return what rules change in a model's graph; of two rule sets, how the two adapted models differ."""
+    model, inputs = load_model(spec)
+    *before, after = [model, *(apply(model, each, inputs) for each in rules)]
+    return diff(before[-1], after, inputs)
+
+
+def graph_text(spec: str) -> str:
+    """Return a model's graph as JSON."""
+    return graph_of(*_comparable(spec)).to_json()
+
+
+def _comparable(spec: str | Graph) -> tuple[Comparable, object]:
+    """Return (what `diff` takes, example inputs or None); a `.pt2` file is read there."""
+    if isinstance(spec, str) and not spec.endswith(".pt2"):
+        return load_model(spec)
+    return spec, None
+
+
+def _of_program(path: str) -> tuple[nn.Module, object]:
+    """Return the module of a file that `torch.export.save` wrote, and the inputs that it was exported with."""
+    if not Path(path).is_file():
+        raise ModelSpecError(f"{path}: no such file")
+    program = torch.export.load(path)
+    given = program.example_inputs
+    return program.module(), call(*given[0], **given[1]) if given else None
+
+
+def module_at(home: str) -> ModuleType:
+    if home.endswith(".py"):
+        return _module_of_file(Path(home))
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does: modules of the current directory
+    try:
+        return importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        if error.name is None or not home.startswith(error.name):
+            raise  # the module is there, one that it needs is not
+        raise ModelSpecError(f"there is no module '{home}'") from error
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ModelSpecError(f"{path}: no such file")
+    sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` does: what lies beside it can be imported
+    name = f"_{path.stem}" if path.stem in sys.modules else path.stem  # a file may be called json.py
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def called(module: ModuleType, home: str, name: str) -> Any:
+    if name not in vars(module):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ModelSpecError(f"{home} has no '{name}'; it has {', '.join(known[:10]) or 'nothing to call'}")
+    found = vars(module)[name]
+    return found() if callable(found) and not isinstance(found, nn.Module) else found
+
+
+def _from_transformers(directory: str) -> nn.Module:
+    kind, config = class_and_config(directory)
+    import transformers  # class_and_config has said so if it is not installed
+
+    bare: Any = transformers.AutoModel
+    model: nn.Module = bare.from_config(config) if kind is bare else kind(config)
+    return model
+
+
+def class_and_config(directory: str) -> tuple[Any, Any]:
+    """Return the class that a transformers directory's configuration names (`AutoModel` for the bare model), and it.
+
+    Raises:
+        ModelSpecError: there is no configuration, or no transformers.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        raise ModelSpecError(f"{directory}/config.json does not exist; hf: takes a directory, not a name of a hub")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelSpecError("hf: needs transformers: pip install 'lora-fx[hf]'") from error
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    kinds = (vars(transformers).get(name) or getattr(transformers, name, None) for name in config.architectures or ())
+    return next((kind for kind in kinds if kind is not None), transformers.AutoModel), config

@@ -1,0 +1,1 @@
+"""Which weights of a model are used how, and so what can be adapted."""

@@ -1,0 +1,357 @@
+"""Which parameters of a model multiply activations, seen in a real run, whoever wrote the product and wherever.
+
+A dispatch mode sees every kernel that runs and what memory it is given.  From strides and offsets of the operand it
+tells which axis of the parameter is summed over, so which are its inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from lora_fx.adapters.rawweight.products import name_of
+from lora_fx.models.torch_internals import DispatchMode
+from lora_fx.planning.sites import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUse:
+    """How one forward uses one parameter."""
+
+    op: str
+    """linear, matmul, experts, embedding, conv1d…, or other."""
+    layout: Layout
+    calls: int
+    outside: bool
+    """Whether code reads it while the module that owns it is not being called."""
+    problem: str = ""
+    """Why no adapter can take part in this use."""
+    flat: bool = False
+    """Whether all axes of the parameter but the first are one side of a matrix."""
+
+
+@dataclass(slots=True)
+class Uses:
+    """What a run has shown."""
+
+    calls: dict[str, int]
+    """How often the forward called each module."""
+    weights: dict[str, WeightUse]
+    """By the dotted name of the parameter; of one with several, the one whose module was being called."""
+    complete: bool = True
+    """Whether a run has shown it, so that what is not there is not used."""
+    looked_at: frozenset[str] = frozenset()
+    """Raw parameters whose use is known without a run, though not all that is there was seen."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Uses of one parameter, being collected."""
+
+    ops: Counter[str] = field(default_factory=Counter)
+    sides: Counter[tuple[Layout, bool]] = field(default_factory=Counter)
+    """How the parameter holds its matrix, and whether that is flat."""
+    calls: int = 0
+    outside: bool = False
+    problem: str = ""
+
+    def use(self, banked: bool) -> WeightUse:
+        op = self.ops.most_common(1)[0][0]
+        layout, flat = self.sides.most_common(1)[0][0] if self.sides else ("out_in", False)
+        problem = self.problem
+        if len({flat for _, flat in self.sides}) > 1:
+            problem = problem or "it is used as a bank of matrices and as one matrix"
+        op = "experts" if banked and not flat and op == "linear" else op
+        return WeightUse(op, layout, self.calls, self.outside, problem, flat)
+
+
+def weight_uses(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Uses:
+    """Return how one forward, in the modes that are set, uses the model's parameters; the model stays unchanged.
+
+    Raises:
+        Exception: whatever the model raises for the arguments.
+    """
+    calls: dict[str, int] = {}
+    watch = _Watch(model)
+    with _module_stack(model, calls, watch.active), _unfused(), watch.functions, watch:
+        model(*args, **kwargs)
+    banks = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    return Uses(calls, {name: seen.use(name in banks) for name, seen in watch.seen.items()})
+
+
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    """Keep nn.TransformerEncoderLayer from handing all of its weights to one kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _module_stack(model: nn.Module, calls: dict[str, int], active: list[nn.Module]) -> Iterator[None]:
+    """Count calls, and keep the modules that are being called in `active`."""
+    hooks = []
+    for path, module in model.named_modules():
+
+        def enter(module: nn.Module, _args: object, path: str = path) -> None:
+            calls[path] = calls.get(path, 0) + 1
+            active.append(module)
+
+        def leave(module: nn.Module, _args: object, _result: object) -> None:
+            if active and active[-1] is module:
+                active.pop()
+
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Functions(TorchFunctionMode):
+    """Remembers which torch function runs: F.linear and @ end in the same kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outer, self.name = self.name, self.name or name_of(func)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.name = outer
+
+
+_Axes = frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What a tensor shows of a parameter."""
+
+    owners: dict[str, nn.Module]
+    """Its names, each with the module that owns it there."""
+    rank: int
+    """Number of its dimensions."""
+    axes: tuple[_Axes, ...]
+    """The axes of the parameter that each dimension of the tensor runs over."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What lies in the memory of a parameter, or of a copy of one."""
+
+    shown: tuple[_Shown, ...]
+    """One parameter, or each of those that it was computed from."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    alive: StorageWeakRef | None = None
+    """Of a copy: its memory, which may go to another tensor later."""
+
+    def seen_by(self, tensor: Tensor) -> tuple[_Shown, ...]:
+        """Return what a tensor on this memory shows."""
+        steps = [self._along(*step) for step in zip(tensor.shape, tensor.stride(), strict=True)]
+        return tuple(
+            replace(each, axes=tuple(frozenset[int]().union(*(each.axes[i] for i in step)) for step in steps))
+            for each in self.shown
+        )
+
+    def _along(self, size: int, stride: int) -> list[int]:
+        """Return the dimensions whose index changes in so many steps of one stride."""
+        dims = enumerate(zip(self.shape, self.strides, strict=True))
+        return [i for i, (n, each) in dims if n > 1 and stride * (size - 1) >= each and stride % (each * n)]
+
+
+class _Watch(DispatchMode):
+    """Sees kernels, and knows which of their operands are (views or copies of) parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.active: list[nn.Module] = []
+        self.functions = _Functions()
+        self.seen: dict[str, _Seen] = {}
+        self._roots: dict[int, _Memory] = {}
+        """The parameters, by memory."""
+        self._copies: dict[int, _Memory] = {}
+        self._buffers = {_storage(buffer) for buffer in model.buffers() if _has_storage(buffer)}
+        for path, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() >= 1 and _has_storage(parameter):
+                    memory = self._roots.setdefault(_storage(parameter), _memory_of(parameter))
+                    memory.shown[0].owners[f"{path}.{name}".lstrip(".")] = module
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = name_of(func)
+        operands = [each for each in args if isinstance(each, Tensor)]
+        if any(self._is_weight(each) for each in operands) or name in _KERNELS:
+            self._note(name, args, operands, result)
+        return result
+
+    def _note(self, name: str, args: Any, operands: list[Tensor], result: Any) -> None:
+        if name in _PRODUCTS:
+            self._note_product(name, args)
+        elif name in _KERNELS:
+            for each in (*operands, *(t for a in args if isinstance(a, (list, tuple)) for t in a)):
+                for found in self._where(each) if isinstance(each, Tensor) and each.dim() >= 2 else ():
+                    self._see(found, "other", None, f"torch.{name} is one kernel; nothing can be added inside of it")
+        elif name in _COPIES and isinstance(result, Tensor):
+            self._note_copy(name, args, result)
+        elif name in _ARITHMETIC and isinstance(result, Tensor):
+            self._note_computed([*operands, *(args[0] if isinstance(args[0], (list, tuple)) else ())], result)
+
+    # -- where a tensor comes from
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return _has_storage(tensor) and (_storage(tensor) in self._roots or _storage(tensor) in self._copies)
+
+    def _where(self, tensor: Tensor) -> tuple[_Shown, ...]:
+        """Return what the tensor shows of parameters; nothing if it is none and was not made of some."""
+        if not _has_storage(tensor):
+            return ()
+        memory = self._roots.get(_storage(tensor)) or self._copies.get(_storage(tensor))
+        if memory is None or (memory.alive is not None and memory.alive.expired()):  # type: ignore[no-untyped-call]
+            return ()
+        return memory.seen_by(tensor)
+
+    def _note_copy(self, name: str, args: Any, result: Tensor) -> None:
+        shown = self._where(args[0]) if isinstance(args[0], Tensor) else ()
+        if name in ("index", "index_select"):
+            index = args[1][0] if name == "index" else args[2]
+            if not isinstance(index, Tensor) or (len(args[1]) if name == "index" else args[1] + 1) != 1:
+                return
+            shown = tuple(replace(each, axes=(*each.axes[:1] * index.dim(), *each.axes[1:])) for each in shown)
+        self._remember(shown, result)
+
+    def _note_computed(self, operands: list[Tensor], result: Tensor) -> None:
+        """What is computed from weights, buffers and numbers alone is a weight; each axis stays where it was."""
+        given = [each for each in operands if each.is_floating_point() and each.dim()]
+        given = [each for each in given if not _has_storage(each) or _storage(each) not in self._buffers]
+        shown = [self._where(each) for each in given]
+        if all(shown):
+            unknown = (frozenset[int](),) * result.dim()
+            every = [each for found in shown for each in found]
+            kept = (each if len(each.axes) == result.dim() else replace(each, axes=unknown) for each in every)
+            self._remember(tuple(kept), result)
+
+    def _remember(self, shown: tuple[_Shown, ...], result: Tensor) -> None:
+        if not shown or not _has_storage(result) or _storage(result) in self._roots:
+            return
+        if all(len(each.axes) == result.dim() for each in shown):
+            alive = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
+            self._copies[_storage(result)] = _Memory(shown, tuple(result.shape), result.stride(), alive)
+
+    # -- products
+
+    def _note_product(self, name: str, args: Any) -> None:
+        left, right, kind = _PRODUCTS[name]
+        if kind != "product":
+            for found in self._where(args[right]):
+                self._note_layer(kind, found, args)
+            return
+        weights = [self._where(args[left]), self._where(args[right])]
+        if all(weights):  # of two parameters, the one that F.linear calls the weight is
+            weights[0] = ()
+        for shown, tensor, summed in zip(weights, (args[left], args[right]), (-1, -2), strict=True):
+            for found in shown:
+                self._note_matrix(found, 0 if tensor.dim() == 1 else summed)
+
+    def _note_layer(self, kind: str, found: _Shown, args: Any) -> None:
+        if kind == "embedding":
+            self._see(found, "embedding", ("in_out", False))
+        elif kind == "bag":
+            self._see(found, "embedding", ("in_out", False), "nn.EmbeddingBag sums inside of one kernel")
+        elif args[6]:
+            self._see(found, "other", ("out_in", False), "a transposed convolution cannot be adapted")
+        else:
+            self._see(found, f"conv{len(found.axes) - 2}d", ("out_in", False))
+
+    def _note_matrix(self, found: _Shown, summed: int) -> None:
+        op = "linear" if self.functions.name in ("linear", "multi_head_attention_forward", "") else "matmul"
+        if found.rank == 3 and self.functions.name != "einsum":
+            op = "linear"  # a bank: `use` calls it experts
+        kept = frozenset[int]().union(*found.axes) - found.axes[summed]
+        self._see(found, op, _sides(found.rank, found.axes[summed], kept))
+
+    def _see(self, found: _Shown, op: str, sides: tuple[Layout, bool] | None, problem: str = "") -> None:
+        owners = found.owners
+        inside = [each for each, module in owners.items() if self.active and self.active[-1] is module]
+        name = inside[0] if inside else next(iter(owners))
+        seen = self.seen.setdefault(name, _Seen())
+        seen.ops[op] += 1
+        seen.calls += 1
+        if sides is not None:
+            seen.sides[sides] += 1
+        seen.outside |= not inside
+        seen.problem = seen.problem or problem
+
+
+def _sides(rank: int, summed: _Axes, kept: _Axes) -> tuple[Layout, bool] | None:
+    """Return which way round a parameter holds its matrix, and whether flat, from the axes that a product sums over."""
+    inner, outer = summed - {0}, kept - {0}
+    if rank > 2 and inner and outer and inner.isdisjoint(outer):  # a bank, along the first axis
+        return ("out_in" if max(inner) > max(outer) else "in_out"), False
+    if summed and summed == inner:
+        return "out_in", rank > 2
+    return ("in_out", rank > 2) if summed == {0} else None
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    try:
+        return tensor.layout == torch.strided and tensor.untyped_storage() is not None
+    except (NotImplementedError, RuntimeError):  # tensor subclasses without memory of their own
+        return False
+
+
+def _storage(tensor: Tensor) -> int:
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def _memory_of(parameter: Tensor) -> _Memory:
+    axes = tuple(frozenset((axis,)) for axis in range(parameter.dim()))
+    return _Memory((_Shown({}, parameter.dim(), axes),), tuple(parameter.shape), parameter.stride())
+
+
+_PRODUCTS: dict[str, tuple[int, int, str]] = {
+    "mm": (0, 1, "product"),
+    "bmm": (0, 1, "product"),
+    "mv": (0, 1, "product"),
+    "addmm": (1, 2, "product"),
+    "_addmm_activation": (1, 2, "product"),
+    "baddbmm": (1, 2, "product"),
+    "addmv": (1, 2, "product"),
+    "_grouped_mm": (0, 1, "product"),
+    "grouped_mm_fallback": (0, 1, "product"),
+    "convolution": (0, 1, "convolution"),
+    "_convolution": (0, 1, "convolution"),
+    "convolution_overrideable": (0, 1, "convolution"),
+    "embedding": (1, 0, "embedding"),
+    "_embedding_bag": (1, 0, "bag"),
+    "_embedding_bag_forward_only": (1, 0, "bag"),
+}
+"""Positions of the two operands of each kernel; of a layer's, of its input and its weight."""
+_KERNELS = frozenset(
+    {"mkldnn_rnn_layer", "lstm", "gru", "rnn_tanh", "rnn_relu", "_cudnn_rnn", "_thnn_fused_lstm_cell", "miopen_rnn",
+     "lstm_cell", "gru_cell", "_trilinear", "_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
+)  # fmt: skip
+_COPIES = frozenset({"_to_copy", "clone", "contiguous", "index", "index_select", "_reshape_copy"})
+_ARITHMETIC = frozenset(
+    {"add", "sub", "rsub", "mul", "div", "neg", "exp", "log", "sigmoid", "tanh", "softplus", "pow", "sqrt", "rsqrt",
+     "abs", "sum", "mean", "var", "std", "norm", "linalg_vector_norm", "clamp", "clamp_min", "cat", "stack", "where"}
+)  # fmt: skip
+"""What may be done to weights, and make weights, before something is multiplied by them."""

@@ -1,0 +1,53 @@
+"""Adapters as pairs of plain factors, which most formats hold in one way or another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import all_attached
+from lora_fx.files.adapter.codec import encoded
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The adapter of one layer: ΔW = scaling · B A."""
+
+    path: str
+    A: Tensor
+    """[r, in], or a convolution's [r, in, kernel…]; parts of a weight have r rows each."""
+    B: Tensor
+    """[out, r], or [out, r / groups, 1…]; zero where no part is adapted."""
+    scaling: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    def with_scaling(self, scaling: float) -> Pair:
+        """Return the same adapter with another scaling, made up for in B."""
+        if scaling == self.scaling:
+            return self
+        return replace(self, B=self.B * (self.scaling / scaling), scaling=scaling)
+
+    def with_rank(self, rank: int) -> Pair:
+        """Return the same adapter, of matrices, with a higher rank: zero rows in A, zero columns in B."""
+        more = rank - self.rank
+        return replace(self, A=F.pad(self.A, (0, 0, 0, more)), B=F.pad(self.B, (0, more)))
+
+
+def pairs(tuned: nn.Module) -> Iterator[Pair]:
+    """Yield the pair of every adapted layer, in model order, as new tensors on the CPU."""
+    for path, found in all_attached(tuned):
+        A, B = (_plain(factor) for factor in encoded(found))
+        magnitude = None if found.magnitude is None else _plain(found.magnitude.weight)
+        yield Pair(path, A, B, found.spec.scaling, magnitude)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -1,0 +1,1 @@
+"""Adapters in files, in PEFT's format."""

@@ -1,0 +1,152 @@
+"""Factors as PEFT keeps them in a file, and back.
+
+A linear's are what they are.  A convolution's have its shape; a grouped one's A becomes one block for each group, which
+is the same map with g · r ranks.  A bank of experts is one matrix: A [bank · r, in], B [out, r · bank].  A raw
+parameter has the factors of what is stored, whichever way round it multiplies; of a bank, PEFT takes the matrices as
+stored [out, in] unless their module says `is_transposed`.  Parts of a fused weight become n · r ranks with zeros in B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import Attached
+from lora_fx.adapters.factors import Convolution, ConvolutionA, SlicedB
+from lora_fx.planning.sites import CONVOLUTIONS, Layout, Site
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the factors of a site are laid out in a file."""
+
+    op: str
+    bank: int | None
+    out_features: int
+    inner: tuple[int, ...]
+    """Sizes of the inputs: (in,), or (in / groups, kernel…)."""
+    groups: int
+    flipped: bool
+    """Whether the file has the factors of the transposed matrix."""
+
+    @property
+    def factor(self) -> int:
+        """How many times its ranks the file's A has rows."""
+        return self.groups * (self.bank or 1)
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B in the file, for an inner dimension of `rank`."""
+        if self.op in CONVOLUTIONS and len(self.inner) > 1:
+            ones = tuple(1 for _ in self.inner[1:])
+            first = (self.groups * rank, self.groups * self.inner[0], *self.inner[1:])
+            return first, (self.out_features, rank, *ones)
+        inputs, outputs = self.inner[0], self.out_features
+        if self.flipped:
+            inputs, outputs = outputs, inputs
+        return (self.factor * rank, inputs), (outputs, self.factor * rank)
+
+
+def form_of(site: Site, owner: nn.Module) -> Form:
+    """Return the form of a site whose weight `owner` holds.
+
+    A functional convolution's weight counts as a matrix.
+    """
+    out_features, in_features = site.features
+    if site.op in CONVOLUTIONS and isinstance(owner, Convolution) and not site.parameter:
+        return Form(site.op, None, out_features, site.shape[1:], owner.groups, False)
+    bank = site.bank if site.is_banked else None
+    flipped = bool(site.parameter) and _is_flipped(site.layout, site.is_banked, owner)
+    return Form(site.op, bank, out_features, (in_features,), 1, flipped)
+
+
+def _is_flipped(layout: Layout, is_banked: bool, owner: nn.Module) -> bool:
+    """Whether a raw parameter that multiplies as `layout` says has the factors of its transpose in a file."""
+    stored = banked_layout(owner) if is_banked else "out_in"
+    return layout != stored
+
+
+def banked_layout(owner: nn.Module) -> Layout:
+    """Return how PEFT takes the matrices of a bank to be stored; transformers' modules of experts tell it."""
+    return "in_out" if getattr(owner, "is_transposed", False) else "out_in"
+
+
+def has_other_border(owner: nn.Module) -> bool:
+    """Whether it is a convolution with a padding_mode or dilation, which PEFT 0.21 leaves out of its adapters."""
+    return isinstance(owner, Convolution) and (owner.padding_mode, {*owner.dilation}) != ("zeros", {1})
+
+
+def encoded(found: Attached) -> tuple[Tensor, Tensor]:
+    """Return the factors A and B of an adapter as a file holds them."""
+    A: Tensor = found.lora_A.weight
+    if isinstance(found.lora_A, ConvolutionA):
+        return _blocks(A, found.lora_A.groups), found.lora_B.weight
+    B = found.lora_B.matrix
+    if _flips(found):
+        A, B = B.mT, A.mT
+    if found.spec.is_banked:
+        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    return A, B
+
+
+def _flips(found: Attached) -> bool:
+    spec = found.spec
+    return not spec.path_is_owner and _is_flipped(spec.layout, spec.is_banked, found.owner)
+
+
+def _blocks(filters: Tensor, groups: int) -> Tensor:
+    """Return filters [r, in / g, …] as [g · r, in, …], each group's in its own channels."""
+    if groups == 1:
+        return filters
+    r, channels = filters.shape[:2]
+    whole = filters.new_zeros(groups, r, groups, channels, *filters.shape[2:])
+    for group in range(groups):
+        whole[group, :, group] = filters
+    return whole.flatten(0, 1).flatten(1, 2)
+
+
+def misfit(form: Form, parts: tuple[tuple[int, ...], ...], A: Tensor, B: Tensor) -> str | None:
+    """Return why factors of the right shapes are not such as an adapter of this site can have; None if they are.
+
+    Args:
+        form: of the site.
+        parts: rows of each adapted part of the weight; empty if it is adapted whole.
+        A: as the file holds it.
+        B: as the file holds it.
+    """
+    if form.groups > 1 and not torch.equal(_blocks(_first_block(A, form.groups), form.groups), A):
+        return "its lora_A mixes the groups of the convolution, which no merged weight can do"
+    if parts:
+        _, whole = _matrices(A, B, form.bank, form.flipped)
+        outside = whole.reshape(*whole.shape[:-1], len(parts), -1).clone()
+        for number, rows in enumerate(parts):
+            outside[..., rows, number, :] = 0
+        if bool(outside.any()):
+            return "its lora_B has values outside of the slices"
+    return None
+
+
+def _first_block(A: Tensor, groups: int) -> Tensor:
+    rows, channels = A.shape[0] // groups, A.shape[1] // groups
+    return A[:rows, :channels]
+
+
+def decode(found: Attached, A: Tensor, B: Tensor) -> None:
+    """Copy the factors of a file into an adapter, in place; there must be no `misfit`."""
+    if isinstance(found.lora_A, ConvolutionA):
+        A = _first_block(A, found.lora_A.groups)
+    else:
+        A, B = _matrices(A, B, found.spec.shape[0] if found.spec.is_banked else None, _flips(found))
+    if isinstance(found.lora_B, SlicedB):
+        B = found.lora_B.blocks_of(B.to(found.lora_B.rows.device))
+    with torch.no_grad():
+        found.lora_A.weight.copy_(A)
+        found.lora_B.weight.copy_(B)
+
+
+def _matrices(A: Tensor, B: Tensor, bank: int | None, flipped: bool) -> tuple[Tensor, Tensor]:
+    """Return a file's factors as [.., ranks, in] and [.., out, ranks]: what `encoded` was given."""
+    if bank is not None:
+        A, B = A.reshape(bank, -1, A.shape[1]), B.reshape(B.shape[0], -1, bank).permute(2, 0, 1)
+    return (B.mT, A.mT) if flipped else (A, B)

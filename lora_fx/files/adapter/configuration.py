@@ -1,0 +1,182 @@
+"""adapter_config.json → a checked Configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_fx.errors import AdapterFileError
+from lora_fx.files.adapter.names import CONFIG_FILE, pattern_of
+from lora_fx.rules.globs import PatternError
+
+Fact = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What a configuration says of an adapter, in PEFT's words."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    use_rslora: bool
+    use_dora: bool
+    target_modules: tuple[str, ...]
+    """The names of the list; none where it is an expression."""
+    modules_to_save: tuple[str, ...]
+    target_parameters: tuple[str, ...] = ()
+    """Ends of the dotted names of raw parameters."""
+    peft_version: str = ""
+
+
+def read_configuration(folder: Path) -> Configuration:
+    """Return the configuration of an adapter's directory.
+
+    Raises:
+        AdapterFileError: it is missing, no JSON, of another kind, holds values of wrong types, or asks for what would
+            be silently wrong if it were read as plain LoRA.
+    """
+    path = folder / CONFIG_FILE
+    config = _read_json(folder, path)
+    wrong = list(_wrong_values(config))
+    if wrong:
+        raise AdapterFileError(str(path), "holds what no configuration can hold", wrong)
+    refused = list(_refused(config))
+    if refused:
+        raise AdapterFileError(str(path), "asks for what lora_fx does not read", refused)
+    return _configuration(config)
+
+
+def _read_json(folder: Path, path: Path) -> dict[str, Any]:
+    _must_exist(folder, path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise AdapterFileError(str(path), f"is not JSON: {error}", advice="it may be cut off") from error
+    except OSError as error:
+        raise AdapterFileError(str(path), f"cannot be read: {error.strerror or error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterFileError(str(path), "is not the configuration of a LoRA adapter", [("peft_type", repr(found))])
+    return config
+
+
+def _must_exist(folder: Path, path: Path) -> None:
+    if path.is_file():
+        return
+    inside = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG_FILE}"))
+    advice = f"these folders in it hold one: {', '.join(inside)}" if inside else "give the directory of an adapter"
+    raise AdapterFileError(str(path), "does not exist", advice=advice)
+
+
+# -- types
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_dropout(value: object) -> bool:
+    return value is None or (_is_number(value) and 0 <= value < 1)  # type: ignore[operator]
+
+
+def _is_switch(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _are_names(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(each, str) and each for each in value))
+
+
+def _are_targets(value: object) -> bool:
+    return isinstance(value, str) or _are_names(value)
+
+
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "r": (_is_rank, "an integer above 0"),
+    "lora_alpha": (_is_number, "a number"),
+    "lora_dropout": (_is_dropout, "a number, at least 0 and below 1"),
+    "use_rslora": (_is_switch, "true or false"),
+    "use_dora": (_is_switch, "true or false"),
+    "target_modules": (_are_targets, "a string or a list of strings"),
+    "modules_to_save": (_are_names, "a list of strings"),
+    "target_parameters": (_are_names, "a list of strings"),
+}
+_PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+
+
+def _wrong_values(config: Mapping[str, Any]) -> Iterator[Fact]:
+    for key, (fits, words) in _KINDS.items():
+        if key in config and not fits(config[key]):
+            yield key, f"must be {words}, found {config[key]!r:.60}"
+    for key, each in _PATTERNS.items():
+        table = config.get(key)
+        if table is not None and not isinstance(table, dict):
+            yield key, f"must be a mapping, found {table!r:.60}"
+        else:
+            yield from _wrong_patterns(key, table or {}, *_KINDS[each])
+
+
+def _wrong_patterns(key: str, table: Mapping[str, Any], fits: Callable[[object], bool], words: str) -> Iterator[Fact]:
+    for pattern, value in table.items():
+        if not fits(value):
+            yield f"{key} {pattern}", f"must be {words}, found {value!r:.60}"
+        try:
+            pattern_of(pattern)
+        except PatternError as error:
+            yield f"{key} {pattern}", str(error)
+
+
+# -- meaning
+
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_REFUSED_SETTINGS = {
+    "lora_bias": "a bias on lora_B",
+    "layer_replication": "layer replication",
+    "trainable_token_indices": "trainable tokens",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "velora_config": "VeLoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "arrow_config": "Arrow",
+}
+
+
+def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
+    for key, name in _REFUSED_SETTINGS.items():
+        if config.get(key):
+            yield key, name
+    init = config.get("init_lora_weights", True)
+    if init not in _HARMLESS_INITS:
+        yield "init_lora_weights", f"{init!r} changes the base weights; convert it to plain LoRA with PEFT"
+    if config.get("bias", "none") == "all":
+        yield "bias", "'all' changes biases that belong to no adapted site"
+
+
+def _configuration(config: Mapping[str, Any]) -> Configuration:
+    targets = config.get("target_modules")
+    return Configuration(
+        r=config.get("r", 8),
+        lora_alpha=config.get("lora_alpha", 8),
+        lora_dropout=config.get("lora_dropout") or 0.0,
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+        target_modules=tuple(targets) if isinstance(targets, list) else (),
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        target_parameters=tuple(config.get("target_parameters") or ()),
+        peft_version=str(config.get("peft_version") or ""),
+    )

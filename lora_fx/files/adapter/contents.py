@@ -1,0 +1,180 @@
+"""What an adapter's directory says of itself: configuration and header are read, no tensor is.  No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from lora_fx.errors import AdapterFileError, MergeError
+from lora_fx.files.adapter.configuration import Configuration, read_configuration
+from lora_fx.files.adapter.names import (
+    CONFIG_FILE,
+    METADATA_KEY,
+    PREFIX,
+    WEIGHTS_FILE,
+    factor_key,
+    factor_names,
+    pattern_name,
+    pattern_value,
+    split_factor_key,
+)
+from lora_fx.files.safetensors import RawFile, read_raw
+from lora_fx.planning.rows import fold_rows
+from lora_fx.text import columns, count, listing, thousands
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """One site of an adapter on disk."""
+
+    path: str
+    r: int
+    scaling: float
+    shape: tuple[int, ...]
+    """(out, in) of the product; of a convolution or a bank, as PEFT writes it."""
+    dtype: str
+    parameters: int
+    rule: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What `lora-fx inspect` tells of an adapter's directory."""
+
+    folder: str
+    writer: str
+    adapter: str
+    base: str
+    """The model that it was trained on, as far as the files name it."""
+    fingerprint: str
+    """Over the values of the base weights that the header notes; empty where it notes none."""
+    noted: int
+    """Number of base weights whose values are noted."""
+    sites: tuple[SavedAdapter, ...]
+    modules: dict[str, int]
+    """Other tensors (modules trained whole, biases) with their numbers of parameters."""
+    features: tuple[str, ...]
+    """What is not plain LoRA."""
+    others: tuple[str, ...]
+    """Adapters that were saved with it, in directories of their names."""
+    bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(each.parameters for each in self.sites) + sum(self.modules.values())
+
+    def __str__(self) -> str:
+        rows = [
+            (s.path, f"{s.shape[1]} → {s.shape[0]}", f"r={s.r} scaling={s.scaling:g}", s.dtype, s.rule)
+            for s in self.sites
+        ]
+        whole = [f"  saved whole: {name}, {count(size, 'parameter')}" for name, size in self.modules.items()]
+        sums = f"{count(len(self.sites), 'site')}, {count(self.parameters, 'parameter')}, {thousands(self.bytes)} bytes"
+        return "\n".join([self.folder, columns(self._facts()), "", columns(fold_rows(rows)), *whole, "", sums])
+
+    def _facts(self) -> list[tuple[str, str]]:
+        noted = f"{self.fingerprint} (values of {count(self.noted, 'base weight')})" if self.noted else "not noted"
+        facts = [("written by", self.writer), ("adapter", self.adapter), ("trained on", self.base)]
+        facts += [("base values", noted), ("beyond plain LoRA", listing(self.features) if self.features else "nothing")]
+        return facts + ([("saved with it", listing(self.others))] if self.others else [])
+
+    def to_json(self) -> str:
+        document = {"schema_version": 1, **asdict(self), "parameters": self.parameters}
+        return json.dumps(document, indent=1, ensure_ascii=False)
+
+
+def contents_of(directory: str | os.PathLike[str]) -> Contents:
+    """Return what the files of an adapter say; values are not looked at (`lora_fx.load` checks them).
+
+    Raises:
+        AdapterFileError: a file is missing, damaged or of another kind.
+    """
+    folder = Path(directory)
+    config = read_configuration(folder)
+    document = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    raw = _raw(folder / WEIGHTS_FILE)
+    header = _header(raw)
+    base = header.get("base") or {}
+    return Contents(
+        folder=str(folder),
+        writer=_writer(header, config),
+        adapter=str(header.get("adapter", "default")),
+        base=str(document.get("base_model_name_or_path") or header.get("model") or "unknown"),
+        fingerprint=hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest()[:16] if base else "",
+        noted=sum(values is not None for values in base.values()),
+        sites=tuple(_site(stem, raw, config, header) for stem in _stems(raw)),
+        modules=_modules(raw),
+        features=tuple(_features(config, header)),
+        others=tuple(header.get("others", ())),
+        bytes=sum((folder / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)),
+    )
+
+
+def _raw(path: Path) -> RawFile:
+    try:
+        return read_raw(path)
+    except MergeError as error:
+        raise AdapterFileError(str(path), str(error).removeprefix(f"{path}: ")) from error
+
+
+def _header(raw: RawFile) -> dict[str, Any]:
+    """Return what lora_fx has noted; nothing for a file of PEFT's."""
+    try:
+        header = json.loads(raw.metadata.get(METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise AdapterFileError(str(raw.path), "has a damaged header", [(METADATA_KEY, str(error))]) from error
+    if not isinstance(header, dict) or not all(isinstance(header.get(key, {}), dict) for key in ("base", "sites")):
+        raise AdapterFileError(str(raw.path), "has a damaged header", [(METADATA_KEY, "is no table")])
+    return header
+
+
+def _writer(header: Mapping[str, Any], config: Configuration) -> str:
+    if header:
+        return f"lora_fx {header.get('lora_fx', '')}, format {header.get('format')}".replace("  ", " ")
+    return f"PEFT {config.peft_version}".strip() if config.peft_version else "PEFT, or a tool that writes like it"
+
+
+def _stems(raw: RawFile) -> list[str]:
+    return sorted({found[0] for key in raw.tensors if (found := split_factor_key(key))})
+
+
+def _site(stem: str, raw: RawFile, config: Configuration, header: Mapping[str, Any]) -> SavedAdapter:
+    embedding = factor_key(stem, "lora_embedding_A") in raw.tensors
+    keys = [factor_key(stem, name) for name in factor_names(embedding)]
+    missing = [key for key in keys if key not in raw.tensors]
+    if missing:
+        raise AdapterFileError(str(raw.path), "is not a usable adapter", [(missing[0], "is missing")])
+    a, b = (raw.tensors[key] for key in keys)
+    rank = a.shape[0]
+    alpha = pattern_value(config.alpha_pattern, pattern_name(stem), config.lora_alpha)
+    note = header.get("sites", {}).get(stem) or {}
+    shape = (b.shape[0], *a.shape[1:])
+    scaling = alpha / (sqrt(rank) if config.use_rslora else rank)
+    sizes = a.elements + b.elements
+    return SavedAdapter(
+        note.get("path", stem), note.get("r", rank), scaling, shape, a.dtype, sizes, note.get("rule", "")
+    )
+
+
+def _modules(raw: RawFile) -> dict[str, int]:
+    rest = {key: each for key, each in raw.tensors.items() if split_factor_key(key) is None}
+    return {key.removeprefix(PREFIX): each.elements for key, each in sorted(rest.items())}
+
+
+def _features(config: Configuration, header: Mapping[str, Any]) -> list[str]:
+    sites = [each for each in header.get("sites", {}).values() if isinstance(each, dict)]
+    found = {
+        "rank-stabilised scaling": config.use_rslora,
+        "DoRA": config.use_dora,
+        "raw parameters": bool(config.target_parameters) or any(each.get("parameter") for each in sites),
+        "slices": any(each.get("slices") for each in sites),
+        "an adapter for each call": any(each.get("calls") for each in sites),
+        "modules trained whole": bool(config.modules_to_save),
+    }
+    return [name for name, there in found.items() if there]

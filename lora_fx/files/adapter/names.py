@@ -1,0 +1,135 @@
+"""Keys and patterns as PEFT spells them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from lora_fx.rules.patterns import EXPRESSION_PREFIX, NamePattern
+from lora_fx.text import dotted
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+METADATA_KEY = "lora_fx"
+Number = TypeVar("Number", int, float)
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}((?P<path>.+)\.)?(?P<factor>lora_[AB])\.weight")
+_EMBEDDING = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_embedding_[AB])")
+_NESTED = ".base_layer"
+
+
+def factor_key(path: str, factor: str) -> str:
+    """Return the key of `lora_A` or `lora_B` at a site; an embedding's `lora_embedding_A` has no `.weight`."""
+    return f"{PREFIX}{dotted(path, factor)}{'' if 'embedding' in factor else '.weight'}"
+
+
+def factor_names(embedding: bool) -> tuple[str, str]:
+    """Return the names of the two factors in a file."""
+    return ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+
+
+def parameter_stem(owner: str, position: int, number: int) -> str:
+    """Return what stands for one of `number` adapted raw parameters of a module, in order of registration, in a key.
+
+    PEFT nests a layer for each: the first parameter is the innermost.
+    """
+    return owner + _NESTED * (number - 1 - position)
+
+
+def split_stem(stem: str) -> tuple[str, int]:
+    """Return (path of the module, depth) of a stem that `parameter_stem` made."""
+    depth = 0
+    while stem.endswith(_NESTED):
+        stem, depth = stem.removesuffix(_NESTED), depth + 1
+    return stem, depth
+
+
+def is_of_attention(stem: str) -> bool:
+    """Whether a stem is as PEFT writes that of an attention's out_proj."""
+    return pattern_name(stem) != stem
+
+
+def pattern_name(stem: str) -> str:
+    """Return what PEFT's rank_pattern and alpha_pattern call the layer of a stem: an attention's are its out_proj's."""
+    return stem.removesuffix(f"{_NESTED}.out_proj")
+
+
+def call_stem(path: str, call: int) -> str:
+    """Return what stands for one call's adapter in a key; PEFT knows no such thing, and finds no such module."""
+    return f"{path}.call_{call}"
+
+
+def magnitude_key(path: str) -> str:
+    """Return the key of DoRA's lengths at a site."""
+    return f"{PREFIX}{path}.lora_magnitude_vector"
+
+
+def bias_key(path: str) -> str:
+    """Return the key of a site's own bias, trained with the adapter."""
+    return f"{PREFIX}{path}.base_layer.bias"
+
+
+def base_key(path: str) -> str:
+    """Return the key of a base weight: PEFT writes those of embeddings and heads along, untrained."""
+    return f"{PREFIX}{path}.base_layer.weight"
+
+
+def split_factor_key(key: str) -> tuple[str, str] | None:
+    """Return (path, "lora_A" or "lora_B", or an embedding's) of a factor's key, else None."""
+    match = _FACTOR.fullmatch(key) or _EMBEDDING.fullmatch(key)
+    return None if match is None else (match["path"] or "", match["factor"])
+
+
+def anchored(path: str) -> str:
+    """Return the pattern that PEFT's rank_pattern and alpha_pattern need to mean this path alone."""
+    return f"^{re.escape(path)}"
+
+
+def pattern_of(key: str) -> NamePattern:
+    r"""Return what a key of PEFT's rank_pattern or alpha_pattern means: the path, or its end after a dot.
+
+    PEFT asks `re.match(rf"(.*\.)?({key})$", path)`; here it is asked in linear time, since anybody may have written it.
+
+    Raises:
+        PatternError: the key is no expression, or not one that matches in linear time.
+    """
+    text = key.removesuffix("$")
+    if "|" in text:
+        return NamePattern(rf"{EXPRESSION_PREFIX}(.*\.)?({text})")
+    return NamePattern(EXPRESSION_PREFIX + (text[1:] if text.startswith("^") else rf"(.*\.)?({text})"))
+
+
+def pattern_value(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
+    """Return what the patterns say of the path, as PEFT reads them: the first key that fits the path or its end."""
+    return next((value for key, value in patterns.items() if pattern_of(key).matches(path)), default)
+
+
+def module_to_save(tensor: str, names: Sequence[str]) -> str | None:
+    """Return the path of the module of PEFT's `modules_to_save` that a tensor belongs to, or None.
+
+    As PEFT does, every module is meant whose path ends with one of the names.
+    """
+    parts = tensor.split(".")
+    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((path for path in paths if path.endswith(tuple(names))), None)
+
+
+def target_modules(paths: Iterable[str], modules: Iterable[str]) -> list[str] | str:
+    """Return PEFT's `target_modules` for exactly these paths.
+
+    A name in PEFT's list also means every module whose path ends with it; where that would claim another module, an
+    anchored expression is returned instead.
+    """
+    wanted = sorted(paths)
+    claimed = {m for m in modules for target in wanted if m == target or m.endswith(f".{target}")}
+    if claimed <= set(wanted):
+        return wanted
+    return "^(" + "|".join(map(re.escape, wanted)) + ")$"
+
+
+def only_for_lora_fx(path: str, reason: str) -> str:
+    """Return a `target_modules` that no module has, so that PEFT refuses the adapter, and shows why, instead of
+    computing something else with it.
+    """
+    return f"only lora_fx can read this adapter, since at {path} {reason}"

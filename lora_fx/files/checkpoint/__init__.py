@@ -1,0 +1,1 @@
+"""Adapters merged into a checkpoint on disk; no model object is made."""

@@ -1,0 +1,93 @@
+"""What a merge notes in its directory, so that one that was killed can be finished, and finished by nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_fx.errors import MergeError
+from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
+from lora_fx.files.checkpoint.basefiles import CONFIG, Checkpoint, read_object
+from lora_fx.files.checkpoint.outfolder import JOURNAL, write_whole
+from lora_fx.files.checkpoint.report import MergedTensor
+
+FORMAT = 1
+"""Grows whenever the same inputs would give other bytes."""
+
+
+def inputs_of(base: Checkpoint, folders: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
+    """Return what the result depends on: files of the base by size and time, headers and adapters by their hash."""
+    names = [*base.shards, *filter(None, (base.index, CONFIG if base.config is not None else None))]
+    stats = {name: (base.folder / name).stat() for name in names}
+    return {
+        "format": FORMAT,
+        "base": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "headers": {name: file.sha256 for name, file in base.shards.items()},
+        "adapters": [[_sha256(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)] for folder in folders],
+        **options,
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(slots=True)
+class Journal:
+    """Which files of an unfinished merge are whole, with the report on their tensors."""
+
+    folder: Path
+    inputs: dict[str, Any]
+    done: dict[str, tuple[int, tuple[MergedTensor, ...]]] = field(default_factory=dict)
+
+    def note(self, shard: str, size: int, tensors: Sequence[MergedTensor]) -> None:
+        """Write down that a file is whole."""
+        self.done[shard] = (size, tuple(tensors))
+        self.write()
+
+    def write(self) -> None:
+        shards = {
+            name: {"size": size, "tensors": [each.to_dict() for each in t]} for name, (size, t) in self.done.items()
+        }
+        write_whole(self.folder / JOURNAL, json.dumps({"inputs": self.inputs, "shards": shards}, indent=1).encode())
+
+    def is_done(self, shard: str) -> bool:
+        path = self.folder / shard
+        return shard in self.done and path.is_file() and path.stat().st_size == self.done[shard][0]
+
+    def tensors(self) -> Iterator[MergedTensor]:
+        for name in sorted(self.done):
+            yield from self.done[name][1]
+
+    def close(self) -> None:
+        (self.folder / JOURNAL).unlink()
+
+
+def open_journal(folder: Path, inputs: dict[str, Any]) -> Journal:
+    """Return the journal of the directory: a new one, or that of the same merge, to be continued; nothing is written.
+
+    Raises:
+        MergeError: an unfinished merge of other inputs lies there, or a damaged journal.
+    """
+    path = folder / JOURNAL
+    if not path.is_file():
+        return Journal(folder, inputs)
+    noted = read_object(path)
+    try:
+        shards = {
+            name: (int(each["size"]), tuple(MergedTensor.from_dict(t) for t in each["tensors"]))
+            for name, each in noted["shards"].items()
+        }
+        different = [key for key in {**noted["inputs"], **inputs} if noted["inputs"].get(key) != inputs.get(key)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MergeError(f"{path}: is damaged: {error!r}", advice="delete the directory and merge again") from error
+    if different:
+        facts = [(key, "is another than when it began") for key in different]
+        advice = "give the same inputs to finish it, or delete the directory"
+        raise MergeError(f"{folder}: holds an unfinished merge of something else", facts, advice)
+    return Journal(folder, inputs, shards)

@@ -1,0 +1,103 @@
+"""Names of an adapter against keys of a checkpoint, which often differ in a prefix (`model.` there or not)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lora_fx.errors import AdapterMismatchError, MergeError
+from lora_fx.files.checkpoint.basefiles import Checkpoint
+from lora_fx.text import nearest
+
+_MOST_COMPARED = 2000
+_MOST_NEAREST = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What all names of the adapter lose and gain at their beginning to become keys of the checkpoint."""
+
+    lost: str = ""
+    gained: str = ""
+
+    def key(self, name: str) -> str | None:
+        """Return the key of a name, None where the name does not begin so."""
+        return self.gained + name.removeprefix(self.lost) if name.startswith(self.lost) else None
+
+    def text(self) -> str:
+        return f"without '{self.lost}'" if self.lost else f"with '{self.gained}' before"
+
+
+EXACT = Prefix()
+
+
+def find_prefix(names: Sequence[str], base: Checkpoint) -> Prefix:
+    """Return the one prefix under which every name is a key; the names as they are come first.
+
+    One for all of them: a lone name that fits elsewhere would be another module.
+
+    Raises:
+        AdapterMismatchError: under no prefix all names are found; tells all that are missing.
+        MergeError: several prefixes fit.
+    """
+    if not names:
+        return EXACT
+    fitting = [each for each in _prefixes(names[0], base) if not _missing(each, names, base)]
+    if EXACT in fitting:
+        return EXACT
+    if len(fitting) > 1:
+        facts = [(each.text(), f"{names[0]} is {each.key(names[0])}") for each in fitting]
+        raise MergeError("the adapter's names fit the checkpoint in several ways", facts, "rename one of them")
+    if not fitting:
+        raise _unmatched(names, base)
+    return fitting[0]
+
+
+def _prefixes(name: str, base: Checkpoint) -> Iterator[Prefix]:
+    yield EXACT
+    cuts = [match.end() for match in re.finditer(r"\.", name)][:-1]
+    yield from (Prefix(lost=name[:cut]) for cut in cuts)
+    found = {key.removesuffix(name) for key in base.keys() if key.endswith(f".{name}")}  # noqa: SIM118
+    yield from (Prefix(gained=each) for each in sorted(found))
+
+
+def _missing(prefix: Prefix, names: Iterable[str], base: Checkpoint) -> list[str]:
+    return [name for name in names if (key := prefix.key(name)) is None or base.find(key) is None]
+
+
+def _unmatched(names: Sequence[str], base: Checkpoint) -> AdapterMismatchError:
+    tried = {prefix for name in (names[0], names[len(names) // 2], names[-1]) for prefix in _prefixes(name, base)}
+    missing = min((_missing(each, names, base) for each in sorted(tried, key=Prefix.text)), key=len)
+    facts = [(name, "adapted", _reason(name, base, near=n < _MOST_NEAREST)) for n, name in enumerate(missing)]
+    return AdapterMismatchError(
+        "the adapter does not fit this checkpoint", facts, f"{len(missing)} of {len(names)} adapted weights are missing"
+    )
+
+
+def _reason(name: str, base: Checkpoint, near: bool) -> str:
+    """Return why a key is not there, as far as its surroundings tell."""
+    module = name.removesuffix(".weight")
+    if _of_experts(module, base):
+        return "has one tensor per expert, which transformers fuses when it loads them; load the model and merge that"
+    if base.find(f"{module}.weight_v") or base.find(f"{module}.parametrizations.weight.original0"):
+        return "has a parametrized weight"
+    if base.find(f"{module}.in_proj_weight"):
+        return "has an attention's fused in_proj_weight; load the model and merge that"
+    like = near_keys(name, base) if near else ()
+    return f"has no such key; nearest: {', '.join(like)}" if like else "has no such key"
+
+
+def _of_experts(module: str, base: Checkpoint) -> bool:
+    found = re.search(r"(?:^|\.)experts(?:\.|$)", module)
+    if found is None:
+        return False
+    start = module[: found.end()].rstrip(".") + ".0."
+    return any(start in f".{key}" or key.startswith(start) for key in base.keys())  # noqa: SIM118
+
+
+def near_keys(name: str, base: Checkpoint) -> tuple[str, ...]:
+    """Return keys that look like the name; those of the same layer numbers are compared, and not too many."""
+    numbers = re.findall(r"\d+", name)
+    like = [key for key in base.keys() if re.findall(r"\d+", key) == numbers]  # noqa: SIM118
+    return nearest(name, like[:_MOST_COMPARED])

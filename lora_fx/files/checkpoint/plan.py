@@ -1,0 +1,74 @@
+"""What becomes of every tensor of a checkpoint when adapters are merged into it, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_fx.files.checkpoint.basefiles import Checkpoint
+from lora_fx.files.rawfile import RawFile, RawTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """scaling · left right, in the layout in which the weight is stored: [rows, columns]."""
+
+    left: Tensor
+    """[rows, r]"""
+    right: Tensor
+    """[r, columns]"""
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """W + Σ scaling · B A, and DoRA's lengths where they are given."""
+
+    file: RawFile
+    base: RawTensor
+    rows: int
+    columns: int
+    terms: tuple[Term, ...]
+    adapters: tuple[str, ...]
+    magnitude: Tensor | None
+    outputs_first: bool
+    """Whether a row of the stored weight is one output; Conv1D stores [in, out]."""
+
+    @property
+    def rank(self) -> int:
+        """The largest of the adapters'."""
+        return max(each.left.shape[1] for each in self.terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor trained whole, which takes the place of the base's."""
+
+    tensor: Tensor
+    adapter: str
+
+
+Work = Fold | Value
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A tensor that the checkpoint has not: a head that was trained whole, or one that was tied."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """What a merge does; tensors that are not named stay as they are (but for `out_dtype`)."""
+
+    base: Checkpoint
+    works: dict[str, Work]
+    additions: dict[str, Addition] = field(default_factory=dict)
+    untie: bool = False
+    """Whether config.json must say that head and embedding are no longer one tensor."""
+    out_dtype: torch.dtype | None = None

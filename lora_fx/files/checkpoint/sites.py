@@ -1,0 +1,255 @@
+"""Decides what a merge does: every site, bias and whole module of the adapters is found in the checkpoint, or refused.
+
+Everything is decided, and every problem is found, before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lora_fx.errors import AdapterMismatchError, MergeError
+from lora_fx.files.adapter.names import CONFIG_FILE
+from lora_fx.files.adapter.orientation import Orientation, orientations, stored_factors
+from lora_fx.files.adapter.read import AdapterFile, SavedSite
+from lora_fx.files.checkpoint import tied
+from lora_fx.files.checkpoint.basefiles import Checkpoint, read_object
+from lora_fx.files.checkpoint.names import Prefix, find_prefix, near_keys
+from lora_fx.files.checkpoint.plan import Addition, Fold, MergePlan, Term, Value, Work
+from lora_fx.files.fingerprint import same_values
+from lora_fx.files.rawfile import DTYPES, FLOATS, NAME_OF, RawFile, RawTensor, sample
+
+Located = tuple[RawFile, RawTensor]
+_Placed = tuple[SavedSite, str, Located | str]
+"""A site, the key of its weight, and where that is or why it is not there."""
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Those of transformers that store their linears as [in, out]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An adapter as it was given, with the name that reports call it by."""
+
+    file: AdapterFile
+    label: str
+    fan_in_fan_out: bool
+    """What its configuration says of linears that store [in, out]."""
+    ensures_tying: bool
+
+    @staticmethod
+    def of(file: AdapterFile, label: str) -> Given:
+        config = read_object(file.folder / CONFIG_FILE)
+        return Given(file, label, bool(config.get("fan_in_fan_out")), bool(config.get("ensure_weight_tying")))
+
+
+@dataclass(slots=True)
+class _Found:
+    """What was decided so far, and every problem."""
+
+    folds: dict[str, list[Fold]] = field(default_factory=dict)
+    values: dict[str, list[Value]] = field(default_factory=dict)
+    mismatches: list[tuple[str, str, str]] = field(default_factory=list)
+    refusals: list[tuple[str, str]] = field(default_factory=list)
+
+
+def plan_merge(base: Checkpoint, adapters: Sequence[Given], out_dtype: torch.dtype | None) -> MergePlan:
+    """Return what becomes of every tensor of the checkpoint.
+
+    Raises:
+        AdapterMismatchError: names or shapes that the checkpoint has not, or another base; all of them.
+        MergeError: what cannot be merged here, with the reason for each.
+    """
+    _refuse_quantised(base)
+    found = _Found()
+    for given in adapters:
+        _place(given, base, found)
+    if found.mismatches:
+        raise AdapterMismatchError("the adapter does not fit this checkpoint", found.mismatches)
+    works: dict[str, Work] = {key: _united(key, folds, found) for key, folds in found.folds.items()}
+    works |= {key: _only(key, values, found) for key, values in found.values.items()}
+    heads = [key for key in works if tied.is_head(key)]
+    found.refusals += tied.refusals(base, works, heads, any(each.ensures_tying for each in adapters))
+    if found.refusals:
+        refused = list(dict.fromkeys(found.refusals))
+        raise MergeError("the adapter cannot be merged into this checkpoint; nothing was written", refused)
+    additions = {key: _addition(works.pop(key)) for key in [*works] if base.find(key) is None}
+    return MergePlan(base, works, additions, bool(heads) and tied.may_be_tied(base), out_dtype)
+
+
+def _refuse_quantised(base: Checkpoint) -> None:
+    config = base.config or {}
+    nested = [each for each in config.values() if isinstance(each, dict)]
+    method = next((each["quantization_config"] for each in (config, *nested) if each.get("quantization_config")), None)
+    if method is not None:
+        name = method.get("quant_method", "?") if isinstance(method, dict) else method
+        raise MergeError(
+            f"{base.folder}: is quantised, and quantised weights cannot be merged into here; nothing was written",
+            [("quantization_config", f"quant_method {name}")],
+            "give the checkpoint that it was quantised from, or load the model and use lora_fx.merge",
+        )
+
+
+# -- one adapter
+
+
+def _place(given: Given, base: Checkpoint, found: _Found) -> None:
+    """Find what one adapter changes in the checkpoint."""
+    sites = given.file.sites
+    names = {each.path: _weight_name(each) for each in sites}
+    prefix = find_prefix([name for name in names.values() if not tied.is_head(name)], base)
+    placed = [(each, *_locate(names[each.path], _shape(each), prefix, base)) for each in sites]
+    usual = _usual_orientation(given, base, placed)
+    for each, key, where in placed:
+        if isinstance(where, str):
+            found.mismatches.append((key, "adapted", where))
+        else:
+            _place_site(given, each, key, where, usual, found)
+        if each.bias is not None:
+            _place_value(f"{each.path}.bias", Value(each.bias, given.label), prefix, base, found, is_site=True)
+    for name, tensor in given.file.modules.items():
+        _place_value(name, Value(tensor, given.label), prefix, base, found, is_site=False)
+
+
+def _weight_name(site: SavedSite) -> str:
+    """Return the name of a site's weight; that of a raw parameter is its own."""
+    return f"{site.path}.weight" if site.note is None or not site.note.parameter else site.note.parameter
+
+
+def _shape(site: SavedSite) -> tuple[int, ...]:
+    return (site.lora_B.shape[0], *site.lora_A.shape[1:])
+
+
+def _key(name: str, prefix: Prefix, base: Checkpoint) -> str:
+    """Return the key of a name; the name itself where the prefix does not give one (a head beside a bare model)."""
+    key = prefix.key(name)
+    return name if key is None or base.find(key) is None else key
+
+
+def _locate(name: str, shape: tuple[int, ...], prefix: Prefix, base: Checkpoint) -> tuple[str, Located | str]:
+    """Return the key of a weight and where it is: for a head that is tied, where the embedding is."""
+    key = _key(name, prefix, base)
+    where = base.find(key)
+    if where is not None:
+        return key, where
+    return key, tied.shared_weight(base, shape) if tied.is_head(key) else "has no such key"
+
+
+def _usual_orientation(given: Given, base: Checkpoint, placed: Sequence[_Placed]) -> Orientation | None:
+    """Return how square weights of a file of PEFT's are stored, None where the signs contradict each other.
+
+    PEFT's switch is one for a whole adapter, and the last linear it met has set it; so the shapes of the others and the
+    kind of model must agree with it.
+    """
+    signs: set[Orientation] = {"in_out" if given.fan_in_fan_out else "out_in"}
+    for site, key, where in placed:
+        ways = () if isinstance(where, str) or tied.is_embedding(key) else orientations(site, where[1])
+        signs |= set(ways) if len(ways) == 1 else set()
+    if (base.config or {}).get("model_type") in _CONV1D_MODELS:
+        signs.add("in_out")
+    return signs.pop() if len(signs) == 1 else None
+
+
+def _place_site(
+    given: Given, site: SavedSite, key: str, where: Located, usual: Orientation | None, found: _Found
+) -> None:
+    file, entry = where
+    possible = _orientations(site, entry)
+    shape = list(_shape(site))
+    if site.note is not None and site.note.calls:
+        found.refusals.append((key, "has an adapter of its own for each call, which no one weight can hold"))
+    elif entry.dtype not in FLOATS:
+        found.refusals.append((key, f"is stored as {entry.dtype}: quantised weights cannot be merged into here"))
+    elif len(entry.shape) == 3 and site.lora_A.dim() == 2 and not (possible and "expert" not in key):
+        found.refusals.append((key, f"is a bank of experts {list(entry.shape)}; load the model and use lora_fx.merge"))
+    elif site.lora_B.dim() > 2 and site.lora_A.shape[0] != site.lora_B.shape[1]:
+        found.refusals.append((key, "is a grouped convolution; load the model and use lora_fx.merge"))
+    elif not possible:
+        found.mismatches.append((key, str(shape), str(list(entry.shape))))
+    elif len(possible) > 1 and usual is None:
+        found.refusals.append(
+            (key, f"is square {list(entry.shape)}, and the adapter does not tell whether it is [out, in] or [in, out]")
+        )
+    elif not same_values(given.file.base.get(site.path), sample(file, entry)):
+        found.mismatches.append((key, "trained on other values", "is another base, or was changed since"))
+    else:
+        chosen = possible[0] if len(possible) == 1 or usual is None else usual
+        found.folds.setdefault(key, []).append(_fold(given, site, file, entry, chosen))
+
+
+def _orientations(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
+    """Return the ways in which the weight may be stored; what lora_fx has noted leaves one.
+
+    The file has the factors of a raw parameter as it is stored.
+    """
+    ways = orientations(site, entry)
+    if site.note is None or len(ways) < 2:
+        return ways
+    return ("out_in",) if site.note.parameter else (site.note.layout,)
+
+
+def _fold(given: Given, site: SavedSite, file: RawFile, entry: RawTensor, chosen: Orientation) -> Fold:
+    left, right = stored_factors(site, chosen)
+    return Fold(
+        file=file,
+        base=entry,
+        rows=entry.shape[0],
+        columns=math.prod(entry.shape[1:]),
+        terms=(Term(left, right, site.lora.scaling),),
+        adapters=(given.label,),
+        magnitude=None if site.magnitude is None else site.magnitude.flatten(),
+        outputs_first=chosen == "out_in",
+    )
+
+
+def _place_value(name: str, value: Value, prefix: Prefix, base: Checkpoint, found: _Found, is_site: bool) -> None:
+    """Note a tensor that replaces the base's; a whole module that the base has not (a new head) is added."""
+    key = _key(name, prefix, base)
+    where = base.find(key)
+    if where is None and (is_site or prefix.gained):
+        found.mismatches.append((key, str(list(value.tensor.shape)), _missing(key, base)))
+    elif where is not None and where[1].shape != tuple(value.tensor.shape):
+        found.mismatches.append((key, str(list(value.tensor.shape)), str(list(where[1].shape))))
+    elif where is not None and not _convertible(value.tensor, where[1].dtype):
+        found.refusals.append((key, f"is stored as {where[1].dtype}, the adapter has {value.tensor.dtype}"))
+    else:
+        found.values.setdefault(key, []).append(value)
+
+
+def _missing(key: str, base: Checkpoint) -> str:
+    like = near_keys(key, base)
+    return f"has no such key; nearest: {', '.join(like)}" if like else "has no such key"
+
+
+def _convertible(tensor: Tensor, dtype: str) -> bool:
+    return (dtype in FLOATS and tensor.is_floating_point()) or DTYPES.get(dtype) == tensor.dtype
+
+
+# -- several adapters
+
+
+def _united(key: str, folds: Sequence[Fold], found: _Found) -> Fold:
+    """Return one fold for all adapters of a weight; their deltas are added before anything is rounded."""
+    first = folds[0]
+    if len(folds) > 1 and any(each.magnitude is not None for each in folds):
+        found.refusals.append((key, "has DoRA and another adapter: the result would depend on their order"))
+    if key in found.values:
+        found.refusals.append((key, "is adapted, and trained whole too"))
+    terms = tuple(term for each in folds for term in each.terms)
+    return replace(first, terms=terms, adapters=tuple(name for each in folds for name in each.adapters))
+
+
+def _only(key: str, values: Sequence[Value], found: _Found) -> Value:
+    if any(not torch.equal(each.tensor, values[0].tensor) for each in values[1:]):
+        names = ", ".join(each.adapter for each in values)
+        found.refusals.append((key, f"is trained whole by several adapters, with other values: {names}"))
+    return values[0]
+
+
+def _addition(work: Work) -> Addition:
+    if isinstance(work, Fold):
+        return Addition(work.base.dtype, work.base.shape, work)
+    return Addition(NAME_OF[work.tensor.dtype], tuple(work.tensor.shape), work)

@@ -1,0 +1,271 @@
+"""Adapters merged into a checkpoint on disk, tile by tile: no model object, and memory that does not grow with it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_fx.errors import MergeError
+from lora_fx.files.adapter.read import read_adapters
+from lora_fx.files.checkpoint import tied
+from lora_fx.files.checkpoint.basefiles import CONFIG, Checkpoint, read_checkpoint, read_object
+from lora_fx.files.checkpoint.jobs import Done, OpenFiles, Workers, jobs, report_rows
+from lora_fx.files.checkpoint.journal import Journal, inputs_of, open_journal
+from lora_fx.files.checkpoint.layout import OutShard, out_shard
+from lora_fx.files.checkpoint.outfolder import carry, check_folder, free_bytes, locked, part_of, settle, write_whole
+from lora_fx.files.checkpoint.plan import MergePlan
+from lora_fx.files.checkpoint.report import MergeReport
+from lora_fx.files.checkpoint.rounding import ROUNDINGS, Noise
+from lora_fx.files.checkpoint.sites import Given, plan_merge
+from lora_fx.files.checkpoint.syncing import Syncing
+from lora_fx.files.checkpoint.tiles import Sums
+
+AnyPath = str | os.PathLike[str]
+Progress = Callable[[int, int, str], object]
+"""Is told (bytes written, bytes in all, name of the tensor or file)."""
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MOST_WORKERS = 4
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How values are rounded, and to which dtype."""
+
+    out_dtype: str | None = None
+    rounding: str = "nearest"
+    seed: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return None if self.out_dtype is None else _DTYPES[self.out_dtype]
+
+    def noise(self, name: str) -> Noise | None:
+        return Noise(self.seed, name) if self.rounding == "stochastic" else None
+
+    def check(self) -> None:
+        if self.out_dtype is not None and self.out_dtype not in _DTYPES:
+            raise ValueError(f"out_dtype is {self.out_dtype!r}; it must be None or one of {', '.join(_DTYPES)}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is {self.rounding!r}; it must be one of {', '.join(ROUNDINGS)}")
+
+
+def merge_files(
+    base_dir: AnyPath, adapter_dirs: Sequence[AnyPath], out_dir: AnyPath, options: Options, progress: Progress | None
+) -> MergeReport:
+    """Write a merged checkpoint; see `lora_fx.merge_checkpoint`."""
+    options.check()
+    out = Path(out_dir)
+    base = read_checkpoint(Path(base_dir))
+    _refuse_overlap(base.folder, out)
+    check_folder(out)
+    adapters = _read(adapter_dirs)
+    plan = plan_merge(base, adapters, options.dtype)
+    inputs = inputs_of(base, [each.file.folder for each in adapters], _noted(options))
+    merge = _Merge(plan, out, options, open_journal(out, inputs), progress)
+    merge.check_space()
+    with _told(out), _one_thread_each() as number:
+        merge.run(number)
+    return merge.report()
+
+
+def _noted(options: Options) -> dict[str, Any]:
+    return {"out_dtype": options.out_dtype, "rounding": options.rounding, "seed": options.seed}
+
+
+def _refuse_overlap(base: Path, out: Path) -> None:
+    """The result must lie apart from the base, which would be changed, or carried over with it."""
+    a, b = base.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise MergeError(f"{out}: is the base itself, in it or around it; nothing was written")
+
+
+def _read(folders: Sequence[AnyPath]) -> list[Given]:
+    if not folders:
+        raise MergeError("there is no adapter to merge")
+    files = [file for folder in folders for file in read_adapters(folder)]
+    places = [file.folder.resolve() for file in files]
+    twice = sorted({str(place) for place in places if places.count(place) > 1})
+    if twice:
+        raise MergeError("an adapter is given twice", [(each, "would be added twice") for each in twice])
+    return [Given.of(file, str(file.folder)) for file in files]
+
+
+@contextlib.contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Say what is wrong with the disk; what is finished stays, and the merge can be continued."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in _FULL
+        headline = "the disk is full" if full else f"cannot be finished: {error.strerror or error}"
+        facts = [("file", str(error.filename))] if error.filename else []
+        advice = f"{'make room and ' if full else ''}merge again with the same arguments: finished files are kept"
+        raise MergeError(f"{out}: {headline}", facts, advice) from error
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """Give the number of workers: as many as torch uses threads, each of which then computes on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield max(1, min(_MOST_WORKERS, threads))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(slots=True)
+class _Merge:
+    """One merge on its way."""
+
+    plan: MergePlan
+    out: Path
+    options: Options
+    journal: Journal
+    progress: Progress | None
+    written: int = 0
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = sum(out_shard(self.plan, name).size for name in self.plan.base.shards)
+
+    @property
+    def base(self) -> Checkpoint:
+        return self.plan.base
+
+    def check_space(self) -> None:
+        sizes = [shard.size for name in self._todo() if (shard := out_shard(self.plan, name))]
+        needed = sum(sizes) + sum((self.base.folder / name).stat().st_size for name in self.base.carried)
+        free = free_bytes(self.out)
+        if needed > free:
+            facts = [("needed", f"{needed:,} bytes"), ("free", f"{free:,} bytes")]
+            raise MergeError(f"{self.out}: the disk has too little room; nothing was written", facts)
+
+    def _todo(self) -> list[str]:
+        return [name for name in self.base.shards if not self.journal.is_done(name)]
+
+    def run(self, workers: int) -> None:
+        """Write all files; the one that makes the directory a checkpoint comes last."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out):
+            self.journal.write()
+            for name in self.base.carried:
+                carry(self.base.folder / name, self.out / name)
+            self._write_shards(workers)
+            if self.base.index is not None:
+                self._write_json(self.base.index, _index(self.plan))
+            if self.base.config is not None:
+                self._write_json(CONFIG, _config(self.plan, self.options))
+            self.journal.close()
+
+    def _write_json(self, name: str, changed: dict[str, Any] | None) -> None:
+        if changed is None:
+            carry(self.base.folder / name, self.out / name)
+        else:
+            write_whole(self.out / name, (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def _write_shards(self, number: int) -> None:
+        """Write the shards; what is written is synced in a thread of its own, while the next is computed."""
+        todo = self._todo()
+        self._tell(self.total - sum(out_shard(self.plan, name).size for name in todo), "")
+        with Workers(number) as workers, Syncing() as syncing:
+            for name in todo:
+                shard = out_shard(self.plan, name)
+                with _abandoned_on_error(OpenFiles(part_of(self.out / name))) as files:
+                    sums = self._write_shard(shard, files, workers, syncing)
+                    syncing.then(partial(self._finish, shard, files, sums))
+
+    def _write_shard(self, shard: OutShard, files: OpenFiles, workers: Workers, syncing: Syncing) -> dict[str, Sums]:
+        sums: dict[str, Sums] = {}
+
+        def note(done: Done) -> None:
+            if done.sums is not None:
+                sums[done.name] = sums.get(done.name, Sums()) + done.sums
+            syncing.note(files.target, done.size)
+            self._tell(done.size, done.name)
+
+        self._tell(len(shard.header or b""), "")
+        workers.run(jobs(shard, files, self.options.noise), note)
+        return sums
+
+    def _finish(self, shard: OutShard, files: OpenFiles, sums: dict[str, Sums]) -> None:
+        with _abandoned_on_error(files):
+            files.target.sync()
+        files.close()
+        settle(self.out / shard.name)
+        self.journal.note(shard.name, shard.size, report_rows(shard, sums))
+
+    def _tell(self, size: int, name: str) -> None:
+        self.written += size
+        if self.progress is not None:
+            self.progress(self.written, self.total, name)
+
+    def report(self) -> MergeReport:
+        tensors = tuple(self.journal.tensors())
+        return MergeReport(
+            folder=str(self.out),
+            tensors=tensors,
+            untouched=sum(len(file.tensors) for file in self.base.shards.values()) - len(self.plan.works),
+            carried=self.base.carried,
+            left_out=self.base.left_out,
+            untied=self.plan.untie,
+        )
+
+
+@contextlib.contextmanager
+def _abandoned_on_error(files: OpenFiles) -> Iterator[OpenFiles]:
+    """Close the files and delete the unfinished one: it may be what fills the disk."""
+    try:
+        yield files
+    except BaseException:
+        files.close()
+        files.path.unlink(missing_ok=True)
+        raise
+
+
+# -- what changes in the JSON files
+
+
+def _config(plan: MergePlan, options: Options) -> dict[str, Any] | None:
+    """Return config.json as it must be now; None if it stays."""
+    assert plan.base.config is not None
+    config = tied.untied(plan.base.config) if plan.untie else plan.base.config
+    if options.out_dtype is not None:
+        config = _with_dtype(config, options.out_dtype)
+    return None if config == plan.base.config else config
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the configuration with the dtype in which loaders are to take the weights, in its parts too."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value in (*_DTYPES, "float64"):
+            changed[key] = dtype
+        else:
+            changed[key] = _with_dtype(value, dtype) if isinstance(value, dict) else value
+    return changed
+
+
+def _index(plan: MergePlan) -> dict[str, Any] | None:
+    """Return the index of the new files; None if it stays."""
+    if not plan.additions and plan.out_dtype is None:
+        return None
+    assert plan.base.index is not None
+    index = read_object(plan.base.folder / plan.base.index)
+    shards = [out_shard(plan, name) for name in plan.base.shards]
+    index["weight_map"] |= dict.fromkeys(plan.additions, shards[-1].name)
+    metadata = index.setdefault("metadata", {})
+    metadata["total_size"] = sum(shard.size - shard.data_start for shard in shards)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] += sum(torch.Size(each.shape).numel() for each in plan.additions.values())
+    return index

@@ -1,0 +1,90 @@
+"""Heads that share the embedding's weight: adapting one must not change the other, nor be lost when they are loaded."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from lora_fx.files.checkpoint.basefiles import Checkpoint
+from lora_fx.files.rawfile import RawFile, RawTensor
+
+_FLAG = "tie_word_embeddings"
+_HEAD = re.compile(r"(?:.*\.)?lm_head\.(weight|bias)")
+_EMBEDDING = re.compile(r"(?:.*\.)?(embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings)\.weight")
+_WITH_HEAD = re.compile(r"LMHead|CausalLM|ConditionalGeneration|MaskedLM|PreTraining")
+_FORWARD_ASKS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+"""Models whose forward scales by whether the two are tied."""
+
+
+def is_head(key: str) -> bool:
+    """Whether a key is the weight of an output head, which may be tied to the embedding."""
+    found = _HEAD.fullmatch(key)
+    return found is not None and found[1] == "weight"
+
+
+def is_embedding(key: str) -> bool:
+    """Whether a key is the weight of a token embedding."""
+    return _EMBEDDING.fullmatch(key) is not None
+
+
+def _flags(base: Checkpoint) -> list[object]:
+    config = base.config or {}
+    nested = [each for each in config.values() if isinstance(each, dict)]
+    return [each[_FLAG] for each in (config, *nested) if _FLAG in each]
+
+
+def may_be_tied(base: Checkpoint) -> bool:
+    """Whether a loader may tie head and embedding: config.json says so, or says nothing, which means yes for many."""
+    flags = _flags(base)
+    return base.config is not None and (not flags or any(flags))
+
+
+def shared_weight(base: Checkpoint, shape: tuple[int, ...]) -> tuple[RawFile, RawTensor] | str:
+    """Return the embedding that a head of this shape shares its weight with, or why there is none."""
+    if not may_be_tied(base):
+        says = f"{_FLAG} is false" if base.config is not None else "there is no config.json to say that it is tied"
+        return f"is not there, and {says}"
+    found = [key for key in base.keys() if is_embedding(key)]  # noqa: SIM118
+    fitting = [each for key in found if (each := base.find(key)) is not None and each[1].shape == shape]
+    if len(fitting) == 1:
+        return fitting[0]
+    return f"is not there, and {', '.join(found) or 'no embedding'} could be tied to it"
+
+
+def refusals(
+    base: Checkpoint, changed: Collection[str], heads: Collection[str], ensured: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield (key, reason) for changes that the other tied weight would follow, or that untying would spoil.
+
+    Args:
+        changed: keys that get other values.
+        heads: those of them, or of added ones, that are heads.
+        ensured: whether an adapter says that it was trained with both tied.
+    """
+    if not may_be_tied(base):
+        return
+    kind = (base.config or {}).get("model_type")
+    if heads and kind in _FORWARD_ASKS:
+        for key in sorted(heads):
+            yield key, f"{kind} computes something else when {_FLAG} is false"
+    if heads or ensured or not _has_head(base):
+        return
+    for key in changed:
+        if is_embedding(key):
+            yield key, f"the head shares it ({_FLAG}) and must not change; load the model and use lora_fx.merge"
+
+
+def _has_head(base: Checkpoint) -> bool:
+    names = (base.config or {}).get("architectures") or ["LMHead"]
+    return any(_WITH_HEAD.search(str(name)) for name in names)
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with head and embedding apart; nothing else changes."""
+    config = copy.deepcopy(config)
+    holders = [each for each in (config, *config.values()) if isinstance(each, dict) and _FLAG in each]
+    for each in holders or [config]:
+        each[_FLAG] = False
+    return config

@@ -1,0 +1,212 @@
+"""The arithmetic of a streaming merge: a tile of a weight is read, changed, rounded once and written.
+
+Tiles depend on shapes alone, so the result is the same whoever computes which tile when; all of them are as small as
+the memory that they may take, and none is so narrow that a matrix product would sum in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_fx.adapters.lora import low_rank_weight
+from lora_fx.files.checkpoint.plan import Fold
+from lora_fx.files.checkpoint.rawbytes import RawBytes
+from lora_fx.files.checkpoint.rounding import Noise, round_into
+
+TILE = 1 << 18
+"""Elements of a tile, and of the factors that it takes."""
+_WIDEST, _FEWEST_ROWS, _FEWEST_COLUMNS = 1 << 14, 32, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows and columns of a matrix that is stored row by row."""
+
+    rows: slice
+    columns: slice
+    width: int
+    """Columns of the whole matrix."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (first element in the matrix, first in the tile, number) for what lies in one piece in the file."""
+        height, width = self.shape
+        if width == self.width:
+            yield self.rows.start * self.width, 0, height * width
+            return
+        for row in range(height):
+            yield (self.rows.start + row) * self.width + self.columns.start, row * width, width
+
+
+def tiles(rows: int, columns: int, rank: int) -> Iterator[Tile]:
+    """Yield the tiles of a matrix, of nearly equal size: a small last one would be summed in another order."""
+    if not rows * columns:
+        return
+    wide = min(columns, _WIDEST, max(_FEWEST_COLUMNS, TILE // rank))
+    high = min(rows, max(1, TILE // wide), max(_FEWEST_ROWS, TILE // rank))
+    high = max(high, min(rows, _FEWEST_ROWS))
+    for some_rows in _even(rows, high):
+        for some_columns in _even(columns, wide):
+            yield Tile(some_rows, some_columns, columns)
+
+
+def chunks(number: int) -> Iterator[Tile]:
+    """Yield the tiles of a tensor whose shape does not matter: pieces of one long row."""
+    for start in range(0, number, TILE):
+        yield Tile(slice(0, 1), slice(start, min(start + TILE, number)), number)
+
+
+def _even(size: int, most: int) -> Iterator[slice]:
+    number = -(-size // most)
+    yield from (slice(size * i // number, size * (i + 1) // number) for i in range(number))
+
+
+class Scratch:
+    """Memory that one worker uses again and again; it grows to the largest tile and no further."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, name: str, number: int, dtype: torch.dtype) -> Tensor:
+        """Return a flat tensor of uninitialised values, valid until the name is taken again."""
+        size = number * dtype.itemsize
+        if name not in self._memory or len(self._memory[name]) < size:
+            self._memory[name] = torch.empty(size, dtype=torch.uint8)
+        return self._memory[name][:size].view(dtype)
+
+
+def bytes_of(flat: Tensor) -> memoryview:
+    """Return the memory of a flat contiguous tensor."""
+    return flat.view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies in an open file."""
+
+    file: RawBytes
+    start: int
+    dtype: torch.dtype
+
+    def read(self, tile: Tile, scratch: Scratch) -> Tensor:
+        """Return a tile, flat; it lives in the scratch memory."""
+        flat = scratch.take("read", tile.elements, self.dtype)
+        for element, first, number in tile.runs():
+            position = self.start + element * self.dtype.itemsize
+            self.file.read_into(bytes_of(flat[first : first + number]), position)
+        return flat
+
+    def write(self, tile: Tile, flat: Tensor) -> None:
+        for element, first, number in tile.runs():
+            position = self.start + element * self.dtype.itemsize
+            self.file.write_from(bytes_of(flat[first : first + number]), position)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Scalar products over a tensor: of the base, of the delta, of the delta with what rounding left of it."""
+
+    base: float = 0.0
+    delta: float = 0.0
+    survived: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.base + other.base, self.delta + other.delta, self.survived + other.survived)
+
+
+def fold_tile(
+    fold: Fold, tile: Tile, source: Place, target: Place, noise: Noise | None, lengths: Tensor | None, scratch: Scratch
+) -> Sums:
+    """Write one tile of W + Σ scaling · B A (DoRA: m · V / ‖V‖), rounded once; return what the report needs.
+
+    Args:
+        lengths: ‖V‖ of every output, where a tile does not hold whole ones; None lets the tile find them.
+
+    Raises:
+        OverflowError: a value is NaN or infinite.
+    """
+    base, delta = _base_and_delta(fold, tile, source, scratch)
+    merged = torch.add(base, delta, out=scratch.take("merged", base.numel(), base.dtype))
+    if fold.magnitude is not None:
+        _set_lengths(fold, tile, merged.view(tile.shape), lengths)
+        delta = torch.sub(merged, base, out=delta)
+    written = _rounded(merged, tile, target, noise, scratch)
+    change = merged.copy_(written).sub_(base)
+    sums = Sums(*(float(torch.dot(a, b)) for a, b in ((base, base), (delta, delta), (change, delta))))
+    if not math.isfinite(sums.survived) and not bool(torch.isfinite(written).all()):
+        raise OverflowError("the merged weight has NaN or infinite values")
+    target.write(tile, written)
+    return sums
+
+
+def _base_and_delta(fold: Fold, tile: Tile, source: Place, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Return W and Σ scaling · B A of a tile, flat, float32 or wider."""
+    stored = source.read(tile, scratch)
+    first, *others = (low_rank_weight(t.right[:, tile.columns], t.left[tile.rows], t.scaling) for t in fold.terms)
+    delta = first
+    for each in others:
+        delta = delta + each
+    wide = torch.promote_types(delta.dtype, stored.dtype)
+    base = scratch.take("base", stored.numel(), wide).copy_(stored)
+    return base, delta.to(wide).view(-1)
+
+
+def _set_lengths(fold: Fold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:
+    """Give every output of V its length m, in place."""
+    assert fold.magnitude is not None
+    if lengths is None:
+        found = torch.linalg.vector_norm(merged, dim=1)
+    else:
+        found = lengths[tile.rows if fold.outputs_first else tile.columns].to(merged.dtype)
+    wanted = fold.magnitude[tile.rows if fold.outputs_first else tile.columns].to(merged.dtype)
+    merged.mul_((wanted / found).unsqueeze(1 if fold.outputs_first else 0))
+
+
+def needs_lengths(fold: Fold, tile: Tile) -> bool:
+    """Whether the lengths of DoRA must be found before, since a tile does not hold whole outputs."""
+    return fold.magnitude is not None and not (fold.outputs_first and tile.shape[1] == tile.width)
+
+
+def lengths_of(fold: Fold, source: Place, scratch: Scratch) -> Tensor:
+    """Return ‖W + scaling · B A‖ of every output, float64, in one pass over the weight."""
+    squares = torch.zeros(fold.rows if fold.outputs_first else fold.columns, dtype=torch.float64)
+    for tile in tiles(fold.rows, fold.columns, fold.rank):
+        base, delta = _base_and_delta(fold, tile, source, scratch)
+        merged = base.add_(delta).view(tile.shape)
+        part = merged.square_().sum(dim=1 if fold.outputs_first else 0, dtype=torch.float64)
+        squares[tile.rows if fold.outputs_first else tile.columns] += part
+    return squares.sqrt_()
+
+
+def _rounded(wide: Tensor, tile: Tile, target: Place, noise: Noise | None, scratch: Scratch) -> Tensor:
+    written = scratch.take("written", wide.numel(), target.dtype)
+    for element, first, number in tile.runs():
+        part = slice(first, first + number)
+        round_into(wide[part], written[part], noise, element)
+    return written
+
+
+def cast_tile(values: Tensor, tile: Tile, target: Place, noise: Noise | None, scratch: Scratch) -> None:
+    """Write values in the target's dtype, rounded once.
+
+    Raises:
+        OverflowError: a finite value is too large for the dtype.
+    """
+    wide = torch.promote_types(values.dtype, torch.float32) if values.is_floating_point() else values.dtype
+    exact = scratch.take("base", values.numel(), wide).copy_(values)
+    written = _rounded(exact, tile, target, noise, scratch)
+    if target.dtype.itemsize < exact.dtype.itemsize and bool((written.isinf() & ~exact.isinf()).any()):
+        raise OverflowError(f"a value is too large for {str(target.dtype).removeprefix('torch.')}")
+    target.write(tile, written)

@@ -1,0 +1,48 @@
+"""A few values of each adapted base weight: enough to tell that an adapter was trained on another base.
+
+Values and not a hash, since the same base is often loaded in another dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lora_fx.models.quantised import is_quantised
+
+VALUES = 8
+TOLERANCE = 2.0**-6
+"""Relative; bfloat16 keeps 8 bits."""
+
+
+def sample_values(weight: Tensor) -> list[float] | None:
+    """Return a few evenly spaced values of a weight; None for one without floating point values to look at.
+
+    None for a quantised one too: its adapter fits the base that was quantised, whose values differ by more than a few
+    roundings.
+    """
+    if is_quantised(weight) or weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
+        return None
+    flat = weight.detach().reshape(-1)
+    positions = torch.tensor(sample_positions(flat.numel()), device=flat.device)
+    return [float(value) for value in flat[positions].double().cpu()]
+
+
+def sample_positions(number: int) -> list[int]:
+    """Return where `sample_values` looks in a weight of so many values."""
+    return [int(each) for each in torch.linspace(0, number - 1, VALUES, dtype=torch.float64).round()]
+
+
+def different(saved: Mapping[str, list[float] | None], weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the paths whose base weight is not the one that the adapter was trained on."""
+    return [path for path, weight in weights.items() if not same_values(saved.get(path), sample_values(weight))]
+
+
+def same_values(before: list[float] | None, now: list[float] | None) -> bool:
+    """Whether two samples are of one weight, perhaps in another dtype; unknown ones count as the same."""
+    if before is None or now is None:
+        return True
+    scale = max(map(abs, before), default=0.0)
+    return all(abs(a - b) <= TOLERANCE * max(abs(a), 1e-3 * scale) for a, b in zip(before, now, strict=True))

@@ -1,0 +1,65 @@
+"""Norms and singular values of every adapter's ΔW = scaling · B A, without ever forming B A.
+
+With the thin decompositions B = Q₁ R₁ and Aᵀ = Q₂ R₂, B A = Q₁ (R₁ R₂ᵀ) Q₂ᵀ, so the singular values of B A are those of
+the r × r matrix R₁ R₂ᵀ (Golub and Van Loan, Matrix Computations, 4th ed., §5.2 and §8.6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import Attached, all_attached
+from lora_fx.errors import RefusedError
+from lora_fx.graphdiff.deltas.spectra import Delta, Deltas
+from lora_fx.tuned.build import record_in
+
+
+def deltas_of(tuned: nn.Module) -> Deltas:
+    """Return what the adapters of a model have become; the model stays unchanged.
+
+    Raises:
+        RefusedError: the model is not adapted, or has no values.
+    """
+    record = record_in(tuned)
+    with torch.no_grad():
+        return Deltas(record.model, tuple(_delta(path, found) for path, found in all_attached(tuned)))
+
+
+def _delta(path: str, found: Attached) -> Delta:
+    if found.lora_A.weight.is_meta:
+        raise RefusedError("the adapters have no values", [(path, "its adapter is on the meta device")])
+    values = singular_values(found.lora_B.matrix, found.lora_A.matrix) * abs(found.spec.scaling)
+    bank, matrix = found.spec.matrices
+    return Delta(
+        path=path,
+        rule=found.spec.rule,
+        r=found.spec.lora.r,
+        scaling=found.spec.scaling,
+        shape=(*bank, *matrix),
+        norm=float(values.norm()),
+        weight_norm=_norm(found.base_weight),
+        singular_values=tuple((values.mean(0) if values.dim() > 1 else values).tolist()),
+        call=found.call,
+    )
+
+
+def singular_values(B: Tensor, A: Tensor) -> Tensor:
+    """Return the singular values of B A, the largest first, in float64.
+
+    Args:
+        B: [.., out, r].
+        A: [.., r, in].
+    """
+    left = torch.linalg.qr(B.double(), mode="r").R
+    right = torch.linalg.qr(A.double().transpose(-1, -2), mode="r").R
+    values: Tensor = torch.linalg.svdvals(left @ right.transpose(-1, -2))
+    return values
+
+
+def _norm(weight: Tensor) -> float | None:
+    """Return the Frobenius norm of a weight; None for one that is quantised or has no values."""
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
+        return None
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return float(torch.linalg.vector_norm(weight, dtype=dtype))

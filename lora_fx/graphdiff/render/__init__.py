@@ -1,0 +1,1 @@
+"""A GraphDiff as text, page, picture and graph.  No torch here."""

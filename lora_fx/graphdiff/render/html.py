@@ -1,0 +1,118 @@
+"""A GraphDiff as one HTML page: the changes by site, then a picture and the statements of each kind of block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html import escape
+
+from lora_fx.graphdiff.compare import GraphDiff, SiteChange
+from lora_fx.graphdiff.render.blocks import SAME, Block, Step, blocks_of
+from lora_fx.graphdiff.render.page import page
+from lora_fx.graphdiff.render.svg import STYLE, drawing, title_of
+from lora_fx.graphdiff.render.text import cost_text, groups_of, signed, sites_text, size_text, sums_text
+from lora_fx.text import count, thousands
+
+MOST_BYTES = 1_800_000
+"""Size of the page above which entries are left out; it says how many."""
+_MOST_PATHS = 20_000
+
+
+def diff_html(diff: GraphDiff) -> str:
+    """Return the page."""
+    entries = _Entries()
+    changes = [entries.add(_hunk(group), [change.path for change in group]) for group in groups_of(diff.changes)]
+    blocks = blocks_of(diff._compared)
+    blocks.sort(key=lambda block: not block.changed)
+    pictures = [entries.add(_block(block), block.paths) for block in blocks]
+    main = (
+        f"<section><h2>What differs, by site</h2>{''.join(changes) or '<p>Nothing.</p>'}</section>"
+        f"<section><h2>Blocks</h2>{''.join(pictures)}</section>"
+    )
+    if entries.left_out:
+        left_out = f"{thousands(entries.left_out)} more left out to keep the page small"
+        main += f"<p>{left_out}: the text and the JSON form have them.</p>"
+    return page(f"{diff.a} → {diff.b}", _sums(diff), main, STYLE, entries.paths)
+
+
+@dataclass(slots=True)
+class _Entries:
+    """What can be searched, as long as there is room for it."""
+
+    size: int = 0
+    left_out: int = 0
+    paths: list[list[str]] = field(default_factory=list)
+
+    def add(self, body: str, paths: list[str]) -> str:
+        """Return the entry, with its number in it; nothing if the page is full."""
+        length = len(body.encode()) + sum(map(len, paths[:_MOST_PATHS]))
+        if self.size + length > MOST_BYTES:
+            self.left_out += 1
+            return ""
+        self.size += length
+        self.paths.append(paths[:_MOST_PATHS])
+        return body.replace("<details", f'<details data-k="{len(self.paths) - 1}"', 1)
+
+
+def _sums(diff: GraphDiff) -> str:
+    if not diff:
+        return f'<p class="sums">No difference; {count(diff.unchanged, "statement")} are the same.</p>'
+    rows = [
+        ("parameters", diff.parameters, thousands),
+        ("bytes of parameters", diff.bytes, size_text),
+        ("FLOP with weights, per row of input", diff.flops, thousands),
+    ]
+    body = "".join(
+        f'<tr><th scope="row">{name}</th><td class="n">{written(a)}</td><td class="n">{written(b)}</td>'
+        f'<td class="n">{signed(b - a, written)}</td></tr>'
+        for name, (a, b), written in rows
+    )
+    heads = (f"- {escape(diff.a)}", f"+ {escape(diff.b)}", "change")
+    head = "".join(f'<th class="n" scope="col">{each}</th>' for each in heads)
+    return f'<p class="sums">{sums_text(diff)}</p><table><tr><td></td>{head}</tr>{body}</table>'
+
+
+def _hunk(changes: list[SiteChange]) -> str:
+    change = changes[0]
+    facts = " · ".join(filter(None, (change.note, cost_text(change, len(changes)))))
+    lines = "".join([*(_line("d", "-", text) for text in change.removed), *(_line("a", "+", t) for t in change.added)])
+    summary = f"<b>{escape(sites_text(changes))}</b> <span>{escape(facts)}</span>"
+    return f"<details open><summary>{summary}</summary>{_pre(lines, 'lines of ' + change.path)}</details>"
+
+
+def _pre(lines: str, label: str) -> str:
+    return f'<pre tabindex="0" role="region" aria-label="{escape(label)}">{lines}</pre>'
+
+
+def _line(kind: str, sign: str, text: str) -> str:
+    return f'<span class="{kind}">{sign}    {escape(text)}</span>'
+
+
+def _block(block: Block) -> str:
+    changed = sum(step.status != SAME for step in block.steps)
+    facts = [f"{count(changed, 'statement')} differ" if changed else "the same", f"{len(block.steps)} in all"]
+    facts += [f"{rule} ({count(number, 'site')})" for rule, number in block.rules.items()]
+    name = escape(title_of(block))
+    picture, layout = drawing(block)
+    svg = (
+        f'<svg viewBox="0 0 {layout.width:g} {layout.height:g}" width="{layout.width:g}" height="{layout.height:g}" '
+        f'role="group" aria-label="graph of {name}">{picture}</svg>'
+    )
+    lines = "".join(line for step in block.steps for line in _step_lines(step))
+    statements = _pre(lines, f"statements of {title_of(block)}")
+    return (
+        f"<details{' open' if changed else ''}>"
+        f"<summary><b>{name}</b> <span>{escape(' · '.join(facts))}</span></summary>"
+        f'<div class="picture" tabindex="0" role="region" aria-label="picture of {name}">{svg}</div>'
+        f"<details><summary>All statements</summary>{statements}</details></details>"
+    )
+
+
+def _step_lines(step: Step) -> Iterator[str]:
+    if step.status == SAME:
+        yield _line("s", " ", step.after)
+        return
+    if step.before:
+        yield _line("d", "-", step.before)
+    if step.after:
+        yield _line("a", "+", step.after)

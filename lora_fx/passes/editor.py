@@ -1,0 +1,164 @@
+"""The one object that changes a graph, and the journal it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, fx, nn
+
+from lora_fx.models.tensors import set_tensor
+
+Kind = Literal["add node", "erase node", "replace uses", "add module", "drop module", "set weight", "drop weight"]
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One change: what was done, to which node, module or weight, for which site, by which pass."""
+
+    kind: Kind
+    what: str
+    site: str
+    by: str
+
+
+@dataclass(slots=True)
+class Journal:
+    """Every edit, in order.  `modified` is derived from it, never declared."""
+
+    edits: list[Edit] = field(default_factory=list)
+
+    @property
+    def modified(self) -> bool:
+        return bool(self.edits)
+
+    def count(self, kind: Kind) -> int:
+        return sum(edit.kind == kind for edit in self.edits)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{edit.by}: {edit.kind} {edit.what} ({edit.site})" for edit in self.edits)
+
+
+class Editor:
+    """Changes one GraphModule, and writes down what it does."""
+
+    def __init__(self, graph_module: fx.GraphModule, journal: Journal | None = None) -> None:
+        self.graph_module = graph_module
+        self.graph = graph_module.graph
+        self.journal = Journal() if journal is None else journal
+        self.by = ""
+        """Name of the running pass."""
+
+    def _note(self, kind: Kind, what: str, site: str) -> None:
+        self.journal.edits.append(Edit(kind, what, site, self.by))
+
+    # -- nodes
+
+    @contextlib.contextmanager
+    def writing_after(self, node: fx.Node, site: str) -> Iterator[Writer]:
+        """Write nodes after `node`, in the order of writing; they inherit its place in the module tree."""
+        # inserting_after would put successive nodes in reverse
+        with self.graph.inserting_before(node.next):
+            writer = Writer(self.graph)
+            known = set(self.graph.nodes)
+            yield writer
+        for new in self.graph.nodes:
+            if new not in known:
+                new.meta.update({key: value for key, value in node.meta.items() if key in ("place", "nn_module_stack")})
+                new.meta["site"] = site
+                self._note("add node", new.name, site)
+
+    def replace_uses(self, old: fx.Node, new: fx.Node, site: str, but: Callable[[fx.Node], bool]) -> None:
+        """Let every user of `old` use `new`, except those for which `but` holds."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: not but(user), propagate_meta=False)
+        self._note("replace uses", f"{old.name} by {new.name}", site)
+
+    def read_instead(self, node: fx.Node, name: str, site: str, but: Collection[fx.Node]) -> None:
+        """Let every user of a `get_attr` read the parameter `name` instead, except those in `but`."""
+        with self.graph.inserting_after(node):
+            new = self.graph.get_attr(name)
+        self._note("add node", new.name, site)
+        self.replace_uses(node, new, site, but=lambda user: user in but)
+
+    def note_use(self, node: fx.Node, site: str) -> None:
+        """Note that a node was given another operand."""
+        self._note("replace uses", f"an operand of {node.name}", site)
+
+    def erase(self, node: fx.Node, site: str) -> None:
+        self.graph.erase_node(node)
+        self._note("erase node", node.name, site)
+
+    # -- modules and weights
+
+    def add_modules(self, path: str, add: Callable[[nn.Module], Any], site: str) -> None:
+        """Let `add` put modules beside the weight of the module at `path`."""
+        owner = self.graph_module.get_submodule(path)
+        before = {name for name, _ in owner.named_modules()}
+        add(owner)
+        for name, _ in owner.named_modules():
+            if name not in before:
+                self._note("add module", f"{path}.{name}".lstrip("."), site)
+
+    def drop_modules(self, path: str, drop: Callable[[nn.Module], Any], site: str) -> None:
+        """Let `drop` take modules away from the module at `path`."""
+        owner = self.graph_module.get_submodule(path)
+        before = [name for name, _ in owner.named_modules()]
+        drop(owner)
+        after = {name for name, _ in owner.named_modules()}
+        for name in before:
+            if name not in after:
+                self._note("drop module", f"{path}.{name}".lstrip("."), site)
+
+    def set_weight(self, path: str, weight: Tensor, requires_grad: bool, name: str = "weight") -> None:
+        """Put a new Parameter at `<path>.<name>`; whoever else holds the old one keeps it."""
+        owner = self.graph_module.get_submodule(path)
+        setattr(owner, name, nn.Parameter(weight, requires_grad=requires_grad))
+        self._note("set weight", f"{path}.{name}", path)
+
+    def set_tensor(self, name: str, tensor: Tensor, site: str) -> None:
+        """Put a tensor in place of the parameter or buffer of that name; whoever else holds the old one keeps it."""
+        set_tensor(self.graph_module, name, tensor)
+        self._note("set weight", name, site)
+
+    def drop_tensor(self, name: str, site: str) -> None:
+        """Take a parameter or buffer away."""
+        path, _, last = name.rpartition(".")
+        delattr(self.graph_module.get_submodule(path), last)
+        self._note("drop weight", name, site)
+
+    def drop_module(self, path: str, site: str) -> None:
+        """Take a module away."""
+        self.graph_module.delete_submodule(path)
+        self._note("drop module", path, site)
+
+    def finish(self) -> None:
+        """Check and recompile the graph, once."""
+        if self.journal.modified:
+            self.graph.lint()
+            self.graph_module.recompile()
+
+
+class Writer:
+    """Writes nodes by computing with proxies: the mathematics is written once, in `adapters`, and run here."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._tracer = fx.proxy.GraphAppendingTracer(graph)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return fx.Proxy(node, self._tracer)
+
+    def attribute(self, path: str) -> fx.Proxy:
+        """Write a read of the parameter at the path."""
+        return self.proxy(self.graph.get_attr(path))
+
+    def module(self, path: str) -> Callable[..., Any]:
+        """Return a function that writes a call of the module at the path."""
+
+        def call(*args: fx.Proxy, **kwargs: fx.Proxy | None) -> fx.Proxy:
+            keywords: dict[str, Any] = {n: None if value is None else value.node for n, value in kwargs.items()}
+            return self.proxy(self.graph.call_module(path, tuple(arg.node for arg in args), keywords))
+
+        return call

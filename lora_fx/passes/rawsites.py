@@ -1,0 +1,286 @@
+"""Raw parameters in a graph: the products that they take part in, and the LoRA nodes beside them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from lora_fx.adapters.attach import HOME, Attached, attached
+from lora_fx.adapters.factors import SlicedB
+from lora_fx.adapters.rawweight.factored import Factored
+from lora_fx.adapters.rawweight.products import COPIES, VIEWS, Call, Delta, name_of, product
+from lora_fx.adapters.rawweight.views import WeightView
+from lora_fx.models.layers import kind_of
+from lora_fx.models.tensors import dotted
+from lora_fx.passes.editor import Editor, Writer
+from lora_fx.planning.sites import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class RawUse:
+    """One use of a raw parameter in a graph."""
+
+    parameter: str
+    """Its dotted name."""
+    node: fx.Node
+    """The node that uses it."""
+    weight: fx.Node
+    """The operand of that node that shows the parameter."""
+    view: WeightView
+    delta: Delta | None
+    """How the node multiplies; None for what is no product, and needs the weight as a whole."""
+    op: str = ""
+    layout: Layout | None = None
+
+
+def raw_uses(graph_module: fx.GraphModule) -> Iterator[RawUse]:
+    """Yield every use of a raw matrix in the graph, after views and casts, in the graph's order.
+
+    A `weight` that F.linear takes from its module is no raw parameter (`sitegraph.site_calls`).
+    """
+    shown: dict[fx.Node, tuple[str, WeightView | list[WeightView]]] = {}
+    linears = _weights_of_linears(graph_module)
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            whole = _whole(graph_module, node)
+            if whole is not None and node.target not in linears:
+                shown[node] = (str(node.target), whole)
+            continue
+        for weight in dict.fromkeys(each for each in node.all_input_nodes if each in shown):
+            name, view = shown[weight]
+            seen = _seen_through(node, weight, view)
+            if seen is not None:
+                shown[node] = (name, seen)
+            elif isinstance(view, WeightView) and node.op != "output":
+                yield _use(node, weight, name, view)
+
+
+def _whole(graph_module: fx.GraphModule, node: fx.Node) -> WeightView | None:
+    owner, _, last = str(node.target).rpartition(".")
+    module = graph_module.get_submodule(owner)
+    parameter = module._parameters.get(last) if isinstance(module, nn.Module) else None
+    if parameter is None or parameter.dim() < 2 or (last == "weight" and kind_of(module) is not None):
+        return None
+    found = attached(module, last)
+    convolves = any(name_of(user.target).startswith("conv") for user in node.users)
+    banked = parameter.dim() == 3 and not convolves if found is None else found.spec.is_banked
+    return WeightView.of(tuple(parameter.shape), banked)
+
+
+def _weights_of_linears(graph_module: fx.GraphModule) -> set[str]:
+    """Return the parameters that F.linear takes as the `weight` of a module: linears that another tool wrote out."""
+    reads = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+    return {
+        str(node.target)
+        for node in reads
+        if str(node.target).endswith(".weight") and any(name_of(user.target) == "linear" for user in node.users)
+    }
+
+
+def _seen_through(node: fx.Node, weight: fx.Node, view: Any) -> Any:
+    """Return what of the weight a node shows, if it is a view or a cast of it; None if it is something else."""
+    name = name_of(node.target)
+    if node.op not in ("call_function", "call_method") or not node.args or node.args[0] is not weight:
+        return None
+    if name == "getattr" and node.args[1] in ("T", "mT") and isinstance(view, WeightView):
+        return view.through(lambda stub: getattr(stub, str(node.args[1])))
+    if isinstance(view, list):
+        return view[node.args[1]] if name == "getitem" and isinstance(node.args[1], int) else None
+    if name in COPIES:
+        return view
+    others = [each for each in node.all_input_nodes if each is not weight]
+    if name not in VIEWS or others:
+        return None
+    run: Callable[..., Any] = _method(name) if node.op == "call_method" else node.target  # type: ignore[assignment]
+    return view.through(lambda stub: run(stub, *node.args[1:], **node.kwargs))
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+
+
+class _Seen(NamedTuple):
+    """Which product a call makes, and of what."""
+
+    kind: str
+    args: tuple[Any, ...]
+
+    def __mul__(self, factor: Any) -> _Seen:
+        """Return itself: `alpha` changes nothing about which product it is."""
+        return self
+
+
+class _Probe:
+    """Stands for a low-rank weight, to see which product a call makes of it."""
+
+    def __getattr__(self, name: str) -> Callable[..., _Seen]:
+        return lambda *args, **_: _Seen(name, args)
+
+
+def _use(node: fx.Node, weight: fx.Node, name: str, view: WeightView) -> RawUse:
+    called = name_of(node.target)
+    delta = product(called, Call(node.args, node.kwargs, weight)) if node.op != "call_module" else None
+    if delta is None:
+        return RawUse(name, node, weight, view, None)
+    kind, args = delta(_Probe(), lambda x: x)  # type: ignore[misc,arg-type]
+    if kind == "embedding":
+        return RawUse(name, node, weight, view, delta, "embedding", "in_out")
+    if kind == "convolution":
+        return RawUse(name, node, weight, view, delta, called, "out_in")
+    op = "experts" if view.banked and called != "einsum" else "linear" if kind == "linear" else "matmul"
+    return RawUse(name, node, weight, view, delta, op, _layout(kind, args, view))
+
+
+def _layout(kind: str, args: tuple[Any, ...], view: WeightView) -> Layout | None:
+    """Return which way round the parameter is stored: its columns are summed over, or its rows."""
+    assert view.dims is not None
+    if kind == "einsum":
+        sides, _, result = args[0].replace(" ", "").partition("->")
+        letters = sides.split(",")[args[1]]
+        summed = {view.dims[i].kind for i, letter in enumerate(letters) if letter not in result and i < len(view.dims)}
+    else:
+        summed = {view.dims[-2 if kind in ("matmul", "grouped") else -1].kind} if len(view.dims) > 1 else set()
+    if summed == {"second"}:
+        return "out_in"
+    return "in_out" if summed == {"first"} else None
+
+
+# -- writing
+
+
+def splice_raw(editor: Editor) -> None:
+    """Write the LoRA nodes of every adapted raw parameter at each of its uses; what is no product gets W + ΔW."""
+    for use in list(raw_uses(editor.graph_module)):
+        found = _adapter(editor.graph_module, use.parameter)
+        if found is not None:
+            _splice(editor, use, found)
+
+
+def _adapter(graph_module: fx.GraphModule, parameter: str) -> Attached | None:
+    owner, _, name = parameter.rpartition(".")
+    return attached(graph_module.get_submodule(owner), name)
+
+
+def _splice(editor: Editor, use: RawUse, found: Attached) -> None:
+    home = _home(use.parameter, found)
+    if use.delta is not None and _write_product(editor, use, found, home):
+        return
+    with editor.writing_after(use.weight, use.parameter) as write:
+        low = _low_rank(write, use, found, home)
+        whole = write.proxy(use.weight) + low.dense().type_as(write.proxy(use.weight))
+    use.node.replace_input_with(use.weight, whole.node)
+    editor.note_use(use.node, use.parameter)
+
+
+def _home(parameter: str, found: Attached) -> str:
+    owner, _, name = parameter.rpartition(".")
+    return owner if found.home is found.owner else dotted(owner, name + HOME)
+
+
+def _write_product(editor: Editor, use: RawUse, found: Attached, home: str) -> bool:
+    """Write base + low-rank product after the node; False, with nothing written, if it does not factor."""
+    name, spec = found.spec.adapter, found.spec
+    before = set(editor.graph.nodes)
+    with editor.writing_after(use.node, use.parameter) as write:
+
+        def given(x: Any) -> Any:
+            if found.dropout is not None:
+                x = write.module(dotted(home, f"lora_dropout.{name}"))(x)
+            return x.to(found.lora_A.weight.dtype) if spec.mixed and use.op != "embedding" else x
+
+        # only now: what makes the other operand may have been adapted just before
+        operand: Any = lambda node: node if node is use.weight else write.proxy(node)  # noqa: E731
+        mapped: Any = map_arg((use.node.args, use.node.kwargs), operand)
+        args, kwargs = mapped
+        delta = product(name_of(use.node.target), Call(args, kwargs, use.weight))
+        assert delta is not None
+        low = delta(_low_rank(write, use, found, home), given)
+        if low is not None:
+            result = write.proxy(use.node) + (low.type_as(write.proxy(use.node)) if spec.mixed else low)
+    if low is None:
+        for node in reversed([each for each in editor.graph.nodes if each not in before]):
+            editor.erase(node, use.parameter)
+        return False
+    added = {each for each in editor.graph.nodes if each not in before}
+    editor.replace_uses(use.node, result.node, use.parameter, but=lambda user: user in added)
+    return True
+
+
+def _low_rank(write: Writer, use: RawUse, found: Attached, home: str) -> Factored:
+    """Return the low-rank weight with proxies for its factors."""
+    A, B = (_matrix(write, dotted(home, f"{factor}.{found.spec.adapter}"), module)
+            for factor, module in (("lora_A", found.lora_A), ("lora_B", found.lora_B)))  # fmt: skip
+    return Factored.of(use.view, A, B, found.spec.layout, found.spec.rank, found.spec.scaling)
+
+
+def _matrix(write: Writer, path: str, factor: nn.Module) -> fx.Proxy:
+    if isinstance(factor, SlicedB):
+        return write.proxy(write.graph.call_module(path))
+    return write.attribute(dotted(path, "weight"))
+
+
+# -- finding again
+
+
+@dataclass(frozen=True, slots=True)
+class LoRANodes:
+    """The LoRA subgraph at one use of a weight: base + [type_as] B (scaling · A [dropout] x)."""
+
+    path: str
+    base: fx.Node
+    result: fx.Node
+    between: tuple[fx.Node, ...]
+    """Every node that the adapter added, the result included, last first."""
+
+
+def raw_lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
+    """Yield every LoRA subgraph of a raw parameter: what is computed from its factors, up to where it is added."""
+    low: dict[fx.Node, tuple[str, frozenset[fx.Node]]] = {}
+    for node in list(graph_module.graph.nodes):
+        path = _factor_path(node)
+        inputs = [each for each in node.all_input_nodes if each in low]
+        if path is not None:
+            low[node] = (path, frozenset({node}))
+        elif inputs and node.target is operator.add and node.args[0] not in low:
+            path, _ = low[inputs[0]]
+            inside = frozenset(n for each in inputs for n in low[each][1]) | {node}
+            order = [each for each in graph_module.graph.nodes if each in inside]
+            assert isinstance(node.args[0], fx.Node)
+            yield LoRANodes(path, node.args[0], node, tuple(reversed(order)))
+        elif inputs:
+            casts = {each for each in node.all_input_nodes if _is_cast_for(each, node)}
+            dropped = {each for each in (*node.all_input_nodes, *(x for cast in casts for x in cast.all_input_nodes))
+                       if is_dropout(each)}  # fmt: skip
+            inside = frozenset({node, *dropped, *casts, *(n for each in inputs for n in low[each][1])})
+            low[node] = (low[inputs[0]][0], inside)
+
+
+def _factor_path(node: fx.Node) -> str | None:
+    """Return the parameter whose factor a node reads, if it reads one of a raw parameter."""
+    if node.op != "get_attr" and not (node.op == "call_module" and not node.args):
+        return None
+    parts = str(node.target).split(".")
+    factor = next((name for name in ("lora_A", "lora_B") if name in parts), None)
+    if factor is None:
+        return None
+    *before, last = ["", *parts[: parts.index(factor)]]
+    if last.endswith(HOME):  # by name: a graph that is shown without its model has lost the class
+        return dotted(*before, last.removesuffix(HOME))
+    if all("lora_magnitude_vector." in str(user.target) for user in node.users):  # DoRA reads its layer's factors
+        return None
+    return dotted(*before, last, "weight")
+
+
+def is_dropout(node: fx.Node) -> bool:
+    """Whether a node is the dropout of an adapter."""
+    return node.op == "call_module" and "lora_dropout." in str(node.target)
+
+
+def _is_cast_for(cast: fx.Node, node: fx.Node) -> bool:
+    """Whether a node casts the other operand for one low-rank product alone."""
+    return cast.op == "call_method" and cast.target == "to" and list(cast.users) == [node]

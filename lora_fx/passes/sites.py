@@ -1,0 +1,119 @@
+"""Sites in a graph: the calls of a base weight, and the LoRA nodes beside them."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.errors import MergeError
+from lora_fx.models.layers import kind_of
+from lora_fx.passes.rawsites import LoRANodes, is_dropout, raw_lora_nodes
+
+_LINEARS = (F.linear, torch.ops.aten.linear.default)
+_FACTOR = re.compile(r"\.?lora_A\.[^.]+(\.\d+)?$")
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCall:
+    """One use of a base weight in a graph."""
+
+    path: str
+    node: fx.Node
+    """The node that computes the base output."""
+
+
+def site_calls(graph_module: fx.GraphModule) -> Iterator[SiteCall]:
+    """Yield every layer call in the graph that has a weight to adapt, and F.linear with a module's own `weight`."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            kind = kind_of(graph_module.get_submodule(str(node.target)))
+            if kind is not None and (kind.called or kind.op == "linear"):
+                yield SiteCall(str(node.target), node)
+        elif node.op == "call_function" and node.target in _LINEARS:
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            owner = _owner_of_weight(weight)
+            if owner:
+                yield SiteCall(owner, node)
+
+
+def first_argument(node: fx.Node) -> fx.Node:
+    """Return the input of a layer's call."""
+    value = next(iter((*node.args, *node.kwargs.values())))
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def keep_tensor_facts(node: fx.Node, successor: fx.Node) -> None:
+    """Note at a node what the capture knew of the tensor that it now makes in the place of another."""
+    successor.meta.update({key: node.meta[key] for key in ("tensor", "bytes") if key in node.meta})
+
+
+def _owner_of_weight(weight: object) -> str | None:
+    """Return the path of the module that owns the weight as its `weight`."""
+    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+        path, _, name = str(weight.target).rpartition(".")
+        return path if name == "weight" else None
+    return None
+
+
+def lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
+    """Yield the LoRA subgraph of every adapted call, found by structure from its lora_A.
+
+    Raises:
+        MergeError: where the nodes around a lora_A are no longer those that `inject` wrote.
+    """
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_module":
+            continue
+        factor = graph_module.get_submodule(str(node.target))
+        if isinstance(factor, LoRAFactor) and factor.spec is not None:
+            yield _around(node, _FACTOR.sub("", str(node.target)))
+    yield from raw_lora_nodes(graph_module)
+
+
+def _around(lora_a: fx.Node, path: str) -> LoRANodes:
+    scaled = _only_user(lora_a, path)
+    nodes = [lora_a]
+    if is_dropout(scaled):  # of tokens, which are dropped as a whole
+        nodes.insert(0, scaled)
+        scaled = _only_user(scaled, path)
+    lora_b = _only_user(scaled, path)
+    result = _only_user(lora_b, path)
+    nodes = [lora_b, scaled, *nodes]
+    if result.op == "call_method" and result.target == "type_as":
+        nodes.insert(0, result)
+        result = _only_user(result, path)
+    is_dora = result.op == "call_module" and ".lora_magnitude_vector." in str(result.target)
+    if not (result.target is operator.add or is_dora) or not isinstance(result.args[0], fx.Node):
+        raise MergeError("a LoRA subgraph has been changed", [(path, f"{result.name} is not base + delta")])
+    nodes += _magnitude_inputs(result)
+    dropped = lora_a.args[0]
+    assert isinstance(dropped, fx.Node)
+    if is_dropout(dropped):
+        nodes.append(dropped)
+    return LoRANodes(path, result.args[0], result, (result, *nodes))
+
+
+def _magnitude_inputs(result: fx.Node) -> list[fx.Node]:
+    """Return the nodes that DoRA's magnitude alone reads, users before what they use."""
+    found: list[fx.Node] = []
+    for each in result.kwargs.values():
+        if isinstance(each, fx.Node):
+            found.append(each)
+            found += [inner for inner in each.args if isinstance(inner, fx.Node) and each.op == "call_method"]
+    return found
+
+
+def _only_user(node: fx.Node, path: str) -> fx.Node:
+    if len(node.users) != 1:
+        raise MergeError(
+            "a LoRA subgraph has been changed", [(path, f"{node.name} is used {len(node.users)} times, not once")]
+        )
+    return next(iter(node.users))

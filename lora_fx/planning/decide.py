@@ -1,0 +1,376 @@
+"""Rules and sites in, a Plan out: what will happen to every site, and why.  Pure data; nothing is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from lora_fx.errors import NoMatchError, Unmatched
+from lora_fx.planning.sites import CONVOLUTIONS, Backend, Site, differences, fingerprint
+from lora_fx.rules.patterns import nearest_names
+from lora_fx.rules.ruleset import LoRAConfig, Rule, RuleSet, Slices, SourceSpan, TrainPattern
+from lora_fx.text import count, listing
+
+Decision = Literal["adapt", "keep", "skip", "refuse"]
+
+
+_FUSED_DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSite:
+    """A site and what will happen to it."""
+
+    site: Site
+    decision: Decision
+    reason: str
+    rule: str | None = None
+    lora: LoRAConfig | None = None
+    slices: Slices | None = None
+    per_call: bool = False
+    """Whether each call of the site has an adapter of its own."""
+    passes: tuple[str, ...] = ()
+    """What makes it cheaper to train, as far as it is known before: "fuse", "stack", "recompute"."""
+
+    @property
+    def path(self) -> str:
+        return self.site.path
+
+    @property
+    def op(self) -> str:
+        return self.site.op
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.site.shape
+
+    @property
+    def calls(self) -> int | None:
+        return self.site.calls
+
+    @property
+    def backend(self) -> Backend:
+        return self.site.backend
+
+    @property
+    def trainable(self) -> int:
+        """Number of parameters that the adapter adds or unfreezes here: r · (in + out), DoRA's out, the bias.
+
+        A sliced adapter has r · (in + rows) for each part; a bank of experts, or a site with an adapter for each call,
+        has that many times as much.
+        """
+        if self.lora is None:
+            return 0
+        out_features, in_features = self.site.features
+        parts = self.slices.rows(out_features) if self.slices is not None else (range(out_features),)
+        rows = sum(map(len, parts))
+        calls = (self.calls or 1) if self.per_call else 1
+        extra = out_features * (self.lora.dora + (self.lora.bias and self.site.bias))
+        return self.site.bank * calls * self.lora.r * (len(parts) * in_features + rows) + extra
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModule:
+    """A module that is trained whole and saved with the adapter (rules' `train:`)."""
+
+    path: str
+    parameters: int
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRegion:
+    """A submodule whose forward will run as a guarded graph, or the reason why it will not."""
+
+    path: str
+    backend: Backend
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What a model has: everything that `decide` needs to know of it."""
+
+    model: str
+    """The model's class name."""
+    sites: tuple[Site, ...]
+    modules: tuple[tuple[str, int], ...]
+    """(path, number of parameters in it), for every module."""
+    total: int
+    """Number of parameters of the model."""
+    regions: tuple[PlannedRegion, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `apply` will do to every site of a model, and why: printable, countable, serialisable."""
+
+    model: str
+    source: str
+    sites: tuple[PlannedSite, ...]
+    train: tuple[TrainedModule, ...]
+    total: int
+    """Number of parameters of the model as given."""
+    fingerprint: str
+    regions: tuple[PlannedRegion, ...] = ()
+    notes: tuple[str, ...] = ()
+    unmatched_rules: tuple[str, ...] = ()
+    """Rules with `expect: any` (or 0) that decide no site here."""
+    rules: dict[str, object] = field(default_factory=dict, compare=False)
+    capture: object = field(default=None, compare=False, repr=False)
+    """The graphs that were captured while planning; not part of the plan's JSON."""
+
+    @property
+    def adapted(self) -> tuple[PlannedSite, ...]:
+        return tuple(site for site in self.sites if site.decision == "adapt")
+
+    @property
+    def refused(self) -> tuple[PlannedSite, ...]:
+        return tuple(site for site in self.sites if site.decision == "refuse")
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What `apply` warns of, each also a note: ranks that save nothing, sites that are never used."""
+        return (*_rank_notes(self.sites), *_dead_notes(self.sites))
+
+    @property
+    def trainable(self) -> int:
+        """Number of parameters that will be trained: adapters and the modules under `train:`."""
+        return sum(site.trainable for site in self.sites) + sum(module.parameters for module in self.train)
+
+    def __str__(self) -> str:
+        from lora_fx.planning.rows import plan_text
+
+        return plan_text(self)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON, the same text for the same plan; `Plan.from_json` reads it."""
+        from lora_fx.planning.json import to_json
+
+        return to_json(self)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Return the plan that `to_json` wrote; ValueError if the text is not one."""
+        from lora_fx.planning.json import from_json
+
+        return from_json(text)
+
+
+def not_fused(each: PlannedSite) -> str:
+    """Return why base and adapter of an adapted site are not computed as one operation; "" where they are."""
+    if each.decision != "adapt" or each.lora is None:
+        return ""
+    if each.op != "linear":
+        return f"{each.op} goes operation by operation"
+    if each.site.read or each.site.parameter:
+        return "a weight that is read goes operation by operation"
+    if each.slices is not None and not each.slices.are_runs:
+        return "slices of rows that are no neighbours go operation by operation"
+    if each.per_call:
+        return "an adapter for each call goes operation by operation"
+    if each.site.dtype not in _FUSED_DTYPES:
+        return f"a base of {each.site.dtype} goes operation by operation"
+    return ""
+
+
+def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Plan:
+    """Return the plan: the first matching rule decides a site.
+
+    Raises:
+        NoMatchError: naming every rule that fails, if `strict`.
+    """
+    trained, failed = _trained(rules.train, inventory)
+    planned = tuple(_decide_site(site, rules.rules, trained) for site in inventory.sites)
+    failed += _failed_expectations(rules.rules, planned, inventory)
+    if failed and strict:
+        raise NoMatchError(failed, len(inventory.sites))
+    decided = {site.rule for site in planned}
+    return Plan(
+        model=inventory.model,
+        source=rules.source,
+        sites=planned,
+        train=trained,
+        total=inventory.total,
+        fingerprint=fingerprint(inventory.sites),
+        regions=inventory.regions,
+        notes=(*inventory.notes, *_shadow_notes(rules.rules, planned), *_rank_notes(planned), *_dead_notes(planned)),
+        unmatched_rules=tuple(rule.name for rule in rules.rules if rule.name not in decided),
+        rules=rules.to_dict(),
+    )
+
+
+def _matches(rule: Rule, site: Site) -> bool:
+    return rule.match.matches(site.paths, site.shape, site.op, site.classes)
+
+
+def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedModule]) -> PlannedSite:
+    owner = _trained_owner(site, trained)
+    if owner is not None:
+        return PlannedSite(site, "keep", f"trained whole (train: {owner.pattern})")
+    rule = next((rule for rule in rules if _matches(rule, site)), None)
+    if rule is None:
+        return PlannedSite(site, "keep", "no rule")
+    if rule.skip is not None:
+        return PlannedSite(site, "skip", rule.skip, rule.name)
+    refusal = site.refusal or _unsupported(rule, site)
+    if refusal is not None:
+        return PlannedSite(site, "refuse", refusal, rule.name)
+    per_call = rule.per_call and site.calls != 1
+    return PlannedSite(site, "adapt", _origin(rule), rule.name, rule.lora, rule.slices, per_call)
+
+
+def _unsupported(rule: Rule, site: Site) -> str | None:
+    """Return why a site cannot have the adapter that its rule wants; None if it can."""
+    assert rule.lora is not None
+    if rule.slices is not None:
+        if site.op in (*CONVOLUTIONS, "embedding"):
+            return f"slices are for weights with parts among their rows, not for {site.op}"
+        try:
+            rule.slices.rows(site.features[0])
+        except ValueError as problem:
+            return str(problem)
+    if rule.lora.dora and (site.op != "linear" or site.parameter or rule.slices is not None or rule.per_call):
+        return "DoRA is for whole linear layers, not for this kind of site; leave out `dora`"
+    if rule.per_call and site.calls is None:
+        return "per_call needs example_inputs: without them nothing shows how often it is called"
+    if rule.per_call and site.calls != 1 and (site.read or site.parameter):
+        return "per_call is for layers that are called; code reads this weight, which does not show which call it is"
+    return None
+
+
+def _origin(rule: Rule) -> str:
+    return f"{rule.name} (line {rule.span.line})" if rule.span.line else rule.name
+
+
+def _trained_owner(site: Site, trained: Sequence[TrainedModule]) -> TrainedModule | None:
+    for module in trained:
+        if any(path == module.path or path.startswith(f"{module.path}.") for path in site.paths):
+            return module
+    return None
+
+
+def _trained(
+    patterns: Sequence[TrainPattern], inventory: Inventory
+) -> tuple[tuple[TrainedModule, ...], list[Unmatched]]:
+    """Return the modules under `train:`, and the patterns that match none."""
+    found: dict[str, TrainedModule] = {}
+    failed = []
+    for each in patterns:
+        matched = [(path, size) for path, size in inventory.modules if path and each.pattern.matches(path)]
+        if not matched:
+            failed.append(_unmatched_train(each, inventory))
+        for path, size in matched:
+            found.setdefault(path, TrainedModule(path, size, each.pattern.text))
+    return _outermost(found), failed
+
+
+def _unmatched_train(each: TrainPattern, inventory: Inventory) -> Unmatched:
+    near = nearest_names(each.pattern, [path for path, _ in inventory.modules if path])
+    return Unmatched("train", each.pattern.text, "at least one", 0, near, "", "modules", *_place(each.span))
+
+
+def _place(span: SourceSpan) -> tuple[str, int, int, int, str]:
+    return (span.file, span.line, span.column, span.length, span.text)
+
+
+def _outermost(found: dict[str, TrainedModule]) -> tuple[TrainedModule, ...]:
+    """Return the modules that lie in no other of them, so that no parameter is counted twice."""
+
+    def inside(path: str) -> bool:
+        parts = path.split(".")
+        return any(".".join(parts[:depth]) in found for depth in range(1, len(parts)))
+
+    return tuple(module for path, module in found.items() if not inside(path))
+
+
+def _failed_expectations(
+    rules: Sequence[Rule], planned: Sequence[PlannedSite], inventory: Inventory
+) -> list[Unmatched]:
+    """Return the rules that decide no site, or not as many as they expect."""
+    decided = Counter(site.rule for site in planned)
+    return [
+        _unmatched_rule(rule, decided[rule.name], inventory.sites)
+        for rule in rules
+        if not rule.expect.accepts(decided[rule.name]) and not _only_shadowed(rule, decided[rule.name], planned)
+    ]
+
+
+def _only_shadowed(rule: Rule, decided: int, planned: Iterable[PlannedSite]) -> bool:
+    """Whether the rule does match, but all that it matches is decided before: shown in the plan, no error."""
+    default = rule.expect.minimum == 1 and rule.expect.maximum is None
+    return default and decided == 0 and any(_matches(rule, site.site) for site in planned)
+
+
+def _unmatched_rule(rule: Rule, found: int, sites: Sequence[Site]) -> Unmatched:
+    pattern, expected, place = str(rule.match), str(rule.expect), _place(rule.match_span)
+    if found:
+        return Unmatched(rule.name, pattern, expected, found, (), "", "sites", *place)
+    almost = _almost(rule, sites)
+    names = [] if almost else [path for site in sites for path in site.paths]
+    near = dict.fromkeys(name for each in rule.match.name for name in nearest_names(each, names))
+    return Unmatched(rule.name, pattern, expected, 0, tuple(near), almost, "sites", *place)
+
+
+def _almost(rule: Rule, sites: Sequence[Site]) -> str:
+    """Return a site that has the rule's name, with what keeps it from matching."""
+    for site in sites:
+        if any(pattern.matches(path) for pattern in rule.match.name for path in site.paths):
+            reason = rule.match.explain(site.paths, site.shape, site.op, site.classes)
+            if reason is not None:
+                return f"{site.path}, but {reason}"
+    return ""
+
+
+def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list[str]:
+    notes = []
+    earlier: set[str] = set()
+    for rule in rules:
+        matched = [site for site in planned if _matches(rule, site.site)]
+        taken = [site.rule for site in matched if site.rule in earlier]
+        if taken:
+            by = ", ".join(dict.fromkeys(f"'{name}'" for name in taken))
+            notes.append(f"rule '{rule.name}' also matches {count(len(taken), 'site')} decided before it by {by}")
+        if matched and all(site.rule is None for site in matched):
+            notes.append(f"rule '{rule.name}' matches only what is trained whole")
+        earlier.add(rule.name)
+    return notes
+
+
+def _rank_notes(planned: Iterable[PlannedSite]) -> list[str]:
+    paths: dict[tuple[str | None, int, int], list[str]] = {}
+    for site in planned:
+        if site.lora is not None and site.lora.r > min(site.site.features):
+            paths.setdefault((site.rule, site.lora.r, min(site.site.features)), []).append(site.path)
+    return [
+        f"{listing(sites, 3)}: r = {r} is above min(in, out) = {smaller}; full fine-tuning would need fewer parameters"
+        for (_, r, smaller), sites in paths.items()
+    ]
+
+
+DEAD = "never used with the example inputs"
+
+
+def _dead_notes(planned: Iterable[PlannedSite]) -> list[str]:
+    dead = [site.path for site in planned if site.decision == "adapt" and site.calls == 0]
+    return [f"{listing(dead, 3)}: {DEAD}, so their adapters get no gradient from such inputs"] if dead else []
+
+
+def stale_parts(plan: Plan, inventory: Inventory) -> list[tuple[str, str, str]]:
+    """Return (path, planned, found) for every site and every module trained whole in which a model differs."""
+    sizes = {path: count(size, "parameter") for path, size in inventory.modules}
+    trained = [(each.path, count(each.parameters, "parameter"), sizes.get(each.path, "nothing")) for each in plan.train]
+    sites = differences((each.site for each in plan.sites), inventory.sites)
+    return sites + [part for part in trained if part[1] != part[2]]
+
+
+def on_modules(plan: Plan) -> Plan:
+    """Return the plan with every site on the module backend, as asked for."""
+    reason = 'backend="modules"'
+    sites = tuple(
+        replace(each, site=replace(each.site, backend="module", backend_reason=reason)) for each in plan.sites
+    )
+    return replace(plan, sites=sites, regions=(), capture=None)

@@ -1,0 +1,95 @@
+"""Two plans side by side → PlanDiff: what is decided otherwise.  Pure data; no torch here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from lora_fx.planning.decide import Plan, PlannedSite
+from lora_fx.planning.rows import fold_rows, row_of
+from lora_fx.text import columns, count, thousands
+
+
+@dataclass(frozen=True, slots=True)
+class SiteDifference:
+    """A site that two plans treat differently; None where a plan has no such site."""
+
+    path: str
+    before: tuple[str, str] | None
+    """(weight, what is done): `("Linear 64 → 64", "+ r=8 alpha=16")`."""
+    after: tuple[str, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanDiff:
+    """How two plans differ; falsy if they do not.  Line numbers, notes and backends do not count."""
+
+    a: str
+    b: str
+    differences: tuple[SiteDifference, ...]
+    same: int
+    """Number of sites that both treat alike."""
+    trainable: tuple[int, int]
+
+    def __bool__(self) -> bool:
+        return bool(self.differences)
+
+    def __str__(self) -> str:
+        if not self:
+            return f"no difference: {self.a} and {self.b}, {count(self.same, 'site')}"
+        lines = [f"--- {self.a}", f"+++ {self.b}"]
+        for path, *states in self.folded():
+            lines += [f"{sign} {path}  {state}" for sign, state in zip("-+", states, strict=True) if state]
+        return "\n".join([*lines, self.stat()])
+
+    def folded(self) -> list[tuple[str, ...]]:
+        """Return (path, before, after) with repeated blocks as one; what is not there is an empty text."""
+        return fold_rows([(each.path, _joined(each.before), _joined(each.after)) for each in self.differences])
+
+    def stat(self) -> str:
+        """Return the sums: how many sites differ, and what becomes of the number of trained parameters."""
+        before, after = map(thousands, self.trainable)
+        change = before if before == after else f"{before} → {after}"
+        return f"{count(len(self.differences), 'site')} differ, {self.same} the same; trainable: {change}"
+
+    def to_json(self) -> str:
+        return json.dumps({"schema_version": 1, **asdict(self)}, indent=1, ensure_ascii=False)
+
+
+def _joined(state: tuple[str, str] | None) -> str:
+    return "" if state is None else columns([state], indent="")
+
+
+def plan_diff(a: Plan, b: Plan, names: tuple[str, str] | None = None) -> PlanDiff:
+    """Return what two plans decide differently, in the order of the first; both stay unchanged."""
+    before, after = _states(a), _states(b)
+    paths = [*before, *(path for path in after if path not in before)]
+    found = tuple(
+        SiteDifference(path, before.get(path), after.get(path)) for path in paths if before.get(path) != after.get(path)
+    )
+    titles = names or (f"{a.model} · {a.source}", f"{b.model} · {b.source}")
+    return PlanDiff(*titles, found, len(paths) - len(found), (a.trainable, b.trainable))
+
+
+def _states(plan: Plan) -> dict[str, tuple[str, str]]:
+    """Return (weight, what is done) of every site and of every module that is trained whole."""
+    states = {each.path: (each.site.text(), _doing(each)) for each in plan.sites}
+    for module in plan.train:
+        states[f"train: {module.path}"] = (count(module.parameters, "parameter"), "+ trained whole")
+    return states
+
+
+def _doing(each: PlannedSite) -> str:
+    """Return what is done, with the reason where it is one that somebody wrote down or must know."""
+    doing, reason = row_of(each)[3], row_of(each)[5]
+    if each.lora is None:
+        return doing if each.decision == "keep" else f"{doing}: {reason}"
+    init = "" if each.lora.init == "kaiming" else f" init={each.lora.init}"
+    adapter = "" if each.lora.adapter == "default" else f" adapter={each.lora.adapter}"
+    return f"{doing}{_rows_text(each)}{init}{adapter}"
+
+
+def _rows_text(each: PlannedSite) -> str:
+    """Return ` of {'q': 2048, …}` for a fused weight with unequal parts: equal names can mean other rows."""
+    of = None if each.slices is None else each.slices.to_dict()["of"]
+    return f" of {of}" if isinstance(of, dict) else ""

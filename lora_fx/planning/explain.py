@@ -1,0 +1,93 @@
+"""Why a site is adapted or not: what each rule says of it, in their order.  Pure data; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lora_fx.planning.decide import Inventory, Plan, PlannedSite
+from lora_fx.planning.sites import Site
+from lora_fx.rules.patterns import NamePattern, nearest_names
+from lora_fx.rules.ruleset import Rule, RuleSet
+from lora_fx.text import columns, count, listing, thousands
+
+Contraction = Callable[[PlannedSite], str]
+"""Tells in which order a site's products are taken; empty where there is nothing to tell."""
+
+
+class UnknownPathError(ValueError):
+    """There is nothing at a path."""
+
+
+def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contraction: Contraction) -> str:
+    """Return why the sites at a path (a site's name, one of its aliases, a glob, or a module with sites in it) are
+    adapted or not.
+
+    Raises:
+        UnknownPathError: nothing bears the name; tells the nearest names.
+    """
+    found = _sites_at(plan, path)
+    if found:
+        return "\n\n".join(_explained(each, rules, contraction(each)) for each in found)
+    inside = [each for each in plan.sites if each.path.startswith(f"{path}.")]
+    if inside:
+        rows = [(each.path, each.site.text(), each.decision, each.reason) for each in inside]
+        return f"{path} is no site; these lie in it:\n{columns(rows)}"
+    raise UnknownPathError(_unknown(inventory, path))
+
+
+def _sites_at(plan: Plan, path: str) -> list[PlannedSite]:
+    exact = [each for each in plan.sites if path in (*each.site.paths, each.site.weight)]
+    if exact or not any(sign in path for sign in "*?[{"):
+        return exact
+    pattern = NamePattern(path)
+    return [each for each in plan.sites if any(pattern.matches(name) for name in each.site.paths)]
+
+
+def _unknown(inventory: Inventory, path: str) -> str:
+    if any(path == each for each, _ in inventory.modules):
+        return f"{path} is a module without a weight that multiplies an activation"
+    names = [name for site in inventory.sites for name in site.paths]
+    near = nearest_names(NamePattern(path), names)
+    return f"the model has nothing called {path}" + (f"; nearest: {listing(near, 3)}" if near else "")
+
+
+def _explained(each: PlannedSite, rules: RuleSet, contraction: str) -> str:
+    lines = [each.path, columns(_facts(each.site)), "", f"  {_verdict(each)}"]
+    if contraction:
+        lines.append(f"  contraction: {contraction}")
+    return "\n".join([*lines, *_rule_lines(each, rules.rules)])
+
+
+def _facts(site: Site) -> list[tuple[str, str]]:
+    stored = "" if site.layout == "out_in" else ", stored as [in, out]"
+    facts = [("weight", f"{site.text()}, {site.op}, {site.dtype}{stored}")]
+    if site.aliases:
+        facts.append(("also called", ", ".join(site.aliases)))
+    if site.tied_to:
+        facts.append(("tied to", f"{', '.join(site.tied_to)}, which an adapter here leaves alone"))
+    if site.calls is not None:
+        facts.append(("used", f"{count(site.calls, 'time')} in a forward with the example inputs"))
+    if site.read:
+        facts.append(("read", "code reads the weight; whatever is computed with it sees the adapter"))
+    return facts
+
+
+def _verdict(each: PlannedSite) -> str:
+    if each.decision != "adapt" or each.lora is None:
+        return f"{each.decision}: {each.reason}"
+    why = f" ({each.site.backend_reason})" if each.site.backend_reason else ""
+    parts = "" if each.slices is None else f" on {', '.join(each.slices.adapt)}"
+    size = f"r={each.lora.r} scaling={each.lora.scaling:g}{parts}, {thousands(each.trainable)} parameters"
+    return f"adapt by {each.reason}: {size}; backend {each.backend}{why}"
+
+
+def _rule_lines(each: PlannedSite, rules: Sequence[Rule]) -> list[str]:
+    """Return a line for each rule: why it does not match, that it decides, or that it comes too late."""
+    site, rows, decided = each.site, [], False
+    for rule in rules:
+        reason = rule.match.explain(site.paths, site.shape, site.op, site.classes)
+        if reason is None:
+            reason = "would match, but an earlier rule decides" if decided else "matches, and decides"
+            decided = True
+        rows.append((f"  {rule.name}", reason))
+    return [columns(rows)]

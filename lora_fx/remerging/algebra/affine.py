@@ -1,0 +1,185 @@
+"""What is done with values that depend on an input, as far as they stay affine in it: one function an operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import fx, nn
+
+from lora_fx.remerging.algebra.chains import Affine, Matrix, Part, matrix
+from lora_fx.remerging.algebra.operations import IDENTITY, Call, NotLinear, is_inactive_dropout, stores_transposed
+from lora_fx.remerging.algebra.shapes import piece, rows_after, shape_of
+
+if TYPE_CHECKING:
+    from lora_fx.remerging.algebra.reading import Reading
+
+Operation = Callable[["Reading", Call, fx.Node, int], Affine]
+
+
+def _linear(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+    weight, bias = linear_parameters(read, call)
+    result = _times(read, call, read.rest(call, x, width), weight)
+    return result if bias is None else result.shifted(bias)
+
+
+def linear_parameters(read: Reading, call: Call) -> tuple[Matrix, Matrix | None]:
+    """Return what a linear multiplies its rows with, [in, out], and the row that it adds."""
+    if call.op == "linear" and call.module is not None:
+        return _module_parameters(read, call, call.module)
+    if call.op == "linear":
+        bias = call.get("bias")
+        return _plain(read.matrix_of(call, "weight"), call).transposed(), (
+            None if bias is None else _row(read.matrix_of(call, "bias"), call)
+        )
+    if call.op == "addmm":
+        if call.get("beta", 1) != 1 or call.get("alpha", 1) != 1:
+            raise NotLinear(call.node, "addmm with beta or alpha")
+        return _plain(read.matrix_of(call, "mat2"), call), _row(read.matrix_of(call, "input"), call)
+    return _plain(read.matrix_of(call, "other"), call), None
+
+
+def _module_parameters(read: Reading, call: Call, module: nn.Module) -> tuple[Matrix, Matrix | None]:
+    path = str(call.node.target)
+    weight = read.leaf(f"{path}.weight", call.node)
+    bias = None if module._parameters.get("bias") is None else _row(read.leaf(f"{path}.bias", call.node), call)
+    return weight if stores_transposed(module) else weight.transposed(), bias
+
+
+def _plain(found: Matrix, call: Call) -> Matrix:
+    if not found.is_plain:
+        raise NotLinear(call.node, f"{call.op} by a tensor of shape {found.shape}")
+    return found
+
+
+def _row(found: Matrix, call: Call) -> Matrix:
+    single = found.single
+    if single is None or single.tensor.dim() != 1:
+        raise NotLinear(call.node, f"{call.op} adds a tensor of shape {found.shape}")
+    row = single.tensor.unsqueeze(0)
+    return matrix(row, single.names, Part(next(iter(single.names)), False, 0, row.shape[1]))
+
+
+def _times(read: Reading, call: Call, left: Affine, right: Matrix) -> Affine:
+    if left.width != right.shape[0]:
+        raise NotLinear(call.node, f"{call.op} of {left.width} columns by {right.shape[0]} rows")
+    return left.times(right)
+
+
+def _matmul(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+    weight, bias = linear_parameters(read, call)
+    result = _times(read, call, read.rest(call, x, width, "mat1" if call.op == "addmm" else "input"), weight)
+    return result if bias is None else result.shifted(bias)
+
+
+def addends(read: Reading, call: Call) -> Iterator[tuple[fx.Node, float]]:
+    """Yield what a sum adds up, with the number that each is multiplied by.
+
+    Raises:
+        NotLinear: something in it is not a value of the graph.
+    """
+    sign = -1.0 if call.op == "sub" else 1.0
+    yield read.given(call), 1.0
+    yield read.given(call, "other"), sign * read.number(call.get("alpha", 1), call)
+
+
+def _add(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+    total: Affine | None = None
+    rows = []
+    for node, number in addends(read, call):
+        constant = read.constant(node)
+        if constant is not None:
+            rows.append(_row(constant.scaled(1.0), call).scaled(number))
+            continue
+        value = read.affine(node, x, width).scaled(number)
+        if total is not None and (total.width, total.rows) != (value.width, value.rows):
+            raise NotLinear(call.node, broadcasts(total, value))
+        total = value if total is None else total.plus(value)
+    assert total is not None
+    for row in rows:
+        if row.shape[1] != total.width:
+            raise NotLinear(call.node, f"a row of {row.shape[1]} columns is added to {total.width}")
+        total = total.shifted(row)
+    return total
+
+
+def broadcasts(one: Affine, other: Affine) -> str:
+    """Return the reason why two values cannot be one linear's."""
+    if one.width != other.width:
+        return f"its shape broadcasts: {other.width} columns are added to {one.width}"
+    return "its shape broadcasts, or its rows are other rows"
+
+
+def _multiply(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+    left, right = call.get("input"), call.get("other")
+    if not isinstance(left, fx.Node) or read.is_constant(read.latest(left, call.node)):
+        if call.op == "div":
+            raise NotLinear(call.node, "it is divided by")
+        left, right = right, left
+    number = read.number(right, call)
+    return read.affine(read.latest(left, call.node), x, width).scaled(1 / number if call.op == "div" else number)
+
+
+def _same(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+    return read.rest(call, x, width)
+
+
+def _dropout(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+    if not is_inactive_dropout(call):
+        raise NotLinear(call.node, f"dropout is active (p={call.get('p', 0.5)}); put the model into eval mode")
+    return read.rest(call, x, width)
+
+
+def _view(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+    value = read.rest(call, x, width)
+    rows = rows_after(call, value.width, value.rows, lambda node: read.source(node) is x)
+    if rows is None:
+        raise NotLinear(call.node, "a view, and it is not known whether it keeps the last dimension")
+    return Affine(value.linear, value.constant, value.width, rows)
+
+
+def _piece(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+    """Return columns of a value: slice, narrow, or an item of chunk or split."""
+    maker = read.calls.get(read.given(call)) if call.op == "getitem" else None
+    whole = maker if maker is not None and maker.op in ("chunk", "split") else call
+    value = read.rest(whole, x, width)
+    found = piece(call, whole, value.width)
+    if found is None:
+        raise NotLinear(call.node, f"{call.op} takes something else than columns")
+    return value.columns(*found)
+
+
+def _concatenate(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+    nodes = call.get("tensors") or call.get("input")
+    shape = shape_of(call.node)
+    if call.get("dim", 0) != -1 and (shape is None or call.get("dim", 0) != len(shape) - 1):
+        raise NotLinear(call.node, "cat, and not of columns")
+    values = [read.affine(read.latest(node, call.node), x, width) for node in nodes]
+    total, start = sum(value.width for value in values), 0
+    result = Affine((), (), total, values[0].rows)
+    for value in values:
+        if value.rows != result.rows:
+            raise NotLinear(call.node, broadcasts(result, value))
+        result = result.plus(value.placed(start, total))
+        start += value.width
+    return result
+
+
+AFFINE_OPERATIONS: dict[str, Operation] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "addmm": _matmul,
+    "add": _add,
+    "sub": _add,
+    "mul": _multiply,
+    "div": _multiply,
+    "neg": lambda read, call, x, width: read.rest(call, x, width).scaled(-1.0),
+    IDENTITY: _same,
+    "dropout": _dropout,
+    "view": _view,
+    "getitem": _piece,
+    "slice": _piece,
+    "narrow": _piece,
+    "cat": _concatenate,
+}
+"""What keeps a value affine in the input; anything else is a reason."""

@@ -1,0 +1,192 @@
+"""Who else reads a weight, a factor, or a value on the way: folding must change nothing but the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import fx
+
+from lora_fx.capture.captured import resolve
+from lora_fx.remerging.algebra.folds import Fold
+from lora_fx.remerging.algebra.operations import NotLinear, parameters_read
+from lora_fx.remerging.algebra.reading import Reading
+from lora_fx.remerging.algebra.shapes import piece
+
+Check = Callable[[Reading, Fold, "Others"], str | None]
+"""Returns why a fold must not be done, or None."""
+
+
+class Others:
+    """All folds that are still to be done, seen together."""
+
+    def __init__(self, read: Reading, folds: list[Fold]) -> None:
+        self.folds = folds
+        self.cones: frozenset[fx.Node] = frozenset().union(*(fold.cone for fold in folds))
+        self.addends = {(fold.delta, fold.reader) for fold in folds}
+        self.uses = {fold.use for fold in folds}
+        self.by_use: dict[fx.Node, set[object]] = {}
+        for fold in folds:
+            self.by_use.setdefault(fold.use, set()).add(fold.signature)
+
+
+def checked(read: Reading, folds: list[Fold], left: dict[str, str]) -> list[Fold]:
+    """Return the folds that change nothing else; the reasons why others do go to `left`."""
+    while True:
+        others = Others(read, folds)
+        bad: dict[str, str] = {}
+        for fold in folds:
+            for check in CHECKS:
+                reason = check(read, fold, others)
+                if reason is not None:
+                    bad.setdefault(fold.path, reason)
+        if not bad:
+            return folds
+        left.update(bad)
+        folds = [fold for fold in folds if fold.path not in bad]
+
+
+def stored_as(read: Reading, fold: Fold) -> set[str]:
+    """Return the names under which the linear reads its weight and, if the product brings one along, its bias."""
+    bias = set()
+    if fold.bias is not None and fold.constants:
+        bias = set(_names_in(read, fold.base, read.tensors[fold.bias.name]))
+    return names_of_weight(read, fold) | bias
+
+
+def names_of_weight(read: Reading, fold: Fold) -> set[str]:
+    return set(_names_in(read, fold.base, read.tensors[fold.part.name]))
+
+
+def _names_in(read: Reading, nodes: frozenset[fx.Node], tensor: object) -> Iterator[str]:
+    for node in nodes:
+        if node.op == "get_attr" and resolve(read.root, str(node.target)) is tensor:
+            yield str(node.target)
+        elif node.op == "call_module":
+            module = read.root.get_submodule(str(node.target))
+            yield from (f"{node.target}.{name}" for name, each in parameters_read(module) if each is tensor)
+
+
+def readers_of(read: Reading, names: set[str]) -> Iterator[fx.Node]:
+    """Yield what reads stored tensors of these names to do more than make another constant."""
+    for node in read.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in names:
+            yield from _beyond_constants(read, node)
+        elif node.op == "call_module":
+            module = read.root.get_submodule(str(node.target))
+            if any(f"{node.target}.{name}" in names for name, _ in parameters_read(module)):
+                yield node
+
+
+def _beyond_constants(read: Reading, node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes that read a constant and are none; and the constants that those read."""
+    waiting, seen = [node], set()
+    while waiting:
+        each = waiting.pop()
+        for reader in read.readers(each):
+            if reader.op != "output" and read.is_constant(reader):
+                if reader not in seen:
+                    seen.add(reader)
+                    waiting.append(reader)
+            else:
+                yield each if each is not node else reader
+                if each is not node:
+                    yield reader
+
+
+# -- the checks
+
+
+def _weight_is_its_own(read: Reading, fold: Fold, others: Others) -> str | None:
+    """The weight has no reader but linears that get the same product."""
+    mine = others.by_use[fold.use]
+    for reader in readers_of(read, stored_as(read, fold)):
+        if reader in others.cones or (reader in fold.base and reader in others.uses):
+            continue
+        if reader in others.by_use and others.by_use[reader] == mine:
+            continue
+        if fold.delta is None and fold.use in reader.all_input_nodes:
+            continue
+        if reader in others.by_use:
+            return "its weight is used several times, and not each time with the same product"
+        if reader not in fold.base:
+            return f"its weight is read elsewhere too ({reader.name}), and must not change"
+    return None
+
+
+def _value_is_its_own(read: Reading, fold: Fold, others: Others) -> str | None:
+    """What the linear gives has no reader but the sum; or only readers of other columns."""
+    if fold.delta is None:
+        return None
+    node, end = fold.use, fold.end
+    while node is not end:
+        readers = read.readers(node)
+        ahead = [each for each in readers if each in fold.base or each is end]
+        for each in readers:
+            once = each in ahead and read.times_read(node, each) == 1
+            if not once and not _other_columns(read, each, node, fold):
+                return f"the linear's output is used without the product too ({each.name})"
+        if end in ahead or not ahead:
+            return None
+        node = ahead[0]
+    return None
+
+
+def _other_columns(read: Reading, node: fx.Node, of: fx.Node, fold: Fold) -> bool:
+    """Whether the node takes only such columns of the linear's output as the product is not added to."""
+    call = read.calls.get(node)
+    if call is None:
+        return False
+    if call.op in ("chunk", "split"):
+        return all(_other_columns(read, each, node, fold) for each in read.readers(node))
+    maker = read.calls.get(of)
+    whole = maker if call.op == "getitem" and maker is not None and maker.op in ("chunk", "split") else call
+    taken = piece(call, whole, read.tensors[fold.part.name].shape[0 if fold.part.transposed else 1])
+    return taken is not None and (taken[1] <= fold.part.start or fold.part.stop <= taken[0])
+
+
+def _factors_are_their_own(read: Reading, fold: Fold, others: Others) -> str | None:
+    """No factor is read by anything but products that are folded."""
+    names = {name for name in fold.factors if read.tensors[name].dim() > 1}
+    for node in read.graph.nodes:
+        if node.op == "get_attr" and _stands_for(read, str(node.target)) & names:
+            outside = [each for each in read.readers(node) if each not in others.cones]
+        elif node.op == "call_module" and node not in others.cones:
+            inside = parameters_read(read.root.get_submodule(str(node.target)))
+            outside = [node] if any(read.names.get(id(each)) in names for _, each in inside) else []
+        else:
+            continue
+        if outside:
+            return f"a factor is used elsewhere too ({outside[0].name})"
+    return None
+
+
+def _stands_for(read: Reading, name: str) -> set[str]:
+    tensor = resolve(read.root, name)
+    return {read.names.get(id(tensor), name)}
+
+
+def _values_stay_inside(read: Reading, fold: Fold, others: Others) -> str | None:
+    """No value between the input and the sum, from the first factor on, is read by anything else."""
+    for node in fold.cone:
+        for reader in read.readers(node):
+            if reader in others.cones or (node, reader) in others.addends:
+                continue
+            if (fold.delta is None and node is fold.use) or not _has_factor(read, node, fold):
+                continue
+            return f"a value of the product is used elsewhere too ({reader.name})"
+    return None
+
+
+def _has_factor(read: Reading, node: fx.Node, fold: Fold) -> bool:
+    if read.is_constant(node):
+        return False
+    assert fold.x is not None
+    try:
+        value = read.affine(node, fold.x, fold.width)
+    except NotLinear:  # chunk and split give several values
+        call = read.calls.get(node)
+        return call is not None and call.op in ("chunk", "split") and _has_factor(read, read.given(call), fold)
+    return any(chain.factors for chain in value.linear)
+
+
+CHECKS: tuple[Check, ...] = (_weight_is_its_own, _value_is_its_own, _factors_are_their_own, _values_stay_inside)

@@ -1,0 +1,291 @@
+"""What is done with parameters alone in a graph, as far as the result is still a sum of products of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from lora_fx.remerging.algebra.affine import linear_parameters
+from lora_fx.remerging.algebra.chains import Chain, Factor, Matrix, matrix, product, side_by_side, simplified
+from lora_fx.remerging.algebra.operations import IDENTITY, Call, NotLinear, is_inactive_dropout
+from lora_fx.remerging.algebra.shapes import sizes_of
+
+if TYPE_CHECKING:
+    from lora_fx.remerging.algebra.reading import Reading
+
+Operation = Callable[["Reading", Call], Matrix | None]
+"""Returns the constant, or None if it is no sum of products."""
+
+
+def _own(read: Reading, call: Call, name: str = "input") -> Matrix:
+    return read.matrix_of(call, name)
+
+
+def _same(read: Reading, call: Call) -> Matrix | None:
+    return _own(read, call)
+
+
+def _transpose(read: Reading, call: Call) -> Matrix | None:
+    value = _own(read, call)
+    dims = {each % 2 for each in (call.get("dim0", 0), call.get("dim1", 1)) if isinstance(each, int)}
+    return value.transposed() if value.is_plain and dims == {0, 1} else None
+
+
+def _permute(read: Reading, call: Call) -> Matrix | None:
+    value, dims = _own(read, call), [*call.get("dims", call.get("rest", ()))]
+    dims = [*dims[0]] if len(dims) == 1 else dims
+    return value.transposed() if value.is_plain and dims in ([1, 0], [-1, -2], [-1, 0], [1, -2]) else None
+
+
+def _product(read: Reading, call: Call) -> Matrix | None:
+    return _multiplied(_own(read, call), _own(read, call, "other"))
+
+
+def _multiplied(left: Matrix, right: Matrix) -> Matrix | None:
+    if not (left.is_plain and right.is_plain) or left.shape[1] != right.shape[0]:
+        return None
+    return Matrix(product(left.chains, right.chains), (left.shape[0], right.shape[1]))
+
+
+def _linear(read: Reading, call: Call) -> Matrix | None:
+    """A linear on a parameter: F.linear(A.T, B) and modules called on one."""
+    weight, bias = linear_parameters(read, call)
+    return _multiplied(_own(read, call), weight) if bias is None else None
+
+
+def _add(read: Reading, call: Call) -> Matrix | None:
+    one, other = _own(read, call), _own(read, call, "other")
+    number = read.number(call.get("alpha", 1), call) * (-1.0 if call.op == "sub" else 1.0)
+    if one.shape != other.shape:
+        raise NotLinear(call.node, f"its shape broadcasts: {other.shape} is added to {one.shape}")
+    return Matrix(simplified((*one.chains, *other.scaled(number).chains)), one.shape)
+
+
+def _scale(read: Reading, call: Call) -> Matrix | None:
+    """A number times a constant; or a parameter times a fixed tensor of its shape (a dropout's mask of ones)."""
+    left, right = call.get("input"), call.get("other")
+    if call.op == "mul" and (not isinstance(left, fx.Node) or _elements(read.matrix_of(call, "input")) == 1):
+        left, right = right, left
+    if not isinstance(left, fx.Node):
+        return None
+    value = read.constant(read.latest(left, call.node))
+    assert value is not None
+    if (
+        isinstance(right, fx.Node)
+        and _elements(read.matrix_of(call, "other" if left is call.get("input") else "input")) > 1
+    ):
+        return _masked(read, call, value, right)
+    number = read.number(right, call)
+    return value.scaled(1 / number if call.op == "div" else number)
+
+
+def _elements(value: Matrix) -> int:
+    return math.prod(value.shape)
+
+
+def _masked(read: Reading, call: Call, value: Matrix, mask: object) -> Matrix | None:
+    """Return a parameter times a tensor that nobody trains, element by element."""
+    assert isinstance(mask, fx.Node)
+    other = read.constant(read.latest(mask, call.node))
+    if other is None or value.single is None or other.single is None or call.op != "mul":
+        raise NotLinear(call.node, "two parameters are multiplied element by element")
+    if any(isinstance(read.tensors[name], torch.nn.Parameter) for name in other.names):
+        raise NotLinear(call.node, f"the scaling is a trained tensor ({', '.join(sorted(other.names))})")
+    result = value.single.tensor.detach() * other.single.tensor.detach()
+    return matrix(result, value.names | other.names) if result.shape == value.shape else None
+
+
+def _negative(read: Reading, call: Call) -> Matrix | None:
+    return _own(read, call).scaled(-1.0)
+
+
+def _dropout(read: Reading, call: Call) -> Matrix | None:
+    if not is_inactive_dropout(call):
+        raise NotLinear(call.node, f"dropout is active (p={call.get('p', 0.5)}); put the model into eval mode")
+    return _own(read, call)
+
+
+def _view(read: Reading, call: Call) -> Matrix | None:
+    """A view to the shape that the value has, to it without ones in front, or of one factor to any shape."""
+    value, sizes = _own(read, call), [_size(read, each) for each in sizes_of(call)]
+    sizes = [*sizes[0]] if len(sizes) == 1 and isinstance(sizes[0], tuple) else sizes
+    shape = _inferred(sizes, value.shape)
+    if shape == value.shape:
+        return value
+    if shape == value.shape[-2:] and all(size == 1 for size in value.shape[:-2]) and value.single is None:
+        return Matrix(value.chains, shape)
+    single = value.single
+    return None if single is None or shape is None else matrix(single.tensor.reshape(shape), single.names)
+
+
+def _size(read: Reading, value: object) -> Any:
+    """Return a size that is asked of a parameter."""
+    if not isinstance(value, fx.Node):
+        return value
+    arguments = [_size(read, each) for each in value.args[1:]]
+    first = value.args[0]
+    if isinstance(first, fx.Node) and (value.target in ("size", getattr)):
+        shape = read.constant(first)
+        sizes = shape.shape if shape is not None else None
+        return sizes if sizes is None or value.target is getattr or not arguments else sizes[arguments[0]]
+    own = _size(read, first)
+    return value.target(own, *arguments) if callable(value.target) and own is not None else None
+
+
+def _inferred(sizes: list[Any], shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    total, known = math.prod(shape), math.prod(size for size in sizes if size != -1)
+    return tuple(total // known if size == -1 else size for size in sizes)
+
+
+def _unsqueeze(read: Reading, call: Call) -> Matrix | None:
+    single = _own(read, call).single
+    return None if single is None else matrix(single.tensor.unsqueeze(call.arguments["dim"]), single.names)
+
+
+def _squeeze(read: Reading, call: Call) -> Matrix | None:
+    value, dim = _own(read, call), call.get("dim", 0)
+    if value.single is not None:
+        return matrix(value.single.tensor.squeeze(dim), value.names)
+    return Matrix(value.chains, value.shape[1:]) if dim == 0 and value.shape[0] == 1 and len(value.shape) == 3 else None
+
+
+def _piece(read: Reading, call: Call) -> Matrix | None:
+    """Rows or columns of a constant: one slice."""
+    whole = read.calls.get(read.given(call)) if call.op == "getitem" else None
+    if whole is not None and whole.op in ("chunk", "split"):
+        value, dim = _own(read, whole), whole.get("dim", 0)
+        widths = [each.shape[dim] for each in _pieces(value, whole)]
+        start = sum(widths[: call.arguments["index"]])
+        return _taken(value, dim, start, start + widths[call.arguments["index"]])
+    value = _own(read, call)
+    if call.op == "getitem":
+        return _indexed(value, call.get("index"))
+    start, stop = call.get("start", 0), call.get("end")
+    stop = start + call.arguments["length"] if call.op == "narrow" else stop
+    return _sliced(value, call.get("dim", 0), slice(start, stop, call.get("step", 1)))
+
+
+def _pieces(value: Matrix, whole: Call) -> tuple[Tensor, ...]:
+    stub = torch.empty(value.shape, device="meta")
+    if whole.op == "chunk":
+        return stub.chunk(whole.arguments["chunks"], whole.get("dim", 0))
+    return torch.split(stub, whole.arguments["split_size"], whole.get("dim", 0))
+
+
+def _indexed(value: Matrix, index: object) -> Matrix | None:
+    parts = index if isinstance(index, tuple) else (index,)
+    wanted = [(dim, each) for dim, each in enumerate(parts) if each != slice(None, None, None)]
+    if not wanted:
+        return value
+    if len(wanted) > 1 or not isinstance(wanted[0][1], slice):
+        return None
+    return _sliced(value, *wanted[0])
+
+
+def _sliced(value: Matrix, dim: int, index: slice) -> Matrix | None:
+    if not all(each is None or isinstance(each, int) for each in (index.start, index.stop, index.step)):
+        return None
+    start, stop, step = index.indices(value.shape[dim])
+    return _taken(value, dim, start, stop) if step == 1 else None
+
+
+def _taken(value: Matrix, dim: int, start: int, stop: int) -> Matrix | None:
+    if not value.is_plain:
+        return None
+    if dim % 2 == 1:
+        return value.columns(start, stop)
+    return value.transposed().columns(start, stop).transposed()
+
+
+def _concatenate(read: Reading, call: Call) -> Matrix | None:
+    values = []
+    for node in call.get("tensors") or call.get("input"):
+        value = read.constant(read.latest(node, call.node))
+        assert value is not None
+        if not value.is_plain:
+            return None
+        values.append(value)
+    if call.get("dim", 0) % 2 == 1:
+        return side_by_side(values)
+    return side_by_side([each.transposed() for each in values]).transposed()
+
+
+def _grouped(read: Reading, call: Call) -> Matrix | None:
+    """conv1d of A [1, r, in] with B [out, r / groups, 1]: B A, with B block by block on the diagonal."""
+    a, b = _own(read, call).single, _own(read, call, "weight").single
+    if a is None or b is None or a.tensor.dim() != 3 or a.tensor.shape[0] != 1 or b.tensor.shape[-1] != 1:
+        return None
+    if call.get("bias") is not None or any(call.get(name, one) not in (one, (one,), [one]) for name, one in _PLAIN):
+        return None
+    groups = call.get("groups", 1)
+    blocks = b.tensor.detach().squeeze(-1).chunk(groups)
+    left: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    right = a.tensor.squeeze(0)
+    if left.shape[1] != right.shape[0]:
+        return None
+    factors = (Factor(left, b.names), Factor(right, a.names))
+    return Matrix((Chain(1.0, factors),), (1, left.shape[0], right.shape[1]))
+
+
+_PLAIN = (("stride", 1), ("padding", 0), ("dilation", 1))
+
+
+def _zeros(read: Reading, call: Call) -> Matrix | None:
+    sizes = sizes_of(call) if call.op != "zeros_like" else list(_own(read, call).shape)
+    shape = tuple(_size(read, each) for each in sizes)
+    return Matrix((), shape) if all(isinstance(size, int) for size in shape) else None
+
+
+def _set_rows(read: Reading, call: Call) -> Matrix | None:
+    """zeros[mask] = B A: the rows of B spread over more rows."""
+    index, given = call.node.args[1], call.node.args[2]
+    index = index[0] if isinstance(index, (tuple, list)) and len(index) == 1 else index
+    zeros = read.constant(read.given(call))
+    if zeros is None or zeros.chains or not isinstance(index, fx.Node) or not isinstance(given, fx.Node):
+        return None
+    mask, value = read.constant(read.latest(index, call.node)), read.constant(read.latest(given, call.node))
+    if mask is None or mask.single is None or value is None or mask.single.tensor.dtype != torch.bool:
+        return None
+    rows = torch.arange(zeros.shape[0], device=mask.single.tensor.device)[mask.single.tensor]
+    if len(rows) != value.shape[0] or not value.is_plain:
+        return None
+    return Matrix(tuple(_spread(chain, rows, zeros.shape[0]) for chain in value.chains), zeros.shape)
+
+
+def _spread(chain: Chain, rows: Tensor, total: int) -> Chain:
+    first, *others = chain.factors
+    spread = first.tensor.new_zeros((total, first.tensor.shape[1])).index_copy(0, rows, first.tensor.detach())
+    return Chain(chain.coefficient, (Factor(spread, first.names), *others))
+
+
+CONSTANT_OPERATIONS: dict[str, Operation] = {
+    IDENTITY: _same,
+    "transpose": _transpose,
+    "permute": _permute,
+    "matmul": _product,
+    "linear": _linear,
+    "add": _add,
+    "sub": _add,
+    "mul": _scale,
+    "div": _scale,
+    "neg": _negative,
+    "dropout": _dropout,
+    "view": _view,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "getitem": _piece,
+    "slice": _piece,
+    "narrow": _piece,
+    "cat": _concatenate,
+    "conv1d": _grouped,
+    "new_zeros": _zeros,
+    "zeros_like": _zeros,
+    "setitem": _set_rows,
+}
+"""What keeps a constant a sum of products; `chunk` and `split` are read with their items."""

@@ -1,0 +1,267 @@
+"""Which sums in a graph are LoRAs: W x + scaling · B A x on one x, or W + scaling · B A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from lora_fx.remerging.algebra.affine import addends, broadcasts, linear_parameters
+from lora_fx.remerging.algebra.chains import Affine, Chain, Chains, Part
+from lora_fx.remerging.algebra.lookalikes import LINEARS, cone_of, looks_like_lora, made_with_product, path_of
+from lora_fx.remerging.algebra.operations import IDENTITY, NotLinear, is_inactive_dropout
+from lora_fx.remerging.algebra.reading import Reading
+
+_PASSES_ON = (IDENTITY, "view", "getitem", "slice", "narrow", "chunk", "split")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Addend:
+    """One value of a sum of any shape: the node, the addition that reads it, and its sign or scaling in the whole."""
+
+    node: fx.Node
+    reader: fx.Node
+    number: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Base:
+    """An addend that is x · W + bias, or some of its columns, and nothing else."""
+
+    node: fx.Node
+    """What the sum adds."""
+    reader: fx.Node
+    """The addition that reads it."""
+    use: fx.Node
+    """The linear."""
+    x: fx.Node
+    value: Affine
+    part: Part
+    bias: Part | None
+    width: int
+    """Columns of x."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fold:
+    """A product that goes into a weight."""
+
+    use: fx.Node
+    """The linear; or the node that adds the product to the weight itself."""
+    part: Part
+    bias: Part | None
+    chains: Chains
+    constants: Chains
+    delta: fx.Node | None
+    """The product's value, which the sum will no longer have; None where the product is added to the weight."""
+    reader: fx.Node | None
+    number: float
+    """What the delta is multiplied by in the sum."""
+    x: fx.Node | None
+    width: int
+    cone: frozenset[fx.Node]
+    """All that computes the product."""
+    base: frozenset[fx.Node]
+    """All that computes the linear alone, from x to the sum."""
+    end: fx.Node | None
+    """The addition that reads the linear alone."""
+
+    @property
+    def signature(self) -> object:
+        """Equal for folds that change a weight by the same."""
+        chains = frozenset((chain.key, chain.coefficient) for chain in (*self.chains, *self.constants))
+        return (self.part.start, self.part.stop, chains)
+
+    @property
+    def factors(self) -> frozenset[str]:
+        return frozenset().union(*(chain.names for chain in (*self.chains, *self.constants)))
+
+    @property
+    def path(self) -> str:
+        return path_of(self.part)
+
+
+@dataclass(slots=True)
+class Found:
+    """The folds of a graph, and what is left alone: (path, reason)."""
+
+    folds: list[Fold] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def find_folds(read: Reading) -> Found:
+    """Return every LoRA of the graph by its structure, and what looks like one; nothing is changed."""
+    found = Found()
+    for node in weight_sums(read):
+        _read_weight(read, node, found)
+    for addends_ in sums(read):
+        _read_sum(read, addends_, found)
+    return found
+
+
+# -- sums of values
+
+
+def sums(read: Reading) -> Iterator[list[Addend]]:
+    """Yield the addends of every sum that is not part of a larger one."""
+    seen: set[fx.Node] = set()
+    for node in reversed(list(read.graph.nodes)):
+        if node not in seen and _is_sum(read, node):
+            parts: list[Addend] = []
+            _flatten(read, node, 1.0, parts, seen)
+            yield parts
+
+
+def _is_sum(read: Reading, node: fx.Node) -> bool:
+    call = read.calls.get(node)
+    if call is None or call.op not in ("add", "sub") or read.is_constant(node):
+        return False
+    try:
+        return len(list(addends(read, call))) == 2
+    except NotLinear:
+        return False
+
+
+def _flatten(read: Reading, node: fx.Node, number: float, parts: list[Addend], seen: set[fx.Node]) -> None:
+    seen.add(node)
+    for each, own in addends(read, read.calls[node]):
+        inner = each
+        while read.is_read_once(inner) and _is_same(read, inner):
+            inner = read.given(read.calls[inner])
+        if _is_sum(read, inner) and read.is_read_once(inner):
+            _flatten(read, inner, number * own, parts, seen)
+        else:
+            parts.append(Addend(each, node, number * own))
+
+
+def _is_same(read: Reading, node: fx.Node) -> bool:
+    call = read.calls.get(node)
+    return call is not None and (call.op == IDENTITY or is_inactive_dropout(call)) and not read.is_constant(node)
+
+
+def _read_sum(read: Reading, parts: list[Addend], found: Found) -> None:
+    bases = [base for each in parts if each.number == 1.0 and (base := base_of(read, each)) is not None]
+    for each in parts:
+        _read_addend(read, each, [base for base in bases if not _is_below(read, base.use, each.node)], found)
+
+
+def _is_below(read: Reading, use: fx.Node, node: fx.Node) -> bool:
+    return linear_below(read, node) is use
+
+
+def _read_addend(read: Reading, each: Addend, bases: list[Base], found: Found) -> None:
+    reasons: dict[str, str] = {}
+    for base in bases:
+        try:
+            found.folds.append(_fold(read, each, base))
+        except NotLinear as reason:
+            if looks_like_lora(read, each.node, base.x, (base.width, base.value.width), reason):
+                reasons[path_of(base.part)] = reason.reason
+        else:
+            return
+    found.left.update(reasons)
+
+
+def _fold(read: Reading, each: Addend, base: Base) -> Fold:
+    """Return the addend as a fold into the base.
+
+    Raises:
+        NotLinear: it is none; says why.
+    """
+    width = base.width
+    value = read.affine(each.node, base.x, width).scaled(each.number)
+    if (value.width, value.rows) != (base.value.width, base.value.rows):
+        raise NotLinear(each.node, broadcasts(base.value, value))
+    check_product(value.linear, each.node)
+    if value.constant and base.bias is None:
+        raise NotLinear(each.node, "it adds a bias to a linear that has none")
+    cone, base_cone = cone_of(read, each.node, base.x), cone_of(read, base.node, base.x)
+    return Fold(
+        base.use, base.part, base.bias, value.linear, value.constant, each.node, each.reader, each.number, base.x,
+        width, cone, base_cone, base.reader,
+    )  # fmt: skip
+
+
+def check_product(chains: Iterable[Chain], node: fx.Node) -> None:
+    """Raise NotLinear unless there is a chain and all chains are products through few dimensions."""
+    chains = tuple(chains)
+    if not chains:
+        raise NotLinear(node, "it does not depend on the linear's input")
+    for chain in chains:
+        if len(chain.factors) < 2:
+            raise NotLinear(node, "it is no product of two matrices")
+        if not chain.is_low_rank:
+            first, last = chain.factors[0].tensor.shape[0], chain.columns
+            raise NotLinear(node, f"its inner dimension {chain.rank} is not smaller than {first} and {last}")
+
+
+# -- the linear in a sum
+
+
+def linear_below(read: Reading, node: fx.Node) -> fx.Node | None:
+    """Return the linear whose value, or columns of it, the node passes on."""
+    while True:
+        call = read.calls.get(node)
+        if call is None or read.is_constant(node):
+            return None
+        if call.op in LINEARS:
+            return node
+        if not (call.op in _PASSES_ON or is_inactive_dropout(call)) or not isinstance(call.get("input"), fx.Node):
+            return None
+        node = read.given(call)
+
+
+def base_of(read: Reading, each: Addend) -> Base | None:
+    """Return the addend as a linear's value, if it is nothing else."""
+    node, use = each.node, linear_below(read, each.node)
+    if use is None:
+        return None
+    call = read.calls[use]
+    try:
+        weight, _ = linear_parameters(read, call)
+        x = read.source(read.given(call, "mat1" if call.op == "addmm" else "input"))
+        value = read.affine(node, x, weight.shape[0])
+    except NotLinear:
+        return None
+    found, bias = list(value.parts()), [chain.part for chain in value.constant]
+    if len(found) != 1 or len(value.linear) != 1 or len(bias) > 1 or None in bias:
+        return None
+    return Base(node, each.reader, use, x, value, found[0][1], bias[0] if bias else None, weight.shape[0])
+
+
+# -- products that are added to the weight itself
+
+
+def weight_sums(read: Reading) -> Iterator[fx.Node]:
+    """Yield the constants that something which depends on an input, or the output, reads."""
+    for node in read.graph.nodes:
+        if not node.op.startswith("call_") or not node.all_input_nodes or not read.is_constant(node):
+            continue
+        if any(reader.op == "output" or not read.is_constant(reader) for reader in read.readers(node)):
+            yield node
+
+
+def _read_weight(read: Reading, node: fx.Node, found: Found) -> None:
+    try:
+        value = read.constant(node)
+    except NotLinear as reason:
+        name = made_with_product(read, node)
+        if name is not None:
+            found.left[name] = reason.reason
+        return
+    assert value is not None
+    whole = [chain for chain in value.chains if chain.part is not None]
+    others = tuple(chain for chain in value.chains if chain.part is None)
+    if len(whole) != 1 or not others or not value.is_plain:
+        return
+    part = whole[0].part
+    assert part is not None
+    try:
+        check_product(others, node)
+    except NotLinear:
+        return
+    if whole[0].factors[0].tensor.shape != read.tensors[part.name].shape and not part.transposed:
+        return
+    cone = cone_of(read, node, None)
+    found.folds.append(Fold(node, part, None, others, (), None, None, 1.0, None, value.shape[0], cone, cone, None))

@@ -1,0 +1,110 @@
+"""What only looks like a LoRA, so that it is worth a word why it is left alone."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from lora_fx.remerging.algebra.affine import linear_parameters
+from lora_fx.remerging.algebra.chains import Matrix, Part
+from lora_fx.remerging.algebra.operations import Call, NotLinear
+from lora_fx.remerging.algebra.reading import Reading
+
+LINEARS = ("linear", "matmul", "addmm")
+_FARTHEST = 24
+"""As many nodes are looked at on the way back from a sum."""
+
+
+def path_of(part: Part) -> str:
+    """Return where a weight stands: the path of its module, or its own name."""
+    path, _, name = part.name.rpartition(".")
+    return path if name == "weight" and path else part.name
+
+
+def cone_of(read: Reading, node: fx.Node, x: fx.Node | None) -> frozenset[fx.Node]:
+    """Return the nodes that compute a value from x and from parameters."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        if each is x or each in found or each.op == "placeholder":
+            continue
+        found.add(each)
+        waiting += [read.latest(used, each) for used in each.all_input_nodes]
+        waiting += each.all_input_nodes
+    return frozenset(found)
+
+
+def made_with_product(read: Reading, node: fx.Node) -> str | None:
+    """Return where the weight stands that a constant is made of, if a product of low rank goes into it too."""
+    has_product, stored = False, list[Matrix]()
+    for each in sorted(cone_of(read, node, None), key=read.order.__getitem__):
+        try:
+            value = read.constant(each)
+        except NotLinear:
+            continue
+        if value is None or not value.is_plain:
+            continue
+        has_product = has_product or any(chain.is_low_rank for chain in value.chains)
+        stored += [value] if each.op == "get_attr" else []
+    if not has_product or not stored:
+        return None
+    part = max(stored, key=lambda each: each.shape[0] * each.shape[1]).chains[0].part
+    return None if part is None else path_of(part)
+
+
+def looks_like_lora(read: Reading, node: fx.Node, x: fx.Node, linear: tuple[int, int], reason: NotLinear) -> bool:
+    """Whether an addend that is none is worth a word: two matrices through few dimensions beside a linear.
+
+    Args:
+        read: the graph.
+        node: the addend.
+        x: the linear's input.
+        linear: its (columns of the input, columns of the output).
+        reason: why the addend is none.
+    """
+    shapes, end = _matrices_above(read, node, x)
+    if len(shapes) < 2:
+        return False
+    (inner, out), (into, rank) = shapes[0], shapes[1]
+    if into != linear[0] or inner != rank or out not in (linear[1], 1):
+        return False
+    if rank >= min(linear):
+        return reason.reason.startswith("its inner dimension")
+    return end is x or reason.reason.startswith("its input is")
+
+
+def _matrices_above(read: Reading, node: fx.Node, x: fx.Node) -> tuple[list[tuple[int, int]], fx.Node]:
+    """Return the shapes of the matrices on the way from a value back to x, the last first, and where the way ends."""
+    shapes: list[tuple[int, int]] = []
+    for _ in range(_FARTHEST):
+        call = read.calls.get(node)
+        if node is x or call is None:
+            break
+        if call.op in LINEARS:
+            shapes += _shape(read, call)
+        inputs = [read.latest(each, node) for each in node.all_input_nodes]
+        inputs = [each for each in inputs if not read.is_constant(each)]
+        if not inputs:
+            break
+        node = next((each for each in inputs if _leads_to_matrix(read, each)), inputs[0])
+    return shapes, node
+
+
+def _leads_to_matrix(read: Reading, node: fx.Node) -> bool:
+    """Whether one of the next few nodes on the way back is a linear."""
+    for _ in range(4):
+        call = read.calls.get(node)
+        if call is None:
+            return False
+        if call.op in LINEARS:
+            return True
+        node = call.node.all_input_nodes[0] if call.node.all_input_nodes else node
+    return False
+
+
+def _shape(read: Reading, call: Call) -> list[tuple[int, int]]:
+    try:
+        weight, _ = linear_parameters(read, call)
+    except NotLinear:
+        return []
+    return [(weight.shape[0], weight.shape[1])]

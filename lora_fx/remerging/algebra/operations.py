@@ -1,0 +1,211 @@
+"""What the nodes of a graph do: one name for the function, the operator, the method and the aten operation."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.models.layers import kind_of
+from lora_fx.models.swap import is_swapped
+
+_ALIASES = {
+    **dict.fromkeys(("mm", "imatmul", "__matmul__"), "matmul"),
+    **dict.fromkeys(("iadd", "add_", "__add__"), "add"),
+    **dict.fromkeys(("isub", "sub_", "subtract"), "sub"),
+    **dict.fromkeys(("imul", "mul_", "multiply"), "mul"),
+    **dict.fromkeys(("truediv", "itruediv", "true_divide", "divide", "div_"), "div"),
+    **dict.fromkeys(("reshape", "_unsafe_view"), "view"),
+    **dict.fromkeys(("t", "numpy_T", "mT", "matrix_H", "swapaxes", "adjoint"), "transpose"),
+    **dict.fromkeys(("concat", "concatenate"), "cat"),
+    **dict.fromkeys(("index_put", "index_put_"), "setitem"),
+    "negative": "neg",
+    "split_with_sizes": "split",
+    "alpha_dropout": "dropout",
+}
+"""Other names of operations."""
+_IDENTITIES = frozenset(
+    [
+        "contiguous",
+        "clone",
+        "detach",
+        "alias",
+        "lift_fresh_copy",
+        "requires_grad_",
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "_to_copy",
+        "cpu",
+    ]
+)
+IDENTITY = "identity"
+_NAMES = (
+    "linear addmm matmul add sub mul div neg view transpose permute unsqueeze squeeze getitem slice narrow chunk split "
+    "cat conv1d new_zeros zeros zeros_like setitem dropout size shape"
+)
+_KNOWN = {*_NAMES.split(), *_ALIASES, *_IDENTITIES}
+_IN_PLACE = {"iadd", "add_", "isub", "sub_", "imul", "mul_", "itruediv", "div_", "setitem", "index_put_", "copy_"}
+_PLACES: tuple[Any, ...] = (F, torch, operator, torch.Tensor)
+_ARGUMENTS = {
+    "linear": ("input", "weight", "bias"),
+    "addmm": ("input", "mat1", "mat2"),
+    "matmul": ("input", "other"),
+    "add": ("input", "other"),
+    "sub": ("input", "other"),
+    "mul": ("input", "other"),
+    "div": ("input", "other"),
+    "dropout": ("input", "p", "training"),
+    "chunk": ("input", "chunks", "dim"),
+    "split": ("input", "split_size", "dim"),
+    "narrow": ("input", "dim", "start", "length"),
+    "slice": ("input", "dim", "start", "end", "step"),
+    "cat": ("tensors", "dim"),
+    "transpose": ("input", "dim0", "dim1"),
+    "unsqueeze": ("input", "dim"),
+    "squeeze": ("input", "dim"),
+    "conv1d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "getitem": ("input", "index"),
+}
+_SYNONYMS = {
+    "self": "input", "x": "input", "split_size_or_sections": "split_size", "split_sizes": "split_size", "axis": "dim",
+    "mat2": "other", "p": "p", "train": "training",
+}  # fmt: skip
+
+
+_NAMES_OF_VIEWS = "view getitem slice narrow chunk split transpose permute unsqueeze squeeze select data"
+VIEWS = frozenset(_NAMES_OF_VIEWS.split())
+"""What may give its argument's own memory."""
+
+
+class NotLinear(Exception):
+    """A value is no affine function of what was asked for, or no product: why, and `node`, where."""
+
+    def __init__(self, node: fx.Node | None, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A node, read: which operation, on what.  `arguments` are by the names of torch's documentation."""
+
+    op: str
+    node: fx.Node
+    arguments: dict[str, Any]
+    in_place: bool = False
+    module: nn.Module | None = None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+
+def _function_names() -> dict[Any, str]:
+    """Return for each torch function its name here, by identity: a function of the user's may have the same name."""
+    found: dict[Any, str] = {}
+    for place in _PLACES:
+        for name in _KNOWN:
+            function = vars(place).get(name)
+            if isinstance(function, Callable):  # type: ignore[arg-type]
+                found.setdefault(function, name)
+    return found
+
+
+_FUNCTIONS = _function_names()
+_OVERLOAD = type(torch.ops.aten.linear.default)
+
+
+def read_call(node: fx.Node, root: nn.Module) -> Call:
+    """Return what a call_function, call_method or call_module node does; an unknown operation bears its own name."""
+    if node.op == "call_module":
+        return _module_call(node, root.get_submodule(str(node.target)))
+    name = _raw_name(node)
+    if name == "getattr":
+        return _attribute(node)
+    op = IDENTITY if name in _IDENTITIES else _ALIASES.get(name, name)
+    return Call(op, node, _named(op, node), name in _IN_PLACE)
+
+
+def _raw_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, _OVERLOAD):
+        return str(target.overloadpacket.__name__) if target.namespace == "aten" else str(target)
+    if target is getattr:
+        return "getattr"
+    known = _FUNCTIONS.get(target)
+    return known if known is not None else f"{target.__module__}.{target.__name__}"
+
+
+def _attribute(node: fx.Node) -> Call:
+    name = str(node.args[1])
+    op = {"T": "transpose", "mT": "transpose", "H": "transpose", "data": IDENTITY, "shape": "shape"}.get(name, name)
+    return Call(op, node, {"input": node.args[0]})
+
+
+def _named(op: str, node: fx.Node) -> dict[str, Any]:
+    names = _ARGUMENTS.get(op, ("input",))
+    found: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    found["rest"] = node.args[len(names) :]
+    return found | {_SYNONYMS.get(key, key): value for key, value in node.kwargs.items()}
+
+
+def _module_call(node: fx.Node, module: nn.Module) -> Call:
+    """Return a call of a module as the function that it is, if it is one and nothing else."""
+    value = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    plain = Call(f"module {type(module).__name__}", node, {"input": value}, module=module)
+    if has_any_hook(module) or "forward" in vars(module) or len(node.args) + len(node.kwargs) != 1:
+        return plain
+    if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
+        return Call("dropout", node, {"input": value, "p": module.p, "training": module.training}, module=module)
+    if type(module) is nn.Identity:
+        return Call(IDENTITY, node, {"input": value}, module=module)
+    if is_linear(module):
+        return Call("linear", node, {"input": value}, module=module)
+    return plain
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes x · weightᵀ + bias (x · weight + bias) and nothing else, with its own parameters."""
+    own = type(module).forward is nn.Linear.forward or stores_transposed(module)
+    if type(module) is not LoRAFactor and not own:
+        return False
+    computed = inspect.getattr_static(type(module), "weight", None)
+    return module._parameters.get("weight") is not None and not isinstance(computed, property)
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether the module is a linear that holds its weight as [in, out]: transformers' Conv1D."""
+    kind = kind_of(module)
+    known = kind is not None and kind.op == "linear" and kind.layout == "in_out" and kind.called
+    return known and not is_swapped(type(module))
+
+
+def has_any_hook(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    )  # fmt: skip
+
+
+def parameters_read(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what a call of the module may read: a linear's own parameters, everything in any other module."""
+    yield from module.named_parameters(recurse=not is_linear(module), remove_duplicate=False)
+
+
+def is_inactive_dropout(call: Call) -> bool:
+    """Whether the call is a dropout that drops nothing."""
+    return call.op == "dropout" and (call.get("training", True) is False or call.get("p", 0.5) == 0)

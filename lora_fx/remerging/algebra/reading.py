@@ -1,0 +1,244 @@
+"""A graph read as mathematics: each value as an affine function of another one, each constant as a sum of chains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from lora_fx.capture.captured import resolve
+from lora_fx.remerging.algebra.affine import AFFINE_OPERATIONS
+from lora_fx.remerging.algebra.chains import Affine, Matrix, Part, matrix
+from lora_fx.remerging.algebra.constants import CONSTANT_OPERATIONS
+from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, Call, NotLinear, is_inactive_dropout, read_call
+from lora_fx.remerging.algebra.shapes import last_dimension, shape_of
+
+
+@dataclass(slots=True)
+class Reading:
+    """What is known of a graph, found on demand; neither graph nor tensors are changed."""
+
+    root: nn.Module
+    graph: fx.Graph
+    names: Mapping[int, str] = field(default_factory=dict)
+    """Names of tensors by identity, where the graph's own are no good."""
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    writes: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    """For each node, the statements that write to its value in place, in order."""
+    spoilt: set[fx.Node] = field(default_factory=set)
+    """Nodes to a part of whose value something is written through a view."""
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """The stored tensors that have been read, by name."""
+    _constants: dict[fx.Node, Matrix | NotLinear | None] = field(default_factory=dict)
+    _affine: dict[tuple[fx.Node, fx.Node], Affine | NotLinear] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        own: dict[int, str] = {}
+        for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):
+            own.setdefault(id(tensor), name)
+        self.names = {**own, **self.names}
+        for index, node in enumerate(self.graph.nodes):
+            self.order[node] = index
+            if node.op.startswith("call_"):
+                self.calls[node] = call = read_call(node, self.root)
+                if call.in_place:
+                    self._note_write(node)
+        for node in self.graph.nodes:  # in order, so that no recursion goes deep
+            self.is_constant(node)
+
+    # -- who makes and who reads a value
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        """Return the node whose value the statement writes to; itself, if it makes a new one."""
+        while node in self.calls and self.calls[node].in_place:
+            node = self.calls[node].arguments["input"]
+        return node
+
+    def _note_write(self, node: fx.Node) -> None:
+        root = self._root(node)
+        self.writes.setdefault(root, []).append(node)
+        while (
+            root in self.calls and self.calls[root].op in VIEWS and isinstance(self.calls[root].get("input"), fx.Node)
+        ):
+            root = self._root(self.calls[root].arguments["input"])
+            self.spoilt.add(root)
+
+    def latest(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        """Return the statement that made the value which `reader` finds in `node`: writes in place come before."""
+        root = self._root(node)
+        before = [each for each in self.writes.get(root, ()) if self.order[each] < self.order[reader]]
+        return before[-1] if before else root
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes that read the value which this statement makes."""
+        root = self._root(node)
+        users = (user for name in (root, *self.writes.get(root, ())) for user in name.users)
+        return [user for user in dict.fromkeys(users) if self.latest(root, user) is node]
+
+    def times_read(self, node: fx.Node, reader: fx.Node) -> int:
+        """Return how often a node reads a value: y + y reads it twice."""
+        found: list[fx.Node] = []
+        map_arg((reader.args, reader.kwargs), found.append)
+        return sum(self.latest(each, reader) is node for each in found)
+
+    def is_read_once(self, node: fx.Node) -> bool:
+        readers = self.readers(node)
+        return len(readers) == 1 and self.times_read(node, readers[0]) == 1
+
+    def given(self, call: Call, name: str = "input") -> fx.Node:
+        """Return the node whose value the call finds in an argument."""
+        value = call.get(name)
+        if not isinstance(value, fx.Node):
+            raise NotLinear(call.node, f"{call.op} of {value!r}")
+        return self.latest(value, call.node)
+
+    # -- constants
+
+    def constant(self, node: fx.Node) -> Matrix | None:
+        """Return the value of a node that depends on parameters alone; None if it depends on an input.
+
+        Raises:
+            NotLinear: it depends on parameters alone, but is no sum of products of them.
+        """
+        if node not in self._constants:
+            try:
+                self._constants[node] = self._constant(node)
+            except NotLinear as reason:
+                self._constants[node] = reason
+        found = self._constants[node]
+        if isinstance(found, NotLinear):
+            raise found
+        return found
+
+    def is_constant(self, node: fx.Node) -> bool:
+        try:
+            return self.constant(node) is not None
+        except NotLinear:
+            return True
+
+    def _constant(self, node: fx.Node) -> Matrix | None:
+        if node.op == "get_attr":
+            return self.leaf(str(node.target), node)
+        call = self.calls.get(node)
+        if call is None:
+            return None
+        if not node.all_input_nodes:
+            raise NotLinear(node, f"{call.op} is no product of parameters")
+        if not all(self.is_constant(self.latest(each, node)) for each in node.all_input_nodes):
+            return None
+        operation = CONSTANT_OPERATIONS.get(call.op)
+        result = None if operation is None else operation(self, call)
+        if result is None:
+            raise NotLinear(node, f"{call.op} of parameters is not a product of them")
+        return result
+
+    def leaf(self, name: str, node: fx.Node) -> Matrix:
+        """Return a stored tensor as a constant."""
+        tensor = resolve(self.root, name)
+        if not isinstance(tensor, Tensor):
+            raise NotLinear(node, f"{name} is not a tensor")
+        known = self.names.get(id(tensor), name)
+        self.tensors[known] = tensor
+        part = Part(known, False, 0, tensor.shape[1]) if tensor.dim() == 2 else None
+        return matrix(tensor.detach(), (known,), part)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the stored tensor that a name of a factor stands for."""
+        return self.tensors[name]
+
+    def matrix_of(self, call: Call, name: str) -> Matrix:
+        """Return an argument that is a constant."""
+        found = self.constant(self.given(call, name))
+        if found is None:
+            raise NotLinear(call.node, f"{call.op} of two values that depend on the input")
+        return found
+
+    def number(self, value: object, call: Call) -> float:
+        """Return a scaling: a number, or a stored tensor of one element that nobody trains.
+
+        Raises:
+            NotLinear: it is trained, depends on the input, or is not one number.
+        """
+        if isinstance(value, (int, float)):
+            return float(value)
+        if not isinstance(value, fx.Node):
+            raise NotLinear(call.node, f"{call.op} by {value!r}")
+        node = self.latest(value, call.node)
+        try:
+            found = self.constant(node)
+        except NotLinear as reason:
+            scaling = (
+                reason.reason if reason.reason.startswith("the scaling") else "the scaling is computed from parameters"
+            )
+            raise NotLinear(call.node, scaling) from reason
+        if found is None:
+            raise NotLinear(call.node, f"the scaling depends on the input ({node.name})")
+        if any(isinstance(self.tensors[name], nn.Parameter) for name in found.names):
+            raise NotLinear(call.node, f"the scaling is a trained tensor ({', '.join(sorted(found.names))})")
+        single = found.single
+        if single is None or single.tensor.numel() != 1 or single.tensor.is_meta:
+            raise NotLinear(call.node, f"the scaling is a tensor of shape {tuple(found.shape)}")
+        return float(single.tensor)
+
+    # -- values that depend on an input
+
+    def affine(self, node: fx.Node, x: fx.Node, width: int) -> Affine:
+        """Return the value of `node` as an affine function of the value of `x`, which has `width` columns.
+
+        Raises:
+            NotLinear: with the first node on the way that is none.
+        """
+        key = (node, x)
+        if key not in self._affine:
+            try:
+                self._affine[key] = self._affine_of(node, x, width)
+            except NotLinear as reason:
+                self._affine[key] = reason
+        found = self._affine[key]
+        if isinstance(found, NotLinear):
+            raise found
+        return found
+
+    def _affine_of(self, node: fx.Node, x: fx.Node, width: int) -> Affine:
+        if node is x:
+            shape = shape_of(x)
+            return Affine.identity(width, "rows of the input" if shape is None else tuple(shape[:-1]))
+        call = self.calls.get(node)
+        if node in self.spoilt:
+            raise NotLinear(node, f"a part of {node.name} is written in place")
+        if call is None or self.order[node] < self.order[x]:
+            raise NotLinear(node, f"its input is {node.name}, the linear's is {x.name}")
+        operation = AFFINE_OPERATIONS.get(call.op)
+        if operation is None:
+            raise NotLinear(node, f"{_shown(call)} is not linear")
+        return operation(self, call, x, width)
+
+    def rest(self, call: Call, x: fx.Node, width: int, name: str = "input") -> Affine:
+        return self.affine(self.given(call, name), x, width)
+
+    def source(self, node: fx.Node) -> fx.Node:
+        """Return where a value comes from, through what changes neither values nor their order."""
+        while True:
+            call = self.calls.get(node)
+            if call is None or node in self.spoilt or not (call.op in (IDENTITY, "view") or is_inactive_dropout(call)):
+                return node
+            if not isinstance(call.get("input"), fx.Node) or self.is_constant(node) or not _keeps_rows(call):
+                return node
+            node = self.given(call)
+
+
+def _shown(call: Call) -> str:
+    return call.op.rpartition(".")[2] if call.module is None else f"{call.op} ({call.node.target})"
+
+
+def _keeps_rows(call: Call) -> bool:
+    """Whether a view keeps the last dimension, as far as its shapes are known."""
+    if call.op != "view":
+        return True
+    before, after = shape_of(call.arguments["input"]), shape_of(call.node)
+    if before is None or after is None:
+        return last_dimension(call) is not None
+    return before[-1] == after[-1]

@@ -1,0 +1,122 @@
+"""Runs a part of a graph on made-up inputs: the check that what was read is what is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from lora_fx.capture.captured import resolve
+from lora_fx.remerging.algebra.chains import Chain
+from lora_fx.remerging.algebra.folds import Fold
+from lora_fx.remerging.algebra.reading import Reading
+from lora_fx.remerging.algebra.shapes import shape_of
+
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Relative to the largest value: some hundred roundings in the wide dtypes, a few in the half ones."""
+
+
+def executed(read: Reading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """Return the value of a node, given those of others; statements that write in place write to copies.
+
+    Raises:
+        Exception: whatever the graph's operations raise, KeyError for an input that is not given.
+    """
+    if node not in known:
+        known[node] = _computed(read, node, known)
+    return known[node]
+
+
+def _computed(read: Reading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    if node.op == "get_attr":
+        return resolve(read.root, str(node.target))
+    if node.op == "placeholder":
+        raise KeyError(node.name)
+    args: Any = map_arg(node.args, lambda each: executed(read, read.latest(each, node), known))
+    kwargs: Any = map_arg(node.kwargs, lambda each: executed(read, read.latest(each, node), known))
+    if read.calls[node].in_place:
+        args = (args[0].clone(), *args[1:])
+    if node.op == "call_module":
+        return read.root.get_submodule(str(node.target))(*args, **kwargs)
+    function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+    result = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
+    return args[0] if result is None else result
+
+
+def made_up(x: fx.Node, width: int, like: Tensor) -> Tensor:
+    """Return random values of the shape of x as far as it is known; they do not depend on torch's generator."""
+    shape = shape_of(x)
+    sizes: dict[str, int] = {}
+    front = ("2", "3") if shape is None else shape[:-1]
+    numbers = [int(each) if each.isdecimal() else sizes.setdefault(each, 2 + len(sizes)) for each in front]
+    return made_up_rows(tuple(numbers), width, like)
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two results are equal but for roundings in the dtype."""
+    tolerance = TOLERANCES.get(dtype, 1e-5)
+    if found.shape != expected.shape or not torch.isfinite(expected).all():
+        return False
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    return bool((found.double() - expected.double()).abs().le(tolerance * scale).all())
+
+
+def problem_with(read: Reading, fold: Fold) -> str | None:
+    """Return why a product must not be folded although its structure is right, or None: it is run and compared."""
+    weight = read.tensors[fold.part.name]
+    if weight.is_meta or fold.delta is None or fold.x is None:
+        return None
+    x = made_up(fold.x, fold.width, weight)
+    try:
+        with torch.no_grad():
+            found = executed(read, fold.delta, {fold.x: x})
+    except Exception:  # it needs more than x (a size of another input): the structure has to do
+        return None
+    expected = x.double() @ _sum(fold.chains, fold.width).t()
+    for row in fold.constants:
+        expected = expected + row.delta().double().flatten()
+    if not close(found.double() * fold.number, expected, found.dtype):
+        return "running it gives something else than its structure says"
+    if torch.promote_types(found.dtype, weight.dtype) != weight.dtype and not _is_cast(read, fold):
+        return f"the sum is {found.dtype}, the linear alone would be {weight.dtype}"
+    return None
+
+
+def _sum(chains: tuple[Chain, ...], width: int) -> Tensor:
+    total = chains[0].delta().double()
+    for chain in chains[1:]:
+        total = total + chain.delta().double()
+    assert total.shape[1] == width
+    return total
+
+
+def _is_cast(read: Reading, fold: Fold) -> bool:
+    """Whether the sum is cast, whatever its dtype."""
+    node = fold.reader
+    assert node is not None
+    while True:
+        readers = read.readers(node)
+        if readers and all(_casts(each) for each in readers):
+            return True
+        if len(readers) != 1 or readers[0] not in read.calls or read.calls[readers[0]].op not in ("add", "sub"):
+            return False
+        node = readers[0]
+
+
+def _casts(node: fx.Node) -> bool:
+    return str(node.target) in ("to", "type", "type_as", "float", "half", "bfloat16", "double") or "_to_copy" in str(
+        node.target
+    )
+
+
+def finite(tensors: list[Tensor]) -> bool:
+    return all(each.is_meta or bool(torch.isfinite(each).all()) for each in tensors)
+
+
+def made_up_rows(rows: tuple[int, ...], width: int, like: Tensor) -> Tensor:
+    """Return random values of the dtype and on the device of another tensor."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn((*rows, width), generator=generator, dtype=torch.float64)
+    return values.to(like.device, like.dtype)

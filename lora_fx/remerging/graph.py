@@ -1,0 +1,194 @@
+"""remerge: finds LoRAs by their structure in any graph, whoever wrote them, and folds them into their base weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+
+from lora_fx.capture.captured import resolve
+from lora_fx.errors import InvariantError
+from lora_fx.passes.editor import Editor
+from lora_fx.remerging.algebra.chains import folded_weight, refolded
+from lora_fx.remerging.algebra.checks import checked, names_of_weight, stored_as
+from lora_fx.remerging.algebra.folds import Fold, Found, find_folds
+from lora_fx.remerging.algebra.operations import IDENTITY, is_inactive_dropout
+from lora_fx.remerging.algebra.reading import Reading
+from lora_fx.remerging.algebra.running import finite, problem_with
+from lora_fx.remerging.cleaning import drop_unused, erase_unread
+
+
+@dataclass(frozen=True, slots=True)
+class Remerge:
+    """Fold every product of low rank that is added to a linear of the same input, or to its weight.
+
+    W' = W + Σ scaling · B A, accumulated in float32 and rounded once, in a new parameter: who else holds W keeps it.
+    What looks like a LoRA and cannot be folded is left alone.  Ensures: what was folded is in no graph and no module.
+    """
+
+    folded: list[str] = field(default_factory=list)
+    """Filled by `run`: where the weights stand that took up a product."""
+    left: list[tuple[str, str]] = field(default_factory=list)
+    """Filled by `run`: (path, reason) of what was left alone."""
+    name: str = "remerge"
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Any graph will do."""
+
+    def run(self, editor: Editor) -> None:
+        while True:  # a product in a sum may become visible when one in the weight is gone
+            read = Reading(editor.graph_module, editor.graph)
+            folds, left = _to_fold(read)
+            if not folds:
+                break
+            _fold(editor, read, folds)
+            self.folded.extend(fold.path for fold in folds if fold.path not in self.folded)
+        self.left.extend(left.items())
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        folds, _ = _to_fold(Reading(graph_module, graph_module.graph))
+        if folds:
+            missed = {fold.path: "still there" for fold in folds}
+            raise InvariantError("a product that can be folded is still in the graph", list(missed.items()))
+
+
+def _to_fold(read: Reading) -> tuple[list[Fold], dict[str, str]]:
+    """Return the folds to do, in the order of the graph, and what is left alone and why."""
+    found = find_folds(read)
+    folds = sorted(checked(read, _provable(read, found), found.left), key=lambda fold: read.order[fold.use])
+    for use in dict.fromkeys(fold.use for fold in folds):
+        own = [fold for fold in folds if fold.use is use]
+        if not finite([weight_of(read, own), *bias_of(read, own)]):
+            found.left[own[0].path] = "the folded weight has NaN or infinite values"
+    return [fold for fold in folds if fold.path not in found.left], found.left
+
+
+def _fold(editor: Editor, read: Reading, folds: list[Fold]) -> None:
+    names = {fold.use: min(names_of_weight(read, fold)) for fold in folds if fold.delta is None}
+    for name, (tensor, path) in _new_tensors(read, folds).items():
+        editor.set_tensor(name, tensor, path)
+    called = {str(node.target) for fold in folds for node in fold.cone if node.op == "call_module"}
+    _take_out(editor, read, folds, names)
+    drop_unused(editor, [read.tensors[name] for fold in folds for name in fold.factors], called, "remerge")
+
+
+def _provable(read: Reading, found: Found) -> list[Fold]:
+    """Return the folds that compute what their structure says; the others are left alone."""
+    kept = []
+    for fold in found.folds:
+        reason = problem_with(read, fold)
+        if reason is None:
+            kept.append(fold)
+        else:
+            found.left[fold.path] = reason
+    return [fold for fold in kept if fold.path not in found.left]
+
+
+# -- weights
+
+
+def _new_tensors(read: Reading, folds: list[Fold]) -> dict[str, tuple[Tensor, str]]:
+    """Return (tensor, path of the fold) for each stored name that gets new values."""
+    new: dict[str, tuple[Tensor, str]] = {}
+    for use in dict.fromkeys(fold.use for fold in folds):
+        own = [fold for fold in folds if fold.use is use]
+        values = [weight_of(read, own), *bias_of(read, own)]
+        for name in stored_as(read, own[0]):
+            old = resolve(read.root, name)
+            value = next(each for each in values if each.shape == old.shape)
+            new.setdefault(name, (_like(old, value), own[0].path))
+    return new
+
+
+def _like(old: Tensor, value: Tensor) -> Tensor:
+    return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+
+
+def weight_of(read: Reading, folds: list[Fold]) -> Tensor:
+    """Return the stored weight with all products of one linear folded in."""
+    part = folds[0].part
+    total = read.tensors[part.name]
+    for start in sorted({fold.part.start for fold in folds}):
+        chains = [chain for fold in folds if fold.part.start == start for chain in fold.chains]
+        total = refolded(total, part.transposed, chains, start)
+    return total
+
+
+def bias_of(read: Reading, folds: list[Fold]) -> list[Tensor]:
+    """Return the stored bias with what the products bring along added, if they bring any."""
+    total: Tensor | None = None
+    for fold in folds:
+        if fold.bias is not None and fold.constants:
+            total = read.tensors[fold.bias.name] if total is None else total
+            total = folded_weight(total.unsqueeze(1), fold.constants, fold.bias.start).squeeze(1)
+    return [] if total is None else [total]
+
+
+# -- nodes
+
+
+def _take_out(editor: Editor, read: Reading, folds: list[Fold], names: dict[fx.Node, str]) -> None:
+    """Let every sum be what it is without the products, and erase what computed them."""
+    removal = _Removal(editor, read, {(fold.delta, fold.reader) for fold in folds})
+    for node in list(read.graph.nodes):
+        if node in read.calls and not read.is_constant(node):
+            removal.visit(node)
+    for fold in folds:
+        if fold.delta is None:
+            _read_weight_alone(editor, fold, names[fold.use])
+    erase_unread(editor, {node for fold in folds for node in fold.cone} | removal.touched, "remerge")
+
+
+class _Removal:
+    """Takes addends out of sums, one sum after the other in the order of the graph."""
+
+    def __init__(self, editor: Editor, read: Reading, addends: set[tuple[fx.Node | None, fx.Node | None]]) -> None:
+        self.editor, self.read = editor, read
+        self.addends = addends
+        """Pairs of a value and the sum that shall not have it: another sum may go on reading it."""
+        self.gone: set[fx.Node] = set()
+        """Sums of which nothing is left, and casts of them."""
+        self.now: dict[fx.Node, fx.Node] = {}
+        """What stands for a sum that has one addend left."""
+        self.touched: set[fx.Node] = set()
+
+    def visit(self, node: fx.Node) -> None:
+        call = self.read.calls[node]
+        if call.op in ("add", "sub"):
+            names = [name for name in ("input", "other") if isinstance(call.get(name), fx.Node)]
+            kept = [name for name in names if not self._is_gone(self.read.given(call, name), node)]
+            if len(kept) < len(names):
+                self._keep(node, kept)
+        elif (call.op == IDENTITY or is_inactive_dropout(call)) and self.read.given(call) in self.gone:
+            self.gone.add(node)
+            self.touched.add(node)
+
+    def _is_gone(self, value: fx.Node, reader: fx.Node) -> bool:
+        return value in self.gone or (value, reader) in self.addends
+
+    def _keep(self, node: fx.Node, kept: list[str]) -> None:
+        """Let the readers of a sum read its other addend; if both are gone, so is the sum."""
+        self.touched.add(node)
+        if not kept:
+            self.gone.add(node)
+            return
+        call = self.read.calls[node]
+        other = self.now.get(self.read.given(call, kept[0]), call.arguments[kept[0]])
+        self.now[node] = other
+        readers = set(self.read.readers(node))
+        for value in (node, call.arguments["input"]) if call.in_place else (node,):
+            if value is not other:
+                _replace_for(self.editor, value, other, readers)
+
+
+def _replace_for(editor: Editor, old: fx.Node, new: fx.Node, readers: set[fx.Node]) -> None:
+    editor.replace_uses(old, new, "remerge", but=lambda user: user not in readers)
+
+
+def _read_weight_alone(editor: Editor, fold: Fold, name: str) -> None:
+    """Let the readers of W + B A read W."""
+    with editor.writing_after(fold.use, fold.path) as write:
+        weight = write.graph.get_attr(name)
+        if fold.part.transposed:
+            weight = write.graph.call_method("t", (weight,))
+    editor.replace_uses(fold.use, weight, fold.path, but=lambda user: user is weight)

@@ -1,0 +1,321 @@
+"""Modules of other libraries that are a linear and its LoRA: found by their shapes, proven by their graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lora_fx.capture.captured import NotCaptured, capture
+from lora_fx.models.samples import Sample
+from lora_fx.models.tensors import set_tensor
+from lora_fx.models.twin import make_twin
+from lora_fx.remerging.algebra.chains import Affine, Chain, Part, folded_weight, refolded
+from lora_fx.remerging.algebra.folds import check_product, find_folds
+from lora_fx.remerging.algebra.operations import NotLinear, has_any_hook
+from lora_fx.remerging.algebra.reading import Reading
+from lora_fx.remerging.algebra.running import close, finite, made_up_rows
+
+_ROWS = ((2, 3), (5,))
+"""The dimensions in front of the columns of inputs that are made up."""
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def candidates(model: nn.Module) -> list[str]:
+    """Return the paths of modules whose parameters may be one weight and factors of low rank, the innermost first."""
+    hidden = _of_graphs(model)
+    found = [
+        path
+        for path, module in model.named_modules()
+        if path not in hidden and type(module).forward is not nn.Module.forward and _weight_of(module) is not None
+    ]
+    return sorted(found, key=lambda path: -len(path.split(".")) if path else 1)
+
+
+def _of_graphs(model: nn.Module) -> set[str]:
+    """Return the paths of GraphModules and of what is in them, apart from what their graphs call as a whole."""
+    hidden: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            used = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
+            inner = {name for name, _ in module.named_modules() if name} - _whole(used)
+            hidden |= {path} | {f"{path}.{name}".lstrip(".") for name in inner}
+    return hidden
+
+
+def _whole(used: set[str]) -> set[str]:
+    """Return those of the paths in which nothing else is used."""
+    return {path for path in used if not any(other.startswith(f"{path}.") for other in used)}
+
+
+def matrices_of(module: nn.Module) -> list[Tensor]:
+    """Return the module's weights, those of whoever has taken over its forward too."""
+    own = dict.fromkeys((*module.parameters(), *_adapter(module)))
+    return [each for each in own if each.dim() > 1 and each.is_floating_point() and each.numel()]
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    return [each.detach().flatten(1) for each in matrices_of(module)]
+
+
+def is_bound_elsewhere(module: nn.Module) -> nn.Module | None:
+    """Return the module whose method has taken the place of this one's forward."""
+    forward = vars(module).get("forward")
+    owner = forward.__self__ if isinstance(forward, MethodType) else None
+    return owner if isinstance(owner, nn.Module) and owner is not module else None
+
+
+def _adapter(module: nn.Module) -> Iterator[nn.Parameter]:
+    other = is_bound_elsewhere(module)
+    if other is not None:
+        yield from other.parameters()
+
+
+def _weight_of(module: nn.Module) -> Tensor | None:
+    """Return the weight that the others of a module may be factors for, if there are such.
+
+    The one large matrix among thinner ones; or, where there are several, one that fits two factors which the module
+    itself owns, as a forward that computes a LoRA on the way does.
+    """
+    found = _matrices(module)
+    if len(found) < 3:
+        return None
+    weight = max(found, key=lambda each: each.numel())
+    if all(min(each.shape) < min(weight.shape) for each in found if each is not weight):
+        return weight
+    own = [each.detach() for each in module._parameters.values() if each is not None and each.dim() == 2]
+    return next((each for each in found if _has_pair(each, own)), None) if len(own) > 1 else None
+
+
+def _has_pair(weight: Tensor, others: list[Tensor]) -> bool:
+    """Whether two of the matrices lead from the weight's one dimension to few, and from them to its other."""
+    out, into = weight.shape
+    sizes = [sorted(each.shape) for each in others]
+    ranks = {rank for size in sizes for rank in size if rank < min(into, out)}
+    return any(
+        sorted((rank, into)) in sizes
+        and sorted((rank, out)) in sizes
+        and (into != out or sizes.count(sorted((rank, into))) > 1)
+        for rank in ranks
+    )
+
+
+# -- one candidate
+
+
+def replaced(model: nn.Module, path: str, call: Sample | None) -> nn.Module | str:
+    """Return the plain layer that computes what the module at the path computes, or why there is none.
+
+    An empty reason: it does not look like a LoRA at all.
+    """
+    module = model.get_submodule(path)
+    weight = _weight_of(module)
+    if weight is None:  # what is inside has become plain
+        return ""
+    is_pair = _has_pair(weight, [each for each in _matrices(module) if each.shape != weight.shape])
+    unfit = _unfit(module)
+    if unfit is not None:
+        return unfit if is_pair else ""
+    reason = ""
+    for width in dict.fromkeys((weight.shape[1], weight.shape[0])):
+        inputs = _inputs(module, weight, width, call)
+        try:
+            read = read_module(module, *inputs[0])
+        except NotCaptured as failure:
+            reason = f"its forward is not captured: {failure}"
+            continue
+        try:
+            layer = _plain_layer(model, path, read, width, is_pair)
+        except NotLinear as why:
+            return _what_it_looks_like(read, why)
+        return _disagreement(module, layer, inputs) or layer
+    return reason if is_pair else ""
+
+
+def _unfit(module: nn.Module) -> str | None:
+    if has_any_hook(module):
+        return "it has hooks"
+    if any(isinstance(each, nn.Embedding) for each in module.modules()):
+        return "its base is an embedding, no linear"
+    if any(isinstance(each, _CONVOLUTIONS) for each in module.modules()):
+        return "its base is a convolution, no linear"
+    return None
+
+
+def _inputs(module: nn.Module, weight: Tensor, width: int, call: Sample | None) -> Calls:
+    made: Calls = [((made_up_rows(rows, width, weight),), {}) for rows in _ROWS]
+    return made if call is None else [(call.args, call.kwargs), *made]
+
+
+def read_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
+    """Return the module's forward for such a call, as a graph that can be read; the module stays unchanged.
+
+    Raises:
+        NotCaptured: with the reason.
+    """
+    if any("forward" in vars(each) for each in module.modules()):
+        return _read_operations(module, args, kwargs)
+    return Reading(module, capture(module, args, kwargs).graph)
+
+
+def _read_operations(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
+    """Trace below the Python of a forward that lives in another object, where no copy of the module can follow."""
+    names = {id(each): name for name, each in module.named_parameters()}
+    for owner in filter(None, map(is_bound_elsewhere, module.modules())):
+        names |= {id(each): f"({type(owner).__name__}).{name}" for name, each in owner.named_parameters()} | names
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = make_fx(lambda *given: module(*given, **kwargs), pre_dispatch=True)(*args)
+    except Exception as error:
+        raise NotCaptured(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    return Reading(traced, traced.graph, names)
+
+
+def result_of(read: Reading) -> fx.Node:
+    output = next(node for node in read.graph.nodes if node.op == "output")
+    if not isinstance(output.args[0], fx.Node):
+        raise NotLinear(output, "it returns more than one tensor")
+    return read.latest(output.args[0], output)
+
+
+def _plain_layer(model: nn.Module, path: str, read: Reading, width: int, is_pair: bool) -> nn.Module:
+    """Return a plain layer for a module whose forward is exactly W x + bias + Σ scaling · B A x.
+
+    Raises:
+        NotLinear: its forward is something else.
+    """
+    x = next(node for node in read.graph.nodes if node.op == "placeholder")
+    node = result_of(read)
+    value = read.affine(node, x, width)
+    bases = [(chain, part) for chain, part in value.parts() if _is_whole(read, part)]
+    products = [chain for chain in value.linear if all(chain is not base for base, _ in bases)]
+    if len(bases) != 1:
+        raise NotLinear(node, "")
+    if products or not is_pair:  # without products: they are switched off, or merged already
+        check_product(products, node)
+    module = model.get_submodule(path)
+    check_factors(model, module, read, products)
+    return _with_weights(module, read, bases[0][1], value, products)
+
+
+def _is_whole(read: Reading, part: Part) -> bool:
+    shape = read.tensors[part.name].shape
+    return part.start == 0 and part.stop == shape[0 if part.transposed else 1]
+
+
+def check_factors(model: nn.Module, module: nn.Module, read: Reading, products: Iterable[Chain]) -> None:
+    """Raise NotLinear if a factor serves a module outside of this one too."""
+    factors = _factors(read, products)
+    own = {id(each) for each in module.modules()}
+    for path, other in model.named_modules():
+        held = (*other._parameters.values(), *other._buffers.values())
+        if id(other) not in own and any(id(each) in factors for each in held):
+            raise NotLinear(None, f"a factor is used elsewhere too ({path})")
+
+
+def _factors(read: Reading, products: Iterable[Chain]) -> set[int]:
+    """Return the stored matrices of the products, by identity."""
+    tensors = [read.tensors[name] for chain in products for name in chain.names]
+    return {id(each) for each in tensors if each.dim() > 1}
+
+
+def _with_weights(module: nn.Module, read: Reading, part: Part, value: Affine, products: list[Chain]) -> nn.Module:
+    """Return the module's base layer with new weights; an nn.Linear, where the weight is the module's own."""
+    stored = read.tensors[part.name]
+    weight = nn.Parameter(refolded(stored, part.transposed, products), requires_grad=stored.requires_grad)
+    old, bias = _bias(read, part, value)
+    if not finite([weight, *([] if bias is None else [bias])]):
+        raise NotLinear(None, "the folded weight has NaN or infinite values")
+    inside = _base_layer(module, stored, _factors(read, products))
+    if inside is not None:
+        return _changed(inside, {id(stored): weight, id(old): bias})
+    plain = weight if part.transposed else nn.Parameter(weight.t().contiguous(), requires_grad=weight.requires_grad)
+    return _linear(plain, bias, module.training)
+
+
+def _bias(read: Reading, part: Part, value: Affine) -> tuple[Tensor | None, Tensor | None]:
+    """Return the stored bias and the one with what the products bring along; the same, if they bring nothing."""
+    rows = {chain.part.name: chain for chain in value.constant if chain.part is not None}
+    beside = [name for name in rows if name.rpartition(".")[0] == part.name.rpartition(".")[0]]
+    name = next(
+        iter((*beside, *rows)), None
+    )  # a factor's own bias is a row as well: the base's stands beside the weight
+    extra = [chain for chain in value.constant if name is None or chain is not rows[name]]
+    if name is None:
+        if extra:
+            raise NotLinear(None, "it adds a bias to a linear that has none")
+        return None, None
+    old = read.tensors[name]
+    new = folded_weight(old.unsqueeze(1), extra).squeeze(1)
+    return old, nn.Parameter(new, requires_grad=old.requires_grad) if extra else old
+
+
+def _base_layer(module: nn.Module, stored: Tensor, factors: set[int]) -> nn.Module | None:
+    """Return the outermost submodule that holds the weight and none of the factors, if there is one."""
+    if is_bound_elsewhere(module) is not None:
+        return None
+    for each in list(module.modules())[1:]:
+        held = {id(parameter) for parameter in each.parameters()}
+        if id(stored) in held and not held & factors and type(each).forward is not nn.Module.forward:
+            return each
+    return None
+
+
+def _changed(layer: nn.Module, new: dict[int, Tensor | None]) -> nn.Module:
+    """Return a copy of the layer with other tensors in place of some; all others are the same objects."""
+    copy = make_twin(layer, freeze=False)
+    for name, old in layer.named_parameters(remove_duplicate=False):
+        tensor = new.get(id(old), old)
+        assert tensor is not None
+        set_tensor(copy, name, tensor)
+    return copy
+
+
+def _linear(weight: nn.Parameter, bias: Tensor | None, training: bool) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+    return layer.train(training)
+
+
+def _disagreement(module: nn.Module, layer: nn.Module, inputs: Calls) -> str:
+    """Return why the layer cannot stand for the module; empty if both compute the same for all inputs."""
+    if any(each.is_meta for each in layer.parameters()):
+        return ""
+    compared = 0
+    with torch.no_grad():
+        for args, kwargs in inputs:
+            try:
+                expected = module(*args, **kwargs)
+            except Exception:  # inputs that are made up need not suit the module
+                continue
+            try:
+                found = layer(*args, **kwargs)
+            except TypeError:
+                return "the plain layer cannot be called as the layer is"
+            if found.dtype != expected.dtype or not close(found, expected, expected.dtype):
+                return "the folded layer gives something else"
+            compared += 1
+    return "" if compared else "it cannot be called to compare"
+
+
+def _what_it_looks_like(read: Reading, why: NotLinear) -> str:
+    """Return why a LoRA in a module's graph is left alone; nothing where there is none."""
+    if why.node is None:
+        return why.reason
+    found = find_folds(read)
+    for reason in found.left.values():
+        return reason
+    return (
+        "its forward does more than a linear and its LoRA; remerge the graph of a model that holds it"
+        if found.folds
+        else ""
+    )

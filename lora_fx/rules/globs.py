@@ -1,0 +1,186 @@
+"""Globs over dotted names, as expressions of the automaton."""
+
+from __future__ import annotations
+
+import re
+
+from lora_fx.rules.automaton import ANY, NOT_DOT, Chain, Characters, Choice, Expression, Repeat, literal
+
+MOST_NUMBERS = 10_000
+_SEGMENT = Repeat(NOT_DOT, 1)
+_DOT = literal(".")
+_PLAIN = re.compile(r"[\w-]+")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)(?=[,}])")
+
+
+class PatternError(ValueError):
+    """A pattern cannot be read; `offset` and `length` say where in it."""
+
+    def __init__(self, message: str, offset: int = 0, length: int = 1) -> None:
+        super().__init__(message)
+        self.offset = offset
+        self.length = length
+
+
+def parse_glob(text: str) -> Expression:
+    """Return the expression of a glob.
+
+    `*` is part of one segment, `**` any number of whole segments (none included), `?` one character, `[ab]`, `[a-z]`
+    and `[!ab]` one of or none of them, `{a,b}` either, `{0..11}` a number (also `{0..3,9}`), `\\` takes the next
+    character as it is.
+    """
+    if not text:
+        raise PatternError("the pattern is empty")
+    segments = _split(text)
+    parts: list[Expression] = []
+    for position, (segment, offset) in enumerate(segments):
+        last = position == len(segments) - 1
+        if segment == "**":
+            parts.append(_any_segments(alone=len(segments) == 1, last=last))
+            continue
+        parts.append(_Segment(segment, offset).parse())
+        if not last and not (segments[position + 1][0] == "**" and position + 2 == len(segments)):
+            parts.append(_DOT)
+    return Chain(tuple(parts))
+
+
+def _any_segments(alone: bool, last: bool) -> Expression:
+    if alone:
+        return Repeat(ANY)
+    return Repeat(Chain((_DOT, _SEGMENT))) if last else Repeat(Chain((_SEGMENT, _DOT)))
+
+
+def _split(text: str) -> list[tuple[str, int]]:
+    """Return (segment, offset) for the dots outside of braces and brackets; repeated `**` count once."""
+    segments: list[tuple[str, int]] = []
+    start = 0
+    for end in [*_top_level_dots(text), len(text)]:
+        segment = text[start:end]
+        if not segment:
+            raise PatternError("the pattern has an empty segment", min(start, len(text) - 1))
+        if segment != "**" and "**" in segment:
+            raise PatternError("`**` stands for whole segments: write it between dots", start + segment.index("**"), 2)
+        if not (segment == "**" and segments and segments[-1][0] == "**"):
+            segments.append((segment, start))
+        start = end + 1
+    return segments
+
+
+def _top_level_dots(text: str) -> list[int]:
+    dots, depth, skip = [], 0, False
+    for position, character in enumerate(text):
+        if skip:
+            skip = False
+        elif character == "\\":
+            skip = True
+        elif character in "{[":
+            depth += 1
+        elif character in "}]":
+            depth = max(0, depth - 1)
+        elif character == "." and depth == 0:
+            dots.append(position)
+    return dots
+
+
+class _Segment:
+    """Parses one segment; offsets are those of the whole pattern."""
+
+    def __init__(self, text: str, offset: int) -> None:
+        self.text = text
+        self.offset = offset
+        self.at = 0
+
+    def parse(self) -> Expression:
+        found = self._until("")
+        if self.at < len(self.text):
+            raise self._error(f"unbalanced `{self.text[self.at]}`", self.at)
+        return found
+
+    def _error(self, message: str, at: int, length: int = 1) -> PatternError:
+        return PatternError(message, self.offset + at, length)
+
+    def _until(self, stops: str) -> Expression:
+        parts: list[Expression] = []
+        while self.at < len(self.text) and self.text[self.at] not in (stops or "}"):
+            parts.append(self._one())
+        return Chain(tuple(parts))
+
+    def _one(self) -> Expression:
+        plain = _PLAIN.match(self.text, self.at)
+        if plain:
+            self.at = plain.end()
+            return literal(plain[0])
+        character = self.text[self.at]
+        self.at += 1
+        if character == "*":
+            return Repeat(NOT_DOT)
+        if character == "?":
+            return NOT_DOT
+        if character == "[":
+            return self._bracket()
+        if character == "{":
+            return self._brace()
+        if character == "]":
+            raise self._error("unbalanced `]`", self.at - 1)
+        return self._escaped() if character == "\\" else literal(character)
+
+    def _escaped(self) -> Expression:
+        if self.at == len(self.text):
+            raise self._error("a backslash at the end", self.at - 1)
+        self.at += 1
+        return literal(self.text[self.at - 1])
+
+    def _bracket(self) -> Expression:
+        start = self.at - 1
+        end = self.text.find("]", self.at)
+        inside = self.text[self.at : end]
+        if end < 0 or not inside.lstrip("!"):
+            raise self._error("`[` without `]`" if end < 0 else "`[]` is empty", start)
+        self.at = end + 1
+        negated = inside.startswith("!")
+        ranges = character_ranges(inside.removeprefix("!"))
+        if any(low > high for low, high in ranges):
+            raise self._error("the range runs backwards", start, self.at - start)
+        return Characters((*ranges, (".", ".")) if negated else ranges, negated)
+
+    def _brace(self) -> Expression:
+        start = self.at - 1
+        choices = [self._choice()]
+        while self.at < len(self.text) and self.text[self.at] == ",":
+            self.at += 1
+            choices.append(self._choice())
+        if self.at == len(self.text):
+            raise self._error("`{` without `}`", start)
+        self.at += 1
+        return Choice(tuple(choices))
+
+    def _choice(self) -> Expression:
+        """Return one of the parts of a brace: a range of numbers, or a pattern."""
+        start = self.at
+        numbers = _RANGE.match(self.text, start)
+        if numbers:
+            self.at = numbers.end()
+            return self._numbers(int(numbers[1]), int(numbers[2]), start)
+        found = self._until(",}")
+        if ".." in self.text[start : self.at]:
+            raise self._error("`..` stands between two numbers, such as {0..11}", start, self.at - start)
+        return found
+
+    def _numbers(self, low: int, high: int, start: int) -> Expression:
+        if low > high or high - low >= MOST_NUMBERS:
+            problem = "runs backwards" if low > high else f"has more than {MOST_NUMBERS:,} numbers"
+            raise self._error(f"the range {low}..{high} {problem}", start, self.at - start)
+        return Choice(tuple(literal(str(number)) for number in range(low, high + 1)))
+
+
+def character_ranges(inside: str) -> tuple[tuple[str, str], ...]:
+    """Return the ranges of a character class's inside: `a-z_` → (a, z), (_, _)."""
+    ranges, position = [], 0
+    while position < len(inside):
+        if position + 2 < len(inside) and inside[position + 1] == "-":
+            ranges.append((inside[position], inside[position + 2]))
+            position += 3
+        else:
+            ranges.append((inside[position], inside[position]))
+            position += 1
+    return tuple(ranges)

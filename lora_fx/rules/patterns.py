@@ -1,0 +1,223 @@
+"""Patterns of rules: names (globs and `re:` expressions) and shapes; and what looks like a pattern that misses."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from lora_fx.rules.automaton import MOST_STATES, Automaton, Expression, states_of
+from lora_fx.rules.expressions import parse_expression
+from lora_fx.rules.globs import PatternError, parse_glob
+
+EXPRESSION_PREFIX = "re:"
+
+
+@dataclass(frozen=True, slots=True)
+class NamePattern:
+    """A glob over dotted names, or with the prefix `re:` a regular expression that must match the whole name.
+
+    Matching takes time linear in the name, whatever the pattern.
+
+    Raises:
+        PatternError: where the text is not a pattern.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        expression_of(self.text)
+
+    def matches(self, name: str) -> bool:
+        return automaton_of(self.text).matches(name)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@functools.lru_cache(maxsize=4096)
+def automaton_of(text: str) -> Automaton:
+    """Return the compiled pattern; compiled when it is first matched, so that linting need not."""
+    return Automaton(expression_of(text))
+
+
+@functools.lru_cache(maxsize=4096)
+def expression_of(text: str) -> Expression:
+    """Return the parsed pattern; PatternError where it is none, or too large."""
+    try:
+        is_expression = text.startswith(EXPRESSION_PREFIX)
+        parsed = _shifted(text.removeprefix(EXPRESSION_PREFIX)) if is_expression else parse_glob(text)
+        states = states_of(parsed)
+    except RecursionError as error:
+        raise PatternError("the pattern is nested too deeply", 0, len(text)) from error
+    if states > MOST_STATES:
+        raise PatternError(f"the pattern needs more than {MOST_STATES:,} states", 0, len(text))
+    return parsed
+
+
+def _shifted(expression: str) -> Expression:
+    try:
+        return parse_expression(expression)
+    except PatternError as error:
+        raise PatternError(str(error), error.offset + len(EXPRESSION_PREFIX), error.length) from error
+
+
+# -- what looks like a pattern
+
+
+def nearest_names(pattern: NamePattern, names: Iterable[str], most: int = 3) -> tuple[str, ...]:
+    """Return up to `most` of the names that look most like what the pattern means, the nearest first.
+
+    Names are compared segment by segment from their ends, as people misspell them.
+    """
+    wanted = _plain_segments(pattern.text)
+    scored = [(_likeness(wanted, name.split(".")), name) for name in dict.fromkeys(names)]
+    best = sorted((each for each in scored if each[0] >= _LEAST_LIKENESS), key=lambda each: -each[0])
+    return tuple(name for score, name in best[:most] if score >= 0.8 * best[0][0])
+
+
+_LEAST_LIKENESS = 0.4
+_WILD = re.compile(r"[*?\[\]{}]")
+
+
+def _plain_segments(text: str) -> list[str]:
+    """Return the pattern's segments from the last to the first; `**` ends it, since anything may stand there."""
+    cleaned = re.sub(r"\\(.)", r"\1", text.removeprefix(EXPRESSION_PREFIX)).replace(".*", "*").strip("^$")
+    cleaned = re.sub(r"\{(\d+)\.\.\d+\}", r"\1", cleaned)
+    segments = cleaned.split(".")[::-1]
+    return segments[: segments.index("**")] if "**" in segments else segments
+
+
+def _likeness(words: Sequence[str], segments: Sequence[str]) -> float:
+    """Return 0…1: how alike the last segments are; the last one counts for half."""
+    if not words:
+        return 0.0
+    scores = [_alike(word, segment) for word, segment in zip(words, reversed(segments), strict=False)]
+    missing = [0.0] * (len(words) - len(scores))
+    rest = scores[1:] + missing
+    if not rest:
+        return scores[0]
+    return 0.5 * scores[0] + 0.5 * sum(rest) / len(rest)
+
+
+@functools.lru_cache(maxsize=65536)
+def _alike(word: str, segment: str) -> float:
+    if word == "*":
+        return 1.0
+    return max(difflib.SequenceMatcher(a=_WILD.sub("", each), b=segment).ratio() for each in _spellings(word))
+
+
+def _spellings(word: str) -> list[str]:
+    """Return what the first `{a,b}` of a word stands for."""
+    prefix, brace, rest = word.partition("{")
+    choices, closed, suffix = rest.partition("}")
+    return [prefix + choice + suffix for choice in choices.split(",")] if brace and closed else [word]
+
+
+# -- shapes
+
+_BOUND = re.compile(r"(>=|<=|>|<)\s*(\d+)")
+_BETWEEN = re.compile(r"(\d+)\s*\.\.\s*(\d+)")
+_LETTER = re.compile(r"(?:(\d+)\s*\*\s*)?([a-z])")
+DIMENSION_FORMS = '1024, "*", ">=1024", "512..4096", d, 3*d'
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """What one dimension must be: between two bounds, or a multiple of a letter."""
+
+    text: str
+    low: int = 0
+    high: int | None = None
+    letter: str = ""
+    factor: int = 1
+
+    def explain(self, size: int, letters: dict[str, int]) -> str | None:
+        """Return why the size does not fit, or None; a letter is bound by its first use."""
+        if self.letter:
+            return self._explain_letter(size, letters)
+        if size < self.low or (self.high is not None and size > self.high):
+            return f"{size} is not {self.text}"
+        return None
+
+    def _explain_letter(self, size: int, letters: dict[str, int]) -> str | None:
+        if self.letter not in letters:
+            if size % self.factor:
+                return f"{size} is not a multiple of {self.factor}"
+            letters[self.letter] = size // self.factor
+        expected = self.factor * letters[self.letter]
+        return None if size == expected else f"{size} is not {self.text} = {expected}"
+
+
+def parse_dimension(value: int | str) -> Dimension:
+    """Return the dimension that a rule writes as `value`; PatternError if it is none."""
+    if isinstance(value, int):
+        return Dimension(str(value), value, value)
+    text = value.strip()
+    if text == "*":
+        return Dimension(text)
+    for form, make in _FORMS:
+        match = form.fullmatch(text)
+        if match:
+            return make(text, match)
+    raise PatternError(f"`{value}` is not a size", 0, len(value))
+
+
+def _bounded(text: str, match: re.Match[str]) -> Dimension:
+    number = int(match[2])
+    low, high = {">=": (number, None), ">": (number + 1, None), "<=": (0, number), "<": (0, number - 1)}[match[1]]
+    return Dimension(text, low, high)
+
+
+def _between(text: str, match: re.Match[str]) -> Dimension:
+    if int(match[1]) > int(match[2]):
+        raise PatternError(f"the range {text} runs backwards", 0, len(text))
+    return Dimension(text, int(match[1]), int(match[2]))
+
+
+def _lettered(text: str, match: re.Match[str]) -> Dimension:
+    factor = int(match[1] or 1)
+    if factor == 0:
+        raise PatternError("a factor of 0", 0, len(text))
+    return Dimension(text, letter=match[2], factor=factor)
+
+
+_FORMS: tuple[tuple[re.Pattern[str], Callable[[str, re.Match[str]], Dimension]], ...] = (
+    (_BOUND, _bounded),
+    (_BETWEEN, _between),
+    (_LETTER, _lettered),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ShapePattern:
+    """What a weight's shape must be, [out, in] as `nn.Linear.weight`."""
+
+    dimensions: tuple[Dimension, ...]
+
+    def matches(self, shape: Sequence[int]) -> bool:
+        return self.explain(shape) is None
+
+    def explain(self, shape: Sequence[int]) -> str | None:
+        """Return why a shape does not match, or None if it does."""
+        if len(shape) != len(self.dimensions):
+            return f"it has {len(shape)} dimensions, not {len(self.dimensions)}"
+        letters: dict[str, int] = {}
+        for position, (dimension, size) in enumerate(zip(self.dimensions, shape, strict=True)):
+            problem = dimension.explain(size, letters)
+            if problem is not None:
+                return f"{_dimension_name(position)} = {problem}"
+        return None
+
+    def values(self) -> list[int | str]:
+        """Return the dimensions as a rule writes them."""
+        return [int(each.text) if each.text.isdigit() else each.text for each in self.dimensions]
+
+    def __str__(self) -> str:
+        return f"[{', '.join(each.text for each in self.dimensions)}]"
+
+
+def _dimension_name(position: int) -> str:
+    return ("out", "in")[position] if position < 2 else f"dimension {position}"

@@ -1,0 +1,254 @@
+"""Rules as data: which sites get which adapter."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lora_fx.rules.keys import INITS, OPS
+from lora_fx.rules.patterns import NamePattern, ShapePattern
+
+__all__ = [
+    "INITS", "OPS", "Expect", "LoRAConfig", "Match", "Rule", "RuleSet", "Slice", "Slices", "SourceSpan",
+    "TrainPattern", "read_rules",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpan:
+    """Where something was written; line 0 for rules given as a dict."""
+
+    file: str
+    line: int = 0
+    column: int = 0
+    length: int = 1
+    text: str = ""
+    """The whole line."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAConfig:
+    """What one adapter is: ΔW = scaling · B A with B [out, r] and A [r, in]."""
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    init: str = "kaiming"
+    rslora: bool = False
+    dora: bool = False
+    bias: bool = False
+    """Also train the site's own bias."""
+    adapter: str = "default"
+    share_dropout: bool = False
+    """Let the dropout of sites on one input drop the same entries."""
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r (Hu et al. 2021, arXiv:2106.09685, §4.1); with `rslora` alpha / √r (arXiv:2312.03732)."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Which sites a rule means; an empty field sets no condition, all others must hold."""
+
+    name: tuple[NamePattern, ...] = ()
+    shape: ShapePattern | None = None
+    op: tuple[str, ...] = ()
+    cls: tuple[NamePattern, ...] = ()
+
+    def matches(self, paths: Sequence[str], shape: Sequence[int], op: str, classes: Sequence[str]) -> bool:
+        return self.explain(paths, shape, op, classes) is None
+
+    def explain(self, paths: Sequence[str], shape: Sequence[int], op: str, classes: Sequence[str]) -> str | None:
+        """Return why a site does not match, or None if it does.
+
+        Args:
+            paths: the site's path and its aliases; any may match.
+            shape: (out, in).
+            op: one of `OPS`.
+            classes: the owner's class, short and dotted; any may match.
+        """
+        if self.name and not any(pattern.matches(path) for pattern in self.name for path in paths):
+            return f"name {paths[0]} does not match {_listed(self.name)}"
+        if self.op and op not in self.op:
+            return f"op {op} is not {' or '.join(self.op)}"
+        if self.cls and not any(pattern.matches(name) for pattern in self.cls for name in classes):
+            return f"class {classes[0]} does not match {_listed(self.cls)}"
+        problem = None if self.shape is None else self.shape.explain(shape)
+        return None if problem is None else f"shape: {problem}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that a rule file would hold."""
+        found: dict[str, Any] = {}
+        if self.name:
+            found["name"] = [pattern.text for pattern in self.name]
+        if self.shape is not None:
+            found["shape"] = self.shape.values()
+        if self.op:
+            found["op"] = list(self.op)
+        if self.cls:
+            found["class"] = [pattern.text for pattern in self.cls]
+        return found
+
+    def __str__(self) -> str:
+        if self.name and not (self.shape or self.op or self.cls):
+            return _listed(self.name)
+        parts = {"name": _listed(self.name), "shape": str(self.shape or ""), "op": ", ".join(self.op)}
+        parts["class"] = _listed(self.cls)
+        return " ".join(f"{key}={text}" for key, text in parts.items() if text)
+
+
+def _listed(patterns: Sequence[NamePattern]) -> str:
+    return ", ".join(pattern.text for pattern in patterns)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One part of a fused weight: an equal share (no size), a number of rows, or ranges of rows (half open)."""
+
+    name: str
+    size: int | None = None
+    rows: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """The parts of a fused weight, and which of them get an adapter."""
+
+    parts: tuple[Slice, ...]
+    adapt: tuple[str, ...]
+
+    @property
+    def are_runs(self) -> bool:
+        """Whether the rows of each adapted part lie next to each other."""
+        return all(len(part.rows) <= 1 for part in self.parts if part.name in self.adapt)
+
+    def rows(self, out_features: int) -> tuple[tuple[int, ...], ...]:
+        """Return the rows of each part that is adapted, in the order of the parts.
+
+        Raises:
+            ValueError: the parts do not fit a weight of so many rows; says how.
+        """
+        rows = self._all_rows(out_features)
+        return tuple(tuple(rows[part.name]) for part in self.parts if part.name in self.adapt)
+
+    def _all_rows(self, out_features: int) -> dict[str, list[int]]:
+        if any(part.rows for part in self.parts):
+            end = max(b for part in self.parts for _, b in part.rows)
+            if end > out_features:
+                raise ValueError(f"the slices name rows up to {end}, the weight has {out_features}")
+            return {part.name: [row for a, b in part.rows for row in range(a, b)] for part in self.parts}
+        equal, rest = divmod(out_features, len(self.parts))
+        sizes = [equal if part.size is None else part.size for part in self.parts]
+        if self.parts[0].size is None and rest:
+            raise ValueError(f"{out_features} rows cannot be cut into {len(self.parts)} equal parts")
+        if sum(sizes) != out_features:
+            raise ValueError(f"the slices have {sum(sizes)} rows together, the weight has {out_features}")
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        return {
+            part.name: list(range(start, start + size))
+            for part, start, size in zip(self.parts, starts, sizes, strict=True)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that a rule file would hold."""
+        if all(part.size is None and not part.rows for part in self.parts):
+            return {"of": [part.name for part in self.parts], "adapt": list(self.adapt)}
+        of = {part.name: part.size or [f"{a}..{b}" for a, b in part.rows] for part in self.parts}
+        return {"of": of, "adapt": list(self.adapt)}
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """How many sites a rule must decide."""
+
+    minimum: int = 1
+    maximum: int | None = None
+
+    def accepts(self, number: int) -> bool:
+        return self.minimum <= number and (self.maximum is None or number <= self.maximum)
+
+    def value(self) -> int | str | None:
+        """Return what a rule file would hold; None for the default."""
+        if self.maximum is not None:
+            return self.maximum
+        return "any" if self.minimum == 0 else None
+
+    def __str__(self) -> str:
+        if self.maximum is not None:
+            return f"exactly {self.maximum}"
+        return "at least one" if self.minimum else "any number"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule: what it matches, and what happens there (`lora`, or `skip` with a reason)."""
+
+    name: str
+    match: Match
+    lora: LoRAConfig | None
+    skip: str | None
+    slices: Slices | None
+    expect: Expect
+    span: SourceSpan
+    match_span: SourceSpan
+    """Where its match is written."""
+    per_call: bool = False
+    """Whether each call of a module that is called several times gets an adapter of its own."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that a rule file would hold."""
+        found: dict[str, Any] = {"name": self.name, "match": self.match.to_dict()}
+        if self.lora is not None:
+            found["lora"] = asdict(self.lora)
+        if self.skip is not None:
+            found["skip"] = self.skip
+        if self.slices is not None:
+            found["slices"] = self.slices.to_dict()
+        if self.per_call:
+            found["per_call"] = True
+        if self.expect.value() is not None:
+            found["expect"] = self.expect.value()
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPattern:
+    """Modules that are trained whole and saved with the adapter."""
+
+    pattern: NamePattern
+    span: SourceSpan
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSet:
+    """All rules of a file, in their order: the first that matches a site decides it."""
+
+    rules: tuple[Rule, ...]
+    train: tuple[TrainPattern, ...]
+    source: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict that `read_rules` reads as the same rules."""
+        found: dict[str, Any] = {"version": 1, "rules": [rule.to_dict() for rule in self.rules]}
+        if self.train:
+            found["train"] = [each.pattern.text for each in self.train]
+        return found
+
+
+def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -> RuleSet:
+    """Return the rules of a file, of a shipped file by its name, or of a dict.
+
+    Raises:
+        RuleError: with every problem found: line, column, what is wrong and what to do.
+    """
+    from lora_fx.rules.reader import read_any
+
+    return read_any(rules)

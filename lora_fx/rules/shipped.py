@@ -1,0 +1,28 @@
+"""The rule files that come with lora_fx, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_FOLDERS = (_PACKAGE / "shipped_rules", _PACKAGE.parent / "rules")
+"""In a wheel; in a checkout."""
+
+
+def folder() -> Path:
+    """Return where the shipped rule files are."""
+    return next((each for each in _FOLDERS if each.is_dir()), _FOLDERS[0])
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the shipped rule files, without the suffix."""
+    return tuple(sorted(path.stem for path in folder().glob("*.yaml")))
+
+
+def find(name: str) -> Path:
+    """Return the file that a user means by a path or a bare name; a file of their own comes first."""
+    given = Path(name)
+    bare = given.parent == Path(".") and given.suffix in ("", ".yaml", ".yml")
+    if given.exists() or not bare or given.stem not in names():
+        return given
+    return folder() / f"{given.stem}.yaml"

@@ -1,0 +1,1 @@
+"""The adapted model: made from a Plan, reported on, merged, undone, extracted."""

@@ -1,0 +1,233 @@
+"""extract: the adapter between two checkpoints, the best of its rank: a truncated SVD of each difference of weights."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import Attached, all_attached, is_adapted
+from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.adapters.spec import ModelRecord
+from lora_fx.discovery.sites import take_inventory
+from lora_fx.errors import LoraFxWarning, RefusedError
+from lora_fx.models.tensors import get_tensor
+from lora_fx.models.twin import is_meta
+from lora_fx.planning.decide import Plan, PlannedSite, decide, on_modules
+from lora_fx.rules.ruleset import RuleSet, read_rules
+from lora_fx.text import columns
+from lora_fx.tuned.build import build, check_refusals, record_in
+
+Rules: TypeAlias = "Mapping[str, object] | str | os.PathLike[str] | RuleSet | None"
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractedSite:
+    """One linear: how much of the difference of its weights the adapter has."""
+
+    path: str
+    r: int
+    norm: float
+    """‖W_tuned - W_base‖, the Frobenius norm."""
+    retained: float
+    """Σ of the r largest σ² / Σ of all σ²; 1 if the weights do not differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractReport:
+    """What an extracted adapter has of the difference between two models, and what it has not."""
+
+    sites: tuple[ExtractedSite, ...]
+    lost: tuple[tuple[str, float], ...]
+    """(name, norm of the difference) of every parameter and buffer that differs and is in no adapter."""
+
+    @property
+    def retained(self) -> float:
+        """The share of the squared difference of all adapted weights that the adapter has."""
+        total = sum(site.norm**2 for site in self.sites)
+        return sum(site.retained * site.norm**2 for site in self.sites) / total if total else 1.0
+
+    def __str__(self) -> str:
+        rows = [(site.path, f"r={site.r}", f"retained {site.retained:.4f}") for site in self.sites]
+        rows += [(name, "", f"lost, ‖Δ‖ = {norm:.3g}") for name, norm in self.lost]
+        return columns(rows)
+
+
+def extracted(
+    tuned_full: nn.Module, base: nn.Module, r: int = 8, rules: Rules = None
+) -> tuple[nn.Module, ExtractReport]:
+    """Return the adapted twin of `base` nearest to `tuned_full`, and the report; both models stay unchanged.
+
+    See `lora_fx.extract`, which returns the twin alone.
+
+    Raises:
+        RefusedError: as `lora_fx.extract`.
+        RuleError, NoMatchError: as `lora_fx.plan`.
+    """
+    _check(tuned_full, base)
+    differing = _differing(tuned_full, base)
+    plan = _plan(base, r, rules, differing)
+    twin = build(base, plan)
+    sites = tuple(_fill(path, found, tuned_full, base) for path, found in all_attached(twin))
+    _take_over_trained(twin, tuned_full)
+    lost = tuple((name, norm) for name, norm in differing.items() if name not in _taken(twin))
+    return twin, ExtractReport(sites, lost)
+
+
+def warn_of_losses(report: ExtractReport) -> None:
+    """Warn of everything that differs and that the adapter does not have."""
+    if report.lost:
+        rows = columns([(name, f"‖Δ‖ = {norm:.3g}") for name, norm in report.lost])
+        warnings.warn(
+            f"{len(report.lost)} tensors differ and are in no adapter; these changes are lost:\n{rows}",
+            LoraFxWarning,
+            stacklevel=3,
+        )
+
+
+# -- what differs
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _check(tuned_full: nn.Module, base: nn.Module) -> None:
+    """Raise RefusedError if the two are not two checkpoints of one architecture, or have no values."""
+    if is_adapted(tuned_full) or is_adapted(base):
+        which = "tuned" if is_adapted(tuned_full) else "base"
+        raise RefusedError(f"the {which} model has an adapter", advice="lora_fx.merge or lora_fx.remove it before")
+    if is_meta(tuned_full) or is_meta(base):
+        raise RefusedError("on the meta device: there are no values to compare")
+    ours, theirs = _tensors(base), _tensors(tuned_full)
+    problems = [(name, "only in the base") for name in ours if name not in theirs]
+    problems += [(name, "only in the tuned model") for name in theirs if name not in ours]
+    problems += [
+        (name, f"base {tuple(ours[name].shape)}, tuned {tuple(theirs[name].shape)}")
+        for name in ours
+        if name in theirs and ours[name].shape != theirs[name].shape
+    ]
+    if problems:
+        raise RefusedError("the two models are not of one architecture", problems)
+
+
+def _differing(tuned_full: nn.Module, base: nn.Module) -> dict[str, float]:
+    """Return the norm of the difference for every tensor that differs.
+
+    Raises:
+        RefusedError: naming each, if a difference is not finite; or if there is none.
+    """
+    theirs = _tensors(tuned_full)
+    norms = {name: float(difference(theirs[name], ours).norm()) for name, ours in _tensors(base).items()}
+    bad = [(name, "NaN or infinite") for name, norm in norms.items() if not norm < float("inf")]
+    if bad:
+        raise RefusedError("the difference of the two models has values that are not finite", bad)
+    return {name: norm for name, norm in norms.items() if norm}
+
+
+def difference(tuned: Tensor, base: Tensor) -> Tensor:
+    """Return tuned - base in float32 (float64 where one of them is), on the device of the base; both stay unchanged."""
+    wide = torch.float64 if torch.float64 in (tuned.dtype, base.dtype) else torch.float32
+    return tuned.detach().to(base.device, wide) - base.detach().to(wide)
+
+
+# -- which sites
+
+
+def _plan(base: nn.Module, r: int, rules: Rules, differing: dict[str, float]) -> Plan:
+    given = _all_that_differ(base, r, differing) if rules is None else rules
+    plan = on_modules(decide(read_rules(given), take_inventory(base)))
+    check_refusals(plan)
+    problems = [(site.path, reason) for site in plan.adapted if (reason := _unfit(base, site)) is not None]
+    if problems:
+        raise RefusedError("some sites cannot be extracted", problems)
+    return plan
+
+
+def _all_that_differ(base: nn.Module, r: int, differing: dict[str, float]) -> Mapping[str, object]:
+    """Return rules for every linear whose weight differs, with a scaling of 1."""
+    linears = [path for path, each in base.named_modules() if path and isinstance(each, nn.Linear)]
+    changed = [path for path in linears if f"{path}.weight" in differing]
+    if not changed:
+        raise RefusedError("no linear differs between the two models: there is nothing to extract")
+    rule = {"name": "extract", "match": {"name": changed}, "lora": {"r": r, "alpha": r}}
+    return {"version": 1, "rules": [rule]}
+
+
+def _unfit(base: nn.Module, site: PlannedSite) -> str | None:
+    if site.slices is not None or (site.lora is not None and site.lora.dora):
+        return "only plain LoRAs are extracted: no dora, no slices"
+    owner = dict(base.named_modules(remove_duplicate=False)).get(site.path)
+    return None if isinstance(owner, nn.Linear) else f"op {site.op}: only linears are extracted"
+
+
+# -- values
+
+
+def _fill(path: str, found: Attached, tuned_full: nn.Module, base: nn.Module) -> ExtractedSite:
+    """Give the adapter the best values of its rank, in place."""
+    name = f"{path}.weight"
+    ours, theirs = get_tensor(base, name), get_tensor(tuned_full, name)
+    assert ours is not None
+    assert theirs is not None
+    delta, r = difference(theirs, ours), found.spec.lora.r
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    kept = min(r, len(values))
+    roots = (values[:kept] / abs(found.spec.scaling)).sqrt()
+    sign = 1.0 if found.spec.scaling > 0 else -1.0
+    _set(found.lora_A, roots.unsqueeze(1) * right[:kept], rows=r)
+    _set(found.lora_B, (sign * left[:, :kept] * roots).t(), rows=r, transposed=True)
+    energies = values.double().square()
+    total = float(energies.sum())
+    retained = float(energies[:kept].sum()) / total if total else 1.0
+    return ExtractedSite(path, r, total**0.5, retained)
+
+
+def _set(factor: LoRAFactor, values: Tensor, rows: int, transposed: bool = False) -> None:
+    """Give a factor its values; rows beyond those that there are stay zero."""
+    padded = values.new_zeros((rows, values.shape[1]))
+    padded[: values.shape[0]] = values
+    with torch.no_grad():
+        factor.weight.copy_(padded.t() if transposed else padded)
+
+
+def _taken(twin: nn.Module) -> set[str]:
+    """Return the names of the tensors of the base whose change the adapted model has, as far as its rank goes."""
+    record = record_in(twin)
+    names = {name for path, _ in all_attached(twin) for name in _weights(twin, path)}
+    return names | set(_trained(twin, record))
+
+
+def _weights(twin: nn.Module, path: str) -> Iterator[str]:
+    """Yield the name of the weight at a path under each name of its module."""
+    module = twin.get_submodule(path)
+    for other, each in twin.named_modules(remove_duplicate=False):
+        if each is module:
+            yield f"{other}.weight"
+
+
+def _trained(twin: nn.Module, record: ModelRecord) -> Iterator[str]:
+    """Yield the names of what is trained whole and saved with the adapter: modules under `train:`, biases of rules."""
+    fronts = tuple(f"{path}." for path in record.trained)
+    for name in _tensors(twin):
+        if fronts and name.startswith(fronts):
+            yield name
+    for path, found in all_attached(twin):
+        if found.spec.lora.bias and found.owner._parameters.get("bias") is not None:
+            yield f"{path}.bias"
+
+
+def _take_over_trained(twin: nn.Module, tuned_full: nn.Module) -> None:
+    """Give what is trained whole the tuned model's values, in place."""
+    theirs = _tensors(tuned_full)
+    for name in _trained(twin, record_in(twin)):
+        own = get_tensor(twin, name)
+        assert own is not None
+        with torch.no_grad():
+            own.copy_(theirs[name])

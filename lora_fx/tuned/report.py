@@ -1,0 +1,125 @@
+"""What an adapted model is made of, read off the model itself; so it also works after torch.load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from torch import fx, nn
+
+from lora_fx.adapters.attach import ACTIVE, Attached, all_attached
+from lora_fx.regions.install import in_graphs, regions
+from lora_fx.regions.region import Region
+from lora_fx.text import columns, count, thousands
+from lora_fx.tuned.build import record_in, trainable
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedSite:
+    """One adapter as it sits in the model."""
+
+    path: str
+    op: str
+    adapter: str
+    rule: str
+    r: int
+    scaling: float
+    parameters: int
+    backend: str
+    """"graph" if a region's graph or the GraphModule's own computes it, else "module"."""
+    call: int | None = None
+    """The call that it serves, where each has an adapter of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegionReport:
+    """One region: how many graphs fit it, how often, and why calls missed them."""
+
+    path: str
+    graphs: int
+    hits: int
+    misses: dict[str, int]
+    seconds: float
+    failures: tuple[str, ...]
+    guards: tuple[str, ...]
+    """What the guards of its graphs check, in the order of checking."""
+    optimised: tuple[str, ...] = ()
+    """What made its graphs cheaper to train and has been compared with the forward: "stack", "recompute"."""
+    given_up: tuple[str, ...] = ()
+    """Why it was not done to a graph after all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `inspect` returns."""
+
+    model: str
+    sites: tuple[AdaptedSite, ...]
+    regions: tuple[RegionReport, ...]
+    trained: tuple[str, ...]
+    trainable: int
+    total: int
+    """Number of parameters of the adapted model, adapters included."""
+
+    def __str__(self) -> str:
+        rows = [
+            (s.path, f"r={s.r} scaling={s.scaling:g}", s.backend, s.rule, f"{thousands(s.parameters)} parameters")
+            for s in self.sites
+        ]
+        lines = [f"{self.model} · {count(len(self.sites), 'adapted site')}", "", columns(rows)]
+        if self.regions:
+            lines += ["", columns([_region_row(region) for region in self.regions])]
+        return "\n".join([*lines, "", f"Trainable: {thousands(self.trainable)} of {thousands(self.total)} parameters."])
+
+    def to_json(self) -> str:
+        return json.dumps({"schema_version": 1, **asdict(self)}, indent=1)
+
+
+def _region_row(region: RegionReport) -> tuple[str, ...]:
+    misses = ", ".join(f"{number} × {reason}" for reason, number in region.misses.items())
+    graphs = count(region.graphs, "graph") if region.graphs else f"no graph: {'; '.join(region.failures)}"
+    hits = f"{region.hits} hits"
+    learnt = f"{count(len(region.guards), 'guard')}, {region.seconds:.1f} s"
+    done = ", ".join(region.optimised) or "; ".join(f"not optimised: {reason}" for reason in region.given_up)
+    return (region.path or "(root)", graphs, learnt, hits, f"misses: {misses}" if misses else "no misses", done)
+
+
+def report(tuned: nn.Module) -> Report:
+    """Return the report of an adapted model; RefusedError if it is not adapted."""
+    record = record_in(tuned)
+    found = tuple(_region(region) for _, _, region in regions(tuned))
+    covered = in_graphs(tuned)
+    sites = tuple(_site(tuned, path, each, covered) for path, each in all_attached(tuned))
+    total = sum(p.numel() for p in tuned.parameters())
+    trained = sum(p.numel() for p in trainable(tuned))
+    return Report(record.model, sites, found, record.trained, trained, total)
+
+
+def _site(tuned: nn.Module, path: str, each: Attached, covered: set[str]) -> AdaptedSite:
+    own_graph = isinstance(tuned, fx.GraphModule) and ACTIVE not in each.owner.__dict__
+    in_graph = own_graph or path in covered
+    return AdaptedSite(
+        path=path,
+        op=each.spec.op,
+        adapter=each.spec.adapter,
+        rule=each.spec.rule,
+        r=each.spec.lora.r,
+        call=each.call,
+        scaling=each.spec.scaling,
+        parameters=sum(p.numel() for p in each.parameters()),
+        backend="graph" if in_graph else "module",
+    )
+
+
+def _region(region: Region) -> RegionReport:
+    return RegionReport(
+        path=region.path,
+        graphs=len(region.kind.programs),
+        hits=region.hits,
+        misses=dict(region.misses),
+        seconds=region.kind.seconds,
+        failures=tuple(dict.fromkeys(region.kind.failures.values())),
+        guards=tuple(dict.fromkeys(reason for each in region.kind.programs for reason in each.guard.reasons)),
+        optimised=tuple(dict.fromkeys(name for each in region.kind.programs for name in each.optimised)),
+        given_up=tuple(dict.fromkeys(each.why_not_fast for each in region.kind.programs if each.why_not_fast)),
+    )

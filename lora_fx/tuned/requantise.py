@@ -1,0 +1,77 @@
+"""Merge into quantised weights on request: what quantising the merged weights again takes from the adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import all_attached, owner_path
+from lora_fx.errors import LoraFxWarning, MergeError
+from lora_fx.models.quantised import dense, is_quantised
+from lora_fx.text import columns
+from lora_fx.tuned.undo import merged
+
+Quantise = Callable[[nn.Module], object]
+"""Quantises every linear in a module, in place: `lambda module: quantize_(module, Int8WeightOnlyConfig())`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requantised:
+    """What quantising one merged weight has cost."""
+
+    path: str
+    largest: float
+    """max |Q(W') - W'|."""
+    share: float
+    """‖Q(W') - W'‖ / ‖W' - W‖: how much of what the adapter does is lost, or drowned; 1 is as large as all of it."""
+
+
+def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Module, list[Requantised]]:
+    """Return the merged model with its once quantised weights quantised again, and what that cost at each site.
+
+    Raises:
+        MergeError: nothing was quantised, or the function does not quantise a merged layer.
+    """
+    sites = [(path, found) for path, found in all_attached(tuned) if is_quantised(found.base_weight)]
+    if not sites:
+        raise MergeError("no adapted weight is quantised: there is nothing to quantise again")
+    model = merged(tuned)
+    costs = []
+    for path, found in sites:
+        owner, name = owner_path(path, found), found.spec.parameter
+        exact = model.get_parameter(f"{owner}.{name}".lstrip(".")).detach()
+        again = _quantised_anew(model, owner, name, quantise)
+        costs.append(_cost(path, dense(found.base_weight), exact, dense(again)))
+    return model, costs
+
+
+def _quantised_anew(model: nn.Module, path: str, name: str, quantise: Quantise) -> Tensor:
+    """Quantise one layer of the model, in place, and return its weight."""
+    shell = nn.Sequential(model.get_submodule(path))
+    quantise(shell)
+    layer = shell[0]
+    if path:
+        model.set_submodule(path, layer)
+    weight = layer._parameters.get(name)
+    if weight is None or not is_quantised(weight):
+        raise MergeError("the merged weight is as plain as before", [(path, "`requantize` has not quantised it")])
+    return weight
+
+
+def _cost(path: str, base: Tensor, exact: Tensor, again: Tensor) -> Requantised:
+    lost, change = (again.float() - exact.float()), (exact.float() - base.float())
+    return Requantised(path, float(lost.abs().max()), float(lost.norm() / change.norm().clamp(min=1e-30)))
+
+
+def warn_of_costs(costs: list[Requantised]) -> None:
+    """Say at which sites quantising again took the most."""
+    worst = sorted(costs, key=lambda each: -each.share)[:6]
+    rows = [(each.path, f"max |Δ| {each.largest:.2g}", f"{each.share:.0%} of the adapter's change") for each in worst]
+    warnings.warn(
+        f"quantising {len(costs)} merged weights again has changed them; the most:\n{columns(rows)}",
+        LoraFxWarning,
+        stacklevel=3,
+    )

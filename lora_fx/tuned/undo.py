@@ -1,0 +1,159 @@
+"""From an adapted model to plain ones: merged, or the base as it was; and the base for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+from torch import Tensor, fx, nn
+
+from lora_fx.adapters.attach import ACTIVE, Attached, all_attached, detach
+from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
+from lora_fx.adapters.spec import ModelRecord
+from lora_fx.models.quantised import forget_quantisation, is_quantised
+from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
+from lora_fx.models.ties import mark_untied, tied_names
+from lora_fx.models.twin import make_twin
+from lora_fx.passes import apply_pass
+from lora_fx.passes.editor import Editor
+from lora_fx.passes.merge import Merge, check_mergeable, folded
+from lora_fx.passes.remove import Remove, erase_lora_nodes
+from lora_fx.passes.sites import lora_nodes
+from lora_fx.regions.install import regions, uninstall
+from lora_fx.tuned.build import record_in
+
+
+def removed(tuned: nn.Module) -> nn.Module:
+    """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
+    record = record_in(tuned)
+    twin = _plain_twin(tuned, Remove())
+    for _, found in list(all_attached(twin)):
+        detach(found.owner)
+    for name, tensor in record.base.items():
+        set_tensor(twin, name, _like(twin, name, tensor))
+    return _flagged(twin, record)
+
+
+def merged(tuned: nn.Module) -> nn.Module:
+    """Return a plain model with every adapter folded into its base weight; the adapted model stays unchanged.
+
+    Raises:
+        MergeError: naming every site whose merged weight would not be finite; nothing is merged then.
+    """
+    record = record_in(tuned)
+    check_mergeable(tuned)
+    twin = _plain_twin(tuned, Merge())
+    owners: dict[int, list[Attached]] = {}
+    for _, found in list(all_attached(twin)):
+        owners.setdefault(id(found.owner), []).append(found)
+    for adapters in owners.values():
+        _merge_module(adapters)
+    _untie(tuned, twin)
+    names = [name for name, _ in twin.named_parameters(remove_duplicate=False) if name in record.base]
+    own_parameters(twin, names, requires_grad=False)  # trained whole: the adapted model may go on training its own
+    return _flagged(twin, record)
+
+
+def _merge_module(adapters: list[Attached]) -> None:
+    """Fold the adapters of one module into its weights."""
+    owner = adapters[0].owner
+    weights = {found.spec.parameter: folded(found) for found in adapters}
+    if any(is_quantised(found.base_weight) for found in adapters):
+        forget_quantisation(owner)
+    detach(owner)
+    for name, weight in weights.items():
+        setattr(owner, name, nn.Parameter(weight, requires_grad=False))
+
+
+def _untie(tuned: nn.Module, twin: nn.Module) -> None:
+    """Note in a transformers model that weights which were tied no longer are, or loading it would tie them again."""
+    parameters = dict(twin.named_parameters(remove_duplicate=False))
+    for names in tied_names(tuned):
+        if len({id(parameters[name]) for name in names if name in parameters}) > 1:
+            mark_untied(twin)
+            return
+
+
+def _plain_twin(tuned: nn.Module, rewrite: Merge | Remove) -> nn.Module:
+    """Return a twin without regions and, for a GraphModule, with its graph rewritten."""
+    twin = make_twin(tuned)
+    _drop_hooks(twin)
+    for _, module, _ in list(regions(twin)):
+        uninstall(module)
+    if isinstance(twin, fx.GraphModule) and next(lora_nodes(twin), None) is not None:
+        _rewrite_graph(twin, rewrite)
+    return twin
+
+
+def _drop_hooks(twin: nn.Module) -> None:
+    """Take off the hooks that count calls."""
+    hooks: tuple[dict[int, object], ...] = (twin._forward_pre_hooks, twin._forward_hooks)  # type: ignore[assignment]
+    for table in hooks:
+        for key, hook in list(table.items()):
+            if hook in (count_calls_anew, stop_counting):
+                del table[key]
+                twin._forward_hooks_always_called.pop(key, None)
+
+
+def _rewrite_graph(twin: fx.GraphModule, rewrite: Merge | Remove) -> None:
+    editor = Editor(twin)
+    apply_pass(rewrite, editor)
+    editor.finish()
+
+
+def _like(twin: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    if name in dict(twin.named_parameters(remove_duplicate=False)):
+        return nn.Parameter(tensor, requires_grad=False)
+    return tensor.clone()
+
+
+def _flagged(twin: nn.Module, record: ModelRecord) -> nn.Module:
+    """Give the parameters the flags that they had in the caller's model."""
+    for name, parameter in twin.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(name in record.requires_grad)
+    return twin
+
+
+@contextlib.contextmanager
+def disabled(tuned: nn.Module) -> Iterator[None]:
+    """Let the adapted model compute what its base computes; the same object, until the block ends."""
+    record = record_in(tuned)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(borrowed(tuned, record.base))
+        stack.enter_context(_inactive_modules(tuned))
+        if isinstance(tuned, fx.GraphModule):
+            stack.enter_context(_base_graph(tuned))
+        yield
+
+
+@contextlib.contextmanager
+def _inactive_modules(tuned: nn.Module) -> Iterator[None]:
+    owners = list({id(f.owner): f.owner for _, f in all_attached(tuned) if ACTIVE in f.owner.__dict__}.values())
+    before = [(owner, set_active(owner, None)) for owner in owners]
+    graphs = [(region, region.enabled) for _, _, region in regions(tuned)]
+    for region, _ in graphs:
+        region.enabled = False
+    try:
+        yield
+    finally:
+        for owner, adapter in before:
+            set_active(owner, adapter)
+        for region, flag in graphs:
+            region.enabled = flag
+
+
+@contextlib.contextmanager
+def _base_graph(tuned: fx.GraphModule) -> Iterator[None]:
+    adapted = tuned.graph
+    tuned.graph = _without_lora(tuned)
+    try:
+        yield
+    finally:
+        tuned.graph = adapted
+
+
+def _without_lora(tuned: fx.GraphModule) -> fx.Graph:
+    shell = fx.GraphModule(tuned, copy.deepcopy(tuned.graph))
+    erase_lora_nodes(Editor(shell))
+    return shell.graph

@@ -1,0 +1,112 @@
+"""The project's own tables: one command measures and writes them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+import lora_fx
+from lora_fx.bench import counters
+from tests.support.docpages import ROOT
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+SMALL = ["--width", "64", "--layers", "1", "--tokens", "16", "--configs", "qv", "--dropout", "0", "--dtype", "float32"]
+
+
+def benchmark(name: str) -> ModuleType:
+    """Return a file of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
+training, decode = benchmark("training"), benchmark("decode")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    with counters.frozen_heap():
+        yield
+
+
+def test_table_is_counted_written_into_the_page_and_as_json(tmp_path, capsys):
+    page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
+    page.write_text("# Before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n")
+    training.main(["--models", "llama", "--steps", "counters", *SMALL, "--write", str(page), "--json", str(numbers)])
+    head, _, row = capsys.readouterr().out.splitlines()[2:]
+    assert head.startswith("| model | adapted | dropout | dtype | lora_fx / LB | PEFT / LB | excess removed |")
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:7] == ["Llama 160M", "q,v r8", "0", "float32", "", "", ""]
+    linears, attention, angles = 4 * 16 * (4 * 64 * 64 + 3 * 64 * 256), 7 * 2 * 16 * 16 * 64, 2 * 32 * 16
+    adapters = 2 * 6 * 16 * 8 * (64 + 64)
+    assert cells[9] == f"{1 + adapters / (linears + attention + angles):.4f}" == "1.0444"
+    text = page.read_text()
+    assert row in text
+    assert "old" not in text
+    assert text.startswith("# Before\n")
+    assert text.endswith("<!-- table:end -->\nafter\n")
+    (line,) = json.loads(numbers.read_text())
+    assert (line["model"], line["adapted"], line["timing"]) == ("Llama 160M", "q,v r8", None)
+
+
+def test_page_without_marks_is_refused():
+    with pytest.raises(SystemExit, match="table:begin"):
+        training.written("# A page", "table")
+
+
+def test_page_of_the_documentation_has_the_marks():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert "\nnew\n" in training.written(page, "new")
+
+
+def test_fused_weight_is_compared_whole_and_its_slices_without_peft():
+    found = list(training.MODELS["gpt2"].configs(["qv", "all16"]))
+    assert [(name, peer) for name, _, peer in found] == [
+        ("c_attn r8", "peft"), ("q,v r8 (slices)", None), ("all r16", "peft"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", training.MODELS)
+def test_rules_of_the_table_adapt_the_blocks_and_nothing_else(name: str):
+    model = training.MODELS[name]
+    with torch.device("meta"):
+        base = model.base(training.Sizes(layers=1, width=64, whole=False))
+    found = {}
+    for adapted, rule, _ in model.configs(["qv", "all8"]):
+        plan = lora_fx.plan(base, {"version": 1, "rules": [rule]})
+        found[adapted] = len(plan.adapted)
+    expected = {
+        "gpt2": {"c_attn r8": 1, "q,v r8 (slices)": 1, "all r8": 4},
+        "bert": {"q,v r8": 2, "all r8": 6},
+        "vit": {"q,v r8": 2, "all r8": 6},
+        "llama": {"q,v r8": 2, "all r8": 7},
+    }
+    assert found == expected[name]
+
+
+def test_decoding_is_measured_in_every_form(capsys):
+    decode.main(["--rounds", "1", "--rows", "2", "--linear", "16", "--llama", "64", "--milliseconds", "0.1"])
+    first, second = capsys.readouterr().out.split("llama 64, 2 rows")
+    assert first.startswith("linear 16, 2 rows; A/A ")
+    names = [line.split("  ")[1] for line in first.splitlines()[2:]]
+    assert names == [
+        "module",
+        "F.linear",
+        "lora_fx, GraphModule",
+        "lora_fx, modules",
+        "lora_fx, graph",
+        "PEFT",
+        "merged",
+    ]
+    assert "lora_fx, graph" in second
+    assert "GraphModule" not in second

@@ -1,0 +1,382 @@
+"""The tracer: what goes into a graph, what is refused with which reason, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fx.capture.captured import Captured, NotCaptured, capture
+from lora_fx.capture.guards import compile_guard
+from lora_fx.regions.program import make_program
+from tests.support import zoo
+
+
+class Block(nn.Module):
+    """A module whose forward is given as a function of (self, *inputs)."""
+
+    def __init__(self, forward, **parts) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.body = forward
+
+    def forward(self, *args, **kwargs):
+        return self.body(self, *args, **kwargs)
+
+
+def x(batch: int = 2, length: int = 5) -> torch.Tensor:
+    return zoo.features(batch, length, 8)
+
+
+def captured(module: nn.Module, *args, **kwargs) -> Captured:
+    with torch.no_grad():
+        return capture(module, args, kwargs)
+
+
+def refusal(forward, *args, **parts) -> str:
+    with pytest.raises(NotCaptured) as caught:
+        captured(Block(forward, **parts), *(args or (x(),)))
+    return str(caught.value)
+
+
+def agrees(module: nn.Module, *calls: tuple) -> None:
+    """The graph captured from the first call fits all calls and computes what the module computes."""
+    program = make_program(captured(module, *calls[0]), module)
+    with torch.no_grad():
+        for args in calls:
+            inputs = program.guard.match(module, args, {})
+            assert isinstance(inputs, tuple), program.guard.reasons[inputs]
+            result, expected = program.function(module, *inputs), module(*args)
+            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.first(x),
+        lambda self, x: F.linear(x, self.first.weight) @ self.second.weight,
+        lambda self, x: self.first(x).view(*x.shape[:-1], 2, -1).transpose(1, 2).reshape(x.shape),
+        lambda self, x: 2 ** self.first(x) - 3 / self.second(x).exp(),
+        lambda self, x: torch.cat([part.exp() for part in self.first(x).chunk(2, -1)], -1),
+        lambda self, x: sum(row for row in self.first(x).unbind(-1)),
+        lambda self, x: torch.stack([a + b for a, b in zip(x.unbind(-1), x.unbind(-1))]),
+        lambda self, x: (self.first(x), [self.second(x), None, 3], {"key": x}),
+        lambda self, x: x * x.shape[0] * (x.shape[1] ** -0.5),
+        lambda self, x: x + torch.arange(x.shape[1], device=x.device)[None, :, None],
+        lambda self, x: x.new_zeros(x.shape[0], 1).expand(-1, x.shape[1]) + x[..., 0],
+        lambda self, x: torch.where(x > 0, self.first(x), x[:, -1:]),
+        lambda self, x: self.first(x) if isinstance(x, torch.Tensor) else None,
+        lambda self, x: x.mT.mT.sum() + x.real.mean(),
+        lambda self, x: x[..., :4].clone().mul_(2),
+    ],
+    ids=range(15),
+)
+def test_graph_computes_what_the_forward_computes_at_other_sizes(forward):
+    agrees(Block(forward), (x(2, 5),), (x(3, 7),), (x(9, 5),))
+
+
+def test_named_tuples_and_model_outputs_come_back_as_they_are():
+    from collections import namedtuple
+
+    Pair = namedtuple("Pair", "left right")
+    module = Block(lambda self, x: Pair(self.first(x), x))
+    program = make_program(captured(module, x()), module)
+    result = program.function(module, x(3, 4))
+    assert type(result).__name__ == "Pair"
+    assert torch.equal(result.left, module(x(3, 4)).left)
+
+
+def test_no_grad_inside_stays():
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.second(x)
+        return self.first(x) + y
+
+    module = Block(forward)
+    program = make_program(capture(module, (x(),), {}), module)
+    program.function(module, x()).sum().backward()
+    assert module.first.weight.grad is not None
+    assert module.second.weight.grad is None
+
+
+def test_autocast_inside_stays():
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.first(x)
+
+    module = Block(forward)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        program = make_program(capture(module, (x(),), {}), module)
+        assert program.function(module, x()).dtype == torch.float32
+        assert module(x()).dtype == torch.float32
+
+
+def test_custom_backward_stays():
+    class Reverse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return -gradient
+
+    module = Block(lambda self, x: Reverse.apply(self.first(x)))
+    program = make_program(capture(module, (x(),), {}), module)
+    program.function(module, x()).sum().backward()
+    reversed_gradient = module.first.weight.grad.clone()
+    module.zero_grad()
+    module(x()).sum().backward()
+    assert torch.equal(reversed_gradient, module.first.weight.grad)
+
+
+def test_buffer_written_in_place_is_written_by_the_graph_and_not_by_the_capture():
+    def forward(self, x):
+        self.ema.mul_(0.5).add_(x.mean())
+        return self.first(x) + self.ema
+
+    module = Block(forward)
+    module.register_buffer("ema", torch.zeros(()))
+    graph = captured(module, x())
+    assert module.ema == 0
+    program = make_program(graph, module)
+    program.function(module, x())
+    torch.testing.assert_close(module.ema, x().mean())
+
+
+def test_batch_norm_does_not_count_the_capture():
+    module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).train()
+    capture(module, (torch.randn(4, 8),), {})
+    assert module[1].num_batches_tracked == 0
+    assert torch.equal(module[1].running_mean, torch.zeros(8))
+
+
+# -- refused, with the reason
+
+
+def counts_calls(self, x):
+    self.calls = 1
+    return self.first(x)
+
+
+def swallows(self, x):
+    try:
+        return self.first(x) if bool(x.sum() > 0) else x
+    except Exception:
+        return self.second(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (counts_calls, "the forward writes calls to the module"),
+        (lambda self, x: self.first(x) * random.random(), "the forward draws from Python's random"),
+        (lambda self, x: self.first(x) if x.sum() > 0 else x, "Could not guard on data-dependent expression"),
+        (lambda self, x: self.first(x) * x.sum().item(), "the forward asks a tensor for item()"),
+        (swallows, "Could not guard on data-dependent expression"),
+        (lambda self, x: self.first(x) if x.data_ptr() else x, "data_ptr"),
+        (
+            lambda self, x: self.first(x) if self.first(x).requires_grad else x,
+            "the forward asks a tensor for requires_grad",
+        ),
+        (lambda self, x: self.first(x) + OUTSIDE, "a tensor is neither an argument nor a parameter"),
+        (lambda self, x: object(), "the forward returns an object of type object"),
+        (lambda self, x: torch.func.vmap(self.first)(x), "functorch"),
+    ],
+    ids=["state", "random", "value", "item", "swallowed", "pointer", "requires_grad", "outside", "object", "vmap"],
+)
+def test_what_may_come_out_differently_is_refused_with_the_reason(forward, reason):
+    assert reason in refusal(forward)
+
+
+OUTSIDE = torch.ones(8)
+
+
+def test_opaque_argument_is_refused_by_name():
+    module = Block(lambda self, x, cache: self.first(x))
+    with pytest.raises(NotCaptured, match="argument cache is of type Mlp"):
+        capture(Named(module), (x(), zoo.Mlp()), {})
+
+
+class Named(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, cache=None):
+        return self.inner(x, cache)
+
+
+def test_child_that_cannot_be_captured_stays_one_call_and_says_why():
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.counter = nn.Linear(8, 8), Block(counts_calls)
+
+        def forward(self, x):
+            return self.counter(self.fc(x))
+
+    module = Parent()
+    found = captured(module, x())
+    assert found.log.retreats == {"counter": "the forward writes counter.calls to the module"}
+    assert [node.target for node in found.graph.nodes if node.op == "call_module"] == ["fc", "counter"]
+    assert "calls" not in vars(module.counter)
+
+
+class Looping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.stack([self.fc(x[:, index]) for index in range(x.shape[1])], 1)
+
+
+def test_size_that_the_forward_bakes_in_is_guarded_and_refused_where_it_is_known_to_vary():
+    module = Looping()
+    assert "s0_1 == 5" in captured(module, x(2, 5)).size_guards
+    with torch.no_grad(), pytest.raises(NotCaptured, match="turns a varying size into a constant"):
+        capture(module, (x(2, 5),), {}, varying=frozenset({(0, 1)}))
+
+
+# -- guards
+
+
+def reason(module: nn.Module, found: Captured, *args, **kwargs) -> str | None:
+    guard = compile_guard(found, {path: type(module.get_submodule(path)) for path in found.log.inlined})
+    result = guard.match(module, args, kwargs)
+    return guard.reasons[result] if isinstance(result, int) else None
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = zoo.Mlp(8)
+        self.scale = 2.0
+
+    def forward(self, hidden, mask=None, flag=False, pair=None):
+        hidden = self.inner(hidden) * self.scale
+        hidden = hidden if mask is None else hidden * mask
+        hidden = hidden + pair[0] if pair is not None else hidden
+        return -hidden if flag else hidden
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "expected"),
+    [
+        ((x(3, 9),), {}, None),
+        ((x(), x()), {}, "number of positional arguments"),
+        ((x(),), {"flag": False}, "keyword arguments"),
+        ((x().double(),), {}, "dtype of hidden"),
+        ((x()[0],), {}, "number of dimensions of hidden"),
+        ((zoo.features(2, 5, 4),), {}, "size: hidden.shape[2] == 8"),
+        ((x(1, 5),), {}, "size: 2 <= hidden.shape[0]"),
+        ((None,), {}, "hidden is not a plain tensor"),
+        (([x()],), {}, "hidden is not a plain tensor"),
+        ((nn.Parameter(x()),), {}, None),
+    ],
+)
+def test_call_that_does_not_fit_is_told_why(args, kwargs, expected):
+    module = Layer()
+    found = captured(module, x())
+    with torch.no_grad():
+        assert reason(module, found, *args, **kwargs) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ({"mask": x()}, {"mask": None}, "mask is not a plain tensor"),
+        ({"flag": True}, {"flag": False}, "value of flag"),
+        ({"flag": True}, {"flag": 1}, "value of flag"),
+        ({"pair": (x(), 1)}, {"pair": (x(), 2)}, "value of pair[1]"),
+        ({"pair": (x(), 1)}, {"pair": [x(), 1]}, "structure of pair"),
+        ({"pair": (x(), 1)}, {"pair": (x(),)}, "structure of pair"),
+        ({"pair": {0: x(), 1: 2}}, {"pair": {0: x(), 2: 2}}, "keys of pair"),
+    ],
+)
+def test_constants_and_structure_are_guarded(first, second, expected):
+    module = Layer()
+    found = captured(module, x(), **first)
+    with torch.no_grad():
+        assert reason(module, found, x(), **first) is None
+        assert reason(module, found, x(), **second) == expected
+
+
+def test_one_tensor_given_twice_is_another_call_than_two_tensors():
+    module = Block(lambda self, a, b: self.first(a) if a is b else self.second(b))
+    a, b = x(), x().clone()
+    twice, once = captured(module, a, a), captured(module, a, b)
+    with torch.no_grad():
+        assert reason(module, twice, a, b) == "one tensor was given twice"
+        assert reason(module, once, a, a) == "different tensors were given, now one twice"
+        assert reason(module, once, a, b) is None
+
+
+def test_grad_mode_is_guarded_only_where_the_forward_asks_for_it_or_changes_it():
+    asks = Block(lambda self, x: self.first(x) if torch.is_grad_enabled() else self.second(x))
+    with torch.no_grad():
+        found = captured(asks, x())
+    assert reason(asks, found, x()) == "grad mode"
+
+    class Stops(Block):
+        def forward(self, x):
+            with torch.no_grad():
+                y = self.second(x)
+            return self.first(x) + y
+
+    stops = Stops(lambda self, x: x)
+    assert reason(stops, captured(stops, x()), x()) == "grad mode"
+    careless = Block(lambda self, x: self.first(x))
+    assert reason(careless, captured(careless, x()), x()) is None
+
+
+def test_autocast_attributes_classes_and_hooks_are_guarded():
+    module = Layer()
+    found = captured(module, x())
+    classes = {path: type(module.get_submodule(path)) for path in found.log.inlined}
+    guard = compile_guard(found, classes)
+
+    def told() -> str | None:
+        result = guard.match(module, (x(),), {})
+        return guard.reasons[result] if isinstance(result, int) else None
+
+    with torch.no_grad():
+        assert told() is None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert told() == "autocast on cpu"
+        module.scale = 3.0
+        assert told() == "value of scale"
+        module.scale = 2.0
+        handle = module.inner.register_forward_hook(lambda *args: None)
+        assert told() == "a hook on inner"
+        handle.remove()
+        handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+        assert told() == "a global module hook"
+        handle.remove()
+        module.inner = type("Other", (zoo.Mlp,), {})(8)
+        assert told() == "class of inner"
+
+
+def test_layout_is_guarded_only_where_the_forward_asks_for_it():
+    asks = Block(lambda self, x: self.first(x) if x.is_contiguous() else self.second(x))
+    flipped = x(5, 2).transpose(0, 1)
+    with torch.no_grad():
+        assert reason(asks, captured(asks, x()), flipped) == "memory layout of argument 0"
+        careless = Block(lambda self, x: self.first(x))
+        assert reason(careless, captured(careless, x()), flipped) is None
+
+
+def test_attribute_that_appears_later_is_guarded():
+    module = Block(lambda self, x: self.first(x) * getattr(self, "gain", 1))
+    found = captured(module, x())
+    with torch.no_grad():
+        assert reason(module, found, x()) is None
+        module.gain = 2
+        assert reason(module, found, x()) == "gain now exists"

@@ -1,0 +1,100 @@
+"""Every code block of the documentation runs and prints what the page says that it prints."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+
+from lora_fx.errors import LoraFxError, RuleError
+from tests.support.clitools import run
+from tests.support.docpages import PAGES, ROOT, blocks_of, differences, with_keys
+from tests.support.pictures import FOLDER, pictures
+
+IDS = [str(path.relative_to(ROOT)) for path in PAGES]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=IDS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_code_runs_and_prints_what_the_page_shows(path):
+    wrong = [(block.text, right) for block, right in differences(path.read_text(encoding="utf-8"))]
+    assert wrong == [], "python -m tests.support.docpages brings the pages up to date"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=IDS)
+def test_tables_of_keys_are_up_to_date(path):
+    text = path.read_text(encoding="utf-8")
+    assert with_keys(text) == text
+
+
+def test_a_wrong_output_is_found():
+    page = "```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n"
+    assert [(block.text, right) for block, right in differences(page)] == [("3\n", "2\n")]
+
+
+def test_every_rule_key_is_in_the_documentation_with_an_example():
+    text = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    for table in ("TOP", "RULE", "MATCH", "LORA", "SLICES"):
+        assert f"<!-- keys: {table} -->" in text
+
+
+def test_yaml_examples_of_the_rules_page_are_rule_files(tmp_path):
+    from lora_fx.rules.ruleset import read_rules
+
+    pages = [
+        block for path in PAGES for block in blocks_of(path.read_text(encoding="utf-8")) if block.language == "yaml"
+    ]
+    assert pages
+    for number, block in enumerate(pages):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block.text, encoding="utf-8")
+        read_rules(path)
+
+
+def test_version_stands_in_the_changelog():
+    from importlib.metadata import version
+
+    assert re.search(
+        rf"^## {re.escape(version('lora-fx'))}", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+
+
+def test_every_error_has_a_heading_that_messages_link_to():
+    for module in ("cli.saved", "graphdiff.graphs", "graphdiff.programs", "modelspec"):
+        importlib.import_module(f"lora_fx.{module}")
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    headings = {f"errors#{line[3:].lower()}" for line in page.splitlines() if line.startswith("## ")}
+    missing = [kind.__name__ for kind in errors_of(LoraFxError) if kind.anchor() not in headings]
+    assert missing == []
+    assert RuleError("rules", []).__notes__ == ["  see docs: errors#ruleerror"]
+
+
+def errors_of(kind: type[LoraFxError]) -> list[type[LoraFxError]]:
+    ours = [each for each in kind.__subclasses__() if each.__module__.startswith("lora_fx.")]
+    return [kind, *(each for sub in ours for each in errors_of(sub))]
+
+
+def test_newcomer_has_an_adapted_model_of_their_own_after_twelve_lines():
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    first = next(block for block in blocks_of(tutorial) if block.language == "python")
+    assert "lora_fx.apply(model" in first.text
+    assert len(first.text.strip().splitlines()) <= 12
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    assert listed == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+
+
+def test_hook_for_pre_commit_runs_a_verb_that_is_there():
+    import yaml
+
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    assert hook["entry"].split() == ["lora-fx", "lint"]
+    assert run("lint", ROOT / "demo" / "rules.yaml").exit_code == 0
+
+
+def test_figures_show_what_the_code_does():
+    wrong = [name for name, text in pictures().items() if (FOLDER / name).read_text(encoding="utf-8") != text]
+    assert wrong == [], "python -m tests.support.pictures brings the figures up to date"

@@ -1,0 +1,129 @@
+"""The built documentation in a browser: nothing fails, nothing is asked of other machines, search finds, axe is content.
+
+Needs chromium and the extra `browser`; left out where either is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CHROMIUM
+
+pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["", "tutorial/", "recipes/", "rules/", "errors/", "cli/", "reference/api/"]
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+class Visit:
+    """A page in the browser, with what it has complained of and asked for."""
+
+    def __init__(self, browser, home: str) -> None:
+        self.home, self.complaints, self.foreign = home, [], []
+        self.page = browser.new_page()
+        self.page.on("console", lambda said: self._complain(said.text) if said.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self._complain(str(error)))
+        self.page.on("request", lambda asked: self._asked(asked.url))
+
+    def _complain(self, text: str) -> None:
+        self.complaints.append(text)
+
+    def _asked(self, url: str) -> None:
+        if not url.startswith((self.home, "data:", "blob:")):
+            self.foreign.append(url)
+
+    def open(self, path: str) -> None:
+        self.page.goto(self.home + path)
+        self.page.wait_for_load_state("networkidle")
+
+
+@pytest.fixture(scope="module", params=["mkdocs", "zensical"])
+def site(request, tmp_path_factory):
+    """The address at which the site is served, as one of the two builds it from the same sources."""
+    pytest.importorskip(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    for name in ("docs", "lora_fx"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "mkdocs.yml", folder)
+    subprocess.run(
+        [sys.executable, "-m", request.param, "build", "--strict"], cwd=folder, check=True, capture_output=True
+    )
+    handler = functools.partial(Quiet, directory=str(folder / "site"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+def test_pages_complain_of_nothing_and_ask_nothing_of_other_machines(browser, site):
+    visit = Visit(browser, site)
+    for path in PAGES:
+        visit.open(path)
+    assert (visit.complaints, visit.foreign) == ([], [])
+
+
+def test_search_finds_fused_qkv(browser, site):
+    visit = Visit(browser, site)
+    visit.open("")
+    visit.page.keyboard.press("/")
+    visit.page.wait_for_timeout(500)
+    visit.page.keyboard.type("fused qkv", delay=20)
+    found = visit.page.locator("a[href*='recipes/'][href*='#fused-qkv']").first
+    found.wait_for(state="attached", timeout=20_000)
+    assert (visit.complaints, visit.foreign) == ([], [])
+
+
+@pytest.mark.parametrize("path", ["errors/", "recipes/"])
+def test_links_of_error_messages_lead_to_headings(browser, site, path):
+    visit = Visit(browser, site)
+    visit.open(path)
+    anchors = {"errors/": "#ruleerror", "recipes/": "#quantised-base"}
+    assert visit.page.locator(f"h2{anchors[path]}, h2:has({anchors[path]})").count() == 1
+
+
+@pytest.mark.parametrize("path", ["", "tutorial/", "errors/"])
+def test_axe_finds_no_serious_fault_in_what_we_have_written(browser, site, path):
+    visit = Visit(browser, site)
+    visit.open(path)
+    assert serious(axe.Axe().run(visit.page, context="article")) == []
+
+
+def test_page_of_a_plan_stands_alone_and_is_accessible(browser, tmp_path):
+    import lora_fx
+    from lora_fx.planning.render.html import plan_html
+    from tests.support.clitools import small
+
+    model, inputs = small()
+    (tmp_path / "plan.html").write_text(plan_html(lora_fx.plan(model, "attention", inputs)), encoding="utf-8")
+    visit = Visit(browser, tmp_path.as_uri() + "/")
+    visit.open("plan.html")
+    rows = visit.page.locator("tr.kept")
+    assert rows.first.is_visible()
+    visit.page.check("#only")
+    assert not rows.first.is_visible()
+    assert (visit.complaints, visit.foreign, serious(axe.Axe().run(visit.page))) == ([], [], [])
+
+
+def serious(result) -> list[str]:
+    found = result.response["violations"]
+    return [f"{each['id']}: {each['help']}" for each in found if each["impact"] in ("serious", "critical")]

@@ -1,0 +1,255 @@
+"""Pictures of diffs and of adapters: complete, self-contained, within the limits of those who show them."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import networkx
+import pytest
+import torch
+
+import lora_fx
+from lora_fx.errors import RefusedError
+from lora_fx.graphdiff.compare import compare
+from lora_fx.graphdiff.deltas.heatmaps import places_of
+from lora_fx.graphdiff.deltas.measure import singular_values
+from lora_fx.graphdiff.graphs import Graph, Node
+from lora_fx.graphdiff.render import html as html_page
+from lora_fx.graphdiff.render.blocks import blocks_of, boxes_of
+from lora_fx.graphdiff.render.layout import HEIGHT, WIDTH, layered
+from lora_fx.graphdiff.render.mermaid import fits
+from tests.support import zoo
+from tests.support.graphs import decoder
+from tests.support.zoo import rules
+
+
+@pytest.fixture(scope="module")
+def diff():
+    model = zoo.Encoder().eval()
+    return lora_fx.diff(model, lora_fx.apply(model, rules("**.{query,value}"), zoo.call_encoder()))
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, and complains of those that are not closed."""
+
+    EMPTY = {"meta", "input", "path", "rect", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.EMPTY:
+            assert self.open.pop() == tag
+
+
+def test_page_is_well_formed_and_asks_nobody_for_anything(diff):
+    text = diff.to_html()
+    page = Page(text)
+    assert not [attributes for _, attributes in page.tags if {"src", "href", "action"} & set(attributes)]
+    assert "default-src 'none'" in text
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    assert "{{" not in text
+
+
+def test_page_shows_each_change_once_with_lines_of_both_sides(diff):
+    text = diff.to_html()
+    assert text.count("layer.{0..2}.attention.query ×3") == 1
+    assert '<span class="d">-    attention_query = self.attention.query(hidden)</span>' in text
+    assert "rule 1 · r=4 scaling=4" in text
+    paths = json.loads(re.search(r'id="paths">(.*?)</script>', text)[1])
+    assert ["layer.0.attention.query", "layer.1.attention.query", "layer.2.attention.query"] in paths
+
+
+def test_page_of_hostile_names_stays_harmless():
+    evil = "</script><script>alert(1)</script>"
+    a = decoder(1, nodes=6)
+    nodes = tuple(node if k != 2 else type(node)(evil, evil, evil, evil, node.inputs) for k, node in enumerate(a.nodes))
+    diff = compare(a, type(a)(evil, nodes, a.weights))
+    for text in (diff.to_html(), diff.to_svg()):
+        assert "<script>alert" not in text
+    Page(diff.to_html())
+    ElementTree.fromstring(diff.to_svg())
+    assert '"]' in diff.to_mermaid()
+    assert "<script" not in diff.to_mermaid()
+
+
+def test_svg_is_xml_and_says_without_colour_what_differs(diff):
+    root = ElementTree.fromstring(diff.to_svg())
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "± attention.query" in texts
+    assert "layer.{0..2} ×3" in texts
+    titles = [element.text for element in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert any("rule 1 · r=4 scaling=4" in title and "float32 [" in title for title in titles)
+
+
+def test_equal_graphs_give_pictures_that_say_so(diff):
+    same = compare(diff.comparison.a, diff.comparison.a)
+    assert "no difference" in same.to_svg()
+    assert "no difference" in same.to_mermaid()
+    assert "No difference" in same.to_html()
+
+
+def test_mermaid_shows_blocks_with_their_edges(diff):
+    chart = diff.to_mermaid()
+    assert chart.startswith("flowchart TD\n")
+    assert 'subgraph b0["layer.{0..2} ×3"]' in chart
+    assert "changed: attention.query" in chart
+    assert " --> " in chart
+    assert fits(chart)
+
+
+@pytest.mark.parametrize(("modules", "edges"), [(1, True), (12, True), (60, True), (300, False), (1500, False)])
+def test_mermaid_stays_within_the_limits_of_github(modules, edges):
+    names = [f"part_{k:x}_of_a_large_model.{kind}" for k in range(modules) for kind in "abcdefgh"]
+    x = Node("", "input", "x", "")
+    nodes = [Node(name, name, "y", f"{name}($0)", (k,)) for k, name in enumerate(names)]
+    other = [replace(each, code=f"{each.code} + 1") if each.op.endswith(".c") else each for each in nodes]
+    chart = compare(Graph("A", (x, *nodes)), Graph("B", (x, *other))).to_mermaid()
+    assert len(chart) <= 50_000
+    assert chart.count("-->") <= 500
+    assert ("-->" in chart) == edges
+    assert ("more" in chart) == (modules == 1500)
+
+
+def test_page_stays_small_and_says_what_it_leaves_out(monkeypatch):
+    a, b = (side_by_side([decoder(1, nodes=20 + k, adapted=adapted) for k in range(40)]) for adapted in (False, True))
+    assert "more left out" not in compare(a, b).to_html()
+    monkeypatch.setattr(html_page, "MOST_BYTES", 100_000)
+    text = compare(a, b).to_html()
+    assert len(text.encode()) < 120_000
+    assert "more left out" in text
+    Page(text)
+
+
+def side_by_side(graphs: list[Graph]) -> Graph:
+    """Return one graph of many, each a block of its own kind."""
+    nodes, weights = [], {}
+    for k, graph in enumerate(graphs):
+        start = len(nodes)
+        for each in graph.nodes:
+            inputs = tuple(start + i for i in each.inputs)
+            path, names = each.path.replace("layers.0", f"layers.{k}"), tuple(f"{k}.{w}" for w in each.weights)
+            nodes.append(replace(each, path=path, region=f"layers.{k}", inputs=inputs, weights=names))
+        weights |= {f"{k}.{name}": each for name, each in graph.weights.items()}
+    return Graph("Many", tuple(nodes), weights)
+
+
+def test_dot_and_graphml_have_every_statement_once(diff):
+    blocks = blocks_of(diff.comparison)
+    graph = networkx.parse_graphml(diff.to_graphml())
+    assert graph.number_of_nodes() == sum(len(block.steps) for block in blocks)
+    assert graph.number_of_edges() == sum(len(block.edges) for block in blocks)
+    statuses = networkx.get_node_attributes(graph, "status")
+    assert sorted(set(statuses.values())) == ["changed", "same"]
+    assert diff.to_dot().count("tooltip=") == graph.number_of_nodes()
+    assert diff.to_dot().count("{") == diff.to_dot().replace("{0..2}", "").count("}") + diff.to_dot().count("{0..2}")
+
+
+def test_blocks_of_a_whole_graph_are_found_by_their_numbers():
+    diff = compare(decoder(8, nodes=20), decoder(8, adapted=True, nodes=20))
+    found = {tuple(block.paths): block.changed for block in blocks_of(diff.comparison)}
+    assert found == {("",): False, ("layers.0",): True, tuple(f"layers.{k}" for k in range(1, 8)): True}
+
+
+def test_boxes_stand_below_what_they_are_computed_from_and_never_on_each_other(diff):
+    for block in blocks_of(diff.comparison):
+        boxes, edges = boxes_of(block)
+        corners = layered(len(boxes), edges).corners
+        assert all(corners[source][1] < corners[target][1] for source, target in edges)
+        for i, (x, y) in enumerate(corners):
+            assert all(abs(x - u) >= WIDTH or abs(y - v) >= HEIGHT for u, v in corners[:i])
+
+
+# -- adapters
+
+
+def trained(**lora: object):
+    model = zoo.Gpt(layers=3).eval()
+    tuned = lora_fx.apply(model, rules("**.{c_attn,c_fc}", **lora), (zoo.tokens(2, 6),))
+    for parameter in lora_fx.parameters(tuned):
+        parameter.data.normal_(0, 0.1)
+    return model, tuned
+
+
+def test_deltas_are_those_of_the_whole_matrix():
+    model, tuned = trained(r=4, alpha=12)
+    merged = lora_fx.merge(tuned)
+    for each in lora_fx.deltas(tuned).sites:
+        weight = model.get_submodule(each.path).weight.double()
+        delta = merged.get_submodule(each.path).weight.double() - weight
+        assert each.norm == pytest.approx(delta.norm().item(), rel=1e-4)
+        assert each.weight_norm == pytest.approx(weight.norm().item(), rel=1e-5)
+        assert each.singular_values == pytest.approx(torch.linalg.svdvals(delta)[:4].tolist(), rel=1e-4)
+        assert each.ratio == pytest.approx(each.norm / each.weight_norm)
+
+
+def test_singular_values_never_need_the_large_matrix():
+    B, A = torch.randn(200_000, 4), torch.randn(4, 200_000)  # B A would take 160 GB
+    values = singular_values(B, A)
+    gram = torch.linalg.eigvals((B.double().T @ B.double()) @ (A.double() @ A.double().T)).real
+    assert torch.allclose(values.square(), gram.sort(descending=True).values, rtol=1e-8)
+
+
+def test_effective_rank_counts_the_directions_that_are_used():
+    _, tuned = trained(r=4)
+    for found in (found for name, found in tuned.named_parameters() if "c_attn.lora_A" in name):
+        found.data[1:] = 0
+    used = {each.path.split(".")[-1]: each.effective_rank for each in lora_fx.deltas(tuned).sites}
+    assert used["c_attn"] == pytest.approx(1, abs=1e-6)
+    assert 1 < used["c_fc"] <= 4
+
+
+def test_untrained_adapters_change_nothing_and_say_so():
+    model = zoo.Mlp()
+    found = lora_fx.deltas(lora_fx.apply(model, rules("fc1")))
+    (site,) = found.sites
+    assert (site.norm, site.ratio, site.effective_rank) == (0, 0, 0)
+    for form in (str(found), found.to_svg(), found.to_html(), found.to_json()):
+        assert "fc1" in form
+
+
+def test_models_without_adapters_or_values_are_refused():
+    with pytest.raises(RefusedError, match="not adapted"):
+        lora_fx.deltas(zoo.Mlp())
+    with torch.device("meta"):
+        model = zoo.Mlp()
+    with pytest.raises(RefusedError, match="no values"):
+        lora_fx.deltas(lora_fx.apply(model, rules("fc1")))
+
+
+def test_heatmaps_are_xml_with_the_numbers_in_the_cells():
+    _, tuned = trained(r=4)
+    root = ElementTree.fromstring(lora_fx.deltas(tuned).to_svg())
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("4") == 6
+    assert {"h.0", "h.1", "h.2", "c_attn", "c_fc", "rank r"} <= set(texts)
+
+
+def test_page_of_adapters_is_well_formed_and_asks_nobody_for_anything():
+    _, tuned = trained(r=4)
+    text = lora_fx.deltas(tuned).to_html()
+    page = Page(text)
+    assert not [attributes for _, attributes in page.tags if {"src", "href"} & set(attributes)]
+    assert text.count('class="bars"') == 6
+
+
+def test_the_number_of_the_layer_is_the_one_that_varies_most():
+    places = places_of([f"1.layers.{k}.mlp.{j}" for k in range(5) for j in range(2)] + ["head"])
+    assert (places[3].layer, places[3].site) == ("1.layers.1", "mlp.1")
+    assert (places[-1].layer, places[-1].site) == ("", "head")

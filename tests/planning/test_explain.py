@@ -1,0 +1,74 @@
+"""`explain` says of one site why it is adapted or not."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+import lora_fx
+from lora_fx.cli import main
+from lora_fx.planning.explain import UnknownPathError
+from tests.support import zoo
+
+RULES = {
+    "version": 1,
+    "rules": [
+        {"name": "wide", "match": {"op": "linear", "shape": [">=48", "*"]}, "lora": {"r": 2}},
+        {"name": "head", "match": {"name": "lm_head"}, "skip": "tied to the embedding"},
+        {"name": "rest", "match": {"name": "h.**"}, "lora": {"r": 4}},
+    ],
+}
+
+
+def explained(path: str, model: object = None, **more: object) -> str:
+    return lora_fx.explain(model or zoo.Gpt(), path, RULES, (zoo.tokens(2, 6),), **more)
+
+
+def test_adapted_site_is_told_with_what_each_rule_says_of_it():
+    assert explained("h.0.c_proj").splitlines() == [
+        "h.0.c_proj",
+        "  weight  Linear 16 → 16, linear, float32",
+        "  used    1 time in a forward with the example inputs",
+        "",
+        "  adapt by rest: r=4 scaling=4, 128 parameters; backend graph",
+        "  contraction: factored below 564 tokens, merged from there on (cost model: default)",
+        "    wide  shape: out = 16 is not >=48",
+        "    head  name h.0.c_proj does not match lm_head",
+        "    rest  matches, and decides",
+    ]
+
+
+def test_rule_that_comes_too_late_is_told():
+    assert "    rest  would match, but an earlier rule decides" in explained("h.0.c_attn").splitlines()
+
+
+def test_skipped_and_tied_site_is_told_with_the_reason():
+    text = explained("lm_head")
+    assert "tied to  wte.weight, which an adapter here leaves alone" in text
+    assert "lm_head" in text
+
+
+def test_globs_and_modules_explain_all_that_they_hold():
+    assert explained("h.*.c_attn").count("adapt by wide") == 3
+    assert explained("h.1").startswith("h.1 is no site; these lie in it:\n  h.1.c_attn")
+
+
+def test_name_of_nothing_is_an_error_with_the_nearest_names():
+    with pytest.raises(UnknownPathError, match=r"nothing called h\.0\.c_atn; nearest: h\.0\.c_attn"):
+        explained("h.0.c_atn")
+    with pytest.raises(UnknownPathError, match="ln_f is a module without a weight that multiplies"):
+        explained("ln_f")
+
+
+def test_command_line_explains_a_model_of_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make():\n    return nn.Sequential(nn.Linear(4, 8), nn.Embedding(3, 4, max_norm=1.0))\n"
+    )
+    (tmp_path / "rules.yaml").write_text('version: 1\nrules:\n  - match: {name: "**"}\n')
+    found = CliRunner().invoke(main, ["explain", f"{tmp_path}/mine.py:make", "1", f"{tmp_path}/rules.yaml"])
+    assert found.exit_code == 0
+    assert "refuse: max_norm rescales the rows" in found.output
+    lost = CliRunner().invoke(main, ["explain", f"{tmp_path}/mine.py:make", "7", f"{tmp_path}/rules.yaml"])
+    assert lost.exit_code == 2
+    assert "the model has nothing called 7" in lost.output

@@ -1,0 +1,177 @@
+"""Fast programs that are wrong are found out; whole trainings with and without passes; parameters that are sharded."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lora_fx
+from lora_fx.regions import program
+from tests.regions.test_optimised import assert_equal_but_for_rounding, fast_passes, programs, trained
+from tests.support.peers import BERT, LLAMA, adapted, tensors
+
+Spoil = Callable[[Tensor], Tensor]
+
+
+def other_value(result: Tensor) -> Tensor:
+    return result * 1.01
+
+
+def other_gradient(result: Tensor) -> Tensor:
+    return result + 0.05 * (result - result.detach())
+
+
+def no_gradient(result: Tensor) -> Tensor:
+    return result.detach()
+
+
+def other_random_numbers(result: Tensor) -> Tensor:
+    torch.rand(1)
+    return result
+
+
+def an_error(result: Tensor) -> Tensor:
+    raise KeyError("spoilt")
+
+
+WRONG = {
+    other_value: "the result differs",
+    other_gradient: "the gradient of",
+    no_gradient: "other results require a gradient",
+    other_random_numbers: "it draws other random numbers",
+    an_error: "it fails: KeyError",
+}
+
+
+@pytest.mark.parametrize("spoil", WRONG, ids=lambda function: function.__name__)
+def test_fast_program_that_is_wrong_is_given_up_with_the_reason(spoil: Spoil, monkeypatch: pytest.MonkeyPatch):
+    right = program._optimised
+
+    def wrong(*args: Any) -> Any:
+        fast = right(*args)
+        if fast is None:
+            return None
+
+        def function(module: nn.Module, *inputs: Any) -> Any:
+            return torch.utils._pytree.tree_map_only(Tensor, spoil, fast.function(module, *inputs))
+
+        return dataclasses.replace(fast, function=function)
+
+    monkeypatch.setattr(program, "_optimised", wrong)
+    for peer in (LLAMA, BERT):  # a norm before the layers, and one after them
+        tuned, modules = adapted(peer, anew=True), adapted(peer, "modules")
+        assert_equal_but_for_rounding(*(trained(each.train(), peer.call) for each in (tuned, modules)))
+        assert not fast_passes(tuned)
+        reasons = {each.why_not_fast for each in programs(tuned) if each.why_not_fast}
+        assert reasons
+        assert all(reason.startswith(WRONG[spoil]) for reason in reasons), reasons
+
+
+def losses(model: nn.Module, steps: int) -> Tensor:
+    """Train a classifier on random words, whose label is whether the first two are in order; return all losses."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(lora_fx.parameters(model), lr=3e-3)
+    found = []
+    for _ in range(steps):
+        words = torch.randint(3, 60, (8, 6 + int(torch.randint(0, 3, ()))))
+        loss = F.cross_entropy(model.train()(words)[0], (words[:, 0] < words[:, 1]).long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
+    return torch.stack(found)
+
+
+def test_sixty_steps_have_the_losses_of_sixty_steps_without_passes():
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    found = [losses(adapted(BERT, random=False, optimise=optimise, **quiet), 60) for optimise in (True, False)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert found[0][-10:].mean() < 0.9 * found[0][:10].mean()
+
+
+def test_sixty_steps_with_dropout_drop_the_same():
+    found = [losses(adapted(BERT, random=False, dropout=0.1, optimise=optimise), 60) for optimise in (True, False)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_demo_learns_the_same_with_and_without_passes():
+    """In float64 and at a fifth of the demo's rate: at its own, trainings without any pass that start 1e-15 apart are 0.3
+    apart after 200 steps."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "demo"))
+    try:
+        sentiment = pytest.importorskip("sentiment")
+    finally:
+        sys.path.pop(0)
+    training, _ = sentiment.read_reviews(800, 10)
+    example = [lora_fx.call(**inputs) for inputs, _ in training.batches(16)[:2]]
+    rules = {"version": 1, "rules": [{"match": {"name": "**.layer.**", "op": "linear"}, "lora": {"r": 8}}]}
+    found = []
+    for optimise in (True, False):
+        model = sentiment.fresh_model().double()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        tuned = lora_fx.apply(model, rules, example, optimise=optimise).train()
+        optimizer = torch.optim.AdamW(lora_fx.parameters(tuned), lr=2e-4)
+        found.append([])
+        for inputs, labels in training.batches(8) * 2:
+            loss = F.cross_entropy(tuned(**inputs).logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found[-1].append(loss.item())
+    assert len(found[0]) == 200
+    torch.testing.assert_close(*torch.tensor(found), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_sharded_model_has_the_gradients_of_one_that_is_not(tmp_path: Path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    expected = trained(adapted(LLAMA).train(), LLAMA.call)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh, tuned = init_device_mesh("cpu", (1,)), adapted(LLAMA).train()
+        for layer in tuned.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(tuned, mesh=mesh)
+        for _ in range(2):
+            torch.manual_seed(5)
+            tuned.zero_grad()
+            result = LLAMA.call(tuned)
+            result.float().square().mean().backward()
+        found = [result.detach(), *(p.grad.full_tensor() for p in tuned.parameters() if p.requires_grad)]
+    finally:
+        dist.destroy_process_group()
+    assert_equal_but_for_rounding(found, expected)
+
+
+def test_keys_and_values_that_a_block_leaves_in_a_cache_are_those_without_passes():
+    found = []
+    for optimise in (True, False):
+        model = adapted(LLAMA, optimise=optimise).train()
+        result = model(**LLAMA.inputs(3, 7), use_cache=True)
+        result.past_key_values.layers[1].values.square().sum().backward()
+        slopes = [each.grad for each in lora_fx.parameters(model)]
+        kept = torch.cat(
+            [
+                each.detach().flatten()
+                for layer in result.past_key_values.layers
+                for each in tensors([layer.keys, layer.values])
+            ]
+        )
+        found.append([kept, *slopes])
+    assert_equal_but_for_rounding(*found)

@@ -1,0 +1,67 @@
+"""The rule files that come with lora_fx: what each adapts and keeps, by name, in well-known models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_fx.rules import shipped
+from lora_fx.rules.ruleset import read_rules
+
+ROOT = Path(__file__).parents[2]
+CASES = Path(__file__).parents[1] / "golden" / "rules"
+MODELS = yaml.safe_load((CASES / "models.yaml").read_text(encoding="utf-8"))
+
+
+def cases(name: str) -> dict[str, dict[str, list[str]]]:
+    return yaml.safe_load((CASES / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", shipped.names())
+def test_shipped_rules_adapt_and_keep_what_their_test_says(name, model):
+    rules = read_rules(name)
+    expected = cases(name)[model]
+    adapted = []
+    for path, shape in MODELS[model].items():
+        first = next((r for r in rules.rules if r.match.matches((path,), tuple(shape), "linear", ("Linear",))), None)
+        if first is not None and first.lora is not None:
+            adapted.append(path)
+    assert adapted == expected["adapts"]
+    assert [path for path in MODELS[model] if path not in adapted] == expected["keeps"]
+
+
+def test_every_shipped_file_has_a_test_and_every_test_a_file():
+    assert {path.stem for path in CASES.glob("*.yaml")} - {"models"} == set(shipped.names())
+
+
+@pytest.mark.parametrize("spelling", ["attention", "attention.yaml", "rules/attention.yaml"])
+def test_shipped_file_is_found_by_its_name_as_by_its_path(spelling, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert [rule.match for rule in read_rules(spelling).rules] == [
+        rule.match for rule in read_rules(str(ROOT / "rules" / "attention.yaml")).rules
+    ]
+
+
+def test_users_own_file_comes_before_a_shipped_one_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "attention").write_text("version: 1\nrules: [{name: mine, match: {name: a}}]\n")
+    assert read_rules("attention").rules[0].name == "mine"
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_shipped_rules_the_type_marker_and_no_tests(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"lora_fx/shipped_rules/{name}.yaml" for name in shipped.names()} <= held
+    assert "lora_fx/shipped_rules/lora-fx.schema.json" in held
+    assert "lora_fx/py.typed" in held
+    assert not any(name.startswith(("tests/", "demo/")) for name in held)

@@ -1,0 +1,79 @@
+"""The figures of the documentation, drawn from what the code really does: `python -m tests.support.pictures` writes them.
+
+A picture of a terminal is its text as SVG, with the colours that the command line uses; no font is embedded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import lora_fx
+from lora_fx.cli.output import painted
+
+FOLDER = Path(__file__).parents[2] / "docs" / "images"
+_ESCAPE = re.compile(r"\x1b\[(\d+)m")
+_COLOURS = {"31": "#b00020", "32": "#1b6e1b", "33": "#8a6100", "36": "#00606f"}
+_WIDTH, _HEIGHT, _MARGIN = 7.25, 18, 16
+
+
+def terminal(command: str, text: str) -> str:
+    """Return the picture of a command and what it prints."""
+    lines = [f"$ {command}", *painted(text).splitlines()]
+    longest = max(len(_ESCAPE.sub("", line)) for line in lines)
+    width, height = round(longest * _WIDTH + 2 * _MARGIN), len(lines) * _HEIGHT + 2 * _MARGIN
+    rows = (
+        f'<text x="{_MARGIN}" y="{_MARGIN + 13 + row * _HEIGHT}" xml:space="preserve">{"".join(_spans(line))}</text>'
+        for row, line in enumerate(lines)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'role="img" aria-label="{escape(command)}" font-family="ui-monospace, Menlo, Consolas, monospace" '
+        f'font-size="12" fill="#1f2328">\n<rect width="100%" height="100%" rx="8" fill="#f6f8fa"/>\n'
+        + "\n".join(rows)
+        + "\n</svg>\n"
+    )
+
+
+def _spans(line: str) -> Iterator[str]:
+    style = ""
+    for index, part in enumerate(_ESCAPE.split(line)):
+        if index % 2:
+            style = f' fill="{_COLOURS[part]}"' if part in _COLOURS else ' font-weight="bold"' if part == "1" else ""
+        elif part:
+            yield f"<tspan{style}>{escape(part)}</tspan>"
+
+
+def pictures() -> dict[str, str]:
+    """Return every figure by its file name."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, vocab_size=500
+    )
+    model = LlamaForCausalLM(config).eval()
+    plan = lora_fx.plan(model, "attention")
+    diff = lora_fx.diff(model, lora_fx.apply(model, plan))
+    return {
+        "plan.svg": terminal("lora-fx plan model.py:llama attention", str(plan)),
+        "block.svg": diff.to_svg() + "\n",
+        "diff.svg": terminal("lora-fx diff model.py:llama attention", str(diff)),
+    }
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in pictures().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

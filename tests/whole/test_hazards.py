@@ -1,0 +1,110 @@
+"""Every hazard is right in a graph, or right without one and says why; none is silently wrong."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import pytest
+from torch import nn
+
+from tests.support import shared
+from tests.support.hazards import HAZARDS
+from tests.support.hazards.expected import OPEN, OUTCOMES, SHARED_OUTCOMES
+from tests.support.judging import INFERENCE, INSIDE, TRAINING, Step, Trial, Verdict, judge
+
+SHARED = shared.load("hazards")
+SHARED_HAZARDS: Sequence[type[nn.Module]] = () if SHARED is None else SHARED.HAZARDS
+by_name = functools.partial(pytest.mark.parametrize, ids=lambda kind: kind.__name__)
+
+
+class Stack(nn.Module):
+    """A model with the hazard as its block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block])
+
+    def forward(self, *args, **kwargs):
+        for block in self.blocks:
+            result = block(*args, **kwargs)
+        return result
+
+
+def trial_of(kind: type[nn.Module], as_block: bool) -> Trial:
+    """Judge the hazard in three modes on a, b, a, b; each call with other seeds."""
+    probe = kind()
+
+    def turn(model: nn.Module, to_b: bool) -> None:
+        if kind in HAZARDS:
+            (model.blocks[0] if as_block else model).turn(to_b)
+
+    steps = [
+        Step(name, getattr(probe, name), mode, functools.partial(turn, to_b=name == "b"), seed)
+        for mode in (INFERENCE, TRAINING, INSIDE)
+        for seed, name in enumerate("abab")
+    ]
+    if "random" in getattr(kind, "checks", ()):
+        steps += [Step("a", probe.a, INFERENCE, seed=seed) for seed in range(8)]
+    return Trial(
+        make=lambda: Stack(kind()) if as_block else kind(),
+        samples=lambda: [probe.a()],
+        steps=steps,
+        regions=("blocks.0",) if as_block else ("",),
+        reset=probe.reset if kind in HAZARDS else lambda: None,
+        world=probe.world if kind in HAZARDS else lambda: None,
+        after=functools.partial(turn, to_b=False),
+    )
+
+
+@functools.cache
+def verdict_on(kind: type[nn.Module], as_block: bool) -> Verdict:
+    return judge(trial_of(kind, as_block))
+
+
+def check(kind: type[nn.Module], expected: str, as_block: bool = False) -> None:
+    verdict = verdict_on(kind, as_block)
+    assert verdict.silent is None, verdict.silent
+    assert expected in verdict.outcome
+    if expected != "graph":
+        assert verdict.hits < verdict.calls, "it runs in a graph now: the table is behind"
+
+
+def _marked(kind: type[nn.Module]) -> object:
+    reason = OPEN.get(kind.__name__)
+    return kind if reason is None else pytest.param(kind, marks=pytest.mark.xfail(reason=reason))
+
+
+KNOWN = [_marked(kind) for kind in HAZARDS]
+
+
+@by_name("kind", KNOWN)
+def test_hazard_is_right_in_a_graph_or_says_why_it_runs_without(kind):
+    check(kind, OUTCOMES.get(kind.__name__, "graph"))
+
+
+@pytest.mark.slow
+@by_name("kind", KNOWN)
+def test_hazard_as_a_block_is_right_in_a_graph_or_says_why_it_runs_without(kind):
+    check(kind, OUTCOMES.get(kind.__name__, "graph"), as_block=True)
+
+
+@pytest.mark.skipif(not SHARED_HAZARDS, reason="the shared zoo is not beside this checkout")
+def test_shared_hazards_are_right_in_a_graph_or_say_why_they_run_without():
+    for kind in SHARED_HAZARDS:
+        check(kind, SHARED_OUTCOMES.get(kind.__name__, "graph"))
+
+
+def share_in_graphs(kinds: Sequence[type[nn.Module]]) -> float:
+    """Return the share whose own forward, not only a linear in it, runs in a graph at every repeated call."""
+    return sum(verdict_on(kind, False).outcome == "graph" for kind in kinds) / len(kinds)
+
+
+@pytest.mark.skipif(not SHARED_HAZARDS, reason="the shared zoo is not beside this checkout")
+def test_three_quarters_of_the_shared_hazards_run_in_graphs():
+    assert share_in_graphs(SHARED_HAZARDS) >= 0.75
+
+
+def test_table_names_only_hazards_that_exist():
+    assert set(OUTCOMES) <= {kind.__name__ for kind in HAZARDS}
+    assert not SHARED_HAZARDS or set(SHARED_OUTCOMES) <= {kind.__name__ for kind in SHARED_HAZARDS}
