@@ -6,107 +6,112 @@ import ast
 import inspect
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 import lora_fx
+from tests.support.house import (
+    PACKAGE,
+    RANK,
+    ROOT_FILES,
+    circles,
+    climbs,
+    files,
+    import_graph,
+    imports_in,
+    module_of,
+    tree_of,
+)
 
-PACKAGE = Path(lora_fx.__file__).parent
-# each layer may import those before it, and itself; a name ending in a dot is a package
-LAYERS = [
-    ["errors", "text", "health", "clients."],
-    ["automaton", "globs", "expressions", "patterns", "yamltree", "rulespec", "shipped"],
-    ["rules", "rulereading", "slicereading", "linting", "schema"],
-    ["sites"],
-    ["planning", "plantext", "planjson", "explaining", "plandiff", "plantree", "planhtml"],
-    ["swap", "twin", "tensors", "samples", "ties"],
-    ["layerkinds", "quantised"],
-    ["adapters."],
-    ["capture."],
-    ["editor"],
-    ["records", "passes."],
-    ["weightuses"],
-    ["discovery"],
-    ["modules"],
-    ["regions."],
-    ["applying", "surveying"],
-    ["unapplying", "requantising", "reporting", "foreign", "parametrized", "remerging", "extraction"],
-    ["checkpoint.", "graphdiff."],
-    ["exporters."],
-    ["integrations."],
-    ["api"],
-    ["selftest", "checkpointmodel", "modelspec", "modelloading"],
-    ["bench."],
-    ["cli."],
-    ["__main__"],
-]
-NO_TORCH = {name for layer in LAYERS[:5] for name in layer} - {"clients."} | {"cli.", "__main__"}
+TESTS = Path(__file__).parents[1]
+NO_TORCH = {"text", "errors", "rules", "planning", "cli", "__main__"}
 
 
-def layer_of(module: str) -> int:
-    for index, layer in enumerate(LAYERS):
-        if module in layer or f"{module.split('.')[0]}." in layer:
-            return index
-    raise AssertionError(f"{module} is in no layer")
+def test_five_files_and_the_folders_of_the_pipeline_stand_at_the_root():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_FILES
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == set(RANK) - ROOT_FILES
 
 
-def files() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if "shipped_rules" not in path.parts)
+def test_a_folder_imports_only_those_named_before_it():
+    assert climbs(import_graph()) == []
 
 
-def name_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def test_no_files_import_each_other_in_a_circle():
+    assert circles(import_graph()) == []
 
 
-def imports_of(path: Path) -> set[str]:
-    """Return the modules of lora_fx that a file imports, wherever in it, type checking apart."""
-    found = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    hidden = {id(n) for node in ast.walk(tree) if _is_type_checking(node) for n in ast.walk(node)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in hidden:
-            if node.module == "lora_fx":
-                found |= {alias.name for alias in node.names}
-            elif node.module.startswith("lora_fx."):
-                found.add(node.module.removeprefix("lora_fx."))
-    return found
+def test_imports_to_later_folders_and_circles_are_found_wherever_they_stand():
+    code = """
+if TYPE_CHECKING:
+    from lora_fx.api import plan
+
+def late():
+    from lora_fx.models import twin
+    import lora_fx.cli.plan
+"""
+    modules = frozenset({"api", "models", "models.twin", "cli.plan"})
+    imported = imports_in(ast.parse(code), modules)
+    assert imported == {"api", "models.twin", "cli.plan"}
+    graph = nx.DiGraph([("models.twin", other) for other in imported - {"models.twin"}])
+    assert climbs(graph) == [("models.twin", "api"), ("models.twin", "cli.plan")]
+    assert climbs(nx.DiGraph([("files.atomic", "graphdiff.graphs")])) == [("files.atomic", "graphdiff.graphs")]
+    assert circles(nx.DiGraph([("rules.a", "rules.b"), ("rules.b", "rules.a")])) == [["rules.a", "rules.b"]]
 
 
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+def test_imports_of_the_package_stand_at_the_top_of_a_file_but_in_the_command_line():
+    hidden = [
+        f"{module_of(path)}:{inner.lineno}"
+        for path in files()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef) and module_of(path).split(".")[0] not in ("cli", "__main__")
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.ImportFrom) and (inner.module or "").startswith("lora_fx")
+    ]
+    assert hidden == []
 
 
-@pytest.mark.parametrize("path", files(), ids=name_of)
-def test_imports_go_one_way(path):
-    own = name_of(path)
-    if own == "":
-        return
-    for other in imports_of(path):
-        assert layer_of(other) <= layer_of(own), f"{own} imports {other}"
+def test_file_names_say_what_is_in_them():
+    vague = {"notes", "readings", "log", "uses", "pairs", "neutral", "records", "utils", "helpers", "misc", "common"}
+    assert [module_of(path) for path in files() if path.stem in vague] == []
 
 
-@pytest.mark.parametrize("path", files(), ids=name_of)
+def test_nothing_but_the_api_and_the_command_line_imports_remerging():
+    readers = {a for a, b in import_graph().edges if b.split(".")[0] == "remerging" and a.split(".")[0] != "remerging"}
+    assert {reader.split(".")[0] for reader in readers} <= {"api", "cli"}
+
+
+def test_a_class_name_is_used_once():
+    named: dict[str, list[str]] = {}
+    for path in files():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef):
+                named.setdefault(node.name, []).append(module_of(path))
+    assert {name: homes for name, homes in named.items() if len(homes) > 1} == {}
+
+
+@pytest.mark.parametrize("path", files(), ids=module_of)
 def test_nothing_up_to_planning_imports_torch(path):
-    own = name_of(path)
-    if own not in NO_TORCH and f"{own.split('.')[0]}." not in NO_TORCH:
+    own = module_of(path)
+    if own.split(".")[0] not in NO_TORCH or own.startswith("cli.models"):
         return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not any(name.split(".")[0] in ("torch", "numpy", "safetensors", "networkx") for name in names)
 
 
-@pytest.mark.parametrize("path", files(), ids=name_of)
+@pytest.mark.parametrize("path", files(), ids=module_of)
 def test_private_torch_is_imported_in_one_file_only(path):
     if path.name == "torch_internals.py":
         return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
             assert not any(name.startswith("_") for name in names), f"{path.name}: {ast.unparse(node)}"
 
 
-@pytest.mark.parametrize("path", files(), ids=name_of)
+@pytest.mark.parametrize("path", [*files(), *sorted(TESTS.rglob("*.py"))], ids=str)
 def test_files_stay_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
@@ -114,8 +119,8 @@ def test_files_stay_short(path):
 def functions() -> list[tuple[str, ast.FunctionDef]]:
     found = []
     for path in files():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found += [(f"{name_of(path)}.{n.name}", n) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        tree = tree_of(path)
+        found += [(f"{module_of(path)}.{n.name}", n) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     return found
 
 
@@ -156,7 +161,7 @@ def test_public_names_are_documented(name):
 def test_no_attribute_is_guessed():
     guesses = []
     for path in files():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
-                guesses.append(f"{name_of(path)}:{node.lineno}")
+                guesses.append(f"{module_of(path)}:{node.lineno}")
     assert guesses == []
