@@ -111,7 +111,7 @@ def test_private_torch_is_imported_in_one_file_only(path):
             assert not any(name.startswith("_") for name in names), f"{path.name}: {ast.unparse(node)}"
 
 
-@pytest.mark.parametrize("path", [*files(), *sorted(TESTS.rglob("*.py"))], ids=str)
+@pytest.mark.parametrize("path", [*files(), *sorted(TESTS.rglob("*.py"))], ids=lambda path: "/".join(path.parts[-3:]))
 def test_files_stay_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
