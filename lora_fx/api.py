@@ -22,9 +22,8 @@ from lora_fx.files.adapter.resolve import resolved, uses_in_files
 from lora_fx.files.checkpoint import streaming
 from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import Rounding
-from lora_fx.graphdiff.compare import GraphDiff
-from lora_fx.graphdiff.deltas.measure import deltas_of
-from lora_fx.graphdiff.deltas.spectra import Deltas
+from lora_fx.graphdiff.deltas.measure import Deltas, deltas_of
+from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_diff, graph_of
 from lora_fx.models import samples

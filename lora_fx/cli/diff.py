@@ -13,7 +13,7 @@ from lora_fx.cli.saved import SavedFileError, read_text
 from lora_fx.cli.verbs import DIFFERS
 
 if TYPE_CHECKING:
-    from lora_fx.graphdiff.compare import GraphDiff
+    from lora_fx.graphdiff.diff import GraphDiff
     from lora_fx.graphdiff.graphs import Graph
     from lora_fx.planning.decide import Plan
     from lora_fx.planning.diff import PlanDiff
@@ -81,7 +81,7 @@ def _of_saved(a: str, b: str) -> GraphDiff | PlanDiff:
         return plan_diff(first, second, (a, b))
     if isinstance(second, Plan):
         raise SavedFileError(f"{a} is a graph, {b} a plan")
-    from lora_fx.graphdiff.compare import compare
+    from lora_fx.graphdiff.diff import compare
 
     return compare(first, second)
 

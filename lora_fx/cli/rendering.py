@@ -5,7 +5,7 @@ from __future__ import annotations
 from lora_fx.planning.decide import Plan
 from lora_fx.planning.diff import PlanDiff
 from lora_fx.planning.render.html import plan_diff_html, plan_html
-from lora_fx.planning.render.tree import diff_tree, dot, mermaid, plan_tree
+from lora_fx.planning.render.tree import diff_tree, plan_tree, tree_dot, tree_mermaid
 from lora_fx.planning.rows import plan_stat, plan_text
 
 
@@ -17,7 +17,7 @@ def plan_as(plan: Plan, form: str, fold: bool = True, stat: bool = False, width:
         return plan_html(plan, fold)
     if form in ("mermaid", "dot"):
         tree = plan_tree(plan)
-        return mermaid(tree) if form == "mermaid" else dot(tree)
+        return tree_mermaid(tree) if form == "mermaid" else tree_dot(tree)
     return plan_stat(plan) if stat else plan_text(plan, fold, width)
 
 
@@ -29,5 +29,5 @@ def plan_diff_as(diff: PlanDiff, form: str, stat: bool = False) -> str:
         return plan_diff_html(diff)
     if form in ("mermaid", "dot"):
         tree = diff_tree(diff)
-        return mermaid(tree) if form == "mermaid" else dot(tree)
+        return tree_mermaid(tree) if form == "mermaid" else tree_dot(tree)
     return diff.stat() if stat and diff else str(diff)
