@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from lora_fx.planning.decide import Plan
 from lora_fx.planning.diff import PlanDiff
-from lora_fx.planning.rows import header, rows_of, sums
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.rows import rows_of
 
 _HEADS = ("site", "weight", "calls", "what is done", "backend", "why")
 _KINDS = {"+": "added", "!": "refused", "·": "kept", "-": "removed"}
@@ -28,10 +28,10 @@ body:has(#only:checked) tr.kept { display: none; }
 
 def plan_html(plan: Plan, fold: bool = True) -> str:
     """Return the plan as a page: a table with a line for each site, the notes, the sums."""
-    rows = [(_KINDS[row[3][0]], row) for row in rows_of(plan, fold)]
+    rows = [(_KINDS[row[3][0]], row) for row in rows_of(plan.sites, fold)]
     notes = [f"train whole: {each.path}" for each in plan.train] + [f"note: {each}" for each in plan.notes]
     only = '<p><label><input type="checkbox" id="only"> only what is adapted or refused</label></p>'
-    return _page(header(plan), only + _table(_HEADS, rows), [*notes, sums(plan)])
+    return _page(plan.header, only + _table(_HEADS, rows), [*notes, plan.sums])
 
 
 def plan_diff_html(diff: PlanDiff) -> str:
