@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from lora_fx.planning.decide import Plan
 from lora_fx.planning.diff import PlanDiff
+from lora_fx.planning.plan import Plan
 from lora_fx.planning.render.html import plan_diff_html, plan_html
 from lora_fx.planning.render.tree import diff_tree, plan_tree, tree_dot, tree_mermaid
-from lora_fx.planning.rows import plan_stat, plan_text
 
 
 def plan_as(plan: Plan, form: str, fold: bool = True, stat: bool = False, width: int | None = None) -> str:
@@ -18,7 +17,7 @@ def plan_as(plan: Plan, form: str, fold: bool = True, stat: bool = False, width:
     if form in ("mermaid", "dot"):
         tree = plan_tree(plan)
         return tree_mermaid(tree) if form == "mermaid" else tree_dot(tree)
-    return plan_stat(plan) if stat else plan_text(plan, fold, width)
+    return plan.stat() if stat else plan.text(fold, width)
 
 
 def plan_diff_as(diff: PlanDiff, form: str, stat: bool = False) -> str:

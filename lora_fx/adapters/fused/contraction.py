@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.fused import machine
 from lora_fx.adapters.fused.machine import Contraction, Machine, Products
 from lora_fx.models.quantised import is_quantised
-from lora_fx.planning.decide import PlannedSite, not_fused
+from lora_fx.planning.planned import PlannedSite, not_fused
 
 GAIN = 0.02
 """Part of a layer's step that merging must save by prediction: less is noise, and W' takes memory for a moment."""

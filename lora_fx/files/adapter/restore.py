@@ -15,7 +15,8 @@ from lora_fx.files.adapter.header import slices_of
 from lora_fx.files.adapter.read import AdapterFile, SavedSite
 from lora_fx.files.fingerprint import different
 from lora_fx.models.tensors import get_tensor
-from lora_fx.planning.decide import Inventory, Plan, PlannedSite, TrainedModule
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule
 from lora_fx.planning.sites import Site, fingerprint
 
 Mismatch = tuple[str, str, str]

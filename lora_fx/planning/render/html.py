@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from lora_fx.planning.decide import Plan
 from lora_fx.planning.diff import PlanDiff
+from lora_fx.planning.plan import Plan
 from lora_fx.planning.render.page import filled
-from lora_fx.planning.rows import header, rows_of, sums
+from lora_fx.planning.rows import rows_of
 
 _HEADS = ("site", "weight", "calls", "what is done", "backend", "why")
 _KINDS = {"+": "added", "!": "refused", "·": "kept", "-": "removed"}
@@ -16,10 +16,10 @@ _KINDS = {"+": "added", "!": "refused", "·": "kept", "-": "removed"}
 
 def plan_html(plan: Plan, fold: bool = True) -> str:
     """Return the plan as a page: a table with a line for each site, repeated blocks as one if `fold`, notes, sums."""
-    rows = [(_KINDS[row[3][0]], row) for row in rows_of(plan, fold)]
+    rows = [(_KINDS[row[3][0]], row) for row in rows_of(plan.sites, fold)]
     notes = [f"train whole: {module.path}" for module in plan.train] + [f"note: {note}" for note in plan.notes]
     only = '<p><label><input type="checkbox" id="only"> only what is adapted or refused</label></p>'
-    return _page(header(plan), only + _table(_HEADS, rows), [*notes, sums(plan)])
+    return _page(plan.header, only + _table(_HEADS, rows), [*notes, plan.sums])
 
 
 def plan_diff_html(diff: PlanDiff) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lora_fx.planning.decide import Plan
 from lora_fx.planning.diff import PlanDiff
+from lora_fx.planning.plan import Plan
 from lora_fx.planning.render.dot import digraph, quoted
 from lora_fx.planning.render.mermaid import MOST_EDGES, box, flowchart
 from lora_fx.planning.rows import rows_of
@@ -38,7 +38,7 @@ class Branch:
 def plan_tree(plan: Plan) -> Branch:
     """Return the tree of a plan; by rule instead of by site where it would be too large to draw."""
     root = Branch((plan.model, plan.source))
-    for path, weight, calls, doing, *_ in rows_of(plan):
+    for path, weight, calls, doing, *_ in rows_of(plan.sites):
         _add(root, path, (" ".join(filter(None, (weight, calls))), doing), doing[0])
     return root if _edges(root) <= MOST_EDGES else _by_rule(plan)
 
