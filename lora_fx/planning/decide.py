@@ -22,7 +22,7 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Plan:
         NoMatchError: naming every rule that fails, if `strict`.
     """
     trained, failed = _trained(rules.train, inventory)
-    planned = tuple(_on_backend(_decide_site(site, rules.rules, trained), inventory) for site in inventory.sites)
+    planned = tuple(on_backend(_decide_site(site, rules.rules, trained), inventory) for site in inventory.sites)
     failed += _failed_expectations(rules.rules, planned, inventory)
     if failed and strict:
         raise NoMatchError(failed, len(inventory.sites))
@@ -60,7 +60,7 @@ def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedMod
     return PlannedSite(site, "adapt", _origin(rule), rule.name, rule.lora, rule.slices, per_call)
 
 
-def _on_backend(planned: PlannedSite, inventory: Inventory) -> PlannedSite:
+def on_backend(planned: PlannedSite, inventory: Inventory) -> PlannedSite:
     """Return what is decided of a site with its backend, where a graph of the model's own tells which."""
     if inventory.in_graph is None:
         return planned
