@@ -31,7 +31,8 @@ from lora_fx.planning import explain as explaining
 from lora_fx.planning.decide import decide, on_modules, stale_parts
 from lora_fx.planning.plan import Plan
 from lora_fx.remerging import whole
-from lora_fx.rules.ruleset import RuleSet, read_rules
+from lora_fx.rules.reader import read_rules
+from lora_fx.rules.ruleset import RuleSet
 from lora_fx.tuned import build, requantise, undo
 from lora_fx.tuned import extract as extraction
 from lora_fx.tuned.report import Report, report
