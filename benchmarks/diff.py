@@ -13,7 +13,7 @@ import torch
 import lora_fx
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lora_fx.graphdiff.compare import GraphDiff, compare
+from lora_fx.graphdiff.diff import GraphDiff, compare
 from lora_fx.graphdiff.graphs import Graph, Weight
 from tests.support.graphs import decoder, edited
 

@@ -22,8 +22,8 @@ import transformers
 from torch import nn
 
 import lora_fx
-from lora_fx.bench.report import Report
-from lora_fx.bench.run import DTYPES, Options, bench
+from lora_fx.bench.report import BenchReport
+from lora_fx.bench.run import DTYPES, BenchOptions, bench
 from lora_fx.bench.subjects import OURS, PEFT
 from lora_fx.models.samples import Sample
 
@@ -149,7 +149,7 @@ class Line:
     adapted: str
     dropout: float
     dtype: str
-    report: Report
+    report: BenchReport
 
     def cells(self) -> tuple[str, ...]:
         ours, compared = self.report.relative(OURS), PEFT in self.report.counts
@@ -181,7 +181,7 @@ def lines(options: argparse.Namespace) -> Iterator[Line]:
                 rules = {"version": 1, "rules": [{**rule, "lora": {**rule["lora"], "dropout": dropout}}]}
                 for dtype in options.dtype:
                     print(f"{model.name}, {adapted}, dropout {dropout:g}, {dtype}", file=sys.stderr, flush=True)
-                    how = Options(peer, rounds, options.threads, DTYPES[dtype], others=False)
+                    how = BenchOptions(peer, rounds, options.threads, DTYPES[dtype], others=False)
                     yield Line(model.name, adapted, dropout, dtype, bench(base, rules, sample, how))
 
 
@@ -192,7 +192,7 @@ def table(found: Sequence[Line]) -> str:
     return f"{_where(found[0].report)}\n\n{body}"
 
 
-def _where(report: Report) -> str:
+def _where(report: BenchReport) -> str:
     machine, timing = report.machine, report.timing
     rounds = f", {timing.rounds} rounds" if timing is not None else ", counted only"
     threads = f"{machine.threads} thread{'s' if machine.threads > 1 else ''}"

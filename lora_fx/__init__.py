@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from lora_fx.errors import StalePlanError as StalePlanError
     from lora_fx.exporters import Exported as Exported
     from lora_fx.files.checkpoint.report import MergeReport as MergeReport
-    from lora_fx.graphdiff.compare import GraphDiff as GraphDiff
-    from lora_fx.graphdiff.deltas.spectra import Deltas as Deltas
+    from lora_fx.graphdiff.deltas.measure import Deltas as Deltas
+    from lora_fx.graphdiff.diff import GraphDiff as GraphDiff
     from lora_fx.graphdiff.graphs import Graph as Graph
     from lora_fx.models.samples import call as call
-    from lora_fx.planning.decide import Plan as Plan
+    from lora_fx.planning.plan import Plan as Plan
     from lora_fx.rules.ruleset import LoRAConfig as LoRAConfig
     from lora_fx.rules.ruleset import RuleSet as RuleSet
     from lora_fx.tuned.report import Report as Report
@@ -64,10 +64,10 @@ _HOMES = {
         "MergeError NoMatchError RefusedError RuleError StalePlanError"
     ),
     "lora_fx.exporters": "Exported",
-    "lora_fx.graphdiff.compare": "GraphDiff",
+    "lora_fx.graphdiff.diff": "GraphDiff",
     "lora_fx.graphdiff.graphs": "Graph",
-    "lora_fx.graphdiff.deltas.spectra": "Deltas",
-    "lora_fx.planning.decide": "Plan",
+    "lora_fx.graphdiff.deltas.measure": "Deltas",
+    "lora_fx.planning.plan": "Plan",
     "lora_fx.tuned.report": "Report",
     "lora_fx.rules.ruleset": "LoRAConfig RuleSet",
     "lora_fx.models.samples": "call",

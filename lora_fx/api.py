@@ -22,14 +22,14 @@ from lora_fx.files.adapter.resolve import resolved, uses_in_files
 from lora_fx.files.checkpoint import streaming
 from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import Rounding
-from lora_fx.graphdiff.compare import GraphDiff
-from lora_fx.graphdiff.deltas.measure import deltas_of
-from lora_fx.graphdiff.deltas.spectra import Deltas
+from lora_fx.graphdiff.deltas.measure import Deltas, deltas_of
+from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_diff, graph_of
 from lora_fx.models import samples
 from lora_fx.planning import explain as explaining
-from lora_fx.planning.decide import Plan, decide, on_modules, stale_parts
+from lora_fx.planning.decide import decide, on_modules, stale_parts
+from lora_fx.planning.plan import Plan
 from lora_fx.remerging import whole
 from lora_fx.rules.ruleset import RuleSet, read_rules
 from lora_fx.tuned import build, requantise, undo

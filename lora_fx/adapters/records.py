@@ -7,7 +7,8 @@ from torch import nn
 from lora_fx.adapters.attach import adapter_dtype
 from lora_fx.adapters.spec import AdapterSpec, ModelRecord
 from lora_fx.models.tensors import get_tensor
-from lora_fx.planning.decide import Plan, PlannedSite
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import PlannedSite
 
 
 def record_of(plan: Plan, model: nn.Module) -> ModelRecord:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_fx.bench.subjects import Base, Subject, tensors_of
+from lora_fx.bench.subjects import FrozenBase, Subject, tensors_of
 from lora_fx.graphdiff.render.text import folded
 from lora_fx.models.samples import Sample
 from lora_fx.tuned.report import RegionReport, Report, report
@@ -36,7 +36,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class MachineFacts:
     """Where it was measured."""
 
     device: str
@@ -48,7 +48,7 @@ class Machine:
     torch: str
 
 
-def setting_of(base: Base, ours: Subject, rules: str, before: Report) -> Setting:
+def setting_of(base: FrozenBase, ours: Subject, rules: str, before: Report) -> Setting:
     """Return what was measured.
 
     Args:
@@ -98,9 +98,9 @@ def _notes(before: Sequence[RegionReport], after: Sequence[RegionReport]) -> Ite
         yield f"graphs stood aside in {folded(paths)}: {why}"
 
 
-def machine_of(model: nn.Module, threads: int) -> Machine:
+def machine_of(model: nn.Module, threads: int) -> MachineFacts:
     """Return the facts of the machine that the model is on."""
-    return Machine(
+    return MachineFacts(
         device=device_of(model).type,
         processor=_processor(device_of(model).type),
         cores=os.cpu_count() or 1,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.bench.subjects import PEFT, Base, Subject, floating
+from lora_fx.bench.subjects import PEFT, FrozenBase, Subject, floating
 from lora_fx.errors import InvariantError, LoraFxError, RefusedError
 from lora_fx.exporters.peft import refused
 from lora_fx.files.adapter.describe import Described, describe
@@ -29,7 +29,7 @@ def require_peft() -> None:
         raise LoraFxError("comparing with PEFT needs it: pip install 'lora-fx[export]'")
 
 
-def peft_subject(base: Base, tuned: nn.Module) -> Subject:
+def peft_subject(base: FrozenBase, tuned: nn.Module) -> Subject:
     """Return PEFT's model of the base, as `peft_model` makes it, as a subject in train mode."""
     model = peft_model(base.model, tuned)
     inner = base.subject(PEFT, model.get_base_model())

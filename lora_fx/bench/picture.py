@@ -1,4 +1,4 @@
-"""A Report as one page: a picture of ratios with their intervals, and the table that it shows."""
+"""A BenchReport as one page: a picture of ratios with their intervals, and the table that it shows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lora_fx.bench.report import HEADS, Report
+from lora_fx.bench.report import HEADS, BenchReport
 from lora_fx.bench.subjects import LB
 from lora_fx.bench.timing import FIT
-from lora_fx.graphdiff.render.page import page
+from lora_fx.planning.render.page import entry, page, preformatted, scrolled
 from lora_fx.text import count
 
 STYLE = """
@@ -33,9 +33,9 @@ class Mark:
     text: str
 
 
-def report_html(report: Report) -> str:
+def report_html(report: BenchReport) -> str:
     """Return the page."""
-    table = f'<pre tabindex="0" role="region" aria-label="table">{escape(str(report))}</pre>'
+    table = preformatted(escape(str(report)), "table")
     figures = "".join(
         _figure(title, marks, title == "time" and bool(report.void)) for title, marks in panels(report) if marks
     )
@@ -48,7 +48,7 @@ def report_html(report: Report) -> str:
     return page(f"A training step of {setting.model} by {setting.rules}", header, main, STYLE)
 
 
-def panels(report: Report) -> list[tuple[str, list[Mark]]]:
+def panels(report: BenchReport) -> list[tuple[str, list[Mark]]]:
     """Return (title, ratios) for time, where it was measured, and for each counter."""
     names = [name for name in report.counts if name != LB]
     found = []
@@ -70,10 +70,7 @@ def _figure(title: str, marks: Sequence[Mark], void: bool) -> str:
         f'<svg class="ratios{" void" if void else ""}" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-label="{escape(label)}">{drawn}</svg>'
     )
-    return (
-        f"<details open><summary><b>{escape(title)}</b></summary>"
-        f'<div class="picture" tabindex="0" role="region" aria-label="picture of {escape(title)}">{svg}</div></details>'
-    )
+    return entry(title, scrolled(svg, f"picture of {title}"))
 
 
 def _scale(marks: Sequence[Mark]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from lora_fx.bench.counters import Counts
-from lora_fx.bench.facts import Machine, Setting
+from lora_fx.bench.facts import MachineFacts, Setting
 from lora_fx.bench.subjects import LB, OURS, PEFT
 from lora_fx.bench.timing import Timing
 from lora_fx.graphdiff.render.text import size_text
@@ -18,11 +18,11 @@ TIME_HEADS = ("time [95 %]", "min/min", "processor")
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class BenchReport:
     """What a step costs, by subject; all ratios are to the lower bound LB."""
 
     setting: Setting
-    machine: Machine
+    machine: MachineFacts
     counts: dict[str, Counts]
     timing: Timing | None
     """None where nothing was timed."""

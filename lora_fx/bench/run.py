@@ -13,8 +13,8 @@ from lora_fx.api import Rules
 from lora_fx.bench.counters import Counts, counted, frozen_heap
 from lora_fx.bench.facts import device_of, machine_of, setting_of
 from lora_fx.bench.peer import check_parity, peft_subject, require_peft
-from lora_fx.bench.report import Report
-from lora_fx.bench.subjects import AGAIN, LB, MODULES, OURS, PEFT, Base, Subject, copy_adapters
+from lora_fx.bench.report import BenchReport
+from lora_fx.bench.subjects import AGAIN, LB, MODULES, OURS, PEFT, FrozenBase, Subject, copy_adapters
 from lora_fx.bench.timing import summarised, timed
 from lora_fx.rules.ruleset import RuleSet, read_rules
 from lora_fx.tuned import report
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class BenchOptions:
     """How to measure."""
 
     peer: str | None = None
@@ -45,9 +45,9 @@ def bench(
     model: nn.Module,
     rules: Rules,
     example_inputs: object = None,
-    options: Options | None = None,
+    options: BenchOptions | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> BenchReport:
     """Return what a training step of the model with adapters by the rules costs; the model stays unchanged.
 
     Args:
@@ -62,12 +62,12 @@ def bench(
         RefusedError: no inputs, nothing to adapt, or sites that PEFT cannot adapt; names every one.
         InvariantError: lora_fx and PEFT compute different things.
     """
-    wanted = options if options is not None else Options()
+    wanted = options if options is not None else BenchOptions()
     if wanted.peer is not None:
         require_peft()
     read, told = read_rules(rules), progress if progress is not None else _untold
     with _settled(wanted.threads), frozen_heap():
-        base = Base.of(model, example_inputs, wanted.dtype)
+        base = FrozenBase.of(model, example_inputs, wanted.dtype)
         ours = base.adapted(OURS, read)
         subjects = list(_subjects(base, ours, read, wanted))
         parity = next((check_parity(ours, each) for each in subjects if each.name == PEFT), None)
@@ -86,7 +86,7 @@ def bench(
             timing = summarised(rounds, LB, AGAIN)
     counts.pop(AGAIN)
     setting = setting_of(base, ours, read.source, before)
-    return Report(setting, machine_of(base.model, wanted.threads), counts, timing, parity)
+    return BenchReport(setting, machine_of(base.model, wanted.threads), counts, timing, parity)
 
 
 def _warm(ours: Subject) -> report.Report:
@@ -100,7 +100,7 @@ def _untold(done: int, total: int) -> None:
     """Tell nobody."""
 
 
-def _subjects(base: Base, ours: Subject, rules: RuleSet, options: Options) -> Iterator[Subject]:
+def _subjects(base: FrozenBase, ours: Subject, rules: RuleSet, options: BenchOptions) -> Iterator[Subject]:
     yield from (base.frozen(LB), base.frozen(AGAIN), ours)
     if options.others:
         modules = base.adapted(MODULES, rules, backend="modules")

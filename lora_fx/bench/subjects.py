@@ -90,7 +90,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class FrozenBase:
     """The frozen model that all subjects are made of, its inputs, and where its backward pass ends."""
 
     model: nn.Module
@@ -99,7 +99,7 @@ class Base:
     """Path of the embedding that is called first: its output takes a gradient, as does the first floating input."""
 
     @staticmethod
-    def of(model: nn.Module, example_inputs: object = None, dtype: torch.dtype | None = None) -> Base:
+    def of(model: nn.Module, example_inputs: object = None, dtype: torch.dtype | None = None) -> FrozenBase:
         """Return the base of a model, on its weights; the model itself stays unchanged.
 
         Args:
@@ -120,7 +120,7 @@ class Base:
         twin, sample = make_twin(model).train(), samples[0]
         if dtype is not None:
             twin, sample = twin.to(dtype), _converted(sample, dtype)
-        base = Base(twin, sample, _first_embedding(twin, sample))
+        base = FrozenBase(twin, sample, _first_embedding(twin, sample))
         if base.embedding is None and not list(floating([sample.args, sample.kwargs])):
             raise RefusedError(
                 "a backward pass has nowhere to go: no input is of floating point, and no nn.Embedding is called"

@@ -12,7 +12,7 @@ from lora_fx.cli.options import format_option, output_option, rules_argument, ru
 from lora_fx.cli.output import write
 
 if TYPE_CHECKING:
-    from lora_fx.bench.report import Report
+    from lora_fx.bench.report import BenchReport
 
 _SIZES = re.compile(r"(\d+)[x×](\d+)")
 
@@ -72,13 +72,13 @@ def _measured(
     dtype: str | None,
     tokens: tuple[int, int] | None,
     hidden: bool,
-) -> Report:
+) -> BenchReport:
     read = rules_of(rules)  # a misspelt rule is told before torch is imported
-    from lora_fx.bench.run import Options, bench, dtype_named
+    from lora_fx.bench.run import BenchOptions, bench, dtype_named
     from lora_fx.cli.models.runnable import runnable
 
     built, inputs = runnable(model, tokens)
-    options = Options(peer, rounds, threads, dtype_named(dtype))
+    options = BenchOptions(peer, rounds, threads, dtype_named(dtype))
     with click.progressbar(length=1, label="measuring", hidden=hidden, file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -88,7 +88,7 @@ def _measured(
         return bench(built, read, inputs, options, progress)
 
 
-def _as(report: Report, form: str) -> str:
+def _as(report: BenchReport, form: str) -> str:
     if form == "json":
         return report.to_json()
     if form == "html":

@@ -13,10 +13,10 @@ from lora_fx.cli.saved import SavedFileError, read_text
 from lora_fx.cli.verbs import DIFFERS
 
 if TYPE_CHECKING:
-    from lora_fx.graphdiff.compare import GraphDiff
+    from lora_fx.graphdiff.diff import GraphDiff
     from lora_fx.graphdiff.graphs import Graph
-    from lora_fx.planning.decide import Plan
     from lora_fx.planning.diff import PlanDiff
+    from lora_fx.planning.plan import Plan
 
 _JSON = (".json", STANDARD)
 
@@ -70,7 +70,7 @@ def _is_rules(operand: str) -> bool:
 
 
 def _of_saved(a: str, b: str) -> GraphDiff | PlanDiff:
-    from lora_fx.planning.decide import Plan
+    from lora_fx.planning.plan import Plan
 
     first, second = _saved(a), _saved(b)
     if isinstance(first, Plan):
@@ -81,7 +81,7 @@ def _of_saved(a: str, b: str) -> GraphDiff | PlanDiff:
         return plan_diff(first, second, (a, b))
     if isinstance(second, Plan):
         raise SavedFileError(f"{a} is a graph, {b} a plan")
-    from lora_fx.graphdiff.compare import compare
+    from lora_fx.graphdiff.diff import compare
 
     return compare(first, second)
 
@@ -97,7 +97,7 @@ def _saved(name: str) -> Plan | Graph:
         from lora_fx.graphdiff.graphs import Graph
 
         return Graph.from_json(text)
-    from lora_fx.planning.decide import Plan
+    from lora_fx.planning.plan import Plan
 
     try:
         return Plan.from_json(text)
@@ -115,7 +115,7 @@ def _saved_graph(operand: str) -> Graph | str:
     """Return a saved graph, or the operand itself if it is a model."""
     if not operand.endswith(_JSON) or operand.endswith(".index.json"):
         return operand
-    from lora_fx.planning.decide import Plan
+    from lora_fx.planning.plan import Plan
 
     found = _saved(operand)
     if isinstance(found, Plan):

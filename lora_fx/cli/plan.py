@@ -13,7 +13,7 @@ from lora_fx.cli.saved import read_plan
 from lora_fx.cli.verbs import DIFFERS
 
 if TYPE_CHECKING:
-    from lora_fx.planning.decide import Plan
+    from lora_fx.planning.plan import Plan
 
 
 @click.command("plan")

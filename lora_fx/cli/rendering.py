@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from lora_fx.planning.decide import Plan
 from lora_fx.planning.diff import PlanDiff
+from lora_fx.planning.plan import Plan
 from lora_fx.planning.render.html import plan_diff_html, plan_html
-from lora_fx.planning.render.tree import diff_tree, dot, mermaid, plan_tree
-from lora_fx.planning.rows import plan_stat, plan_text
+from lora_fx.planning.render.tree import diff_tree, plan_tree, tree_dot, tree_mermaid
 
 
 def plan_as(plan: Plan, form: str, fold: bool = True, stat: bool = False, width: int | None = None) -> str:
@@ -17,8 +16,8 @@ def plan_as(plan: Plan, form: str, fold: bool = True, stat: bool = False, width:
         return plan_html(plan, fold)
     if form in ("mermaid", "dot"):
         tree = plan_tree(plan)
-        return mermaid(tree) if form == "mermaid" else dot(tree)
-    return plan_stat(plan) if stat else plan_text(plan, fold, width)
+        return tree_mermaid(tree) if form == "mermaid" else tree_dot(tree)
+    return plan.stat() if stat else plan.text(fold, width)
 
 
 def plan_diff_as(diff: PlanDiff, form: str, stat: bool = False) -> str:
@@ -29,5 +28,5 @@ def plan_diff_as(diff: PlanDiff, form: str, stat: bool = False) -> str:
         return plan_diff_html(diff)
     if form in ("mermaid", "dot"):
         tree = diff_tree(diff)
-        return mermaid(tree) if form == "mermaid" else dot(tree)
+        return tree_mermaid(tree) if form == "mermaid" else tree_dot(tree)
     return diff.stat() if stat and diff else str(diff)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError
-from lora_fx.planning.decide import Plan
+from lora_fx.planning.plan import Plan
 
 
 class SavedFileError(LoraFxError):

@@ -18,7 +18,8 @@ from lora_fx.models.ties import ties
 from lora_fx.models.twin import refuse_lazy, total_parameters
 from lora_fx.passes.rawsites import RawUse, raw_uses
 from lora_fx.passes.sites import site_calls
-from lora_fx.planning.decide import Inventory, Plan
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import Inventory
 from lora_fx.planning.sites import Layout, Site
 
 UNKNOWN_USE = "a raw parameter: how it is used shows only with example_inputs"
@@ -35,12 +36,17 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
         RefusedError: for a model that is adapted already, compiled or scripted.
     """
     refuse_unfit(model)
-    sites = tuple(_graph_sites(model) if isinstance(model, fx.GraphModule) else _Finder(model, uses).sites())
+    in_graph = None
+    if isinstance(model, fx.GraphModule):
+        placed = tuple(_graph_sites(model))
+        sites, in_graph = tuple(site for site, _ in placed), frozenset(site.path for site, inside in placed if inside)
+    else:
+        sites = tuple(_Finder(model, uses).sites())
     modules = tuple(
         (path, sum(p.numel() for p in module.parameters()))
         for path, module in model.named_modules(remove_duplicate=False)
     )
-    return Inventory(type(model).__name__, sites, modules, total_parameters(model))
+    return Inventory(type(model).__name__, sites, modules, total_parameters(model), in_graph)
 
 
 def refuse_unfit(model: nn.Module) -> None:
@@ -260,21 +266,23 @@ def _dtype_name(tensor: Tensor | nn.Module) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _graph_sites(graph_module: fx.GraphModule) -> Iterator[Site]:
-    """Yield the sites of a graph in its order, then those inside modules that it calls as a whole."""
+def _graph_sites(graph_module: fx.GraphModule) -> Iterator[tuple[Site, bool]]:
+    """Yield the sites of a graph in its order, then those inside modules that it calls as a whole; whether it is one
+    of the graph's own.
+    """
     calls = Counter(call.path for call in site_calls(graph_module) if call.path)
     finder = _Finder(graph_module, Uses({}, uses_in_graph(graph_module), complete=False))
     found = {site.path: site for site in finder.sites()}
     for path, number in calls.items():
         site = found.get(path) or _weight_site(path, graph_module, finder.ties)
-        yield replace(site, calls=number, backend="graph")
+        yield replace(site, calls=number), True
     read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     for site in found.values():
         if site.parameter in read:
             if site.calls or site.refusal not in (None, UNKNOWN_USE):
-                yield replace(site, backend="graph", read=False)
+                yield replace(site, read=False), True
         elif site.path not in calls:
-            yield replace(site, backend_reason="inside a module that the graph calls as a whole")
+            yield site, False
 
 
 def _weight_site(path: str, graph_module: fx.GraphModule, tied: Mapping[int, tuple[str, ...]]) -> Site:

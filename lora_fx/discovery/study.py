@@ -18,7 +18,8 @@ from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.samples import Sample, dummy_samples, moved, samples_of
 from lora_fx.models.tensors import dotted
 from lora_fx.models.twin import is_meta, make_twin
-from lora_fx.planning.decide import DEAD, Plan, PlannedRegion, PlannedSite, not_fused
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import DEAD, PlannedRegion, PlannedSite, not_fused
 from lora_fx.regions.program import OPTIMISATIONS, foreseen
 from lora_fx.regions.survey import Survey, survey, survey_symbolically, unchanged_modes, unchanged_random
 
@@ -177,8 +178,7 @@ def _with_passes(each: PlannedSite, passes: Mapping[str, set[str]]) -> PlannedSi
 def _with_backend(each: PlannedSite, found: Survey) -> PlannedSite:
     in_graph = any(path in found.covered for path in (*each.site.paths, each.site.weight))
     reason = "" if in_graph else _reason(each, found)
-    site = replace(each.site, backend="graph" if in_graph else "module", backend_reason=reason)
-    return replace(each, site=site)
+    return replace(each, backend="graph" if in_graph else "module", backend_reason=reason)
 
 
 def _reason(each: PlannedSite, found: Survey) -> str:

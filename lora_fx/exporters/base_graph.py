@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import get_tensor
-from lora_fx.planning.decide import Plan, PlannedSite
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.tuned.build import build, record_in
 from lora_fx.tuned.undo import removed

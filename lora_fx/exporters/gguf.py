@@ -24,7 +24,7 @@ from lora_fx.exporters.running import largest_difference, run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
-from lora_fx.planning.decide import Plan
+from lora_fx.planning.plan import Plan
 from lora_fx.tuned.build import record_in
 from lora_fx.tuned.undo import disabled
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fx.graphdiff.graphs import INPUT, RETURN, Graph, Node, users_of
+from lora_fx.graphdiff.graphs import INPUT, RETURN, Graph, Statement, users_of
 
 _SELF = re.compile(r"self\.[\w.]+")
 _MOST_CELLS = 250_000
@@ -56,7 +56,7 @@ class _Side:
     partner: list[int | None] = field(default_factory=list)
 
     @property
-    def nodes(self) -> tuple[Node, ...]:
+    def nodes(self) -> tuple[Statement, ...]:
         return self.graph.nodes
 
     def free(self) -> list[int]:
@@ -186,7 +186,7 @@ def _described(graph: Graph, numbers: _Numbers) -> _Side:
     return side
 
 
-def _label(node: Node) -> tuple[str, str]:
+def _label(node: Statement) -> tuple[str, str]:
     """Return the operation with its constants; where its modules are does not count."""
     return node.op, node.name if node.op == INPUT else _SELF.sub("self.", node.code)
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 from lora_fx.adapters.attach import HOME, Attached, attached, share_adapter, shown_parameters
 from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.graphdiff.costs import adapter_flops, called_flops, product_flops, weights_in
-from lora_fx.graphdiff.graphs import INPUT, RETURN, Node, Weight, escaped
+from lora_fx.graphdiff.graphs import INPUT, RETURN, Statement, Weight, escaped
 from lora_fx.graphdiff.nodefacts import factor_of, function_name, place_of, stem_of, value_text
 from lora_fx.models.layers import kind_of
 from lora_fx.models.swap import original_class
@@ -31,7 +31,7 @@ _FACTORS = re.compile(r"(^|\.)lora_(A|B|dropout|magnitude_vector)(\.[^.]+)*$")
 class Statements:
     """A graph over a module as nodes; paths and names of weights count from the module."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[Statement, ...]
     adapted: dict[int, tuple[str, str]]
     """For nodes that show an adapter: (path of the owner of the weight, name of the weight)."""
 
@@ -42,10 +42,10 @@ def statements_of(graph: fx.Graph, module: nn.Module) -> Statements:
     return _Writer(graph_module, module).statements()
 
 
-def placed(found: Statements, module: nn.Module, path: str) -> tuple[list[Node], dict[str, Weight]]:
+def placed(found: Statements, module: nn.Module, path: str) -> tuple[list[Statement], dict[str, Weight]]:
     """Return the statements as those of the module at a path of a model, and the weights that they read."""
     own = weights_in(module)
-    nodes: list[Node] = []
+    nodes: list[Statement] = []
     weights: dict[str, Weight] = {}
     for position, node in enumerate(found.nodes):
         names = tuple(dotted(path, name) for name in node.weights)
@@ -79,7 +79,7 @@ class _Writer:
         self.graph_module = graph_module
         self.module = module
         """What the graph runs on; its classes are lost in a GraphModule."""
-        self.nodes: list[Node] = []
+        self.nodes: list[Statement] = []
         self.adapted: dict[int, tuple[str, str]] = {}
         self.position: dict[fx.Node, int] = {}
         self.inlined: dict[fx.Node, str] = {}
@@ -113,7 +113,7 @@ class _Writer:
             owner, _, last = (str(node.target) if node.op == "get_attr" else self._weight_at(site)).rpartition(".")
             self.adapted[position] = owner, last
         self.nodes.append(
-            Node(
+            Statement(
                 path=_FACTORS.sub("", site),
                 op=self._op(node),
                 name=name,

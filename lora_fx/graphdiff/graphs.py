@@ -44,7 +44,7 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class Statement:
     """One statement of a graph."""
 
     path: str
@@ -78,7 +78,7 @@ class Graph:
     """A model's graph, as far as it is known: blocks statement by statement, the rest module by module."""
 
     name: str
-    nodes: tuple[Node, ...]
+    nodes: tuple[Statement, ...]
     weights: Mapping[str, Weight] = field(default_factory=dict)
     """Those that the nodes read."""
     parameters: int = 0
@@ -98,7 +98,7 @@ class Graph:
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "kind": "lora_fx graph", "name": self.name}
         document |= {"parameters": self.parameters, "bytes": self.bytes}
         document["weights"] = {name: [list(each.shape), each.dtype] for name, each in self.weights.items()}
-        lines = (json.dumps(node_data(node), ensure_ascii=False) for node in self.nodes)
+        lines = (json.dumps(statement_data(node), ensure_ascii=False) for node in self.nodes)
         head = json.dumps(document, ensure_ascii=False)
         return f'{head[:-1]}, "nodes": [\n' + ",\n".join(lines) + "\n]}"
 
@@ -113,7 +113,7 @@ class Graph:
             document = json.loads(text)
             if document["kind"] != "lora_fx graph" or document["schema_version"] != SCHEMA_VERSION:
                 raise GraphFileError(f"not a graph of schema version {SCHEMA_VERSION}")
-            nodes = tuple(map(node_from_data, document["nodes"]))
+            nodes = tuple(map(statement_from_data, document["nodes"]))
             weights = {name: Weight(tuple(shape), dtype) for name, (shape, dtype) in document["weights"].items()}
             graph = Graph(document["name"], nodes, weights, document["parameters"], document["bytes"])
         except (ValueError, KeyError, TypeError) as error:
@@ -136,11 +136,11 @@ class Graph:
             raise GraphFileError(f"{os.fspath(path)}: {error}") from error
 
 
-_DEFAULTS = {each.name: each.default for each in fields(Node)[4:]}
+_DEFAULTS = {each.name: each.default for each in fields(Statement)[4:]}
 _LISTS = ("inputs", "weights")
 
 
-def node_data(node: Node) -> dict[str, Any]:
+def statement_data(node: Statement) -> dict[str, Any]:
     """Return a node as JSON holds it: what is empty is left out."""
     data: dict[str, Any] = {"path": node.path, "op": node.op, "name": node.name, "code": node.code}
     optional: dict[str, Any] = {
@@ -150,10 +150,10 @@ def node_data(node: Node) -> dict[str, Any]:
     return data | {key: value for key, value in optional.items() if value != _DEFAULTS[key]}
 
 
-def node_from_data(data: Mapping[str, Any]) -> Node:
-    """Return the node that `node_data` has written."""
+def statement_from_data(data: Mapping[str, Any]) -> Statement:
+    """Return the node that `statement_data` has written."""
     facts: dict[str, Any] = {key: tuple(value) if key in _LISTS else value for key, value in data.items()}
-    return Node(**facts)
+    return Statement(**facts)
 
 
 def _check(graph: Graph) -> None:
@@ -182,6 +182,6 @@ def users_of(graph: Graph) -> list[list[tuple[int, int]]]:
     return found
 
 
-def numbered(graph: Graph) -> Iterator[tuple[int, Node]]:
+def numbered(graph: Graph) -> Iterator[tuple[int, Statement]]:
     """Yield (position, node) of what computes or returns something."""
     return ((position, node) for position, node in enumerate(graph.nodes) if node.op != INPUT)

@@ -22,9 +22,9 @@ from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.discovery.sites import take_inventory
 from lora_fx.discovery.study import observed
 from lora_fx.graphdiff.canonical import Statements, adapted_graph, describe_spec, placed, statements_of
-from lora_fx.graphdiff.compare import GraphDiff, compare
 from lora_fx.graphdiff.costs import called_flops, weights_in
-from lora_fx.graphdiff.graphs import Graph, Node, Weight, escaped
+from lora_fx.graphdiff.diff import GraphDiff, compare
+from lora_fx.graphdiff.graphs import Graph, Statement, Weight, escaped
 from lora_fx.graphdiff.programs import graph_of_program, load_program
 from lora_fx.models.layers import is_layer
 from lora_fx.models.samples import samples_of
@@ -198,7 +198,7 @@ def _filled(leaf: object, captured: Captured) -> object:
 def _graph(model: nn.Module, captures: Mapping[str, Captured], blocks: _Blocks | None = None) -> Graph:
     """Return the graph of a model: its own, or that of its blocks and of the modules around them, in model order."""
     blocks = blocks or _Blocks(model)
-    nodes: list[Node] = []
+    nodes: list[Statement] = []
     weights: dict[str, Weight] = {}
     if isinstance(model, fx.GraphModule):
         nodes, weights = placed(statements_of(model.graph, model), model, "")
@@ -221,7 +221,7 @@ def _graph(model: nn.Module, captures: Mapping[str, Captured], blocks: _Blocks |
     return Graph(type(model).__name__, tuple(nodes), weights, *total)
 
 
-def _modules(model: nn.Module, covered: Sequence[str]) -> Iterator[tuple[Node, dict[str, Weight]]]:
+def _modules(model: nn.Module, covered: Sequence[str]) -> Iterator[tuple[Statement, dict[str, Weight]]]:
     """Yield a statement for every module without children outside of the covered paths, and for every adapter."""
     inside = set(covered)
     for path, module in model.named_modules():
@@ -247,10 +247,10 @@ def _is_covered(path: str, covered: set[str]) -> bool:
 
 def _statement(
     module: nn.Module, path: str, site: str, code: str, rule: str, flops: int
-) -> tuple[Node, dict[str, Weight]]:
+) -> tuple[Statement, dict[str, Weight]]:
     weights = {dotted(path, name): each for name, each in weights_in(module).items()}
     kind = original_class(module).__name__
-    return Node(site, kind, "", escaped(code), weights=tuple(weights), rule=rule, flops=flops), weights
+    return Statement(site, kind, "", escaped(code), weights=tuple(weights), rule=rule, flops=flops), weights
 
 
 def _summary(name: str, module: nn.Module) -> str:

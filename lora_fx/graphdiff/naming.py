@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_fx.graphdiff.graphs import INPUT, Graph, Node
+from lora_fx.graphdiff.graphs import INPUT, Graph, Statement
 
 
 def lines_of(a: Graph, b: Graph, partner: Sequence[int | None]) -> tuple[list[str], list[str]]:
@@ -28,10 +28,10 @@ class _Names:
         self.taken: set[tuple[int, str, str]] = set()
         self.last: dict[tuple[str, str], int] = {}
 
-    def take(self, side: int, node: Node, name: str) -> None:
+    def take(self, side: int, node: Statement, name: str) -> None:
         self.taken.add((side, node.region, name))
 
-    def new(self, stem: str, owners: Sequence[tuple[int, Node]]) -> str:
+    def new(self, stem: str, owners: Sequence[tuple[int, Statement]]) -> str:
         """Return the next free name for a node, or for both of a pair."""
         home = min(node.region for _, node in owners)
         number = self.last.get((home, stem), 0) + 1

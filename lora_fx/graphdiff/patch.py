@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lora_fx.graphdiff.compare import Edit
-from lora_fx.graphdiff.graphs import Graph, Node, Weight
+from lora_fx.graphdiff.changes import GraphEdit
+from lora_fx.graphdiff.graphs import Graph, Statement, Weight
 
 
-def patched(graph: Graph, edits: Sequence[Edit], name: str, sums: tuple[int, int]) -> Graph:
+def patched(graph: Graph, edits: Sequence[GraphEdit], name: str, sums: tuple[int, int]) -> Graph:
     """Return the graph with the edits made; what no edit names stays, in its order."""
     gone = {edit.before for edit in edits if edit.before is not None}
     new = {edit.after: edit for edit in edits if edit.after is not None}
@@ -21,7 +21,7 @@ def patched(graph: Graph, edits: Sequence[Edit], name: str, sums: tuple[int, int
         if j not in new:
             origins[j] = next(waiting)
             position[origins[j]] = j
-    nodes: list[Node] = []
+    nodes: list[Statement] = []
     weights: dict[str, Weight] = {}
     for j in range(len(kept) + len(new)):
         node = _kept(graph.nodes[origins[j]], position) if j in origins else new[j].node
@@ -31,6 +31,6 @@ def patched(graph: Graph, edits: Sequence[Edit], name: str, sums: tuple[int, int
     return Graph(name, tuple(nodes), weights, *sums)
 
 
-def _kept(node: Node, position: dict[int | None, int | None]) -> Node:
+def _kept(node: Statement, position: dict[int | None, int | None]) -> Statement:
     inputs = [position[i] for i in node.inputs]
     return replace(node, inputs=tuple(i for i in inputs if i is not None))

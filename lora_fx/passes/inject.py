@@ -20,7 +20,7 @@ from lora_fx.passes.editor import Editor, Writer
 from lora_fx.passes.rawsites import raw_uses, splice_raw
 from lora_fx.passes.sites import SiteCall, first_argument, site_calls
 from lora_fx.passes.verify import verify
-from lora_fx.planning.decide import Plan
+from lora_fx.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,180 +1,18 @@
-"""Rules and sites in, a Plan out: what will happen to every site, and why.  Pure data; nothing is changed."""
+"""Rules and an inventory in, a Plan out: what will happen to every site, and why.  Pure data; nothing is changed."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 from lora_fx.errors import NoMatchError, Unmatched
-from lora_fx.planning.sites import CONVOLUTIONS, Backend, Site, differences, fingerprint
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, dead_notes, rank_notes
+from lora_fx.planning.sites import CONVOLUTIONS, Site, differences, fingerprint
 from lora_fx.rules.patterns import nearest_names
-from lora_fx.rules.ruleset import LoRAConfig, Rule, RuleSet, Slices, SourceSpan, TrainPattern
-from lora_fx.text import count, listing
-
-Decision = Literal["adapt", "keep", "skip", "refuse"]
-
-
-_FUSED_DTYPES = ("float32", "float64", "float16", "bfloat16")
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedSite:
-    """A site and what will happen to it."""
-
-    site: Site
-    decision: Decision
-    reason: str
-    rule: str | None = None
-    lora: LoRAConfig | None = None
-    slices: Slices | None = None
-    per_call: bool = False
-    """Whether each call of the site has an adapter of its own."""
-    passes: tuple[str, ...] = ()
-    """What makes it cheaper to train, as far as it is known before: "fuse", "stack", "recompute"."""
-
-    @property
-    def path(self) -> str:
-        return self.site.path
-
-    @property
-    def op(self) -> str:
-        return self.site.op
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.site.shape
-
-    @property
-    def calls(self) -> int | None:
-        return self.site.calls
-
-    @property
-    def backend(self) -> Backend:
-        return self.site.backend
-
-    @property
-    def trainable(self) -> int:
-        """Number of parameters that the adapter adds or unfreezes here: r · (in + out), DoRA's out, the bias.
-
-        A sliced adapter has r · (in + rows) for each part; a bank of experts, or a site with an adapter for each call,
-        has that many times as much.
-        """
-        if self.lora is None:
-            return 0
-        out_features, in_features = self.site.features
-        parts = self.slices.rows(out_features) if self.slices is not None else (range(out_features),)
-        rows = sum(map(len, parts))
-        calls = (self.calls or 1) if self.per_call else 1
-        extra = out_features * (self.lora.dora + (self.lora.bias and self.site.bias))
-        return self.site.bank * calls * self.lora.r * (len(parts) * in_features + rows) + extra
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedModule:
-    """A module that is trained whole and saved with the adapter (rules' `train:`)."""
-
-    path: str
-    parameters: int
-    pattern: str
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRegion:
-    """A submodule whose forward will run as a guarded graph, or the reason why it will not."""
-
-    path: str
-    backend: Backend
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Inventory:
-    """What a model has: everything that `decide` needs to know of it."""
-
-    model: str
-    """The model's class name."""
-    sites: tuple[Site, ...]
-    modules: tuple[tuple[str, int], ...]
-    """(path, number of parameters in it), for every module."""
-    total: int
-    """Number of parameters of the model."""
-    regions: tuple[PlannedRegion, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What `apply` will do to every site of a model, and why: printable, countable, serialisable."""
-
-    model: str
-    source: str
-    sites: tuple[PlannedSite, ...]
-    train: tuple[TrainedModule, ...]
-    total: int
-    """Number of parameters of the model as given."""
-    fingerprint: str
-    regions: tuple[PlannedRegion, ...] = ()
-    notes: tuple[str, ...] = ()
-    unmatched_rules: tuple[str, ...] = ()
-    """Rules with `expect: any` (or 0) that decide no site here."""
-    rules: dict[str, object] = field(default_factory=dict, compare=False)
-    capture: object = field(default=None, compare=False, repr=False)
-    """The graphs that were captured while planning; not part of the plan's JSON."""
-
-    @property
-    def adapted(self) -> tuple[PlannedSite, ...]:
-        return tuple(site for site in self.sites if site.decision == "adapt")
-
-    @property
-    def refused(self) -> tuple[PlannedSite, ...]:
-        return tuple(site for site in self.sites if site.decision == "refuse")
-
-    @property
-    def cautions(self) -> tuple[str, ...]:
-        """What `apply` warns of, each also a note: ranks that save nothing, sites that are never used."""
-        return (*_rank_notes(self.sites), *_dead_notes(self.sites))
-
-    @property
-    def trainable(self) -> int:
-        """Number of parameters that will be trained: adapters and the modules under `train:`."""
-        return sum(site.trainable for site in self.sites) + sum(module.parameters for module in self.train)
-
-    def __str__(self) -> str:
-        from lora_fx.planning.rows import plan_text
-
-        return plan_text(self)
-
-    def to_json(self) -> str:
-        """Return the plan as JSON, the same text for the same plan; `Plan.from_json` reads it."""
-        from lora_fx.planning.json import to_json
-
-        return to_json(self)
-
-    @staticmethod
-    def from_json(text: str) -> Plan:
-        """Return the plan that `to_json` wrote; ValueError if the text is not one."""
-        from lora_fx.planning.json import from_json
-
-        return from_json(text)
-
-
-def not_fused(each: PlannedSite) -> str:
-    """Return why base and adapter of an adapted site are not computed as one operation; "" where they are."""
-    if each.decision != "adapt" or each.lora is None:
-        return ""
-    if each.op != "linear":
-        return f"{each.op} goes operation by operation"
-    if each.site.read or each.site.parameter:
-        return "a weight that is read goes operation by operation"
-    if each.slices is not None and not each.slices.are_runs:
-        return "slices of rows that are no neighbours go operation by operation"
-    if each.per_call:
-        return "an adapter for each call goes operation by operation"
-    if each.site.dtype not in _FUSED_DTYPES:
-        return f"a base of {each.site.dtype} goes operation by operation"
-    return ""
+from lora_fx.rules.ruleset import Rule, RuleSet, SourceSpan, TrainPattern
+from lora_fx.text import count
 
 
 def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Plan:
@@ -184,7 +22,7 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Plan:
         NoMatchError: naming every rule that fails, if `strict`.
     """
     trained, failed = _trained(rules.train, inventory)
-    planned = tuple(_decide_site(site, rules.rules, trained) for site in inventory.sites)
+    planned = tuple(on_backend(_decide_site(site, rules.rules, trained), inventory) for site in inventory.sites)
     failed += _failed_expectations(rules.rules, planned, inventory)
     if failed and strict:
         raise NoMatchError(failed, len(inventory.sites))
@@ -196,8 +34,7 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Plan:
         train=trained,
         total=inventory.total,
         fingerprint=fingerprint(inventory.sites),
-        regions=inventory.regions,
-        notes=(*inventory.notes, *_shadow_notes(rules.rules, planned), *_rank_notes(planned), *_dead_notes(planned)),
+        notes=(*_shadow_notes(rules.rules, planned), *rank_notes(planned), *dead_notes(planned)),
         unmatched_rules=tuple(rule.name for rule in rules.rules if rule.name not in decided),
         rules=rules.to_dict(),
     )
@@ -221,6 +58,15 @@ def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedMod
         return PlannedSite(site, "refuse", refusal, rule.name)
     per_call = rule.per_call and site.calls != 1
     return PlannedSite(site, "adapt", _origin(rule), rule.name, rule.lora, rule.slices, per_call)
+
+
+def on_backend(planned: PlannedSite, inventory: Inventory) -> PlannedSite:
+    """Return what is decided of a site with its backend, where a graph of the model's own tells which."""
+    if inventory.in_graph is None:
+        return planned
+    if planned.path in inventory.in_graph:
+        return replace(planned, backend="graph")
+    return replace(planned, backend_reason="inside a module that the graph calls as a whole")
 
 
 def _unsupported(rule: Rule, site: Site) -> str | None:
@@ -340,25 +186,6 @@ def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list
     return notes
 
 
-def _rank_notes(planned: Iterable[PlannedSite]) -> list[str]:
-    paths: dict[tuple[str | None, int, int], list[str]] = {}
-    for site in planned:
-        if site.lora is not None and site.lora.r > min(site.site.features):
-            paths.setdefault((site.rule, site.lora.r, min(site.site.features)), []).append(site.path)
-    return [
-        f"{listing(sites, 3)}: r = {r} is above min(in, out) = {smaller}; full fine-tuning would need fewer parameters"
-        for (_, r, smaller), sites in paths.items()
-    ]
-
-
-DEAD = "never used with the example inputs"
-
-
-def _dead_notes(planned: Iterable[PlannedSite]) -> list[str]:
-    dead = [site.path for site in planned if site.decision == "adapt" and site.calls == 0]
-    return [f"{listing(dead, 3)}: {DEAD}, so their adapters get no gradient from such inputs"] if dead else []
-
-
 def stale_parts(plan: Plan, inventory: Inventory) -> list[tuple[str, str, str]]:
     """Return (path, planned, found) for every site and every module trained whole in which a model differs."""
     sizes = {path: count(size, "parameter") for path, size in inventory.modules}
@@ -370,7 +197,5 @@ def stale_parts(plan: Plan, inventory: Inventory) -> list[tuple[str, str, str]]:
 def on_modules(plan: Plan) -> Plan:
     """Return the plan with every site on the module backend, as asked for."""
     reason = 'backend="modules"'
-    sites = tuple(
-        replace(each, site=replace(each.site, backend="module", backend_reason=reason)) for each in plan.sites
-    )
+    sites = tuple(replace(planned, backend="module", backend_reason=reason) for planned in plan.sites)
     return replace(plan, sites=sites, regions=(), capture=None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from lora_fx.planning.decide import Plan, PlannedSite
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.rows import fold_rows, row_of
 from lora_fx.text import columns, count, thousands
 

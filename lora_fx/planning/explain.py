@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lora_fx.planning.decide import Inventory, Plan, PlannedSite
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import Inventory, PlannedSite
 from lora_fx.planning.sites import Site
 from lora_fx.rules.patterns import NamePattern, nearest_names
 from lora_fx.rules.ruleset import Rule, RuleSet
@@ -75,7 +76,7 @@ def _facts(site: Site) -> list[tuple[str, str]]:
 def _verdict(each: PlannedSite) -> str:
     if each.decision != "adapt" or each.lora is None:
         return f"{each.decision}: {each.reason}"
-    why = f" ({each.site.backend_reason})" if each.site.backend_reason else ""
+    why = f" ({each.backend_reason})" if each.backend_reason else ""
     parts = "" if each.slices is None else f" on {', '.join(each.slices.adapt)}"
     size = f"r={each.lora.r} scaling={each.lora.scaling:g}{parts}, {thousands(each.trainable)} parameters"
     return f"adapt by {each.reason}: {size}; backend {each.backend}{why}"

@@ -36,9 +36,6 @@ class Site:
     """Names of other parameters that are the same weight."""
     refusal: str | None = None
     """Why it cannot be adapted; None if it can."""
-    backend: Backend = "module"
-    backend_reason: str = ""
-    """Why this backend, when it is not the graph."""
     parameter: str = ""
     """Dotted name of the weight where it is a raw parameter; empty where it is `weight` of the module at `path`."""
     layout: Layout = "out_in"

@@ -18,7 +18,8 @@ from lora_fx.models.twin import is_meta, make_twin
 from lora_fx.passes import apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.inject import Inject
-from lora_fx.planning.decide import Plan, PlannedSite
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import PlannedSite
 from lora_fx.regions.install import in_graphs, install, regions, stock
 from lora_fx.regions.program import OPTIMISATIONS
 from lora_fx.regions.survey import Survey, run_modes, run_variants
@@ -135,7 +136,7 @@ def check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:
         warnings.warn(f"these run without a graph, correct but slower: {failed}", LoraFxWarning, stacklevel=4)
     if backend == "graph":
         outside = [
-            (site.path, site.site.backend_reason)
+            (site.path, site.backend_reason)
             for site in plan.adapted
             if not (isinstance(twin, fx.GraphModule) and site.backend == "graph")
             and not covered.intersection(site.site.paths)

@@ -18,7 +18,9 @@ from lora_fx.discovery.sites import take_inventory
 from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.models.tensors import get_tensor
 from lora_fx.models.twin import is_meta
-from lora_fx.planning.decide import Plan, PlannedSite, decide, on_modules
+from lora_fx.planning.decide import decide, on_modules
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import PlannedSite
 from lora_fx.rules.ruleset import RuleSet, read_rules
 from lora_fx.text import columns
 from lora_fx.tuned.build import build, check_refusals, record_in

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_fx
 from lora_fx.bench import counters, peer
 from lora_fx.bench.analytic import Flops, Linear
-from lora_fx.bench.subjects import LB, OURS, SPREAD, Base, loss_of
+from lora_fx.bench.subjects import LB, OURS, SPREAD, FrozenBase, loss_of
 from lora_fx.errors import InvariantError, RefusedError
 from tests.support import zoo
 from tests.support.clitools import small
@@ -110,7 +110,7 @@ def test_peak_is_of_what_is_live_at_once():
 
 
 def test_two_counts_of_the_same_step_are_equal():
-    base = Base.of(*small())
+    base = FrozenBase.of(*small())
     ours = base.adapted(OURS, "attention")
     ours.step()
     first, second = (counters.counted(ours.step, ours.forward, ours.own()) for _ in range(2))
@@ -119,7 +119,7 @@ def test_two_counts_of_the_same_step_are_equal():
 
 
 def test_counting_leaves_the_graphs_of_an_adapted_model_in_use():
-    base = Base.of(zoo.Encoder(), (zoo.tokens(2, 5),))
+    base = FrozenBase.of(zoo.Encoder(), (zoo.tokens(2, 5),))
     ours = base.adapted(OURS, rules("**.{query,value}", r=2))
     ours.step()
     before = [each.misses for each in lora_fx.inspect(ours.model).regions]
@@ -173,7 +173,7 @@ def test_formula_of_a_merged_linear_is_what_is_counted(rebuilt: bool):
 
 def test_formula_of_a_model_is_the_lower_bound_and_the_sum_over_sites():
     sample = (zoo.tokens(2, 5),)
-    base = Base.of(zoo.Encoder(), sample)
+    base = FrozenBase.of(zoo.Encoder(), sample)
     lower, ours = base.frozen(LB), base.adapted(OURS, rules("**.layer.**", r=R))
     plan = lora_fx.plan(base.model, rules("**.layer.**", r=R), sample)
     sites = [Linear(10, inputs, outputs, R) for outputs, inputs in (each.shape for each in plan.adapted)]
@@ -188,7 +188,7 @@ def test_formula_of_a_model_is_the_lower_bound_and_the_sum_over_sites():
 
 
 def test_lower_bound_goes_back_through_every_layer_and_trains_nothing():
-    base = Base.of(*small())
+    base = FrozenBase.of(*small())
     seen: list[str] = []
     lower = base.frozen(LB)
     for name, module in lower.model.named_modules():
@@ -201,7 +201,7 @@ def test_lower_bound_goes_back_through_every_layer_and_trains_nothing():
 
 
 def test_first_floating_input_takes_the_gradient():
-    base = Base.of(zoo.Mlp(), (zoo.features(2, 3),))
+    base = FrozenBase.of(zoo.Mlp(), (zoo.features(2, 3),))
     lower = base.frozen(LB)
     lower.step()
     assert lower.leaf is not None
@@ -211,7 +211,7 @@ def test_first_floating_input_takes_the_gradient():
 
 def test_subjects_share_the_storage_of_the_base_and_leave_the_model_alone():
     model, inputs = small()
-    base = Base.of(model, inputs)
+    base = FrozenBase.of(model, inputs)
     full = base.full()
     full.step()
     for subject in (base.frozen(LB), base.adapted(OURS, "attention"), full):
@@ -221,13 +221,13 @@ def test_subjects_share_the_storage_of_the_base_and_leave_the_model_alone():
 
 
 def test_second_factors_are_not_zero():
-    tuned = Base.of(*small()).adapted(OURS, "attention").model
+    tuned = FrozenBase.of(*small()).adapted(OURS, "attention").model
     values = torch.cat([p.flatten() for name, p in tuned.named_parameters() if "lora_B" in name])
     assert abs(values.std() - SPREAD) < SPREAD / 5
 
 
 def test_another_dtype_is_that_of_weights_and_inputs():
-    base = Base.of(zoo.Mlp(), (zoo.features(2, 3),), torch.bfloat16)
+    base = FrozenBase.of(zoo.Mlp(), (zoo.features(2, 3),), torch.bfloat16)
     assert {each.dtype for each in base.model.parameters()} == {torch.bfloat16}
     assert base.sample.args[0].dtype == torch.bfloat16
     ours = base.adapted(OURS, rules("**", r=2))
@@ -258,7 +258,7 @@ def test_loss_of_what_ends_in_a_norm_has_a_gradient():
 )
 def test_what_cannot_be_measured_is_refused(model, inputs, reason: str):
     with pytest.raises(RefusedError, match=reason):
-        Base.of(model(), inputs)
+        FrozenBase.of(model(), inputs)
 
 
 class OneHot(nn.Module):
@@ -275,7 +275,7 @@ class OneHot(nn.Module):
 
 def test_peft_is_given_the_same_adapters():
     pytest.importorskip("peft")
-    base = Base.of(*small())
+    base = FrozenBase.of(*small())
     mixed = {"version": 1, "rules": [
         {"match": {"name": "**.q_proj"}, "lora": {"r": 2, "alpha": 6}},
         {"match": {"name": "**.{k,v}_proj"}, "lora": {"r": 4, "alpha": 5}},
@@ -289,7 +289,7 @@ def test_peft_is_given_the_same_adapters():
 
 def test_peft_that_computes_something_else_is_found():
     pytest.importorskip("peft")
-    base = Base.of(*small())
+    base = FrozenBase.of(*small())
     ours = base.adapted(OURS, "attention")
     theirs = peer.peft_subject(base, ours.model)
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_peft_that_computes_something_else_is_found():
 )  # fmt: skip
 def test_sites_that_peft_cannot_adapt_are_refused_by_name(model, inputs, given, path: str, reason: str):
     pytest.importorskip("peft")
-    base = Base.of(model(), inputs)
+    base = FrozenBase.of(model(), inputs)
     ours = base.adapted(OURS, {"version": 1, "rules": [given]})
     with pytest.raises(RefusedError) as caught:
         peer.peft_subject(base, ours.model)

@@ -14,10 +14,10 @@ import torch
 
 from lora_fx.bench import peer
 from lora_fx.bench.counters import Counts, frozen_heap
-from lora_fx.bench.facts import Machine, Setting
+from lora_fx.bench.facts import MachineFacts, Setting
 from lora_fx.bench.picture import panels, report_html
-from lora_fx.bench.report import Report
-from lora_fx.bench.run import Options, bench
+from lora_fx.bench.report import BenchReport
+from lora_fx.bench.run import BenchOptions, bench
 from lora_fx.bench.subjects import AGAIN, FULL, LB, MODULES, OURS, PEFT
 from lora_fx.bench.timing import Rounds, interval, order, summarised, timed
 from tests.cli.test_cli import imported_by
@@ -100,7 +100,7 @@ def test_interval_is_the_same_for_the_same_values_and_covers_their_median():
 # -- reports
 
 
-def report_of(*wall: list[float]) -> Report:
+def report_of(*wall: list[float]) -> BenchReport:
     counts = {
         LB: Counts(2_000_000, 1000, 4000, 10),
         OURS: Counts(2_100_000, 1100, 5000, 20),
@@ -109,7 +109,7 @@ def report_of(*wall: list[float]) -> Report:
     spent = np.array(wall or [[1.0, 1.0, 1.02, 1.1]])
     timing = summarised(Rounds((LB, AGAIN, OURS, PEFT), spent, spent), LB, AGAIN)
     setting = Setting("Small", "attention", 9, 6, 2304, "float32", ("int64 [2, 5]",), 10, ("graphs stood aside",))
-    return Report(setting, Machine("cpu", "a <CPU>", 2, 1, "Linux", "3.11", "2.9"), counts, timing, 1e-7)
+    return BenchReport(setting, MachineFacts("cpu", "a <CPU>", 2, 1, "Linux", "3.11", "2.9"), counts, timing, 1e-7)
 
 
 def test_report_as_text():
@@ -189,8 +189,8 @@ def test_counts_of_a_model_by_rules():
     model, inputs = small()
     before = {name: each.clone() for name, each in model.state_dict().items()}
     told: list[tuple[int, int]] = []
-    report = bench(model, "attention", inputs, Options(rounds=0), lambda *each: told.append(each))
-    again = bench(model, "attention", inputs, Options(rounds=0))
+    report = bench(model, "attention", inputs, BenchOptions(rounds=0), lambda *each: told.append(each))
+    again = bench(model, "attention", inputs, BenchOptions(rounds=0))
     assert list(report.counts) == [LB, OURS, MODULES, FULL]
     assert report.counts == again.counts
     assert report.timing is None
@@ -206,7 +206,7 @@ def test_counts_of_a_model_by_rules():
 def test_threads_and_random_state_are_given_back():
     (model, inputs), threads = small(), torch.get_num_threads()
     state = torch.get_rng_state()
-    bench(model, "attention", inputs, Options(rounds=0, threads=2))
+    bench(model, "attention", inputs, BenchOptions(rounds=0, threads=2))
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -214,7 +214,7 @@ def test_threads_and_random_state_are_given_back():
 def test_times_of_a_model_by_rules_and_of_peft():
     pytest.importorskip("peft")
     model, inputs = small()
-    report = bench(model, "attention", inputs, Options(peer="peft", rounds=2))
+    report = bench(model, "attention", inputs, BenchOptions(peer="peft", rounds=2))
     assert list(report.counts) == [LB, OURS, MODULES, PEFT, FULL]
     assert list(report.timing.ratios) == list(report.counts)
     assert report.timing.rounds == 2

@@ -144,7 +144,7 @@ def test_what_a_proxy_could_get_wrong_is_refused_with_the_reason(name):
 def test_untraceable_model_is_adapted_by_modules_and_the_plan_says_so():
     plan = lora_fx.plan(zoo.Gpt(), rules("**.c_attn"))
     assert {site.backend for site in plan.adapted} == {"module"}
-    assert "branch, loop, comparison or unpacking" in plan.adapted[0].site.backend_reason
+    assert "branch, loop, comparison or unpacking" in plan.adapted[0].backend_reason
     assert "with inputs more of them would be" in str(plan)
 
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 import lora_fx
-from lora_fx.planning.decide import Inventory, decide
+from lora_fx.planning.decide import decide
+from lora_fx.planning.planned import Inventory
 from lora_fx.planning.sites import Site
 from lora_fx.rules.ruleset import read_rules
 from tests.cli.test_cli import imported_by

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lora_fx
-from lora_fx.graphdiff.compare import compare
+from lora_fx.graphdiff.diff import compare
 from tests.conftest import CHROMIUM
 from tests.support import zoo
 from tests.support.graphs import decoder

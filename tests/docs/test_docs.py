@@ -61,7 +61,7 @@ def test_version_stands_in_the_changelog():
 
 
 def test_every_error_has_a_heading_that_messages_link_to():
-    for module in ("cli.saved", "graphdiff.graphs", "graphdiff.programs", "modelspec"):
+    for module in ("cli.saved", "graphdiff.graphs", "graphdiff.programs", "cli.models.spec"):
         importlib.import_module(f"lora_fx.{module}")
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     headings = {f"errors#{line[3:].lower()}" for line in page.splitlines() if line.startswith("## ")}

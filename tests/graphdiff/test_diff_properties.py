@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fx.graphdiff.align import common_subsequence, increasing
-from lora_fx.graphdiff.compare import compare
-from lora_fx.graphdiff.graphs import Graph, GraphFileError, Node
+from lora_fx.graphdiff.diff import compare
+from lora_fx.graphdiff.graphs import Graph, GraphFileError, Statement
 from tests.support.graphs import decoder, graphs, inserted, node, pairs, renamed
 
 COMPARED = ("path", "op", "name", "code", "inputs", "region", "weights")
@@ -147,7 +147,7 @@ def test_blocks_of_a_renamed_module_are_found_as_moved():
 
 
 def test_statements_that_change_places_are_told_of():
-    x, first, second = Node("", "input", "x", ""), node("", "seed", (0,)), node("", "draw", (0,))
+    x, first, second = Statement("", "input", "x", ""), node("", "seed", (0,)), node("", "draw", (0,))
     diff = compare(Graph("A", (x, first, second)), Graph("A", (x, second, first)))
     assert len(diff.comparison.edits) == 1
     assert "# after" in str(diff)
@@ -156,7 +156,7 @@ def test_statements_that_change_places_are_told_of():
 def test_weights_of_another_shape_or_dtype_are_a_difference():
     from lora_fx.graphdiff.graphs import Weight
 
-    nodes = (Node("", "input", "x", ""), node("fc", "linear", (0,), weight="fc.weight"))
+    nodes = (Statement("", "input", "x", ""), node("fc", "linear", (0,), weight="fc.weight"))
     a, b = (Graph("A", nodes, {"fc.weight": Weight((4, 4), dtype)}) for dtype in ("float32", "bfloat16"))
     (change,) = compare(a, b).changes
     assert change.removed == ("linear = linear(x, self.fc.weight, 0)  # weight float32 [4, 4]",)

@@ -124,7 +124,7 @@ def test_saved_graphs_are_compared_and_drawn_without_torch(tmp_path):
     lora_fx.graph(model, inputs).save(tmp_path / "a.json")
     lora_fx.graph(tuned).save(tmp_path / "b.json")
     code = (
-        "import sys; from lora_fx.graphdiff.graphs import Graph; from lora_fx.graphdiff.compare import compare\n"
+        "import sys; from lora_fx.graphdiff.graphs import Graph; from lora_fx.graphdiff.diff import compare\n"
         "diff = compare(*map(Graph.load, sys.argv[1:])); diff.to_json(), diff.to_html(), diff.to_svg(), diff.to_mermaid()\n"
         "assert 'torch' not in sys.modules; print(diff)"
     )

@@ -14,10 +14,10 @@ import torch
 
 import lora_fx
 from lora_fx.errors import RefusedError
-from lora_fx.graphdiff.compare import compare
 from lora_fx.graphdiff.deltas.heatmaps import places_of
 from lora_fx.graphdiff.deltas.measure import singular_values
-from lora_fx.graphdiff.graphs import Graph, Node
+from lora_fx.graphdiff.diff import compare
+from lora_fx.graphdiff.graphs import Graph, Statement
 from lora_fx.graphdiff.render import html as html_page
 from lora_fx.graphdiff.render.blocks import blocks_of, boxes_of
 from lora_fx.graphdiff.render.layout import HEIGHT, WIDTH, layered
@@ -117,8 +117,8 @@ def test_mermaid_shows_blocks_with_their_edges(diff):
 @pytest.mark.parametrize(("modules", "edges"), [(1, True), (12, True), (60, True), (300, False), (1500, False)])
 def test_mermaid_stays_within_the_limits_of_github(modules, edges):
     names = [f"part_{k:x}_of_a_large_model.{kind}" for k in range(modules) for kind in "abcdefgh"]
-    x = Node("", "input", "x", "")
-    nodes = [Node(name, name, "y", f"{name}($0)", (k,)) for k, name in enumerate(names)]
+    x = Statement("", "input", "x", "")
+    nodes = [Statement(name, name, "y", f"{name}($0)", (k,)) for k, name in enumerate(names)]
     other = [replace(each, code=f"{each.code} + 1") if each.op.endswith(".c") else each for each in nodes]
     chart = compare(Graph("A", (x, *nodes)), Graph("B", (x, *other))).to_mermaid()
     assert len(chart) <= 50_000

@@ -12,7 +12,7 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import NoMatchError
 from lora_fx.planning.decide import decide
-from lora_fx.planning.rows import fold_rows, plan_text
+from lora_fx.planning.rows import fold_rows
 from lora_fx.rules.ruleset import read_rules
 from tests.support import zoo
 from tests.support.textbook import GPT, gpt2_classifier, gpt3
@@ -51,7 +51,7 @@ def test_plan_as_text():
 
 def test_plan_as_text_without_folding_has_a_line_for_each_site():
     plan = lora_fx.plan(zoo.Gpt(), CHOSEN, (zoo.tokens(2, 6),))
-    lines = plan_text(plan, fold=False).splitlines()
+    lines = plan.text(fold=False).splitlines()
     assert sum("Linear" in line or "Embedding" in line for line in lines) == len(plan.sites) == 15
 
 
@@ -300,7 +300,7 @@ def test_gaps_in_the_numbers_are_not_folded_away():
 
 
 def test_decide_needs_no_model():
-    from lora_fx.planning.decide import Inventory
+    from lora_fx.planning.planned import Inventory
     from lora_fx.planning.sites import Site
 
     inventory = Inventory("Any", (Site("a", "linear", ("Linear",), (4, 8)),), (("", 32), ("a", 32)), 32)

@@ -7,21 +7,21 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from lora_fx.graphdiff.graphs import INPUT, RETURN, Graph, Node, Weight
+from lora_fx.graphdiff.graphs import INPUT, RETURN, Graph, Statement, Weight
 
 OPERATIONS = ("add", "mul", "relu", "linear", ".view")
 PATHS = ("", "layers.0", "layers.0.q", "layers.1", "layers.1.q", "head")
 
 
-def node(path: str, op: str, inputs: tuple[int, ...], constant: int = 0, weight: str = "") -> Node:
+def node(path: str, op: str, inputs: tuple[int, ...], constant: int = 0, weight: str = "") -> Statement:
     shown = ", ".join([*(f"${k}" for k in range(len(inputs))), *([f"self.{weight}"] if weight else []), str(constant)])
     weights = (weight,) if weight else ()
-    return Node(path, op, op.strip("."), f"{op}({shown})", inputs, weights=weights, flops=8 if weight else 0)
+    return Statement(path, op, op.strip("."), f"{op}({shown})", inputs, weights=weights, flops=8 if weight else 0)
 
 
 def graph_from(generator: random.Random, length: int) -> Graph:
     """Return a random graph: an input, nodes that use earlier ones, a return."""
-    nodes = [Node("", INPUT, "x", "")]
+    nodes = [Statement("", INPUT, "x", "")]
     weights: dict[str, Weight] = {}
     for position in range(1, length):
         path, op = generator.choice(PATHS), generator.choice(OPERATIONS)
@@ -30,7 +30,7 @@ def graph_from(generator: random.Random, length: int) -> Graph:
         if weight:
             weights[weight] = Weight((4, generator.choice((4, 8))) if weight not in weights else weights[weight].shape, "float32")  # fmt: skip
         nodes.append(node(path, op, inputs, generator.randrange(3), weight))
-    nodes.append(Node("", RETURN, "", "return $0", (length - 1,)))
+    nodes.append(Statement("", RETURN, "", "return $0", (length - 1,)))
     return Graph("Made", tuple(nodes), weights, sum(w.parameters for w in weights.values()))
 
 
@@ -51,7 +51,7 @@ def edited(generator: random.Random, graph: Graph, edits: int) -> Graph:
     return graph
 
 
-def inserted(graph: Graph, position: int, new: Node) -> Graph:
+def inserted(graph: Graph, position: int, new: Statement) -> Graph:
     """Return the graph with a node between; what used the one before it uses it instead, here and there."""
     rest = [replace(each, inputs=tuple(i + (i >= position) for i in each.inputs)) for each in graph.nodes[position:]]
     if rest and rest[0].inputs:
@@ -91,7 +91,7 @@ def decoder(
     layers: int, width: int = 64, adapted: bool = False, nodes: int = 100, ranks: tuple[int, ...] = (8,)
 ) -> Graph:
     """Return a decoder's graph with `nodes` statements a layer, LoRA on q and v; one graph as a whole, no regions."""
-    found, weights = [Node("", INPUT, "input_ids", "")], {}
+    found, weights = [Statement("", INPUT, "input_ids", "")], {}
     for layer in range(layers):
         r = ranks[layer % len(ranks)]
         for k in range(nodes):
@@ -100,7 +100,7 @@ def decoder(
             if name is None:
                 module = f"{path}.mlp" if k > nodes // 2 else f"{path}.self_attn"
                 second = max(0, before - 3)
-                found.append(Node(module, f"op{k % 17}", f"op{k % 17}", f"op{k % 17}($0, $1)", (before, second)))
+                found.append(Statement(module, f"op{k % 17}", f"op{k % 17}", f"op{k % 17}($0, $1)", (before, second)))
                 continue
             base, low = f"{path}.{name}", f"self.{path}.{name}.lora_"
             read = {f"{base}.weight": Weight((width, width), "float32")}
@@ -111,7 +111,7 @@ def decoder(
                 read |= {f"{base}.lora_B.default.weight": Weight((width, r), "float32")}
             weights |= read
             name = base.rpartition(".")[2]
-            found.append(Node(base, "Linear", name, code, (before,), weights=tuple(read), rule=rule, flops=flops))
-    found.append(Node("", RETURN, "", "return $0", (len(found) - 1,)))
+            found.append(Statement(base, "Linear", name, code, (before,), weights=tuple(read), rule=rule, flops=flops))
+    found.append(Statement("", RETURN, "", "return $0", (len(found) - 1,)))
     total = sum(each.parameters for each in weights.values())
     return Graph("Decoder", tuple(found), weights, total, sum(each.bytes for each in weights.values()))

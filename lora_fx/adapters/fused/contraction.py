@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.models.quantised import is_quantised
-from lora_fx.planning.decide import PlannedSite, not_fused
+from lora_fx.planning.planned import PlannedSite, not_fused
 
 GAIN = 0.02
 """Part of a step's FLOPs that merging must save: less is noise, and W' takes memory for a moment."""

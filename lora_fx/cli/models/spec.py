@@ -16,7 +16,7 @@ from torch import nn
 from lora_fx.api import apply, diff, load
 from lora_fx.cli.models.checkpoint import INDEX_SUFFIX, checkpoint_model
 from lora_fx.errors import LoraFxError
-from lora_fx.graphdiff.compare import GraphDiff
+from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_of
 from lora_fx.models.samples import call

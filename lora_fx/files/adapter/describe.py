@@ -31,7 +31,7 @@ from lora_fx.files.adapter.names import (
 )
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import dotted
-from lora_fx.planning.decide import Plan
+from lora_fx.planning.plan import Plan
 from lora_fx.tuned.build import read_in_graph, record_in
 
 

@@ -15,7 +15,9 @@ from lora_fx.files.adapter.header import slices_of
 from lora_fx.files.adapter.read import AdapterFile, SavedSite
 from lora_fx.files.fingerprint import different
 from lora_fx.models.tensors import get_tensor
-from lora_fx.planning.decide import Inventory, Plan, PlannedSite, TrainedModule
+from lora_fx.planning.decide import on_backend
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule
 from lora_fx.planning.sites import Site, fingerprint
 
 Mismatch = tuple[str, str, str]
@@ -40,7 +42,7 @@ def plan_of(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module
     return Plan(
         model=inventory.model,
         source=str(files[0].folder),
-        sites=tuple(_planned(site, saved.get(site.path)) for site in inventory.sites),
+        sites=tuple(on_backend(_planned(site, saved.get(site.path)), inventory) for site in inventory.sites),
         train=tuple(_trained(path, inventory, files[0]) for path in files[0].trained),
         total=inventory.total,
         fingerprint=fingerprint(inventory.sites),

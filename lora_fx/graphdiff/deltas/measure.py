@@ -6,13 +6,39 @@ the r × r matrix R₁ R₂ᵀ (Golub and Van Loan, Matrix Computations, 4th ed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import RefusedError
-from lora_fx.graphdiff.deltas.spectra import Delta, Deltas
+from lora_fx.graphdiff.deltas.heatmaps import deltas_html, deltas_svg
+from lora_fx.graphdiff.deltas.spectra import DeltaRow, deltas_json, deltas_text
 from lora_fx.tuned.build import record_in
+
+
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """What `lora_fx.deltas` returns."""
+
+    model: str
+    sites: tuple[DeltaRow, ...]
+
+    def __str__(self) -> str:
+        return deltas_text(self.model, self.sites)
+
+    def to_json(self) -> str:
+        """Return all facts of the adapters as JSON."""
+        return deltas_json(self.model, self.sites)
+
+    def to_svg(self) -> str:
+        """Return heatmaps of rank, of ‖ΔW‖ / ‖W‖ and of the effective rank, by layer and site."""
+        return deltas_svg(self.model, self.sites)
+
+    def to_html(self) -> str:
+        """Return one page that needs nothing else: heatmaps and the singular values of every site."""
+        return deltas_html(self.model, self.sites)
 
 
 def deltas_of(tuned: nn.Module) -> Deltas:
@@ -23,24 +49,24 @@ def deltas_of(tuned: nn.Module) -> Deltas:
     """
     record = record_in(tuned)
     with torch.no_grad():
-        return Deltas(record.model, tuple(_delta(path, found) for path, found in all_attached(tuned)))
+        return Deltas(record.model, tuple(_row(path, adapter) for path, adapter in all_attached(tuned)))
 
 
-def _delta(path: str, found: Attached) -> Delta:
-    if found.lora_A.weight.is_meta:
+def _row(path: str, adapter: Attached) -> DeltaRow:
+    if adapter.lora_A.weight.is_meta:
         raise RefusedError("the adapters have no values", [(path, "its adapter is on the meta device")])
-    values = singular_values(found.lora_B.matrix, found.lora_A.matrix) * abs(found.spec.scaling)
-    bank, matrix = found.spec.matrices
-    return Delta(
+    values = singular_values(adapter.lora_B.matrix, adapter.lora_A.matrix) * abs(adapter.spec.scaling)
+    bank, matrix = adapter.spec.matrices
+    return DeltaRow(
         path=path,
-        rule=found.spec.rule,
-        r=found.spec.lora.r,
-        scaling=found.spec.scaling,
+        rule=adapter.spec.rule,
+        r=adapter.spec.lora.r,
+        scaling=adapter.spec.scaling,
         shape=(*bank, *matrix),
         norm=float(values.norm()),
-        weight_norm=_norm(found.base_weight),
+        weight_norm=_norm(adapter.base_weight),
         singular_values=tuple((values.mean(0) if values.dim() > 1 else values).tolist()),
-        call=found.call,
+        call=adapter.call,
     )
 
 
@@ -48,8 +74,11 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
     """Return the singular values of B A, the largest first, in float64.
 
     Args:
-        B: [.., out, r].
+        B: [.., out, r]: one matrix, or a bank of them.
         A: [.., r, in].
+
+    Returns:
+        [.., r].
     """
     left = torch.linalg.qr(B.double(), mode="r").R
     right = torch.linalg.qr(A.double().transpose(-1, -2), mode="r").R

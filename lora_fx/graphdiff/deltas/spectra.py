@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from lora_fx.text import columns, count
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
+class DeltaRow:
     """ΔW = scaling · B A of one adapter."""
 
     path: str
@@ -26,7 +27,7 @@ class Delta:
     singular_values: tuple[float, ...]
     """Of ΔW, the largest first; for a bank of matrices the mean over its members."""
     call: int | None = None
-    """The call that it serves, where each has an adapter of its own."""
+    """Number of the call that it serves, where every call of the site has an adapter of its own."""
 
     @property
     def ratio(self) -> float | None:
@@ -46,42 +47,25 @@ class Delta:
         return math.exp(-sum(share * math.log(share) for share in shares))
 
 
-@dataclass(frozen=True, slots=True)
-class Deltas:
-    """What `lora_fx.deltas` returns."""
-
-    model: str
-    sites: tuple[Delta, ...]
-
-    def __str__(self) -> str:
-        head = ("site", "r", "used", "‖ΔW‖", "‖ΔW‖/‖W‖", "largest σ", "smallest σ")
-        rows = [head, *(_row(each) for each in self.sites)]
-        return f"{self.model} · {count(len(self.sites), 'adapter')}\n\n{columns(rows)}"
-
-    def to_json(self) -> str:
-        sites = [asdict(each) | {"ratio": each.ratio, "effective_rank": each.effective_rank} for each in self.sites]
-        return json.dumps({"schema_version": 1, "model": self.model, "sites": sites}, indent=1)
-
-    def to_svg(self) -> str:
-        """Return heatmaps of rank, of ‖ΔW‖ / ‖W‖ and of the effective rank, by layer and site."""
-        from lora_fx.graphdiff.deltas.heatmaps import deltas_svg
-
-        return deltas_svg(self)
-
-    def to_html(self) -> str:
-        """Return one page that needs nothing else: heatmaps and the singular values of every site."""
-        from lora_fx.graphdiff.deltas.heatmaps import deltas_html
-
-        return deltas_html(self)
+def deltas_text(model: str, rows: Sequence[DeltaRow]) -> str:
+    """Return a table with a line for each adapter."""
+    head = ("site", "r", "used", "‖ΔW‖", "‖ΔW‖/‖W‖", "largest σ", "smallest σ")
+    return f"{model} · {count(len(rows), 'adapter')}\n\n{columns([head, *map(_cells, rows)])}"
 
 
-def _row(each: Delta) -> tuple[str, ...]:
-    path = each.path if each.call is None else f"{each.path} call {each.call}"
-    values = each.singular_values or (0.0,)
-    return (path, str(each.r), f"{each.effective_rank:.1f}", f"{each.norm:.3g}", ratio_text(each),
+def _cells(row: DeltaRow) -> tuple[str, ...]:
+    path = row.path if row.call is None else f"{row.path} call {row.call}"
+    values = row.singular_values or (0.0,)
+    return (path, str(row.r), f"{row.effective_rank:.1f}", f"{row.norm:.3g}", ratio_text(row),
             f"{values[0]:.3g}", f"{values[-1]:.3g}")  # fmt: skip
 
 
-def ratio_text(each: Delta) -> str:
-    """Return ‖ΔW‖ / ‖W‖ in per cent."""
-    return "" if each.ratio is None else f"{100 * each.ratio:.2g} %"
+def ratio_text(row: DeltaRow) -> str:
+    """Return ‖ΔW‖ / ‖W‖ in per cent; empty where W is not known."""
+    return "" if row.ratio is None else f"{100 * row.ratio:.2g} %"
+
+
+def deltas_json(model: str, rows: Sequence[DeltaRow]) -> str:
+    """Return all facts of the adapters as JSON."""
+    sites = [asdict(row) | {"ratio": row.ratio, "effective_rank": row.effective_rank} for row in rows]
+    return json.dumps({"schema_version": 1, "model": model, "sites": sites}, indent=1)

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lora_fx.graphdiff.compare import Comparison, merged
-from lora_fx.graphdiff.graphs import INPUT, Node
+from lora_fx.graphdiff.changes import Comparison, merged
+from lora_fx.graphdiff.graphs import INPUT, Statement
 from lora_fx.graphdiff.render.text import without_numbers
 
 SAME, CHANGED, ADDED, REMOVED, MOVED = "same", "changed", "added", "removed", "moved"
@@ -84,7 +84,7 @@ def _for_both(one: Step, other: Step) -> Step:
     return one if (value, rule) == (one.value, one.rule) else replace(one, value=value, rule=rule)
 
 
-def _shown(compared: Comparison, i: int | None, j: int | None) -> Node:
+def _shown(compared: Comparison, i: int | None, j: int | None) -> Statement:
     """Return the node as it is in b, else as it was in a."""
     if j is not None:
         return compared.b.nodes[j]
@@ -92,7 +92,7 @@ def _shown(compared: Comparison, i: int | None, j: int | None) -> Node:
     return compared.a.nodes[i]
 
 
-def _owners(nodes: Sequence[Node]) -> list[str]:
+def _owners(nodes: Sequence[Statement]) -> list[str]:
     """Return the block of each node: its region, else the outermost numbered module that is small and repeated."""
     sizes = Counter(prefix for node in nodes if not node.region for prefix in _prefixes(node.path))
     repeated = Counter(_NUMBER.sub("#", prefix) for prefix in sizes)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
 
-from lora_fx.graphdiff.compare import GraphDiff, SiteChange
+from lora_fx.graphdiff.changes import GraphDifference, SiteChange
 from lora_fx.graphdiff.render.blocks import SAME, Block, Step, blocks_of
-from lora_fx.graphdiff.render.page import page
 from lora_fx.graphdiff.render.svg import STYLE, drawing, title_of
 from lora_fx.graphdiff.render.text import cost_text, groups_of, signed, sites_text, size_text, sums_text
+from lora_fx.planning.render.page import entry, page, preformatted, scrolled, searchable
 from lora_fx.text import count, thousands
 
 MOST_BYTES = 1_800_000
@@ -18,11 +18,11 @@ MOST_BYTES = 1_800_000
 _MOST_PATHS = 20_000
 
 
-def diff_html(diff: GraphDiff) -> str:
+def diff_html(diff: GraphDifference) -> str:
     """Return the page."""
     entries = _Entries()
     changes = [entries.add(_hunk(group), [change.path for change in group]) for group in groups_of(diff.changes)]
-    blocks = blocks_of(diff._compared)
+    blocks = blocks_of(diff.compared)
     blocks.sort(key=lambda block: not block.changed)
     pictures = [entries.add(_block(block), block.paths) for block in blocks]
     main = (
@@ -51,10 +51,10 @@ class _Entries:
             return ""
         self.size += length
         self.paths.append(paths[:_MOST_PATHS])
-        return body.replace("<details", f'<details data-k="{len(self.paths) - 1}"', 1)
+        return searchable(body, len(self.paths) - 1)
 
 
-def _sums(diff: GraphDiff) -> str:
+def _sums(diff: GraphDifference) -> str:
     if not diff:
         return f'<p class="sums">No difference; {count(diff.unchanged, "statement")} are the same.</p>'
     rows = [
@@ -68,20 +68,15 @@ def _sums(diff: GraphDiff) -> str:
         for name, (a, b), written in rows
     )
     heads = (f"- {escape(diff.a)}", f"+ {escape(diff.b)}", "change")
-    head = "".join(f'<th class="n" scope="col">{each}</th>' for each in heads)
+    head = "".join(f'<th class="n" scope="col">{text}</th>' for text in heads)
     return f'<p class="sums">{sums_text(diff)}</p><table><tr><td></td>{head}</tr>{body}</table>'
 
 
 def _hunk(changes: list[SiteChange]) -> str:
     change = changes[0]
     facts = " · ".join(filter(None, (change.note, cost_text(change, len(changes)))))
-    lines = "".join([*(_line("d", "-", text) for text in change.removed), *(_line("a", "+", t) for t in change.added)])
-    summary = f"<b>{escape(sites_text(changes))}</b> <span>{escape(facts)}</span>"
-    return f"<details open><summary>{summary}</summary>{_pre(lines, 'lines of ' + change.path)}</details>"
-
-
-def _pre(lines: str, label: str) -> str:
-    return f'<pre tabindex="0" role="region" aria-label="{escape(label)}">{lines}</pre>'
+    lines = [_line("d", "-", text) for text in change.removed] + [_line("a", "+", text) for text in change.added]
+    return entry(sites_text(changes), preformatted("".join(lines), f"lines of {change.path}"), facts)
 
 
 def _line(kind: str, sign: str, text: str) -> str:
@@ -92,20 +87,16 @@ def _block(block: Block) -> str:
     changed = sum(step.status != SAME for step in block.steps)
     facts = [f"{count(changed, 'statement')} differ" if changed else "the same", f"{len(block.steps)} in all"]
     facts += [f"{rule} ({count(number, 'site')})" for rule, number in block.rules.items()]
-    name = escape(title_of(block))
+    title = title_of(block)
     picture, layout = drawing(block)
     svg = (
         f'<svg viewBox="0 0 {layout.width:g} {layout.height:g}" width="{layout.width:g}" height="{layout.height:g}" '
-        f'role="group" aria-label="graph of {name}">{picture}</svg>'
+        f'role="group" aria-label="graph of {escape(title)}">{picture}</svg>'
     )
     lines = "".join(line for step in block.steps for line in _step_lines(step))
-    statements = _pre(lines, f"statements of {title_of(block)}")
-    return (
-        f"<details{' open' if changed else ''}>"
-        f"<summary><b>{name}</b> <span>{escape(' · '.join(facts))}</span></summary>"
-        f'<div class="picture" tabindex="0" role="region" aria-label="picture of {name}">{svg}</div>'
-        f"<details><summary>All statements</summary>{statements}</details></details>"
-    )
+    statements = preformatted(lines, f"statements of {title}")
+    body = scrolled(svg, f"picture of {title}") + f"<details><summary>All statements</summary>{statements}</details>"
+    return entry(title, body, " · ".join(facts), opened=changed > 0)
 
 
 def _step_lines(step: Step) -> Iterator[str]:

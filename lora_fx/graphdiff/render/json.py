@@ -6,11 +6,11 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from lora_fx.graphdiff.compare import Edit, GraphDiff
-from lora_fx.graphdiff.graphs import node_data
+from lora_fx.graphdiff.changes import GraphDifference, GraphEdit
+from lora_fx.graphdiff.graphs import statement_data
 
 
-def diff_json(diff: GraphDiff) -> str:
+def diff_json(diff: GraphDifference) -> str:
     """Return the diff as JSON; `edits` are in the order of b."""
     document: dict[str, Any] = {
         "schema_version": 1,
@@ -28,9 +28,9 @@ def diff_json(diff: GraphDiff) -> str:
     return f'{head[:-2]},\n "edits": [\n  ' + ",\n  ".join(lines) + "\n ]\n}"
 
 
-def _edit(edit: Edit) -> dict[str, Any]:
+def _edit(edit: GraphEdit) -> dict[str, Any]:
     data: dict[str, Any] = {"before": edit.before, "after": edit.after}
     if edit.node is not None:
-        data["node"] = node_data(edit.node)
-        data["weights"] = {name: [list(each.shape), each.dtype] for name, each in edit.weights.items()}
+        data["node"] = statement_data(edit.node)
+        data["weights"] = {name: [list(weight.shape), weight.dtype] for name, weight in edit.weights.items()}
     return data

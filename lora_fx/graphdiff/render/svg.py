@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from html import escape
 
-from lora_fx.graphdiff.compare import GraphDiff
+from lora_fx.graphdiff.changes import GraphDifference
 from lora_fx.graphdiff.render.blocks import SYMBOLS, Block, Box, blocks_of, boxes_of
-from lora_fx.graphdiff.render.layout import HEIGHT, ROW, WIDTH, Layout, layered
+from lora_fx.graphdiff.render.layout import HEIGHT, ROW, WIDTH, BoxLayout, layered
 from lora_fx.graphdiff.render.text import folded
+from lora_fx.planning.render.page import DARK
 
 STYLE = """
 .box rect{fill:var(--box,#fff);stroke:var(--line,#767676);stroke-width:1}
@@ -21,17 +22,13 @@ STYLE = """
 .edge.added{stroke:var(--added,#1a6b2d);stroke-width:2.4}
 .edge.removed{stroke:var(--removed,#a3201d);stroke-width:2;stroke-dasharray:6 4}
 """
-DARK = (
-    "--box:#22262b;--ink:#ececec;--dim:#b5bac0;--line:#8b9199;--added:#6fd38a;--addedfill:#15301d;"
-    "--removed:#ff9a94;--removedfill:#3a1a1a;--changed:#f2c14e;--changedfill:#352a10"
-)
 _MOST_BLOCKS = 24
 _LETTERS = 27
 
 
-def diff_svg(diff: GraphDiff) -> str:
+def diff_svg(diff: GraphDifference) -> str:
     """Return one picture of the blocks that differ, or of nothing if none does."""
-    blocks = [block for block in blocks_of(diff._compared) if block.changed]
+    blocks = [block for block in blocks_of(diff.compared) if block.changed]
     parts: list[str] = []
     width, top = 400.0, 30.0
     for block in blocks[:_MOST_BLOCKS]:
@@ -56,7 +53,7 @@ def title_of(block: Block) -> str:
     return folded([path or "(outside of blocks)" for path in block.paths])
 
 
-def drawing(block: Block) -> tuple[str, Layout]:
+def drawing(block: Block) -> tuple[str, BoxLayout]:
     """Return the boxes and lines of a block, and where they stand."""
     boxes, edges = boxes_of(block)
     layout = layered(len(boxes), edges)
@@ -64,7 +61,7 @@ def drawing(block: Block) -> tuple[str, Layout]:
     return "".join([*lines, *(_box(box, *layout.corners[i]) for i, box in enumerate(boxes))]), layout
 
 
-def _edge(layout: Layout, source: int, target: int, status: str) -> str:
+def _edge(layout: BoxLayout, source: int, target: int, status: str) -> str:
     (x, y), (u, v) = layout.corners[source], layout.corners[target]
     x, u, y = x + WIDTH / 2, u + WIDTH / 2, y + HEIGHT
     far = abs(v - y) > ROW  # past boxes on its way: to the side

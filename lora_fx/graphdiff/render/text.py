@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lora_fx.graphdiff.compare import GraphDiff, SiteChange
+from lora_fx.graphdiff.changes import GraphDifference, SiteChange
 from lora_fx.planning.rows import fold_rows
 from lora_fx.text import count, thousands
 
 
-def diff_text(diff: GraphDiff, fold: bool = True) -> str:
+def diff_text(diff: GraphDifference, fold: bool = True) -> str:
     """Return the diff as text; an empty diff is one line that says so."""
     if not diff.changes:
         return f"no difference: {diff.a} and {diff.b}, {count(diff.unchanged, 'statement')}"
@@ -32,7 +32,7 @@ def _kind(change: SiteChange) -> tuple[object, ...]:
     """Return what is equal for the same change of repeated blocks."""
     moved = None if change.moved_from is None else _PATH_NUMBER.sub("#", change.moved_from)
     costs = (change.parameters, change.flops, change.bytes)
-    lines = tuple(tuple(map(without_numbers, each)) for each in (change.removed, change.added))
+    lines = tuple(tuple(map(without_numbers, side)) for side in (change.removed, change.added))
     return (change.note, moved, lines, costs)
 
 
@@ -77,7 +77,7 @@ def cost_text(change: SiteChange, number: int = 1) -> str:
     return ("each " if parts and number > 1 else "") + ", ".join(parts)
 
 
-def sums_text(diff: GraphDiff) -> str:
+def sums_text(diff: GraphDifference) -> str:
     """Return the last line: what has changed in all."""
     parts = [f"{count(len(diff.changes), 'site')} changed", f"{count(diff.unchanged, 'statement')} unchanged"]
     parts.append(signed(diff.parameters[1] - diff.parameters[0], _parameters))

@@ -1,19 +1,19 @@
-"""Rows with dotted paths as a tree for pictures, in mermaid and in dot.  No torch here."""
+"""A Plan, or the difference of two, as a tree of modules for pictures: in Mermaid and in Graphviz's language."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lora_fx.planning.decide import Plan
 from lora_fx.planning.diff import PlanDiff
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.render.dot import digraph, quoted
+from lora_fx.planning.render.mermaid import MOST_EDGES, box, flowchart
 from lora_fx.planning.rows import rows_of
 from lora_fx.text import count, listing
 
-MOST_EDGES, MOST_CHARACTERS = 500, 50_000
-"""What mermaid draws at most; past that a picture has a box for each rule instead of each site."""
 _KINDS = {"+": "added", "-": "removed", "~": "changed", "!": "refused"}
-_MERMAID = {
+_LOOKS = {
     "added": "fill:#dcf5dc,stroke:#1b6e1b,color:#000",
     "removed": "fill:#fbdcdc,stroke:#a11,color:#000",
     "changed": "fill:#fff1c9,stroke:#8a6100,color:#000",
@@ -27,7 +27,9 @@ class Branch:
     """A module of the picture: what stands in its box, what lies in it."""
 
     label: tuple[str, ...]
+    """Lines of text."""
     kind: str = ""
+    """One of the classes of `_LOOKS`; empty for a module that only holds others."""
     parts: dict[str, Branch] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     """Names of the sites in it with which nothing is done: one box for all."""
@@ -36,7 +38,7 @@ class Branch:
 def plan_tree(plan: Plan) -> Branch:
     """Return the tree of a plan; by rule instead of by site where it would be too large to draw."""
     root = Branch((plan.model, plan.source))
-    for path, weight, calls, doing, *_ in rows_of(plan):
+    for path, weight, calls, doing, *_ in rows_of(plan.sites):
         _add(root, path, (" ".join(filter(None, (weight, calls))), doing), doing[0])
     return root if _edges(root) <= MOST_EDGES else _by_rule(plan)
 
@@ -75,8 +77,8 @@ def _edges(branch: Branch) -> int:
 
 def _by_rule(plan: Plan) -> Branch:
     root = Branch((plan.model, plan.source))
-    for rule in dict.fromkeys(each.rule for each in plan.sites):
-        sites = [each for each in plan.sites if each.rule == rule]
+    for rule in dict.fromkeys(site.rule for site in plan.sites):
+        sites = [site for site in plan.sites if site.rule == rule]
         kind = "kept" if rule is None else "added"
         root.parts[str(rule)] = Branch((rule or "no rule", count(len(sites), "site")), kind)
     return root
@@ -97,36 +99,21 @@ def _boxes(root: Branch) -> list[tuple[int, int | None, Branch]]:
     return list(_drawn(root, iter(range(1 << 30)), None))
 
 
-def mermaid(root: Branch) -> str:
-    """Return the tree as a flowchart of mermaid, as pull requests show it."""
-    lines = ["flowchart LR"]
+def tree_mermaid(root: Branch) -> str:
+    """Return the tree as a flowchart of Mermaid, as pull requests show it."""
     boxes = _boxes(root)
-    lines += [f'  n{own}["{"<br>".join(map(_mermaid_text, box.label))}"]{_class(box)}' for own, _, box in boxes]
+    lines = [f"  {box(f'n{own}', branch.label, branch.kind)}" for own, _, branch in boxes]
     lines += [f"  n{above} --- n{own}" for own, above, _ in boxes if above is not None]
-    used = sorted({box.kind for _, _, box in boxes if box.kind})
-    return "\n".join([*lines, *(f"  classDef {kind} {_MERMAID[kind]}" for kind in used)])
+    used = sorted({branch.kind for *_, branch in boxes if branch.kind})
+    return flowchart("LR", lines, {kind: _LOOKS[kind] for kind in used})
 
 
-def _class(box: Branch) -> str:
-    return f":::{box.kind}" if box.kind else ""
-
-
-def _mermaid_text(text: str) -> str:
-    escaped = text.replace("#", "#35;").replace('"', "#quot;").replace("<", "#lt;").replace(">", "#gt;")
-    return escaped.replace("`", "#96;")
-
-
-def dot(root: Branch, name: str = "plan") -> str:
-    """Return the tree in the language of Graphviz."""
-    lines = [f"digraph {name} {{", "  rankdir=LR", '  node [shape=box, style="filled,rounded", fillcolor=white]']
-    for own, above, box in _boxes(root):
-        colours = dict(each.split(":") for each in _MERMAID[box.kind].split(",")) if box.kind else {}
+def tree_dot(root: Branch, name: str = "plan") -> str:
+    """Return the tree in Graphviz's language."""
+    lines = ["  rankdir=LR", '  node [shape=box, style="filled,rounded", fillcolor=white]']
+    for own, above, branch in _boxes(root):
+        colours = dict(part.split(":") for part in _LOOKS[branch.kind].split(",")) if branch.kind else {}
         look = f', fillcolor="{colours["fill"]}", color="{colours["stroke"]}"' if colours else ""
-        label = "\\n".join(map(_dot_text, box.label))
-        lines.append(f'  n{own} [label="{label}"{look}]')
+        lines.append(f"  n{own} [label={quoted(chr(10).join(branch.label))}{look}]")
         lines += [] if above is None else [f"  n{above} -> n{own} [arrowhead=none]"]
-    return "\n".join([*lines, "}"])
-
-
-def _dot_text(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
+    return digraph(name, lines)

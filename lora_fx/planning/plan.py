@@ -1,0 +1,178 @@
+"""What `apply` will do to a model, and why: printable, countable, serialisable.  Pure data; no torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from lora_fx.planning.planned import PlannedRegion, PlannedSite, TrainedModule, dead_notes, rank_notes
+from lora_fx.planning.rows import region_lines, rows_of, table, training_lines
+from lora_fx.planning.sites import Site
+from lora_fx.rules.ruleset import LoRAConfig, Slice, Slices
+from lora_fx.text import columns, count, thousands, wrapped
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `apply` will do to every site of a model, and why: printable, countable, serialisable."""
+
+    model: str
+    source: str
+    sites: tuple[PlannedSite, ...]
+    train: tuple[TrainedModule, ...]
+    total: int
+    """Number of parameters of the model as given."""
+    fingerprint: str
+    regions: tuple[PlannedRegion, ...] = ()
+    notes: tuple[str, ...] = ()
+    unmatched_rules: tuple[str, ...] = ()
+    """Rules with `expect: any` (or 0) that decide no site here."""
+    rules: dict[str, object] = field(default_factory=dict, compare=False)
+    capture: object = field(default=None, compare=False, repr=False)
+    """The graphs that were captured while planning; not part of the plan's JSON."""
+
+    @property
+    def adapted(self) -> tuple[PlannedSite, ...]:
+        return tuple(site for site in self.sites if site.decision == "adapt")
+
+    @property
+    def refused(self) -> tuple[PlannedSite, ...]:
+        return tuple(site for site in self.sites if site.decision == "refuse")
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What `apply` warns of, each also a note: ranks that save nothing, sites that are never used."""
+        return (*rank_notes(self.sites), *dead_notes(self.sites))
+
+    @property
+    def trainable(self) -> int:
+        """Number of parameters that will be trained: adapters and the modules under `train:`."""
+        return sum(site.trainable for site in self.sites) + sum(module.parameters for module in self.train)
+
+    @property
+    def header(self) -> str:
+        """`GPT · qkvo · 48 of 48 adapted sites in graphs`."""
+        in_graph = sum(site.backend == "graph" for site in self.adapted)
+        how = f"{in_graph} of {len(self.adapted)} adapted sites in graphs" if self.adapted else "nothing adapted"
+        return f"{self.model} · {self.source} · {how}"
+
+    @property
+    def sums(self) -> str:
+        """How many sites are adapted, kept and refused, and how much is trained."""
+        adapt, refuse = len(self.adapted), len(self.refused)
+        share = 100 * self.trainable / self.total if self.total else 0.0
+        return (
+            f"{adapt} to adapt, {len(self.sites) - adapt - refuse} to keep, {refuse} refused.  "
+            f"Trainable: {thousands(self.trainable)} of {thousands(self.total)} parameters ({share:.2g} %)."
+        )
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, fold: bool = True, width: int | None = None) -> str:
+        """Return the header, a line for each site (identical sites of repeated blocks as one), the notes and the sums.
+
+        Where the table is wider than `width`, each site takes two lines; other long lines are broken.
+        """
+        lines = [*self._modules(), *region_lines(self.regions), *training_lines(self.adapted)]
+        notes = [f"  note: {note}" for note in self.notes]
+        parts = [self.header, "", table(rows_of(self.sites, fold), width), *lines, *notes, "", self.sums]
+        return wrapped("\n".join(parts), width)
+
+    def stat(self) -> str:
+        """Return the header, a line for each rule and one for what no rule takes, and the sums."""
+        groups: dict[tuple[str, str], list[PlannedSite]] = {}
+        for site in self.sites:
+            groups.setdefault((site.decision, site.rule or site.reason), []).append(site)
+        rows = [_stat_row(decision, rule, sites) for (decision, rule), sites in groups.items()]
+        return "\n".join([self.header, "", columns(rows), *self._modules(), "", self.sums])
+
+    def _modules(self) -> list[str]:
+        return [f"  train whole: {module.path}, {count(module.parameters, 'parameter')}" for module in self.train]
+
+    def to_json(self) -> str:
+        """Return the plan as JSON, the same text for the same plan; `Plan.from_json` reads it."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "total": self.total,
+            "trainable": self.trainable,
+            "sites": [_row(site) for site in self.sites],
+            "train": [asdict(module) for module in self.train],
+            "regions": [asdict(region) for region in self.regions],
+            "notes": self.notes,
+            "unmatched_rules": self.unmatched_rules,
+            "rules": self.rules,
+        }
+        return json.dumps(document, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+            ValueError: the text is not one, or of another schema version.
+        """
+        try:
+            document = json.loads(text)
+            version = document["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise ValueError(f"the plan has schema version {version}, this lora_fx reads {SCHEMA_VERSION}")
+            return _plan(document)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a plan of lora_fx: not JSON: {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a plan of lora_fx: {type(error).__name__}: {error}") from error
+
+
+def _stat_row(decision: str, rule: str, sites: Sequence[PlannedSite]) -> tuple[str, ...]:
+    does = {"adapt": "adapted", "keep": "kept", "skip": "skipped", "refuse": "refused"}[decision]
+    trainable = sum(site.trainable for site in sites)
+    return (rule, count(len(sites), "site"), does, count(trainable, "parameter") if trainable else "")
+
+
+# -- JSON
+
+
+def _row(planned: PlannedSite) -> dict[str, object]:
+    """Return a site and what is decided of it as one flat row."""
+    row = asdict(planned)
+    return {**row.pop("site"), **row}
+
+
+def _plan(document: dict[str, object]) -> Plan:
+    fields = {key: value for key, value in document.items() if key not in ("schema_version", "trainable")}
+    fields["sites"] = tuple(_planned_site(each) for each in _items(document["sites"]))
+    fields["train"] = tuple(TrainedModule(**each) for each in _items(document["train"]))
+    fields["regions"] = tuple(PlannedRegion(**each) for each in _items(document["regions"]))
+    fields["notes"] = tuple(_items(document["notes"]))
+    fields["unmatched_rules"] = tuple(_items(document["unmatched_rules"]))
+    return Plan(**fields)  # type: ignore[arg-type]
+
+
+def _items(value: object) -> list:  # type: ignore[type-arg]
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, found {value!r}")
+    return value
+
+
+_DECIDED = ("decision", "reason", "rule", "lora", "slices", "per_call", "backend", "backend_reason")
+
+
+def _planned_site(row: dict) -> PlannedSite:  # type: ignore[type-arg]
+    decided = {key: row.pop(key) for key in _DECIDED}
+    decided["passes"] = tuple(row.pop("passes", ()))
+    lists = {key: tuple(row[key]) for key in ("classes", "shape", "aliases", "tied_to")}
+    decided["lora"] = LoRAConfig(**decided["lora"]) if decided["lora"] else None
+    decided["slices"] = _slices(decided["slices"]) if decided["slices"] else None
+    return PlannedSite(Site(**{**row, **lists}), **decided)
+
+
+def _slices(row: dict) -> Slices:  # type: ignore[type-arg]
+    parts = (Slice(each["name"], each["size"], tuple(map(tuple, each["rows"]))) for each in row["parts"])
+    return Slices(tuple(parts), tuple(row["adapt"]))

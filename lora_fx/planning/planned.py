@@ -1,0 +1,134 @@
+"""What is decided of each site, each module and each region of a model, and the notes on it.  Pure data; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_fx.planning.sites import Backend, Site
+from lora_fx.rules.ruleset import LoRAConfig, Slices
+from lora_fx.text import listing
+
+Decision = Literal["adapt", "keep", "skip", "refuse"]
+DEAD = "never used with the example inputs"
+_FUSED_DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSite:
+    """A site and what will happen to it."""
+
+    site: Site
+    decision: Decision
+    reason: str
+    rule: str | None = None
+    lora: LoRAConfig | None = None
+    slices: Slices | None = None
+    per_call: bool = False
+    """Whether each call of the site has an adapter of its own."""
+    passes: tuple[str, ...] = ()
+    """What makes it cheaper to train, as far as it is known before: "fuse", "stack", "recompute"."""
+    backend: Backend = "module"
+    backend_reason: str = ""
+    """Why this backend, when it is not the graph."""
+
+    @property
+    def path(self) -> str:
+        return self.site.path
+
+    @property
+    def op(self) -> str:
+        return self.site.op
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.site.shape
+
+    @property
+    def calls(self) -> int | None:
+        return self.site.calls
+
+    @property
+    def trainable(self) -> int:
+        """Number of parameters that the adapter adds or unfreezes here: r · (in + out), DoRA's out, the bias.
+
+        A sliced adapter has r · (in + rows) for each part; a bank of experts, or a site with an adapter for each call,
+        has that many times as much.
+        """
+        if self.lora is None:
+            return 0
+        out_features, in_features = self.site.features
+        parts = self.slices.rows(out_features) if self.slices is not None else (range(out_features),)
+        rows = sum(map(len, parts))
+        calls = (self.calls or 1) if self.per_call else 1
+        extra = out_features * (self.lora.dora + (self.lora.bias and self.site.bias))
+        return self.site.bank * calls * self.lora.r * (len(parts) * in_features + rows) + extra
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModule:
+    """A module that is trained whole and saved with the adapter (rules' `train:`)."""
+
+    path: str
+    parameters: int
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRegion:
+    """A submodule whose forward will run as a guarded graph, or the reason why it will not."""
+
+    path: str
+    backend: Backend
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What a model has: everything that `decide` needs to know of it."""
+
+    model: str
+    """The model's class name."""
+    sites: tuple[Site, ...]
+    modules: tuple[tuple[str, int], ...]
+    """(path, number of parameters in it), for every module."""
+    total: int
+    """Number of parameters of the model."""
+    in_graph: frozenset[str] | None = None
+    """Paths of the sites that the model's own graph computes; None of a model that has none."""
+
+
+def not_fused(each: PlannedSite) -> str:
+    """Return why base and adapter of an adapted site are not computed as one operation; "" where they are."""
+    if each.decision != "adapt" or each.lora is None:
+        return ""
+    if each.op != "linear":
+        return f"{each.op} goes operation by operation"
+    if each.site.read or each.site.parameter:
+        return "a weight that is read goes operation by operation"
+    if each.slices is not None and not each.slices.are_runs:
+        return "slices of rows that are no neighbours go operation by operation"
+    if each.per_call:
+        return "an adapter for each call goes operation by operation"
+    if each.site.dtype not in _FUSED_DTYPES:
+        return f"a base of {each.site.dtype} goes operation by operation"
+    return ""
+
+
+def rank_notes(planned: Iterable[PlannedSite]) -> list[str]:
+    """Return a note for each rule whose rank is above a matrix's smaller side: it saves nothing there."""
+    paths: dict[tuple[str | None, int, int], list[str]] = {}
+    for site in planned:
+        if site.lora is not None and site.lora.r > min(site.site.features):
+            paths.setdefault((site.rule, site.lora.r, min(site.site.features)), []).append(site.path)
+    return [
+        f"{listing(sites, 3)}: r = {r} is above min(in, out) = {smaller}; full fine-tuning would need fewer parameters"
+        for (_, r, smaller), sites in paths.items()
+    ]
+
+
+def dead_notes(planned: Iterable[PlannedSite]) -> list[str]:
+    """Return a note on the adapted sites that no example input uses, if there are any."""
+    dead = [site.path for site in planned if site.decision == "adapt" and site.calls == 0]
+    return [f"{listing(dead, 3)}: {DEAD}, so their adapters get no gradient from such inputs"] if dead else []

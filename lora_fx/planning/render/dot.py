@@ -1,0 +1,16 @@
+"""Graphs in Graphviz's language."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+
+def digraph(name: str, lines: Iterable[str]) -> str:
+    """Return a directed graph of lines in Graphviz's language."""
+    return "\n".join([f"digraph {name} {{", *lines, "}"])
+
+
+def quoted(text: str) -> str:
+    """Return a text as Graphviz reads it between quotes."""
+    return json.dumps(text, ensure_ascii=False)

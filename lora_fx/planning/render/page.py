@@ -1,0 +1,69 @@
+"""Pages that need nothing else: no network, light and dark.  All HTML of the package is put together here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from html import escape
+from importlib import resources
+
+DARK = (
+    "--box:#22262b;--ink:#ececec;--dim:#b5bac0;--line:#8b9199;--added:#6fd38a;--addedfill:#15301d;"
+    "--removed:#ff9a94;--removedfill:#3a1a1a;--changed:#f2c14e;--changedfill:#352a10"
+)
+"""CSS: the colours of pictures on a dark ground."""
+_SLOT = re.compile(r"\{\{(\w+)\}\}")
+
+
+def filled(template: str, **slots: str) -> str:
+    """Return a template of this folder with its {{slots}} filled in.
+
+    Args:
+        template: name of the file.
+        slots: HTML or CSS by name of the slot; texts have been escaped.
+    """
+    text = resources.files("lora_fx.planning.render").joinpath(template).read_text(encoding="utf-8")
+    return _SLOT.sub(lambda match: slots[match[1]], text)
+
+
+def page(heading: str, header: str, main: str, style: str, paths: Iterable[Iterable[str]] = ()) -> str:
+    """Return a page with search and folding.
+
+    Args:
+        heading: text of the heading and title.
+        header: HTML under the heading.
+        main: HTML of the page's contents; what `data-k` numbers can be searched.
+        style: more CSS.
+        paths: for each number, paths that lead to it in a search.
+    """
+    listed = json.dumps(list(map(list, paths)), separators=(",", ":")).replace("<", "\\u003c")
+    return filled("page.html", heading=escape(heading), header=header, main=main, style=style, dark=DARK, paths=listed)
+
+
+def entry(title: str, body: str, facts: str | None = None, opened: bool = True) -> str:
+    """Return HTML that folds under a title.
+
+    Args:
+        title: text of the line that stays.
+        body: HTML of what is folded away.
+        facts: text beside the title, if any.
+        opened: whether the body shows before anybody clicks.
+    """
+    beside = f" <span>{escape(facts)}</span>" if facts is not None else ""
+    return f"<details{' open' * opened}><summary><b>{escape(title)}</b>{beside}</summary>{body}</details>"
+
+
+def searchable(body: str, number: int) -> str:
+    """Return an entry with the number by which the page's `paths` and texts lead to it."""
+    return body.replace("<details", f'<details data-k="{number}"', 1)
+
+
+def scrolled(body: str, label: str) -> str:
+    """Return HTML of a picture or table that may be wider than the page; `label` is what screen readers say."""
+    return f'<div class="picture" tabindex="0" role="region" aria-label="{escape(label)}">{body}</div>'
+
+
+def preformatted(lines: str, label: str) -> str:
+    """Return HTML of lines of code, which are HTML already; `label` is what screen readers say."""
+    return f'<pre tabindex="0" role="region" aria-label="{escape(label)}">{lines}</pre>'
