@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from lora_fx import exporters
-from lora_fx.adapters.fused import contraction
+from lora_fx.adapters.fused.contraction import contraction_teller
 from lora_fx.discovery.sites import take_inventory, uses_in
 from lora_fx.discovery.study import Observed, Study, observed, studied
 from lora_fx.errors import CaptureError, StalePlanError
@@ -78,7 +78,7 @@ def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = 
     seen = _observed(model, example_inputs)
     inventory = take_inventory(model, seen.uses)
     decided = studied(decide(read, inventory, strict=False), model, seen)
-    return explaining.explain(decided, read, inventory, path, contraction.teller(model))
+    return explaining.explain(decided, read, inventory, path, contraction_teller(model))
 
 
 def apply(
