@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_fx.rules.automaton import Automaton, Concatenation, Choice, Repeat, literal
+from lora_fx.rules.automaton import Automaton, Choice, Concatenation, Repeat, literal
 from lora_fx.rules.globs import PatternError
 from lora_fx.rules.patterns import NamePattern, ShapePattern, automaton_of, nearest_names, parse_dimension
 
