@@ -1,8 +1,7 @@
 """Where W + s · B A pays: `python benchmarks/contraction.py`; times are of this machine, one thread, float32.
 
 One linear of the size d × d with its adapter, the gradients of input and factors included: median of the paired ratios
-of the merged step to the factored one, as `lora_fx.bench` measures, beside what the cost model predicts without and
-with a calibration.
+of the merged step to the factored one, as `lora_fx.bench` measures, beside the ratio of their FLOPs and what is chosen.
 """
 
 from __future__ import annotations
@@ -12,14 +11,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lora_fx.adapters.fused import machine
-from lora_fx.adapters.fused.contraction import DEFAULT
+from lora_fx.adapters.fused.contraction import least_rows
 from lora_fx.adapters.fused.forward import adapted
-from lora_fx.adapters.fused.machine import Machine, Products
 from lora_fx.adapters.fused.terms import Facts, Term
+from lora_fx.bench.analytic import Linear
 from lora_fx.bench.timing import Timing, summarised, timed
 
 FACTORED, AGAIN, MERGED = "factored", "factored again", "merged"
+FLOPS = 1e11
+"""FLOPs of a second, about: how many rounds fit into the time that is asked for."""
 
 
 def step(tokens: int, width: int, rank: int, merged: bool) -> Callable[[], None]:
@@ -42,14 +42,15 @@ def measured(tokens: int, width: int, rank: int, seconds: float) -> Timing:
     """Return the ratios to the factored step."""
     kinds = {FACTORED: False, AGAIN: False, MERGED: True}
     steps = {name: step(tokens, width, rank, merged) for name, merged in kinds.items()}
-    guess = 4 * tokens * width**2 * DEFAULT.wide
+    guess = 4 * tokens * width**2 / FLOPS
     return summarised(timed(steps, max(6, min(60, round(seconds / guess / 3)))), FACTORED, AGAIN)
 
 
-def predicted(found: Machine | None, tokens: int, site: Products) -> str:
-    if found is None:
-        return "-"
-    return f"{found.seconds(tokens, site, 'merged') / found.seconds(tokens, site, 'factored'):.3f}"
+def counted(tokens: int, width: int, rank: int) -> str:
+    """Return the ratio of the FLOPs, and which order is chosen by it."""
+    layer, least = Linear(tokens, width, width, rank), least_rows(width, width, rank)
+    chosen = FACTORED if least is None or tokens < least else MERGED
+    return f"{layer.merged(rebuilt=True).total / layer.factored().total:.3f} | {chosen}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -60,16 +61,14 @@ def main(words: Sequence[str] | None = None) -> None:
     asked.add_argument("--seconds", type=float, default=6, help="of each measurement, about")
     options = asked.parse_args(words)
     torch.set_num_threads(1)
-    calibrated = machine.calibrated("cpu", "float32", 1)
-    print("d | tokens | r | merged / factored | default | calibrated | A/A")
+    print("d | tokens | r | merged / factored | by FLOPs | chosen | A/A")
     for width in options.widths:
         for tokens in options.tokens:
             for rank in options.ranks:
-                timing, site = measured(tokens, width, rank, options.seconds), Products(width, width, rank)
-                models = (predicted(each, tokens, site) for each in (DEFAULT, calibrated))
+                timing = measured(tokens, width, rank, options.seconds)
                 control = f"{timing.control.ratio:.3f}{' VOID' if timing.void else ''}"
-                row = (str(width), f"{tokens:,}", str(rank), timing.ratios[MERGED].text(), *models, control)
-                print(" | ".join(row), flush=True)
+                row = (str(width), f"{tokens:,}", str(rank), timing.ratios[MERGED].text())
+                print(" | ".join((*row, counted(tokens, width, rank), control)), flush=True)
 
 
 if __name__ == "__main__":

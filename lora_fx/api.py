@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from lora_fx import exporters
-from lora_fx.adapters.fused import contraction
+from lora_fx.adapters.fused.contraction import contraction_teller
 from lora_fx.discovery.sites import take_inventory, uses_in
 from lora_fx.discovery.study import Observed, Study, observed, studied
 from lora_fx.errors import CaptureError, StalePlanError
@@ -31,7 +31,8 @@ from lora_fx.planning import explain as explaining
 from lora_fx.planning.decide import decide, on_modules, stale_parts
 from lora_fx.planning.plan import Plan
 from lora_fx.remerging import whole
-from lora_fx.rules.ruleset import RuleSet, read_rules
+from lora_fx.rules.reader import read_rules
+from lora_fx.rules.ruleset import RuleSet
 from lora_fx.tuned import build, requantise, undo
 from lora_fx.tuned import extract as extraction
 from lora_fx.tuned.report import Report, report
@@ -77,7 +78,7 @@ def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = 
     seen = _observed(model, example_inputs)
     inventory = take_inventory(model, seen.uses)
     decided = studied(decide(read, inventory, strict=False), model, seen)
-    return explaining.explain(decided, read, inventory, path, contraction.teller(model))
+    return explaining.explain(decided, read, inventory, path, contraction_teller(model))
 
 
 def apply(

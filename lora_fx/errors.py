@@ -52,23 +52,46 @@ class LoraFxWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing wrong in a rule file: where (lines and columns count from 1; 0 = no position), what, what to do."""
+class SourceSpan:
+    """Where something is written: line and column, from 1, in a file; line 0 with a path in rules given as a dict."""
 
-    message: str
+    file: str = ""
     line: int = 0
     column: int = 0
     length: int = 1
-    source_line: str = ""
+    text: str = ""
+    """The whole line."""
+    path: str = ""
+    """Such as `rules[1].lora.r`."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in a rule file: what, where, what to do."""
+
+    message: str
+    span: SourceSpan = SourceSpan()
     hint: str = ""
-    where: str = ""
-    """Position in rules given as a dict, such as `rules[1].lora.r`."""
+
+    @property
+    def line(self) -> int:
+        return self.span.line
+
+    @property
+    def column(self) -> int:
+        return self.span.column
 
     def text(self, source: str) -> str:
-        place = f"{source}:{self.line}:{self.column}" if self.line else ": ".join(filter(None, (source, self.where)))
-        parts = [f"{place}: {self.message}"]
-        if self.line and self.source_line:
-            parts.append(caret(self.source_line, self.line, self.column, self.length))
+        """Return the problem with its line, a caret under what is meant, and the hint, for a source of this name."""
+        where = ": ".join(filter(None, (source, self.span.path)))
+        if self.line:
+            where = f"{source}:{self.line}:{self.column}"
+        parts = [f"{where}: {self.message}"]
+        if self.line and self.span.text:
+            parts.append(caret(self.span.text, self.line, self.column, self.span.length))
         if self.hint:
             parts.append(f"  {self.hint}")
         return "\n".join(parts)
@@ -97,16 +120,12 @@ class Unmatched:
     almost: str = ""
     """A site that has the name, and which other condition it does not meet."""
     what: str = "sites"
-    source: str = ""
-    line: int = 0
-    column: int = 0
-    length: int = 1
-    source_line: str = ""
+    span: SourceSpan = SourceSpan()
 
     def text(self, total: int) -> str:
         who, among = ("train", "the") if self.what == "modules" else (f"rule '{self.rule}'", f"{total}")
         headline = f"{who} matched {self.found or 'none'} of {among} {self.what}"
-        place = Problem(headline, self.line, self.column, self.length, self.source_line)
+        problem = Problem(headline, self.span)
         facts = [("pattern", self.pattern)]
         if self.nearest:
             facts.append(("nearest", ", ".join(self.nearest)))
@@ -114,7 +133,7 @@ class Unmatched:
             facts.append(("almost", self.almost))
         if self.found:
             facts.append(("expected", self.expected))
-        return _message(place.text(self.source) if self.line else headline, facts, self._advice())
+        return _message(problem.text(self.span.file) if self.span.line else headline, facts, self._advice())
 
     def _advice(self) -> str:
         if self.what == "modules":

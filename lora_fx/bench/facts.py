@@ -6,11 +6,11 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from lora_fx.adapters.fused.machine import device_name
 from lora_fx.bench.subjects import FrozenBase, Subject, tensors_of
 from lora_fx.graphdiff.render.text import folded
 from lora_fx.models.samples import Sample
@@ -102,13 +102,27 @@ def machine_of(model: nn.Module, threads: int) -> MachineFacts:
     """Return the facts of the machine that the model is on."""
     return MachineFacts(
         device=device_of(model).type,
-        processor=device_name(device_of(model).type),
+        processor=_processor(device_of(model).type),
         cores=os.cpu_count() or 1,
         threads=threads,
         system=platform.system(),
         python=platform.python_version(),
         torch=torch.__version__,
     )
+
+
+def _processor(kind: str) -> str:
+    """Return the name of a device of a type (`cpu`, `cuda`)."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    if kind != "cpu":
+        return kind
+    lines = _CPUS.read_text(encoding="utf-8").splitlines() if _CPUS.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+_CPUS = Path("/proc/cpuinfo")
 
 
 def device_of(model: nn.Module) -> torch.device:

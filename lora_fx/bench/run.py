@@ -16,7 +16,8 @@ from lora_fx.bench.peer import check_parity, peft_subject, require_peft
 from lora_fx.bench.report import BenchReport
 from lora_fx.bench.subjects import AGAIN, LB, MODULES, OURS, PEFT, FrozenBase, Subject, copy_adapters
 from lora_fx.bench.timing import summarised, timed
-from lora_fx.rules.ruleset import RuleSet, read_rules
+from lora_fx.rules.reader import read_rules
+from lora_fx.rules.ruleset import RuleSet
 from lora_fx.tuned import report
 
 SEED = 0

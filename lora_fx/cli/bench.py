@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import click
@@ -16,33 +14,30 @@ from lora_fx.cli.output import write
 if TYPE_CHECKING:
     from lora_fx.bench.report import BenchReport
 
-_CALIBRATION = "lora_fx.bench.calibration"
 _SIZES = re.compile(r"(\d+)[x×](\d+)")
 
 
 @click.command("bench", short_help="Measure a training step of MODEL with adapters by RULES.")
-@click.argument("model", required=False)
-@rules_argument(required=False)
+@click.argument("model")
+@rules_argument()
 @click.option("--peer", type=click.Choice(["peft"]), help="Also measure PEFT, with the same adapters.")
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Of timing.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the base.  Default: its own.")
 @click.option("--tokens", metavar="BxS", help="Random token ids, batch by length, in place of the model's own inputs.")
 @click.option("--no-time", is_flag=True, help="Only count: FLOPs, bytes, calls; the same on every machine.")
-@click.option("--calibrate", is_flag=True, help="Measure what this machine's products cost, and nothing else.")
 @format_option("text", "json", "html")
 @output_option
 @click.option("--no-progress", is_flag=True, help="Show no progress bar.")
 def command(
-    model: str | None,
-    rules: str | None,
+    model: str,
+    rules: str,
     peer: str | None,
     rounds: int,
     threads: int,
     dtype: str | None,
     tokens: str | None,
     no_time: bool,
-    calibrate: bool,
     form: str,
     output: str,
     no_progress: bool,
@@ -53,11 +48,6 @@ def command(
     stand full fine-tuning and, on request, PEFT.  MODEL is made with values, and needs inputs: those that its factory
     returns with it, its class's own, or --tokens.
     """
-    if calibrate:
-        write(_calibrated(), output)
-        return
-    if model is None or rules is None:
-        raise click.UsageError("MODEL and RULES are missing")
     sizes = _sizes(tokens)
     report = _measured(model, rules, peer, 0 if no_time else rounds, threads, dtype, sizes, no_progress)
     write(_as(report, form), output, form)
@@ -106,10 +96,3 @@ def _as(report: BenchReport, form: str) -> str:
 
         return report_html(report)
     return str(report)
-
-
-def _calibrated() -> str:
-    """Return what the calibration of this machine found."""
-    if find_spec(_CALIBRATION) is None:
-        raise click.UsageError("--calibrate: this version of lora_fx has no calibration")
-    return str(import_module(_CALIBRATION).calibrate())

@@ -21,12 +21,12 @@ def command(context: click.Context, quick: bool, form: str, output: str) -> None
 
     What the extras need is listed, and a tiny model is adapted, trained, saved and merged (exit 1 if that fails).
     """
-    from lora_fx.cli.health import Health, installed, trouble
+    from lora_fx.cli.health import Health, HealthCheck, installed, trouble
 
-    found = Health(installed(), trouble())
+    health = Health(installed(), trouble())
     if not quick:
         from lora_fx.cli.models.selftest import checks
 
-        found = replace(found, checks=checks())
-    write(found.to_json() if form == "json" else str(found), output, form)
-    context.exit(0 if found.is_well else DIFFERS)
+        health = replace(health, checks=tuple(HealthCheck(*row) for row in checks()))
+    write(health.to_json() if form == "json" else str(health), output, form)
+    context.exit(0 if health.is_well else DIFFERS)

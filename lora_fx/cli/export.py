@@ -25,7 +25,7 @@ def command(model: str, adapter: str, target: str, output: str, verify: bool, op
     """
     given = _read(options)  # a misspelt option is told before torch is imported
     from lora_fx.api import export, load
-    from lora_fx.cli.models.loading import load_with_weights
+    from lora_fx.cli.models.spec import load_with_weights
     from lora_fx.exporters import target_named
 
     target_named(target)

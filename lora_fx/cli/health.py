@@ -36,7 +36,7 @@ class Package:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class HealthCheck:
     """One thing that was tried."""
 
     name: str
@@ -50,7 +50,7 @@ class Health:
 
     packages: tuple[Package, ...]
     trouble: tuple[str, ...]
-    checks: tuple[Check, ...] = ()
+    checks: tuple[HealthCheck, ...] = ()
 
     @property
     def is_well(self) -> bool:

@@ -61,7 +61,7 @@ def rules_of(name: str) -> RuleSet:
         RuleError: with every problem.
     """
     if name != STANDARD:
-        from lora_fx.rules.ruleset import read_rules
+        from lora_fx.rules.reader import read_rules
 
         return read_rules(name)
     from lora_fx.rules.reader import read_from

@@ -11,7 +11,7 @@ from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, dead_notes, rank_notes
 from lora_fx.planning.sites import CONVOLUTIONS, Site, differences, fingerprint
 from lora_fx.rules.patterns import nearest_names
-from lora_fx.rules.ruleset import Rule, RuleSet, SourceSpan, TrainPattern
+from lora_fx.rules.ruleset import Rule, RuleSet, TrainPattern
 from lora_fx.text import count
 
 
@@ -116,11 +116,7 @@ def _trained(
 
 def _unmatched_train(each: TrainPattern, inventory: Inventory) -> Unmatched:
     near = nearest_names(each.pattern, [path for path, _ in inventory.modules if path])
-    return Unmatched("train", each.pattern.text, "at least one", 0, near, "", "modules", *_place(each.span))
-
-
-def _place(span: SourceSpan) -> tuple[str, int, int, int, str]:
-    return (span.file, span.line, span.column, span.length, span.text)
+    return Unmatched("train", each.pattern.text, "at least one", 0, near, "", "modules", each.span)
 
 
 def _outermost(found: dict[str, TrainedModule]) -> tuple[TrainedModule, ...]:
@@ -152,13 +148,13 @@ def _only_shadowed(rule: Rule, decided: int, planned: Iterable[PlannedSite]) -> 
 
 
 def _unmatched_rule(rule: Rule, found: int, sites: Sequence[Site]) -> Unmatched:
-    pattern, expected, place = str(rule.match), str(rule.expect), _place(rule.match_span)
+    pattern, expected, span = str(rule.match), str(rule.expect), rule.match_span
     if found:
-        return Unmatched(rule.name, pattern, expected, found, (), "", "sites", *place)
+        return Unmatched(rule.name, pattern, expected, found, (), "", "sites", span)
     almost = _almost(rule, sites)
     names = [] if almost else [path for site in sites for path in site.paths]
     near = dict.fromkeys(name for each in rule.match.name for name in nearest_names(each, names))
-    return Unmatched(rule.name, pattern, expected, 0, tuple(near), almost, "sites", *place)
+    return Unmatched(rule.name, pattern, expected, 0, tuple(near), almost, "sites", span)
 
 
 def _almost(rule: Rule, sites: Sequence[Site]) -> str:

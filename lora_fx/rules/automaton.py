@@ -31,7 +31,7 @@ NOT_DOT = Characters(((".", "."),), negated=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class Concatenation:
     """The parts one after another."""
 
     parts: tuple[Expression, ...]
@@ -53,12 +53,12 @@ class Repeat:
     high: int | None = None
 
 
-Expression = Characters | Chain | Choice | Repeat
-EMPTY = Chain(())
+Expression = Characters | Concatenation | Choice | Repeat
+EMPTY = Concatenation(())
 
 
-def literal(text: str) -> Chain:
-    return Chain(tuple(Characters(((each, each),)) for each in text))
+def literal(text: str) -> Concatenation:
+    return Concatenation(tuple(Characters(((each, each),)) for each in text))
 
 
 def states_of(expression: Expression) -> int:
@@ -125,7 +125,7 @@ class Automaton:
             middle = self._state()
             self._free[start].append(middle)
             self._steps[middle] = (expression, end)
-        elif isinstance(expression, Chain):
+        elif isinstance(expression, Concatenation):
             self._build_sequence(expression.parts, start, end)
         elif isinstance(expression, Choice):
             for part in expression.parts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from lora_fx.rules.automaton import Chain, Characters, Choice, Expression, Repeat, literal
+from lora_fx.rules.automaton import Characters, Choice, Concatenation, Expression, Repeat, literal
 from lora_fx.rules.globs import PatternError
 
 MOST_REPEATS = 1_000
@@ -66,7 +66,7 @@ class _Parser:
             if character in "*+?^$":
                 raise self._wrong()
             parts.append(self._repeated(self._atom()))
-        return Chain(tuple(parts))
+        return Concatenation(tuple(parts))
 
     def _repeated(self, part: Expression) -> Expression:
         start = self.at

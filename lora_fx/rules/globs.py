@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lora_fx.rules.automaton import ANY, NOT_DOT, Chain, Characters, Choice, Expression, Repeat, literal
+from lora_fx.rules.automaton import ANY, NOT_DOT, Characters, Choice, Concatenation, Expression, Repeat, literal
 
 MOST_NUMBERS = 10_000
 _SEGMENT = Repeat(NOT_DOT, 1)
@@ -41,13 +41,13 @@ def parse_glob(text: str) -> Expression:
         parts.append(_Segment(segment, offset).parse())
         if not last and not (segments[position + 1][0] == "**" and position + 2 == len(segments)):
             parts.append(_DOT)
-    return Chain(tuple(parts))
+    return Concatenation(tuple(parts))
 
 
 def _any_segments(alone: bool, last: bool) -> Expression:
     if alone:
         return Repeat(ANY)
-    return Repeat(Chain((_DOT, _SEGMENT))) if last else Repeat(Chain((_SEGMENT, _DOT)))
+    return Repeat(Concatenation((_DOT, _SEGMENT))) if last else Repeat(Concatenation((_SEGMENT, _DOT)))
 
 
 def _split(text: str) -> list[tuple[str, int]]:
@@ -103,7 +103,7 @@ class _Segment:
         parts: list[Expression] = []
         while self.at < len(self.text) and self.text[self.at] not in (stops or "}"):
             parts.append(self._one())
-        return Chain(tuple(parts))
+        return Concatenation(tuple(parts))
 
     def _one(self) -> Expression:
         plain = _PLAIN.match(self.text, self.at)

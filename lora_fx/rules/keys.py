@@ -1,12 +1,18 @@
-"""The keys of a rule file: what each may hold and what it means; for the reader, the schema and the docs."""
+"""The keys of a rule file: type, bounds, default and meaning of each, stated here and nowhere else.
+
+The reader holds values to a key's JSON schema, `schema` collects the keys into the schema that editors use, and the
+tables of the documentation are written from the same entries.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 OPS = ("linear", "matmul", "embedding", "conv1d", "conv2d", "conv3d", "attention", "experts")
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
+LORA_DEFAULTS: dict[str, Any] = {"r": 8, "alpha": 16, "dropout": 0.0, "init": INITS[0], "adapter": "default"}
 
 _MODULE_NAMES = """
 add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches eval extra_repr
@@ -24,7 +30,9 @@ _TEXT: dict[str, Any] = {"type": "string", "pattern": r"\S"}
 _TEXTS: dict[str, Any] = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
 _OP: dict[str, Any] = {"enum": list(OPS)}
 _SIZE = r"^\s*(\*|(>=|<=|>|<)\s*\d+|\d+\s*\.\.\s*\d+|(\d+\s*\*\s*)?[a-z])\s*$"
-_ROWS = r"^\s*\d+\s*\.\.\s*\d+\s*$"
+_ADAPTER = r"^[A-Za-z][A-Za-z0-9_]*$"
+ROWS = r"^\s*(\d+)\s*\.\.\s*(\d+)\s*$"
+"""Rows of a part of a weight, first and end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +55,15 @@ class Table:
 
 LORA = Table(
     {
-        "r": Key({"type": "integer", "minimum": 1}, "Rank of the update, default 8.", "r: 16"),
+        "r": Key({"type": "integer", "minimum": 1}, f"Rank of the update, default {LORA_DEFAULTS['r']}.", "r: 16"),
         "alpha": Key(
-            {"type": "number", "exclusiveMinimum": 0}, "The update is scaled by alpha / r; default 16.", "alpha: 32"
+            {"type": "number", "exclusiveMinimum": 0},
+            f"The update is scaled by alpha / r; default {LORA_DEFAULTS['alpha']}.",
+            "alpha: 32",
         ),
         "dropout": Key(
             {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
-            "Dropout on the adapter's input while training, default 0.",
+            f"Dropout on the adapter's input while training, default {LORA_DEFAULTS['dropout']:g}.",
             "dropout: 0.05",
         ),
         "share_dropout": Key(
@@ -63,15 +73,15 @@ LORA = Table(
         ),
         "init": Key(
             {"enum": list(INITS)},
-            "First values: `kaiming` (default), `gaussian` or `orthogonal` A with B zero; `random` for tests.",
+            f"First values: `{INITS[0]}` (default), `gaussian` or `orthogonal` A with B zero; `random` for tests.",
             "init: gaussian",
         ),
         "rslora": Key({"type": "boolean"}, "Scale by alpha / √r instead of alpha / r.", "rslora: true"),
         "dora": Key({"type": "boolean"}, "Train a magnitude for each output too (DoRA).", "dora: true"),
         "bias": Key({"type": "boolean"}, "Train the site's own bias too, saved with the adapter.", "bias: true"),
         "adapter": Key(
-            {"type": "string", "pattern": r"^[A-Za-z][A-Za-z0-9_]*$", "not": {"enum": list(MODULE_NAMES)}},
-            "Name of the adapter that the site belongs to, default `default`.",
+            {"type": "string", "pattern": _ADAPTER, "not": {"enum": list(MODULE_NAMES)}},
+            f"Name of the adapter that the site belongs to, default `{LORA_DEFAULTS['adapter']}`.",
             "adapter: style",
         ),
     },
@@ -124,8 +134,8 @@ SLICES = Table(
                         "additionalProperties": {
                             "anyOf": [
                                 {"type": "integer", "minimum": 1},
-                                {"type": "string", "pattern": _ROWS},
-                                {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": _ROWS}},
+                                {"type": "string", "pattern": ROWS},
+                                {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": ROWS}},
                             ]
                         },
                     },
@@ -200,4 +210,4 @@ TOP = Table(
 
 def is_adapter_name(name: str) -> bool:
     """Whether an adapter can bear the name: letters, digits and _, a letter first, and free in torch."""
-    return name.isidentifier() and name.isascii() and name[0] != "_" and name not in MODULE_NAMES
+    return re.fullmatch(_ADAPTER, name) is not None and name not in MODULE_NAMES

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 
 from lora_fx.rules.patterns import NamePattern
-from lora_fx.rules.ruleset import Match, Rule, RuleSet, read_rules
+from lora_fx.rules.reader import read_rules
+from lora_fx.rules.ruleset import Match, Rule, RuleSet
 
 _EVERYTHING = Match(name=(NamePattern("**"),))
 

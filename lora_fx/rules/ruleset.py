@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_fx.rules.keys import INITS, OPS
+from lora_fx.errors import SourceSpan
+from lora_fx.rules.keys import LORA_DEFAULTS
 from lora_fx.rules.patterns import NamePattern, ShapePattern
-
-__all__ = [
-    "INITS", "OPS", "Expect", "LoRAConfig", "Match", "Rule", "RuleSet", "Slice", "Slices", "SourceSpan",
-    "TrainPattern", "read_rules",
-]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class SourceSpan:
-    """Where something was written; line 0 for rules given as a dict."""
-
-    file: str
-    line: int = 0
-    column: int = 0
-    length: int = 1
-    text: str = ""
-    """The whole line."""
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else self.file
 
 
 @dataclass(frozen=True, slots=True)
 class LoRAConfig:
     """What one adapter is: ΔW = scaling · B A with B [out, r] and A [r, in]."""
 
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    init: str = "kaiming"
+    r: int = LORA_DEFAULTS["r"]
+    alpha: float = LORA_DEFAULTS["alpha"]
+    dropout: float = LORA_DEFAULTS["dropout"]
+    init: str = LORA_DEFAULTS["init"]
     rslora: bool = False
     dora: bool = False
     bias: bool = False
     """Also train the site's own bias."""
-    adapter: str = "default"
+    adapter: str = LORA_DEFAULTS["adapter"]
     share_dropout: bool = False
     """Let the dropout of sites on one input drop the same entries."""
 
@@ -241,14 +221,3 @@ class RuleSet:
         if self.train:
             found["train"] = [each.pattern.text for each in self.train]
         return found
-
-
-def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -> RuleSet:
-    """Return the rules of a file, of a shipped file by its name, or of a dict.
-
-    Raises:
-        RuleError: with every problem found: line, column, what is wrong and what to do.
-    """
-    from lora_fx.rules.reader import read_any
-
-    return read_any(rules)

@@ -12,13 +12,13 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_fx.errors import Problem, RuleError
+from lora_fx.errors import Problem, RuleError, SourceSpan
 
 MOST_BYTES = 1024 * 1024
 MOST_DEPTH = 20
@@ -26,24 +26,14 @@ MOST_NODES = 100_000
 Value = str | int | float | bool | None
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a node stands: line and column from 1 in a file, or a path such as `rules[1].lora` in a dict."""
-
-    line: int = 0
-    column: int = 0
-    length: int = 1
-    path: str = ""
-
-
 @dataclass(slots=True)
-class Node:
+class YamlNode:
     """A scalar, a list or a mapping, and where it was written."""
 
-    place: Place
+    span: SourceSpan
     value: Value = None
-    items: list[Node] | None = None
-    pairs: list[tuple[Node, Node]] | None = None
+    items: list[YamlNode] | None = None
+    pairs: list[tuple[YamlNode, YamlNode]] | None = None
     size: int = 1
     """Number of nodes in it, aliases counted each time."""
     quoted: bool = False
@@ -68,81 +58,86 @@ def describe(value: object) -> str:
 
 
 @dataclass(slots=True)
-class Source:
+class SourceText:
     """The text that nodes come from, and the problems found in it."""
 
     name: str
     lines: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def problem(self, place: Place, message: str, hint: str = "") -> None:
-        self.problems.append(self._problem(place, message, hint))
+    def problem(self, span: SourceSpan, message: str, hint: str = "") -> None:
+        self.problems.append(self._problem(span, message, hint))
 
-    def fail(self, place: Place, message: str, hint: str = "") -> RuleError:
+    def fail(self, span: SourceSpan, message: str, hint: str = "") -> RuleError:
         """Return an error for a problem after which nothing more can be read."""
-        return RuleError(self.name, [*self.problems, self._problem(place, message, hint)])
+        return RuleError(self.name, [*self.problems, self._problem(span, message, hint)])
 
     def raise_problems(self) -> None:
         if self.problems:
             ordered = sorted(self.problems, key=lambda problem: (problem.line, problem.column))
             raise RuleError(self.name, ordered)
 
-    def _problem(self, place: Place, message: str, hint: str) -> Problem:
-        return Problem(message, place.line, place.column, place.length, self.line(place), hint, place.path)
+    def _problem(self, span: SourceSpan, message: str, hint: str) -> Problem:
+        return Problem(message, self.located(span), hint)
 
-    def line(self, place: Place) -> str:
-        """Return the line in which a place is; nothing for rules given as a dict."""
-        return self.lines[place.line - 1] if 0 < place.line <= len(self.lines) else ""
+    def located(self, span: SourceSpan) -> SourceSpan:
+        """Return the span of a node with the name of the file and the whole line."""
+        return replace(span, file=self.name, text=self.line(span))
+
+    def line(self, span: SourceSpan) -> str:
+        """Return the line in which a span is; nothing for rules given as a dict."""
+        return self.lines[span.line - 1] if 0 < span.line <= len(self.lines) else ""
 
 
 # -- files
 
 
-def read_file(path: Path, name: str) -> tuple[Source, Node]:
+def read_file(path: Path, name: str) -> tuple[SourceText, YamlNode]:
     """Return the tree of a file; RuleError if it cannot be read or is no single YAML document."""
-    source = Source(name)
+    source = SourceText(name)
     text = _decoded(_bytes_of(path, source), source)
     _check_characters(text, source)
     return source, _Builder(source).build(text)
 
 
-def _bytes_of(path: Path, source: Source) -> bytes:
+def _bytes_of(path: Path, source: SourceText) -> bytes:
     try:
         if path.is_dir():
-            raise source.fail(Place(), "is a directory, not a rule file")
+            raise source.fail(SourceSpan(), "is a directory, not a rule file")
         size = path.stat().st_size
         if size > MOST_BYTES:
-            raise source.fail(Place(), f"has {size:,} bytes; a rule file has at most {MOST_BYTES:,}")
+            raise source.fail(SourceSpan(), f"has {size:,} bytes; a rule file has at most {MOST_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
-        raise source.fail(Place(), f"cannot be read: {os.strerror(error.errno) if error.errno else error}") from error
+        why = os.strerror(error.errno) if error.errno else error
+        raise source.fail(SourceSpan(), f"cannot be read: {why}") from error
 
 
-def _decoded(content: bytes, source: Source) -> str:
+def _decoded(content: bytes, source: SourceText) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise source.fail(Place(), "is UTF-16 text, not UTF-8", "save it as UTF-8")
+        raise source.fail(SourceSpan(), "is UTF-16 text, not UTF-8", "save it as UTF-8")
     if b"\0" in content:
-        raise source.fail(Place(), "is a binary file, not YAML text")
+        raise source.fail(SourceSpan(), "is a binary file, not YAML text")
     content = content.removeprefix(codecs.BOM_UTF8)
     source.lines = _lines(content.decode("utf-8", "replace"))
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        place = _end_of(content[: error.start].decode("utf-8"))
-        raise source.fail(place, "is not UTF-8 text", "save it as UTF-8") from error
+        span = _end_of(content[: error.start].decode("utf-8"))
+        raise source.fail(span, "is not UTF-8 text", "save it as UTF-8") from error
 
 
 def _lines(text: str) -> list[str]:
     return _UNREADABLE.sub("\N{REPLACEMENT CHARACTER}", text).splitlines()
 
 
-def _end_of(text: str) -> Place:
-    """Return the place of the character that follows the text."""
+def _end_of(text: str) -> SourceSpan:
+    """Return the span of the character that follows the text."""
     lines = _lines(f"{text}.")
-    return Place(len(lines), len(lines[-1]))
+    return SourceSpan("", len(lines), len(lines[-1]))
 
 
-def _check_characters(text: str, source: Source) -> None:
+def _check_characters(text: str, source: SourceText) -> None:
     unreadable = _UNREADABLE.search(text)
     if unreadable is not None:
         code = f"U+{ord(unreadable[0]):04X}"
@@ -162,47 +157,47 @@ _PLAIN_TAGS = frozenset(
 class _Open:
     """A list or mapping whose end has not been seen."""
 
-    node: Node
+    node: YamlNode
     anchor: str | None
-    key: Node | None = None
+    key: YamlNode | None = None
 
 
 class _Builder:
     """Builds the tree of one document, event by event."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: SourceText) -> None:
         self.source = source
         self.open: list[_Open] = []
-        self.anchors: dict[str, Node] = {}
-        self.root: Node | None = None
+        self.anchors: dict[str, YamlNode] = {}
+        self.root: YamlNode | None = None
         self.documents = 0
 
-    def build(self, text: str) -> Node:
+    def build(self, text: str) -> YamlNode:
         try:
             for event in yaml.parse(text, Loader=_LOADER):
                 self._take(event)
         except yaml.MarkedYAMLError as error:
             raise self._syntax_error(error) from error
         except yaml.YAMLError as error:
-            raise self.source.fail(Place(), f"is not YAML: {error}") from error
+            raise self.source.fail(SourceSpan(), f"is not YAML: {error}") from error
         if self.root is None:
-            raise self.source.fail(Place(), "is empty", "a rule file starts with `version: 1`")
+            raise self.source.fail(SourceSpan(), "is empty", "a rule file starts with `version: 1`")
         return self.root
 
     def _syntax_error(self, error: yaml.MarkedYAMLError) -> RuleError:
         problem, mark = error.problem or "", error.problem_mark
         if mark is None or "end of stream" in problem:  # where the quote or bracket opens says more
             mark = error.context_mark or mark
-        place = Place() if mark is None else Place(mark.line + 1, mark.column + 1)
+        span = SourceSpan() if mark is None else SourceSpan("", mark.line + 1, mark.column + 1)
         what = " ".join(filter(None, (problem, error.context)))
-        hint = _hint_for(self.source.line(place), str(error))
-        return self.source.fail(place, f"not valid YAML: {what}", hint)
+        hint = _hint_for(self.source.line(span), str(error))
+        return self.source.fail(span, f"not valid YAML: {what}", hint)
 
     def _take(self, event: Any) -> None:
         if isinstance(event, yaml.DocumentStartEvent):
             self.documents += 1
             if self.documents > 1:
-                raise self.source.fail(_place(event), "a second document starts here; a rule file holds one")
+                raise self.source.fail(_span_of(event), "a second document starts here; a rule file holds one")
         elif isinstance(event, yaml.ScalarEvent):
             self._check_tag(event)
             self._add(self._scalar(event), event.anchor)
@@ -217,25 +212,25 @@ class _Builder:
     def _check_tag(self, event: Any) -> None:
         if event.tag not in _PLAIN_TAGS:
             raise self.source.fail(
-                _place(event), f"the tag {_short_tag(event.tag)} is not allowed; rules are plain data"
+                _span_of(event), f"the tag {_short_tag(event.tag)} is not allowed; rules are plain data"
             )
 
     def _start(self, event: Any) -> None:
         self._check_tag(event)
         if len(self.open) >= MOST_DEPTH:
-            raise self.source.fail(_place(event), f"nested deeper than {MOST_DEPTH} levels")
+            raise self.source.fail(_span_of(event), f"nested deeper than {MOST_DEPTH} levels")
         mapping = isinstance(event, yaml.MappingStartEvent)
-        node = Node(_place(event), pairs=[]) if mapping else Node(_place(event), items=[])
+        node = YamlNode(_span_of(event), pairs=[]) if mapping else YamlNode(_span_of(event), items=[])
         self.open.append(_Open(node, event.anchor))
 
     def _alias(self, event: Any) -> None:
         node = self.anchors.get(event.anchor)
         if node is None:
             hint = _hint_for(self.source.lines[event.start_mark.line], "alias")
-            raise self.source.fail(_place(event), f"the alias *{event.anchor} is not defined", hint)
+            raise self.source.fail(_span_of(event), f"the alias *{event.anchor} is not defined", hint)
         self._add(node, None)
 
-    def _add(self, node: Node, anchor: str | None) -> None:
+    def _add(self, node: YamlNode, anchor: str | None) -> None:
         if anchor is not None:
             self.anchors[anchor] = node
         if not self.open:
@@ -244,10 +239,10 @@ class _Builder:
         parent = self.open[-1]
         parent.node.size += node.size
         if parent.node.size > MOST_NODES:
-            raise self.source.fail(node.place, f"has more than {MOST_NODES:,} entries, aliases counted each time")
+            raise self.source.fail(node.span, f"has more than {MOST_NODES:,} entries, aliases counted each time")
         self._add_to(parent, node)
 
-    def _add_to(self, parent: _Open, node: Node) -> None:
+    def _add_to(self, parent: _Open, node: YamlNode) -> None:
         if parent.node.items is not None:
             parent.node.items.append(node)
         elif parent.key is None:
@@ -256,21 +251,21 @@ class _Builder:
             _add_pair(self.source, parent.node, parent.key, node)
             parent.key = None
 
-    def _scalar(self, event: Any) -> Node:
-        place = _place(event)
+    def _scalar(self, event: Any) -> YamlNode:
+        span = _span_of(event)
         if not event.implicit[0] or event.style not in (None, ""):
-            return Node(place, value=event.value, quoted=True)
+            return YamlNode(span, value=event.value, quoted=True)
         try:
-            return Node(place, value=plain_value(event.value))
+            return YamlNode(span, value=plain_value(event.value))
         except ValueError as error:
-            self.source.problem(place, str(error), "write it without leading zeros, or quote it")
-            return Node(place, value=int(event.value))
+            self.source.problem(span, str(error), "write it without leading zeros, or quote it")
+            return YamlNode(span, value=int(event.value))
 
 
-def _place(event: Any) -> Place:
+def _span_of(event: Any) -> SourceSpan:
     start, end = event.start_mark, event.end_mark
     length = end.column - start.column if end.line == start.line else 1
-    return Place(start.line + 1, start.column + 1, max(1, length))
+    return SourceSpan("", start.line + 1, start.column + 1, max(1, length))
 
 
 def _short_tag(tag: str) -> str:
@@ -291,19 +286,19 @@ def _hint_for(line: str, problem: str) -> str:
     return ""
 
 
-def _add_pair(source: Source, mapping: Node, key: Node, value: Node) -> None:
+def _add_pair(source: SourceText, mapping: YamlNode, key: YamlNode, value: YamlNode) -> None:
     """Add a pair to a mapping; a key that is no string or stands there already is a problem."""
     assert mapping.pairs is not None
     if not isinstance(key.value, str) or key.items is not None or key.pairs is not None:
-        source.problem(key.place, f"a key must be a string, found {key.kind}")
+        source.problem(key.span, f"a key must be a string, found {key.kind}")
         return
     if key.value == "<<" and not key.quoted:
-        source.problem(key.place, "merge keys (<<) are not supported", "put what rules share under `defaults:`")
+        source.problem(key.span, "merge keys (<<) are not supported", "put what rules share under `defaults:`")
         return
     earlier = next((each for each, _ in mapping.pairs if each.value == key.value), None)
     if earlier is not None:
-        where = f", first in line {earlier.place.line}" if earlier.place.line else ""
-        source.problem(key.place, f"the key '{key.value}' stands here twice{where}")
+        where = f", first in line {earlier.span.line}" if earlier.span.line else ""
+        source.problem(key.span, f"the key '{key.value}' stands here twice{where}")
         return
     mapping.pairs.append((key, value))
 
@@ -339,45 +334,45 @@ def plain_value(text: str) -> Value:
 # -- dicts
 
 
-def read_mapping(rules: Mapping[str, object], name: str) -> tuple[Source, Node]:
+def read_mapping(rules: Mapping[str, object], name: str) -> tuple[SourceText, YamlNode]:
     """Return the tree of rules given as a dict; positions are paths such as `rules[1].lora.r`."""
-    source = Source(name)
+    source = SourceText(name)
     builder = _DictReader(source)
     return source, builder.node(rules, "", 0)
 
 
 class _DictReader:
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: SourceText) -> None:
         self.source = source
         self.count = 0
 
-    def node(self, value: object, path: str, depth: int) -> Node:
-        place = Place(path=path)
+    def node(self, value: object, path: str, depth: int) -> YamlNode:
+        span = SourceSpan(path=path)
         self.count += 1
         if depth > MOST_DEPTH:
-            raise self.source.fail(place, f"nested deeper than {MOST_DEPTH} levels")
+            raise self.source.fail(span, f"nested deeper than {MOST_DEPTH} levels")
         if self.count > MOST_NODES:
-            raise self.source.fail(place, f"has more than {MOST_NODES:,} entries")
+            raise self.source.fail(span, f"has more than {MOST_NODES:,} entries")
         if isinstance(value, Mapping):
             return self._mapping(value, path, depth)
         if isinstance(value, (list, tuple)):
             items = [self.node(item, f"{path}[{position}]", depth + 1) for position, item in enumerate(value)]
-            return Node(place, items=items)
-        return self._scalar(value, place)
+            return YamlNode(span, items=items)
+        return self._scalar(value, span)
 
-    def _mapping(self, value: Mapping[Any, object], path: str, depth: int) -> Node:
-        node = Node(Place(path=path), pairs=[])
+    def _mapping(self, value: Mapping[Any, object], path: str, depth: int) -> YamlNode:
+        node = YamlNode(SourceSpan(path=path), pairs=[])
         for key, item in value.items():
             here = f"{path}.{key}" if path else str(key)
-            key_node = self._scalar(key, Place(path=here))
+            key_node = self._scalar(key, SourceSpan(path=here))
             _add_pair(self.source, node, key_node, self.node(item, here, depth + 1))
         return node
 
-    def _scalar(self, value: object, place: Place) -> Node:
+    def _scalar(self, value: object, span: SourceSpan) -> YamlNode:
         if value is None or isinstance(value, (str, bool, int, float)):
-            return Node(place, value=_plain(value), quoted=isinstance(value, str))
-        self.source.problem(place, f"a value of type {type(value).__name__} cannot stand in rules")
-        return Node(place)
+            return YamlNode(span, value=_plain(value), quoted=isinstance(value, str))
+        self.source.problem(span, f"a value of type {type(value).__name__} cannot stand in rules")
+        return YamlNode(span)
 
 
 def _plain(value: str | bool | int | float | None) -> Value:

@@ -21,7 +21,8 @@ from lora_fx.models.twin import is_meta
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
-from lora_fx.rules.ruleset import RuleSet, read_rules
+from lora_fx.rules.reader import read_rules
+from lora_fx.rules.ruleset import RuleSet
 from lora_fx.text import columns
 from lora_fx.tuned.build import build, check_refusals, record_in
 

@@ -1,97 +1,66 @@
-"""Factored or merged: both compute the same, and which one is taken follows from sizes, tokens and the machine."""
+"""Factored or merged: both compute the same, and which one is taken follows from sizes and tokens."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.adapters.fused import contraction, machine
-from lora_fx.adapters.fused.contraction import DEFAULT, choose, crossover
+from lora_fx.adapters.fused import contraction
+from lora_fx.adapters.fused.contraction import least_rows, merges
 from lora_fx.adapters.fused.eligible import term_of
 from lora_fx.adapters.fused.forward import adapted
-from lora_fx.adapters.fused.machine import Machine, Products
 from lora_fx.adapters.fused.terms import Facts, Term
-from lora_fx.bench import calibration, counters
+from lora_fx.bench import counters
 from lora_fx.bench.analytic import Linear
-from lora_fx.cli.bench import _calibrated
-from lora_fx.errors import LoraFxWarning
 from tests.support import zoo
 from tests.support.zoo import rules
 
 N, M, OUT, R = 40, 16, 24, 4
-EAGER = Machine(wide=1e-11, knee=0.0, traffic=1e-6, fresh=0.0, call=0.0)
-"""Of a machine on which changing a matrix takes forever: merged wins as soon as N (m + n) exceeds 2mn."""
+NEVER = float("inf")
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-@pytest.fixture(autouse=True)
-def calibrations(tmp_path, monkeypatch):
-    """Return the file of calibrations, which is not there yet."""
-    file = tmp_path / "deep" / "machine.json"
-    monkeypatch.setenv(machine.VARIABLE, str(file))
-    contraction.forget()
-    yield file
-    contraction.forget()
-
-
-def key(dtype: str = "float32", threads: int = 1) -> machine.Key:
-    return machine.device_name("cpu"), dtype, threads
-
-
 @pytest.fixture
-def eager(calibrations):
-    """Let layers be merged from few tokens on."""
-    machine.write(calibrations, {key(dtype): EAGER for dtype in ("float32", "float64", "bfloat16")})
+def eager(monkeypatch):
+    """Let layers be merged as soon as it saves a FLOP: where N (m + n) exceeds 2mn."""
+    monkeypatch.setattr(contraction, "GAIN", 0.0)
+    monkeypatch.setattr(contraction, "FEWEST", 0)
 
 
-# -- the model
+# -- by FLOPs
 
 
-@pytest.mark.parametrize("found", [DEFAULT, EAGER, Machine(1e-11, 6.0, 1e-10, 1e-10, 0.0)])
+@pytest.mark.parametrize("gain", [0.0, 0.02, 0.1])
 @pytest.mark.parametrize("rank", [8, 64, 256])
-def test_merged_once_is_merged_for_all_more_tokens(found: Machine, rank: int):
-    site = Products(768, 3072, rank)
-    least = crossover(found, site)
-    gains = [found.seconds(rows, site, "merged") / found.seconds(rows, site, "factored") for rows in range(1, 9999, 7)]
-    assert gains == sorted(gains, reverse=True)
-    assert [gain <= 1 - contraction.GAIN for gain in gains] == [
-        least is not None and rows >= least for rows in range(1, 9999, 7)
-    ]
+def test_merged_once_is_merged_for_all_more_tokens(gain: float, rank: int, monkeypatch):
+    monkeypatch.setattr(contraction, "GAIN", gain)
+    least, counts = least_rows(768, 3072, rank), range(1, 9999, 7)
+    layers = [Linear(rows, 768, 3072, rank) for rows in counts]
+    ratios = [layer.merged(rebuilt=True).total / layer.factored().total for layer in layers]
+    assert ratios == sorted(ratios, reverse=True)
+    assert [ratio <= 1 - gain for ratio in ratios] == [least is not None and rows >= least for rows in counts]
 
 
 def test_nobody_gains_from_merging_below_the_width_of_the_layer():
     for width in (768, 2048, 4096):
         for rank in (8, 64, 512):
-            least = crossover(DEFAULT, Products(width, width, rank))
+            least = least_rows(width, width, rank)
             assert least is None or least > width
 
 
 def test_wider_layers_and_smaller_ranks_are_merged_later():
     def least(width: int, rank: int) -> float:
-        return crossover(DEFAULT, Products(width, width, rank)) or float("inf")
+        return least_rows(width, width, rank) or NEVER
 
-    assert least(768, 64) < least(768, 16) < least(768, 8)
+    assert least(768, 128) < least(768, 64) < least(768, 32) < least(768, 16)
     assert least(768, 64) < least(2048, 64) < least(4096, 64)
 
 
-def test_nobody_calibrated_means_factored_at_ranks_that_gain_nothing():
-    assert crossover(DEFAULT, Products(768, 768, 8)) is None
-    assert crossover(DEFAULT, Products(4096, 4096, 64)) is None
-
-
-def test_predicted_times_are_the_sums_of_their_products():
-    found, site = Machine(wide=1.0, knee=2.0, traffic=10.0, fresh=100.0, call=1000.0), Products(3, 5, 2)
-    n, m, out, r = 7, 3, 5, 2
-    base = 2 * 2 * n * m * out
-    thin = 2 * 2 * n * (m + out) * (r + 2)  # h, z, dB and dA: two of width m, two of width n
-    added = 2 * n * (m + out) * r + 2 * 4 * n * (m + out) * 10
-    formed = 2 * m * out * r + 2 * 4 * m * out * 10 + 4 * m * out * 100
-    assert found.seconds(n, site, "factored") == base + thin + 8000 + added
-    assert found.seconds(n, site, "merged") == base + thin + 8000 + 2 * formed
+def test_ranks_that_gain_nothing_are_factored():
+    assert least_rows(768, 768, 8) is None
+    assert least_rows(4096, 4096, 64) is None
 
 
 # -- the choice
@@ -105,33 +74,36 @@ def tensors(dtype: torch.dtype = torch.float32, rows: int = N) -> tuple[Tensor, 
 
 @pytest.mark.usefixtures("eager")
 def test_merged_where_it_is_possible_and_pays():
-    assert choose(*tensors(), dropout=False, dora=False) == "merged"
-    assert choose(*tensors(torch.float64), dropout=False, dora=False) == "merged"
-    assert choose(*tensors(rows=M), dropout=False, dora=False) == "factored"
+    assert merges(*tensors(), dropout=False, dora=False)
+    assert merges(*tensors(torch.float64), dropout=False, dora=False)
+    assert not merges(*tensors(rows=M), dropout=False, dora=False)
 
 
 @pytest.mark.usefixtures("eager")
 def test_factored_where_merging_would_be_wrong_or_idle():
     x, weight, A, B = tensors()
-    assert choose(x, weight, A, B, dropout=True, dora=False) == "factored"
-    assert choose(x, weight, A, B, dropout=False, dora=True) == "factored"
-    assert choose(x, weight, A.double(), B.double(), dropout=False, dora=False) == "factored"
-    assert choose(x, weight, A.detach(), B, dropout=False, dora=False) == "factored"
-    assert choose(*tensors(torch.bfloat16), dropout=False, dora=False) == "factored"
+    assert not merges(x, weight, A, B, dropout=True, dora=False)
+    assert not merges(x, weight, A, B, dropout=False, dora=True)
+    assert not merges(x, weight, A.double(), B.double(), dropout=False, dora=False)
+    assert not merges(x, weight, A.detach(), B, dropout=False, dora=False)
+    assert not merges(*tensors(torch.bfloat16), dropout=False, dora=False)
     with torch.no_grad():
-        assert choose(x, weight, A, B, dropout=False, dora=False) == "factored"
+        assert not merges(x, weight, A, B, dropout=False, dora=False)
 
 
 @pytest.mark.usefixtures("eager")
 def test_factored_where_the_weight_lies_in_memory_as_no_fresh_tensor_does():
     x, _, A, B = tensors()
     for odd in (torch.randn(M, OUT).t(), torch.randn(OUT * M + 1)[1:].view(OUT, M)):
-        assert choose(x, odd, A, B, dropout=False, dora=False) == "factored"
+        assert not merges(x, odd, A, B, dropout=False, dora=False)
 
 
-def test_nobody_is_merged_on_a_device_without_a_calibration():
-    assert contraction.least_rows("cpu", torch.float32, 1, 768, 768, 64) is not None
-    assert contraction.least_rows("mps", torch.float32, 1, 768, 768, 64) is None
+@pytest.mark.usefixtures("eager")
+def test_nobody_is_merged_on_a_device_where_it_was_not_measured():
+    x, weight, A, B = tensors()
+    assert merges(x, weight, A, B, dropout=False, dora=False)
+    x, weight, A, B = (tensor.to("meta") for tensor in (x, weight, A, B))
+    assert not merges(x, weight, A, B, dropout=False, dora=False)
 
 
 @pytest.mark.usefixtures("eager")
@@ -219,19 +191,19 @@ def test_a_large_layer_starts_bit_equal_to_its_base():
 
 
 @pytest.mark.parametrize("backend", ["graph", "modules"])
-def test_a_model_of_merged_layers_computes_what_it_computes_without(calibrations, backend):
+def test_a_model_of_merged_layers_computes_what_it_computes_without(monkeypatch, backend):
     ids = zoo.tokens(8, 16)
     tuned = lora_fx.apply(zoo.Gpt(), rules("h.**", bias=True), (ids,), backend=backend)
     zoo.randomise_(tuned)
     trained = list(lora_fx.parameters(tuned))
 
     def slopes() -> list[Tensor]:
-        contraction.forget()
         result = tuned(ids)
         return [result, *torch.autograd.grad((result**2).mean(), trained)]
 
     expected, apart = slopes(), counters.flops(slopes)
-    machine.write(calibrations, {key(): EAGER})
+    monkeypatch.setattr(contraction, "GAIN", 0.0)
+    monkeypatch.setattr(contraction, "FEWEST", 0)
     found, merged = slopes(), counters.flops(slopes)
     assert merged < apart
     for one, other in zip(found, expected, strict=True):
@@ -275,85 +247,6 @@ def test_nothing_is_kept_but_x():
     assert counters.saved_bytes(lambda: adapted((apart,), x), own) == x.nbytes + 4 * R * N
 
 
-# -- the file
-
-
-def test_calibration_is_written_for_later_processes(calibrations):
-    machine.write(calibrations, {key(): EAGER})
-    machine.write(calibrations, {key("float64"): DEFAULT})
-    assert machine.read(calibrations) == {key(): EAGER, key("float64"): DEFAULT}
-    assert [each.name for each in calibrations.parent.iterdir()] == ["machine.json"]
-    assert machine.calibrated("cpu", "float32", 1) == EAGER
-
-
-def test_calibration_for_others_is_not_ours(calibrations):
-    machine.write(calibrations, {key(threads=64): EAGER, ("a processor of 1982", "float32", 1): EAGER})
-    assert machine.calibrated("cpu", "float32", 1) is None
-    assert machine.calibrated("cpu", "float32", 64) == EAGER
-
-
-def test_file_is_read_once(calibrations):
-    assert machine.calibrated("cpu", "float32", 1) is None
-    machine.write(calibrations, {key("float64"): EAGER})
-    assert machine.calibrated("cpu", "float64", 1) is None
-    contraction.forget()
-    assert machine.calibrated("cpu", "float64", 1) == EAGER
-
-
-def row(**changed: object) -> str:
-    costs = {"wide": 1e-11, "knee": 8.0, "traffic": 1e-10, "fresh": 1e-10, "call": 1e-6}
-    return json.dumps({"version": 1, "machines": [{"device": "d", "dtype": "f", "threads": 1, **costs, **changed}]})
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", '{"version": 2}', '{"version": 1, "machines": [1]}', "NaN", row(wide=0), row(call=-1), row(knee="x"),
-     row(traffic=float("nan")), row(threads=None)],
-)  # fmt: skip
-def test_damaged_file_is_told_and_ignored(calibrations, text: str):
-    calibrations.parent.mkdir()
-    calibrations.write_text(text)
-    with pytest.warns(LoraFxWarning, match=r"machine\.json is no calibration of lora_fx and is ignored"):
-        assert machine.calibrated("cpu", "float32", 1) is None
-    assert machine.calibrated("cpu", "float64", 1) is None, "told once"
-    with pytest.warns(LoraFxWarning):
-        machine.write(calibrations, {key(): EAGER})
-    assert machine.read(calibrations) == {key(): EAGER}
-
-
-def test_file_that_cannot_be_opened_is_told(calibrations):
-    calibrations.mkdir(parents=True)
-    with pytest.warns(LoraFxWarning, match="is ignored"):
-        assert machine.read(calibrations) == {}
-
-
-def test_where_the_file_lies(monkeypatch, tmp_path):
-    monkeypatch.delenv(machine.VARIABLE)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert machine.path() == tmp_path / "lora_fx" / "machine.json"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert machine.path() == tmp_path / "home" / ".cache" / "lora_fx" / "machine.json"
-
-
-# -- calibrating
-
-
-def test_calibrating_measures_writes_and_tells(calibrations, monkeypatch):
-    monkeypatch.setattr(calibration, "ROUNDS", 2)
-    monkeypatch.setattr(calibration, "DTYPES", ("float32",))
-    assert machine.calibrated("cpu", "float32", 1) is None
-    text = _calibrated()
-    found = machine.read(calibrations)
-    assert list(found) == [key()]
-    assert machine.calibrated("cpu", "float32", 1) == found[key()], "the process that has calibrated uses it too"
-    lines = text.splitlines()
-    assert (lines[0], lines[-1]) == (machine.device_name("cpu"), f"written to {calibrations}")
-    assert [line.split()[:2] for line in lines if line.startswith("  d=")] == [
-        [f"d={width}", f"r={rank}"] for width in (768, 2048, 4096) for rank in (8, 16, 64)
-    ]
-
-
 # -- explain
 
 
@@ -362,16 +255,13 @@ def told(model: nn.Module, **more: object) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip().startswith("contraction")]
 
 
-def test_explain_tells_the_contraction_and_where_it_comes_from(calibrations):
-    least = crossover(DEFAULT, Products(768, 768, 64))
+def test_explain_tells_the_contraction_and_why(monkeypatch):
+    least = least_rows(768, 768, 64)
     wide = nn.Sequential(nn.Linear(768, 768, device="meta"))
-    assert told(wide, r=64) == [
-        f"contraction: factored below {least:,} tokens, merged from there on (cost model: default)"
-    ]
-    assert told(wide, r=8) == ["contraction: factored (cost model: default)"]
-    machine.write(calibrations, {key(): EAGER})
-    contraction.forget()
-    assert told(wide, r=8) == ["contraction: factored below 784 tokens, merged from there on (cost model: calibrated)"]
+    assert told(wide, r=64) == [f"contraction: factored below {least:,} tokens, merged from there on"]
+    assert told(wide, r=8) == ["contraction: factored (merging saves less than 2% of the FLOPs)"]
+    monkeypatch.setattr(contraction, "GAIN", 0.0)
+    assert told(wide, r=8) == ["contraction: factored below 768 tokens, merged from there on"]
 
 
 class Quantised(Tensor):

@@ -275,8 +275,8 @@ def test_token_ids_are_made_for_a_directory_of_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "MODEL and RULES are missing"),
-        ((SMALL,), "MODEL and RULES are missing"),
+        ((), "Missing argument 'MODEL'"),
+        ((SMALL,), "Missing argument 'RULES'"),
         ((SMALL, "attention", "--tokens", "many"), "--tokens many: write batch and length as 2x256"),
         ((SMALL, "attention", "--tokens", "2x8"), "--tokens is for models of transformers that take input_ids"),
         ((SMALL, "attention", "--peer", "other"), "'other' is not 'peft'"),
@@ -293,21 +293,6 @@ def test_missing_peft_is_told_with_what_to_install(tiny, monkeypatch):
     result = run("bench", tiny, "all-linear", "--peer", "peft")
     assert result.exit_code == 2
     assert "comparing with PEFT needs it: pip install 'lora-fx[export]'" in result.stderr
-
-
-def test_calibration_is_shown(monkeypatch):
-    from lora_fx.cli import bench as verb
-
-    class Module:
-        @staticmethod
-        def calibrate() -> float:
-            return 1.5
-
-    monkeypatch.setattr(verb, "find_spec", lambda name: object())
-    monkeypatch.setattr(verb, "import_module", lambda name: Module)
-    assert run("bench", "--calibrate").stdout == "1.5\n"
-    monkeypatch.setattr(verb, "find_spec", lambda name: None)
-    assert "has no calibration" in run("bench", "--calibrate").stderr
 
 
 def test_help_imports_no_torch():

@@ -18,7 +18,7 @@ import lora_fx
 from lora_fx.planning.decide import decide
 from lora_fx.planning.planned import Inventory
 from lora_fx.planning.sites import Site
-from lora_fx.rules.ruleset import read_rules
+from lora_fx.rules.reader import read_rules
 from tests.cli.test_cli import imported_by
 from tests.support.clitools import GOLDEN, ROOT, SMALL, golden, run, small
 

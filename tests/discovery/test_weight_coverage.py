@@ -17,7 +17,7 @@ import lora_fx
 from lora_fx.discovery.sites import take_inventory
 from lora_fx.discovery.study import observed
 from lora_fx.planning.decide import decide
-from lora_fx.rules.ruleset import read_rules
+from lora_fx.rules.reader import read_rules
 from tests.support import shared, zoo
 from tests.support.counting import Names, multiplying_weights
 

@@ -40,7 +40,7 @@ def test_every_rule_key_is_in_the_documentation_with_an_example():
 
 
 def test_yaml_examples_of_the_rules_page_are_rule_files(tmp_path):
-    from lora_fx.rules.ruleset import read_rules
+    from lora_fx.rules.reader import read_rules
 
     pages = [
         block for path in PAGES for block in blocks_of(path.read_text(encoding="utf-8")) if block.language == "yaml"

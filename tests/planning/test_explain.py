@@ -31,7 +31,7 @@ def test_adapted_site_is_told_with_what_each_rule_says_of_it():
         "  used    1 time in a forward with the example inputs",
         "",
         "  adapt by rest: r=4 scaling=4, 128 parameters; backend graph",
-        "  contraction: factored below 564 tokens, merged from there on (cost model: default)",
+        "  contraction: factored below 512 tokens, merged from there on",
         "    wide  shape: out = 16 is not >=48",
         "    head  name h.0.c_proj does not match lm_head",
         "    rest  matches, and decides",

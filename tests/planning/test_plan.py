@@ -13,7 +13,7 @@ import lora_fx
 from lora_fx.errors import NoMatchError
 from lora_fx.planning.decide import decide
 from lora_fx.planning.rows import fold_rows
-from lora_fx.rules.ruleset import read_rules
+from lora_fx.rules.reader import read_rules
 from tests.support import zoo
 from tests.support.textbook import GPT, gpt2_classifier, gpt3
 from tests.support.zoo import rules

@@ -10,7 +10,8 @@ import pytest
 
 from lora_fx.errors import RuleError
 from lora_fx.rules.keys import MODULE_NAMES
-from lora_fx.rules.ruleset import Expect, LoRAConfig, RuleSet, Slice, Slices, read_rules
+from lora_fx.rules.reader import read_rules
+from lora_fx.rules.ruleset import Expect, LoRAConfig, RuleSet, Slice, Slices
 from tests.planning.test_plan import golden
 
 GOOD = """\

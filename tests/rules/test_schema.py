@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lora_fx.errors import RuleError
-from lora_fx.rules.ruleset import read_rules
+from lora_fx.rules.reader import read_rules
 from lora_fx.rules.schema import json_schema, schema_text
 from tests.rules.test_rules import GOOD
 

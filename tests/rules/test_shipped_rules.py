@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lora_fx.rules import shipped
-from lora_fx.rules.ruleset import read_rules
+from lora_fx.rules.reader import read_rules
 
 ROOT = Path(__file__).parents[2]
 CASES = Path(__file__).parents[1] / "golden" / "rules"

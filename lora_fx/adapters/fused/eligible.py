@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from lora_fx.adapters.dora import DoRAMagnitude
 from lora_fx.adapters.factors import SlicedB
-from lora_fx.adapters.fused.contraction import choose
+from lora_fx.adapters.fused.contraction import merges
 from lora_fx.adapters.fused.masks import is_possible, new_seed, shared_seed
 from lora_fx.adapters.fused.terms import Facts, Term, autocast_dtype, product_dtype
 from lora_fx.adapters.lora import LoRAFactor, as_rows
@@ -88,7 +88,7 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         weight, bias, first, second = (None if t is None else t.to(cast) for t in (weight, bias, first, second))
     seed = _seed(layer, spec.lora.share_dropout, x, p)
     runs = B.runs or () if type(B) is SlicedB else ()
-    merged = plain and not runs and choose(x, weight, first, second, p > 0, scale is not None) == "merged"
+    merged = plain and not runs and merges(x, weight, first, second, p > 0, scale is not None)
     facts = Facts(spec.lora.scaling, layout == "in_out", p, seed, merged, runs)
     return Term(facts, weight, bias, first, second, scale)
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.cli.models.loading import load_with_weights
-from lora_fx.cli.models.spec import load_model
+from lora_fx.cli.models.spec import load_model, load_with_weights
 from lora_fx.errors import RefusedError
 from lora_fx.models.samples import Sample
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.cli.health import Check
 
 _RULES = {"version": 1, "rules": [{"name": "all", "match": {"name": "**.{up,down}"}, "lora": {"r": 2}}]}
 
@@ -67,15 +66,15 @@ def _require(holds: bool, otherwise: str) -> None:
         raise RuntimeError(otherwise)
 
 
-def checks() -> tuple[Check, ...]:
+def checks() -> tuple[tuple[str, bool, str], ...]:
     """Return how capturing, training, saving and merging went with a tiny model."""
     patient = _Patient()
     tried = (("capture", patient.capture), ("train", patient.train), ("save, load", patient.files))
     return tuple(_check(name, act) for name, act in (*tried, ("merge", patient.merge)))
 
 
-def _check(name: str, act: Callable[[], str]) -> Check:
+def _check(name: str, act: Callable[[], str]) -> tuple[str, bool, str]:
     try:
-        return Check(name, True, act())
+        return (name, True, act())
     except Exception as error:  # whatever it is, it is what the user wants to know
-        return Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
+        return (name, False, f"{type(error).__name__}: {error}".splitlines()[0])

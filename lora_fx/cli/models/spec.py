@@ -169,3 +169,28 @@ def class_and_config(directory: str) -> tuple[Any, Any]:
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     kinds = (vars(transformers).get(name) or getattr(transformers, name, None) for name in config.architectures or ())
     return next((kind for kind in kinds if kind is not None), transformers.AutoModel), config
+
+
+# -- with weights
+
+
+def load_with_weights(spec: str) -> tuple[nn.Module, object]:
+    """Return (model, example inputs or None) as `load_model` does, but with values: `hf:DIRECTORY` needs its weights.
+
+    Raises:
+        ModelSpecError: says what is wrong with the text, the file, or what the factory returned.
+    """
+    scheme, _, rest = spec.partition(":")
+    if spec.endswith((".safetensors", ".index.json")):
+        raise ModelSpecError(f"'{spec}' has names and weights only, and no model: give hf:DIRECTORY or a factory")
+    if not rest or spec.endswith(".pt2"):
+        return load_model(spec)
+    found = _from_pretrained(rest) if scheme == "hf" else called(module_at(scheme), scheme, rest)
+    model, inputs = model_and_inputs(found, spec)
+    return model.eval(), inputs
+
+
+def _from_pretrained(directory: str) -> Any:
+    """Return the model of the class that the configuration names, with the weights of the directory."""
+    kind, _ = class_and_config(directory)
+    return kind.from_pretrained(directory, local_files_only=True)

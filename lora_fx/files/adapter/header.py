@@ -18,7 +18,8 @@ from lora_fx.errors import AdapterFileError, RuleError
 from lora_fx.files.adapter.names import METADATA_KEY
 from lora_fx.planning.sites import Layout
 from lora_fx.rules.keys import OPS, is_adapter_name
-from lora_fx.rules.ruleset import LoRAConfig, Slices, read_rules
+from lora_fx.rules.reader import read_rules
+from lora_fx.rules.ruleset import LoRAConfig, Slices
 
 FORMAT_VERSION = 1
 _HASH = "sha256"
