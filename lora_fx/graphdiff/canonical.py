@@ -32,32 +32,44 @@ class Statements:
     """A graph over a module as nodes; paths and names of weights count from the module."""
 
     nodes: tuple[Statement, ...]
-    adapted: dict[int, tuple[str, str]]
-    """For nodes that show an adapter: (path of the owner of the weight, name of the weight)."""
+    adapted: dict[int, str]
+    """For nodes that show an adapter: the name of the adapted weight."""
 
 
 def statements_of(graph: fx.Graph, module: nn.Module) -> Statements:
-    """Return the statements of a graph over the module; what computes nothing (attributes) is inlined."""
-    graph_module = fx.GraphModule(module, copy.deepcopy(graph))
-    return _Writer(graph_module, module).statements()
+    """Return the statements of a graph over the module; what computes nothing (attributes) is inlined.
+
+    Both stay unchanged.  Where the graph calls `linear1`, adds its `lora_B(lora_A(x) * 2.0)` and applies F.relu, the
+    statements are `linear1 = self.linear1($0) + self.linear1.lora_B(self.linear1.lora_A($0) * 2.0)` and
+    `relu = F.relu($0)`.
+    """
+    return _Writer(fx.GraphModule(module, copy.deepcopy(graph)), module).statements()
 
 
-def placed(found: Statements, module: nn.Module, path: str) -> tuple[list[Statement], dict[str, Weight]]:
-    """Return the statements as those of the module at a path of a model, and the weights that they read."""
+def placed(written: Statements, module: nn.Module, path: str) -> tuple[list[Statement], dict[str, Weight]]:
+    """Return the statements as those of the module at a path of a model, and the weights that they read.
+
+    Args:
+        written: of a module that is structured as this one; its adapters may be others.
+        module: whose weights and adapters the statements get.
+        path: of the module.
+    """
     own = weights_in(module)
     nodes: list[Statement] = []
     weights: dict[str, Weight] = {}
-    for position, node in enumerate(found.nodes):
+    for position, node in enumerate(written.nodes):
         names = tuple(dotted(path, name) for name in node.weights)
         weights |= {name: own[short] for name, short in zip(names, node.weights, strict=True)}
-        rule = _rule(module, *found.adapted[position]) if position in found.adapted else ""
+        adapter = _adapter_of(module, written.adapted[position]) if position in written.adapted else None
+        rule = "" if adapter is None else describe_spec(adapter.spec)
         nodes.append(replace(node, path=dotted(path, node.path), region=path, weights=names, rule=rule))
     return nodes, weights
 
 
-def _rule(module: nn.Module, owner: str, parameter: str) -> str:
-    adapter = attached(module.get_submodule(owner), parameter)
-    return "" if adapter is None else describe_spec(adapter.spec)
+def _adapter_of(module: nn.Module, weight: str) -> Attached | None:
+    """Return the adapter of a weight in a module."""
+    owner, _, last = weight.rpartition(".")
+    return attached(module.get_submodule(owner), last)
 
 
 def adapted_graph(graph: fx.Graph, module: nn.Module) -> fx.Graph:
@@ -80,21 +92,21 @@ class _Writer:
         self.module = module
         """What the graph runs on; its classes are lost in a GraphModule."""
         self.nodes: list[Statement] = []
-        self.adapted: dict[int, tuple[str, str]] = {}
+        self.adapted: dict[int, str] = {}
         self.position: dict[fx.Node, int] = {}
         self.inlined: dict[fx.Node, str] = {}
         self.inputs: list[int] = []
         """Of the statement that is being written."""
-        self.lora = {found.result: found for found in lora_nodes(graph_module)}
-        self.silent = {node for found in self.lora.values() for node in found.between if node is not found.result}
+        self.lora = {lora.result: lora for lora in lora_nodes(graph_module)}
+        self.silent = {node for lora in self.lora.values() for node in lora.between if node is not lora.result}
         self.calls = {call.node: call.path for call in site_calls(graph_module)}
         own = isinstance(module, fx.GraphModule)  # in a region's graph, raw weights show their adapters themselves
         self.raw = {use.node: use.parameter for use in raw_uses(graph_module)} if own else {}
-        self.bases = {found.base for found in self.lora.values()}
+        self.silent |= {lora.base for lora in self.lora.values() if lora.base.op != "get_attr"}
 
     def statements(self) -> Statements:
         for node in self.graph_module.graph.nodes:
-            if node in self.silent or (node in self.bases and node.op != "get_attr"):
+            if node in self.silent:
                 continue
             if node.op == "get_attr" and not self._is_handed_on(node):
                 self.inlined[node] = self._attribute(node)
@@ -104,36 +116,36 @@ class _Writer:
 
     def _write(self, node: fx.Node) -> None:
         self.inputs = []
-        code, name = self._statement(node), self._name(node)
-        site = self._site(node)
-        weights = self._weights(node)
+        code, site, weights = self._code(node), self._site(node), self._weights(node)
         position = self.position[node] = len(self.nodes)
         adapter = self._read(node) if node.op == "get_attr" else self._at(site)
         if adapter is not None:
-            owner, _, last = (str(node.target) if node.op == "get_attr" else self._weight_at(site)).rpartition(".")
-            self.adapted[position] = owner, last
+            self.adapted[position] = str(node.target) if node.op == "get_attr" else self._weight_at(site)
+        source = self._source(node)
         self.nodes.append(
             Statement(
                 path=_FACTORS.sub("", site),
-                op=self._op(node),
-                name=name,
+                op=self._op(source),
+                name=self._name(node),
                 code=code,
                 inputs=tuple(self.inputs),
                 weights=weights,
-                value=value_text(self.lora[node].base if node in self.lora else node),
+                value=value_text(source),
                 flops=self._flops(node, adapter, weights),
             )
         )
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        """Return the product to which LoRA nodes add, for the node of their sum; else the node itself."""
+        return self.lora[node].base if node in self.lora else node
 
     # -- where a node belongs
 
     def _site(self, node: fx.Node) -> str:
         if node in self.lora:
             return self.lora[node].path
-        if node in self.calls:
-            return self.calls[node]
-        if node in self.raw:
-            return self.raw[node]
+        if node in self.calls or node in self.raw:
+            return self.calls[node] if node in self.calls else self.raw[node]
         if self._is_handed_on(node):
             return self._site_read(node)
         return str(node.target) if node.op == "call_module" else place_of(node)
@@ -145,31 +157,29 @@ class _Writer:
 
     def _is_handed_on(self, node: fx.Node) -> bool:
         """Whether the node reads a weight that an adapter may change for what is more than a call of its layer."""
-        owner, _, last = str(node.target).rpartition(".")
-        if node.op != "get_attr":
-            return False
-        parameter = getattr(self.module.get_submodule(owner), "_parameters", {}).get(last)
-        is_matrix = parameter is not None and parameter.dim() > 1
-        return is_matrix and any(user not in self.calls for user in node.users)
+        parameter = self._parameter(str(node.target)) if node.op == "get_attr" else None
+        return parameter is not None and parameter.dim() > 1 and any(user not in self.calls for user in node.users)
+
+    def _parameter(self, name: str) -> nn.Parameter | None:
+        owner, _, last = name.rpartition(".")
+        return self.module.get_submodule(owner)._parameters.get(last)
 
     # -- adapters
 
     def _read(self, node: fx.Node) -> Attached | None:
         """Return the adapter of the weight that the node reads, if it has one that shows in it."""
         owner, _, last = str(node.target).rpartition(".")
-        module = self.module.get_submodule(owner) if node.op == "get_attr" else None
-        return attached(module, last) if module is not None and last in shown_parameters(module) else None
+        shown = shown_parameters(self.module.get_submodule(owner)) if node.op == "get_attr" else ()
+        return _adapter_of(self.module, str(node.target)) if last in shown else None
 
     def _weight_at(self, path: str) -> str:
         """Return the dotted name of the weight of a site: of a raw parameter, or of a module."""
-        owner, _, last = path.rpartition(".")
-        return path if last in self.module.get_submodule(owner)._parameters else dotted(path, "weight")
+        return path if self._parameter(path) is not None else dotted(path, "weight")
 
     def _at(self, path: str) -> Attached | None:
         """Return the adapter at a site."""
         try:
-            owner, _, last = self._weight_at(path).rpartition(".")
-            return attached(self.module.get_submodule(owner), last)
+            return _adapter_of(self.module, self._weight_at(path))
         except AttributeError:  # an exported program keeps no modules without parameters
             return None
 
@@ -177,36 +187,34 @@ class _Writer:
 
     def _weights(self, node: fx.Node) -> tuple[str, ...]:
         """Return the names of the parameters that the statement reads, those of its adapter included."""
-        found: list[str] = []
-        source = self.lora[node].base if node in self.lora else node
-        for each in (node, source, *source.all_input_nodes):
-            if each.op == "get_attr" and (each is node or each in self.inlined):
-                found += self._weights_read(each)
-            elif each.op == "call_module" and each in (node, source):
-                inner = self.module.get_submodule(str(each.target))
-                found += [dotted(str(each.target), name) for name, _ in inner.named_parameters()]
+        names: list[str] = []
+        source = self._source(node)
+        for read in (node, source, *source.all_input_nodes):
+            if read.op == "get_attr" and (read is node or read in self.inlined):
+                names += self._weights_read(read)
+            elif read.op == "call_module" and read in (node, source):
+                inner = self.module.get_submodule(str(read.target))
+                names += [dotted(str(read.target), name) for name, _ in inner.named_parameters()]
         if node in self.lora and source.op != "call_module":
-            found += self._factors(self._weight_at(self.lora[node].path))
-        return tuple(dict.fromkeys(found))
+            names += self._factors(self._weight_at(self.lora[node].path))
+        return tuple(dict.fromkeys(names))
 
     def _weights_read(self, node: fx.Node) -> list[str]:
-        owner, _, last = str(node.target).rpartition(".")
-        if last not in getattr(self.module.get_submodule(owner), "_parameters", {}):
+        name = str(node.target)
+        if self._parameter(name) is None:
             return []
-        return [str(node.target), *(self._factors(str(node.target)) if self._read(node) is not None else ())]
+        return [name, *(self._factors(name) if self._read(node) is not None else ())]
 
     def _factors(self, weight: str) -> list[str]:
         """Return the names of the parameters of the adapter of a weight."""
-        owner, _, last = weight.rpartition(".")
-        found = attached(self.module.get_submodule(owner), last)
-        if found is None:
-            return []
-        own = {id(each) for each in found.parameters()}
-        home = self.module.get_submodule(owner)
-        return [dotted(owner, name) for name, each in home.named_parameters() if id(each) in own]
+        adapter = _adapter_of(self.module, weight)
+        own = set() if adapter is None else {id(parameter) for parameter in adapter.parameters()}
+        owner = weight.rpartition(".")[0]
+        named = self.module.get_submodule(owner).named_parameters()
+        return [dotted(owner, name) for name, parameter in named if id(parameter) in own]
 
     def _flops(self, node: fx.Node, adapter: Attached | None, weights: tuple[str, ...]) -> int:
-        source = self.lora[node].base if node in self.lora else node
+        source = self._source(node)
         spec = None if adapter is None else adapter.spec
         if source.op == "call_module":
             return called_flops(self.module.get_submodule(str(source.target)), spec)
@@ -219,73 +227,63 @@ class _Writer:
 
     # -- text
 
-    def _statement(self, node: fx.Node) -> str:
+    def _op(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return original_class(self.module.get_submodule(str(node.target))).__name__
+        if node.op == "call_method":
+            return f".{node.target}"
+        fixed = {"placeholder": INPUT, "output": RETURN, "get_attr": "weight"}
+        return fixed.get(node.op) or function_name(node.target)
+
+    def _name(self, node: fx.Node) -> str:
+        if node.op in ("output", "placeholder"):
+            return "" if node.op == "output" else str(node.target)
+        if node.op == "get_attr":
+            return "_".join([part for part in str(node.target).split(".") if not part.isdigit()][-3:])
+        return stem_of(self._source(node))
+
+    def _code(self, node: fx.Node) -> str:
+        if node in self.lora:
+            return self._lora_code(self.lora[node])
         if node.op == "placeholder":
             return ""
         if node.op == "get_attr":
             return self._attribute(node)
-        if node.op == "output":
-            return f"return {self._value(node.args[0])}"
-        return self._lora_code(self.lora[node]) if node in self.lora else self._code(node)
-
-    def _op(self, node: fx.Node) -> str:
-        source = self.lora[node].base if node in self.lora else node
-        if source.op == "call_module":
-            return original_class(self.module.get_submodule(str(source.target))).__name__
-        if source.op == "call_method":
-            return f".{source.target}"
-        fixed = {"placeholder": INPUT, "output": RETURN, "get_attr": "weight"}
-        return fixed.get(source.op) or function_name(source.target)
+        return f"return {self._value(node.args[0])}" if node.op == "output" else self._call(node)
 
     def _attribute(self, node: fx.Node) -> str:
-        found = self._read(node)
-        if found is None:
+        adapter = self._read(node)
+        if adapter is None:
             return escaped(f"self.{node.target}")
         owner, _, last = str(node.target).rpartition(".")
-        home = owner if found.home is found.owner else dotted(owner, last + HOME)
+        home = owner if adapter.home is adapter.owner else dotted(owner, last + HOME)
         B, A = (f"self.{dotted(home, factor)}" for factor in ("lora_B", "lora_A"))
-        delta = f"{B} @ {A}" if found.spec.layout == "out_in" else f"({B} @ {A}).T"
-        return escaped(f"(self.{node.target} + {delta} * {found.spec.scaling})")
+        delta = f"{B} @ {A}" if adapter.spec.layout == "out_in" else f"({B} @ {A}).T"
+        return escaped(f"(self.{node.target} + {delta} * {adapter.spec.scaling})")
 
-    def _name(self, node: fx.Node) -> str:
-        if node.op == "output":
-            return ""
-        if node.op == "placeholder":
-            return str(node.target)
-        if node.op == "get_attr":
-            return "_".join([part for part in str(node.target).split(".") if not part.isdigit()][-3:])
-        return stem_of(self.lora[node].base if node in self.lora else node)
-
-    def _lora_code(self, found: LoRANodes) -> str:
-        by_kind = {factor_of(node): node for node in found.between}
+    def _lora_code(self, lora: LoRANodes) -> str:
+        """Return the statement of a product and its adapter; of a raw parameter's adapter only that it is there."""
+        by_kind = {factor_of(node): node for node in lora.between}
+        base, path = self._call(lora.base), escaped(lora.path)
         if "lora_A" not in by_kind:
-            return self._raw_code(found)
-        base = self._code(found.base)
+            adapter = self._at(lora.path)
+            return f"{base} + self.{path}_lora(..)" + ("" if adapter is None else f" * {adapter.spec.scaling}")
         scaled = by_kind["lora_B"].args[0]
         assert isinstance(scaled, fx.Node)
         x = self._lora_input(by_kind["lora_A"])
-        path = escaped(found.path)
         inner = f"self.{path}.lora_B(self.{path}.lora_A({x}) * {self._value(scaled.args[1])})"
-        cast = ".to(base)" if any(node.target == "type_as" for node in found.between) else ""
-        if factor_of(found.result) == "lora_magnitude_vector":
+        cast = ".to(base)" if any(node.target == "type_as" for node in lora.between) else ""
+        if factor_of(lora.result) == "lora_magnitude_vector":
             return f"self.{path}.lora_magnitude_vector({base}, {inner}{cast})"
         return f"{base} + {inner}{cast}"
-
-    def _raw_code(self, found: LoRANodes) -> str:
-        """Return the statement of a product with a raw parameter: its inner nodes are many, and say no more."""
-        adapter = self._at(found.path)
-        scaling = "" if adapter is None else f" * {adapter.spec.scaling}"
-        return f"{self._code(found.base)} + self.{escaped(found.path)}_lora(..){scaling}"
 
     def _lora_input(self, lora_a: fx.Node) -> str:
         x = lora_a.args[0]
         assert isinstance(x, fx.Node)
-        if factor_of(x) == "lora_dropout":
-            return f"dropout({self._value(x.args[0])})"
-        return self._value(x)
+        return f"dropout({self._value(x.args[0])})" if factor_of(x) == "lora_dropout" else self._value(x)
 
-    def _code(self, node: fx.Node) -> str:
-        arguments = [self._value(each) for each in node.args]
+    def _call(self, node: fx.Node) -> str:
+        arguments = [self._value(argument) for argument in node.args]
         arguments += [f"{key}={self._value(value)}" for key, value in node.kwargs.items()]
         if node.op == "call_module":
             return f"self.{escaped(str(node.target))}({', '.join(arguments)})"

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,12 @@ class Weight:
 
     @property
     def parameters(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
+        """What the elements take: as many bits as the dtype's name says, 8 where it says nothing (bool)."""
         bits = _BITS.findall(self.dtype)
         return self.parameters * (int(bits[0]) if bits else 8) // 8
 
@@ -69,7 +71,7 @@ class Statement:
     """Floating-point operations with weights, for each row of input (a token, an image's position)."""
 
     def written(self, names: Sequence[str]) -> str:
-        """Return the code with names for its inputs."""
+        """Return the code with names for its inputs, by position in the node's `inputs`."""
         return _REFERENCE.sub(lambda match: "$" if match[1] == "$" else names[int(match[1])], self.code)
 
 
@@ -88,16 +90,19 @@ class Graph:
 
     @property
     def flops(self) -> int:
+        """Floating-point operations with weights, for each row of input."""
         return sum(node.flops for node in self.nodes)
 
     @property
     def statements(self) -> int:
+        """Number of nodes that compute or return something."""
         return sum(node.op != INPUT for node in self.nodes)
 
     def to_json(self) -> str:
+        """Return the graph as JSON, a node on each line."""
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "kind": "lora_fx graph", "name": self.name}
         document |= {"parameters": self.parameters, "bytes": self.bytes}
-        document["weights"] = {name: [list(each.shape), each.dtype] for name, each in self.weights.items()}
+        document["weights"] = weights_data(self.weights)
         lines = (json.dumps(statement_data(node), ensure_ascii=False) for node in self.nodes)
         head = json.dumps(document, ensure_ascii=False)
         return f'{head[:-1]}, "nodes": [\n' + ",\n".join(lines) + "\n]}"
@@ -113,7 +118,7 @@ class Graph:
             document = json.loads(text)
             if document["kind"] != "lora_fx graph" or document["schema_version"] != SCHEMA_VERSION:
                 raise GraphFileError(f"not a graph of schema version {SCHEMA_VERSION}")
-            nodes = tuple(map(statement_from_data, document["nodes"]))
+            nodes = tuple(map(_statement, document["nodes"]))
             weights = {name: Weight(tuple(shape), dtype) for name, (shape, dtype) in document["weights"].items()}
             graph = Graph(document["name"], nodes, weights, document["parameters"], document["bytes"])
         except (ValueError, KeyError, TypeError) as error:
@@ -122,7 +127,7 @@ class Graph:
         return graph
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the graph as JSON."""
+        """Write the graph to a file as JSON."""
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @staticmethod
@@ -136,52 +141,40 @@ class Graph:
             raise GraphFileError(f"{os.fspath(path)}: {error}") from error
 
 
-_DEFAULTS = {each.name: each.default for each in fields(Statement)[4:]}
+_FIELDS = fields(Statement)
 _LISTS = ("inputs", "weights")
 
 
 def statement_data(node: Statement) -> dict[str, Any]:
-    """Return a node as JSON holds it: what is empty is left out."""
-    data: dict[str, Any] = {"path": node.path, "op": node.op, "name": node.name, "code": node.code}
-    optional: dict[str, Any] = {
-        "inputs": node.inputs, "region": node.region, "weights": node.weights, "value": node.value,
-        "rule": node.rule, "flops": node.flops,
-    }  # fmt: skip
-    return data | {key: value for key, value in optional.items() if value != _DEFAULTS[key]}
+    """Return a statement as JSON holds it: what is empty is left out."""
+    facts = ((fact.name, getattr(node, fact.name), fact.default) for fact in _FIELDS)
+    return {name: value for name, value, default in facts if value != default}
 
 
-def statement_from_data(data: Mapping[str, Any]) -> Statement:
-    """Return the node that `statement_data` has written."""
+def _statement(data: Mapping[str, Any]) -> Statement:
+    """Return the statement that `statement_data` has written."""
     facts: dict[str, Any] = {key: tuple(value) if key in _LISTS else value for key, value in data.items()}
     return Statement(**facts)
 
 
+def weights_data(weights: Mapping[str, Weight]) -> dict[str, Any]:
+    """Return weights as JSON holds them."""
+    return {name: [list(weight.shape), weight.dtype] for name, weight in weights.items()}
+
+
 def _check(graph: Graph) -> None:
     for position, node in enumerate(graph.nodes):
-        if not all(type(each) is int and 0 <= each < position for each in node.inputs):
-            raise GraphFileError(f"node {position} ({node.path or node.op}) has an input that is no earlier node")
-        referred = {int(each) for each in _REFERENCE.findall(node.code) if each != "$"}
-        if referred and max(referred) >= len(node.inputs):
-            raise GraphFileError(f"node {position} ({node.path or node.op}) refers to an input that it has not")
+        where = f"node {position} ({node.path or node.op})"
+        if not all(type(source) is int and 0 <= source < position for source in node.inputs):
+            raise GraphFileError(f"{where} has an input that is no earlier node")
+        referred = [int(number) for number in _REFERENCE.findall(node.code) if number != "$"]
+        if max(referred, default=-1) >= len(node.inputs):
+            raise GraphFileError(f"{where} refers to an input that it has not")
         missing = [name for name in node.weights if name not in graph.weights]
         if missing:
-            raise GraphFileError(f"node {position} ({node.path or node.op}) reads {missing[0]}, which is not described")
+            raise GraphFileError(f"{where} reads {missing[0]}, which is not described")
 
 
 def escaped(code: str) -> str:
-    """Return text as it stands in a node's code."""
+    """Return text as it stands in a node's code: with $$ for a dollar."""
     return code.replace("$", "$$")
-
-
-def users_of(graph: Graph) -> list[list[tuple[int, int]]]:
-    """Return, for each node, who takes it as which input: (position, number of the input)."""
-    found: list[list[tuple[int, int]]] = [[] for _ in graph.nodes]
-    for position, node in enumerate(graph.nodes):
-        for slot, each in enumerate(node.inputs):
-            found[each].append((position, slot))
-    return found
-
-
-def numbered(graph: Graph) -> Iterator[tuple[int, Statement]]:
-    """Yield (position, node) of what computes or returns something."""
-    return ((position, node) for position, node in enumerate(graph.nodes) if node.op != INPUT)

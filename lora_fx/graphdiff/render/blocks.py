@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lora_fx.graphdiff.changes import Comparison, merged
+from lora_fx.graphdiff.changes import Comparison, Merged, merged
 from lora_fx.graphdiff.graphs import INPUT, Statement
 from lora_fx.graphdiff.render.text import without_numbers
 
@@ -57,24 +57,27 @@ class Block:
 
 
 def blocks_of(compared: Comparison) -> list[Block]:
-    """Return the blocks of both graphs, equal ones once, in the order of b."""
+    """Return the blocks of both graphs, equal ones once, in the order of b.
+
+    A block is a region of the capture; in a graph without regions, a module of a numbered list, if it is repeated.
+    """
     order = merged(len(compared.b.nodes), compared.partner, compared.in_order)
-    edited = {edit.before for edit in compared.edits}, {edit.after for edit in compared.edits}
     owners = _owners([_shown(compared, i, j) for i, j, _ in order])
     members: dict[str, list[int]] = {}
     for position, owner in enumerate(owners):
         members.setdefault(owner, []).append(position)
-    edges = _inner(_edges(compared, order), owners)
-    found: dict[object, Block] = {}
+    steps = _steps(compared, order, owners)
+    number = {position: k for positions in members.values() for k, position in enumerate(positions)}
+    edges = _edges(compared, order, owners, number)
+    kinds: dict[object, Block] = {}
     for owner, positions in members.items():
-        steps = [_step(compared, *order[position], owner, edited) for position in positions]
-        block = Block([owner], steps, edges.get(owner, {}))
-        known = found.setdefault(_kind(block), block)
+        block = Block([owner], [steps[position] for position in positions], edges.get(owner, {}))
+        known = kinds.setdefault(_kind(block), block)
         if known is not block:
             known.paths.append(owner)
-            known.steps = [_for_both(one, other) for one, other in zip(known.steps, steps, strict=True)]
-        known.rules.update(step.rule for step in steps if step.rule)
-    return list(found.values())
+            known.steps = [_for_both(one, other) for one, other in zip(known.steps, block.steps, strict=True)]
+        known.rules.update(step.rule for step in block.steps if step.rule)
+    return list(kinds.values())
 
 
 def _for_both(one: Step, other: Step) -> Step:
@@ -96,7 +99,12 @@ def _owners(nodes: Sequence[Statement]) -> list[str]:
     """Return the block of each node: its region, else the outermost numbered module that is small and repeated."""
     sizes = Counter(prefix for node in nodes if not node.region for prefix in _prefixes(node.path))
     repeated = Counter(_NUMBER.sub("#", prefix) for prefix in sizes)
-    return [node.region or _owner(node.path, sizes, repeated) for node in nodes]
+
+    def owner(path: str) -> str:
+        fitting = (p for p in _prefixes(path) if sizes[p] <= _MOST_STEPS and repeated[_NUMBER.sub("#", p)] > 1)
+        return next(fitting, "")
+
+    return [node.region or owner(node.path) for node in nodes]
 
 
 def _prefixes(path: str) -> list[str]:
@@ -104,53 +112,43 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[: end + 1]) for end, part in enumerate(parts) if part.isdigit()]
 
 
-def _owner(path: str, sizes: Counter[str], repeated: Counter[str]) -> str:
-    fitting = [p for p in _prefixes(path) if sizes[p] <= _MOST_STEPS and repeated[_NUMBER.sub("#", p)] > 1]
-    return fitting[0] if fitting else ""
+def _steps(compared: Comparison, order: Merged, owners: Sequence[str]) -> list[Step]:
+    edited = {edit.before for edit in compared.edits}
+    steps: list[Step] = []
+    for (i, j, moved), owner in zip(order, owners, strict=True):
+        node = _shown(compared, i, j)
+        inside = node.path.removeprefix(owner).lstrip(".") if owner else node.path
+        before = "" if i is None else compared.lines[0][i]
+        after = "" if j is None else compared.lines[1][j]
+        if node.op == INPUT:
+            before, after = (f"{line}input" if line else "" for line in (before, after))
+        both = MOVED if moved else CHANGED if i in edited else SAME
+        status = ADDED if i is None else REMOVED if j is None else both
+        steps.append(Step(status, inside, node.op, before, after, node.value, node.rule))
+    return steps
 
 
-def _step(
-    compared: Comparison, i: int | None, j: int | None, moved: bool, owner: str, edited: tuple[set[int | None], ...]
-) -> Step:
-    node = _shown(compared, i, j)
-    inside = node.path.removeprefix(owner).lstrip(".") if owner else node.path
-    before = "" if i is None else compared.lines[0][i]
-    after = "" if j is None else compared.lines[1][j]
-    if node.op == INPUT:
-        before, after = (f"{line}input" if line else "" for line in (before, after))
-    return Step(_status(i, j, moved, edited), inside, node.op, before, after, node.value, node.rule)
+def _edges(
+    compared: Comparison, order: Merged, owners: Sequence[str], number: Mapping[int, int]
+) -> dict[str, dict[tuple[int, int], str]]:
+    """Return what flows between the steps of each block, by their numbers in it, on which sides.
 
-
-def _status(i: int | None, j: int | None, moved: bool, edited: tuple[set[int | None], ...]) -> str:
-    if i is None:
-        return ADDED
-    if j is None:
-        return REMOVED
-    return MOVED if moved else CHANGED if i in edited[0] else SAME
-
-
-def _edges(compared: Comparison, order: Sequence[tuple[int | None, int | None, bool]]) -> dict[tuple[int, int], str]:
-    """Return what flows between the entries of the merged list, on which sides."""
-    found: dict[tuple[int, int], set[int]] = {}
+    Args:
+        compared: both graphs.
+        order: their nodes as one list.
+        owners: the block of each entry of the list.
+        number: of each entry in its block.
+    """
+    flows: dict[str, dict[tuple[int, int], str]] = {}
     for side, graph in enumerate((compared.a, compared.b)):
         position = {entry[side]: k for k, entry in enumerate(order) if entry[side] is not None}
         for i, node in enumerate(graph.nodes):
-            for each in node.inputs:
-                found.setdefault((position[each], position[i]), set()).add(side)
-    return {edge: SAME if len(sides) == 2 else ADDED if 1 in sides else REMOVED for edge, sides in found.items()}
-
-
-def _inner(edges: dict[tuple[int, int], str], owners: Sequence[str]) -> dict[str, dict[tuple[int, int], str]]:
-    """Return the edges inside each block, by the numbers of its own steps."""
-    number, sizes = [], Counter[str]()
-    for owner in owners:
-        number.append(sizes[owner])
-        sizes[owner] += 1
-    found: dict[str, dict[tuple[int, int], str]] = {}
-    for (source, target), status in edges.items():
-        if owners[source] == owners[target]:
-            found.setdefault(owners[source], {})[number[source], number[target]] = status
-    return found
+            target = position[i]
+            own = flows.setdefault(owners[target], {})
+            for source in dict.fromkeys(position[k] for k in node.inputs if owners[position[k]] == owners[target]):
+                edge = number[source], number[target]
+                own[edge] = SAME if edge in own else (REMOVED, ADDED)[side]
+    return flows
 
 
 def _kind(block: Block) -> object:
@@ -181,7 +179,7 @@ class Box:
 
 
 def boxes_of(block: Block) -> tuple[list[Box], dict[tuple[int, int], str]]:
-    """Return the boxes of a block and the edges between them."""
+    """Return the boxes of a block, and the edges between them: (from, to) → same, added or removed."""
     boxes: list[Box] = []
     home: list[int] = []
     for step in block.steps:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_fx.graphdiff.changes import GraphDifference, GraphEdit
-from lora_fx.graphdiff.graphs import statement_data
+from lora_fx.graphdiff.graphs import statement_data, weights_data
 
 
 def diff_json(diff: GraphDifference) -> str:
@@ -32,5 +32,5 @@ def _edit(edit: GraphEdit) -> dict[str, Any]:
     data: dict[str, Any] = {"before": edit.before, "after": edit.after}
     if edit.node is not None:
         data["node"] = statement_data(edit.node)
-        data["weights"] = {name: [list(weight.shape), weight.dtype] for name, weight in edit.weights.items()}
+        data["weights"] = weights_data(edit.weights)
     return data
