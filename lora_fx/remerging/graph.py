@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from lora_fx.capture.captured import resolve
 from lora_fx.errors import InvariantError
+from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.remerging.algebra.chains import folded_weight, refolded
 from lora_fx.remerging.algebra.checks import checked, names_of_weight, stored_as
@@ -20,7 +21,7 @@ from lora_fx.remerging.cleaning import drop_unused, erase_unread
 
 
 @dataclass(frozen=True, slots=True)
-class Remerge:
+class Remerge(Pass):
     """Fold every product of low rank that is added to a linear of the same input, or to its weight.
 
     W' = W + Σ scaling · B A, accumulated in float32 and rounded once, in a new parameter: who else holds W keeps it.
@@ -32,9 +33,6 @@ class Remerge:
     left: list[tuple[str, str]] = field(default_factory=list)
     """Filled by `run`: (path, reason) of what was left alone."""
     name: str = "remerge"
-
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Any graph will do."""
 
     def run(self, editor: Editor) -> None:
         while True:  # a product in a sum may become visible when one in the weight is gone
