@@ -66,7 +66,7 @@ def peak_bytes(step: Work) -> int:
 
 def saved_bytes(forward: Work, own: Iterable[Tensor] = ()) -> int:
     """Return the bytes that autograd keeps of a forward pass, every storage once; those of `own` are left out."""
-    left_out = {each.untyped_storage()._cdata for each in own}
+    left_out = {tensor.untyped_storage()._cdata for tensor in own}
     kept: dict[int, tuple[Tensor, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def no_collection() -> Iterator[None]:
 def frozen_heap() -> Iterator[None]:
     """Let collections of garbage look at what is made from now on only: with large libraries loaded they are slow."""
     gc.collect()
-    ours = gc.get_freeze_count() == 0  # whoever has frozen it wants it to stay so
+    ours = gc.get_freeze_count() == 0  # what others have frozen stays frozen
     if ours:
         gc.freeze()
     try:
@@ -124,14 +124,14 @@ class _Tally(DispatchMode):  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {each.untyped_storage()._cdata for each in tensors_in((args, kwargs))}
+        before = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         self.calls += 1
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        for each in tensors_in(result):
-            self._add(each, before)
+        for tensor in tensors_in(result):
+            self._add(tensor, before)
         self.peak = max(self.peak, self._now)
         return result
 
@@ -153,12 +153,9 @@ def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * a.shape[0] * a.shape[1] * int(b.shape[-1])
 
 
-def _matrix_vector(matrix: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * matrix.numel()
-
-
-def _added_matrix_vector(_: Tensor, matrix: Tensor, *__: Any, **___: Any) -> int:
-    return 2 * matrix.numel()
+def _matrix_vector(*tensors: Tensor, **_: Any) -> int:
+    """The last two are multiplied; what stands before them is added."""
+    return 2 * tensors[-2].numel()
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
@@ -168,10 +165,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         **known,
         aten.addmm_: known[aten.addmm],
         aten.baddbmm_: known[aten.baddbmm],
-        aten.mv: _matrix_vector,
-        aten.dot: _matrix_vector,
-        aten.addmv: _added_matrix_vector,
-        aten.addmv_: _added_matrix_vector,
+        **dict.fromkeys((aten.mv, aten.dot, aten.addmv, aten.addmv_), _matrix_vector),
         aten._grouped_mm: _grouped,
         aten._scaled_dot_product_flash_attention_for_cpu: known[aten._scaled_dot_product_flash_attention],
         aten._scaled_dot_product_flash_attention_for_cpu_backward: known[

@@ -40,7 +40,7 @@ class Rounds:
     """Whether the work is done by the processor, whose time then shows whether it was alone."""
 
     def calm(self) -> NDArray[np.bool_]:
-        """Return which rounds nobody disturbed; on other devices that cannot be seen, and all count."""
+        """Return which rounds went undisturbed; on other devices that cannot be seen, and all count."""
         if not self.on_processor:
             return np.ones(len(self.wall), dtype=bool)
         return np.asarray(np.all(self.wall <= CONTENDED * self.processor, axis=1), dtype=np.bool_)
@@ -145,8 +145,8 @@ def summarised(rounds: Rounds, reference: str, control: str) -> Timing:
     calm = rounds.calm()
     kept = calm if calm.any() else np.ones_like(calm)
     ratios = dict(_ratios(rounds, kept, reference))
-    found = ratios.pop(control)
-    return Timing(ratios, len(calm), int((~calm).sum()), found, _void(found, calm))
+    other = ratios.pop(control)
+    return Timing(ratios, len(calm), int((~calm).sum()), other, _void(other, calm))
 
 
 def _void(control: Ratio, calm: NDArray[np.bool_]) -> str:
