@@ -45,23 +45,13 @@ def counted(step: Work, forward: Work, own: Iterable[Tensor]) -> Counts:
         forward: the forward pass alone.
         own: parameters and buffers of the model.
     """
-    tally = _tallied(step)
+    tally = tallied(step)
     return Counts(tally.flops, saved_bytes(forward, own), tally.peak, tally.calls)
 
 
 def flops(step: Work) -> int:
     """Return the FLOPs of a step; a multiplication with its addition is two."""
-    return _tallied(step).flops
-
-
-def aten_calls(step: Work) -> int:
-    """Return how many operators of torch a step calls."""
-    return _tallied(step).calls
-
-
-def peak_bytes(step: Work) -> int:
-    """Return the most bytes that were live at once of the storages that a step makes."""
-    return _tallied(step).peak
+    return tallied(step).flops
 
 
 def saved_bytes(forward: Work, own: Iterable[Tensor] = ()) -> int:
@@ -107,19 +97,22 @@ def frozen_heap() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _tallied(step: Work) -> _Tally:
-    tally = _Tally()
+def tallied(step: Work) -> Tally:
+    """Return the sums of what a step does; it runs once."""
+    tally = Tally()
     with no_collection(), tally:
         step()
     return tally
 
 
-class _Tally(DispatchMode):  # type: ignore[no-untyped-call]
+class Tally(DispatchMode):  # type: ignore[no-untyped-call]
     """Adds up operators, their FLOPs, and the bytes of the storages that are made, less those that go."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = self.calls = self.peak = 0
+        self.flops = self.calls = 0
+        self.peak = 0
+        """The most bytes that were live at once of the storages that the step makes."""
         self._now = 0
         self._known: set[int] = set()
 

@@ -83,9 +83,8 @@ def _tokens(sample: Sample) -> int | None:
     first = next(tensors_of((sample.args, sample.kwargs)), None)
     if first is None:
         return None
-    if first.is_floating_point():
-        return first.shape[:-1].numel() if first.dim() in (2, 3) else None
-    return first.numel() if first.dim() in (1, 2) else None
+    rows = first.shape[:-1] if first.is_floating_point() else first.shape
+    return rows.numel() if len(rows) in (1, 2) else None
 
 
 def _notes(before: Sequence[RegionReport], after: Sequence[RegionReport]) -> Iterator[str]:

@@ -126,8 +126,3 @@ def _settled(threads: int) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-def dtype_named(name: str | None) -> torch.dtype | None:
-    """Return the dtype of a name such as `bfloat16`."""
-    return None if name is None else DTYPES[name]
