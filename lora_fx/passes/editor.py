@@ -48,11 +48,11 @@ class Editor:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.journal = Journal() if journal is None else journal
-        self.by = ""
-        """Name of the running pass."""
+        self.passes: list[str] = []
+        """Names of the passes that have run on the graph; the last is running."""
 
     def _note(self, kind: Kind, what: str, site: str) -> None:
-        self.journal.edits.append(Edit(kind, what, site, self.by))
+        self.journal.edits.append(Edit(kind, what, site, self.passes[-1] if self.passes else ""))
 
     # -- nodes
 

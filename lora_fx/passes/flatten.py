@@ -15,28 +15,23 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
 from lora_fx.models.layers import has_hooks, kind_of
 from lora_fx.models.swap import original_class
+from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.sites import first_argument, keep_tensor_facts
 
 
 @dataclass(frozen=True, slots=True)
-class Flatten:
+class Flatten(Pass):
     """Write linears as F.linear.  Ensures: the same operations in the same order."""
 
     foreseen: frozenset[str] = frozenset()
     """Paths of layers that shall have an adapter and have none yet: to see what other passes will do."""
     name: str = "flatten"
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Any graph will do."""
-
     def run(self, editor: Editor) -> None:
         for node in list(editor.graph.nodes):
             if node.op == "call_module":
                 _flatten(editor, node, self.foreseen)
-
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Nothing beyond what the editor checks."""
 
 
 def _flatten(editor: Editor, node: fx.Node, foreseen: Collection[str]) -> None:

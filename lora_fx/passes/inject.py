@@ -16,6 +16,7 @@ from lora_fx.adapters.records import record_of, spec_of
 from lora_fx.adapters.spec import ModelRecord
 from lora_fx.errors import RefusedError
 from lora_fx.models.tensors import dotted
+from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor, Writer
 from lora_fx.passes.rawsites import raw_uses, splice_raw
 from lora_fx.passes.sites import SiteCall, first_argument, site_calls
@@ -24,7 +25,7 @@ from lora_fx.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
-class Inject:
+class Inject(Pass):
     """Adapt the sites that a plan adapts.  Ensures: base keys kept; bit-equal while B = 0."""
 
     plan: Plan

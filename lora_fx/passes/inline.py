@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.models.layers import has_hooks
+from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.sites import first_argument, keep_tensor_facts
 
@@ -31,20 +32,14 @@ _LAYERS: dict[type[nn.Module], tuple[Callable[..., Any], Mapping[str, str]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Inline:
+class Inline(Pass):
     """Write norms and activations as functions.  Ensures: the same operations in the same order."""
 
     name: str = "inline"
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Any graph will do."""
-
     def run(self, editor: Editor) -> None:
         for node in list(inlined(editor.graph_module)):
             _inline(editor, node)
-
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Nothing beyond what the editor checks."""
 
 
 def inlined(graph_module: fx.GraphModule) -> Iterator[fx.Node]:

@@ -13,13 +13,14 @@ from lora_fx.adapters.lora import as_rows, folded_weight
 from lora_fx.errors import InvariantError, MergeError
 from lora_fx.models.quantised import dense
 from lora_fx.models.tensors import dotted
+from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.remove import erase_lora_nodes
 from lora_fx.passes.sites import site_calls
 
 
 @dataclass(frozen=True, slots=True)
-class Merge:
+class Merge(Pass):
     """Fold every adapter into its base weight.
 
     W' is accumulated in float32 and rounded once.  Ensures: no LoRA node or module is left; keys = base keys.

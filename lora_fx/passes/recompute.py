@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from lora_fx.adapters.fused.siblings import adapted_siblings, making
 from lora_fx.capture.tracing.proxies import append_item, set_attribute, set_item
 from lora_fx.capture.tracing.writer import writes
+from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import adapted_output
 from lora_fx.passes.pointwise import bytes_of, is_alias, is_quiet, is_repeatable, kept_by_autograd, work_of
@@ -30,13 +31,10 @@ _PRICE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Recompute:
+class Recompute(Pass):
     """Make inputs of adapted layers again.  Ensures: the same results and gradients."""
 
     name: str = "recompute"
-
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Any graph will do: there is something to gain in those that `flatten` wrote."""
 
     def run(self, editor: Editor) -> None:
         if any(map(_writes_to_a_tensor, editor.graph.nodes)):
@@ -46,9 +44,6 @@ class Recompute:
                 chain = _chain(node)
                 if chain is not None and _may_move(node, chain.x, editor.graph_module):
                     _rewrite(editor, node, chain, f"adapted_making_{number}")
-
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Nothing beyond what the editor checks; regions compare the result with the forward."""
 
 
 def _writes_to_a_tensor(node: fx.Node) -> bool:

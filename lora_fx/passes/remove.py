@@ -8,12 +8,13 @@ from torch import fx
 
 from lora_fx.adapters.attach import all_attached, detach, is_adapted, owner_path
 from lora_fx.errors import InvariantError, RefusedError
+from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.sites import lora_nodes
 
 
 @dataclass(frozen=True, slots=True)
-class Remove:
+class Remove(Pass):
     """Take every adapter away.  Ensures: no LoRA node or module is left; keys = base keys."""
 
     name: str = "remove"

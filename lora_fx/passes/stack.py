@@ -14,26 +14,21 @@ from torch import fx
 
 from lora_fx.adapters.fused.siblings import adapted_siblings
 from lora_fx.models.layers import linear_layout
+from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import adapted_output
 from lora_fx.passes.pointwise import is_quiet
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
+class Stack(Pass):
     """Join siblings.  Ensures: the same results within the rounding of a sum in another order."""
 
     name: str = "stack"
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Any graph will do: there is something to join in those that `flatten` wrote."""
-
     def run(self, editor: Editor) -> None:
         for siblings in list(_siblings(editor.graph_module)):
             _join(editor, siblings)
-
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Nothing beyond what the editor checks; regions compare the result with the forward."""
 
 
 def _siblings(graph_module: fx.GraphModule) -> Iterator[list[fx.Node]]:

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.errors import InvariantError
+from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.rawsites import raw_uses
 from lora_fx.passes.sites import lora_nodes, site_calls
@@ -29,7 +30,7 @@ def verify(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Verify:
+class Verify(Pass):
     """`verify` as a pass: changes nothing."""
 
     name: str = "verify"

@@ -17,7 +17,7 @@ from lora_fx.capture.captured import Captured, resolve
 from lora_fx.capture.guards import Guard, compile_guard
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.recording import of_shape
-from lora_fx.passes import Pass, apply_pass
+from lora_fx.passes.contract import Pass, apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
 from lora_fx.passes.inline import Inline, inlined

@@ -8,18 +8,20 @@ from torch import Tensor, fx, nn
 
 from lora_fx.capture.captured import resolve
 from lora_fx.errors import InvariantError
+from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.remerging.algebra.chains import folded_weight, refolded
 from lora_fx.remerging.algebra.checks import checked, names_of_weight, stored_as
-from lora_fx.remerging.algebra.folds import Fold, Found, find_folds
+from lora_fx.remerging.algebra.folds import Found, LoraFold, find_folds
 from lora_fx.remerging.algebra.operations import IDENTITY, is_inactive_dropout
-from lora_fx.remerging.algebra.reading import Reading
+from lora_fx.remerging.algebra.read import read_graph
+from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.running import finite, problem_with
 from lora_fx.remerging.cleaning import drop_unused, erase_unread
 
 
 @dataclass(frozen=True, slots=True)
-class Remerge:
+class Remerge(Pass):
     """Fold every product of low rank that is added to a linear of the same input, or to its weight.
 
     W' = W + Σ scaling · B A, accumulated in float32 and rounded once, in a new parameter: who else holds W keeps it.
@@ -32,12 +34,9 @@ class Remerge:
     """Filled by `run`: (path, reason) of what was left alone."""
     name: str = "remerge"
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Any graph will do."""
-
     def run(self, editor: Editor) -> None:
         while True:  # a product in a sum may become visible when one in the weight is gone
-            read = Reading(editor.graph_module, editor.graph)
+            read = read_graph(editor.graph_module, editor.graph)
             folds, left = _to_fold(read)
             if not folds:
                 break
@@ -46,13 +45,13 @@ class Remerge:
         self.left.extend(left.items())
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        folds, _ = _to_fold(Reading(graph_module, graph_module.graph))
+        folds, _ = _to_fold(read_graph(graph_module, graph_module.graph))
         if folds:
             missed = {fold.path: "still there" for fold in folds}
             raise InvariantError("a product that can be folded is still in the graph", list(missed.items()))
 
 
-def _to_fold(read: Reading) -> tuple[list[Fold], dict[str, str]]:
+def _to_fold(read: GraphReading) -> tuple[list[LoraFold], dict[str, str]]:
     """Return the folds to do, in the order of the graph, and what is left alone and why."""
     found = find_folds(read)
     folds = sorted(checked(read, _provable(read, found), found.left), key=lambda fold: read.order[fold.use])
@@ -63,7 +62,7 @@ def _to_fold(read: Reading) -> tuple[list[Fold], dict[str, str]]:
     return [fold for fold in folds if fold.path not in found.left], found.left
 
 
-def _fold(editor: Editor, read: Reading, folds: list[Fold]) -> None:
+def _fold(editor: Editor, read: GraphReading, folds: list[LoraFold]) -> None:
     names = {fold.use: min(names_of_weight(read, fold)) for fold in folds if fold.delta is None}
     for name, (tensor, path) in _new_tensors(read, folds).items():
         editor.set_tensor(name, tensor, path)
@@ -72,7 +71,7 @@ def _fold(editor: Editor, read: Reading, folds: list[Fold]) -> None:
     drop_unused(editor, [read.tensors[name] for fold in folds for name in fold.factors], called, "remerge")
 
 
-def _provable(read: Reading, found: Found) -> list[Fold]:
+def _provable(read: GraphReading, found: Found) -> list[LoraFold]:
     """Return the folds that compute what their structure says; the others are left alone."""
     kept = []
     for fold in found.folds:
@@ -87,7 +86,7 @@ def _provable(read: Reading, found: Found) -> list[Fold]:
 # -- weights
 
 
-def _new_tensors(read: Reading, folds: list[Fold]) -> dict[str, tuple[Tensor, str]]:
+def _new_tensors(read: GraphReading, folds: list[LoraFold]) -> dict[str, tuple[Tensor, str]]:
     """Return (tensor, path of the fold) for each stored name that gets new values."""
     new: dict[str, tuple[Tensor, str]] = {}
     for use in dict.fromkeys(fold.use for fold in folds):
@@ -104,7 +103,7 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 
-def weight_of(read: Reading, folds: list[Fold]) -> Tensor:
+def weight_of(read: GraphReading, folds: list[LoraFold]) -> Tensor:
     """Return the stored weight with all products of one linear folded in."""
     part = folds[0].part
     total = read.tensors[part.name]
@@ -114,7 +113,7 @@ def weight_of(read: Reading, folds: list[Fold]) -> Tensor:
     return total
 
 
-def bias_of(read: Reading, folds: list[Fold]) -> list[Tensor]:
+def bias_of(read: GraphReading, folds: list[LoraFold]) -> list[Tensor]:
     """Return the stored bias with what the products bring along added, if they bring any."""
     total: Tensor | None = None
     for fold in folds:
@@ -127,7 +126,7 @@ def bias_of(read: Reading, folds: list[Fold]) -> list[Tensor]:
 # -- nodes
 
 
-def _take_out(editor: Editor, read: Reading, folds: list[Fold], names: dict[fx.Node, str]) -> None:
+def _take_out(editor: Editor, read: GraphReading, folds: list[LoraFold], names: dict[fx.Node, str]) -> None:
     """Let every sum be what it is without the products, and erase what computed them."""
     removal = _Removal(editor, read, {(fold.delta, fold.reader) for fold in folds})
     for node in list(read.graph.nodes):
@@ -142,7 +141,7 @@ def _take_out(editor: Editor, read: Reading, folds: list[Fold], names: dict[fx.N
 class _Removal:
     """Takes addends out of sums, one sum after the other in the order of the graph."""
 
-    def __init__(self, editor: Editor, read: Reading, addends: set[tuple[fx.Node | None, fx.Node | None]]) -> None:
+    def __init__(self, editor: Editor, read: GraphReading, addends: set[tuple[fx.Node | None, fx.Node | None]]) -> None:
         self.editor, self.read = editor, read
         self.addends = addends
         """Pairs of a value and the sum that shall not have it: another sum may go on reading it."""
@@ -185,7 +184,7 @@ def _replace_for(editor: Editor, old: fx.Node, new: fx.Node, readers: set[fx.Nod
     editor.replace_uses(old, new, "remerge", but=lambda user: user not in readers)
 
 
-def _read_weight_alone(editor: Editor, fold: Fold, name: str) -> None:
+def _read_weight_alone(editor: Editor, fold: LoraFold, name: str) -> None:
     """Let the readers of W + B A read W."""
     with editor.writing_after(fold.use, fold.path) as write:
         weight = write.graph.get_attr(name)

@@ -15,10 +15,11 @@ from lora_fx.capture.captured import NotCaptured, capture
 from lora_fx.models.samples import Sample
 from lora_fx.models.tensors import set_tensor
 from lora_fx.models.twin import make_twin
-from lora_fx.remerging.algebra.chains import Affine, Chain, Part, folded_weight, refolded
+from lora_fx.remerging.algebra.chains import Affine, MatrixChain, WeightPart, folded_weight, refolded
 from lora_fx.remerging.algebra.folds import check_product, find_folds
 from lora_fx.remerging.algebra.operations import NotLinear, has_any_hook
-from lora_fx.remerging.algebra.reading import Reading
+from lora_fx.remerging.algebra.read import read_graph
+from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.running import close, finite, made_up_rows
 
 _ROWS = ((2, 3), (5,))
@@ -153,7 +154,7 @@ def _inputs(module: nn.Module, weight: Tensor, width: int, call: Sample | None) 
     return made if call is None else [(call.args, call.kwargs), *made]
 
 
-def read_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
+def read_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphReading:
     """Return the module's forward for such a call, as a graph that can be read; the module stays unchanged.
 
     Raises:
@@ -161,10 +162,10 @@ def read_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """
     if any("forward" in vars(each) for each in module.modules()):
         return _read_operations(module, args, kwargs)
-    return Reading(module, capture(module, args, kwargs).graph)
+    return read_graph(module, capture(module, args, kwargs).graph)
 
 
-def _read_operations(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
+def _read_operations(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphReading:
     """Trace below the Python of a forward that lives in another object, where no copy of the module can follow."""
     names = {id(each): name for name, each in module.named_parameters()}
     for owner in filter(None, map(is_bound_elsewhere, module.modules())):
@@ -175,17 +176,17 @@ def _read_operations(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             traced = make_fx(lambda *given: module(*given, **kwargs), pre_dispatch=True)(*args)
     except Exception as error:
         raise NotCaptured(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    return Reading(traced, traced.graph, names)
+    return read_graph(traced, traced.graph, names)
 
 
-def result_of(read: Reading) -> fx.Node:
+def result_of(read: GraphReading) -> fx.Node:
     output = next(node for node in read.graph.nodes if node.op == "output")
     if not isinstance(output.args[0], fx.Node):
         raise NotLinear(output, "it returns more than one tensor")
     return read.latest(output.args[0], output)
 
 
-def _plain_layer(model: nn.Module, path: str, read: Reading, width: int, is_pair: bool) -> nn.Module:
+def _plain_layer(model: nn.Module, path: str, read: GraphReading, width: int, is_pair: bool) -> nn.Module:
     """Return a plain layer for a module whose forward is exactly W x + bias + Σ scaling · B A x.
 
     Raises:
@@ -205,12 +206,12 @@ def _plain_layer(model: nn.Module, path: str, read: Reading, width: int, is_pair
     return _with_weights(module, read, bases[0][1], value, products)
 
 
-def _is_whole(read: Reading, part: Part) -> bool:
+def _is_whole(read: GraphReading, part: WeightPart) -> bool:
     shape = read.tensors[part.name].shape
     return part.start == 0 and part.stop == shape[0 if part.transposed else 1]
 
 
-def check_factors(model: nn.Module, module: nn.Module, read: Reading, products: Iterable[Chain]) -> None:
+def check_factors(model: nn.Module, module: nn.Module, read: GraphReading, products: Iterable[MatrixChain]) -> None:
     """Raise NotLinear if a factor serves a module outside of this one too."""
     factors = _factors(read, products)
     own = {id(each) for each in module.modules()}
@@ -220,13 +221,15 @@ def check_factors(model: nn.Module, module: nn.Module, read: Reading, products: 
             raise NotLinear(None, f"a factor is used elsewhere too ({path})")
 
 
-def _factors(read: Reading, products: Iterable[Chain]) -> set[int]:
+def _factors(read: GraphReading, products: Iterable[MatrixChain]) -> set[int]:
     """Return the stored matrices of the products, by identity."""
     tensors = [read.tensors[name] for chain in products for name in chain.names]
     return {id(each) for each in tensors if each.dim() > 1}
 
 
-def _with_weights(module: nn.Module, read: Reading, part: Part, value: Affine, products: list[Chain]) -> nn.Module:
+def _with_weights(
+    module: nn.Module, read: GraphReading, part: WeightPart, value: Affine, products: list[MatrixChain]
+) -> nn.Module:
     """Return the module's base layer with new weights; an nn.Linear, where the weight is the module's own."""
     stored = read.tensors[part.name]
     weight = nn.Parameter(refolded(stored, part.transposed, products), requires_grad=stored.requires_grad)
@@ -240,7 +243,7 @@ def _with_weights(module: nn.Module, read: Reading, part: Part, value: Affine, p
     return _linear(plain, bias, module.training)
 
 
-def _bias(read: Reading, part: Part, value: Affine) -> tuple[Tensor | None, Tensor | None]:
+def _bias(read: GraphReading, part: WeightPart, value: Affine) -> tuple[Tensor | None, Tensor | None]:
     """Return the stored bias and the one with what the products bring along; the same, if they bring nothing."""
     rows = {chain.part.name: chain for chain in value.constant if chain.part is not None}
     beside = [name for name in rows if name.rpartition(".")[0] == part.name.rpartition(".")[0]]
@@ -307,7 +310,7 @@ def _disagreement(module: nn.Module, layer: nn.Module, inputs: Calls) -> str:
     return "" if compared else "it cannot be called to compare"
 
 
-def _what_it_looks_like(read: Reading, why: NotLinear) -> str:
+def _what_it_looks_like(read: GraphReading, why: NotLinear) -> str:
     """Return why a LoRA in a module's graph is left alone; nothing where there is none."""
     if why.node is None:
         return why.reason

@@ -18,7 +18,7 @@ from lora_fx.models.samples import Sample, samples_of
 from lora_fx.models.ties import mark_untied, tied_names
 from lora_fx.models.torch_internals import pytree
 from lora_fx.models.twin import make_twin
-from lora_fx.passes import run
+from lora_fx.passes.contract import run
 from lora_fx.regions.survey import unchanged_random
 from lora_fx.remerging.algebra.operations import NotLinear
 from lora_fx.remerging.algebra.running import close

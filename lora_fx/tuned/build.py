@@ -15,7 +15,7 @@ from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
 from lora_fx.models.samples import Sample
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.twin import is_meta, make_twin
-from lora_fx.passes import apply_pass
+from lora_fx.passes.contract import apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.inject import Inject
 from lora_fx.planning.plan import Plan

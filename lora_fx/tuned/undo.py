@@ -15,7 +15,7 @@ from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, tied_names
 from lora_fx.models.twin import make_twin
-from lora_fx.passes import apply_pass
+from lora_fx.passes.contract import apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.merge import Merge, check_mergeable, folded
 from lora_fx.passes.remove import Remove, erase_lora_nodes

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_fx.rules.automaton import Automaton, Chain, Choice, Repeat, literal
+from lora_fx.rules.automaton import Automaton, Choice, Concatenation, Repeat, literal
 from lora_fx.rules.globs import PatternError
 from lora_fx.rules.patterns import NamePattern, ShapePattern, automaton_of, nearest_names, parse_dimension
 
@@ -141,7 +141,7 @@ def test_hostile_name_costs_a_step_a_character(pattern):
 
 def test_memory_of_the_automaton_is_bounded():
     compiled = Automaton(
-        Chain(
+        Concatenation(
             (
                 Repeat(Choice((literal("a"), literal("b")))),
                 literal("a"),

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
-from lora_fx.remerging.algebra.chains import Affine, Matrix, Part, matrix
-from lora_fx.remerging.algebra.operations import IDENTITY, Call, NotLinear, is_inactive_dropout, stores_transposed
+from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
+from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear, is_inactive_dropout, stores_transposed
+from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.shapes import piece, rows_after, shape_of
 
-if TYPE_CHECKING:
-    from lora_fx.remerging.algebra.reading import Reading
-
-Operation = Callable[["Reading", Call, fx.Node, int], Affine]
+Operation = Callable[[GraphReading, GraphCall, fx.Node, int], Affine]
 
 
-def _linear(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+def _linear(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     weight, bias = linear_parameters(read, call)
     result = _times(read, call, read.rest(call, x, width), weight)
     return result if bias is None else result.shifted(bias)
 
 
-def linear_parameters(read: Reading, call: Call) -> tuple[Matrix, Matrix | None]:
+def linear_parameters(read: GraphReading, call: GraphCall) -> tuple[Matrix, Matrix | None]:
     """Return what a linear multiplies its rows with, [in, out], and the row that it adds."""
     if call.op == "linear" and call.module is not None:
         return _module_parameters(read, call, call.module)
@@ -39,40 +36,40 @@ def linear_parameters(read: Reading, call: Call) -> tuple[Matrix, Matrix | None]
     return _plain(read.matrix_of(call, "other"), call), None
 
 
-def _module_parameters(read: Reading, call: Call, module: nn.Module) -> tuple[Matrix, Matrix | None]:
+def _module_parameters(read: GraphReading, call: GraphCall, module: nn.Module) -> tuple[Matrix, Matrix | None]:
     path = str(call.node.target)
     weight = read.leaf(f"{path}.weight", call.node)
     bias = None if module._parameters.get("bias") is None else _row(read.leaf(f"{path}.bias", call.node), call)
     return weight if stores_transposed(module) else weight.transposed(), bias
 
 
-def _plain(found: Matrix, call: Call) -> Matrix:
+def _plain(found: Matrix, call: GraphCall) -> Matrix:
     if not found.is_plain:
         raise NotLinear(call.node, f"{call.op} by a tensor of shape {found.shape}")
     return found
 
 
-def _row(found: Matrix, call: Call) -> Matrix:
+def _row(found: Matrix, call: GraphCall) -> Matrix:
     single = found.single
     if single is None or single.tensor.dim() != 1:
         raise NotLinear(call.node, f"{call.op} adds a tensor of shape {found.shape}")
     row = single.tensor.unsqueeze(0)
-    return matrix(row, single.names, Part(next(iter(single.names)), False, 0, row.shape[1]))
+    return matrix(row, single.names, WeightPart(next(iter(single.names)), False, 0, row.shape[1]))
 
 
-def _times(read: Reading, call: Call, left: Affine, right: Matrix) -> Affine:
+def _times(read: GraphReading, call: GraphCall, left: Affine, right: Matrix) -> Affine:
     if left.width != right.shape[0]:
         raise NotLinear(call.node, f"{call.op} of {left.width} columns by {right.shape[0]} rows")
     return left.times(right)
 
 
-def _matmul(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+def _matmul(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     weight, bias = linear_parameters(read, call)
     result = _times(read, call, read.rest(call, x, width, "mat1" if call.op == "addmm" else "input"), weight)
     return result if bias is None else result.shifted(bias)
 
 
-def addends(read: Reading, call: Call) -> Iterator[tuple[fx.Node, float]]:
+def addends(read: GraphReading, call: GraphCall) -> Iterator[tuple[fx.Node, float]]:
     """Yield what a sum adds up, with the number that each is multiplied by.
 
     Raises:
@@ -83,7 +80,7 @@ def addends(read: Reading, call: Call) -> Iterator[tuple[fx.Node, float]]:
     yield read.given(call, "other"), sign * read.number(call.get("alpha", 1), call)
 
 
-def _add(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+def _add(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     total: Affine | None = None
     rows = []
     for node, number in addends(read, call):
@@ -110,7 +107,7 @@ def broadcasts(one: Affine, other: Affine) -> str:
     return "its shape broadcasts, or its rows are other rows"
 
 
-def _multiply(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+def _multiply(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     left, right = call.get("input"), call.get("other")
     if not isinstance(left, fx.Node) or read.is_constant(read.latest(left, call.node)):
         if call.op == "div":
@@ -120,17 +117,17 @@ def _multiply(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
     return read.affine(read.latest(left, call.node), x, width).scaled(1 / number if call.op == "div" else number)
 
 
-def _same(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+def _same(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     return read.rest(call, x, width)
 
 
-def _dropout(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+def _dropout(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     if not is_inactive_dropout(call):
         raise NotLinear(call.node, f"dropout is active (p={call.get('p', 0.5)}); put the model into eval mode")
     return read.rest(call, x, width)
 
 
-def _view(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+def _view(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     value = read.rest(call, x, width)
     rows = rows_after(call, value.width, value.rows, lambda node: read.source(node) is x)
     if rows is None:
@@ -138,7 +135,7 @@ def _view(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
     return Affine(value.linear, value.constant, value.width, rows)
 
 
-def _piece(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+def _piece(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     """Return columns of a value: slice, narrow, or an item of chunk or split."""
     maker = read.calls.get(read.given(call)) if call.op == "getitem" else None
     whole = maker if maker is not None and maker.op in ("chunk", "split") else call
@@ -149,7 +146,7 @@ def _piece(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
     return value.columns(*found)
 
 
-def _concatenate(read: Reading, call: Call, x: fx.Node, width: int) -> Affine:
+def _concatenate(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     nodes = call.get("tensors") or call.get("input")
     shape = shape_of(call.node)
     if call.get("dim", 0) != -1 and (shape is None or call.get("dim", 0) != len(shape) - 1):

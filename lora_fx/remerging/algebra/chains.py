@@ -17,7 +17,7 @@ from lora_fx.adapters.lora import low_rank_weight
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WeightPart:
     """Which columns, start to stop, of which stored tensor a factor is; `transposed` if that is stored as [out, in]."""
 
     name: str
@@ -32,12 +32,12 @@ class Factor:
 
     tensor: Tensor
     names: frozenset[str]
-    part: Part | None = None
+    part: WeightPart | None = None
 
     def transposed(self) -> Factor:
         part = self.part
         if part is not None and (part.start, part.stop) == (0, self.tensor.shape[1]):
-            part = Part(part.name, not part.transposed, 0, self.tensor.shape[0])
+            part = WeightPart(part.name, not part.transposed, 0, self.tensor.shape[0])
         else:
             part = None
         return Factor(self.tensor.t(), self.names, part)
@@ -55,7 +55,7 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class MatrixChain:
     """coefficient · F₁ · F₂ ··· ; no factors: the identity."""
 
     coefficient: float
@@ -84,12 +84,12 @@ class Chain:
         return self.factors[-1].tensor.shape[1]
 
     @property
-    def part(self) -> Part | None:
+    def part(self) -> WeightPart | None:
         """What it is a part of, if it is nothing but columns of one stored matrix."""
         return self.factors[0].part if len(self.factors) == 1 and self.coefficient == 1.0 else None
 
-    def scaled(self, number: float) -> Chain:
-        return Chain(self.coefficient * number, self.factors)
+    def scaled(self, number: float) -> MatrixChain:
+        return MatrixChain(self.coefficient * number, self.factors)
 
     def delta(self) -> Tensor:
         """Return the chain's matrix as nn.Linear stores it, [columns, rows], in float32 (float64 for float64)."""
@@ -105,25 +105,25 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-Chains = tuple[Chain, ...]
+Chains = tuple[MatrixChain, ...]
 
 
-def simplified(chains: Iterable[Chain]) -> Chains:
+def simplified(chains: Iterable[MatrixChain]) -> Chains:
     """Return the sum with equal chains put together; those that cancel (W + B A - W) are gone."""
-    total: dict[object, Chain] = {}
+    total: dict[object, MatrixChain] = {}
     for chain in chains:
         known = total.get(chain.key)
-        total[chain.key] = chain if known is None else Chain(known.coefficient + chain.coefficient, chain.factors)
+        total[chain.key] = chain if known is None else MatrixChain(known.coefficient + chain.coefficient, chain.factors)
     return tuple(chain for chain in total.values() if chain.coefficient != 0.0)
 
 
 def product(left: Chains, right: Chains) -> Chains:
     return simplified(
-        Chain(a.coefficient * b.coefficient, (*a.factors, *b.factors)) for a in left for b in right
+        MatrixChain(a.coefficient * b.coefficient, (*a.factors, *b.factors)) for a in left for b in right
     )  # fmt: skip
 
 
-def folded_weight(weight: Tensor, chains: Iterable[Chain], start: int = 0) -> Tensor:
+def folded_weight(weight: Tensor, chains: Iterable[MatrixChain], start: int = 0) -> Tensor:
     """Return weight + Σ chains, a new tensor; the arguments stay unchanged.
 
     W' = W + Σ scaling · B A, accumulated in float32 (float64 where W or a factor is) and rounded once to W's dtype.
@@ -142,7 +142,7 @@ def folded_weight(weight: Tensor, chains: Iterable[Chain], start: int = 0) -> Te
     return total.to(weight.dtype)
 
 
-def refolded(stored: Tensor, transposed: bool, chains: Iterable[Chain], start: int = 0) -> Tensor:
+def refolded(stored: Tensor, transposed: bool, chains: Iterable[MatrixChain], start: int = 0) -> Tensor:
     """Return `folded_weight` of a weight that is stored as [out, in] if `transposed`, else as [in, out]."""
     if transposed:
         return folded_weight(stored, chains, start)
@@ -179,7 +179,7 @@ class Matrix:
 
     def transposed(self) -> Matrix:
         turned = (
-            Chain(each.coefficient, tuple(factor.transposed() for factor in reversed(each.factors)))
+            MatrixChain(each.coefficient, tuple(factor.transposed() for factor in reversed(each.factors)))
             for each in self.chains
         )
         return Matrix(tuple(turned), (self.shape[1], self.shape[0]))
@@ -188,21 +188,21 @@ class Matrix:
         return Matrix(tuple(_columns(chain, start, stop) for chain in self.chains), (self.shape[0], stop - start))
 
 
-def matrix(tensor: Tensor, names: Iterable[str], part: Part | None = None) -> Matrix:
+def matrix(tensor: Tensor, names: Iterable[str], part: WeightPart | None = None) -> Matrix:
     """Return a constant that is one factor."""
-    return Matrix((Chain(1.0, (Factor(tensor, frozenset(names), part),)),), tuple(tensor.shape))
+    return Matrix((MatrixChain(1.0, (Factor(tensor, frozenset(names), part),)),), tuple(tensor.shape))
 
 
-def _columns(chain: Chain, start: int, stop: int) -> Chain:
-    return Chain(chain.coefficient, (*chain.factors[:-1], chain.factors[-1].columns(start, stop)))
+def _columns(chain: MatrixChain, start: int, stop: int) -> MatrixChain:
+    return MatrixChain(chain.coefficient, (*chain.factors[:-1], chain.factors[-1].columns(start, stop)))
 
 
-def _placed(chain: Chain, start: int, total: int) -> Chain:
+def _placed(chain: MatrixChain, start: int, total: int) -> MatrixChain:
     """Return the chain with columns of zeros around its own."""
     last = chain.factors[-1]
     after = total - start - last.tensor.shape[1]
     padded = torch.nn.functional.pad(last.tensor.detach(), (start, after))
-    return Chain(chain.coefficient, (*chain.factors[:-1], Factor(padded, last.names)))
+    return MatrixChain(chain.coefficient, (*chain.factors[:-1], Factor(padded, last.names)))
 
 
 def side_by_side(matrices: list[Matrix]) -> Matrix:
@@ -221,7 +221,7 @@ def _joined(matrices: list[Matrix], chains: Chains) -> Chains:
         return chains
     found = [single for single in singles if single is not None]
     tensor = torch.cat([single.tensor.detach() for single in found], dim=1)
-    return (Chain(1.0, (Factor(tensor, frozenset().union(*(each.names for each in found))),)),)
+    return (MatrixChain(1.0, (Factor(tensor, frozenset().union(*(each.names for each in found))),)),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ class Affine:
 
     @staticmethod
     def identity(width: int, rows: object) -> Affine:
-        return Affine((Chain(1.0, ()),), (), width, rows)
+        return Affine((MatrixChain(1.0, ()),), (), width, rows)
 
     def plus(self, other: Affine) -> Affine:
         linear, constant = (*self.linear, *other.linear), (*self.constant, *other.constant)
@@ -266,7 +266,7 @@ class Affine:
         linear, constant = (tuple(_placed(c, start, total) for c in part) for part in (self.linear, self.constant))
         return Affine(linear, constant, total, self.rows)
 
-    def parts(self) -> Iterator[tuple[Chain, Part]]:
+    def parts(self) -> Iterator[tuple[MatrixChain, WeightPart]]:
         """Yield the linear chains that are columns of one stored matrix."""
         for chain in self.linear:
             if chain.part is not None:

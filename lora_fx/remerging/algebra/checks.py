@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 from torch import fx
 
 from lora_fx.capture.captured import resolve
-from lora_fx.remerging.algebra.folds import Fold
+from lora_fx.remerging.algebra.folds import LoraFold
 from lora_fx.remerging.algebra.operations import NotLinear, parameters_read
-from lora_fx.remerging.algebra.reading import Reading
+from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.shapes import piece
 
-Check = Callable[[Reading, Fold, "Others"], str | None]
+Check = Callable[[GraphReading, LoraFold, "Others"], str | None]
 """Returns why a fold must not be done, or None."""
 
 
 class Others:
     """All folds that are still to be done, seen together."""
 
-    def __init__(self, read: Reading, folds: list[Fold]) -> None:
+    def __init__(self, read: GraphReading, folds: list[LoraFold]) -> None:
         self.folds = folds
         self.cones: frozenset[fx.Node] = frozenset().union(*(fold.cone for fold in folds))
         self.addends = {(fold.delta, fold.reader) for fold in folds}
@@ -29,7 +29,7 @@ class Others:
             self.by_use.setdefault(fold.use, set()).add(fold.signature)
 
 
-def checked(read: Reading, folds: list[Fold], left: dict[str, str]) -> list[Fold]:
+def checked(read: GraphReading, folds: list[LoraFold], left: dict[str, str]) -> list[LoraFold]:
     """Return the folds that change nothing else; the reasons why others do go to `left`."""
     while True:
         others = Others(read, folds)
@@ -45,7 +45,7 @@ def checked(read: Reading, folds: list[Fold], left: dict[str, str]) -> list[Fold
         folds = [fold for fold in folds if fold.path not in bad]
 
 
-def stored_as(read: Reading, fold: Fold) -> set[str]:
+def stored_as(read: GraphReading, fold: LoraFold) -> set[str]:
     """Return the names under which the linear reads its weight and, if the product brings one along, its bias."""
     bias = set()
     if fold.bias is not None and fold.constants:
@@ -53,11 +53,11 @@ def stored_as(read: Reading, fold: Fold) -> set[str]:
     return names_of_weight(read, fold) | bias
 
 
-def names_of_weight(read: Reading, fold: Fold) -> set[str]:
+def names_of_weight(read: GraphReading, fold: LoraFold) -> set[str]:
     return set(_names_in(read, fold.base, read.tensors[fold.part.name]))
 
 
-def _names_in(read: Reading, nodes: frozenset[fx.Node], tensor: object) -> Iterator[str]:
+def _names_in(read: GraphReading, nodes: frozenset[fx.Node], tensor: object) -> Iterator[str]:
     for node in nodes:
         if node.op == "get_attr" and resolve(read.root, str(node.target)) is tensor:
             yield str(node.target)
@@ -66,7 +66,7 @@ def _names_in(read: Reading, nodes: frozenset[fx.Node], tensor: object) -> Itera
             yield from (f"{node.target}.{name}" for name, each in parameters_read(module) if each is tensor)
 
 
-def readers_of(read: Reading, names: set[str]) -> Iterator[fx.Node]:
+def readers_of(read: GraphReading, names: set[str]) -> Iterator[fx.Node]:
     """Yield what reads stored tensors of these names to do more than make another constant."""
     for node in read.graph.nodes:
         if node.op == "get_attr" and str(node.target) in names:
@@ -77,7 +77,7 @@ def readers_of(read: Reading, names: set[str]) -> Iterator[fx.Node]:
                 yield node
 
 
-def _beyond_constants(read: Reading, node: fx.Node) -> Iterator[fx.Node]:
+def _beyond_constants(read: GraphReading, node: fx.Node) -> Iterator[fx.Node]:
     """Yield the nodes that read a constant and are none; and the constants that those read."""
     waiting, seen = [node], set()
     while waiting:
@@ -96,7 +96,7 @@ def _beyond_constants(read: Reading, node: fx.Node) -> Iterator[fx.Node]:
 # -- the checks
 
 
-def _weight_is_its_own(read: Reading, fold: Fold, others: Others) -> str | None:
+def _weight_is_its_own(read: GraphReading, fold: LoraFold, others: Others) -> str | None:
     """The weight has no reader but linears that get the same product."""
     mine = others.by_use[fold.use]
     for reader in readers_of(read, stored_as(read, fold)):
@@ -113,7 +113,7 @@ def _weight_is_its_own(read: Reading, fold: Fold, others: Others) -> str | None:
     return None
 
 
-def _value_is_its_own(read: Reading, fold: Fold, others: Others) -> str | None:
+def _value_is_its_own(read: GraphReading, fold: LoraFold, others: Others) -> str | None:
     """What the linear gives has no reader but the sum; or only readers of other columns."""
     if fold.delta is None:
         return None
@@ -131,7 +131,7 @@ def _value_is_its_own(read: Reading, fold: Fold, others: Others) -> str | None:
     return None
 
 
-def _other_columns(read: Reading, node: fx.Node, of: fx.Node, fold: Fold) -> bool:
+def _other_columns(read: GraphReading, node: fx.Node, of: fx.Node, fold: LoraFold) -> bool:
     """Whether the node takes only such columns of the linear's output as the product is not added to."""
     call = read.calls.get(node)
     if call is None:
@@ -144,7 +144,7 @@ def _other_columns(read: Reading, node: fx.Node, of: fx.Node, fold: Fold) -> boo
     return taken is not None and (taken[1] <= fold.part.start or fold.part.stop <= taken[0])
 
 
-def _factors_are_their_own(read: Reading, fold: Fold, others: Others) -> str | None:
+def _factors_are_their_own(read: GraphReading, fold: LoraFold, others: Others) -> str | None:
     """No factor is read by anything but products that are folded."""
     names = {name for name in fold.factors if read.tensors[name].dim() > 1}
     for node in read.graph.nodes:
@@ -160,12 +160,12 @@ def _factors_are_their_own(read: Reading, fold: Fold, others: Others) -> str | N
     return None
 
 
-def _stands_for(read: Reading, name: str) -> set[str]:
+def _stands_for(read: GraphReading, name: str) -> set[str]:
     tensor = resolve(read.root, name)
     return {read.names.get(id(tensor), name)}
 
 
-def _values_stay_inside(read: Reading, fold: Fold, others: Others) -> str | None:
+def _values_stay_inside(read: GraphReading, fold: LoraFold, others: Others) -> str | None:
     """No value between the input and the sum, from the first factor on, is read by anything else."""
     for node in fold.cone:
         for reader in read.readers(node):
@@ -177,7 +177,7 @@ def _values_stay_inside(read: Reading, fold: Fold, others: Others) -> str | None
     return None
 
 
-def _has_factor(read: Reading, node: fx.Node, fold: Fold) -> bool:
+def _has_factor(read: GraphReading, node: fx.Node, fold: LoraFold) -> bool:
     if read.is_constant(node):
         return False
     assert fold.x is not None

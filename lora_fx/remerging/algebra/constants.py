@@ -4,44 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lora_fx.remerging.algebra.affine import linear_parameters
-from lora_fx.remerging.algebra.chains import Chain, Factor, Matrix, matrix, product, side_by_side, simplified
-from lora_fx.remerging.algebra.operations import IDENTITY, Call, NotLinear, is_inactive_dropout
+from lora_fx.remerging.algebra.chains import Factor, Matrix, MatrixChain, matrix, product, side_by_side, simplified
+from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear, is_inactive_dropout
+from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.shapes import sizes_of
 
-if TYPE_CHECKING:
-    from lora_fx.remerging.algebra.reading import Reading
-
-Operation = Callable[["Reading", Call], Matrix | None]
+Operation = Callable[[GraphReading, GraphCall], Matrix | None]
 """Returns the constant, or None if it is no sum of products."""
 
 
-def _own(read: Reading, call: Call, name: str = "input") -> Matrix:
+def _own(read: GraphReading, call: GraphCall, name: str = "input") -> Matrix:
     return read.matrix_of(call, name)
 
 
-def _same(read: Reading, call: Call) -> Matrix | None:
+def _same(read: GraphReading, call: GraphCall) -> Matrix | None:
     return _own(read, call)
 
 
-def _transpose(read: Reading, call: Call) -> Matrix | None:
+def _transpose(read: GraphReading, call: GraphCall) -> Matrix | None:
     value = _own(read, call)
     dims = {each % 2 for each in (call.get("dim0", 0), call.get("dim1", 1)) if isinstance(each, int)}
     return value.transposed() if value.is_plain and dims == {0, 1} else None
 
 
-def _permute(read: Reading, call: Call) -> Matrix | None:
+def _permute(read: GraphReading, call: GraphCall) -> Matrix | None:
     value, dims = _own(read, call), [*call.get("dims", call.get("rest", ()))]
     dims = [*dims[0]] if len(dims) == 1 else dims
     return value.transposed() if value.is_plain and dims in ([1, 0], [-1, -2], [-1, 0], [1, -2]) else None
 
 
-def _product(read: Reading, call: Call) -> Matrix | None:
+def _product(read: GraphReading, call: GraphCall) -> Matrix | None:
     return _multiplied(_own(read, call), _own(read, call, "other"))
 
 
@@ -51,13 +49,13 @@ def _multiplied(left: Matrix, right: Matrix) -> Matrix | None:
     return Matrix(product(left.chains, right.chains), (left.shape[0], right.shape[1]))
 
 
-def _linear(read: Reading, call: Call) -> Matrix | None:
+def _linear(read: GraphReading, call: GraphCall) -> Matrix | None:
     """A linear on a parameter: F.linear(A.T, B) and modules called on one."""
     weight, bias = linear_parameters(read, call)
     return _multiplied(_own(read, call), weight) if bias is None else None
 
 
-def _add(read: Reading, call: Call) -> Matrix | None:
+def _add(read: GraphReading, call: GraphCall) -> Matrix | None:
     one, other = _own(read, call), _own(read, call, "other")
     number = read.number(call.get("alpha", 1), call) * (-1.0 if call.op == "sub" else 1.0)
     if one.shape != other.shape:
@@ -65,7 +63,7 @@ def _add(read: Reading, call: Call) -> Matrix | None:
     return Matrix(simplified((*one.chains, *other.scaled(number).chains)), one.shape)
 
 
-def _scale(read: Reading, call: Call) -> Matrix | None:
+def _scale(read: GraphReading, call: GraphCall) -> Matrix | None:
     """A number times a constant; or a parameter times a fixed tensor of its shape (a dropout's mask of ones)."""
     left, right = call.get("input"), call.get("other")
     if call.op == "mul" and (not isinstance(left, fx.Node) or _elements(read.matrix_of(call, "input")) == 1):
@@ -87,7 +85,7 @@ def _elements(value: Matrix) -> int:
     return math.prod(value.shape)
 
 
-def _masked(read: Reading, call: Call, value: Matrix, mask: object) -> Matrix | None:
+def _masked(read: GraphReading, call: GraphCall, value: Matrix, mask: object) -> Matrix | None:
     """Return a parameter times a tensor that nobody trains, element by element."""
     assert isinstance(mask, fx.Node)
     other = read.constant(read.latest(mask, call.node))
@@ -99,17 +97,17 @@ def _masked(read: Reading, call: Call, value: Matrix, mask: object) -> Matrix | 
     return matrix(result, value.names | other.names) if result.shape == value.shape else None
 
 
-def _negative(read: Reading, call: Call) -> Matrix | None:
+def _negative(read: GraphReading, call: GraphCall) -> Matrix | None:
     return _own(read, call).scaled(-1.0)
 
 
-def _dropout(read: Reading, call: Call) -> Matrix | None:
+def _dropout(read: GraphReading, call: GraphCall) -> Matrix | None:
     if not is_inactive_dropout(call):
         raise NotLinear(call.node, f"dropout is active (p={call.get('p', 0.5)}); put the model into eval mode")
     return _own(read, call)
 
 
-def _view(read: Reading, call: Call) -> Matrix | None:
+def _view(read: GraphReading, call: GraphCall) -> Matrix | None:
     """A view to the shape that the value has, to it without ones in front, or of one factor to any shape."""
     value, sizes = _own(read, call), [_size(read, each) for each in sizes_of(call)]
     sizes = [*sizes[0]] if len(sizes) == 1 and isinstance(sizes[0], tuple) else sizes
@@ -122,7 +120,7 @@ def _view(read: Reading, call: Call) -> Matrix | None:
     return None if single is None or shape is None else matrix(single.tensor.reshape(shape), single.names)
 
 
-def _size(read: Reading, value: object) -> Any:
+def _size(read: GraphReading, value: object) -> Any:
     """Return a size that is asked of a parameter."""
     if not isinstance(value, fx.Node):
         return value
@@ -143,19 +141,19 @@ def _inferred(sizes: list[Any], shape: tuple[int, ...]) -> tuple[int, ...] | Non
     return tuple(total // known if size == -1 else size for size in sizes)
 
 
-def _unsqueeze(read: Reading, call: Call) -> Matrix | None:
+def _unsqueeze(read: GraphReading, call: GraphCall) -> Matrix | None:
     single = _own(read, call).single
     return None if single is None else matrix(single.tensor.unsqueeze(call.arguments["dim"]), single.names)
 
 
-def _squeeze(read: Reading, call: Call) -> Matrix | None:
+def _squeeze(read: GraphReading, call: GraphCall) -> Matrix | None:
     value, dim = _own(read, call), call.get("dim", 0)
     if value.single is not None:
         return matrix(value.single.tensor.squeeze(dim), value.names)
     return Matrix(value.chains, value.shape[1:]) if dim == 0 and value.shape[0] == 1 and len(value.shape) == 3 else None
 
 
-def _piece(read: Reading, call: Call) -> Matrix | None:
+def _piece(read: GraphReading, call: GraphCall) -> Matrix | None:
     """Rows or columns of a constant: one slice."""
     whole = read.calls.get(read.given(call)) if call.op == "getitem" else None
     if whole is not None and whole.op in ("chunk", "split"):
@@ -171,7 +169,7 @@ def _piece(read: Reading, call: Call) -> Matrix | None:
     return _sliced(value, call.get("dim", 0), slice(start, stop, call.get("step", 1)))
 
 
-def _pieces(value: Matrix, whole: Call) -> tuple[Tensor, ...]:
+def _pieces(value: Matrix, whole: GraphCall) -> tuple[Tensor, ...]:
     stub = torch.empty(value.shape, device="meta")
     if whole.op == "chunk":
         return stub.chunk(whole.arguments["chunks"], whole.get("dim", 0))
@@ -203,7 +201,7 @@ def _taken(value: Matrix, dim: int, start: int, stop: int) -> Matrix | None:
     return value.transposed().columns(start, stop).transposed()
 
 
-def _concatenate(read: Reading, call: Call) -> Matrix | None:
+def _concatenate(read: GraphReading, call: GraphCall) -> Matrix | None:
     values = []
     for node in call.get("tensors") or call.get("input"):
         value = read.constant(read.latest(node, call.node))
@@ -216,7 +214,7 @@ def _concatenate(read: Reading, call: Call) -> Matrix | None:
     return side_by_side([each.transposed() for each in values]).transposed()
 
 
-def _grouped(read: Reading, call: Call) -> Matrix | None:
+def _grouped(read: GraphReading, call: GraphCall) -> Matrix | None:
     """conv1d of A [1, r, in] with B [out, r / groups, 1]: B A, with B block by block on the diagonal."""
     a, b = _own(read, call).single, _own(read, call, "weight").single
     if a is None or b is None or a.tensor.dim() != 3 or a.tensor.shape[0] != 1 or b.tensor.shape[-1] != 1:
@@ -230,19 +228,19 @@ def _grouped(read: Reading, call: Call) -> Matrix | None:
     if left.shape[1] != right.shape[0]:
         return None
     factors = (Factor(left, b.names), Factor(right, a.names))
-    return Matrix((Chain(1.0, factors),), (1, left.shape[0], right.shape[1]))
+    return Matrix((MatrixChain(1.0, factors),), (1, left.shape[0], right.shape[1]))
 
 
 _PLAIN = (("stride", 1), ("padding", 0), ("dilation", 1))
 
 
-def _zeros(read: Reading, call: Call) -> Matrix | None:
+def _zeros(read: GraphReading, call: GraphCall) -> Matrix | None:
     sizes = sizes_of(call) if call.op != "zeros_like" else list(_own(read, call).shape)
     shape = tuple(_size(read, each) for each in sizes)
     return Matrix((), shape) if all(isinstance(size, int) for size in shape) else None
 
 
-def _set_rows(read: Reading, call: Call) -> Matrix | None:
+def _set_rows(read: GraphReading, call: GraphCall) -> Matrix | None:
     """zeros[mask] = B A: the rows of B spread over more rows."""
     index, given = call.node.args[1], call.node.args[2]
     index = index[0] if isinstance(index, (tuple, list)) and len(index) == 1 else index
@@ -258,10 +256,10 @@ def _set_rows(read: Reading, call: Call) -> Matrix | None:
     return Matrix(tuple(_spread(chain, rows, zeros.shape[0]) for chain in value.chains), zeros.shape)
 
 
-def _spread(chain: Chain, rows: Tensor, total: int) -> Chain:
+def _spread(chain: MatrixChain, rows: Tensor, total: int) -> MatrixChain:
     first, *others = chain.factors
     spread = first.tensor.new_zeros((total, first.tensor.shape[1])).index_copy(0, rows, first.tensor.detach())
-    return Chain(chain.coefficient, (Factor(spread, first.names), *others))
+    return MatrixChain(chain.coefficient, (Factor(spread, first.names), *others))
 
 
 CONSTANT_OPERATIONS: dict[str, Operation] = {

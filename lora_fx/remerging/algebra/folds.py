@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from lora_fx.remerging.algebra.affine import addends, broadcasts, linear_parameters
-from lora_fx.remerging.algebra.chains import Affine, Chain, Chains, Part
+from lora_fx.remerging.algebra.chains import Affine, Chains, MatrixChain, WeightPart
 from lora_fx.remerging.algebra.lookalikes import LINEARS, cone_of, looks_like_lora, made_with_product, path_of
 from lora_fx.remerging.algebra.operations import IDENTITY, NotLinear, is_inactive_dropout
-from lora_fx.remerging.algebra.reading import Reading
+from lora_fx.remerging.algebra.reading import GraphReading
 
 _PASSES_ON = (IDENTITY, "view", "getitem", "slice", "narrow", "chunk", "split")
 
@@ -26,7 +26,7 @@ class Addend:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Base:
+class LinearAddend:
     """An addend that is x · W + bias, or some of its columns, and nothing else."""
 
     node: fx.Node
@@ -37,20 +37,20 @@ class Base:
     """The linear."""
     x: fx.Node
     value: Affine
-    part: Part
-    bias: Part | None
+    part: WeightPart
+    bias: WeightPart | None
     width: int
     """Columns of x."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fold:
+class LoraFold:
     """A product that goes into a weight."""
 
     use: fx.Node
     """The linear; or the node that adds the product to the weight itself."""
-    part: Part
-    bias: Part | None
+    part: WeightPart
+    bias: WeightPart | None
     chains: Chains
     constants: Chains
     delta: fx.Node | None
@@ -86,11 +86,11 @@ class Fold:
 class Found:
     """The folds of a graph, and what is left alone: (path, reason)."""
 
-    folds: list[Fold] = field(default_factory=list)
+    folds: list[LoraFold] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
 
-def find_folds(read: Reading) -> Found:
+def find_folds(read: GraphReading) -> Found:
     """Return every LoRA of the graph by its structure, and what looks like one; nothing is changed."""
     found = Found()
     for node in weight_sums(read):
@@ -103,7 +103,7 @@ def find_folds(read: Reading) -> Found:
 # -- sums of values
 
 
-def sums(read: Reading) -> Iterator[list[Addend]]:
+def sums(read: GraphReading) -> Iterator[list[Addend]]:
     """Yield the addends of every sum that is not part of a larger one."""
     seen: set[fx.Node] = set()
     for node in reversed(list(read.graph.nodes)):
@@ -113,7 +113,7 @@ def sums(read: Reading) -> Iterator[list[Addend]]:
             yield parts
 
 
-def _is_sum(read: Reading, node: fx.Node) -> bool:
+def _is_sum(read: GraphReading, node: fx.Node) -> bool:
     call = read.calls.get(node)
     if call is None or call.op not in ("add", "sub") or read.is_constant(node):
         return False
@@ -123,7 +123,7 @@ def _is_sum(read: Reading, node: fx.Node) -> bool:
         return False
 
 
-def _flatten(read: Reading, node: fx.Node, number: float, parts: list[Addend], seen: set[fx.Node]) -> None:
+def _flatten(read: GraphReading, node: fx.Node, number: float, parts: list[Addend], seen: set[fx.Node]) -> None:
     seen.add(node)
     for each, own in addends(read, read.calls[node]):
         inner = each
@@ -135,22 +135,22 @@ def _flatten(read: Reading, node: fx.Node, number: float, parts: list[Addend], s
             parts.append(Addend(each, node, number * own))
 
 
-def _is_same(read: Reading, node: fx.Node) -> bool:
+def _is_same(read: GraphReading, node: fx.Node) -> bool:
     call = read.calls.get(node)
     return call is not None and (call.op == IDENTITY or is_inactive_dropout(call)) and not read.is_constant(node)
 
 
-def _read_sum(read: Reading, parts: list[Addend], found: Found) -> None:
+def _read_sum(read: GraphReading, parts: list[Addend], found: Found) -> None:
     bases = [base for each in parts if each.number == 1.0 and (base := base_of(read, each)) is not None]
     for each in parts:
         _read_addend(read, each, [base for base in bases if not _is_below(read, base.use, each.node)], found)
 
 
-def _is_below(read: Reading, use: fx.Node, node: fx.Node) -> bool:
+def _is_below(read: GraphReading, use: fx.Node, node: fx.Node) -> bool:
     return linear_below(read, node) is use
 
 
-def _read_addend(read: Reading, each: Addend, bases: list[Base], found: Found) -> None:
+def _read_addend(read: GraphReading, each: Addend, bases: list[LinearAddend], found: Found) -> None:
     reasons: dict[str, str] = {}
     for base in bases:
         try:
@@ -163,7 +163,7 @@ def _read_addend(read: Reading, each: Addend, bases: list[Base], found: Found) -
     found.left.update(reasons)
 
 
-def _fold(read: Reading, each: Addend, base: Base) -> Fold:
+def _fold(read: GraphReading, each: Addend, base: LinearAddend) -> LoraFold:
     """Return the addend as a fold into the base.
 
     Raises:
@@ -177,13 +177,13 @@ def _fold(read: Reading, each: Addend, base: Base) -> Fold:
     if value.constant and base.bias is None:
         raise NotLinear(each.node, "it adds a bias to a linear that has none")
     cone, base_cone = cone_of(read, each.node, base.x), cone_of(read, base.node, base.x)
-    return Fold(
+    return LoraFold(
         base.use, base.part, base.bias, value.linear, value.constant, each.node, each.reader, each.number, base.x,
         width, cone, base_cone, base.reader,
     )  # fmt: skip
 
 
-def check_product(chains: Iterable[Chain], node: fx.Node) -> None:
+def check_product(chains: Iterable[MatrixChain], node: fx.Node) -> None:
     """Raise NotLinear unless there is a chain and all chains are products through few dimensions."""
     chains = tuple(chains)
     if not chains:
@@ -199,7 +199,7 @@ def check_product(chains: Iterable[Chain], node: fx.Node) -> None:
 # -- the linear in a sum
 
 
-def linear_below(read: Reading, node: fx.Node) -> fx.Node | None:
+def linear_below(read: GraphReading, node: fx.Node) -> fx.Node | None:
     """Return the linear whose value, or columns of it, the node passes on."""
     while True:
         call = read.calls.get(node)
@@ -212,7 +212,7 @@ def linear_below(read: Reading, node: fx.Node) -> fx.Node | None:
         node = read.given(call)
 
 
-def base_of(read: Reading, each: Addend) -> Base | None:
+def base_of(read: GraphReading, each: Addend) -> LinearAddend | None:
     """Return the addend as a linear's value, if it is nothing else."""
     node, use = each.node, linear_below(read, each.node)
     if use is None:
@@ -227,13 +227,13 @@ def base_of(read: Reading, each: Addend) -> Base | None:
     found, bias = list(value.parts()), [chain.part for chain in value.constant]
     if len(found) != 1 or len(value.linear) != 1 or len(bias) > 1 or None in bias:
         return None
-    return Base(node, each.reader, use, x, value, found[0][1], bias[0] if bias else None, weight.shape[0])
+    return LinearAddend(node, each.reader, use, x, value, found[0][1], bias[0] if bias else None, weight.shape[0])
 
 
 # -- products that are added to the weight itself
 
 
-def weight_sums(read: Reading) -> Iterator[fx.Node]:
+def weight_sums(read: GraphReading) -> Iterator[fx.Node]:
     """Yield the constants that something which depends on an input, or the output, reads."""
     for node in read.graph.nodes:
         if not node.op.startswith("call_") or not node.all_input_nodes or not read.is_constant(node):
@@ -242,7 +242,7 @@ def weight_sums(read: Reading) -> Iterator[fx.Node]:
             yield node
 
 
-def _read_weight(read: Reading, node: fx.Node, found: Found) -> None:
+def _read_weight(read: GraphReading, node: fx.Node, found: Found) -> None:
     try:
         value = read.constant(node)
     except NotLinear as reason:
@@ -264,4 +264,4 @@ def _read_weight(read: Reading, node: fx.Node, found: Found) -> None:
     if whole[0].factors[0].tensor.shape != read.tensors[part.name].shape and not part.transposed:
         return
     cone = cone_of(read, node, None)
-    found.folds.append(Fold(node, part, None, others, (), None, None, 1.0, None, value.shape[0], cone, cone, None))
+    found.folds.append(LoraFold(node, part, None, others, (), None, None, 1.0, None, value.shape[0], cone, cone, None))

@@ -5,22 +5,22 @@ from __future__ import annotations
 from torch import fx
 
 from lora_fx.remerging.algebra.affine import linear_parameters
-from lora_fx.remerging.algebra.chains import Matrix, Part
-from lora_fx.remerging.algebra.operations import Call, NotLinear
-from lora_fx.remerging.algebra.reading import Reading
+from lora_fx.remerging.algebra.chains import Matrix, WeightPart
+from lora_fx.remerging.algebra.operations import GraphCall, NotLinear
+from lora_fx.remerging.algebra.reading import GraphReading
 
 LINEARS = ("linear", "matmul", "addmm")
 _FARTHEST = 24
 """As many nodes are looked at on the way back from a sum."""
 
 
-def path_of(part: Part) -> str:
+def path_of(part: WeightPart) -> str:
     """Return where a weight stands: the path of its module, or its own name."""
     path, _, name = part.name.rpartition(".")
     return path if name == "weight" and path else part.name
 
 
-def cone_of(read: Reading, node: fx.Node, x: fx.Node | None) -> frozenset[fx.Node]:
+def cone_of(read: GraphReading, node: fx.Node, x: fx.Node | None) -> frozenset[fx.Node]:
     """Return the nodes that compute a value from x and from parameters."""
     found: set[fx.Node] = set()
     waiting = [node]
@@ -34,7 +34,7 @@ def cone_of(read: Reading, node: fx.Node, x: fx.Node | None) -> frozenset[fx.Nod
     return frozenset(found)
 
 
-def made_with_product(read: Reading, node: fx.Node) -> str | None:
+def made_with_product(read: GraphReading, node: fx.Node) -> str | None:
     """Return where the weight stands that a constant is made of, if a product of low rank goes into it too."""
     has_product, stored = False, list[Matrix]()
     for each in sorted(cone_of(read, node, None), key=read.order.__getitem__):
@@ -52,7 +52,7 @@ def made_with_product(read: Reading, node: fx.Node) -> str | None:
     return None if part is None else path_of(part)
 
 
-def looks_like_lora(read: Reading, node: fx.Node, x: fx.Node, linear: tuple[int, int], reason: NotLinear) -> bool:
+def looks_like_lora(read: GraphReading, node: fx.Node, x: fx.Node, linear: tuple[int, int], reason: NotLinear) -> bool:
     """Whether an addend that is none is worth a word: two matrices through few dimensions beside a linear.
 
     Args:
@@ -73,7 +73,7 @@ def looks_like_lora(read: Reading, node: fx.Node, x: fx.Node, linear: tuple[int,
     return end is x or reason.reason.startswith("its input is")
 
 
-def _matrices_above(read: Reading, node: fx.Node, x: fx.Node) -> tuple[list[tuple[int, int]], fx.Node]:
+def _matrices_above(read: GraphReading, node: fx.Node, x: fx.Node) -> tuple[list[tuple[int, int]], fx.Node]:
     """Return the shapes of the matrices on the way from a value back to x, the last first, and where the way ends."""
     shapes: list[tuple[int, int]] = []
     for _ in range(_FARTHEST):
@@ -90,7 +90,7 @@ def _matrices_above(read: Reading, node: fx.Node, x: fx.Node) -> tuple[list[tupl
     return shapes, node
 
 
-def _leads_to_matrix(read: Reading, node: fx.Node) -> bool:
+def _leads_to_matrix(read: GraphReading, node: fx.Node) -> bool:
     """Whether one of the next few nodes on the way back is a linear."""
     for _ in range(4):
         call = read.calls.get(node)
@@ -102,7 +102,7 @@ def _leads_to_matrix(read: Reading, node: fx.Node) -> bool:
     return False
 
 
-def _shape(read: Reading, call: Call) -> list[tuple[int, int]]:
+def _shape(read: GraphReading, call: GraphCall) -> list[tuple[int, int]]:
     try:
         weight, _ = linear_parameters(read, call)
     except NotLinear:

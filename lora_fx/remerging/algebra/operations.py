@@ -99,7 +99,7 @@ class NotLinear(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class GraphCall:
     """A node, read: which operation, on what.  `arguments` are by the names of torch's documentation."""
 
     op: str
@@ -127,7 +127,7 @@ _FUNCTIONS = _function_names()
 _OVERLOAD = type(torch.ops.aten.linear.default)
 
 
-def read_call(node: fx.Node, root: nn.Module) -> Call:
+def read_call(node: fx.Node, root: nn.Module) -> GraphCall:
     """Return what a call_function, call_method or call_module node does; an unknown operation bears its own name."""
     if node.op == "call_module":
         return _module_call(node, root.get_submodule(str(node.target)))
@@ -135,7 +135,7 @@ def read_call(node: fx.Node, root: nn.Module) -> Call:
     if name == "getattr":
         return _attribute(node)
     op = IDENTITY if name in _IDENTITIES else _ALIASES.get(name, name)
-    return Call(op, node, _named(op, node), name in _IN_PLACE)
+    return GraphCall(op, node, _named(op, node), name in _IN_PLACE)
 
 
 def _raw_name(node: fx.Node) -> str:
@@ -150,10 +150,10 @@ def _raw_name(node: fx.Node) -> str:
     return known if known is not None else f"{target.__module__}.{target.__name__}"
 
 
-def _attribute(node: fx.Node) -> Call:
+def _attribute(node: fx.Node) -> GraphCall:
     name = str(node.args[1])
     op = {"T": "transpose", "mT": "transpose", "H": "transpose", "data": IDENTITY, "shape": "shape"}.get(name, name)
-    return Call(op, node, {"input": node.args[0]})
+    return GraphCall(op, node, {"input": node.args[0]})
 
 
 def _named(op: str, node: fx.Node) -> dict[str, Any]:
@@ -163,18 +163,18 @@ def _named(op: str, node: fx.Node) -> dict[str, Any]:
     return found | {_SYNONYMS.get(key, key): value for key, value in node.kwargs.items()}
 
 
-def _module_call(node: fx.Node, module: nn.Module) -> Call:
+def _module_call(node: fx.Node, module: nn.Module) -> GraphCall:
     """Return a call of a module as the function that it is, if it is one and nothing else."""
     value = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-    plain = Call(f"module {type(module).__name__}", node, {"input": value}, module=module)
+    plain = GraphCall(f"module {type(module).__name__}", node, {"input": value}, module=module)
     if has_any_hook(module) or "forward" in vars(module) or len(node.args) + len(node.kwargs) != 1:
         return plain
     if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
-        return Call("dropout", node, {"input": value, "p": module.p, "training": module.training}, module=module)
+        return GraphCall("dropout", node, {"input": value, "p": module.p, "training": module.training}, module=module)
     if type(module) is nn.Identity:
-        return Call(IDENTITY, node, {"input": value}, module=module)
+        return GraphCall(IDENTITY, node, {"input": value}, module=module)
     if is_linear(module):
-        return Call("linear", node, {"input": value}, module=module)
+        return GraphCall("linear", node, {"input": value}, module=module)
     return plain
 
 
@@ -206,6 +206,6 @@ def parameters_read(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     yield from module.named_parameters(recurse=not is_linear(module), remove_duplicate=False)
 
 
-def is_inactive_dropout(call: Call) -> bool:
+def is_inactive_dropout(call: GraphCall) -> bool:
     """Whether the call is a dropout that drops nothing."""
     return call.op == "dropout" and (call.get("training", True) is False or call.get("p", 0.5) == 0)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from lora_fx.capture.captured import resolve
-from lora_fx.remerging.algebra.affine import AFFINE_OPERATIONS
-from lora_fx.remerging.algebra.chains import Affine, Matrix, Part, matrix
-from lora_fx.remerging.algebra.constants import CONSTANT_OPERATIONS
-from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, Call, NotLinear, is_inactive_dropout, read_call
+from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
+from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, GraphCall, NotLinear, is_inactive_dropout, read_call
 from lora_fx.remerging.algebra.shapes import last_dimension, shape_of
 
 
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """What is known of the operations in graphs, by name; `read.py` has the tables."""
+
+    affine: Mapping[str, Callable[[GraphReading, GraphCall, fx.Node, int], Affine]]
+    """(reading, call, x, columns of x) → its value as an affine function of x."""
+    constant: Mapping[str, Callable[[GraphReading, GraphCall], Matrix | None]]
+    """(reading, call) → its value, which depends on parameters alone; None if that is no sum of products."""
+
+
 @dataclass(slots=True)
-class Reading:
+class GraphReading:
     """What is known of a graph, found on demand; neither graph nor tensors are changed."""
 
     root: nn.Module
     graph: fx.Graph
+    operations: Operations
     names: Mapping[int, str] = field(default_factory=dict)
     """Names of tensors by identity, where the graph's own are no good."""
     order: dict[fx.Node, int] = field(default_factory=dict)
@@ -29,7 +38,7 @@ class Reading:
     """For each node, the statements that write to its value in place, in order."""
     spoilt: set[fx.Node] = field(default_factory=set)
     """Nodes to a part of whose value something is written through a view."""
-    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    calls: dict[fx.Node, GraphCall] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """The stored tensors that have been read, by name."""
     _constants: dict[fx.Node, Matrix | NotLinear | None] = field(default_factory=dict)
@@ -88,7 +97,7 @@ class Reading:
         readers = self.readers(node)
         return len(readers) == 1 and self.times_read(node, readers[0]) == 1
 
-    def given(self, call: Call, name: str = "input") -> fx.Node:
+    def given(self, call: GraphCall, name: str = "input") -> fx.Node:
         """Return the node whose value the call finds in an argument."""
         value = call.get(name)
         if not isinstance(value, fx.Node):
@@ -129,7 +138,7 @@ class Reading:
             raise NotLinear(node, f"{call.op} is no product of parameters")
         if not all(self.is_constant(self.latest(each, node)) for each in node.all_input_nodes):
             return None
-        operation = CONSTANT_OPERATIONS.get(call.op)
+        operation = self.operations.constant.get(call.op)
         result = None if operation is None else operation(self, call)
         if result is None:
             raise NotLinear(node, f"{call.op} of parameters is not a product of them")
@@ -142,21 +151,21 @@ class Reading:
             raise NotLinear(node, f"{name} is not a tensor")
         known = self.names.get(id(tensor), name)
         self.tensors[known] = tensor
-        part = Part(known, False, 0, tensor.shape[1]) if tensor.dim() == 2 else None
+        part = WeightPart(known, False, 0, tensor.shape[1]) if tensor.dim() == 2 else None
         return matrix(tensor.detach(), (known,), part)
 
     def tensor(self, name: str) -> Tensor:
         """Return the stored tensor that a name of a factor stands for."""
         return self.tensors[name]
 
-    def matrix_of(self, call: Call, name: str) -> Matrix:
+    def matrix_of(self, call: GraphCall, name: str) -> Matrix:
         """Return an argument that is a constant."""
         found = self.constant(self.given(call, name))
         if found is None:
             raise NotLinear(call.node, f"{call.op} of two values that depend on the input")
         return found
 
-    def number(self, value: object, call: Call) -> float:
+    def number(self, value: object, call: GraphCall) -> float:
         """Return a scaling: a number, or a stored tensor of one element that nobody trains.
 
         Raises:
@@ -211,12 +220,12 @@ class Reading:
             raise NotLinear(node, f"a part of {node.name} is written in place")
         if call is None or self.order[node] < self.order[x]:
             raise NotLinear(node, f"its input is {node.name}, the linear's is {x.name}")
-        operation = AFFINE_OPERATIONS.get(call.op)
+        operation = self.operations.affine.get(call.op)
         if operation is None:
             raise NotLinear(node, f"{_shown(call)} is not linear")
         return operation(self, call, x, width)
 
-    def rest(self, call: Call, x: fx.Node, width: int, name: str = "input") -> Affine:
+    def rest(self, call: GraphCall, x: fx.Node, width: int, name: str = "input") -> Affine:
         return self.affine(self.given(call, name), x, width)
 
     def source(self, node: fx.Node) -> fx.Node:
@@ -230,11 +239,11 @@ class Reading:
             node = self.given(call)
 
 
-def _shown(call: Call) -> str:
+def _shown(call: GraphCall) -> str:
     return call.op.rpartition(".")[2] if call.module is None else f"{call.op} ({call.node.target})"
 
 
-def _keeps_rows(call: Call) -> bool:
+def _keeps_rows(call: GraphCall) -> bool:
     """Whether a view keeps the last dimension, as far as its shapes are known."""
     if call.op != "view":
         return True

@@ -9,16 +9,16 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from lora_fx.capture.captured import resolve
-from lora_fx.remerging.algebra.chains import Chain
-from lora_fx.remerging.algebra.folds import Fold
-from lora_fx.remerging.algebra.reading import Reading
+from lora_fx.remerging.algebra.chains import MatrixChain
+from lora_fx.remerging.algebra.folds import LoraFold
+from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.shapes import shape_of
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative to the largest value: some hundred roundings in the wide dtypes, a few in the half ones."""
 
 
-def executed(read: Reading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+def executed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     """Return the value of a node, given those of others; statements that write in place write to copies.
 
     Raises:
@@ -29,7 +29,7 @@ def executed(read: Reading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     return known[node]
 
 
-def _computed(read: Reading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+def _computed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
         return resolve(read.root, str(node.target))
     if node.op == "placeholder":
@@ -63,7 +63,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return bool((found.double() - expected.double()).abs().le(tolerance * scale).all())
 
 
-def problem_with(read: Reading, fold: Fold) -> str | None:
+def problem_with(read: GraphReading, fold: LoraFold) -> str | None:
     """Return why a product must not be folded although its structure is right, or None: it is run and compared."""
     weight = read.tensors[fold.part.name]
     if weight.is_meta or fold.delta is None or fold.x is None:
@@ -84,7 +84,7 @@ def problem_with(read: Reading, fold: Fold) -> str | None:
     return None
 
 
-def _sum(chains: tuple[Chain, ...], width: int) -> Tensor:
+def _sum(chains: tuple[MatrixChain, ...], width: int) -> Tensor:
     total = chains[0].delta().double()
     for chain in chains[1:]:
         total = total + chain.delta().double()
@@ -92,7 +92,7 @@ def _sum(chains: tuple[Chain, ...], width: int) -> Tensor:
     return total
 
 
-def _is_cast(read: Reading, fold: Fold) -> bool:
+def _is_cast(read: GraphReading, fold: LoraFold) -> bool:
     """Whether the sum is cast, whatever its dtype."""
     node = fold.reader
     assert node is not None

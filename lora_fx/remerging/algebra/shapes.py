@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from lora_fx.remerging.algebra.operations import Call
+from lora_fx.remerging.algebra.operations import GraphCall
 
 Shape = tuple[str, ...]
 
@@ -26,7 +26,7 @@ def shape_of(node: object) -> Shape | None:
     return None
 
 
-def sizes_of(call: Call) -> list[Any]:
+def sizes_of(call: GraphCall) -> list[Any]:
     """Return the sizes that a view is given, one by one."""
     given = call.get("size", call.get("shape", call.get("rest", ())))
     if isinstance(given, fx.Node):
@@ -35,7 +35,7 @@ def sizes_of(call: Call) -> list[Any]:
     return [*flat[0]] if len(flat) == 1 and isinstance(flat[0], (tuple, list)) else flat
 
 
-def last_dimension(call: Call) -> object:
+def last_dimension(call: GraphCall) -> object:
     """Return the last size that a view is given: a number, "same" for the size of its own input; None if not known."""
     sizes = sizes_of(call)
     if len(sizes) == 1 and isinstance(sizes[0], fx.Node):
@@ -79,7 +79,7 @@ def _leading(node: fx.Node) -> tuple[fx.Node, int] | None:
     return shape.args[0], tail[0]  # type: ignore[return-value]
 
 
-def rows_after(call: Call, width: int, rows: object, is_input: Callable[[fx.Node], bool]) -> object:
+def rows_after(call: GraphCall, width: int, rows: object, is_input: Callable[[fx.Node], bool]) -> object:
     """Return the dimensions in front of the last one after a view that keeps the last one; None if it may not.
 
     Args:
@@ -101,7 +101,7 @@ def rows_after(call: Call, width: int, rows: object, is_input: Callable[[fx.Node
     return ("flat", rows) if len(sizes) == 2 and sizes[0] == -1 else None
 
 
-def dimension(call: Call, value: object) -> int | None:
+def dimension(call: GraphCall, value: object) -> int | None:
     """Return a dimension as a negative number: -1 for the last; None if it is not known."""
     if not isinstance(value, int):
         return None
@@ -109,7 +109,7 @@ def dimension(call: Call, value: object) -> int | None:
     return value if value < 0 else None if shape is None else value - len(shape)
 
 
-def piece(call: Call, whole: Call, width: int) -> tuple[int, int] | None:
+def piece(call: GraphCall, whole: GraphCall, width: int) -> tuple[int, int] | None:
     """Return (start, stop) of the columns that a slice, narrow or item of chunk or split takes, if it takes columns."""
     if whole.op in ("chunk", "split"):
         return _item(call, whole, width)
@@ -130,7 +130,7 @@ def _range(index: slice, width: int) -> tuple[int, int] | None:
     return (start, stop) if step == 1 and start < stop else None
 
 
-def _indexed(call: Call, width: int) -> tuple[int, int] | None:
+def _indexed(call: GraphCall, width: int) -> tuple[int, int] | None:
     index = call.get("index")
     if not isinstance(index, tuple) or not index or not isinstance(index[-1], slice):
         return None
@@ -142,7 +142,7 @@ def _indexed(call: Call, width: int) -> tuple[int, int] | None:
     return _range(index[-1], width)
 
 
-def _item(call: Call, whole: Call, width: int) -> tuple[int, int] | None:
+def _item(call: GraphCall, whole: GraphCall, width: int) -> tuple[int, int] | None:
     number = call.get("index")
     if not isinstance(number, int) or dimension(whole, whole.get("dim", 0)) != -1:
         return None
