@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_fx.errors import MergeError
 from lora_fx.files.adapter.names import CONFIG_FILE as ADAPTER_CONFIG
-from lora_fx.files.rawfile import RawFile, RawTensor, read_raw
+from lora_fx.files.safetensors import RawFile, RawTensor, read_raw
 from lora_fx.text import listing
 
 CONFIG = "config.json"

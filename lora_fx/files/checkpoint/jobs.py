@@ -33,7 +33,8 @@ from lora_fx.files.checkpoint.tiles import (
     needs_lengths,
     tiles,
 )
-from lora_fx.files.rawfile import DTYPES, RawFile
+from lora_fx.files.safetensors import RawFile
+from lora_fx.files.values import DTYPES
 
 _COPIED_AT_ONCE = 1 << 24
 NoiseOf = Callable[[str], Noise | None]

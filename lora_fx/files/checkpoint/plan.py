@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.files.checkpoint.basefiles import Checkpoint
-from lora_fx.files.rawfile import RawFile, RawTensor
+from lora_fx.files.safetensors import RawFile, RawTensor
 
 
 @dataclass(frozen=True, slots=True)

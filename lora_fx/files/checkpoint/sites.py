@@ -21,7 +21,8 @@ from lora_fx.files.checkpoint.basefiles import Checkpoint, read_object
 from lora_fx.files.checkpoint.names import Prefix, find_prefix, near_keys
 from lora_fx.files.checkpoint.plan import Addition, Fold, MergePlan, Term, Value, Work
 from lora_fx.files.fingerprint import same_values
-from lora_fx.files.rawfile import DTYPES, FLOATS, NAME_OF, RawFile, RawTensor, sample
+from lora_fx.files.safetensors import RawFile, RawTensor
+from lora_fx.files.values import DTYPES, FLOATS, NAME_OF, sample
 
 Located = tuple[RawFile, RawTensor]
 _Placed = tuple[SavedSite, str, Located | str]

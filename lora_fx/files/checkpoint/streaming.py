@@ -16,12 +16,13 @@ import torch
 
 from lora_fx.errors import MergeError
 from lora_fx.files.adapter.read import read_adapters
+from lora_fx.files.atomic import settle
 from lora_fx.files.checkpoint import tied
 from lora_fx.files.checkpoint.basefiles import CONFIG, Checkpoint, read_checkpoint, read_object
 from lora_fx.files.checkpoint.jobs import Done, OpenFiles, Workers, jobs, report_rows
 from lora_fx.files.checkpoint.journal import Journal, inputs_of, open_journal
 from lora_fx.files.checkpoint.layout import OutShard, out_shard
-from lora_fx.files.checkpoint.outfolder import carry, check_folder, free_bytes, locked, part_of, settle, write_whole
+from lora_fx.files.checkpoint.outfolder import carry, check_folder, free_bytes, locked, part_of, write_whole
 from lora_fx.files.checkpoint.plan import MergePlan
 from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import ROUNDINGS, Noise
@@ -202,7 +203,7 @@ class _Merge:
         with _abandoned_on_error(files):
             files.target.sync()
         files.close()
-        settle(self.out / shard.name)
+        settle(part_of(self.out / shard.name), self.out / shard.name)
         self.journal.note(shard.name, shard.size, report_rows(shard, sums))
 
     def _tell(self, size: int, name: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from lora_fx.files.checkpoint.basefiles import Checkpoint
-from lora_fx.files.rawfile import RawFile, RawTensor
+from lora_fx.files.safetensors import RawFile, RawTensor
 
 _FLAG = "tie_word_embeddings"
 _HEAD = re.compile(r"(?:.*\.)?lm_head\.(weight|bias)")
