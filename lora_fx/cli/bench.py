@@ -74,11 +74,11 @@ def _measured(
     hidden: bool,
 ) -> BenchReport:
     read = rules_of(rules)  # a misspelt rule is told before torch is imported
-    from lora_fx.bench.run import BenchOptions, bench, dtype_named
+    from lora_fx.bench.run import DTYPES, BenchOptions, bench
     from lora_fx.cli.models.runnable import runnable
 
     built, inputs = runnable(model, tokens)
-    options = BenchOptions(peer, rounds, threads, dtype_named(dtype))
+    options = BenchOptions(peer, rounds, threads, None if dtype is None else DTYPES[dtype])
     with click.progressbar(length=1, label="measuring", hidden=hidden, file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:

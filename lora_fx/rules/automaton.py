@@ -58,7 +58,8 @@ EMPTY = Concatenation(())
 
 
 def literal(text: str) -> Concatenation:
-    return Concatenation(tuple(Characters(((each, each),)) for each in text))
+    """Return the expression that only this text matches."""
+    return Concatenation(tuple(Characters(((character, character),)) for character in text))
 
 
 def states_of(expression: Expression) -> int:
@@ -105,13 +106,12 @@ class Automaton:
 
     def _closure(self, states: Sequence[int]) -> frozenset[int]:
         """Return the states and all that are reached from them without a character."""
-        waiting, found = list(states), set(states)
+        waiting, reached = list(states), set(states)
         while waiting:
-            for state in self._free[waiting.pop()]:
-                if state not in found:
-                    found.add(state)
-                    waiting.append(state)
-        return frozenset(found)
+            following = set(self._free[waiting.pop()]) - reached
+            reached |= following
+            waiting += following
+        return frozenset(reached)
 
     # -- building
 
@@ -126,34 +126,30 @@ class Automaton:
             self._free[start].append(middle)
             self._steps[middle] = (expression, end)
         elif isinstance(expression, Concatenation):
-            self._build_sequence(expression.parts, start, end)
+            self._free[self._through(expression.parts, start)].append(end)
         elif isinstance(expression, Choice):
             for part in expression.parts:
                 self._build(part, start, end)
         else:
             self._build_repeat(expression, start, end)
 
-    def _build_sequence(self, parts: Sequence[Expression], start: int, end: int) -> None:
+    def _through(self, parts: Sequence[Expression], start: int) -> int:
+        """Build the parts one after another; return the state after the last."""
         for part in parts:
             following = self._state()
             self._build(part, start, following)
             start = following
-        self._free[start].append(end)
+        return start
 
     def _build_repeat(self, expression: Repeat, start: int, end: int) -> None:
-        for _ in range(expression.low):
-            following = self._state()
-            self._build(expression.part, start, following)
-            start = following
+        start = self._through([expression.part] * expression.low, start)
         if expression.high is None:
             loop = self._state()
             self._free[start].append(loop)
             self._build(expression.part, loop, loop)
-            self._free[loop].append(end)
-            return
-        for _ in range(expression.high - expression.low):
-            self._free[start].append(end)
-            following = self._state()
-            self._build(expression.part, start, following)
-            start = following
+            start = loop
+        else:
+            for _ in range(expression.high - expression.low):
+                self._free[start].append(end)
+                start = self._through([expression.part], start)
         self._free[start].append(end)

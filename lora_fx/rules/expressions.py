@@ -36,12 +36,12 @@ class _Parser:
     def parse(self) -> Expression:
         if self._peek() == "^":
             self.at += 1
-        found = self._choice()
+        expression = self._choice()
         if self._peek() == "$":
             self.at += 1
         if self.at < len(self.text):
             raise self._wrong()
-        return found
+        return expression
 
     def _wrong(self) -> PatternError:
         character = self.text[self.at]
@@ -117,11 +117,11 @@ class _Parser:
             self.at += 2
         elif self._peek() == "?":
             raise PatternError("look-around, named groups and flags are not supported", start, 3)
-        found = self._choice()
+        expression = self._choice()
         if self._peek() != ")":
             raise PatternError("`(` without `)`", start)
         self.at += 1
-        return found
+        return expression
 
     def _escape(self) -> Expression:
         kind = self._peek()

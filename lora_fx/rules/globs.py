@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from lora_fx.rules.automaton import ANY, NOT_DOT, Characters, Choice, Concatenation, Expression, Repeat, literal
 
@@ -10,6 +11,8 @@ MOST_NUMBERS = 10_000
 _SEGMENT = Repeat(NOT_DOT, 1)
 _DOT = literal(".")
 _PLAIN = re.compile(r"[\w-]+")
+_CLASS_ITEM = re.compile(r"(.)-(.)|(.)", re.DOTALL)
+_TOKEN = re.compile(r"\\.|[{}\[\].]", re.DOTALL)
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?=[,}])")
 
 
@@ -66,20 +69,12 @@ def _split(text: str) -> list[tuple[str, int]]:
     return segments
 
 
-def _top_level_dots(text: str) -> list[int]:
-    dots, depth, skip = [], 0, False
-    for position, character in enumerate(text):
-        if skip:
-            skip = False
-        elif character == "\\":
-            skip = True
-        elif character in "{[":
-            depth += 1
-        elif character in "}]":
-            depth = max(0, depth - 1)
-        elif character == "." and depth == 0:
-            dots.append(position)
-    return dots
+def _top_level_dots(text: str) -> Iterator[int]:
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        if token[0] == "." and depth == 0:
+            yield token.start()
+        depth = max(0, depth + (token[0] in "{[") - (token[0] in "}]"))
 
 
 class _Segment:
@@ -91,10 +86,10 @@ class _Segment:
         self.at = 0
 
     def parse(self) -> Expression:
-        found = self._until("")
+        expression = self._until("")
         if self.at < len(self.text):
             raise self._error(f"unbalanced `{self.text[self.at]}`", self.at)
-        return found
+        return expression
 
     def _error(self, message: str, at: int, length: int = 1) -> PatternError:
         return PatternError(message, self.offset + at, length)
@@ -138,7 +133,8 @@ class _Segment:
             raise self._error("`[` without `]`" if end < 0 else "`[]` is empty", start)
         self.at = end + 1
         negated = inside.startswith("!")
-        ranges = character_ranges(inside.removeprefix("!"))
+        items = _CLASS_ITEM.findall(inside.removeprefix("!"))
+        ranges = tuple((low or only, high or only) for low, high, only in items)
         if any(low > high for low, high in ranges):
             raise self._error("the range runs backwards", start, self.at - start)
         return Characters((*ranges, (".", ".")) if negated else ranges, negated)
@@ -161,26 +157,13 @@ class _Segment:
         if numbers:
             self.at = numbers.end()
             return self._numbers(int(numbers[1]), int(numbers[2]), start)
-        found = self._until(",}")
+        expression = self._until(",}")
         if ".." in self.text[start : self.at]:
             raise self._error("`..` stands between two numbers, such as {0..11}", start, self.at - start)
-        return found
+        return expression
 
     def _numbers(self, low: int, high: int, start: int) -> Expression:
         if low > high or high - low >= MOST_NUMBERS:
             problem = "runs backwards" if low > high else f"has more than {MOST_NUMBERS:,} numbers"
             raise self._error(f"the range {low}..{high} {problem}", start, self.at - start)
         return Choice(tuple(literal(str(number)) for number in range(low, high + 1)))
-
-
-def character_ranges(inside: str) -> tuple[tuple[str, str], ...]:
-    """Return the ranges of a character class's inside: `a-z_` → (a, z), (_, _)."""
-    ranges, position = [], 0
-    while position < len(inside):
-        if position + 2 < len(inside) and inside[position + 1] == "-":
-            ranges.append((inside[position], inside[position + 2]))
-            position += 3
-        else:
-            ranges.append((inside[position], inside[position]))
-            position += 1
-    return tuple(ranges)

@@ -26,48 +26,77 @@ state_dict to to_empty train training type update values xpu zero_grad T_destina
 MODULE_NAMES = tuple(_MODULE_NAMES.split())
 """No adapter can bear the name of an attribute of torch's nn.ModuleDict, which holds the adapters of a site."""
 
-_TEXT: dict[str, Any] = {"type": "string", "pattern": r"\S"}
-_TEXTS: dict[str, Any] = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
-_OP: dict[str, Any] = {"enum": list(OPS)}
-_SIZE = r"^\s*(\*|(>=|<=|>|<)\s*\d+|\d+\s*\.\.\s*\d+|(\d+\s*\*\s*)?[a-z])\s*$"
-_ADAPTER = r"^[A-Za-z][A-Za-z0-9_]*$"
+Schema = dict[str, Any]
+COUNT: Schema = {"type": "integer", "minimum": 0}
+FLAG: Schema = {"type": "boolean"}
+OP: Schema = {"enum": list(OPS)}
+POSITIVE: Schema = {"type": "integer", "minimum": 1}
 ROWS = r"^\s*(\d+)\s*\.\.\s*(\d+)\s*$"
 """Rows of a part of a weight, first and end."""
+SIZE = r"^\s*(?:\*|(>=|<=|>|<)\s*(\d+)|(\d+)\s*\.\.\s*(\d+)|(?:(\d+)\s*\*\s*)?([a-z]))\s*$"
+"""A size in a shape: any, a bound (sign, number), a range (first, last), a multiple of a letter (factor, letter)."""
+MOST_DIMENSIONS = 5
+LEAST_PARTS = 2
+NOT_WITH_SKIP = ("lora", "slices", "per_call")
+_ADAPTER = r"^[A-Za-z][A-Za-z0-9_]*$"
+
+
+def _list_of(item: Schema, least: int = 1, **more: Any) -> Schema:
+    return {"type": "array", "items": item, "minItems": least, **more}
+
+
+def _one_or_more(item: Schema) -> Schema:
+    return {"anyOf": [item, _list_of(item)]}
+
+
+_TEXT: Schema = {"type": "string", "pattern": r"\S"}
+_SIZE: Schema = {"anyOf": [POSITIVE, {"type": "string", "pattern": SIZE}]}
+_ROWS: Schema = {"anyOf": [POSITIVE, *_one_or_more({"type": "string", "pattern": ROWS})["anyOf"]]}
+_NAMED_PARTS = _list_of(_TEXT, LEAST_PARTS, uniqueItems=True)
+_SIZED_PARTS: Schema = {"type": "object", "minProperties": LEAST_PARTS, "additionalProperties": _ROWS}
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key: its JSON schema, one sentence about it, and an example."""
+    """One key: its JSON schema, one sentence about it, an example, and how people from elsewhere spell it."""
 
-    schema: dict[str, Any]
+    schema: Schema
     about: str
     example: str
+    foreign: tuple[str, ...] = ()
     required: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The keys of one mapping, and how people who come from elsewhere spell them."""
+    """The keys of one mapping, and where keys belong that people put there by mistake."""
 
     keys: dict[str, Key]
-    foreign: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def foreign(self) -> dict[str, str]:
+        """What a key that is unknown here is called, or where it belongs: `rank` is `r`, and in a rule `lora.r`."""
+        return {spelling: name for name, key in self.keys.items() for spelling in key.foreign} | self.elsewhere
 
 
 LORA = Table(
     {
-        "r": Key({"type": "integer", "minimum": 1}, f"Rank of the update, default {LORA_DEFAULTS['r']}.", "r: 16"),
+        "r": Key(POSITIVE, f"Rank of the update, default {LORA_DEFAULTS['r']}.", "r: 16", ("rank", "lora_r")),
         "alpha": Key(
             {"type": "number", "exclusiveMinimum": 0},
             f"The update is scaled by alpha / r; default {LORA_DEFAULTS['alpha']}.",
             "alpha: 32",
+            ("lora_alpha",),
         ),
         "dropout": Key(
             {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
             f"Dropout on the adapter's input while training, default {LORA_DEFAULTS['dropout']:g}.",
             "dropout: 0.05",
+            ("lora_dropout",),
         ),
         "share_dropout": Key(
-            {"type": "boolean"},
+            FLAG,
             "Let sites on one input (q, k and v) drop the same entries: one mask and one product for all of them.",
             "share_dropout: true",
         ),
@@ -75,82 +104,52 @@ LORA = Table(
             {"enum": list(INITS)},
             f"First values: `{INITS[0]}` (default), `gaussian` or `orthogonal` A with B zero; `random` for tests.",
             "init: gaussian",
+            ("init_lora_weights",),
         ),
-        "rslora": Key({"type": "boolean"}, "Scale by alpha / √r instead of alpha / r.", "rslora: true"),
-        "dora": Key({"type": "boolean"}, "Train a magnitude for each output too (DoRA).", "dora: true"),
-        "bias": Key({"type": "boolean"}, "Train the site's own bias too, saved with the adapter.", "bias: true"),
+        "rslora": Key(
+            FLAG,
+            "Scale by alpha / √r instead of alpha / r.",
+            "rslora: true",
+            ("use_rslora", "rank_stabilized", "rank_stabilised"),
+        ),
+        "dora": Key(FLAG, "Train a magnitude for each output too (DoRA).", "dora: true", ("use_dora",)),
+        "bias": Key(FLAG, "Train the site's own bias too, saved with the adapter.", "bias: true"),
         "adapter": Key(
             {"type": "string", "pattern": _ADAPTER, "not": {"enum": list(MODULE_NAMES)}},
             f"Name of the adapter that the site belongs to, default `{LORA_DEFAULTS['adapter']}`.",
             "adapter: style",
+            ("adapter_name",),
         ),
-    },
-    {
-        "rank": "r",
-        "lora_r": "r",
-        "lora_alpha": "alpha",
-        "lora_dropout": "dropout",
-        "init_lora_weights": "init",
-        "use_dora": "dora",
-        "use_rslora": "rslora",
-        "rank_stabilized": "rslora",
-        "rank_stabilised": "rslora",
-        "adapter_name": "adapter",
-    },
+    }
 )
 
 MATCH = Table(
     {
-        "name": Key(_TEXTS, "Globs (or `re:` expressions) over dotted paths; any may match.", 'name: "**.{q,v}_proj"'),
+        "name": Key(
+            _one_or_more(_TEXT),
+            "Globs (or `re:` expressions) over dotted paths; any may match.",
+            'name: "**.{q,v}_proj"',
+            ("target_modules", "path", "names"),
+        ),
         "shape": Key(
-            {
-                "type": "array",
-                "minItems": 1,
-                "maxItems": 5,
-                "items": {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _SIZE}]},
-            },
+            _list_of(_SIZE, maxItems=MOST_DIMENSIONS),
             "[out, in] of the weight: numbers, `*`, bounds, ranges, letters bound by their first use.",
             "shape: [3*d, d]",
         ),
-        "op": Key(
-            {"anyOf": [_OP, {"type": "array", "items": _OP, "minItems": 1}]},
-            "What is done with the weight.",
-            "op: linear",
-        ),
-        "class": Key(_TEXTS, "Globs over the owner's class, short or dotted.", "class: Linear"),
-    },
-    {"target_modules": "name", "path": "name", "names": "name", "type": "class", "kind": "op"},
+        "op": Key(_one_or_more(OP), "What is done with the weight.", "op: linear", ("kind",)),
+        "class": Key(_one_or_more(_TEXT), "Globs over the owner's class, short or dotted.", "class: Linear", ("type",)),
+    }
 )
 
 SLICES = Table(
     {
         "of": Key(
-            {
-                "anyOf": [
-                    {"type": "array", "items": _TEXT, "minItems": 2, "uniqueItems": True},
-                    {
-                        "type": "object",
-                        "minProperties": 2,
-                        "additionalProperties": {
-                            "anyOf": [
-                                {"type": "integer", "minimum": 1},
-                                {"type": "string", "pattern": ROWS},
-                                {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": ROWS}},
-                            ]
-                        },
-                    },
-                ]
-            },
+            {"anyOf": [_NAMED_PARTS, _SIZED_PARTS]},
             "The parts of a fused weight: equal ones by name, or with their rows.",
             "of: [q, k, v]",
             required=True,
         ),
-        "adapt": Key(
-            {"type": "array", "items": _TEXT, "minItems": 1, "uniqueItems": True},
-            "Which parts get an adapter.",
-            "adapt: [q, v]",
-            required=True,
-        ),
+        "adapt": Key(_list_of(_TEXT, uniqueItems=True), "Which parts get an adapter.", "adapt: [q, v]", required=True),
     }
 )
 
@@ -158,53 +157,58 @@ RULE = Table(
     {
         "name": Key(_TEXT, "What messages call the rule; default `rule 1`, `rule 2`, ….", "name: attention"),
         "match": Key(
-            {"$ref": "#/$defs/match"}, "Which sites; all given keys must hold.", 'match: {name: "**.fc1"}', True
+            {"$ref": "#/$defs/match"},
+            "Which sites; all given keys must hold.",
+            'match: {name: "**.fc1"}',
+            required=True,
         ),
-        "lora": Key({"$ref": "#/$defs/lora"}, "The adapter, on top of `defaults`.", "lora: {r: 16, alpha: 32}"),
-        "skip": Key(_TEXT, "Leave these sites alone; the text is the reason.", 'skip: "tied to the embedding"'),
+        "lora": Key(
+            {"$ref": "#/$defs/lora"}, "The adapter, on top of `defaults`.", "lora: {r: 16, alpha: 32}", ("config",)
+        ),
+        "skip": Key(
+            _TEXT,
+            "Leave these sites alone; the text is the reason.",
+            'skip: "tied to the embedding"',
+            ("ignore", "exclude"),
+        ),
         "slices": Key(
             {"$ref": "#/$defs/slices"}, "Adapt parts of a fused weight.", "slices: {of: [q, k, v], adapt: [q, v]}"
         ),
         "per_call": Key(
-            {"type": "boolean"},
-            "Give each call of a module that is called several times an adapter of its own.",
-            "per_call: true",
+            FLAG, "Give each call of a module that is called several times an adapter of its own.", "per_call: true"
         ),
         "expect": Key(
-            {"anyOf": [{"type": "integer", "minimum": 0}, {"const": "any"}]},
+            {"anyOf": [COUNT, {"const": "any"}]},
             "How many sites the rule must decide; default at least one, `any` allows none.",
             "expect: 12",
         ),
     },
     {
-        "target_modules": "match.name",
-        "targets": "match.name",
-        "config": "lora",
-        "ignore": "skip",
-        "exclude": "skip",
-        **{key: f"lora.{key}" for key in LORA.keys},
-        **{foreign: f"lora.{key}" for foreign, key in LORA.foreign.items()},
-        **{key: f"match.{key}" for key in MATCH.keys if key != "name"},
+        **{name: f"lora.{name}" for name in LORA.keys},
+        **{spelling: f"lora.{name}" for spelling, name in LORA.foreign.items()},
+        **{name: f"match.{name}" for name in MATCH.keys if name != "name"},
+        **dict.fromkeys(("target_modules", "targets"), "match.name"),
     },
 )
 
 TOP = Table(
     {
         "version": Key({"const": 1}, "Version of the format.", "version: 1", required=True),
-        "defaults": Key({"$ref": "#/$defs/lora"}, "What all rules share.", "defaults: {r: 8, alpha: 16}"),
+        "defaults": Key({"$ref": "#/$defs/lora"}, "What all rules share.", "defaults: {r: 8, alpha: 16}", ("default",)),
         "rules": Key(
-            {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/rule"}},
+            _list_of({"$ref": "#/$defs/rule"}),
             "The rules; the first that matches a site decides it.",
             "rules: […]",
+            ("rule",),
             required=True,
         ),
         "train": Key(
-            {"type": "array", "minItems": 1, "items": _TEXT},
+            _list_of(_TEXT),
             "Globs of modules that are trained whole and saved with the adapter.",
             'train: ["classifier"]',
+            ("modules_to_save",),
         ),
-    },
-    {"modules_to_save": "train", "default": "defaults", "rule": "rules"},
+    }
 )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from lora_fx.errors import SourceSpan
 from lora_fx.rules.globs import PatternError
-from lora_fx.rules.keys import Table
+from lora_fx.rules.keys import Schema, Table
 from lora_fx.rules.patterns import NamePattern
 from lora_fx.rules.tree import SourceText, YamlNode
 from lora_fx.text import nearest
@@ -30,6 +30,7 @@ class NodeReader:
         self.source = source
 
     def problem(self, span: SourceSpan, message: str, hint: str = "") -> None:
+        """Note something wrong, and what to do about it; reading goes on."""
         self.source.problem(span, message, hint)
 
     def mapping(self, node: YamlNode, what: str, table: Table) -> dict[str, YamlNode]:
@@ -58,7 +59,7 @@ class NodeReader:
             self.problem(node.span, f"{what} is empty")
         return node.value
 
-    def typed(self, node: YamlNode, what: str, schema: Mapping[str, Any]) -> Any:
+    def typed(self, node: YamlNode, what: str, schema: Schema) -> Any:
         """Return a value of the type and within the bounds of a key's schema; None, and a problem, if it is not.
 
         Args:
@@ -67,52 +68,39 @@ class NodeReader:
             schema: of JSON Schema: `enum`, or `type` with `minimum`, `exclusiveMinimum` or `exclusiveMaximum`.
         """
         if "enum" in schema:
-            return self.choice(node, what, schema["enum"])
+            return self._choice(node, what, schema["enum"])
         if schema["type"] == "boolean":
-            return self.boolean(node, what)
-        if schema["type"] == "integer":
-            return self.integer(node, what, schema["minimum"])
-        value = self.number(node, what)
-        bounds = [(words, schema[key], holds) for key, words, holds in _BOUNDS if key in schema]
-        if value is not None and not all(holds(value, bound) for _, bound, holds in bounds):
-            allowed = " and ".join(f"{words} {bound}" for words, bound, _ in bounds)
-            self.problem(node.span, f"{what} must be {allowed}, found {value}")
-        return value
+            return self._boolean(node, what)
+        return self._number(node, what, schema)
 
-    def integer(self, node: YamlNode, what: str, least: int) -> int | None:
-        value = node.value
-        if isinstance(value, bool) or not isinstance(value, int):
-            self.problem(node.span, f"{what} must be an integer, found {node.kind}", number_hint(node))
+    def _number(self, node: YamlNode, what: str, schema: Schema) -> float | None:
+        value, kind = node.value, "an integer" if schema["type"] == "integer" else "a number"
+        if isinstance(value, bool) or not isinstance(value, int if kind == "an integer" else (int, float)):
+            self.problem(node.span, f"{what} must be {kind}, found {node.kind}", number_hint(node))
             return None
-        if value < least:
-            self.problem(node.span, f"{what} must be at least {least}, found {value}")
-            return None
-        return value
-
-    def number(self, node: YamlNode, what: str) -> float | None:
-        value = node.value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.problem(node.span, f"{what} must be a number, found {node.kind}", number_hint(node))
-            return None
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             self.problem(node.span, f"{what} must be finite, found {value}")
             return None
-        return value
+        bounds = [(words, schema[key], holds) for key, words, holds in _BOUNDS if key in schema]
+        if all(holds(value, bound) for _, bound, holds in bounds):
+            return value
+        allowed = " and ".join(f"{words} {bound}" for words, bound, _ in bounds)
+        self.problem(node.span, f"{what} must be {allowed}, found {value}")
+        return None
 
-    def boolean(self, node: YamlNode, what: str) -> bool | None:
+    def _boolean(self, node: YamlNode, what: str) -> bool | None:
         if isinstance(node.value, bool):
             return node.value
         hint = "write true or false" if isinstance(node.value, str) else ""
         self.problem(node.span, f"{what} must be true or false, found {node.kind}", hint)
         return None
 
-    def choice(self, node: YamlNode, what: str, allowed: Sequence[str]) -> str | None:
+    def _choice(self, node: YamlNode, what: str, allowed: Sequence[str]) -> str | None:
         value = self.text(node, what)
         if not value or value in allowed:
             return value or None
-        similar = nearest(value, allowed, most=1)
-        guess = f"did you mean '{similar[0]}'?  " if similar else ""
-        self.problem(node.span, f"{what} '{value}' is unknown", f"{guess}allowed: {', '.join(allowed)}")
+        hint = f"{did_you_mean(value, allowed)}allowed: {', '.join(allowed)}"
+        self.problem(node.span, f"{what} '{value}' is unknown", hint)
         return None
 
     def one_or_more(self, node: YamlNode, what: str, read: Callable[[YamlNode, str], T | None]) -> tuple[T, ...]:
@@ -123,6 +111,7 @@ class NodeReader:
         return self.several(node, what, read)
 
     def several(self, node: YamlNode, what: str, read: Callable[[YamlNode, str], T | None]) -> tuple[T, ...]:
+        """Return what the items of a non-empty list stand for."""
         if node.items is None:
             self.problem(node.span, f"{what} must be a list, found {node.kind}")
             return ()
@@ -132,6 +121,7 @@ class NodeReader:
         return tuple(value for value in values if value is not None)
 
     def pattern(self, node: YamlNode, what: str) -> NamePattern | None:
+        """Return the pattern that a string is."""
         value = self.text(node, what)
         if not value.strip():
             return None
@@ -156,8 +146,12 @@ def _key_hint(key: str, table: Table) -> str:
     allowed = f"allowed: {', '.join(table.keys)}"
     if key in table.foreign:
         return f"here it is called '{table.foreign[key]}'.  {allowed}"
-    similar = nearest(key, table.keys, most=1)
-    return f"did you mean '{similar[0]}'?  {allowed}" if similar else allowed
+    return did_you_mean(key, table.keys) + allowed
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the known word that looks most like this one as the beginning of a hint; "" if none does."""
+    return "".join(f"did you mean '{similar}'?  " for similar in nearest(word, known, most=1))
 
 
 def number_hint(node: YamlNode) -> str:

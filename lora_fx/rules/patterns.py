@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lora_fx.rules.automaton import MOST_STATES, Automaton, Expression, states_of
 from lora_fx.rules.expressions import parse_expression
 from lora_fx.rules.globs import PatternError, parse_glob
+from lora_fx.rules.keys import SIZE
 
 EXPRESSION_PREFIX = "re:"
 
@@ -74,7 +75,7 @@ def nearest_names(pattern: NamePattern, names: Iterable[str], most: int = 3) -> 
     """
     wanted = _plain_segments(pattern.text)
     scored = [(_likeness(wanted, name.split(".")), name) for name in dict.fromkeys(names)]
-    best = sorted((each for each in scored if each[0] >= _LEAST_LIKENESS), key=lambda each: -each[0])
+    best = sorted((pair for pair in scored if pair[0] >= _LEAST_LIKENESS), key=lambda pair: -pair[0])
     return tuple(name for score, name in best[:most] if score >= 0.8 * best[0][0])
 
 
@@ -95,18 +96,15 @@ def _likeness(words: Sequence[str], segments: Sequence[str]) -> float:
     if not words:
         return 0.0
     scores = [_alike(word, segment) for word, segment in zip(words, reversed(segments), strict=False)]
-    missing = [0.0] * (len(words) - len(scores))
-    rest = scores[1:] + missing
-    if not rest:
-        return scores[0]
-    return 0.5 * scores[0] + 0.5 * sum(rest) / len(rest)
+    rest = len(words) - 1
+    return scores[0] if not rest else 0.5 * scores[0] + 0.5 * sum(scores[1:]) / rest
 
 
 @functools.lru_cache(maxsize=65536)
 def _alike(word: str, segment: str) -> float:
     if word == "*":
         return 1.0
-    return max(difflib.SequenceMatcher(a=_WILD.sub("", each), b=segment).ratio() for each in _spellings(word))
+    return max(difflib.SequenceMatcher(a=_WILD.sub("", spelling), b=segment).ratio() for spelling in _spellings(word))
 
 
 def _spellings(word: str) -> list[str]:
@@ -118,9 +116,6 @@ def _spellings(word: str) -> list[str]:
 
 # -- shapes
 
-_BOUND = re.compile(r"(>=|<=|>|<)\s*(\d+)")
-_BETWEEN = re.compile(r"(\d+)\s*\.\.\s*(\d+)")
-_LETTER = re.compile(r"(?:(\d+)\s*\*\s*)?([a-z])")
 DIMENSION_FORMS = '1024, "*", ">=1024", "512..4096", d, 3*d'
 
 
@@ -156,39 +151,24 @@ def parse_dimension(value: int | str) -> Dimension:
     if isinstance(value, int):
         return Dimension(str(value), value, value)
     text = value.strip()
-    if text == "*":
-        return Dimension(text)
-    for form, make in _FORMS:
-        match = form.fullmatch(text)
-        if match:
-            return make(text, match)
-    raise PatternError(f"`{value}` is not a size", 0, len(value))
-
-
-def _bounded(text: str, match: re.Match[str]) -> Dimension:
-    number = int(match[2])
-    low, high = {">=": (number, None), ">": (number + 1, None), "<=": (0, number), "<": (0, number - 1)}[match[1]]
-    return Dimension(text, low, high)
-
-
-def _between(text: str, match: re.Match[str]) -> Dimension:
-    if int(match[1]) > int(match[2]):
+    match = re.fullmatch(SIZE, text)
+    if match is None:
+        raise PatternError(f"`{value}` is not a size", 0, len(value))
+    sign, bound, first, last, factor, letter = match.groups()
+    if sign:
+        number = int(bound)
+        return {
+            ">=": Dimension(text, number),
+            ">": Dimension(text, number + 1),
+            "<=": Dimension(text, 0, number),
+            "<": Dimension(text, 0, number - 1),
+        }[sign]
+    if first and int(first) > int(last):
         raise PatternError(f"the range {text} runs backwards", 0, len(text))
-    return Dimension(text, int(match[1]), int(match[2]))
-
-
-def _lettered(text: str, match: re.Match[str]) -> Dimension:
-    factor = int(match[1] or 1)
-    if factor == 0:
+    if factor and int(factor) == 0:
         raise PatternError("a factor of 0", 0, len(text))
-    return Dimension(text, letter=match[2], factor=factor)
-
-
-_FORMS: tuple[tuple[re.Pattern[str], Callable[[str, re.Match[str]], Dimension]], ...] = (
-    (_BOUND, _bounded),
-    (_BETWEEN, _between),
-    (_LETTER, _lettered),
-)
+    low, high = (int(first), int(last)) if first else (0, None)
+    return Dimension(text, low, high, letter or "", int(factor or 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +193,10 @@ class ShapePattern:
 
     def values(self) -> list[int | str]:
         """Return the dimensions as a rule writes them."""
-        return [int(each.text) if each.text.isdigit() else each.text for each in self.dimensions]
+        return [int(size.text) if size.text.isdigit() else size.text for size in self.dimensions]
 
     def __str__(self) -> str:
-        return f"[{', '.join(each.text for each in self.dimensions)}]"
+        return f"[{', '.join(size.text for size in self.dimensions)}]"
 
 
 def _dimension_name(position: int) -> str:

@@ -10,7 +10,20 @@ from typing import Any
 from lora_fx.errors import Problem, RuleError, SourceSpan
 from lora_fx.rules import shipped
 from lora_fx.rules.globs import PatternError
-from lora_fx.rules.keys import LORA, MATCH, MODULE_NAMES, OPS, RULE, TOP, is_adapter_name
+from lora_fx.rules.keys import (
+    COUNT,
+    FLAG,
+    LORA,
+    MATCH,
+    MODULE_NAMES,
+    MOST_DIMENSIONS,
+    NOT_WITH_SKIP,
+    OP,
+    POSITIVE,
+    RULE,
+    TOP,
+    is_adapter_name,
+)
 from lora_fx.rules.nodes import NodeReader, number_hint
 from lora_fx.rules.patterns import DIMENSION_FORMS, Dimension, ShapePattern, parse_dimension
 from lora_fx.rules.ruleset import Expect, LoRAConfig, Match, Rule, RuleSet, TrainPattern
@@ -28,7 +41,7 @@ def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -
     if isinstance(rules, RuleSet):
         return rules
     if isinstance(rules, Mapping):
-        return _RuleReader(*read_mapping(rules, "rules")).read()
+        return _read(*read_mapping(rules, "rules"))
     if not isinstance(rules, (str, os.PathLike)):
         kind = type(rules).__name__
         raise RuleError("rules", [Problem(f"rules must be a path, a shipped name, a dict or a RuleSet, not {kind}")])
@@ -44,12 +57,16 @@ def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -
 
 def read_from(path: Path, name: str) -> RuleSet:
     """Return the rules of a file that messages call by a name."""
-    return _RuleReader(*read_file(path, name)).read()
+    return _read(*read_file(path, name))
+
+
+def _read(source: SourceText, root: YamlNode) -> RuleSet:
+    return _RuleReader(source).read(root)
 
 
 def _missing(name: str, path: Path) -> RuleError:
     folder = path.parent if path.parent.is_dir() else Path(".")
-    beside = [str(each) for pattern in ("*.yaml", "*.yml") for each in sorted(folder.glob(pattern))]
+    beside = [str(file) for suffix in ("yaml", "yml") for file in sorted(folder.glob(f"*.{suffix}"))]
     similar = nearest(name, [*beside, *shipped.names()])
     known = f"shipped: {', '.join(shipped.names())}"
     hint = f"did you mean {' or '.join(similar)}?  {known}" if similar else known
@@ -59,82 +76,66 @@ def _missing(name: str, path: Path) -> RuleError:
 class _RuleReader(NodeReader):
     """Reads the whole tree."""
 
-    def __init__(self, source: SourceText, root: YamlNode) -> None:
-        super().__init__(source)
-        self.root = root
-
-    def read(self) -> RuleSet:
-        found = self.mapping(self.root, "the rule file", TOP)
-        if "version" in found:
-            self._version(found["version"])
-        defaults = self._lora(found["defaults"], "defaults", {}) if "defaults" in found else {}
-        rules = self._rules(found["rules"], defaults) if "rules" in found else ()
-        train = self.several(found["train"], "train", self._train) if "train" in found else ()
+    def read(self, root: YamlNode) -> RuleSet:
+        """Return the rules of a tree; RuleError with all its problems."""
+        given = self.mapping(root, "the rule file", TOP)
+        if "version" in given:
+            self._version(given["version"])
+        defaults = self._lora(given["defaults"], "defaults", {}) if "defaults" in given else {}
+        rules = self._rules(given["rules"], defaults) if "rules" in given else ()
+        train = self.several(given["train"], "train", self._train) if "train" in given else ()
         self.source.raise_problems()
         return RuleSet(rules, train, self.source.name)
 
     def _version(self, node: YamlNode) -> None:
         version = TOP.keys["version"].schema["const"]
         if type(node.value) is not int or node.value != version:
-            self.problem(
-                node.span, f"version must be {version}, found {node.kind}", f"this lora_fx reads version {version}"
-            )
+            hint = f"this lora_fx reads version {version}"
+            self.problem(node.span, f"version must be {version}, found {node.kind}", hint)
 
     def _train(self, node: YamlNode, what: str) -> TrainPattern | None:
         pattern = self.pattern(node, what)
-        return None if pattern is None else TrainPattern(pattern, self._span(node))
-
-    def _span(self, node: YamlNode) -> SourceSpan:
-        return self.source.located(node.span)
+        return None if pattern is None else TrainPattern(pattern, self.source.located(node.span))
 
     # -- rules
 
     def _rules(self, node: YamlNode, defaults: dict[str, Any]) -> tuple[Rule, ...]:
-        if not node.items:
-            problem = "is an empty list" if node.items is not None else f"must be a list, found {node.kind}"
-            self.problem(node.span, f"rules {problem}")
-            return ()
-        rules = [self._rule(item, position, defaults) for position, item in enumerate(node.items, start=1)]
-        self._unique_names(node.items, rules)
+        nodes = self.several(node, "rules", lambda item, _: item)
+        rules = [self._rule(item, position, defaults) for position, item in enumerate(nodes, start=1)]
+        named: dict[str, Rule] = {}
+        for item, rule in zip(nodes, rules, strict=True):
+            if rule is not None and named.setdefault(rule.name, rule) is not rule:
+                line = named[rule.name].span.line
+                taken = f"the rule name '{rule.name}' is taken{f' (line {line})' if line else ''}"
+                self.problem(_span_in(item, "name"), taken)
         return tuple(rule for rule in rules if rule is not None)
 
-    def _unique_names(self, nodes: list[YamlNode], rules: list[Rule | None]) -> None:
-        seen: dict[str, Rule] = {}
-        for node, rule in zip(nodes, rules, strict=True):
-            if rule is None:
-                continue
-            if rule.name in seen:
-                where = f" (line {seen[rule.name].span.line})" if seen[rule.name].span.line else ""
-                self.problem(_span_in(node, "name"), f"the rule name '{rule.name}' is taken{where}")
-            seen.setdefault(rule.name, rule)
-
     def _rule(self, node: YamlNode, position: int, defaults: dict[str, Any]) -> Rule | None:
-        found = self.mapping(node, "a rule", RULE)
-        name = self.text(found["name"], "name") if "name" in found else f"rule {position}"
-        match = self._match(found["match"], name) if "match" in found else None
-        skip = self._skip(found["skip"]) if "skip" in found else None
-        if "skip" in found:
-            self._no_use_with_skip(found)
-        lora = self._lora(found["lora"], f"rule '{name}'", defaults) if "lora" in found else defaults
-        slices = read_slices(self, found["slices"]) if "slices" in found else None
-        expect = self._expect(found["expect"]) if "expect" in found else Expect()
+        given = self.mapping(node, "a rule", RULE)
+        name = self.text(given["name"], "name") if "name" in given else f"rule {position}"
+        match = self._match(given["match"], name) if "match" in given else None
+        skip = self._skip(given) if "skip" in given else None
+        lora = self._lora(given["lora"], f"rule '{name}'", defaults) if "lora" in given else defaults
+        slices = read_slices(self, given["slices"]) if "slices" in given else None
+        expect = self._expect(given["expect"]) if "expect" in given else Expect()
         if match is None:
             return None
-        config = None if "skip" in found else LoRAConfig(**lora)
-        per_call = "per_call" in found and bool(self.boolean(found["per_call"], "per_call"))
-        span, pattern = self._span(node), self._span(_pattern_in(found["match"]))
+        config = None if "skip" in given else LoRAConfig(**lora)
+        per_call = "per_call" in given and bool(self.typed(given["per_call"], "per_call", FLAG))
+        span, pattern = (self.source.located(part.span) for part in (node, _pattern_in(given["match"])))
         return Rule(name, match, config, skip, slices, expect, span, pattern, per_call)
 
-    def _skip(self, node: YamlNode) -> str:
-        if isinstance(node.value, bool):
-            self.problem(node.span, "skip needs a reason", 'write why: skip: "tied to the token embedding"')
-            return ""
-        return self.text(node, "skip")
-
-    def _no_use_with_skip(self, found: dict[str, YamlNode]) -> None:
-        for key in ("lora", "slices", "per_call"):
-            if key in found:
-                self.problem(found[key].span, f"a rule that skips cannot have '{key}'", "take one of the two away")
+    def _skip(self, given: dict[str, YamlNode]) -> str:
+        reason = ""
+        if isinstance(given["skip"].value, bool):
+            hint = 'write why: skip: "tied to the token embedding"'
+            self.problem(given["skip"].span, "skip needs a reason", hint)
+        else:
+            reason = self.text(given["skip"], "skip")
+        for key in NOT_WITH_SKIP:
+            if key in given:
+                self.problem(given[key].span, f"a rule that skips cannot have '{key}'", "take one of the two away")
+        return reason
 
     def _expect(self, node: YamlNode) -> Expect:
         if node.value == "any":
@@ -142,30 +143,29 @@ class _RuleReader(NodeReader):
         if isinstance(node.value, str):
             self.problem(node.span, f"expect must be an integer or any, found {node.kind}", number_hint(node))
             return Expect()
-        number = self.integer(node, "expect", RULE.keys["expect"].schema["anyOf"][0]["minimum"])
+        number = self.typed(node, "expect", COUNT)
         return Expect() if number is None else Expect(number, number)
 
     # -- match
 
     def _match(self, node: YamlNode, rule: str) -> Match:
-        found = self.mapping(node, f"match of rule '{rule}'", MATCH)
+        given = self.mapping(node, f"match of rule '{rule}'", MATCH)
         if node.pairs is not None and not node.pairs:
             self.problem(node.span, "match is empty", f"give at least one of {', '.join(MATCH.keys)}")
         return Match(
-            name=self.one_or_more(found["name"], "name", self.pattern) if "name" in found else (),
-            shape=self._shape(found["shape"]) if "shape" in found else None,
-            op=self.one_or_more(found["op"], "op", self._op) if "op" in found else (),
-            cls=self.one_or_more(found["class"], "class", self.pattern) if "class" in found else (),
+            name=self.one_or_more(given["name"], "name", self.pattern) if "name" in given else (),
+            shape=self._shape(given["shape"]) if "shape" in given else None,
+            op=self.one_or_more(given["op"], "op", self._op) if "op" in given else (),
+            cls=self.one_or_more(given["class"], "class", self.pattern) if "class" in given else (),
         )
 
-    def _op(self, node: YamlNode, what: str) -> str | None:
-        return self.choice(node, what, OPS)
+    def _op(self, node: YamlNode, what: str) -> Any:
+        return self.typed(node, what, OP)
 
     def _shape(self, node: YamlNode) -> ShapePattern | None:
         dimensions = self.several(node, "shape", self._dimension)
-        most = MATCH.keys["shape"].schema["maxItems"]
-        if node.items is not None and len(node.items) > most:
-            self.problem(node.span, f"shape has {len(node.items)} dimensions; a weight has at most {most}")
+        if node.items is not None and len(node.items) > MOST_DIMENSIONS:
+            self.problem(node.span, f"shape has {len(node.items)} dimensions; a weight has at most {MOST_DIMENSIONS}")
         return ShapePattern(dimensions) if dimensions else None
 
     def _dimension(self, node: YamlNode, what: str) -> Dimension | None:
@@ -173,8 +173,7 @@ class _RuleReader(NodeReader):
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             self.problem(node.span, f"a size in shape cannot be {node.kind}", f"forms: {DIMENSION_FORMS}")
             return None
-        if isinstance(value, int) and value < 1:
-            self.problem(node.span, f"a size in shape must be at least 1, found {value}")
+        if isinstance(value, int) and self.typed(node, "a size in shape", POSITIVE) is None:
             return None
         try:
             return parse_dimension(value)
@@ -186,12 +185,12 @@ class _RuleReader(NodeReader):
 
     def _lora(self, node: YamlNode, what: str, defaults: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of a LoRAConfig on top of the defaults."""
-        found = self.mapping(node, what if what == "defaults" else f"lora of {what}", LORA)
-        values = {key: self._lora_value(value, key) for key, value in found.items()}
+        given = self.mapping(node, what if what == "defaults" else f"lora of {what}", LORA)
+        values = {
+            key: self._adapter(value) if key == "adapter" else self.typed(value, key, LORA.keys[key].schema)
+            for key, value in given.items()
+        }
         return defaults | {key: value for key, value in values.items() if value is not None}
-
-    def _lora_value(self, node: YamlNode, key: str) -> Any:
-        return self._adapter(node) if key == "adapter" else self.typed(node, key, LORA.keys[key].schema)
 
     def _adapter(self, node: YamlNode) -> str | None:
         value = self.text(node, "adapter")
@@ -206,10 +205,10 @@ class _RuleReader(NodeReader):
 def _pattern_in(match: YamlNode) -> YamlNode:
     """Return what a match looks for: its name or else its first value; of a list the first."""
     values = {key.value: value for key, value in match.pairs or ()}
-    found = values.get("name") or next(iter(values.values()), match)
-    return found.items[0] if found.items else found
+    pattern = values.get("name") or next(iter(values.values()), match)
+    return pattern.items[0] if pattern.items else pattern
 
 
 def _span_in(node: YamlNode, key: str) -> SourceSpan:
     """Return where a key's value stands in a mapping; the mapping's own span if the key is not there."""
-    return next((value.span for each, value in node.pairs or () if each.value == key), node.span)
+    return next((value.span for name, value in node.pairs or () if name.value == key), node.span)

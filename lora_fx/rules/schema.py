@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from lora_fx.rules.keys import LORA, MATCH, RULE, SLICES, TOP, Table
+from lora_fx.rules.keys import LORA, MATCH, NOT_WITH_SKIP, RULE, SLICES, TOP, Schema, Table
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> Schema:
     """Return the schema (JSON Schema, draft 2020-12)."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -20,13 +19,13 @@ def json_schema() -> dict[str, Any]:
             "slices": _object(SLICES),
             "rule": {
                 **_object(RULE),
-                "not": {"anyOf": [{"required": ["skip", other]} for other in ("lora", "slices", "per_call")]},
+                "not": {"anyOf": [{"required": ["skip", other]} for other in NOT_WITH_SKIP]},
             },
         },
     }
 
 
-def _object(table: Table) -> dict[str, Any]:
+def _object(table: Table) -> Schema:
     return {
         "type": "object",
         "additionalProperties": False,
