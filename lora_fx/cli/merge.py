@@ -35,7 +35,7 @@ def command(
 
     BASE and ADAPTERS are directories and stay unchanged; the directory given by -o is written, in bounded memory.
     """
-    from lora_fx.files.checkpoint.streaming import Options, merge_files
+    from lora_fx.files.checkpoint.streaming import MergeOptions, merge_files
 
     with click.progressbar(length=1, label="merging", hidden=no_progress, file=sys.stderr) as bar:
 
@@ -43,5 +43,5 @@ def command(
             bar.length = total
             bar.update(done - bar.pos)
 
-        report = merge_files(base, adapters, output, Options(out_dtype, rounding, seed), progress)
+        report = merge_files(base, adapters, output, MergeOptions(out_dtype, rounding, seed), progress)
     show(report.to_json() if form == "json" else report.text(everything))
