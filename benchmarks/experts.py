@@ -115,7 +115,7 @@ def saved_bytes(model: nn.Module, x: Tensor, weights: bool = False) -> int:
 
 def peak_bytes(model: nn.Module, x: Tensor) -> int:
     """Return the most bytes that were live at once of what both passes make."""
-    return counters.peak_bytes(lambda: step(model, x))
+    return counters.tallied(lambda: step(model, x)).peak
 
 
 def times(base: nn.Module, again: nn.Module, tuned: nn.Module, x: Tensor, rounds: int) -> Timing:

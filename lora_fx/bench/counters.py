@@ -45,28 +45,18 @@ def counted(step: Work, forward: Work, own: Iterable[Tensor]) -> Counts:
         forward: the forward pass alone.
         own: parameters and buffers of the model.
     """
-    tally = _tallied(step)
+    tally = tallied(step)
     return Counts(tally.flops, saved_bytes(forward, own), tally.peak, tally.calls)
 
 
 def flops(step: Work) -> int:
     """Return the FLOPs of a step; a multiplication with its addition is two."""
-    return _tallied(step).flops
-
-
-def aten_calls(step: Work) -> int:
-    """Return how many operators of torch a step calls."""
-    return _tallied(step).calls
-
-
-def peak_bytes(step: Work) -> int:
-    """Return the most bytes that were live at once of the storages that a step makes."""
-    return _tallied(step).peak
+    return tallied(step).flops
 
 
 def saved_bytes(forward: Work, own: Iterable[Tensor] = ()) -> int:
     """Return the bytes that autograd keeps of a forward pass, every storage once; those of `own` are left out."""
-    left_out = {each.untyped_storage()._cdata for each in own}
+    left_out = {tensor.untyped_storage()._cdata for tensor in own}
     kept: dict[int, tuple[Tensor, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -97,7 +87,7 @@ def no_collection() -> Iterator[None]:
 def frozen_heap() -> Iterator[None]:
     """Let collections of garbage look at what is made from now on only: with large libraries loaded they are slow."""
     gc.collect()
-    ours = gc.get_freeze_count() == 0  # whoever has frozen it wants it to stay so
+    ours = gc.get_freeze_count() == 0  # what others have frozen stays frozen
     if ours:
         gc.freeze()
     try:
@@ -107,31 +97,34 @@ def frozen_heap() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _tallied(step: Work) -> _Tally:
-    tally = _Tally()
+def tallied(step: Work) -> Tally:
+    """Return the sums of what a step does; it runs once."""
+    tally = Tally()
     with no_collection(), tally:
         step()
     return tally
 
 
-class _Tally(DispatchMode):  # type: ignore[no-untyped-call]
+class Tally(DispatchMode):  # type: ignore[no-untyped-call]
     """Adds up operators, their FLOPs, and the bytes of the storages that are made, less those that go."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = self.calls = self.peak = 0
+        self.flops = self.calls = 0
+        self.peak = 0
+        """The most bytes that were live at once of the storages that the step makes."""
         self._now = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {each.untyped_storage()._cdata for each in tensors_in((args, kwargs))}
+        before = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         self.calls += 1
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        for each in tensors_in(result):
-            self._add(each, before)
+        for tensor in tensors_in(result):
+            self._add(tensor, before)
         self.peak = max(self.peak, self._now)
         return result
 
@@ -153,12 +146,9 @@ def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * a.shape[0] * a.shape[1] * int(b.shape[-1])
 
 
-def _matrix_vector(matrix: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * matrix.numel()
-
-
-def _added_matrix_vector(_: Tensor, matrix: Tensor, *__: Any, **___: Any) -> int:
-    return 2 * matrix.numel()
+def _matrix_vector(*tensors: Tensor, **_: Any) -> int:
+    """The last two are multiplied; what stands before them is added."""
+    return 2 * tensors[-2].numel()
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
@@ -168,10 +158,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         **known,
         aten.addmm_: known[aten.addmm],
         aten.baddbmm_: known[aten.baddbmm],
-        aten.mv: _matrix_vector,
-        aten.dot: _matrix_vector,
-        aten.addmv: _added_matrix_vector,
-        aten.addmv_: _added_matrix_vector,
+        **dict.fromkeys((aten.mv, aten.dot, aten.addmv, aten.addmv_), _matrix_vector),
         aten._grouped_mm: _grouped,
         aten._scaled_dot_product_flash_attention_for_cpu: known[aten._scaled_dot_product_flash_attention],
         aten._scaled_dot_product_flash_attention_for_cpu_backward: known[

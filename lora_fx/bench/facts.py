@@ -16,6 +16,8 @@ from lora_fx.graphdiff.render.text import folded
 from lora_fx.models.samples import Sample
 from lora_fx.tuned.report import RegionReport, Report, report
 
+_CPUS = Path("/proc/cpuinfo")
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -58,16 +60,16 @@ def setting_of(base: FrozenBase, ours: Subject, rules: str, before: Report) -> S
         before: of the adapted model, from before it was measured.
     """
     inspected = report(ours.model)
-    kinds = {each.dtype for each in base.model.parameters() if each.is_floating_point()}
+    kinds = {weight.dtype for weight in base.model.parameters() if weight.is_floating_point()}
     sample = (base.sample.args, base.sample.kwargs)
     return Setting(
         model=type(base.model).__name__,
         rules=rules,
         sites=len(inspected.sites),
-        in_graphs=sum(each.backend == "graph" for each in inspected.sites),
+        in_graphs=sum(site.backend == "graph" for site in inspected.sites),
         trainable=inspected.trainable,
         dtype=", ".join(sorted(map(_name, kinds))),
-        inputs=tuple(f"{_name(each.dtype)} {list(each.shape)}" for each in tensors_of(sample)),
+        inputs=tuple(f"{_name(given.dtype)} {list(given.shape)}" for given in tensors_of(sample)),
         tokens=_tokens(base.sample),
         notes=tuple(_notes(before.regions, inspected.regions)),
     )
@@ -81,20 +83,19 @@ def _tokens(sample: Sample) -> int | None:
     first = next(tensors_of((sample.args, sample.kwargs)), None)
     if first is None:
         return None
-    if first.is_floating_point():
-        return first.shape[:-1].numel() if first.dim() in (2, 3) else None
-    return first.numel() if first.dim() in (1, 2) else None
+    rows = first.shape[:-1] if first.is_floating_point() else first.shape
+    return rows.numel() if len(rows) in (1, 2) else None
 
 
 def _notes(before: Sequence[RegionReport], after: Sequence[RegionReport]) -> Iterator[str]:
     """Yield why graphs were not used although they are there: what was measured is not theirs then."""
-    found: dict[str, list[str]] = {}
+    asides: dict[str, list[str]] = {}
     for first, last in zip(before, after, strict=True):
         for reason, number in last.misses.items():
             if number > first.misses.get(reason, 0):
                 why = "; ".join([reason, *last.failures])
-                found.setdefault(why, []).append(last.path or "(root)")
-    for why, paths in found.items():
+                asides.setdefault(why, []).append(last.path or "(root)")
+    for why, paths in asides.items():
         yield f"graphs stood aside in {folded(paths)}: {why}"
 
 
@@ -122,9 +123,6 @@ def _processor(kind: str) -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-_CPUS = Path("/proc/cpuinfo")
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter."""
-    return next((each.device for each in model.parameters()), torch.device("cpu"))
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))

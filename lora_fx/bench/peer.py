@@ -66,15 +66,15 @@ def peft_model(model: nn.Module, tuned: nn.Module) -> Any:
 def _check(tuned: nn.Module) -> None:
     sites = list(all_attached(tuned))
     refusals = dict(refused(tuned))
-    refusals |= {path: "PEFT cannot adapt parts of a weight" for path, found in sites if found.spec.parts}
-    dropouts = {found.spec.lora.dropout for _, found in sites}
+    refusals |= {path: "PEFT cannot adapt parts of a weight" for path, adapter in sites if adapter.spec.parts}
+    dropouts = {adapter.spec.lora.dropout for _, adapter in sites}
     if len(dropouts) > 1:
-        refusals |= {path: f"dropout {found.spec.lora.dropout}: PEFT has one for all" for path, found in sites}
+        refusals |= {path: f"dropout {adapter.spec.lora.dropout}: PEFT has one for all" for path, adapter in sites}
     if dropouts - {0.0}:
-        raw = [path for path, found in sites if not found.spec.path_is_owner]
+        raw = [path for path, adapter in sites if not adapter.spec.path_is_owner]
         refusals |= dict.fromkeys(raw, "PEFT has no dropout on raw parameters")
-    if len({found.spec.adapter for _, found in sites}) > 1:
-        refusals |= {path: f"adapter '{found.spec.adapter}': only one is compared" for path, found in sites}
+    if len({adapter.spec.adapter for _, adapter in sites}) > 1:
+        refusals |= {path: f"adapter '{adapter.spec.adapter}': only one is compared" for path, adapter in sites}
     if refusals:
         raise RefusedError(
             "PEFT cannot be compared with these rules",
@@ -87,12 +87,12 @@ def _check_loaded(described: Described, model: nn.Module, unexpected: list[str])
     adapted = sum(".lora_" in name for name, _ in model.named_parameters())
     wanted = sum(".lora_" in name for name in described.tensors)
     if unexpected or adapted != wanted:
-        found = (f"{len(described.tensors)} tensors", f"PEFT has taken them for {adapted} factors")
-        raise InvariantError("PEFT has adapted other sites", [found, *((name, "left over") for name in unexpected)])
+        taken = (f"{len(described.tensors)} tensors", f"PEFT has taken them for {adapted} factors")
+        raise InvariantError("PEFT has adapted other sites", [taken, *((name, "left over") for name in unexpected)])
 
 
 def check_parity(ours: Subject, theirs: Subject) -> float:
-    """Return the largest difference of outputs and of gradients (input, factors), over the largest value of each.
+    """Return the largest difference of outputs and of gradients (input, factors), each over its own largest value.
 
     Both are compared without dropout, and are in train mode again afterwards.
 
@@ -121,11 +121,11 @@ def _observed(subject: Subject) -> dict[str, Tensor]:
     with torch.no_grad():
         output = subject.model(*subject.sample.args, **subject.sample.kwargs)
     subject.step()
-    found = {f"output {number}": each for number, each in enumerate(floating(output))}
-    found |= dict(_gradients(subject))
+    values = {f"output {number}": tensor for number, tensor in enumerate(floating(output))}
+    values |= dict(_gradients(subject))
     subject.model.train()
     subject.model.zero_grad(set_to_none=True)
-    return {name: each.detach().double() for name, each in found.items()}
+    return {name: tensor.detach().double() for name, tensor in values.items()}
 
 
 def _gradients(subject: Subject) -> Iterator[tuple[str, Tensor]]:
@@ -138,5 +138,5 @@ def _gradients(subject: Subject) -> Iterator[tuple[str, Tensor]]:
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     """Return the least precise of the dtypes of a model's floating point parameters."""
-    kinds = {each.dtype for each in model.parameters() if each.dtype in TOLERANCE}
+    kinds = {weight.dtype for weight in model.parameters() if weight.dtype in TOLERANCE}
     return max(kinds, key=lambda kind: TOLERANCE[kind])

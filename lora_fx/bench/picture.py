@@ -49,23 +49,23 @@ def report_html(report: BenchReport) -> str:
 
 
 def panels(report: BenchReport) -> list[tuple[str, list[Mark]]]:
-    """Return (title, ratios) for time, where it was measured, and for each counter."""
+    """Return (title, ratios) for time, where it was measured, and for the counters; the lower bound is left out."""
     names = [name for name in report.counts if name != LB]
-    found = []
+    shown = []
     if report.timing is not None:
         ratios = [(name, report.timing.ratios[name]) for name in names]
-        found.append(("time", [Mark(name, each.ratio, each.low, each.high, each.text()) for name, each in ratios]))
+        shown.append(("time", [Mark(name, time.ratio, time.low, time.high, time.text()) for name, time in ratios]))
     for number, title in enumerate(HEADS):
         values = [(name, report.relative(name)[number]) for name in names]
-        finite = [(name, each) for name, each in values if math.isfinite(each)]
-        found.append((title, [Mark(name, each, each, each, f"{each:.3f}") for name, each in finite]))
-    return found
+        finite = [(name, ratio) for name, ratio in values if math.isfinite(ratio)]
+        shown.append((title, [Mark(name, ratio, ratio, ratio, f"{ratio:.3f}") for name, ratio in finite]))
+    return shown
 
 
 def _figure(title: str, marks: Sequence[Mark], void: bool) -> str:
-    label = f"{title} over the lower bound: " + "; ".join(f"{each.name} {each.text}" for each in marks)
+    label = f"{title} over the lower bound: " + "; ".join(f"{mark.name} {mark.text}" for mark in marks)
     width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _ROW * len(marks) + 8
-    drawn = _axis(title, marks, height) + "".join(_mark(each, k, _scale(marks)) for k, each in enumerate(marks))
+    drawn = _axis(title, marks, height) + "".join(_mark(mark, k, _scale(marks)) for k, mark in enumerate(marks))
     svg = (
         f'<svg class="ratios{" void" if void else ""}" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-label="{escape(label)}">{drawn}</svg>'
@@ -75,7 +75,7 @@ def _figure(title: str, marks: Sequence[Mark], void: bool) -> str:
 
 def _scale(marks: Sequence[Mark]) -> tuple[float, float]:
     """Return the least and the largest ratio that a picture has room for; 1 is among them."""
-    least, most = min(1.0, *(each.low for each in marks)), max(1.0, *(each.high for each in marks))
+    least, most = min(1.0, *(mark.low for mark in marks)), max(1.0, *(mark.high for mark in marks))
     margin = 0.05 * max(most - least, 0.05)
     return least - margin, most + margin
 
@@ -99,7 +99,7 @@ def _axis(title: str, marks: Sequence[Mark], height: int) -> str:
 
 def _mark(mark: Mark, row: int, scale: tuple[float, float]) -> str:
     y = _TOP + _ROW * row + 8
-    middle, low, high = (_place(each, scale) for each in (mark.ratio, mark.low, mark.high))
+    middle, low, high = (_place(ratio, scale) for ratio in (mark.ratio, mark.low, mark.high))
     return (
         f"<g><title>{escape(f'{mark.name} {mark.text}')}</title>"
         f'<text x="4" y="{y + 4}">{escape(mark.name)}</text>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from lora_fx.bench.counters import Counts
 from lora_fx.bench.facts import MachineFacts, Setting
@@ -19,7 +19,7 @@ TIME_HEADS = ("time [95 %]", "min/min", "processor")
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """What a step costs, by subject; all ratios are to the lower bound LB."""
+    """What `bench` returns: what a step costs, by subject; all ratios are to the lower bound LB."""
 
     setting: Setting
     machine: MachineFacts
@@ -34,15 +34,9 @@ class BenchReport:
         """Why the times say nothing; empty if they do, or there are none."""
         return self.timing.void if self.timing is not None else ""
 
-    def relative(self, name: str) -> tuple[float, float, float, float]:
+    def relative(self, name: str) -> tuple[float, ...]:
         """Return FLOPs, saved bytes, peak bytes and operator calls of a subject over those of LB."""
-        first, own = self.counts[LB], self.counts[name]
-        return (
-            _over(own.flops, first.flops),
-            _over(own.saved_bytes, first.saved_bytes),
-            _over(own.peak_bytes, first.peak_bytes),
-            _over(own.aten_calls, first.aten_calls),
-        )
+        return tuple(map(_over, astuple(self.counts[name]), astuple(self.counts[LB])))
 
     @property
     def excess_removed(self) -> float | None:
@@ -75,7 +69,7 @@ class BenchReport:
             yield from (_flops_text(first.flops), size_text(first.saved_bytes), size_text(first.peak_bytes))
             yield str(first.aten_calls)
         else:
-            yield from (f"{each:.3f}" for each in self.relative(name))
+            yield from (f"{ratio:.3f}" for ratio in self.relative(name))
 
     def remarks(self) -> Iterator[str]:
         """Yield what stands under the table: the control, what was left out, parity, notes."""
@@ -88,7 +82,7 @@ class BenchReport:
             yield f"of the time that PEFT takes above LB, lora_fx takes {100 * (1 - self.excess_removed):.0f} %"
         if self.parity is not None:
             yield f"outputs and gradients of lora_fx and PEFT differ by {self.parity:.1e} of the largest value"
-        yield from (f"note: {each}" for each in self.setting.notes)
+        yield from (f"note: {note}" for note in self.setting.notes)
 
     def to_json(self) -> str:
         """Return the report as JSON: all numbers, and the machine that they were measured on."""
@@ -96,26 +90,16 @@ class BenchReport:
 
     def to_dict(self) -> dict[str, object]:
         """Return what `to_json` writes."""
+        timing = None if self.timing is None else asdict(self.timing) | {"excess_removed": self.excess_removed}
+        ratios = timing.pop("ratios") if timing is not None else dict.fromkeys(self.counts)
+        subjects = [{"name": k, "counts": asdict(counts), "time": ratios[k]} for k, counts in self.counts.items()]
         return {
             "schema_version": 1,
             "setting": asdict(self.setting),
             "machine": asdict(self.machine),
-            "subjects": [self._subject(name) for name in self.counts],
-            "timing": None if self.timing is None else self._timing(self.timing),
+            "subjects": subjects,
+            "timing": timing,
             "parity": self.parity,
-        }
-
-    def _subject(self, name: str) -> dict[str, object]:
-        ratio = None if self.timing is None else asdict(self.timing.ratios[name])
-        return {"name": name, "counts": asdict(self.counts[name]), "time": ratio}
-
-    def _timing(self, timing: Timing) -> dict[str, object]:
-        return {
-            "rounds": timing.rounds,
-            "discarded": timing.discarded,
-            "control": asdict(timing.control),
-            "void": timing.void,
-            "excess_removed": self.excess_removed,
         }
 
 

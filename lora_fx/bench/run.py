@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from lora_fx.bench.facts import device_of, machine_of, setting_of
 from lora_fx.bench.peer import check_parity, peft_subject, require_peft
 from lora_fx.bench.report import BenchReport
 from lora_fx.bench.subjects import AGAIN, LB, MODULES, OURS, PEFT, FrozenBase, Subject, copy_adapters
-from lora_fx.bench.timing import summarised, timed
+from lora_fx.bench.timing import Progress, summarised, timed
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.tuned import report
@@ -24,7 +24,6 @@ SEED = 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CAPTURES = 2
 """Steps after which an adapted model has captured what it will capture."""
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +65,20 @@ def bench(
     wanted = options if options is not None else BenchOptions()
     if wanted.peer is not None:
         require_peft()
-    read, told = read_rules(rules), progress if progress is not None else _untold
+    read, done = read_rules(rules), progress if progress is not None else _unseen
     with _settled(wanted.threads), frozen_heap():
         base = FrozenBase.of(model, example_inputs, wanted.dtype)
         ours = base.adapted(OURS, read)
         subjects = list(_subjects(base, ours, read, wanted))
-        parity = next((check_parity(ours, each) for each in subjects if each.name == PEFT), None)
+        parity = next((check_parity(ours, peer) for peer in subjects if peer.name == PEFT), None)
         before = _warm(ours)
         jobs = len(subjects) + wanted.rounds
-        counts = {each.name: _counted(each, told, number, jobs) for number, each in enumerate(subjects, 1)}
+        counts = {subject.name: _counted(subject, done, number, jobs) for number, subject in enumerate(subjects, 1)}
         timing = None
         if wanted.rounds:
-            steps = {each.name: each.step for each in subjects}
-            rounds = timed(
-                steps,
-                wanted.rounds,
-                device=device_of(base.model).type,
-                progress=lambda done, _: told(len(subjects) + done, jobs),
-            )
+            steps = {subject.name: subject.step for subject in subjects}
+            device = device_of(base.model).type
+            rounds = timed(steps, wanted.rounds, device=device, progress=lambda k, _: done(len(subjects) + k, jobs))
             timing = summarised(rounds, LB, AGAIN)
     counts.pop(AGAIN)
     setting = setting_of(base, ours, read.source, before)
@@ -97,8 +92,8 @@ def _warm(ours: Subject) -> report.Report:
     return report.report(ours.model)
 
 
-def _untold(done: int, total: int) -> None:
-    """Tell nobody."""
+def _unseen(done: int, total: int) -> None:
+    """Show no progress."""
 
 
 def _subjects(base: FrozenBase, ours: Subject, rules: RuleSet, options: BenchOptions) -> Iterator[Subject]:
@@ -115,9 +110,9 @@ def _subjects(base: FrozenBase, ours: Subject, rules: RuleSet, options: BenchOpt
 
 def _counted(subject: Subject, progress: Progress, number: int, jobs: int) -> Counts:
     subject.step()  # what a first step makes for all others is not a step's own
-    found = counted(subject.step, subject.forward, subject.own())
+    counts = counted(subject.step, subject.forward, subject.own())
     progress(number, jobs)
-    return found
+    return counts
 
 
 @contextlib.contextmanager
@@ -131,8 +126,3 @@ def _settled(threads: int) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-def dtype_named(name: str | None) -> torch.dtype | None:
-    """Return the dtype of a name such as `bfloat16`."""
-    return None if name is None else DTYPES[name]

@@ -70,7 +70,7 @@ def loss_of(output: object) -> Tensor:
 
 def floating(value: Any) -> Iterator[Tensor]:
     """Yield the floating point tensors in a value, in order."""
-    return (each for each in tensors_of(value) if each.is_floating_point())
+    return (tensor for tensor in tensors_of(value) if tensor.is_floating_point())
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -85,8 +85,8 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
         held = vars(value).values()
     elif not isinstance(value, (tuple, list)):
         return
-    for each in held:
-        yield from tensors_of(each)
+    for part in held:
+        yield from tensors_of(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +142,8 @@ class FrozenBase:
     def adapted(self, name: str, rules: Rules, backend: ChosenBackend = "auto") -> Subject:
         """Return the base with adapters by the rules, B random."""
         tuned = apply(self.model, rules, _leafed(self.sample)[0], backend)
-        for _, found in all_attached(tuned):
-            nn.init.normal_(found.lora_B.weight, std=SPREAD)
+        for _, adapter in all_attached(tuned):
+            nn.init.normal_(adapter.lora_B.weight, std=SPREAD)
         return self.subject(name, tuned)
 
     def subject(self, name: str, model: nn.Module) -> Subject:
@@ -191,11 +191,11 @@ def _leafed(sample: Sample) -> tuple[Sample, Tensor | None]:
     if first is None:
         return sample, None
     leaf = first.detach().clone().requires_grad_()
-    return _mapped(sample, lambda each: leaf if each is first else each), leaf
+    return _mapped(sample, lambda tensor: leaf if tensor is first else tensor), leaf
 
 
 def _converted(sample: Sample, dtype: torch.dtype) -> Sample:
-    return _mapped(sample, lambda each: each.to(dtype) if each.is_floating_point() else each)
+    return _mapped(sample, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def _mapped(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:

@@ -8,7 +8,7 @@ machine was not fit to measure anything, and the run is void.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class Rounds:
     """Whether the work is done by the processor, whose time then shows whether it was alone."""
 
     def calm(self) -> NDArray[np.bool_]:
-        """Return which rounds nobody disturbed; on other devices that cannot be seen, and all count."""
+        """Return which rounds went undisturbed; on other devices that cannot be seen, and all count."""
         if not self.on_processor:
             return np.ones(len(self.wall), dtype=bool)
         return np.asarray(np.all(self.wall <= CONTENDED * self.processor, axis=1), dtype=np.bool_)
@@ -144,9 +144,10 @@ def summarised(rounds: Rounds, reference: str, control: str) -> Timing:
     """
     calm = rounds.calm()
     kept = calm if calm.any() else np.ones_like(calm)
-    ratios = dict(_ratios(rounds, kept, reference))
-    found = ratios.pop(control)
-    return Timing(ratios, len(calm), int((~calm).sum()), found, _void(found, calm))
+    first = rounds.names.index(reference)
+    ratios = {name: _ratio(rounds, kept, index, first) for index, name in enumerate(rounds.names)}
+    other = ratios.pop(control)
+    return Timing(ratios, len(calm), int((~calm).sum()), other, _void(other, calm))
 
 
 def _void(control: Ratio, calm: NDArray[np.bool_]) -> str:
@@ -157,23 +158,18 @@ def _void(control: Ratio, calm: NDArray[np.bool_]) -> str:
     return ""
 
 
-def _ratios(rounds: Rounds, kept: NDArray[np.bool_], reference: str) -> Iterator[tuple[str, Ratio]]:
-    wall, processor = rounds.wall[kept], rounds.processor[kept]
-    first = rounds.names.index(reference)
-    for index, name in enumerate(rounds.names):
-        paired = wall[:, index] / wall[:, first]
-        low, high = interval(paired)
-        yield (
-            name,
-            Ratio(
-                ratio=float(np.median(paired)),
-                low=low,
-                high=high,
-                least=float(wall[:, index].min() / wall[:, first].min()),
-                processor=float(np.median(processor[:, index] / processor[:, first])),
-                seconds=float(np.median(wall[:, index])),
-            ),
-        )
+def _ratio(rounds: Rounds, kept: NDArray[np.bool_], index: int, first: int) -> Ratio:
+    """Return the ratio of one subject to another in the rounds that are kept."""
+    wall, base = rounds.wall[kept, index], rounds.wall[kept, first]
+    low, high = interval(wall / base)
+    return Ratio(
+        ratio=float(np.median(wall / base)),
+        low=low,
+        high=high,
+        least=float(wall.min() / base.min()),
+        processor=float(np.median(rounds.processor[kept, index] / rounds.processor[kept, first])),
+        seconds=float(np.median(wall)),
+    )
 
 
 def interval(values: Spent) -> tuple[float, float]:

@@ -46,11 +46,11 @@ def command(
     sizes = _sizes(tokens)
     read = rules_of(rules)  # a misspelt rule is an error before torch is imported
     from lora_fx.bench.picture import report_html
-    from lora_fx.bench.run import BenchOptions, bench, dtype_named
+    from lora_fx.bench.run import DTYPES, BenchOptions, bench
     from lora_fx.cli.models.runnable import runnable
 
     built, inputs = runnable(model, sizes)
-    options = BenchOptions(peer, 0 if no_time else rounds, threads, dtype_named(dtype))
+    options = BenchOptions(peer, 0 if no_time else rounds, threads, None if dtype is None else DTYPES[dtype])
     with progress_bar("measuring", no_progress) as progress:
         report = bench(built, read, inputs, options, progress)
     forms = {"json": report.to_json, "html": lambda: report_html(report), "text": report.__str__}

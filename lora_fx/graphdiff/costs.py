@@ -7,7 +7,7 @@ two; products of activations with each other (attention's scores) are not counte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, fx, nn
 
@@ -26,20 +26,23 @@ _PRODUCTS = frozenset(
 
 def weights_in(module: nn.Module) -> dict[str, Weight]:
     """Return the facts of every parameter of a module, by name; one that has several names is there under each."""
-    return {name: weight_of(each) for name, each in module.named_parameters(remove_duplicate=False)}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: Weight(tuple(weight.shape), str(weight.dtype).removeprefix("torch.")) for name, weight in named}
 
 
-def weight_of(tensor: Tensor) -> Weight:
-    return Weight(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+def totals(parameters: Iterable[Tensor]) -> tuple[int, int]:
+    """Return how many elements parameters have, and the bytes that they take."""
+    sizes = [(parameter.numel(), parameter.numel() * parameter.element_size()) for parameter in parameters]
+    return sum(number for number, _ in sizes), sum(size for _, size in sizes)
 
 
 def called_flops(module: nn.Module, spec: AdapterSpec | None) -> int:
-    """Return the operations of calling a module, with its adapter if it has one."""
+    """Return the operations of calling a module, with the adapter of that spec if it has one."""
     kind = kind_of(module)
     if kind is not None:
         base = 0 if kind.op == "embedding" else 2 * math.prod(kind.shape)
         return base + adapter_flops(spec)
-    return sum(2 * each.numel() for name, each in module.named_parameters() if each.dim() > 1 and _is_base(name))
+    return sum(2 * weight.numel() for name, weight in module.named_parameters() if weight.dim() > 1 and _is_base(name))
 
 
 def _is_base(name: str) -> bool:
@@ -47,7 +50,7 @@ def _is_base(name: str) -> bool:
 
 
 def adapter_flops(spec: AdapterSpec | None) -> int:
-    """Return the operations of a low-rank product."""
+    """Return the operations of a low-rank product, 2 r (m + n): those of x Aᵀ and of its product with Bᵀ."""
     if spec is None:
         return 0
     _, (rows, columns) = spec.matrices
@@ -55,26 +58,30 @@ def adapter_flops(spec: AdapterSpec | None) -> int:
 
 
 def product_flops(node: fx.Node, module: nn.Module, spec: AdapterSpec | None) -> int:
-    """Return the operations of a function that takes weights: none unless it is a product."""
+    """Return the operations of a function that takes weights: none unless it is a product.
+
+    Args:
+        node: of a graph over the module.
+        module: that owns the weights.
+        spec: of the adapter that the node shows.
+    """
     if name_of(node.target) not in _PRODUCTS:
         return adapter_flops(spec) if spec is not None and spec.op == "embedding" else 0
     weights = dict(_weights_seen(node, module))
     banked = "conv" not in name_of(node.target)  # a row meets one member of a bank
-    matrices = sum(
-        2 * (each.shape[-2:] if banked else each.shape).numel() for each in weights.values() if each.dim() > 1
-    )
-    return matrices + (adapter_flops(spec) if weights else 0)
+    shapes = (weight.shape[-2:] if banked else weight.shape for weight in weights.values() if weight.dim() > 1)
+    return sum(2 * shape.numel() for shape in shapes) + (adapter_flops(spec) if weights else 0)
 
 
 def _weights_seen(node: fx.Node, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters that a node takes, through views and casts of them."""
     waiting = list(node.all_input_nodes)
     while waiting:
-        each = waiting.pop()
-        if each.op == "get_attr":
-            owner, _, last = str(each.target).rpartition(".")
-            parameter = getattr(module.get_submodule(owner), "_parameters", {}).get(last)
+        source = waiting.pop()
+        if source.op == "get_attr":
+            owner, _, last = str(source.target).rpartition(".")
+            parameter = module.get_submodule(owner)._parameters.get(last)
             if parameter is not None:
-                yield str(each.target), parameter
-        elif each.op != "call_module" and (name_of(each.target) in VIEWS or name_of(each.target) in COPIES):
-            waiting += each.all_input_nodes[:1]
+                yield str(source.target), parameter
+        elif source.op != "call_module" and name_of(source.target) in VIEWS | COPIES:
+            waiting += source.all_input_nodes[:1]

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from lora_fx.errors import LoraFxError
 from lora_fx.graphdiff.canonical import placed, statements_of
+from lora_fx.graphdiff.costs import totals
 from lora_fx.graphdiff.graphs import Graph
 
 
@@ -20,7 +21,11 @@ class ProgramFileError(LoraFxError):
 
 
 def load_program(path: Path) -> ExportedProgram:
-    """Return the program of a `.pt2` file."""
+    """Return the program of a `.pt2` file.
+
+    Raises:
+        ProgramFileError: it holds none, or one that this torch cannot read.
+    """
     try:
         return torch.export.load(path)
     except Exception as error:
@@ -36,10 +41,8 @@ def graph_of_program(program: ExportedProgram, name: str) -> Graph:
         if node.op == "placeholder" and str(node.target) in attributes:
             node.op, node.target = "get_attr", attributes[str(node.target)]
     nodes, weights = placed(statements_of(graph, root), root, "")
-    parameters = [each for each in program.state_dict.values() if isinstance(each, nn.Parameter)]
-    unique = {id(each): each for each in parameters}.values()
-    total = sum(each.numel() for each in unique), sum(each.numel() * each.element_size() for each in unique)
-    return Graph(name, tuple(nodes), weights, *total)
+    parameters = {id(tensor): tensor for tensor in program.state_dict.values() if isinstance(tensor, nn.Parameter)}
+    return Graph(name, tuple(nodes), weights, *totals(parameters.values()))
 
 
 def _tree(program: ExportedProgram) -> tuple[fx.GraphModule, dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_fx.adapters.lora import folded_weight, low_rank_weight
+
 Tensors = dict[str, Tensor]
 PREFIX = "base_model.model."
+Q, UP, NORM = "model.layers.0.q_proj", "model.layers.0.up_proj", "model.layers.0.norm"
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -65,3 +69,40 @@ def loaded(folder: Path) -> Tensors:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def base_tensors(dtype=torch.bfloat16):
+    return {
+        f"{Q}.weight": weight(48, 48, dtype=dtype),
+        f"{UP}.weight": weight(96, 48, dtype=dtype),
+        f"{NORM}.weight": weight(48, dtype=dtype),
+        "model.embed_tokens.weight": weight(50, 48, dtype=dtype),
+        "steps": torch.arange(7),
+    }
+
+
+def in_memory(tensors, adapter, *paths, scaling=1.5):
+    """Return the tensors with those sites merged by the functions that `merge` uses."""
+    merged = dict(tensors)
+    for path in paths:
+        factor = [adapter[f"{PREFIX}{path}.lora_{name}.weight"] for name in "AB"]
+        merged[f"{path}.weight"] = folded_weight(tensors[f"{path}.weight"], low_rank_weight(*factor, scaling))
+    return merged
+
+
+def assert_same(found, expected):
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def failing(number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def looks_complete(folder: Path) -> bool:
+    return (folder / "config.json").exists()

@@ -6,7 +6,8 @@ the r × r matrix R₁ R₂ᵀ (Golub and Van Loan, Matrix Computations, 4th ed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import RefusedError
 from lora_fx.graphdiff.deltas.heatmaps import deltas_html, deltas_svg
-from lora_fx.graphdiff.deltas.spectra import DeltaRow, deltas_json, deltas_text
+from lora_fx.graphdiff.deltas.spectra import DeltaRow, ratio_text
+from lora_fx.text import columns, count
 from lora_fx.tuned.build import record_in
 
 
@@ -26,11 +28,13 @@ class Deltas:
     sites: tuple[DeltaRow, ...]
 
     def __str__(self) -> str:
-        return deltas_text(self.model, self.sites)
+        head = ("site", "r", "used", "‖ΔW‖", "‖ΔW‖/‖W‖", "largest σ", "smallest σ")
+        return f"{self.model} · {count(len(self.sites), 'adapter')}\n\n{columns([head, *map(_cells, self.sites)])}"
 
     def to_json(self) -> str:
         """Return all facts of the adapters as JSON."""
-        return deltas_json(self.model, self.sites)
+        sites = [asdict(row) | {"ratio": row.ratio, "effective_rank": row.effective_rank} for row in self.sites]
+        return json.dumps({"schema_version": 1, "model": self.model, "sites": sites}, indent=1)
 
     def to_svg(self) -> str:
         """Return heatmaps of rank, of ‖ΔW‖ / ‖W‖ and of the effective rank, by layer and site."""
@@ -39,6 +43,13 @@ class Deltas:
     def to_html(self) -> str:
         """Return one page that needs nothing else: heatmaps and the singular values of every site."""
         return deltas_html(self.model, self.sites)
+
+
+def _cells(row: DeltaRow) -> tuple[str, ...]:
+    path = row.path if row.call is None else f"{row.path} call {row.call}"
+    values = row.singular_values or (0.0,)
+    return (path, str(row.r), f"{row.effective_rank:.1f}", f"{row.norm:.3g}", ratio_text(row),
+            f"{values[0]:.3g}", f"{values[-1]:.3g}")  # fmt: skip
 
 
 def deltas_of(tuned: nn.Module) -> Deltas:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-
-from lora_fx.text import columns, count
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +43,6 @@ class DeltaRow:
         return math.exp(-sum(share * math.log(share) for share in shares))
 
 
-def deltas_text(model: str, rows: Sequence[DeltaRow]) -> str:
-    """Return a table with a line for each adapter."""
-    head = ("site", "r", "used", "‖ΔW‖", "‖ΔW‖/‖W‖", "largest σ", "smallest σ")
-    return f"{model} · {count(len(rows), 'adapter')}\n\n{columns([head, *map(_cells, rows)])}"
-
-
-def _cells(row: DeltaRow) -> tuple[str, ...]:
-    path = row.path if row.call is None else f"{row.path} call {row.call}"
-    values = row.singular_values or (0.0,)
-    return (path, str(row.r), f"{row.effective_rank:.1f}", f"{row.norm:.3g}", ratio_text(row),
-            f"{values[0]:.3g}", f"{values[-1]:.3g}")  # fmt: skip
-
-
 def ratio_text(row: DeltaRow) -> str:
     """Return ‖ΔW‖ / ‖W‖ in per cent; empty where W is not known."""
     return "" if row.ratio is None else f"{100 * row.ratio:.2g} %"
-
-
-def deltas_json(model: str, rows: Sequence[DeltaRow]) -> str:
-    """Return all facts of the adapters as JSON."""
-    sites = [asdict(row) | {"ratio": row.ratio, "effective_rank": row.effective_rank} for row in rows]
-    return json.dumps({"schema_version": 1, "model": model, "sites": sites}, indent=1)

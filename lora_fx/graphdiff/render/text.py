@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lora_fx.graphdiff.changes import GraphDifference, SiteChange
 from lora_fx.planning.rows import fold_rows
@@ -53,16 +53,9 @@ def _hunk(changes: Sequence[SiteChange]) -> list[str]:
 
 def sites_text(changes: Sequence[SiteChange]) -> str:
     """Return the paths of the sites, ranges as `{0..11}`, with where they were if they have moved."""
-    new, old = (folded([path(change) for change in changes]) for path in (_new, _old))
+    new = folded([change.path or "(root)" for change in changes])
+    old = folded([(change.path if change.moved_from is None else change.moved_from) or "(root)" for change in changes])
     return new if new == old else f"{old} → {new}"
-
-
-def _new(change: SiteChange) -> str:
-    return change.path or "(root)"
-
-
-def _old(change: SiteChange) -> str:
-    return (change.path if change.moved_from is None else change.moved_from) or "(root)"
 
 
 def folded(paths: Sequence[str]) -> str:
@@ -88,9 +81,8 @@ def sums_text(diff: GraphDifference) -> str:
     return ", ".join(parts)
 
 
-def signed(number: int, written: object = thousands) -> str:
+def signed(number: int, written: Callable[[int], str] = thousands) -> str:
     """Return the number with its sign, as `written` writes it."""
-    assert callable(written)
     return f"{'-' if number < 0 else '+'}{written(abs(number))}"
 
 

@@ -1,8 +1,7 @@
-"""Pictures of diffs and of adapters: complete, self-contained, within the limits of those who show them."""
+"""Pictures of diffs: complete, self-contained, within the limits of those who show them."""
 
 from __future__ import annotations
 
-import html.parser
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,12 +9,8 @@ from dataclasses import replace
 
 import networkx
 import pytest
-import torch
 
 import lora_fx
-from lora_fx.errors import RefusedError
-from lora_fx.graphdiff.deltas.heatmaps import places_of
-from lora_fx.graphdiff.deltas.measure import singular_values
 from lora_fx.graphdiff.diff import compare
 from lora_fx.graphdiff.graphs import Graph, Statement
 from lora_fx.graphdiff.render import html as html_page
@@ -24,6 +19,7 @@ from lora_fx.graphdiff.render.layout import HEIGHT, WIDTH, layered
 from lora_fx.graphdiff.render.mermaid import fits
 from tests.support import zoo
 from tests.support.graphs import decoder
+from tests.support.htmlpages import Page
 from tests.support.zoo import rules
 
 
@@ -31,31 +27,6 @@ from tests.support.zoo import rules
 def diff():
     model = zoo.Encoder().eval()
     return lora_fx.diff(model, lora_fx.apply(model, rules("**.{query,value}"), zoo.call_encoder()))
-
-
-class Page(html.parser.HTMLParser):
-    """Collects tags, and complains of those that are not closed."""
-
-    EMPTY = {"meta", "input", "path", "rect", "br"}
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.EMPTY:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in self.EMPTY:
-            assert self.open.pop() == tag
 
 
 def test_page_is_well_formed_and_asks_nobody_for_anything(diff):
@@ -174,82 +145,3 @@ def test_boxes_stand_below_what_they_are_computed_from_and_never_on_each_other(d
         assert all(corners[source][1] < corners[target][1] for source, target in edges)
         for i, (x, y) in enumerate(corners):
             assert all(abs(x - u) >= WIDTH or abs(y - v) >= HEIGHT for u, v in corners[:i])
-
-
-# -- adapters
-
-
-def trained(**lora: object):
-    model = zoo.Gpt(layers=3).eval()
-    tuned = lora_fx.apply(model, rules("**.{c_attn,c_fc}", **lora), (zoo.tokens(2, 6),))
-    for parameter in lora_fx.parameters(tuned):
-        parameter.data.normal_(0, 0.1)
-    return model, tuned
-
-
-def test_deltas_are_those_of_the_whole_matrix():
-    model, tuned = trained(r=4, alpha=12)
-    merged = lora_fx.merge(tuned)
-    for each in lora_fx.deltas(tuned).sites:
-        weight = model.get_submodule(each.path).weight.double()
-        delta = merged.get_submodule(each.path).weight.double() - weight
-        assert each.norm == pytest.approx(delta.norm().item(), rel=1e-4)
-        assert each.weight_norm == pytest.approx(weight.norm().item(), rel=1e-5)
-        assert each.singular_values == pytest.approx(torch.linalg.svdvals(delta)[:4].tolist(), rel=1e-4)
-        assert each.ratio == pytest.approx(each.norm / each.weight_norm)
-
-
-def test_singular_values_never_need_the_large_matrix():
-    B, A = torch.randn(200_000, 4), torch.randn(4, 200_000)  # B A would take 160 GB
-    values = singular_values(B, A)
-    gram = torch.linalg.eigvals((B.double().T @ B.double()) @ (A.double() @ A.double().T)).real
-    assert torch.allclose(values.square(), gram.sort(descending=True).values, rtol=1e-8)
-
-
-def test_effective_rank_counts_the_directions_that_are_used():
-    _, tuned = trained(r=4)
-    for found in (found for name, found in tuned.named_parameters() if "c_attn.lora_A" in name):
-        found.data[1:] = 0
-    used = {each.path.split(".")[-1]: each.effective_rank for each in lora_fx.deltas(tuned).sites}
-    assert used["c_attn"] == pytest.approx(1, abs=1e-6)
-    assert 1 < used["c_fc"] <= 4
-
-
-def test_untrained_adapters_change_nothing_and_say_so():
-    model = zoo.Mlp()
-    found = lora_fx.deltas(lora_fx.apply(model, rules("fc1")))
-    (site,) = found.sites
-    assert (site.norm, site.ratio, site.effective_rank) == (0, 0, 0)
-    for form in (str(found), found.to_svg(), found.to_html(), found.to_json()):
-        assert "fc1" in form
-
-
-def test_models_without_adapters_or_values_are_refused():
-    with pytest.raises(RefusedError, match="not adapted"):
-        lora_fx.deltas(zoo.Mlp())
-    with torch.device("meta"):
-        model = zoo.Mlp()
-    with pytest.raises(RefusedError, match="no values"):
-        lora_fx.deltas(lora_fx.apply(model, rules("fc1")))
-
-
-def test_heatmaps_are_xml_with_the_numbers_in_the_cells():
-    _, tuned = trained(r=4)
-    root = ElementTree.fromstring(lora_fx.deltas(tuned).to_svg())
-    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts.count("4") == 6
-    assert {"h.0", "h.1", "h.2", "c_attn", "c_fc", "rank r"} <= set(texts)
-
-
-def test_page_of_adapters_is_well_formed_and_asks_nobody_for_anything():
-    _, tuned = trained(r=4)
-    text = lora_fx.deltas(tuned).to_html()
-    page = Page(text)
-    assert not [attributes for _, attributes in page.tags if {"src", "href"} & set(attributes)]
-    assert text.count('class="bars"') == 6
-
-
-def test_the_number_of_the_layer_is_the_one_that_varies_most():
-    places = places_of([f"1.layers.{k}.mlp.{j}" for k in range(5) for j in range(2)] + ["head"])
-    assert (places[3].layer, places[3].site) == ("1.layers.1", "mlp.1")
-    assert (places[-1].layer, places[-1].site) == ("", "head")

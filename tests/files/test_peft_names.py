@@ -1,0 +1,113 @@
+"""Names in PEFT's files where a layer, a raw parameter of it and a graph could be mistaken for each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import fx, nn
+
+import lora_fx
+from lora_fx.files.adapter.names import WEIGHTS_FILE
+from tests.support.kinds import (
+    EFFECT,
+    OUTPUT,
+    Convolutions,
+    Matrices,
+    Tokens,
+    built,
+    computed,
+    distance,
+    from_file_in_peft,
+    in_ours,
+    in_peft,
+)
+from tests.support.peftkinds import GateReader, Loop, Reader
+from tests.support.zoo import randomise_, rules
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+# -- names
+
+
+class Both(nn.Module):
+    """A linear, with a raw parameter on the same module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.lin.extra = nn.Parameter(torch.randn(8, 8) * 0.3)
+
+    def forward(self, x):
+        return self.lin(x).tanh() @ self.lin.extra
+
+    inputs = Loop.inputs
+
+
+def test_layer_and_a_raw_parameter_of_it_have_keys_of_their_own(tmp_path):
+    base = built(Both)
+    wanted = computed(in_ours(base, tmp_path, rules(["lin", "lin.extra"]), Both.inputs), Both.inputs)
+    assert sorted(load_file(tmp_path / WEIGHTS_FILE)) == [
+        f"base_model.model.lin{inner}.lora_{factor}.weight" for inner in (".base_layer", "") for factor in "AB"
+    ]
+    assert torch.equal(computed(lora_fx.load(base, tmp_path, lora_fx.call(*Both.inputs)), Both.inputs), wanted)
+    with pytest.raises(ValueError, match="only lora_fx can read this adapter"):
+        from_file_in_peft(base, tmp_path)
+
+
+def test_layer_and_a_raw_parameter_of_it_are_loaded_without_inputs(tmp_path):
+    base = built(Both)
+    wanted = computed(in_ours(base, tmp_path, rules(["lin", "lin.extra"]), Both.inputs), Both.inputs)
+    assert torch.equal(computed(lora_fx.load(base, tmp_path), Both.inputs), wanted)
+
+
+class Named(nn.Module):
+    """Modules that bear the names that PEFT gives its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Module()
+        self.enc.base_layer = nn.Module()
+        self.enc.base_layer.fc, self.enc.base_layer.out_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.enc.base_layer.out_proj(self.enc.base_layer.fc(x).tanh())
+
+    inputs = Loop.inputs
+
+
+def test_module_that_bears_a_name_of_pefts_own_is_no_attention(tmp_path):
+    base = built(Named)
+    theirs = in_peft(base, tmp_path, r=3, target_modules=["fc", "out_proj"], alpha_pattern={"fc": 3})
+    wanted = computed(theirs, Named.inputs)
+    assert distance(computed(lora_fx.load(base, tmp_path), Named.inputs), wanted) < OUTPUT
+
+
+@pytest.mark.parametrize("kind", [Matrices, Convolutions, Tokens])
+def test_file_of_a_graph_is_that_of_its_model_and_the_other_way(kind, tmp_path):
+    base = built(kind)
+    graph, chosen = fx.symbolic_trace(base), rules("**" if kind is Matrices else "*")
+    of_model = computed(in_ours(base, tmp_path / "model", chosen, kind.inputs), kind.inputs)
+    of_graph = computed(in_ours(graph, tmp_path / "graph", chosen, kind.inputs), kind.inputs)
+    assert distance(computed(base, kind.inputs), of_graph) > EFFECT
+    assert distance(computed(lora_fx.load(graph, tmp_path / "model"), kind.inputs), of_model) < OUTPUT
+    assert distance(computed(lora_fx.load(base, tmp_path / "graph"), kind.inputs), of_graph) < OUTPUT
+    assert distance(computed(from_file_in_peft(base, tmp_path / "graph"), kind.inputs), of_graph) < OUTPUT
+
+
+@pytest.mark.parametrize("backend", ["graph", "modules"])
+@pytest.mark.parametrize("kind", [Reader, GateReader])
+def test_weight_that_a_graph_reads_is_read_in_the_model_of_its_file_too(kind, backend, tmp_path):
+    base = built(kind)
+    graph = fx.symbolic_trace(base)
+    ours = lora_fx.apply(graph, rules("{lin,gate}"), backend=backend)
+    randomise_(ours)
+    wanted = computed(ours, kind.inputs)
+    assert distance(computed(base, kind.inputs), wanted) > EFFECT
+    assert distance(computed(lora_fx.merge(ours), kind.inputs), wanted) < OUTPUT
+    lora_fx.save(ours, tmp_path)
+    for model in (base, graph):
+        assert distance(computed(lora_fx.load(model, tmp_path), kind.inputs), wanted) < OUTPUT
+    with pytest.raises(ValueError, match="only lora_fx can read this adapter"):
+        from_file_in_peft(base, tmp_path)
