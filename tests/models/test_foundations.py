@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.lora import folded_weight, low_rank_weight
-from lora_fx.capture.ambient import in_clean_thread
+from lora_fx.capture.calls.ambient import in_clean_thread
 from lora_fx.models import torch_internals
 from lora_fx.models.samples import call, samples_of
 from lora_fx.models.swap import Swapped, original_class, swap, swapped_class, unswap
