@@ -34,7 +34,15 @@ from lora_fx.capture.tracing.proxies import Proxies, is_proxy, settle
 from lora_fx.capture.tracing.recording import NeedsRecord, Records, fake_result, of_shape
 from lora_fx.capture.tracing.writer import GraphWriter, holds_tensor
 from lora_fx.models.layers import is_layer
-from lora_fx.models.torch_internals import Fakes, FunctionMode, enter_autocast, exit_autocast, pytree, set_grad_enabled
+from lora_fx.models.torch_internals import (
+    Fakes,
+    FunctionMode,
+    enter_autocast,
+    exit_autocast,
+    is_tensor_function,
+    pytree,
+    set_grad_enabled,
+)
 
 
 class Specialised(BaseException):
@@ -354,7 +362,7 @@ def _own_forward(module: nn.Module) -> Callable[..., Any]:
 
 def _name(func: Any) -> str:
     name: str = getattr(func, "__name__", "")
-    if inspect.isfunction(func) and func.__module__ == "torch._tensor" and vars(torch.Tensor).get(name) is not func:
+    if is_tensor_function(func) and vars(torch.Tensor).get(name) is not func:
         # operator wrappers arrive under the wrapped function's name: __rpow__ calls itself `pow`
         return next(key for key, value in vars(torch.Tensor).items() if value is func)
     return name
@@ -366,7 +374,7 @@ def _writes_to_argument(name: str, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_method(func: Any) -> bool:
-    return inspect.ismethoddescriptor(func) or (inspect.isfunction(func) and func.__module__ == "torch._tensor")
+    return inspect.ismethoddescriptor(func) or is_tensor_function(func)
 
 
 def _name_of_reading(func: Any) -> str:
