@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from lora_fx.capture.objects import tensors_in
+from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.models.torch_internals import DispatchMode
 
 Work = Callable[[], object]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.api import ChosenBackend, Rules, apply, parameters
-from lora_fx.capture.objects import copied, is_plain_object
+from lora_fx.capture.calls.objects import copied, is_plain_object
 from lora_fx.errors import RefusedError
 from lora_fx.models.samples import Sample, dummy_samples, samples_of
 from lora_fx.models.twin import make_twin

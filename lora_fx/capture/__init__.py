@@ -1,10 +1,10 @@
-"""From a submodule's real call to a guarded graph.
+"""From a submodule's real call to a guarded graph; each folder imports only those named before it.
 
-arguments     flatten a call; say what must hold of its structure
-copies        a private copy of the submodule that reports what its forward does
-tracer        run the copy on fake tensors and write every torch function into a torch.fx.Graph
-guards        everything that the capture relied on, compiled into one Python function
+calls/        a call's arguments, the objects among them, the state around it, and why it cannot be captured
+reads/        what a forward looked at outside of its arguments, and how a guard compares it
+tracing/      the run of a private copy on fake tensors, which writes every torch function into a torch.fx.Graph
 captured      the result: a graph and what it relies on
+guards        everything that the capture relied on, compiled into one Python function
 symbolic      torch.fx's own tracer, without inputs, where it is provably safe
-torch_internals   the one file with private torch
+generalise    the captures of two blocks that differ in the layer's number alone, as one
 """

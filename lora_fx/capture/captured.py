@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.capture.ambient import Surroundings, in_clean_thread, surroundings_of
-from lora_fx.capture.arguments import Check, FlatCall, Leaf, flatten, is_constant, positional_names, rebuild
-from lora_fx.capture.objects import copied, is_plain_object
-from lora_fx.capture.reads.dependencies import Log, Place
-from lora_fx.capture.reasons import Untraceable, reason_of
+from lora_fx.capture.calls.ambient import AmbientState, ambient_state, in_clean_thread
+from lora_fx.capture.calls.arguments import FlatCall, GuardCheck, Leaf, flatten, is_constant, positional_names, rebuild
+from lora_fx.capture.calls.objects import copied, is_plain_object
+from lora_fx.capture.calls.reasons import Untraceable, reason_of
+from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
 from lora_fx.capture.tracing.inputs import Input, Inputs, VaryingSizes
 from lora_fx.capture.tracing.outputs import write_output
 from lora_fx.capture.tracing.recording import NeedsRecord, Records
 from lora_fx.capture.tracing.tracer import Specialised, Tracer
 from lora_fx.models.swap import original_class
+from lora_fx.models.tensors import attribute_at
 from lora_fx.models.torch_internals import Fakes, quiet_fakes
 
 _LOCK = threading.RLock()
@@ -48,15 +48,15 @@ class Captured:
     same: tuple[tuple[str, str], ...]
     """Pairs of accesses that gave one and the same tensor."""
     constants: tuple[Leaf, ...]
-    structure: tuple[Check, ...]
+    structure: tuple[GuardCheck, ...]
     size_guards: tuple[str, ...]
     """Expressions over `s<input>_<dimension>`."""
-    log: Log
-    surroundings: Surroundings | None
+    dependencies: Dependencies
+    ambient: AmbientState | None
     """None: does not matter to the graph."""
     owned: dict[str, tuple[str, torch.Size, torch.dtype, torch.device]]
     """Of the module's own tensors that the graph reads or the forward asked about: where each stands, and facts."""
-    parameters: tuple[Place, ...]
+    parameters: tuple[AttributePath, ...]
     """Integers of the module that accesses use as an index, as `[«place»]`: the layer's number in a KV cache."""
     example: tuple[tuple[Any, ...], dict[str, Any]] | None
     """The captured call with meta tensors: enough to capture the same call of another model."""
@@ -84,7 +84,7 @@ def capture(
     """
     flat = flatten(args, kwargs, positional_names(original_class(module).forward)[1:])
     _refuse_opaque(flat)
-    around = surroundings_of({leaf.value.device for leaf in flat.tensors()})
+    around = ambient_state({leaf.value.device for leaf in flat.tensors()})
 
     def work() -> Captured:
         with around.active():
@@ -125,7 +125,7 @@ def _with_retreats(
     kwargs: dict[str, Any],
     flat: FlatCall,
     varying: VaryingSizes,
-    around: Surroundings,
+    around: AmbientState,
     record: Callable[[], Records] | None,
 ) -> Captured:
     """Capture; start again with a submodule as one opaque call where it bakes in a varying size or cannot be faked."""
@@ -164,9 +164,9 @@ class _Capture:
         self.varying = varying
         self.tracer = tracer = Tracer(module, Fakes(), opaque, records)
         self.inputs = Inputs(tracer.fakes, tracer.writer, lambda: tracer.listening, tracer.paused)
-        tracer.ghosts = self.inputs.ghosts
+        tracer.proxies = self.inputs.proxies
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], around: Surroundings) -> Captured:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], around: AmbientState) -> Captured:
         self.inputs.admit(self.flat)
         tensors = sum(isinstance(each.stand_in, Tensor) for each in self.inputs.given)
         self.tracer.varying = list(self.inputs.symbols(self.varying))
@@ -183,25 +183,20 @@ class _Capture:
             constants=tuple(self.inputs.constants),
             structure=(*self.flat.structure, *self.inputs.checks),
             size_guards=tuple(self.inputs.size_guards()),
-            log=self.tracer.log,
-            surroundings=around,
-            owned={name: _facts(self.tracer.module, name) for name in sorted(self.tracer.log.owned | read)},
+            dependencies=self.tracer.dependencies,
+            ambient=around,
+            owned={name: _facts(self.tracer.module, name) for name in sorted(self.tracer.dependencies.owned | read)},
             parameters=(),
             example=rebuild(args, kwargs, _stub),
         )
 
 
 def _facts(module: nn.Module, name: str) -> tuple[str, torch.Size, torch.dtype, torch.device]:
-    tensor = resolve(module, name)
+    tensor = attribute_at(module, name)
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)
     table = next((each for each in ("_parameters", "_buffers") if last in vars(owner)[each]), "__dict__")
     return (table, tensor.shape, tensor.dtype, tensor.device)
-
-
-def resolve(module: nn.Module, name: str) -> Any:
-    """Return what a dotted path names: a submodule, a tensor or another attribute."""
-    return functools.reduce(getattr, name.split("."), module)
 
 
 def _stub(value: Any) -> Any:

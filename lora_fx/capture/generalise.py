@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.capture.arguments import Check, Leaf
+from lora_fx.capture.calls.arguments import GuardCheck, Leaf
 from lora_fx.capture.captured import Captured
-from lora_fx.capture.reads.dependencies import Place
+from lora_fx.capture.reads.dependencies import AttributePath
 from lora_fx.capture.tracing.inputs import Input, NumberInput, ObjectInput, TensorInput
 
 _INDEX = re.compile(r"(?<=\[)(\d+)(?=\])|\b(\d+)(?= (?:not )?in )")
@@ -33,7 +33,8 @@ def generalise(one: Captured, other: Captured) -> Captured | None:
     places = _differing_integers(one, other)
     if not places or one.parameters or other.parameters:
         return None
-    unify = _Unify({(one.log.read[place], other.log.read[place]): place for place in reversed(places)})
+    mine, others = one.dependencies.read, other.dependencies.read
+    unify = _Unify({(mine[place], others[place]): place for place in reversed(places)})
     try:
         _require(_facts(one, places) == _facts(other, places))
         graph, used = unify.graph(one.graph, other.graph)
@@ -45,34 +46,34 @@ def generalise(one: Captured, other: Captured) -> Captured | None:
             same=tuple((unify(a, c), unify(b, d)) for (a, b), (c, d) in _pairs(one.same, other.same)),
             constants=tuple(unify.leaf(a, b) for a, b in _pairs(one.constants, other.constants)),
             structure=tuple(unify.check(a, b) for a, b in _pairs(one.structure, other.structure)),
-            log=replace(one.log, read={p: v for p, v in one.log.read.items() if p not in places}),
+            dependencies=replace(one.dependencies, read={p: v for p, v in mine.items() if p not in places}),
             parameters=tuple(places),
         )
     except _Different:
         return None
 
 
-def _differing_integers(one: Captured, other: Captured) -> list[Place]:
-    reads, others = one.log.read, other.log.read
+def _differing_integers(one: Captured, other: Captured) -> list[AttributePath]:
+    reads, others = one.dependencies.read, other.dependencies.read
     if reads.keys() != others.keys():
         return []
     places = [place for place, value in reads.items() if value != others[place]]
     return places if all(type(reads[place]) is int and type(others[place]) is int for place in places) else []
 
 
-def _facts(captured: Captured, places: Sequence[Place]) -> tuple[Any, ...]:
-    log = captured.log
-    reads = {place: value for place, value in log.read.items() if place not in places}
-    flags = (log.asks_requires_grad, log.asks_layout, log.asks_grad_mode)
-    names = (list(log.absent), log.inlined, log.retreats, flags)
-    return (captured.tensors, captured.size_guards, captured.surroundings, captured.owned, reads, names)
+def _facts(captured: Captured, places: Sequence[AttributePath]) -> tuple[Any, ...]:
+    relied = captured.dependencies
+    reads = {place: value for place, value in relied.read.items() if place not in places}
+    flags = (relied.asks_requires_grad, relied.asks_layout, relied.asks_grad_mode)
+    names = (list(relied.absent), relied.inlined, relied.retreats, flags)
+    return (captured.tensors, captured.size_guards, captured.ambient, captured.owned, reads, names)
 
 
 @dataclass(frozen=True, slots=True)
 class _Unify:
     """Writes one text for two that differ in indices only."""
 
-    places: dict[tuple[int, int], Place]
+    places: dict[tuple[int, int], AttributePath]
 
     def __call__(self, one: str, other: str) -> str:
         if one == other:
@@ -100,14 +101,14 @@ class _Unify:
         _require(type(one.value) is type(other.value) and (one.value is other.value or one.value == other.value))
         return replace(one, access=self(one.access, other.access))
 
-    def check(self, one: Check, other: Check) -> Check:
+    def check(self, one: GuardCheck, other: GuardCheck) -> GuardCheck:
         return replace(one, expression=self(one.expression, other.expression))
 
-    def graph(self, one: fx.Graph, other: fx.Graph) -> tuple[fx.Graph, list[Place]]:
+    def graph(self, one: fx.Graph, other: fx.Graph) -> tuple[fx.Graph, list[AttributePath]]:
         """Return a graph for both, and the places whose integers are inputs of it, after the others."""
         unified = copy.deepcopy(one)
         partner: dict[fx.Node, fx.Node] = {}
-        used: dict[Place, fx.Node] = {}
+        used: dict[AttributePath, fx.Node] = {}
         for a, b in _pairs(list(unified.nodes), list(other.nodes)):
             _require(a.op == b.op and (a.op == "placeholder" or a.target == b.target))
             partner[a] = b
@@ -117,7 +118,7 @@ class _Unify:
         return unified, list(used)
 
     def _value(
-        self, graph: fx.Graph, one: Any, other: Any, partner: dict[fx.Node, fx.Node], used: dict[Place, fx.Node]
+        self, graph: fx.Graph, one: Any, other: Any, partner: dict[fx.Node, fx.Node], used: dict[AttributePath, fx.Node]
     ) -> Any:
         """Return an argument for both, with the node of an input where they differ in an integer of the module."""
         if isinstance(one, fx.Node):

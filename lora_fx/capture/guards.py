@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.arguments import Check, Leaf, is_constant
+from lora_fx.capture.calls.arguments import GuardCheck, Leaf, is_constant
 from lora_fx.capture.captured import Captured
-from lora_fx.capture.reads.dependencies import Place
+from lora_fx.capture.reads.dependencies import AttributePath
 from lora_fx.capture.reads.frozen import Freezer, Frozen, Inside, OfType, conditions
 from lora_fx.capture.tracing.inputs import NumberInput, TensorInput, size_name
 from lora_fx.models.torch_internals import global_hook_tables, shape_guard_names
@@ -81,7 +81,7 @@ class _GuardWriter:
         self.classes = classes
         self.names: dict[str, Any] = {**shape_guard_names, "Plain": (Tensor, nn.Parameter), "torch": torch}
         self.module_names: dict[str, str] = {}
-        self.object_names: dict[Place, str] = {}
+        self.object_names: dict[AttributePath, str] = {}
         self.freezer = Freezer()
         self.proven: set[tuple[int, ...]] = set()
         self.names["proven"] = self.proven
@@ -94,7 +94,7 @@ class _GuardWriter:
         reasons: list[str] = []
         lines = ["def guard(self, args, kwargs):", "  try:"]
         for step in (*self._parameters(proven), *self._steps(size_guards)):
-            if isinstance(step, Check):
+            if isinstance(step, GuardCheck):
                 lines.append(f"    if not ({self._filled(step.expression)}): return {len(reasons)}")
                 reasons.append(step.reason)
             else:
@@ -103,15 +103,15 @@ class _GuardWriter:
         reasons.append("structure of the arguments")
         return "\n".join(lines), reasons
 
-    def _parameters(self, proven: bool) -> Iterator[Check | str]:
+    def _parameters(self, proven: bool) -> Iterator[GuardCheck | str]:
         for place, name in zip(self.captured.parameters, self.parameters.values(), strict=True):
             yield from self._reach(place.path)
             yield f"{name} = {'.'.join((self.module_names[place.path], *place.attributes))}"
-            yield Check(f"type({name}) is int", f"value of {place}")
+            yield GuardCheck(f"type({name}) is int", f"value of {place}")
         if self.parameters:
             values = "".join(f"{name}, " for name in self.parameters.values())
             expression = f"({values}) in proven" if proven else "True"
-            yield Check(expression, f"value of {', '.join(map(str, self.captured.parameters))}")
+            yield GuardCheck(expression, f"value of {', '.join(map(str, self.captured.parameters))}")
 
     def _filled(self, text: str) -> str:
         for place, name in self.parameters.items():
@@ -121,19 +121,19 @@ class _GuardWriter:
     def _inputs(self) -> str:
         return "".join(f"x{index}, " for index in range(len(self.captured.inputs)))
 
-    def _steps(self, size_guards: list[str]) -> Iterator[Check | str]:
-        yield from self._surroundings()
+    def _steps(self, size_guards: list[str]) -> Iterator[GuardCheck | str]:
+        yield from self._ambient()
         yield from self.captured.structure
         for index, each in enumerate(self.captured.inputs):
             yield f"x{index} = {each.access}"
             if isinstance(each, TensorInput):
                 yield from self._tensor(index, each)
             elif isinstance(each, NumberInput):
-                yield Check(f"type(x{index}) is int", f"type of {each.name}")
+                yield GuardCheck(f"type(x{index}) is int", f"type of {each.name}")
                 yield f"{size_name(index, 0)} = x{index}"
         yield from self._identities()
         for clause in size_guards:
-            yield Check(clause, f"size: {self._readable(clause)}")
+            yield GuardCheck(clause, f"size: {self._readable(clause)}")
         for leaf in self.captured.constants:
             yield self._constant(leaf)
         yield from self._modules()
@@ -143,27 +143,27 @@ class _GuardWriter:
 
     # -- arguments
 
-    def _tensor(self, index: int, each: TensorInput) -> Iterator[Check | str]:
+    def _tensor(self, index: int, each: TensorInput) -> Iterator[GuardCheck | str]:
         x = f"x{index}"
-        yield Check(f"type({x}) in Plain", f"{each.name} is not a plain tensor")
+        yield GuardCheck(f"type({x}) in Plain", f"{each.name} is not a plain tensor")
         if each.dtype is None:
             return
-        yield Check(f"{x}.dtype is {self._name(each.dtype)}", f"dtype of {each.name}")
-        yield Check(f"{x}.device == {self._name(each.device)}", f"device of {each.name}")
-        yield Check(f"{x}.dim() == {len(each.shape)}", f"number of dimensions of {each.name}")
+        yield GuardCheck(f"{x}.dtype is {self._name(each.dtype)}", f"dtype of {each.name}")
+        yield GuardCheck(f"{x}.device == {self._name(each.device)}", f"device of {each.name}")
+        yield GuardCheck(f"{x}.dim() == {len(each.shape)}", f"number of dimensions of {each.name}")
         if each.shape:
             yield f"{', '.join(size_name(index, dim) for dim in range(len(each.shape)))}, = {x}.shape"
-        if self.captured.log.asks_requires_grad:
-            yield Check(f"{x}.requires_grad is {each.requires_grad}", f"requires_grad of {each.name}")
-        if self.captured.log.asks_layout:
-            yield Check(f"{x}.is_contiguous() is {each.contiguous}", f"memory layout of {each.name}")
+        if self.captured.dependencies.asks_requires_grad:
+            yield GuardCheck(f"{x}.requires_grad is {each.requires_grad}", f"requires_grad of {each.name}")
+        if self.captured.dependencies.asks_layout:
+            yield GuardCheck(f"{x}.is_contiguous() is {each.contiguous}", f"memory layout of {each.name}")
 
-    def _identities(self) -> Iterator[Check]:
+    def _identities(self) -> Iterator[GuardCheck]:
         for one, other in self.captured.same:
-            yield Check(f"{one} is {other}", "one tensor was given twice")
+            yield GuardCheck(f"{one} is {other}", "one tensor was given twice")
         ids = [f"id(x{i})" for i, each in enumerate(self.captured.inputs) if not isinstance(each, NumberInput)]
         if len(ids) > 1:
-            yield Check(f"len({{{', '.join(ids)}}}) == {len(ids)}", "different tensors were given, now one twice")
+            yield GuardCheck(f"len({{{', '.join(ids)}}}) == {len(ids)}", "different tensors were given, now one twice")
 
     def _readable(self, clause: str) -> str:
         def name(match: re.Match[str]) -> str:
@@ -172,10 +172,10 @@ class _GuardWriter:
 
         return re.sub(r"\bs(\d+)_(\d+)\b", name, clause)
 
-    def _constant(self, leaf: Leaf) -> Check:
+    def _constant(self, leaf: Leaf) -> GuardCheck:
         if not is_constant(leaf.value):
-            return Check(f"{leaf.access} is {self._name(leaf.value)}", f"{leaf.name} is another object")
-        return Check(conditions(self.freezer.freeze(leaf.value), leaf.access, self._name), f"value of {leaf.name}")
+            return GuardCheck(f"{leaf.access} is {self._name(leaf.value)}", f"{leaf.name} is another object")
+        return GuardCheck(conditions(self.freezer.freeze(leaf.value), leaf.access, self._name), f"value of {leaf.name}")
 
     def _name(self, value: object) -> str:
         if isinstance(value, Inside):
@@ -184,31 +184,31 @@ class _GuardWriter:
         self.names[name] = value
         return name
 
-    # -- surroundings
+    # -- ambient state
 
-    def _surroundings(self) -> Iterator[Check]:
-        around = self.captured.surroundings
+    def _ambient(self) -> Iterator[GuardCheck]:
+        around = self.captured.ambient
         if around is None:
             return
-        if self.captured.log.asks_grad_mode:
-            yield Check(f"torch.is_grad_enabled() is {around.grad}", "grad mode")
+        if self.captured.dependencies.asks_grad_mode:
+            yield GuardCheck(f"torch.is_grad_enabled() is {around.grad}", "grad mode")
         for kind, enabled, dtype in around.autocast:
-            yield Check(f"torch.is_autocast_enabled({kind!r}) is {enabled}", f"autocast on {kind}")
+            yield GuardCheck(f"torch.is_autocast_enabled({kind!r}) is {enabled}", f"autocast on {kind}")
             if enabled:
                 expression = f"torch.get_autocast_dtype({kind!r}) is {self._name(dtype)}"
-                yield Check(expression, f"autocast dtype on {kind}")
+                yield GuardCheck(expression, f"autocast dtype on {kind}")
 
     # -- the module
 
-    def _modules(self) -> Iterator[Check | str]:
+    def _modules(self) -> Iterator[GuardCheck | str]:
         for table in global_hook_tables():
-            yield Check(f"not {self._name(table)}", "a global module hook")
+            yield GuardCheck(f"not {self._name(table)}", "a global module hook")
         for path, kind in sorted(self.classes.items()):
             yield from self._reach(path)
             m = self.module_names[path]
-            yield Check(f"type({m}) is {self._name(kind)}", f"class of {path}")
-            yield Check(f"not ({_any_hook(m)})", f"a hook on {path}")
-            yield Check(f"'forward' not in {m}.__dict__", f"forward of {path} is replaced")
+            yield GuardCheck(f"type({m}) is {self._name(kind)}", f"class of {path}")
+            yield GuardCheck(f"not ({_any_hook(m)})", f"a hook on {path}")
+            yield GuardCheck(f"'forward' not in {m}.__dict__", f"forward of {path} is replaced")
 
     def _reach(self, path: str) -> Iterator[str]:
         """Bind a name to the submodule at the path."""
@@ -219,77 +219,77 @@ class _GuardWriter:
         self.module_names[path] = name = f"m{len(self.module_names)}"
         yield f"{name} = {self.module_names[parent]}._modules[{last!r}]"
 
-    def _reads(self) -> Iterator[Check | str]:
-        log = self.captured.log
-        for place, frozen in log.held.items():
+    def _reads(self) -> Iterator[GuardCheck | str]:
+        relied = self.captured.dependencies
+        for place, frozen in relied.held.items():
             yield from self._compared(place, frozen)
-        for place, value in log.read.items():
+        for place, value in relied.read.items():
             yield from self._compared(place, self.freezer.freeze(value))
-        for place in log.absent:
+        for place in relied.absent:
             yield from self._owner(place)
-            yield Check(f"not hasattr({self._object(place)}, {place.attributes[-1]!r})", f"{place} now exists")
-        for place in log.methods:
+            yield GuardCheck(f"not hasattr({self._object(place)}, {place.attributes[-1]!r})", f"{place} now exists")
+        for place in relied.methods:
             yield from self._owner(place)
-            yield Check(f"{place.attributes[-1]!r} not in {self._object(place)}.__dict__", f"{place} is replaced")
+            yield GuardCheck(f"{place.attributes[-1]!r} not in {self._object(place)}.__dict__", f"{place} is replaced")
         for name, facts in self.captured.owned.items():
             yield from self._owned(name, *facts)
-        for name, flag in log.flags.items():
+        for name, flag in relied.flags.items():
             parent, _, last = name.rpartition(".")
             yield from self._reach(parent)
-            yield Check(f"{self.module_names[parent]}.{last}.requires_grad is {flag}", f"requires_grad of {name}")
+            yield GuardCheck(f"{self.module_names[parent]}.{last}.requires_grad is {flag}", f"requires_grad of {name}")
 
-    def _compared(self, place: Place, frozen: Frozen) -> Iterator[Check | str]:
+    def _compared(self, place: AttributePath, frozen: Frozen) -> Iterator[GuardCheck | str]:
         yield from self._owner(place)
         access = f"{self._object(place)}.{place.attributes[-1]}"
         if isinstance(frozen, OfType):
             name = self.object_names[place] = f"o{len(self.object_names)}"
             yield f"{name} = {access}"
             access = name
-        yield Check(conditions(frozen, access, self._name), f"value of {place}")
+        yield GuardCheck(conditions(frozen, access, self._name), f"value of {place}")
 
-    def _owner(self, place: Place) -> Iterator[str]:
+    def _owner(self, place: AttributePath) -> Iterator[str]:
         """Bind a name to the object that has the attribute."""
         yield from self._reach(place.path)
         for length in range(1, len(place.attributes)):
-            owner = Place(place.path, place.attributes[:length])
+            owner = AttributePath(place.path, place.attributes[:length])
             if owner not in self.object_names:
                 access = f"{self._object(owner)}.{owner.attributes[-1]}"
                 self.object_names[owner] = f"o{len(self.object_names)}"
                 yield f"{self.object_names[owner]} = {access}"
 
-    def _object(self, place: Place) -> str:
+    def _object(self, place: AttributePath) -> str:
         """Return the name bound to the object that has the attribute."""
-        owner = Place(place.path, place.attributes[:-1])
+        owner = AttributePath(place.path, place.attributes[:-1])
         return self.object_names[owner] if owner.attributes else self.module_names[place.path]
 
-    def _structure(self) -> Iterator[Check | str]:
+    def _structure(self) -> Iterator[GuardCheck | str]:
         """Check what is where in the tree of modules."""
-        for path, names in self.captured.log.children.items():
+        for path, names in self.captured.dependencies.children.items():
             yield from self._reach(path)
-            yield Check(f"(*{self.module_names[path]}._modules,) == {names!r}", f"children of {path}")
-        for place, known in self.captured.log.aliases.items():
+            yield GuardCheck(f"(*{self.module_names[path]}._modules,) == {names!r}", f"children of {path}")
+        for place, known in self.captured.dependencies.aliases.items():
             yield from self._reach(place.path)
             parent, _, last = known.rpartition(".")
             yield from self._reach(parent)
             other = f"getattr({self.module_names[parent]}, {last!r})" if last else "self"
             same = f"getattr({self.module_names[place.path]}, {place.attributes[0]!r}) is {other}"
-            yield Check(same, f"{place} is no longer {known or 'the module itself'}")
+            yield GuardCheck(same, f"{place} is no longer {known or 'the module itself'}")
 
-    def _outside(self) -> Iterator[Check]:
-        for source, frozen in self.captured.log.outside.items():
-            yield Check(
+    def _outside(self) -> Iterator[GuardCheck]:
+        for source, frozen in self.captured.dependencies.outside.items():
+            yield GuardCheck(
                 conditions(frozen, source.access(self._name(source.root)), self._name), f"value of {source.name}"
             )
 
     def _owned(
         self, name: str, table: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
-    ) -> Iterator[Check | str]:
+    ) -> Iterator[GuardCheck | str]:
         parent, _, last = name.rpartition(".")
         yield from self._reach(parent)
         yield f"t = {self.module_names[parent]}.{table}.get({last!r})"
-        yield Check("t is not None", f"{name} is gone")
+        yield GuardCheck("t is not None", f"{name} is gone")
         same = f"t.dtype is {self._name(dtype)} and t.device == {self._name(device)} and t.shape == {self._name(shape)}"
-        yield Check(same, f"dtype, device or shape of {name}")
+        yield GuardCheck(same, f"dtype, device or shape of {name}")
 
 
 def _any_hook(m: str) -> str:

@@ -20,13 +20,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from lora_fx.capture.arguments import Check, is_constant
+from lora_fx.capture.calls.arguments import GuardCheck, is_constant
+from lora_fx.capture.calls.reasons import Untraceable, reason_of
 from lora_fx.capture.captured import Captured, NotCaptured
-from lora_fx.capture.reads.dependencies import Log, Place
-from lora_fx.capture.reasons import Untraceable, reason_of
+from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
 from lora_fx.capture.tracing.copies import path_of, reporting_copy
 from lora_fx.capture.tracing.inputs import TensorInput
-from lora_fx.capture.tracing.module_reads import Notes
+from lora_fx.capture.tracing.module_reads import ModuleReads
 from lora_fx.capture.tracing.tracer import is_leaf
 
 
@@ -37,16 +37,16 @@ def capture_symbolically(module: nn.Module) -> Captured:
         NotCaptured: the forward is not straight-line code, or differs between train and eval mode.
     """
     names = _tensor_parameters(module)
-    graph, log = _trace(module, names, training=False)
+    graph, dependencies = _trace(module, names, training=False)
     other, _ = _trace(module, names, training=True)
     if str(graph) != str(other):
         raise NotCaptured("train and eval mode give different graphs")
     inputs = tuple(_unknown_input(position, name) for position, name in enumerate(names))
     structure = (
-        Check(f"len(args) == {len(names)}", "number of positional arguments"),
-        Check("not kwargs", "keyword arguments"),
+        GuardCheck(f"len(args) == {len(names)}", "number of positional arguments"),
+        GuardCheck("not kwargs", "keyword arguments"),
     )
-    return Captured(graph, inputs, len(inputs), (), (), structure, (), log, None, {}, (), None)
+    return Captured(graph, inputs, len(inputs), (), (), structure, (), dependencies, None, {}, (), None)
 
 
 def _tensor_parameters(module: nn.Module) -> list[str]:
@@ -63,7 +63,7 @@ def _unknown_input(position: int, name: str) -> TensorInput:
     return TensorInput(f"args[{position}]", name, (), (), None, None, False, True)
 
 
-def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Graph, Log]:
+def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Graph, Dependencies]:
     tracer = _SymbolicTracer(module)
     for each in tracer.root.modules():
         object.__setattr__(each, "training", training)
@@ -76,16 +76,16 @@ def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Grap
         raise NotCaptured(problems[0] if problems else reason_of(error)) from error
     if problems:
         raise NotCaptured(problems[0])
-    return tracer.graph, tracer.log
+    return tracer.graph, tracer.dependencies
 
 
-class _SymbolicTracer(Notes, fx.Tracer):
+class _SymbolicTracer(ModuleReads, fx.Tracer):
     """A torch.fx.Tracer on a reporting copy: it patches nothing, and leaves are those of the other tracer."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.listening = False
-        self.log = Log()
+        self.dependencies = Dependencies()
         self.original = module
         self.root = reporting_copy(module, self)
         self.owned = {id(each): name for name, each in (*self.root.named_buffers(), *self.root.named_parameters())}
@@ -105,7 +105,7 @@ class _SymbolicTracer(Notes, fx.Tracer):
         if is_leaf(module):
             return self.create_proxy("call_module", path, args, kwargs)
         result = nn.Module.__call__(module, *args, **kwargs)
-        self.log.inlined.append(path)
+        self.dependencies.inlined.append(path)
         return result
 
     def create_arg(self, a: Any) -> Any:
@@ -118,10 +118,10 @@ class _SymbolicTracer(Notes, fx.Tracer):
         node.meta["place"] = ""
         return node
 
-    def absent(self, place: Place) -> None:
+    def absent(self, place: AttributePath) -> None:
         raise Untraceable(f"the forward asks whether {place} exists")
 
-    def wrote(self, place: Place) -> None:
+    def wrote(self, place: AttributePath) -> None:
         raise Untraceable(f"the forward writes {place} to the module")
 
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
-from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.options import format_option, output_option, rules_argument, rules_of
-from lora_fx.cli.output import write
-
-if TYPE_CHECKING:
-    from lora_fx.bench.report import BenchReport
+from lora_fx.cli.options import format_option, output_option, progress_option, rules_argument, rules_of
+from lora_fx.cli.output import progress_bar, write
 
 _SIZES = re.compile(r"(\d+)[x×](\d+)")
 
@@ -28,7 +23,7 @@ _SIZES = re.compile(r"(\d+)[x×](\d+)")
 @click.option("--no-time", is_flag=True, help="Only count: FLOPs, bytes, calls; the same on every machine.")
 @format_option("text", "json", "html")
 @output_option
-@click.option("--no-progress", is_flag=True, help="Show no progress bar.")
+@progress_option
 def command(
     model: str,
     rules: str,
@@ -49,50 +44,24 @@ def command(
     returns with it, its class's own, or --tokens.
     """
     sizes = _sizes(tokens)
-    report = _measured(model, rules, peer, 0 if no_time else rounds, threads, dtype, sizes, no_progress)
-    write(_as(report, form), output, form)
+    read = rules_of(rules)  # a misspelt rule is an error before torch is imported
+    from lora_fx.bench.picture import report_html
+    from lora_fx.bench.run import DTYPES, BenchOptions, bench
+    from lora_fx.cli.models.runnable import runnable
+
+    built, inputs = runnable(model, sizes)
+    options = BenchOptions(peer, 0 if no_time else rounds, threads, None if dtype is None else DTYPES[dtype])
+    with progress_bar("measuring", no_progress) as progress:
+        report = bench(built, read, inputs, options, progress)
+    forms = {"json": report.to_json, "html": lambda: report_html(report), "text": report.__str__}
+    write(forms[form](), output, form)
 
 
 def _sizes(tokens: str | None) -> tuple[int, int] | None:
     """Return (batch, length)."""
     if tokens is None:
         return None
-    found = _SIZES.fullmatch(tokens)
-    if found is None or 0 in map(int, found.groups()):
+    sizes = _SIZES.fullmatch(tokens)
+    if sizes is None or 0 in map(int, sizes.groups()):
         raise click.UsageError(f"--tokens {tokens}: write batch and length as 2x256")
-    return int(found[1]), int(found[2])
-
-
-def _measured(
-    model: str,
-    rules: str,
-    peer: str | None,
-    rounds: int,
-    threads: int,
-    dtype: str | None,
-    tokens: tuple[int, int] | None,
-    hidden: bool,
-) -> BenchReport:
-    read = rules_of(rules)  # a misspelt rule is told before torch is imported
-    from lora_fx.bench.run import DTYPES, BenchOptions, bench
-    from lora_fx.cli.models.runnable import runnable
-
-    built, inputs = runnable(model, tokens)
-    options = BenchOptions(peer, rounds, threads, None if dtype is None else DTYPES[dtype])
-    with click.progressbar(length=1, label="measuring", hidden=hidden, file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        return bench(built, read, inputs, options, progress)
-
-
-def _as(report: BenchReport, form: str) -> str:
-    if form == "json":
-        return report.to_json()
-    if form == "html":
-        from lora_fx.bench.picture import report_html
-
-        return report_html(report)
-    return str(report)
+    return int(sizes[1]), int(sizes[2])

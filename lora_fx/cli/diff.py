@@ -43,7 +43,9 @@ def command(
     Two JSON files are compared without torch.
     """
     if not others:
-        write(_graph_text(a), output, "json")
+        from lora_fx.cli.models.spec import graph_text
+
+        write(graph_text(a), output, "json")
         return
     diff = _difference(a, others)
     write(_shown(diff, form, stat), output, form)
@@ -51,15 +53,20 @@ def command(
 
 
 def _difference(a: str, others: tuple[str, ...]) -> GraphDiff | PlanDiff:
-    rules = tuple(each for each in others if _is_rules(each))
+    rules = tuple(operand for operand in others if _is_rules(operand))
     if len(others) > 2 or (len(others) == 2 and len(rules) != 2):
         raise click.UsageError("give two models, or a model and one or two rule files")
     if rules:
-        return _by_rules(a, rules)
+        read = [rules_of(name) for name in rules]  # a misspelt rule is an error before torch is imported
+        from lora_fx.cli.models.spec import compared_by_rules
+
+        return compared_by_rules(a, read)
     (b,) = others
     if a.endswith(_JSON) and b.endswith(_JSON):
         return _of_saved(a, b)
-    return _of_models(a, b)
+    from lora_fx.cli.models.spec import compared
+
+    return compared(_saved_graph(a), _saved_graph(b))
 
 
 def _is_rules(operand: str) -> bool:
@@ -105,35 +112,16 @@ def _saved(name: str) -> Plan | Graph:
         raise SavedFileError(f"{name}: is neither a graph nor a plan of lora_fx") from error
 
 
-def _of_models(a: str, b: str) -> GraphDiff:
-    from lora_fx.cli.models.spec import compared
-
-    return compared(_saved_graph(a), _saved_graph(b))
-
-
 def _saved_graph(operand: str) -> Graph | str:
     """Return a saved graph, or the operand itself if it is a model."""
     if not operand.endswith(_JSON) or operand.endswith(".index.json"):
         return operand
     from lora_fx.planning.plan import Plan
 
-    found = _saved(operand)
-    if isinstance(found, Plan):
+    graph = _saved(operand)
+    if isinstance(graph, Plan):
         raise SavedFileError(f"{operand}: is a plan, which can only be compared with a plan")
-    return found
-
-
-def _by_rules(model: str, rules: tuple[str, ...]) -> GraphDiff:
-    read = [rules_of(name) for name in rules]  # a misspelt rule is told before torch is imported
-    from lora_fx.cli.models.spec import compared_by_rules
-
-    return compared_by_rules(model, read)
-
-
-def _graph_text(model: str) -> str:
-    from lora_fx.cli.models.spec import graph_text
-
-    return graph_text(model)
+    return graph
 
 
 def _shown(diff: GraphDiff | PlanDiff, form: str, stat: bool) -> str:
@@ -144,9 +132,8 @@ def _shown(diff: GraphDiff | PlanDiff, form: str, stat: bool) -> str:
 
         return plan_diff_as(diff, form, stat)
     forms = {"json": diff.to_json, "html": diff.to_html, "mermaid": diff.to_mermaid, "dot": diff.to_dot}
-    if form in forms:
-        return forms[form]()
-    return _stat(diff) if stat and diff else str(diff)
+    text = (lambda: _stat(diff)) if stat and diff else diff.__str__
+    return forms.get(form, text)()
 
 
 def _stat(diff: GraphDiff) -> str:
@@ -154,5 +141,5 @@ def _stat(diff: GraphDiff) -> str:
     from lora_fx.planning.rows import fold_rows
     from lora_fx.text import columns
 
-    rows = [(each.path, f"-{len(each.removed)} +{len(each.added)}", each.note) for each in diff.changes]
+    rows = [(site.path, f"-{len(site.removed)} +{len(site.added)}", site.note) for site in diff.changes]
     return "\n".join([columns(fold_rows(rows)), str(diff).splitlines()[-1]])

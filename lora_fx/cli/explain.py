@@ -17,7 +17,7 @@ def command(model: str, path: str, rules: str) -> None:
 
     PATH is a name in MODEL, a glob, or a module with sites in it; what each of the RULES says of it is listed.
     """
-    read = rules_of(rules)  # a misspelt rule is told before torch is imported
+    read = rules_of(rules)  # a misspelt rule is an error before torch is imported
     from lora_fx.api import explain
     from lora_fx.cli.models.spec import load_model
 

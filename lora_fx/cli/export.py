@@ -23,7 +23,7 @@ def command(model: str, adapter: str, target: str, output: str, verify: bool, op
     MODEL needs its weights here.  The inputs that --verify compares on, and that some targets need, are those which the
     factory returns with the model, or transformers' own `dummy_inputs`.
     """
-    given = _read(options)  # a misspelt option is told before torch is imported
+    given = _read(options)  # a misspelt option is an error before torch is imported
     from lora_fx.api import export, load
     from lora_fx.cli.models.spec import load_with_weights
     from lora_fx.exporters import target_named
@@ -38,10 +38,10 @@ def _read(options: tuple[str, ...]) -> dict[str, Any]:
     """Return what stands behind each --set, read as YAML: numbers, true and false are what they look like."""
     import yaml
 
-    found = {}
+    given = {}
     for text in options:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise click.UsageError(f"--set {text}: write KEY=VALUE")
-        found[key] = yaml.safe_load(value)
-    return found
+        given[key] = yaml.safe_load(value)
+    return given

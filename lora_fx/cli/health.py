@@ -46,7 +46,7 @@ class HealthCheck:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What `lora-fx doctor` tells."""
+    """What `lora-fx doctor` shows."""
 
     packages: tuple[Package, ...]
     trouble: tuple[str, ...]
@@ -54,37 +54,38 @@ class Health:
 
     @property
     def is_well(self) -> bool:
-        needed = all(each.version and not each.is_too_old for each in self.packages if not each.extras)
+        needed = all(package.version and not package.is_too_old for package in self.packages if not package.extras)
         return needed and all(check.passed for check in self.checks)
 
     def __str__(self) -> str:
         lines = [f"Python {platform.python_version()}, {platform.system()} {platform.machine()}", ""]
-        lines.append(columns([_row(each) for each in self.packages]))
+        lines.append(columns([_row(package) for package in self.packages]))
         tried = [(check.name, "works" if check.passed else "FAILS", check.detail) for check in self.checks]
         lines += ["", columns(tried)] if tried else []
-        lines += ["", *(f"  {each}" for each in self.trouble)] if self.trouble else []
+        lines += ["", *(f"  {line}" for line in self.trouble)] if self.trouble else []
         return "\n".join([*lines, "", "all is well" if self.is_well else "something is wrong; see above"])
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": 1, "well": self.is_well, **asdict(self)}, indent=1)
 
 
-def _row(each: Package) -> tuple[str, str, str]:
-    need = f"for {', '.join(each.extras)}" if each.extras else "needed"
-    if not each.version:
-        return (each.name, "missing", f"{need}: pip install 'lora-fx[{each.extras[0]}]'" if each.extras else need)
-    return (each.name, each.version, f"too old, {each.least} is needed" if each.is_too_old else need)
+def _row(package: Package) -> tuple[str, str, str]:
+    name, extras = package.name, package.extras
+    need = f"for {', '.join(extras)}" if extras else "needed"
+    if not package.version:
+        return (name, "missing", f"{need}: pip install 'lora-fx[{extras[0]}]'" if extras else need)
+    return (name, package.version, f"too old, {package.least} is needed" if package.is_too_old else need)
 
 
 def installed() -> tuple[Package, ...]:
     """Return lora_fx itself and what it requires, by its own metadata; what only its developers need is left out."""
     own = Package("lora-fx", _version("lora-fx"), "", ())
-    found: dict[str, Package] = {}
-    for each in map(_package, metadata.requires("lora-fx") or () if own.version else ()):
-        if each.name != "lora-fx" and not set(each.extras) & set(_DEVELOPING):
-            known = found.get(each.name, each)
-            found[each.name] = replace(each, extras=tuple(sorted({*known.extras, *each.extras})))
-    return (own, *sorted(found.values(), key=lambda each: (each.extras, each.name)))
+    packages: dict[str, Package] = {}
+    for package in map(_package, metadata.requires("lora-fx") or () if own.version else ()):
+        if package.name != "lora-fx" and not set(package.extras) & set(_DEVELOPING):
+            known = packages.get(package.name, package)
+            packages[package.name] = replace(package, extras=tuple(sorted({*known.extras, *package.extras})))
+    return (own, *sorted(packages.values(), key=lambda package: (package.extras, package.name)))
 
 
 def _package(requirement: str) -> Package:
@@ -108,9 +109,9 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def trouble() -> tuple[str, ...]:
     """Return what is known to go wrong with what is here."""
-    found = []
+    lines = []
     if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        found.append("no C++ compiler: torch.compile on CPU needs one; lora_fx itself does not")
+        lines.append("no C++ compiler: torch.compile on CPU needs one; lora_fx itself does not")
     if sys.maxsize < 2**32:
-        found.append("a 32-bit Python: torch has no builds for it")
-    return tuple(found)
+        lines.append("a 32-bit Python: torch has no builds for it")
+    return tuple(lines)

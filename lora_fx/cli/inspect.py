@@ -6,7 +6,7 @@ import click
 
 from lora_fx.cli.options import format_option, output_option
 from lora_fx.cli.output import write
-from lora_fx.cli.verbs import DIFFERS, told
+from lora_fx.cli.verbs import DIFFERS, text_of
 from lora_fx.errors import AdapterMismatchError, RefusedError
 
 
@@ -26,13 +26,13 @@ def command(context: click.Context, adapter: str, model: str | None, form: str, 
     """
     from lora_fx.files.adapter.contents import contents_of
 
-    found = contents_of(adapter)
-    write(found.to_json() if form == "json" else str(found), output, form)
+    contents = contents_of(adapter)
+    write(contents.to_json() if form == "json" else str(contents), output, form)
     if model is not None:
         from lora_fx.cli.models.spec import check_fit
 
         try:
             click.echo(check_fit(adapter, model), err=form == "json")
         except (AdapterMismatchError, RefusedError) as error:
-            click.echo(f"lora-fx: {told(error)}", err=True)
+            click.echo(f"lora-fx: {text_of(error)}", err=True)
             context.exit(DIFFERS)

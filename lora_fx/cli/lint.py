@@ -20,12 +20,12 @@ def command(context: click.Context, rules: tuple[str, ...]) -> None:
     failed = False
     for name in rules:
         try:
-            found, warnings = lint(rules_of(name))
+            read, warnings = lint(rules_of(name))
         except RuleError as error:
             failed = True
             click.echo(str(error), err=True)
             continue
         for warning in warnings:
             click.echo(f"warning: {warning}", err=True)
-        click.echo(f"{name}: {count(len(found.rules), 'rule')}, no problem")
+        click.echo(f"{name}: {count(len(read.rules), 'rule')}, no problem")
     context.exit(DIFFERS if failed else 0)

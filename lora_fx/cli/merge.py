@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
-from lora_fx.cli.options import format_option
-from lora_fx.cli.output import show
+from lora_fx.cli.options import format_option, progress_option
+from lora_fx.cli.output import progress_bar, show
 
 
 @click.command("merge")
@@ -19,7 +17,7 @@ from lora_fx.cli.output import show
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
 @format_option("text", "json")
 @click.option("--all", "everything", is_flag=True, help="Show every tensor, not only those that rounding hurt most.")
-@click.option("--no-progress", is_flag=True, help="Show no progress bar.")
+@progress_option
 def command(
     base: str,
     adapters: tuple[str, ...],
@@ -35,13 +33,8 @@ def command(
 
     BASE and ADAPTERS are directories and stay unchanged; the directory given by -o is written, in bounded memory.
     """
-    from lora_fx.files.checkpoint.streaming import Options, merge_files
+    from lora_fx.files.checkpoint.streaming import MergeOptions, merge_files
 
-    with click.progressbar(length=1, label="merging", hidden=no_progress, file=sys.stderr) as bar:
-
-        def progress(done: int, total: int, name: str) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        report = merge_files(base, adapters, output, Options(out_dtype, rounding, seed), progress)
+    with progress_bar("merging", no_progress) as progress:
+        report = merge_files(base, adapters, output, MergeOptions(out_dtype, rounding, seed), progress)
     show(report.to_json() if form == "json" else report.text(everything))

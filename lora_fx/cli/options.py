@@ -54,18 +54,21 @@ def output_option(function: F) -> F:
     return click.option("-o", "--output", default=STANDARD, help=about, shell_complete=_complete_file)(function)
 
 
+def progress_option(function: F) -> F:
+    """Add --no-progress."""
+    return click.option("--no-progress", is_flag=True, help="Show no progress bar.")(function)
+
+
 def rules_of(name: str) -> RuleSet:
     """Return the rules of a file, of a shipped one by its name, or of the standard input.
 
     Raises:
         RuleError: with every problem.
     """
+    from lora_fx.rules.reader import read_from, read_rules
+
     if name != STANDARD:
-        from lora_fx.rules.reader import read_rules
-
         return read_rules(name)
-    from lora_fx.rules.reader import read_from
-
     with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
         file.write(sys.stdin.buffer.read())
         file.flush()

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.options import FORMATS, format_option, model_argument, output_option, rules_argument, rules_of
+from lora_fx.cli.options import (
+    FORMATS,
+    STANDARD,
+    format_option,
+    model_argument,
+    output_option,
+    rules_argument,
+    rules_of,
+)
 from lora_fx.cli.output import terminal_width, write
 from lora_fx.cli.saved import read_plan
 from lora_fx.cli.verbs import DIFFERS
@@ -40,12 +48,17 @@ def command(
     Every weight that multiplies is listed with what would be done to it; nothing is changed.  MODEL may be a plan that
     was saved with --format json; RULES are left out then.
     """
-    expected = read_plan(expect) if expect is not None else None
-    found = planned(model, rules)
+    from lora_fx.cli.rendering import plan_as, plan_diff_as
+    from lora_fx.planning.diff import plan_diff
+
+    expected = None if expect is None else read_plan(expect)
+    current = planned(model, rules)
     if expected is not None:
-        context.exit(_compare(expected, found, str(expect), form, stat, output))
-    to_terminal = output == "-" and form == "text"
-    write(_text(found, form, not everything, stat, terminal_width() if to_terminal else None), output, form)
+        diff = plan_diff(expected, current, (str(expect), f"{current.model} · {current.source}"))
+        write(plan_diff_as(diff, form, stat), output, form)
+        context.exit(DIFFERS if diff else 0)
+    width = terminal_width() if output == STANDARD and form == "text" else None
+    write(plan_as(current, form, not everything, stat, width), output, form)
 
 
 def planned(model: str, rules: str | None) -> Plan:
@@ -56,24 +69,9 @@ def planned(model: str, rules: str | None) -> Plan:
         return read_plan(model)
     if Path(model).suffix == ".json" and not model.endswith(".index.json"):
         raise click.UsageError(f"{model} is a saved plan, which has its rules already; leave out '{rules}'")
-    read = rules_of(rules)  # a misspelt rule is told before torch is imported
+    read = rules_of(rules)  # a misspelt rule is an error before torch is imported
     from lora_fx.api import plan
     from lora_fx.cli.models.spec import load_model
 
     built, inputs = load_model(model)
     return plan(built, read, inputs)
-
-
-def _compare(expected: Plan, found: Plan, name: str, form: str, stat: bool, output: str) -> int:
-    from lora_fx.cli.rendering import plan_diff_as
-    from lora_fx.planning.diff import plan_diff
-
-    diff = plan_diff(expected, found, (name, f"{found.model} · {found.source}"))
-    write(plan_diff_as(diff, form, stat), output, form)
-    return DIFFERS if diff else 0
-
-
-def _text(plan: Plan, form: str, fold: bool, stat: bool, width: int | None) -> str:
-    from lora_fx.cli.rendering import plan_as
-
-    return plan_as(plan, form, fold, stat, width)

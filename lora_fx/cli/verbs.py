@@ -75,11 +75,11 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb; an error is told and becomes the exit status."""
+        """Run the verb; an error is shown and becomes the exit status."""
         try:
             with _in_one_line(), warnings.catch_warnings():
                 if not ctx.params.get("debug"):
-                    for kind in (FutureWarning, DeprecationWarning):  # of torch, to whoever wrote torch
+                    for kind in (FutureWarning, DeprecationWarning):  # meant for torch's own authors
                         warnings.simplefilter("ignore", kind)
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
@@ -92,11 +92,11 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
     """End with the error's text (its first line, for errors that are not ours) and the exit status."""
     if debug:
         traceback.print_exc()
-    click.echo(f"lora-fx: {told(error)}", err=True)
+    click.echo(f"lora-fx: {text_of(error)}", err=True)
     sys.exit(DIFFERS if isinstance(error, VIOLATIONS) else TROUBLE)
 
 
-def told(error: Exception) -> str:
+def text_of(error: Exception) -> str:
     """Return the text of an error of ours, with where it is explained; the first line of any other."""
     if isinstance(error, LoraFxError):
         return "\n".join([str(error), *error.__notes__])

@@ -15,9 +15,9 @@ from torch.export import ExportedProgram
 
 from lora_fx.adapters.attach import HOME, attached_to
 from lora_fx.adapters.spec import AdapterSpec
-from lora_fx.capture.arguments import rebuild
-from lora_fx.capture.captured import Captured, NotCaptured, capture, resolve
-from lora_fx.capture.reads.dependencies import Place
+from lora_fx.capture.calls.arguments import rebuild
+from lora_fx.capture.captured import Captured, NotCaptured, capture
+from lora_fx.capture.reads.dependencies import AttributePath
 from lora_fx.capture.reads.frozen import Freezer, Frozen, OfType, Unfreezable
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.discovery.sites import take_inventory
@@ -29,7 +29,7 @@ from lora_fx.graphdiff.graphs import Graph, Statement, Weight, escaped
 from lora_fx.graphdiff.programs import graph_of_program, load_program
 from lora_fx.models.layers import is_layer
 from lora_fx.models.swap import original_class
-from lora_fx.models.tensors import dotted
+from lora_fx.models.tensors import attribute_at, dotted
 from lora_fx.models.twin import make_twin
 from lora_fx.regions.install import regions
 from lora_fx.regions.structure import structure_of
@@ -151,14 +151,16 @@ def _reads_the_same(module: nn.Module, made: Captured, wanted: Captured) -> bool
     """Whether the module holds what a capture of an identical one relied on, but for the numbers of layers."""
     freezer = Freezer({id(child): path for path, child in module.named_modules()})
 
-    def holds(place: Place, frozen: Frozen) -> bool:
-        value = resolve(module, str(place))
+    def holds(place: AttributePath, frozen: Frozen) -> bool:
+        value = attribute_at(module, str(place))
         return type(value) is frozen.kind if isinstance(frozen, OfType) else freezer.freeze(value) == frozen
 
     try:
-        reads = ((place, value) for place, value in made.log.read.items() if place not in wanted.parameters)
-        same = all(resolve(module, str(place)) == value for place, value in reads if place.attributes != ("training",))
-        return same and all(holds(place, frozen) for place, frozen in made.log.held.items())
+        reads = ((place, value) for place, value in made.dependencies.read.items() if place not in wanted.parameters)
+        same = all(
+            attribute_at(module, str(place)) == value for place, value in reads if place.attributes != ("training",)
+        )
+        return same and all(holds(place, frozen) for place, frozen in made.dependencies.held.items())
     except (AttributeError, Unfreezable):
         return False
 
@@ -169,17 +171,18 @@ def _in_its_mode(module: nn.Module, captured: Captured) -> Iterator[None]:
 
     Whether weights want gradients decides which of its ways torch's attention takes; that is no difference to show.
     """
-    around = contextlib.nullcontext() if captured.surroundings is None else captured.surroundings.active()
-    own = {name: leaf for name, leaf in module.named_parameters() if name in captured.log.flags and leaf.is_leaf}
+    around = contextlib.nullcontext() if captured.ambient is None else captured.ambient.active()
+    flags = captured.dependencies.flags
+    own = {name: leaf for name, leaf in module.named_parameters() if name in flags and leaf.is_leaf}
     before = {name: parameter.requires_grad for name, parameter in own.items()}
     with unchanged_modes(module), around:
-        for place, value in captured.log.read.items():
+        for place, value in captured.dependencies.read.items():
             if place.attributes == ("training",):
                 with contextlib.suppress(AttributeError):
                     module.get_submodule(place.path).training = value
         try:
             for name, parameter in own.items():
-                parameter.requires_grad_(captured.log.flags[name])
+                parameter.requires_grad_(flags[name])
             yield
         finally:
             for name, parameter in own.items():

@@ -74,7 +74,7 @@ def _convolution(module: nn.Module) -> LayerKind:
 
 
 def _transposed_convolution(module: nn.Module) -> LayerKind:
-    assert isinstance(module, nn.modules.conv._ConvTransposeNd)
+    assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     op = next(op for base, op in _TRANSPOSED.items() if isinstance(module, base))
     shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     reason = "transposed convolutions cannot be adapted; train it whole (`train:`)"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,6 +21,11 @@ def _slot(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
         if last in table:
             return table, last
     raise KeyError(name)
+
+
+def attribute_at(module: nn.Module, path: str) -> Any:
+    """Return what a dotted path names, seen from the module: a submodule, a tensor or any other attribute."""
+    return functools.reduce(getattr, path.split("."), module)
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor | None:

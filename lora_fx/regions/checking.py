@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import is_adapted
-from lora_fx.capture.ambient import RandomState, in_clean_thread, surroundings_of
+from lora_fx.capture.calls.ambient import RandomState, ambient_state, in_clean_thread
+from lora_fx.capture.calls.objects import copied, is_plain_object, objects_differ, tensors_in
 from lora_fx.capture.guards import Match
-from lora_fx.capture.objects import copied, is_plain_object, objects_differ, tensors_in
 from lora_fx.capture.tracing.recording import Records
 from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.gradients import Run, gradients_differ, values_differ
@@ -30,8 +30,8 @@ class Replay:
         self.args, self.kwargs = copied((args, kwargs), _copy)
         self._given = (args, kwargs)
         devices = {tensor.device for tensor in (*tensors_in((args, kwargs)), *module.parameters())}
-        self.surroundings = surroundings_of(devices)
-        self.random = RandomState(self.surroundings.devices)
+        self.ambient = ambient_state(devices)
+        self.random = RandomState(self.ambient.devices)
 
     def arguments(self) -> Call:
         """Return a fresh copy of the arguments: a forward may write to them."""
@@ -60,7 +60,7 @@ class Replay:
 
     def _without_trace(self, compared: Callable[[RandomState], str | None]) -> str | None:
         """Return what a comparison finds, or its failure; it is given the random state, which is restored after it."""
-        after = RandomState(self.surroundings.devices)
+        after = RandomState(self.ambient.devices)
         try:
             return compared(after)
         except Exception as error:
@@ -76,7 +76,7 @@ class Replay:
         module = stand_in(self._before)
         self.random.restore()
         result = self._run(lambda: _detached(program.function(module, *inputs)))
-        if RandomState(self.surroundings.devices) != after:
+        if RandomState(self.ambient.devices) != after:
             return "it draws other random numbers"
         return difference(result, answer) or _left_behind_differs((module, arguments), (self.module, self._given))
 
@@ -86,7 +86,7 @@ class Replay:
             return None
         mine, theirs, _ = self._both_with_noise(program.function, match)
         found = difference(_detached(mine[0]), _detached(theirs[0]))
-        if found is None and self.surroundings.grad:
+        if found is None and self.ambient.grad:
             found = self._run(lambda: gradients_differ(mine, theirs))  # a backward runs in the thread that asks for it
         program.proven_with_noise = found is None
         return None if found is None else f"with other adapters, {found}"
@@ -108,22 +108,22 @@ class Replay:
         assert not isinstance(inputs, int)
         self.random.restore()
         expected = self._run(lambda: modules[0].forward(*calls[0][0], **calls[0][1]))
-        drawn = RandomState(self.surroundings.devices)
+        drawn = RandomState(self.ambient.devices)
         self.random.restore()
         result = self._run(lambda: function(modules[1], *inputs))
-        alike = RandomState(self.surroundings.devices) == drawn
+        alike = RandomState(self.ambient.devices) == drawn
         return (result, calls[1], modules[1]), (expected, calls[0], modules[0]), alike
 
     def _precision(self, result: Any) -> torch.dtype:
         """Return the coarsest dtype in which the call rounds."""
         tensors = (*tensors_in((result, self.args, self.kwargs)), *self.module.parameters())
         found = {each.dtype for each in tensors if each.is_floating_point()}
-        found |= {dtype for _, enabled, dtype in self.surroundings.autocast if enabled}
+        found |= {dtype for _, enabled, dtype in self.ambient.autocast if enabled}
         return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
     def recorded(self) -> Records:
         """Make the call again and return what the module's submodules return; nothing else comes of it."""
-        after = RandomState(self.surroundings.devices)
+        after = RandomState(self.ambient.devices)
         args, kwargs = self.arguments()
         module, records = stand_in(self._before), Records()
         self.random.restore()
@@ -135,7 +135,7 @@ class Replay:
 
     def _run(self, work: Any) -> Any:
         def run() -> Any:
-            with self.surroundings.active():
+            with self.ambient.active():
                 return work()
 
         return in_clean_thread(run)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.objects import tensors_in
+from lora_fx.capture.calls.objects import tensors_in
 
 Run = tuple[Any, Any, nn.Module]
 """(result, arguments, module) of a run with gradients."""

@@ -13,10 +13,12 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import ITSELF, attached
 from lora_fx.adapters.fused.saving import checkpointing
 from lora_fx.adapters.fused.siblings import adapted_siblings
-from lora_fx.capture.captured import Captured, resolve
+from lora_fx.capture.captured import Captured
 from lora_fx.capture.guards import Guard, compile_guard
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.recording import of_shape
+from lora_fx.models.tensors import attribute_at
+from lora_fx.models.torch_internals import in_backward
 from lora_fx.passes.contract import Pass, apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
@@ -113,7 +115,7 @@ class Program:
 
     def parameters_of(self, module: nn.Module) -> tuple[int, ...]:
         """Return the module's values of the integers that are parameters of the program."""
-        return tuple(resolve(module, str(place)) for place in self.captured.parameters)
+        return tuple(attribute_at(module, str(place)) for place in self.captured.parameters)
 
 
 def may_be_fast() -> bool:
@@ -124,7 +126,7 @@ def may_be_fast() -> bool:
     """
     if not torch.is_grad_enabled():
         return False
-    if torch._C._current_graph_task_id() != -1:  # a block that is run again in the backward pass: what for, once more
+    if in_backward():  # a block that is run again in the backward pass: what for, once more
         return False
     return checkpointing() is None
 
@@ -148,7 +150,7 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
         _write_layer(graph_module, module)
     graph_module.graph.lint()
     code, function = _compiled(graph_module.graph, module)
-    watched = (*captured.log.inlined, *bypassed, *seen_into)
+    watched = (*captured.dependencies.inlined, *bypassed, *seen_into)
     classes = {path: type(module.get_submodule(path)) for path in watched if path}
     checks = any(node.target is of_shape for node in graph_module.graph.nodes)
     guard = compile_guard(captured, classes)

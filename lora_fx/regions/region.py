@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.ambient import RandomState, surroundings_of
-from lora_fx.capture.arguments import flatten
+from lora_fx.capture.calls.ambient import RandomState, ambient_state
+from lora_fx.capture.calls.arguments import flatten
+from lora_fx.capture.calls.objects import tensors_in
+from lora_fx.capture.calls.reasons import reason_of
 from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture
 from lora_fx.capture.generalise import generalise
-from lora_fx.capture.objects import tensors_in
-from lora_fx.capture.reasons import reason_of
 from lora_fx.capture.tracing.recording import OtherShape
 from lora_fx.errors import LoraFxWarning
 from lora_fx.models.layers import has_hooks
@@ -327,7 +327,7 @@ class Region:
                 continue
             both = make_program(captured, replay.module, self.kind.passes)
             if self._prove(both, replay, result):
-                values = tuple(other.captured.log.read[place] for place in captured.parameters)
+                values = tuple(other.captured.dependencies.read[place] for place in captured.parameters)
                 both.guard.proven.add(values)  # for these it is the other program, which has been proven
                 both.ones |= other.ones & program.ones
                 self.kind.programs.remove(other)
@@ -348,7 +348,7 @@ class Region:
 def _signature(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
     """Return what calls have in common that all can or all cannot be captured (sizes other than 1 do not count)."""
     flat = flatten(args, kwargs)
-    around = surroundings_of({leaf.value.device for leaf in flat.tensors()})
+    around = ambient_state({leaf.value.device for leaf in flat.tensors()})
     # what fails at a size of 1 may be captured at others
     ones = tuple(tuple(size == 1 for size in leaf.value.shape) for leaf in flat.tensors())
     return (flat.shape_free(), ones, module.training, around)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_fx.capture.arguments import flatten
+from lora_fx.capture.calls.arguments import flatten
 from lora_fx.capture.tracing.inputs import VaryingSizes
 
 _Shapes = tuple[tuple[int, ...], ...]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.capture.ambient import PythonLuck, RandomState
+from lora_fx.capture.calls.ambient import PythonRandomState, RandomState
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.models.samples import Sample
@@ -156,7 +156,9 @@ def run_variants(model: nn.Module, samples: Sequence[Sample]) -> None:
     """Run what is made up from the samples, in eval and in train mode; what the model refuses does not count."""
     made_up = tuple(variants(model, samples[0]))
     run_modes(model, made_up, may_fail=True)
-    if any(each.captured.log.asks_grad_mode for _, _, region in regions(model) for each in region.kind.programs):
+    if any(
+        each.captured.dependencies.asks_grad_mode for _, _, region in regions(model) for each in region.kind.programs
+    ):
         run_modes(model, (*samples, *made_up), may_fail=True, modes=_EVAL_WITH_GRADIENTS)
 
 
@@ -205,9 +207,9 @@ def unchanged_modes(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def unchanged_random(model: nn.Module) -> Iterator[None]:
     """Give the generators of torch, Python and numpy their state back."""
-    state, luck = RandomState(tuple({p.device for p in model.parameters()})), PythonLuck()
+    state, random_state = RandomState(tuple({p.device for p in model.parameters()})), PythonRandomState()
     try:
         yield
     finally:
         state.restore()
-        luck.restore()
+        random_state.restore()

@@ -14,7 +14,7 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.arguments import flatten, rebuild
+from lora_fx.capture.calls.arguments import flatten, rebuild
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
 
-from lora_fx.capture.captured import resolve
-from lora_fx.models.tensors import dotted
+from lora_fx.models.tensors import attribute_at, dotted
 from lora_fx.passes.editor import Editor
 from lora_fx.remerging.algebra.operations import is_linear, parameters_read
 
@@ -36,7 +35,7 @@ def drop_unused(editor: Editor, tensors: Iterable[Tensor], called: Iterable[str]
     for path, module in list(root.named_modules()):
         for name in [*module._parameters, *module._buffers]:
             full = dotted(path, name)
-            if id(resolve(root, full)) in wanted and full not in used:
+            if id(attribute_at(root, full)) in wanted and full not in used:
                 editor.drop_tensor(full, site)
                 owners.add(path)
     for path in sorted(owners, key=len, reverse=True):

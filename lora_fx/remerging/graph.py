@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
-from lora_fx.capture.captured import resolve
 from lora_fx.errors import InvariantError
+from lora_fx.models.tensors import attribute_at
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.remerging.algebra.chains import folded_weight, refolded
@@ -93,7 +93,7 @@ def _new_tensors(read: GraphReading, folds: list[LoraFold]) -> dict[str, tuple[T
         own = [fold for fold in folds if fold.use is use]
         values = [weight_of(read, own), *bias_of(read, own)]
         for name in stored_as(read, own[0]):
-            old = resolve(read.root, name)
+            old = attribute_at(read.root, name)
             value = next(each for each in values if each.shape == old.shape)
             new.setdefault(name, (_like(old, value), own[0].path))
     return new

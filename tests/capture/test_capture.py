@@ -224,7 +224,7 @@ def test_child_that_cannot_be_captured_stays_one_call_and_says_why():
 
     module = Parent()
     found = captured(module, x())
-    assert found.log.retreats == {"counter": "the forward writes counter.calls to the module"}
+    assert found.dependencies.retreats == {"counter": "the forward writes counter.calls to the module"}
     assert [node.target for node in found.graph.nodes if node.op == "call_module"] == ["fc", "counter"]
     assert "calls" not in vars(module.counter)
 
@@ -249,7 +249,7 @@ def test_size_that_the_forward_bakes_in_is_guarded_and_refused_where_it_is_known
 
 
 def reason(module: nn.Module, found: Captured, *args, **kwargs) -> str | None:
-    guard = compile_guard(found, {path: type(module.get_submodule(path)) for path in found.log.inlined})
+    guard = compile_guard(found, {path: type(module.get_submodule(path)) for path in found.dependencies.inlined})
     result = guard.match(module, args, kwargs)
     return guard.reasons[result] if isinstance(result, int) else None
 
@@ -340,7 +340,7 @@ def test_grad_mode_is_guarded_only_where_the_forward_asks_for_it_or_changes_it()
 def test_autocast_attributes_classes_and_hooks_are_guarded():
     module = Layer()
     found = captured(module, x())
-    classes = {path: type(module.get_submodule(path)) for path in found.log.inlined}
+    classes = {path: type(module.get_submodule(path)) for path in found.dependencies.inlined}
     guard = compile_guard(found, classes)
 
     def told() -> str | None:

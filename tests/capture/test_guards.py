@@ -143,7 +143,7 @@ def test_adding_to_a_buffer_in_place_is_no_write_of_an_attribute():
 
     module = Block(forward)
     module.register_buffer("steps", torch.zeros((), dtype=torch.long))
-    assert captured(module, x()).log.retreats == {}
+    assert captured(module, x()).dependencies.retreats == {}
     assert module.steps == 0
 
 
@@ -246,7 +246,7 @@ def test_random_state_of_python_and_numpy_is_put_back_when_a_forward_is_refused(
 
 def test_numbers_of_a_library_need_no_mention_but_are_right():
     module = Block(lambda self, x: self.first(x) * math.pi)
-    assert captured(module, x()).log.retreats == {}
+    assert captured(module, x()).dependencies.retreats == {}
 
 
 # -- structure

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.capture.reads.frozen import Frozen
-from lora_fx.capture.reads.sources import Source
+from lora_fx.capture.reads.sources import ValueSource
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AttributePath:
     """An attribute: of the module at `path`, and from there on along `attributes` (`config`, `hidden_act`)."""
 
     path: str
@@ -21,21 +21,21 @@ class Place:
 
 
 @dataclass(slots=True)
-class Log:
+class Dependencies:
     """What the forward relied on, apart from its arguments."""
 
-    read: dict[Place, Any] = field(default_factory=dict)
+    read: dict[AttributePath, Any] = field(default_factory=dict)
     """Constants."""
-    held: dict[Place, Frozen] = field(default_factory=dict)
+    held: dict[AttributePath, Frozen] = field(default_factory=dict)
     """Functions, containers and objects."""
-    absent: dict[Place, None] = field(default_factory=dict)
-    methods: dict[Place, None] = field(default_factory=dict)
+    absent: dict[AttributePath, None] = field(default_factory=dict)
+    methods: dict[AttributePath, None] = field(default_factory=dict)
     """Methods of the class, which an attribute of the instance would hide."""
     children: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of the children of modules whose children were listed."""
-    aliases: dict[Place, str] = field(default_factory=dict)
+    aliases: dict[AttributePath, str] = field(default_factory=dict)
     """Second places at which a submodule, parameter or buffer is, and the path by which the graph knows it."""
-    outside: dict[Source, Frozen] = field(default_factory=dict)
+    outside: dict[ValueSource, Frozen] = field(default_factory=dict)
     """Globals, closures, defaults and flags."""
     inlined: list[str] = field(default_factory=list)
     retreats: dict[str, str] = field(default_factory=dict)

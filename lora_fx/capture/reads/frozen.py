@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.capture.arguments import CONSTANTS
-from lora_fx.capture.objects import is_plain_object
+from lora_fx.capture.calls.arguments import CONSTANTS
+from lora_fx.capture.calls.objects import is_plain_object
 from lora_fx.capture.reads.libraries import is_library_module
 
 _MOST_PARTS = 256

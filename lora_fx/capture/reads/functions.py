@@ -9,7 +9,7 @@ from types import CellType, CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
 from lora_fx.capture.reads.libraries import is_library_module
-from lora_fx.capture.reads.sources import Source
+from lora_fx.capture.reads.sources import ValueSource
 
 CACHED = type(functools.lru_cache(lambda: None))
 """What functools.lru_cache makes of a function."""
@@ -20,15 +20,15 @@ class Functions:
     """The functions met so far, by their code, and where each was found."""
 
     def __init__(self) -> None:
-        self._by_code: dict[CodeType, dict[int, tuple[FunctionType, Source | None]]] = {}
+        self._by_code: dict[CodeType, dict[int, tuple[FunctionType, ValueSource | None]]] = {}
         self._searched: dict[int, Any] = {}
 
-    def met(self, value: Any, source: Source | None = None) -> None:
+    def met(self, value: Any, source: ValueSource | None = None) -> None:
         """Remember the functions in a value: a function, a method, a partial, whatever a decorator made of one."""
         for function in _functions_in(value):
             self._by_code.setdefault(function.__code__, {}).setdefault(id(function), (function, source))
 
-    def running(self, frame: FrameType) -> list[tuple[FunctionType, Source | None]]:
+    def running(self, frame: FrameType) -> list[tuple[FunctionType, ValueSource | None]]:
         """Return the functions with the code of a frame that has just started; several if they cannot be told apart."""
         code = frame.f_code
         self._search(frame.f_globals)
@@ -47,7 +47,7 @@ class Functions:
             if isinstance(value, type) and not is_library_module(value.__module__):
                 self.search_class(value)
             else:
-                self.met(value, Source(scope, (("item", name),), name))
+                self.met(value, ValueSource(scope, (("item", name),), name))
 
     def search_class(self, kind: type) -> None:
         """Meet the methods of a class."""
@@ -55,7 +55,7 @@ class Functions:
             return
         self._searched[id(kind)] = kind
         for name, value in list(vars(kind).items()):
-            self.met(value, Source(kind, (("attribute", "__dict__"), ("item", name)), f"{kind.__name__}.{name}"))
+            self.met(value, ValueSource(kind, (("attribute", "__dict__"), ("item", name)), f"{kind.__name__}.{name}"))
 
 
 def _functions_in(value: Any, depth: int = 0) -> Iterator[FunctionType]:

@@ -22,7 +22,7 @@ _TEXT = {"item": "{}[{!r}]", "attribute": "{}.{}", "call": "{}()", "has": "({1!r
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
+class ValueSource:
     """Where something is: the steps that lead to it from the root."""
 
     root: Any
@@ -31,18 +31,18 @@ class Source:
     name: str
     """For people: `SCALE`, `scaled.scale`."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ValueSource:
         return self  # there is only one such root
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Source) and self.root is other.root and self.steps == other.steps
+        return isinstance(other, ValueSource) and self.root is other.root and self.steps == other.steps
 
     def __hash__(self) -> int:
         return hash((id(self.root), self.steps))
 
-    def then(self, kind: str, key: Any) -> Source:
+    def then(self, kind: str, key: Any) -> ValueSource:
         """Return where one step further leads."""
-        return Source(self.root, (*self.steps, (kind, key)), f"{self.name}.{key}")
+        return ValueSource(self.root, (*self.steps, (kind, key)), f"{self.name}.{key}")
 
     def value(self) -> Any:
         """Return what is there now; None if nothing is."""
@@ -63,9 +63,9 @@ class Source:
     def put_back(self, value: Any) -> None:
         """Let what is there be `value` again."""
         kind, key = self.steps[-1]
-        owner = Source(self.root, self.steps[:-1], self.name).value()
+        owner = ValueSource(self.root, self.steps[:-1], self.name).value()
         if isinstance(owner, MappingProxyType):  # of a class
-            setattr(Source(self.root, self.steps[:-2], self.name).value(), key, value)
+            setattr(ValueSource(self.root, self.steps[:-2], self.name).value(), key, value)
         elif kind == "item":
             owner[key] = value
         elif kind == "attribute":

@@ -6,7 +6,7 @@ import enum
 from typing import Any
 
 
-class Readings(enum.Enum):
+class TensorQuery(enum.Enum):
     GUARDED = "covered by the guards on sizes, dtypes and devices"
     REQUIRES_GRAD = "needs a guard on requires_grad"
     LAYOUT = "needs a guard on strides"
@@ -27,16 +27,16 @@ POINTERS = frozenset({"data_ptr", "storage", "untyped_storage", "numpy", "__arra
 _LAYOUT = frozenset({"stride", "is_contiguous", "storage_offset", "sym_stride", "is_non_overlapping_and_dense"})
 
 
-def what_was_read(func: Any, name: str) -> Readings:
+def kind_of_query(func: Any, name: str) -> TensorQuery:
     """Return which guard covers the plain value that calling `func` gave."""
     if name == "__get__":
         name = func.__self__.__name__
     if name == "requires_grad":
-        return Readings.REQUIRES_GRAD
+        return TensorQuery.REQUIRES_GRAD
     if name.startswith("sym_"):  # arithmetic on symbolic sizes
-        return Readings.GUARDED
+        return TensorQuery.GUARDED
     if name in _LAYOUT:
-        return Readings.LAYOUT
+        return TensorQuery.LAYOUT
     if name in _GUARDED:
-        return Readings.GUARDED
-    return Readings.UNKNOWN
+        return TensorQuery.GUARDED
+    return TensorQuery.UNKNOWN

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.capture.arguments import is_constant
-from lora_fx.capture.objects import Pairs, differ_anywhere, is_plain_object
+from lora_fx.capture.calls.arguments import is_constant
+from lora_fx.capture.calls.objects import Pairs, differ_anywhere, is_plain_object
 from lora_fx.capture.reads.frozen import UNCHANGING
 from lora_fx.capture.tracing.copies import attributes_of, plain_class
 from lora_fx.models.torch_internals import FakeTensor

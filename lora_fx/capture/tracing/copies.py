@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import shown_parameters
-from lora_fx.capture.arguments import is_constant
-from lora_fx.capture.objects import is_plain_object
-from lora_fx.capture.reads.dependencies import Place
+from lora_fx.capture.calls.arguments import is_constant
+from lora_fx.capture.calls.objects import is_plain_object
+from lora_fx.capture.reads.dependencies import AttributePath
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
 from lora_fx.models.swap import is_swapped, origin, swap, unswap
 
@@ -36,25 +36,25 @@ class Listener(Protocol):
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module of the copy was called; return what the call returns."""
 
-    def read(self, place: Place, value: Any) -> None:
+    def read(self, place: AttributePath, value: Any) -> None:
         """The constant `value` was read at `place`."""
 
-    def held(self, place: Place, value: Any) -> None:
+    def held(self, place: AttributePath, value: Any) -> None:
         """Something that is neither constant nor method was read at `place`."""
 
-    def method(self, place: Place) -> None:
+    def method(self, place: AttributePath) -> None:
         """A method of its class was read at `place`."""
 
-    def child(self, place: Place, value: Any) -> None:
+    def child(self, place: AttributePath, value: Any) -> None:
         """A submodule, parameter or buffer was read at `place`."""
 
     def children(self, path: str, children: dict[str, Any]) -> None:
         """The children of the module at `path` were listed."""
 
-    def absent(self, place: Place) -> None:
+    def absent(self, place: AttributePath) -> None:
         """Somebody asked for `place`, and there is nothing."""
 
-    def wrote(self, place: Place) -> None:
+    def wrote(self, place: AttributePath) -> None:
         """The forward wrote an attribute."""
 
     def refuse(self, reason: str) -> None:
@@ -124,9 +124,9 @@ def _is_there(own: dict[str, Any], name: str, value: Any) -> bool:
     return any(name in table and table[name] is value for table in tables)
 
 
-def _place(own: dict[str, Any], name: str) -> Place:
-    here: Place = own[_PATH]
-    return Place(here.path, (*here.attributes, name))
+def _place(own: dict[str, Any], name: str) -> AttributePath:
+    here: AttributePath = own[_PATH]
+    return AttributePath(here.path, (*here.attributes, name))
 
 
 class ReportingModule(_Reporting, nn.Module):
@@ -184,7 +184,7 @@ def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
         unswap(each)
         _report_objects(each, module.get_submodule(path), path, listener)
         object.__setattr__(each, _LISTENER, listener)
-        object.__setattr__(each, _PATH, Place(path, ()))
+        object.__setattr__(each, _PATH, AttributePath(path, ()))
         swap(each, ReportingModule)
     return duplicate
 
@@ -212,7 +212,7 @@ def shared_by_copies(module: nn.Module) -> Iterator[object]:
 
 def _report_objects(duplicate: Any, original: Any, path: str, listener: Listener) -> None:
     """Let the plain objects that the module holds report too, and those that they hold, if the copy has its own."""
-    waiting = [(duplicate, original, Place(path, ()))]
+    waiting = [(duplicate, original, AttributePath(path, ()))]
     while waiting:
         owner, source, place = waiting.pop()
         for name, value in list(vars(owner).items()):
@@ -221,12 +221,12 @@ def _report_objects(duplicate: Any, original: Any, path: str, listener: Listener
                 continue
             if is_library_module(type(value).__module__):
                 continue  # its methods may be written in C, and read what nobody hears
-            where = Place(path, (*place.attributes, name))
+            where = AttributePath(path, (*place.attributes, name))
             if _reports(value, where, listener):
                 waiting.append((value, given, where))
 
 
-def _reports(value: Any, place: Place, listener: Listener) -> bool:
+def _reports(value: Any, place: AttributePath, listener: Listener) -> bool:
     """Let one object report; False if its class allows no subclass in place: then it is compared as a whole."""
     try:
         object.__setattr__(value, "__class__", _reporting_class(type(value)))
@@ -274,5 +274,5 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 def path_of(module: nn.Module) -> str:
     """Return where in the copy the module is."""
-    place: Place = module.__dict__[_PATH]
+    place: AttributePath = module.__dict__[_PATH]
     return place.path

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.capture.arguments import CONSTANTS, is_constant
+from lora_fx.capture.calls.arguments import CONSTANTS, is_constant
 from lora_fx.capture.reads.codes import Named, asks_for_class, codes_inside, named_by
 from lora_fx.capture.reads.frozen import Flat, Freezer, Frozen, Parts, Unfreezable
 from lora_fx.capture.reads.functions import CACHED, Functions, cells_of
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
-from lora_fx.capture.reads.sources import Source
+from lora_fx.capture.reads.sources import ValueSource
 from lora_fx.capture.tracing.changes import Undo
 from lora_fx.capture.tracing.copies import plain_class
 
@@ -38,14 +38,14 @@ _QUESTIONS = ("is_", "are_", "get_")
 _ASKED_BY_NAME = frozenset({torch.get_default_dtype, torch.get_num_threads, torch.get_num_interop_threads})
 
 
-class World:
+class Globals:
     """Everything outside that one capture has met."""
 
     def __init__(self, module: nn.Module, refuse: Callable[[str], None], asked_grad_mode: Callable[[], None]) -> None:
         self.refuse = refuse
         self._asked_grad_mode = asked_grad_mode
-        self.readings: dict[Source, Frozen] = {}
-        self._kept: dict[Source, tuple[Any, Undo]] = {}
+        self.readings: dict[ValueSource, Frozen] = {}
+        self._kept: dict[ValueSource, tuple[Any, Undo]] = {}
         self._known: dict[types.CodeType, str] = {}
         """Why each code that has started cannot be guarded; empty if it can."""
         self._inside: set[types.CodeType] = set()
@@ -87,7 +87,7 @@ class World:
         if function is _IS_GRAD_ENABLED:
             self._asked_grad_mode()
         if function in _ASKED_BY_NAME:
-            self._note(Source(function, _CALL, f"{function.__name__}()"), function())
+            self._note(ValueSource(function, _CALL, f"{function.__name__}()"), function())
 
     def _asked(self, frame: types.FrameType) -> None:
         """A library's function was called by somebody else: does it answer by the state of the world?"""
@@ -100,12 +100,12 @@ class World:
         if isinstance(function, types.FunctionType) and function.__code__ is code and not code.co_flags & 0x0C:
             answer = function()
             if is_constant(answer):
-                self._note(Source(function, _CALL, f"{code.co_name}()"), answer)
+                self._note(ValueSource(function, _CALL, f"{code.co_name}()"), answer)
 
     def _looked_up(self, key: object) -> None:
         if not isinstance(key, str):
             self.refuse("the forward reads the whole environment")
-        self._note(Source(os.environ, (("lookup", key),), f"${key}"), os.environ.get(str(key)))
+        self._note(ValueSource(os.environ, (("lookup", key),), f"${key}"), os.environ.get(str(key)))
 
     def _started(self, frame: types.FrameType) -> None:
         code = frame.f_code
@@ -136,11 +136,11 @@ class World:
         scope: dict[str, Any] = dict(sys.modules) if named.module else frame.f_globals
         if named.root in scope:
             root = sys.modules if named.module else scope
-            self._follow(Source(root, (("item", named.root),), named.root), named.attributes)
+            self._follow(ValueSource(root, (("item", named.root),), named.root), named.attributes)
         elif not named.module and named.root not in vars(builtins):  # yet to be set
-            self._note(Source(scope, (("has", named.root),), named.root), False)
+            self._note(ValueSource(scope, (("has", named.root),), named.root), False)
 
-    def _follow(self, source: Source, attributes: tuple[str, ...]) -> None:
+    def _follow(self, source: ValueSource, attributes: tuple[str, ...]) -> None:
         """Note what is at the end of a chain of attributes, as far as they are those of modules and classes."""
         value = source.value()
         for attribute in attributes:
@@ -168,7 +168,7 @@ class World:
                 continue
             for name, value in vars(each).items():
                 if not name.startswith("__") and (is_constant(value) or isinstance(value, (list, dict, set))):
-                    self._note(Source(each, (*_OWN, ("item", name)), f"{each.__name__}.{name}"), value)
+                    self._note(ValueSource(each, (*_OWN, ("item", name)), f"{each.__name__}.{name}"), value)
 
     # -- functions
 
@@ -182,15 +182,15 @@ class World:
             if source is not None:
                 self._note(source, source.value())
             for table in ("__defaults__", "__kwdefaults__"):
-                source = Source(function, (("attribute", table),), f"the defaults of {function.__name__}")
+                source = ValueSource(function, (("attribute", table),), f"the defaults of {function.__name__}")
                 if source.value():
                     self._note(source, source.value())
             for variable, cell in cells_of(function):
-                self._note(Source(cell, _CONTENTS, f"{function.__name__}.{variable}"), cell.cell_contents)
+                self._note(ValueSource(cell, _CONTENTS, f"{function.__name__}.{variable}"), cell.cell_contents)
 
     # -- noting
 
-    def _note(self, source: Source, value: Any) -> None:
+    def _note(self, source: ValueSource, value: Any) -> None:
         if source in self.readings:
             return
         self._functions.met(value)
@@ -217,7 +217,7 @@ class World:
                 found = found or f"the cache of {function.__name__}"
         return found
 
-    def _is_still(self, source: Source, frozen: Frozen) -> bool:
+    def _is_still(self, source: ValueSource, frozen: Frozen) -> bool:
         try:
             return self._freezer.freeze(source.value()) == frozen
         except Unfreezable:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lora_fx.capture.arguments import Check, FlatCall, Leaf, is_constant
-from lora_fx.capture.tracing.proxies import Ghosts, access_of
+from lora_fx.capture.calls.arguments import FlatCall, GuardCheck, Leaf, is_constant
+from lora_fx.capture.tracing.proxies import Proxies, access_of
 from lora_fx.capture.tracing.writer import GraphWriter
 from lora_fx.models.torch_internals import Fakes, symbol_of
 
@@ -77,23 +77,23 @@ class Inputs:
     """While it is entered, the tracer does not listen."""
     given: list[_Given] = field(default_factory=list)
     stand_ins: dict[int, Any] = field(default_factory=dict)
-    """Fake or ghost by the identity of an argument's tensor or object."""
+    """Fake or proxy by the identity of an argument's tensor or object."""
     same: list[tuple[str, str]] = field(default_factory=list)
     constants: list[Leaf] = field(default_factory=list)
-    checks: dict[Check, None] = field(default_factory=dict)
-    ghosts: Ghosts = field(init=False)
+    checks: dict[GuardCheck, None] = field(default_factory=dict)
+    proxies: Proxies = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ghosts = Ghosts(self)
+        self.proxies = Proxies(self)
         self.writer.ask_object = self._object
 
     def admit(self, flat: FlatCall) -> None:
-        """Make inputs of the tensors, and ghosts of the objects, among the leaves of a call."""
+        """Make inputs of the tensors, and proxies of the objects, among the leaves of a call."""
         for leaf in flat.tensors():
             self.stand_ins[id(leaf.value)] = self._tensor(leaf.access, leaf.name, leaf.value)
         for leaf in flat.leaves:
             if not isinstance(leaf.value, Tensor) and not is_constant(leaf.value):
-                self.stand_ins[id(leaf.value)] = self.ghosts.of(leaf.value, leaf.access)
+                self.stand_ins[id(leaf.value)] = self.proxies.of(leaf.value, leaf.access)
             elif is_constant(leaf.value):
                 self.constants.append(leaf)
 
@@ -121,7 +121,7 @@ class Inputs:
                     yield f"{size_name(index, dim)} == {size}"
         yield from self.fakes.guards(sizes, names)
 
-    # -- what turns up while the forward runs (the Host of the ghosts)
+    # -- what turns up while the forward runs (the Host of the proxies)
 
     def tensor_read(self, access: str, tensor: Tensor) -> Tensor:
         with self.quietly():
@@ -136,12 +136,12 @@ class Inputs:
     def constant_read(self, access: str, value: object) -> None:
         self.constants.append(Leaf(access, _spoken(access), value))
 
-    def required(self, check: Check) -> None:
-        self.checks[check] = None
+    def required(self, expression: str, reason: str) -> None:
+        self.checks[GuardCheck(expression, reason)] = None
 
-    def wrote(self, function: Callable[..., None], ghost: Any, key: object, value: object) -> None:
+    def wrote(self, function: Callable[..., None], proxy: Any, key: object, value: object) -> None:
         if self.listening():
-            self.writer.emit("call_function", function, (self.writer.argument(ghost), key, self.writer.argument(value)))
+            self.writer.emit("call_function", function, (self.writer.argument(proxy), key, self.writer.argument(value)))
 
     # -- making inputs
 
@@ -157,11 +157,11 @@ class Inputs:
         self.given.append(_Given(access, name, value, fake))
         return fake
 
-    def _object(self, ghost: Any) -> fx.Node:
+    def _object(self, proxy: Any) -> fx.Node:
         """Return the node of an object that the graph mentions."""
-        access = access_of(ghost)
-        self.given.append(_Given(access, _spoken(access), None, ghost))
-        return self.writer.input(_identifier(access), ghost)
+        access = access_of(proxy)
+        self.given.append(_Given(access, _spoken(access), None, proxy))
+        return self.writer.input(_identifier(access), proxy)
 
 
 def size_name(index: int, dim: int) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lora_fx.capture.arguments import is_constant
-from lora_fx.capture.reasons import Untraceable
+from lora_fx.capture.calls.arguments import is_constant
+from lora_fx.capture.calls.reasons import Untraceable
 from lora_fx.capture.tracing.copies import reports
-from lora_fx.capture.tracing.proxies import is_ghost
+from lora_fx.capture.tracing.proxies import is_proxy
 from lora_fx.capture.tracing.writer import GraphWriter
 from lora_fx.models.torch_internals import pytree
 
@@ -60,7 +60,7 @@ def _output(writer: GraphWriter, value: Any) -> Any:
         return writer.emit("call_function", torch.Size, (writer.argument(tuple(value)),))
     if isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)) or is_constant(value):
         return writer.argument(value)
-    if is_ghost(value):
+    if is_proxy(value):
         return writer.argument(value)
     if type(value) in (tuple, list):
         return type(value)(_output(writer, item) for item in value)

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class Hearer(Protocol):
+class PatchListener(Protocol):
     """Who is told."""
 
     listening: bool
@@ -42,31 +42,31 @@ class CustomFunction:
 
 
 @contextlib.contextmanager
-def overheard(hearer: Hearer) -> Iterator[None]:
-    """Tell the hearer what its own thread does while it is listening."""
+def patched(listener: PatchListener) -> Iterator[None]:
+    """Tell the listener what its own thread does while it is listening."""
     thread = threading.get_ident()
 
-    def heard() -> bool:
-        return threading.get_ident() == thread and hearer.listening
+    def listening() -> bool:
+        return threading.get_ident() == thread and listener.listening
 
     with (
-        _custom_functions(hearer, heard),
-        _grad_mode(hearer, heard),
-        _saved_tensors(hearer, heard),
-        _no_overrides(heard),
+        _custom_functions(listener, listening),
+        _grad_mode(listener, listening),
+        _saved_tensors(listener, listening),
+        _no_overrides(listening),
     ):
         yield
 
 
 @contextlib.contextmanager
-def _custom_functions(hearer: Hearer, heard: Callable[[], bool]) -> Iterator[None]:
+def _custom_functions(listener: PatchListener, listening: Callable[[], bool]) -> Iterator[None]:
     plain = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         def call() -> Any:
             return plain.__func__(cls, *args, **kwargs)
 
-        return hearer.custom_function(cls, call, args) if heard() and not kwargs else call()
+        return listener.custom_function(cls, call, args) if listening() and not kwargs else call()
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
     try:
@@ -76,12 +76,12 @@ def _custom_functions(hearer: Hearer, heard: Callable[[], bool]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _grad_mode(hearer: Hearer, heard: Callable[[], bool]) -> Iterator[None]:
+def _grad_mode(listener: PatchListener, listening: Callable[[], bool]) -> Iterator[None]:
     plain = torch.is_grad_enabled
 
     def is_grad_enabled() -> bool:
-        if heard():
-            hearer.asked_grad_mode()
+        if listening():
+            listener.asked_grad_mode()
         return plain()
 
     torch.is_grad_enabled = is_grad_enabled
@@ -92,12 +92,12 @@ def _grad_mode(hearer: Hearer, heard: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _saved_tensors(hearer: Hearer, heard: Callable[[], bool]) -> Iterator[None]:
+def _saved_tensors(listener: PatchListener, listening: Callable[[], bool]) -> Iterator[None]:
     plain = saved_tensors_hooks.__enter__
 
     def enter(hooks: saved_tensors_hooks) -> None:
-        if heard():  # a graph of what is checkpointed would save what checkpointing is there to drop
-            hearer.refuse("the forward sets hooks on saved tensors (activation checkpointing)")
+        if listening():  # a graph of what is checkpointed would save what checkpointing is there to drop
+            listener.refuse("the forward sets hooks on saved tensors (activation checkpointing)")
         return plain(hooks)
 
     saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
@@ -108,12 +108,12 @@ def _saved_tensors(hearer: Hearer, heard: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_overrides(heard: Callable[[], bool]) -> Iterator[None]:
+def _no_overrides(listening: Callable[[], bool]) -> Iterator[None]:
     """Let torch's attention layers see that nothing overrides torch, as in the real call: they choose kernels by it."""
     plain = torch.overrides.has_torch_function
 
     def has_torch_function(args: Iterable[Any]) -> bool:
-        return not heard() and plain(args)
+        return not listening() and plain(args)
 
     torch.overrides.has_torch_function = has_torch_function
     try:

@@ -1,6 +1,6 @@
-"""Ghosts: what a forward sees during a capture in place of a plain object among its arguments (a KV cache).
+"""Proxies: what a forward sees during a capture in place of a plain object among its arguments (a KV cache).
 
-A ghost has the object's class and attributes, but nothing that happens to it reaches the object.  A tensor attribute
+A proxy has the object's class and attributes, but nothing that happens to it reaches the object.  A tensor attribute
 becomes a fake input when it is first read, a constant becomes a guard, and what the forward writes becomes a statement
 of the graph.  So the object's own methods run for real, and the graph does to the object what the forward would do.
 """
@@ -13,15 +13,15 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lora_fx.capture.arguments import Check, is_constant
-from lora_fx.capture.objects import IDENTITIES, is_plain_object
-from lora_fx.capture.reasons import Untraceable
+from lora_fx.capture.calls.arguments import is_constant
+from lora_fx.capture.calls.objects import IDENTITIES, is_plain_object
+from lora_fx.capture.calls.reasons import Untraceable
 
-_STATE = "_lora_fx_ghost"
+_STATE = "_lora_fx_proxy"
 
 
 class Host(Protocol):
-    """The capture that ghosts belong to."""
+    """The capture that proxies belong to."""
 
     def tensor_read(self, access: str, tensor: Tensor) -> Tensor:
         """Return the fake of a tensor found at `access`."""
@@ -32,18 +32,18 @@ class Host(Protocol):
     def constant_read(self, access: str, value: object) -> None:
         """A constant, or something told apart by identity, was found at `access`."""
 
-    def required(self, check: Check) -> None:
-        """The capture relies on this."""
+    def required(self, expression: str, reason: str) -> None:
+        """The capture relies on the expression being true; `reason` says what differs when it is not."""
 
-    def wrote(self, function: Callable[..., None], ghost: Any, key: object, value: object) -> None:
-        """The forward changes the object that the ghost stands for: `function(object, key, value)` does it again."""
+    def wrote(self, function: Callable[..., None], proxy: Any, key: object, value: object) -> None:
+        """The forward changes the object that the proxy stands for: `function(object, key, value)` does it again."""
 
 
 @dataclass(slots=True)
 class _State:
-    """What a ghost knows of itself."""
+    """What a proxy knows of itself."""
 
-    ghosts: Ghosts
+    proxies: Proxies
     access: str
     raw: set[object] = field(default_factory=set)
     """Attributes, indices or keys whose value is still the object's own."""
@@ -66,13 +66,13 @@ def append_item(target: list[object], _index: int, value: object) -> None:
     target.append(value)
 
 
-class Ghosts:
-    """All ghosts of one capture."""
+class Proxies:
+    """All proxies of one capture."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self._made: dict[int, tuple[Any, Any]] = {}
-        """(object, ghost) by the object's identity."""
+        """(object, proxy) by the object's identity."""
 
     def of(self, value: Any, access: str) -> Any:
         """Return what stands for the value found at `access`."""
@@ -84,96 +84,96 @@ class Ghosts:
             self.host.constant_read(access, value)
             return value
         if type(value) is tuple:
-            self.host.required(Check(f"type({access}) is tuple and len({access}) == {len(value)}", f"length: {access}"))
+            self.host.required(f"type({access}) is tuple and len({access}) == {len(value)}", f"length: {access}")
             return tuple(self.of(item, f"{access}[{index}]") for index, item in enumerate(value))
-        return self._ghost(value, access)
+        return self._proxy(value, access)
 
-    def _ghost(self, value: Any, access: str) -> Any:
+    def _proxy(self, value: Any, access: str) -> Any:
         if id(value) in self._made:
-            ghost = self._made[id(value)][1]
-            self.host.required(Check(f"{access} is {access_of(ghost)}", f"{access} is another object"))
-            return ghost
-        ghost = self._new(value, access)
-        self._made[id(value)] = (value, ghost)
-        return ghost
+            proxy = self._made[id(value)][1]
+            self.host.required(f"{access} is {access_of(proxy)}", f"{access} is another object")
+            return proxy
+        proxy = self._new(value, access)
+        self._made[id(value)] = (value, proxy)
+        return proxy
 
     def _new(self, value: Any, access: str) -> Any:
         if type(value) is list:
-            ghost: Any = GhostList(value)
+            proxy: Any = ProxyList(value)
             raw: set[object] = set(range(len(value)))
-            self.host.required(Check(f"type({access}) is list and len({access}) == {len(value)}", f"length: {access}"))
+            self.host.required(f"type({access}) is list and len({access}) == {len(value)}", f"length: {access}")
         elif type(value) is dict:
-            ghost, raw = GhostDict(value), set(value)
-            self.host.required(Check(f"type({access}) is dict", f"{access} is no dict"))
+            proxy, raw = ProxyDict(value), set(value)
+            self.host.required(f"type({access}) is dict", f"{access} is no dict")
         elif is_plain_object(value):
-            ghost, raw = _empty(type(value), access), set(vars(value))
-            ghost.__dict__.update(vars(value))
+            proxy, raw = _empty(type(value), access), set(vars(value))
+            proxy.__dict__.update(vars(value))
             self.host.constant_read(f"type({access})", type(value))
         else:
             raise Untraceable(f"{access} is of type {type(value).__name__}")
-        ghost.__dict__[_STATE] = _State(self, access, raw)
-        return ghost
+        proxy.__dict__[_STATE] = _State(self, access, raw)
+        return proxy
 
     def mark(self) -> Callable[[], None]:
-        """Return a function that takes back everything written to ghosts since."""
-        before = [(ghost, *_contents(ghost)) for _, ghost in self._made.values()]
+        """Return a function that takes back everything written to proxies since."""
+        before = [(proxy, *_contents(proxy)) for _, proxy in self._made.values()]
 
         def take_back() -> None:
-            for ghost, contents, raw in before:
-                _refill(ghost, contents, raw)
+            for proxy, contents, raw in before:
+                _refill(proxy, contents, raw)
 
         return take_back
 
 
-def _contents(ghost: Any) -> tuple[Any, set[object]]:
-    inside = list(list.__iter__(ghost)) if isinstance(ghost, GhostList) else None
-    if isinstance(ghost, GhostDict):
-        inside = dict(dict.items(ghost))  # type: ignore[assignment]
+def _contents(proxy: Any) -> tuple[Any, set[object]]:
+    inside = list(list.__iter__(proxy)) if isinstance(proxy, ProxyList) else None
+    if isinstance(proxy, ProxyDict):
+        inside = dict(dict.items(proxy))  # type: ignore[assignment]
     if inside is None:
-        inside = dict(ghost.__dict__)  # type: ignore[assignment]
-    return inside, set(_state(ghost).raw)
+        inside = dict(proxy.__dict__)  # type: ignore[assignment]
+    return inside, set(_state(proxy).raw)
 
 
-def _refill(ghost: Any, contents: Any, raw: set[object]) -> None:
-    if isinstance(ghost, GhostList):
-        list.__setitem__(ghost, slice(None), contents)
-    elif isinstance(ghost, GhostDict):
-        dict.clear(ghost)
-        dict.update(ghost, contents)
+def _refill(proxy: Any, contents: Any, raw: set[object]) -> None:
+    if isinstance(proxy, ProxyList):
+        list.__setitem__(proxy, slice(None), contents)
+    elif isinstance(proxy, ProxyDict):
+        dict.clear(proxy)
+        dict.update(proxy, contents)
     else:
-        ghost.__dict__.clear()
-        ghost.__dict__.update(contents)
-    _state(ghost).raw = set(raw)
+        proxy.__dict__.clear()
+        proxy.__dict__.update(contents)
+    _state(proxy).raw = set(raw)
 
 
-def _state(ghost: Any) -> _State:
-    state: _State = object.__getattribute__(ghost, "__dict__")[_STATE]
+def _state(proxy: Any) -> _State:
+    state: _State = object.__getattribute__(proxy, "__dict__")[_STATE]
     return state
 
 
-def is_ghost(value: object) -> bool:
-    return isinstance(value, (GhostObject, GhostList, GhostDict))
+def is_proxy(value: object) -> bool:
+    return isinstance(value, (ProxyObject, ProxyList, ProxyDict))
 
 
-def access_of(ghost: Any) -> str:
-    """Return where among the arguments the object is that a ghost stands for."""
-    return _state(ghost).access
+def access_of(proxy: Any) -> str:
+    """Return where among the arguments the object is that a proxy stands for."""
+    return _state(proxy).access
 
 
 def settle(value: Any) -> None:
-    """Resolve everything in a list or dict ghost: C code would see its raw contents."""
-    if isinstance(value, GhostList):
+    """Resolve everything in a list or dict proxy: C code would see its raw contents."""
+    if isinstance(value, ProxyList):
         for _ in value:
             pass
-    elif isinstance(value, GhostDict):
+    elif isinstance(value, ProxyDict):
         value.values()
     elif isinstance(value, (tuple, list)):
         for item in value:
             settle(item)
 
 
-class GhostObject:
-    """Mixin of the class of an object's ghost."""
+class ProxyObject:
+    """Mixin of the class of an object's proxy."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep the class's own hook from hearing of a subclass that is none of its own."""
@@ -184,14 +184,14 @@ class GhostObject:
         own = object.__getattribute__(self, "__dict__")
         state: _State | None = own.get(_STATE)
         if state is not None and name in state.raw:
-            own[name] = state.ghosts.of(own[name], f"{state.access}.{name}")
+            own[name] = state.proxies.of(own[name], f"{state.access}.{name}")
             state.raw.discard(name)
         return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
             access = access_of(self)
-            _state(self).ghosts.host.required(Check(f"not hasattr({access}, {name!r})", f"{access}.{name} now exists"))
+            _state(self).proxies.host.required(f"not hasattr({access}, {name!r})", f"{access}.{name} now exists")
         inherited = getattr(super(), "__getattr__", None)
         if inherited is None:
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
@@ -199,7 +199,7 @@ class GhostObject:
 
     def __setattr__(self, name: str, value: Any) -> None:
         state = _state(self)
-        state.ghosts.host.wrote(set_attribute, self, name, value)
+        state.proxies.host.wrote(set_attribute, self, name, value)
         state.raw.discard(name)
         super().__setattr__(name, value)
 
@@ -213,7 +213,7 @@ _CLASSES: dict[type, type] = {}
 def _empty(kind: type, access: str) -> Any:
     try:
         if kind not in _CLASSES:
-            _CLASSES[kind] = type(kind)(kind.__name__, (GhostObject, kind), {"__module__": kind.__module__})
+            _CLASSES[kind] = type(kind)(kind.__name__, (ProxyObject, kind), {"__module__": kind.__module__})
         return object.__new__(_CLASSES[kind])
     except TypeError as error:
         raise Untraceable(f"{access} is of type {kind.__name__}") from error
@@ -226,13 +226,13 @@ def _refused(name: str) -> Callable[..., Any]:
     return refuse
 
 
-class GhostList(list[Any]):
-    """The ghost of a list: items are resolved when they are read."""
+class ProxyList(list[Any]):
+    """The proxy of a list: items are resolved when they are read."""
 
     def _item(self, index: int) -> Any:
         state = _state(self)
         if index in state.raw:
-            list.__setitem__(self, index, state.ghosts.of(list.__getitem__(self, index), f"{state.access}[{index}]"))
+            list.__setitem__(self, index, state.proxies.of(list.__getitem__(self, index), f"{state.access}[{index}]"))
             state.raw.discard(index)
         return list.__getitem__(self, index)
 
@@ -251,12 +251,12 @@ class GhostList(list[Any]):
         if isinstance(key, slice):
             raise Untraceable(f"the forward sets a slice of {access_of(self)}")
         index = range(len(self))[key.__index__()]
-        _state(self).ghosts.host.wrote(set_item, self, index, value)
+        _state(self).proxies.host.wrote(set_item, self, index, value)
         _state(self).raw.discard(index)
         list.__setitem__(self, index, value)
 
     def append(self, value: Any) -> None:
-        _state(self).ghosts.host.wrote(append_item, self, len(self), value)
+        _state(self).proxies.host.wrote(append_item, self, len(self), value)
         list.append(self, value)
 
     def _settled(self) -> list[Any]:
@@ -276,8 +276,8 @@ class GhostList(list[Any]):
     __reversed__ = __delitem__ = __iadd__ = __imul__ = __mul__ = _refused("a list method")
 
 
-class GhostDict(dict[Any, Any]):
-    """The ghost of a dict: values are resolved when they are read, and whether a key is there is guarded."""
+class ProxyDict(dict[Any, Any]):
+    """The proxy of a dict: values are resolved when they are read, and whether a key is there is guarded."""
 
     def _known(self, key: Any) -> bool:
         if not is_constant(key):
@@ -286,7 +286,7 @@ class GhostDict(dict[Any, Any]):
         state = _state(self)
         if key in state.raw or not found:
             text = "in" if found else "not in"
-            state.ghosts.host.required(Check(f"{key!r} {text} {state.access}", f"keys of {state.access}"))
+            state.proxies.host.required(f"{key!r} {text} {state.access}", f"keys of {state.access}")
         return found
 
     def __contains__(self, key: object) -> bool:
@@ -297,7 +297,7 @@ class GhostDict(dict[Any, Any]):
             raise KeyError(key)
         state = _state(self)
         if key in state.raw:
-            dict.__setitem__(self, key, state.ghosts.of(dict.__getitem__(self, key), f"{state.access}[{key!r}]"))
+            dict.__setitem__(self, key, state.proxies.of(dict.__getitem__(self, key), f"{state.access}[{key!r}]"))
             state.raw.discard(key)
         return dict.__getitem__(self, key)
 
@@ -308,7 +308,7 @@ class GhostDict(dict[Any, Any]):
         if not is_constant(key):
             raise Untraceable(f"the forward sets an item of {access_of(self)} under a key that is no constant")
         state = _state(self)
-        state.ghosts.host.wrote(set_item, self, key, value)
+        state.proxies.host.wrote(set_item, self, key, value)
         state.raw.discard(key)
         state.changed = True
         dict.__setitem__(self, key, value)
@@ -320,7 +320,7 @@ class GhostDict(dict[Any, Any]):
             raise Untraceable(f"the forward lists the keys of {state.access} after changing it")
         if not all(map(is_constant, keys)):
             raise Untraceable(f"{state.access} has keys that are no constants")
-        state.ghosts.host.required(Check(f"tuple({state.access}) == {tuple(keys)!r}", f"keys of {state.access}"))
+        state.proxies.host.required(f"tuple({state.access}) == {tuple(keys)!r}", f"keys of {state.access}")
         return keys
 
     def __iter__(self) -> Iterator[Any]:

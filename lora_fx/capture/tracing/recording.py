@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.arguments import CONSTANTS, is_constant
-from lora_fx.capture.reasons import Untraceable
+from lora_fx.capture.calls.arguments import CONSTANTS, is_constant
+from lora_fx.capture.calls.reasons import Untraceable
 from lora_fx.models.torch_internals import hint_of, pytree
 
 

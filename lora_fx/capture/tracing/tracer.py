@@ -21,20 +21,28 @@ import sympy
 import torch
 from torch import fx, nn
 
-from lora_fx.capture.ambient import PythonLuck
-from lora_fx.capture.reads.dependencies import Log, Place
-from lora_fx.capture.reads.tensor_queries import POINTERS, Readings, what_was_read
-from lora_fx.capture.reasons import Untraceable, reason_of
+from lora_fx.capture.calls.ambient import PythonRandomState
+from lora_fx.capture.calls.reasons import Untraceable, reason_of
+from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
+from lora_fx.capture.reads.tensor_queries import POINTERS, TensorQuery, kind_of_query
 from lora_fx.capture.tracing.changes import changed_attribute, changed_registration, tables_of
 from lora_fx.capture.tracing.copies import class_of, path_of, reporting_copy
-from lora_fx.capture.tracing.globals import World
-from lora_fx.capture.tracing.module_reads import Notes
-from lora_fx.capture.tracing.patches import CustomFunction, overheard
-from lora_fx.capture.tracing.proxies import Ghosts, is_ghost, settle
+from lora_fx.capture.tracing.globals import Globals
+from lora_fx.capture.tracing.module_reads import ModuleReads
+from lora_fx.capture.tracing.patches import CustomFunction, patched
+from lora_fx.capture.tracing.proxies import Proxies, is_proxy, settle
 from lora_fx.capture.tracing.recording import NeedsRecord, Records, fake_result, of_shape
 from lora_fx.capture.tracing.writer import GraphWriter, holds_tensor
 from lora_fx.models.layers import is_layer
-from lora_fx.models.torch_internals import Fakes, FunctionMode, enter_autocast, exit_autocast, pytree, set_grad_enabled
+from lora_fx.models.torch_internals import (
+    Fakes,
+    FunctionMode,
+    enter_autocast,
+    exit_autocast,
+    is_tensor_function,
+    pytree,
+    set_grad_enabled,
+)
 
 
 class Specialised(BaseException):
@@ -45,7 +53,7 @@ class Specialised(BaseException):
         self.path = path
 
 
-class Tracer(Notes, FunctionMode):
+class Tracer(ModuleReads, FunctionMode):
     """Sees torch functions (as a function mode) and the calls of modules (as the listener of a reporting copy)."""
 
     def __init__(self, module: nn.Module, fakes: Fakes, opaque: frozenset[str], records: Records | None) -> None:
@@ -59,10 +67,10 @@ class Tracer(Notes, FunctionMode):
         self.called_before: Counter[str] = Counter()
         """How often each submodule with a record has been called."""
         self.writer = GraphWriter(self.module)
-        self.log = Log()
+        self.dependencies = Dependencies()
         self.owned = self.writer.owned
-        self.world = World(module, self.refuse, self.asked_grad_mode)
-        self.ghosts: Ghosts | None = None
+        self.globals = Globals(module, self.refuse, self.asked_grad_mode)
+        self.proxies: Proxies | None = None
         """The objects among the arguments, if there are any."""
         self.varying: list[sympy.Symbol] = []
         """Symbols of sizes that are known to vary from call to call."""
@@ -71,34 +79,34 @@ class Tracer(Notes, FunctionMode):
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module's own forward returns for the fake arguments, having written it down."""
-        luck, registered, profiler = PythonLuck(), tables_of(self.module), sys.getprofile()
+        random_state, registered, profiler = PythonRandomState(), tables_of(self.module), sys.getprofile()
         try:
-            with _no_collections(), overheard(self), self.fakes.active(), self:
+            with _no_collections(), patched(self), self.fakes.active(), self:
                 self._listen(True)
                 try:
                     result = _own_forward(self.module)(*args, **kwargs)
                 finally:
                     self._listen(False)
             self._raise_if_refused()
-            self._refuse_changes(luck)
-            ran = ("", *self.log.inlined)
+            self._refuse_changes(random_state)
+            ran = ("", *self.dependencies.inlined)
             self._refuse_changed(changed_registration(self.module, registered, ran))
             self._refuse_changed(changed_attribute(self.module, self.original, ran))
         finally:
-            luck.restore()
-            self.world.changed()
+            random_state.restore()
+            self.globals.changed()
             sys.setprofile(profiler)
-        self.log.outside = self.world.readings
+        self.dependencies.outside = self.globals.readings
         if self._specialised():
             raise Specialised("")
         return result
 
-    def _refuse_changes(self, luck: PythonLuck) -> None:
+    def _refuse_changes(self, random_state: PythonRandomState) -> None:
         """Refuse what has happened outside since: random numbers drawn, a global changed."""
-        drawn = luck.drawn_from()
+        drawn = random_state.drawn_from()
         if drawn is not None:
             raise Untraceable(f"the forward draws from {drawn}")
-        changed = self.world.changed()
+        changed = self.globals.changed()
         if changed is not None:
             raise Untraceable(f"the forward changes {changed}")
 
@@ -119,23 +127,23 @@ class Tracer(Notes, FunctionMode):
 
     def _inline(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         take_back, outer, specialised = self._mark(), self.writer.place, self._specialised()
-        luck = PythonLuck()
+        random_state = PythonRandomState()
         self.writer.place = path
         try:
             result = nn.Module.__call__(module, *args, **kwargs)
             self._raise_if_refused()
             with self.paused():
-                self._refuse_changes(luck)
+                self._refuse_changes(random_state)
         except (Untraceable, Exception) as error:
             take_back()
-            luck.restore()
+            random_state.restore()
             self._refusal = None
             self._listen(True)  # Python stops profiling when the profiler raises
-            self.log.retreats[path] = reason_of(error)
+            self.dependencies.retreats[path] = reason_of(error)
         else:
             if self._specialised() != specialised:
                 raise Specialised(path)
-            self.log.inlined.append(path)
+            self.dependencies.inlined.append(path)
             return result
         finally:
             self.writer.place = outer
@@ -144,7 +152,7 @@ class Tracer(Notes, FunctionMode):
     def _mark(self) -> Callable[[], None]:
         """Return a function that takes back what is written to the graph, and to objects, from now on."""
         graph = self.writer.mark()
-        objects = None if self.ghosts is None else self.ghosts.mark()
+        objects = None if self.proxies is None else self.proxies.mark()
 
         def take_back() -> None:
             graph()
@@ -172,7 +180,7 @@ class Tracer(Notes, FunctionMode):
         results = self.records.results.get(path, []) if self.records is not None else []
         number = self.called_before[path]
         self.called_before[path] += 1
-        if number >= len(results) or any(map(is_ghost, pytree.tree_leaves(arguments))):
+        if number >= len(results) or any(map(is_proxy, pytree.tree_leaves(arguments))):
             raise Untraceable(f"{path} cannot run on fake tensors, and no real call of it is known")
         if self.writer.writes_in_place():  # should the shape be another one, it is too late for the forward
             raise Untraceable(f"{path} cannot run on fake tensors, and the forward writes in place before")
@@ -185,8 +193,8 @@ class Tracer(Notes, FunctionMode):
                 self.writer.made(leaf, self.writer.emit("call_function", of_shape, (self.writer.argument(leaf), sizes)))
         return result
 
-    def wrote(self, place: Place) -> None:
-        self.log.read.pop(place, None)
+    def wrote(self, place: AttributePath) -> None:
+        self.dependencies.read.pop(place, None)
         self.refuse(f"the forward writes {place} to the module")
 
     def refuse(self, reason: str) -> None:
@@ -204,7 +212,7 @@ class Tracer(Notes, FunctionMode):
             return func(*args, **kwargs)
         settle(args)
         if func is set_grad_enabled:
-            self.log.asks_grad_mode = True
+            self.dependencies.asks_grad_mode = True
         if func in (enter_autocast, exit_autocast):
             return self._autocast(func, args)
         if func is torch.Tensor.__iter__:  # the default iterates inside, where the mode sees nothing
@@ -259,18 +267,18 @@ class Tracer(Notes, FunctionMode):
 
     def _note_reading(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """A call gave Python a plain value: fine where a guard covers it, else refused."""
-        kind = what_was_read(func, _name(func))
+        kind = kind_of_query(func, _name(func))
         if args and isinstance(args[0], torch.Tensor) and not self.writer.knows(args[0]):
             raise Untraceable("the forward looks at a tensor from outside of the module")
-        if kind is Readings.GUARDED and args and id(args[0]) in self.writer.owned:
-            self.log.owned.add(self.writer.owned[id(args[0])])
-        if kind is Readings.REQUIRES_GRAD and id(args[0]) in self.writer.inputs:
-            self.log.asks_requires_grad = True
-        elif kind is Readings.REQUIRES_GRAD and id(args[0]) in self.writer.owned:
-            self.log.flags[self.writer.owned[id(args[0])]] = result
-        elif kind is Readings.LAYOUT:
-            self.log.asks_layout = True
-        elif kind is not Readings.GUARDED:
+        if kind is TensorQuery.GUARDED and args and id(args[0]) in self.writer.owned:
+            self.dependencies.owned.add(self.writer.owned[id(args[0])])
+        if kind is TensorQuery.REQUIRES_GRAD and id(args[0]) in self.writer.inputs:
+            self.dependencies.asks_requires_grad = True
+        elif kind is TensorQuery.REQUIRES_GRAD and id(args[0]) in self.writer.owned:
+            self.dependencies.flags[self.writer.owned[id(args[0])]] = result
+        elif kind is TensorQuery.LAYOUT:
+            self.dependencies.asks_layout = True
+        elif kind is not TensorQuery.GUARDED:
             raise Untraceable(f"the forward asks a tensor for {_name_of_reading(func)}")
 
     def _autocast(self, func: Any, args: tuple[Any, ...]) -> None:
@@ -280,7 +288,7 @@ class Tracer(Notes, FunctionMode):
             self.writer.emit("call_function", func, (self._autocasts.pop(),))
 
     def asked_grad_mode(self) -> None:
-        self.log.asks_grad_mode = True
+        self.dependencies.asks_grad_mode = True
 
     def custom_function(self, function: type[torch.autograd.Function], call: Callable[[], Any], args: Any) -> Any:
         node_args = self.writer.argument(tuple(args))
@@ -303,7 +311,7 @@ class Tracer(Notes, FunctionMode):
 
     def _listen(self, listening: bool) -> None:
         self.listening = listening
-        sys.setprofile(self.world.profile if listening else None)
+        sys.setprofile(self.globals.profile if listening else None)
 
     def _raise_if_refused(self) -> None:
         if self._refusal is not None:
@@ -354,7 +362,7 @@ def _own_forward(module: nn.Module) -> Callable[..., Any]:
 
 def _name(func: Any) -> str:
     name: str = getattr(func, "__name__", "")
-    if inspect.isfunction(func) and func.__module__ == "torch._tensor" and vars(torch.Tensor).get(name) is not func:
+    if is_tensor_function(func) and vars(torch.Tensor).get(name) is not func:
         # operator wrappers arrive under the wrapped function's name: __rpow__ calls itself `pow`
         return next(key for key, value in vars(torch.Tensor).items() if value is func)
     return name
@@ -366,7 +374,7 @@ def _writes_to_argument(name: str, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_method(func: Any) -> bool:
-    return inspect.ismethoddescriptor(func) or (inspect.isfunction(func) and func.__module__ == "torch._tensor")
+    return inspect.ismethoddescriptor(func) or is_tensor_function(func)
 
 
 def _name_of_reading(func: Any) -> str:

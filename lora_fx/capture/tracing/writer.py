@@ -12,9 +12,9 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.capture.arguments import CONSTANTS
-from lora_fx.capture.reasons import Untraceable
-from lora_fx.capture.tracing.proxies import is_ghost
+from lora_fx.capture.calls.arguments import CONSTANTS
+from lora_fx.capture.calls.reasons import Untraceable
+from lora_fx.capture.tracing.proxies import is_proxy
 from lora_fx.models.torch_internals import (
     FakeTensor,
     constant_of,
@@ -45,7 +45,7 @@ class GraphWriter:
     inputs: dict[int, fx.Node] = field(default_factory=dict)
     """The graph's inputs, by the identity of what stands for them in the capture."""
     ask_object: Callable[[Any], fx.Node] | None = None
-    """Makes an input of a ghost that the graph mentions."""
+    """Makes an input of a proxy that the graph mentions."""
     place: str = ""
     """Path of the submodule whose forward is running."""
 
@@ -106,7 +106,7 @@ class GraphWriter:
             return self._tensor(value)
         if id(value) in self.inputs:
             return self.inputs[id(value)]
-        if is_ghost(value):
+        if is_proxy(value):
             assert self.ask_object is not None
             return self.ask_object(value)
         if isinstance(value, _SYMBOLIC):

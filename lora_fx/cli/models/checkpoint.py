@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_fx.files.rawfile import DTYPES
 from lora_fx.files.safetensors import RawTensor, read_raw
+from lora_fx.files.values import DTYPES
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^shared$")
 
 
-class Checkpoint(nn.Module):
+class CheckpointModel(nn.Module):
     """What a checkpoint holds.  It has no forward: how a weight is used is read from its shape and its name."""
 
 
-def checkpoint_model(path: str) -> Checkpoint:
+def checkpoint_model(path: str) -> CheckpointModel:
     """Return the tensors of a safetensors file, or of the shards of an index, as modules on the meta device.
 
     A matrix called `weight` is taken for a linear (for one that stores [in, out] where only the bias fits so), or for
@@ -31,7 +31,7 @@ def checkpoint_model(path: str) -> Checkpoint:
         MergeError: a file is missing or damaged.
     """
     tensors = dict(_tensors(Path(path)))
-    model = Checkpoint()
+    model = CheckpointModel()
     for name in tensors:
         owner, _, last = name.rpartition(".")
         _place(_submodule(model, owner, tensors), last, tensors[name])

@@ -36,7 +36,7 @@ class _Patient:
     def capture(self) -> str:
         self.tuned = lora_fx.apply(self.model, _RULES, (self.x,))
         regions = lora_fx.inspect(self.tuned).regions
-        lost = [f"{each.path}: {'; '.join(each.failures)}" for each in regions if not each.graphs]
+        lost = [f"{region.path}: {'; '.join(region.failures)}" for region in regions if not region.graphs]
         _require(not lost and len(regions) == 2, ", ".join(lost) or f"{len(regions)} regions")
         _require(torch.equal(self.tuned(self.x), self.model(self.x)), "the adapted model differs from its base")
         return "2 of 2 blocks run as graphs, bit-equal to their base"
@@ -67,7 +67,7 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 def checks() -> tuple[tuple[str, bool, str], ...]:
-    """Return how capturing, training, saving and merging went with a tiny model."""
+    """Return (name, whether it works, what was seen) of capturing, training, saving and merging a tiny model."""
     patient = _Patient()
     tried = (("capture", patient.capture), ("train", patient.train), ("save, load", patient.files))
     return tuple(_check(name, act) for name, act in (*tried, ("merge", patient.merge)))

@@ -47,17 +47,13 @@ def load_model(spec: str) -> tuple[nn.Module, object]:
     if not scheme or not rest:
         raise ModelSpecError(f"'{spec}' is no model: write {FORMS}")
     with torch.device("meta"):
-        found = _from_transformers(rest) if scheme == "hf" else called(module_at(scheme), scheme, rest)
-    return model_and_inputs(found, spec)
+        made = _from_transformers(rest) if scheme == "hf" else _called(scheme, rest)
+    return _model_and_inputs(made, spec)
 
 
-def model_and_inputs(found: Any, spec: str) -> tuple[nn.Module, object]:
-    """Return (model, example inputs or None) of what a factory returned.
-
-    Raises:
-        ModelSpecError: it is no model.
-    """
-    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+def _model_and_inputs(made: Any, spec: str) -> tuple[nn.Module, object]:
+    """Return (model, example inputs or None) of what a factory returned."""
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ModelSpecError(f"'{spec}' gives an object of type {type(model).__name__}, not a torch.nn.Module")
     return model, inputs
@@ -78,14 +74,14 @@ def check_fit(adapter: str, spec: str) -> str:
 
 def compared(a: str | Graph, b: str | Graph) -> GraphDiff:
     """Return how two models differ, each given as MODEL or as a graph."""
-    first, second = (_comparable(each) for each in (a, b))
+    first, second = map(_comparable, (a, b))
     return diff(first[0], second[0], first[1] if first[1] is not None else second[1])
 
 
 def compared_by_rules(spec: str, rules: Sequence[RuleSet]) -> GraphDiff:
     """Return what rules change in a model's graph; of two rule sets, how the two adapted models differ."""
     model, inputs = load_model(spec)
-    *before, after = [model, *(apply(model, each, inputs) for each in rules)]
+    *before, after = [model, *(apply(model, read, inputs) for read in rules)]
     return diff(before[-1], after, inputs)
 
 
@@ -110,7 +106,7 @@ def _of_program(path: str) -> tuple[nn.Module, object]:
     return program.module(), call(*given[0], **given[1]) if given else None
 
 
-def module_at(home: str) -> ModuleType:
+def _module_at(home: str) -> ModuleType:
     if home.endswith(".py"):
         return _module_of_file(Path(home))
     if "" not in sys.path:
@@ -137,29 +133,27 @@ def _module_of_file(path: Path) -> ModuleType:
     return module
 
 
-def called(module: ModuleType, home: str, name: str) -> Any:
+def _called(home: str, name: str) -> Any:
+    """Return what a factory of a module makes; a model that stands there is taken as it is."""
+    module = _module_at(home)
     if name not in vars(module):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ModelSpecError(f"{home} has no '{name}'; it has {', '.join(known[:10]) or 'nothing to call'}")
-    found = vars(module)[name]
-    return found() if callable(found) and not isinstance(found, nn.Module) else found
+    factory = vars(module)[name]
+    return factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
 
 
 def _from_transformers(directory: str) -> nn.Module:
-    kind, config = class_and_config(directory)
-    import transformers  # class_and_config has said so if it is not installed
+    kind, config = _class_and_config(directory)
+    import transformers  # _class_and_config has said so if it is not installed
 
     bare: Any = transformers.AutoModel
     model: nn.Module = bare.from_config(config) if kind is bare else kind(config)
     return model
 
 
-def class_and_config(directory: str) -> tuple[Any, Any]:
-    """Return the class that a transformers directory's configuration names (`AutoModel` for the bare model), and it.
-
-    Raises:
-        ModelSpecError: there is no configuration, or no transformers.
-    """
+def _class_and_config(directory: str) -> tuple[Any, Any]:
+    """Return the class that a transformers directory's configuration names (`AutoModel` for the bare model), and it."""
     if not (Path(directory) / "config.json").is_file():
         raise ModelSpecError(f"{directory}/config.json does not exist; hf: takes a directory, not a name of a hub")
     try:
@@ -185,12 +179,10 @@ def load_with_weights(spec: str) -> tuple[nn.Module, object]:
         raise ModelSpecError(f"'{spec}' has names and weights only, and no model: give hf:DIRECTORY or a factory")
     if not rest or spec.endswith(".pt2"):
         return load_model(spec)
-    found = _from_pretrained(rest) if scheme == "hf" else called(module_at(scheme), scheme, rest)
-    model, inputs = model_and_inputs(found, spec)
+    if scheme == "hf":
+        kind, _ = _class_and_config(rest)
+        made = kind.from_pretrained(rest, local_files_only=True)
+    else:
+        made = _called(scheme, rest)
+    model, inputs = _model_and_inputs(made, spec)
     return model.eval(), inputs
-
-
-def _from_pretrained(directory: str) -> Any:
-    """Return the model of the class that the configuration names, with the weights of the directory."""
-    kind, _ = class_and_config(directory)
-    return kind.from_pretrained(directory, local_files_only=True)

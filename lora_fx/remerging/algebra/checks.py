@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import fx
 
-from lora_fx.capture.captured import resolve
+from lora_fx.models.tensors import attribute_at
 from lora_fx.remerging.algebra.folds import LoraFold
 from lora_fx.remerging.algebra.operations import NotLinear, parameters_read
 from lora_fx.remerging.algebra.reading import GraphReading
@@ -59,7 +59,7 @@ def names_of_weight(read: GraphReading, fold: LoraFold) -> set[str]:
 
 def _names_in(read: GraphReading, nodes: frozenset[fx.Node], tensor: object) -> Iterator[str]:
     for node in nodes:
-        if node.op == "get_attr" and resolve(read.root, str(node.target)) is tensor:
+        if node.op == "get_attr" and attribute_at(read.root, str(node.target)) is tensor:
             yield str(node.target)
         elif node.op == "call_module":
             module = read.root.get_submodule(str(node.target))
@@ -161,7 +161,7 @@ def _factors_are_their_own(read: GraphReading, fold: LoraFold, others: Others) -
 
 
 def _stands_for(read: GraphReading, name: str) -> set[str]:
-    tensor = resolve(read.root, name)
+    tensor = attribute_at(read.root, name)
     return {read.names.get(id(tensor), name)}
 
 

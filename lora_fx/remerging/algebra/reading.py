@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from lora_fx.capture.captured import resolve
+from lora_fx.models.tensors import attribute_at
 from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
 from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, GraphCall, NotLinear, is_inactive_dropout, read_call
 from lora_fx.remerging.algebra.shapes import last_dimension, shape_of
@@ -146,7 +146,7 @@ class GraphReading:
 
     def leaf(self, name: str, node: fx.Node) -> Matrix:
         """Return a stored tensor as a constant."""
-        tensor = resolve(self.root, name)
+        tensor = attribute_at(self.root, name)
         if not isinstance(tensor, Tensor):
             raise NotLinear(node, f"{name} is not a tensor")
         known = self.names.get(id(tensor), name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from lora_fx.capture.captured import resolve
+from lora_fx.models.tensors import attribute_at
 from lora_fx.remerging.algebra.chains import MatrixChain
 from lora_fx.remerging.algebra.folds import LoraFold
 from lora_fx.remerging.algebra.reading import GraphReading
@@ -31,7 +31,7 @@ def executed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> An
 
 def _computed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
-        return resolve(read.root, str(node.target))
+        return attribute_at(read.root, str(node.target))
     if node.op == "placeholder":
         raise KeyError(node.name)
     args: Any = map_arg(node.args, lambda each: executed(read, read.latest(each, node), known))

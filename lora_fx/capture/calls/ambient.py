@@ -17,7 +17,7 @@ Autocast = tuple[str, bool, torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class AmbientState:
     """Grad mode and, for each kind of device in use, (device type, autocast enabled, autocast dtype)."""
 
     grad: bool
@@ -38,11 +38,11 @@ class Surroundings:
             yield
 
 
-def surroundings_of(devices: set[torch.device]) -> Surroundings:
+def ambient_state(devices: set[torch.device]) -> AmbientState:
     """Return the current thread's state, as far as it matters to tensors on these devices."""
     kinds = sorted({device.type for device in devices if torch.amp.is_autocast_available(device.type)} | {"cpu"})
     autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
-    return Surroundings(torch.is_grad_enabled(), autocast, tuple(sorted(devices, key=str)))
+    return AmbientState(torch.is_grad_enabled(), autocast, tuple(sorted(devices, key=str)))
 
 
 def in_clean_thread(work: Callable[[], T]) -> T:
@@ -70,7 +70,7 @@ def in_clean_thread(work: Callable[[], T]) -> T:
     return results[0]
 
 
-class PythonLuck:
+class PythonRandomState:
     """The state of the global generators of Python and, where it is imported, numpy, taken now."""
 
     def __init__(self) -> None:

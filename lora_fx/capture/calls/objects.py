@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.arguments import is_constant
+from lora_fx.capture.calls.arguments import is_constant
 
 IDENTITIES = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, enum.Enum)
 """What is told apart by identity, and holds nothing that a capture looks into."""

@@ -27,7 +27,7 @@ def is_constant(value: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class GuardCheck:
     """A Python expression that must be true of a call, and the reason to give when it is not."""
 
     expression: str
@@ -49,7 +49,7 @@ class FlatCall:
     """The leaves of a call in order, and the checks of its structure."""
 
     leaves: list[Leaf] = field(default_factory=list)
-    structure: list[Check] = field(default_factory=list)
+    structure: list[GuardCheck] = field(default_factory=list)
 
     def tensors(self) -> Iterator[Leaf]:
         return (leaf for leaf in self.leaves if isinstance(leaf.value, Tensor))
@@ -78,9 +78,9 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str] 
 
     `names` are those of the positional arguments, for people.
     """
-    flat = FlatCall()
-    flat.structure.append(Check(f"len(args) == {len(args)}", "number of positional arguments"))
-    flat.structure.append(Check(f"kwargs.keys() == {set(kwargs)!r}" if kwargs else "not kwargs", "keyword arguments"))
+    keywords = f"kwargs.keys() == {set(kwargs)!r}" if kwargs else "not kwargs"
+    positional = GuardCheck(f"len(args) == {len(args)}", "number of positional arguments")
+    flat = FlatCall(structure=[positional, GuardCheck(keywords, "keyword arguments")])
     for index, value in enumerate(args):
         name = names[index] if index < len(names) else f"argument {index}"
         _flatten(value, f"args[{index}]", name, flat)
@@ -93,13 +93,13 @@ def _flatten(value: Any, access: str, name: str, flat: FlatCall) -> None:
     kind = type(value)
     if kind in (tuple, list) and not is_constant(value):
         flat.structure.append(
-            Check(f"type({access}) is {kind.__name__} and len({access}) == {len(value)}", f"structure of {name}")
+            GuardCheck(f"type({access}) is {kind.__name__} and len({access}) == {len(value)}", f"structure of {name}")
         )
         for index, item in enumerate(value):
             _flatten(item, f"{access}[{index}]", f"{name}[{index}]", flat)
     elif kind is dict and all(isinstance(key, (str, int)) for key in value):
         flat.structure.append(
-            Check(f"type({access}) is dict and tuple({access}) == {tuple(value)!r}", f"keys of {name}")
+            GuardCheck(f"type({access}) is dict and tuple({access}) == {tuple(value)!r}", f"keys of {name}")
         )
         for key, item in value.items():
             _flatten(item, f"{access}[{key!r}]", f"{name}[{key!r}]", flat)
