@@ -89,11 +89,6 @@ def shares_storage(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def total_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, each counted once."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def is_meta(model: nn.Module) -> bool:
     """Whether the model has no values: all its parameters are on the meta device."""
     parameters = list(model.parameters())
