@@ -11,14 +11,16 @@ import copy
 import sys
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import shown_parameters
 from lora_fx.capture.calls.arguments import is_constant
 from lora_fx.capture.calls.objects import is_plain_object
-from lora_fx.capture.reads.dependencies import AttributePath
+from lora_fx.capture.calls.reasons import Untraceable
+from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
+from lora_fx.capture.reads.frozen import Freezer, OfType, Unfreezable
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
 from lora_fx.models.swap import is_swapped, origin, swap, unswap
 
@@ -28,37 +30,74 @@ _KIND = "_lora_fx_kind"
 _INTERNAL = frozenset({*vars(nn.Module()), *vars(nn.Module), _LISTENER, _PATH}) - {"training"}
 
 
-class Listener(Protocol):
-    """Who hears what the copy does."""
+class Listener:
+    """Base of the tracers: hears what the copy of a module does, and writes down what is read of it.
+
+    A subclass says what a call gives and what becomes of a write.
+    """
 
     listening: bool
+    dependencies: Dependencies
+    original: nn.Module
+    owned: dict[int, str]
+    """Path of each parameter and buffer of the copy by its identity."""
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module of the copy was called; return what the call returns."""
-
-    def read(self, place: AttributePath, value: Any) -> None:
-        """The constant `value` was read at `place`."""
-
-    def held(self, place: AttributePath, value: Any) -> None:
-        """Something that is neither constant nor method was read at `place`."""
-
-    def method(self, place: AttributePath) -> None:
-        """A method of its class was read at `place`."""
-
-    def child(self, place: AttributePath, value: Any) -> None:
-        """A submodule, parameter or buffer was read at `place`."""
-
-    def children(self, path: str, children: dict[str, Any]) -> None:
-        """The children of the module at `path` were listed."""
-
-    def absent(self, place: AttributePath) -> None:
-        """Somebody asked for `place`, and there is nothing."""
+        raise NotImplementedError
 
     def wrote(self, place: AttributePath) -> None:
         """The forward wrote an attribute."""
+        raise NotImplementedError
 
     def refuse(self, reason: str) -> None:
         """The forward does what nobody can follow."""
+        raise Untraceable(reason)
+
+    def read(self, place: AttributePath, value: Any) -> None:
+        """The constant `value` was read at `place`."""
+        self.dependencies.read.setdefault(place, list(value) if isinstance(value, list) else value)
+
+    def held(self, place: AttributePath, value: Any) -> None:
+        """Something that is neither constant nor method was read at `place`."""
+        if place in self.dependencies.held:
+            return
+        original = self._original(place)
+        if reports(value):
+            self.dependencies.held[place] = OfType(type(original))
+            return
+        paths = {id(module): path for path, module in self.original.named_modules()}
+        try:
+            self.dependencies.held[place] = Freezer(paths).freeze(value if isinstance(value, Tensor) else original)
+        except Unfreezable as error:
+            self.refuse(f"the forward reads {place}, {error}")
+
+    def method(self, place: AttributePath) -> None:
+        """A method of its class was read at `place`."""
+        self.dependencies.methods[place] = None
+
+    def child(self, place: AttributePath, value: Any) -> None:
+        """A submodule, parameter or buffer was read at `place`."""
+        known = path_of(value) if isinstance(value, nn.Module) else self.owned.get(id(value), str(place))
+        if known != str(place):
+            self.dependencies.aliases[place] = known
+
+    def children(self, path: str, children: dict[str, Any]) -> None:
+        """The children of the module at `path` were listed."""
+        self.dependencies.children.setdefault(path, tuple(children))
+        for name, child in children.items():
+            if child is not None:
+                self.child(AttributePath(path, (name,)), child)
+
+    def absent(self, place: AttributePath) -> None:
+        """Somebody asked for `place`, and there is nothing."""
+        self.dependencies.absent[place] = None
+
+    def _original(self, place: AttributePath) -> Any:
+        value: Any = self.original.get_submodule(place.path)
+        for name in place.attributes:
+            value = vars(value)[name] if name in vars(value) else getattr(value, name)
+        return value
 
 
 class _Reporting:
