@@ -52,10 +52,10 @@ def _tensor_parameters(module: nn.Module) -> list[str]:
     """Return the names of the forward's parameters, if all are plain and required."""
     parameters = signature(module.forward).parameters.values()
     plain = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    for each in parameters:
-        if each.kind not in plain or each.default is not Parameter.empty:
-            raise NotCaptured(f"parameter {each.name} of the forward is optional")
-    return [each.name for each in parameters]
+    for parameter in parameters:
+        if parameter.kind not in plain or parameter.default is not Parameter.empty:
+            raise NotCaptured(f"parameter {parameter.name} of the forward is optional")
+    return [parameter.name for parameter in parameters]
 
 
 def _unknown_input(position: int, name: str) -> TensorInput:
@@ -64,8 +64,8 @@ def _unknown_input(position: int, name: str) -> TensorInput:
 
 def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Graph, Dependencies]:
     tracer = _SymbolicTracer(module)
-    for each in tracer.root.modules():
-        object.__setattr__(each, "training", training)
+    for child in tracer.root.modules():
+        object.__setattr__(child, "training", training)
     problems: list[str] = []
     try:
         proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
@@ -87,7 +87,7 @@ class _SymbolicTracer(Listener, fx.Tracer):
         self.dependencies = Dependencies()
         self.original = module
         self.root = reporting_copy(module, self)
-        self.owned = {id(each): name for name, each in (*self.root.named_buffers(), *self.root.named_parameters())}
+        self.owned = {id(tensor): name for name, tensor in (*self.root.named_buffers(), *self.root.named_parameters())}
         self.graph = fx.Graph(tracer_cls=fx.Tracer)
         self.tensor_attrs: dict[Any, str] = {}
 

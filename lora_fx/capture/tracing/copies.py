@@ -154,7 +154,7 @@ def _heard_inside(listener: Listener, own: dict[str, Any], name: str, value: Any
 
 def vars_of_class(kind: type, name: str) -> Any:
     """Return what the class has under the name, unbound, or None."""
-    return next((vars(each)[name] for each in kind.__mro__ if name in vars(each)), None)
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
 
 
 def _is_there(own: dict[str, Any], name: str, value: Any) -> bool:
@@ -217,14 +217,14 @@ def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
     It shares the parameters with the module, not the buffers: torch runs in-place operations on small integer tensors
     (BatchNorm's `num_batches_tracked`) for real, even under fake tensors.
     """
-    duplicate = copy.deepcopy(module, {id(each): each for each in shared_by_copies(module)})
-    for path, each in list(duplicate.named_modules()):
-        _as_seen(each)
-        unswap(each)
-        _report_objects(each, module.get_submodule(path), path, listener)
-        object.__setattr__(each, _LISTENER, listener)
-        object.__setattr__(each, _PATH, AttributePath(path, ()))
-        swap(each, ReportingModule)
+    duplicate = copy.deepcopy(module, {id(kept): kept for kept in shared_by_copies(module)})
+    for path, child in list(duplicate.named_modules()):
+        _as_seen(child)
+        unswap(child)
+        _report_objects(child, module.get_submodule(path), path, listener)
+        object.__setattr__(child, _LISTENER, listener)
+        object.__setattr__(child, _PATH, AttributePath(path, ()))
+        swap(child, ReportingModule)
     return duplicate
 
 
@@ -240,12 +240,12 @@ def _as_seen(module: nn.Module) -> None:
 def shared_by_copies(module: nn.Module) -> Iterator[object]:
     """Yield what a copy shares with the module: parameters, hooks, and what lies outside (a model, a rotary table)."""
     yield from module.parameters()
-    own = {id(each) for each in (*module.modules(), *module.buffers())}
-    for each in module.modules():
-        for value in vars(each).values():
+    own = {id(part) for part in (*module.modules(), *module.buffers())}
+    for child in module.modules():
+        for value in vars(child).values():
             items = value if isinstance(value, (list, tuple)) else (value,)
             yield from (item for item in items if isinstance(item, (Tensor, nn.Module)) and id(item) not in own)
-        for table in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
+        for table in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks):
             yield from table.values()
 
 
@@ -308,7 +308,7 @@ def plain_class(value: object) -> type:
 def attributes_of(value: Any) -> dict[str, Any]:
     """Return the attributes of a module or object, what reporting needs and torch's own tables apart."""
     hidden = _INTERNAL if isinstance(value, nn.Module) else (_LISTENER, _PATH)
-    return {name: each for name, each in vars(value).items() if name not in hidden}
+    return {name: part for name, part in vars(value).items() if name not in hidden}
 
 
 def path_of(module: nn.Module) -> str:

@@ -93,7 +93,9 @@ class GraphWriter:
 
     def is_known(self, value: Any) -> bool:
         """Whether the value is a tensor that the graph has already."""
-        return isinstance(value, Tensor) and any(id(value) in each for each in (self.made_by, self.inputs, self.owned))
+        return isinstance(value, Tensor) and any(
+            id(value) in table for table in (self.made_by, self.inputs, self.owned)
+        )
 
     def _made_items(self, items: Any, node: fx.Node) -> None:
         for key, item in items:
