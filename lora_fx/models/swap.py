@@ -88,6 +88,7 @@ def origin(kind: type) -> tuple[type, type]:
 
 
 def is_swapped(kind: type) -> bool:
+    """Whether `swapped_class` made the class."""
     return _ORIGIN in kind.__dict__
 
 

@@ -1,4 +1,4 @@
-"""A frozen twin of a model: the same class and structure, own modules, base parameters on shared storage.
+"""A frozen twin of a model, its structural copy: own modules of the same classes, parameters on shared storage.
 
 The caller's model keeps its flags, values and behaviour; no weight is copied.
 """

@@ -91,6 +91,7 @@ class PythonRandomState:
         self._numpy = _numpy_state()
 
     def restore(self) -> None:
+        """Let both generators go on from here again."""
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
@@ -121,6 +122,7 @@ class RandomState:
         self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
 
     def restore(self) -> None:
+        """Let the generators go on from here again."""
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)

@@ -50,6 +50,10 @@ def copied(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
     """Return a deep copy of the value with every tensor replaced by `tensor(it)`; the value stays unchanged.
 
     Modules that it holds are not copied.
+
+    Args:
+        value: any value; reached are tensors in attributes, lists, tuples and dicts.
+        tensor: gives what stands for a tensor in the copy; asked once for a tensor that is held twice.
     """
     memo: dict[int, Any] = {id(part): tensor(part) if isinstance(part, Tensor) else part for part in _walk(value)}
     return copy.deepcopy(value, memo)

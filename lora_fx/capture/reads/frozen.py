@@ -257,5 +257,12 @@ def _class_containers(kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def conditions(frozen: Frozen, access: str, name: Name) -> str:
-    """Return the expression that is true as long as what `access` gives is what was frozen."""
+    """Return the expression that is true as long as what `access` gives is what was frozen.
+
+    Args:
+        frozen: what the value was.
+        access: the Python expression that reads the value now.
+        name: gives an object a name that the expression may use; `[1, "a"]` at `x` becomes
+            `type(v0 := x) is c0 and (*v0,) == c1 and (*map(type, (*v0,)),) == c2`.
+    """
     return " and ".join(frozen.conditions(access, name))

@@ -88,7 +88,7 @@ class Inputs:
         self.writer.ask_object = self._object
 
     def admit(self, flat: FlatCall) -> None:
-        """Make inputs of the tensors, and proxies of the objects, among the leaves of a call."""
+        """Make inputs of the tensors, proxies of the objects and guards of the constants among the leaves of a call."""
         for leaf in flat.tensors():
             self.stand_ins[id(leaf.value)] = self._tensor(leaf.access, leaf.name, leaf.value)
         for leaf in flat.leaves:

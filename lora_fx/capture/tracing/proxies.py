@@ -152,6 +152,7 @@ def _state(proxy: Any) -> _State:
 
 
 def is_proxy(value: object) -> bool:
+    """Whether the value stands for an object among the arguments."""
     return isinstance(value, (ProxyObject, ProxyList, ProxyDict))
 
 

@@ -76,7 +76,13 @@ class Tracer(Listener, FunctionMode):
         self._autocasts: list[fx.Node] = []
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the module's own forward returns for the fake arguments, having written it down."""
+        """Return what the module's own forward returns for the fake arguments, having written it down.
+
+        Raises:
+            Untraceable: the forward does what a graph would lose; the text is the reason.
+            Specialised: it turns a size that is known to vary into a constant.
+            NeedsRecord: a submodule cannot run on fake tensors.
+        """
         random_state, registered, profiler = PythonRandomState(), tables_of(self.module), sys.getprofile()
         try:
             with no_collections(), patched(self), self.fakes.active(), self:
