@@ -347,7 +347,7 @@ def merge_checkpoint(
             that would not be finite.
     """
     adapters = [adapter_dir] if isinstance(adapter_dir, (str, os.PathLike)) else list(adapter_dir)
-    options = streaming.Options(out_dtype, rounding, seed)
+    options = streaming.MergeOptions(out_dtype, rounding, seed)
     return streaming.merge_files(base_dir, adapters, out_dir, options, progress)
 
 
