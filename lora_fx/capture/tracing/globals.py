@@ -90,7 +90,7 @@ class Globals:
             self._note(ValueSource(function, _CALL, f"{function.__name__}()"), function())
 
     def _asked(self, frame: types.FrameType) -> None:
-        """A library's function was called by somebody else: does it answer by the state of the world?"""
+        """A library's function was called by somebody else: does it answer by global state?"""
         code = frame.f_code
         if code.co_name in _LOOKUPS and (code.co_name == "getenv" or frame.f_locals.get("self") is os.environ):
             self._looked_up(frame.f_locals.get("key"))
