@@ -1,4 +1,4 @@
-"""A frozen twin of a model: the same class and structure, own modules, base parameters on shared storage.
+"""A frozen twin of a model, its structural copy: own modules of the same classes, parameters on shared storage.
 
 The caller's model keeps its flags, values and behaviour; no weight is copied.
 """
@@ -71,7 +71,7 @@ def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _uncopyable_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (path, reason) for every attribute of a module that copy.deepcopy cannot copy."""
-    shared: dict[int, object] = {id(each): each for each in (*model.modules(), *model.parameters(), *model.buffers())}
+    shared: dict[int, object] = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", "_modules"):
