@@ -106,7 +106,7 @@ class Fakes:
 
         Also works in the middle of a capture: no mode sees what is done here.
         """
-        sizes = [DimDynamic.STATIC if each else DimDynamic.DYNAMIC for each in static]
+        sizes = [DimDynamic.STATIC if is_static else DimDynamic.DYNAMIC for is_static in static]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             detached = like.detach().requires_grad_(like.requires_grad)
