@@ -81,15 +81,10 @@ class Problem:
 
     def text(self, source: str) -> str:
         """Return the problem with its line, a caret under what is meant, and the hint, for a source of this name."""
-        where = (
-            f"{source}:{self.line}:{self.column}" if self.line else ": ".join(filter(None, (source, self.span.path)))
-        )
-        parts = [f"{where}: {self.message}"]
-        if self.line and self.span.text:
-            parts.append(caret(self.span.text, self.line, self.column, self.span.length))
-        if self.hint:
-            parts.append(f"  {self.hint}")
-        return "\n".join(parts)
+        at = f"{source}:{self.line}:{self.column}" if self.line else ": ".join(filter(None, (source, self.span.path)))
+        shown = self.line and self.span.text
+        line = f"\n{caret(self.span.text, self.line, self.column, self.span.length)}" if shown else ""
+        return _message(f"{at}: {self.message}{line}", advice=self.hint)
 
 
 class RuleError(LoraFxError):

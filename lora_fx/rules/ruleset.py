@@ -130,10 +130,8 @@ class Slices:
             raise ValueError(f"{out_features} rows cannot be cut into {len(self.parts)} equal parts")
         if sum(sizes) != out_features:
             raise ValueError(f"the slices have {sum(sizes)} rows together, the weight has {out_features}")
-        ends = itertools.accumulate(sizes)
-        return {
-            part.name: list(range(end - size, end)) for part, size, end in zip(self.parts, sizes, ends, strict=True)
-        }
+        shares = zip(self.parts, sizes, itertools.accumulate(sizes), strict=True)
+        return {part.name: list(range(end - size, end)) for part, size, end in shares}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""
