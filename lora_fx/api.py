@@ -13,9 +13,7 @@ from torch.export import ExportedProgram
 
 from lora_fx import exporters
 from lora_fx.adapters.fused.contraction import contraction_teller
-from lora_fx.discovery.sites import take_inventory, uses_in
-from lora_fx.discovery.study import Observed, Study, observed, studied
-from lora_fx.errors import CaptureError, StalePlanError
+from lora_fx.discovery.study import observed, renewed
 from lora_fx.files.adapter import restore, write
 from lora_fx.files.adapter.read import read_adapters
 from lora_fx.files.adapter.resolve import resolved, uses_in_files
@@ -26,9 +24,9 @@ from lora_fx.graphdiff.deltas.measure import Deltas, deltas_of
 from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_diff, graph_of
-from lora_fx.models import samples
+from lora_fx.models.samples import samples_for
 from lora_fx.planning import explain as explaining
-from lora_fx.planning.decide import decide, on_modules, stale_parts
+from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
 from lora_fx.remerging import whole
 from lora_fx.rules.reader import read_rules
@@ -59,8 +57,8 @@ def plan(model: nn.Module, rules: Rules, example_inputs: object = None) -> Plan:
         RefusedError: the model is adapted already, compiled, or cannot be copied.
     """
     read = read_rules(rules)
-    seen = _observed(model, example_inputs)
-    return studied(decide(read, take_inventory(model, seen.uses)), model, seen)
+    seen = observed(model, samples_for(model, example_inputs))
+    return seen.planned(decide(read, seen.inventory))
 
 
 def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = None) -> str:
@@ -75,10 +73,9 @@ def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = 
         RuleError, CaptureError, RefusedError: as `plan`; a rule that matches nothing is no error here.
     """
     read = read_rules(rules)
-    seen = _observed(model, example_inputs)
-    inventory = take_inventory(model, seen.uses)
-    decided = studied(decide(read, inventory, strict=False), model, seen)
-    return explaining.explain(decided, read, inventory, path, contraction_teller(model))
+    seen = observed(model, samples_for(model, example_inputs))
+    plan = seen.planned(decide(read, seen.inventory, strict=False))
+    return explaining.explain(plan, read, seen.inventory, path, contraction_teller(model))
 
 
 def apply(
@@ -111,53 +108,20 @@ def apply(
         RuleError, NoMatchError: as `plan`.
     """
     passes = build.optimisations(optimise)
-    decided = _planned(model, rules_or_plan, example_inputs, backend)
-    build.check_refusals(decided)
-    twin = build.build(model, decided)
-    _install_graphs(twin, decided, passes)
-    build.check_backend(twin, decided, backend)
-    return twin
-
-
-def _observed(model: nn.Module, example_inputs: object) -> Observed:
-    _must_be_module(model)
-    return observed(model, example_inputs)
-
-
-def _must_be_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the model must be a torch.nn.Module, found {type(model).__name__}")
+    plan = _planned(model, rules_or_plan, example_inputs, backend)
+    return build.adapted(model, plan, passes, backend)
 
 
 def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: object, backend: str) -> Plan:
     """Return a plan that fits the model, with graphs where they are wanted."""
     if backend not in ("auto", "graph", "modules"):
         raise ValueError(f"backend is {backend!r}; it must be 'auto', 'graph' or 'modules'")
-    if isinstance(rules_or_plan, Plan):
-        return _of_plan(rules_or_plan, model, example_inputs, backend)
-    read = read_rules(rules_or_plan)
-    seen = _observed(model, example_inputs)
-    decided = decide(read, take_inventory(model, seen.uses))
-    return on_modules(decided) if backend == "modules" else studied(decided, model, seen)
-
-
-def _of_plan(decided: Plan, model: nn.Module, example_inputs: object, backend: str) -> Plan:
-    """Return a plan that was made before, if it still fits the model, with graphs where they are wanted."""
-    _must_be_module(model)
-    seen = observed(model, example_inputs) if example_inputs is not None else Observed(())
-    found = stale_parts(decided, take_inventory(model, uses_in(decided)))
-    if found:
-        raise StalePlanError(found)
-    if backend == "modules":
-        return on_modules(decided)
-    if decided.capture is not None and example_inputs is None:
-        return decided
-    if decided.regions and example_inputs is None:
-        raise CaptureError(
-            "the plan has graphs, which were captured in another process",
-            advice='give the example_inputs again, or backend="modules"',
-        )
-    return studied(decided, model, seen)
+    wanted = rules_or_plan if isinstance(rules_or_plan, Plan) else read_rules(rules_or_plan)
+    tried = samples_for(model, example_inputs)
+    if isinstance(wanted, Plan):
+        return renewed(model, wanted, tried, backend)
+    seen = observed(model, tried)
+    return seen.planned(decide(wanted, seen.inventory), backend)
 
 
 def parameters(tuned: nn.Module) -> Iterator[nn.Parameter]:
@@ -205,18 +169,12 @@ def load(
     """
     passes = build.optimisations(optimise)
     files = resolved(read_adapters(directory), model)
-    seen = _observed(model, example_inputs)
-    inventory = take_inventory(model, uses_in_files(files, model, seen.uses))
-    decided = studied(restore.plan_of(files, inventory, model), model, seen)
-    twin = build.build(model, decided)
+    seen = observed(model, samples_for(model, example_inputs), uses_in_files(files, model))
+    plan = seen.planned(restore.decisions_in(files, seen.inventory, model))
+    twin = build.build(model, plan)
     restore.fill(twin, files)
-    _install_graphs(twin, decided, passes)
+    build.install_graphs(twin, plan, passes)
     return twin
-
-
-def _install_graphs(twin: nn.Module, decided: Plan, passes: tuple[str, ...]) -> None:
-    if isinstance(decided.capture, Study):
-        build.install_graphs(twin, decided.capture.survey, decided.capture.samples, passes)
 
 
 def diff(a: Comparable, b: Comparable, example_inputs: object = None) -> GraphDiff:
@@ -310,7 +268,7 @@ def export(
         ExportError: names every site that cannot be expressed, what is not installed, or the difference that verifying
             has found; nothing is written then.
     """
-    given = samples.dummy_samples(tuned) if example_inputs is None else samples.samples_of(example_inputs)
+    given = samples_for(tuned, example_inputs).items
     return exporters.export(tuned, Path(path), target, given[0] if given else None, verify, **options)
 
 
@@ -347,7 +305,7 @@ def merge_checkpoint(
             that would not be finite.
     """
     adapters = [adapter_dir] if isinstance(adapter_dir, (str, os.PathLike)) else list(adapter_dir)
-    options = streaming.Options(out_dtype, rounding, seed)
+    options = streaming.MergeOptions(out_dtype, rounding, seed)
     return streaming.merge_files(base_dir, adapters, out_dir, options, progress)
 
 

@@ -134,14 +134,14 @@ def _with_retreats(
     for _ in range(_MOST_RESTARTS):
         try:
             return _Capture(module, flat, varying, frozenset(opaque), records).run(args, kwargs, around)
-        except Specialised as found:
-            if not found.path or found.path in opaque:
+        except Specialised as specialised:
+            if not specialised.path or specialised.path in opaque:
                 raise BakesSize("the forward turns a varying size into a constant") from None
-            opaque.add(found.path)
-        except NeedsRecord as found:
-            if record is None or found.path in opaque:
-                raise NotCaptured(found.reason) from None
-            opaque.add(found.path)
+            opaque.add(specialised.path)
+        except NeedsRecord as needed:
+            if record is None or needed.path in opaque:
+                raise NotCaptured(needed.reason) from None
+            opaque.add(needed.path)
         except (Untraceable, Exception) as error:
             raise NotCaptured(reason_of(error)) from error
         if records is None and record is not None:
@@ -168,7 +168,7 @@ class _Capture:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], around: AmbientState) -> Captured:
         self.inputs.admit(self.flat)
-        tensors = sum(isinstance(each.stand_in, Tensor) for each in self.inputs.given)
+        tensors = sum(isinstance(given.stand_in, Tensor) for given in self.inputs.given)
         self.tracer.varying = list(self.inputs.symbols(self.varying))
         stand_ins = self.inputs.stand_ins
         result = self.tracer.run(*rebuild(args, kwargs, lambda leaf: stand_ins.get(id(leaf), leaf)))
@@ -195,7 +195,7 @@ def _facts(module: nn.Module, name: str) -> tuple[str, torch.Size, torch.dtype, 
     tensor = attribute_at(module, name)
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)
-    table = next((each for each in ("_parameters", "_buffers") if last in vars(owner)[each]), "__dict__")
+    table = next((slot for slot in ("_parameters", "_buffers") if last in vars(owner)[slot]), "__dict__")
     return (table, tensor.shape, tensor.dtype, tensor.device)
 
 

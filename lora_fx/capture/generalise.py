@@ -28,7 +28,19 @@ class _Different(Exception):
 def generalise(one: Captured, other: Captured) -> Captured | None:
     """Return a capture that stands for both; None if they differ in more than an integer that is used as an index.
 
-    What comes back has yet to be proven for each value of the integer.
+    Args:
+        one: the capture of a block that read an integer of its own, 0 for `self.layer_idx`.
+        other: the capture of an identical block with another one, 1.
+
+    Returns:
+        `one` with the integer as a parameter; it has yet to be proven for each value.  In the two
+
+            keys = past_key_values.layers[0].keys        keys = past_key_values.layers[1].keys
+            update(x, 0)                                 update(x, 1)
+
+        texts of accesses and guards differ in an index alone, and become `past_key_values.layers[«layer_idx»].keys`,
+        which a guard fills in from the module at every call; in the graph the number becomes one more input,
+        `update(x, layer_idx)`.  A difference of any other kind, such as a factor that is 0.5 and 0.7, gives None.
     """
     places = _differing_integers(one, other)
     if not places or one.parameters or other.parameters:

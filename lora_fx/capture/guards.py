@@ -50,19 +50,42 @@ def compile_guard(captured: Captured, classes: Mapping[str, type]) -> Guard:
     Args:
         captured: the graph and what it relies on.
         classes: for each submodule whose own call the graph bypasses, the class that it must have.
+
+    Returns:
+        Three compiled functions, the reasons that their numbers stand for, and the source of the strictest.
+
+    For a `Scale` with `forward(self, x): return x * self.factor`, called with a tensor [2, 5], the source is, with
+    names `c<number>` for objects that no text can write, and checks of autocast, hooks and keyword arguments left out:
+
+        def guard(self, args, kwargs):
+          try:
+            if not (len(args) == 1): return 1
+            x0 = args[0]
+            if not (type(x0) in Plain): return 3
+            if not (x0.dtype is c6): return 4
+            if not (x0.dim() == 2): return 6
+            s0_0, s0_1, = x0.shape
+            if not (2 <= s0_0): return 7
+            if not (2 <= s0_1): return 8
+            if not (type(self) is c12): return 13
+            if not (type(self.factor) is c13 and self.factor == c14): return 16
+          except (AttributeError, KeyError, IndexError, TypeError): return 18
+          return (x0, )
+
+    so a tensor of three dimensions gets 6, and `reasons[6]` is "number of dimensions of x".
     """
     writer = _GuardWriter(captured, classes)
     relaxed = [_relaxed(clause, captured) for clause in captured.size_guards]
     source, reasons = writer.write(list(captured.size_guards), proven=True)
     ones, _ = writer.write(relaxed, proven=True)
     unproven, _ = writer.write(relaxed, proven=False)
-    match, match_ones, match_unproven = (_compiled(each, writer.names) for each in (source, ones, unproven))
+    match, match_ones, match_unproven = (_compiled(text, writer.names) for text in (source, ones, unproven))
     return Guard(match, match_ones, match_unproven, tuple(reasons), source, writer.proven)
 
 
 def _relaxed(clause: str, captured: Captured) -> str:
-    found = _AT_LEAST_TWO.match(clause)
-    if found is None or isinstance(captured.inputs[int(found[1])], NumberInput):
+    size = _AT_LEAST_TWO.match(clause)
+    if size is None or isinstance(captured.inputs[int(size[1])], NumberInput):
         return clause
     return _AT_LEAST_TWO.sub(r"1 <= ", clause)
 
@@ -124,12 +147,12 @@ class _GuardWriter:
     def _steps(self, size_guards: list[str]) -> Iterator[GuardCheck | str]:
         yield from self._ambient()
         yield from self.captured.structure
-        for index, each in enumerate(self.captured.inputs):
-            yield f"x{index} = {each.access}"
-            if isinstance(each, TensorInput):
-                yield from self._tensor(index, each)
-            elif isinstance(each, NumberInput):
-                yield GuardCheck(f"type(x{index}) is int", f"type of {each.name}")
+        for index, given in enumerate(self.captured.inputs):
+            yield f"x{index} = {given.access}"
+            if isinstance(given, TensorInput):
+                yield from self._tensor(index, given)
+            elif isinstance(given, NumberInput):
+                yield GuardCheck(f"type(x{index}) is int", f"type of {given.name}")
                 yield f"{size_name(index, 0)} = x{index}"
         yield from self._identities()
         for clause in size_guards:
@@ -143,32 +166,32 @@ class _GuardWriter:
 
     # -- arguments
 
-    def _tensor(self, index: int, each: TensorInput) -> Iterator[GuardCheck | str]:
+    def _tensor(self, index: int, given: TensorInput) -> Iterator[GuardCheck | str]:
         x = f"x{index}"
-        yield GuardCheck(f"type({x}) in Plain", f"{each.name} is not a plain tensor")
-        if each.dtype is None:
+        yield GuardCheck(f"type({x}) in Plain", f"{given.name} is not a plain tensor")
+        if given.dtype is None:
             return
-        yield GuardCheck(f"{x}.dtype is {self._name(each.dtype)}", f"dtype of {each.name}")
-        yield GuardCheck(f"{x}.device == {self._name(each.device)}", f"device of {each.name}")
-        yield GuardCheck(f"{x}.dim() == {len(each.shape)}", f"number of dimensions of {each.name}")
-        if each.shape:
-            yield f"{', '.join(size_name(index, dim) for dim in range(len(each.shape)))}, = {x}.shape"
+        yield GuardCheck(f"{x}.dtype is {self._name(given.dtype)}", f"dtype of {given.name}")
+        yield GuardCheck(f"{x}.device == {self._name(given.device)}", f"device of {given.name}")
+        yield GuardCheck(f"{x}.dim() == {len(given.shape)}", f"number of dimensions of {given.name}")
+        if given.shape:
+            yield f"{', '.join(size_name(index, dim) for dim in range(len(given.shape)))}, = {x}.shape"
         if self.captured.dependencies.asks_requires_grad:
-            yield GuardCheck(f"{x}.requires_grad is {each.requires_grad}", f"requires_grad of {each.name}")
+            yield GuardCheck(f"{x}.requires_grad is {given.requires_grad}", f"requires_grad of {given.name}")
         if self.captured.dependencies.asks_layout:
-            yield GuardCheck(f"{x}.is_contiguous() is {each.contiguous}", f"memory layout of {each.name}")
+            yield GuardCheck(f"{x}.is_contiguous() is {given.contiguous}", f"memory layout of {given.name}")
 
     def _identities(self) -> Iterator[GuardCheck]:
         for one, other in self.captured.same:
             yield GuardCheck(f"{one} is {other}", "one tensor was given twice")
-        ids = [f"id(x{i})" for i, each in enumerate(self.captured.inputs) if not isinstance(each, NumberInput)]
+        ids = [f"id(x{i})" for i, given in enumerate(self.captured.inputs) if not isinstance(given, NumberInput)]
         if len(ids) > 1:
             yield GuardCheck(f"len({{{', '.join(ids)}}}) == {len(ids)}", "different tensors were given, now one twice")
 
     def _readable(self, clause: str) -> str:
         def name(match: re.Match[str]) -> str:
-            each = self.captured.inputs[int(match[1])]
-            return each.name if isinstance(each, NumberInput) else f"{each.name}.shape[{match[2]}]"
+            given = self.captured.inputs[int(match[1])]
+            return given.name if isinstance(given, NumberInput) else f"{given.name}.shape[{match[2]}]"
 
         return re.sub(r"\bs(\d+)_(\d+)\b", name, clause)
 
@@ -179,7 +202,7 @@ class _GuardWriter:
 
     def _name(self, value: object) -> str:
         if isinstance(value, Inside):
-            return "self" + "".join(f"._modules[{each!r}]" for each in filter(None, value.path.split(".")))
+            return "self" + "".join(f"._modules[{name!r}]" for name in filter(None, value.path.split(".")))
         name = f"c{len(self.names)}"
         self.names[name] = value
         return name

@@ -9,9 +9,7 @@ differently at the next call, whatever the inputs are.
 from __future__ import annotations
 
 import dis
-import gc
 import sys
-import sysconfig
 from collections.abc import Callable
 from inspect import Parameter, signature
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
@@ -20,13 +18,14 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from lora_fx.capture.calls.ambient import no_collections
 from lora_fx.capture.calls.arguments import GuardCheck, is_constant
 from lora_fx.capture.calls.reasons import Untraceable, reason_of
 from lora_fx.capture.captured import Captured, NotCaptured
 from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
-from lora_fx.capture.tracing.copies import path_of, reporting_copy
+from lora_fx.capture.reads.libraries import is_standard_library
+from lora_fx.capture.tracing.copies import Listener, path_of, reporting_copy
 from lora_fx.capture.tracing.inputs import TensorInput
-from lora_fx.capture.tracing.module_reads import ModuleReads
 from lora_fx.capture.tracing.tracer import is_leaf
 
 
@@ -53,10 +52,10 @@ def _tensor_parameters(module: nn.Module) -> list[str]:
     """Return the names of the forward's parameters, if all are plain and required."""
     parameters = signature(module.forward).parameters.values()
     plain = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    for each in parameters:
-        if each.kind not in plain or each.default is not Parameter.empty:
-            raise NotCaptured(f"parameter {each.name} of the forward is optional")
-    return [each.name for each in parameters]
+    for parameter in parameters:
+        if parameter.kind not in plain or parameter.default is not Parameter.empty:
+            raise NotCaptured(f"parameter {parameter.name} of the forward is optional")
+    return [parameter.name for parameter in parameters]
 
 
 def _unknown_input(position: int, name: str) -> TensorInput:
@@ -65,8 +64,8 @@ def _unknown_input(position: int, name: str) -> TensorInput:
 
 def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Graph, Dependencies]:
     tracer = _SymbolicTracer(module)
-    for each in tracer.root.modules():
-        object.__setattr__(each, "training", training)
+    for child in tracer.root.modules():
+        object.__setattr__(child, "training", training)
     problems: list[str] = []
     try:
         proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
@@ -79,7 +78,7 @@ def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Grap
     return tracer.graph, tracer.dependencies
 
 
-class _SymbolicTracer(ModuleReads, fx.Tracer):
+class _SymbolicTracer(Listener, fx.Tracer):
     """A torch.fx.Tracer on a reporting copy: it patches nothing, and leaves are those of the other tracer."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -88,7 +87,7 @@ class _SymbolicTracer(ModuleReads, fx.Tracer):
         self.dependencies = Dependencies()
         self.original = module
         self.root = reporting_copy(module, self)
-        self.owned = {id(each): name for name, each in (*self.root.named_buffers(), *self.root.named_parameters())}
+        self.owned = {id(tensor): name for name, tensor in (*self.root.named_buffers(), *self.root.named_parameters())}
         self.graph = fx.Graph(tracer_cls=fx.Tracer)
         self.tensor_attrs: dict[Any, str] = {}
 
@@ -145,26 +144,18 @@ def _watched(work: Callable[[], Any], problems: list[str]) -> Any:
             if problem is not None:
                 problems.append(problem)
 
-    before, collecting = sys.getprofile(), gc.isenabled()
-    gc.disable()  # whoever listens to collections would be taken for a part of the forward
-    sys.setprofile(watch)
-    try:
-        return work()
-    finally:
-        sys.setprofile(before)
-        if collecting:
-            gc.enable()
-
-
-_STANDARD_LIBRARY = (sysconfig.get_path("stdlib") + "/", "<frozen")
-"""What torch calls on the way; a forward's own use of it is seen where the forward names it."""
+    before = sys.getprofile()
+    with no_collections():
+        sys.setprofile(watch)
+        try:
+            return work()
+        finally:
+            sys.setprofile(before)
 
 
 def _is_ours_or_torchs(frame: FrameType) -> bool:
     home, file = str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename
-    return home.split(".")[0] in ("torch", "lora_fx") or (
-        file.startswith(_STANDARD_LIBRARY) and "-packages" not in file
-    )
+    return home.split(".")[0] in ("torch", "lora_fx") or is_standard_library(file)
 
 
 _STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR")

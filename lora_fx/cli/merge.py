@@ -33,8 +33,8 @@ def command(
 
     BASE and ADAPTERS are directories and stay unchanged; the directory given by -o is written, in bounded memory.
     """
-    from lora_fx.files.checkpoint.streaming import Options, merge_files
+    from lora_fx.files.checkpoint.streaming import MergeOptions, merge_files
 
     with progress_bar("merging", no_progress) as progress:
-        report = merge_files(base, adapters, output, Options(out_dtype, rounding, seed), progress)
+        report = merge_files(base, adapters, output, MergeOptions(out_dtype, rounding, seed), progress)
     show(report.to_json() if form == "json" else report.text(everything))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,15 +13,15 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import HOME, is_adapted
 from lora_fx.discovery.weight_uses import Uses, WeightUse
 from lora_fx.errors import RefusedError
-from lora_fx.models.layers import RECURRENT, LayerKind, attention_weights, expert_banks, kind_of, recurrent_weights
+from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_shape
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
-from lora_fx.models.twin import refuse_lazy, total_parameters
+from lora_fx.models.twin import refuse_lazy
 from lora_fx.passes.rawsites import RawUse, raw_uses
 from lora_fx.passes.sites import site_calls
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory
-from lora_fx.planning.sites import Layout, Site
+from lora_fx.planning.sites import Site
 
 UNKNOWN_USE = "a raw parameter: how it is used shows only with example_inputs"
 
@@ -30,28 +31,28 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
 
     Args:
         model: any nn.Module or GraphModule.
-        uses: what a run of the model has shown (`weightuses.weight_uses`), if it could run.
+        uses: what a run of the model has shown (`weight_uses`), if it could run.
 
     Raises:
         RefusedError: for a model that is adapted already, compiled or scripted.
     """
     refuse_unfit(model)
+    known, tied = known_modules(model), ties(model)
     in_graph = None
     if isinstance(model, fx.GraphModule):
-        placed = tuple(_graph_sites(model))
+        placed = tuple(_graph_sites(model, known, tied))
         sites, in_graph = tuple(site for site, _ in placed), frozenset(site.path for site, inside in placed if inside)
     else:
-        sites = tuple(_Finder(model, uses).sites())
+        sites = tuple(_Finder(known, tied, uses).sites())
     modules = tuple(
         (path, sum(p.numel() for p in module.parameters()))
         for path, module in model.named_modules(remove_duplicate=False)
     )
-    return Inventory(type(model).__name__, sites, modules, total_parameters(model), in_graph)
+    return Inventory(type(model).__name__, sites, modules, sum(p.numel() for p in model.parameters()), in_graph)
 
 
 def refuse_unfit(model: nn.Module) -> None:
     """Raise RefusedError for a model that cannot be adapted at all: lazy, adapted already, scripted or compiled."""
-    refuse_lazy(model)
     if is_adapted(model):
         raise RefusedError(
             "the model is adapted already", advice="lora_fx.remove(model) or lora_fx.merge(model) gives one that is not"
@@ -60,6 +61,7 @@ def refuse_unfit(model: nn.Module) -> None:
         raise RefusedError("a TorchScript model cannot be adapted", advice="adapt the nn.Module it was made from")
     if "_orig_mod" in model._modules:
         raise RefusedError("a compiled model cannot be adapted", advice="adapt the model first, then torch.compile it")
+    refuse_lazy(model)
 
 
 def uses_in(plan: Plan) -> Uses | None:
@@ -89,62 +91,42 @@ def uses_in_graph(graph_module: fx.GraphModule, path: str = "") -> dict[str, Wei
     return weights
 
 
-def has_unknown_weights(module: nn.Module) -> bool:
-    """Whether the module itself owns a matrix of which its class does not tell whether it multiplies anything."""
-    known = kind_of(module) is not None or isinstance(module, nn.MultiheadAttention) or any(recurrent_weights(module))
-    if known or any(expert_banks(module)) or isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return False
-    return any(p is not None and p.dim() >= 2 for p in module._parameters.values())
-
-
 def class_names(kind: type) -> tuple[str, ...]:
     """Return a class's names as rules may write them: `Linear` and `torch.nn.modules.linear.Linear`."""
     return (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
 
 
-@dataclass(slots=True)
-class _Raw:
-    """A raw parameter that multiplies: what is known of its use."""
-
-    op: str
-    layout: Layout
-    aliases: tuple[str, ...] = ()
-    refusal: str | None = None
-    flat: bool = False
-    """Whether all axes but the first are one side of the matrix."""
-
-
 class _Finder:
     """Finds the sites of a module tree, in model order."""
 
-    def __init__(self, model: nn.Module, uses: Uses | None) -> None:
-        self.model = model
+    def __init__(self, known: Sequence[KnownModule], tied: Mapping[int, tuple[str, ...]], uses: Uses | None) -> None:
+        self.known = known
+        self.ties = tied
         self.uses = uses
         self.ran = uses is not None and uses.complete
-        self.names: dict[int, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            self.names.setdefault(id(module), []).append(path)
-        self.ties = ties(model)
 
     def sites(self) -> Iterator[Site]:
-        for path, module in self.model.named_modules():
-            kind = kind_of(module)
+        for known in self.known:
+            path, module, kind = known.names[0], known.module, known.kind
             if kind is not None:
-                yield self._layer(path, module, kind)
-            for name, raw in self._raw_weights(path, module, kind).items():
-                yield self._raw(path, module, name, raw)
+                yield self._layer(known, kind)
+            if isinstance(module, nn.utils.parametrize.ParametrizationList):  # shown where its weight is used
+                continue
+            if kind is not None and kind.refusal is not None and not self.ran:  # what its weight is computed from
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is not None and (name != "weight" or kind is None):
+                    raw = self._used(dotted(path, name), parameter, known.raw.get(name))
+                    if raw is not None:
+                        yield self._raw(known, name, raw)
 
     def _use(self, name: str) -> WeightUse | None:
         return None if self.uses is None else self.uses.weights.get(name)
 
-    def _aliases(self, path: str, module: nn.Module) -> tuple[str, ...]:
-        return tuple(name for name in self.names[id(module)] if name != path)
-
-    # -- layers that are known by class
-
-    def _layer(self, path: str, module: nn.Module, kind: LayerKind) -> Site:
-        aliases = self._aliases(path, module)
-        own = {dotted(name, "weight") for name in (path, *aliases)}
+    def _layer(self, known: KnownModule, kind: LayerKind) -> Site:
+        """Return the site of a layer that is known by class."""
+        (path, *aliases), module = known.names, known.module
+        own = {dotted(name, "weight") for name in known.names}
         weight = module._parameters.get("weight")
         use = self._use(dotted(path, "weight"))
         stored = next(module.parameters(), None)  # reading a parametrized `weight` would run its power iteration
@@ -156,7 +138,7 @@ class _Finder:
             dtype=_dtype_name(module.weight if stored is None else stored),
             bias=getattr(module, "bias", None) is not None,
             calls=self._calls(path, kind, use),
-            aliases=aliases,
+            aliases=tuple(aliases),
             tied_to=() if weight is None else tuple(n for n in self.ties.get(id(weight), ()) if n not in own),
             refusal=kind.refusal or (use.problem or None if use is not None else None),
             layout=kind.layout,
@@ -170,65 +152,44 @@ class _Finder:
         number = 0 if use is None else use.calls
         return max(number, self.uses.calls.get(path, 0)) if kind.called else number
 
-    # -- raw parameters
-
-    def _raw_weights(self, path: str, module: nn.Module, kind: LayerKind | None) -> dict[str, _Raw]:
-        """Return the parameters of the module itself that multiply, or that may."""
-        known: dict[str, _Raw] = {}
-        if isinstance(module, nn.MultiheadAttention):
-            known = {name: _Raw("attention", "out_in", others) for name, others in attention_weights(module)}
-        for name in recurrent_weights(module):
-            known[name] = _Raw("linear", "out_in", (), RECURRENT)
-        for name, layout in expert_banks(module):
-            known[name] = _Raw("experts", layout)
-        if isinstance(module, nn.utils.parametrize.ParametrizationList):  # told of where its weight is used
-            return {}
-        own = {"weight"} if kind is not None else set()
-        if kind is not None and kind.refusal is not None and not self.ran:  # what its weight is computed from
-            return {}
-        found = {}
-        for name, parameter in module._parameters.items():
-            if parameter is None or name in own:
-                continue
-            raw = self._seen(dotted(path, name), parameter, known.get(name))
-            if raw is not None:
-                found[name] = raw
-        return found
-
-    def _seen(self, name: str, parameter: Tensor, known: _Raw | None) -> _Raw | None:
-        """Return what a run has shown of a raw parameter, or what its owner's class says of it."""
-        use = self._use(name)
+    def _used(self, name: str, parameter: Tensor, known: LayerKind | None) -> LayerKind | None:
+        """Return what a run has shown of a raw parameter, or what its owner's class does with it."""
+        use, stored = self._use(name), tuple(parameter.shape)
         if use is None:
             looked_at = self.ran or (self.uses is not None and name in self.uses.looked_at)
-            if known is None and not looked_at and parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1:
-                return _Raw("matmul", "out_in", (), UNKNOWN_USE)
+            if known is None and not looked_at and parameter.dim() >= 2 and min(stored[-2:]) > 1:
+                return LayerKind("matmul", "out_in", stored, False, UNKNOWN_USE)
             return known
         if known is not None and known.op in ("attention", "linear"):
             return known
         op = "matmul" if use.op == "other" else use.op
-        return _Raw(op, use.layout, (), use.problem or _odd_shape(parameter, op, use.flat) or None, use.flat)
+        shape = (stored[0], math.prod(stored[1:])) if use.flat else stored
+        problem = use.problem or _odd_shape(parameter, op, use.flat) or None
+        return LayerKind(op, use.layout, site_shape(shape, op, use.layout), False, problem)
 
-    def _raw(self, path: str, module: nn.Module, name: str, raw: _Raw) -> Site:
+    def _raw(self, known: KnownModule, name: str, kind: LayerKind) -> Site:
+        """Return the site of a raw parameter."""
+        (path, *shared), module = known.names, known.module
         parameter = module._parameters[name]
         assert parameter is not None
         full = dotted(path, name)
         use = self._use(full)
-        aliases = tuple(dotted(owner, name) for owner in self._aliases(path, module))
-        others = tuple(dotted(path, each) for each in raw.aliases)
+        aliases = tuple(dotted(owner, name) for owner in shared)
+        others = tuple(dotted(path, other) for other in kind.aliases)
         if name == "weight" and path:
             others = (path, *others)
         return Site(
             path=full,
-            op=raw.op,
+            op=kind.op,
             classes=class_names(type(module)),
-            shape=_shape(_matrix_shape(parameter) if raw.flat else tuple(parameter.shape), raw.op, raw.layout),
+            shape=kind.shape,
             dtype=_dtype_name(parameter),
             calls=use.calls if use is not None else (0 if self.ran else None),
-            aliases=tuple(each for each in (*others, *aliases) if each),
+            aliases=tuple(alias for alias in (*others, *aliases) if alias),
             tied_to=tuple(n for n in self.ties.get(id(parameter), ()) if n not in (full, *aliases)),
-            refusal=raw.refusal or _taken_name(module, name),
+            refusal=kind.refusal or _taken_name(module, name),
             parameter=full,
-            layout=raw.layout,
+            layout=kind.layout,
             read=True,
             outside=use is not None and use.outside,
         )
@@ -250,31 +211,22 @@ def _taken_name(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
-    return parameter.shape[0], parameter.shape[1:].numel()
-
-
-def _shape(stored: tuple[int, ...], op: str, layout: Layout) -> tuple[int, ...]:
-    """Return (.., out, in) of a stored weight."""
-    if layout == "out_in" or op.startswith("conv") or len(stored) < 2:
-        return stored
-    return (*stored[:-2], stored[-1], stored[-2])
-
-
 def _dtype_name(tensor: Tensor | nn.Module) -> str:
     assert isinstance(tensor, Tensor)
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _graph_sites(graph_module: fx.GraphModule) -> Iterator[tuple[Site, bool]]:
+def _graph_sites(
+    graph_module: fx.GraphModule, known: Sequence[KnownModule], tied: Mapping[int, tuple[str, ...]]
+) -> Iterator[tuple[Site, bool]]:
     """Yield the sites of a graph in its order, then those inside modules that it calls as a whole; whether it is one
     of the graph's own.
     """
+    uses = Uses({}, uses_in_graph(graph_module), complete=False)
     calls = Counter(call.path for call in site_calls(graph_module) if call.path)
-    finder = _Finder(graph_module, Uses({}, uses_in_graph(graph_module), complete=False))
-    found = {site.path: site for site in finder.sites()}
+    found = {site.path: site for site in _Finder(known, tied, uses).sites()}
     for path, number in calls.items():
-        site = found.get(path) or _weight_site(path, graph_module, finder.ties)
+        site = found.get(path) or _weight_site(path, graph_module, tied)
         yield replace(site, calls=number), True
     read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     for site in found.values():

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import fx, nn
 
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
-from lora_fx.discovery.sites import has_unknown_weights, refuse_unfit, uses_in_graph
+from lora_fx.discovery.sites import refuse_unfit, take_inventory, uses_in, uses_in_graph
 from lora_fx.discovery.weight_uses import Uses, WeightUse, weight_uses
 from lora_fx.errors import CaptureError, RefusedError
-from lora_fx.models.samples import Sample, dummy_samples, moved, samples_of
+from lora_fx.models.layers import has_unknown_weights
+from lora_fx.models.samples import Sample, Samples
 from lora_fx.models.tensors import dotted
-from lora_fx.models.twin import is_meta, make_twin
-from lora_fx.planning.plan import Plan
-from lora_fx.planning.planned import DEAD, PlannedRegion, PlannedSite, not_fused
+from lora_fx.planning.decide import in_own_graph, on_modules, still_fitting
+from lora_fx.planning.plan import Decisions, Plan
+from lora_fx.planning.planned import DEAD, Inventory, PlannedRegion, PlannedSite
 from lora_fx.regions.program import OPTIMISATIONS, foreseen
-from lora_fx.regions.survey import Survey, survey, survey_symbolically, unchanged_modes, unchanged_random
+from lora_fx.regions.survey import Survey, survey, survey_symbolically, trial_twin
+
+_MORE_WITH_INPUTS = "no example_inputs: only straight-line blocks are graphs; with inputs more of them would be"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,68 +40,112 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What a first run of the model has shown, before anything is decided."""
+    """A model with what is known of it before anything is decided: all that plans for it rest on."""
 
-    samples: tuple[Sample, ...]
+    model: nn.Module
+    inventory: Inventory
+    samples: tuple[Sample, ...] = ()
     """Empty where there are none, or where the model does not run on them here."""
-    uses: Uses | None = None
     note: str = ""
+    """Why it could not be watched while it ran, or not run."""
+
+    def planned(self, decisions: Decisions, backend: str = "auto") -> Plan:
+        """Return the plan of what is decided, with each site's backend; the model stays unchanged.
+
+        Args:
+            decisions: what is wanted of each site.
+            backend: "modules" captures nothing.
+        """
+        notes = (*decisions.notes, self.note) if self.note else decisions.notes
+        if backend != "modules" and self.inventory.in_graph is None and decisions.adapted:
+            return self._with_captures(decisions, notes)
+        if backend == "modules":
+            return on_modules(decisions)
+        if self.inventory.in_graph is not None:
+            return in_own_graph(decisions, self.inventory.in_graph)
+        return Plan.of(decisions, notes=notes)
+
+    def _with_captures(self, decisions: Decisions, notes: tuple[str, ...]) -> Plan:
+        """Return the plan with the graphs that are captured; without samples, those that are provably safe to trace."""
+        with trial_twin(self.model) as twin:
+            wanted = [site.path for site in decisions.adapted]
+            captured = survey(twin, self.samples, wanted) if self.samples else survey_symbolically(twin, wanted)
+        passes = foreseen_passes(captured, decisions, self.model)
+        sites = tuple(_with_backend(site, captured, passes) for site in decisions.sites)
+        if not self.samples and any(site.decision == "adapt" and site.backend == "module" for site in sites):
+            notes = (*notes, _MORE_WITH_INPUTS)
+        capture = Study(captured, self.samples)
+        return Plan.of(decisions, sites=sites, notes=notes, regions=_planned_regions(captured), capture=capture)
 
 
-def observed(model: nn.Module, example_inputs: object) -> Observed:
-    """Return how the model uses its weights, seen in a run of each sample in eval mode; the model stays unchanged.
+def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | None = None) -> Observed:
+    """Return the model with how it uses its weights, seen in a run of each sample in eval mode; it stays unchanged.
 
     A twin runs.  Without samples, and for a GraphModule, nothing runs.
 
+    Args:
+        model: any nn.Module or GraphModule.
+        tried: inputs to run it on, on the model's device.
+        known: how raw parameters are used, where no run shows it.
+
     Raises:
-        CaptureError: if the user's own inputs are of a wrong kind or the model refuses them.
+        RefusedError: the model cannot be adapted at all.
+        CaptureError: the model refuses the user's own inputs.
     """
     refuse_unfit(model)
-    given = None if example_inputs is None else samples_of(example_inputs)
-    if isinstance(model, fx.GraphModule):
-        return Observed(given or ())
-    samples = given or dummy_samples(model)
-    if samples is None:
-        return Observed((), _symbolic_uses(model))
-    samples = _on_device(samples, model)
-    try:
-        return Observed(samples, _uses(make_twin(model), samples))
-    except RefusedError:
-        raise
-    except Exception as unwatched:
-        return _unwatched(model, samples, given is not None, unwatched)
+    twin = functools.partial(trial_twin, model)
+    uses, samples, note = None, tried.items, ""
+    runs = not isinstance(model, fx.GraphModule)
+    if samples and runs:
+        try:
+            uses = _watched_uses(twin, samples)
+        except RefusedError:
+            raise
+        except Exception as unwatched:
+            samples, note = _unwatched(twin, tried, unwatched)
+    if uses is None and runs and (samples or not note) and any(map(has_unknown_weights, model.modules())):
+        uses = _symbolic_uses(twin)
+    if known:
+        uses = replace(uses or Uses({}, {}, complete=False), weights={**known, **(uses.weights if uses else {})})
+    return Observed(model, take_inventory(model, uses), samples, note)
 
 
-def _unwatched(model: nn.Module, samples: tuple[Sample, ...], given: bool, unwatched: Exception) -> Observed:
-    """Return what is known of a model that does not run while its kernels are watched, or not at all."""
+def _unwatched(trial: Trial, tried: Samples, unwatched: Exception) -> tuple[tuple[Sample, ...], str]:
+    """Return the samples if the model runs on them unwatched, none if it does not run at all; and a note on why.
+
+    Raises:
+        CaptureError: the model refuses the user's own inputs.
+    """
     torch.compiler.reset()  # torch.cond compiles; what it has compiled under a mode would fail without one too
     try:
-        with _as_in_inference(twin := make_twin(model)):
-            for sample in samples:
+        with trial() as twin, _in_inference(twin):
+            for sample in tried.items:
                 twin(*sample.args, **sample.kwargs)
-        return Observed(samples, _symbolic_uses(model), f"how weights are used cannot be watched: {_line(unwatched)}")
+        return tried.items, f"how weights are used cannot be watched: {_line(unwatched)}"
     except Exception as error:
         reason = _line(error)
-        if given and not is_meta(model):
+        if tried.given and not tried.on_meta:
             raise CaptureError(
                 "the model refuses the example inputs", [("(root)", reason)], "check example_inputs"
             ) from error
-        return Observed((), None, f"the model does not run on its sample inputs here: {reason}")
+        return (), f"the model does not run on its sample inputs here: {reason}"
 
 
-def _uses(twin: nn.Module, samples: Sequence[Sample]) -> Uses:
+def _watched_uses(trial: Trial, samples: Sequence[Sample]) -> Uses:
     """Return what all samples show: the calls of the first, and every weight that any of them uses."""
-    found: list[Uses] = []
-    with _as_in_inference(twin):
-        for sample in samples:
-            found.append(weight_uses(twin, sample.args, sample.kwargs))
-    calls = {path: number for each in reversed(found) for path, number in each.calls.items()}
-    return Uses(calls, {name: use for each in reversed(found) for name, use in each.weights.items()})
+    with trial() as twin, _in_inference(twin):
+        shown = [weight_uses(twin, sample.args, sample.kwargs) for sample in samples]
+    calls = {path: number for uses in reversed(shown) for path, number in uses.calls.items()}
+    return Uses(calls, {name: use for uses in reversed(shown) for name, use in uses.weights.items()})
+
+
+Trial: TypeAlias = Callable[[], AbstractContextManager[nn.Module]]
+"""Gives a fresh twin of a model to try things on."""
 
 
 @contextlib.contextmanager
-def _as_in_inference(twin: nn.Module) -> Iterator[None]:
-    with unchanged_modes(twin), unchanged_random(twin), torch.no_grad(), warnings.catch_warnings():
+def _in_inference(twin: nn.Module) -> Iterator[None]:
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         twin.eval()
         yield
@@ -105,53 +155,50 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _symbolic_uses(model: nn.Module) -> Uses | None:
+def _symbolic_uses(trial: Trial) -> Uses:
     """Return how modules use the raw parameters that they own, as far as straight-line forwards tell without inputs."""
-    owners = [path for path, module in model.named_modules() if has_unknown_weights(module)]
-    if not owners:
-        return None
     weights: dict[str, WeightUse] = {}
     looked_at: set[str] = set()
-    twin = make_twin(model)
-    for path in owners:
-        module = twin.get_submodule(path)
-        with contextlib.suppress(NotCaptured):
-            graph_module = fx.GraphModule(module, capture_symbolically(module).graph)
-            weights |= uses_in_graph(graph_module, path)
-            looked_at |= {dotted(path, name) for name in module._parameters}
+    with trial() as twin:
+        for path, module in ((path, each) for path, each in twin.named_modules() if has_unknown_weights(each)):
+            with contextlib.suppress(NotCaptured):
+                graph_module = fx.GraphModule(module, capture_symbolically(module).graph)
+                weights |= uses_in_graph(graph_module, path)
+                looked_at |= {dotted(path, name) for name in module._parameters}
     return Uses({}, weights, complete=False, looked_at=frozenset(looked_at))
 
 
-def studied(plan: Plan, model: nn.Module, seen: Observed, graphs: bool = True) -> Plan:
-    """Return the plan with each site's backend, found by running the model on samples; it stays unchanged.
+def renewed(model: nn.Module, plan: Plan, tried: Samples, backend: str = "auto") -> Plan:
+    """Return a plan that was made before, if it still fits the model, with graphs where they are wanted.
 
     Args:
-        plan: a plan for the model.
-        model: the model.
-        seen: what a first run of it has shown.
-        graphs: whether to capture graphs.
+        model: the model that it is wanted for now.
+        plan: as it was returned, or read from JSON.
+        tried: inputs, of which the user's own count; a plan that has its captures does not need them.
+        backend: "modules" captures nothing.
+
+    Raises:
+        StalePlanError: the model has other sites.
+        CaptureError: the plan has graphs of another process, and there are no inputs to capture them again.
     """
-    if seen.note:
-        plan = _noted(plan, seen.note)
-    if isinstance(model, fx.GraphModule) or not plan.adapted:
-        return plan
-    if not seen.samples:
-        return _without_inputs(plan, model) if graphs else plan
-    wanted = [site.path for site in plan.adapted] if graphs else []
-    found = survey(make_twin(model), seen.samples, wanted)
-    return _surveyed(plan, model, found, seen.samples)
+    seen = Observed(model, take_inventory(model, uses_in(plan)))
+    decisions = still_fitting(plan, seen.inventory)
+    if backend != "modules" and not tried.given:
+        if plan.capture is not None:
+            return plan
+        if plan.regions:
+            raise CaptureError(
+                "the plan has graphs, which were captured in another process",
+                advice='give the example_inputs again, or backend="modules"',
+            )
+    if tried.given:
+        seen = observed(model, tried)
+    return seen.planned(decisions, backend)
 
 
-def _surveyed(plan: Plan, model: nn.Module, found: Survey, samples: tuple[Sample, ...]) -> Plan:
-    """Return the plan with what a survey of the model has found of each site and region."""
-    passes = foreseen_passes(found, plan, model)
-    sites = tuple(_with_passes(_with_backend(each, found), passes) for each in plan.sites)
-    return replace(plan, sites=sites, regions=_planned_regions(found), capture=Study(found, samples))
-
-
-def foreseen_passes(found: Survey, plan: Plan, model: nn.Module) -> dict[str, set[str]]:
-    """Return what the optimisations will do at each fused site of the plan, by its path, in the survey's graphs."""
-    fused = {path for each in plan.adapted if not not_fused(each) for path in each.site.paths}
+def foreseen_passes(found: Survey, decisions: Decisions, model: nn.Module) -> dict[str, set[str]]:
+    """Return what the optimisations will do at each fused site, by its path, in the survey's graphs."""
+    fused = {path for site in decisions.adapted if not site.not_fused for path in site.site.paths}
     passes: dict[str, set[str]] = {}
     known: dict[tuple[int, frozenset[str]], dict[str, set[str]]] = {}
     for path, structure in found.structures.items():
@@ -168,17 +215,18 @@ def foreseen_passes(found: Survey, plan: Plan, model: nn.Module) -> dict[str, se
     return passes
 
 
-def _with_passes(each: PlannedSite, passes: Mapping[str, set[str]]) -> PlannedSite:
-    if each.decision != "adapt" or not_fused(each):
-        return each
-    does = {"fuse"}.union(*(passes.get(path, set()) for path in each.site.paths))
-    return replace(each, passes=tuple(name for name in ("fuse", *OPTIMISATIONS) if name in does))
-
-
-def _with_backend(each: PlannedSite, found: Survey) -> PlannedSite:
-    in_graph = any(path in found.covered for path in (*each.site.paths, each.site.weight))
-    reason = "" if in_graph else _reason(each, found)
-    return replace(each, backend="graph" if in_graph else "module", backend_reason=reason)
+def _with_backend(site: PlannedSite, found: Survey, passes: Mapping[str, set[str]]) -> PlannedSite:
+    """Return the planned site with how it is computed: its backend, and what makes it cheaper to train."""
+    in_graph = not found.covered.isdisjoint((*site.site.paths, site.site.weight))
+    does: set[str] = set()
+    if site.decision == "adapt" and not site.not_fused:
+        does = {"fuse"}.union(*(passes.get(path, set()) for path in site.site.paths))
+    return replace(
+        site,
+        backend="graph" if in_graph else "module",
+        backend_reason="" if in_graph else _reason(site, found),
+        passes=tuple(name for name in ("fuse", *OPTIMISATIONS) if name in does),
+    )
 
 
 def _reason(each: PlannedSite, found: Survey) -> str:
@@ -193,21 +241,3 @@ def _planned_regions(found: Survey) -> tuple[PlannedRegion, ...]:
     graphs = [PlannedRegion(path, "graph", found.failures.get(path, "")) for path in found.graphs]
     failed = [PlannedRegion(p, "module", why) for p, why in found.failures.items() if p not in found.graphs]
     return (*graphs, *failed)
-
-
-def _without_inputs(plan: Plan, model: nn.Module) -> Plan:
-    """Trace without inputs what is provably safe to trace so; the rest is module replacement."""
-    found = survey_symbolically(make_twin(model), [site.path for site in plan.adapted])
-    traced = _surveyed(plan, model, found, ())
-    if all(site.backend == "graph" for site in traced.adapted):
-        return traced
-    return _noted(traced, "no example_inputs: only straight-line blocks are graphs; with inputs more of them would be")
-
-
-def _noted(plan: Plan, note: str) -> Plan:
-    return replace(plan, notes=(*plan.notes, note))
-
-
-def _on_device(samples: Sequence[Sample], model: nn.Module) -> tuple[Sample, ...]:
-    """Return the samples on the meta device if the model is there."""
-    return tuple(moved(each, torch.device("meta")) if is_meta(model) else each for each in samples)

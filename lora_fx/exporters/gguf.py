@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import ExportError
-from lora_fx.exporters.gguf_layout import LAYOUTS, Layout, permuted_rows
+from lora_fx.exporters.gguf_layout import LAYOUTS, GgufLayout, permuted_rows
 from lora_fx.exporters.program import call_of
 from lora_fx.exporters.running import largest_difference, run_client
 from lora_fx.exporters.target import Refusal, Target
@@ -52,7 +52,7 @@ def _refused(tuned: nn.Module) -> Iterator[Refusal]:
         yield path, f"an adapter in GGUF holds no whole modules; {_MERGE}"
 
 
-def _reason(path: str, found: Attached, layout: Layout, tied: bool) -> str | None:
+def _reason(path: str, found: Attached, layout: GgufLayout, tied: bool) -> str | None:
     """Return why a site's adapter cannot be written, or None."""
     spec = found.spec
     if spec.lora.dora:
@@ -116,7 +116,7 @@ def _write(tuned: nn.Module, path: Path, base: str | Path | None = None) -> None
     writer.close()
 
 
-def _pair(layout: Layout, path: str, found: Attached, config: Any) -> _Pair:
+def _pair(layout: GgufLayout, path: str, found: Attached, config: Any) -> _Pair:
     name = layout.tensor(path)
     assert name is not None
     A, B = found.lora_A.matrix.detach(), found.lora_B.matrix.detach()

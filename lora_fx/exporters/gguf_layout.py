@@ -30,7 +30,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class GgufLayout:
     """How one architecture lies in a GGUF file."""
 
     architecture: str
@@ -51,13 +51,13 @@ class Layout:
 
 _SEPARATE = {**_ATTENTION, **_MLP}
 LAYOUTS = {
-    "LlamaForCausalLM": Layout("llama", _SEPARATE, permuted=True),
-    "MistralForCausalLM": Layout("llama", _SEPARATE, permuted=True),
-    "Qwen2ForCausalLM": Layout("qwen2", _SEPARATE),
-    "Qwen3ForCausalLM": Layout("qwen3", _SEPARATE),
-    "GemmaForCausalLM": Layout("gemma", _SEPARATE),
-    "Gemma2ForCausalLM": Layout("gemma2", _SEPARATE),
-    "Phi3ForCausalLM": Layout("phi3", _FUSED),
+    "LlamaForCausalLM": GgufLayout("llama", _SEPARATE, permuted=True),
+    "MistralForCausalLM": GgufLayout("llama", _SEPARATE, permuted=True),
+    "Qwen2ForCausalLM": GgufLayout("qwen2", _SEPARATE),
+    "Qwen3ForCausalLM": GgufLayout("qwen3", _SEPARATE),
+    "GemmaForCausalLM": GgufLayout("gemma", _SEPARATE),
+    "Gemma2ForCausalLM": GgufLayout("gemma2", _SEPARATE),
+    "Phi3ForCausalLM": GgufLayout("phi3", _FUSED),
 }
 """By class of the model."""
 

@@ -19,10 +19,12 @@ from lora_fx.errors import MergeError
 from lora_fx.exporters.features import expressed
 from lora_fx.exporters.running import given_sample, largest_difference, outputs_of, run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.files.adapter.write import canonical_safetensors, write_files
+from lora_fx.files.atomic import write_files
+from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.quantised import dequantised_
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
+from lora_fx.passes.merge import check_mergeable
 from lora_fx.tuned.undo import merged
 
 WEIGHTS = "model.safetensors"
@@ -30,8 +32,6 @@ WEIGHTS = "model.safetensors"
 
 def refused(tuned: nn.Module) -> Iterator[Refusal]:
     """Yield (path, reason) for what one plain weight cannot hold."""
-    from lora_fx.passes.merge import check_mergeable
-
     try:
         check_mergeable(tuned)
     except MergeError as error:

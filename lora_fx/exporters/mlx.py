@@ -20,7 +20,8 @@ from lora_fx.exporters.features import expressed, refusals
 from lora_fx.exporters.plain import Pair, pairs
 from lora_fx.exporters.running import largest_difference, outputs_of, run_client
 from lora_fx.exporters.target import Refusal, Target
-from lora_fx.files.adapter.write import canonical_safetensors, write_files
+from lora_fx.files.atomic import write_files
+from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.samples import Sample
 from lora_fx.tuned.undo import disabled, removed
 

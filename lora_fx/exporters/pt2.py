@@ -6,10 +6,8 @@ AOTInductor has compiled, with `load_constants(values, check_full_update=False)`
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +20,7 @@ from lora_fx.exporters.program import EVERY_FEATURE, call_of, exported, outputs_
 from lora_fx.exporters.running import run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.models.samples import Sample
+from lora_fx.models.torch_internals import aot_inductor
 
 VALUES = ".safetensors"
 BASE, COMPILED = ".base.safetensors", ".aoti.pt2"
@@ -72,10 +71,9 @@ def _save(program: ExportedProgram, path: Path) -> None:
 
 def _compile(program: ExportedProgram, path: Path) -> None:
     """Write the program as AOTInductor compiles it; needs a C++ compiler."""
-    inductor: Any = importlib.import_module("torch._inductor")  # the documented place of AOTInductor's functions
     try:
         with torch.no_grad(), quiet():
-            inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_KEEP)
+            aot_inductor().aoti_compile_and_package(program, package_path=str(path), inductor_configs=_KEEP)
     except Exception as error:
         raise ExportError(
             "pt2", "AOTInductor cannot compile the model", [told(error)], "it needs a C++ compiler; leave out compile"

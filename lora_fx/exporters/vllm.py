@@ -19,7 +19,8 @@ from lora_fx.exporters.plain import pairs
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.files.adapter.describe import Described, describe
 from lora_fx.files.adapter.names import CONFIG_FILE, PREFIX, WEIGHTS_FILE, factor_key
-from lora_fx.files.adapter.write import canonical_safetensors, write_files
+from lora_fx.files.atomic import write_files
+from lora_fx.files.values import canonical_safetensors
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""

@@ -17,7 +17,7 @@ import hashlib
 import re
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from lora_fx.graphdiff.graphs import INPUT, RETURN, Graph, Statement
@@ -80,16 +80,15 @@ class _Alignment:
         self.waiting: deque[tuple[int, int]] = deque()
 
     def run(self) -> list[int | None]:
-        place: Key = lambda side, i: side.nodes[i].path  # noqa: E731
-        self._by_key(lambda side, i: (place(side, i), side.above[i], side.below[i]))
-        self._by_key(lambda side, i: (place(side, i), side.above[i]))
-        self._by_key(lambda side, i: (place(side, i), side.below[i]))
-        self._by_key(lambda side, i: (place(side, i), side.near[i]))
-        self._by_key(lambda side, i: (place(side, i), side.nodes[i].op), in_part=True)
+        self._by_key(lambda side, i: (side.nodes[i].path, side.above[i], side.below[i]))
+        self._by_key(lambda side, i: (side.nodes[i].path, side.above[i]))
+        self._by_key(lambda side, i: (side.nodes[i].path, side.below[i]))
+        self._by_key(lambda side, i: (side.nodes[i].path, side.near[i]))
+        self._by_key(lambda side, i: (side.nodes[i].path, side.nodes[i].op), in_part=True)
         self._moved()
         self._neighbours()
         self._renamed()
-        self._by_key(lambda side, i: (place(side, i), side.nodes[i].op in (INPUT, RETURN)))  # one became another
+        self._by_key(lambda side, i: (side.nodes[i].path, side.nodes[i].op in (INPUT, RETURN)))  # one became another
         return self.a.partner
 
     def _pair(self, i: int, j: int) -> None:
@@ -98,7 +97,8 @@ class _Alignment:
 
     def _by_key(self, key: Key, in_part: bool = False) -> None:
         """Pair the free nodes of each key in order, where both sides have equally many; `in_part`: else by sequence."""
-        for mine, others in self._groups(key):
+        groups, of_b = _grouped(self.a, key), _grouped(self.b, key)
+        for mine, others in ((group, of_b[value]) for value, group in groups.items() if value in of_b):
             if len(mine) == len(others):
                 for i, j in zip(mine, others, strict=True):
                     self._pair(i, j)
@@ -106,11 +106,6 @@ class _Alignment:
                 labels = [self.a.labels[i] for i in mine], [self.b.labels[j] for j in others]
                 for i, j in common_subsequence(*labels):
                     self._pair(mine[i], others[j])
-
-    def _groups(self, key: Key) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield the free nodes of both sides that have the same key."""
-        mine, others = _grouped(self.a, key), _grouped(self.b, key)
-        return ((group, others[value]) for value, group in mine.items() if value in others)
 
     # -- what has moved
 
@@ -164,6 +159,7 @@ def _free_users(side: _Side, i: int) -> dict[tuple[str, int], list[int]]:
 
 
 def _grouped(side: _Side, key: Key) -> dict[Hashable, list[int]]:
+    """Return the free nodes of a side by their keys."""
     groups: dict[Hashable, list[int]] = {}
     for i, other in enumerate(side.partner):
         if other is None:

@@ -20,7 +20,6 @@ from lora_fx.capture.captured import Captured, NotCaptured, capture
 from lora_fx.capture.reads.dependencies import AttributePath
 from lora_fx.capture.reads.frozen import Freezer, Frozen, OfType, Unfreezable
 from lora_fx.capture.tracing.inputs import TensorInput
-from lora_fx.discovery.sites import take_inventory
 from lora_fx.discovery.study import observed
 from lora_fx.graphdiff.canonical import Statements, adapted_graph, describe_spec, placed, statements_of
 from lora_fx.graphdiff.costs import called_flops, totals, weights_in
@@ -28,6 +27,7 @@ from lora_fx.graphdiff.diff import GraphDiff, compare
 from lora_fx.graphdiff.graphs import Graph, Statement, Weight, escaped
 from lora_fx.graphdiff.programs import graph_of_program, load_program
 from lora_fx.models.layers import is_layer
+from lora_fx.models.samples import samples_for
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import attribute_at, dotted
 from lora_fx.models.twin import make_twin
@@ -102,9 +102,8 @@ def _own_captures(model: nn.Module, example_inputs: object) -> dict[str, Capture
 
 
 def _surveyed(model: nn.Module, example_inputs: object) -> dict[str, Captured]:
-    seen = observed(model, example_inputs)
-    sites = [site.path for site in take_inventory(model, seen.uses).sites]
-    study = survey(make_twin(model), seen.samples, sites)
+    seen = observed(model, samples_for(model, example_inputs))
+    study = survey(make_twin(model), seen.samples, [site.path for site in seen.inventory.sites])
     programs = {path: study.library.get(study.structures[path], []) for path in study.graphs}
     return {path: known[0][0] for path, known in programs.items() if known}
 

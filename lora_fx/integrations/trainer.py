@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_fx.files.adapter.write import canonical_safetensors, save, write_files
+from lora_fx.files.adapter.write import save
+from lora_fx.files.atomic import write_files
+from lora_fx.files.values import canonical_safetensors
 
 _WEIGHTS = "model.safetensors"
 _CONFIGURATION = "config.json"

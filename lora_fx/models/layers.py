@@ -27,6 +27,29 @@ class LayerKind:
     called: bool
     """Whether its forward is the one that is known; else what it does with the weight is seen as it does it."""
     refusal: str | None = None
+    aliases: tuple[str, ...] = ()
+    """Other names of a raw parameter, below its owner's."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModule:
+    """A module of a model, with what its class does with its weights."""
+
+    names: tuple[str, ...]
+    """Its paths, the first of which is the one that it goes by."""
+    module: nn.Module
+    kind: LayerKind | None
+    """Of its `weight`; None where its class is not known."""
+    raw: dict[str, LayerKind]
+    """Of its raw parameters, by name."""
+
+
+def known_modules(model: nn.Module) -> list[KnownModule]:
+    """Return every module of a model, in model order; one with several names stands once."""
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(path)
+    return [KnownModule(tuple(paths), module, kind_of(module), raw_kinds(module)) for module, paths in names.items()]
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
@@ -74,7 +97,7 @@ def _convolution(module: nn.Module) -> LayerKind:
 
 
 def _transposed_convolution(module: nn.Module) -> LayerKind:
-    assert isinstance(module, nn.modules.conv._ConvTransposeNd)
+    assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     op = next(op for base, op in _TRANSPOSED.items() if isinstance(module, base))
     shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     reason = "transposed convolutions cannot be adapted; train it whole (`train:`)"
@@ -151,30 +174,48 @@ def _words(weight: Tensor) -> str:
     return f"type {type(weight).__name__} and dtype {str(weight.dtype).removeprefix('torch.')}"
 
 
-def attention_weights(module: nn.MultiheadAttention) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield (parameter, other names for it) for every projection that the module itself owns."""
-    if module._parameters.get("in_proj_weight") is not None:
-        yield "in_proj_weight", ("in_proj", "")
-    else:
-        for part in "qkv":
-            yield f"{part}_proj_weight", (f"{part}_proj",)
-
-
-def recurrent_weights(module: nn.Module) -> Iterator[str]:
-    """Yield the names of the matrices of an LSTM, GRU or RNN, or of a cell."""
+def raw_kinds(module: nn.Module) -> dict[str, LayerKind]:
+    """Return what a module's class does with its own raw parameters, by name: attention, recurrent layers, experts."""
+    if isinstance(module, nn.MultiheadAttention):
+        joint = module._parameters.get("in_proj_weight") is not None
+        names = {"in_proj_weight": ("in_proj", "")} if joint else {f"{p}_proj_weight": (f"{p}_proj",) for p in "qkv"}
+        return {name: _raw(module, name, "attention", aliases=others) for name, others in names.items()}
     if isinstance(module, _RECURRENT):
-        yield from (name for name, parameter in module._parameters.items() if parameter is not None and
-                    parameter.dim() == 2)  # fmt: skip
-
-
-RECURRENT = "torch runs recurrent layers as one kernel; train it whole (`train:`)"
-
-
-def expert_banks(module: nn.Module) -> Iterator[tuple[str, Layout]]:
-    """Yield the banks of matrices of a class that is known to hold experts (transformers')."""
-    if not type(module).__name__.endswith("Experts"):
-        return
+        reason = "torch runs recurrent layers as one kernel; train it whole (`train:`)"
+        return {name: _raw(module, name, "linear", refusal=reason) for name in _of_rank(module, 2)}
+    if not type(module).__name__.endswith("Experts"):  # of transformers
+        return {}
     layout: Layout = "in_out" if getattr(module, "is_transposed", False) else "out_in"
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.dim() == 3:
-            yield name, layout
+    return {name: _raw(module, name, "experts", layout) for name in _of_rank(module, 3)}
+
+
+def _of_rank(module: nn.Module, rank: int) -> Iterator[str]:
+    """Yield the names of the module's own parameters with so many dimensions."""
+    return (name for name, parameter in module._parameters.items() if parameter is not None and parameter.dim() == rank)
+
+
+def _raw(
+    module: nn.Module,
+    name: str,
+    op: str,
+    layout: Layout = "out_in",
+    aliases: tuple[str, ...] = (),
+    refusal: str | None = None,
+) -> LayerKind:
+    weight = module._parameters[name]
+    assert weight is not None
+    return LayerKind(op, layout, site_shape(tuple(weight.shape), op, layout), False, refusal, aliases)
+
+
+def site_shape(stored: tuple[int, ...], op: str, layout: Layout) -> tuple[int, ...]:
+    """Return the shape [.., out, in] of a site whose weight is stored so."""
+    if layout == "out_in" or op.startswith("conv") or len(stored) < 2:
+        return stored
+    return (*stored[:-2], stored[-1], stored[-2])
+
+
+def has_unknown_weights(module: nn.Module) -> bool:
+    """Whether the module itself owns a matrix of which its class does not tell whether it multiplies anything."""
+    if is_layer(module) or raw_kinds(module) or isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return False
+    return any(p is not None and p.dim() >= 2 for p in module._parameters.values())

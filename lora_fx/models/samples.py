@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import CaptureError
+from lora_fx.models.twin import is_meta
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,34 @@ class Sample:
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The inputs on which a model is tried."""
+
+    items: tuple[Sample, ...]
+    """Empty where there are none."""
+    given: bool
+    """Whether they are the user's own, which the model must not refuse."""
+    on_meta: bool
+    """Whether the model, and so they, have no values."""
+
+
+def samples_for(model: nn.Module, example_inputs: object) -> Samples:
+    """Return the samples that a user gave, or those that the model's own class offers; on the meta device if it is.
+
+    Raises:
+        CaptureError: as `samples_of`.
+        TypeError: the model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, found {type(model).__name__}")
+    samples = dummy_samples(model) or () if example_inputs is None else samples_of(example_inputs)
+    on_meta = is_meta(model)
+    if on_meta:
+        samples = tuple(moved(sample, torch.device("meta")) for sample in samples)
+    return Samples(samples, example_inputs is not None, on_meta)
 
 
 def call(*args: Any, **kwargs: Any) -> Sample:

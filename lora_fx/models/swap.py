@@ -32,7 +32,7 @@ class Swapped:
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, *rest = reduced
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            arguments = tuple(original if each is type(self) else each for each in arguments)
+            arguments = tuple(original if argument is type(self) else argument for argument in arguments)
         return (_rebuild, (tuple(map(_recipe, mixins)), function, arguments), *rest)
 
 
@@ -52,8 +52,8 @@ def _recipe(mixin: type) -> Any:
 
 def _rebuild(mixins: tuple[Any, ...], function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
     module = function(*arguments)
-    for each in mixins:
-        swap(module, each if isinstance(each, type) else each[0](*each[1]))
+    for mixin in mixins:
+        swap(module, mixin if isinstance(mixin, type) else mixin[0](*mixin[1]))
     return module
 
 
@@ -88,6 +88,7 @@ def origin(kind: type) -> tuple[type, type]:
 
 
 def is_swapped(kind: type) -> bool:
+    """Whether `swapped_class` made the class."""
     return _ORIGIN in kind.__dict__
 
 

@@ -24,12 +24,20 @@ def _slot(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
 
 
 def attribute_at(module: nn.Module, path: str) -> Any:
-    """Return what a dotted path names, seen from the module: a submodule, a tensor or any other attribute."""
+    """Return what a dotted path names, seen from the module: a submodule, a tensor or any other attribute.
+
+    Raises:
+        AttributeError: there is nothing of that name.
+    """
     return functools.reduce(getattr, path.split("."), module)
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor | None:
-    """Return the parameter or buffer of that dotted name."""
+    """Return the parameter or buffer of that dotted name.
+
+    Raises:
+        KeyError: there is none.
+    """
     table, last = _slot(model, name)
     return table[last]
 

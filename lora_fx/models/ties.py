@@ -67,17 +67,17 @@ _FLAG = "tie_word_embeddings"
 
 def _mapping(module: nn.Module) -> dict[str, str]:
     """Return which parameter of a transformers model is tied to which, by name; older releases name no source."""
-    found = getattr(module, "all_tied_weights_keys", None) or getattr(module, "_tied_weights_keys", None) or {}
-    mapping = found if isinstance(found, dict) else dict.fromkeys(found, "")
+    declared = getattr(module, "all_tied_weights_keys", None) or getattr(module, "_tied_weights_keys", None) or {}
+    mapping = declared if isinstance(declared, dict) else dict.fromkeys(declared, "")
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     return {name: source if source in names else name for name, source in mapping.items() if name in names}
 
 
 def _say(module: nn.Module, kept: dict[str, str]) -> None:
     for name in ("_tied_weights_keys", "all_tied_weights_keys"):
-        found = getattr(module, name, None)
-        if found:
-            module.__dict__[name] = dict(kept) if isinstance(found, dict) else list(kept)
+        declared = getattr(module, name, None)
+        if declared:
+            module.__dict__[name] = dict(kept) if isinstance(declared, dict) else list(kept)
 
 
 def _flag_means_more(model: nn.Module) -> bool:
@@ -106,5 +106,5 @@ def _configs(config: Any) -> Iterator[Any]:
     if not callable(getattr(config, "to_dict", None)):
         return
     yield config
-    for each in vars(config).values():
-        yield from _configs(each)
+    for part in vars(config).values():
+        yield from _configs(part)

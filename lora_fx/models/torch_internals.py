@@ -1,12 +1,14 @@
-"""The one file that imports private torch interfaces; everything else uses the names below.
+"""The one file that uses private torch interfaces; everything else uses the names below.
 
-A new torch release that moves something is a change here and nowhere else (`tests/test_torch_internals.py` pins what
-we rely on).
+A new torch release that moves something is a change here and nowhere else: `tests/models/test_torch_internals.py` pins
+what the package relies on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import logging
 import math
 import operator
@@ -44,14 +46,9 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 __all__ = [
     "DispatchMode",
     "FakeTensor",
-    "Fakes",
-    "FunctionMode",
     "enter_autocast",
     "exit_autocast",
-    "global_hook_tables",
     "pytree",
-    "set_grad_enabled",
-    "shape_guard_names",
 ]
 
 FunctionMode = PreDispatchTorchFunctionMode
@@ -65,6 +62,21 @@ shape_guard_names: dict[str, Any] = dict(SYMPY_INTERP)
 def global_hook_tables() -> tuple[dict[int, Callable[..., Any]], ...]:
     """Return torch's tables of hooks that fire for every module."""
     return (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+
+
+def in_backward() -> bool:
+    """Whether autograd's engine runs this thread: what is computed now is computed again, for a gradient."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_tensor_function(function: object) -> bool:
+    """Whether it is one of the methods of Tensor that torch has written in Python."""
+    return inspect.isfunction(function) and function.__module__ == "torch._tensor"
+
+
+def aot_inductor() -> Any:
+    """Return the module with `aoti_compile_and_package`, documented under this name; imported when it is needed."""
+    return importlib.import_module("torch._inductor")
 
 
 _LOCAL = re.compile(r"L\['(\w+)'\]")
@@ -94,7 +106,7 @@ class Fakes:
 
         Also works in the middle of a capture: no mode sees what is done here.
         """
-        sizes = [DimDynamic.STATIC if each else DimDynamic.DYNAMIC for each in static]
+        sizes = [DimDynamic.STATIC if is_static else DimDynamic.DYNAMIC for is_static in static]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             detached = like.detach().requires_grad_(like.requires_grad)

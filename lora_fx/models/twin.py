@@ -1,4 +1,4 @@
-"""A frozen twin of a model: the same class and structure, own modules, base parameters on shared storage.
+"""A frozen twin of a model, its structural copy: own modules of the same classes, parameters on shared storage.
 
 The caller's model keeps its flags, values and behaviour; no weight is copied.
 """
@@ -71,7 +71,7 @@ def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _uncopyable_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (path, reason) for every attribute of a module that copy.deepcopy cannot copy."""
-    shared: dict[int, object] = {id(each): each for each in (*model.modules(), *model.parameters(), *model.buffers())}
+    shared: dict[int, object] = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", "_modules"):
@@ -87,11 +87,6 @@ def shares_storage(a: Tensor, b: Tensor) -> bool:
     if a.device != b.device or a.device.type == "meta":
         return a is b
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def total_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, each counted once."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def is_meta(model: nn.Module) -> bool:

@@ -78,3 +78,14 @@ def apply_pass(step: Pass, editor: Editor) -> None:
     except Exception as error:
         error.add_note(f"  in the pass {step.name}{f', after {before}' if before else ''}")
         raise
+
+
+def rewrite(graph_module: fx.GraphModule, step: Pass) -> None:
+    """Run one pass on a graph module, in place; lint and recompile it.
+
+    Raises:
+        Exception: as `apply_pass`.
+    """
+    editor = Editor(graph_module)
+    apply_pass(step, editor)
+    editor.finish()

@@ -6,35 +6,41 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from lora_fx.errors import NoMatchError, Unmatched
-from lora_fx.planning.plan import Plan
+from lora_fx.errors import NoMatchError, StalePlanError, Unmatched
+from lora_fx.planning.plan import Decisions, Plan
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, dead_notes, rank_notes
-from lora_fx.planning.sites import CONVOLUTIONS, Site, differences, fingerprint
-from lora_fx.rules.patterns import nearest_names
+from lora_fx.planning.sites import CONVOLUTIONS, Site, differences
+from lora_fx.rules.patterns import NamePattern, nearest_names
 from lora_fx.rules.ruleset import Rule, RuleSet, TrainPattern
 from lora_fx.text import count
 
 
-def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Plan:
-    """Return the plan: the first matching rule decides a site.
+def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisions:
+    """Return what the rules want of each site: the first rule that matches it decides.
+
+    Args:
+        rules: of which the order counts.
+        inventory: what the model has.
+        strict: whether a rule that decides no site, or not as many as it expects, is an error.
 
     Raises:
-        NoMatchError: naming every rule that fails, if `strict`.
+        NoMatchError: naming every such rule, and every pattern under `train:` that matches no module.
     """
-    trained, failed = _trained(rules.train, inventory)
-    planned = tuple(on_backend(_decide_site(site, rules.rules, trained), inventory) for site in inventory.sites)
-    failed += _failed_expectations(rules.rules, planned, inventory)
-    if failed and strict:
+    trained = _trained(rules.train, inventory)
+    sites = tuple(_decide_site(site, rules.rules, trained) for site in inventory.sites)
+    notes = (*_shadow_notes(rules.rules, sites), *rank_notes(sites), *dead_notes(sites))
+    decided = Counter(site.rule for site in sites)
+    failed = _failed_expectations(rules, decided, inventory) if strict else []
+    if failed:
         raise NoMatchError(failed, len(inventory.sites))
-    decided = {site.rule for site in planned}
-    return Plan(
+    return Decisions(
         model=inventory.model,
         source=rules.source,
-        sites=planned,
+        sites=sites,
         train=trained,
         total=inventory.total,
-        fingerprint=fingerprint(inventory.sites),
-        notes=(*_shadow_notes(rules.rules, planned), *rank_notes(planned), *dead_notes(planned)),
+        fingerprint=inventory.fingerprint,
+        notes=notes,
         unmatched_rules=tuple(rule.name for rule in rules.rules if rule.name not in decided),
         rules=rules.to_dict(),
     )
@@ -58,15 +64,6 @@ def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedMod
         return PlannedSite(site, "refuse", refusal, rule.name)
     per_call = rule.per_call and site.calls != 1
     return PlannedSite(site, "adapt", _origin(rule), rule.name, rule.lora, rule.slices, per_call)
-
-
-def on_backend(planned: PlannedSite, inventory: Inventory) -> PlannedSite:
-    """Return what is decided of a site with its backend, where a graph of the model's own tells which."""
-    if inventory.in_graph is None:
-        return planned
-    if planned.path in inventory.in_graph:
-        return replace(planned, backend="graph")
-    return replace(planned, backend_reason="inside a module that the graph calls as a whole")
 
 
 def _unsupported(rule: Rule, site: Site) -> str | None:
@@ -99,62 +96,48 @@ def _trained_owner(site: Site, trained: Sequence[TrainedModule]) -> TrainedModul
     return None
 
 
-def _trained(
-    patterns: Sequence[TrainPattern], inventory: Inventory
-) -> tuple[tuple[TrainedModule, ...], list[Unmatched]]:
-    """Return the modules under `train:`, and the patterns that match none."""
-    found: dict[str, TrainedModule] = {}
-    failed = []
-    for each in patterns:
-        matched = [(path, size) for path, size in inventory.modules if path and each.pattern.matches(path)]
-        if not matched:
-            failed.append(_unmatched_train(each, inventory))
-        for path, size in matched:
-            found.setdefault(path, TrainedModule(path, size, each.pattern.text))
-    return _outermost(found), failed
+def _trained(patterns: Sequence[TrainPattern], inventory: Inventory) -> tuple[TrainedModule, ...]:
+    """Return the modules under `train:`, without those that lie in another of them: no parameter counts twice."""
+    modules: dict[str, TrainedModule] = {}
+    for pattern in patterns:
+        for path, size in _modules_of(pattern, inventory):
+            modules.setdefault(path, TrainedModule(path, size, pattern.pattern.text))
 
-
-def _unmatched_train(each: TrainPattern, inventory: Inventory) -> Unmatched:
-    near = nearest_names(each.pattern, [path for path, _ in inventory.modules if path])
-    return Unmatched("train", each.pattern.text, "at least one", 0, near, "", "modules", each.span)
-
-
-def _outermost(found: dict[str, TrainedModule]) -> tuple[TrainedModule, ...]:
-    """Return the modules that lie in no other of them, so that no parameter is counted twice."""
-
-    def inside(path: str) -> bool:
+    def is_inside(path: str) -> bool:
         parts = path.split(".")
-        return any(".".join(parts[:depth]) in found for depth in range(1, len(parts)))
+        return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts)))
 
-    return tuple(module for path, module in found.items() if not inside(path))
-
-
-def _failed_expectations(
-    rules: Sequence[Rule], planned: Sequence[PlannedSite], inventory: Inventory
-) -> list[Unmatched]:
-    """Return the rules that decide no site, or not as many as they expect."""
-    decided = Counter(site.rule for site in planned)
-    return [
-        _unmatched_rule(rule, decided[rule.name], inventory.sites)
-        for rule in rules
-        if not rule.expect.accepts(decided[rule.name]) and not _only_shadowed(rule, decided[rule.name], planned)
-    ]
+    return tuple(module for path, module in modules.items() if not is_inside(path))
 
 
-def _only_shadowed(rule: Rule, decided: int, planned: Iterable[PlannedSite]) -> bool:
-    """Whether the rule does match, but all that it matches is decided before: shown in the plan, no error."""
-    default = rule.expect.minimum == 1 and rule.expect.maximum is None
-    return default and decided == 0 and any(_matches(rule, site.site) for site in planned)
+def _modules_of(pattern: TrainPattern, inventory: Inventory) -> list[tuple[str, int]]:
+    return [(path, size) for path, size in inventory.modules if path and pattern.pattern.matches(path)]
 
 
-def _unmatched_rule(rule: Rule, found: int, sites: Sequence[Site]) -> Unmatched:
-    pattern, expected, span = str(rule.match), str(rule.expect), rule.match_span
-    if found:
-        return Unmatched(rule.name, pattern, expected, found, (), "", "sites", span)
-    almost = _almost(rule, sites)
-    names = [] if almost else [path for site in sites for path in site.paths]
-    near = dict.fromkeys(name for each in rule.match.name for name in nearest_names(each, names))
-    return Unmatched(rule.name, pattern, expected, 0, tuple(near), almost, "sites", span)
+def _failed_expectations(rules: RuleSet, decided: Counter[str | None], inventory: Inventory) -> list[Unmatched]:
+    """Return the patterns under `train:` that match nothing, and the rules that decide not as many sites as expected.
+
+    A rule of which all matches are decided before has not failed: the plan shows it.
+    """
+    modules = [path for path, _ in inventory.modules if path]
+    names = [path for site in inventory.sites for path in site.paths]
+    failed: list[tuple[Unmatched, tuple[NamePattern, ...], list[str]]] = []
+    for pattern in rules.train:
+        if not _modules_of(pattern, inventory):
+            unmatched = Unmatched("train", pattern.pattern.text, "at least one", 0, what="modules", span=pattern.span)
+            failed.append((unmatched, (pattern.pattern,), modules))
+    for rule in rules.rules:
+        number, expect = decided[rule.name], rule.expect
+        is_shadowed = not number and expect.minimum == 1 and expect.maximum is None
+        if not expect.accepts(number) and not (is_shadowed and any(_matches(rule, site) for site in inventory.sites)):
+            almost = "" if number else _almost(rule, inventory.sites)
+            unmatched = Unmatched(rule.name, str(rule.match), str(expect), number, almost=almost, span=rule.match_span)
+            failed.append((unmatched, () if number or almost else rule.match.name, names))
+    return [replace(unmatched, nearest=_nearest(patterns, known)) for unmatched, patterns, known in failed]
+
+
+def _nearest(patterns: Iterable[NamePattern], names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for pattern in patterns for name in nearest_names(pattern, names)))
 
 
 def _almost(rule: Rule, sites: Sequence[Site]) -> str:
@@ -182,16 +165,35 @@ def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list
     return notes
 
 
-def stale_parts(plan: Plan, inventory: Inventory) -> list[tuple[str, str, str]]:
-    """Return (path, planned, found) for every site and every module trained whole in which a model differs."""
+def still_fitting(plan: Plan, inventory: Inventory) -> Decisions:
+    """Return what a plan that was made before decides, if the model still has what the plan is about.
+
+    Raises:
+        StalePlanError: naming every site and every module trained whole in which the model differs.
+    """
     sizes = {path: count(size, "parameter") for path, size in inventory.modules}
-    trained = [(each.path, count(each.parameters, "parameter"), sizes.get(each.path, "nothing")) for each in plan.train]
-    sites = differences((each.site for each in plan.sites), inventory.sites)
-    return sites + [part for part in trained if part[1] != part[2]]
+    trained = [(part.path, count(part.parameters, "parameter"), sizes.get(part.path, "nothing")) for part in plan.train]
+    stale = differences((site.site for site in plan.sites), inventory.sites)
+    stale += [part for part in trained if part[1] != part[2]]
+    if stale:
+        raise StalePlanError(stale)
+    return Decisions(**plan.decided())
 
 
-def on_modules(plan: Plan) -> Plan:
+def on_modules(decisions: Decisions) -> Plan:
     """Return the plan with every site on the module backend, as asked for."""
     reason = 'backend="modules"'
-    sites = tuple(replace(planned, backend="module", backend_reason=reason) for planned in plan.sites)
-    return replace(plan, sites=sites, regions=(), capture=None)
+    sites = tuple(replace(site, backend="module", backend_reason=reason) for site in decisions.sites)
+    return Plan.of(decisions, sites=sites)
+
+
+def in_own_graph(decisions: Decisions, in_graph: frozenset[str]) -> Plan:
+    """Return the plan for a model that is a graph itself: its sites are in that graph, or in modules that it calls."""
+    outside = "inside a module that the graph calls as a whole"
+    sites = tuple(
+        replace(site, backend="graph", backend_reason="")
+        if site.path in in_graph
+        else replace(site, backend="module", backend_reason=outside)
+        for site in decisions.sites
+    )
+    return Plan.of(decisions, sites=sites)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from lora_fx.planning.planned import PlannedRegion, PlannedSite, TrainedModule, dead_notes, rank_notes
 from lora_fx.planning.rows import region_lines, rows_of, table, training_lines
@@ -16,23 +17,22 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What `apply` will do to every site of a model, and why: printable, countable, serialisable."""
+class Decisions:
+    """What rules, or the files of an adapter, want of every site of a model; how it is computed is still open."""
 
     model: str
+    """The model's class name."""
     source: str
+    """Where it comes from: the rule file, or the directory of the adapter."""
     sites: tuple[PlannedSite, ...]
     train: tuple[TrainedModule, ...]
     total: int
     """Number of parameters of the model as given."""
     fingerprint: str
-    regions: tuple[PlannedRegion, ...] = ()
     notes: tuple[str, ...] = ()
     unmatched_rules: tuple[str, ...] = ()
     """Rules with `expect: any` (or 0) that decide no site here."""
     rules: dict[str, object] = field(default_factory=dict, compare=False)
-    capture: object = field(default=None, compare=False, repr=False)
-    """The graphs that were captured while planning; not part of the plan's JSON."""
 
     @property
     def adapted(self) -> tuple[PlannedSite, ...]:
@@ -51,6 +51,27 @@ class Plan:
     def trainable(self) -> int:
         """Number of parameters that will be trained: adapters and the modules under `train:`."""
         return sum(site.trainable for site in self.sites) + sum(module.parameters for module in self.train)
+
+    def decided(self) -> dict[str, Any]:
+        """Return the fields of the decisions; of a plan, without what a study has added."""
+        return {part.name: getattr(self, part.name) for part in fields(Decisions)}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Decisions):
+    """What `apply` will do to every site of a model, and why: printable, countable, serialisable."""
+
+    regions: tuple[PlannedRegion, ...] = ()
+    capture: object = field(default=None, compare=False, repr=False)
+    """The graphs that were captured while planning; not part of the plan's JSON."""
+
+    @staticmethod
+    def of(decisions: Decisions, **computed: Any) -> Plan:
+        """Return the plan of what is decided, with `sites`, `notes`, `regions` and `capture` as far as they are given.
+
+        Regions and captures of decisions that are a plan already are left behind.
+        """
+        return Plan(**(decisions.decided() | computed))
 
     @property
     def header(self) -> str:
@@ -146,13 +167,13 @@ def _row(planned: PlannedSite) -> dict[str, object]:
 
 
 def _plan(document: dict[str, object]) -> Plan:
-    fields = {key: value for key, value in document.items() if key not in ("schema_version", "trainable")}
-    fields["sites"] = tuple(_planned_site(each) for each in _items(document["sites"]))
-    fields["train"] = tuple(TrainedModule(**each) for each in _items(document["train"]))
-    fields["regions"] = tuple(PlannedRegion(**each) for each in _items(document["regions"]))
-    fields["notes"] = tuple(_items(document["notes"]))
-    fields["unmatched_rules"] = tuple(_items(document["unmatched_rules"]))
-    return Plan(**fields)  # type: ignore[arg-type]
+    parts = {key: value for key, value in document.items() if key not in ("schema_version", "trainable")}
+    parts["sites"] = tuple(_planned_site(each) for each in _items(document["sites"]))
+    parts["train"] = tuple(TrainedModule(**each) for each in _items(document["train"]))
+    parts["regions"] = tuple(PlannedRegion(**each) for each in _items(document["regions"]))
+    parts["notes"] = tuple(_items(document["notes"]))
+    parts["unmatched_rules"] = tuple(_items(document["unmatched_rules"]))
+    return Plan(**parts)  # type: ignore[arg-type]
 
 
 def _items(value: object) -> list:  # type: ignore[type-arg]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +49,23 @@ class PlannedSite:
     @property
     def calls(self) -> int | None:
         return self.site.calls
+
+    @property
+    def not_fused(self) -> str:
+        """Why base and adapter of an adapted site are not computed as one operation; "" where they are."""
+        if self.decision != "adapt" or self.lora is None:
+            return ""
+        if self.op != "linear":
+            return f"{self.op} goes operation by operation"
+        if self.site.read or self.site.parameter:
+            return "a weight that is read goes operation by operation"
+        if self.slices is not None and not self.slices.are_runs:
+            return "slices of rows that are no neighbours go operation by operation"
+        if self.per_call:
+            return "an adapter for each call goes operation by operation"
+        if self.site.dtype not in _FUSED_DTYPES:
+            return f"a base of {self.site.dtype} goes operation by operation"
+        return ""
 
     @property
     def trainable(self) -> int:
@@ -98,22 +116,13 @@ class Inventory:
     in_graph: frozenset[str] | None = None
     """Paths of the sites that the model's own graph computes; None of a model that has none."""
 
-
-def not_fused(each: PlannedSite) -> str:
-    """Return why base and adapter of an adapted site are not computed as one operation; "" where they are."""
-    if each.decision != "adapt" or each.lora is None:
-        return ""
-    if each.op != "linear":
-        return f"{each.op} goes operation by operation"
-    if each.site.read or each.site.parameter:
-        return "a weight that is read goes operation by operation"
-    if each.slices is not None and not each.slices.are_runs:
-        return "slices of rows that are no neighbours go operation by operation"
-    if each.per_call:
-        return "an adapter for each call goes operation by operation"
-    if each.site.dtype not in _FUSED_DTYPES:
-        return f"a base of {each.site.dtype} goes operation by operation"
-    return ""
+    @property
+    def fingerprint(self) -> str:
+        """A hash over what a plan relies on (paths, operations, shapes of sites), not over values or dtypes."""
+        digest = hashlib.sha256()
+        for site in self.sites:
+            digest.update(f"{site.path}\0{site.op}\0{site.shape}\n".encode())
+        return digest.hexdigest()[:16]
 
 
 def rank_notes(planned: Iterable[PlannedSite]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lora_fx.planning.planned import PlannedRegion, PlannedSite, not_fused
+from lora_fx.planning.planned import PlannedRegion, PlannedSite
 from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.text import columns
 
@@ -103,7 +103,7 @@ def training_lines(adapted: Sequence[PlannedSite]) -> list[str]:
     """Return how many adapted sites the passes make cheaper to train, and why some are left alone."""
     alone: dict[str, list[str]] = {}
     for site in adapted:
-        reason = not_fused(site)
+        reason = site.not_fused
         if reason:
             alone.setdefault(reason, []).append(site.path)
     counts = {name: sum(name in site.passes for site in adapted) for name in _PASSES}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -80,14 +79,6 @@ class Site:
         *bank, out_features = self.shape[: 1 + self.is_banked]
         sizes = (*bank, *self.shape[1 + self.is_banked :])
         return f"{self.classes[0]} {' × '.join(map(str, sizes))} → {out_features}"
-
-
-def fingerprint(sites: Iterable[Site]) -> str:
-    """Return a hash over what a plan relies on (paths, operations, shapes), not over values or dtypes."""
-    digest = hashlib.sha256()
-    for site in sites:
-        digest.update(f"{site.path}\0{site.op}\0{site.shape}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def differences(planned: Iterable[Site], found: Iterable[Site]) -> list[tuple[str, str, str]]:

@@ -59,6 +59,15 @@ def for_one_size(model: nn.Module) -> list[str]:
     return [path for path, programs in found if programs and all(program.static for program in programs)]
 
 
+def without_graph(model: nn.Module) -> list[tuple[str, str]]:
+    """Return (path, why) of every region that has no graph, though one was captured for it."""
+    return [
+        (path, "; ".join(region.kind.failures.values()))
+        for path, _, region in regions(model)
+        if not region.kind.programs and region.kind.failures
+    ]
+
+
 def called_whole(model: nn.Module) -> Iterator[str]:
     """Yield the paths of the submodules that graphs call as they are."""
     for path, _, region in regions(model):

@@ -18,6 +18,7 @@ from lora_fx.capture.guards import Guard, compile_guard
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.recording import of_shape
 from lora_fx.models.tensors import attribute_at
+from lora_fx.models.torch_internals import in_backward
 from lora_fx.passes.contract import Pass, apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
@@ -125,7 +126,7 @@ def may_be_fast() -> bool:
     """
     if not torch.is_grad_enabled():
         return False
-    if torch._C._current_graph_task_id() != -1:  # a block that is run again in the backward pass: what for, once more
+    if in_backward():  # a block that is run again in the backward pass: what for, once more
         return False
     return checkpointing() is None
 

@@ -16,7 +16,7 @@ from lora_fx.capture.calls.ambient import PythonRandomState, RandomState
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.models.samples import Sample
-from lora_fx.models.twin import is_meta
+from lora_fx.models.twin import is_meta, make_twin
 from lora_fx.regions.candidates import block_regions, inner_regions
 from lora_fx.regions.install import (
     Library,
@@ -152,6 +152,13 @@ def _retreat(twin: nn.Module, sites: Sequence[str], failures: dict[str, str]) ->
     return smaller
 
 
+def prove(twin: nn.Module, samples: Sequence[Sample]) -> None:
+    """Let every sample, and what is made up from them, run in eval and in train mode; a model on meta runs nothing."""
+    if samples and not is_meta(twin):
+        run_modes(twin, samples)
+        run_variants(twin, samples)
+
+
 def run_variants(model: nn.Module, samples: Sequence[Sample]) -> None:
     """Run what is made up from the samples, in eval and in train mode; what the model refuses does not count."""
     made_up = tuple(variants(model, samples[0]))
@@ -191,6 +198,21 @@ def run_modes(
                     if training or may_fail:  # some models refuse to train on such a batch; the user will not either
                         stack.enter_context(contextlib.suppress(Exception))
                     model(*sample.args, **sample.kwargs)
+
+
+@contextlib.contextmanager
+def trial_twin(model: nn.Module, freeze: bool = True) -> Iterator[nn.Module]:
+    """Give a twin of the model to try things on: nothing that happens to it shows in the model, nor in random state.
+
+    Args:
+        model: stays unchanged.
+        freeze: whether no parameter of the twin requires a gradient; else each keeps its flag.
+
+    Raises:
+        RefusedError: the model cannot be copied.
+    """
+    with unchanged_random(model):
+        yield make_twin(model, freeze)
 
 
 @contextlib.contextmanager

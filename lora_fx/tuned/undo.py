@@ -15,7 +15,7 @@ from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, tied_names
 from lora_fx.models.twin import make_twin
-from lora_fx.passes.contract import apply_pass
+from lora_fx.passes.contract import rewrite
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.merge import Merge, check_mergeable, folded
 from lora_fx.passes.remove import Remove, erase_lora_nodes
@@ -75,14 +75,14 @@ def _untie(tuned: nn.Module, twin: nn.Module) -> None:
             return
 
 
-def _plain_twin(tuned: nn.Module, rewrite: Merge | Remove) -> nn.Module:
+def _plain_twin(tuned: nn.Module, step: Merge | Remove) -> nn.Module:
     """Return a twin without regions and, for a GraphModule, with its graph rewritten."""
     twin = make_twin(tuned)
     _drop_hooks(twin)
     for _, module, _ in list(regions(twin)):
         uninstall(module)
     if isinstance(twin, fx.GraphModule) and next(lora_nodes(twin), None) is not None:
-        _rewrite_graph(twin, rewrite)
+        rewrite(twin, step)
     return twin
 
 
@@ -94,12 +94,6 @@ def _drop_hooks(twin: nn.Module) -> None:
             if hook in (count_calls_anew, stop_counting):
                 del table[key]
                 twin._forward_hooks_always_called.pop(key, None)
-
-
-def _rewrite_graph(twin: fx.GraphModule, rewrite: Merge | Remove) -> None:
-    editor = Editor(twin)
-    apply_pass(rewrite, editor)
-    editor.finish()
 
 
 def _like(twin: nn.Module, name: str, tensor: Tensor) -> Tensor:

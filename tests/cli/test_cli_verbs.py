@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import lora_fx
-from lora_fx.planning.decide import decide
+from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.planned import Inventory
 from lora_fx.planning.sites import Site
 from lora_fx.rules.reader import read_rules
@@ -133,7 +133,9 @@ def test_mermaid_and_dot_show_each_kind_of_block_once(plan_file):
 
 def test_names_cannot_break_out_of_a_picture(tmp_path):
     site = Site('a"]<script>`#', "linear", ("Linear",), (4, 4))
-    hostile = decide(read_rules({"version": 1, "rules": [{"match": {"name": "**"}}]}), Inventory("M", (site,), (), 16))
+    hostile = on_modules(
+        decide(read_rules({"version": 1, "rules": [{"match": {"name": "**"}}]}), Inventory("M", (site,), (), 16))
+    )
     (tmp_path / "plan.json").write_text(hostile.to_json())
     assert '"a#quot;]#lt;script#gt;#96;#35;' in run("plan", tmp_path / "plan.json", "--format", "mermaid").stdout
     assert "<script" not in run("plan", tmp_path / "plan.json", "--format", "html").stdout

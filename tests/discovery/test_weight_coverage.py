@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.discovery.sites import take_inventory
 from lora_fx.discovery.study import observed
-from lora_fx.planning.decide import decide
+from lora_fx.models.samples import samples_for
+from lora_fx.planning.decide import decide, on_modules
 from lora_fx.rules.reader import read_rules
 from tests.support import shared, zoo
 from tests.support.counting import Names, multiplying_weights
@@ -47,8 +47,9 @@ def planned(model: nn.Module, inputs: Inputs) -> lora_fx.Plan:
     args, kwargs = inputs(*PLANNED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        seen = observed(model, lora_fx.call(*args, **kwargs))
-        return decide(read_rules(RULES), take_inventory(model, seen.uses))
+        return on_modules(
+            decide(read_rules(RULES), observed(model, samples_for(model, lora_fx.call(*args, **kwargs))).inventory)
+        )
 
 
 def missing(plan: lora_fx.Plan, uses: Iterable[tuple[Names, set[str]]]) -> dict[str, set[str]]:

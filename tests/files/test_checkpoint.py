@@ -15,7 +15,7 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import AdapterFileError, LoraFxWarning
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
-from lora_fx.files.adapter.write import write_files
+from lora_fx.files.atomic import write_files
 from tests.support import zoo
 from tests.support.zoo import rules
 
@@ -194,7 +194,7 @@ def test_failed_write_of_a_second_adapter_leaves_the_first_as_it_was(tmp_path, m
 def test_killed_write_leaves_the_old_file(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     code = (
-        "import os, pathlib\nfrom lora_fx.files.adapter.write import write_files\n"
+        "import os, pathlib\nfrom lora_fx.files.atomic import write_files\n"
         "os.fsync = lambda handle: os.kill(os.getpid(), 9)\nwrite_files({pathlib.Path('a'): b'new' * 1000})"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == -9

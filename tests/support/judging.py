@@ -65,7 +65,7 @@ class Trace:
         return None
 
 
-def run(model: nn.Module, step: Step, world: Callable[[], object] = lambda: None) -> Trace:
+def run(model: nn.Module, step: Step, outside: Callable[[], object] = lambda: None) -> Trace:
     """Make one call, with a backward where gradients are wanted, and return what it left behind."""
     model.train(step.mode.training)
     step.before(model)
@@ -92,7 +92,7 @@ def run(model: nn.Module, step: Step, world: Callable[[], object] = lambda: None
     trace.facts["gradient of base"] = portrait({n: p.grad for n, p in model.named_parameters() if "lora_" not in n})
     trace.facts["state"] = portrait_of_state(model, parameters=False)
     trace.facts["random state"] = luck()
-    trace.facts["world"] = portrait(world())
+    trace.facts["outside"] = portrait(outside())
     return trace
 
 
@@ -180,7 +180,7 @@ class Trial:
     """Paths of the modules whose whole forward is to run in a graph."""
     reset: Callable[[], None] = lambda: None
     after: Callable[[nn.Module], None] = lambda module: None
-    world: Callable[[], object] = lambda: None
+    outside: Callable[[], object] = lambda: None
     sabotage: Callable[[nn.Module], None] = lambda module: None
     """Done to the adapted model before it is judged: for tests of the judge."""
 
@@ -234,7 +234,7 @@ def record(model: nn.Module, trial: Trial) -> Recording:
     made: set[tuple[str, str]] = set()
     for step in trial.steps:
         hits, misses = _counts(model, trial)
-        found.traces.append(run(model, step, trial.world))
+        found.traces.append(run(model, step, trial.outside))
         if (step.name, step.mode.name) in made:
             hits_now, misses_now = _counts(model, trial)
             found.calls += 1

@@ -52,7 +52,7 @@ def trial_of(kind: type[nn.Module], as_block: bool) -> Trial:
         steps=steps,
         regions=("blocks.0",) if as_block else ("",),
         reset=probe.reset if kind in HAZARDS else lambda: None,
-        world=probe.world if kind in HAZARDS else lambda: None,
+        outside=probe.outside if kind in HAZARDS else lambda: None,
         after=functools.partial(turn, to_b=False),
     )
 

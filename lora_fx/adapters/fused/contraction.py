@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.models.quantised import is_quantised
-from lora_fx.planning.planned import PlannedSite, not_fused
+from lora_fx.planning.planned import PlannedSite
 
 GAIN = 0.02
 """Part of a step's FLOPs that merging must save: less is noise, and W' takes memory for a moment."""
@@ -92,7 +92,7 @@ def _order(device: str, quantised: frozenset[str], planned: PlannedSite) -> str:
     site, lora = planned.site, planned.lora
     if planned.decision != "adapt" or lora is None or site.op != "linear" or site.read or site.parameter:
         return ""
-    why = "slices" if planned.slices is not None else not_fused(planned)
+    why = "slices" if planned.slices is not None else planned.not_fused
     why = "quantised weight" if site.weight in quantised else why
     dtype = _EXACT.get(site.dtype, torch.bfloat16)
     why = why or obstacle(dtype, dtype, bool(lora.dropout), lora.dora)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import sys
 import threading
@@ -70,6 +71,18 @@ def in_clean_thread(work: Callable[[], T]) -> T:
     return results[0]
 
 
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Keep code that listens to garbage collections from being taken for a part of the forward."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 class PythonRandomState:
     """The state of the global generators of Python and, where it is imported, numpy, taken now."""
 
@@ -78,6 +91,7 @@ class PythonRandomState:
         self._numpy = _numpy_state()
 
     def restore(self) -> None:
+        """Let both generators go on from here again."""
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
@@ -108,6 +122,7 @@ class RandomState:
         self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
 
     def restore(self) -> None:
+        """Let the generators go on from here again."""
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)

@@ -22,7 +22,7 @@ CONSTANTS = (
 def is_constant(value: object) -> bool:
     """Whether the value can be written into a graph and compared with `==`."""
     if isinstance(value, (tuple, list, torch.Size)):
-        return all(is_constant(each) for each in value)
+        return all(is_constant(item) for item in value)
     return isinstance(value, CONSTANTS)
 
 
@@ -70,7 +70,9 @@ def _leaf_signature(leaf: Leaf) -> tuple[object, ...]:
 def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
     """Return what a function calls its positional arguments."""
     positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(each.name for each in signature(function).parameters.values() if each.kind in positional)
+    return tuple(
+        parameter.name for parameter in signature(function).parameters.values() if parameter.kind in positional
+    )
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str] = ()) -> FlatCall:

@@ -26,32 +26,36 @@ def is_plain_object(value: object) -> bool:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield every tensor that can be reached from the value through attributes, lists, tuples and dicts."""
-    return (each for each in _walk(value) if isinstance(each, Tensor))
+    return (tensor for tensor in _walk(value) if isinstance(tensor, Tensor))
 
 
 def _walk(value: Any) -> Iterator[Tensor | nn.Module]:
     waiting, seen = [value], set()
     while waiting:
-        each = waiting.pop()
-        if id(each) in seen:
+        part = waiting.pop()
+        if id(part) in seen:
             continue
-        seen.add(id(each))
-        if isinstance(each, (Tensor, nn.Module)):
-            yield each
-        elif isinstance(each, (list, tuple)):
-            waiting.extend(each)
-        elif isinstance(each, dict):
-            waiting.extend(each.values())
-        elif is_plain_object(each):
-            waiting.extend(vars(each).values())
+        seen.add(id(part))
+        if isinstance(part, (Tensor, nn.Module)):
+            yield part
+        elif isinstance(part, (list, tuple)):
+            waiting.extend(part)
+        elif isinstance(part, dict):
+            waiting.extend(part.values())
+        elif is_plain_object(part):
+            waiting.extend(vars(part).values())
 
 
 def copied(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
     """Return a deep copy of the value with every tensor replaced by `tensor(it)`; the value stays unchanged.
 
     Modules that it holds are not copied.
+
+    Args:
+        value: any value; reached are tensors in attributes, lists, tuples and dicts.
+        tensor: gives what stands for a tensor in the copy; asked once for a tensor that is held twice.
     """
-    memo: dict[int, Any] = {id(each): tensor(each) if isinstance(each, Tensor) else each for each in _walk(value)}
+    memo: dict[int, Any] = {id(part): tensor(part) if isinstance(part, Tensor) else part for part in _walk(value)}
     return copy.deepcopy(value, memo)
 
 

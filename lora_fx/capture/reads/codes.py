@@ -35,26 +35,26 @@ def _named(code: CodeType) -> Iterator[Named]:
     imported: dict[str, str] = {}
     root, attributes, module = "", [], False
     previous = ""
-    for each in dis.get_instructions(code):
-        name = each.opname
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
         if name in _SILENT:
             continue
         if root and name in _ATTRIBUTES:
-            attributes.append(each.argval)
+            attributes.append(instruction.argval)
             continue
         if root:
             yield Named(root, tuple(attributes), module)
         root, attributes, module = "", [], False
         if name in _GLOBALS:
-            root = each.argval
+            root = instruction.argval
         elif name == "IMPORT_NAME":
-            previous = each.argval
+            previous = instruction.argval
         elif name == "IMPORT_FROM":
-            yield Named(previous, (each.argval,), module=True)
+            yield Named(previous, (instruction.argval,), module=True)
         elif name == "STORE_FAST" and previous:
-            imported[each.argval] = previous
-        elif name == "LOAD_FAST" and each.argval in imported:
-            root, module = imported[each.argval], True
+            imported[instruction.argval] = previous
+        elif name == "LOAD_FAST" and instruction.argval in imported:
+            root, module = imported[instruction.argval], True
         if name not in ("IMPORT_NAME", "IMPORT_FROM", "STORE_FAST"):
             previous = ""
     if root:
@@ -69,7 +69,7 @@ def asks_for_class(code: CodeType) -> bool:
 
 def codes_inside(code: CodeType) -> Iterator[CodeType]:
     """Yield the code of the functions, lambdas and comprehensions that the code makes when it runs."""
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            yield each
-            yield from codes_inside(each)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from codes_inside(constant)

@@ -184,7 +184,7 @@ class Freezer:
         if isinstance(value, types.MethodType):
             return self._parts(type(value), None, {"{}.__func__": value.__func__, "{}.__self__": value.__self__})
         if isinstance(value, functools.partial):
-            parts = {f"{{}}.{name}": each for name, each in _partial(value).items()}
+            parts = {f"{{}}.{name}": part for name, part in _partial(value).items()}
             return self._parts(type(value), None, parts)
         if isinstance(value, types.BuiltinFunctionType):
             if not isinstance(value.__self__, (types.ModuleType, type, types.NoneType)):
@@ -197,20 +197,20 @@ class Freezer:
     def _container(self, value: Any) -> Frozen:
         kind = type(value)
         if isinstance(value, (set, frozenset)):
-            if not all(isinstance(each, CONSTANTS) for each in value):
+            if not all(isinstance(item, CONSTANTS) for item in value):
                 raise Unfreezable("a set of objects")
             return Flat(kind, (frozenset(value),), (kind,), "(frozenset({}),)")
         if isinstance(value, dict):
             return self._dict(kind, value)
-        if all(isinstance(each, _COMPARED) for each in value):
+        if all(isinstance(item, _COMPARED) for item in value):
             return Flat(kind, tuple(value), tuple(map(type, value)), "(*{},)")
-        return self._parts(kind, "len({})", {f"{{}}[{index}]": each for index, each in enumerate(value)})
+        return self._parts(kind, "len({})", {f"{{}}[{index}]": item for index, item in enumerate(value)})
 
     def _dict(self, kind: type, value: dict[Any, Any]) -> Frozen:
         keys, values = tuple(value), tuple(dict.values(value))
         if not all(isinstance(key, (str, int, type(None))) for key in keys):
             raise Unfreezable("a dict with objects as keys")
-        if all(isinstance(each, _COMPARED) for each in values):
+        if all(isinstance(item, _COMPARED) for item in values):
             both = (*keys, *values)
             return Flat(kind, both, tuple(map(type, both)), "(*{0}, *dict.values({0}))")
         return self._parts(
@@ -221,12 +221,12 @@ class Freezer:
         kind = type(value)
         if not is_plain_object(value):
             raise Unfreezable(f"of type {kind.__name__}")
-        own = {f"{{}}.__dict__[{_quoted(name)}]": each for name, each in vars(value).items()}
-        shared = {f"{{}}.{name}": each for name, each in _class_containers(kind) if name not in vars(value)}
+        own = {f"{{}}.__dict__[{_quoted(name)}]": part for name, part in vars(value).items()}
+        shared = {f"{{}}.{name}": part for name, part in _class_containers(kind) if name not in vars(value)}
         return self._parts(kind, f"len({{}}.__dict__) + {len(shared)}", own | shared)
 
     def _parts(self, kind: type, size: str | None, parts: dict[str, Any]) -> Parts:
-        return Parts(kind, size, tuple((part, self._freeze(each)) for part, each in parts.items()))
+        return Parts(kind, size, tuple((access, self._freeze(part)) for access, part in parts.items()))
 
 
 def _partial(value: functools.partial[Any]) -> dict[str, Any]:
@@ -247,15 +247,22 @@ def _quoted(key: object) -> str:
 
 def _class_containers(kind: type) -> Iterator[tuple[str, Any]]:
     """Yield the lists, dicts and sets that the objects of a class share."""
-    for each in reversed(kind.__mro__[:-1]):
-        if not is_library_module(each.__module__):
+    for base in reversed(kind.__mro__[:-1]):
+        if not is_library_module(base.__module__):
             yield from (
                 (name, value)
-                for name, value in vars(each).items()
+                for name, value in vars(base).items()
                 if type(value) in (list, dict, set) and not name.startswith("__")
             )
 
 
 def conditions(frozen: Frozen, access: str, name: Name) -> str:
-    """Return the expression that is true as long as what `access` gives is what was frozen."""
+    """Return the expression that is true as long as what `access` gives is what was frozen.
+
+    Args:
+        frozen: what the value was.
+        access: the Python expression that reads the value now.
+        name: gives an object a name that the expression may use; `[1, "a"]` at `x` becomes
+            `type(v0 := x) is c0 and (*v0,) == c1 and (*map(type, (*v0,)),) == c2`.
+    """
     return " and ".join(frozen.conditions(access, name))

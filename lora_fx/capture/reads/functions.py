@@ -32,11 +32,11 @@ class Functions:
         """Return the functions with the code of a frame that has just started; several if they cannot be told apart."""
         code = frame.f_code
         self._search(frame.f_globals)
-        found = [each for each in self._by_code.get(code, {}).values() if _may_run(each[0], frame)]
-        if not found:
-            made = (each for each in gc.get_referrers(code) if isinstance(each, FunctionType))
-            found = [(each, None) for each in made if each.__code__ is code and _may_run(each, frame)]
-        return found
+        running = [candidate for candidate in self._by_code.get(code, {}).values() if _may_run(candidate[0], frame)]
+        if not running:
+            made = (function for function in gc.get_referrers(code) if isinstance(function, FunctionType))
+            running = [(function, None) for function in made if function.__code__ is code and _may_run(function, frame)]
+        return running
 
     def _search(self, scope: dict[str, Any]) -> None:
         """Meet the functions and the methods of classes that a module names."""
@@ -75,8 +75,8 @@ def _functions_in(value: Any, depth: int = 0) -> Iterator[FunctionType]:
         inside = [value.func]
     elif isinstance(value, CACHED):
         inside = [value.__wrapped__]
-    for each in inside:
-        yield from _functions_in(each, depth + 1)
+    for part in inside:
+        yield from _functions_in(part, depth + 1)
 
 
 def cells_of(function: FunctionType) -> list[tuple[str, CellType]]:

@@ -24,4 +24,9 @@ def is_library_file(file: str) -> bool:
     """Whether code from the file is one of these libraries'."""
     if _PACKAGE_FOLDER in file:
         return file.rsplit(_PACKAGE_FOLDER, 1)[1].split("/")[0].removesuffix(".py") in _PACKAGES
-    return file.startswith((_HERE, *_STANDARD_LIBRARY))
+    return file.startswith(_HERE) or is_standard_library(file)
+
+
+def is_standard_library(file: str) -> bool:
+    """Whether the file is Python's own: what torch calls on the way; a forward's own use is seen where it names it."""
+    return file.startswith(_STANDARD_LIBRARY) and _PACKAGE_FOLDER not in file

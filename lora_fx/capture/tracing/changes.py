@@ -20,15 +20,15 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 def tables_of(module: nn.Module) -> Tables:
     """Return what is registered on each module, by its path."""
-    return {path: tuple(dict(vars(each)[table]) for table in _TABLES) for path, each in module.named_modules()}
+    return {path: tuple(dict(vars(child)[table]) for table in _TABLES) for path, child in module.named_modules()}
 
 
 def changed_registration(module: nn.Module, before: Tables, paths: Iterable[str]) -> str | None:
     """Return a parameter, buffer or submodule that has been added, replaced or deleted since, or None."""
     for path in paths:
-        each = module.get_submodule(path)
+        child = module.get_submodule(path)
         for table, old in zip(_TABLES, before[path], strict=True):
-            new = vars(each)[table]
+            new = vars(child)[table]
             for name in old.keys() | new.keys():
                 if name not in old or name not in new or old[name] is not new[name]:
                     return f"{path}.{name}".lstrip(".")
@@ -83,7 +83,7 @@ class Undo:
     """The contents of a value and of the containers in it, kept so that they can be put back."""
 
     def __init__(self, value: Any) -> None:
-        self._kept = [(each, _contents(each)) for each in _containers(value)]
+        self._kept = [(container, _contents(container)) for container in _containers(value)]
 
     def __call__(self) -> None:
         for container, contents in self._kept:
@@ -105,15 +105,15 @@ def _containers(value: Any) -> Iterator[Any]:
     """Yield the lists, dicts and sets in a value, those with an object's attributes too."""
     waiting, seen = [value], set()
     while waiting:
-        each = waiting.pop()
-        if id(each) in seen or isinstance(each, (Tensor, nn.Module, *UNCHANGING)):
+        part = waiting.pop()
+        if id(part) in seen or isinstance(part, (Tensor, nn.Module, *UNCHANGING)):
             continue
-        seen.add(id(each))
-        if isinstance(each, (list, dict, set)):
-            yield each
-        if isinstance(each, dict):
-            waiting.extend(dict.values(each))
-        elif isinstance(each, (list, tuple)):
-            waiting.extend(each)
-        elif is_plain_object(each):
-            waiting.append(vars(each))
+        seen.add(id(part))
+        if isinstance(part, (list, dict, set)):
+            yield part
+        if isinstance(part, dict):
+            waiting.extend(dict.values(part))
+        elif isinstance(part, (list, tuple)):
+            waiting.extend(part)
+        elif is_plain_object(part):
+            waiting.append(vars(part))

@@ -11,14 +11,16 @@ import copy
 import sys
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import shown_parameters
 from lora_fx.capture.calls.arguments import is_constant
 from lora_fx.capture.calls.objects import is_plain_object
-from lora_fx.capture.reads.dependencies import AttributePath
+from lora_fx.capture.calls.reasons import Untraceable
+from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
+from lora_fx.capture.reads.frozen import Freezer, OfType, Unfreezable
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
 from lora_fx.models.swap import is_swapped, origin, swap, unswap
 
@@ -28,37 +30,74 @@ _KIND = "_lora_fx_kind"
 _INTERNAL = frozenset({*vars(nn.Module()), *vars(nn.Module), _LISTENER, _PATH}) - {"training"}
 
 
-class Listener(Protocol):
-    """Who hears what the copy does."""
+class Listener:
+    """Base of the tracers: hears what the copy of a module does, and writes down what is read of it.
+
+    A subclass says what a call gives and what becomes of a write.
+    """
 
     listening: bool
+    dependencies: Dependencies
+    original: nn.Module
+    owned: dict[int, str]
+    """Path of each parameter and buffer of the copy by its identity."""
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module of the copy was called; return what the call returns."""
-
-    def read(self, place: AttributePath, value: Any) -> None:
-        """The constant `value` was read at `place`."""
-
-    def held(self, place: AttributePath, value: Any) -> None:
-        """Something that is neither constant nor method was read at `place`."""
-
-    def method(self, place: AttributePath) -> None:
-        """A method of its class was read at `place`."""
-
-    def child(self, place: AttributePath, value: Any) -> None:
-        """A submodule, parameter or buffer was read at `place`."""
-
-    def children(self, path: str, children: dict[str, Any]) -> None:
-        """The children of the module at `path` were listed."""
-
-    def absent(self, place: AttributePath) -> None:
-        """Somebody asked for `place`, and there is nothing."""
+        raise NotImplementedError
 
     def wrote(self, place: AttributePath) -> None:
         """The forward wrote an attribute."""
+        raise NotImplementedError
 
     def refuse(self, reason: str) -> None:
         """The forward does what nobody can follow."""
+        raise Untraceable(reason)
+
+    def read(self, place: AttributePath, value: Any) -> None:
+        """The constant `value` was read at `place`."""
+        self.dependencies.read.setdefault(place, list(value) if isinstance(value, list) else value)
+
+    def held(self, place: AttributePath, value: Any) -> None:
+        """Something that is neither constant nor method was read at `place`."""
+        if place in self.dependencies.held:
+            return
+        original = self._original(place)
+        if reports(value):
+            self.dependencies.held[place] = OfType(type(original))
+            return
+        paths = {id(module): path for path, module in self.original.named_modules()}
+        try:
+            self.dependencies.held[place] = Freezer(paths).freeze(value if isinstance(value, Tensor) else original)
+        except Unfreezable as error:
+            self.refuse(f"the forward reads {place}, {error}")
+
+    def method(self, place: AttributePath) -> None:
+        """A method of its class was read at `place`."""
+        self.dependencies.methods[place] = None
+
+    def child(self, place: AttributePath, value: Any) -> None:
+        """A submodule, parameter or buffer was read at `place`."""
+        known = path_of(value) if isinstance(value, nn.Module) else self.owned.get(id(value), str(place))
+        if known != str(place):
+            self.dependencies.aliases[place] = known
+
+    def children(self, path: str, children: dict[str, Any]) -> None:
+        """The children of the module at `path` were listed."""
+        self.dependencies.children.setdefault(path, tuple(children))
+        for name, child in children.items():
+            if child is not None:
+                self.child(AttributePath(path, (name,)), child)
+
+    def absent(self, place: AttributePath) -> None:
+        """Somebody asked for `place`, and there is nothing."""
+        self.dependencies.absent[place] = None
+
+    def _original(self, place: AttributePath) -> Any:
+        value: Any = self.original.get_submodule(place.path)
+        for name in place.attributes:
+            value = vars(value)[name] if name in vars(value) else getattr(value, name)
+        return value
 
 
 class _Reporting:
@@ -115,7 +154,7 @@ def _heard_inside(listener: Listener, own: dict[str, Any], name: str, value: Any
 
 def vars_of_class(kind: type, name: str) -> Any:
     """Return what the class has under the name, unbound, or None."""
-    return next((vars(each)[name] for each in kind.__mro__ if name in vars(each)), None)
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
 
 
 def _is_there(own: dict[str, Any], name: str, value: Any) -> bool:
@@ -178,14 +217,14 @@ def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
     It shares the parameters with the module, not the buffers: torch runs in-place operations on small integer tensors
     (BatchNorm's `num_batches_tracked`) for real, even under fake tensors.
     """
-    duplicate = copy.deepcopy(module, {id(each): each for each in shared_by_copies(module)})
-    for path, each in list(duplicate.named_modules()):
-        _as_seen(each)
-        unswap(each)
-        _report_objects(each, module.get_submodule(path), path, listener)
-        object.__setattr__(each, _LISTENER, listener)
-        object.__setattr__(each, _PATH, AttributePath(path, ()))
-        swap(each, ReportingModule)
+    duplicate = copy.deepcopy(module, {id(kept): kept for kept in shared_by_copies(module)})
+    for path, child in list(duplicate.named_modules()):
+        _as_seen(child)
+        unswap(child)
+        _report_objects(child, module.get_submodule(path), path, listener)
+        object.__setattr__(child, _LISTENER, listener)
+        object.__setattr__(child, _PATH, AttributePath(path, ()))
+        swap(child, ReportingModule)
     return duplicate
 
 
@@ -201,12 +240,12 @@ def _as_seen(module: nn.Module) -> None:
 def shared_by_copies(module: nn.Module) -> Iterator[object]:
     """Yield what a copy shares with the module: parameters, hooks, and what lies outside (a model, a rotary table)."""
     yield from module.parameters()
-    own = {id(each) for each in (*module.modules(), *module.buffers())}
-    for each in module.modules():
-        for value in vars(each).values():
+    own = {id(part) for part in (*module.modules(), *module.buffers())}
+    for child in module.modules():
+        for value in vars(child).values():
             items = value if isinstance(value, (list, tuple)) else (value,)
             yield from (item for item in items if isinstance(item, (Tensor, nn.Module)) and id(item) not in own)
-        for table in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
+        for table in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks):
             yield from table.values()
 
 
@@ -269,7 +308,7 @@ def plain_class(value: object) -> type:
 def attributes_of(value: Any) -> dict[str, Any]:
     """Return the attributes of a module or object, what reporting needs and torch's own tables apart."""
     hidden = _INTERNAL if isinstance(value, nn.Module) else (_LISTENER, _PATH)
-    return {name: each for name, each in vars(value).items() if name not in hidden}
+    return {name: part for name, part in vars(value).items() if name not in hidden}
 
 
 def path_of(module: nn.Module) -> str:

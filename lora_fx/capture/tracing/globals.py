@@ -49,7 +49,7 @@ class Globals:
         self._known: dict[types.CodeType, str] = {}
         """Why each code that has started cannot be guarded; empty if it can."""
         self._inside: set[types.CodeType] = set()
-        self._freezer = _OutsideFreezer({id(each): path for path, each in module.named_modules()})
+        self._freezer = _OutsideFreezer({id(child): path for path, child in module.named_modules()})
         self._functions = Functions()
         self._caches: dict[Any, int] = {}
 
@@ -59,8 +59,8 @@ class Globals:
         """Hear of every call: to be set by `sys.setprofile`."""
         try:
             self._heard(frame, event, argument)
-        except Unfreezable as found:
-            self.refuse(str(found))
+        except Unfreezable as error:
+            self.refuse(str(error))
 
     def _heard(self, frame: types.FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
@@ -90,7 +90,7 @@ class Globals:
             self._note(ValueSource(function, _CALL, f"{function.__name__}()"), function())
 
     def _asked(self, frame: types.FrameType) -> None:
-        """A library's function was called by somebody else: does it answer by the state of the world?"""
+        """A library's function was called by somebody else: does it answer by global state?"""
         code = frame.f_code
         if code.co_name in _LOOKUPS and (code.co_name == "getenv" or frame.f_locals.get("self") is os.environ):
             self._looked_up(frame.f_locals.get("key"))
@@ -126,8 +126,8 @@ class Globals:
                 self._class_of(frame)
             if code not in self._inside:
                 self._function(frame)
-        except Unfreezable as found:
-            return str(found)
+        except Unfreezable as error:
+            return str(error)
         return ""
 
     # -- what code names
@@ -163,12 +163,12 @@ class Globals:
         """Note the constants of the class of `self`."""
         owner = frame.f_locals.get("self")
         kind = plain_class(owner)
-        for each in kind.__mro__ if isinstance(owner, nn.Module) else ():
-            if is_library_module(each.__module__):
+        for base in kind.__mro__ if isinstance(owner, nn.Module) else ():
+            if is_library_module(base.__module__):
                 continue
-            for name, value in vars(each).items():
+            for name, value in vars(base).items():
                 if not name.startswith("__") and (is_constant(value) or isinstance(value, (list, dict, set))):
-                    self._note(ValueSource(each, (*_OWN, ("item", name)), f"{each.__name__}.{name}"), value)
+                    self._note(ValueSource(base, (*_OWN, ("item", name)), f"{base.__name__}.{name}"), value)
 
     # -- functions
 
@@ -196,26 +196,26 @@ class Globals:
         self._functions.met(value)
         try:
             self.readings[source] = self._freezer.freeze(value)
-        except Unfreezable as found:
-            raise Unfreezable(f"the forward reads {source.name}, {found}") from None
+        except Unfreezable as error:
+            raise Unfreezable(f"the forward reads {source.name}, {error}") from None
         self._kept[source] = (value, Undo(value if isinstance(self.readings[source], (Flat, Parts)) else None))
         if isinstance(value, CACHED):
             self._caches[value] = value.cache_info().currsize
 
     def changed(self) -> str | None:
         """Put back what the run has changed; return its name, or None."""
-        found = None
+        changed = None
         for source, frozen in self.readings.items():
             if not self._is_still(source, frozen):
                 value, undo = self._kept[source]
                 source.put_back(value)
                 undo()
-                found = found or source.name
+                changed = changed or source.name
         for function, size in self._caches.items():
             if function.cache_info().currsize != size:
                 function.cache_clear()  # there are fakes in it
-                found = found or f"the cache of {function.__name__}"
-        return found
+                changed = changed or f"the cache of {function.__name__}"
+        return changed
 
     def _is_still(self, source: ValueSource, frozen: Frozen) -> bool:
         try:

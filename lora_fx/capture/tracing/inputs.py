@@ -88,7 +88,7 @@ class Inputs:
         self.writer.ask_object = self._object
 
     def admit(self, flat: FlatCall) -> None:
-        """Make inputs of the tensors, and proxies of the objects, among the leaves of a call."""
+        """Make inputs of the tensors, proxies of the objects and guards of the constants among the leaves of a call."""
         for leaf in flat.tensors():
             self.stand_ins[id(leaf.value)] = self._tensor(leaf.access, leaf.name, leaf.value)
         for leaf in flat.leaves:
@@ -112,8 +112,8 @@ class Inputs:
         """Yield Python expressions over `size_name`s that must all hold."""
         sizes: list[torch.SymInt] = []
         names: list[str] = []
-        for index, each in enumerate(self.given):
-            for dim, size in enumerate(_sizes(each)):
+        for index, given in enumerate(self.given):
+            for dim, size in enumerate(_sizes(given)):
                 if isinstance(size, torch.SymInt):
                     sizes.append(size)
                     names.append(size_name(index, dim))
@@ -146,7 +146,7 @@ class Inputs:
     # -- making inputs
 
     def _tensor(self, access: str, name: str, value: Tensor) -> Tensor:
-        known = next((each for each in self.given if each.value is value), None)
+        known = next((given for given in self.given if given.value is value), None)
         if known is not None:
             self.same.append((access, known.access))
             fake: Tensor = known.stand_in
@@ -169,21 +169,21 @@ def size_name(index: int, dim: int) -> str:
     return f"s{index}_{dim}"
 
 
-def _sizes(each: _Given) -> tuple[Any, ...]:
-    if isinstance(each.stand_in, Tensor):
-        return tuple(each.stand_in.shape)
-    return (each.stand_in,) if isinstance(each.stand_in, torch.SymInt) else ()
+def _sizes(given: _Given) -> tuple[Any, ...]:
+    if isinstance(given.stand_in, Tensor):
+        return tuple(given.stand_in.shape)
+    return (given.stand_in,) if isinstance(given.stand_in, torch.SymInt) else ()
 
 
-def _input(each: _Given) -> Input:
-    value, stand_in = each.value, each.stand_in
+def _input(given: _Given) -> Input:
+    value, stand_in = given.value, given.stand_in
     if isinstance(stand_in, torch.SymInt):
-        return NumberInput(each.access, each.name, value, _symbol(stand_in))
+        return NumberInput(given.access, given.name, value, _symbol(stand_in))
     if not isinstance(stand_in, Tensor):
-        return ObjectInput(each.access, each.name)
+        return ObjectInput(given.access, given.name)
     symbols = tuple(_symbol(size) for size in stand_in.shape)
     return TensorInput(
-        each.access, each.name, tuple(value.shape), symbols,
+        given.access, given.name, tuple(value.shape), symbols,
         value.dtype, value.device, value.requires_grad, value.is_contiguous(),
     )  # fmt: skip
 

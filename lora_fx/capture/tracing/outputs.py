@@ -76,7 +76,7 @@ def _registered(writer: GraphWriter, value: Any) -> fx.Node:
     if leaves != [value]:
         return writer.emit("call_function", Rebuild(structure), [_output(writer, leaf) for leaf in leaves])
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and not reports(value):
-        values = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        values = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         remake = Remake(type(value), tuple(values))
-        return writer.emit("call_function", remake, [_output(writer, each) for each in values.values()])
+        return writer.emit("call_function", remake, [_output(writer, part) for part in values.values()])
     raise Untraceable(f"the forward returns an object of type {type(value).__name__}")

@@ -1,8 +1,9 @@
-"""What no torch mode is told of, heard by patches for as long as a capture runs; other threads are not affected."""
+"""What no torch mode hears: patches of torch, for as long as a capture runs; other threads pass through them."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class PatchListener(Protocol):
-    """Who is told."""
+    """Hears what the patches see."""
 
     listening: bool
 
@@ -43,80 +44,44 @@ class CustomFunction:
 
 @contextlib.contextmanager
 def patched(listener: PatchListener) -> Iterator[None]:
-    """Tell the listener what its own thread does while it is listening."""
+    """Let the listener hear what its own thread does while it is listening, as long as the context is open.
+
+    Args:
+        listener: hears of custom autograd functions, of questions for grad mode and of hooks on saved tensors.
+    """
     thread = threading.get_ident()
 
     def listening() -> bool:
         return threading.get_ident() == thread and listener.listening
 
-    with (
-        _custom_functions(listener, listening),
-        _grad_mode(listener, listening),
-        _saved_tensors(listener, listening),
-        _no_overrides(listening),
-    ):
-        yield
+    apply, enter = vars(torch.autograd.Function)["apply"], saved_tensors_hooks.__enter__
+    is_grad_enabled, has_torch_function = torch.is_grad_enabled, torch.overrides.has_torch_function
 
-
-@contextlib.contextmanager
-def _custom_functions(listener: PatchListener, listening: Callable[[], bool]) -> Iterator[None]:
-    plain = vars(torch.autograd.Function)["apply"]
-
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        def call() -> Any:
-            return plain.__func__(cls, *args, **kwargs)
-
+    def heard_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(apply.__func__, cls, *args, **kwargs)
         return listener.custom_function(cls, call, args) if listening() and not kwargs else call()
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = plain  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _grad_mode(listener: PatchListener, listening: Callable[[], bool]) -> Iterator[None]:
-    plain = torch.is_grad_enabled
-
-    def is_grad_enabled() -> bool:
+    def heard_grad_mode() -> bool:
         if listening():
             listener.asked_grad_mode()
-        return plain()
+        return is_grad_enabled()
 
-    torch.is_grad_enabled = is_grad_enabled
-    try:
-        yield
-    finally:
-        torch.is_grad_enabled = plain
-
-
-@contextlib.contextmanager
-def _saved_tensors(listener: PatchListener, listening: Callable[[], bool]) -> Iterator[None]:
-    plain = saved_tensors_hooks.__enter__
-
-    def enter(hooks: saved_tensors_hooks) -> None:
+    def heard_hooks(hooks: saved_tensors_hooks) -> None:
         if listening():  # a graph of what is checkpointed would save what checkpointing is there to drop
             listener.refuse("the forward sets hooks on saved tensors (activation checkpointing)")
-        return plain(hooks)
+        return enter(hooks)
 
-    saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
-    try:
+    def nothing_overrides(args: Iterable[Any]) -> bool:
+        # torch's attention layers choose kernels by it, and nothing overrides torch in the real call
+        return not listening() and has_torch_function(args)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in (
+            (torch.autograd.Function, "apply", classmethod(heard_apply)),
+            (torch, "is_grad_enabled", heard_grad_mode),
+            (saved_tensors_hooks, "__enter__", heard_hooks),
+            (torch.overrides, "has_torch_function", nothing_overrides),
+        ):
+            stack.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, replacement)
         yield
-    finally:
-        saved_tensors_hooks.__enter__ = plain  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _no_overrides(listening: Callable[[], bool]) -> Iterator[None]:
-    """Let torch's attention layers see that nothing overrides torch, as in the real call: they choose kernels by it."""
-    plain = torch.overrides.has_torch_function
-
-    def has_torch_function(args: Iterable[Any]) -> bool:
-        return not listening() and plain(args)
-
-    torch.overrides.has_torch_function = has_torch_function
-    try:
-        yield
-    finally:
-        torch.overrides.has_torch_function = plain

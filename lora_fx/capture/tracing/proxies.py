@@ -152,6 +152,7 @@ def _state(proxy: Any) -> _State:
 
 
 def is_proxy(value: object) -> bool:
+    """Whether the value stands for an object among the arguments."""
     return isinstance(value, (ProxyObject, ProxyList, ProxyDict))
 
 
@@ -282,12 +283,12 @@ class ProxyDict(dict[Any, Any]):
     def _known(self, key: Any) -> bool:
         if not is_constant(key):
             raise Untraceable(f"the forward looks up an object of type {type(key).__name__} in {access_of(self)}")
-        found = dict.__contains__(self, key)
+        is_there = dict.__contains__(self, key)
         state = _state(self)
-        if key in state.raw or not found:
-            text = "in" if found else "not in"
+        if key in state.raw or not is_there:
+            text = "in" if is_there else "not in"
             state.proxies.host.required(f"{key!r} {text} {state.access}", f"keys of {state.access}")
-        return found
+        return is_there
 
     def __contains__(self, key: object) -> bool:
         return self._known(key)

@@ -40,13 +40,13 @@ class Records:
     def hooked(self, module: nn.Module, work: Callable[[], Any]) -> None:
         """Run `work`, which calls the module's submodules, and keep what they return."""
         handles = []
-        for path, each in module.named_modules():
+        for path, child in module.named_modules():
             if path:
 
                 def keep(_module: nn.Module, _args: Any, result: Any, path: str = path) -> None:
                     self.results.setdefault(path, []).append(pytree.tree_map_only(Tensor, _stub, result))
 
-                handles.append(each.register_forward_hook(keep))
+                handles.append(child.register_forward_hook(keep))
         try:
             work()
         finally:
@@ -86,16 +86,16 @@ def fake_result(recorded: Any, arguments: Any) -> Any:
 
 def _expressed(size: int, dim: int, rank: int, tensors: list[Tensor]) -> Any:
     """Return the symbolic size that this size is an instance of, or the size itself."""
-    found: dict[str, Any] = {}
+    alike: dict[str, Any] = {}
     for tensor in tensors:
-        for position, each in enumerate(tensor.shape):
-            if isinstance(each, torch.SymInt) and hint_of(each) == size:
+        for position, symbolic in enumerate(tensor.shape):
+            if isinstance(symbolic, torch.SymInt) and hint_of(symbolic) == size:
                 if position == dim and tensor.dim() == rank:
-                    return each
-                found[str(each)] = each
-    if len(found) > 1:
+                    return symbolic
+                alike[str(symbolic)] = symbolic
+    if len(alike) > 1:
         raise Untraceable("it does not show which of its arguments' sizes is the size of a submodule's result")
-    return next(iter(found.values()), size)
+    return next(iter(alike.values()), size)
 
 
 def of_shape(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:

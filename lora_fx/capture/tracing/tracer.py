@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import inspect
 import operator
 import sys
@@ -21,20 +20,27 @@ import sympy
 import torch
 from torch import fx, nn
 
-from lora_fx.capture.calls.ambient import PythonRandomState
+from lora_fx.capture.calls.ambient import PythonRandomState, no_collections
 from lora_fx.capture.calls.reasons import Untraceable, reason_of
 from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
 from lora_fx.capture.reads.tensor_queries import POINTERS, TensorQuery, kind_of_query
 from lora_fx.capture.tracing.changes import changed_attribute, changed_registration, tables_of
-from lora_fx.capture.tracing.copies import class_of, path_of, reporting_copy
+from lora_fx.capture.tracing.copies import Listener, class_of, path_of, reporting_copy
 from lora_fx.capture.tracing.globals import Globals
-from lora_fx.capture.tracing.module_reads import ModuleReads
 from lora_fx.capture.tracing.patches import CustomFunction, patched
 from lora_fx.capture.tracing.proxies import Proxies, is_proxy, settle
 from lora_fx.capture.tracing.recording import NeedsRecord, Records, fake_result, of_shape
 from lora_fx.capture.tracing.writer import GraphWriter, holds_tensor
-from lora_fx.models.layers import is_layer
-from lora_fx.models.torch_internals import Fakes, FunctionMode, enter_autocast, exit_autocast, pytree, set_grad_enabled
+from lora_fx.models.layers import has_hooks, is_layer
+from lora_fx.models.torch_internals import (
+    Fakes,
+    FunctionMode,
+    enter_autocast,
+    exit_autocast,
+    is_tensor_function,
+    pytree,
+    set_grad_enabled,
+)
 
 
 class Specialised(BaseException):
@@ -45,7 +51,7 @@ class Specialised(BaseException):
         self.path = path
 
 
-class Tracer(ModuleReads, FunctionMode):
+class Tracer(Listener, FunctionMode):
     """Sees torch functions (as a function mode) and the calls of modules (as the listener of a reporting copy)."""
 
     def __init__(self, module: nn.Module, fakes: Fakes, opaque: frozenset[str], records: Records | None) -> None:
@@ -70,10 +76,16 @@ class Tracer(ModuleReads, FunctionMode):
         self._autocasts: list[fx.Node] = []
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the module's own forward returns for the fake arguments, having written it down."""
+        """Return what the module's own forward returns for the fake arguments, having written it down.
+
+        Raises:
+            Untraceable: the forward does what a graph would lose; the text is the reason.
+            Specialised: it turns a size that is known to vary into a constant.
+            NeedsRecord: a submodule cannot run on fake tensors.
+        """
         random_state, registered, profiler = PythonRandomState(), tables_of(self.module), sys.getprofile()
         try:
-            with _no_collections(), patched(self), self.fakes.active(), self:
+            with no_collections(), patched(self), self.fakes.active(), self:
                 self._listen(True)
                 try:
                     result = _own_forward(self.module)(*args, **kwargs)
@@ -313,23 +325,9 @@ class Tracer(ModuleReads, FunctionMode):
         return sum(self.fakes.is_constant(symbol) for symbol in self.varying)
 
 
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """Keep whoever listens to garbage collections from being taken for a part of the forward."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 def is_leaf(module: nn.Module) -> bool:
     """Whether a graph calls the module as a whole: torch's own layers, linears, and modules with hooks."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return True
-    if is_layer(module) or "forward" in vars(module):
+    if has_hooks(module) or is_layer(module) or "forward" in vars(module):
         return True
     home = class_of(module).__module__
     return home.startswith(("torch.nn", "torch.ao")) and not isinstance(module, _OPEN)
@@ -354,7 +352,7 @@ def _own_forward(module: nn.Module) -> Callable[..., Any]:
 
 def _name(func: Any) -> str:
     name: str = getattr(func, "__name__", "")
-    if inspect.isfunction(func) and func.__module__ == "torch._tensor" and vars(torch.Tensor).get(name) is not func:
+    if is_tensor_function(func) and vars(torch.Tensor).get(name) is not func:
         # operator wrappers arrive under the wrapped function's name: __rpow__ calls itself `pow`
         return next(key for key, value in vars(torch.Tensor).items() if value is func)
     return name
@@ -366,7 +364,7 @@ def _writes_to_argument(name: str, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_method(func: Any) -> bool:
-    return inspect.ismethoddescriptor(func) or (inspect.isfunction(func) and func.__module__ == "torch._tensor")
+    return inspect.ismethoddescriptor(func) or is_tensor_function(func)
 
 
 def _name_of_reading(func: Any) -> str:

@@ -74,6 +74,7 @@ class GraphWriter:
         return node
 
     def emit(self, op: str, target: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> fx.Node:
+        """Return a new node at the end of the graph, marked with the submodule whose forward is running."""
         node = self.graph.create_node(op, target, tuple(args), kwargs or {})
         node.meta["place"] = self.place
         return node
@@ -93,7 +94,9 @@ class GraphWriter:
 
     def is_known(self, value: Any) -> bool:
         """Whether the value is a tensor that the graph has already."""
-        return isinstance(value, Tensor) and any(id(value) in each for each in (self.made_by, self.inputs, self.owned))
+        return isinstance(value, Tensor) and any(
+            id(value) in table for table in (self.made_by, self.inputs, self.owned)
+        )
 
     def _made_items(self, items: Any, node: fx.Node) -> None:
         for key, item in items:
@@ -101,7 +104,11 @@ class GraphWriter:
                 self.made(item, self.emit("call_function", operator.getitem, (node, key)))
 
     def argument(self, value: Any) -> Any:
-        """Return the value as a node's argument: tensors and symbolic sizes become the nodes that make them."""
+        """Return the value as a node's argument: tensors and symbolic sizes become the nodes that make them.
+
+        Raises:
+            Untraceable: nothing in the graph makes the value, and it is no constant.
+        """
         if isinstance(value, Tensor):
             return self._tensor(value)
         if id(value) in self.inputs:
@@ -140,9 +147,17 @@ class GraphWriter:
         return id(value) in self.made_by or id(value) in self.inputs or id(value) in self.owned
 
     def attribute(self, name: str) -> fx.Node:
+        """Return the node that gets the tensor of that dotted path from the module."""
         if name not in self.attributes:
             self.attributes[name] = self.emit("get_attr", name)
         return self.attributes[name]
+
+    # a size among a node's arguments: `x.reshape(x.shape[0] * x.shape[1], -1)` asks for the product of two symbols, say
+    # s0*s1.  The writer knows that s0 is dimension 0 of the input x, and s1 dimension 1 (`size_of`), and writes
+    #
+    #     size = x.size(0);  size_1 = x.size(1);  mul = operator.mul(size, size_1);  reshape = x.reshape(mul, -1)
+    #
+    # each expression once for the whole graph (`sizes`).  A symbol that no input has comes from values: refused.
 
     def _size(self, value: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
         constant = constant_of(value)
@@ -226,6 +241,7 @@ _SOME = 64
 
 
 def holds_tensor(value: Any) -> bool:
+    """Whether there is a tensor in the value, at any depth that torch's pytree sees."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_fx.files.rawfile import DTYPES
 from lora_fx.files.safetensors import RawTensor, read_raw
+from lora_fx.files.values import DTYPES
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^shared$")

@@ -37,6 +37,7 @@ def _exported(path: str) -> tuple[Callable[..., Any], Put]:
 
 
 def _compiled(path: str) -> tuple[Callable[..., Any], Put]:
+    # torch documents this as the way to load what AOTInductor has compiled; a client imports nothing else of lora_fx
     package: Any = importlib.import_module("torch._inductor").aoti_load_package(path)
     known = set(package.get_constant_fqns())
 

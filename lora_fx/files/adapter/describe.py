@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_fx.adapters.adapt import read_in_graph
 from lora_fx.adapters.attach import Attached, all_attached, shown_parameters
 from lora_fx.adapters.factors import ConvolutionA, EmbeddingA
 from lora_fx.adapters.layers import read_by_kernels
@@ -32,7 +33,7 @@ from lora_fx.files.adapter.names import (
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import dotted
 from lora_fx.planning.plan import Plan
-from lora_fx.tuned.build import read_in_graph, record_in
+from lora_fx.tuned.build import record_in
 
 
 @dataclass(frozen=True, slots=True)

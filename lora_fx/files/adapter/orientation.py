@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from lora_fx.files.adapter.read import SavedSite
-from lora_fx.files.rawfile import RawTensor
+from lora_fx.files.safetensors import RawTensor
 
 Orientation = Literal["out_in", "in_out"]
 

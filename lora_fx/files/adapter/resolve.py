@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_fx.adapters.factors import Convolution
-from lora_fx.discovery.weight_uses import Uses, WeightUse
+from lora_fx.discovery.weight_uses import WeightUse
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.files.adapter.codec import banked_layout
 from lora_fx.files.adapter.names import is_of_attention, pattern_name, pattern_value, split_stem
@@ -119,13 +119,10 @@ def _lora(each: SavedSite, name: str, file: AdapterFile, model: nn.Module) -> Lo
     return replace(each.lora, r=each.lora_A.shape[0] // _bank(model.get_parameter(name)), alpha=alpha, bias=False)
 
 
-def uses_in_files(files: Sequence[AdapterFile], model: nn.Module, seen: Uses | None) -> Uses | None:
-    """Return how the model uses its weights, with what the files tell of raw parameters where no run has shown it."""
+def uses_in_files(files: Sequence[AdapterFile], model: nn.Module) -> dict[str, WeightUse]:
+    """Return how the model uses raw parameters, as far as the files of an adapter say so, by their names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    told = dict(use for file in files for each in file.sites for use in _uses(each, model, parameters))
-    if seen is not None:
-        return Uses(seen.calls, {**told, **seen.weights}, seen.complete)
-    return Uses({}, told, complete=False) if told else None
+    return dict(use for file in files for site in file.sites for use in _uses(site, model, parameters))
 
 
 def _uses(each: SavedSite, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, WeightUse]]:

@@ -15,16 +15,15 @@ from lora_fx.files.adapter.header import slices_of
 from lora_fx.files.adapter.read import AdapterFile, SavedSite
 from lora_fx.files.fingerprint import different
 from lora_fx.models.tensors import get_tensor
-from lora_fx.planning.decide import on_backend
-from lora_fx.planning.plan import Plan
+from lora_fx.planning.plan import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule
-from lora_fx.planning.sites import Site, fingerprint
+from lora_fx.planning.sites import Site
 
 Mismatch = tuple[str, str, str]
 
 
-def plan_of(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module) -> Plan:
-    """Return the plan that adapts exactly the sites of the files.
+def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module) -> Decisions:
+    """Return the decisions that adapt exactly the sites of the files.
 
     Raises:
         AdapterMismatchError: sites or modules that the model has not or has in other shapes, or another base.
@@ -39,13 +38,13 @@ def plan_of(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module
     for file in files:
         for each in file.sites:
             saved.setdefault(sites[each.path].path, (file, each))
-    return Plan(
+    return Decisions(
         model=inventory.model,
         source=str(files[0].folder),
-        sites=tuple(on_backend(_planned(site, saved.get(site.path)), inventory) for site in inventory.sites),
+        sites=tuple(_planned(site, saved.get(site.path)) for site in inventory.sites),
         train=tuple(_trained(path, inventory, files[0]) for path in files[0].trained),
         total=inventory.total,
-        fingerprint=fingerprint(inventory.sites),
+        fingerprint=inventory.fingerprint,
         rules=files[0].rules,
     )
 

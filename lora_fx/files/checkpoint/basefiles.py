@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_fx.errors import MergeError
 from lora_fx.files.adapter.names import CONFIG_FILE as ADAPTER_CONFIG
-from lora_fx.files.rawfile import RawFile, RawTensor, read_raw
+from lora_fx.files.safetensors import RawFile, RawTensor, read_raw
 from lora_fx.text import listing
 
 CONFIG = "config.json"
@@ -25,7 +25,7 @@ _OTHER_WEIGHTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class BaseCheckpoint:
     """A checkpoint of one or several safetensors files."""
 
     folder: Path
@@ -48,7 +48,7 @@ class Checkpoint:
             yield from file.tensors
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> BaseCheckpoint:
     """Return what a checkpoint directory holds; only headers are read.
 
     Raises:
@@ -66,7 +66,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     left_out = tuple(each for each in others if each.endswith(_OTHER_WEIGHTS))
     carried = tuple(each for each in others if each not in left_out)
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    return Checkpoint(folder, shards, index, config, carried, left_out)
+    return BaseCheckpoint(folder, shards, index, config, carried, left_out)
 
 
 def _entry(folder: Path) -> str:

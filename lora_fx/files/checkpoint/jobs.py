@@ -17,12 +17,12 @@ import torch
 
 from lora_fx.errors import MergeError
 from lora_fx.files.checkpoint.layout import OutShard, OutTensor
-from lora_fx.files.checkpoint.plan import Fold, Value
+from lora_fx.files.checkpoint.plan import Value, WeightFold
 from lora_fx.files.checkpoint.rawbytes import RawBytes
 from lora_fx.files.checkpoint.report import MergedTensor
 from lora_fx.files.checkpoint.rounding import Noise
 from lora_fx.files.checkpoint.tiles import (
-    Place,
+    OpenTensor,
     Scratch,
     Sums,
     Tile,
@@ -33,7 +33,8 @@ from lora_fx.files.checkpoint.tiles import (
     needs_lengths,
     tiles,
 )
-from lora_fx.files.rawfile import DTYPES, RawFile
+from lora_fx.files.safetensors import RawFile
+from lora_fx.files.values import DTYPES
 
 _COPIED_AT_ONCE = 1 << 24
 NoiseOf = Callable[[str], Noise | None]
@@ -125,8 +126,8 @@ def _copy(part: _Range, source: RawBytes, target: RawBytes, scratch: Scratch) ->
 
 
 def _tensor_jobs(each: OutTensor, shard: OutShard, files: OpenFiles, noise: Noise | None) -> Iterator[Job]:
-    target = Place(files.target, shard.data_start + each.entry.start, DTYPES[each.entry.dtype])
-    if isinstance(each.work, Fold):
+    target = OpenTensor(files.target, shard.data_start + each.entry.start, DTYPES[each.entry.dtype])
+    if isinstance(each.work, WeightFold):
         yield from _fold_jobs(each.name, each.work, files, target, noise)
     elif isinstance(each.work, Value):
         for tile in chunks(each.entry.elements):
@@ -134,13 +135,13 @@ def _tensor_jobs(each: OutTensor, shard: OutShard, files: OpenFiles, noise: Nois
     else:
         assert each.base is not None
         start = shard.source.data_start + each.base.start
-        source = Place(files.source(shard.source), start, DTYPES[each.base.dtype])
+        source = OpenTensor(files.source(shard.source), start, DTYPES[each.base.dtype])
         for tile in chunks(each.entry.elements):
             yield partial(_cast, each.name, tile, source, target, noise)
 
 
-def _fold_jobs(name: str, fold: Fold, files: OpenFiles, target: Place, noise: Noise | None) -> Iterator[Job]:
-    source = Place(files.source(fold.file), fold.file.data_start + fold.base.start, DTYPES[fold.base.dtype])
+def _fold_jobs(name: str, fold: WeightFold, files: OpenFiles, target: OpenTensor, noise: Noise | None) -> Iterator[Job]:
+    source = OpenTensor(files.source(fold.file), fold.file.data_start + fold.base.start, DTYPES[fold.base.dtype])
     lengths = None
     for number, tile in enumerate(tiles(fold.rows, fold.columns, fold.rank)):
         if number == 0 and needs_lengths(fold, tile):
@@ -150,10 +151,10 @@ def _fold_jobs(name: str, fold: Fold, files: OpenFiles, target: Place, noise: No
 
 def _fold(
     name: str,
-    fold: Fold,
+    fold: WeightFold,
     tile: Tile,
-    source: Place,
-    target: Place,
+    source: OpenTensor,
+    target: OpenTensor,
     noise: Noise | None,
     lengths: torch.Tensor | None,
     scratch: Scratch,
@@ -163,13 +164,13 @@ def _fold(
     return Done(name, tile.elements * target.dtype.itemsize, sums)
 
 
-def _put_value(name: str, value: Value, tile: Tile, target: Place, noise: Noise | None, scratch: Scratch) -> Done:
+def _put_value(name: str, value: Value, tile: Tile, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> Done:
     with _named(name):
         cast_tile(value.tensor.reshape(-1)[tile.columns], tile, target, noise, scratch)
     return Done(name, tile.elements * target.dtype.itemsize)
 
 
-def _cast(name: str, tile: Tile, source: Place, target: Place, noise: Noise | None, scratch: Scratch) -> Done:
+def _cast(name: str, tile: Tile, source: OpenTensor, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> Done:
     with _named(name):
         cast_tile(source.read(tile, scratch), tile, target, noise, scratch)
     return Done(name, tile.elements * target.dtype.itemsize)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_fx.errors import MergeError
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
-from lora_fx.files.checkpoint.basefiles import CONFIG, Checkpoint, read_object
+from lora_fx.files.checkpoint.basefiles import CONFIG, BaseCheckpoint, read_object
 from lora_fx.files.checkpoint.outfolder import JOURNAL, write_whole
 from lora_fx.files.checkpoint.report import MergedTensor
 
@@ -19,7 +19,7 @@ FORMAT = 1
 """Grows whenever the same inputs would give other bytes."""
 
 
-def inputs_of(base: Checkpoint, folders: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
+def inputs_of(base: BaseCheckpoint, folders: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
     """Return what the result depends on: files of the base by size and time, headers and adapters by their hash."""
     names = [*base.shards, *filter(None, (base.index, CONFIG if base.config is not None else None))]
     stats = {name: (base.folder / name).stat() for name in names}
@@ -38,7 +38,7 @@ def _sha256(path: Path) -> str:
 
 
 @dataclass(slots=True)
-class Journal:
+class MergeJournal:
     """Which files of an unfinished merge are whole, with the report on their tensors."""
 
     folder: Path
@@ -68,7 +68,7 @@ class Journal:
         (self.folder / JOURNAL).unlink()
 
 
-def open_journal(folder: Path, inputs: dict[str, Any]) -> Journal:
+def open_journal(folder: Path, inputs: dict[str, Any]) -> MergeJournal:
     """Return the journal of the directory: a new one, or that of the same merge, to be continued; nothing is written.
 
     Raises:
@@ -76,7 +76,7 @@ def open_journal(folder: Path, inputs: dict[str, Any]) -> Journal:
     """
     path = folder / JOURNAL
     if not path.is_file():
-        return Journal(folder, inputs)
+        return MergeJournal(folder, inputs)
     noted = read_object(path)
     try:
         shards = {
@@ -90,4 +90,4 @@ def open_journal(folder: Path, inputs: dict[str, Any]) -> Journal:
         facts = [(key, "is another than when it began") for key in different]
         advice = "give the same inputs to finish it, or delete the directory"
         raise MergeError(f"{folder}: holds an unfinished merge of something else", facts, advice)
-    return Journal(folder, inputs, shards)
+    return MergeJournal(folder, inputs, shards)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_fx.files.checkpoint.plan import Addition, MergePlan, Work
-from lora_fx.files.rawfile import BITS, FLOATS, NAME_OF, RawFile, RawTensor, header_bytes
+from lora_fx.files.safetensors import BITS, RawFile, RawTensor, header_bytes
+from lora_fx.files.values import FLOATS, NAME_OF
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_fx.errors import AdapterMismatchError, MergeError
-from lora_fx.files.checkpoint.basefiles import Checkpoint
+from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
 from lora_fx.text import nearest
 
 _MOST_COMPARED = 2000
@@ -32,7 +32,7 @@ class Prefix:
 EXACT = Prefix()
 
 
-def find_prefix(names: Sequence[str], base: Checkpoint) -> Prefix:
+def find_prefix(names: Sequence[str], base: BaseCheckpoint) -> Prefix:
     """Return the one prefix under which every name is a key; the names as they are come first.
 
     One for all of them: a lone name that fits elsewhere would be another module.
@@ -54,7 +54,7 @@ def find_prefix(names: Sequence[str], base: Checkpoint) -> Prefix:
     return fitting[0]
 
 
-def _prefixes(name: str, base: Checkpoint) -> Iterator[Prefix]:
+def _prefixes(name: str, base: BaseCheckpoint) -> Iterator[Prefix]:
     yield EXACT
     cuts = [match.end() for match in re.finditer(r"\.", name)][:-1]
     yield from (Prefix(lost=name[:cut]) for cut in cuts)
@@ -62,11 +62,11 @@ def _prefixes(name: str, base: Checkpoint) -> Iterator[Prefix]:
     yield from (Prefix(gained=each) for each in sorted(found))
 
 
-def _missing(prefix: Prefix, names: Iterable[str], base: Checkpoint) -> list[str]:
+def _missing(prefix: Prefix, names: Iterable[str], base: BaseCheckpoint) -> list[str]:
     return [name for name in names if (key := prefix.key(name)) is None or base.find(key) is None]
 
 
-def _unmatched(names: Sequence[str], base: Checkpoint) -> AdapterMismatchError:
+def _unmatched(names: Sequence[str], base: BaseCheckpoint) -> AdapterMismatchError:
     tried = {prefix for name in (names[0], names[len(names) // 2], names[-1]) for prefix in _prefixes(name, base)}
     missing = min((_missing(each, names, base) for each in sorted(tried, key=Prefix.text)), key=len)
     facts = [(name, "adapted", _reason(name, base, near=n < _MOST_NEAREST)) for n, name in enumerate(missing)]
@@ -75,7 +75,7 @@ def _unmatched(names: Sequence[str], base: Checkpoint) -> AdapterMismatchError:
     )
 
 
-def _reason(name: str, base: Checkpoint, near: bool) -> str:
+def _reason(name: str, base: BaseCheckpoint, near: bool) -> str:
     """Return why a key is not there, as far as its surroundings tell."""
     module = name.removesuffix(".weight")
     if _of_experts(module, base):
@@ -88,7 +88,7 @@ def _reason(name: str, base: Checkpoint, near: bool) -> str:
     return f"has no such key; nearest: {', '.join(like)}" if like else "has no such key"
 
 
-def _of_experts(module: str, base: Checkpoint) -> bool:
+def _of_experts(module: str, base: BaseCheckpoint) -> bool:
     found = re.search(r"(?:^|\.)experts(?:\.|$)", module)
     if found is None:
         return False
@@ -96,7 +96,7 @@ def _of_experts(module: str, base: Checkpoint) -> bool:
     return any(start in f".{key}" or key.startswith(start) for key in base.keys())  # noqa: SIM118
 
 
-def near_keys(name: str, base: Checkpoint) -> tuple[str, ...]:
+def near_keys(name: str, base: BaseCheckpoint) -> tuple[str, ...]:
     """Return keys that look like the name; those of the same layer numbers are compared, and not too many."""
     numbers = re.findall(r"\d+", name)
     like = [key for key in base.keys() if re.findall(r"\d+", key) == numbers]  # noqa: SIM118

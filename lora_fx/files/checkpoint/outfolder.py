@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from lora_fx.errors import MergeError
+from lora_fx.files.atomic import settle, sync_file, write_synced
 from lora_fx.text import listing
 
 OURS = ".lora-fx-merge"
@@ -22,38 +22,18 @@ def part_of(path: Path) -> Path:
     return path.with_name(f"{OURS}.{path.name}.part")
 
 
-def settle(path: Path) -> None:
-    """Give a file, written and synced as its part, its name."""
-    os.replace(part_of(path), path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames last; where folders cannot be opened (Windows) there is nothing to do."""
-    if os.name == "posix":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
 def write_whole(path: Path, content: bytes) -> None:
     """Write a small file: the old one or the new one is there, whole."""
-    with part_of(path).open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    settle(path)
+    write_synced(part_of(path), content)
+    settle(part_of(path), path)
 
 
 def carry(source: Path, target: Path) -> None:
     """Copy a file byte by byte; what a link points to is copied, not the link."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, part_of(target))
-    with part_of(target).open("rb+") as file:
-        os.fsync(file.fileno())
-    settle(target)
+    sync_file(part_of(target))
+    settle(part_of(target), target)
 
 
 def check_folder(folder: Path) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_fx.files.checkpoint.basefiles import Checkpoint
-from lora_fx.files.rawfile import RawFile, RawTensor
+from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
+from lora_fx.files.safetensors import RawFile, RawTensor
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class LowRankTerm:
     """scaling · left right, in the layout in which the weight is stored: [rows, columns]."""
 
     left: Tensor
@@ -23,14 +23,14 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
+class WeightFold:
     """W + Σ scaling · B A, and DoRA's lengths where they are given."""
 
     file: RawFile
     base: RawTensor
     rows: int
     columns: int
-    terms: tuple[Term, ...]
+    terms: tuple[LowRankTerm, ...]
     adapters: tuple[str, ...]
     magnitude: Tensor | None
     outputs_first: bool
@@ -50,7 +50,7 @@ class Value:
     adapter: str
 
 
-Work = Fold | Value
+Work = WeightFold | Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Addition:
 class MergePlan:
     """What a merge does; tensors that are not named stay as they are (but for `out_dtype`)."""
 
-    base: Checkpoint
+    base: BaseCheckpoint
     works: dict[str, Work]
     additions: dict[str, Addition] = field(default_factory=dict)
     untie: bool = False

@@ -17,11 +17,12 @@ from lora_fx.files.adapter.names import CONFIG_FILE
 from lora_fx.files.adapter.orientation import Orientation, orientations, stored_factors
 from lora_fx.files.adapter.read import AdapterFile, SavedSite
 from lora_fx.files.checkpoint import tied
-from lora_fx.files.checkpoint.basefiles import Checkpoint, read_object
+from lora_fx.files.checkpoint.basefiles import BaseCheckpoint, read_object
 from lora_fx.files.checkpoint.names import Prefix, find_prefix, near_keys
-from lora_fx.files.checkpoint.plan import Addition, Fold, MergePlan, Term, Value, Work
+from lora_fx.files.checkpoint.plan import Addition, LowRankTerm, MergePlan, Value, WeightFold, Work
 from lora_fx.files.fingerprint import same_values
-from lora_fx.files.rawfile import DTYPES, FLOATS, NAME_OF, RawFile, RawTensor, sample
+from lora_fx.files.safetensors import RawFile, RawTensor
+from lora_fx.files.values import DTYPES, FLOATS, NAME_OF, sample
 
 Located = tuple[RawFile, RawTensor]
 _Placed = tuple[SavedSite, str, Located | str]
@@ -50,13 +51,13 @@ class Given:
 class _Found:
     """What was decided so far, and every problem."""
 
-    folds: dict[str, list[Fold]] = field(default_factory=dict)
+    folds: dict[str, list[WeightFold]] = field(default_factory=dict)
     values: dict[str, list[Value]] = field(default_factory=dict)
     mismatches: list[tuple[str, str, str]] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
 
 
-def plan_merge(base: Checkpoint, adapters: Sequence[Given], out_dtype: torch.dtype | None) -> MergePlan:
+def plan_merge(base: BaseCheckpoint, adapters: Sequence[Given], out_dtype: torch.dtype | None) -> MergePlan:
     """Return what becomes of every tensor of the checkpoint.
 
     Raises:
@@ -80,7 +81,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Given], out_dtype: torch.dty
     return MergePlan(base, works, additions, bool(heads) and tied.may_be_tied(base), out_dtype)
 
 
-def _refuse_quantised(base: Checkpoint) -> None:
+def _refuse_quantised(base: BaseCheckpoint) -> None:
     config = base.config or {}
     nested = [each for each in config.values() if isinstance(each, dict)]
     method = next((each["quantization_config"] for each in (config, *nested) if each.get("quantization_config")), None)
@@ -96,7 +97,7 @@ def _refuse_quantised(base: Checkpoint) -> None:
 # -- one adapter
 
 
-def _place(given: Given, base: Checkpoint, found: _Found) -> None:
+def _place(given: Given, base: BaseCheckpoint, found: _Found) -> None:
     """Find what one adapter changes in the checkpoint."""
     sites = given.file.sites
     names = {each.path: _weight_name(each) for each in sites}
@@ -123,13 +124,13 @@ def _shape(site: SavedSite) -> tuple[int, ...]:
     return (site.lora_B.shape[0], *site.lora_A.shape[1:])
 
 
-def _key(name: str, prefix: Prefix, base: Checkpoint) -> str:
+def _key(name: str, prefix: Prefix, base: BaseCheckpoint) -> str:
     """Return the key of a name; the name itself where the prefix does not give one (a head beside a bare model)."""
     key = prefix.key(name)
     return name if key is None or base.find(key) is None else key
 
 
-def _locate(name: str, shape: tuple[int, ...], prefix: Prefix, base: Checkpoint) -> tuple[str, Located | str]:
+def _locate(name: str, shape: tuple[int, ...], prefix: Prefix, base: BaseCheckpoint) -> tuple[str, Located | str]:
     """Return the key of a weight and where it is: for a head that is tied, where the embedding is."""
     key = _key(name, prefix, base)
     where = base.find(key)
@@ -138,7 +139,7 @@ def _locate(name: str, shape: tuple[int, ...], prefix: Prefix, base: Checkpoint)
     return key, tied.shared_weight(base, shape) if tied.is_head(key) else "has no such key"
 
 
-def _usual_orientation(given: Given, base: Checkpoint, placed: Sequence[_Placed]) -> Orientation | None:
+def _usual_orientation(given: Given, base: BaseCheckpoint, placed: Sequence[_Placed]) -> Orientation | None:
     """Return how square weights of a file of PEFT's are stored, None where the signs contradict each other.
 
     PEFT's switch is one for a whole adapter, and the last linear it met has set it; so the shapes of the others and the
@@ -191,21 +192,21 @@ def _orientations(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
     return ("out_in",) if site.note.parameter else (site.note.layout,)
 
 
-def _fold(given: Given, site: SavedSite, file: RawFile, entry: RawTensor, chosen: Orientation) -> Fold:
+def _fold(given: Given, site: SavedSite, file: RawFile, entry: RawTensor, chosen: Orientation) -> WeightFold:
     left, right = stored_factors(site, chosen)
-    return Fold(
+    return WeightFold(
         file=file,
         base=entry,
         rows=entry.shape[0],
         columns=math.prod(entry.shape[1:]),
-        terms=(Term(left, right, site.lora.scaling),),
+        terms=(LowRankTerm(left, right, site.lora.scaling),),
         adapters=(given.label,),
         magnitude=None if site.magnitude is None else site.magnitude.flatten(),
         outputs_first=chosen == "out_in",
     )
 
 
-def _place_value(name: str, value: Value, prefix: Prefix, base: Checkpoint, found: _Found, is_site: bool) -> None:
+def _place_value(name: str, value: Value, prefix: Prefix, base: BaseCheckpoint, found: _Found, is_site: bool) -> None:
     """Note a tensor that replaces the base's; a whole module that the base has not (a new head) is added."""
     key = _key(name, prefix, base)
     where = base.find(key)
@@ -219,7 +220,7 @@ def _place_value(name: str, value: Value, prefix: Prefix, base: Checkpoint, foun
         found.values.setdefault(key, []).append(value)
 
 
-def _missing(key: str, base: Checkpoint) -> str:
+def _missing(key: str, base: BaseCheckpoint) -> str:
     like = near_keys(key, base)
     return f"has no such key; nearest: {', '.join(like)}" if like else "has no such key"
 
@@ -231,7 +232,7 @@ def _convertible(tensor: Tensor, dtype: str) -> bool:
 # -- several adapters
 
 
-def _united(key: str, folds: Sequence[Fold], found: _Found) -> Fold:
+def _united(key: str, folds: Sequence[WeightFold], found: _Found) -> WeightFold:
     """Return one fold for all adapters of a weight; their deltas are added before anything is rounded."""
     first = folds[0]
     if len(folds) > 1 and any(each.magnitude is not None for each in folds):
@@ -250,6 +251,6 @@ def _only(key: str, values: Sequence[Value], found: _Found) -> Value:
 
 
 def _addition(work: Work) -> Addition:
-    if isinstance(work, Fold):
+    if isinstance(work, WeightFold):
         return Addition(work.base.dtype, work.base.shape, work)
     return Addition(NAME_OF[work.tensor.dtype], tuple(work.tensor.shape), work)

@@ -16,12 +16,13 @@ import torch
 
 from lora_fx.errors import MergeError
 from lora_fx.files.adapter.read import read_adapters
+from lora_fx.files.atomic import settle
 from lora_fx.files.checkpoint import tied
-from lora_fx.files.checkpoint.basefiles import CONFIG, Checkpoint, read_checkpoint, read_object
+from lora_fx.files.checkpoint.basefiles import CONFIG, BaseCheckpoint, read_checkpoint, read_object
 from lora_fx.files.checkpoint.jobs import Done, OpenFiles, Workers, jobs, report_rows
-from lora_fx.files.checkpoint.journal import Journal, inputs_of, open_journal
+from lora_fx.files.checkpoint.journal import MergeJournal, inputs_of, open_journal
 from lora_fx.files.checkpoint.layout import OutShard, out_shard
-from lora_fx.files.checkpoint.outfolder import carry, check_folder, free_bytes, locked, part_of, settle, write_whole
+from lora_fx.files.checkpoint.outfolder import carry, check_folder, free_bytes, locked, part_of, write_whole
 from lora_fx.files.checkpoint.plan import MergePlan
 from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import ROUNDINGS, Noise
@@ -38,7 +39,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class MergeOptions:
     """How values are rounded, and to which dtype."""
 
     out_dtype: str | None = None
@@ -60,7 +61,11 @@ class Options:
 
 
 def merge_files(
-    base_dir: AnyPath, adapter_dirs: Sequence[AnyPath], out_dir: AnyPath, options: Options, progress: Progress | None
+    base_dir: AnyPath,
+    adapter_dirs: Sequence[AnyPath],
+    out_dir: AnyPath,
+    options: MergeOptions,
+    progress: Progress | None,
 ) -> MergeReport:
     """Write a merged checkpoint; see `lora_fx.merge_checkpoint`."""
     options.check()
@@ -78,7 +83,7 @@ def merge_files(
     return merge.report()
 
 
-def _noted(options: Options) -> dict[str, Any]:
+def _noted(options: MergeOptions) -> dict[str, Any]:
     return {"out_dtype": options.out_dtype, "rounding": options.rounding, "seed": options.seed}
 
 
@@ -130,8 +135,8 @@ class _Merge:
 
     plan: MergePlan
     out: Path
-    options: Options
-    journal: Journal
+    options: MergeOptions
+    journal: MergeJournal
     progress: Progress | None
     written: int = 0
     total: int = field(init=False)
@@ -140,7 +145,7 @@ class _Merge:
         self.total = sum(out_shard(self.plan, name).size for name in self.plan.base.shards)
 
     @property
-    def base(self) -> Checkpoint:
+    def base(self) -> BaseCheckpoint:
         return self.plan.base
 
     def check_space(self) -> None:
@@ -202,7 +207,7 @@ class _Merge:
         with _abandoned_on_error(files):
             files.target.sync()
         files.close()
-        settle(self.out / shard.name)
+        settle(part_of(self.out / shard.name), self.out / shard.name)
         self.journal.note(shard.name, shard.size, report_rows(shard, sums))
 
     def _tell(self, size: int, name: str) -> None:
@@ -236,7 +241,7 @@ def _abandoned_on_error(files: OpenFiles) -> Iterator[OpenFiles]:
 # -- what changes in the JSON files
 
 
-def _config(plan: MergePlan, options: Options) -> dict[str, Any] | None:
+def _config(plan: MergePlan, options: MergeOptions) -> dict[str, Any] | None:
     """Return config.json as it must be now; None if it stays."""
     assert plan.base.config is not None
     config = tied.untied(plan.base.config) if plan.untie else plan.base.config

@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from lora_fx.files.checkpoint.basefiles import Checkpoint
-from lora_fx.files.rawfile import RawFile, RawTensor
+from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
+from lora_fx.files.safetensors import RawFile, RawTensor
 
 _FLAG = "tie_word_embeddings"
 _HEAD = re.compile(r"(?:.*\.)?lm_head\.(weight|bias)")
@@ -29,19 +29,19 @@ def is_embedding(key: str) -> bool:
     return _EMBEDDING.fullmatch(key) is not None
 
 
-def _flags(base: Checkpoint) -> list[object]:
+def _flags(base: BaseCheckpoint) -> list[object]:
     config = base.config or {}
     nested = [each for each in config.values() if isinstance(each, dict)]
     return [each[_FLAG] for each in (config, *nested) if _FLAG in each]
 
 
-def may_be_tied(base: Checkpoint) -> bool:
+def may_be_tied(base: BaseCheckpoint) -> bool:
     """Whether a loader may tie head and embedding: config.json says so, or says nothing, which means yes for many."""
     flags = _flags(base)
     return base.config is not None and (not flags or any(flags))
 
 
-def shared_weight(base: Checkpoint, shape: tuple[int, ...]) -> tuple[RawFile, RawTensor] | str:
+def shared_weight(base: BaseCheckpoint, shape: tuple[int, ...]) -> tuple[RawFile, RawTensor] | str:
     """Return the embedding that a head of this shape shares its weight with, or why there is none."""
     if not may_be_tied(base):
         says = f"{_FLAG} is false" if base.config is not None else "there is no config.json to say that it is tied"
@@ -54,7 +54,7 @@ def shared_weight(base: Checkpoint, shape: tuple[int, ...]) -> tuple[RawFile, Ra
 
 
 def refusals(
-    base: Checkpoint, changed: Collection[str], heads: Collection[str], ensured: bool
+    base: BaseCheckpoint, changed: Collection[str], heads: Collection[str], ensured: bool
 ) -> Iterator[tuple[str, str]]:
     """Yield (key, reason) for changes that the other tied weight would follow, or that untying would spoil.
 
@@ -76,7 +76,7 @@ def refusals(
             yield key, f"the head shares it ({_FLAG}) and must not change; load the model and use lora_fx.merge"
 
 
-def _has_head(base: Checkpoint) -> bool:
+def _has_head(base: BaseCheckpoint) -> bool:
     names = (base.config or {}).get("architectures") or ["LMHead"]
     return any(_WITH_HEAD.search(str(name)) for name in names)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.adapters.lora import low_rank_weight
-from lora_fx.files.checkpoint.plan import Fold
+from lora_fx.files.checkpoint.plan import WeightFold
 from lora_fx.files.checkpoint.rawbytes import RawBytes
 from lora_fx.files.checkpoint.rounding import Noise, round_into
 
@@ -93,7 +93,7 @@ def bytes_of(flat: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class OpenTensor:
     """Where a tensor lies in an open file."""
 
     file: RawBytes
@@ -127,7 +127,13 @@ class Sums:
 
 
 def fold_tile(
-    fold: Fold, tile: Tile, source: Place, target: Place, noise: Noise | None, lengths: Tensor | None, scratch: Scratch
+    fold: WeightFold,
+    tile: Tile,
+    source: OpenTensor,
+    target: OpenTensor,
+    noise: Noise | None,
+    lengths: Tensor | None,
+    scratch: Scratch,
 ) -> Sums:
     """Write one tile of W + Σ scaling · B A (DoRA: m · V / ‖V‖), rounded once; return what the report needs.
 
@@ -151,7 +157,7 @@ def fold_tile(
     return sums
 
 
-def _base_and_delta(fold: Fold, tile: Tile, source: Place, scratch: Scratch) -> tuple[Tensor, Tensor]:
+def _base_and_delta(fold: WeightFold, tile: Tile, source: OpenTensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """Return W and Σ scaling · B A of a tile, flat, float32 or wider."""
     stored = source.read(tile, scratch)
     first, *others = (low_rank_weight(t.right[:, tile.columns], t.left[tile.rows], t.scaling) for t in fold.terms)
@@ -163,7 +169,7 @@ def _base_and_delta(fold: Fold, tile: Tile, source: Place, scratch: Scratch) -> 
     return base, delta.to(wide).view(-1)
 
 
-def _set_lengths(fold: Fold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:
+def _set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:
     """Give every output of V its length m, in place."""
     assert fold.magnitude is not None
     if lengths is None:
@@ -174,12 +180,12 @@ def _set_lengths(fold: Fold, tile: Tile, merged: Tensor, lengths: Tensor | None)
     merged.mul_((wanted / found).unsqueeze(1 if fold.outputs_first else 0))
 
 
-def needs_lengths(fold: Fold, tile: Tile) -> bool:
+def needs_lengths(fold: WeightFold, tile: Tile) -> bool:
     """Whether the lengths of DoRA must be found before, since a tile does not hold whole outputs."""
     return fold.magnitude is not None and not (fold.outputs_first and tile.shape[1] == tile.width)
 
 
-def lengths_of(fold: Fold, source: Place, scratch: Scratch) -> Tensor:
+def lengths_of(fold: WeightFold, source: OpenTensor, scratch: Scratch) -> Tensor:
     """Return ‖W + scaling · B A‖ of every output, float64, in one pass over the weight."""
     squares = torch.zeros(fold.rows if fold.outputs_first else fold.columns, dtype=torch.float64)
     for tile in tiles(fold.rows, fold.columns, fold.rank):
@@ -190,7 +196,7 @@ def lengths_of(fold: Fold, source: Place, scratch: Scratch) -> Tensor:
     return squares.sqrt_()
 
 
-def _rounded(wide: Tensor, tile: Tile, target: Place, noise: Noise | None, scratch: Scratch) -> Tensor:
+def _rounded(wide: Tensor, tile: Tile, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> Tensor:
     written = scratch.take("written", wide.numel(), target.dtype)
     for element, first, number in tile.runs():
         part = slice(first, first + number)
@@ -198,7 +204,7 @@ def _rounded(wide: Tensor, tile: Tile, target: Place, noise: Noise | None, scrat
     return written
 
 
-def cast_tile(values: Tensor, tile: Tile, target: Place, noise: Noise | None, scratch: Scratch) -> None:
+def cast_tile(values: Tensor, tile: Tile, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> None:
     """Write values in the target's dtype, rounded once.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from lora_fx.graphdiff.changes import GraphDifference, GraphEdit
@@ -12,16 +12,8 @@ from lora_fx.graphdiff.graphs import statement_data, weights_data
 
 def diff_json(diff: GraphDifference) -> str:
     """Return the diff as JSON; `edits` are in the order of b."""
-    document: dict[str, Any] = {
-        "schema_version": 1,
-        "a": diff.a,
-        "b": diff.b,
-        "changes": [asdict(change) for change in diff.changes],
-        "unchanged": diff.unchanged,
-        "parameters": diff.parameters,
-        "flops": diff.flops,
-        "bytes": diff.bytes,
-    }
+    document = {"schema_version": 1} | asdict(replace(diff, comparison=None))
+    del document["comparison"]
     edits = () if diff.comparison is None else diff.comparison.edits
     lines = (json.dumps(_edit(edit), ensure_ascii=False) for edit in edits)
     head = json.dumps(document, indent=1, ensure_ascii=False)

@@ -12,7 +12,7 @@ import torch
 from lora_fx import merge_checkpoint
 from lora_fx.files.checkpoint import rawbytes, tiles
 from lora_fx.files.checkpoint.rounding import Noise, round_into
-from lora_fx.files.rawfile import read_raw
+from lora_fx.files.safetensors import read_raw
 from tests.support.merging import (
     UP,
     Q,

@@ -14,7 +14,7 @@ from lora_fx import merge_checkpoint
 from lora_fx.adapters.dora import merged_dora_weight
 from lora_fx.errors import MergeError
 from lora_fx.files.checkpoint import tiles
-from lora_fx.files.rawfile import read_raw
+from lora_fx.files.safetensors import read_raw
 from lora_fx.rules.keys import OPS
 from tests.support import zoo
 from tests.support.merging import (

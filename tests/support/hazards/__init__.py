@@ -5,19 +5,19 @@ modes       gradients, autocast, dropout and transforms inside a forward
 written     what the module holds and its own forward changes
 changed     attributes that somebody else changes
 replaced    submodules, methods, hooks and parameters that somebody else replaces
-world       what lies outside of it: globals, closures, caches, flags
+outside     what lies outside of it: globals, closures, caches, flags
 arguments   structures of arguments and results
 tensors     unusual tensors, aliases, writes to arguments
 """
 
 from __future__ import annotations
 
-from tests.support.hazards import arguments, changed, control, modes, replaced, tensors, world, written
+from tests.support.hazards import arguments, changed, control, modes, outside, replaced, tensors, written
 from tests.support.hazards.base import Hazard
 
 HAZARDS: list[type[Hazard]] = [
     each
-    for module in (control, modes, written, changed, replaced, world, arguments, tensors)
+    for module in (control, modes, written, changed, replaced, outside, arguments, tensors)
     for each in vars(module).values()
     if isinstance(each, type) and issubclass(each, Hazard) and each is not Hazard
 ]

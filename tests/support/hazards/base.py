@@ -40,5 +40,5 @@ class Hazard(nn.Module):
     def reset(self) -> None:
         """Put what lies outside of the module back to its beginning."""
 
-    def world(self) -> object:
+    def outside(self) -> object:
         """Return what lies outside of the module and that the forward may change."""

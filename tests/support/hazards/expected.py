@@ -68,7 +68,7 @@ OUTCOMES: dict[str, str] = {
     "NumpyAttributeChanges": "the forward reads window, of type ndarray",
     "TensorListAttributeChanges": OUTSIDE,
     # weights
-    # the world
+    # globals and flags
     "CachedConstant": OUTSIDE,
     "CachedHelper": "unhashable type",
     "CountsInGlobal": "the forward changes CountsInGlobal.calls",

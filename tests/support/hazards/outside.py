@@ -109,7 +109,7 @@ class WritesGlobalList(Hazard):
     def reset(self):
         LOG.clear()
 
-    def world(self):
+    def outside(self):
         return list(LOG)
 
 
@@ -123,7 +123,7 @@ class CountsInGlobal(Hazard):
     def reset(self):
         CountsInGlobal.calls = 0
 
-    def world(self):
+    def outside(self):
         return CountsInGlobal.calls
 
 

@@ -1,0 +1,62 @@
+"""From a plan to a twin with adapters: own values for what will be trained, an adapter beside each weight."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from lora_fx.adapters.attach import Attached, all_attached, attach
+from lora_fx.adapters.layers import adapt, count_calls_anew, read_by_kernels, stop_counting
+from lora_fx.adapters.records import spec_of
+from lora_fx.adapters.spec import ModelRecord
+from lora_fx.models.tensors import get_tensor, own_parameters
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import PlannedSite
+
+
+def is_trained(name: str, record: ModelRecord) -> bool:
+    """Whether a parameter of that name belongs to a module that is trained whole."""
+    return name.startswith(tuple(f"{path}." for path in record.trained))
+
+
+def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
+    """Adapt every site of a plan that has no adapter yet on the module that owns it, in place."""
+    in_graph = {path for path, _ in all_attached(twin)}
+    kernels, in_code = read_by_kernels(twin), read_in_graph(twin)
+    owners: dict[str, list[PlannedSite]] = {}
+    for each in plan.adapted:
+        if each.path not in in_graph:
+            attach(twin.get_submodule(each.site.owner), spec_of(each, record, twin))
+            owners.setdefault(each.site.owner, []).append(each)
+    for path, sites in owners.items():
+        read = [each for each in sites if _is_read(each) or path in kernels or each.site.weight in in_code]
+        names = [each.site.weight.rpartition(".")[2] for each in read]
+        adapt(twin.get_submodule(path), names, path in kernels)
+    if any(found.call is not None for _, found in all_attached(twin)):
+        twin.register_forward_pre_hook(count_calls_anew)
+        twin.register_forward_hook(stop_counting, always_call=True)
+
+
+def _is_read(each: PlannedSite) -> bool:
+    """Whether the weight must show itself adapted; where nothing has called its owner, whoever uses it may read it."""
+    return each.site.read or bool(each.site.parameter) or each.calls == 0
+
+
+def read_in_graph(model: nn.Module) -> set[str]:
+    """Return the names of what the graph of a GraphModule reads; none of another model."""
+    if not isinstance(model, fx.GraphModule):
+        return set()
+    return {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
+
+
+def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) -> None:
+    """Give the twin values of its own for all else that training will change, and keep the model's in the record."""
+    biases = [f"{path}.bias" for path, found in all_attached(twin) if found.spec.lora.bias and _owns_bias(found)]
+    whole = [name for name, _ in twin.named_parameters(remove_duplicate=False) if is_trained(name, record)]
+    names = list(dict.fromkeys((*whole, *biases)))
+    record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    record.base |= {name: parameter.detach() for name in names if (parameter := get_tensor(model, name)) is not None}
+    own_parameters(twin, names, requires_grad=True)
+
+
+def _owns_bias(found: Attached) -> bool:
+    return found.spec.path_is_owner and found.owner._parameters.get("bias") is not None

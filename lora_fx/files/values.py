@@ -1,0 +1,49 @@
+"""The values in a safetensors file: their dtypes, a few of them, and bytes that depend on nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from lora_fx.files.fingerprint import sample_positions
+from lora_fx.files.safetensors import BITS, RawFile, RawTensor
+
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""What can be merged into; everything else is only copied."""
+DTYPES = FLOATS | {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def sample(file: RawFile, entry: RawTensor) -> list[float] | None:
+    """Return the values of a tensor that `sample_values` looks at; only they are read."""
+    if entry.dtype not in FLOATS or not entry.elements:
+        return None
+    size, first = BITS[entry.dtype] // 8, file.data_start + entry.start
+    content = bytearray()
+    with file.path.open("rb") as opened:
+        for position in sample_positions(entry.elements):
+            opened.seek(first + position * size)
+            content += opened.read(size)
+    return [float(value) for value in torch.frombuffer(content, dtype=FLOATS[entry.dtype]).double()]
+
+
+def canonical_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file whose bytes depend on the content alone.
+
+    The library writes metadata in the order of a randomly seeded table; the header is rewritten in sorted order,
+    which has the same length.
+    """
+    content = safetensors_bytes(dict(tensors), dict(metadata))
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text.rstrip()) != len(content[8 : 8 + length].rstrip()):  # another spelling of the library: leave it
+        return content
+    return content[:8] + text.ljust(length) + content[8 + length :]

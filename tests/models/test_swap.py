@@ -1,0 +1,42 @@
+"""Modules whose class is swapped."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lora_fx.models.swap import Swapped, original_class, swap, swapped_class, unswap
+
+
+class Doubling(Swapped, nn.Module):
+    def forward(self, *args):
+        return 2 * super().forward(*args)
+
+
+class Reduced(nn.Linear):
+    """A class that pickles in a way of its own."""
+
+    def __reduce_ex__(self, protocol):
+        return (Reduced, (self.in_features, self.out_features), self.__dict__)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: Reduced(2, 2)])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_swapped_module_keeps_class_name_and_survives_copies(make, duplicate):
+    module = make()
+    x, original = torch.randn(3, 2), type(module)
+    expected = 2 * module(x)
+    swap(module, Doubling)
+    other = duplicate(module)
+    for each in (module, other):
+        assert torch.equal(each(x), expected)
+        assert isinstance(each, original)
+        assert type(each).__name__ == original.__name__
+        assert original_class(each) is original
+    assert type(other) is type(module) is swapped_class(original, Doubling)
+    unswap(module)
+    assert type(module) is original
