@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import networkx as nx
 from torch import fx
 
 from lora_fx.models.tensors import attribute_at
@@ -79,18 +80,16 @@ def readers_of(read: GraphReading, names: set[str]) -> Iterator[fx.Node]:
 
 def _beyond_constants(read: GraphReading, node: fx.Node) -> Iterator[fx.Node]:
     """Yield the nodes that read a constant and are none; and the constants that those read."""
-    waiting, seen = [node], set()
-    while waiting:
-        each = waiting.pop()
-        for reader in read.readers(each):
-            if reader.op != "output" and read.is_constant(reader):
-                if reader not in seen:
-                    seen.add(reader)
-                    waiting.append(reader)
-            else:
-                yield each if each is not node else reader
-                if each is not node:
-                    yield reader
+
+    def is_constant(other: fx.Node) -> bool:
+        return other is node or (other.op != "output" and read.is_constant(other))
+
+    constants = nx.subgraph_view(read.flow, filter_node=is_constant, filter_edge=lambda a, b: read.times_read(a, b) > 0)
+    for constant in (node, *nx.descendants(constants, node)):
+        beyond = [reader for reader in read.readers(constant) if not is_constant(reader)]
+        if beyond and constant is not node:
+            yield constant
+        yield from beyond
 
 
 # -- the checks

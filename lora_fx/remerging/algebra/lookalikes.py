@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from lora_fx.passes.dataflow import made_from
 from lora_fx.remerging.algebra.affine import linear_parameters
 from lora_fx.remerging.algebra.chains import Matrix, WeightPart
 from lora_fx.remerging.algebra.operations import GraphCall, NotLinear
@@ -22,16 +23,7 @@ def path_of(part: WeightPart) -> str:
 
 def cone_of(read: GraphReading, node: fx.Node, x: fx.Node | None) -> frozenset[fx.Node]:
     """Return the nodes that compute a value from x and from parameters."""
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        each = waiting.pop()
-        if each is x or each in found or each.op == "placeholder":
-            continue
-        found.add(each)
-        waiting += [read.latest(used, each) for used in each.all_input_nodes]
-        waiting += each.all_input_nodes
-    return frozenset(found)
+    return frozenset(made_from(read.flow, node, lambda other: other is x or other.op == "placeholder"))
 
 
 def made_with_product(read: GraphReading, node: fx.Node) -> str | None:

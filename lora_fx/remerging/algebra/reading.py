@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import networkx as nx
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 
 from lora_fx.models.tensors import attribute_at
+from lora_fx.passes.dataflow import dataflow
 from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
 from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, GraphCall, NotLinear, is_inactive_dropout, read_call
 from lora_fx.remerging.algebra.shapes import last_dimension, shape_of
@@ -38,6 +39,8 @@ class GraphReading:
     """For each node, the statements that write to its value in place, in order."""
     spoilt: set[fx.Node] = field(default_factory=set)
     """Nodes to a part of whose value something is written through a view."""
+    flow: nx.DiGraph = field(default_factory=nx.DiGraph)
+    """Who reads whose value."""
     calls: dict[fx.Node, GraphCall] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """The stored tensors that have been read, by name."""
@@ -55,6 +58,7 @@ class GraphReading:
                 self.calls[node] = call = read_call(node, self.root)
                 if call.in_place:
                     self._note_write(node)
+        self.flow = dataflow(self.graph, self.latest)
         for node in self.graph.nodes:  # in order, so that no recursion goes deep
             self.is_constant(node)
 
@@ -83,15 +87,12 @@ class GraphReading:
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes that read the value which this statement makes."""
-        root = self._root(node)
-        users = (user for name in (root, *self.writes.get(root, ())) for user in name.users)
-        return [user for user in dict.fromkeys(users) if self.latest(root, user) is node]
+        return [reader for reader, edge in self.flow[node].items() if edge["times"]]
 
     def times_read(self, node: fx.Node, reader: fx.Node) -> int:
         """Return how often a node reads a value: y + y reads it twice."""
-        found: list[fx.Node] = []
-        map_arg((reader.args, reader.kwargs), found.append)
-        return sum(self.latest(each, reader) is node for each in found)
+        times: int = self.flow.edges[node, reader]["times"] if self.flow.has_edge(node, reader) else 0
+        return times
 
     def is_read_once(self, node: fx.Node) -> bool:
         readers = self.readers(node)
