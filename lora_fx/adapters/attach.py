@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.dora import DoRAMagnitude, row_norms
-from lora_fx.adapters.factors import (
+from lora_fx.adapters.factors.dora import DoRAMagnitude, row_norms
+from lora_fx.adapters.factors.initialise import Kind, initialise
+from lora_fx.adapters.factors.kinds import (
     CallFactors,
     Convolution,
     ConvolutionA,
@@ -20,11 +21,10 @@ from lora_fx.adapters.factors import (
     SlicedB,
     TokenDropout,
 )
-from lora_fx.adapters.initialise import Kind, initialise
-from lora_fx.adapters.lora import LoRAFactor, as_rows, low_rank_weight
+from lora_fx.adapters.factors.lora import LoRAFactor, as_rows, low_rank_weight
+from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.views import WeightView
-from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import dotted
 

@@ -25,12 +25,12 @@ from lora_fx.adapters.attach import (
     attached_to,
     has_call_factors,
 )
-from lora_fx.adapters.dora import row_norms, stretch
-from lora_fx.adapters.factors import CallFactors
+from lora_fx.adapters.factors.dora import row_norms, stretch
+from lora_fx.adapters.factors.kinds import CallFactors
+from lora_fx.adapters.factors.lora import add_low_rank, as_rows
 from lora_fx.adapters.fused.eligible import term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
-from lora_fx.adapters.lora import add_low_rank, as_rows
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
 from lora_fx.errors import RefusedError
 from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lora_fx.adapters.attach import adapter_dtype
-from lora_fx.adapters.spec import AdapterSpec, ModelRecord
+from lora_fx.adapters.factors.spec import AdapterSpec, ModelRecord
 from lora_fx.models.tensors import get_tensor
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite

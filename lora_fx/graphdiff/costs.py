@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import CHILDREN, HOME
+from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.rawweight.products import COPIES, VIEWS, name_of
-from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.graphdiff.graphs import Weight
 from lora_fx.models.layers import kind_of
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import fx
 
 from lora_fx.adapters.attach import Attached, attach, attached_to, is_adapted, shown_parameters
-from lora_fx.adapters.lora import add_low_rank, as_rows
+from lora_fx.adapters.factors.lora import add_low_rank, as_rows
+from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.records import record_of, spec_of
-from lora_fx.adapters.spec import ModelRecord
 from lora_fx.errors import RefusedError
 from lora_fx.models.tensors import dotted
 from lora_fx.passes.contract import Pass

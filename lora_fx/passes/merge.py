@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from lora_fx.adapters.attach import Attached, all_attached, detach, is_adapted, owner_path
-from lora_fx.adapters.dora import merged_dora_weight
-from lora_fx.adapters.lora import as_rows, folded_weight
+from lora_fx.adapters.factors.dora import merged_dora_weight
+from lora_fx.adapters.factors.lora import as_rows, folded_weight
 from lora_fx.errors import InvariantError, MergeError
 from lora_fx.models.quantised import dense
 from lora_fx.models.tensors import dotted

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from lora_fx.adapters.attach import HOME, Attached, attached
-from lora_fx.adapters.factors import SlicedB
+from lora_fx.adapters.factors.kinds import SlicedB
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.products import COPIES, VIEWS, Call, Delta, name_of, product
 from lora_fx.adapters.rawweight.views import WeightView

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import ACTIVE, Attached, all_attached, detach
+from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
-from lora_fx.adapters.spec import ModelRecord
 from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, tied_names

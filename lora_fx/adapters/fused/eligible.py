@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lora_fx.adapters.dora import DoRAMagnitude
-from lora_fx.adapters.factors import SlicedB
+from lora_fx.adapters.factors.dora import DoRAMagnitude
+from lora_fx.adapters.factors.kinds import SlicedB
+from lora_fx.adapters.factors.lora import LoRAFactor, as_rows
 from lora_fx.adapters.fused.contraction import merges
 from lora_fx.adapters.fused.masks import is_possible, new_seed, shared_seed
 from lora_fx.adapters.fused.terms import Facts, Term, autocast_dtype, product_dtype
-from lora_fx.adapters.lora import LoRAFactor, as_rows
 from lora_fx.models.layers import has_hooks, linear_layout
 from lora_fx.models.quantised import is_quantised
 

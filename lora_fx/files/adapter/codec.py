@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached
-from lora_fx.adapters.factors import Convolution, ConvolutionA, SlicedB
+from lora_fx.adapters.factors.kinds import Convolution, ConvolutionA, SlicedB
 from lora_fx.planning.sites import CONVOLUTIONS, Layout, Site
 
 

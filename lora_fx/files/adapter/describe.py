@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.adapt import read_in_graph
 from lora_fx.adapters.attach import Attached, all_attached, shown_parameters
-from lora_fx.adapters.factors import ConvolutionA, EmbeddingA
+from lora_fx.adapters.factors.kinds import ConvolutionA, EmbeddingA
 from lora_fx.adapters.layers import read_by_kernels
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.codec import encoded, has_other_border
