@@ -1,4 +1,4 @@
-"""remerge: finds LoRAs by their structure in any graph, whoever wrote them, and folds them into their base weights."""
+"""remerge of one graph: finds LoRAs of any library by their structure and folds them into their base weights."""
 
 from __future__ import annotations
 

@@ -43,15 +43,31 @@ class RemergeResult:
         return "\n".join([*lines, *(f"  {path}: {reason}" for path, reason in self.left)])
 
 
-def remerged(model: nn.Module | torch.export.ExportedProgram, example_inputs: object = None) -> RemergeResult:
-    """Return the model with every LoRA folded, found by structure, and a report; the given model stays unchanged.
+def remerge(model: nn.Module | torch.export.ExportedProgram, example_inputs: object = None) -> nn.Module:
+    """Return the model with every LoRA in it folded, of any library; the model itself stays unchanged.
 
-    See `lora_fx.remerge`, which returns the model alone.
+    A LoRA is found by its structure: scaling · B A x (dropout asleep) added to a linear of the same x, or
+    scaling · B A added to the weight.  W' = W + Σ scaling · B A, accumulated in float32 and rounded once.  A layer that
+    is a linear and its LoRA becomes the plain linear; a GraphModule or ExportedProgram comes back as a GraphModule
+    without the nodes.  What looks like a LoRA and is none is left alone, and a LoraFxWarning gives the reasons;
+    `remerged` returns them.
+
+    Args:
+        model: any nn.Module (PEFT's comes back as its base model), torch.fx.GraphModule or ExportedProgram.
+        example_inputs: as for `plan`; layers are then read from their real calls, and the results are compared.
 
     Raises:
-        MergeError: the folded model computes something else for the example inputs: a defect.
+        MergeError: the folded model computes something else for the example inputs.
+        CaptureError: the example inputs are of a wrong kind.
         RefusedError: the model cannot be copied.
     """
+    result = remerged(model, example_inputs)
+    _warn_of(result)
+    return result.model
+
+
+def remerged(model: nn.Module | torch.export.ExportedProgram, example_inputs: object = None) -> RemergeResult:
+    """Return what `remerge` returns, and a report; takes and raises the same, and warns of nothing."""
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     if _is_ours(module) and not isinstance(module, fx.GraphModule):
         return RemergeResult(merged(module), tuple(path for path, _ in all_attached(module)), ())
@@ -189,7 +205,7 @@ def _check(model: nn.Module, result: RemergeResult, samples: Sequence[Sample]) -
             )
 
 
-def warn_of(result: RemergeResult) -> None:
+def _warn_of(result: RemergeResult) -> None:
     """Warn of what is left alone, or that nothing was found."""
     if result.left:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in result.left)

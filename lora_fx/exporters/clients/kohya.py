@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_fx.exporters.clients import diffusers
 from lora_fx.exporters.clients.job import outputs, run
 
 
 def work(given: dict[str, Any]) -> dict[str, Any]:
     """Return the outputs with the adapter on and off."""
-    return _in_diffusers(given) if given["reader"] == "diffusers" else _in_lycoris(given)
-
-
-def _in_diffusers(given: dict[str, Any]) -> dict[str, Any]:
-    from lora_fx.exporters.clients import diffusers
-
-    return diffusers.work({**given, "component": "unet"})
+    return diffusers.work({**given, "component": "unet"}) if given["reader"] == "diffusers" else _in_lycoris(given)
 
 
 def _in_lycoris(given: dict[str, Any]) -> dict[str, Any]:
