@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import get_tensor
-from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.tuned.build import build, record_in
@@ -44,7 +43,7 @@ class Neutral:
 def neutral(tuned: nn.Module) -> Neutral:
     """Return the adapted model with its adapters as data; the model itself stays unchanged."""
     found = list(_numbered(tuned))
-    plan = Plan.from_json(record_in(tuned).plan)
+    plan = record_in(tuned).plan
     ranks = {each.spec.path: each.spec.rank for _, each in found}
     with torch.random.fork_rng(devices=[]):  # fresh factors draw numbers
         model = build(removed(tuned), replace(plan, sites=tuple(_plain(each, ranks) for each in plan.sites))).eval()
@@ -59,7 +58,7 @@ def neutral(tuned: nn.Module) -> Neutral:
         _fill(twin, each)
         values = {names[id(parameter)]: parameter.detach() for parameter in _own(twin)}
         adapters[each.spec.adapter] |= values
-        if each.spec.op not in CONVOLUTIONS and not each.spec.is_banked:
+        if each.spec.site.op not in CONVOLUTIONS and not each.spec.site.is_banked:
             axes |= {names[id(twin.lora_A.weight)]: 0, names[id(twin.lora_B.weight)]: 1}
     _add_changed(tuned, model, next(iter(adapters.values())), base)
     model.requires_grad_(False)

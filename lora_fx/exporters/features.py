@@ -36,15 +36,15 @@ def _kind(tuned: nn.Module, path: str, found: Attached) -> str:
     above = tuned.get_submodule(owner_path(path, found).rpartition(".")[0])
     if isinstance(found.owner, nn.MultiheadAttention) or isinstance(above, nn.MultiheadAttention):
         return "attention"
-    if found.spec.is_banked:
+    if found.spec.site.is_banked:
         return "experts"
     if not found.spec.path_is_owner:
         return "parameter"
-    if found.spec.op in CONVOLUTIONS:
+    if found.spec.site.op in CONVOLUTIONS:
         return "convolution"
-    if found.spec.op == "embedding":
+    if found.spec.site.op == "embedding":
         return "embedding"
-    return "conv1d" if found.spec.layout == "in_out" else "linear"
+    return "conv1d" if found.spec.site.layout == "in_out" else "linear"
 
 
 def _traits(found: Attached) -> Iterator[str]:

@@ -24,7 +24,6 @@ from lora_fx.exporters.running import largest_difference, run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
-from lora_fx.planning.plan import Plan
 from lora_fx.tuned.build import record_in
 from lora_fx.tuned.undo import disabled
 
@@ -69,7 +68,7 @@ def _reason(path: str, found: Attached, layout: GgufLayout, tied: bool) -> str |
 
 
 def _tied(tuned: nn.Module) -> set[str]:
-    sites = Plan.from_json(record_in(tuned).plan).adapted
+    sites = record_in(tuned).plan.adapted
     return {each.path for each in sites if each.site.tied_to} | (
         {"lm_head", "model.embed_tokens"} if _config(tuned).tie_word_embeddings else set()
     )
@@ -120,7 +119,7 @@ def _pair(layout: GgufLayout, path: str, found: Attached, config: Any) -> _Pair:
     name = layout.tensor(path)
     assert name is not None
     A, B = found.lora_A.matrix.detach(), found.lora_B.matrix.detach()
-    if found.spec.op == "embedding":  # llama.cpp looks tokens up in A, so it has it the other way round
+    if found.spec.site.op == "embedding":  # llama.cpp looks tokens up in A, so it has it the other way round
         A = A.t()
     if layout.permuted and name.endswith(("attn_q.weight", "attn_k.weight")):
         heads = config.num_attention_heads if name.endswith("attn_q.weight") else config.num_key_value_heads

@@ -48,7 +48,7 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
     for path, found in all_attached(tuned):
         if names[_flat(path)] > 1:
             yield path, f"another module gets its name, {_flat(path)}, as well{_MERGE}"
-        if found.spec.op.startswith("conv") and found.lora_B.weight.shape[1] != found.lora_A.weight.shape[0]:
+        if found.spec.site.op.startswith("conv") and found.lora_B.weight.shape[1] != found.lora_A.weight.shape[0]:
             yield path, f"readers differ over the groups of a convolution{_MERGE}"
 
 

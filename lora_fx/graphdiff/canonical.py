@@ -258,7 +258,7 @@ class _Writer:
         owner, _, last = str(node.target).rpartition(".")
         home = owner if adapter.home is adapter.owner else dotted(owner, last + HOME)
         B, A = (f"self.{dotted(home, factor)}" for factor in ("lora_B", "lora_A"))
-        delta = f"{B} @ {A}" if adapter.spec.layout == "out_in" else f"({B} @ {A}).T"
+        delta = f"{B} @ {A}" if adapter.spec.site.layout == "out_in" else f"({B} @ {A}).T"
         return escaped(f"(self.{node.target} + {delta} * {adapter.spec.scaling})")
 
     def _lora_code(self, lora: LoRANodes) -> str:

@@ -84,8 +84,8 @@ def folded(found: Attached) -> Tensor:
         if found.magnitude is None:
             return folded_weight(weight, found.delta())
         factors = (found.lora_A.weight, found.lora_B.weight, found.spec.scaling, found.magnitude.weight)
-        merged = merged_dora_weight(as_rows(weight, found.spec.layout), *factors)
-        stored: Tensor = as_rows(merged, found.spec.layout)
+        merged = merged_dora_weight(as_rows(weight, found.spec.site.layout), *factors)
+        stored: Tensor = as_rows(merged, found.spec.site.layout)
         return stored.contiguous()
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from lora_fx.planning.sites import Layout
-from lora_fx.rules.ruleset import LoRAConfig
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.sites import Site
+from lora_fx.rules.ruleset import LoRAConfig, Slices
 
 
 @dataclass(slots=True)
@@ -20,65 +18,62 @@ class ModelRecord:
     It hangs on the adapters and not on the model, so that it survives deepcopy and pickle of a GraphModule too.
     """
 
-    model: str
-    """Class name of the model."""
-    rules: dict[str, object]
-    """The rules, as `RuleSet.to_dict` gives them."""
-    plan: str
-    """The plan, as JSON."""
+    plan: Plan
+    """By which the model was adapted, without captured graphs."""
     requires_grad: frozenset[str]
     """Names of the base parameters that required a gradient in the caller's model."""
     base: dict[str, Tensor] = field(default_factory=dict)
     """Values of the caller's model for what the adapted model has of its own: trained parameters and buffers."""
-    trained: tuple[str, ...] = ()
-    """Paths of the modules that are trained whole."""
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Paths of the modules that are trained whole."""
+        return tuple(module.path for module in self.plan.train)
 
 
 @dataclass(slots=True)
 class AdapterSpec:
     """One adapter at one site."""
 
-    path: str
-    op: str
-    adapter: str
-    rule: str
+    site: Site
     lora: LoRAConfig
+    rule: str
     mixed: bool
     """Whether the adapter's dtype differs from the base weight's."""
     record: ModelRecord
-    shape: tuple[int, ...] = ()
-    """Of the site: (out, in), (out, in / groups, kernel…), or (bank, out, in)."""
-    parameter: str = "weight"
-    """Name of the base weight in the module that owns it."""
-    layout: Layout = "out_in"
-    parts: tuple[tuple[int, ...], ...] = ()
-    """Rows of each adapted part; empty if the whole weight is adapted."""
-    slices: dict[str, object] | None = None
-    """The slices as a rule file would hold them."""
+    slices: Slices | None = None
+    """The parts of the weight that are adapted; None for the whole."""
     calls: int = 0
     """Number of calls that have an adapter each; 0 if one adapter serves all calls."""
+    parts: tuple[tuple[int, ...], ...] = field(init=False)
+    """Rows of each adapted part; empty if the whole weight is adapted."""
+
+    def __post_init__(self) -> None:
+        self.parts = () if self.slices is None else self.slices.rows(self.site.features[0])
+
+    @property
+    def path(self) -> str:
+        return self.site.path
+
+    @property
+    def adapter(self) -> str:
+        return self.lora.adapter
 
     @property
     def scaling(self) -> float:
         return self.lora.scaling
 
     @property
+    def parameter(self) -> str:
+        """Name of the base weight in the module that owns it."""
+        return self.site.weight.rpartition(".")[2]
+
+    @property
     def path_is_owner(self) -> bool:
         """Whether the site is known by the path of the module that owns the weight, not by that of the weight."""
-        return self.parameter == "weight" and not self.path.endswith(".weight") and self.path != "weight"
+        return not self.site.parameter
 
     @property
     def rank(self) -> int:
         """Inner dimension of B A: r for each part."""
         return self.lora.r * max(1, len(self.parts))
-
-    @property
-    def matrices(self) -> tuple[tuple[int, ...], tuple[int, int]]:
-        """((bank,) or (), (out, in)) of the matrices that the weight is made of."""
-        inner = self.shape[1 + self.is_banked :]
-        return self.shape[: int(self.is_banked)], (self.shape[int(self.is_banked)], math.prod(inner))
-
-    @property
-    def is_banked(self) -> bool:
-        """Whether the weight holds several matrices."""
-        return self.op not in ("conv1d", "conv2d", "conv3d") and len(self.shape) == 3
