@@ -8,6 +8,7 @@ other users, who then get it as a result.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -173,8 +174,18 @@ def _function_of(chain: _Chain) -> Callable[..., Tensor]:
     for node in sorted(chain.nodes):
         made[node] = graph.node_copy(node, lambda each: made[each])
     graph.output(made[chain.x])
+    return functools.partial(compiled(graph, "<lora_fx recomputed chain>"), None)
+
+
+def compiled(graph: fx.Graph, title: str) -> Callable[..., Any]:
+    """Return the function of a graph, called with the module and the graph's inputs.
+
+    Args:
+        graph: stays unchanged.
+        title: what tracebacks call its code.
+    """
     code = graph.python_code("self")
     scope = dict(code.globals)
-    exec(compile(code.src, "<lora_fx recomputed chain>", "exec"), scope)
-    forward = scope["forward"]
-    return lambda *inputs: forward(None, *inputs)
+    exec(compile(code.src, title, "exec"), scope)
+    function: Callable[..., Any] = scope["forward"]
+    return function
