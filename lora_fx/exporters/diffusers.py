@@ -83,8 +83,8 @@ def verify(tuned: nn.Module, path: Path, sample: Sample, component: str = "") ->
         "component": component or component_of(tuned),
         "sample": given_sample(sample),
     }
-    found = run_client("diffusers", "lora_fx.exporters.clients.diffusers", given)
-    return peft.against_both("diffusers", tuned, sample, found["adapted"], found["base"])
+    results = run_client("diffusers", "lora_fx.exporters.clients.diffusers", given)
+    return peft.against_both("diffusers", tuned, sample, results["adapted"], results["base"])
 
 
 TARGET = Target(

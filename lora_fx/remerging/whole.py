@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.errors import LoraFxWarning, MergeError
 from lora_fx.models.samples import Sample, samples_of
 from lora_fx.models.ties import mark_untied, tied_names
@@ -81,7 +81,7 @@ def remerged(model: nn.Module | torch.export.ExportedProgram, example_inputs: ob
 
 def _is_ours(model: nn.Module) -> bool:
     """Whether lora_fx adapted the model; nothing is asked of modules of other libraries that look like ours."""
-    return any(isinstance(each, LoRAFactor) for each in model.modules())
+    return any(isinstance(module, LoRAFactor) for module in model.modules())
 
 
 def _remerged(twin: nn.Module, calls: dict[str, Sample]) -> RemergeResult:
@@ -92,7 +92,7 @@ def _remerged(twin: nn.Module, calls: dict[str, Sample]) -> RemergeResult:
     twin = _fold_layers(twin, calls, folded, left)
     twin = _fold_graphs(twin, folded, left)
     if folded and not left:
-        twin = _without_wrapper(twin)
+        twin = _unwrapped(twin)
     return RemergeResult(twin, tuple(folded), tuple(left.items()))
 
 
@@ -148,18 +148,18 @@ def _fold_graphs(twin: nn.Module, folded: list[str], left: dict[str, str]) -> nn
             work = Remerge()
             result = run(module, [work])
             front = f"{path}." if path else ""
-            folded += [f"{front}{each}" for each in work.folded]
-            left.update({f"{front}{each}": reason for each, reason in work.left})
+            folded += [f"{front}{name}" for name in work.folded]
+            left.update({f"{front}{name}": reason for name, reason in work.left})
             if result.modified:
                 twin = _put(twin, module, result.graph_module)
     return twin
 
 
-def _without_wrapper(twin: nn.Module) -> nn.Module:
-    """Return the model inside a wrapper that says itself what it wraps, as PEFT's does."""
+def _unwrapped(twin: nn.Module) -> nn.Module:
+    """Return the model inside one that names its base itself, as PEFT's does."""
     inside = getattr(type(twin), "get_base_model", None)
     base = inside(twin) if callable(inside) else twin
-    return base if isinstance(base, nn.Module) and any(base is each for each in twin.modules()) else twin
+    return base if isinstance(base, nn.Module) and any(base is module for module in twin.modules()) else twin
 
 
 # -- real calls
@@ -184,13 +184,13 @@ def _first_calls(model: nn.Module, samples: Sequence[Sample]) -> dict[str, Sampl
 
 def _outputs(model: nn.Module, samples: Sequence[Sample]) -> list[Tensor]:
     """Return all tensors that the model gives for the samples."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     with torch.no_grad(), unchanged_random(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for sample in samples:
             result = model(*sample.args, **sample.kwargs)
-            found += [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return found
+            tensors += [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return tensors
 
 
 def _check(model: nn.Module, result: RemergeResult, samples: Sequence[Sample]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from executorch.runtime import Runtime  # type: ignore[import-untyped]
 from torch import Tensor
 
-from lora_fx.exporters.clients.job import run, tensors
+from lora_fx.exporters.clients.job import tensors
 
 
 def work(given: dict[str, Any]) -> list[list[Tensor]]:
@@ -17,8 +17,4 @@ def work(given: dict[str, Any]) -> list[list[Tensor]]:
 
 def _outputs(program: Any, name: str, inputs: list[Tensor]) -> list[Tensor]:
     # what comes back lies in the program's own memory, which the next call uses again
-    return [each.clone() for each in tensors(program.load_method(name).execute(inputs))]
-
-
-if __name__ == "__main__":
-    run(work)
+    return [tensor.clone() for tensor in tensors(program.load_method(name).execute(inputs))]

@@ -6,8 +6,6 @@ from typing import Any
 
 import xllamacpp  # type: ignore[import-untyped]
 
-from lora_fx.exporters.clients.job import run
-
 
 def work(given: dict[str, Any]) -> list[list[dict[int, float]]]:
     server = xllamacpp.Server(_parameters(given["base"], given["adapter"]))
@@ -42,8 +40,4 @@ def _next_words(server: Any, prompt: list[int], words: int, scale: float) -> dic
     if "choices" not in answer:
         raise RuntimeError(f"llama.cpp gives no probabilities: {str(answer)[:300]}")
     likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    return {each["id"]: each["logprob"] for each in likeliest}
-
-
-if __name__ == "__main__":
-    run(work)
+    return {word["id"]: word["logprob"] for word in likeliest}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_fx.exporters.clients.job import outputs, run
+from lora_fx.exporters.clients.job import outputs
 
 Put = Callable[[Mapping[str, Tensor]], object]
 
@@ -48,7 +48,3 @@ def _compiled(path: str) -> tuple[Callable[..., Any], Put]:
         package.load_constants(dict(values), check_full_update=False)
 
     return package, put
-
-
-if __name__ == "__main__":
-    run(work)

@@ -64,7 +64,7 @@ def _names_in(read: GraphReading, nodes: frozenset[fx.Node], tensor: object) -> 
             yield str(node.target)
         elif node.op == "call_module":
             module = read.root.get_submodule(str(node.target))
-            yield from (f"{node.target}.{name}" for name, each in parameters_read(module) if each is tensor)
+            yield from (f"{node.target}.{name}" for name, own in parameters_read(module) if own is tensor)
 
 
 def readers_of(read: GraphReading, names: set[str]) -> Iterator[fx.Node]:
@@ -119,11 +119,11 @@ def _value_is_its_own(read: GraphReading, fold: LoraFold, others: Others) -> str
     node, end = fold.use, fold.end
     while node is not end:
         readers = read.readers(node)
-        ahead = [each for each in readers if each in fold.base or each is end]
-        for each in readers:
-            once = each in ahead and read.times_read(node, each) == 1
-            if not once and not _other_columns(read, each, node, fold):
-                return f"the linear's output is used without the product too ({each.name})"
+        ahead = [reader for reader in readers if reader in fold.base or reader is end]
+        for reader in readers:
+            once = reader in ahead and read.times_read(node, reader) == 1
+            if not once and not _other_columns(read, reader, node, fold):
+                return f"the linear's output is used without the product too ({reader.name})"
         if end in ahead or not ahead:
             return None
         node = ahead[0]
@@ -136,7 +136,7 @@ def _other_columns(read: GraphReading, node: fx.Node, of: fx.Node, fold: LoraFol
     if call is None:
         return False
     if call.op in ("chunk", "split"):
-        return all(_other_columns(read, each, node, fold) for each in read.readers(node))
+        return all(_other_columns(read, reader, node, fold) for reader in read.readers(node))
     maker = read.calls.get(of)
     whole = maker if call.op == "getitem" and maker is not None and maker.op in ("chunk", "split") else call
     taken = piece(call, whole, read.tensors[fold.part.name].shape[0 if fold.part.transposed else 1])
@@ -148,10 +148,10 @@ def _factors_are_their_own(read: GraphReading, fold: LoraFold, others: Others) -
     names = {name for name in fold.factors if read.tensors[name].dim() > 1}
     for node in read.graph.nodes:
         if node.op == "get_attr" and _stands_for(read, str(node.target)) & names:
-            outside = [each for each in read.readers(node) if each not in others.cones]
+            outside = [reader for reader in read.readers(node) if reader not in others.cones]
         elif node.op == "call_module" and node not in others.cones:
             inside = parameters_read(read.root.get_submodule(str(node.target)))
-            outside = [node] if any(read.names.get(id(each)) in names for _, each in inside) else []
+            outside = [node] if any(read.names.get(id(tensor)) in names for _, tensor in inside) else []
         else:
             continue
         if outside:

@@ -1,4 +1,4 @@
-"""What the nodes of a graph do: one name for the function, the operator, the method and the aten operation."""
+"""What the nodes of a graph do: one name for the function, operator, method and aten operation of one kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.models.layers import kind_of
 from lora_fx.models.swap import is_swapped
 
@@ -31,25 +31,11 @@ _ALIASES = {
     "alpha_dropout": "dropout",
 }
 """Other names of operations."""
-_IDENTITIES = frozenset(
-    [
-        "contiguous",
-        "clone",
-        "detach",
-        "alias",
-        "lift_fresh_copy",
-        "requires_grad_",
-        "to",
-        "type",
-        "type_as",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "_to_copy",
-        "cpu",
-    ]
+_NAMES_OF_IDENTITIES = (
+    "contiguous clone detach alias lift_fresh_copy requires_grad_ to type type_as float double half bfloat16 "
+    "_to_copy cpu"
 )
+_IDENTITIES = frozenset(_NAMES_OF_IDENTITIES.split())
 IDENTITY = "identity"
 _NAMES = (
     "linear addmm matmul add sub mul div neg view transpose permute unsqueeze squeeze getitem slice narrow chunk split "
@@ -61,11 +47,7 @@ _PLACES: tuple[Any, ...] = (F, torch, operator, torch.Tensor)
 _ARGUMENTS = {
     "linear": ("input", "weight", "bias"),
     "addmm": ("input", "mat1", "mat2"),
-    "matmul": ("input", "other"),
-    "add": ("input", "other"),
-    "sub": ("input", "other"),
-    "mul": ("input", "other"),
-    "div": ("input", "other"),
+    **dict.fromkeys(("matmul", "add", "sub", "mul", "div"), ("input", "other")),
     "dropout": ("input", "p", "training"),
     "chunk": ("input", "chunks", "dim"),
     "split": ("input", "split_size", "dim"),
@@ -80,7 +62,7 @@ _ARGUMENTS = {
 }
 _SYNONYMS = {
     "self": "input", "x": "input", "split_size_or_sections": "split_size", "split_sizes": "split_size", "axis": "dim",
-    "mat2": "other", "p": "p", "train": "training",
+    "mat2": "other", "train": "training",
 }  # fmt: skip
 
 
@@ -90,7 +72,7 @@ VIEWS = frozenset(_NAMES_OF_VIEWS.split())
 
 
 class NotLinear(Exception):
-    """A value is no affine function of what was asked for, or no product: why, and `node`, where."""
+    """A value that is not an affine function of what was asked for, or not a product: why, and `node`, where."""
 
     def __init__(self, node: fx.Node | None, reason: str) -> None:
         super().__init__(reason)
@@ -114,13 +96,13 @@ class GraphCall:
 
 def _function_names() -> dict[Any, str]:
     """Return for each torch function its name here, by identity: a function of the user's may have the same name."""
-    found: dict[Any, str] = {}
+    functions: dict[Any, str] = {}
     for place in _PLACES:
         for name in _KNOWN:
             function = vars(place).get(name)
             if isinstance(function, Callable):  # type: ignore[arg-type]
-                found.setdefault(function, name)
-    return found
+                functions.setdefault(function, name)
+    return functions
 
 
 _FUNCTIONS = _function_names()
@@ -158,9 +140,9 @@ def _attribute(node: fx.Node) -> GraphCall:
 
 def _named(op: str, node: fx.Node) -> dict[str, Any]:
     names = _ARGUMENTS.get(op, ("input",))
-    found: dict[str, Any] = dict(zip(names, node.args, strict=False))
-    found["rest"] = node.args[len(names) :]
-    return found | {_SYNONYMS.get(key, key): value for key, value in node.kwargs.items()}
+    arguments: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    arguments["rest"] = node.args[len(names) :]
+    return arguments | {_SYNONYMS.get(key, key): value for key, value in node.kwargs.items()}
 
 
 def _module_call(node: fx.Node, module: nn.Module) -> GraphCall:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import networkx as nx
 from torch import Tensor, fx, nn
@@ -14,6 +15,9 @@ from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
 from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, GraphCall, NotLinear, is_inactive_dropout, read_call
 from lora_fx.remerging.algebra.shapes import last_dimension, shape_of
 
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
 
 @dataclass(frozen=True, slots=True)
 class Operations:
@@ -22,12 +26,12 @@ class Operations:
     affine: Mapping[str, Callable[[GraphReading, GraphCall, fx.Node, int], Affine]]
     """(reading, call, x, columns of x) → its value as an affine function of x."""
     constant: Mapping[str, Callable[[GraphReading, GraphCall], Matrix | None]]
-    """(reading, call) → its value, which depends on parameters alone; None if that is no sum of products."""
+    """(reading, call) → its value, which depends on parameters alone; None if that is not a sum of products."""
 
 
 @dataclass(slots=True)
 class GraphReading:
-    """What is known of a graph, found on demand; neither graph nor tensors are changed."""
+    """What is known of a graph, worked out on demand; neither graph nor tensors are changed."""
 
     root: nn.Module
     graph: fx.Graph
@@ -82,7 +86,7 @@ class GraphReading:
     def latest(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         """Return the statement that made the value which `reader` finds in `node`: writes in place come before."""
         root = self._root(node)
-        before = [each for each in self.writes.get(root, ()) if self.order[each] < self.order[reader]]
+        before = [write for write in self.writes.get(root, ()) if self.order[write] < self.order[reader]]
         return before[-1] if before else root
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
@@ -111,17 +115,9 @@ class GraphReading:
         """Return the value of a node that depends on parameters alone; None if it depends on an input.
 
         Raises:
-            NotLinear: it depends on parameters alone, but is no sum of products of them.
+            NotLinear: it depends on parameters alone, but is not a sum of products of them.
         """
-        if node not in self._constants:
-            try:
-                self._constants[node] = self._constant(node)
-            except NotLinear as reason:
-                self._constants[node] = reason
-        found = self._constants[node]
-        if isinstance(found, NotLinear):
-            raise found
-        return found
+        return _remembered(self._constants, node, lambda: self._constant(node))
 
     def is_constant(self, node: fx.Node) -> bool:
         try:
@@ -137,7 +133,7 @@ class GraphReading:
             return None
         if not node.all_input_nodes:
             raise NotLinear(node, f"{call.op} is no product of parameters")
-        if not all(self.is_constant(self.latest(each, node)) for each in node.all_input_nodes):
+        if not all(self.is_constant(self.latest(source, node)) for source in node.all_input_nodes):
             return None
         operation = self.operations.constant.get(call.op)
         result = None if operation is None else operation(self, call)
@@ -155,19 +151,15 @@ class GraphReading:
         part = WeightPart(known, False, 0, tensor.shape[1]) if tensor.dim() == 2 else None
         return matrix(tensor.detach(), (known,), part)
 
-    def tensor(self, name: str) -> Tensor:
-        """Return the stored tensor that a name of a factor stands for."""
-        return self.tensors[name]
-
-    def matrix_of(self, call: GraphCall, name: str) -> Matrix:
+    def matrix_of(self, call: GraphCall, name: str = "input") -> Matrix:
         """Return an argument that is a constant."""
-        found = self.constant(self.given(call, name))
-        if found is None:
+        value = self.constant(self.given(call, name))
+        if value is None:
             raise NotLinear(call.node, f"{call.op} of two values that depend on the input")
-        return found
+        return value
 
     def number(self, value: object, call: GraphCall) -> float:
-        """Return a scaling: a number, or a stored tensor of one element that nobody trains.
+        """Return a scaling: a number, or a stored tensor of one element that is not trained.
 
         Raises:
             NotLinear: it is trained, depends on the input, or is not one number.
@@ -178,19 +170,19 @@ class GraphReading:
             raise NotLinear(call.node, f"{call.op} by {value!r}")
         node = self.latest(value, call.node)
         try:
-            found = self.constant(node)
+            constant = self.constant(node)
         except NotLinear as reason:
             scaling = (
                 reason.reason if reason.reason.startswith("the scaling") else "the scaling is computed from parameters"
             )
             raise NotLinear(call.node, scaling) from reason
-        if found is None:
+        if constant is None:
             raise NotLinear(call.node, f"the scaling depends on the input ({node.name})")
-        if any(isinstance(self.tensors[name], nn.Parameter) for name in found.names):
-            raise NotLinear(call.node, f"the scaling is a trained tensor ({', '.join(sorted(found.names))})")
-        single = found.single
+        if any(isinstance(self.tensors[name], nn.Parameter) for name in constant.names):
+            raise NotLinear(call.node, f"the scaling is a trained tensor ({', '.join(sorted(constant.names))})")
+        single = constant.single
         if single is None or single.tensor.numel() != 1 or single.tensor.is_meta:
-            raise NotLinear(call.node, f"the scaling is a tensor of shape {tuple(found.shape)}")
+            raise NotLinear(call.node, f"the scaling is a tensor of shape {tuple(constant.shape)}")
         return float(single.tensor)
 
     # -- values that depend on an input
@@ -201,16 +193,7 @@ class GraphReading:
         Raises:
             NotLinear: with the first node on the way that is none.
         """
-        key = (node, x)
-        if key not in self._affine:
-            try:
-                self._affine[key] = self._affine_of(node, x, width)
-            except NotLinear as reason:
-                self._affine[key] = reason
-        found = self._affine[key]
-        if isinstance(found, NotLinear):
-            raise found
-        return found
+        return _remembered(self._affine, (node, x), lambda: self._affine_of(node, x, width))
 
     def _affine_of(self, node: fx.Node, x: fx.Node, width: int) -> Affine:
         if node is x:
@@ -238,6 +221,19 @@ class GraphReading:
             if not isinstance(call.get("input"), fx.Node) or self.is_constant(node) or not _keeps_rows(call):
                 return node
             node = self.given(call)
+
+
+def _remembered(known: dict[_Key, _Value | NotLinear], key: _Key, compute: Callable[[], _Value]) -> _Value:
+    """Return what is known of the key, computed the first time; a reason why there is nothing is raised again."""
+    if key not in known:
+        try:
+            known[key] = compute()
+        except NotLinear as reason:
+            known[key] = reason
+    value = known[key]
+    if isinstance(value, NotLinear):
+        raise value
+    return value
 
 
 def _shown(call: GraphCall) -> str:

@@ -1,4 +1,4 @@
-"""What is known of the shapes in a graph, from the metadata of whoever traced it, or from how a view is written."""
+"""What is known of the shapes in a graph, from the metadata of its tracer, or from how a view is written."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def last_dimension(call: GraphCall) -> object:
     """Return the last size that a view is given: a number, "same" for the size of its own input; None if not known."""
     sizes = sizes_of(call)
     if len(sizes) == 1 and isinstance(sizes[0], fx.Node):
-        return _leading(sizes[0])[1] if _leading(sizes[0]) is not None else None  # type: ignore[index]
+        leading = _leading(sizes[0])
+        return None if leading is None else leading[1]
     if not sizes:
         return None
     last = sizes[-1]
@@ -96,8 +97,8 @@ def rows_after(call: GraphCall, width: int, rows: object, is_input: Callable[[fx
     if last not in (width, "same"):
         return None
     if len(sizes) == 1:
-        found = _leading(sizes[0])
-        return "rows of the input" if found is not None and is_input(found[0]) else None
+        leading = _leading(sizes[0])
+        return "rows of the input" if leading is not None and is_input(leading[0]) else None
     return ("flat", rows) if len(sizes) == 2 and sizes[0] == -1 else None
 
 
@@ -124,7 +125,7 @@ def piece(call: GraphCall, whole: GraphCall, width: int) -> tuple[int, int] | No
 
 
 def _range(index: slice, width: int) -> tuple[int, int] | None:
-    if not all(each is None or isinstance(each, int) for each in (index.start, index.stop, index.step)):
+    if not all(bound is None or isinstance(bound, int) for bound in (index.start, index.stop, index.step)):
         return None
     start, stop, step = index.indices(width)
     return (start, stop) if step == 1 and start < stop else None
@@ -135,7 +136,7 @@ def _indexed(call: GraphCall, width: int) -> tuple[int, int] | None:
     if not isinstance(index, tuple) or not index or not isinstance(index[-1], slice):
         return None
     front, shape = index[:-1], shape_of(call.get("input"))
-    if any(each is not Ellipsis and each != slice(None, None, None) for each in front):
+    if any(part is not Ellipsis and part != slice(None, None, None) for part in front):
         return None
     if Ellipsis not in front and (shape is None or len(shape) != len(index)):
         return None
@@ -148,8 +149,8 @@ def _item(call: GraphCall, whole: GraphCall, width: int) -> tuple[int, int] | No
         return None
     sizes = whole.get("chunks") if whole.op == "chunk" else whole.get("split_size")
     if isinstance(sizes, int):
-        each = -(-width // sizes) if whole.op == "chunk" else sizes
-        starts = [*range(0, width, each), width]
+        size = -(-width // sizes) if whole.op == "chunk" else sizes
+        starts = [*range(0, width, size), width]
     elif isinstance(sizes, (tuple, list)) and all(isinstance(size, int) for size in sizes):
         starts = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
     else:
