@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import get_tensor
-from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.tuned.build import build, record_in
@@ -47,7 +46,7 @@ def base_graph_parts(tuned: nn.Module) -> BaseGraphParts:
     The scaling is in B [out, r]; an adapter of parts has r rows of A and columns of B for every part.
     """
     adapted = list(_numbered(tuned))
-    plan = Plan.from_json(record_in(tuned).plan)
+    plan = record_in(tuned).plan
     ranks = {adapter.spec.path: adapter.spec.rank for _, adapter in adapted}
     with torch.random.fork_rng(devices=[]):  # fresh factors draw numbers
         sites = tuple(_plain(planned, ranks) for planned in plan.sites)
@@ -63,7 +62,7 @@ def base_graph_parts(tuned: nn.Module) -> BaseGraphParts:
         _fill(twin, adapter)
         values = {names[id(parameter)]: parameter.detach() for parameter in _own(twin)}
         adapters[adapter.spec.adapter] |= values
-        if adapter.spec.op not in CONVOLUTIONS and not adapter.spec.is_banked:
+        if adapter.spec.site.op not in CONVOLUTIONS and not adapter.spec.site.is_banked:
             axes |= {names[id(twin.lora_A.weight)]: 0, names[id(twin.lora_B.weight)]: 1}
     _add_changed(tuned, model, next(iter(adapters.values())), base)
     model.requires_grad_(False)

@@ -36,15 +36,15 @@ def _kind(tuned: nn.Module, path: str, adapter: Attached) -> str:
     above = tuned.get_submodule(owner_path(path, adapter).rpartition(".")[0])
     if isinstance(adapter.owner, nn.MultiheadAttention) or isinstance(above, nn.MultiheadAttention):
         return "attention"
-    if adapter.spec.is_banked:
+    if adapter.spec.site.is_banked:
         return "experts"
     if not adapter.spec.path_is_owner:
         return "parameter"
-    if adapter.spec.op in CONVOLUTIONS:
+    if adapter.spec.site.op in CONVOLUTIONS:
         return "convolution"
-    if adapter.spec.op == "embedding":
+    if adapter.spec.site.op == "embedding":
         return "embedding"
-    return "conv1d" if adapter.spec.layout == "in_out" else "linear"
+    return "conv1d" if adapter.spec.site.layout == "in_out" else "linear"
 
 
 def _traits(adapter: Attached) -> Iterator[str]:

@@ -26,7 +26,6 @@ from lora_fx.exporters.running import largest_difference, run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
-from lora_fx.planning.plan import Plan
 from lora_fx.tuned.build import record_in
 from lora_fx.tuned.undo import disabled
 
@@ -133,7 +132,7 @@ def _reason(path: str, adapter: Attached, layout: GgufLayout, tied: bool) -> str
 
 
 def _tied(tuned: nn.Module) -> set[str]:
-    sites = Plan.from_json(record_in(tuned).plan).adapted
+    sites = record_in(tuned).plan.adapted
     return {planned.path for planned in sites if planned.site.tied_to} | (
         {"lm_head", "model.embed_tokens"} if _config(tuned).tie_word_embeddings else set()
     )

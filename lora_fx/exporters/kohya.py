@@ -47,7 +47,7 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
     for path, adapter in all_attached(tuned):
         if names[_flat(path)] > 1:
             yield path, f"another module gets its name, {_flat(path)}, as well{peft.WAY_OUT}"
-        if adapter.spec.op.startswith("conv") and adapter.lora_B.weight.shape[1] != adapter.lora_A.weight.shape[0]:
+        if adapter.spec.site.op.startswith("conv") and adapter.lora_B.weight.shape[1] != adapter.lora_A.weight.shape[0]:
             yield path, f"readers differ over the groups of a convolution{peft.WAY_OUT}"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from lora_fx.adapters.attach import HOME, attached_to
-from lora_fx.adapters.spec import AdapterSpec
+from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.capture.calls.arguments import rebuild
 from lora_fx.capture.captured import Captured, NotCaptured, capture
 from lora_fx.capture.reads.dependencies import AttributePath

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.adapters.attach import Attached, attach, attached_to, is_adapted, shown_parameters
-from lora_fx.adapters.lora import add_low_rank, as_rows
-from lora_fx.adapters.records import record_of, spec_of
-from lora_fx.adapters.spec import ModelRecord
+from lora_fx.adapters.attach import Attached, attach, attached_to, is_adapted, record_of, shown_parameters, spec_of
+from lora_fx.adapters.factors.lora import add_low_rank, as_rows
+from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.errors import RefusedError
 from lora_fx.models.tensors import dotted
 from lora_fx.passes.contract import Pass
@@ -91,7 +90,7 @@ def _splice(editor: Editor, call: SiteCall, x: fx.Node, found: Attached) -> None
             magnitude=_magnitude(write, call.path, found) if found.magnitude is not None else None,
             scaling=spec.scaling,
             mixed=spec.mixed,
-            one_hot=spec.op == "embedding",
+            one_hot=spec.site.op == "embedding",
         )
     added: fx.Node = result.node  # type: ignore[attr-defined]
     own = {user for user in call.node.users if user is added or user.meta.get("site") == call.path}
@@ -103,7 +102,7 @@ def _magnitude(write: Writer, path: str, found: Attached) -> Callable[[Any, Any]
     name = found.spec.adapter
     bias = None if found.owner._parameters.get("bias") is None else write.attribute(dotted(path, "bias"))
     tensors = {
-        "weight": as_rows(write.attribute(dotted(path, "weight")), found.spec.layout),
+        "weight": as_rows(write.attribute(dotted(path, "weight")), found.spec.site.layout),
         "bias": bias,
         "lora_A": write.attribute(dotted(path, f"lora_A.{name}.weight")),
         "lora_B": write.attribute(dotted(path, f"lora_B.{name}.weight")),

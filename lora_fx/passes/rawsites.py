@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from lora_fx.adapters.attach import HOME, Attached, attached
-from lora_fx.adapters.factors import SlicedB
+from lora_fx.adapters.factors.kinds import SlicedB
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.products import COPIES, VIEWS, Call, Delta, name_of, product
 from lora_fx.adapters.rawweight.views import WeightView
@@ -68,7 +68,7 @@ def _whole(graph_module: fx.GraphModule, node: fx.Node) -> WeightView | None:
         return None
     found = attached(module, last)
     convolves = any(name_of(user.target).startswith("conv") for user in node.users)
-    banked = parameter.dim() == 3 and not convolves if found is None else found.spec.is_banked
+    banked = parameter.dim() == 3 and not convolves if found is None else found.spec.site.is_banked
     return WeightView.of(tuple(parameter.shape), banked)
 
 
@@ -215,7 +215,7 @@ def _low_rank(write: Writer, use: RawUse, found: Attached, home: str) -> Factore
     """Return the low-rank weight with proxies for its factors."""
     A, B = (_matrix(write, dotted(home, f"{factor}.{found.spec.adapter}"), module)
             for factor, module in (("lora_A", found.lora_A), ("lora_B", found.lora_B)))  # fmt: skip
-    return Factored.of(use.view, A, B, found.spec.layout, found.spec.rank, found.spec.scaling)
+    return Factored.of(use.view, A, B, found.spec.site.layout, found.spec.rank, found.spec.scaling)
 
 
 def _matrix(write: Writer, path: str, factor: nn.Module) -> fx.Proxy:

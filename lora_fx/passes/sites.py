@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.errors import MergeError
 from lora_fx.models.layers import kind_of
 from lora_fx.passes.rawsites import LoRANodes, is_dropout, raw_lora_nodes

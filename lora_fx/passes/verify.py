@@ -48,7 +48,8 @@ class Verify(Pass):
 def _shapes_fit(model: nn.Module) -> Iterator[Problem]:
     for path, found in all_attached(model):
         out_r, r_in = tuple(found.lora_B.matrix.shape), tuple(found.lora_A.matrix.shape)
-        bank, (out_features, in_features) = found.spec.matrices
+        site = found.spec.site
+        bank, (out_features, in_features) = site.shape[: int(site.is_banked)], site.features
         if out_r != (*bank, out_features, found.spec.rank) or r_in != (*bank, found.spec.rank, in_features):
             yield (
                 path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from lora_fx.planning.planned import PlannedRegion, PlannedSite, TrainedModule, dead_notes, rank_notes
 from lora_fx.planning.rows import region_lines, rows_of, table, training_lines
@@ -51,6 +51,10 @@ class Decisions:
     def trainable(self) -> int:
         """Number of parameters that will be trained: adapters and the modules under `train:`."""
         return sum(site.trainable for site in self.sites) + sum(module.parameters for module in self.train)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the plan itself: it never changes, and every copy of an adapted block would copy it all."""
+        return self
 
     def decided(self) -> dict[str, Any]:
         """Return the fields of the decisions; of a plan, without what a study has added."""

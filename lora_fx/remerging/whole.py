@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.errors import LoraFxWarning, MergeError
 from lora_fx.models.samples import Sample, samples_of
 from lora_fx.models.ties import mark_untied, tied_names

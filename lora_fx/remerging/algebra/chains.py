@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_fx.adapters.lora import low_rank_weight
+from lora_fx.adapters.factors.lora import low_rank_weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.models.layers import kind_of
 from lora_fx.models.swap import is_swapped
 
