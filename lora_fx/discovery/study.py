@@ -21,7 +21,7 @@ from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.layers import has_unknown_weights
 from lora_fx.models.samples import Sample, Samples
 from lora_fx.models.tensors import dotted
-from lora_fx.planning.decide import in_own_graph, on_modules, still_fitting
+from lora_fx.planning.decide import on_modules, still_fitting
 from lora_fx.planning.plan import Decisions, Plan
 from lora_fx.planning.planned import DEAD, Inventory, PlannedRegion, PlannedSite
 from lora_fx.regions.program import OPTIMISATIONS, foreseen
@@ -57,13 +57,12 @@ class Observed:
             backend: "modules" captures nothing.
         """
         notes = (*decisions.notes, self.note) if self.note else decisions.notes
-        if backend != "modules" and self.inventory.in_graph is None and decisions.adapted:
-            return self._with_captures(decisions, notes)
+        if backend != "modules" and self.inventory.in_graph is None:
+            return self._with_captures(decisions, notes) if decisions.adapted else Plan.of(decisions, notes=notes)
         if backend == "modules":
             return on_modules(decisions)
-        if self.inventory.in_graph is not None:
-            return in_own_graph(decisions, self.inventory.in_graph)
-        return Plan.of(decisions, notes=notes)
+        in_graph = self.inventory.in_graph or frozenset()
+        return on_modules(decisions, in_graph, "inside a module that the graph calls as a whole")
 
     def _with_captures(self, decisions: Decisions, notes: tuple[str, ...]) -> Plan:
         """Return the plan with the graphs that are captured; without samples, those that are provably safe to trace."""
