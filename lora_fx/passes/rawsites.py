@@ -1,4 +1,22 @@
-"""Raw parameters in a graph: the products that they take part in, and the LoRA nodes beside them."""
+"""Raw parameters in a graph: the products that they take part in, and the LoRA nodes beside them.
+
+The graph of `w = self.w; y = x @ w; y = y.relu(); return y`, with an adapter at `w` (in × out, r = 2, alpha = 4):
+
+    before                     after
+
+    w = self.w                 w = self.w
+    matmul = x @ w             matmul = x @ w
+                               a = self.w_lora.lora_A.default.weight      # r × in
+                               b = self.w_lora.lora_B.default.weight      # out × r
+                               transpose = b.transpose(-1, -2)
+                               transpose_1 = a.transpose(-1, -2)
+                               matmul_1 = torch.matmul(x, transpose_1)    # … × r: W + ΔW is never computed
+                               mul = matmul_1 * 2.0                       # alpha / r
+                               matmul_2 = torch.matmul(mul, transpose)
+                               add = matmul + matmul_2
+    relu = matmul.relu()       relu = add.relu()
+    return relu                return relu
+"""
 
 from __future__ import annotations
 
@@ -41,7 +59,7 @@ class GraphUse:
 def raw_uses(graph_module: fx.GraphModule) -> Iterator[GraphUse]:
     """Yield every use of a raw matrix in the graph, after views and casts, in the graph's order.
 
-    A `weight` that F.linear takes from its module is no raw parameter (`sitegraph.site_calls`).
+    A `weight` that F.linear takes from its module is no raw parameter (`sites.site_calls`).
     """
     shown: dict[fx.Node, tuple[str, WeightView | list[WeightView]]] = {}
     linears = _weights_of_linears(graph_module)

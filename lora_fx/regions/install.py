@@ -113,5 +113,5 @@ def stock(
         stocked.add(id(region.block))
         region.block.seconds += seconds.get(structures[path], 0.0)
         for captured, static in library.get(structures[path], []):
-            with contextlib.suppress(AttributeError):  # it reads what a forward makes first: captured anew then
+            with contextlib.suppress(AttributeError):  # it reads what a forward makes first: then it is captured later
                 region.block.add(captured, module, static)
