@@ -114,12 +114,12 @@ def _site(tuned: nn.Module, path: str, each: Attached, covered: set[str]) -> Ada
 def _region(region: Region) -> RegionReport:
     return RegionReport(
         path=region.path,
-        graphs=len(region.kind.programs),
+        graphs=len(region.block.programs),
         hits=region.hits,
         misses=dict(region.misses),
-        seconds=region.kind.seconds,
-        failures=tuple(dict.fromkeys(region.kind.failures.values())),
-        guards=tuple(dict.fromkeys(reason for each in region.kind.programs for reason in each.guard.reasons)),
-        optimised=tuple(dict.fromkeys(name for each in region.kind.programs for name in each.optimised)),
-        given_up=tuple(dict.fromkeys(each.why_not_fast for each in region.kind.programs if each.why_not_fast)),
+        seconds=region.block.seconds,
+        failures=tuple(dict.fromkeys(region.block.failures.values())),
+        guards=tuple(dict.fromkeys(reason for each in region.block.programs for reason in each.guard.reasons)),
+        optimised=tuple(dict.fromkeys(name for each in region.block.programs for name in each.optimised)),
+        given_up=tuple(dict.fromkeys(each.why_not_fast for each in region.block.programs if each.why_not_fast)),
     )
