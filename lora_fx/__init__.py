@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lora_fx.api import merge_checkpoint as merge_checkpoint
     from lora_fx.api import parameters as parameters
     from lora_fx.api import plan as plan
-    from lora_fx.api import remerge as remerge
     from lora_fx.api import remove as remove
     from lora_fx.api import save as save
     from lora_fx.errors import AdapterFileError as AdapterFileError
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from lora_fx.graphdiff.graphs import Graph as Graph
     from lora_fx.models.samples import call as call
     from lora_fx.planning.plan import Plan as Plan
+    from lora_fx.remerging.whole import remerge as remerge
     from lora_fx.rules.ruleset import LoRAConfig as LoRAConfig
     from lora_fx.rules.ruleset import RuleSet as RuleSet
     from lora_fx.tuned.report import Report as Report
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "lora_fx.api": (
         "apply deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters plan "
-        "remerge remove save"
+        "remove save"
     ),
     "lora_fx.files.checkpoint.report": "MergeReport",
     "lora_fx.errors": (
@@ -68,6 +68,7 @@ _HOMES = {
     "lora_fx.graphdiff.graphs": "Graph",
     "lora_fx.graphdiff.deltas.measure": "Deltas",
     "lora_fx.planning.plan": "Plan",
+    "lora_fx.remerging.whole": "remerge",
     "lora_fx.tuned.report": "Report",
     "lora_fx.rules.ruleset": "LoRAConfig RuleSet",
     "lora_fx.models.samples": "call",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from lora_fx import exporters
 from lora_fx.adapters.fused.contraction import contraction_teller
@@ -28,7 +27,6 @@ from lora_fx.models.samples import samples_for
 from lora_fx.planning import explain as explaining
 from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
-from lora_fx.remerging import whole
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.tuned import build, requantise, undo
@@ -307,29 +305,6 @@ def merge_checkpoint(
     adapters = [adapter_dir] if isinstance(adapter_dir, (str, os.PathLike)) else list(adapter_dir)
     options = streaming.MergeOptions(out_dtype, rounding, seed)
     return streaming.merge_files(base_dir, adapters, out_dir, options, progress)
-
-
-def remerge(model: nn.Module | ExportedProgram, example_inputs: object = None) -> nn.Module:
-    """Return the model with every LoRA in it folded, whoever wrote it; the model itself stays unchanged.
-
-    A LoRA is found by its structure: scaling · B A x (dropout asleep) added to a linear of the same x, or
-    scaling · B A added to the weight.  W' = W + Σ scaling · B A, accumulated in float32 and rounded once.  A layer that
-    is a linear and its LoRA becomes the plain linear; a GraphModule or ExportedProgram comes back as a GraphModule
-    without the nodes.  What looks like a LoRA and is none is left alone, and a LoraFxWarning gives the reasons;
-    `lora_fx.remerging.whole.remerged` returns them.
-
-    Args:
-        model: any nn.Module (PEFT's comes back as its base model), torch.fx.GraphModule or ExportedProgram.
-        example_inputs: as for `plan`; layers are then read from their real calls, and the results are compared.
-
-    Raises:
-        MergeError: the folded model computes something else for the example inputs.
-        CaptureError: the example inputs are of a wrong kind.
-        RefusedError: the model cannot be copied.
-    """
-    result = whole.remerged(model, example_inputs)
-    whole.warn_of(result)
-    return result.model
 
 
 def extract(tuned_full: nn.Module, base: nn.Module, r: int = 8, rules: Rules | None = None) -> nn.Module:

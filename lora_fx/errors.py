@@ -39,12 +39,7 @@ def _restore(kind: type[LoraFxError], args: tuple[object, ...], fields: dict[str
 
 
 def _message(headline: str, facts: Sequence[Sequence[str]] = (), advice: str = "") -> str:
-    parts = [headline]
-    if facts:
-        parts.append(columns(facts))
-    if advice:
-        parts.append(f"  {advice}")
-    return "\n".join(parts)
+    return "\n".join(filter(None, (headline, columns(facts), f"  {advice}" if advice else "")))
 
 
 class LoraFxWarning(UserWarning):
@@ -86,15 +81,10 @@ class Problem:
 
     def text(self, source: str) -> str:
         """Return the problem with its line, a caret under what is meant, and the hint, for a source of this name."""
-        where = ": ".join(filter(None, (source, self.span.path)))
-        if self.line:
-            where = f"{source}:{self.line}:{self.column}"
-        parts = [f"{where}: {self.message}"]
-        if self.line and self.span.text:
-            parts.append(caret(self.span.text, self.line, self.column, self.span.length))
-        if self.hint:
-            parts.append(f"  {self.hint}")
-        return "\n".join(parts)
+        at = f"{source}:{self.line}:{self.column}" if self.line else ": ".join(filter(None, (source, self.span.path)))
+        shown = self.line and self.span.text
+        line = f"\n{caret(self.span.text, self.line, self.column, self.span.length)}" if shown else ""
+        return _message(f"{at}: {self.message}{line}", advice=self.hint)
 
 
 class RuleError(LoraFxError):
@@ -123,17 +113,13 @@ class Unmatched:
     span: SourceSpan = SourceSpan()
 
     def text(self, total: int) -> str:
+        """Return what failed, where, and what to do; of so many sites."""
         who, among = ("train", "the") if self.what == "modules" else (f"rule '{self.rule}'", f"{total}")
         headline = f"{who} matched {self.found or 'none'} of {among} {self.what}"
-        problem = Problem(headline, self.span)
-        facts = [("pattern", self.pattern)]
-        if self.nearest:
-            facts.append(("nearest", ", ".join(self.nearest)))
-        if self.almost:
-            facts.append(("almost", self.almost))
-        if self.found:
-            facts.append(("expected", self.expected))
-        return _message(problem.text(self.span.file) if self.span.line else headline, facts, self._advice())
+        placed = Problem(headline, self.span).text(self.span.file) if self.span.line else headline
+        expected = self.expected if self.found else ""
+        facts = [("nearest", ", ".join(self.nearest)), ("almost", self.almost), ("expected", expected)]
+        return _message(placed, [("pattern", self.pattern), *(fact for fact in facts if fact[1])], self._advice())
 
     def _advice(self) -> str:
         if self.what == "modules":
@@ -149,7 +135,7 @@ class NoMatchError(LoraFxError):
     def __init__(self, unmatched: Sequence[Unmatched], sites: int) -> None:
         self.unmatched = tuple(unmatched)
         self.sites = sites
-        super().__init__("\n".join(each.text(sites) for each in self.unmatched))
+        super().__init__("\n".join(rule.text(sites) for rule in self.unmatched))
 
     @property
     def nearest(self) -> tuple[str, ...]:
@@ -166,9 +152,8 @@ class StalePlanError(LoraFxError):
     def __init__(self, differences: Sequence[tuple[str, str, str]]) -> None:
         self.differences = tuple(differences)
         facts = [(path, f"planned {planned}", f"found {found}") for path, planned, found in self.differences]
-        super().__init__(
-            _message("the plan was made for a different model", facts, "plan again: lora_fx.plan(model, rules)")
-        )
+        advice = "plan again: lora_fx.plan(model, rules)"
+        super().__init__(_message("the plan was made for a different model", facts, advice))
 
 
 class CaptureError(LoraFxError):

@@ -26,13 +26,13 @@ def caret(source_line: str, line: int, column: int, length: int = 1) -> str:
     Of a long line only what surrounds the column is shown.
     """
     gutter = f"{line:>5} | "
-    shown, column = _surroundings(source_line, column)
+    shown, column = _around(source_line, column)
     lead = "".join("\t" if character == "\t" else " " * _width(character) for character in shown[: column - 1])
     marked = sum(map(_width, shown[column - 1 : column - 1 + length]))
     return f"{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {lead}{'^' * max(1, marked)}"
 
 
-def _surroundings(line: str, column: int) -> tuple[str, int]:
+def _around(line: str, column: int) -> tuple[str, int]:
     """Return the part of a long line around a column, and the column in it."""
     start = max(0, min(column - WIDEST_LINE // 2, len(line) - WIDEST_LINE))
     end = start + WIDEST_LINE

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import Attached, all_attached, attach
+from lora_fx.adapters.attach import Attached, all_attached, attach, spec_of
+from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import adapt, count_calls_anew, read_by_kernels, stop_counting
-from lora_fx.adapters.records import spec_of
-from lora_fx.adapters.spec import ModelRecord
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.dora import DoRAMagnitude, row_norms
-from lora_fx.adapters.factors import (
+from lora_fx.adapters.factors.dora import DoRAMagnitude, row_norms
+from lora_fx.adapters.factors.initialise import Kind, initialise
+from lora_fx.adapters.factors.kinds import (
     CallFactors,
     Convolution,
     ConvolutionA,
@@ -20,30 +21,43 @@ from lora_fx.adapters.factors import (
     SlicedB,
     TokenDropout,
 )
-from lora_fx.adapters.initialise import Kind, initialise
-from lora_fx.adapters.lora import LoRAFactor, as_rows, low_rank_weight
+from lora_fx.adapters.factors.lora import LoRAFactor, as_rows, low_rank_weight
+from lora_fx.adapters.factors.spec import AdapterSpec, ModelRecord
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.views import WeightView
-from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.models.swap import unswap
-from lora_fx.models.tensors import dotted
+from lora_fx.models.tensors import dotted, get_tensor
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import PlannedSite
 
 CHILDREN = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
-ACTIVE = "lora_fx_active"
-"""Attribute of an adapted module: name of the adapter that its forward uses, None while disabled."""
-CALLED = "lora_fx_called"
-"""Attribute of a module with an adapter for each call: how often it has been called in this forward."""
-WITHIN = "lora_fx_within"
-"""Attribute of such a module: whether a forward of the whole model is running."""
+STATE = "lora_fx_state"
+"""Attribute of an adapted module: its AdapterState."""
 READS = "lora_fx_reads"
 """Attribute of a class whose instances show these parameters with their adapters."""
-DENSE = "lora_fx_dense"
-"""Attribute of a module whose weights torch's fused kernels read in eval mode: they get a plain tensor there."""
 ITSELF = "lora_fx_layer"
 """Attribute of an adapted layer that is called: the layer itself, for the graph of one layer alone."""
 HOME = "_lora"
 """What the name of a raw parameter gets as its end in the name of the module that holds its adapter."""
 _HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterState:
+    """What an adapted module does at its next call.
+
+    It is replaced and never changed, so that shallow copies of a module (the replicas of nn.DataParallel) go ways of
+    their own.
+    """
+
+    active: str | None
+    """Name of the adapter that the forward uses; None while it is disabled."""
+    dense: bool = False
+    """Whether torch's fused kernels read the weights in eval mode: they get a plain tensor there."""
+    called: int | None = None
+    """How often it has been called in this forward; None unless each call has an adapter of its own."""
+    within: bool = False
+    """Whether a forward of the whole model is running, for which calls are counted."""
 
 
 class AdapterHome(nn.Module):
@@ -91,13 +105,13 @@ class Attached:
 
     def low_rank(self) -> Factored:
         """Return the low-rank part of the weight as it is stored."""
-        spec, view = self.spec, WeightView.of(tuple(self.base_weight.shape), self.spec.is_banked)
-        return Factored.of(view, self.lora_A.matrix, self.lora_B.matrix, spec.layout, spec.rank, spec.scaling)
+        spec, view = self.spec, WeightView.of(tuple(self.base_weight.shape), self.spec.site.is_banked)
+        return Factored.of(view, self.lora_A.matrix, self.lora_B.matrix, spec.site.layout, spec.rank, spec.scaling)
 
     def delta(self) -> Tensor:
         """Return ΔW = scaling · B A in float32 (float64 for float64 factors), in the shape of the base weight."""
         delta = low_rank_weight(self.lora_A.matrix, self.lora_B.matrix, self.spec.scaling)
-        stored = delta.transpose(-1, -2) if self.spec.layout == "in_out" else delta
+        stored = delta.transpose(-1, -2) if self.spec.site.layout == "in_out" else delta
         return stored.reshape(self.base_weight.shape)
 
 
@@ -107,6 +121,22 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
     A learning rate that suits LoRA moves bfloat16 parameters by less than their last bit.
     """
     return weight.dtype if weight.is_floating_point() and weight.dtype not in _HALF else torch.float32
+
+
+def record_of(plan: Plan, model: nn.Module) -> ModelRecord:
+    """Return the record that all adapters of the plan share; `model` tells which parameters were trained before."""
+    trained = frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
+    return ModelRecord(replace(plan, capture=None), trained)
+
+
+def spec_of(planned: PlannedSite, record: ModelRecord, model: nn.Module) -> AdapterSpec:
+    """Return what the adapter at a planned site of the model knows of itself."""
+    weight = get_tensor(model, planned.site.weight)
+    assert planned.lora is not None
+    assert weight is not None
+    mixed = adapter_dtype(weight) != weight.dtype
+    calls = (planned.calls or 0) if planned.per_call else 0
+    return AdapterSpec(planned.site, planned.lora, planned.rule or "", mixed, record, planned.slices, calls)
 
 
 def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
@@ -125,10 +155,10 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
     home.lora_A = nn.ModuleDict({spec.adapter: CallFactors(first) if spec.calls else first[0]})
     home.lora_B = nn.ModuleDict({spec.adapter: CallFactors(second) if spec.calls else second[0]})
     if spec.lora.dropout:
-        kind = TokenDropout if spec.op == "embedding" else nn.Dropout
+        kind = TokenDropout if spec.site.op == "embedding" else nn.Dropout
         home.lora_dropout = nn.ModuleDict({spec.adapter: kind(spec.lora.dropout)})
     if spec.lora.dora:
-        norms = row_norms(as_rows(weight, spec.layout), first[0].weight, second[0].matrix, spec.scaling)
+        norms = row_norms(as_rows(weight, spec.site.layout), first[0].weight, second[0].matrix, spec.scaling)
         magnitude = DoRAMagnitude(norms.to(adapter_dtype(weight)), spec.scaling)
         home.lora_magnitude_vector = nn.ModuleDict({spec.adapter: magnitude})
     for name in CHILDREN:
@@ -152,22 +182,22 @@ def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAF
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=adapter_dtype(weight), device=weight.device)
 
-    *bank, out_features = spec.shape[: 1 + spec.is_banked]
-    inner = spec.shape[1 + spec.is_banked :]
+    *bank, out_features = spec.site.shape[: 1 + spec.site.is_banked]
+    inner = spec.site.shape[1 + spec.site.is_banked :]
     rows = sum(map(len, spec.parts)) or out_features
     A: LoRAFactor
     B: LoRAFactor
-    if spec.op in ("conv1d", "conv2d", "conv3d") and isinstance(owner, Convolution):
+    if spec.site.op in ("conv1d", "conv2d", "conv3d") and isinstance(owner, Convolution):
         A = ConvolutionA(empty(spec.rank, *inner), spec, owner)
         B = ConvolutionB(empty(rows, spec.rank, *(1 for _ in inner[1:])), owner.groups)
     else:
         values = empty(*bank, spec.rank, math.prod(inner))
-        if spec.op == "embedding" and isinstance(owner, nn.Embedding):
+        if spec.site.op == "embedding" and isinstance(owner, nn.Embedding):
             A = EmbeddingA(values, spec, owner.padding_idx)
         else:
             A = LoRAFactor(values, spec)
         B = _second(empty(*bank, rows, spec.lora.r), spec)
-    kind: Kind = "bank" if bank else "embedding" if spec.op == "embedding" else "matrix"
+    kind: Kind = "bank" if bank else "embedding" if spec.site.op == "embedding" else "matrix"
     initialise(A.weight, B.weight, spec.lora.init, kind)
     return A, B
 
@@ -175,7 +205,7 @@ def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAF
 def _second(values: Tensor, spec: AdapterSpec) -> LoRAFactor:
     if not spec.parts:
         return LoRAFactor(values)
-    return SlicedB(values, spec.shape[int(spec.is_banked)], spec.parts)
+    return SlicedB(values, spec.site.features[0], spec.parts)
 
 
 def attached_to(owner: nn.Module) -> Iterator[Attached]:
@@ -246,8 +276,7 @@ def owner_path(path: str, found: Attached) -> str:
 def detach(owner: nn.Module) -> None:
     """Take all adapters away from the owner and give it its own class back, in place; the base weights stay."""
     unswap(owner)
-    for name in (ACTIVE, CALLED, WITHIN, DENSE):
-        owner.__dict__.pop(name, None)
+    owner.__dict__.pop(STATE, None)
     for name, child in list(owner._modules.items()):
         if name in CHILDREN or isinstance(child, AdapterHome):
             del owner._modules[name]

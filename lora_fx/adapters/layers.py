@@ -9,32 +9,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import (
-    ACTIVE,
-    CALLED,
-    DENSE,
     READS,
-    WITHIN,
+    STATE,
+    AdapterState,
     Attached,
     attached,
     attached_to,
     has_call_factors,
 )
-from lora_fx.adapters.dora import row_norms, stretch
-from lora_fx.adapters.factors import CallFactors
+from lora_fx.adapters.factors.dora import row_norms, stretch
+from lora_fx.adapters.factors.kinds import CallFactors
+from lora_fx.adapters.factors.lora import add_low_rank, as_rows
 from lora_fx.adapters.fused.eligible import term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
-from lora_fx.adapters.lora import add_low_rank, as_rows
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
 from lora_fx.errors import RefusedError
 from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap
 from lora_fx.models.tensors import dotted
+from lora_fx.models.torch_internals import in_backward, in_functorch
 
 
 class AdaptedLayer(Swapped, nn.Module):
@@ -50,7 +50,7 @@ class AdaptedLayer(Swapped, nn.Module):
 
     def adapted_forward(self, input: Tensor) -> Tensor:
         """Return what the module computes with the adapter that is active."""
-        name = self.__dict__[ACTIVE]
+        name = self.__dict__[STATE].active
         if name is None:
             return self.base_forward(input)
         term = self.adapted_term(input)
@@ -67,17 +67,17 @@ class AdaptedLayer(Swapped, nn.Module):
         if lora.dora:
             magnitude = functools.partial(
                 self.lora_magnitude_vector[name],
-                weight=as_rows(self._parameters["weight"], A.spec.layout),
+                weight=as_rows(self._parameters["weight"], A.spec.site.layout),
                 bias=self.bias,
                 lora_A=A.weight,
                 lora_B=B.matrix,
             )
-        one_hot = A.spec.op == "embedding"
+        one_hot = A.spec.site.op == "embedding"
         return add_low_rank(base, input, A, B, dropout, magnitude, lora.scaling, A.spec.mixed, one_hot)
 
     def adapted_term(self, input: Tensor) -> Term | None:
         """Return the layer with its active adapter as a term of a fused product with the input, if it can be one."""
-        name = self.__dict__[ACTIVE]
+        name = self.__dict__[STATE].active
         return None if name is None else term_of(self, name, input)
 
     @property
@@ -93,21 +93,22 @@ class AdaptedLayer(Swapped, nn.Module):
 
 def _next_call(owner: nn.Module, calls: int) -> int:
     """Return the number of the call that begins, and count it."""
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         raise RefusedError(
             "an adapter for each call cannot be used with activation checkpointing: a call that is made again in the "
             "backward pass does not say which one it is",
             advice="leave out `per_call: true`, or checkpoint other modules",
         )
-    number: int = owner.__dict__.get(CALLED, 0)
+    state: AdapterState = owner.__dict__[STATE]
+    number = state.called or 0
     if number >= calls:
-        if owner.__dict__.get(WITHIN, False):
+        if state.within:
             raise RefusedError(
                 f"a forward calls a module more often than the {calls} times for which it has an adapter each",
                 advice="apply with example_inputs that call it as often, or leave out `per_call: true`",
             )
         number = 0  # a part of the model is run alone: its calls begin again
-    owner.__dict__[CALLED] = number + 1
+    owner.__dict__[STATE] = replace(state, called=number + 1)
     return number
 
 
@@ -123,8 +124,9 @@ def stop_counting(root: nn.Module, _args: Any, _result: Any) -> None:
 
 def _set_calls(root: nn.Module, within: bool) -> None:
     for module in root.modules():
-        if CALLED in module.__dict__:
-            module.__dict__.update({CALLED: 0, WITHIN: within})
+        state = module.__dict__.get(STATE)
+        if state is not None and state.called is not None:
+            module.__dict__[STATE] = replace(state, called=0, within=within)
 
 
 @functools.cache
@@ -138,7 +140,8 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
     def read(owner: nn.Module) -> Tensor | None:
         base = owner._parameters[name]
         found = attached(owner, name)
-        if found is None or base is None or owner.__dict__.get(ACTIVE) is None:
+        state = owner.__dict__.get(STATE)
+        if found is None or base is None or state is None or state.active is None:
             return base
         return shown(found, base)
 
@@ -148,8 +151,8 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
 def shown(found: Attached, base: Tensor) -> Tensor:
     """Return the adapted weight as it is read: a LoRAWeight, or a plain tensor for those who need one."""
     owner = found.owner
-    fused = owner.__dict__.get(DENSE, False) and not owner.training and not torch.is_grad_enabled()
-    wrapped = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    fused = owner.__dict__[STATE].dense and not owner.training and not torch.is_grad_enabled()
+    wrapped = torch.compiler.is_compiling() or in_functorch()
     if found.magnitude is not None or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
         return effective_weight(found, base)
     dropout = found.dropout if found.dropout is not None and found.dropout.training else None
@@ -161,9 +164,10 @@ def effective_weight(found: Attached, base: Tensor) -> Tensor:
     delta = found.delta().to(base.dtype)
     if found.magnitude is None:
         return base + delta
-    rows = as_rows(base, found.spec.layout)
+    rows = as_rows(base, found.spec.site.layout)
     norms = row_norms(rows, found.lora_A.weight, found.lora_B.matrix, found.spec.scaling)
-    scale = stretch(found.magnitude.weight, norms).to(base.dtype).unsqueeze(1 if found.spec.layout == "out_in" else 0)
+    outputs = 1 if found.spec.site.layout == "out_in" else 0
+    scale = stretch(found.magnitude.weight, norms).to(base.dtype).unsqueeze(outputs)
     return base + (scale - 1) * base + scale * delta
 
 
@@ -177,18 +181,15 @@ def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:
     """
     names = tuple(reads)
     swap(owner, reading(names) if names else AdaptedLayer)
-    owner.__dict__[ACTIVE] = next(attached_to(owner)).spec.adapter
-    if has_call_factors(owner):
-        owner.__dict__[CALLED] = 0
-    if kernel:
-        owner.__dict__[DENSE] = True
+    active, called = next(attached_to(owner)).spec.adapter, 0 if has_call_factors(owner) else None
+    owner.__dict__[STATE] = AdapterState(active, kernel, called)
 
 
 def set_active(owner: nn.Module, adapter: str | None) -> str | None:
     """Switch the module to the adapter of that name, or off with None; return what was active."""
-    before: str | None = owner.__dict__[ACTIVE]
-    owner.__dict__[ACTIVE] = adapter
-    return before
+    before: AdapterState = owner.__dict__[STATE]
+    owner.__dict__[STATE] = replace(before, active=adapter)
+    return before.active
 
 
 _KERNELS = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAttention: ("out_proj", "")}

@@ -25,11 +25,11 @@ def command(model: str, adapter: str, target: str, output: str, verify: bool, op
     """
     given = _read(options)  # a misspelt option is an error before torch is imported
     from lora_fx.api import export, load
-    from lora_fx.cli.models.spec import load_with_weights
+    from lora_fx.cli.models.spec import load_model
     from lora_fx.exporters import target_named
 
     target_named(target)
-    built, inputs = load_with_weights(model)
+    built, inputs = load_model(model, weights=True)
     tuned = load(built, adapter).eval()
     show(str(export(tuned, output, target, inputs, verify, **given)))
 

@@ -21,7 +21,7 @@ from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.layers import has_unknown_weights
 from lora_fx.models.samples import Sample, Samples
 from lora_fx.models.tensors import dotted
-from lora_fx.planning.decide import in_own_graph, on_modules, still_fitting
+from lora_fx.planning.decide import on_modules, still_fitting
 from lora_fx.planning.plan import Decisions, Plan
 from lora_fx.planning.planned import DEAD, Inventory, PlannedRegion, PlannedSite
 from lora_fx.regions.program import OPTIMISATIONS, foreseen
@@ -57,13 +57,12 @@ class Observed:
             backend: "modules" captures nothing.
         """
         notes = (*decisions.notes, self.note) if self.note else decisions.notes
-        if backend != "modules" and self.inventory.in_graph is None and decisions.adapted:
-            return self._with_captures(decisions, notes)
+        if backend != "modules" and self.inventory.in_graph is None:
+            return self._with_captures(decisions, notes) if decisions.adapted else Plan.of(decisions, notes=notes)
         if backend == "modules":
             return on_modules(decisions)
-        if self.inventory.in_graph is not None:
-            return in_own_graph(decisions, self.inventory.in_graph)
-        return Plan.of(decisions, notes=notes)
+        in_graph = self.inventory.in_graph or frozenset()
+        return on_modules(decisions, in_graph, "inside a module that the graph calls as a whole")
 
     def _with_captures(self, decisions: Decisions, notes: tuple[str, ...]) -> Plan:
         """Return the plan with the graphs that are captured; without samples, those that are provably safe to trace."""
@@ -196,48 +195,48 @@ def renewed(model: nn.Module, plan: Plan, tried: Samples, backend: str = "auto")
     return seen.planned(decisions, backend)
 
 
-def foreseen_passes(found: Survey, decisions: Decisions, model: nn.Module) -> dict[str, set[str]]:
+def foreseen_passes(captured: Survey, decisions: Decisions, model: nn.Module) -> dict[str, set[str]]:
     """Return what the optimisations will do at each fused site, by its path, in the survey's graphs."""
     fused = {path for site in decisions.adapted if not site.not_fused for path in site.site.paths}
     passes: dict[str, set[str]] = {}
     known: dict[tuple[int, frozenset[str]], dict[str, set[str]]] = {}
-    for path, structure in found.structures.items():
+    for path, structure in captured.structures.items():
         block = model.get_submodule(path)
         inside = frozenset(name for name, _ in block.named_modules() if name and dotted(path, name) in fused)
-        for captured, _ in found.library.get(structure, ()):
-            key = (id(captured), inside)
+        for graph, _ in captured.library.get(structure, ()):
+            key = (id(graph), inside)
             if key not in known:
                 known[key] = {}
                 with contextlib.suppress(AttributeError):  # it reads what a forward makes first
-                    known[key] = foreseen(captured, block, inside)
+                    known[key] = foreseen(graph, block, inside)
             for name, does in known[key].items():
                 passes.setdefault(dotted(path, name), set()).update(does)
     return passes
 
 
-def _with_backend(site: PlannedSite, found: Survey, passes: Mapping[str, set[str]]) -> PlannedSite:
+def _with_backend(site: PlannedSite, captured: Survey, passes: Mapping[str, set[str]]) -> PlannedSite:
     """Return the planned site with how it is computed: its backend, and what makes it cheaper to train."""
-    in_graph = not found.covered.isdisjoint((*site.site.paths, site.site.weight))
+    in_graph = not captured.covered.isdisjoint((*site.site.paths, site.site.weight))
     does: set[str] = set()
     if site.decision == "adapt" and not site.not_fused:
         does = {"fuse"}.union(*(passes.get(path, set()) for path in site.site.paths))
     return replace(
         site,
         backend="graph" if in_graph else "module",
-        backend_reason="" if in_graph else _reason(site, found),
+        backend_reason="" if in_graph else _reason(site, captured),
         passes=tuple(name for name in ("fuse", *OPTIMISATIONS) if name in does),
     )
 
 
-def _reason(each: PlannedSite, found: Survey) -> str:
+def _reason(each: PlannedSite, captured: Survey) -> str:
     """Return why the site is in no graph: the failure of its innermost region."""
     if each.calls == 0:
         return DEAD
-    owners = [region for region in found.failures if not region or f"{each.path}.".startswith(f"{region}.")]
-    return found.failures[max(owners, key=len)] if owners else "outside of repeated blocks"
+    owners = [region for region in captured.failures if not region or f"{each.path}.".startswith(f"{region}.")]
+    return captured.failures[max(owners, key=len)] if owners else "outside of repeated blocks"
 
 
-def _planned_regions(found: Survey) -> tuple[PlannedRegion, ...]:
-    graphs = [PlannedRegion(path, "graph", found.failures.get(path, "")) for path in found.graphs]
-    failed = [PlannedRegion(p, "module", why) for p, why in found.failures.items() if p not in found.graphs]
+def _planned_regions(captured: Survey) -> tuple[PlannedRegion, ...]:
+    graphs = [PlannedRegion(path, "graph", captured.failures.get(path, "")) for path in captured.graphs]
+    failed = [PlannedRegion(p, "module", why) for p, why in captured.failures.items() if p not in captured.graphs]
     return (*graphs, *failed)

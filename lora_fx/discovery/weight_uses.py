@@ -53,7 +53,7 @@ class Uses:
 
 
 @dataclass(slots=True)
-class _Seen:
+class _Tally:
     """Uses of one parameter, being collected."""
 
     ops: Counter[str] = field(default_factory=Counter)
@@ -140,7 +140,7 @@ _Axes = frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
+class _Origin:
     """What a tensor shows of a parameter."""
 
     owners: dict[str, nn.Module]
@@ -155,14 +155,14 @@ class _Shown:
 class _Memory:
     """What lies in the memory of a parameter, or of a copy of one."""
 
-    shown: tuple[_Shown, ...]
+    shown: tuple[_Origin, ...]
     """One parameter, or each of those that it was computed from."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     alive: StorageWeakRef | None = None
     """Of a copy: its memory, which may go to another tensor later."""
 
-    def seen_by(self, tensor: Tensor) -> tuple[_Shown, ...]:
+    def seen_by(self, tensor: Tensor) -> tuple[_Origin, ...]:
         """Return what a tensor on this memory shows."""
         steps = [self._along(*step) for step in zip(tensor.shape, tensor.stride(), strict=True)]
         return tuple(
@@ -183,7 +183,7 @@ class _Watch(DispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.active: list[nn.Module] = []
         self.functions = _Functions()
-        self.seen: dict[str, _Seen] = {}
+        self.seen: dict[str, _Tally] = {}
         self._roots: dict[int, _Memory] = {}
         """The parameters, by memory."""
         self._copies: dict[int, _Memory] = {}
@@ -197,8 +197,8 @@ class _Watch(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = name_of(func)
-        operands = [each for each in args if isinstance(each, Tensor)]
-        if any(self._is_weight(each) for each in operands) or name in _KERNELS:
+        operands = [value for value in args if isinstance(value, Tensor)]
+        if any(map(self._is_weight, operands)) or name in _KERNELS:
             self._note(name, args, operands, result)
         return result
 
@@ -207,8 +207,8 @@ class _Watch(DispatchMode):
             self._note_product(name, args)
         elif name in _KERNELS:
             for each in (*operands, *(t for a in args if isinstance(a, (list, tuple)) for t in a)):
-                for found in self._where(each) if isinstance(each, Tensor) and each.dim() >= 2 else ():
-                    self._see(found, "other", None, f"torch.{name} is one kernel; nothing can be added inside of it")
+                for origin in self._where(each) if isinstance(each, Tensor) and each.dim() >= 2 else ():
+                    self._see(origin, "other", None, f"torch.{name} is one kernel; nothing can be added inside of it")
         elif name in _COPIES and isinstance(result, Tensor):
             self._note_copy(name, args, result)
         elif name in _ARITHMETIC and isinstance(result, Tensor):
@@ -219,7 +219,7 @@ class _Watch(DispatchMode):
     def _is_weight(self, tensor: Tensor) -> bool:
         return _has_storage(tensor) and (_storage(tensor) in self._roots or _storage(tensor) in self._copies)
 
-    def _where(self, tensor: Tensor) -> tuple[_Shown, ...]:
+    def _where(self, tensor: Tensor) -> tuple[_Origin, ...]:
         """Return what the tensor shows of parameters; nothing if it is none and was not made of some."""
         if not _has_storage(tensor):
             return ()
@@ -244,11 +244,11 @@ class _Watch(DispatchMode):
         shown = [self._where(each) for each in given]
         if all(shown):
             unknown = (frozenset[int](),) * result.dim()
-            every = [each for found in shown for each in found]
+            every = [each for origin in shown for each in origin]
             kept = (each if len(each.axes) == result.dim() else replace(each, axes=unknown) for each in every)
             self._remember(tuple(kept), result)
 
-    def _remember(self, shown: tuple[_Shown, ...], result: Tensor) -> None:
+    def _remember(self, shown: tuple[_Origin, ...], result: Tensor) -> None:
         if not shown or not _has_storage(result) or _storage(result) in self._roots:
             return
         if all(len(each.axes) == result.dim() for each in shown):
@@ -260,38 +260,38 @@ class _Watch(DispatchMode):
     def _note_product(self, name: str, args: Any) -> None:
         left, right, kind = _PRODUCTS[name]
         if kind != "product":
-            for found in self._where(args[right]):
-                self._note_layer(kind, found, args)
+            for origin in self._where(args[right]):
+                self._note_layer(kind, origin, args)
             return
         weights = [self._where(args[left]), self._where(args[right])]
         if all(weights):  # of two parameters, the one that F.linear calls the weight is
             weights[0] = ()
         for shown, tensor, summed in zip(weights, (args[left], args[right]), (-1, -2), strict=True):
-            for found in shown:
-                self._note_matrix(found, 0 if tensor.dim() == 1 else summed)
+            for origin in shown:
+                self._note_matrix(origin, 0 if tensor.dim() == 1 else summed)
 
-    def _note_layer(self, kind: str, found: _Shown, args: Any) -> None:
+    def _note_layer(self, kind: str, origin: _Origin, args: Any) -> None:
         if kind == "embedding":
-            self._see(found, "embedding", ("in_out", False))
+            self._see(origin, "embedding", ("in_out", False))
         elif kind == "bag":
-            self._see(found, "embedding", ("in_out", False), "nn.EmbeddingBag sums inside of one kernel")
+            self._see(origin, "embedding", ("in_out", False), "nn.EmbeddingBag sums inside of one kernel")
         elif args[6]:
-            self._see(found, "other", ("out_in", False), "a transposed convolution cannot be adapted")
+            self._see(origin, "other", ("out_in", False), "a transposed convolution cannot be adapted")
         else:
-            self._see(found, f"conv{len(found.axes) - 2}d", ("out_in", False))
+            self._see(origin, f"conv{len(origin.axes) - 2}d", ("out_in", False))
 
-    def _note_matrix(self, found: _Shown, summed: int) -> None:
+    def _note_matrix(self, origin: _Origin, summed: int) -> None:
         op = "linear" if self.functions.name in ("linear", "multi_head_attention_forward", "") else "matmul"
-        if found.rank == 3 and self.functions.name != "einsum":
+        if origin.rank == 3 and self.functions.name != "einsum":
             op = "linear"  # a bank: `use` calls it experts
-        kept = frozenset[int]().union(*found.axes) - found.axes[summed]
-        self._see(found, op, _sides(found.rank, found.axes[summed], kept))
+        kept = frozenset[int]().union(*origin.axes) - origin.axes[summed]
+        self._see(origin, op, _sides(origin.rank, origin.axes[summed], kept))
 
-    def _see(self, found: _Shown, op: str, sides: tuple[Layout, bool] | None, problem: str = "") -> None:
-        owners = found.owners
+    def _see(self, origin: _Origin, op: str, sides: tuple[Layout, bool] | None, problem: str = "") -> None:
+        owners = origin.owners
         inside = [each for each, module in owners.items() if self.active and self.active[-1] is module]
         name = inside[0] if inside else next(iter(owners))
-        seen = self.seen.setdefault(name, _Seen())
+        seen = self.seen.setdefault(name, _Tally())
         seen.ops[op] += 1
         seen.calls += 1
         if sides is not None:
@@ -324,7 +324,7 @@ def _storage(tensor: Tensor) -> int:
 
 def _memory_of(parameter: Tensor) -> _Memory:
     axes = tuple(frozenset((axis,)) for axis in range(parameter.dim()))
-    return _Memory((_Shown({}, parameter.dim(), axes),), tuple(parameter.shape), parameter.stride())
+    return _Memory((_Origin({}, parameter.dim(), axes),), tuple(parameter.shape), parameter.stride())
 
 
 _PRODUCTS: dict[str, tuple[int, int, str]] = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from torch import nn
 from lora_fx.errors import ExportError
 from lora_fx.exporters.registry import BUILT_IN, GROUP, names, target_named, targets
 from lora_fx.exporters.running import largest_difference, outputs_of
-from lora_fx.exporters.staging import staged
 from lora_fx.exporters.target import FEATURES, Ability, Refusal, Target
+from lora_fx.files.atomic import files_in, staged
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
 from lora_fx.text import listing
@@ -45,8 +46,9 @@ class Exported:
         text = f"{self.target}: {self.path} written"
         if self.difference is None:
             return text
-        found = f"max |Δ| {self.difference:.2g} (tolerance {self.tolerance:.2g}; the adapter changes {self.effect:.2g})"
-        return f"{text}\n  verified in {target_named(self.target).client}: {found}"
+        difference = f"max |Δ| {self.difference:.2g} (tolerance {self.tolerance:.2g}"
+        compared = f"{difference}; the adapter changes {self.effect:.2g})"
+        return f"{text}\n  verified in {target_named(self.target).client}: {compared}"
 
 
 def export(
@@ -62,12 +64,40 @@ def export(
     _check(tuned, chosen, sample, verify, options)
     still = make_twin(tuned, freeze=False).eval()
     given = {**options, "sample": sample} if chosen.needs_sample else options
-    with staged(target, path) as stage:
+    with _staged(target, path) as stage:
         chosen.write(still, stage, **given)
         if not verify or sample is None:
             return Exported(target, path)
         kept = {name: value for name, value in options.items() if name in chosen.verify_options}
         return _verified(chosen, still, stage, path, sample, kept)
+
+
+@contextlib.contextmanager
+def _staged(target: str, path: Path) -> Iterator[Path]:
+    """Give a path of the same name in a fresh directory beside; at the end, move all that is in there into place.
+
+    An existing directory is written into only if nothing of it would stay: files of another export among the new ones
+    would be read with them.
+
+    Raises:
+        ExportError: the path cannot be written, or is a directory with something else in it.
+    """
+
+    def refuse_mixing(new: Path, old: Path) -> None:
+        if not old.exists() or (new.is_file() and old.is_file()):
+            return
+        if new.is_dir() != old.is_dir():
+            raise ExportError(target, f"{old} is there already, and is {'a directory' if old.is_dir() else 'a file'}")
+        foreign = sorted(str(name) for name in files_in(old) - files_in(new))
+        if foreign:
+            facts = [(name,) for name in foreign[:6]]
+            raise ExportError(target, f"{old} holds other files", facts, "choose another path")
+
+    try:
+        with staged(path, refuse_mixing) as stage:
+            yield stage
+    except OSError as error:
+        raise ExportError(target, f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _check(tuned: nn.Module, chosen: Target, sample: Sample | None, verify: bool, options: dict[str, Any]) -> None:
@@ -118,7 +148,7 @@ def _verified(
 
 def _tolerance(chosen: Target, tuned: nn.Module, outputs: Sequence[torch.Tensor]) -> float:
     """Return the target's tolerance for the model's least exact dtype and largest output."""
-    dtypes = {each.dtype for each in tuned.parameters()}
+    dtypes = {parameter.dtype for parameter in tuned.parameters()}
     rounding = max((_ROUNDING.get(dtype, 1.0) for dtype in dtypes), default=1.0)
-    largest = max((float(each.abs().max()) for each in outputs if each.numel()), default=1.0)
+    largest = max((float(output.abs().max()) for output in outputs if output.numel()), default=1.0)
     return chosen.tolerance * rounding * max(1.0, largest)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import get_tensor
-from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.tuned.build import build, record_in
@@ -26,7 +25,7 @@ NAME = "default"
 
 
 @dataclass(frozen=True, slots=True)
-class Neutral:
+class BaseGraphParts:
     """The model, and all that its adapters change in it."""
 
     model: nn.Module
@@ -41,59 +40,63 @@ class Neutral:
     """A few values of each adapted base weight."""
 
 
-def neutral(tuned: nn.Module) -> Neutral:
-    """Return the adapted model with its adapters as data; the model itself stays unchanged."""
-    found = list(_numbered(tuned))
-    plan = Plan.from_json(record_in(tuned).plan)
-    ranks = {each.spec.path: each.spec.rank for _, each in found}
+def base_graph_parts(tuned: nn.Module) -> BaseGraphParts:
+    """Return the adapted model with its adapters as data; the model itself stays unchanged.
+
+    The scaling is in B [out, r]; an adapter of parts has r rows of A and columns of B for every part.
+    """
+    adapted = list(_numbered(tuned))
+    plan = record_in(tuned).plan
+    ranks = {adapter.spec.path: adapter.spec.rank for _, adapter in adapted}
     with torch.random.fork_rng(devices=[]):  # fresh factors draw numbers
-        model = build(removed(tuned), replace(plan, sites=tuple(_plain(each, ranks) for each in plan.sites))).eval()
+        sites = tuple(_plain(planned, ranks) for planned in plan.sites)
+        model = build(removed(tuned), replace(plan, sites=sites)).eval()
     twins = dict(_numbered(model))
     adapters = {name: {} for name in _names(tuned)}  # type: dict[str, dict[str, Tensor]]
     base: dict[str, Tensor] = {}
     axes: dict[str, int] = {}
-    names = {id(each): name for name, each in model.named_parameters()}
-    for key, each in found:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for key, adapter in adapted:
         twin = twins[key]
         base |= _base_values(twin, names)
-        _fill(twin, each)
+        _fill(twin, adapter)
         values = {names[id(parameter)]: parameter.detach() for parameter in _own(twin)}
-        adapters[each.spec.adapter] |= values
-        if each.spec.op not in CONVOLUTIONS and not each.spec.is_banked:
+        adapters[adapter.spec.adapter] |= values
+        if adapter.spec.site.op not in CONVOLUTIONS and not adapter.spec.site.is_banked:
             axes |= {names[id(twin.lora_A.weight)]: 0, names[id(twin.lora_B.weight)]: 1}
     _add_changed(tuned, model, next(iter(adapters.values())), base)
     model.requires_grad_(False)
-    fingerprint = {each.spec.path: sample_values(each.base_weight) for _, each in found}
-    return Neutral(model, adapters, base, axes, fingerprint)
+    fingerprint = {adapter.spec.path: sample_values(adapter.base_weight) for _, adapter in adapted}
+    return BaseGraphParts(model, adapters, base, axes, fingerprint)
 
 
 def _numbered(model: nn.Module) -> Iterator[tuple[tuple[str, int | None], Attached]]:
-    return (((each.spec.path, each.call), each) for _, each in all_attached(model))
+    return (((adapter.spec.path, adapter.call), adapter) for _, adapter in all_attached(model))
 
 
 def _names(tuned: nn.Module) -> list[str]:
-    return sorted({each.spec.adapter for _, each in all_attached(tuned)}, key=lambda name: (name != NAME, name))
+    return sorted({adapter.spec.adapter for _, adapter in all_attached(tuned)}, key=lambda name: (name != NAME, name))
 
 
-def _plain(each: PlannedSite, ranks: dict[str, int]) -> PlannedSite:
+def _plain(planned: PlannedSite, ranks: dict[str, int]) -> PlannedSite:
     """Return the planned site with scaling 1, without dropout and parts."""
-    if each.decision != "adapt" or each.lora is None:
-        return each
-    r = ranks[each.path]
-    plain = replace(each.lora, r=r, alpha=r, rslora=False, dropout=0.0, init="kaiming", bias=False, adapter=NAME)
-    return replace(each, lora=plain, slices=None)
+    if planned.decision != "adapt" or planned.lora is None:
+        return planned
+    r = ranks[planned.path]
+    plain = replace(planned.lora, r=r, alpha=r, rslora=False, dropout=0.0, init="kaiming", bias=False, adapter=NAME)
+    return replace(planned, lora=plain, slices=None)
 
 
-def _own(found: Attached) -> Iterator[nn.Parameter]:
-    yield found.lora_A.weight
-    yield found.lora_B.weight
-    if found.magnitude is not None:
-        yield found.magnitude.weight
+def _own(adapter: Attached) -> Iterator[nn.Parameter]:
+    yield adapter.lora_A.weight
+    yield adapter.lora_B.weight
+    if adapter.magnitude is not None:
+        yield adapter.magnitude.weight
 
 
 def _base_values(fresh: Attached, names: dict[int, str]) -> dict[str, Tensor]:
     """Return zeros for the factors; a magnitude that has just been made has the lengths of the base's rows."""
-    zeros = {names[id(each)]: torch.zeros_like(each) for each in (fresh.lora_A.weight, fresh.lora_B.weight)}
+    zeros = {names[id(factor)]: torch.zeros_like(factor) for factor in (fresh.lora_A.weight, fresh.lora_B.weight)}
     if fresh.magnitude is None:
         return zeros
     return {**zeros, names[id(fresh.magnitude.weight)]: fresh.magnitude.weight.detach().clone()}

@@ -6,7 +6,6 @@ A program of ExecuTorch plans its memory beforehand: it takes inputs of the exam
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,32 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ExportError
-from lora_fx.exporters.base_graph import neutral
+from lora_fx.exporters.base_graph import base_graph_parts
 from lora_fx.exporters.program import (
     EVERY_FEATURE,
+    as_fact,
     exported,
     input_tensors,
+    nothing_refused,
     outputs_of_both,
     quiet,
-    told,
     worst_difference,
 )
 from lora_fx.exporters.running import run_client
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.target import Target
 from lora_fx.models.samples import Sample
 from lora_fx.tuned.undo import removed
 
 
-def _refused(tuned: nn.Module) -> Iterator[Refusal]:
-    yield from ()
-
-
 def _write(tuned: nn.Module, path: Path, sample: Sample) -> None:
-    models = {"forward": neutral(tuned).model, "base": removed(tuned).eval().requires_grad_(False)}
+    models = {"forward": base_graph_parts(tuned).model, "base": removed(tuned).eval().requires_grad_(False)}
     programs = {name: exported("executorch", model, sample, bounded=True) for name, model in models.items()}
     exir: Any = importlib.import_module("executorch.exir")
     try:
         with torch.no_grad(), quiet():
             content = bytes(exir.to_edge(programs).to_executorch().buffer)
     except Exception as error:
-        raise ExportError("executorch", "ExecuTorch cannot convert the model", [told(error)]) from error
+        raise ExportError("executorch", "ExecuTorch cannot convert the model", [as_fact(error)]) from error
     path.write_bytes(content)
 
 
@@ -56,7 +52,7 @@ TARGET = Target(
     name="executorch",
     writes="one `.pte` file with the methods `forward` (adapted) and `base`",
     client="ExecuTorch",
-    refused=_refused,
+    refused=nothing_refused,
     write=_write,
     verify=_verify,
     extra="executorch",

@@ -13,43 +13,43 @@ from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.tuned.build import record_in
 
 _SEVERAL: dict[str, Callable[[Attached], Hashable]] = {
-    "ranks": lambda found: found.spec.lora.r,
-    "alphas": lambda found: found.spec.scaling,
-    "adapters": lambda found: found.spec.adapter,
+    "ranks": lambda adapter: adapter.spec.lora.r,
+    "alphas": lambda adapter: adapter.spec.scaling,
+    "adapters": lambda adapter: adapter.spec.adapter,
 }
 
 
 def features(tuned: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (feature, path of a site or module that has it) for all that the adapted model has of FEATURES."""
     sites = list(all_attached(tuned))
-    for path, found in sites:
-        yield _kind(tuned, path, found), path
-        yield from ((feature, path) for feature in _traits(found))
+    for path, adapter in sites:
+        yield _kind(tuned, path, adapter), path
+        yield from ((feature, path) for feature in _traits(adapter))
     for feature, value_of in _SEVERAL.items():
-        counted = Counter(value_of(found) for _, found in sites)
+        counted = Counter(value_of(adapter) for _, adapter in sites)
         usual = counted.most_common(1)[0][0]
-        yield from ((feature, path) for path, found in sites if value_of(found) != usual)
+        yield from ((feature, path) for path, adapter in sites if value_of(adapter) != usual)
     yield from (("train", path) for path in record_in(tuned).trained)
 
 
-def _kind(tuned: nn.Module, path: str, found: Attached) -> str:
-    above = tuned.get_submodule(owner_path(path, found).rpartition(".")[0])
-    if isinstance(found.owner, nn.MultiheadAttention) or isinstance(above, nn.MultiheadAttention):
+def _kind(tuned: nn.Module, path: str, adapter: Attached) -> str:
+    above = tuned.get_submodule(owner_path(path, adapter).rpartition(".")[0])
+    if isinstance(adapter.owner, nn.MultiheadAttention) or isinstance(above, nn.MultiheadAttention):
         return "attention"
-    if found.spec.is_banked:
+    if adapter.spec.site.is_banked:
         return "experts"
-    if not found.spec.path_is_owner:
+    if not adapter.spec.path_is_owner:
         return "parameter"
-    if found.spec.op in CONVOLUTIONS:
+    if adapter.spec.site.op in CONVOLUTIONS:
         return "convolution"
-    if found.spec.op == "embedding":
+    if adapter.spec.site.op == "embedding":
         return "embedding"
-    return "conv1d" if found.spec.layout == "in_out" else "linear"
+    return "conv1d" if adapter.spec.site.layout == "in_out" else "linear"
 
 
-def _traits(found: Attached) -> Iterator[str]:
-    lora = found.spec.lora
-    held = {"slices": found.spec.parts, "calls": found.call is not None}
+def _traits(adapter: Attached) -> Iterator[str]:
+    lora = adapter.spec.lora
+    held = {"slices": adapter.spec.parts, "calls": adapter.call is not None}
     held |= {"rslora": lora.rslora, "dora": lora.dora, "bias": lora.bias}
     yield from (feature for feature, has in held.items() if has)
 

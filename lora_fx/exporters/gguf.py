@@ -1,12 +1,13 @@
 """gguf: an adapter for llama.cpp.
 
-The file has one alpha, and llama.cpp takes alpha / rank of each tensor as its scaling; where that is not a site's own,
+The file has one alpha, and llama.cpp takes alpha / rank of a tensor as its scaling; where that is not a site's own,
 the rest goes into its B.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,19 +19,81 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import ExportError
-from lora_fx.exporters.gguf_layout import LAYOUTS, GgufLayout, permuted_rows
+from lora_fx.exporters.features import expressed
+from lora_fx.exporters.plain import PlainAdapter, plain_adapters
 from lora_fx.exporters.program import call_of
 from lora_fx.exporters.running import largest_difference, run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
-from lora_fx.planning.plan import Plan
 from lora_fx.tuned.build import record_in
 from lora_fx.tuned.undo import disabled
 
 _MERGE = "merge the adapter (target 'merged') and convert that model"
 _MOST_WORDS = 1000
 """Of how many of the likeliest next words the probabilities are compared, where there are more."""
+
+
+# -- which tensor of a file is which weight: only what was run in llama.cpp and computed alike is in these tables
+# (it loads an adapter for any tensor, also for one that it never adapts, and for one whose rows lie in another order)
+
+_ATTENTION = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+}
+_MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+_FUSED = {
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_ENDS = {"model.embed_tokens": "token_embd", "lm_head": "output"}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufLayout:
+    """How one architecture lies in a GGUF file."""
+
+    architecture: str
+    """What the file calls it."""
+    blocks: dict[str, str]
+    """Path in a layer → name in `blk.N`."""
+    permuted: bool = False
+    """Whether the rows of q and k are in the order of the original LLaMA's rotary embedding, not in transformers'."""
+
+    def tensor(self, path: str) -> str | None:
+        """Return the name of the weight of a site, or None if the file has none that an adapter may change."""
+        if path in _ENDS:
+            return f"{_ENDS[path]}.weight"
+        match = _LAYER.fullmatch(path)
+        name = self.blocks.get(match[2]) if match else None
+        return None if match is None or name is None else f"blk.{match[1]}.{name}.weight"
+
+
+_SEPARATE = {**_ATTENTION, **_MLP}
+LAYOUTS = {
+    "LlamaForCausalLM": GgufLayout("llama", _SEPARATE, permuted=True),
+    "MistralForCausalLM": GgufLayout("llama", _SEPARATE, permuted=True),
+    "Qwen2ForCausalLM": GgufLayout("qwen2", _SEPARATE),
+    "Qwen3ForCausalLM": GgufLayout("qwen3", _SEPARATE),
+    "GemmaForCausalLM": GgufLayout("gemma", _SEPARATE),
+    "Gemma2ForCausalLM": GgufLayout("gemma2", _SEPARATE),
+    "Phi3ForCausalLM": GgufLayout("phi3", _FUSED),
+}
+"""By class of the model."""
+
+
+def permuted_rows(rows: Tensor, heads: int) -> Tensor:
+    """Return a matrix whose rows are those of q or k in the order that llama.cpp's `llama` has them.
+
+    transformers rotates the first half of each head against the second; the original rotates neighbours.
+    """
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return torch.transpose(halves, 1, 2).reshape(rows.shape)
 
 
 # -- what can be written
@@ -44,22 +107,22 @@ def _refused(tuned: nn.Module) -> Iterator[Refusal]:
         yield "", f"the layout of {name} in GGUF has not been tested, only that of {known}; {_MERGE}"
         return
     tied = _tied(tuned)
-    for path, found in all_attached(tuned):
-        reason = _reason(path, found, layout, path in tied)
+    for path, adapter in all_attached(tuned):
+        reason = _reason(path, adapter, layout, path in tied)
         if reason is not None:
             yield path, f"{reason}; {_MERGE}"
     for path in record_in(tuned).trained:
         yield path, f"an adapter in GGUF holds no whole modules; {_MERGE}"
 
 
-def _reason(path: str, found: Attached, layout: GgufLayout, tied: bool) -> str | None:
+def _reason(path: str, adapter: Attached, layout: GgufLayout, tied: bool) -> str | None:
     """Return why a site's adapter cannot be written, or None."""
-    spec = found.spec
+    spec = adapter.spec
     if spec.lora.dora:
         return "llama.cpp knows no DoRA"
-    if spec.lora.bias and found.owner._parameters.get("bias") is not None:
+    if spec.lora.bias and adapter.owner._parameters.get("bias") is not None:
         return "an adapter in GGUF holds no biases"
-    if found.call is not None:
+    if adapter.call is not None:
         return "llama.cpp has one adapter for all calls"
     if not spec.path_is_owner or layout.tensor(path) is None:
         return f"llama.cpp applies no adapter to it in the architecture '{layout.architecture}'"
@@ -69,8 +132,8 @@ def _reason(path: str, found: Attached, layout: GgufLayout, tied: bool) -> str |
 
 
 def _tied(tuned: nn.Module) -> set[str]:
-    sites = Plan.from_json(record_in(tuned).plan).adapted
-    return {each.path for each in sites if each.site.tied_to} | (
+    sites = record_in(tuned).plan.adapted
+    return {planned.path for planned in sites if planned.site.tied_to} | (
         {"lm_head", "model.embed_tokens"} if _config(tuned).tie_word_embeddings else set()
     )
 
@@ -82,50 +145,35 @@ def _config(tuned: nn.Module) -> Any:
 # -- writing
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """The factors of one site as llama.cpp has them, but for the scaling."""
-
-    name: str
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-    rank: int
-
-    @property
-    def alpha(self) -> float:
-        """What alpha would have to be, without a rest in B."""
-        return self.scaling * self.rank
-
-
 def _write(tuned: nn.Module, path: Path, base: str | Path | None = None) -> None:
     layout = LAYOUTS[original_class(tuned).__name__]
-    pairs = [_pair(layout, path_, found, _config(tuned)) for path_, found in all_attached(tuned)]
-    alpha = _common(pair.alpha for pair in pairs)
+    adapters = list(plain_adapters(tuned))
+    alpha = _common(adapter.alpha for adapter in adapters)
     writer = importlib.import_module("gguf").GGUFWriter(path, layout.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
-    for pair in pairs:
-        rest = pair.alpha / alpha
-        writer.add_tensor(f"{pair.name}.lora_a", _array(pair.lora_a))
-        writer.add_tensor(f"{pair.name}.lora_b", _array(pair.lora_b if rest == 1 else pair.lora_b * rest))
+    for adapter in adapters:
+        name, rest = layout.tensor(adapter.path), adapter.alpha / alpha
+        assert name is not None
+        A, B = _laid_out(adapter, name, layout, _config(tuned))
+        writer.add_tensor(f"{name}.lora_a", _array(A))
+        writer.add_tensor(f"{name}.lora_b", _array(B if rest == 1 else B * rest))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _pair(layout: GgufLayout, path: str, found: Attached, config: Any) -> _Pair:
-    name = layout.tensor(path)
-    assert name is not None
-    A, B = found.lora_A.matrix.detach(), found.lora_B.matrix.detach()
-    if found.spec.op == "embedding":  # llama.cpp looks tokens up in A, so it has it the other way round
+def _laid_out(adapter: PlainAdapter, name: str, layout: GgufLayout, config: Any) -> tuple[Tensor, Tensor]:
+    """Return A and B as llama.cpp has them, but for the scaling."""
+    A, B = adapter.A, adapter.B
+    if name == f"{_ENDS['model.embed_tokens']}.weight":  # llama.cpp looks tokens up in A: it is the other way round
         A = A.t()
     if layout.permuted and name.endswith(("attn_q.weight", "attn_k.weight")):
         heads = config.num_attention_heads if name.endswith("attn_q.weight") else config.num_key_value_heads
         B = permuted_rows(B, heads)
-    return _Pair(name, A, B, found.spec.scaling, found.spec.rank)
+    return A, B
 
 
 def _common(alphas: Iterable[float]) -> float:
@@ -149,10 +197,10 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, base: str | Path | Non
     prompts = _prompts(tuned, sample)
     words = min(_config(tuned).vocab_size, _MOST_WORDS)
     given = {"base": str(base), "adapter": str(path), "prompts": prompts, "words": words}
-    found = run_client("gguf", "lora_fx.exporters.clients.gguf", given)
+    results = run_client("gguf", "lora_fx.exporters.clients.gguf", given)
     with disabled(tuned):
         before = _log_probabilities(tuned, prompts)
-    return max(_difference(before, found[0]), _difference(_log_probabilities(tuned, prompts), found[1]))
+    return max(_difference(before, results[0]), _difference(_log_probabilities(tuned, prompts), results[1]))
 
 
 def _prompts(tuned: nn.Module, sample: Sample) -> list[list[int]]:
@@ -174,8 +222,8 @@ def _log_probabilities(tuned: nn.Module, prompts: list[list[int]]) -> list[Tenso
 
 
 def _difference(ours: list[Tensor], theirs: list[dict[int, float]]) -> float:
-    values = [torch.tensor(list(each.values())) for each in theirs]
-    chosen = [row[list(each)] for row, each in zip(ours, theirs, strict=True)]
+    values = [torch.tensor(list(words.values())) for words in theirs]
+    chosen = [row[list(words)] for row, words in zip(ours, theirs, strict=True)]
     return largest_difference("gguf", chosen, values)
 
 
@@ -189,24 +237,10 @@ TARGET = Target(
     extra="gguf",
     needs=("gguf",),
     verify_needs=("xllamacpp",),
-    expresses={
-        "linear": "yes",
-        "conv1d": "refused",
-        "convolution": "refused",
-        "embedding": "yes",
-        "attention": "refused",
-        "parameter": "refused",
-        "experts": "refused",
-        "slices": "exact equivalent",
-        "calls": "refused",
-        "ranks": "yes",
-        "alphas": "exact equivalent",
-        "rslora": "exact equivalent",
-        "dora": "refused",
-        "bias": "refused",
-        "train": "refused",
-        "adapters": "exact equivalent",
-    },
+    expresses=expressed(
+        {"conv1d", "convolution", "attention", "parameter", "experts", "calls", "dora", "bias", "train"},
+        {"slices", "alphas", "rslora", "adapters"},
+    ),
     options={"base": "for verifying: the base model as a GGUF file, in float32"},
     verify_options=("base",),
     tolerance=1e-2,

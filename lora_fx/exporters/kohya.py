@@ -16,7 +16,7 @@ from torch import nn
 from lora_fx.adapters.attach import all_attached
 from lora_fx.exporters import peft
 from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.plain import pairs
+from lora_fx.exporters.plain import plain_adapters
 from lora_fx.exporters.running import given_sample, run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.files.atomic import write_files
@@ -26,17 +26,16 @@ from lora_fx.models.swap import original_class
 from lora_fx.tuned.undo import removed
 
 PREFIX = "lora_unet"
-_MERGE = "; merged weights hold it: target='merged'"
 REFUSED = {
-    "conv1d": f"readers take transformers' Conv1D for a convolution, or leave it out{_MERGE}",
-    "embedding": f"the format has no embeddings{_MERGE}",
-    "attention": f"the format has names for modules, not for parts of nn.MultiheadAttention{_MERGE}",
-    "parameter": f"the format has names for modules, not for raw parameters{_MERGE}",
-    "experts": f"the format has names for modules, not for banks of experts{_MERGE}",
-    "calls": f"the format has one adapter for all calls of a module{_MERGE}",
-    "dora": f"diffusers leaves out the `dora_scale` of a file, without an error{_MERGE}",
-    "bias": f"the format has no biases{_MERGE}",
-    "train": f"the format has no whole modules{_MERGE}",
+    "conv1d": f"readers take transformers' Conv1D for a convolution, or leave it out{peft.WAY_OUT}",
+    "embedding": f"the format has no embeddings{peft.WAY_OUT}",
+    "attention": f"the format has names for modules, not for parts of nn.MultiheadAttention{peft.WAY_OUT}",
+    "parameter": f"the format has names for modules, not for raw parameters{peft.WAY_OUT}",
+    "experts": f"the format has names for modules, not for banks of experts{peft.WAY_OUT}",
+    "calls": f"the format has one adapter for all calls of a module{peft.WAY_OUT}",
+    "dora": f"diffusers leaves out the `dora_scale` of a file, without an error{peft.WAY_OUT}",
+    "bias": f"the format has no biases{peft.WAY_OUT}",
+    "train": f"the format has no whole modules{peft.WAY_OUT}",
 }
 
 
@@ -45,11 +44,11 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
     yield from refusals(tuned, REFUSED)
     yield from peft.beyond_peft(tuned)
     names = Counter(_flat(name) for name, module in tuned.named_modules() if next(iter(module._parameters), None))
-    for path, found in all_attached(tuned):
+    for path, adapter in all_attached(tuned):
         if names[_flat(path)] > 1:
-            yield path, f"another module gets its name, {_flat(path)}, as well{_MERGE}"
-        if found.spec.op.startswith("conv") and found.lora_B.weight.shape[1] != found.lora_A.weight.shape[0]:
-            yield path, f"readers differ over the groups of a convolution{_MERGE}"
+            yield path, f"another module gets its name, {_flat(path)}, as well{peft.WAY_OUT}"
+        if adapter.spec.site.op.startswith("conv") and adapter.lora_B.weight.shape[1] != adapter.lora_A.weight.shape[0]:
+            yield path, f"readers differ over the groups of a convolution{peft.WAY_OUT}"
 
 
 def _flat(path: str) -> str:
@@ -58,13 +57,13 @@ def _flat(path: str) -> str:
 
 def write(tuned: nn.Module, path: Path, prefix: str = PREFIX) -> None:
     """Write the file, with one alpha for all layers."""
-    sites = list(pairs(tuned))
-    alpha = float(sites[0].scaling * sites[0].rank)
+    adapters = list(plain_adapters(tuned))
+    alpha = float(adapters[0].alpha)
     tensors = {}
-    for each in sites:
-        name, pair = f"{prefix}_{_flat(each.path)}", each.with_scaling(alpha / each.rank)
-        tensors[f"{name}.lora_down.weight"] = pair.A
-        tensors[f"{name}.lora_up.weight"] = pair.B
+    for adapter in adapters:
+        name = f"{prefix}_{_flat(adapter.path)}"
+        tensors[f"{name}.lora_down.weight"] = adapter.A
+        tensors[f"{name}.lora_up.weight"] = adapter.with_scaling(alpha / adapter.rank).B
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
     write_files({path: canonical_safetensors(dict(sorted(tensors.items())), {"format": "pt"})})
 
@@ -73,8 +72,8 @@ def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against diffusers for a UNet, against LyCORIS for other models, adapter on and off."""
     reader = "diffusers" if "UNet2DCondition" in original_class(tuned).__name__ else "lycoris"
     given = {"base": removed(tuned).eval(), "file": str(path), "sample": given_sample(sample), "reader": reader}
-    found = run_client("kohya", "lora_fx.exporters.clients.kohya", given)
-    return peft.against_both("kohya", tuned, sample, found["adapted"], found["base"])
+    results = run_client("kohya", "lora_fx.exporters.clients.kohya", given)
+    return peft.against_both("kohya", tuned, sample, results["adapted"], results["base"])
 
 
 TARGET = Target(

@@ -64,7 +64,7 @@ def _file_in(path: Path) -> Path:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict with memory for each name: tied weights are written under all of their names."""
+    """Return the state dict with memory for every name: tied weights are written under all of theirs."""
     state: dict[str, Any] = model.state_dict()
     return {name: value.detach().cpu().contiguous().clone() for name, value in sorted(state.items())}
 

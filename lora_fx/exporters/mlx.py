@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import all_attached
 from lora_fx.exporters import peft
 from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.plain import Pair, pairs
+from lora_fx.exporters.plain import PlainAdapter, plain_adapters
 from lora_fx.exporters.running import largest_difference, outputs_of, run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.files.atomic import write_files
@@ -52,40 +52,40 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
     yield from refusals(tuned, REFUSED)
     yield from peft.beyond_peft(tuned)
     sites = list(all_attached(tuned))
-    mixed = len({found.spec.lora.dora for _, found in sites}) > 1
-    for path, found in sites:
+    mixed = len({adapter.spec.lora.dora for _, adapter in sites}) > 1
+    for path, adapter in sites:
         if config.get("tie_word_embeddings") and ("embed" in path or path == "lm_head"):
             yield path, f"mlx-lm uses one tied layer as embedding and head, and would adapt both{_MERGE}"
-        if mixed and found.spec.lora.dora:
+        if mixed and adapter.spec.lora.dora:
             yield path, f"mlx-lm has either DoRA or plain LoRA in a file, not both{_MERGE}"
 
 
 def _config(tuned: nn.Module) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = tuned.config.to_dict()  # type: ignore[union-attr, operator]
+        config: dict[str, Any] = tuned.config.to_dict()  # type: ignore[union-attr, operator]
     except AttributeError:
         return {}
-    return found
+    return config
 
 
 def write(tuned: nn.Module, path: Path) -> None:
     """Write the directory."""
-    sites = list(pairs(tuned))
-    rank, scale = max(each.rank for each in sites), sites[0].scaling
+    adapters = list(plain_adapters(tuned))
+    rank, scale = max(adapter.rank for adapter in adapters), adapters[0].scaling
     tensors: dict[str, Tensor] = {}
-    for each in sites:
-        tensors |= _named(each.with_scaling(scale).with_rank(rank))
-    layers = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": [each.path for each in sites]}
-    kind = "lora" if sites[0].magnitude is None else "dora"
+    for adapter in adapters:
+        tensors |= _named(adapter.with_scaling(scale).with_rank(rank))
+    layers = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": [adapter.path for adapter in adapters]}
+    kind = "lora" if adapters[0].magnitude is None else "dora"
     config = {"fine_tune_type": kind, "num_layers": _config(tuned).get("num_hidden_layers"), "lora_parameters": layers}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     weights = canonical_safetensors(dict(sorted(tensors.items())), {"format": "mlx"})
     write_files({path / WEIGHTS: weights, path / CONFIG: text.encode()})
 
 
-def _named(pair: Pair) -> dict[str, Tensor]:
-    named = {f"{pair.path}.lora_a": pair.A.mT.contiguous(), f"{pair.path}.lora_b": pair.B.mT.contiguous()}
-    return named if pair.magnitude is None else named | {f"{pair.path}.m": pair.magnitude}
+def _named(adapter: PlainAdapter) -> dict[str, Tensor]:
+    named = {f"{adapter.path}.lora_a": adapter.A.mT.contiguous(), f"{adapter.path}.lora_b": adapter.B.mT.contiguous()}
+    return named if adapter.magnitude is None else named | {f"{adapter.path}.m": adapter.magnitude}
 
 
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
@@ -95,11 +95,11 @@ def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     with tempfile.TemporaryDirectory() as folder:
         removed(tuned).save_pretrained(folder)  # type: ignore[operator]
         given = {"base": folder, "adapter": str(path), "ids": ids}
-        found = run_client("mlx", "lora_fx.exporters.clients.mlx", given)
+        results = run_client("mlx", "lora_fx.exporters.clients.mlx", given)
     with disabled(tuned):
         base = outputs_of(tuned, alone)[0]
     adapted = outputs_of(tuned, alone)[0]
-    return largest_difference("mlx", [adapted, base], [found["adapted"], found["base"]])
+    return largest_difference("mlx", [adapted, base], [results["adapted"], results["base"]])
 
 
 TARGET = Target(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.exporters.base_graph import NAME, Neutral, neutral
+from lora_fx.exporters.base_graph import NAME, BaseGraphParts, base_graph_parts
 from lora_fx.exporters.program import (
     EVERY_FEATURE,
     EXPERTS,
+    as_fact,
     exported,
     input_tensors,
+    nothing_refused,
     output_names,
     outputs_of_both,
     quiet,
-    told,
     worst_difference,
 )
 from lora_fx.exporters.running import run_client
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.target import Target
 from lora_fx.files.fingerprint import same_values
 from lora_fx.models.samples import Sample
 
@@ -43,14 +43,10 @@ _LARGE = 1_800_000_000
 _ADAPTER_NAME = re.compile(rf"(?:(?<=\.)|^)(lora_A|lora_B|lora_magnitude_vector)\.{NAME}\.")
 
 
-def _refused(tuned: nn.Module) -> Iterator[Refusal]:
-    yield from ()
-
-
 def _write(
     tuned: nn.Module, path: Path, sample: Sample, optimize: bool = True, graph: str | Path | None = None
 ) -> None:
-    parts = neutral(tuned)
+    parts = base_graph_parts(tuned)
     if path.suffix == ADAPTER_SUFFIX:
         _write_adapter_for(parts, path, graph)
         return
@@ -72,14 +68,14 @@ def short(name: str) -> str:
 # -- the graph
 
 
-def _converted(parts: Neutral, sample: Sample) -> Any:
+def _converted(parts: BaseGraphParts, sample: Sample) -> Any:
     """Return the model as onnx_ir holds it, unoptimised: what optimises renames or folds the adapters' initializers."""
     program = exported("onnx", parts.model, sample)
     try:
         with quiet():
             made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
     except Exception as error:
-        raise ExportError("onnx", "torch.onnx cannot convert the model", [told(error)], EXPERTS) from error
+        raise ExportError("onnx", "torch.onnx cannot convert the model", [as_fact(error)], EXPERTS) from error
     assert made is not None
     model: Any = made.model
     _rename(model.graph.inputs, list(input_tensors(parts.model, sample)))
@@ -106,7 +102,7 @@ def _forget_tracing(model: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Lifted:
+class _Slot:
     """An input that an adapter fills."""
 
     name: str
@@ -119,7 +115,7 @@ class _Lifted:
         return {"shape": list(self.default.shape), "rank": self.axis}
 
 
-def _lift(model: Any, parts: Neutral) -> list[_Lifted]:
+def _lift(model: Any, parts: BaseGraphParts) -> list[_Slot]:
     """Make inputs of all that adapters change, in place."""
     lifted = []
     aliases = _aliases(parts.model)
@@ -131,8 +127,8 @@ def _lift(model: Any, parts: Neutral) -> list[_Lifted]:
         value.name, value.const_value = short(name), None
         value.shape = _shape(default, axis, value.name)
         model.graph.inputs.append(value)
-        lifted.append(_Lifted(value.name, value, default, axis))
-    note = {"inputs": {each.name: each.note() for each in lifted}, "base": parts.fingerprint}
+        lifted.append(_Slot(value.name, value, default, axis))
+    note = {"inputs": {slot.name: slot.note() for slot in lifted}, "base": parts.fingerprint}
     model.metadata_props[NOTE] = json.dumps(note)
     return lifted
 
@@ -149,10 +145,10 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 def _taken(model: Any, names: list[str]) -> Any:
     """Take the initializers of these names out of the graph, in place, and return one that stands for them all."""
     ir = importlib.import_module("onnx_ir")
-    found = [model.graph.initializers.pop(name) for name in names if name in model.graph.initializers]
-    for other in found[1:]:
-        ir.convenience.replace_all_uses_with(other, found[0])
-    return found[0] if found else None
+    initializers = [model.graph.initializers.pop(name) for name in names if name in model.graph.initializers]
+    for other in initializers[1:]:
+        ir.convenience.replace_all_uses_with(other, initializers[0])
+    return initializers[0] if initializers else None
 
 
 def _shape(default: Tensor, axis: int | None, name: str) -> Any:
@@ -167,13 +163,13 @@ def _optimise(model: Any) -> None:
         importlib.import_module("onnxscript.optimizer").optimize_ir(model)
 
 
-def _give_defaults(model: Any, lifted: list[_Lifted], parts: Neutral) -> None:
+def _give_defaults(model: Any, lifted: list[_Slot], parts: BaseGraphParts) -> None:
     """Let the inputs be optional, in place: without a value the graph is the base."""
     ir = importlib.import_module("onnx_ir")
-    for each in lifted:
-        default = each.default if each.axis is None else each.default.narrow(each.axis, 0, 0)
-        each.value.const_value = ir.tensor(default.detach().cpu().contiguous().numpy(), name=each.name)
-        model.graph.register_initializer(each.value)
+    for slot in lifted:
+        default = slot.default if slot.axis is None else slot.default.narrow(slot.axis, 0, 0)
+        slot.value.const_value = ir.tensor(default.detach().cpu().contiguous().numpy(), name=slot.name)
+        model.graph.register_initializer(slot.value)
 
 
 def _save(model: Any, path: Path) -> None:
@@ -198,7 +194,7 @@ def _write_adapter(path: Path, values: dict[str, Tensor]) -> None:
     file.export_adapter(str(path))
 
 
-def _write_adapter_for(parts: Neutral, path: Path, graph: str | Path | None) -> None:
+def _write_adapter_for(parts: BaseGraphParts, path: Path, graph: str | Path | None) -> None:
     """Write an adapter for a graph that another one was exported with, if it fits."""
     if graph is None or len(parts.adapters) > 1:
         what = "a graph to go with" if graph is None else "one adapter, not several"
@@ -223,18 +219,18 @@ def _note_of(graph: Path) -> dict[str, Any]:
     try:
         note: dict[str, Any] = json.loads(ir.load(graph).metadata_props[NOTE])
     except (KeyError, OSError) as error:
-        raise ExportError("onnx", f"{graph} is no graph that lora_fx has exported", [told(error)]) from error
+        raise ExportError("onnx", f"{graph} is no graph that lora_fx has exported", [as_fact(error)]) from error
     return note
 
 
 def _misfit(note: dict[str, Any], name: str, value: Tensor) -> str | None:
-    found = note["inputs"].get(name)
-    if found is None:
+    slot = note["inputs"].get(name)
+    if slot is None:
         return "the graph has no such input"
-    expected, shape = list(found["shape"]), list(value.shape)
-    if found["rank"] is not None:
-        expected[found["rank"]] = shape[found["rank"]]
-    return None if expected == shape else f"is {shape}, in the graph {found['shape']}"
+    expected, shape = list(slot["shape"]), list(value.shape)
+    if slot["rank"] is not None:
+        expected[slot["rank"]] = shape[slot["rank"]]
+    return None if expected == shape else f"is {shape}, in the graph {slot['shape']}"
 
 
 # -- in onnxruntime
@@ -245,18 +241,18 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, graph: str | Path | No
     files = [path] if alone else sorted(path.parent.glob(f"*{ADAPTER_SUFFIX}"))
     given = {
         "graph": str(graph if alone else path),
-        "adapters": [str(each) for each in files],
+        "adapters": [str(file) for file in files],
         "inputs": input_tensors(tuned, sample),
     }
-    found = run_client("onnx", "lora_fx.exporters.clients.onnx", given)
-    return worst_difference("onnx", outputs_of_both(tuned, sample), found)
+    theirs = run_client("onnx", "lora_fx.exporters.clients.onnx", given)
+    return worst_difference("onnx", outputs_of_both(tuned, sample), theirs)
 
 
 TARGET = Target(
     name="onnx",
     writes=f"`model.onnx`, the graph of the base, and an `{ADAPTER_SUFFIX}` file for each adapter beside it",
     client="onnxruntime",
-    refused=_refused,
+    refused=nothing_refused,
     write=_write,
     verify=_verify,
     extra="onnx",

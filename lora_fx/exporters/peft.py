@@ -35,8 +35,8 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
 def beyond_peft(tuned: nn.Module) -> Iterator[Refusal]:
     """Yield (path, reason) for the sites that PEFT's layers cannot be put at."""
     yield from ((path, reason + WAY_OUT) for path, reason in sites_beyond_peft(tuned))
-    for path, found in all_attached(tuned):
-        if not owner_path(path, found):
+    for path, adapter in all_attached(tuned):
+        if not owner_path(path, adapter):
             yield path, f"PEFT cannot adapt what the model itself owns, only what a module in it does{WAY_OUT}"
 
 
@@ -47,11 +47,11 @@ def write(tuned: nn.Module, path: Path) -> None:
 
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against PeftModel.from_pretrained on the same base, with the adapter on and off."""
-    others = [each.name for each in describe(tuned)][1:]
+    others = [described.name for described in describe(tuned)][1:]
     given = {"base": removed(tuned).eval(), "folder": str(path), "others": others, "sample": given_sample(sample)}
-    found = run_client("peft", "lora_fx.exporters.clients.peft", given)
+    results = run_client("peft", "lora_fx.exporters.clients.peft", given)
     whole = not record_in(tuned).trained and all(feature != "bias" for feature, _ in features(tuned))
-    return against_both("peft", tuned, sample, found["adapted"], found["base"] if whole else None)
+    return against_both("peft", tuned, sample, results["adapted"], results["base"] if whole else None)
 
 
 def against_both(

@@ -1,4 +1,4 @@
-"""Adapters as pairs of plain factors, which most formats hold in one way or another."""
+"""Adapters as plain factors, which most formats hold in one way or another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_fx.files.adapter.codec import encoded
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class PlainAdapter:
     """The adapter of one layer: ΔW = scaling · B A."""
 
     path: str
@@ -27,27 +27,33 @@ class Pair:
 
     @property
     def rank(self) -> int:
+        """Rows of A."""
         return int(self.A.shape[0])
 
-    def with_scaling(self, scaling: float) -> Pair:
+    @property
+    def alpha(self) -> float:
+        """What formats that take alpha / rank as the scaling have to hold."""
+        return self.scaling * self.rank
+
+    def with_scaling(self, scaling: float) -> PlainAdapter:
         """Return the same adapter with another scaling, made up for in B."""
         if scaling == self.scaling:
             return self
         return replace(self, B=self.B * (self.scaling / scaling), scaling=scaling)
 
-    def with_rank(self, rank: int) -> Pair:
+    def with_rank(self, rank: int) -> PlainAdapter:
         """Return the same adapter, of matrices, with a higher rank: zero rows in A, zero columns in B."""
         more = rank - self.rank
         return replace(self, A=F.pad(self.A, (0, 0, 0, more)), B=F.pad(self.B, (0, more)))
 
 
-def pairs(tuned: nn.Module) -> Iterator[Pair]:
-    """Yield the pair of every adapted layer, in model order, as new tensors on the CPU."""
-    for path, found in all_attached(tuned):
-        A, B = (_plain(factor) for factor in encoded(found))
-        magnitude = None if found.magnitude is None else _plain(found.magnitude.weight)
-        yield Pair(path, A, B, found.spec.scaling, magnitude)
+def plain_adapters(tuned: nn.Module) -> Iterator[PlainAdapter]:
+    """Yield the adapter of every adapted layer, in model order, as new tensors on the CPU."""
+    for path, attached in all_attached(tuned):
+        A, B = (_on_cpu(factor) for factor in encoded(attached))
+        magnitude = None if attached.magnitude is None else _on_cpu(attached.magnitude.weight)
+        yield PlainAdapter(path, A, B, attached.spec.scaling, magnitude)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import ExportError, LoraFxWarning
 from lora_fx.exporters.running import largest_difference
-from lora_fx.exporters.target import FEATURES, Ability
+from lora_fx.exporters.target import FEATURES, Ability, Refusal
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import Swapped, swap
 from lora_fx.text import listing
@@ -27,6 +27,11 @@ EVERY_FEATURE: dict[str, Ability] = {
 }
 """What a program of the whole model expresses; the scaling is in B, and what is no row of a part is zero there."""
 EXPERTS = "where it is transformers' experts: load the model with experts_implementation='batched_mm'"
+
+
+def nothing_refused(tuned: nn.Module) -> Iterator[Refusal]:
+    """Yield nothing: a program of the whole model expresses any adapter."""
+    yield from ()
 
 
 class PlainOutputs(Swapped, nn.Module):
@@ -41,11 +46,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
-        kept = {str(key): plain(each) for key, each in value.items()}
-        return {key: each for key, each in kept.items() if each is not None}
+        kept = {str(key): plain(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item is not None}
     if isinstance(value, (tuple, list)):
-        kept_items = [plain(each) for each in value]
-        return tuple(each for each in kept_items if each is not None)
+        return tuple(item for item in map(plain, value) if item is not None)
     return None
 
 
@@ -55,8 +59,8 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield name or "output", value
     elif isinstance(value, (Mapping, tuple, list)):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, each in items:
-            yield from named_tensors(each, f"{name}_{key}" if name else _word(key))
+        for key, item in items:
+            yield from named_tensors(item, f"{name}_{key}" if name else _word(key))
 
 
 def _word(key: object) -> str:
@@ -66,7 +70,7 @@ def _word(key: object) -> str:
 def call_of(model: nn.Module, sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the sample with positional arguments as keywords, as far as the model's forward has names for them."""
     bound = inspect.signature(model.forward).bind(*sample.args, **sample.kwargs)
-    kinds = {name: each.kind for name, each in bound.signature.parameters.items()}
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
     if any(kinds[name] is not inspect.Parameter.POSITIONAL_OR_KEYWORD for name in bound.arguments):
         return sample.args, dict(sample.kwargs)
     return (), dict(bound.arguments)
@@ -75,7 +79,8 @@ def call_of(model: nn.Module, sample: Sample) -> tuple[tuple[Any, ...], dict[str
 def input_tensors(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
     """Return the tensors that go into the model, by name, in order."""
     args, kwargs = call_of(model, sample)
-    return dict((*named_tensors({f"input_{number}": each for number, each in enumerate(args)}), *named_tensors(kwargs)))
+    numbered = {f"input_{number}": value for number, value in enumerate(args)}
+    return dict((*named_tensors(numbered), *named_tensors(kwargs)))
 
 
 def exported(target: str, model: nn.Module, sample: Sample, bounded: bool = False) -> ExportedProgram:
@@ -97,7 +102,7 @@ def exported(target: str, model: nn.Module, sample: Sample, bounded: bool = Fals
             dynamic = shapes.dynamic_shapes(model, args, kwargs)
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # whatever tracing somebody's forward raises
-        raise ExportError(target, "torch.export cannot trace the model", [told(error)], EXPERTS) from error
+        raise ExportError(target, "torch.export cannot trace the model", [as_fact(error)], EXPERTS) from error
     _warn_of_ones(target, args, kwargs)
     return program
 
@@ -125,8 +130,8 @@ def quiet() -> Iterator[None]:
 def floating(model: nn.Module, sample: Sample) -> list[Tensor]:
     """Return the floating point tensors among what an exported model gives, in order, as float32."""
     with torch.no_grad():
-        found = named_tensors(plain(model(*sample.args, **sample.kwargs)))
-    return [each.float().cpu() for _, each in found if each.is_floating_point()]
+        outputs = named_tensors(plain(model(*sample.args, **sample.kwargs)))
+    return [tensor.float().cpu() for _, tensor in outputs if tensor.is_floating_point()]
 
 
 def outputs_of_both(tuned: nn.Module, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:
@@ -147,7 +152,7 @@ def output_names(model: nn.Module, sample: Sample) -> list[str]:
         return [name for name, _ in named_tensors(plain(model(*sample.args, **sample.kwargs)))]
 
 
-def told(error: BaseException) -> tuple[str, str]:
+def as_fact(error: BaseException) -> tuple[str, str]:
     """Return an error as a fact: its type, and the first line of what it says."""
     while error.__cause__ is not None:  # what torch.onnx says first is how to report an error
         error = error.__cause__

@@ -6,7 +6,7 @@ AOTInductor has compiled, with `load_constants(values, check_full_update=False)`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,10 +15,19 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lora_fx.errors import ExportError
-from lora_fx.exporters.base_graph import Neutral, neutral
-from lora_fx.exporters.program import EVERY_FEATURE, call_of, exported, outputs_of_both, quiet, told, worst_difference
+from lora_fx.exporters.base_graph import BaseGraphParts, base_graph_parts
+from lora_fx.exporters.program import (
+    EVERY_FEATURE,
+    as_fact,
+    call_of,
+    exported,
+    nothing_refused,
+    outputs_of_both,
+    quiet,
+    worst_difference,
+)
 from lora_fx.exporters.running import run_client
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.target import Target
 from lora_fx.models.samples import Sample
 from lora_fx.models.torch_internals import aot_inductor
 
@@ -31,14 +40,10 @@ _KEEP = {"always_keep_tensor_constants": True}
 """Inductor writes vectors of up to 8 values into its code otherwise: a bias of two classes could not be replaced."""
 
 
-def _refused(tuned: nn.Module) -> Iterator[Refusal]:
-    yield from ()
-
-
 def _write(
     tuned: nn.Module, path: Path, sample: Sample, compile: bool = False, program: str | Path | None = None
 ) -> None:
-    parts = neutral(tuned)
+    parts = base_graph_parts(tuned)
     if path.suffix == VALUES:
         _write_values_for(parts, path, program)
         return
@@ -66,7 +71,7 @@ def _save(program: ExportedProgram, path: Path) -> None:
         with quiet():
             torch.export.save(program, path)
     except Exception as error:
-        raise ExportError("pt2", "torch.export cannot save the program", [told(error)]) from error
+        raise ExportError("pt2", "torch.export cannot save the program", [as_fact(error)]) from error
 
 
 def _compile(program: ExportedProgram, path: Path) -> None:
@@ -76,7 +81,10 @@ def _compile(program: ExportedProgram, path: Path) -> None:
             aot_inductor().aoti_compile_and_package(program, package_path=str(path), inductor_configs=_KEEP)
     except Exception as error:
         raise ExportError(
-            "pt2", "AOTInductor cannot compile the model", [told(error)], "it needs a C++ compiler; leave out compile"
+            "pt2",
+            "AOTInductor cannot compile the model",
+            [as_fact(error)],
+            "it needs a C++ compiler; leave out compile",
         ) from error
 
 
@@ -87,7 +95,7 @@ def _write_values(path: Path, values: Mapping[str, Tensor]) -> None:
     save_file({name: value.detach().cpu().contiguous() for name, value in sorted(values.items())}, path)
 
 
-def _write_values_for(parts: Neutral, path: Path, program: str | Path | None) -> None:
+def _write_values_for(parts: BaseGraphParts, path: Path, program: str | Path | None) -> None:
     """Write an adapter for a program that another one was exported with, if it fits."""
     if program is None or len(parts.adapters) > 1:
         what = "a program to go with" if program is None else "one adapter, not several"
@@ -127,17 +135,17 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, program: str | Path | 
     alone = path.suffix == VALUES
     main = Path(program) if alone and program is not None else path
     base = main.with_suffix(BASE)
-    adapters = [path] if alone else [each for each in sorted(path.parent.glob(f"*{VALUES}")) if each != base]
+    adapters = [path] if alone else [file for file in sorted(path.parent.glob(f"*{VALUES}")) if file != base]
     compiled = main.with_suffix(COMPILED)
     given = {
-        "programs": [str(each) for each in (main, compiled) if each.exists()],
+        "programs": [str(file) for file in (main, compiled) if file.exists()],
         "base": str(base),
-        "adapters": [str(each) for each in adapters],
+        "adapters": [str(file) for file in adapters],
         "sample": call_of(tuned, sample),
     }
     ours = outputs_of_both(tuned, sample)
     return max(
-        worst_difference("pt2", ours, found) for found in run_client("pt2", "lora_fx.exporters.clients.pt2", given)
+        worst_difference("pt2", ours, theirs) for theirs in run_client("pt2", "lora_fx.exporters.clients.pt2", given)
     )
 
 
@@ -145,7 +153,7 @@ TARGET = Target(
     name="pt2",
     writes=f"`model.pt2`, a file of values for each adapter beside it, and `model{BASE}` to take them out again",
     client="torch.export and AOTInductor",
-    refused=_refused,
+    refused=nothing_refused,
     write=_write,
     verify=_verify,
     needs_sample=True,

@@ -32,8 +32,8 @@ def target_named(name: str) -> Target:
         ExportError: there is none, or what bears the name is none.
     """
     if name in _own():
-        found: Target = importlib.import_module(f"lora_fx.exporters.{name}").TARGET
-        return found
+        own: Target = importlib.import_module(f"lora_fx.exporters.{name}").TARGET
+        return own
     foreign = _foreign()
     if name not in foreign:
         like = nearest(name, names())
@@ -47,14 +47,14 @@ def _own() -> list[str]:
 
 
 def _foreign() -> dict[str, EntryPoint]:
-    return {each.name: each for each in entry_points(group=GROUP)}
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def _loaded(name: str, entry: EntryPoint) -> Target:
     try:
-        found = entry.load()
+        target = entry.load()
     except Exception as error:
         raise ExportError(name, f"cannot be loaded from {entry.value}", [(type(error).__name__, str(error))]) from error
-    if not isinstance(found, Target):
-        raise ExportError(name, f"{entry.value} is of type {type(found).__name__}, not a Target")
-    return found
+    if not isinstance(target, Target):
+        raise ExportError(name, f"{entry.value} is of type {type(target).__name__}, not a Target")
+    return target

@@ -15,30 +15,31 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.exporters.clients.job import FOUND, GIVEN, outputs
+from lora_fx.exporters.clients.job import GIVEN, RESULT, outputs
 from lora_fx.models.samples import Sample
 
 SECONDS = 1800
 _START = """
-import runpy, sys
+import importlib, sys
 sys.path.extend(path for path in {paths!r} if path not in sys.path)  # behind what Python itself needs
-runpy.run_module({client!r}, run_name="__main__", alter_sys=False)
+from lora_fx.exporters.clients import job
+job.run(importlib.import_module({client!r}).work)
 """
 """What a client's process runs.  Libraries put folders on the path that hide modules of Python's own."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def run_client(target: str, client: str, given: dict[str, Any], seconds: float = SECONDS) -> Any:
-    """Return what `python -m CLIENT FOLDER` makes of what it is given; it never looks for anything on the net.
+    """Return what the client's `work(given)` returns; it never looks for anything on the net.
 
     Args:
         target: for the texts of errors.
-        client: a module that calls `lora_fx.exporters.clients.job.run`: `lora_fx.exporters.clients.peft`.
+        client: a module with a function `work`, by its name: `lora_fx.exporters.clients.peft`.
         given: whatever torch.save can pickle; modules by their classes, which the client must be able to import.
         seconds: after which the client is killed.
 
     Raises:
-        ExportError: the client failed or crashed; shows its last words.
+        ExportError: the client failed, crashed, or ran out of time; shows its last words.
     """
     with tempfile.TemporaryDirectory() as folder:
         _save(target, given, Path(folder) / GIVEN)
@@ -50,7 +51,7 @@ def run_client(target: str, client: str, given: dict[str, Any], seconds: float =
             raise ExportError(target, f"the client gave no answer in {seconds} s") from error
         if ended.returncode:
             raise ExportError(target, f"the client {_end(ended.returncode)}", _last_words(ended.stderr))
-        return torch.load(Path(folder) / FOUND, weights_only=False)  # written by the client just now
+        return torch.load(Path(folder) / RESULT, weights_only=False)  # written by the client just now
 
 
 def _save(target: str, given: dict[str, Any], path: Path) -> None:
@@ -89,9 +90,9 @@ def largest_difference(target: str, ours: Sequence[Tensor], theirs: Sequence[Ten
     Raises:
         ExportError: the numbers or shapes of the tensors differ.
     """
-    if [each.shape for each in ours] != [each.shape for each in theirs]:
-        shapes = [("here", str([list(each.shape) for each in ours]))]
-        shapes += [("in the client", str([list(each.shape) for each in theirs]))]
+    if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
+        shapes = [("here", str([list(tensor.shape) for tensor in ours]))]
+        shapes += [("in the client", str([list(tensor.shape) for tensor in theirs]))]
         raise ExportError(target, "the client gives outputs of other shapes", shapes)
     worst = 0.0
     for mine, other in zip(ours, theirs, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import all_attached
 from lora_fx.exporters import peft
 from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.plain import pairs
+from lora_fx.exporters.plain import plain_adapters
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.files.adapter.describe import Described, describe
 from lora_fx.files.adapter.names import CONFIG_FILE, PREFIX, WEIGHTS_FILE, factor_key
@@ -43,9 +43,9 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
     """Yield (path, reason) for what vLLM's loader refuses or PEFT would compute otherwise."""
     yield from refusals(tuned, REFUSED)
     yield from peft.beyond_peft(tuned)
-    for path, found in all_attached(tuned):
-        if found.spec.rank > RANKS[-1]:
-            yield path, f"rank {found.spec.rank} is above vLLM's largest, {RANKS[-1]}{_MERGE}"
+    for path, adapter in all_attached(tuned):
+        if adapter.spec.rank > RANKS[-1]:
+            yield path, f"rank {adapter.spec.rank} is above vLLM's largest, {RANKS[-1]}{_MERGE}"
 
 
 def write(tuned: nn.Module, path: Path, bake: bool = False) -> None:
@@ -68,11 +68,11 @@ def _accepted(described: Described) -> dict[str, object]:
 
 def _baked(described: Described, tuned: nn.Module) -> Described:
     """Return the adapter with the same rank and scaling at every site, and no patterns."""
-    sites = list(pairs(tuned))
-    rank, scaling = max(each.rank for each in sites), sites[0].scaling
+    adapters = list(plain_adapters(tuned))
+    rank, scaling = max(adapter.rank for adapter in adapters), adapters[0].scaling
     tensors: dict[str, Tensor] = {}
-    for each in sites:
-        even = each.with_scaling(scaling).with_rank(rank)
+    for adapter in adapters:
+        even = adapter.with_scaling(scaling).with_rank(rank)
         tensors |= {factor_key(even.path, "lora_A"): even.A, factor_key(even.path, "lora_B"): even.B}
     one = {"r": rank, "lora_alpha": scaling * rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     return replace(described, tensors=tensors, config=described.config | one)

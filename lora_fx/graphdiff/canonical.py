@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from lora_fx.adapters.attach import HOME, Attached, attached, share_adapter, shown_parameters
-from lora_fx.adapters.spec import AdapterSpec
+from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.graphdiff.costs import adapter_flops, called_flops, product_flops, weights_in
 from lora_fx.graphdiff.graphs import INPUT, RETURN, Statement, Weight, escaped
 from lora_fx.graphdiff.nodefacts import factor_of, function_name, place_of, stem_of, value_text
@@ -99,7 +99,7 @@ class _Writer:
         """Of the statement that is being written."""
         self.lora = {lora.result: lora for lora in lora_nodes(graph_module)}
         self.silent = {node for lora in self.lora.values() for node in lora.between if node is not lora.result}
-        self.calls = {call.node: call.path for call in site_calls(graph_module)}
+        self.calls = {node: path for path, node in site_calls(graph_module)}
         own = isinstance(module, fx.GraphModule)  # in a region's graph, raw weights show their adapters themselves
         self.raw = {use.node: use.parameter for use in raw_uses(graph_module)} if own else {}
         self.silent |= {lora.base for lora in self.lora.values() if lora.base.op != "get_attr"}
@@ -258,7 +258,7 @@ class _Writer:
         owner, _, last = str(node.target).rpartition(".")
         home = owner if adapter.home is adapter.owner else dotted(owner, last + HOME)
         B, A = (f"self.{dotted(home, factor)}" for factor in ("lora_B", "lora_A"))
-        delta = f"{B} @ {A}" if adapter.spec.layout == "out_in" else f"({B} @ {A}).T"
+        delta = f"{B} @ {A}" if adapter.spec.site.layout == "out_in" else f"({B} @ {A}).T"
         return escaped(f"(self.{node.target} + {delta} * {adapter.spec.scaling})")
 
     def _lora_code(self, lora: LoRANodes) -> str:

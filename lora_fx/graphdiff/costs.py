@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import CHILDREN, HOME
+from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.rawweight.products import COPIES, VIEWS, name_of
-from lora_fx.adapters.spec import AdapterSpec
 from lora_fx.graphdiff.graphs import Weight
 from lora_fx.models.layers import kind_of
 
@@ -53,8 +53,8 @@ def adapter_flops(spec: AdapterSpec | None) -> int:
     """Return the operations of a low-rank product, 2 r (m + n): those of x Aᵀ and of its product with Bᵀ."""
     if spec is None:
         return 0
-    _, (rows, columns) = spec.matrices
-    return 2 * spec.rank * (rows if spec.op == "embedding" else rows + columns)
+    rows, columns = spec.site.features
+    return 2 * spec.rank * (rows if spec.site.op == "embedding" else rows + columns)
 
 
 def product_flops(node: fx.Node, module: nn.Module, spec: AdapterSpec | None) -> int:
@@ -66,7 +66,7 @@ def product_flops(node: fx.Node, module: nn.Module, spec: AdapterSpec | None) ->
         spec: of the adapter that the node shows.
     """
     if name_of(node.target) not in _PRODUCTS:
-        return adapter_flops(spec) if spec is not None and spec.op == "embedding" else 0
+        return adapter_flops(spec) if spec is not None and spec.site.op == "embedding" else 0
     weights = dict(_weights_seen(node, module))
     banked = "conv" not in name_of(node.target)  # a row meets one member of a bank
     shapes = (weight.shape[-2:] if banked else weight.shape for weight in weights.values() if weight.dim() > 1)

@@ -36,7 +36,7 @@ class AdapterCheckpoints(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Tell the model's `save_pretrained` to leave the base out: it need not be written to be deleted again."""
+        """Let the model's `save_pretrained` leave the base out: it need not be written to be deleted again."""
         if isinstance(model, PreTrainedModel):
             self._ignored = model._keys_to_ignore_on_save
             model._keys_to_ignore_on_save = sorted(frozen_keys(model))
@@ -66,12 +66,12 @@ def write_checkpoint(tuned: nn.Module, folder: Path) -> None:
 def trained_tensors(tuned: nn.Module) -> dict[str, Tensor]:
     """Return the entries of the state dict that training may change, each tensor once and contiguous."""
     frozen = frozen_keys(tuned)
-    found: dict[int, str] = {}
+    names: dict[int, str] = {}
     state = tuned.state_dict(keep_vars=True)
     for name, tensor in state.items():
         if name not in frozen:
-            found.setdefault(id(tensor), name)
-    return {name: state[name].detach().contiguous() for name in found.values()}
+            names.setdefault(id(tensor), name)
+    return {name: state[name].detach().contiguous() for name in names.values()}
 
 
 def frozen_keys(tuned: nn.Module) -> set[str]:

@@ -24,6 +24,7 @@ from torch._dynamo.source import ConstantSource, LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 from torch.fx.experimental.symbolic_shapes import (
     SYMPY_INTERP,
@@ -214,3 +215,42 @@ def _call(function: Callable[..., Any], *values: Any) -> Any:
 def is_functorch_wrapper(tensor: Tensor) -> bool:
     """Whether a functorch transform (vmap, grad) wraps the tensor."""
     return bool(torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_gradtrackingtensor(tensor))
+
+
+# -- asked at every call of an adapted layer: torch's own functions, without one of ours around them
+
+any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for some device."""
+dispatch_depth: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many dispatch modes are active."""
+dispatch_modes: Callable[[], list[Any]] = torch.utils._python_dispatch._get_current_dispatch_mode_stack
+"""Those modes, the outermost first."""
+tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+"""What torch.jit traces into; None if it does not."""
+transformation: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+"""The innermost of torch.func's transformations (vmap, grad) around a call; None outside of all."""
+saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+"""The innermost pair of hooks on what autograd keeps (given False: also if they are disabled); None without one."""
+any_global_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
+"""Whether a hook fires for every module."""
+DisableTorchFunctionSubclass: Any = torch._C.DisableTorchFunctionSubclass
+OpOverload = torch._ops.OpOverload
+tensor_without_memory: Any = Tensor._make_wrapper_subclass
+"""Makes an instance of a subclass of Tensor that has sizes and no memory."""
+unsafe_view: Any = torch.ops.aten._unsafe_view.default
+
+
+def in_functorch() -> bool:
+    """Whether one of torch.func's transformations (vmap, grad) is around a call."""
+    return transformation() is not None
+
+
+def in_forward_ad() -> bool:
+    """Whether a forward-mode derivative is being computed."""
+    return forward_ad._current_level >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for many, under vmap of either kind."""
+    functions = torch._C._functorch
+    return bool(functions.is_legacy_batchedtensor(tensor) or functions.is_batchedtensor(tensor))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from lora_fx.adapters.attach import Attached, all_attached, detach, is_adapted, owner_path
-from lora_fx.adapters.dora import merged_dora_weight
-from lora_fx.adapters.lora import as_rows, folded_weight
+from lora_fx.adapters.factors.dora import merged_dora_weight
+from lora_fx.adapters.factors.lora import as_rows, folded_weight
 from lora_fx.errors import InvariantError, MergeError
 from lora_fx.models.quantised import dense
 from lora_fx.models.tensors import dotted
@@ -55,7 +55,7 @@ def _keep_other_readers(editor: Editor, paths: list[str]) -> None:
         MergeError: naming every weight that has no other name.
     """
     merged = {f"{path}.weight" for path in paths}
-    calls = {call.node for call in site_calls(editor.graph_module)}
+    calls = {node for _, node in site_calls(editor.graph_module)}
     nameless = []
     for node in [node for node in editor.graph.nodes if node.op == "get_attr" and node.target in merged]:
         weight, others = str(node.target), [user for user in node.users if user not in calls]
@@ -84,8 +84,8 @@ def folded(found: Attached) -> Tensor:
         if found.magnitude is None:
             return folded_weight(weight, found.delta())
         factors = (found.lora_A.weight, found.lora_B.weight, found.spec.scaling, found.magnitude.weight)
-        merged = merged_dora_weight(as_rows(weight, found.spec.layout), *factors)
-        stored: Tensor = as_rows(merged, found.spec.layout)
+        merged = merged_dora_weight(as_rows(weight, found.spec.site.layout), *factors)
+        stored: Tensor = as_rows(merged, found.spec.site.layout)
         return stored.contiguous()
 
 

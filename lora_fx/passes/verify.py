@@ -48,7 +48,8 @@ class Verify(Pass):
 def _shapes_fit(model: nn.Module) -> Iterator[Problem]:
     for path, found in all_attached(model):
         out_r, r_in = tuple(found.lora_B.matrix.shape), tuple(found.lora_A.matrix.shape)
-        bank, (out_features, in_features) = found.spec.matrices
+        site = found.spec.site
+        bank, (out_features, in_features) = site.shape[: int(site.is_banked)], site.features
         if out_r != (*bank, out_features, found.spec.rank) or r_in != (*bank, found.spec.rank, in_features):
             yield (
                 path,
@@ -91,7 +92,7 @@ def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
         return
     written = Counter(found.path for found in lora_nodes(model))
     own = {node for found in lora_nodes(model) for node in found.between if node is not found.result}
-    calls = Counter(call.path for call in site_calls(model))
+    calls = Counter(path for path, _ in site_calls(model))
     calls += Counter(use.parameter for use in raw_uses(model) if use.node not in own)
     for path in dict.fromkeys(path for path, _ in all_attached(model)):
         if written[path] != calls[path]:

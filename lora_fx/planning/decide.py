@@ -30,8 +30,7 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisio
     sites = tuple(_decide_site(site, rules.rules, trained) for site in inventory.sites)
     notes = (*_shadow_notes(rules.rules, sites), *rank_notes(sites), *dead_notes(sites))
     decided = Counter(site.rule for site in sites)
-    failed = _failed_expectations(rules, decided, inventory) if strict else []
-    if failed:
+    if strict and (failed := _failed_expectations(rules, decided, inventory)):
         raise NoMatchError(failed, len(inventory.sites))
     return Decisions(
         model=inventory.model,
@@ -51,19 +50,19 @@ def _matches(rule: Rule, site: Site) -> bool:
 
 
 def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedModule]) -> PlannedSite:
-    owner = _trained_owner(site, trained)
-    if owner is not None:
+    holding = (module for module in trained if any(f"{path}.".startswith(f"{module.path}.") for path in site.paths))
+    if owner := next(holding, None):
         return PlannedSite(site, "keep", f"trained whole (train: {owner.pattern})")
     rule = next((rule for rule in rules if _matches(rule, site)), None)
     if rule is None:
         return PlannedSite(site, "keep", "no rule")
     if rule.skip is not None:
         return PlannedSite(site, "skip", rule.skip, rule.name)
-    refusal = site.refusal or _unsupported(rule, site)
-    if refusal is not None:
+    if refusal := site.refusal or _unsupported(rule, site):
         return PlannedSite(site, "refuse", refusal, rule.name)
     per_call = rule.per_call and site.calls != 1
-    return PlannedSite(site, "adapt", _origin(rule), rule.name, rule.lora, rule.slices, per_call)
+    origin = f"{rule.name} (line {rule.span.line})" if rule.span.line else rule.name
+    return PlannedSite(site, "adapt", origin, rule.name, rule.lora, rule.slices, per_call)
 
 
 def _unsupported(rule: Rule, site: Site) -> str | None:
@@ -85,29 +84,14 @@ def _unsupported(rule: Rule, site: Site) -> str | None:
     return None
 
 
-def _origin(rule: Rule) -> str:
-    return f"{rule.name} (line {rule.span.line})" if rule.span.line else rule.name
-
-
-def _trained_owner(site: Site, trained: Sequence[TrainedModule]) -> TrainedModule | None:
-    for module in trained:
-        if any(path == module.path or path.startswith(f"{module.path}.") for path in site.paths):
-            return module
-    return None
-
-
 def _trained(patterns: Sequence[TrainPattern], inventory: Inventory) -> tuple[TrainedModule, ...]:
     """Return the modules under `train:`, without those that lie in another of them: no parameter counts twice."""
     modules: dict[str, TrainedModule] = {}
     for pattern in patterns:
         for path, size in _modules_of(pattern, inventory):
             modules.setdefault(path, TrainedModule(path, size, pattern.pattern.text))
-
-    def is_inside(path: str) -> bool:
-        parts = path.split(".")
-        return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts)))
-
-    return tuple(module for path, module in modules.items() if not is_inside(path))
+    inside = tuple(f"{path}." for path in modules)
+    return tuple(module for path, module in modules.items() if not path.startswith(inside))
 
 
 def _modules_of(pattern: TrainPattern, inventory: Inventory) -> list[tuple[str, int]]:
@@ -143,10 +127,9 @@ def _nearest(patterns: Iterable[NamePattern], names: Sequence[str]) -> tuple[str
 def _almost(rule: Rule, sites: Sequence[Site]) -> str:
     """Return a site that has the rule's name, with what keeps it from matching."""
     for site in sites:
-        if any(pattern.matches(path) for pattern in rule.match.name for path in site.paths):
-            reason = rule.match.explain(site.paths, site.shape, site.op, site.classes)
-            if reason is not None:
-                return f"{site.path}, but {reason}"
+        named = any(pattern.matches(path) for pattern in rule.match.name for path in site.paths)
+        if named and (reason := rule.match.explain(site.paths, site.shape, site.op, site.classes)):
+            return f"{site.path}, but {reason}"
     return ""
 
 
@@ -180,20 +163,18 @@ def still_fitting(plan: Plan, inventory: Inventory) -> Decisions:
     return Decisions(**plan.decided())
 
 
-def on_modules(decisions: Decisions) -> Plan:
-    """Return the plan with every site on the module backend, as asked for."""
-    reason = 'backend="modules"'
-    sites = tuple(replace(site, backend="module", backend_reason=reason) for site in decisions.sites)
-    return Plan.of(decisions, sites=sites)
+def on_modules(decisions: Decisions, in_graph: frozenset[str] = frozenset(), reason: str = 'backend="modules"') -> Plan:
+    """Return the plan with every site on the module backend, except those that a model's own graph computes.
 
-
-def in_own_graph(decisions: Decisions, in_graph: frozenset[str]) -> Plan:
-    """Return the plan for a model that is a graph itself: its sites are in that graph, or in modules that it calls."""
-    outside = "inside a module that the graph calls as a whole"
-    sites = tuple(
+    Args:
+        decisions: what is wanted of each site.
+        in_graph: paths of the sites in the model's own graph.
+        reason: why the others are in none.
+    """
+    sites = (
         replace(site, backend="graph", backend_reason="")
         if site.path in in_graph
-        else replace(site, backend="module", backend_reason=outside)
+        else replace(site, backend="module", backend_reason=reason)
         for site in decisions.sites
     )
-    return Plan.of(decisions, sites=sites)
+    return Plan.of(decisions, sites=tuple(sites))

@@ -45,7 +45,7 @@ class PlanDiff:
 
     def folded(self) -> list[tuple[str, ...]]:
         """Return (path, before, after) with repeated blocks as one; what is not there is an empty text."""
-        return fold_rows([(each.path, _joined(each.before), _joined(each.after)) for each in self.differences])
+        return fold_rows([(site.path, _joined(site.before), _joined(site.after)) for site in self.differences])
 
     def stat(self) -> str:
         """Return the sums: how many sites differ, and what becomes of the number of trained parameters."""
@@ -64,33 +64,33 @@ def _joined(state: tuple[str, str] | None) -> str:
 def plan_diff(a: Plan, b: Plan, names: tuple[str, str] | None = None) -> PlanDiff:
     """Return what two plans decide differently, in the order of the first; both stay unchanged."""
     before, after = _states(a), _states(b)
-    paths = [*before, *(path for path in after if path not in before)]
-    found = tuple(
+    paths = before | after
+    differences = tuple(
         SiteDifference(path, before.get(path), after.get(path)) for path in paths if before.get(path) != after.get(path)
     )
     titles = names or (f"{a.model} · {a.source}", f"{b.model} · {b.source}")
-    return PlanDiff(*titles, found, len(paths) - len(found), (a.trainable, b.trainable))
+    return PlanDiff(*titles, differences, len(paths) - len(differences), (a.trainable, b.trainable))
 
 
 def _states(plan: Plan) -> dict[str, tuple[str, str]]:
     """Return (weight, what is done) of every site and of every module that is trained whole."""
-    states = {each.path: (each.site.text(), _doing(each)) for each in plan.sites}
+    states = {planned.path: (planned.site.text(), _doing(planned)) for planned in plan.sites}
     for module in plan.train:
         states[f"train: {module.path}"] = (count(module.parameters, "parameter"), "+ trained whole")
     return states
 
 
-def _doing(each: PlannedSite) -> str:
+def _doing(planned: PlannedSite) -> str:
     """Return what is done, with the reason where it is one that somebody wrote down or must know."""
-    doing, reason = row_of(each)[3], row_of(each)[5]
-    if each.lora is None:
-        return doing if each.decision == "keep" else f"{doing}: {reason}"
-    init = "" if each.lora.init == "kaiming" else f" init={each.lora.init}"
-    adapter = "" if each.lora.adapter == "default" else f" adapter={each.lora.adapter}"
-    return f"{doing}{_rows_text(each)}{init}{adapter}"
+    *_, doing, _backend, reason = row_of(planned)
+    if planned.lora is None:
+        return doing if planned.decision == "keep" else f"{doing}: {reason}"
+    init = "" if planned.lora.init == "kaiming" else f" init={planned.lora.init}"
+    adapter = "" if planned.lora.adapter == "default" else f" adapter={planned.lora.adapter}"
+    return f"{doing}{_rows_text(planned)}{init}{adapter}"
 
 
-def _rows_text(each: PlannedSite) -> str:
+def _rows_text(planned: PlannedSite) -> str:
     """Return ` of {'q': 2048, …}` for a fused weight with unequal parts: equal names can mean other rows."""
-    of = None if each.slices is None else each.slices.to_dict()["of"]
+    of = None if planned.slices is None else planned.slices.to_dict()["of"]
     return f" of {of}" if isinstance(of, dict) else ""

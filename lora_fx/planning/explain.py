@@ -26,37 +26,36 @@ def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contrac
     Raises:
         UnknownPathError: nothing bears the name; tells the nearest names.
     """
-    found = _sites_at(plan, path)
-    if found:
-        return "\n\n".join(_explained(each, rules, contraction(each)) for each in found)
-    inside = [each for each in plan.sites if each.path.startswith(f"{path}.")]
+    if named := _sites_at(plan, path):
+        return "\n\n".join(_explained(planned, rules, contraction(planned)) for planned in named)
+    inside = [planned for planned in plan.sites if planned.path.startswith(f"{path}.")]
     if inside:
-        rows = [(each.path, each.site.text(), each.decision, each.reason) for each in inside]
+        rows = [(planned.path, planned.site.text(), planned.decision, planned.reason) for planned in inside]
         return f"{path} is no site; these lie in it:\n{columns(rows)}"
     raise UnknownPathError(_unknown(inventory, path))
 
 
 def _sites_at(plan: Plan, path: str) -> list[PlannedSite]:
-    exact = [each for each in plan.sites if path in (*each.site.paths, each.site.weight)]
+    exact = [planned for planned in plan.sites if path in (*planned.site.paths, planned.site.weight)]
     if exact or not any(sign in path for sign in "*?[{"):
         return exact
     pattern = NamePattern(path)
-    return [each for each in plan.sites if any(pattern.matches(name) for name in each.site.paths)]
+    return [planned for planned in plan.sites if any(map(pattern.matches, planned.site.paths))]
 
 
 def _unknown(inventory: Inventory, path: str) -> str:
-    if any(path == each for each, _ in inventory.modules):
+    if path in dict(inventory.modules):
         return f"{path} is a module without a weight that multiplies an activation"
     names = [name for site in inventory.sites for name in site.paths]
     near = nearest_names(NamePattern(path), names)
     return f"the model has nothing called {path}" + (f"; nearest: {listing(near, 3)}" if near else "")
 
 
-def _explained(each: PlannedSite, rules: RuleSet, contraction: str) -> str:
-    lines = [each.path, columns(_facts(each.site)), "", f"  {_verdict(each)}"]
+def _explained(planned: PlannedSite, rules: RuleSet, contraction: str) -> str:
+    lines = [planned.path, columns(_facts(planned.site)), "", f"  {_verdict(planned)}"]
     if contraction:
         lines.append(f"  contraction: {contraction}")
-    return "\n".join([*lines, *_rule_lines(each, rules.rules)])
+    return "\n".join([*lines, _rule_lines(planned.site, rules.rules)])
 
 
 def _facts(site: Site) -> list[tuple[str, str]]:
@@ -73,22 +72,22 @@ def _facts(site: Site) -> list[tuple[str, str]]:
     return facts
 
 
-def _verdict(each: PlannedSite) -> str:
-    if each.decision != "adapt" or each.lora is None:
-        return f"{each.decision}: {each.reason}"
-    why = f" ({each.backend_reason})" if each.backend_reason else ""
-    parts = "" if each.slices is None else f" on {', '.join(each.slices.adapt)}"
-    size = f"r={each.lora.r} scaling={each.lora.scaling:g}{parts}, {thousands(each.trainable)} parameters"
-    return f"adapt by {each.reason}: {size}; backend {each.backend}{why}"
+def _verdict(planned: PlannedSite) -> str:
+    if planned.decision != "adapt" or planned.lora is None:
+        return f"{planned.decision}: {planned.reason}"
+    why = f" ({planned.backend_reason})" if planned.backend_reason else ""
+    parts = "" if planned.slices is None else f" on {', '.join(planned.slices.adapt)}"
+    size = f"r={planned.lora.r} scaling={planned.lora.scaling:g}{parts}, {thousands(planned.trainable)} parameters"
+    return f"adapt by {planned.reason}: {size}; backend {planned.backend}{why}"
 
 
-def _rule_lines(each: PlannedSite, rules: Sequence[Rule]) -> list[str]:
+def _rule_lines(site: Site, rules: Sequence[Rule]) -> str:
     """Return a line for each rule: why it does not match, that it decides, or that it comes too late."""
-    site, rows, decided = each.site, [], False
+    rows, decided = [], False
     for rule in rules:
         reason = rule.match.explain(site.paths, site.shape, site.op, site.classes)
         if reason is None:
             reason = "would match, but an earlier rule decides" if decided else "matches, and decides"
             decided = True
         rows.append((f"  {rule.name}", reason))
-    return [columns(rows)]
+    return columns(rows)

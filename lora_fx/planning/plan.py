@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from lora_fx.planning.planned import PlannedRegion, PlannedSite, TrainedModule, dead_notes, rank_notes
 from lora_fx.planning.rows import region_lines, rows_of, table, training_lines
@@ -51,6 +51,10 @@ class Decisions:
     def trainable(self) -> int:
         """Number of parameters that will be trained: adapters and the modules under `train:`."""
         return sum(site.trainable for site in self.sites) + sum(module.parameters for module in self.train)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the plan itself: it never changes, and every copy of an adapted block would copy it all."""
+        return self
 
     def decided(self) -> dict[str, Any]:
         """Return the fields of the decisions; of a plan, without what a study has added."""
@@ -141,8 +145,7 @@ class Plan(Decisions):
         """
         try:
             document = json.loads(text)
-            version = document["schema_version"]
-            if version != SCHEMA_VERSION:
+            if (version := document["schema_version"]) != SCHEMA_VERSION:
                 raise ValueError(f"the plan has schema version {version}, this lora_fx reads {SCHEMA_VERSION}")
             return _plan(document)
         except json.JSONDecodeError as error:
@@ -168,9 +171,9 @@ def _row(planned: PlannedSite) -> dict[str, object]:
 
 def _plan(document: dict[str, object]) -> Plan:
     parts = {key: value for key, value in document.items() if key not in ("schema_version", "trainable")}
-    parts["sites"] = tuple(_planned_site(each) for each in _items(document["sites"]))
-    parts["train"] = tuple(TrainedModule(**each) for each in _items(document["train"]))
-    parts["regions"] = tuple(PlannedRegion(**each) for each in _items(document["regions"]))
+    parts["sites"] = tuple(map(_planned_site, _items(document["sites"])))
+    parts["train"] = tuple(TrainedModule(**row) for row in _items(document["train"]))
+    parts["regions"] = tuple(PlannedRegion(**row) for row in _items(document["regions"]))
     parts["notes"] = tuple(_items(document["notes"]))
     parts["unmatched_rules"] = tuple(_items(document["unmatched_rules"]))
     return Plan(**parts)  # type: ignore[arg-type]
@@ -195,5 +198,5 @@ def _planned_site(row: dict) -> PlannedSite:  # type: ignore[type-arg]
 
 
 def _slices(row: dict) -> Slices:  # type: ignore[type-arg]
-    parts = (Slice(each["name"], each["size"], tuple(map(tuple, each["rows"]))) for each in row["parts"])
+    parts = (Slice(part["name"], part["size"], tuple(map(tuple, part["rows"]))) for part in row["parts"])
     return Slices(tuple(parts), tuple(row["adapt"]))

@@ -55,17 +55,14 @@ class PlannedSite:
         """Why base and adapter of an adapted site are not computed as one operation; "" where they are."""
         if self.decision != "adapt" or self.lora is None:
             return ""
-        if self.op != "linear":
-            return f"{self.op} goes operation by operation"
-        if self.site.read or self.site.parameter:
-            return "a weight that is read goes operation by operation"
-        if self.slices is not None and not self.slices.are_runs:
-            return "slices of rows that are no neighbours go operation by operation"
-        if self.per_call:
-            return "an adapter for each call goes operation by operation"
-        if self.site.dtype not in _FUSED_DTYPES:
-            return f"a base of {self.site.dtype} goes operation by operation"
-        return ""
+        reasons = {
+            f"{self.op} goes": self.op != "linear",
+            "a weight that is read goes": self.site.read or self.site.parameter,
+            "slices of rows that are no neighbours go": self.slices is not None and not self.slices.are_runs,
+            "an adapter for each call goes": self.per_call,
+            f"a base of {self.site.dtype} goes": self.site.dtype not in _FUSED_DTYPES,
+        }
+        return next((f"{reason} operation by operation" for reason, holds in reasons.items() if holds), "")
 
     @property
     def trainable(self) -> int:

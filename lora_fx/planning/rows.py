@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from lora_fx.planning.planned import PlannedRegion, PlannedSite
@@ -32,16 +34,16 @@ def table(rows: Sequence[tuple[str, ...]], width: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def row_of(each: PlannedSite) -> tuple[str, ...]:
+def row_of(planned: PlannedSite) -> tuple[str, ...]:
     """Return (path, weight, calls, what is done, backend, why) of a site."""
-    doing = SYMBOLS[each.decision]
-    if each.lora is not None:
-        doing += f" {_lora_text(each.lora)}{_parts_text(each)}"
-    elif each.decision != "keep":
-        doing += {"skip": " skipped", "refuse": " refused"}[each.decision]
-    backend = each.backend if each.decision == "adapt" else ""
-    calls = f"×{each.calls}" if each.calls is not None and each.calls != 1 else ""
-    return (each.path, each.site.text(), calls, doing, backend, each.reason)
+    doing = SYMBOLS[planned.decision]
+    if planned.lora is not None:
+        doing += f" {_lora_text(planned.lora)}{_parts_text(planned)}"
+    elif planned.decision != "keep":
+        doing += {"skip": " skipped", "refuse": " refused"}[planned.decision]
+    backend = planned.backend if planned.decision == "adapt" else ""
+    calls = f"×{planned.calls}" if planned.calls is not None and planned.calls != 1 else ""
+    return (planned.path, planned.site.text(), calls, doing, backend, planned.reason)
 
 
 def _lora_text(lora: LoRAConfig) -> str:
@@ -50,10 +52,10 @@ def _lora_text(lora: LoRAConfig) -> str:
     return f"r={lora.r} alpha={lora.alpha:g}{dropout}" + "".join(f" {name}" for name, on in switches if on)
 
 
-def _parts_text(each: PlannedSite) -> str:
+def _parts_text(planned: PlannedSite) -> str:
     """Return ` on q, v` for slices, ` for each of 12 calls` for calls with an adapter each."""
-    parts = "" if each.slices is None else f" on {', '.join(each.slices.adapt)}"
-    return parts + (f" for each of {each.calls} calls" if each.per_call else "")
+    parts = "" if planned.slices is None else f" on {', '.join(planned.slices.adapt)}"
+    return parts + (f" for each of {planned.calls} calls" if planned.per_call else "")
 
 
 def fold_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -63,54 +65,41 @@ def fold_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
         groups.setdefault((_NUMBER.sub("#", path), *rest), []).append(path)
     folded: list[tuple[str, ...]] = []
     for (template, *rest), paths in groups.items():
-        names = [_ranged(template, paths)] if _foldable(paths) else paths
-        folded += [(name, *rest) for name in names]
+        one = _ranged(template, paths)
+        folded += [(name, *rest) for name in ([one] if one else paths)]
     return folded
 
 
-def _foldable(paths: Sequence[str]) -> bool:
-    """Whether the paths are exactly the product of the ranges of their numbers."""
-    if len(paths) == 1:
-        return False
-    numbers = [{int(match) for match in column} for column in _number_columns(paths)]
-    product = 1
-    for values in numbers:
-        product *= len(values)
-    return product == len(paths) and all(max(v) - min(v) + 1 == len(v) for v in numbers)
-
-
-def _number_columns(paths: Sequence[str]) -> list[tuple[str, ...]]:
-    return list(zip(*(_NUMBER.findall(path) for path in paths), strict=True))
-
-
 def _ranged(template: str, paths: Sequence[str]) -> str:
-    for column in _number_columns(paths):
-        low, high = min(map(int, column)), max(map(int, column))
+    """Return `h.{0..11}.attn  ×12`; "" where the paths are not exactly the product of the ranges of their numbers."""
+    columns_of_numbers = zip(*map(_NUMBER.findall, paths), strict=True)
+    numbers = [set(map(int, column)) for column in columns_of_numbers]
+    full = math.prod(map(len, numbers)) == len(paths) > 1
+    if not full or any(max(values) - min(values) + 1 != len(values) for values in numbers):
+        return ""
+    for values in numbers:
+        low, high = min(values), max(values)
         template = template.replace("#", str(low) if low == high else f"{{{low}..{high}}}", 1)
     return f"{template}  ×{len(paths)}"
 
 
 def region_lines(regions: Sequence[PlannedRegion]) -> list[str]:
     """Return a line for each reason for which regions are not graphs."""
-    reasons: dict[str, list[str]] = {}
-    for region in regions:
-        if region.backend == "module":
-            reasons.setdefault(region.reason, []).append(region.path or "(root)")
-    return [f"  not a graph: {', '.join(_folded_names(paths))}: {reason}" for reason, paths in reasons.items()]
+    failed = [region for region in regions if region.backend == "module"]
+    return _lines_by_reason("not a graph", [(region.path or "(root)", region.reason) for region in failed])
 
 
 def training_lines(adapted: Sequence[PlannedSite]) -> list[str]:
     """Return how many adapted sites the passes make cheaper to train, and why some are left alone."""
-    alone: dict[str, list[str]] = {}
-    for site in adapted:
-        reason = site.not_fused
-        if reason:
-            alone.setdefault(reason, []).append(site.path)
-    counts = {name: sum(name in site.passes for site in adapted) for name in _PASSES}
-    cheaper = [f"{number} {text}" for name, text in _PASSES.items() if (number := counts[name])]
+    counts = Counter(name for site in adapted for name in site.passes)
+    cheaper = [f"{counts[name]} {text}" for name, text in _PASSES.items() if counts[name]]
     lines = [f"  in training: {', '.join(cheaper)}"] if cheaper else []
-    return lines + [f"  not fused: {', '.join(_folded_names(paths))}: {reason}" for reason, paths in alone.items()]
+    return lines + _lines_by_reason("not fused", [(site.path, site.not_fused) for site in adapted if site.not_fused])
 
 
-def _folded_names(paths: Sequence[str]) -> list[str]:
-    return [row[0] for row in fold_rows([(path,) for path in paths])]
+def _lines_by_reason(what: str, reasons: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a line for each reason, with all paths that have it, from (path, reason)."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for path, reason in reasons:
+        groups.setdefault(reason, []).append((path,))
+    return [f"  {what}: {', '.join(name for name, *_ in fold_rows(rows))}: {why}" for why, rows in groups.items()]

@@ -81,14 +81,13 @@ class Site:
         return f"{self.classes[0]} {' × '.join(map(str, sizes))} → {out_features}"
 
 
-def differences(planned: Iterable[Site], found: Iterable[Site]) -> list[tuple[str, str, str]]:
-    """Return (path, planned, found) for every site in which the two differ."""
+def differences(planned: Iterable[Site], present: Iterable[Site]) -> list[tuple[str, str, str]]:
+    """Return (path, planned, present) for every site in which the two differ."""
     before = {site.path: _identity(site) for site in planned}
-    after = {site.path: _identity(site) for site in found}
-    paths = [*before, *(path for path in after if path not in before)]
+    after = {site.path: _identity(site) for site in present}
     return [
         (path, before.get(path, "nothing"), after.get(path, "nothing"))
-        for path in paths
+        for path in before | after
         if before.get(path) != after.get(path)
     ]
 

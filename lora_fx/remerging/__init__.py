@@ -1,1 +1,1 @@
-"""Other people's LoRA, found by its structure and folded.  Nothing but api and cli imports this folder."""
+"""Other people's LoRA, found by its structure and folded.  Nothing imports this folder: it can be detached."""

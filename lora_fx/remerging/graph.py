@@ -1,30 +1,30 @@
-"""remerge: finds LoRAs by their structure in any graph, whoever wrote them, and folds them into their base weights."""
+"""remerge of one graph: finds LoRAs of any library by their structure and folds them into their base weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
 from lora_fx.errors import InvariantError
-from lora_fx.models.tensors import attribute_at
+from lora_fx.models.tensors import attribute_at, dotted
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.remerging.algebra.chains import folded_weight, refolded
 from lora_fx.remerging.algebra.checks import checked, names_of_weight, stored_as
-from lora_fx.remerging.algebra.folds import Found, LoraFold, find_folds
-from lora_fx.remerging.algebra.operations import IDENTITY, is_inactive_dropout
+from lora_fx.remerging.algebra.folds import Findings, LoraFold, find_folds
+from lora_fx.remerging.algebra.operations import IDENTITY, is_linear, parameters_read
 from lora_fx.remerging.algebra.read import read_graph
 from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.running import finite, problem_with
-from lora_fx.remerging.cleaning import drop_unused, erase_unread
 
 
 @dataclass(frozen=True, slots=True)
 class Remerge(Pass):
     """Fold every product of low rank that is added to a linear of the same input, or to its weight.
 
-    W' = W + Σ scaling · B A, accumulated in float32 and rounded once, in a new parameter: who else holds W keeps it.
+    W' = W + Σ scaling · B A, accumulated in float32 and rounded once, in a new parameter: other holders of W keep it.
     What looks like a LoRA and cannot be folded is left alone.  Ensures: what was folded is in no graph and no module.
     """
 
@@ -53,13 +53,13 @@ class Remerge(Pass):
 
 def _to_fold(read: GraphReading) -> tuple[list[LoraFold], dict[str, str]]:
     """Return the folds to do, in the order of the graph, and what is left alone and why."""
-    found = find_folds(read)
-    folds = sorted(checked(read, _provable(read, found), found.left), key=lambda fold: read.order[fold.use])
+    findings = find_folds(read)
+    folds = sorted(checked(read, _provable(read, findings), findings.left), key=lambda fold: read.order[fold.use])
     for use in dict.fromkeys(fold.use for fold in folds):
         own = [fold for fold in folds if fold.use is use]
-        if not finite([weight_of(read, own), *bias_of(read, own)]):
-            found.left[own[0].path] = "the folded weight has NaN or infinite values"
-    return [fold for fold in folds if fold.path not in found.left], found.left
+        if not finite([_weight_of(read, own), *_bias_of(read, own)]):
+            findings.left[own[0].path] = "the folded weight has NaN or infinite values"
+    return [fold for fold in folds if fold.path not in findings.left], findings.left
 
 
 def _fold(editor: Editor, read: GraphReading, folds: list[LoraFold]) -> None:
@@ -68,19 +68,19 @@ def _fold(editor: Editor, read: GraphReading, folds: list[LoraFold]) -> None:
         editor.set_tensor(name, tensor, path)
     called = {str(node.target) for fold in folds for node in fold.cone if node.op == "call_module"}
     _take_out(editor, read, folds, names)
-    drop_unused(editor, [read.tensors[name] for fold in folds for name in fold.factors], called, "remerge")
+    _drop_unused(editor, [read.tensors[name] for fold in folds for name in fold.factors], called, "remerge")
 
 
-def _provable(read: GraphReading, found: Found) -> list[LoraFold]:
+def _provable(read: GraphReading, findings: Findings) -> list[LoraFold]:
     """Return the folds that compute what their structure says; the others are left alone."""
     kept = []
-    for fold in found.folds:
+    for fold in findings.folds:
         reason = problem_with(read, fold)
         if reason is None:
             kept.append(fold)
         else:
-            found.left[fold.path] = reason
-    return [fold for fold in kept if fold.path not in found.left]
+            findings.left[fold.path] = reason
+    return [fold for fold in kept if fold.path not in findings.left]
 
 
 # -- weights
@@ -91,10 +91,10 @@ def _new_tensors(read: GraphReading, folds: list[LoraFold]) -> dict[str, tuple[T
     new: dict[str, tuple[Tensor, str]] = {}
     for use in dict.fromkeys(fold.use for fold in folds):
         own = [fold for fold in folds if fold.use is use]
-        values = [weight_of(read, own), *bias_of(read, own)]
+        values = [_weight_of(read, own), *_bias_of(read, own)]
         for name in stored_as(read, own[0]):
             old = attribute_at(read.root, name)
-            value = next(each for each in values if each.shape == old.shape)
+            value = next(tensor for tensor in values if tensor.shape == old.shape)
             new.setdefault(name, (_like(old, value), own[0].path))
     return new
 
@@ -103,7 +103,7 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 
-def weight_of(read: GraphReading, folds: list[LoraFold]) -> Tensor:
+def _weight_of(read: GraphReading, folds: list[LoraFold]) -> Tensor:
     """Return the stored weight with all products of one linear folded in."""
     part = folds[0].part
     total = read.tensors[part.name]
@@ -113,7 +113,7 @@ def weight_of(read: GraphReading, folds: list[LoraFold]) -> Tensor:
     return total
 
 
-def bias_of(read: GraphReading, folds: list[LoraFold]) -> list[Tensor]:
+def _bias_of(read: GraphReading, folds: list[LoraFold]) -> list[Tensor]:
     """Return the stored bias with what the products bring along added, if they bring any."""
     total: Tensor | None = None
     for fold in folds:
@@ -135,7 +135,7 @@ def _take_out(editor: Editor, read: GraphReading, folds: list[LoraFold], names: 
     for fold in folds:
         if fold.delta is None:
             _read_weight_alone(editor, fold, names[fold.use])
-    erase_unread(editor, {node for fold in folds for node in fold.cone} | removal.touched, "remerge")
+    _erase_unread(editor, {node for fold in folds for node in fold.cone} | removal.touched, "remerge")
 
 
 class _Removal:
@@ -158,7 +158,7 @@ class _Removal:
             kept = [name for name in names if not self._is_gone(self.read.given(call, name), node)]
             if len(kept) < len(names):
                 self._keep(node, kept)
-        elif (call.op == IDENTITY or is_inactive_dropout(call)) and self.read.given(call) in self.gone:
+        elif call.op == IDENTITY and self.read.given(call) in self.gone:
             self.gone.add(node)
             self.touched.add(node)
 
@@ -177,11 +177,7 @@ class _Removal:
         readers = set(self.read.readers(node))
         for value in (node, call.arguments["input"]) if call.in_place else (node,):
             if value is not other:
-                _replace_for(self.editor, value, other, readers)
-
-
-def _replace_for(editor: Editor, old: fx.Node, new: fx.Node, readers: set[fx.Node]) -> None:
-    editor.replace_uses(old, new, "remerge", but=lambda user: user not in readers)
+                self.editor.replace_uses(value, other, "remerge", but=lambda user: user not in readers)
 
 
 def _read_weight_alone(editor: Editor, fold: LoraFold, name: str) -> None:
@@ -191,3 +187,63 @@ def _read_weight_alone(editor: Editor, fold: LoraFold, name: str) -> None:
         if fold.part.transposed:
             weight = write.graph.call_method("t", (weight,))
     editor.replace_uses(fold.use, weight, fold.path, but=lambda user: user is weight)
+
+
+# -- what is left of a product: nodes that nothing reads, parameters that nothing names, modules that nothing calls
+
+
+def _erase_unread(editor: Editor, candidates: Iterable[fx.Node], site: str) -> None:
+    """Erase those of the nodes that nothing reads any more, the last first."""
+    wanted = set(candidates)
+    for node in reversed(list(editor.graph.nodes)):
+        if node in wanted and not node.users and node.op not in ("placeholder", "output"):
+            editor.erase(node, site)
+
+
+def _drop_unused(editor: Editor, tensors: Iterable[Tensor], called: Iterable[str], site: str) -> None:
+    """Take away those of the tensors that the graph needs no more, and the modules and containers that are then empty.
+
+    Args:
+        editor: of the graph.
+        tensors: parameters and buffers that may go.
+        called: paths of modules that may go.
+        site: for the journal.
+    """
+    root, wanted, owners = editor.graph_module, {id(tensor) for tensor in tensors}, set(called)
+    used = _used(root, editor.graph)
+    for path, module in list(root.named_modules()):
+        for name in [*module._parameters, *module._buffers]:
+            full = dotted(path, name)
+            if id(attribute_at(root, full)) in wanted and full not in used:
+                editor.drop_tensor(full, site)
+                owners.add(path)
+    for path in sorted(owners, key=len, reverse=True):
+        while path and not _is_needed(root, path, used):
+            editor.drop_module(path, site)
+            path = path.rpartition(".")[0]
+
+
+def _used(root: nn.Module, graph: fx.Graph) -> set[str]:
+    """Return the names of tensors that are read and of modules that are called, or are in one that is."""
+    used: set[str] = set()
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            path = str(node.target)
+            used.add(path)
+        if node.op == "call_module":
+            module = root.get_submodule(path)
+            used |= {dotted(path, name) for name, _ in parameters_read(module)}
+            if not is_linear(module):
+                used |= {dotted(path, name) for name, _ in (*module.named_modules(), *module.named_buffers())}
+    return used
+
+
+def _is_needed(root: nn.Module, path: str, used: set[str]) -> bool:
+    if path in used:
+        return True
+    try:
+        module = root.get_submodule(path)
+    except AttributeError:
+        return True  # gone already
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return bool(module._modules) or any(tensor is not None for tensor in tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -31,12 +31,12 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def candidates(model: nn.Module) -> list[str]:
     """Return the paths of modules whose parameters may be one weight and factors of low rank, the innermost first."""
     hidden = _of_graphs(model)
-    found = [
+    paths = [
         path
         for path, module in model.named_modules()
         if path not in hidden and type(module).forward is not nn.Module.forward and _weight_of(module) is not None
     ]
-    return sorted(found, key=lambda path: -len(path.split(".")) if path else 1)
+    return sorted(paths, key=lambda path: -len(path.split(".")) if path else 1)
 
 
 def _of_graphs(model: nn.Module) -> set[str]:
@@ -56,26 +56,21 @@ def _whole(used: set[str]) -> set[str]:
 
 
 def matrices_of(module: nn.Module) -> list[Tensor]:
-    """Return the module's weights, those of whoever has taken over its forward too."""
-    own = dict.fromkeys((*module.parameters(), *_adapter(module)))
-    return [each for each in own if each.dim() > 1 and each.is_floating_point() and each.numel()]
+    """Return the module's weights, and those of the module that has taken over its forward."""
+    other = _bound_elsewhere(module)
+    weights = dict.fromkeys((*module.parameters(), *(() if other is None else other.parameters())))
+    return [weight for weight in weights if weight.dim() > 1 and weight.is_floating_point() and weight.numel()]
 
 
 def _matrices(module: nn.Module) -> list[Tensor]:
-    return [each.detach().flatten(1) for each in matrices_of(module)]
+    return [weight.detach().flatten(1) for weight in matrices_of(module)]
 
 
-def is_bound_elsewhere(module: nn.Module) -> nn.Module | None:
+def _bound_elsewhere(module: nn.Module) -> nn.Module | None:
     """Return the module whose method has taken the place of this one's forward."""
     forward = vars(module).get("forward")
     owner = forward.__self__ if isinstance(forward, MethodType) else None
     return owner if isinstance(owner, nn.Module) and owner is not module else None
-
-
-def _adapter(module: nn.Module) -> Iterator[nn.Parameter]:
-    other = is_bound_elsewhere(module)
-    if other is not None:
-        yield from other.parameters()
 
 
 def _weight_of(module: nn.Module) -> Tensor | None:
@@ -84,20 +79,20 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     The one large matrix among thinner ones; or, where there are several, one that fits two factors which the module
     itself owns, as a forward that computes a LoRA on the way does.
     """
-    found = _matrices(module)
-    if len(found) < 3:
+    matrices = _matrices(module)
+    if len(matrices) < 3:
         return None
-    weight = max(found, key=lambda each: each.numel())
-    if all(min(each.shape) < min(weight.shape) for each in found if each is not weight):
+    weight = max(matrices, key=torch.numel)
+    if all(min(other.shape) < min(weight.shape) for other in matrices if other is not weight):
         return weight
-    own = [each.detach() for each in module._parameters.values() if each is not None and each.dim() == 2]
-    return next((each for each in found if _has_pair(each, own)), None) if len(own) > 1 else None
+    own = [held.detach() for held in module._parameters.values() if held is not None and held.dim() == 2]
+    return next((one for one in matrices if _has_pair(one, own)), None) if len(own) > 1 else None
 
 
 def _has_pair(weight: Tensor, others: list[Tensor]) -> bool:
     """Whether two of the matrices lead from the weight's one dimension to few, and from them to its other."""
     out, into = weight.shape
-    sizes = [sorted(each.shape) for each in others]
+    sizes = [sorted(other.shape) for other in others]
     ranks = {rank for size in sizes for rank in size if rank < min(into, out)}
     return any(
         sorted((rank, into)) in sizes
@@ -119,7 +114,7 @@ def replaced(model: nn.Module, path: str, call: Sample | None) -> nn.Module | st
     weight = _weight_of(module)
     if weight is None:  # what is inside has become plain
         return ""
-    is_pair = _has_pair(weight, [each for each in _matrices(module) if each.shape != weight.shape])
+    is_pair = _has_pair(weight, [other for other in _matrices(module) if other.shape != weight.shape])
     unfit = _unfit(module)
     if unfit is not None:
         return unfit if is_pair else ""
@@ -142,9 +137,9 @@ def replaced(model: nn.Module, path: str, call: Sample | None) -> nn.Module | st
 def _unfit(module: nn.Module) -> str | None:
     if has_any_hook(module):
         return "it has hooks"
-    if any(isinstance(each, nn.Embedding) for each in module.modules()):
+    if any(isinstance(inner, nn.Embedding) for inner in module.modules()):
         return "its base is an embedding, no linear"
-    if any(isinstance(each, _CONVOLUTIONS) for each in module.modules()):
+    if any(isinstance(inner, _CONVOLUTIONS) for inner in module.modules()):
         return "its base is a convolution, no linear"
     return None
 
@@ -160,16 +155,17 @@ def read_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         NotCaptured: with the reason.
     """
-    if any("forward" in vars(each) for each in module.modules()):
+    if any("forward" in vars(inner) for inner in module.modules()):
         return _read_operations(module, args, kwargs)
     return read_graph(module, capture(module, args, kwargs).graph)
 
 
 def _read_operations(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphReading:
     """Trace below the Python of a forward that lives in another object, where no copy of the module can follow."""
-    names = {id(each): name for name, each in module.named_parameters()}
-    for owner in filter(None, map(is_bound_elsewhere, module.modules())):
-        names |= {id(each): f"({type(owner).__name__}).{name}" for name, each in owner.named_parameters()} | names
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for owner in filter(None, map(_bound_elsewhere, module.modules())):
+        theirs = {id(parameter): name for name, parameter in owner.named_parameters()}
+        names = {key: f"({type(owner).__name__}).{name}" for key, name in theirs.items()} | names
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -180,6 +176,7 @@ def _read_operations(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def result_of(read: GraphReading) -> fx.Node:
+    """Return the node whose value the graph returns; NotLinear is raised where it returns more than one tensor."""
     output = next(node for node in read.graph.nodes if node.op == "output")
     if not isinstance(output.args[0], fx.Node):
         raise NotLinear(output, "it returns more than one tensor")
@@ -214,17 +211,17 @@ def _is_whole(read: GraphReading, part: WeightPart) -> bool:
 def check_factors(model: nn.Module, module: nn.Module, read: GraphReading, products: Iterable[MatrixChain]) -> None:
     """Raise NotLinear if a factor serves a module outside of this one too."""
     factors = _factors(read, products)
-    own = {id(each) for each in module.modules()}
+    own = set(map(id, module.modules()))
     for path, other in model.named_modules():
         held = (*other._parameters.values(), *other._buffers.values())
-        if id(other) not in own and any(id(each) in factors for each in held):
+        if id(other) not in own and any(id(tensor) in factors for tensor in held):
             raise NotLinear(None, f"a factor is used elsewhere too ({path})")
 
 
 def _factors(read: GraphReading, products: Iterable[MatrixChain]) -> set[int]:
     """Return the stored matrices of the products, by identity."""
     tensors = [read.tensors[name] for chain in products for name in chain.names]
-    return {id(each) for each in tensors if each.dim() > 1}
+    return {id(tensor) for tensor in tensors if tensor.dim() > 1}
 
 
 def _with_weights(
@@ -247,9 +244,8 @@ def _bias(read: GraphReading, part: WeightPart, value: Affine) -> tuple[Tensor |
     """Return the stored bias and the one with what the products bring along; the same, if they bring nothing."""
     rows = {chain.part.name: chain for chain in value.constant if chain.part is not None}
     beside = [name for name in rows if name.rpartition(".")[0] == part.name.rpartition(".")[0]]
-    name = next(
-        iter((*beside, *rows)), None
-    )  # a factor's own bias is a row as well: the base's stands beside the weight
+    # a factor's own bias is a row as well: the base's stands beside the weight
+    name = next(iter((*beside, *rows)), None)
     extra = [chain for chain in value.constant if name is None or chain is not rows[name]]
     if name is None:
         if extra:
@@ -262,12 +258,12 @@ def _bias(read: GraphReading, part: WeightPart, value: Affine) -> tuple[Tensor |
 
 def _base_layer(module: nn.Module, stored: Tensor, factors: set[int]) -> nn.Module | None:
     """Return the outermost submodule that holds the weight and none of the factors, if there is one."""
-    if is_bound_elsewhere(module) is not None:
+    if _bound_elsewhere(module) is not None:
         return None
-    for each in list(module.modules())[1:]:
-        held = {id(parameter) for parameter in each.parameters()}
-        if id(stored) in held and not held & factors and type(each).forward is not nn.Module.forward:
-            return each
+    for inner in list(module.modules())[1:]:
+        held = set(map(id, inner.parameters()))
+        if id(stored) in held and not held & factors and type(inner).forward is not nn.Module.forward:
+            return inner
     return None
 
 
@@ -291,7 +287,7 @@ def _linear(weight: nn.Parameter, bias: Tensor | None, training: bool) -> nn.Lin
 
 def _disagreement(module: nn.Module, layer: nn.Module, inputs: Calls) -> str:
     """Return why the layer cannot stand for the module; empty if both compute the same for all inputs."""
-    if any(each.is_meta for each in layer.parameters()):
+    if any(parameter.is_meta for parameter in layer.parameters()):
         return ""
     compared = 0
     with torch.no_grad():
@@ -301,10 +297,10 @@ def _disagreement(module: nn.Module, layer: nn.Module, inputs: Calls) -> str:
             except Exception:  # inputs that are made up need not suit the module
                 continue
             try:
-                found = layer(*args, **kwargs)
+                computed = layer(*args, **kwargs)
             except TypeError:
                 return "the plain layer cannot be called as the layer is"
-            if found.dtype != expected.dtype or not close(found, expected, expected.dtype):
+            if computed.dtype != expected.dtype or not close(computed, expected, expected.dtype):
                 return "the folded layer gives something else"
             compared += 1
     return "" if compared else "it cannot be called to compare"
@@ -314,11 +310,6 @@ def _what_it_looks_like(read: GraphReading, why: NotLinear) -> str:
     """Return why a LoRA in a module's graph is left alone; nothing where there is none."""
     if why.node is None:
         return why.reason
-    found = find_folds(read)
-    for reason in found.left.values():
-        return reason
-    return (
-        "its forward does more than a linear and its LoRA; remerge the graph of a model that holds it"
-        if found.folds
-        else ""
-    )
+    findings = find_folds(read)
+    more = "its forward does more than a linear and its LoRA; remerge the graph of a model that holds it"
+    return next(iter(findings.left.values()), more if findings.folds else "")

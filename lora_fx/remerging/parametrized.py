@@ -43,10 +43,10 @@ def _folded(model: nn.Module, module: nn.Module, name: str) -> nn.Parameter:
     except NotCaptured as reason:
         raise NotLinear(None, "") from reason
     node = result_of(read)
-    found = find_folds(read)
-    fold = next((fold for fold in found.folds if fold.use is node), None)
+    findings = find_folds(read)
+    fold = next((fold for fold in findings.folds if fold.use is node), None)
     if fold is None or fold.part.transposed:
-        raise NotLinear(node, next(iter(found.left.values()), ""))
+        raise NotLinear(node, next(iter(findings.left.values()), ""))
     check_factors(model, steps, read, fold.chains)
     stored = read.tensors[fold.part.name]
     parameter = nn.Parameter(refolded(stored, False, fold.chains), requires_grad=stored.requires_grad)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.errors import LoraFxWarning, MergeError
 from lora_fx.models.samples import Sample, samples_of
 from lora_fx.models.ties import mark_untied, tied_names
@@ -43,15 +43,31 @@ class RemergeResult:
         return "\n".join([*lines, *(f"  {path}: {reason}" for path, reason in self.left)])
 
 
-def remerged(model: nn.Module | torch.export.ExportedProgram, example_inputs: object = None) -> RemergeResult:
-    """Return the model with every LoRA folded, found by structure, and a report; the given model stays unchanged.
+def remerge(model: nn.Module | torch.export.ExportedProgram, example_inputs: object = None) -> nn.Module:
+    """Return the model with every LoRA in it folded, of any library; the model itself stays unchanged.
 
-    See `lora_fx.remerge`, which returns the model alone.
+    A LoRA is found by its structure: scaling · B A x (dropout asleep) added to a linear of the same x, or
+    scaling · B A added to the weight.  W' = W + Σ scaling · B A, accumulated in float32 and rounded once.  A layer that
+    is a linear and its LoRA becomes the plain linear; a GraphModule or ExportedProgram comes back as a GraphModule
+    without the nodes.  What looks like a LoRA and is none is left alone, and a LoraFxWarning gives the reasons;
+    `remerged` returns them.
+
+    Args:
+        model: any nn.Module (PEFT's comes back as its base model), torch.fx.GraphModule or ExportedProgram.
+        example_inputs: as for `plan`; layers are then read from their real calls, and the results are compared.
 
     Raises:
-        MergeError: the folded model computes something else for the example inputs: a defect.
+        MergeError: the folded model computes something else for the example inputs.
+        CaptureError: the example inputs are of a wrong kind.
         RefusedError: the model cannot be copied.
     """
+    result = remerged(model, example_inputs)
+    _warn_of(result)
+    return result.model
+
+
+def remerged(model: nn.Module | torch.export.ExportedProgram, example_inputs: object = None) -> RemergeResult:
+    """Return what `remerge` returns, and a report; takes and raises the same, and warns of nothing."""
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     if _is_ours(module) and not isinstance(module, fx.GraphModule):
         return RemergeResult(merged(module), tuple(path for path, _ in all_attached(module)), ())
@@ -65,7 +81,7 @@ def remerged(model: nn.Module | torch.export.ExportedProgram, example_inputs: ob
 
 def _is_ours(model: nn.Module) -> bool:
     """Whether lora_fx adapted the model; nothing is asked of modules of other libraries that look like ours."""
-    return any(isinstance(each, LoRAFactor) for each in model.modules())
+    return any(isinstance(module, LoRAFactor) for module in model.modules())
 
 
 def _remerged(twin: nn.Module, calls: dict[str, Sample]) -> RemergeResult:
@@ -76,7 +92,7 @@ def _remerged(twin: nn.Module, calls: dict[str, Sample]) -> RemergeResult:
     twin = _fold_layers(twin, calls, folded, left)
     twin = _fold_graphs(twin, folded, left)
     if folded and not left:
-        twin = _without_wrapper(twin)
+        twin = _unwrapped(twin)
     return RemergeResult(twin, tuple(folded), tuple(left.items()))
 
 
@@ -132,18 +148,18 @@ def _fold_graphs(twin: nn.Module, folded: list[str], left: dict[str, str]) -> nn
             work = Remerge()
             result = run(module, [work])
             front = f"{path}." if path else ""
-            folded += [f"{front}{each}" for each in work.folded]
-            left.update({f"{front}{each}": reason for each, reason in work.left})
+            folded += [f"{front}{name}" for name in work.folded]
+            left.update({f"{front}{name}": reason for name, reason in work.left})
             if result.modified:
                 twin = _put(twin, module, result.graph_module)
     return twin
 
 
-def _without_wrapper(twin: nn.Module) -> nn.Module:
-    """Return the model inside a wrapper that says itself what it wraps, as PEFT's does."""
+def _unwrapped(twin: nn.Module) -> nn.Module:
+    """Return the model inside one that names its base itself, as PEFT's does."""
     inside = getattr(type(twin), "get_base_model", None)
     base = inside(twin) if callable(inside) else twin
-    return base if isinstance(base, nn.Module) and any(base is each for each in twin.modules()) else twin
+    return base if isinstance(base, nn.Module) and any(base is module for module in twin.modules()) else twin
 
 
 # -- real calls
@@ -168,13 +184,13 @@ def _first_calls(model: nn.Module, samples: Sequence[Sample]) -> dict[str, Sampl
 
 def _outputs(model: nn.Module, samples: Sequence[Sample]) -> list[Tensor]:
     """Return all tensors that the model gives for the samples."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     with torch.no_grad(), unchanged_random(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for sample in samples:
             result = model(*sample.args, **sample.kwargs)
-            found += [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return found
+            tensors += [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return tensors
 
 
 def _check(model: nn.Module, result: RemergeResult, samples: Sequence[Sample]) -> None:
@@ -189,7 +205,7 @@ def _check(model: nn.Module, result: RemergeResult, samples: Sequence[Sample]) -
             )
 
 
-def warn_of(result: RemergeResult) -> None:
+def _warn_of(result: RemergeResult) -> None:
     """Warn of what is left alone, or that nothing was found."""
     if result.left:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in result.left)

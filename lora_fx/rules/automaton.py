@@ -54,7 +54,6 @@ class Repeat:
 
 
 Expression = Characters | Concatenation | Choice | Repeat
-EMPTY = Concatenation(())
 
 
 def literal(text: str) -> Concatenation:

@@ -18,14 +18,14 @@ def lint(rules: str | os.PathLike[str] | RuleSet) -> tuple[RuleSet, list[str]]:
     Raises:
         RuleError: with every problem of the file.
     """
-    found = read_rules(rules)
-    return found, list(_never_reached(found))
+    ruleset = read_rules(rules)
+    return ruleset, list(_never_reached(ruleset))
 
 
-def _never_reached(found: RuleSet) -> Iterator[str]:
+def _never_reached(ruleset: RuleSet) -> Iterator[str]:
     """Yield a warning for each rule whose match an earlier rule has, or that stands after one that takes all."""
     first: dict[Match, Rule] = {}
-    for rule in found.rules:
+    for rule in ruleset.rules:
         where = f"{rule.span}: rule '{rule.name}'"
         if rule.match in first:
             yield f"{where} has the match of rule '{first[rule.match].name}' and never decides a site"

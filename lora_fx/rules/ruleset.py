@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ class Match:
     cls: tuple[NamePattern, ...] = ()
 
     def matches(self, paths: Sequence[str], shape: Sequence[int], op: str, classes: Sequence[str]) -> bool:
+        """Whether a site matches; arguments as for `explain`."""
         return self.explain(paths, shape, op, classes) is None
 
     def explain(self, paths: Sequence[str], shape: Sequence[int], op: str, classes: Sequence[str]) -> str | None:
@@ -66,16 +68,13 @@ class Match:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""
-        found: dict[str, Any] = {}
-        if self.name:
-            found["name"] = [pattern.text for pattern in self.name]
-        if self.shape is not None:
-            found["shape"] = self.shape.values()
-        if self.op:
-            found["op"] = list(self.op)
-        if self.cls:
-            found["class"] = [pattern.text for pattern in self.cls]
-        return found
+        values = {
+            "name": [pattern.text for pattern in self.name],
+            "shape": None if self.shape is None else self.shape.values(),
+            "op": list(self.op),
+            "class": [pattern.text for pattern in self.cls],
+        }
+        return {key: value for key, value in values.items() if value}
 
     def __str__(self) -> str:
         if self.name and not (self.shape or self.op or self.cls):
@@ -131,11 +130,8 @@ class Slices:
             raise ValueError(f"{out_features} rows cannot be cut into {len(self.parts)} equal parts")
         if sum(sizes) != out_features:
             raise ValueError(f"the slices have {sum(sizes)} rows together, the weight has {out_features}")
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        return {
-            part.name: list(range(start, start + size))
-            for part, start, size in zip(self.parts, starts, sizes, strict=True)
-        }
+        shares = zip(self.parts, sizes, itertools.accumulate(sizes), strict=True)
+        return {part.name: list(range(end - size, end)) for part, size, end in shares}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""
@@ -185,18 +181,16 @@ class Rule:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""
-        found: dict[str, Any] = {"name": self.name, "match": self.match.to_dict()}
-        if self.lora is not None:
-            found["lora"] = asdict(self.lora)
-        if self.skip is not None:
-            found["skip"] = self.skip
-        if self.slices is not None:
-            found["slices"] = self.slices.to_dict()
-        if self.per_call:
-            found["per_call"] = True
-        if self.expect.value() is not None:
-            found["expect"] = self.expect.value()
-        return found
+        values = {
+            "name": self.name,
+            "match": self.match.to_dict(),
+            "lora": None if self.lora is None else asdict(self.lora),
+            "skip": self.skip,
+            "slices": None if self.slices is None else self.slices.to_dict(),
+            "per_call": self.per_call or None,
+            "expect": self.expect.value(),
+        }
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +211,5 @@ class RuleSet:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict that `read_rules` reads as the same rules."""
-        found: dict[str, Any] = {"version": 1, "rules": [rule.to_dict() for rule in self.rules]}
-        if self.train:
-            found["train"] = [each.pattern.text for each in self.train]
-        return found
+        train = {"train": [trained.pattern.text for trained in self.train]} if self.train else {}
+        return {"version": 1, "rules": [rule.to_dict() for rule in self.rules], **train}

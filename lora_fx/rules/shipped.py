@@ -11,7 +11,7 @@ _FOLDERS = (_PACKAGE / "shipped_rules", _PACKAGE.parent / "rules")
 
 def folder() -> Path:
     """Return where the shipped rule files are."""
-    return next((each for each in _FOLDERS if each.is_dir()), _FOLDERS[0])
+    return next((path for path in _FOLDERS if path.is_dir()), _FOLDERS[0])
 
 
 def names() -> tuple[str, ...]:

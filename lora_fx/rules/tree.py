@@ -45,10 +45,10 @@ class YamlNode:
             return "a list"
         if self.pairs is not None:
             return "a mapping"
-        return describe(self.value)
+        return _described(self.value)
 
 
-def describe(value: object) -> str:
+def _described(value: object) -> str:
     """Return a value in words."""
     if value is None:
         return "nothing"
@@ -66,19 +66,19 @@ class SourceText:
     problems: list[Problem] = field(default_factory=list)
 
     def problem(self, span: SourceSpan, message: str, hint: str = "") -> None:
-        self.problems.append(self._problem(span, message, hint))
+        """Note something wrong after which reading goes on."""
+        self.problems.append(Problem(message, self.located(span), hint))
 
     def fail(self, span: SourceSpan, message: str, hint: str = "") -> RuleError:
         """Return an error for a problem after which nothing more can be read."""
-        return RuleError(self.name, [*self.problems, self._problem(span, message, hint)])
+        self.problem(span, message, hint)
+        return RuleError(self.name, self.problems)
 
     def raise_problems(self) -> None:
+        """Raise a RuleError with all problems in the order of the file, if there are any."""
         if self.problems:
             ordered = sorted(self.problems, key=lambda problem: (problem.line, problem.column))
             raise RuleError(self.name, ordered)
-
-    def _problem(self, span: SourceSpan, message: str, hint: str) -> Problem:
-        return Problem(message, self.located(span), hint)
 
     def located(self, span: SourceSpan) -> SourceSpan:
         """Return the span of a node with the name of the file and the whole line."""
@@ -256,7 +256,7 @@ class _Builder:
         if not event.implicit[0] or event.style not in (None, ""):
             return YamlNode(span, value=event.value, quoted=True)
         try:
-            return YamlNode(span, value=plain_value(event.value))
+            return YamlNode(span, value=_plain_value(event.value))
         except ValueError as error:
             self.source.problem(span, str(error), "write it without leading zeros, or quote it")
             return YamlNode(span, value=int(event.value))
@@ -295,7 +295,7 @@ def _add_pair(source: SourceText, mapping: YamlNode, key: YamlNode, value: YamlN
     if key.value == "<<" and not key.quoted:
         source.problem(key.span, "merge keys (<<) are not supported", "put what rules share under `defaults:`")
         return
-    earlier = next((each for each, _ in mapping.pairs if each.value == key.value), None)
+    earlier = next((known for known, _ in mapping.pairs if known.value == key.value), None)
     if earlier is not None:
         where = f", first in line {earlier.span.line}" if earlier.span.line else ""
         source.problem(key.span, f"the key '{key.value}' stands here twice{where}")
@@ -315,7 +315,7 @@ _SPECIAL: dict[str, Value] = {
 }  # fmt: skip
 
 
-def plain_value(text: str) -> Value:
+def _plain_value(text: str) -> Value:
     """Return the value of an unquoted scalar; ValueError for numbers with leading zeros.
 
     As YAML 1.2 and not 1.1: `on` and `yes` are strings, `1e-3` is a number.

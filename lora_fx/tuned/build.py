@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from torch import fx, nn
 
 from lora_fx.adapters.adapt import adapt_sites, is_trained, own_what_is_trained
-from lora_fx.adapters.attach import all_attached
-from lora_fx.adapters.records import record_of
-from lora_fx.adapters.spec import ModelRecord
+from lora_fx.adapters.attach import all_attached, record_of
+from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.discovery.study import Study
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
 from lora_fx.models.twin import make_twin

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, is_adapted
-from lora_fx.adapters.lora import LoRAFactor
-from lora_fx.adapters.spec import ModelRecord
+from lora_fx.adapters.factors.lora import LoRAFactor
+from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.discovery.sites import take_inventory
 from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.models.tensors import get_tensor

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import ACTIVE, Attached, all_attached
+from lora_fx.adapters.attach import STATE, Attached, all_attached
 from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.region import Region
 from lora_fx.text import columns, count, thousands
@@ -92,15 +92,15 @@ def report(tuned: nn.Module) -> Report:
     sites = tuple(_site(tuned, path, each, covered) for path, each in all_attached(tuned))
     total = sum(p.numel() for p in tuned.parameters())
     trained = sum(p.numel() for p in trainable(tuned))
-    return Report(record.model, sites, found, record.trained, trained, total)
+    return Report(record.plan.model, sites, found, record.trained, trained, total)
 
 
 def _site(tuned: nn.Module, path: str, each: Attached, covered: set[str]) -> AdaptedSite:
-    own_graph = isinstance(tuned, fx.GraphModule) and ACTIVE not in each.owner.__dict__
+    own_graph = isinstance(tuned, fx.GraphModule) and STATE not in each.owner.__dict__
     in_graph = own_graph or path in covered
     return AdaptedSite(
         path=path,
-        op=each.spec.op,
+        op=each.spec.site.op,
         adapter=each.spec.adapter,
         rule=each.spec.rule,
         r=each.spec.lora.r,
@@ -114,12 +114,12 @@ def _site(tuned: nn.Module, path: str, each: Attached, covered: set[str]) -> Ada
 def _region(region: Region) -> RegionReport:
     return RegionReport(
         path=region.path,
-        graphs=len(region.kind.programs),
+        graphs=len(region.block.programs),
         hits=region.hits,
         misses=dict(region.misses),
-        seconds=region.kind.seconds,
-        failures=tuple(dict.fromkeys(region.kind.failures.values())),
-        guards=tuple(dict.fromkeys(reason for each in region.kind.programs for reason in each.guard.reasons)),
-        optimised=tuple(dict.fromkeys(name for each in region.kind.programs for name in each.optimised)),
-        given_up=tuple(dict.fromkeys(each.why_not_fast for each in region.kind.programs if each.why_not_fast)),
+        seconds=region.block.seconds,
+        failures=tuple(dict.fromkeys(region.block.failures.values())),
+        guards=tuple(dict.fromkeys(reason for each in region.block.programs for reason in each.guard.reasons)),
+        optimised=tuple(dict.fromkeys(name for each in region.block.programs for name in each.optimised)),
+        given_up=tuple(dict.fromkeys(each.why_not_fast for each in region.block.programs if each.why_not_fast)),
     )

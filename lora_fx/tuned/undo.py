@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import ACTIVE, Attached, all_attached, detach
+from lora_fx.adapters.attach import STATE, Attached, all_attached, detach
+from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
-from lora_fx.adapters.spec import ModelRecord
 from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, tied_names
@@ -123,7 +123,7 @@ def disabled(tuned: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _inactive_modules(tuned: nn.Module) -> Iterator[None]:
-    owners = list({id(f.owner): f.owner for _, f in all_attached(tuned) if ACTIVE in f.owner.__dict__}.values())
+    owners = list({id(f.owner): f.owner for _, f in all_attached(tuned) if STATE in f.owner.__dict__}.values())
     before = [(owner, set_active(owner, None)) for owner in owners]
     graphs = [(region, region.enabled) for _, _, region in regions(tuned)]
     for region, _ in graphs:

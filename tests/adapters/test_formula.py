@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_fx.adapters.lora import folded_weight, low_rank_weight
+from lora_fx.adapters.factors.lora import folded_weight, low_rank_weight
 
 
 def test_merged_weight_is_accumulated_in_float32_and_rounded_once():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import lora_fx
-from lora_fx.adapters.dora import row_norms, row_norms_factored
+from lora_fx.adapters.factors.dora import row_norms, row_norms_factored
 from lora_fx.adapters.fused import forward, masks, terms
 from lora_fx.bench.analytic import Linear
 from lora_fx.bench.counters import flops

@@ -85,7 +85,7 @@ def test_adapted_model_in_bfloat16_starts_bit_equal_to_its_base(kind: Kind):
 
 @each
 def test_plan_tells_what_is_adapted(kind: Kind):
-    plan = lora_fx.Plan.from_json(record_in(started(kind)).plan)
+    plan = record_in(started(kind)).plan
     found = {site.site.weight: ("bank " if site.site.is_banked else "") + site.site.layout for site in plan.adapted}
     assert found == dict(kind.weights)
 

@@ -56,7 +56,7 @@ def test_lint_help_and_schema_import_no_torch(words):
     assert not found & {"torch", "numpy", "networkx", "safetensors"}
 
 
-def test_misspelt_rule_file_is_told_before_torch_is_imported():
+def test_misspelt_rule_file_is_reported_before_torch_is_imported():
     assert "torch" not in imported_by("plan", "any:thing", "atention")
 
 
@@ -142,7 +142,7 @@ def test_rule_that_matches_nothing_ends_with_1(model_file):
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("nonsense", "'nonsense' is no model: write package.module:factory, file.py:factory, hf:DIRECTORY"),
         (":f", "':f' is no model: write package.module:factory"),
@@ -153,10 +153,10 @@ def test_rule_that_matches_nothing_ends_with_1(model_file):
         ("FILE:nothing", "gives an object of type int, not a torch.nn.Module"),
     ],
 )
-def test_model_that_is_none_ends_with_2_and_says_why(spec, told, model_file):
+def test_model_that_is_none_ends_with_2_and_says_why(spec, message, model_file):
     result = run("plan", spec.replace("FILE", str(model_file)), "attention")
     assert result.exit_code == 2
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -182,7 +182,7 @@ def test_moved_lines_and_other_backends_are_no_difference(rules, plan_file):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["plan", SMALL], "RULES are missing"),
         (["plan", "plan.json", "attention"], "is a saved plan, which has its rules already"),
@@ -193,10 +193,10 @@ def test_moved_lines_and_other_backends_are_no_difference(rules, plan_file):
         (["plan", SMALL, "attention", "--format", "pdf"], "'pdf' is not one of"),
     ],
 )
-def test_trouble_ends_with_2_and_one_line(words, told):
+def test_trouble_ends_with_2_and_one_line(words, message):
     result = run(*words)
     assert result.exit_code == 2
-    assert told in result.stderr
+    assert message in result.stderr
     assert result.stderr.startswith("lora-fx: ")
     assert len(result.stderr.splitlines()) <= 2, "at most the message and where it is explained"
 

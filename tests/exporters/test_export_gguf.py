@@ -19,7 +19,7 @@ import lora_fx
 from lora_fx.errors import ExportError
 from lora_fx.exporters import Exported, export
 from lora_fx.exporters import gguf as target
-from lora_fx.exporters.gguf_layout import LAYOUTS
+from lora_fx.exporters.gguf import LAYOUTS
 from lora_fx.models.samples import Sample
 from tests.support.ggufbase import SETTINGS, language_model, prompts, write_base
 from tests.support.zoo import randomise_, rules

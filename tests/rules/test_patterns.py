@@ -120,7 +120,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("pattern", "message", "offset"), WRONG)
-def test_text_that_is_no_pattern_is_told_where(pattern, message, offset):
+def test_text_that_is_no_pattern_is_reported_with_its_offset(pattern, message, offset):
     with pytest.raises(PatternError) as caught:
         NamePattern(pattern)
     assert message in str(caught.value)

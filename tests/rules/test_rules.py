@@ -1,4 +1,4 @@
-"""Rule files: what they mean, and every way in which one can be wrong, told with line, column and a way out."""
+"""Rule files: what they mean, and every way in which one can be wrong, reported with line, column and a way out."""
 
 from __future__ import annotations
 
@@ -125,17 +125,17 @@ def test_missing_file_is_an_error_with_what_is_near(written):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ("", "rules: the path of the rules is empty"),
         ("version: 1\nrules: []", "rules: this is the text of rules, not the path of a file"),
         (["rules"], "rules: rules must be a path, a shipped name, a dict or a RuleSet, not list"),
     ],
 )
-def test_what_is_neither_path_nor_rules_is_an_error(given, told):
+def test_what_is_neither_path_nor_rules_is_an_error(given, message):
     with pytest.raises(RuleError) as caught:
         read_rules(given)
-    assert str(caught.value).splitlines()[0] == told
+    assert str(caught.value).splitlines()[0] == message
 
 
 @pytest.mark.parametrize(
@@ -252,9 +252,9 @@ RULE = "version: 1\nrules:\n  - match: {name: a}\n"
         ('version: 1\nrules:\n  - match: {name: "a.{b"}\n', (3, 22, "name 'a.{b': `{` without `}`")),
         ("version: 1\nrules:\n  - match: {name: a..b}\n", (3, 21, "name 'a..b': the pattern has an empty segment")),
     ],
-    ids=lambda each: each[2][:40] if isinstance(each, tuple) else "",
+    ids=lambda value: value[2][:40] if isinstance(value, tuple) else "",
 )  # fmt: skip
-def test_wrong_rule_is_told_with_its_place(text, expected, written):
+def test_wrong_rule_is_reported_with_its_place(text, expected, written):
     assert problems(text, written) == [expected]
 
 
@@ -276,7 +276,7 @@ def test_names_are_unique(written):
     assert problems(text, written) == [(4, 12, "the rule name 'a' is taken (line 3)")]
 
 
-def test_all_problems_are_told_at_once_in_the_order_of_the_file(written):
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file(written):
     text = (
         "version: 2\n"
         "rules:\n"
@@ -312,7 +312,7 @@ def test_foreign_and_misspelt_keys_get_a_hint(key, hint, written):
 # -- rules as a dict
 
 
-def test_problem_in_a_dict_is_told_with_its_path():
+def test_problem_in_a_dict_is_reported_with_its_path():
     with pytest.raises(RuleError) as caught:
         read_rules({"version": 1, "rules": [{"match": {"name": "a"}, "lora": {"r": "8"}}]})
     assert (

@@ -14,6 +14,7 @@ from lora_fx.rules import shipped
 from lora_fx.rules.reader import read_rules
 
 ROOT = Path(__file__).parents[2]
+PAGES = [str(path.relative_to(ROOT / "lora_fx")) for path in (ROOT / "lora_fx").rglob("*.html")]
 CASES = Path(__file__).parents[1] / "golden" / "rules"
 MODELS = yaml.safe_load((CASES / "models.yaml").read_text(encoding="utf-8"))
 
@@ -55,7 +56,7 @@ def test_users_own_file_comes_before_a_shipped_one_of_its_name(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_shipped_rules_the_type_marker_and_no_tests(tmp_path):
+def test_wheel_holds_the_shipped_rules_the_pages_the_type_marker_and_no_tests(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True
     )
@@ -63,5 +64,5 @@ def test_wheel_holds_the_shipped_rules_the_type_marker_and_no_tests(tmp_path):
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {f"lora_fx/shipped_rules/{name}.yaml" for name in shipped.names()} <= held
     assert "lora_fx/shipped_rules/lora-fx.schema.json" in held
-    assert "lora_fx/py.typed" in held
+    assert {f"lora_fx/{name}" for name in ("py.typed", *PAGES)} <= held
     assert not any(name.startswith(("tests/", "demo/")) for name in held)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -121,5 +120,6 @@ def specimen(feature: str) -> tuple[nn.Module, Sample]:
     return tuned_of(model, chosen, inputs), lora_fx.call(*inputs)
 
 
-if __name__ == "__main__" and len(sys.argv) > 1:  # a client that a malformed file kills
+def work(given: dict[str, Any]) -> None:
+    """Die as a client dies of a malformed file."""
     os.abort()

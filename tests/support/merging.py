@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_fx.adapters.lora import folded_weight, low_rank_weight
+from lora_fx.adapters.factors.lora import folded_weight, low_rank_weight
 
 Tensors = dict[str, Tensor]
 PREFIX = "base_model.model."

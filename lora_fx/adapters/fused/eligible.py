@@ -11,16 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from lora_fx.adapters.dora import DoRAMagnitude
-from lora_fx.adapters.factors import SlicedB
+from lora_fx.adapters.factors.dora import DoRAMagnitude
+from lora_fx.adapters.factors.kinds import SlicedB
+from lora_fx.adapters.factors.lora import LoRAFactor, as_rows
 from lora_fx.adapters.fused.contraction import merges
 from lora_fx.adapters.fused.masks import is_possible, new_seed, shared_seed
 from lora_fx.adapters.fused.terms import Facts, Term, autocast_dtype, product_dtype
-from lora_fx.adapters.lora import LoRAFactor, as_rows
 from lora_fx.models.layers import has_hooks, linear_layout
 from lora_fx.models.quantised import is_quantised
+from lora_fx.models.torch_internals import (
+    any_global_hook,
+    dispatch_depth,
+    dispatch_modes,
+    in_forward_ad,
+    tracing_state,
+    transformation,
+)
 
 _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _PLAIN = frozenset((Tensor, nn.Parameter))
@@ -37,18 +44,17 @@ def is_watched() -> bool:
     """Whether something follows the operations that does not see into an autograd function."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        or (torch._C._len_torch_dispatch_stack() > 0 and _is_recorded())
+        or transformation() is not None
+        or tracing_state() is not None
+        or in_forward_ad()
+        or any_global_hook()
+        or (dispatch_depth() > 0 and _is_recorded())
     )
 
 
 def _is_recorded() -> bool:
     """Whether operations are recorded one by one, to be run again: what they return must not be changed in place."""
-    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    return any(type(mode).__module__ in _RECORDERS for mode in modes)
+    return any(type(mode).__module__ in _RECORDERS for mode in dispatch_modes())
 
 
 def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
@@ -83,7 +89,7 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         magnitude = modules["lora_magnitude_vector"]._modules[adapter]
         if type(magnitude) is not DoRAMagnitude or has_hooks(magnitude):
             return None
-        scale = magnitude.scale(as_rows(weight, spec.layout), first, B.matrix)
+        scale = magnitude.scale(as_rows(weight, spec.site.layout), first, B.matrix)
     if cast is not None:
         weight, bias, first, second = (None if t is None else t.to(cast) for t in (weight, bias, first, second))
     seed = _seed(layer, spec.lora.share_dropout, x, p)

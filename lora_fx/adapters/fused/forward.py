@@ -40,6 +40,7 @@ from lora_fx.adapters.fused.terms import (
     cast_as_products,
     inner_products,
 )
+from lora_fx.models.torch_internals import any_autocast_enabled, is_batched, unsafe_view
 
 
 def adapted(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, ...]:
@@ -111,12 +112,9 @@ def _forward(
         if term.scale is not None:
             plain = rows if term.bias is None else rows - term.bias
             y = torch.addcmul(rows, plain, (term.scale - 1).to(y.dtype)).view_as(y)
-        results.append(_UNSAFE_VIEW(y, y.shape) if y._is_view() else y)  # a view could not be written to in place
+        results.append(unsafe_view(y, y.shape) if y._is_view() else y)  # a view could not be written to in place
         unscaled.append(plain)
     return results, inner, unscaled
-
-
-_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
 
 class _Adapted(torch.autograd.Function):
@@ -134,19 +132,13 @@ class _Adapted(torch.autograd.Function):
         tensors, kept_ones = saved[: ctx.given], saved[ctx.given :]
         needs = ctx.needs_input_grad[3:]
         with _without_autocast(tensors[0].device.type):
-            if torch.is_grad_enabled() or any(grad is not None and _is_batched(grad) for grad in grads):
+            if torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads):
                 return (None, None, None, *differentiable(group, tensors, needs, grads))
             return (None, None, None, *Backward(group, tensors, needs, kept_ones).gradients(grads))
 
 
-def _is_batched(grad: Tensor) -> bool:
-    """Whether it stands for many gradients: vmap has no rules for products in place."""
-    functions = torch._C._functorch
-    return bool(functions.is_legacy_batchedtensor(grad) or functions.is_batchedtensor(grad))
-
-
 def _without_autocast(device: str) -> AbstractContextManager[object]:
     """Return a context in which products keep their dtypes: what the forward saved has been cast."""
-    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
+    if any_autocast_enabled() and torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.adapters.fused.saving import checkpointing
+from lora_fx.models.torch_internals import in_backward
 
 
 def _signed(word: int) -> int:
@@ -74,7 +75,7 @@ def shared_seed(x: Tensor, p: float, user: int) -> Tensor:
         user: which layer asks: each uses a seed once, so that a model that is run again on one tensor draws anew.
     """
     latest, checkpoint = _LATEST, _checkpoint()
-    if not torch.is_grad_enabled() or (checkpoint is None and torch._C._current_graph_task_id() != -1):
+    if not torch.is_grad_enabled() or (checkpoint is None and in_backward()):
         return new_seed(x)  # a reentrant checkpoint runs it without gradients, and again in the backward pass
     same = latest.x is not None and latest.x() is x and latest.version == x._version and latest.p == p
     if not same or user in latest.users or latest.checkpoint != checkpoint:

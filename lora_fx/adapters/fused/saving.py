@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from lora_fx.models.torch_internals import saved_tensor_hooks
 
 Pack = Callable[..., Any]
 
 
 def packing() -> Pack | None:
     """Return the innermost hook that is given every tensor that autograd keeps now; None if there is none."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = saved_tensor_hooks(False)
     return None if hooks is None else hooks[0]
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.fused.masks import keeping, kept_in_parts
+from lora_fx.models.torch_internals import any_autocast_enabled
 
 Produce = Callable[..., Tensor]
 Runs = tuple[tuple[int, int], ...]
@@ -152,7 +153,7 @@ def _inner_product(below: Tensor, rows: Tensor, facts: Facts) -> Tensor:
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """Return the dtype in which products are made under autocast; None without autocast."""
-    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+    if not any_autocast_enabled() or not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -160,7 +161,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear multiplies x; autocast leaves float64 alone."""
     dtype = x.dtype
-    if dtype is torch.float64 or not torch._C._is_any_autocast_enabled():
+    if dtype is torch.float64 or not any_autocast_enabled():
         return dtype
     return autocast_dtype(x.device.type) or dtype
 

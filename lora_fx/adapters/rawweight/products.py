@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.rawweight.factored import Factored, Operand
+from lora_fx.models.torch_internals import OpOverload
 
 Delta = Callable[[Factored, Callable[[Operand], Operand]], Operand | None]
 """From the low-rank part of the weight, and what is done to the other operand before, to the low-rank product."""
@@ -39,7 +40,7 @@ def name_of(function: Any) -> str:
     """Return the name of a torch function, method, operator or overload: `linear`, `matmul`."""
     if isinstance(function, str):
         return function
-    if isinstance(function, torch._ops.OpOverload):
+    if isinstance(function, OpOverload):
         function = function.overloadpacket
     name: str = getattr(function, "__name__", "")
     return name.rsplit(".", 1)[-1]

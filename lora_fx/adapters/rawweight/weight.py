@@ -19,6 +19,7 @@ from lora_fx.adapters.rawweight.attention import attention_forward
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.products import COPIES, GROUPED, VIEWS, Call, name_of, product
 from lora_fx.adapters.rawweight.routed import routed_product, runs_of
+from lora_fx.models.torch_internals import DisableTorchFunctionSubclass, tensor_without_memory
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LoRAWeight(Tensor):
             return attention_forward(*args, **(kwargs or {}))
         if any(kind not in _OWN for kind in types):  # another subclass of Tensor has its say in the base's product
             return _call(func, args, kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return _call(func, args, kwargs or {})
 
     @classmethod
@@ -104,7 +105,7 @@ class _Shown(torch.autograd.Function):
 
 
 def _bare(kind: type[LoRAWeight], base: Tensor) -> LoRAWeight:
-    made: LoRAWeight = Tensor._make_wrapper_subclass(
+    made: LoRAWeight = tensor_without_memory(
         kind, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device
     )
     return made

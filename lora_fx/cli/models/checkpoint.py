@@ -17,11 +17,11 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^shared$")
 
 
-class CheckpointModel(nn.Module):
+class Checkpoint(nn.Module):
     """What a checkpoint holds.  It has no forward: how a weight is used is read from its shape and its name."""
 
 
-def checkpoint_model(path: str) -> CheckpointModel:
+def checkpoint_model(path: str) -> Checkpoint:
     """Return the tensors of a safetensors file, or of the shards of an index, as modules on the meta device.
 
     A matrix called `weight` is taken for a linear (for one that stores [in, out] where only the bias fits so), or for
@@ -31,7 +31,7 @@ def checkpoint_model(path: str) -> CheckpointModel:
         MergeError: a file is missing or damaged.
     """
     tensors = dict(_tensors(Path(path)))
-    model = CheckpointModel()
+    model = Checkpoint()
     for name in tensors:
         owner, _, last = name.rpartition(".")
         _place(_submodule(model, owner, tensors), last, tensors[name])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.cli.models.spec import load_model, load_with_weights
+from lora_fx.cli.models.spec import load_model
 from lora_fx.errors import RefusedError
 from lora_fx.models.samples import Sample
 
@@ -34,7 +34,7 @@ def runnable(spec: str, tokens: tuple[int, int] | None = None) -> tuple[nn.Modul
 
 def _loaded(spec: str) -> tuple[nn.Module, object]:
     if not spec.startswith("hf:"):
-        return load_with_weights(spec)
+        return load_model(spec, weights=True)
     blank, inputs = load_model(spec)
     kind: Any = type(blank)
     with torch.random.fork_rng(devices=[]):

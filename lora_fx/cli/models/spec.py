@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -31,32 +32,36 @@ class ModelSpecError(LoraFxError):
     """MODEL does not lead to a model."""
 
 
-def load_model(spec: str) -> tuple[nn.Module, object]:
+def load_model(spec: str, weights: bool = False) -> tuple[nn.Module, object]:
     """Return (model, example inputs or None) for what the user wrote as MODEL.
 
-    `package.module:factory` and `file.py:factory` execute that code; the factory is called without arguments, on the
-    meta device, and returns a model or (model, example_inputs).  `hf:DIRECTORY` needs the configuration only.  A `.pt2`
-    file is loaded whole; of a `.safetensors` file only the header is read.
+    `package.module:factory` and `file.py:factory` execute that code; the factory is called without arguments, and
+    returns a model or (model, example_inputs).  A `.pt2` file is loaded whole; of a `.safetensors` file only the header
+    is read.
+
+    Args:
+        spec: the text.
+        weights: with values, for evaluation.  Without them the factory is called on the meta device, and
+            `hf:DIRECTORY` needs the configuration only.
 
     Raises:
         ModelSpecError: says what is wrong with the text, the file, or what the factory returned.
     """
-    if spec.endswith((".pt2", ".safetensors", INDEX_SUFFIX)):
-        return _of_program(spec) if spec.endswith(".pt2") else (checkpoint_model(spec), None)
+    if spec.endswith(".pt2"):
+        return _of_program(spec)
+    if spec.endswith((".safetensors", ".index.json")) and weights:
+        raise ModelSpecError(f"'{spec}' has names and weights only, and no model: give hf:DIRECTORY or a factory")
+    if spec.endswith((".safetensors", INDEX_SUFFIX)):
+        return checkpoint_model(spec), None
     scheme, _, rest = spec.partition(":")
     if not scheme or not rest:
         raise ModelSpecError(f"'{spec}' is no model: write {FORMS}")
-    with torch.device("meta"):
-        made = _from_transformers(rest) if scheme == "hf" else _called(scheme, rest)
-    return _model_and_inputs(made, spec)
-
-
-def _model_and_inputs(made: Any, spec: str) -> tuple[nn.Module, object]:
-    """Return (model, example inputs or None) of what a factory returned."""
+    with contextlib.nullcontext() if weights else torch.device("meta"):
+        made = _from_transformers(rest, weights) if scheme == "hf" else _called(scheme, rest)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ModelSpecError(f"'{spec}' gives an object of type {type(model).__name__}, not a torch.nn.Module")
-    return model, inputs
+    return (model.eval() if weights else model), inputs
 
 
 def check_fit(adapter: str, spec: str) -> str:
@@ -143,17 +148,8 @@ def _called(home: str, name: str) -> Any:
     return factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
 
 
-def _from_transformers(directory: str) -> nn.Module:
-    kind, config = _class_and_config(directory)
-    import transformers  # _class_and_config has said so if it is not installed
-
-    bare: Any = transformers.AutoModel
-    model: nn.Module = bare.from_config(config) if kind is bare else kind(config)
-    return model
-
-
-def _class_and_config(directory: str) -> tuple[Any, Any]:
-    """Return the class that a transformers directory's configuration names (`AutoModel` for the bare model), and it."""
+def _from_transformers(directory: str, weights: bool) -> Any:
+    """Return a model of the class that a directory's configuration names; `AutoModel`'s where it names none."""
     if not (Path(directory) / "config.json").is_file():
         raise ModelSpecError(f"{directory}/config.json does not exist; hf: takes a directory, not a name of a hub")
     try:
@@ -162,27 +158,8 @@ def _class_and_config(directory: str) -> tuple[Any, Any]:
         raise ModelSpecError("hf: needs transformers: pip install 'lora-fx[hf]'") from error
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     kinds = (vars(transformers).get(name) or getattr(transformers, name, None) for name in config.architectures or ())
-    return next((kind for kind in kinds if kind is not None), transformers.AutoModel), config
-
-
-# -- with weights
-
-
-def load_with_weights(spec: str) -> tuple[nn.Module, object]:
-    """Return (model, example inputs or None) as `load_model` does, but with values: `hf:DIRECTORY` needs its weights.
-
-    Raises:
-        ModelSpecError: says what is wrong with the text, the file, or what the factory returned.
-    """
-    scheme, _, rest = spec.partition(":")
-    if spec.endswith((".safetensors", ".index.json")):
-        raise ModelSpecError(f"'{spec}' has names and weights only, and no model: give hf:DIRECTORY or a factory")
-    if not rest or spec.endswith(".pt2"):
-        return load_model(spec)
-    if scheme == "hf":
-        kind, _ = _class_and_config(rest)
-        made = kind.from_pretrained(rest, local_files_only=True)
-    else:
-        made = _called(scheme, rest)
-    model, inputs = _model_and_inputs(made, spec)
-    return model.eval(), inputs
+    bare: Any = transformers.AutoModel
+    kind: Any = next((kind for kind in kinds if kind is not None), bare)
+    if weights:
+        return kind.from_pretrained(directory, local_files_only=True)
+    return bare.from_config(config) if kind is bare else kind(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_fx.exporters.clients.job import outputs, run
+from lora_fx.exporters.clients.job import outputs
 
 
 def work(given: dict[str, Any]) -> dict[str, Any]:
@@ -15,10 +15,6 @@ def work(given: dict[str, Any]) -> dict[str, Any]:
     pipeline: Any = diffusers.StableDiffusionPipeline
     tensors, alphas, metadata = pipeline.lora_state_dict(given["file"], return_lora_metadata=True)
     model.load_lora_adapter(tensors, prefix=component, network_alphas=alphas, metadata=metadata)
-    found = {"adapted": outputs(model, given["sample"])}
+    adapted = outputs(model, given["sample"])
     model.disable_lora()
-    return {**found, "base": outputs(model, given["sample"])}
-
-
-if __name__ == "__main__":
-    run(work)
+    return {"adapted": adapted, "base": outputs(model, given["sample"])}

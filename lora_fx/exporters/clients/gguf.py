@@ -6,10 +6,9 @@ from typing import Any
 
 import xllamacpp  # type: ignore[import-untyped]
 
-from lora_fx.exporters.clients.job import run
-
 
 def work(given: dict[str, Any]) -> list[list[dict[int, float]]]:
+    """Return the log-probabilities of the next words of each prompt, with the adapter at scale 0 and at scale 1."""
     server = xllamacpp.Server(_parameters(given["base"], given["adapter"]))
     return [[_next_words(server, prompt, given["words"], scale) for prompt in given["prompts"]] for scale in (0.0, 1.0)]
 
@@ -42,8 +41,4 @@ def _next_words(server: Any, prompt: list[int], words: int, scale: float) -> dic
     if "choices" not in answer:
         raise RuntimeError(f"llama.cpp gives no probabilities: {str(answer)[:300]}")
     likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    return {each["id"]: each["logprob"] for each in likeliest}
-
-
-if __name__ == "__main__":
-    run(work)
+    return {word["id"]: word["logprob"] for word in likeliest}

@@ -1,4 +1,4 @@
-"""How a client is given its job, and gives back what it found."""
+"""How a client is given its job, and gives back its result."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GIVEN, FOUND = "given.pt", "found.pt"
+GIVEN, RESULT = "given.pt", "result.pt"
 
 
 def run(work: Callable[[dict[str, Any]], Any]) -> None:
     """Do the work on what lies in the folder of the command line, and put the result beside it."""
     folder = Path(sys.argv[1])
     given = torch.load(folder / GIVEN, weights_only=False)  # our own parent process has written it
-    torch.save(work(given), folder / FOUND)
+    torch.save(work(given), folder / RESULT)
 
 
 def outputs(model: Callable[..., Any], sample: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
@@ -33,11 +33,11 @@ def tensors(value: Any) -> Iterator[Tensor]:
         if value.is_floating_point():
             yield value.detach().float().cpu()
     elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors(each)
+        for item in value.values():
+            yield from tensors(item)
     elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from tensors(each)
+        for item in value:
+            yield from tensors(item)
     elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, type):
-        for each in vars(value).values():
-            yield from tensors(each)
+        for item in vars(value).values():
+            yield from tensors(item)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_fx.exporters.clients.job import outputs, run
+from lora_fx.exporters.clients.job import outputs
 
 
 def work(given: dict[str, Any]) -> list[Tensor]:
@@ -22,7 +22,3 @@ def work(given: dict[str, Any]) -> list[Tensor]:
         model = given["model"]
         model.load_state_dict(load_file(given["path"]), strict=True)
     return outputs(model.eval(), given["sample"])
-
-
-if __name__ == "__main__":
-    run(work)

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.exporters.clients.job import run
-
 
 def work(given: dict[str, Any]) -> dict[str, Tensor]:
     """Return the logits with the adapter and before it was loaded."""
@@ -29,7 +27,3 @@ def work(given: dict[str, Any]) -> dict[str, Tensor]:
     load_adapters(model, given["adapter"])
     model.eval()
     return {"base": base, "adapted": logits()}
-
-
-if __name__ == "__main__":
-    run(work)

@@ -8,10 +8,9 @@ import onnxruntime  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from lora_fx.exporters.clients.job import run
-
 
 def work(given: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs without adapters and with all."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # a warning for each initializer that is an input, which is what we want
     session = onnxruntime.InferenceSession(given["graph"], options, providers=["CPUExecutionProvider"])
@@ -27,9 +26,5 @@ def _outputs(session: Any, feeds: dict[str, Any], adapters: list[Any]) -> list[T
     options = onnxruntime.RunOptions()
     for adapter in adapters:
         options.add_active_adapter(adapter)
-    found = (torch.from_numpy(array) for array in session.run(None, feeds, options))
-    return [tensor.float() for tensor in found if tensor.is_floating_point()]
-
-
-if __name__ == "__main__":
-    run(work)
+    outputs = (torch.from_numpy(array) for array in session.run(None, feeds, options))
+    return [tensor.float() for tensor in outputs if tensor.is_floating_point()]

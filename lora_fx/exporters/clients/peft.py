@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lora_fx.exporters.clients.job import outputs, run
+from lora_fx.exporters.clients.job import outputs
 
 
 def work(given: dict[str, Any]) -> dict[str, Any]:
@@ -22,10 +22,6 @@ def work(given: dict[str, Any]) -> dict[str, Any]:
             model.load_adapter(folder / name, name)
     model.base_model.set_adapter(["default", *given["others"]])
     model.eval()
-    found = {"adapted": outputs(model, given["sample"])}
+    adapted = outputs(model, given["sample"])
     with model.disable_adapter():
-        return {**found, "base": outputs(model, given["sample"])}
-
-
-if __name__ == "__main__":
-    run(work)
+        return {"adapted": adapted, "base": outputs(model, given["sample"])}

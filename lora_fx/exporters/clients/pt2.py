@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_fx.exporters.clients.job import outputs, run
+from lora_fx.exporters.clients.job import outputs
 
 Put = Callable[[Mapping[str, Tensor]], object]
 
 
 def work(given: dict[str, Any]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Return, for every program, the outputs with the base's values and with the adapters'."""
     base = load_file(given["base"])
     adapters = {name: value for path in given["adapters"] for name, value in load_file(path).items()}
     return [_base_and_adapted(path, base, adapters, given["sample"]) for path in given["programs"]]
@@ -48,7 +49,3 @@ def _compiled(path: str) -> tuple[Callable[..., Any], Put]:
         package.load_constants(dict(values), check_full_update=False)
 
     return package, put
-
-
-if __name__ == "__main__":
-    run(work)

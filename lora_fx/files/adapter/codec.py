@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached
-from lora_fx.adapters.factors import Convolution, ConvolutionA, SlicedB
+from lora_fx.adapters.factors.kinds import Convolution, ConvolutionA, SlicedB
 from lora_fx.planning.sites import CONVOLUTIONS, Layout, Site
 
 
@@ -85,14 +85,14 @@ def encoded(found: Attached) -> tuple[Tensor, Tensor]:
     B = found.lora_B.matrix
     if _flips(found):
         A, B = B.mT, A.mT
-    if found.spec.is_banked:
+    if found.spec.site.is_banked:
         return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     return A, B
 
 
 def _flips(found: Attached) -> bool:
     spec = found.spec
-    return not spec.path_is_owner and _is_flipped(spec.layout, spec.is_banked, found.owner)
+    return not spec.path_is_owner and _is_flipped(spec.site.layout, spec.site.is_banked, found.owner)
 
 
 def _blocks(filters: Tensor, groups: int) -> Tensor:
@@ -137,7 +137,7 @@ def decode(found: Attached, A: Tensor, B: Tensor) -> None:
     if isinstance(found.lora_A, ConvolutionA):
         A = _first_block(A, found.lora_A.groups)
     else:
-        A, B = _matrices(A, B, found.spec.shape[0] if found.spec.is_banked else None, _flips(found))
+        A, B = _matrices(A, B, found.spec.site.shape[0] if found.spec.site.is_banked else None, _flips(found))
     if isinstance(found.lora_B, SlicedB):
         B = found.lora_B.blocks_of(B.to(found.lora_B.rows.device))
     with torch.no_grad():

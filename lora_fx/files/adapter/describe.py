@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.adapt import read_in_graph
 from lora_fx.adapters.attach import Attached, all_attached, shown_parameters
-from lora_fx.adapters.factors import ConvolutionA, EmbeddingA
+from lora_fx.adapters.factors.kinds import ConvolutionA, EmbeddingA
 from lora_fx.adapters.layers import read_by_kernels
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.codec import encoded, has_other_border
@@ -32,7 +32,6 @@ from lora_fx.files.adapter.names import (
 )
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import dotted
-from lora_fx.planning.plan import Plan
 from lora_fx.tuned.build import record_in
 
 
@@ -82,11 +81,11 @@ class _Filed:
             path=self.path,
             lora=spec.lora,
             rule=spec.rule,
-            op=spec.op,
+            op=spec.site.op,
             parameter="" if spec.path_is_owner else self.path,
-            layout=spec.layout,
+            layout=spec.site.layout,
             read=self.read,
-            slices=spec.slices,
+            slices=None if spec.slices is None else spec.slices.to_dict(),
             call=found.call,
             calls=spec.calls,
             file_ranks=self.ranks,
@@ -129,7 +128,7 @@ class _Traits:
     def of(tuned: nn.Module) -> _Traits:
         places = Counter(id(child) for module in tuned.modules() for child in module._modules.values())
         shared = {module for module, number in places.items() if number > 1}
-        planned = Plan.from_json(record_in(tuned).plan).adapted
+        planned = record_in(tuned).plan.adapted
         kernels = read_by_kernels(tuned)
         uncalled = {each.path for each in planned if not each.site.read and each.path not in kernels}
         outside = {each.path for each in planned if each.site.outside}
@@ -197,8 +196,8 @@ def _describe(
         "adapter": name,
         "others": others,
         "trained": list(trained),
-        "model": record_in(tuned).model,
-        "rules": record_in(tuned).rules,
+        "model": record_in(tuned).plan.model,
+        "rules": record_in(tuned).plan.rules,
         "sites": {each.stem: note_of(each.note()) for each in sites},
         "base": {each.path: sample_values(each.found.base_weight) for each in sites},
     }

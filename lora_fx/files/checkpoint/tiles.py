@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_fx.adapters.lora import low_rank_weight
+from lora_fx.adapters.factors.lora import low_rank_weight
 from lora_fx.files.checkpoint.plan import WeightFold
 from lora_fx.files.checkpoint.rawbytes import RawBytes
 from lora_fx.files.checkpoint.rounding import Noise, round_into

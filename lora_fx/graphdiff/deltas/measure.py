@@ -60,20 +60,20 @@ def deltas_of(tuned: nn.Module) -> Deltas:
     """
     record = record_in(tuned)
     with torch.no_grad():
-        return Deltas(record.model, tuple(_row(path, adapter) for path, adapter in all_attached(tuned)))
+        return Deltas(record.plan.model, tuple(_row(path, adapter) for path, adapter in all_attached(tuned)))
 
 
 def _row(path: str, adapter: Attached) -> DeltaRow:
     if adapter.lora_A.weight.is_meta:
         raise RefusedError("the adapters have no values", [(path, "its adapter is on the meta device")])
     values = singular_values(adapter.lora_B.matrix, adapter.lora_A.matrix) * abs(adapter.spec.scaling)
-    bank, matrix = adapter.spec.matrices
+    site = adapter.spec.site
     return DeltaRow(
         path=path,
         rule=adapter.spec.rule,
         r=adapter.spec.lora.r,
         scaling=adapter.spec.scaling,
-        shape=(*bank, *matrix),
+        shape=(*site.shape[: int(site.is_banked)], *site.features),
         norm=float(values.norm()),
         weight_norm=_norm(adapter.base_weight),
         singular_values=tuple((values.mean(0) if values.dim() > 1 else values).tolist()),

@@ -7,21 +7,19 @@ from collections.abc import Callable, Iterator
 from torch import fx, nn
 
 from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
-from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear, is_inactive_dropout, stores_transposed
+from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear, stores_transposed
 from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.shapes import piece, rows_after, shape_of
 
 Operation = Callable[[GraphReading, GraphCall, fx.Node, int], Affine]
 
 
-def _linear(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
-    weight, bias = linear_parameters(read, call)
-    result = _times(read, call, read.rest(call, x, width), weight)
-    return result if bias is None else result.shifted(bias)
-
-
 def linear_parameters(read: GraphReading, call: GraphCall) -> tuple[Matrix, Matrix | None]:
-    """Return what a linear multiplies its rows with, [in, out], and the row that it adds."""
+    """Return what a linear multiplies its rows with, [in, out], and the row that it adds, [1, out], if any.
+
+    Raises:
+        NotLinear: they depend on the input, or are not a matrix and a row.
+    """
     if call.op == "linear" and call.module is not None:
         return _module_parameters(read, call, call.module)
     if call.op == "linear":
@@ -43,29 +41,26 @@ def _module_parameters(read: GraphReading, call: GraphCall, module: nn.Module) -
     return weight if stores_transposed(module) else weight.transposed(), bias
 
 
-def _plain(found: Matrix, call: GraphCall) -> Matrix:
-    if not found.is_plain:
-        raise NotLinear(call.node, f"{call.op} by a tensor of shape {found.shape}")
-    return found
+def _plain(value: Matrix, call: GraphCall) -> Matrix:
+    if not value.is_plain:
+        raise NotLinear(call.node, f"{call.op} by a tensor of shape {value.shape}")
+    return value
 
 
-def _row(found: Matrix, call: GraphCall) -> Matrix:
-    single = found.single
+def _row(value: Matrix, call: GraphCall) -> Matrix:
+    single = value.single
     if single is None or single.tensor.dim() != 1:
-        raise NotLinear(call.node, f"{call.op} adds a tensor of shape {found.shape}")
+        raise NotLinear(call.node, f"{call.op} adds a tensor of shape {value.shape}")
     row = single.tensor.unsqueeze(0)
     return matrix(row, single.names, WeightPart(next(iter(single.names)), False, 0, row.shape[1]))
 
 
-def _times(read: GraphReading, call: GraphCall, left: Affine, right: Matrix) -> Affine:
-    if left.width != right.shape[0]:
-        raise NotLinear(call.node, f"{call.op} of {left.width} columns by {right.shape[0]} rows")
-    return left.times(right)
-
-
-def _matmul(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
+def _linear(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     weight, bias = linear_parameters(read, call)
-    result = _times(read, call, read.rest(call, x, width, "mat1" if call.op == "addmm" else "input"), weight)
+    left = read.argument(call, x, width, "mat1" if call.op == "addmm" else "input")
+    if left.width != weight.shape[0]:
+        raise NotLinear(call.node, f"{call.op} of {left.width} columns by {weight.shape[0]} rows")
+    result = left.times(weight)
     return result if bias is None else result.shifted(bias)
 
 
@@ -86,7 +81,7 @@ def _add(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     for node, number in addends(read, call):
         constant = read.constant(node)
         if constant is not None:
-            rows.append(_row(constant.scaled(1.0), call).scaled(number))
+            rows.append(_row(constant, call).scaled(number))
             continue
         value = read.affine(node, x, width).scaled(number)
         if total is not None and (total.width, total.rows) != (value.width, value.rows):
@@ -117,18 +112,8 @@ def _multiply(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Af
     return read.affine(read.latest(left, call.node), x, width).scaled(1 / number if call.op == "div" else number)
 
 
-def _same(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
-    return read.rest(call, x, width)
-
-
-def _dropout(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
-    if not is_inactive_dropout(call):
-        raise NotLinear(call.node, f"dropout is active (p={call.get('p', 0.5)}); put the model into eval mode")
-    return read.rest(call, x, width)
-
-
 def _view(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
-    value = read.rest(call, x, width)
+    value = read.argument(call, x, width)
     rows = rows_after(call, value.width, value.rows, lambda node: read.source(node) is x)
     if rows is None:
         raise NotLinear(call.node, "a view, and it is not known whether it keeps the last dimension")
@@ -139,11 +124,11 @@ def _piece(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affin
     """Return columns of a value: slice, narrow, or an item of chunk or split."""
     maker = read.calls.get(read.given(call)) if call.op == "getitem" else None
     whole = maker if maker is not None and maker.op in ("chunk", "split") else call
-    value = read.rest(whole, x, width)
-    found = piece(call, whole, value.width)
-    if found is None:
+    value = read.argument(whole, x, width)
+    taken = piece(call, whole, value.width)
+    if taken is None:
         raise NotLinear(call.node, f"{call.op} takes something else than columns")
-    return value.columns(*found)
+    return value.columns(*taken)
 
 
 def _concatenate(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
@@ -164,15 +149,14 @@ def _concatenate(read: GraphReading, call: GraphCall, x: fx.Node, width: int) ->
 
 AFFINE_OPERATIONS: dict[str, Operation] = {
     "linear": _linear,
-    "matmul": _matmul,
-    "addmm": _matmul,
+    "matmul": _linear,
+    "addmm": _linear,
     "add": _add,
     "sub": _add,
     "mul": _multiply,
     "div": _multiply,
-    "neg": lambda read, call, x, width: read.rest(call, x, width).scaled(-1.0),
-    IDENTITY: _same,
-    "dropout": _dropout,
+    "neg": lambda read, call, x, width: read.argument(call, x, width).scaled(-1.0),
+    IDENTITY: GraphReading.argument,
     "view": _view,
     "getitem": _piece,
     "slice": _piece,

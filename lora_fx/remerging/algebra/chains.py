@@ -2,18 +2,29 @@
 
 Everything is written for rows, x · M, so an nn.Linear's weight stands here transposed.  Factors are views of the
 parameters as they are: what is folded later is accumulated from them in float32 and rounded once.
+
+Worked example: `linear(x) + 0.5 * B(A(x))`, the stored weights W [8, 4], A [2, 4] and B [8, 2], as functions of x::
+
+    x               Affine(linear = (1.0 ·,))                       the identity: a chain without factors; width 4
+    linear(x)       Affine(linear = (1.0 · Wᵀ,))                    width 8; Wᵀ.part = WeightPart("linear.weight",
+                                                                    transposed=True, start=0, stop=8)
+    A(x)            Affine(linear = (1.0 · Aᵀ,))                    width 2
+    0.5 * B(A(x))   Affine(linear = (0.5 · Aᵀ · Bᵀ,))               `is_low_rank`: rank 2 < min(4, 8)
+    the sum         Affine(linear = (1.0 · Wᵀ, 0.5 · Aᵀ · Bᵀ))      one whole stored weight and a product
+
+`delta()` of the second chain is 0.5 · B A [8, 4], and `folded_weight(W, [it])` is W + 0.5 · B A.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lora_fx.adapters.lora import low_rank_weight
+from lora_fx.adapters.factors.lora import low_rank_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,7 @@ class Factor:
     part: WeightPart | None = None
 
     def transposed(self) -> Factor:
+        """Return the factor [columns, rows]; columns of a stored matrix become rows of it, which are no part."""
         part = self.part
         if part is not None and (part.start, part.stop) == (0, self.tensor.shape[1]):
             part = WeightPart(part.name, not part.transposed, 0, self.tensor.shape[0])
@@ -43,6 +55,7 @@ class Factor:
         return Factor(self.tensor.t(), self.names, part)
 
     def columns(self, start: int, stop: int) -> Factor:
+        """Return the columns start to stop, a view."""
         part = self.part
         if part is not None:
             part = replace(part, start=part.start + start, stop=part.start + stop)
@@ -118,9 +131,8 @@ def simplified(chains: Iterable[MatrixChain]) -> Chains:
 
 
 def product(left: Chains, right: Chains) -> Chains:
-    return simplified(
-        MatrixChain(a.coefficient * b.coefficient, (*a.factors, *b.factors)) for a in left for b in right
-    )  # fmt: skip
+    """Return the product of two sums of chains: every chain of the one times every chain of the other."""
+    return simplified(MatrixChain(a.coefficient * b.coefficient, a.factors + b.factors) for a in left for b in right)
 
 
 def folded_weight(weight: Tensor, chains: Iterable[MatrixChain], start: int = 0) -> Tensor:
@@ -168,23 +180,28 @@ class Matrix:
 
     @property
     def is_plain(self) -> bool:
+        """Whether it is a matrix: two dimensions, no more in front."""
         return len(self.shape) == 2
 
     @property
     def names(self) -> frozenset[str]:
+        """Names of the stored tensors that it is made of."""
         return frozenset().union(*(chain.names for chain in self.chains))
 
     def scaled(self, number: float) -> Matrix:
+        """Return the constant times a number, which the coefficients take up."""
         return Matrix(tuple(chain.scaled(number) for chain in self.chains), self.shape)
 
     def transposed(self) -> Matrix:
+        """Return the plain constant [columns, rows]: (M N)ᵀ = Nᵀ Mᵀ in every chain."""
         turned = (
-            MatrixChain(each.coefficient, tuple(factor.transposed() for factor in reversed(each.factors)))
-            for each in self.chains
+            MatrixChain(chain.coefficient, tuple(factor.transposed() for factor in reversed(chain.factors)))
+            for chain in self.chains
         )
         return Matrix(tuple(turned), (self.shape[1], self.shape[0]))
 
     def columns(self, start: int, stop: int) -> Matrix:
+        """Return the columns start to stop: those of the last factor of every chain."""
         return Matrix(tuple(_columns(chain, start, stop) for chain in self.chains), (self.shape[0], stop - start))
 
 
@@ -207,21 +224,20 @@ def _placed(chain: MatrixChain, start: int, total: int) -> MatrixChain:
 
 def side_by_side(matrices: list[Matrix]) -> Matrix:
     """Return the constants one beside the other, as columns."""
-    total, start, chains = sum(each.shape[1] for each in matrices), 0, []
-    for each in matrices:
-        chains += [_placed(chain, start, total) for chain in each.chains]
-        start += each.shape[1]
+    total, start, chains = sum(part.shape[1] for part in matrices), 0, []
+    for part in matrices:
+        chains += [_placed(chain, start, total) for chain in part.chains]
+        start += part.shape[1]
     return Matrix(_joined(matrices, tuple(chains)), (matrices[0].shape[0], total))
 
 
 def _joined(matrices: list[Matrix], chains: Chains) -> Chains:
     """Return single factors side by side as one factor: stacked weights are one matrix again."""
-    singles = [each.single for each in matrices]
-    if any(single is None for single in singles):
+    singles = [single for part in matrices if (single := part.single) is not None]
+    if len(singles) < len(matrices):
         return chains
-    found = [single for single in singles if single is not None]
-    tensor = torch.cat([single.tensor.detach() for single in found], dim=1)
-    return (MatrixChain(1.0, (Factor(tensor, frozenset().union(*(each.names for each in found))),)),)
+    tensor = torch.cat([single.tensor.detach() for single in singles], dim=1)
+    return (MatrixChain(1.0, (Factor(tensor, frozenset().union(*(single.names for single in singles))),)),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,34 +253,39 @@ class Affine:
 
     @staticmethod
     def identity(width: int, rows: object) -> Affine:
+        """Return x itself."""
         return Affine((MatrixChain(1.0, ()),), (), width, rows)
 
     def plus(self, other: Affine) -> Affine:
+        """Return the sum of two values of the same rows and width."""
         linear, constant = (*self.linear, *other.linear), (*self.constant, *other.constant)
         return replace(self, linear=simplified(linear), constant=simplified(constant))
 
     def scaled(self, number: float) -> Affine:
-        linear, constant = (tuple(each.scaled(number) for each in part) for part in (self.linear, self.constant))
-        return replace(self, linear=linear, constant=constant)
+        return self._changed(lambda chain: chain.scaled(number), self.width)
 
     def times(self, other: Matrix) -> Affine:
+        """Return the value times a constant [width, columns]."""
         linear, constant = product(self.linear, other.chains), product(self.constant, other.chains)
         return Affine(linear, constant, other.shape[1], self.rows)
 
     def shifted(self, row: Matrix) -> Affine:
+        """Return the value with a row [1, width] added to every row."""
         return replace(self, constant=simplified((*self.constant, *row.chains)))
 
     def columns(self, start: int, stop: int) -> Affine:
-        if any(
-            not chain.factors for chain in self.linear
-        ):  # of the input itself: the rest takes its columns by a factor
-            return self.times(matrix(torch.eye(self.width)[:, start:stop], ()))
-        linear, constant = (tuple(_columns(c, start, stop) for c in part) for part in (self.linear, self.constant))
-        return Affine(linear, constant, stop - start, self.rows)
+        """Return the columns start to stop of the value."""
+        if all(chain.factors for chain in self.linear):
+            return self._changed(lambda chain: _columns(chain, start, stop), stop - start)
+        return self.times(matrix(torch.eye(self.width)[:, start:stop], ()))  # x itself gives its columns by a factor
 
     def placed(self, start: int, total: int) -> Affine:
-        linear, constant = (tuple(_placed(c, start, total) for c in part) for part in (self.linear, self.constant))
-        return Affine(linear, constant, total, self.rows)
+        """Return the value as columns from `start` on of one of `total` columns, zero elsewhere."""
+        return self._changed(lambda chain: _placed(chain, start, total), total)
+
+    def _changed(self, change: Callable[[MatrixChain], MatrixChain], width: int) -> Affine:
+        linear, constant = (tuple(map(change, chains)) for chains in (self.linear, self.constant))
+        return Affine(linear, constant, width, self.rows)
 
     def parts(self) -> Iterator[tuple[MatrixChain, WeightPart]]:
         """Yield the linear chains that are columns of one stored matrix."""

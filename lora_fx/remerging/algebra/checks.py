@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import networkx as nx
 from torch import fx
 
 from lora_fx.models.tensors import attribute_at
@@ -30,7 +31,13 @@ class Others:
 
 
 def checked(read: GraphReading, folds: list[LoraFold], left: dict[str, str]) -> list[LoraFold]:
-    """Return the folds that change nothing else; the reasons why others do go to `left`."""
+    """Return the folds that change nothing else.
+
+    Args:
+        read: the graph.
+        folds: all that are to be done together: one that falls out may spoil others, so all are asked until none does.
+        left: (path → reason), to which the others are added.
+    """
     while True:
         others = Others(read, folds)
         bad: dict[str, str] = {}
@@ -54,6 +61,7 @@ def stored_as(read: GraphReading, fold: LoraFold) -> set[str]:
 
 
 def names_of_weight(read: GraphReading, fold: LoraFold) -> set[str]:
+    """Return the names under which the linear of a fold reads its weight: tied weights have several."""
     return set(_names_in(read, fold.base, read.tensors[fold.part.name]))
 
 
@@ -63,10 +71,10 @@ def _names_in(read: GraphReading, nodes: frozenset[fx.Node], tensor: object) -> 
             yield str(node.target)
         elif node.op == "call_module":
             module = read.root.get_submodule(str(node.target))
-            yield from (f"{node.target}.{name}" for name, each in parameters_read(module) if each is tensor)
+            yield from (f"{node.target}.{name}" for name, own in parameters_read(module) if own is tensor)
 
 
-def readers_of(read: GraphReading, names: set[str]) -> Iterator[fx.Node]:
+def _readers_of(read: GraphReading, names: set[str]) -> Iterator[fx.Node]:
     """Yield what reads stored tensors of these names to do more than make another constant."""
     for node in read.graph.nodes:
         if node.op == "get_attr" and str(node.target) in names:
@@ -79,18 +87,16 @@ def readers_of(read: GraphReading, names: set[str]) -> Iterator[fx.Node]:
 
 def _beyond_constants(read: GraphReading, node: fx.Node) -> Iterator[fx.Node]:
     """Yield the nodes that read a constant and are none; and the constants that those read."""
-    waiting, seen = [node], set()
-    while waiting:
-        each = waiting.pop()
-        for reader in read.readers(each):
-            if reader.op != "output" and read.is_constant(reader):
-                if reader not in seen:
-                    seen.add(reader)
-                    waiting.append(reader)
-            else:
-                yield each if each is not node else reader
-                if each is not node:
-                    yield reader
+
+    def is_constant(other: fx.Node) -> bool:
+        return other is node or (other.op != "output" and read.is_constant(other))
+
+    constants = nx.subgraph_view(read.flow, filter_node=is_constant, filter_edge=lambda a, b: read.times_read(a, b) > 0)
+    for constant in (node, *nx.descendants(constants, node)):
+        beyond = [reader for reader in read.readers(constant) if not is_constant(reader)]
+        if beyond and constant is not node:
+            yield constant
+        yield from beyond
 
 
 # -- the checks
@@ -99,7 +105,7 @@ def _beyond_constants(read: GraphReading, node: fx.Node) -> Iterator[fx.Node]:
 def _weight_is_its_own(read: GraphReading, fold: LoraFold, others: Others) -> str | None:
     """The weight has no reader but linears that get the same product."""
     mine = others.by_use[fold.use]
-    for reader in readers_of(read, stored_as(read, fold)):
+    for reader in _readers_of(read, stored_as(read, fold)):
         if reader in others.cones or (reader in fold.base and reader in others.uses):
             continue
         if reader in others.by_use and others.by_use[reader] == mine:
@@ -120,11 +126,11 @@ def _value_is_its_own(read: GraphReading, fold: LoraFold, others: Others) -> str
     node, end = fold.use, fold.end
     while node is not end:
         readers = read.readers(node)
-        ahead = [each for each in readers if each in fold.base or each is end]
-        for each in readers:
-            once = each in ahead and read.times_read(node, each) == 1
-            if not once and not _other_columns(read, each, node, fold):
-                return f"the linear's output is used without the product too ({each.name})"
+        ahead = [reader for reader in readers if reader in fold.base or reader is end]
+        for reader in readers:
+            once = reader in ahead and read.times_read(node, reader) == 1
+            if not once and not _other_columns(read, reader, node, fold):
+                return f"the linear's output is used without the product too ({reader.name})"
         if end in ahead or not ahead:
             return None
         node = ahead[0]
@@ -137,7 +143,7 @@ def _other_columns(read: GraphReading, node: fx.Node, of: fx.Node, fold: LoraFol
     if call is None:
         return False
     if call.op in ("chunk", "split"):
-        return all(_other_columns(read, each, node, fold) for each in read.readers(node))
+        return all(_other_columns(read, reader, node, fold) for reader in read.readers(node))
     maker = read.calls.get(of)
     whole = maker if call.op == "getitem" and maker is not None and maker.op in ("chunk", "split") else call
     taken = piece(call, whole, read.tensors[fold.part.name].shape[0 if fold.part.transposed else 1])
@@ -148,21 +154,17 @@ def _factors_are_their_own(read: GraphReading, fold: LoraFold, others: Others) -
     """No factor is read by anything but products that are folded."""
     names = {name for name in fold.factors if read.tensors[name].dim() > 1}
     for node in read.graph.nodes:
-        if node.op == "get_attr" and _stands_for(read, str(node.target)) & names:
-            outside = [each for each in read.readers(node) if each not in others.cones]
+        stored = attribute_at(read.root, str(node.target)) if node.op == "get_attr" else None
+        if stored is not None and read.names.get(id(stored), str(node.target)) in names:
+            outside = [reader for reader in read.readers(node) if reader not in others.cones]
         elif node.op == "call_module" and node not in others.cones:
             inside = parameters_read(read.root.get_submodule(str(node.target)))
-            outside = [node] if any(read.names.get(id(each)) in names for _, each in inside) else []
+            outside = [node] if any(read.names.get(id(tensor)) in names for _, tensor in inside) else []
         else:
             continue
         if outside:
             return f"a factor is used elsewhere too ({outside[0].name})"
     return None
-
-
-def _stands_for(read: GraphReading, name: str) -> set[str]:
-    tensor = attribute_at(read.root, name)
-    return {read.names.get(id(tensor), name)}
 
 
 def _values_stay_inside(read: GraphReading, fold: LoraFold, others: Others) -> str | None:

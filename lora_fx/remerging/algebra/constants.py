@@ -11,36 +11,28 @@ from torch import Tensor, fx
 
 from lora_fx.remerging.algebra.affine import linear_parameters
 from lora_fx.remerging.algebra.chains import Factor, Matrix, MatrixChain, matrix, product, side_by_side, simplified
-from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear, is_inactive_dropout
+from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear
 from lora_fx.remerging.algebra.reading import GraphReading
-from lora_fx.remerging.algebra.shapes import sizes_of
+from lora_fx.remerging.algebra.shapes import item, sizes_of
 
 Operation = Callable[[GraphReading, GraphCall], Matrix | None]
-"""Returns the constant, or None if it is no sum of products."""
-
-
-def _own(read: GraphReading, call: GraphCall, name: str = "input") -> Matrix:
-    return read.matrix_of(call, name)
-
-
-def _same(read: GraphReading, call: GraphCall) -> Matrix | None:
-    return _own(read, call)
+"""Returns the constant, or None if it is not a sum of products."""
 
 
 def _transpose(read: GraphReading, call: GraphCall) -> Matrix | None:
-    value = _own(read, call)
-    dims = {each % 2 for each in (call.get("dim0", 0), call.get("dim1", 1)) if isinstance(each, int)}
+    value = read.matrix_of(call)
+    dims = {dim % 2 for dim in (call.get("dim0", 0), call.get("dim1", 1)) if isinstance(dim, int)}
     return value.transposed() if value.is_plain and dims == {0, 1} else None
 
 
 def _permute(read: GraphReading, call: GraphCall) -> Matrix | None:
-    value, dims = _own(read, call), [*call.get("dims", call.get("rest", ()))]
+    value, dims = read.matrix_of(call), [*call.get("dims", call.get("rest", ()))]
     dims = [*dims[0]] if len(dims) == 1 else dims
     return value.transposed() if value.is_plain and dims in ([1, 0], [-1, -2], [-1, 0], [1, -2]) else None
 
 
 def _product(read: GraphReading, call: GraphCall) -> Matrix | None:
-    return _multiplied(_own(read, call), _own(read, call, "other"))
+    return _multiplied(read.matrix_of(call), read.matrix_of(call, "other"))
 
 
 def _multiplied(left: Matrix, right: Matrix) -> Matrix | None:
@@ -52,11 +44,11 @@ def _multiplied(left: Matrix, right: Matrix) -> Matrix | None:
 def _linear(read: GraphReading, call: GraphCall) -> Matrix | None:
     """A linear on a parameter: F.linear(A.T, B) and modules called on one."""
     weight, bias = linear_parameters(read, call)
-    return _multiplied(_own(read, call), weight) if bias is None else None
+    return _multiplied(read.matrix_of(call), weight) if bias is None else None
 
 
 def _add(read: GraphReading, call: GraphCall) -> Matrix | None:
-    one, other = _own(read, call), _own(read, call, "other")
+    one, other = read.matrix_of(call), read.matrix_of(call, "other")
     number = read.number(call.get("alpha", 1), call) * (-1.0 if call.op == "sub" else 1.0)
     if one.shape != other.shape:
         raise NotLinear(call.node, f"its shape broadcasts: {other.shape} is added to {one.shape}")
@@ -66,7 +58,7 @@ def _add(read: GraphReading, call: GraphCall) -> Matrix | None:
 def _scale(read: GraphReading, call: GraphCall) -> Matrix | None:
     """A number times a constant; or a parameter times a fixed tensor of its shape (a dropout's mask of ones)."""
     left, right = call.get("input"), call.get("other")
-    if call.op == "mul" and (not isinstance(left, fx.Node) or _elements(read.matrix_of(call, "input")) == 1):
+    if call.op == "mul" and (not isinstance(left, fx.Node) or _elements(read.matrix_of(call)) == 1):
         left, right = right, left
     if not isinstance(left, fx.Node):
         return None
@@ -86,7 +78,7 @@ def _elements(value: Matrix) -> int:
 
 
 def _masked(read: GraphReading, call: GraphCall, value: Matrix, mask: object) -> Matrix | None:
-    """Return a parameter times a tensor that nobody trains, element by element."""
+    """Return a parameter times a tensor that is not trained, element by element."""
     assert isinstance(mask, fx.Node)
     other = read.constant(read.latest(mask, call.node))
     if other is None or value.single is None or other.single is None or call.op != "mul":
@@ -97,19 +89,9 @@ def _masked(read: GraphReading, call: GraphCall, value: Matrix, mask: object) ->
     return matrix(result, value.names | other.names) if result.shape == value.shape else None
 
 
-def _negative(read: GraphReading, call: GraphCall) -> Matrix | None:
-    return _own(read, call).scaled(-1.0)
-
-
-def _dropout(read: GraphReading, call: GraphCall) -> Matrix | None:
-    if not is_inactive_dropout(call):
-        raise NotLinear(call.node, f"dropout is active (p={call.get('p', 0.5)}); put the model into eval mode")
-    return _own(read, call)
-
-
 def _view(read: GraphReading, call: GraphCall) -> Matrix | None:
     """A view to the shape that the value has, to it without ones in front, or of one factor to any shape."""
-    value, sizes = _own(read, call), [_size(read, each) for each in sizes_of(call)]
+    value, sizes = read.matrix_of(call), [_size(read, size) for size in sizes_of(call)]
     sizes = [*sizes[0]] if len(sizes) == 1 and isinstance(sizes[0], tuple) else sizes
     shape = _inferred(sizes, value.shape)
     if shape == value.shape:
@@ -124,7 +106,7 @@ def _size(read: GraphReading, value: object) -> Any:
     """Return a size that is asked of a parameter."""
     if not isinstance(value, fx.Node):
         return value
-    arguments = [_size(read, each) for each in value.args[1:]]
+    arguments = [_size(read, argument) for argument in value.args[1:]]
     first = value.args[0]
     if isinstance(first, fx.Node) and (value.target in ("size", getattr)):
         shape = read.constant(first)
@@ -142,12 +124,12 @@ def _inferred(sizes: list[Any], shape: tuple[int, ...]) -> tuple[int, ...] | Non
 
 
 def _unsqueeze(read: GraphReading, call: GraphCall) -> Matrix | None:
-    single = _own(read, call).single
+    single = read.matrix_of(call).single
     return None if single is None else matrix(single.tensor.unsqueeze(call.arguments["dim"]), single.names)
 
 
 def _squeeze(read: GraphReading, call: GraphCall) -> Matrix | None:
-    value, dim = _own(read, call), call.get("dim", 0)
+    value, dim = read.matrix_of(call), call.get("dim", 0)
     if value.single is not None:
         return matrix(value.single.tensor.squeeze(dim), value.names)
     return Matrix(value.chains, value.shape[1:]) if dim == 0 and value.shape[0] == 1 and len(value.shape) == 3 else None
@@ -157,11 +139,10 @@ def _piece(read: GraphReading, call: GraphCall) -> Matrix | None:
     """Rows or columns of a constant: one slice."""
     whole = read.calls.get(read.given(call)) if call.op == "getitem" else None
     if whole is not None and whole.op in ("chunk", "split"):
-        value, dim = _own(read, whole), whole.get("dim", 0)
-        widths = [each.shape[dim] for each in _pieces(value, whole)]
-        start = sum(widths[: call.arguments["index"]])
-        return _taken(value, dim, start, start + widths[call.arguments["index"]])
-    value = _own(read, call)
+        value, dim = read.matrix_of(whole), whole.get("dim", 0)
+        taken = item(call, whole, value.shape[dim])
+        return None if taken is None else _taken(value, dim, *taken)
+    value = read.matrix_of(call)
     if call.op == "getitem":
         return _indexed(value, call.get("index"))
     start, stop = call.get("start", 0), call.get("end")
@@ -169,16 +150,9 @@ def _piece(read: GraphReading, call: GraphCall) -> Matrix | None:
     return _sliced(value, call.get("dim", 0), slice(start, stop, call.get("step", 1)))
 
 
-def _pieces(value: Matrix, whole: GraphCall) -> tuple[Tensor, ...]:
-    stub = torch.empty(value.shape, device="meta")
-    if whole.op == "chunk":
-        return stub.chunk(whole.arguments["chunks"], whole.get("dim", 0))
-    return torch.split(stub, whole.arguments["split_size"], whole.get("dim", 0))
-
-
 def _indexed(value: Matrix, index: object) -> Matrix | None:
     parts = index if isinstance(index, tuple) else (index,)
-    wanted = [(dim, each) for dim, each in enumerate(parts) if each != slice(None, None, None)]
+    wanted = [(dim, part) for dim, part in enumerate(parts) if part != slice(None, None, None)]
     if not wanted:
         return value
     if len(wanted) > 1 or not isinstance(wanted[0][1], slice):
@@ -187,7 +161,7 @@ def _indexed(value: Matrix, index: object) -> Matrix | None:
 
 
 def _sliced(value: Matrix, dim: int, index: slice) -> Matrix | None:
-    if not all(each is None or isinstance(each, int) for each in (index.start, index.stop, index.step)):
+    if not all(bound is None or isinstance(bound, int) for bound in (index.start, index.stop, index.step)):
         return None
     start, stop, step = index.indices(value.shape[dim])
     return _taken(value, dim, start, stop) if step == 1 else None
@@ -211,12 +185,12 @@ def _concatenate(read: GraphReading, call: GraphCall) -> Matrix | None:
         values.append(value)
     if call.get("dim", 0) % 2 == 1:
         return side_by_side(values)
-    return side_by_side([each.transposed() for each in values]).transposed()
+    return side_by_side([value.transposed() for value in values]).transposed()
 
 
 def _grouped(read: GraphReading, call: GraphCall) -> Matrix | None:
     """conv1d of A [1, r, in] with B [out, r / groups, 1]: B A, with B block by block on the diagonal."""
-    a, b = _own(read, call).single, _own(read, call, "weight").single
+    a, b = read.matrix_of(call).single, read.matrix_of(call, "weight").single
     if a is None or b is None or a.tensor.dim() != 3 or a.tensor.shape[0] != 1 or b.tensor.shape[-1] != 1:
         return None
     if call.get("bias") is not None or any(call.get(name, one) not in (one, (one,), [one]) for name, one in _PLAIN):
@@ -235,8 +209,8 @@ _PLAIN = (("stride", 1), ("padding", 0), ("dilation", 1))
 
 
 def _zeros(read: GraphReading, call: GraphCall) -> Matrix | None:
-    sizes = sizes_of(call) if call.op != "zeros_like" else list(_own(read, call).shape)
-    shape = tuple(_size(read, each) for each in sizes)
+    sizes = sizes_of(call) if call.op != "zeros_like" else list(read.matrix_of(call).shape)
+    shape = tuple(_size(read, size) for size in sizes)
     return Matrix((), shape) if all(isinstance(size, int) for size in shape) else None
 
 
@@ -263,7 +237,7 @@ def _spread(chain: MatrixChain, rows: Tensor, total: int) -> MatrixChain:
 
 
 CONSTANT_OPERATIONS: dict[str, Operation] = {
-    IDENTITY: _same,
+    IDENTITY: GraphReading.matrix_of,
     "transpose": _transpose,
     "permute": _permute,
     "matmul": _product,
@@ -272,8 +246,7 @@ CONSTANT_OPERATIONS: dict[str, Operation] = {
     "sub": _add,
     "mul": _scale,
     "div": _scale,
-    "neg": _negative,
-    "dropout": _dropout,
+    "neg": lambda read, call: read.matrix_of(call).scaled(-1.0),
     "view": _view,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,

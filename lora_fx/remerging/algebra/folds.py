@@ -10,7 +10,7 @@ from torch import fx
 from lora_fx.remerging.algebra.affine import addends, broadcasts, linear_parameters
 from lora_fx.remerging.algebra.chains import Affine, Chains, MatrixChain, WeightPart
 from lora_fx.remerging.algebra.lookalikes import LINEARS, cone_of, looks_like_lora, made_with_product, path_of
-from lora_fx.remerging.algebra.operations import IDENTITY, NotLinear, is_inactive_dropout
+from lora_fx.remerging.algebra.operations import IDENTITY, NotLinear
 from lora_fx.remerging.algebra.reading import GraphReading
 
 _PASSES_ON = (IDENTITY, "view", "getitem", "slice", "narrow", "chunk", "split")
@@ -83,21 +83,32 @@ class LoraFold:
 
 
 @dataclass(slots=True)
-class Found:
+class Findings:
     """The folds of a graph, and what is left alone: (path, reason)."""
 
     folds: list[LoraFold] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
 
-def find_folds(read: GraphReading) -> Found:
-    """Return every LoRA of the graph by its structure, and what looks like one; nothing is changed."""
-    found = Found()
-    for node in weight_sums(read):
-        _read_weight(read, node, found)
-    for addends_ in sums(read):
-        _read_sum(read, addends_, found)
-    return found
+def find_folds(read: GraphReading) -> Findings:
+    """Return every LoRA of the graph by its structure, and what looks like one; nothing is changed.
+
+    In the graph of a layer that computes `linear(x) + 2 * (x @ A @ B)`, A [in, r], B [r, out]::
+
+        add = linear + mul          one sum with the addends linear and mul, which `sums` yields
+        linear → LinearAddend       a base: x · Wᵀ + bias and nothing else, W stored as [out, in]
+        mul → x · 2 A B             as `GraphReading.affine` reads it: one chain, 2.0 · A · B, of rank r < in, out
+        → LoraFold                  part = all rows of W, chains = (2.0 · A · B,), delta = mul, reader = add
+
+    `add` becomes `linear`, and W becomes W + 2 (A B)ᵀ.  If the sum has `linear(y)` instead, the product is left alone,
+    because "its input is x, the linear's is y".
+    """
+    findings = Findings()
+    for node in _weight_sums(read):
+        _read_weight(read, node, findings)
+    for parts in sums(read):
+        _read_sum(read, parts, findings)
+    return findings
 
 
 # -- sums of values
@@ -125,60 +136,57 @@ def _is_sum(read: GraphReading, node: fx.Node) -> bool:
 
 def _flatten(read: GraphReading, node: fx.Node, number: float, parts: list[Addend], seen: set[fx.Node]) -> None:
     seen.add(node)
-    for each, own in addends(read, read.calls[node]):
-        inner = each
+    for addend, own in addends(read, read.calls[node]):
+        inner = addend
         while read.is_read_once(inner) and _is_same(read, inner):
             inner = read.given(read.calls[inner])
         if _is_sum(read, inner) and read.is_read_once(inner):
             _flatten(read, inner, number * own, parts, seen)
         else:
-            parts.append(Addend(each, node, number * own))
+            parts.append(Addend(addend, node, number * own))
 
 
 def _is_same(read: GraphReading, node: fx.Node) -> bool:
     call = read.calls.get(node)
-    return call is not None and (call.op == IDENTITY or is_inactive_dropout(call)) and not read.is_constant(node)
+    return call is not None and call.op == IDENTITY and not read.is_constant(node)
 
 
-def _read_sum(read: GraphReading, parts: list[Addend], found: Found) -> None:
-    bases = [base for each in parts if each.number == 1.0 and (base := base_of(read, each)) is not None]
-    for each in parts:
-        _read_addend(read, each, [base for base in bases if not _is_below(read, base.use, each.node)], found)
+def _read_sum(read: GraphReading, parts: list[Addend], findings: Findings) -> None:
+    bases = [base for addend in parts if addend.number == 1.0 and (base := _base_of(read, addend)) is not None]
+    for addend in parts:
+        own = _linear_below(read, addend.node)
+        _read_addend(read, addend, [base for base in bases if base.use is not own], findings)
 
 
-def _is_below(read: GraphReading, use: fx.Node, node: fx.Node) -> bool:
-    return linear_below(read, node) is use
-
-
-def _read_addend(read: GraphReading, each: Addend, bases: list[LinearAddend], found: Found) -> None:
+def _read_addend(read: GraphReading, addend: Addend, bases: list[LinearAddend], findings: Findings) -> None:
     reasons: dict[str, str] = {}
     for base in bases:
         try:
-            found.folds.append(_fold(read, each, base))
+            findings.folds.append(_fold(read, addend, base))
         except NotLinear as reason:
-            if looks_like_lora(read, each.node, base.x, (base.width, base.value.width), reason):
+            if looks_like_lora(read, addend.node, base.x, (base.width, base.value.width), reason):
                 reasons[path_of(base.part)] = reason.reason
         else:
             return
-    found.left.update(reasons)
+    findings.left.update(reasons)
 
 
-def _fold(read: GraphReading, each: Addend, base: LinearAddend) -> LoraFold:
+def _fold(read: GraphReading, addend: Addend, base: LinearAddend) -> LoraFold:
     """Return the addend as a fold into the base.
 
     Raises:
-        NotLinear: it is none; says why.
+        NotLinear: it is not one; says why.
     """
-    width = base.width
-    value = read.affine(each.node, base.x, width).scaled(each.number)
+    node, width = addend.node, base.width
+    value = read.affine(node, base.x, width).scaled(addend.number)
     if (value.width, value.rows) != (base.value.width, base.value.rows):
-        raise NotLinear(each.node, broadcasts(base.value, value))
-    check_product(value.linear, each.node)
+        raise NotLinear(node, broadcasts(base.value, value))
+    check_product(value.linear, node)
     if value.constant and base.bias is None:
-        raise NotLinear(each.node, "it adds a bias to a linear that has none")
-    cone, base_cone = cone_of(read, each.node, base.x), cone_of(read, base.node, base.x)
+        raise NotLinear(node, "it adds a bias to a linear that has none")
+    cone, base_cone = cone_of(read, node, base.x), cone_of(read, base.node, base.x)
     return LoraFold(
-        base.use, base.part, base.bias, value.linear, value.constant, each.node, each.reader, each.number, base.x,
+        base.use, base.part, base.bias, value.linear, value.constant, node, addend.reader, addend.number, base.x,
         width, cone, base_cone, base.reader,
     )  # fmt: skip
 
@@ -199,7 +207,7 @@ def check_product(chains: Iterable[MatrixChain], node: fx.Node) -> None:
 # -- the linear in a sum
 
 
-def linear_below(read: GraphReading, node: fx.Node) -> fx.Node | None:
+def _linear_below(read: GraphReading, node: fx.Node) -> fx.Node | None:
     """Return the linear whose value, or columns of it, the node passes on."""
     while True:
         call = read.calls.get(node)
@@ -207,14 +215,14 @@ def linear_below(read: GraphReading, node: fx.Node) -> fx.Node | None:
             return None
         if call.op in LINEARS:
             return node
-        if not (call.op in _PASSES_ON or is_inactive_dropout(call)) or not isinstance(call.get("input"), fx.Node):
+        if call.op not in _PASSES_ON or not isinstance(call.get("input"), fx.Node):
             return None
         node = read.given(call)
 
 
-def base_of(read: GraphReading, each: Addend) -> LinearAddend | None:
+def _base_of(read: GraphReading, addend: Addend) -> LinearAddend | None:
     """Return the addend as a linear's value, if it is nothing else."""
-    node, use = each.node, linear_below(read, each.node)
+    node, use = addend.node, _linear_below(read, addend.node)
     if use is None:
         return None
     call = read.calls[use]
@@ -224,16 +232,16 @@ def base_of(read: GraphReading, each: Addend) -> LinearAddend | None:
         value = read.affine(node, x, weight.shape[0])
     except NotLinear:
         return None
-    found, bias = list(value.parts()), [chain.part for chain in value.constant]
-    if len(found) != 1 or len(value.linear) != 1 or len(bias) > 1 or None in bias:
+    parts, bias = list(value.parts()), [chain.part for chain in value.constant]
+    if len(parts) != 1 or len(value.linear) != 1 or len(bias) > 1 or None in bias:
         return None
-    return LinearAddend(node, each.reader, use, x, value, found[0][1], bias[0] if bias else None, weight.shape[0])
+    return LinearAddend(node, addend.reader, use, x, value, parts[0][1], bias[0] if bias else None, weight.shape[0])
 
 
 # -- products that are added to the weight itself
 
 
-def weight_sums(read: GraphReading) -> Iterator[fx.Node]:
+def _weight_sums(read: GraphReading) -> Iterator[fx.Node]:
     """Yield the constants that something which depends on an input, or the output, reads."""
     for node in read.graph.nodes:
         if not node.op.startswith("call_") or not node.all_input_nodes or not read.is_constant(node):
@@ -242,13 +250,13 @@ def weight_sums(read: GraphReading) -> Iterator[fx.Node]:
             yield node
 
 
-def _read_weight(read: GraphReading, node: fx.Node, found: Found) -> None:
+def _read_weight(read: GraphReading, node: fx.Node, findings: Findings) -> None:
     try:
         value = read.constant(node)
     except NotLinear as reason:
         name = made_with_product(read, node)
         if name is not None:
-            found.left[name] = reason.reason
+            findings.left[name] = reason.reason
         return
     assert value is not None
     whole = [chain for chain in value.chains if chain.part is not None]
@@ -264,4 +272,6 @@ def _read_weight(read: GraphReading, node: fx.Node, found: Found) -> None:
     if whole[0].factors[0].tensor.shape != read.tensors[part.name].shape and not part.transposed:
         return
     cone = cone_of(read, node, None)
-    found.folds.append(LoraFold(node, part, None, others, (), None, None, 1.0, None, value.shape[0], cone, cone, None))
+    findings.folds.append(
+        LoraFold(node, part, None, others, (), None, None, 1.0, None, value.shape[0], cone, cone, None)
+    )

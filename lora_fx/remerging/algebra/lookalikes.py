@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from lora_fx.passes.dataflow import made_from
 from lora_fx.remerging.algebra.affine import linear_parameters
 from lora_fx.remerging.algebra.chains import Matrix, WeightPart
 from lora_fx.remerging.algebra.operations import GraphCall, NotLinear
@@ -22,33 +23,24 @@ def path_of(part: WeightPart) -> str:
 
 def cone_of(read: GraphReading, node: fx.Node, x: fx.Node | None) -> frozenset[fx.Node]:
     """Return the nodes that compute a value from x and from parameters."""
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        each = waiting.pop()
-        if each is x or each in found or each.op == "placeholder":
-            continue
-        found.add(each)
-        waiting += [read.latest(used, each) for used in each.all_input_nodes]
-        waiting += each.all_input_nodes
-    return frozenset(found)
+    return frozenset(made_from(read.flow, node, lambda other: other is x or other.op == "placeholder"))
 
 
 def made_with_product(read: GraphReading, node: fx.Node) -> str | None:
     """Return where the weight stands that a constant is made of, if a product of low rank goes into it too."""
     has_product, stored = False, list[Matrix]()
-    for each in sorted(cone_of(read, node, None), key=read.order.__getitem__):
+    for source in sorted(cone_of(read, node, None), key=read.order.__getitem__):
         try:
-            value = read.constant(each)
+            value = read.constant(source)
         except NotLinear:
             continue
         if value is None or not value.is_plain:
             continue
         has_product = has_product or any(chain.is_low_rank for chain in value.chains)
-        stored += [value] if each.op == "get_attr" else []
+        stored += [value] if source.op == "get_attr" else []
     if not has_product or not stored:
         return None
-    part = max(stored, key=lambda each: each.shape[0] * each.shape[1]).chains[0].part
+    part = max(stored, key=lambda value: value.shape[0] * value.shape[1]).chains[0].part
     return None if part is None else path_of(part)
 
 
@@ -82,11 +74,11 @@ def _matrices_above(read: GraphReading, node: fx.Node, x: fx.Node) -> tuple[list
             break
         if call.op in LINEARS:
             shapes += _shape(read, call)
-        inputs = [read.latest(each, node) for each in node.all_input_nodes]
-        inputs = [each for each in inputs if not read.is_constant(each)]
+        inputs = [read.latest(source, node) for source in node.all_input_nodes]
+        inputs = [source for source in inputs if not read.is_constant(source)]
         if not inputs:
             break
-        node = next((each for each in inputs if _leads_to_matrix(read, each)), inputs[0])
+        node = next((source for source in inputs if _leads_to_matrix(read, source)), inputs[0])
     return shapes, node
 
 

@@ -1,18 +1,18 @@
-"""What the nodes of a graph do: one name for the function, the operator, the method and the aten operation."""
+"""What the nodes of a graph do: one name for the function, operator, method and aten operation of one kind."""
 
 from __future__ import annotations
 
 import inspect
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.adapters.lora import LoRAFactor
+from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.models.layers import kind_of
 from lora_fx.models.swap import is_swapped
 
@@ -31,26 +31,13 @@ _ALIASES = {
     "alpha_dropout": "dropout",
 }
 """Other names of operations."""
-_IDENTITIES = frozenset(
-    [
-        "contiguous",
-        "clone",
-        "detach",
-        "alias",
-        "lift_fresh_copy",
-        "requires_grad_",
-        "to",
-        "type",
-        "type_as",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "_to_copy",
-        "cpu",
-    ]
+_NAMES_OF_IDENTITIES = (
+    "contiguous clone detach alias lift_fresh_copy requires_grad_ to type type_as float double half bfloat16 "
+    "_to_copy cpu"
 )
+_IDENTITIES = frozenset(_NAMES_OF_IDENTITIES.split())
 IDENTITY = "identity"
+"""What gives the values of its argument: copies, casts, a dropout that drops nothing."""
 _NAMES = (
     "linear addmm matmul add sub mul div neg view transpose permute unsqueeze squeeze getitem slice narrow chunk split "
     "cat conv1d new_zeros zeros zeros_like setitem dropout size shape"
@@ -61,11 +48,7 @@ _PLACES: tuple[Any, ...] = (F, torch, operator, torch.Tensor)
 _ARGUMENTS = {
     "linear": ("input", "weight", "bias"),
     "addmm": ("input", "mat1", "mat2"),
-    "matmul": ("input", "other"),
-    "add": ("input", "other"),
-    "sub": ("input", "other"),
-    "mul": ("input", "other"),
-    "div": ("input", "other"),
+    **dict.fromkeys(("matmul", "add", "sub", "mul", "div"), ("input", "other")),
     "dropout": ("input", "p", "training"),
     "chunk": ("input", "chunks", "dim"),
     "split": ("input", "split_size", "dim"),
@@ -80,7 +63,7 @@ _ARGUMENTS = {
 }
 _SYNONYMS = {
     "self": "input", "x": "input", "split_size_or_sections": "split_size", "split_sizes": "split_size", "axis": "dim",
-    "mat2": "other", "p": "p", "train": "training",
+    "mat2": "other", "train": "training",
 }  # fmt: skip
 
 
@@ -90,7 +73,7 @@ VIEWS = frozenset(_NAMES_OF_VIEWS.split())
 
 
 class NotLinear(Exception):
-    """A value is no affine function of what was asked for, or no product: why, and `node`, where."""
+    """A value that is not an affine function of what was asked for, or not a product: why, and `node`, where."""
 
     def __init__(self, node: fx.Node | None, reason: str) -> None:
         super().__init__(reason)
@@ -114,13 +97,13 @@ class GraphCall:
 
 def _function_names() -> dict[Any, str]:
     """Return for each torch function its name here, by identity: a function of the user's may have the same name."""
-    found: dict[Any, str] = {}
+    functions: dict[Any, str] = {}
     for place in _PLACES:
         for name in _KNOWN:
             function = vars(place).get(name)
             if isinstance(function, Callable):  # type: ignore[arg-type]
-                found.setdefault(function, name)
-    return found
+                functions.setdefault(function, name)
+    return functions
 
 
 _FUNCTIONS = _function_names()
@@ -129,6 +112,12 @@ _OVERLOAD = type(torch.ops.aten.linear.default)
 
 def read_call(node: fx.Node, root: nn.Module) -> GraphCall:
     """Return what a call_function, call_method or call_module node does; an unknown operation bears its own name."""
+    call = _call_as_written(node, root)
+    is_inactive = call.op == "dropout" and (call.get("training", True) is False or call.get("p", 0.5) == 0)
+    return replace(call, op=IDENTITY) if is_inactive else call
+
+
+def _call_as_written(node: fx.Node, root: nn.Module) -> GraphCall:
     if node.op == "call_module":
         return _module_call(node, root.get_submodule(str(node.target)))
     name = _raw_name(node)
@@ -158,9 +147,9 @@ def _attribute(node: fx.Node) -> GraphCall:
 
 def _named(op: str, node: fx.Node) -> dict[str, Any]:
     names = _ARGUMENTS.get(op, ("input",))
-    found: dict[str, Any] = dict(zip(names, node.args, strict=False))
-    found["rest"] = node.args[len(names) :]
-    return found | {_SYNONYMS.get(key, key): value for key, value in node.kwargs.items()}
+    arguments: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    arguments["rest"] = node.args[len(names) :]
+    return arguments | {_SYNONYMS.get(key, key): value for key, value in node.kwargs.items()}
 
 
 def _module_call(node: fx.Node, module: nn.Module) -> GraphCall:
@@ -204,8 +193,3 @@ def has_any_hook(module: nn.Module) -> bool:
 def parameters_read(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield what a call of the module may read: a linear's own parameters, everything in any other module."""
     yield from module.named_parameters(recurse=not is_linear(module), remove_duplicate=False)
-
-
-def is_inactive_dropout(call: GraphCall) -> bool:
-    """Whether the call is a dropout that drops nothing."""
-    return call.op == "dropout" and (call.get("training", True) is False or call.get("p", 0.5) == 0)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import networkx as nx
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 
 from lora_fx.models.tensors import attribute_at
+from lora_fx.passes.dataflow import dataflow
 from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
-from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, GraphCall, NotLinear, is_inactive_dropout, read_call
+from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, GraphCall, NotLinear, read_call
 from lora_fx.remerging.algebra.shapes import last_dimension, shape_of
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +26,12 @@ class Operations:
     affine: Mapping[str, Callable[[GraphReading, GraphCall, fx.Node, int], Affine]]
     """(reading, call, x, columns of x) → its value as an affine function of x."""
     constant: Mapping[str, Callable[[GraphReading, GraphCall], Matrix | None]]
-    """(reading, call) → its value, which depends on parameters alone; None if that is no sum of products."""
+    """(reading, call) → its value, which depends on parameters alone; None if that is not a sum of products."""
 
 
 @dataclass(slots=True)
 class GraphReading:
-    """What is known of a graph, found on demand; neither graph nor tensors are changed."""
+    """What is known of a graph, worked out on demand; neither graph nor tensors are changed."""
 
     root: nn.Module
     graph: fx.Graph
@@ -38,6 +43,8 @@ class GraphReading:
     """For each node, the statements that write to its value in place, in order."""
     spoilt: set[fx.Node] = field(default_factory=set)
     """Nodes to a part of whose value something is written through a view."""
+    flow: nx.DiGraph = field(default_factory=nx.DiGraph)
+    """Who reads whose value."""
     calls: dict[fx.Node, GraphCall] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """The stored tensors that have been read, by name."""
@@ -55,6 +62,7 @@ class GraphReading:
                 self.calls[node] = call = read_call(node, self.root)
                 if call.in_place:
                     self._note_write(node)
+        self.flow = dataflow(self.graph, self.latest)
         for node in self.graph.nodes:  # in order, so that no recursion goes deep
             self.is_constant(node)
 
@@ -78,22 +86,20 @@ class GraphReading:
     def latest(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         """Return the statement that made the value which `reader` finds in `node`: writes in place come before."""
         root = self._root(node)
-        before = [each for each in self.writes.get(root, ()) if self.order[each] < self.order[reader]]
+        before = [write for write in self.writes.get(root, ()) if self.order[write] < self.order[reader]]
         return before[-1] if before else root
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes that read the value which this statement makes."""
-        root = self._root(node)
-        users = (user for name in (root, *self.writes.get(root, ())) for user in name.users)
-        return [user for user in dict.fromkeys(users) if self.latest(root, user) is node]
+        return [reader for reader, edge in self.flow[node].items() if edge["times"]]
 
     def times_read(self, node: fx.Node, reader: fx.Node) -> int:
         """Return how often a node reads a value: y + y reads it twice."""
-        found: list[fx.Node] = []
-        map_arg((reader.args, reader.kwargs), found.append)
-        return sum(self.latest(each, reader) is node for each in found)
+        times: int = self.flow.edges[node, reader]["times"] if self.flow.has_edge(node, reader) else 0
+        return times
 
     def is_read_once(self, node: fx.Node) -> bool:
+        """Whether one node reads the value, and once."""
         readers = self.readers(node)
         return len(readers) == 1 and self.times_read(node, readers[0]) == 1
 
@@ -110,19 +116,12 @@ class GraphReading:
         """Return the value of a node that depends on parameters alone; None if it depends on an input.
 
         Raises:
-            NotLinear: it depends on parameters alone, but is no sum of products of them.
+            NotLinear: it depends on parameters alone, but is not a sum of products of them.
         """
-        if node not in self._constants:
-            try:
-                self._constants[node] = self._constant(node)
-            except NotLinear as reason:
-                self._constants[node] = reason
-        found = self._constants[node]
-        if isinstance(found, NotLinear):
-            raise found
-        return found
+        return _remembered(self._constants, node, lambda: self._constant(node))
 
     def is_constant(self, node: fx.Node) -> bool:
+        """Whether the value depends on parameters alone, a sum of products or not."""
         try:
             return self.constant(node) is not None
         except NotLinear:
@@ -136,12 +135,12 @@ class GraphReading:
             return None
         if not node.all_input_nodes:
             raise NotLinear(node, f"{call.op} is no product of parameters")
-        if not all(self.is_constant(self.latest(each, node)) for each in node.all_input_nodes):
+        if not all(self.is_constant(self.latest(source, node)) for source in node.all_input_nodes):
             return None
         operation = self.operations.constant.get(call.op)
         result = None if operation is None else operation(self, call)
         if result is None:
-            raise NotLinear(node, f"{call.op} of parameters is not a product of them")
+            raise NotLinear(node, _reason(call, f"{call.op} of parameters is not a product of them"))
         return result
 
     def leaf(self, name: str, node: fx.Node) -> Matrix:
@@ -154,19 +153,19 @@ class GraphReading:
         part = WeightPart(known, False, 0, tensor.shape[1]) if tensor.dim() == 2 else None
         return matrix(tensor.detach(), (known,), part)
 
-    def tensor(self, name: str) -> Tensor:
-        """Return the stored tensor that a name of a factor stands for."""
-        return self.tensors[name]
+    def matrix_of(self, call: GraphCall, name: str = "input") -> Matrix:
+        """Return an argument that is a constant.
 
-    def matrix_of(self, call: GraphCall, name: str) -> Matrix:
-        """Return an argument that is a constant."""
-        found = self.constant(self.given(call, name))
-        if found is None:
+        Raises:
+            NotLinear: it depends on an input, or is not a sum of products.
+        """
+        value = self.constant(self.given(call, name))
+        if value is None:
             raise NotLinear(call.node, f"{call.op} of two values that depend on the input")
-        return found
+        return value
 
     def number(self, value: object, call: GraphCall) -> float:
-        """Return a scaling: a number, or a stored tensor of one element that nobody trains.
+        """Return a scaling: a number, or a stored tensor of one element that is not trained.
 
         Raises:
             NotLinear: it is trained, depends on the input, or is not one number.
@@ -177,39 +176,30 @@ class GraphReading:
             raise NotLinear(call.node, f"{call.op} by {value!r}")
         node = self.latest(value, call.node)
         try:
-            found = self.constant(node)
+            constant = self.constant(node)
         except NotLinear as reason:
             scaling = (
                 reason.reason if reason.reason.startswith("the scaling") else "the scaling is computed from parameters"
             )
             raise NotLinear(call.node, scaling) from reason
-        if found is None:
+        if constant is None:
             raise NotLinear(call.node, f"the scaling depends on the input ({node.name})")
-        if any(isinstance(self.tensors[name], nn.Parameter) for name in found.names):
-            raise NotLinear(call.node, f"the scaling is a trained tensor ({', '.join(sorted(found.names))})")
-        single = found.single
+        if any(isinstance(self.tensors[name], nn.Parameter) for name in constant.names):
+            raise NotLinear(call.node, f"the scaling is a trained tensor ({', '.join(sorted(constant.names))})")
+        single = constant.single
         if single is None or single.tensor.numel() != 1 or single.tensor.is_meta:
-            raise NotLinear(call.node, f"the scaling is a tensor of shape {tuple(found.shape)}")
+            raise NotLinear(call.node, f"the scaling is a tensor of shape {tuple(constant.shape)}")
         return float(single.tensor)
 
     # -- values that depend on an input
 
     def affine(self, node: fx.Node, x: fx.Node, width: int) -> Affine:
-        """Return the value of `node` as an affine function of the value of `x`, which has `width` columns.
+        """Return the value of `node` as an affine function of the value of `x`, [rows…, width] → [rows…, columns].
 
         Raises:
             NotLinear: with the first node on the way that is none.
         """
-        key = (node, x)
-        if key not in self._affine:
-            try:
-                self._affine[key] = self._affine_of(node, x, width)
-            except NotLinear as reason:
-                self._affine[key] = reason
-        found = self._affine[key]
-        if isinstance(found, NotLinear):
-            raise found
-        return found
+        return _remembered(self._affine, (node, x), lambda: self._affine_of(node, x, width))
 
     def _affine_of(self, node: fx.Node, x: fx.Node, width: int) -> Affine:
         if node is x:
@@ -222,21 +212,42 @@ class GraphReading:
             raise NotLinear(node, f"its input is {node.name}, the linear's is {x.name}")
         operation = self.operations.affine.get(call.op)
         if operation is None:
-            raise NotLinear(node, f"{_shown(call)} is not linear")
+            raise NotLinear(node, _reason(call, f"{_shown(call)} is not linear"))
         return operation(self, call, x, width)
 
-    def rest(self, call: GraphCall, x: fx.Node, width: int, name: str = "input") -> Affine:
+    def argument(self, call: GraphCall, x: fx.Node, width: int, name: str = "input") -> Affine:
+        """Return an argument of a call as `affine` does."""
         return self.affine(self.given(call, name), x, width)
 
     def source(self, node: fx.Node) -> fx.Node:
         """Return where a value comes from, through what changes neither values nor their order."""
         while True:
             call = self.calls.get(node)
-            if call is None or node in self.spoilt or not (call.op in (IDENTITY, "view") or is_inactive_dropout(call)):
+            if call is None or node in self.spoilt or call.op not in (IDENTITY, "view"):
                 return node
             if not isinstance(call.get("input"), fx.Node) or self.is_constant(node) or not _keeps_rows(call):
                 return node
             node = self.given(call)
+
+
+def _remembered(known: dict[_Key, _Value | NotLinear], key: _Key, compute: Callable[[], _Value]) -> _Value:
+    """Return what is known of the key, computed the first time; a reason why there is nothing is raised again."""
+    if key not in known:
+        try:
+            known[key] = compute()
+        except NotLinear as reason:
+            known[key] = reason
+    value = known[key]
+    if isinstance(value, NotLinear):
+        raise value
+    return value
+
+
+def _reason(call: GraphCall, otherwise: str) -> str:
+    """Return why an operation cannot be read; an active dropout has a reason of its own."""
+    if call.op == "dropout":
+        return f"dropout is active (p={call.get('p', 0.5)}); put the model into eval mode"
+    return otherwise
 
 
 def _shown(call: GraphCall) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from lora_fx.models.tensors import attribute_at
-from lora_fx.remerging.algebra.chains import MatrixChain
 from lora_fx.remerging.algebra.folds import LoraFold
 from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.shapes import shape_of
@@ -18,7 +18,7 @@ TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, t
 """Relative to the largest value: some hundred roundings in the wide dtypes, a few in the half ones."""
 
 
-def executed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+def _executed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     """Return the value of a node, given those of others; statements that write in place write to copies.
 
     Raises:
@@ -34,8 +34,8 @@ def _computed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> A
         return attribute_at(read.root, str(node.target))
     if node.op == "placeholder":
         raise KeyError(node.name)
-    args: Any = map_arg(node.args, lambda each: executed(read, read.latest(each, node), known))
-    kwargs: Any = map_arg(node.kwargs, lambda each: executed(read, read.latest(each, node), known))
+    args: Any = map_arg(node.args, lambda source: _executed(read, read.latest(source, node), known))
+    kwargs: Any = map_arg(node.kwargs, lambda source: _executed(read, read.latest(source, node), known))
     if read.calls[node].in_place:
         args = (args[0].clone(), *args[1:])
     if node.op == "call_module":
@@ -50,17 +50,17 @@ def made_up(x: fx.Node, width: int, like: Tensor) -> Tensor:
     shape = shape_of(x)
     sizes: dict[str, int] = {}
     front = ("2", "3") if shape is None else shape[:-1]
-    numbers = [int(each) if each.isdecimal() else sizes.setdefault(each, 2 + len(sizes)) for each in front]
+    numbers = [int(size) if size.isdecimal() else sizes.setdefault(size, 2 + len(sizes)) for size in front]
     return made_up_rows(tuple(numbers), width, like)
 
 
-def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two results are equal but for roundings in the dtype."""
+def close(computed: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two results are equal but for roundings in the dtype; False where the expected one is not finite."""
     tolerance = TOLERANCES.get(dtype, 1e-5)
-    if found.shape != expected.shape or not torch.isfinite(expected).all():
+    if computed.shape != expected.shape or not torch.isfinite(expected).all():
         return False
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    return bool((found.double() - expected.double()).abs().le(tolerance * scale).all())
+    return bool((computed.double() - expected.double()).abs().le(tolerance * scale).all())
 
 
 def problem_with(read: GraphReading, fold: LoraFold) -> str | None:
@@ -71,25 +71,18 @@ def problem_with(read: GraphReading, fold: LoraFold) -> str | None:
     x = made_up(fold.x, fold.width, weight)
     try:
         with torch.no_grad():
-            found = executed(read, fold.delta, {fold.x: x})
+            delta = _executed(read, fold.delta, {fold.x: x})
     except Exception:  # it needs more than x (a size of another input): the structure has to do
         return None
-    expected = x.double() @ _sum(fold.chains, fold.width).t()
+    product = functools.reduce(torch.add, (chain.delta().double() for chain in fold.chains))
+    expected = x.double() @ product.t()
     for row in fold.constants:
         expected = expected + row.delta().double().flatten()
-    if not close(found.double() * fold.number, expected, found.dtype):
+    if not close(delta.double() * fold.number, expected, delta.dtype):
         return "running it gives something else than its structure says"
-    if torch.promote_types(found.dtype, weight.dtype) != weight.dtype and not _is_cast(read, fold):
-        return f"the sum is {found.dtype}, the linear alone would be {weight.dtype}"
+    if torch.promote_types(delta.dtype, weight.dtype) != weight.dtype and not _is_cast(read, fold):
+        return f"the sum is {delta.dtype}, the linear alone would be {weight.dtype}"
     return None
-
-
-def _sum(chains: tuple[MatrixChain, ...], width: int) -> Tensor:
-    total = chains[0].delta().double()
-    for chain in chains[1:]:
-        total = total + chain.delta().double()
-    assert total.shape[1] == width
-    return total
 
 
 def _is_cast(read: GraphReading, fold: LoraFold) -> bool:
@@ -98,7 +91,7 @@ def _is_cast(read: GraphReading, fold: LoraFold) -> bool:
     assert node is not None
     while True:
         readers = read.readers(node)
-        if readers and all(_casts(each) for each in readers):
+        if readers and all(map(_casts, readers)):
             return True
         if len(readers) != 1 or readers[0] not in read.calls or read.calls[readers[0]].op not in ("add", "sub"):
             return False
@@ -112,7 +105,8 @@ def _casts(node: fx.Node) -> bool:
 
 
 def finite(tensors: list[Tensor]) -> bool:
-    return all(each.is_meta or bool(torch.isfinite(each).all()) for each in tensors)
+    """Whether no tensor has NaN or infinite values; on the meta device there are none."""
+    return all(tensor.is_meta or bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def made_up_rows(rows: tuple[int, ...], width: int, like: Tensor) -> Tensor:

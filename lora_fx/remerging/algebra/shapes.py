@@ -1,10 +1,11 @@
-"""What is known of the shapes in a graph, from the metadata of whoever traced it, or from how a view is written."""
+"""What is known of the shapes in a graph, from the metadata of its tracer, or from how a view is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
@@ -39,7 +40,8 @@ def last_dimension(call: GraphCall) -> object:
     """Return the last size that a view is given: a number, "same" for the size of its own input; None if not known."""
     sizes = sizes_of(call)
     if len(sizes) == 1 and isinstance(sizes[0], fx.Node):
-        return _leading(sizes[0])[1] if _leading(sizes[0]) is not None else None  # type: ignore[index]
+        leading = _leading(sizes[0])
+        return None if leading is None else leading[1]
     if not sizes:
         return None
     last = sizes[-1]
@@ -96,8 +98,8 @@ def rows_after(call: GraphCall, width: int, rows: object, is_input: Callable[[fx
     if last not in (width, "same"):
         return None
     if len(sizes) == 1:
-        found = _leading(sizes[0])
-        return "rows of the input" if found is not None and is_input(found[0]) else None
+        leading = _leading(sizes[0])
+        return "rows of the input" if leading is not None and is_input(leading[0]) else None
     return ("flat", rows) if len(sizes) == 2 and sizes[0] == -1 else None
 
 
@@ -112,7 +114,7 @@ def dimension(call: GraphCall, value: object) -> int | None:
 def piece(call: GraphCall, whole: GraphCall, width: int) -> tuple[int, int] | None:
     """Return (start, stop) of the columns that a slice, narrow or item of chunk or split takes, if it takes columns."""
     if whole.op in ("chunk", "split"):
-        return _item(call, whole, width)
+        return item(call, whole, width) if dimension(whole, whole.get("dim", 0)) == -1 else None
     if call.op == "getitem":
         return _indexed(call, width)
     if dimension(call, call.get("dim", 0)) != -1:
@@ -124,7 +126,7 @@ def piece(call: GraphCall, whole: GraphCall, width: int) -> tuple[int, int] | No
 
 
 def _range(index: slice, width: int) -> tuple[int, int] | None:
-    if not all(each is None or isinstance(each, int) for each in (index.start, index.stop, index.step)):
+    if not all(bound is None or isinstance(bound, int) for bound in (index.start, index.stop, index.step)):
         return None
     start, stop, step = index.indices(width)
     return (start, stop) if step == 1 and start < stop else None
@@ -135,26 +137,29 @@ def _indexed(call: GraphCall, width: int) -> tuple[int, int] | None:
     if not isinstance(index, tuple) or not index or not isinstance(index[-1], slice):
         return None
     front, shape = index[:-1], shape_of(call.get("input"))
-    if any(each is not Ellipsis and each != slice(None, None, None) for each in front):
+    if any(part is not Ellipsis and part != slice(None, None, None) for part in front):
         return None
     if Ellipsis not in front and (shape is None or len(shape) != len(index)):
         return None
     return _range(index[-1], width)
 
 
-def _item(call: GraphCall, whole: GraphCall, width: int) -> tuple[int, int] | None:
-    number = call.get("index")
-    if not isinstance(number, int) or dimension(whole, whole.get("dim", 0)) != -1:
-        return None
+def item(call: GraphCall, whole: GraphCall, size: int) -> tuple[int, int] | None:
+    """Return (start, stop) of an item of chunk or split along a dimension of a size; None if it is not known.
+
+    Args:
+        call: takes the item.
+        whole: the chunk or split.
+        size: of the dimension that it splits.
+    """
     sizes = whole.get("chunks") if whole.op == "chunk" else whole.get("split_size")
-    if isinstance(sizes, int):
-        each = -(-width // sizes) if whole.op == "chunk" else sizes
-        starts = [*range(0, width, each), width]
-    elif isinstance(sizes, (tuple, list)) and all(isinstance(size, int) for size in sizes):
-        starts = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
-    else:
+    if not isinstance(sizes, int):
+        listed = isinstance(sizes, (tuple, list)) and all(isinstance(part, int) for part in sizes)
+        if not listed or sum(sizes) != size:
+            return None
+    line, number = torch.empty(size, device="meta"), call.get("index")
+    parts = line.chunk(sizes) if whole.op == "chunk" else torch.split(line, sizes)
+    if not isinstance(number, int) or not -len(parts) <= number < len(parts):
         return None
-    if not -len(starts) < number < len(starts) - 1 or starts[-1] != width:
-        return None
-    number %= len(starts) - 1
-    return starts[number], starts[number + 1]
+    start = sum(len(part) for part in parts[: number % len(parts)])
+    return start, start + len(parts[number])

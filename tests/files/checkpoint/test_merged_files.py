@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx import merge_checkpoint
-from lora_fx.adapters.dora import merged_dora_weight
+from lora_fx.adapters.factors.dora import merged_dora_weight
 from lora_fx.errors import MergeError
 from lora_fx.files.checkpoint import tiles
 from lora_fx.files.safetensors import read_raw

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx.adapters.spec import AdapterSpec
+from lora_fx.adapters.factors.spec import AdapterSpec
 
 
 class LoRAFactor(nn.Module):

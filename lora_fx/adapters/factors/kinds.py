@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx.adapters.lora import LoRAFactor
-from lora_fx.adapters.spec import AdapterSpec
+from lora_fx.adapters.factors.lora import LoRAFactor
+from lora_fx.adapters.factors.spec import AdapterSpec
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

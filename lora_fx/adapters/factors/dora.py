@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.lora import low_rank_weight
+from lora_fx.adapters.factors.lora import low_rank_weight
 from lora_fx.models.quantised import dense
 
 
