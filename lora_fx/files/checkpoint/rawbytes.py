@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
+from typing import Self
 
 _POSITIONAL = "preadv" in vars(os)  # not on Windows
 _IN_KERNEL = "copy_file_range" in vars(os)  # Linux only
 _NOT_HERE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF)
 """What file systems answer that cannot copy among themselves."""
 _CHUNK = 1 << 20
+_SYNCED_EVERY = 1 << 26
 
 
 class RawBytes:
@@ -79,3 +83,42 @@ def _copied_in_kernel(source: int, target: int, number: int, from_position: int,
         if error.errno in _NOT_HERE:
             return 0
         raise
+
+
+class Syncing:
+    """A thread that syncs files, one after the other; its errors are raised in the thread that writes.
+
+    Bytes go to the disk while others are computed: syncing at the end would wait for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+        self._unsynced = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._wait_for_last()
+        finally:
+            self._thread.shutdown()
+
+    def note(self, file: RawBytes, size: int) -> None:
+        """Note that so many bytes were written; from time to time what was written so far is brought to the disk."""
+        self._unsynced += size
+        if self._unsynced >= _SYNCED_EVERY and (self._last is None or self._last.done()):
+            self.then(file.sync)
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Let the thread do something when it has done what it was given before."""
+        self._wait_for_last()
+        self._unsynced = 0
+        self._last = self._thread.submit(work)
+
+    def _wait_for_last(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()

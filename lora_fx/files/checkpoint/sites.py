@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_fx.errors import AdapterMismatchError, MergeError
 from lora_fx.files.adapter.names import CONFIG_FILE
-from lora_fx.files.adapter.orientation import Orientation, orientations, stored_factors
 from lora_fx.files.adapter.read import AdapterFile, SavedSite
 from lora_fx.files.checkpoint import tied
 from lora_fx.files.checkpoint.basefiles import BaseCheckpoint, read_object
@@ -24,6 +24,8 @@ from lora_fx.files.fingerprint import same_values
 from lora_fx.files.safetensors import RawFile, RawTensor
 from lora_fx.files.values import DTYPES, FLOATS, NAME_OF, sample
 
+Orientation = Literal["out_in", "in_out"]
+"""How the checkpoint stores a weight: [out, in], or [in, out] as Conv1D does."""
 Located = tuple[RawFile, RawTensor]
 _Placed = tuple[SavedSite, str, Located | str]
 """A site, the key of its weight, and where that is or why it is not there."""
@@ -147,7 +149,7 @@ def _usual_orientation(given: Given, base: BaseCheckpoint, placed: Sequence[_Pla
     """
     signs: set[Orientation] = {"in_out" if given.fan_in_fan_out else "out_in"}
     for site, key, where in placed:
-        ways = () if isinstance(where, str) or tied.is_embedding(key) else orientations(site, where[1])
+        ways = () if isinstance(where, str) or tied.is_embedding(key) else _fitting(site, where[1])
         signs |= set(ways) if len(ways) == 1 else set()
     if (base.config or {}).get("model_type") in _CONV1D_MODELS:
         signs.add("in_out")
@@ -186,14 +188,35 @@ def _orientations(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
 
     The file has the factors of a raw parameter as it is stored.
     """
-    ways = orientations(site, entry)
+    ways = _fitting(site, entry)
     if site.note is None or len(ways) < 2:
         return ways
     return ("out_in",) if site.note.parameter else (site.note.layout,)
 
 
+def _fitting(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
+    """Return the ways in which the product of the factors has the shape of the weight: none, one, or both if square.
+
+    A convolution's factors are [r, in, …] and [out, r, 1, …], or flat.
+    """
+    out, inner = site.lora_B.shape[0], tuple(site.lora_A.shape[1:])
+    shape, ways = entry.shape, []
+    if shape and shape[0] == out and (shape[1:] == inner or (len(inner) == 1 and math.prod(shape[1:]) == inner[0])):
+        ways.append("out_in")
+    if len(inner) == 1 and shape == (inner[0], out):
+        ways.append("in_out")
+    multiply = site.lora_B.numel() == out * site.lora_A.shape[0]
+    return tuple(ways) if multiply and len(shape) > 1 else ()  # type: ignore[arg-type]
+
+
+def _stored_factors(site: SavedSite, chosen: Orientation) -> tuple[Tensor, Tensor]:
+    """Return (left [rows, r], right [r, columns]) whose product lies as the weight is stored; views."""
+    A, B = site.lora_A.flatten(1), site.lora_B.flatten(1)
+    return (B, A) if chosen == "out_in" else (A.t(), B.t())
+
+
 def _fold(given: Given, site: SavedSite, file: RawFile, entry: RawTensor, chosen: Orientation) -> WeightFold:
-    left, right = stored_factors(site, chosen)
+    left, right = _stored_factors(site, chosen)
     return WeightFold(
         file=file,
         base=entry,

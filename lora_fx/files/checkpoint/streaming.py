@@ -7,7 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from lora_fx.files.checkpoint.journal import MergeJournal, inputs_of, open_journ
 from lora_fx.files.checkpoint.layout import OutShard, out_shard
 from lora_fx.files.checkpoint.outfolder import carry, check_folder, free_bytes, locked, part_of, write_whole
 from lora_fx.files.checkpoint.plan import MergePlan
+from lora_fx.files.checkpoint.rawbytes import Syncing
 from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import ROUNDINGS, Noise
 from lora_fx.files.checkpoint.sites import Given, plan_merge
-from lora_fx.files.checkpoint.syncing import Syncing
 from lora_fx.files.checkpoint.tiles import Sums
 
 AnyPath = str | os.PathLike[str]
@@ -75,16 +75,12 @@ def merge_files(
     check_folder(out)
     adapters = _read(adapter_dirs)
     plan = plan_merge(base, adapters, options.dtype)
-    inputs = inputs_of(base, [each.file.folder for each in adapters], _noted(options))
+    inputs = inputs_of(base, [each.file.folder for each in adapters], asdict(options))
     merge = _Merge(plan, out, options, open_journal(out, inputs), progress)
     merge.check_space()
     with _told(out), _one_thread_each() as number:
         merge.run(number)
     return merge.report()
-
-
-def _noted(options: MergeOptions) -> dict[str, Any]:
-    return {"out_dtype": options.out_dtype, "rounding": options.rounding, "seed": options.seed}
 
 
 def _refuse_overlap(base: Path, out: Path) -> None:
