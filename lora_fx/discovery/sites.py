@@ -17,7 +17,7 @@ from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_sh
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
 from lora_fx.models.twin import refuse_lazy
-from lora_fx.passes.rawsites import RawUse, raw_uses
+from lora_fx.passes.rawsites import GraphUse, raw_uses
 from lora_fx.passes.sites import site_calls
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory
@@ -77,7 +77,7 @@ def uses_in(plan: Plan) -> Uses | None:
 
 def uses_in_graph(graph_module: fx.GraphModule, path: str = "") -> dict[str, WeightUse]:
     """Return how a graph uses raw parameters, by their names below `path`."""
-    seen: dict[str, list[RawUse]] = {}
+    seen: dict[str, list[GraphUse]] = {}
     for use in raw_uses(graph_module):
         if use.delta is not None:
             seen.setdefault(use.parameter, []).append(use)
@@ -220,7 +220,7 @@ def _graph_sites(
     of the graph's own.
     """
     uses = Uses({}, uses_in_graph(graph_module), complete=False)
-    calls = Counter(call.path for call in site_calls(graph_module) if call.path)
+    calls = Counter(path for path, _ in site_calls(graph_module) if path)
     in_modules = {site.path: site for site in _Finder(known, tied, uses).sites()}
     for path, number in calls.items():
         site = in_modules.get(path) or _weight_site(path, graph_module, tied)

@@ -41,14 +41,16 @@ class BaseGraphParts:
 
 
 def base_graph_parts(tuned: nn.Module) -> BaseGraphParts:
-    """Return the adapted model with its adapters as data; the model itself stays unchanged."""
+    """Return the adapted model with its adapters as data; the model itself stays unchanged.
+
+    The scaling is in B [out, r]; an adapter of parts has r rows of A and columns of B for every part.
+    """
     adapted = list(_numbered(tuned))
     plan = record_in(tuned).plan
     ranks = {adapter.spec.path: adapter.spec.rank for _, adapter in adapted}
     with torch.random.fork_rng(devices=[]):  # fresh factors draw numbers
-        model = build(
-            removed(tuned), replace(plan, sites=tuple(_plain(planned, ranks) for planned in plan.sites))
-        ).eval()
+        sites = tuple(_plain(planned, ranks) for planned in plan.sites)
+        model = build(removed(tuned), replace(plan, sites=sites)).eval()
     twins = dict(_numbered(model))
     adapters = {name: {} for name in _names(tuned)}  # type: dict[str, dict[str, Tensor]]
     base: dict[str, Tensor] = {}

@@ -52,7 +52,7 @@ def _loads_adapters(tuned: nn.Module) -> bool:
     return any("load_lora_adapter" in vars(kind) for kind in type(tuned).__mro__)
 
 
-def component_of(tuned: nn.Module) -> str:
+def _component_of(tuned: nn.Module) -> str:
     """Return what pipelines call a model: `unet`, or `transformer`."""
     return "unet" if "UNet" in original_class(tuned).__name__ else "transformer"
 
@@ -60,13 +60,13 @@ def component_of(tuned: nn.Module) -> str:
 def write(tuned: nn.Module, path: Path, component: str = "") -> None:
     """Write the file into the directory, or as the path where that ends in `.safetensors`."""
     (described,) = describe(tuned)
-    component = component or component_of(tuned)
+    component = component or _component_of(tuned)
     tensors = {f"{component}.{key.removeprefix(PREFIX)}": value for key, value in described.tensors.items()}
     metadata = {"format": "pt", METADATA: json.dumps(_metadata(described, component), sort_keys=True)}
-    write_files({file_in(path): canonical_safetensors(tensors, metadata)})
+    write_files({_file_in(path): canonical_safetensors(tensors, metadata)})
 
 
-def file_in(path: Path) -> Path:
+def _file_in(path: Path) -> Path:
     """Return the file that is meant by the path of an export."""
     return path if path.suffix == ".safetensors" else path / WEIGHTS
 
@@ -79,8 +79,8 @@ def verify(tuned: nn.Module, path: Path, sample: Sample, component: str = "") ->
     """Return max |Δ| of ours against `load_lora_adapter` on the same base, with the adapter on and off."""
     given = {
         "base": removed(tuned).eval(),
-        "file": str(file_in(path)),
-        "component": component or component_of(tuned),
+        "file": str(_file_in(path)),
+        "component": component or _component_of(tuned),
         "sample": given_sample(sample),
     }
     results = run_client("diffusers", "lora_fx.exporters.clients.diffusers", given)

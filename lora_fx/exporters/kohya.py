@@ -26,17 +26,16 @@ from lora_fx.models.swap import original_class
 from lora_fx.tuned.undo import removed
 
 PREFIX = "lora_unet"
-_MERGE = "; merged weights hold it: target='merged'"
 REFUSED = {
-    "conv1d": f"readers take transformers' Conv1D for a convolution, or leave it out{_MERGE}",
-    "embedding": f"the format has no embeddings{_MERGE}",
-    "attention": f"the format has names for modules, not for parts of nn.MultiheadAttention{_MERGE}",
-    "parameter": f"the format has names for modules, not for raw parameters{_MERGE}",
-    "experts": f"the format has names for modules, not for banks of experts{_MERGE}",
-    "calls": f"the format has one adapter for all calls of a module{_MERGE}",
-    "dora": f"diffusers leaves out the `dora_scale` of a file, without an error{_MERGE}",
-    "bias": f"the format has no biases{_MERGE}",
-    "train": f"the format has no whole modules{_MERGE}",
+    "conv1d": f"readers take transformers' Conv1D for a convolution, or leave it out{peft.WAY_OUT}",
+    "embedding": f"the format has no embeddings{peft.WAY_OUT}",
+    "attention": f"the format has names for modules, not for parts of nn.MultiheadAttention{peft.WAY_OUT}",
+    "parameter": f"the format has names for modules, not for raw parameters{peft.WAY_OUT}",
+    "experts": f"the format has names for modules, not for banks of experts{peft.WAY_OUT}",
+    "calls": f"the format has one adapter for all calls of a module{peft.WAY_OUT}",
+    "dora": f"diffusers leaves out the `dora_scale` of a file, without an error{peft.WAY_OUT}",
+    "bias": f"the format has no biases{peft.WAY_OUT}",
+    "train": f"the format has no whole modules{peft.WAY_OUT}",
 }
 
 
@@ -47,9 +46,9 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
     names = Counter(_flat(name) for name, module in tuned.named_modules() if next(iter(module._parameters), None))
     for path, adapter in all_attached(tuned):
         if names[_flat(path)] > 1:
-            yield path, f"another module gets its name, {_flat(path)}, as well{_MERGE}"
+            yield path, f"another module gets its name, {_flat(path)}, as well{peft.WAY_OUT}"
         if adapter.spec.site.op.startswith("conv") and adapter.lora_B.weight.shape[1] != adapter.lora_A.weight.shape[0]:
-            yield path, f"readers differ over the groups of a convolution{_MERGE}"
+            yield path, f"readers differ over the groups of a convolution{peft.WAY_OUT}"
 
 
 def _flat(path: str) -> str:

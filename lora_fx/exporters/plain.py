@@ -27,6 +27,7 @@ class PlainAdapter:
 
     @property
     def rank(self) -> int:
+        """Rows of A."""
         return int(self.A.shape[0])
 
     @property

@@ -39,7 +39,7 @@ def run_client(target: str, client: str, given: dict[str, Any], seconds: float =
         seconds: after which the client is killed.
 
     Raises:
-        ExportError: the client failed or crashed; shows its last words.
+        ExportError: the client failed, crashed, or ran out of time; shows its last words.
     """
     with tempfile.TemporaryDirectory() as folder:
         _save(target, given, Path(folder) / GIVEN)

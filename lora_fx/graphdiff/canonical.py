@@ -99,7 +99,7 @@ class _Writer:
         """Of the statement that is being written."""
         self.lora = {lora.result: lora for lora in lora_nodes(graph_module)}
         self.silent = {node for lora in self.lora.values() for node in lora.between if node is not lora.result}
-        self.calls = {call.node: call.path for call in site_calls(graph_module)}
+        self.calls = {node: path for path, node in site_calls(graph_module)}
         own = isinstance(module, fx.GraphModule)  # in a region's graph, raw weights show their adapters themselves
         self.raw = {use.node: use.parameter for use in raw_uses(graph_module)} if own else {}
         self.silent |= {lora.base for lora in self.lora.values() if lora.base.op != "get_attr"}

@@ -31,8 +31,8 @@ from lora_fx.models.samples import samples_for
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import attribute_at, dotted
 from lora_fx.models.twin import make_twin
+from lora_fx.regions.candidates import structure_of
 from lora_fx.regions.install import regions
-from lora_fx.regions.structure import structure_of
 from lora_fx.regions.survey import survey, unchanged_modes
 
 Comparable: TypeAlias = nn.Module | ExportedProgram | Graph | str | os.PathLike[str]
@@ -94,7 +94,7 @@ def _own_captures(model: nn.Module, example_inputs: object) -> dict[str, Capture
     """Return a captured graph for every region of the model, or, without regions, for what the inputs show."""
     captures = {}
     for path, module, region in regions(model):
-        own = (program.captured for program in region.mine or region.kind.programs)
+        own = (program.captured for program in region.mine or region.block.programs)
         fitting = next((one for one in own if _reads_the_same(module, one, one)), None)  # blocks may share captures
         if fitting is not None and not is_layer(module):  # a layer is shown as a module
             captures[path] = fitting
@@ -137,7 +137,7 @@ class _Blocks:
 
     def _captured(self, path: str, module: nn.Module, captured: Captured) -> Captured:
         """Return the capture itself where it is the block's own and fits, else one of the same call."""
-        kinds = [region.kind for place, _, region in regions(self.model) if place == path]
+        kinds = [region.block for place, _, region in regions(self.model) if place == path]
         mine = any(program.captured is captured for kind in kinds for program in kind.programs)
         if (mine and not captured.parameters) or captured.example is None:
             return captured

@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 
 from lora_fx.models.tensors import set_tensor
 
-Kind = Literal["add node", "erase node", "replace uses", "add module", "drop module", "set weight", "drop weight"]
+EditKind = Literal["add node", "erase node", "replace uses", "add module", "drop module", "set weight", "drop weight"]
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
     """One change: what was done, to which node, module or weight, for which site, by which pass."""
 
-    kind: Kind
+    kind: EditKind
     what: str
     site: str
     by: str
@@ -34,7 +34,7 @@ class Journal:
     def modified(self) -> bool:
         return bool(self.edits)
 
-    def count(self, kind: Kind) -> int:
+    def count(self, kind: EditKind) -> int:
         return sum(edit.kind == kind for edit in self.edits)
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Editor:
         self.passes: list[str] = []
         """Names of the passes that have run on the graph; the last is running."""
 
-    def _note(self, kind: Kind, what: str, site: str) -> None:
+    def _note(self, kind: EditKind, what: str, site: str) -> None:
         self.journal.edits.append(Edit(kind, what, site, self.passes[-1] if self.passes else ""))
 
     # -- nodes

@@ -18,7 +18,7 @@ from lora_fx.models.tensors import dotted
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor, Writer
 from lora_fx.passes.rawsites import raw_uses, splice_raw
-from lora_fx.passes.sites import SiteCall, first_argument, site_calls
+from lora_fx.passes.sites import first_argument, site_calls
 from lora_fx.passes.verify import verify
 from lora_fx.planning.plan import Plan
 
@@ -38,12 +38,12 @@ class Inject(Pass):
 
     def run(self, editor: Editor) -> None:
         record = self.record or record_of(self.plan, editor.graph_module)
-        called = {call.path for call in site_calls(editor.graph_module)}
+        called = {path for path, _ in site_calls(editor.graph_module)}
         called |= {use.parameter for use in raw_uses(editor.graph_module)}
-        for each in self.plan.adapted:
-            if each.path in called:
-                spec = spec_of(each, record, editor.graph_module)
-                editor.add_modules(each.site.owner, functools.partial(attach, spec=spec), each.path)
+        for decision in self.plan.adapted:
+            if decision.path in called:
+                spec = spec_of(decision, record, editor.graph_module)
+                editor.add_modules(decision.site.owner, functools.partial(attach, spec=spec), decision.path)
         splice_adapters(editor)
         splice_raw(editor)
 
@@ -51,58 +51,57 @@ class Inject(Pass):
         verify(graph_module)
 
 
-def splice_adapters(editor: Editor, only: set[str] | None = None, to_show: bool = False) -> None:
-    """Write the LoRA nodes of every attached adapter (of the paths in `only`) after each call of its base.
+def splice_adapters(editor: Editor, to_show: bool = False) -> None:
+    """Write the LoRA nodes of every attached adapter after each call of its base.
 
     A layer that shows its weight with the adapter in it needs no nodes; `to_show`, it gets them all the same.
     """
     met: Counter[str] = Counter()
-    for call in list(site_calls(editor.graph_module)):
-        owner = editor.graph_module.get_submodule(call.path)
-        wanted = not shown_parameters(owner) or (to_show and call.node.op == "call_module")
-        adapters = [found for found in attached_to(owner) if found.home is found.owner] if wanted else []
-        if adapters and (only is None or call.path in only):
+    for path, call in list(site_calls(editor.graph_module)):
+        owner = editor.graph_module.get_submodule(path)
+        wanted = not shown_parameters(owner) or (to_show and call.op == "call_module")
+        adapters = [adapter for adapter in attached_to(owner) if adapter.home is adapter.owner] if wanted else []
+        if adapters:
             # only now: the site that makes the input may have been adapted just before
-            x = first_argument(call.node)
-            _splice(editor, call, x, adapters[min(met[call.path], len(adapters) - 1)])
-            met[call.path] += 1
+            _splice(editor, path, call, first_argument(call), adapters[min(met[path], len(adapters) - 1)])
+            met[path] += 1
 
 
 def splice_layer(editor: Editor) -> None:
     """Write the LoRA nodes of the adapter beside a layer whose own forward the graph is."""
     x = next(node for node in editor.graph.nodes if node.op == "placeholder")
-    for found in attached_to(editor.graph_module):
+    for adapter in attached_to(editor.graph_module):
         result = next(node for node in editor.graph.nodes if node.op == "output").args[0]
         assert isinstance(result, fx.Node)
-        _splice(editor, SiteCall("", result), x, found)
+        _splice(editor, "", result, x, adapter)
 
 
-def _splice(editor: Editor, call: SiteCall, x: fx.Node, found: Attached) -> None:
-    spec, name = found.spec, found.spec.adapter
-    number = "" if found.call is None else f".{found.call}"
-    with editor.writing_after(call.node, call.path) as write:
+def _splice(editor: Editor, path: str, call: fx.Node, x: fx.Node, adapter: Attached) -> None:
+    spec, name = adapter.spec, adapter.spec.adapter
+    number = "" if adapter.call is None else f".{adapter.call}"
+    with editor.writing_after(call, path) as write:
         result = add_low_rank(
-            write.proxy(call.node),  # type: ignore[arg-type]
+            write.proxy(call),  # type: ignore[arg-type]
             write.proxy(x),  # type: ignore[arg-type]
-            A=write.module(dotted(call.path, f"lora_A.{name}{number}")),
-            B=write.module(dotted(call.path, f"lora_B.{name}{number}")),
-            dropout=write.module(dotted(call.path, f"lora_dropout.{name}")) if found.dropout is not None else None,
-            magnitude=_magnitude(write, call.path, found) if found.magnitude is not None else None,
+            A=write.module(dotted(path, f"lora_A.{name}{number}")),
+            B=write.module(dotted(path, f"lora_B.{name}{number}")),
+            dropout=write.module(dotted(path, f"lora_dropout.{name}")) if adapter.dropout is not None else None,
+            magnitude=_magnitude(write, path, adapter) if adapter.magnitude is not None else None,
             scaling=spec.scaling,
             mixed=spec.mixed,
             one_hot=spec.site.op == "embedding",
         )
     added: fx.Node = result.node  # type: ignore[attr-defined]
-    own = {user for user in call.node.users if user is added or user.meta.get("site") == call.path}
-    editor.replace_uses(call.node, added, call.path, but=lambda user: user in own)
+    own = {user for user in call.users if user is added or user.meta.get("site") == path}
+    editor.replace_uses(call, added, path, but=lambda user: user in own)
 
 
-def _magnitude(write: Writer, path: str, found: Attached) -> Callable[[Any, Any], Any]:
+def _magnitude(write: Writer, path: str, adapter: Attached) -> Callable[[Any, Any], Any]:
     """Return a function that writes the call of DoRA's magnitude with the tensors that it needs."""
-    name = found.spec.adapter
-    bias = None if found.owner._parameters.get("bias") is None else write.attribute(dotted(path, "bias"))
+    name = adapter.spec.adapter
+    bias = None if adapter.owner._parameters.get("bias") is None else write.attribute(dotted(path, "bias"))
     tensors = {
-        "weight": as_rows(write.attribute(dotted(path, "weight")), found.spec.site.layout),
+        "weight": as_rows(write.attribute(dotted(path, "weight")), adapter.spec.site.layout),
         "bias": bias,
         "lora_A": write.attribute(dotted(path, f"lora_A.{name}.weight")),
         "lora_B": write.attribute(dotted(path, f"lora_B.{name}.weight")),

@@ -55,7 +55,7 @@ def _keep_other_readers(editor: Editor, paths: list[str]) -> None:
         MergeError: naming every weight that has no other name.
     """
     merged = {f"{path}.weight" for path in paths}
-    calls = {call.node for call in site_calls(editor.graph_module)}
+    calls = {node for _, node in site_calls(editor.graph_module)}
     nameless = []
     for node in [node for node in editor.graph.nodes if node.op == "get_attr" and node.target in merged]:
         weight, others = str(node.target), [user for user in node.users if user not in calls]

@@ -42,7 +42,7 @@ def operation(node: fx.Node) -> str:
 
 
 def is_quiet(node: fx.Node) -> bool:
-    """Whether it is known to draw no random numbers, to write nothing in place and to ask nothing of the world."""
+    """Whether it is known to draw no random numbers, to write nothing in place and to read no global state."""
     if node.op in ("placeholder", "get_attr", "output") or node.target is adapted_output:
         return True
     return operation(node) in _QUIET and not _is_in_place(node)

@@ -1,4 +1,22 @@
-"""Raw parameters in a graph: the products that they take part in, and the LoRA nodes beside them."""
+"""Raw parameters in a graph: the products that they take part in, and the LoRA nodes beside them.
+
+The graph of `w = self.w; y = x @ w; y = y.relu(); return y`, with an adapter at `w` (in × out, r = 2, alpha = 4):
+
+    before                     after
+
+    w = self.w                 w = self.w
+    matmul = x @ w             matmul = x @ w
+                               a = self.w_lora.lora_A.default.weight      # r × in
+                               b = self.w_lora.lora_B.default.weight      # out × r
+                               transpose = b.transpose(-1, -2)
+                               transpose_1 = a.transpose(-1, -2)
+                               matmul_1 = torch.matmul(x, transpose_1)    # … × r: W + ΔW is never computed
+                               mul = matmul_1 * 2.0                       # alpha / r
+                               matmul_2 = torch.matmul(mul, transpose)
+                               add = matmul + matmul_2
+    relu = matmul.relu()       relu = add.relu()
+    return relu                return relu
+"""
 
 from __future__ import annotations
 
@@ -22,7 +40,7 @@ from lora_fx.planning.sites import Layout
 
 
 @dataclass(frozen=True, slots=True)
-class RawUse:
+class GraphUse:
     """One use of a raw parameter in a graph."""
 
     parameter: str
@@ -38,10 +56,10 @@ class RawUse:
     layout: Layout | None = None
 
 
-def raw_uses(graph_module: fx.GraphModule) -> Iterator[RawUse]:
+def raw_uses(graph_module: fx.GraphModule) -> Iterator[GraphUse]:
     """Yield every use of a raw matrix in the graph, after views and casts, in the graph's order.
 
-    A `weight` that F.linear takes from its module is no raw parameter (`sitegraph.site_calls`).
+    A `weight` that F.linear takes from its module is no raw parameter (`sites.site_calls`).
     """
     shown: dict[fx.Node, tuple[str, WeightView | list[WeightView]]] = {}
     linears = _weights_of_linears(graph_module)
@@ -104,13 +122,13 @@ def _method(name: str) -> Callable[..., Any]:
     return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
 
 
-class _Seen(NamedTuple):
+class _Product(NamedTuple):
     """Which product a call makes, and of what."""
 
     kind: str
     args: tuple[Any, ...]
 
-    def __mul__(self, factor: Any) -> _Seen:
+    def __mul__(self, factor: Any) -> _Product:
         """Return itself: `alpha` changes nothing about which product it is."""
         return self
 
@@ -118,22 +136,22 @@ class _Seen(NamedTuple):
 class _Probe:
     """Stands for a low-rank weight, to see which product a call makes of it."""
 
-    def __getattr__(self, name: str) -> Callable[..., _Seen]:
-        return lambda *args, **_: _Seen(name, args)
+    def __getattr__(self, name: str) -> Callable[..., _Product]:
+        return lambda *args, **_: _Product(name, args)
 
 
-def _use(node: fx.Node, weight: fx.Node, name: str, view: WeightView) -> RawUse:
+def _use(node: fx.Node, weight: fx.Node, name: str, view: WeightView) -> GraphUse:
     called = name_of(node.target)
     delta = product(called, Call(node.args, node.kwargs, weight)) if node.op != "call_module" else None
     if delta is None:
-        return RawUse(name, node, weight, view, None)
+        return GraphUse(name, node, weight, view, None)
     kind, args = delta(_Probe(), lambda x: x)  # type: ignore[misc,arg-type]
     if kind == "embedding":
-        return RawUse(name, node, weight, view, delta, "embedding", "in_out")
+        return GraphUse(name, node, weight, view, delta, "embedding", "in_out")
     if kind == "convolution":
-        return RawUse(name, node, weight, view, delta, called, "out_in")
+        return GraphUse(name, node, weight, view, delta, called, "out_in")
     op = "experts" if view.banked and called != "einsum" else "linear" if kind == "linear" else "matmul"
-    return RawUse(name, node, weight, view, delta, op, _layout(kind, args, view))
+    return GraphUse(name, node, weight, view, delta, op, _layout(kind, args, view))
 
 
 def _layout(kind: str, args: tuple[Any, ...], view: WeightView) -> Layout | None:
@@ -166,7 +184,7 @@ def _adapter(graph_module: fx.GraphModule, parameter: str) -> Attached | None:
     return attached(graph_module.get_submodule(owner), name)
 
 
-def _splice(editor: Editor, use: RawUse, found: Attached) -> None:
+def _splice(editor: Editor, use: GraphUse, found: Attached) -> None:
     home = _home(use.parameter, found)
     if use.delta is not None and _write_product(editor, use, found, home):
         return
@@ -182,7 +200,7 @@ def _home(parameter: str, found: Attached) -> str:
     return owner if found.home is found.owner else dotted(owner, name + HOME)
 
 
-def _write_product(editor: Editor, use: RawUse, found: Attached, home: str) -> bool:
+def _write_product(editor: Editor, use: GraphUse, found: Attached, home: str) -> bool:
     """Write base + low-rank product after the node; False, with nothing written, if it does not factor."""
     name, spec = found.spec.adapter, found.spec
     before = set(editor.graph.nodes)
@@ -211,7 +229,7 @@ def _write_product(editor: Editor, use: RawUse, found: Attached, home: str) -> b
     return True
 
 
-def _low_rank(write: Writer, use: RawUse, found: Attached, home: str) -> Factored:
+def _low_rank(write: Writer, use: GraphUse, found: Attached, home: str) -> Factored:
     """Return the low-rank weight with proxies for its factors."""
     A, B = (_matrix(write, dotted(home, f"{factor}.{found.spec.adapter}"), module)
             for factor, module in (("lora_A", found.lora_A), ("lora_B", found.lora_B)))  # fmt: skip

@@ -8,6 +8,7 @@ other users, who then get it as a result.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,7 +66,14 @@ class _Chain:
         return list(dict.fromkeys(found))
 
     def gain(self) -> float:
-        """Return how many bytes fewer are kept if the chain's inputs are and nothing inside of it, less its price."""
+        """Return how many bytes fewer are kept if the chain's inputs are and nothing inside of it, less its price.
+
+        x = silu(gate) * up, each of 100 MB, gate and up from linears that keep neither of them.  Without the chain
+        autograd keeps gate (for silu), silu(gate) and up (for mul), and x (for the adapters' A): 400 MB.  The chain
+        (mul, silu) has the inputs gate and up: 200 MB.  Saved are 200 MB; computed again are mul, one pass over 100 MB,
+        and silu, worth six: 0.1 · 700 MB = 70 MB.  The gain is 130 MB.  With mul alone, silu(gate) is an input and gate
+        is still kept for silu: 100 MB saved, less 10 MB, so the longer chain is taken.
+        """
         kept = [self.x, *(each for node in self.nodes for each in kept_by_autograd(node))]
         wanted = [each for each in self.inputs if each.op != "get_attr"]
         before, after = set(map(_root, kept)), set(map(_root, wanted))
@@ -173,8 +181,18 @@ def _function_of(chain: _Chain) -> Callable[..., Tensor]:
     for node in sorted(chain.nodes):
         made[node] = graph.node_copy(node, lambda each: made[each])
     graph.output(made[chain.x])
+    return functools.partial(compiled(graph, "<lora_fx recomputed chain>"), None)
+
+
+def compiled(graph: fx.Graph, title: str) -> Callable[..., Any]:
+    """Return the function of a graph, called with the module and the graph's inputs.
+
+    Args:
+        graph: stays unchanged.
+        title: what tracebacks call its code.
+    """
     code = graph.python_code("self")
     scope = dict(code.globals)
-    exec(compile(code.src, "<lora_fx recomputed chain>", "exec"), scope)
-    forward = scope["forward"]
-    return lambda *inputs: forward(None, *inputs)
+    exec(compile(code.src, title, "exec"), scope)
+    function: Callable[..., Any] = scope["forward"]
+    return function

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,27 +19,21 @@ _LINEARS = (F.linear, torch.ops.aten.linear.default)
 _FACTOR = re.compile(r"\.?lora_A\.[^.]+(\.\d+)?$")
 
 
-@dataclass(frozen=True, slots=True)
-class SiteCall:
-    """One use of a base weight in a graph."""
+def site_calls(graph_module: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
+    """Yield (path, node) of every call of a layer that has a weight to adapt, in the order of the graph.
 
-    path: str
-    node: fx.Node
-    """The node that computes the base output."""
-
-
-def site_calls(graph_module: fx.GraphModule) -> Iterator[SiteCall]:
-    """Yield every layer call in the graph that has a weight to adapt, and F.linear with a module's own `weight`."""
+    F.linear with a module's own `weight` is such a call too, of that module.  The node computes the base output.
+    """
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             kind = kind_of(graph_module.get_submodule(str(node.target)))
             if kind is not None and (kind.called or kind.op == "linear"):
-                yield SiteCall(str(node.target), node)
+                yield str(node.target), node
         elif node.op == "call_function" and node.target in _LINEARS:
             weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
             owner = _owner_of_weight(weight)
             if owner:
-                yield SiteCall(owner, node)
+                yield owner, node
 
 
 def first_argument(node: fx.Node) -> fx.Node:

@@ -92,7 +92,7 @@ def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
         return
     written = Counter(found.path for found in lora_nodes(model))
     own = {node for found in lora_nodes(model) for node in found.between if node is not found.result}
-    calls = Counter(call.path for call in site_calls(model))
+    calls = Counter(path for path, _ in site_calls(model))
     calls += Counter(use.parameter for use in raw_uses(model) if use.node not in own)
     for path in dict.fromkeys(path for path, _ in all_attached(model)):
         if written[path] != calls[path]:

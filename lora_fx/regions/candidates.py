@@ -1,13 +1,18 @@
-"""Which submodules are worth a region: repeated blocks first; what lies outside them, as large as possible."""
+"""Which submodules are worth a region: repeated blocks first; what lies outside them, as large as possible.
+
+Blocks are identical where `structure_of` is equal.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
+from lora_fx.adapters.attach import attached_to, shown_parameters
+from lora_fx.models.swap import original_class
 from lora_fx.passes.flatten import is_plain_layer
-from lora_fx.regions.structure import structure_of
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -119,3 +124,15 @@ def _is_layer(model: nn.Module, site: str) -> bool:
     path, _, name = site.rpartition(".")
     owner = model.get_submodule(path)
     return name in owner._modules and is_plain_layer(owner.get_submodule(name))
+
+
+def structure_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return what is equal for identical blocks: classes, names, shapes, dtypes, adapters."""
+    return tuple(_facts(path, each) for path, each in module.named_modules())
+
+
+def _facts(path: str, module: nn.Module) -> tuple[Any, ...]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors)
+    adapters = tuple((each.spec.lora, each.spec.mixed, each.spec.parameter, each.call) for each in attached_to(module))
+    return (path, original_class(module), shapes, adapters, shown_parameters(module))

@@ -1,23 +1,31 @@
-"""Run a program on the call that the forward has just answered, and compare the two bit by bit."""
+"""Run a program on the call that the forward has just answered, and compare the two bit by bit.
+
+Both run on stand-ins, copies of the block, so that a comparison leaves no trace in the user's model.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import is_adapted
+from lora_fx.adapters.attach import all_attached, is_adapted
 from lora_fx.capture.calls.ambient import RandomState, ambient_state, in_clean_thread
 from lora_fx.capture.calls.objects import copied, is_plain_object, objects_differ, tensors_in
 from lora_fx.capture.guards import Match
+from lora_fx.capture.tracing.copies import shared_by_copies
 from lora_fx.capture.tracing.recording import Records
+from lora_fx.models.swap import origin
 from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.gradients import Run, gradients_differ, values_differ
 from lora_fx.regions.program import Program
-from lora_fx.regions.standin import stand_in, with_noise
 
+REGION = "lora_fx_region"
+"""Attribute of a module that is a region."""
+_NOISE = 0.02
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -93,7 +101,7 @@ class Replay:
 
     def _fast_differs(self, program: Program, match: Match) -> str | None:
         assert program.fast is not None
-        mine, theirs, alike = self._both_with_noise(program.fast.function, match)
+        mine, theirs, alike = self._both_with_noise(program.fast, match)
         if not alike:
             return "it draws other random numbers"
         precision = self._precision(theirs[0])
@@ -192,3 +200,25 @@ def _tensor_difference(one: Any, other: Tensor) -> str | None:
 
 def _copy(value: Tensor) -> Tensor:
     return value.detach().clone().requires_grad_(value.requires_grad)
+
+
+def stand_in(module: nn.Module) -> nn.Module:
+    """Return a copy of a block that shares its parameters, has buffers of its own, and runs no graphs."""
+    duplicate: nn.Module = copy.deepcopy(module, {id(each): each for each in shared_by_copies(module)})
+    for each in duplicate.modules():
+        if each.__dict__.pop(REGION, None) is not None:
+            each.__class__ = origin(type(each))[0]
+    return duplicate
+
+
+def with_noise(duplicate: nn.Module) -> nn.Module:
+    """Return the stand-in itself, with factors in every adapter that show.
+
+    With B = 0, as adapters start, a graph that leaves one out or feeds it the wrong input would look right.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _, adapter in all_attached(duplicate):
+        for factor in (adapter.lora_A, adapter.lora_B):
+            noise = torch.randn(factor.weight.shape, generator=generator, dtype=torch.float32) * _NOISE
+            factor.weight = nn.Parameter(noise.to(factor.weight))
+    return duplicate

@@ -11,22 +11,26 @@ from torch import nn
 from lora_fx.capture.captured import Captured
 from lora_fx.models.swap import origin, swap
 from lora_fx.models.tensors import dotted
-from lora_fx.regions.region import GuardedRegion, Kind, Region, drop_region, region_of, set_region
-from lora_fx.regions.structure import structure_of
+from lora_fx.regions.candidates import structure_of
+from lora_fx.regions.region import BlockPrograms, GuardedRegion, Region, drop_region, region_of, set_region
 
 
 def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()) -> None:
     """Let the submodules at the paths run as regions, in place.
 
-    Blocks of the same class, structure, shapes and adapters share one Kind, so each graph is captured once.  Their
-    programs are optimised by the `passes` of these names.
+    Blocks of the same class, structure, shapes and adapters share one BlockPrograms: each graph is captured once.
+
+    Args:
+        model: changed in place.
+        paths: of the submodules, each with a forward.
+        passes: names of the optimisations that programs get (`program.OPTIMISATIONS`).
     """
-    kinds: dict[tuple[Any, ...], Kind] = {}
+    blocks: dict[tuple[Any, ...], BlockPrograms] = {}
     for path in paths:
         module = model.get_submodule(path)
-        kind = kinds.setdefault(structure_of(module), Kind(passes))
+        block = blocks.setdefault(structure_of(module), BlockPrograms(passes))
         swap(module, GuardedRegion)
-        set_region(module, Region(path, kind))
+        set_region(module, Region(path, block))
 
 
 def uninstall(module: nn.Module) -> None:
@@ -47,7 +51,7 @@ def in_graphs(model: nn.Module) -> set[str]:
     """Return the paths of the linears that are computed inside a graph whenever one fits the call."""
     found: set[str] = set()
     for path, _, region in regions(model):
-        computed = [program.computes for program in region.kind.programs if not program.static]
+        computed = [program.computes for program in region.block.programs if not program.static]
         inside = frozenset.intersection(*computed) if computed else frozenset()
         found |= {dotted(path, each) for each in inside}
     return found
@@ -55,23 +59,23 @@ def in_graphs(model: nn.Module) -> set[str]:
 
 def for_one_size(model: nn.Module) -> list[str]:
     """Return the paths of the regions that have graphs, each for one size only."""
-    found = [(path, region.kind.programs) for path, _, region in regions(model)]
+    found = [(path, region.block.programs) for path, _, region in regions(model)]
     return [path for path, programs in found if programs and all(program.static for program in programs)]
 
 
 def without_graph(model: nn.Module) -> list[tuple[str, str]]:
     """Return (path, why) of every region that has no graph, though one was captured for it."""
     return [
-        (path, "; ".join(region.kind.failures.values()))
+        (path, "; ".join(region.block.failures.values()))
         for path, _, region in regions(model)
-        if not region.kind.programs and region.kind.failures
+        if not region.block.programs and region.block.failures
     ]
 
 
 def called_whole(model: nn.Module) -> Iterator[str]:
     """Yield the paths of the submodules that graphs call as they are."""
     for path, _, region in regions(model):
-        for program in region.kind.programs:
+        for program in region.block.programs:
             targets = {str(node.target) for node in program.graph.nodes if node.op == "call_module"}
             yield from sorted(dotted(path, target) for target in targets)
 
@@ -84,7 +88,7 @@ def library_of(model: nn.Module) -> Library:
     """Return every graph that the model's regions have captured, by the structure of the blocks."""
     found: Library = {}
     for _, module, region in regions(model):
-        found.setdefault(structure_of(module), [(each.captured, each.static) for each in region.kind.programs])
+        found.setdefault(structure_of(module), [(each.captured, each.static) for each in region.block.programs])
     return found
 
 
@@ -104,10 +108,10 @@ def stock(
     """
     stocked: set[int] = set()
     for path, module, region in regions(model):
-        if id(region.kind) in stocked:
+        if id(region.block) in stocked:
             continue
-        stocked.add(id(region.kind))
-        region.kind.seconds += seconds.get(structures[path], 0.0)
+        stocked.add(id(region.block))
+        region.block.seconds += seconds.get(structures[path], 0.0)
         for captured, static in library.get(structures[path], []):
-            with contextlib.suppress(AttributeError):  # it reads what a forward makes first: captured anew then
-                region.kind.add(captured, module, static)
+            with contextlib.suppress(AttributeError):  # it reads what a forward makes first: then it is captured later
+                region.block.add(captured, module, static)

@@ -23,25 +23,12 @@ from lora_fx.passes.contract import Pass, apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
 from lora_fx.passes.inline import Inline, inlined
-from lora_fx.passes.recompute import Recompute, is_making
+from lora_fx.passes.recompute import Recompute, compiled, is_making
 from lora_fx.passes.stack import Stack
 
 _OPTIMISATIONS: tuple[Pass, ...] = (Stack(), Recompute())
 OPTIMISATIONS = tuple(each.name for each in _OPTIMISATIONS)
 """What can be done to programs to make training cheaper, in this order."""
-
-
-@dataclass(slots=True)
-class Fast:
-    """A program after all passes: equal to the plain one but for the order of sums."""
-
-    graph: fx.Graph
-    code: str
-    function: Callable[..., Any]
-    passes: tuple[str, ...]
-    """Those that found something to do."""
-    proven: bool = False
-    """Whether its results and gradients have been compared with the forward's."""
 
 
 @dataclass(slots=True)
@@ -51,11 +38,13 @@ class Program:
     captured: Captured
     guard: Guard
     graph: fx.Graph
-    code: str
     function: Callable[..., Any]
     """Called with the module and the graph's inputs."""
-    fast: Fast | None
-    """The same computed with fewer products and bytes, for calls with gradients; None if there is nothing to gain."""
+    fast: Callable[..., Any] | None
+    """Computes the same with fewer products and bytes, but for the order of sums, for calls with gradients; None if
+    there is nothing to gain."""
+    fast_passes: tuple[str, ...]
+    """The optimisations that found something to do in the fast code."""
     may_give_up: bool
     """Whether the code checks on the way that a submodule returns what it relies on (`OtherShape`)."""
     computes: frozenset[str]
@@ -68,6 +57,8 @@ class Program:
     """Whether it was also right with other factors in its adapters."""
     checks: int = 0
     """How often it was compared with the forward again, at other sizes."""
+    fast_proven: bool = False
+    """Whether results and gradients of the fast code have been compared with the forward's."""
     why_not_fast: str = ""
     """Why the fast code was given up."""
     ones: set[frozenset[str]] = field(default_factory=set)
@@ -75,27 +66,24 @@ class Program:
 
     def run(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """Return what it computes, by the fast code where that is proven and may be used."""
-        fast = self.fast
-        if fast is not None and fast.proven and may_be_fast():
-            return fast.function(module, *inputs)
+        if self.fast is not None and self.fast_proven and may_be_fast():
+            return self.fast(module, *inputs)
         return self.function(module, *inputs)
 
     @property
     def optimised(self) -> tuple[str, ...]:
         """Names of the optimisations that its fast code has, once that is proven."""
-        return self.fast.passes if self.fast is not None and self.fast.proven else ()
+        return self.fast_passes if self.fast_proven else ()
 
     @property
     def wants_proof(self) -> bool:
         """Whether the fast code could answer this call, had it been compared with the forward."""
-        return self.fast is not None and not self.fast.proven and may_be_fast()
+        return self.fast is not None and not self.fast_proven and may_be_fast()
 
     def decide(self, difference: str | None) -> None:
         """Take the fast code as proven, or give it up for a difference that was found."""
-        assert self.fast is not None
-        if difference is None:
-            self.fast.proven = True
-        else:
+        self.fast_proven = difference is None
+        if difference is not None:
             self.fast, self.why_not_fast = None, difference
 
     def give_up(self) -> None:
@@ -131,7 +119,7 @@ def may_be_fast() -> bool:
     return checkpointing() is None
 
 
-def make_program(captured: Captured, module: nn.Module, passes: Collection[str] = ()) -> Program:
+def make_program(captured: Captured, module: nn.Module, passes: Collection[str] = (), static: bool = False) -> Program:
     """Return the program of a captured graph on a module: the adapters that the module holds are injected.
 
     The program reads parameters from the module that it is called with, so all identical blocks can share it.
@@ -140,6 +128,10 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
         captured: the graph of the base.
         module: a block with its adapters.
         passes: names of the optimisations that its fast code may have.
+        static: whether it is for one size only that is known to vary.
+
+    Raises:
+        AttributeError: the graph reads an attribute that this module has not.
     """
     graph_module = fx.GraphModule(module, copy.deepcopy(captured.graph))
     bypassed = _bypassed(graph_module)
@@ -149,23 +141,20 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
         bypassed.add("")
         _write_layer(graph_module, module)
     graph_module.graph.lint()
-    code, function = _compiled(graph_module.graph, module)
     watched = (*captured.dependencies.inlined, *bypassed, *seen_into)
     classes = {path: type(module.get_submodule(path)) for path in watched if path}
     checks = any(node.target is of_shape for node in graph_module.graph.nodes)
     guard = compile_guard(captured, classes)
     graph = graph_module.graph
     computes = bypassed | set(_weights_read(graph, module))
-    fast = None if checks else _optimised(graph_module, module, passes)
-    return Program(captured, guard, graph, code, function, fast, checks, frozenset(computes))
+    function = compiled(graph, _title(module))
+    fast, fast_passes = (None, ()) if checks else _optimised(graph_module, module, passes)
+    return Program(captured, guard, graph, function, fast, fast_passes, checks, frozenset(computes), static)
 
 
-def _compiled(graph: fx.Graph, module: nn.Module) -> tuple[str, Callable[..., Any]]:
-    """Return the source of a graph, and the function."""
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(compile(code.src, f"<lora_fx graph of {type(module).__name__}>", "exec"), scope)
-    return code.src, scope["forward"]
+def _title(module: nn.Module) -> str:
+    """Return what tracebacks call the code of the module's graphs."""
+    return f"<lora_fx graph of {type(module).__name__}>"
 
 
 def foreseen(captured: Captured, module: nn.Module, paths: frozenset[str]) -> dict[str, set[str]]:
@@ -186,23 +175,29 @@ def foreseen(captured: Captured, module: nn.Module, paths: frozenset[str]) -> di
     return found
 
 
-def _optimised(graph_module: fx.GraphModule, module: nn.Module, passes: Collection[str]) -> Fast | None:
-    """Return the program of a copy of the graph after the passes that make training cheaper; None if they find none."""
+def _optimised(
+    graph_module: fx.GraphModule, module: nn.Module, passes: Collection[str]
+) -> tuple[Callable[..., Any] | None, tuple[str, ...]]:
+    """Return the function of a copy of the graph after the optimisations of these names, and those that changed it.
+
+    The function is None where none of them did.
+    """
     copied = fx.GraphModule(module, copy.deepcopy(graph_module.graph))
     apply_pass(Inline(), Editor(copied))
-    found = []
-    for each in (each for each in _OPTIMISATIONS if each.name in passes):
-        editor = Editor(copied)
-        apply_pass(each, editor)
-        if editor.journal.modified:
-            found.append(each.name)
-    if not found:
-        return None
+    effective = []
+    for step in _OPTIMISATIONS:
+        if step.name in passes:
+            editor = Editor(copied)
+            apply_pass(step, editor)
+            if editor.journal.modified:
+                effective.append(step.name)
+    if not effective:
+        return None, ()
     for node in reversed(list(copied.graph.nodes)):
         if node.op == "get_attr" and not node.users:
             copied.graph.erase_node(node)
     copied.graph.lint()
-    return Fast(copied.graph, *_compiled(copied.graph, module), tuple(found))
+    return compiled(copied.graph, _title(module)), tuple(effective)
 
 
 def _write_layer(graph_module: fx.GraphModule, layer: nn.Module) -> None:

@@ -26,10 +26,9 @@ from lora_fx.capture.tracing.recording import OtherShape
 from lora_fx.errors import LoraFxWarning
 from lora_fx.models.layers import has_hooks
 from lora_fx.models.swap import Swapped
-from lora_fx.regions.checking import Replay
+from lora_fx.regions.checking import REGION, Replay
 from lora_fx.regions.program import Program, make_program
 from lora_fx.regions.sizes import Sizes
-from lora_fx.regions.standin import REGION
 
 MOST_GRAPHS = 16
 """How many graphs one region may capture; after that it warns and stays with those it has."""
@@ -60,7 +59,7 @@ class GuardedRegion(Swapped, nn.Module):
 
 
 @dataclass(slots=True)
-class Kind:
+class BlockPrograms:
     """What identical blocks share: their programs, and the calls that could not be captured."""
 
     passes: tuple[str, ...] = ()
@@ -73,17 +72,16 @@ class Kind:
     """Time spent capturing and checking."""
     lock: Any = field(default_factory=threading.Lock)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Kind:
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockPrograms:
         return self  # programs do not change; a copy of the model runs the same ones
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Kind, (self.passes,))  # code is captured anew in the next process, with its torch and its classes
+        # the next process captures code itself, with its torch and its classes
+        return (BlockPrograms, (self.passes,))
 
     def add(self, captured: Captured, module: nn.Module, static: bool) -> None:
         """Make a program of a graph that was captured from the base; it has yet to be proven."""
-        program = make_program(captured, module, self.passes)
-        program.static = static
-        self.programs.append(program)
+        self.programs.append(make_program(captured, module, self.passes, static))
 
 
 @dataclass(slots=True)
@@ -91,7 +89,7 @@ class Region:
     """State of one region."""
 
     path: str
-    kind: Kind
+    block: BlockPrograms
     enabled: bool = True
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
@@ -103,10 +101,10 @@ class Region:
     """Whether what a program computes is compared with the forward, call by call."""
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return (self.path, self.kind, self.enabled, self.hits, self.misses, self.capturing)
+        return (self.path, self.block, self.enabled, self.hits, self.misses, self.capturing)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.path, self.kind, self.enabled, self.hits, self.misses, self.capturing = state
+        self.path, self.block, self.enabled, self.hits, self.misses, self.capturing = state
         self.captures, self.mine, self.checking = 0, [], False
 
     # -- a call
@@ -130,13 +128,13 @@ class Region:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program, tuple[Tensor, ...]] | None:
         """Look among the programs of identical blocks, and at sizes of 1."""
-        for program in self.kind.programs:
+        for program in self.block.programs:
             inputs = program.guard.match(module, args, kwargs)
             if type(inputs) is tuple and program.verified:
                 self.hits += 1
                 self._keep(program)
                 return program, inputs
-        for program in self.kind.programs:
+        for program in self.block.programs:
             inputs = program.guard.match_ones(module, args, kwargs)
             if type(inputs) is tuple and program.ones_of(inputs) in program.ones:
                 self.hits += 1
@@ -153,8 +151,8 @@ class Region:
         if not self.enabled:
             return forward(*args, **kwargs)
         self.misses[self._why(module, args, kwargs)] += 1
-        noted = self.kind.sizes.noted(args, kwargs)
-        if not self._may_capture(module, args, kwargs) or not self.kind.lock.acquire(blocking=False):
+        noted = self.block.sizes.noted(args, kwargs)
+        if not self._may_capture(module, args, kwargs) or not self.block.lock.acquire(blocking=False):
             result = forward(*args, **kwargs)
             noted()  # only now: sizes that the forward refuses do not count
             return result
@@ -165,10 +163,10 @@ class Region:
             noted()
             if replay is not None:
                 self._learn_or_note(replay, result)
-            self.kind.seconds += time.perf_counter() - started
+            self.block.seconds += time.perf_counter() - started
             return result
         finally:
-            self.kind.lock.release()
+            self.block.lock.release()
 
     def _kept(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replay | None:
         """Return the call as it was before the forward; None if it cannot be kept, with the reason noted."""
@@ -181,7 +179,7 @@ class Region:
 
     def _note_failure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> None:
         """Remember why calls like this one run without a graph."""
-        self.kind.failures[_signature(module, args, kwargs)] = reason
+        self.block.failures[_signature(module, args, kwargs)] = reason
 
     def check(
         self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], program: Program
@@ -195,7 +193,7 @@ class Region:
         found = replay.difference(program, program.guard.match_ones, result)
         if found is not None:
             program.give_up()
-            self.kind.programs = [each for each in self.kind.programs if each is not program]
+            self.block.programs = [each for each in self.block.programs if each is not program]
             reason = f"the graph is not the forward at other sizes: {found}"
             self._note_failure(module, replay.args, replay.kwargs, reason)
         return result
@@ -233,9 +231,9 @@ class Region:
             return forward(*args, **kwargs)
 
     def _why(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        programs = self.mine or self.kind.programs
+        programs = self.mine or self.block.programs
         if not programs:
-            return self.kind.failures.get(_signature(module, args, kwargs), "not captured yet")
+            return self.block.failures.get(_signature(module, args, kwargs), "not captured yet")
         tried = [(program.guard.match(module, args, kwargs), program.guard.reasons) for program in programs]
         failed = [(index, reasons[index]) for index, reasons in tried if isinstance(index, int)]
         # the program that came furthest is the one that was meant
@@ -248,7 +246,7 @@ class Region:
         if self.captures >= MOST_GRAPHS:
             self._warn_once()
             return False
-        return _signature(module, args, kwargs) not in self.kind.failures
+        return _signature(module, args, kwargs) not in self.block.failures
 
     def _warn_once(self) -> None:
         self.capturing = False
@@ -276,13 +274,13 @@ class Region:
 
     def _waiting(self, replay: Replay, result: Any) -> Program | None:
         """Return a program that fits the call and has now been proven on it."""
-        for program in self.kind.programs:
+        for program in self.block.programs:
             if type(program.guard.match_unproven(replay.module, replay.args, replay.kwargs)) is not tuple:
                 continue
             if self._prove(program, replay, result):
                 return program
             if not program.verified:
-                self.kind.programs.remove(program)
+                self.block.programs.remove(program)
             return None
         return None
 
@@ -305,8 +303,7 @@ class Region:
         self.captures += 1
         try:
             captured, static = self._captured(replay)
-            program = make_program(captured, replay.module, self.kind.passes)
-            program.static = static
+            program = make_program(captured, replay.module, self.block.passes, static)
             found = replay.difference(program, program.guard.match, result)
             if found is not None:
                 raise NotCaptured(f"the graph is not the forward: {found}")
@@ -315,32 +312,32 @@ class Region:
             return None
         program.verified = not any(tensor.is_meta for tensor in tensors_in((replay.args, replay.kwargs)))
         program = self._generalised(program, replay, result) or program
-        self.kind.programs.append(program)
+        self.block.programs.append(program)
         self._keep(program)
         return program
 
     def _generalised(self, program: Program, replay: Replay, result: Any) -> Program | None:
         """Return a program for both this one and one of an identical block, which it replaces, if there is one."""
-        for other in self.kind.programs:
+        for other in self.block.programs:
             captured = generalise(other.captured, program.captured)
             if captured is None:
                 continue
-            both = make_program(captured, replay.module, self.kind.passes)
+            both = make_program(captured, replay.module, self.block.passes)
             if self._prove(both, replay, result):
                 values = tuple(other.captured.dependencies.read[place] for place in captured.parameters)
                 both.guard.proven.add(values)  # for these it is the other program, which has been proven
                 both.ones |= other.ones & program.ones
-                self.kind.programs.remove(other)
+                self.block.programs.remove(other)
                 return both
         return None
 
     def _captured(self, replay: Replay) -> tuple[Captured, bool]:
         """Return a graph of the call, and whether it is for these sizes only though they are known to vary."""
-        varying = self.kind.sizes.varying(replay.args, replay.kwargs)
+        varying = self.block.sizes.varying(replay.args, replay.kwargs)
         try:
             return capture(replay.module, replay.args, replay.kwargs, varying, replay.recorded), False
         except BakesSize:
-            if not varying or sum(program.static for program in self.kind.programs) >= MOST_STATIC:
+            if not varying or sum(program.static for program in self.block.programs) >= MOST_STATIC:
                 raise
         return capture(replay.module, replay.args, replay.kwargs, frozenset(), replay.recorded), True
 

@@ -17,7 +17,7 @@ from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
-from lora_fx.regions.candidates import block_regions, inner_regions
+from lora_fx.regions.candidates import block_regions, inner_regions, structure_of
 from lora_fx.regions.install import (
     Library,
     called_whole,
@@ -29,7 +29,6 @@ from lora_fx.regions.install import (
     stock,
     uninstall,
 )
-from lora_fx.regions.structure import structure_of
 from lora_fx.regions.variants import variants
 
 MODES = ((False, False), (True, True))
@@ -81,7 +80,7 @@ def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> 
         with checked_hits(twin):
             run_variants(twin, samples)
     found = {path: structure_of(module) for path, module, _ in regions(twin)}
-    seconds = {found[path]: region.kind.seconds for path, _, region in regions(twin)}
+    seconds = {found[path]: region.block.seconds for path, _, region in regions(twin)}
     covered = frozenset(in_graphs(twin))
     return Survey(tuple(found), failures, library_of(twin), dict(found), covered, seconds)
 
@@ -138,8 +137,8 @@ def _retreat(twin: nn.Module, sites: Sequence[str], failures: dict[str, str]) ->
     """Take off the regions that became no graph; return the smaller ones to try inside them."""
     smaller = []
     for path, module, region in list(regions(twin)):
-        if region.kind.failures:
-            failures[path] = "; ".join(dict.fromkeys(region.kind.failures.values()))
+        if region.block.failures:
+            failures[path] = "; ".join(dict.fromkeys(region.block.failures.values()))
         if region.mine:
             continue
         if not region.misses:
@@ -164,7 +163,7 @@ def run_variants(model: nn.Module, samples: Sequence[Sample]) -> None:
     made_up = tuple(variants(model, samples[0]))
     run_modes(model, made_up, may_fail=True)
     if any(
-        each.captured.dependencies.asks_grad_mode for _, _, region in regions(model) for each in region.kind.programs
+        each.captured.dependencies.asks_grad_mode for _, _, region in regions(model) for each in region.block.programs
     ):
         run_modes(model, (*samples, *made_up), may_fail=True, modes=_EVAL_WITH_GRADIENTS)
 
@@ -172,7 +171,7 @@ def run_variants(model: nn.Module, samples: Sequence[Sample]) -> None:
 @contextlib.contextmanager
 def checked_hits(model: nn.Module) -> Iterator[None]:
     """Let every call that a graph answers be compared with the forward for a while, in one block of each kind."""
-    found = {id(region.kind): region for _, _, region in regions(model)}.values()
+    found = {id(region.block): region for _, _, region in regions(model)}.values()
     for region in found:
         region.checking = True
     try:

@@ -14,7 +14,7 @@ from lora_fx.passes.editor import Editor
 from lora_fx.remerging.algebra.chains import folded_weight, refolded
 from lora_fx.remerging.algebra.checks import checked, names_of_weight, stored_as
 from lora_fx.remerging.algebra.folds import Findings, LoraFold, find_folds
-from lora_fx.remerging.algebra.operations import IDENTITY, is_inactive_dropout, is_linear, parameters_read
+from lora_fx.remerging.algebra.operations import IDENTITY, is_linear, parameters_read
 from lora_fx.remerging.algebra.read import read_graph
 from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.running import finite, problem_with
@@ -57,7 +57,7 @@ def _to_fold(read: GraphReading) -> tuple[list[LoraFold], dict[str, str]]:
     folds = sorted(checked(read, _provable(read, findings), findings.left), key=lambda fold: read.order[fold.use])
     for use in dict.fromkeys(fold.use for fold in folds):
         own = [fold for fold in folds if fold.use is use]
-        if not finite([weight_of(read, own), *bias_of(read, own)]):
+        if not finite([_weight_of(read, own), *_bias_of(read, own)]):
             findings.left[own[0].path] = "the folded weight has NaN or infinite values"
     return [fold for fold in folds if fold.path not in findings.left], findings.left
 
@@ -91,7 +91,7 @@ def _new_tensors(read: GraphReading, folds: list[LoraFold]) -> dict[str, tuple[T
     new: dict[str, tuple[Tensor, str]] = {}
     for use in dict.fromkeys(fold.use for fold in folds):
         own = [fold for fold in folds if fold.use is use]
-        values = [weight_of(read, own), *bias_of(read, own)]
+        values = [_weight_of(read, own), *_bias_of(read, own)]
         for name in stored_as(read, own[0]):
             old = attribute_at(read.root, name)
             value = next(tensor for tensor in values if tensor.shape == old.shape)
@@ -103,7 +103,7 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 
-def weight_of(read: GraphReading, folds: list[LoraFold]) -> Tensor:
+def _weight_of(read: GraphReading, folds: list[LoraFold]) -> Tensor:
     """Return the stored weight with all products of one linear folded in."""
     part = folds[0].part
     total = read.tensors[part.name]
@@ -113,7 +113,7 @@ def weight_of(read: GraphReading, folds: list[LoraFold]) -> Tensor:
     return total
 
 
-def bias_of(read: GraphReading, folds: list[LoraFold]) -> list[Tensor]:
+def _bias_of(read: GraphReading, folds: list[LoraFold]) -> list[Tensor]:
     """Return the stored bias with what the products bring along added, if they bring any."""
     total: Tensor | None = None
     for fold in folds:
@@ -158,7 +158,7 @@ class _Removal:
             kept = [name for name in names if not self._is_gone(self.read.given(call, name), node)]
             if len(kept) < len(names):
                 self._keep(node, kept)
-        elif (call.op == IDENTITY or is_inactive_dropout(call)) and self.read.given(call) in self.gone:
+        elif call.op == IDENTITY and self.read.given(call) in self.gone:
             self.gone.add(node)
             self.touched.add(node)
 

@@ -57,7 +57,7 @@ def _whole(used: set[str]) -> set[str]:
 
 def matrices_of(module: nn.Module) -> list[Tensor]:
     """Return the module's weights, and those of the module that has taken over its forward."""
-    other = is_bound_elsewhere(module)
+    other = _bound_elsewhere(module)
     weights = dict.fromkeys((*module.parameters(), *(() if other is None else other.parameters())))
     return [weight for weight in weights if weight.dim() > 1 and weight.is_floating_point() and weight.numel()]
 
@@ -66,7 +66,7 @@ def _matrices(module: nn.Module) -> list[Tensor]:
     return [weight.detach().flatten(1) for weight in matrices_of(module)]
 
 
-def is_bound_elsewhere(module: nn.Module) -> nn.Module | None:
+def _bound_elsewhere(module: nn.Module) -> nn.Module | None:
     """Return the module whose method has taken the place of this one's forward."""
     forward = vars(module).get("forward")
     owner = forward.__self__ if isinstance(forward, MethodType) else None
@@ -163,7 +163,7 @@ def read_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _read_operations(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphReading:
     """Trace below the Python of a forward that lives in another object, where no copy of the module can follow."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for owner in filter(None, map(is_bound_elsewhere, module.modules())):
+    for owner in filter(None, map(_bound_elsewhere, module.modules())):
         theirs = {id(parameter): name for name, parameter in owner.named_parameters()}
         names = {key: f"({type(owner).__name__}).{name}" for key, name in theirs.items()} | names
     try:
@@ -176,6 +176,7 @@ def _read_operations(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def result_of(read: GraphReading) -> fx.Node:
+    """Return the node whose value the graph returns; NotLinear is raised where it returns more than one tensor."""
     output = next(node for node in read.graph.nodes if node.op == "output")
     if not isinstance(output.args[0], fx.Node):
         raise NotLinear(output, "it returns more than one tensor")
@@ -257,7 +258,7 @@ def _bias(read: GraphReading, part: WeightPart, value: Affine) -> tuple[Tensor |
 
 def _base_layer(module: nn.Module, stored: Tensor, factors: set[int]) -> nn.Module | None:
     """Return the outermost submodule that holds the weight and none of the factors, if there is one."""
-    if is_bound_elsewhere(module) is not None:
+    if _bound_elsewhere(module) is not None:
         return None
     for inner in list(module.modules())[1:]:
         held = set(map(id, inner.parameters()))

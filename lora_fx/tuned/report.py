@@ -112,14 +112,14 @@ def _site(tuned: nn.Module, path: str, attached: Attached, covered: set[str]) ->
 
 
 def _region(region: Region) -> RegionReport:
-    programs = region.kind.programs
+    programs = region.block.programs
     return RegionReport(
         path=region.path,
         graphs=len(programs),
         hits=region.hits,
         misses=dict(region.misses),
-        seconds=region.kind.seconds,
-        failures=tuple(dict.fromkeys(region.kind.failures.values())),
+        seconds=region.block.seconds,
+        failures=tuple(dict.fromkeys(region.block.failures.values())),
         guards=tuple(dict.fromkeys(reason for program in programs for reason in program.guard.reasons)),
         optimised=tuple(dict.fromkeys(name for program in programs for name in program.optimised)),
         given_up=tuple(dict.fromkeys(why for program in programs if (why := program.why_not_fast))),

@@ -36,12 +36,12 @@ ALL = each_of((LLAMA, BERT, GPT2, VIT), slow=(T5,))
 
 
 def programs(tuned: nn.Module) -> list[Program]:
-    return [each for _, _, region in regions(tuned) for each in region.kind.programs]
+    return [each for _, _, region in regions(tuned) for each in region.block.programs]
 
 
 def fast_passes(tuned: nn.Module) -> set[str]:
     """Return the names of the passes of all fast programs that are proven."""
-    return {name for each in programs(tuned) if each.fast is not None and each.fast.proven for name in each.fast.passes}
+    return {name for each in programs(tuned) for name in each.optimised}
 
 
 def trained(model: nn.Module, call: Callable[[nn.Module], Tensor], again: bool = False) -> Run:

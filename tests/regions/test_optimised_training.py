@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,14 +56,14 @@ def test_fast_program_that_is_wrong_is_given_up_with_the_reason(spoil: Spoil, mo
     right = program._optimised
 
     def wrong(*args: Any) -> Any:
-        fast = right(*args)
+        fast, passes = right(*args)
         if fast is None:
-            return None
+            return None, ()
 
         def function(module: nn.Module, *inputs: Any) -> Any:
-            return torch.utils._pytree.tree_map_only(Tensor, spoil, fast.function(module, *inputs))
+            return torch.utils._pytree.tree_map_only(Tensor, spoil, fast(module, *inputs))
 
-        return dataclasses.replace(fast, function=function)
+        return function, passes
 
     monkeypatch.setattr(program, "_optimised", wrong)
     for peer in (LLAMA, BERT):  # a norm before the layers, and one after them

@@ -50,7 +50,7 @@ def test_train_mode_with_gradients_hits_without_a_miss():
 
 def test_identical_blocks_are_captured_once():
     tuned = tuned_encoder()
-    kinds = {id(region.kind) for _, _, region in regions(tuned)}
+    kinds = {id(region.block) for _, _, region in regions(tuned)}
     assert len(kinds) == 1
     (report, *_) = lora_fx.inspect(tuned).regions
     assert report.graphs == 2, "with a mask and without; inference and training share them: nothing asks for the mode"
@@ -65,7 +65,7 @@ def test_blocks_with_other_ranks_do_not_share_a_graph():
         ],
     }
     tuned = lora_fx.apply(zoo.Encoder().eval(), mixed, zoo.call_encoder())
-    assert len({id(region.kind) for _, _, region in regions(tuned)}) == 2
+    assert len({id(region.block) for _, _, region in regions(tuned)}) == 2
 
 
 def test_missing_mask_was_made_up_while_planning_and_hits():
@@ -332,7 +332,7 @@ def test_error_of_a_capture_is_a_reason_and_never_the_users(monkeypatch):
     tuned = tuned_encoder()
     call = zoo.call_encoder()
 
-    def broken(captured, module, passes):
+    def broken(captured, module, passes, static):
         raise RuntimeError("broken on purpose")
 
     monkeypatch.setattr(region_module, "make_program", broken)

@@ -85,7 +85,7 @@ def _console(text: str) -> str:
 
 
 def with_keys(page: str) -> str:
-    """Return the page with the tables of keys as rulespec has them, and that of export targets."""
+    """Return the page with the tables of keys as the rules' own table has them, and that of export targets."""
     page = _TARGETS.sub(lambda _: f"<!-- targets -->\n\n{_capabilities()}\n\n<!-- end -->", page)
     return _KEYS.sub(lambda match: f"<!-- keys: {match[1]} -->\n\n{_table(match[1])}\n\n<!-- end -->", page)
 

@@ -189,7 +189,7 @@ def _answered(tuned: nn.Module, before: dict[str, tuple[int, int]]) -> set[str]:
     for path, _, region in regions(tuned):
         hits, misses = before[path]
         if region.hits > hits and sum(region.misses.values()) == misses:
-            inside = [program.computes for program in region.kind.programs if not program.static]
+            inside = [program.computes for program in region.block.programs if not program.static]
             found |= {dotted(path, each) for each in frozenset.intersection(*inside)} if inside else set()
     return found
 

@@ -103,7 +103,7 @@ def test_two_thousand_random_modules_are_never_silently_wrong():
 def test_wrong_graph_of_a_random_module_is_found():
     def nudge(model: nn.Module) -> None:
         for _, _, region in regions(model):
-            for program in region.kind.programs:
+            for program in region.block.programs:
                 right = program.function
                 program.function = lambda *args, right=right: _nudged(right(*args))
 

@@ -38,7 +38,7 @@ def instead_of_every_graph(wrong):
 
     def sabotage(model: nn.Module) -> None:
         for _, _, region in regions(model):
-            for program in region.kind.programs:
+            for program in region.block.programs:
                 right = program.function
                 program.function = lambda module, *inputs, right=right: wrong(right, module, *inputs)
 

@@ -11,6 +11,7 @@ from lora_fx.exporters.clients.job import tensors
 
 
 def work(given: dict[str, Any]) -> list[list[Tensor]]:
+    """Return the outputs of `forward` and of `base`."""
     program = Runtime.get().load_program(given["program"])
     return [_outputs(program, name, given["inputs"]) for name in ("forward", "base")]
 

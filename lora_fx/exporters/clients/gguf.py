@@ -8,6 +8,7 @@ import xllamacpp  # type: ignore[import-untyped]
 
 
 def work(given: dict[str, Any]) -> list[list[dict[int, float]]]:
+    """Return the log-probabilities of the next words of each prompt, with the adapter at scale 0 and at scale 1."""
     server = xllamacpp.Server(_parameters(given["base"], given["adapter"]))
     return [[_next_words(server, prompt, given["words"], scale) for prompt in given["prompts"]] for scale in (0.0, 1.0)]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 
 def work(given: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs without adapters and with all."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # a warning for each initializer that is an input, which is what we want
     session = onnxruntime.InferenceSession(given["graph"], options, providers=["CPUExecutionProvider"])

@@ -16,6 +16,7 @@ Put = Callable[[Mapping[str, Tensor]], object]
 
 
 def work(given: dict[str, Any]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Return, for every program, the outputs with the base's values and with the adapters'."""
     base = load_file(given["base"])
     adapters = {name: value for path in given["adapters"] for name, value in load_file(path).items()}
     return [_base_and_adapted(path, base, adapters, given["sample"]) for path in given["programs"]]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import fx, nn
 
 from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
-from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear, is_inactive_dropout, stores_transposed
+from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear, stores_transposed
 from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.shapes import piece, rows_after, shape_of
 
@@ -57,7 +57,7 @@ def _row(value: Matrix, call: GraphCall) -> Matrix:
 
 def _linear(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     weight, bias = linear_parameters(read, call)
-    left = read.rest(call, x, width, "mat1" if call.op == "addmm" else "input")
+    left = read.argument(call, x, width, "mat1" if call.op == "addmm" else "input")
     if left.width != weight.shape[0]:
         raise NotLinear(call.node, f"{call.op} of {left.width} columns by {weight.shape[0]} rows")
     result = left.times(weight)
@@ -112,14 +112,8 @@ def _multiply(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Af
     return read.affine(read.latest(left, call.node), x, width).scaled(1 / number if call.op == "div" else number)
 
 
-def _dropout(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
-    if not is_inactive_dropout(call):
-        raise NotLinear(call.node, f"dropout is active (p={call.get('p', 0.5)}); put the model into eval mode")
-    return read.rest(call, x, width)
-
-
 def _view(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
-    value = read.rest(call, x, width)
+    value = read.argument(call, x, width)
     rows = rows_after(call, value.width, value.rows, lambda node: read.source(node) is x)
     if rows is None:
         raise NotLinear(call.node, "a view, and it is not known whether it keeps the last dimension")
@@ -130,7 +124,7 @@ def _piece(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affin
     """Return columns of a value: slice, narrow, or an item of chunk or split."""
     maker = read.calls.get(read.given(call)) if call.op == "getitem" else None
     whole = maker if maker is not None and maker.op in ("chunk", "split") else call
-    value = read.rest(whole, x, width)
+    value = read.argument(whole, x, width)
     taken = piece(call, whole, value.width)
     if taken is None:
         raise NotLinear(call.node, f"{call.op} takes something else than columns")
@@ -161,9 +155,8 @@ AFFINE_OPERATIONS: dict[str, Operation] = {
     "sub": _add,
     "mul": _multiply,
     "div": _multiply,
-    "neg": lambda read, call, x, width: read.rest(call, x, width).scaled(-1.0),
-    IDENTITY: GraphReading.rest,
-    "dropout": _dropout,
+    "neg": lambda read, call, x, width: read.argument(call, x, width).scaled(-1.0),
+    IDENTITY: GraphReading.argument,
     "view": _view,
     "getitem": _piece,
     "slice": _piece,

@@ -46,6 +46,7 @@ class Factor:
     part: WeightPart | None = None
 
     def transposed(self) -> Factor:
+        """Return the factor [columns, rows]; columns of a stored matrix become rows of it, which are no part."""
         part = self.part
         if part is not None and (part.start, part.stop) == (0, self.tensor.shape[1]):
             part = WeightPart(part.name, not part.transposed, 0, self.tensor.shape[0])
@@ -54,6 +55,7 @@ class Factor:
         return Factor(self.tensor.t(), self.names, part)
 
     def columns(self, start: int, stop: int) -> Factor:
+        """Return the columns start to stop, a view."""
         part = self.part
         if part is not None:
             part = replace(part, start=part.start + start, stop=part.start + stop)
@@ -178,16 +180,20 @@ class Matrix:
 
     @property
     def is_plain(self) -> bool:
+        """Whether it is a matrix: two dimensions, no more in front."""
         return len(self.shape) == 2
 
     @property
     def names(self) -> frozenset[str]:
+        """Names of the stored tensors that it is made of."""
         return frozenset().union(*(chain.names for chain in self.chains))
 
     def scaled(self, number: float) -> Matrix:
+        """Return the constant times a number, which the coefficients take up."""
         return Matrix(tuple(chain.scaled(number) for chain in self.chains), self.shape)
 
     def transposed(self) -> Matrix:
+        """Return the plain constant [columns, rows]: (M N)ᵀ = Nᵀ Mᵀ in every chain."""
         turned = (
             MatrixChain(chain.coefficient, tuple(factor.transposed() for factor in reversed(chain.factors)))
             for chain in self.chains
@@ -195,6 +201,7 @@ class Matrix:
         return Matrix(tuple(turned), (self.shape[1], self.shape[0]))
 
     def columns(self, start: int, stop: int) -> Matrix:
+        """Return the columns start to stop: those of the last factor of every chain."""
         return Matrix(tuple(_columns(chain, start, stop) for chain in self.chains), (self.shape[0], stop - start))
 
 
@@ -246,9 +253,11 @@ class Affine:
 
     @staticmethod
     def identity(width: int, rows: object) -> Affine:
+        """Return x itself."""
         return Affine((MatrixChain(1.0, ()),), (), width, rows)
 
     def plus(self, other: Affine) -> Affine:
+        """Return the sum of two values of the same rows and width."""
         linear, constant = (*self.linear, *other.linear), (*self.constant, *other.constant)
         return replace(self, linear=simplified(linear), constant=simplified(constant))
 
@@ -256,18 +265,22 @@ class Affine:
         return self._changed(lambda chain: chain.scaled(number), self.width)
 
     def times(self, other: Matrix) -> Affine:
+        """Return the value times a constant [width, columns]."""
         linear, constant = product(self.linear, other.chains), product(self.constant, other.chains)
         return Affine(linear, constant, other.shape[1], self.rows)
 
     def shifted(self, row: Matrix) -> Affine:
+        """Return the value with a row [1, width] added to every row."""
         return replace(self, constant=simplified((*self.constant, *row.chains)))
 
     def columns(self, start: int, stop: int) -> Affine:
+        """Return the columns start to stop of the value."""
         if all(chain.factors for chain in self.linear):
             return self._changed(lambda chain: _columns(chain, start, stop), stop - start)
         return self.times(matrix(torch.eye(self.width)[:, start:stop], ()))  # x itself gives its columns by a factor
 
     def placed(self, start: int, total: int) -> Affine:
+        """Return the value as columns from `start` on of one of `total` columns, zero elsewhere."""
         return self._changed(lambda chain: _placed(chain, start, total), total)
 
     def _changed(self, change: Callable[[MatrixChain], MatrixChain], width: int) -> Affine:

@@ -31,7 +31,13 @@ class Others:
 
 
 def checked(read: GraphReading, folds: list[LoraFold], left: dict[str, str]) -> list[LoraFold]:
-    """Return the folds that change nothing else; the reasons why others do go to `left`."""
+    """Return the folds that change nothing else.
+
+    Args:
+        read: the graph.
+        folds: all that are to be done together: one that falls out may spoil others, so all are asked until none does.
+        left: (path → reason), to which the others are added.
+    """
     while True:
         others = Others(read, folds)
         bad: dict[str, str] = {}
@@ -55,6 +61,7 @@ def stored_as(read: GraphReading, fold: LoraFold) -> set[str]:
 
 
 def names_of_weight(read: GraphReading, fold: LoraFold) -> set[str]:
+    """Return the names under which the linear of a fold reads its weight: tied weights have several."""
     return set(_names_in(read, fold.base, read.tensors[fold.part.name]))
 
 
@@ -67,7 +74,7 @@ def _names_in(read: GraphReading, nodes: frozenset[fx.Node], tensor: object) -> 
             yield from (f"{node.target}.{name}" for name, own in parameters_read(module) if own is tensor)
 
 
-def readers_of(read: GraphReading, names: set[str]) -> Iterator[fx.Node]:
+def _readers_of(read: GraphReading, names: set[str]) -> Iterator[fx.Node]:
     """Yield what reads stored tensors of these names to do more than make another constant."""
     for node in read.graph.nodes:
         if node.op == "get_attr" and str(node.target) in names:
@@ -98,7 +105,7 @@ def _beyond_constants(read: GraphReading, node: fx.Node) -> Iterator[fx.Node]:
 def _weight_is_its_own(read: GraphReading, fold: LoraFold, others: Others) -> str | None:
     """The weight has no reader but linears that get the same product."""
     mine = others.by_use[fold.use]
-    for reader in readers_of(read, stored_as(read, fold)):
+    for reader in _readers_of(read, stored_as(read, fold)):
         if reader in others.cones or (reader in fold.base and reader in others.uses):
             continue
         if reader in others.by_use and others.by_use[reader] == mine:
@@ -147,7 +154,8 @@ def _factors_are_their_own(read: GraphReading, fold: LoraFold, others: Others) -
     """No factor is read by anything but products that are folded."""
     names = {name for name in fold.factors if read.tensors[name].dim() > 1}
     for node in read.graph.nodes:
-        if node.op == "get_attr" and _stands_for(read, str(node.target)) & names:
+        stored = attribute_at(read.root, str(node.target)) if node.op == "get_attr" else None
+        if stored is not None and read.names.get(id(stored), str(node.target)) in names:
             outside = [reader for reader in read.readers(node) if reader not in others.cones]
         elif node.op == "call_module" and node not in others.cones:
             inside = parameters_read(read.root.get_submodule(str(node.target)))
@@ -157,11 +165,6 @@ def _factors_are_their_own(read: GraphReading, fold: LoraFold, others: Others) -
         if outside:
             return f"a factor is used elsewhere too ({outside[0].name})"
     return None
-
-
-def _stands_for(read: GraphReading, name: str) -> set[str]:
-    tensor = attribute_at(read.root, name)
-    return {read.names.get(id(tensor), name)}
 
 
 def _values_stay_inside(read: GraphReading, fold: LoraFold, others: Others) -> str | None:

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 
 from lora_fx.remerging.algebra.affine import linear_parameters
 from lora_fx.remerging.algebra.chains import Factor, Matrix, MatrixChain, matrix, product, side_by_side, simplified
-from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear, is_inactive_dropout
+from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear
 from lora_fx.remerging.algebra.reading import GraphReading
-from lora_fx.remerging.algebra.shapes import sizes_of
+from lora_fx.remerging.algebra.shapes import item, sizes_of
 
 Operation = Callable[[GraphReading, GraphCall], Matrix | None]
 """Returns the constant, or None if it is not a sum of products."""
@@ -89,12 +89,6 @@ def _masked(read: GraphReading, call: GraphCall, value: Matrix, mask: object) ->
     return matrix(result, value.names | other.names) if result.shape == value.shape else None
 
 
-def _dropout(read: GraphReading, call: GraphCall) -> Matrix | None:
-    if not is_inactive_dropout(call):
-        raise NotLinear(call.node, f"dropout is active (p={call.get('p', 0.5)}); put the model into eval mode")
-    return read.matrix_of(call)
-
-
 def _view(read: GraphReading, call: GraphCall) -> Matrix | None:
     """A view to the shape that the value has, to it without ones in front, or of one factor to any shape."""
     value, sizes = read.matrix_of(call), [_size(read, size) for size in sizes_of(call)]
@@ -146,22 +140,14 @@ def _piece(read: GraphReading, call: GraphCall) -> Matrix | None:
     whole = read.calls.get(read.given(call)) if call.op == "getitem" else None
     if whole is not None and whole.op in ("chunk", "split"):
         value, dim = read.matrix_of(whole), whole.get("dim", 0)
-        widths = [part.shape[dim] for part in _pieces(value, whole)]
-        start = sum(widths[: call.arguments["index"]])
-        return _taken(value, dim, start, start + widths[call.arguments["index"]])
+        taken = item(call, whole, value.shape[dim])
+        return None if taken is None else _taken(value, dim, *taken)
     value = read.matrix_of(call)
     if call.op == "getitem":
         return _indexed(value, call.get("index"))
     start, stop = call.get("start", 0), call.get("end")
     stop = start + call.arguments["length"] if call.op == "narrow" else stop
     return _sliced(value, call.get("dim", 0), slice(start, stop, call.get("step", 1)))
-
-
-def _pieces(value: Matrix, whole: GraphCall) -> tuple[Tensor, ...]:
-    stub = torch.empty(value.shape, device="meta")
-    if whole.op == "chunk":
-        return stub.chunk(whole.arguments["chunks"], whole.get("dim", 0))
-    return torch.split(stub, whole.arguments["split_size"], whole.get("dim", 0))
 
 
 def _indexed(value: Matrix, index: object) -> Matrix | None:
@@ -261,7 +247,6 @@ CONSTANT_OPERATIONS: dict[str, Operation] = {
     "mul": _scale,
     "div": _scale,
     "neg": lambda read, call: read.matrix_of(call).scaled(-1.0),
-    "dropout": _dropout,
     "view": _view,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,

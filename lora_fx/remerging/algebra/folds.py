@@ -10,7 +10,7 @@ from torch import fx
 from lora_fx.remerging.algebra.affine import addends, broadcasts, linear_parameters
 from lora_fx.remerging.algebra.chains import Affine, Chains, MatrixChain, WeightPart
 from lora_fx.remerging.algebra.lookalikes import LINEARS, cone_of, looks_like_lora, made_with_product, path_of
-from lora_fx.remerging.algebra.operations import IDENTITY, NotLinear, is_inactive_dropout
+from lora_fx.remerging.algebra.operations import IDENTITY, NotLinear
 from lora_fx.remerging.algebra.reading import GraphReading
 
 _PASSES_ON = (IDENTITY, "view", "getitem", "slice", "narrow", "chunk", "split")
@@ -104,7 +104,7 @@ def find_folds(read: GraphReading) -> Findings:
     because "its input is x, the linear's is y".
     """
     findings = Findings()
-    for node in weight_sums(read):
+    for node in _weight_sums(read):
         _read_weight(read, node, findings)
     for parts in sums(read):
         _read_sum(read, parts, findings)
@@ -148,13 +148,13 @@ def _flatten(read: GraphReading, node: fx.Node, number: float, parts: list[Adden
 
 def _is_same(read: GraphReading, node: fx.Node) -> bool:
     call = read.calls.get(node)
-    return call is not None and (call.op == IDENTITY or is_inactive_dropout(call)) and not read.is_constant(node)
+    return call is not None and call.op == IDENTITY and not read.is_constant(node)
 
 
 def _read_sum(read: GraphReading, parts: list[Addend], findings: Findings) -> None:
-    bases = [base for addend in parts if addend.number == 1.0 and (base := base_of(read, addend)) is not None]
+    bases = [base for addend in parts if addend.number == 1.0 and (base := _base_of(read, addend)) is not None]
     for addend in parts:
-        own = linear_below(read, addend.node)
+        own = _linear_below(read, addend.node)
         _read_addend(read, addend, [base for base in bases if base.use is not own], findings)
 
 
@@ -207,7 +207,7 @@ def check_product(chains: Iterable[MatrixChain], node: fx.Node) -> None:
 # -- the linear in a sum
 
 
-def linear_below(read: GraphReading, node: fx.Node) -> fx.Node | None:
+def _linear_below(read: GraphReading, node: fx.Node) -> fx.Node | None:
     """Return the linear whose value, or columns of it, the node passes on."""
     while True:
         call = read.calls.get(node)
@@ -215,14 +215,14 @@ def linear_below(read: GraphReading, node: fx.Node) -> fx.Node | None:
             return None
         if call.op in LINEARS:
             return node
-        if not (call.op in _PASSES_ON or is_inactive_dropout(call)) or not isinstance(call.get("input"), fx.Node):
+        if call.op not in _PASSES_ON or not isinstance(call.get("input"), fx.Node):
             return None
         node = read.given(call)
 
 
-def base_of(read: GraphReading, addend: Addend) -> LinearAddend | None:
+def _base_of(read: GraphReading, addend: Addend) -> LinearAddend | None:
     """Return the addend as a linear's value, if it is nothing else."""
-    node, use = addend.node, linear_below(read, addend.node)
+    node, use = addend.node, _linear_below(read, addend.node)
     if use is None:
         return None
     call = read.calls[use]
@@ -241,7 +241,7 @@ def base_of(read: GraphReading, addend: Addend) -> LinearAddend | None:
 # -- products that are added to the weight itself
 
 
-def weight_sums(read: GraphReading) -> Iterator[fx.Node]:
+def _weight_sums(read: GraphReading) -> Iterator[fx.Node]:
     """Yield the constants that something which depends on an input, or the output, reads."""
     for node in read.graph.nodes:
         if not node.op.startswith("call_") or not node.all_input_nodes or not read.is_constant(node):

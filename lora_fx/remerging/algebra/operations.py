@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ _NAMES_OF_IDENTITIES = (
 )
 _IDENTITIES = frozenset(_NAMES_OF_IDENTITIES.split())
 IDENTITY = "identity"
+"""What gives the values of its argument: copies, casts, a dropout that drops nothing."""
 _NAMES = (
     "linear addmm matmul add sub mul div neg view transpose permute unsqueeze squeeze getitem slice narrow chunk split "
     "cat conv1d new_zeros zeros zeros_like setitem dropout size shape"
@@ -111,6 +112,12 @@ _OVERLOAD = type(torch.ops.aten.linear.default)
 
 def read_call(node: fx.Node, root: nn.Module) -> GraphCall:
     """Return what a call_function, call_method or call_module node does; an unknown operation bears its own name."""
+    call = _call_as_written(node, root)
+    is_inactive = call.op == "dropout" and (call.get("training", True) is False or call.get("p", 0.5) == 0)
+    return replace(call, op=IDENTITY) if is_inactive else call
+
+
+def _call_as_written(node: fx.Node, root: nn.Module) -> GraphCall:
     if node.op == "call_module":
         return _module_call(node, root.get_submodule(str(node.target)))
     name = _raw_name(node)
@@ -186,8 +193,3 @@ def has_any_hook(module: nn.Module) -> bool:
 def parameters_read(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield what a call of the module may read: a linear's own parameters, everything in any other module."""
     yield from module.named_parameters(recurse=not is_linear(module), remove_duplicate=False)
-
-
-def is_inactive_dropout(call: GraphCall) -> bool:
-    """Whether the call is a dropout that drops nothing."""
-    return call.op == "dropout" and (call.get("training", True) is False or call.get("p", 0.5) == 0)

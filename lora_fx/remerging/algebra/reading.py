@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lora_fx.models.tensors import attribute_at
 from lora_fx.passes.dataflow import dataflow
 from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
-from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, GraphCall, NotLinear, is_inactive_dropout, read_call
+from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, GraphCall, NotLinear, read_call
 from lora_fx.remerging.algebra.shapes import last_dimension, shape_of
 
 _Key = TypeVar("_Key")
@@ -99,6 +99,7 @@ class GraphReading:
         return times
 
     def is_read_once(self, node: fx.Node) -> bool:
+        """Whether one node reads the value, and once."""
         readers = self.readers(node)
         return len(readers) == 1 and self.times_read(node, readers[0]) == 1
 
@@ -120,6 +121,7 @@ class GraphReading:
         return _remembered(self._constants, node, lambda: self._constant(node))
 
     def is_constant(self, node: fx.Node) -> bool:
+        """Whether the value depends on parameters alone, a sum of products or not."""
         try:
             return self.constant(node) is not None
         except NotLinear:
@@ -138,7 +140,7 @@ class GraphReading:
         operation = self.operations.constant.get(call.op)
         result = None if operation is None else operation(self, call)
         if result is None:
-            raise NotLinear(node, f"{call.op} of parameters is not a product of them")
+            raise NotLinear(node, _reason(call, f"{call.op} of parameters is not a product of them"))
         return result
 
     def leaf(self, name: str, node: fx.Node) -> Matrix:
@@ -152,7 +154,11 @@ class GraphReading:
         return matrix(tensor.detach(), (known,), part)
 
     def matrix_of(self, call: GraphCall, name: str = "input") -> Matrix:
-        """Return an argument that is a constant."""
+        """Return an argument that is a constant.
+
+        Raises:
+            NotLinear: it depends on an input, or is not a sum of products.
+        """
         value = self.constant(self.given(call, name))
         if value is None:
             raise NotLinear(call.node, f"{call.op} of two values that depend on the input")
@@ -188,7 +194,7 @@ class GraphReading:
     # -- values that depend on an input
 
     def affine(self, node: fx.Node, x: fx.Node, width: int) -> Affine:
-        """Return the value of `node` as an affine function of the value of `x`, which has `width` columns.
+        """Return the value of `node` as an affine function of the value of `x`, [rows…, width] → [rows…, columns].
 
         Raises:
             NotLinear: with the first node on the way that is none.
@@ -206,17 +212,18 @@ class GraphReading:
             raise NotLinear(node, f"its input is {node.name}, the linear's is {x.name}")
         operation = self.operations.affine.get(call.op)
         if operation is None:
-            raise NotLinear(node, f"{_shown(call)} is not linear")
+            raise NotLinear(node, _reason(call, f"{_shown(call)} is not linear"))
         return operation(self, call, x, width)
 
-    def rest(self, call: GraphCall, x: fx.Node, width: int, name: str = "input") -> Affine:
+    def argument(self, call: GraphCall, x: fx.Node, width: int, name: str = "input") -> Affine:
+        """Return an argument of a call as `affine` does."""
         return self.affine(self.given(call, name), x, width)
 
     def source(self, node: fx.Node) -> fx.Node:
         """Return where a value comes from, through what changes neither values nor their order."""
         while True:
             call = self.calls.get(node)
-            if call is None or node in self.spoilt or not (call.op in (IDENTITY, "view") or is_inactive_dropout(call)):
+            if call is None or node in self.spoilt or call.op not in (IDENTITY, "view"):
                 return node
             if not isinstance(call.get("input"), fx.Node) or self.is_constant(node) or not _keeps_rows(call):
                 return node
@@ -234,6 +241,13 @@ def _remembered(known: dict[_Key, _Value | NotLinear], key: _Key, compute: Calla
     if isinstance(value, NotLinear):
         raise value
     return value
+
+
+def _reason(call: GraphCall, otherwise: str) -> str:
+    """Return why an operation cannot be read; an active dropout has a reason of its own."""
+    if call.op == "dropout":
+        return f"dropout is active (p={call.get('p', 0.5)}); put the model into eval mode"
+    return otherwise
 
 
 def _shown(call: GraphCall) -> str:

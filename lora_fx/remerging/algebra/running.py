@@ -18,7 +18,7 @@ TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, t
 """Relative to the largest value: some hundred roundings in the wide dtypes, a few in the half ones."""
 
 
-def executed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+def _executed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     """Return the value of a node, given those of others; statements that write in place write to copies.
 
     Raises:
@@ -34,8 +34,8 @@ def _computed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> A
         return attribute_at(read.root, str(node.target))
     if node.op == "placeholder":
         raise KeyError(node.name)
-    args: Any = map_arg(node.args, lambda source: executed(read, read.latest(source, node), known))
-    kwargs: Any = map_arg(node.kwargs, lambda source: executed(read, read.latest(source, node), known))
+    args: Any = map_arg(node.args, lambda source: _executed(read, read.latest(source, node), known))
+    kwargs: Any = map_arg(node.kwargs, lambda source: _executed(read, read.latest(source, node), known))
     if read.calls[node].in_place:
         args = (args[0].clone(), *args[1:])
     if node.op == "call_module":
@@ -55,7 +55,7 @@ def made_up(x: fx.Node, width: int, like: Tensor) -> Tensor:
 
 
 def close(computed: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two results are equal but for roundings in the dtype."""
+    """Whether two results are equal but for roundings in the dtype; False where the expected one is not finite."""
     tolerance = TOLERANCES.get(dtype, 1e-5)
     if computed.shape != expected.shape or not torch.isfinite(expected).all():
         return False
@@ -71,7 +71,7 @@ def problem_with(read: GraphReading, fold: LoraFold) -> str | None:
     x = made_up(fold.x, fold.width, weight)
     try:
         with torch.no_grad():
-            delta = executed(read, fold.delta, {fold.x: x})
+            delta = _executed(read, fold.delta, {fold.x: x})
     except Exception:  # it needs more than x (a size of another input): the structure has to do
         return None
     product = functools.reduce(torch.add, (chain.delta().double() for chain in fold.chains))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
@@ -113,7 +114,7 @@ def dimension(call: GraphCall, value: object) -> int | None:
 def piece(call: GraphCall, whole: GraphCall, width: int) -> tuple[int, int] | None:
     """Return (start, stop) of the columns that a slice, narrow or item of chunk or split takes, if it takes columns."""
     if whole.op in ("chunk", "split"):
-        return _item(call, whole, width)
+        return item(call, whole, width) if dimension(whole, whole.get("dim", 0)) == -1 else None
     if call.op == "getitem":
         return _indexed(call, width)
     if dimension(call, call.get("dim", 0)) != -1:
@@ -143,19 +144,22 @@ def _indexed(call: GraphCall, width: int) -> tuple[int, int] | None:
     return _range(index[-1], width)
 
 
-def _item(call: GraphCall, whole: GraphCall, width: int) -> tuple[int, int] | None:
-    number = call.get("index")
-    if not isinstance(number, int) or dimension(whole, whole.get("dim", 0)) != -1:
-        return None
+def item(call: GraphCall, whole: GraphCall, size: int) -> tuple[int, int] | None:
+    """Return (start, stop) of an item of chunk or split along a dimension of a size; None if it is not known.
+
+    Args:
+        call: takes the item.
+        whole: the chunk or split.
+        size: of the dimension that it splits.
+    """
     sizes = whole.get("chunks") if whole.op == "chunk" else whole.get("split_size")
-    if isinstance(sizes, int):
-        size = -(-width // sizes) if whole.op == "chunk" else sizes
-        starts = [*range(0, width, size), width]
-    elif isinstance(sizes, (tuple, list)) and all(isinstance(size, int) for size in sizes):
-        starts = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
-    else:
+    if not isinstance(sizes, int):
+        listed = isinstance(sizes, (tuple, list)) and all(isinstance(part, int) for part in sizes)
+        if not listed or sum(sizes) != size:
+            return None
+    line, number = torch.empty(size, device="meta"), call.get("index")
+    parts = line.chunk(sizes) if whole.op == "chunk" else torch.split(line, sizes)
+    if not isinstance(number, int) or not -len(parts) <= number < len(parts):
         return None
-    if not -len(starts) < number < len(starts) - 1 or starts[-1] != width:
-        return None
-    number %= len(starts) - 1
-    return starts[number], starts[number + 1]
+    start = sum(len(part) for part in parts[: number % len(parts)])
+    return start, start + len(parts[number])
