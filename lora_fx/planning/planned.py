@@ -13,7 +13,8 @@ from lora_fx.text import listing
 
 Decision = Literal["adapt", "keep", "skip", "refuse"]
 DEAD = "never used with the example inputs"
-_FUSED_DTYPES = ("float32", "float64", "float16", "bfloat16")
+FUSED_DTYPES = ("float32", "float64", "float16", "bfloat16")
+"""Of base weights that are computed with their adapter as one operation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class PlannedSite:
             "a weight that is read goes": self.site.read or self.site.parameter,
             "slices of rows that are no neighbours go": self.slices is not None and not self.slices.are_runs,
             "an adapter for each call goes": self.per_call,
-            f"a base of {self.site.dtype} goes": self.site.dtype not in _FUSED_DTYPES,
+            f"a base of {self.site.dtype} goes": self.site.dtype not in FUSED_DTYPES,
         }
         return next((f"{reason} operation by operation" for reason, holds in reasons.items() if holds), "")
 

@@ -11,7 +11,7 @@ from lora_fx.errors import InvariantError
 from lora_fx.models.tensors import attribute_at, dotted
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
-from lora_fx.remerging.algebra.chains import folded_weight, refolded
+from lora_fx.remerging.algebra.chains import refolded, with_chains
 from lora_fx.remerging.algebra.checks import checked, names_of_weight, stored_as
 from lora_fx.remerging.algebra.folds import Findings, LoraFold, find_folds
 from lora_fx.remerging.algebra.operations import IDENTITY, is_linear, parameters_read
@@ -119,7 +119,7 @@ def _bias_of(read: GraphReading, folds: list[LoraFold]) -> list[Tensor]:
     for fold in folds:
         if fold.bias is not None and fold.constants:
             total = read.tensors[fold.bias.name] if total is None else total
-            total = folded_weight(total.unsqueeze(1), fold.constants, fold.bias.start).squeeze(1)
+            total = with_chains(total.unsqueeze(1), fold.constants, fold.bias.start).squeeze(1)
     return [] if total is None else [total]
 
 

@@ -15,7 +15,7 @@ from lora_fx.capture.captured import NotCaptured, capture
 from lora_fx.models.samples import Sample
 from lora_fx.models.tensors import set_tensor
 from lora_fx.models.twin import make_twin
-from lora_fx.remerging.algebra.chains import Affine, MatrixChain, WeightPart, folded_weight, refolded
+from lora_fx.remerging.algebra.chains import Affine, MatrixChain, WeightPart, refolded, with_chains
 from lora_fx.remerging.algebra.folds import check_product, find_folds
 from lora_fx.remerging.algebra.operations import NotLinear, has_any_hook
 from lora_fx.remerging.algebra.read import read_graph
@@ -252,7 +252,7 @@ def _bias(read: GraphReading, part: WeightPart, value: Affine) -> tuple[Tensor |
             raise NotLinear(None, "it adds a bias to a linear that has none")
         return None, None
     old = read.tensors[name]
-    new = folded_weight(old.unsqueeze(1), extra).squeeze(1)
+    new = with_chains(old.unsqueeze(1), extra).squeeze(1)
     return old, nn.Parameter(new, requires_grad=old.requires_grad) if extra else old
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.factors.lora import low_rank_weight
+from lora_fx.adapters.factors.lora import low_rank_weight, wide_sum
 from lora_fx.models.quantised import dense
 
 
@@ -67,15 +67,12 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     """Return ‖W + scaling · B A‖ for each row, [out], without gradient."""
     with torch.no_grad():
         delta, weight = low_rank_weight(lora_A, lora_B, scaling), dense(weight)
-        wide = torch.promote_types(delta.dtype, weight.dtype)
-        norms: Tensor = torch.linalg.vector_norm(weight.to(wide) + delta.to(wide), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(wide_sum(weight, delta), dim=1)
         return norms
 
 
 def merged_dora_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
     """Return m · V / ‖V‖ in W's dtype, a new tensor; accumulated in float32 and rounded once."""
-    delta = low_rank_weight(lora_A, lora_B, scaling)
-    wide = torch.promote_types(delta.dtype, weight.dtype)
-    directions = weight.to(wide) + delta.to(wide)
-    norms = row_norms(weight, lora_A, lora_B, scaling).to(wide)
-    return (directions * stretch(magnitude.to(wide), norms).unsqueeze(1)).to(weight.dtype)
+    directions = wide_sum(weight, low_rank_weight(lora_A, lora_B, scaling))
+    norms = row_norms(weight, lora_A, lora_B, scaling).to(directions.dtype)
+    return (directions * stretch(magnitude.to(directions.dtype), norms).unsqueeze(1)).to(weight.dtype)

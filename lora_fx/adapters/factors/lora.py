@@ -94,12 +94,17 @@ def low_rank_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return (lora_B.to(wide) @ lora_A.to(wide)) * scaling
 
 
-def folded_weight(weight: Tensor, delta: Tensor) -> Tensor:
-    """Return W + ΔW in W's dtype, a new tensor; the arguments stay unchanged.
+def wide_sum(weight: Tensor, delta: Tensor) -> Tensor:
+    """Return W + ΔW in the wider dtype of the two, not rounded; the arguments stay unchanged.
 
-    Accumulated in the wider dtype of the two and rounded once; `low_rank_weight` gives ΔW in float32 or float64.
+    `low_rank_weight` gives ΔW in float32 or float64, so the sum is accumulated there.
 
     Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; scaling: Kalajdzievski 2023, arXiv:2312.03732.
     """
     wide = torch.promote_types(delta.dtype, weight.dtype)
-    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+    return weight.to(wide) + delta.to(wide)
+
+
+def folded_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    """Return W + ΔW, rounded once to W's dtype, a new tensor; the arguments stay unchanged."""
+    return wide_sum(weight, delta).to(weight.dtype)

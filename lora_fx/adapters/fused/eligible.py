@@ -28,8 +28,9 @@ from lora_fx.models.torch_internals import (
     tracing_state,
     transformation,
 )
+from lora_fx.planning.planned import FUSED_DTYPES
 
-_FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+_FLOATS = frozenset(getattr(torch, name) for name in FUSED_DTYPES)
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _RECORDERS = frozenset(("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor"))
 """Of selective checkpointing and of make_fx."""

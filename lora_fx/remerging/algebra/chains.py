@@ -12,7 +12,7 @@ Worked example: `linear(x) + 0.5 * B(A(x))`, the stored weights W [8, 4], A [2, 
     0.5 * B(A(x))   Affine(linear = (0.5 · Aᵀ · Bᵀ,))               `is_low_rank`: rank 2 < min(4, 8)
     the sum         Affine(linear = (1.0 · Wᵀ, 0.5 · Aᵀ · Bᵀ))      one whole stored weight and a product
 
-`delta()` of the second chain is 0.5 · B A [8, 4], and `folded_weight(W, [it])` is W + 0.5 · B A.
+`delta()` of the second chain is 0.5 · B A [8, 4], and `with_chains(W, [it])` is W + 0.5 · B A.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def product(left: Chains, right: Chains) -> Chains:
     return simplified(MatrixChain(a.coefficient * b.coefficient, a.factors + b.factors) for a in left for b in right)
 
 
-def folded_weight(weight: Tensor, chains: Iterable[MatrixChain], start: int = 0) -> Tensor:
+def with_chains(weight: Tensor, chains: Iterable[MatrixChain], start: int = 0) -> Tensor:
     """Return weight + Σ chains, a new tensor; the arguments stay unchanged.
 
     W' = W + Σ scaling · B A, accumulated in float32 (float64 where W or a factor is) and rounded once to W's dtype.
@@ -155,10 +155,10 @@ def folded_weight(weight: Tensor, chains: Iterable[MatrixChain], start: int = 0)
 
 
 def refolded(stored: Tensor, transposed: bool, chains: Iterable[MatrixChain], start: int = 0) -> Tensor:
-    """Return `folded_weight` of a weight that is stored as [out, in] if `transposed`, else as [in, out]."""
+    """Return `with_chains` of a weight that is stored as [out, in] if `transposed`, else as [in, out]."""
     if transposed:
-        return folded_weight(stored, chains, start)
-    return folded_weight(stored.t(), chains, start).t().contiguous()
+        return with_chains(stored, chains, start)
+    return with_chains(stored.t(), chains, start).t().contiguous()
 
 
 @dataclass(frozen=True, slots=True)
