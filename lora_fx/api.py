@@ -68,7 +68,7 @@ def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = 
 
     Raises:
         UnknownPathError: nothing bears the name; a ValueError that tells the nearest names.
-        RuleError, CaptureError, RefusedError: as `plan`; a rule that matches nothing is no error here.
+        RuleError, CaptureError, RefusedError: as `plan`; a rule that matches nothing is not an error here.
     """
     read = read_rules(rules)
     seen = observed(model, samples_for(model, example_inputs))
@@ -216,7 +216,7 @@ def deltas(tuned: nn.Module) -> Deltas:
 def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) -> nn.Module:
     """Return a plain model of the original class with every adapter folded in; the adapted model stays unchanged.
 
-    W' = W + scaling · B A, accumulated in float32 and rounded once, in a new parameter: whoever shares the base weight
+    W' = W + scaling · B A, accumulated in float32 and rounded once, in a new parameter: what shares the base weight
     keeps it.  The result needs no lora_fx.  Of a quantised weight W are the numbers that it stands for, and W' is a
     plain parameter.
 
@@ -294,7 +294,7 @@ def merge_checkpoint(
         out_dtype: of all floating point tensors; None keeps each one's own.
         rounding: "nearest", or "stochastic", whose mean is the exact value.
         seed: of the stochastic rounding; the same seed gives the same bytes.
-        progress: is told (bytes written, bytes in all, name of the tensor) again and again.
+        progress: is called again and again with (bytes written, bytes in all, name of the tensor).
 
     Raises:
         AdapterFileError: missing or damaged adapter files.

@@ -44,10 +44,8 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
         sites, in_graph = tuple(site for site, _ in placed), frozenset(site.path for site, inside in placed if inside)
     else:
         sites = tuple(_Finder(known, tied, uses).sites())
-    modules = tuple(
-        (path, sum(p.numel() for p in module.parameters()))
-        for path, module in model.named_modules(remove_duplicate=False)
-    )
+    named = model.named_modules(remove_duplicate=False)
+    modules = tuple((path, sum(p.numel() for p in module.parameters())) for path, module in named)
     return Inventory(type(model).__name__, sites, modules, sum(p.numel() for p in model.parameters()), in_graph)
 
 
@@ -66,14 +64,15 @@ def refuse_unfit(model: nn.Module) -> None:
 
 def uses_in(plan: Plan) -> Uses | None:
     """Return what a run of the model has shown, as far as a plan tells; None if it was made without one."""
-    if all(each.calls is None for each in plan.sites):
+    sites = [planned.site for planned in plan.sites]
+    if all(site.calls is None for site in sites):
         return None
     weights = {
-        site.weight: WeightUse(site.op, site.layout, site.calls or 0, site.outside, flat=len(site.shape) == 2)
-        for site in (each.site for each in plan.sites)
+        site.weight: WeightUse(site.op, site.layout, site.calls, site.outside, flat=len(site.shape) == 2)
+        for site in sites
         if site.calls
     }
-    return Uses({each.path: each.calls or 0 for each in plan.sites}, weights)
+    return Uses({site.path: site.calls or 0 for site in sites}, weights)
 
 
 def uses_in_graph(graph_module: fx.GraphModule, path: str = "") -> dict[str, WeightUse]:
@@ -115,10 +114,10 @@ class _Finder:
             if kind is not None and kind.refusal is not None and not self.ran:  # what its weight is computed from
                 continue
             for name, parameter in module._parameters.items():
-                if parameter is not None and (name != "weight" or kind is None):
-                    raw = self._used(dotted(path, name), parameter, known.raw.get(name))
-                    if raw is not None:
-                        yield self._raw(known, name, raw)
+                if parameter is None or (name == "weight" and kind is not None):
+                    continue
+                if raw := self._used(dotted(path, name), parameter, known.raw.get(name)):
+                    yield self._raw(known, name, raw)
 
     def _use(self, name: str) -> WeightUse | None:
         return None if self.uses is None else self.uses.weights.get(name)
@@ -175,9 +174,7 @@ class _Finder:
         full = dotted(path, name)
         use = self._use(full)
         aliases = tuple(dotted(owner, name) for owner in shared)
-        others = tuple(dotted(path, other) for other in kind.aliases)
-        if name == "weight" and path:
-            others = (path, *others)
+        others = (path if name == "weight" else "", *(dotted(path, other) for other in kind.aliases))
         return Site(
             path=full,
             op=kind.op,
@@ -224,12 +221,12 @@ def _graph_sites(
     """
     uses = Uses({}, uses_in_graph(graph_module), complete=False)
     calls = Counter(path for path, _ in site_calls(graph_module) if path)
-    found = {site.path: site for site in _Finder(known, tied, uses).sites()}
+    in_modules = {site.path: site for site in _Finder(known, tied, uses).sites()}
     for path, number in calls.items():
-        site = found.get(path) or _weight_site(path, graph_module, tied)
+        site = in_modules.get(path) or _weight_site(path, graph_module, tied)
         yield replace(site, calls=number), True
     read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
-    for site in found.values():
+    for site in in_modules.values():
         if site.parameter in read:
             if site.calls or site.refusal not in (None, UNKNOWN_USE):
                 yield replace(site, read=False), True
@@ -238,7 +235,7 @@ def _graph_sites(
 
 
 def _weight_site(path: str, graph_module: fx.GraphModule, tied: Mapping[int, tuple[str, ...]]) -> Site:
-    """Return the site of a weight that the graph reads from a module that is no layer."""
+    """Return the site of a weight that the graph reads from a module that is not a layer."""
     owner = graph_module.get_submodule(path)
     weight = owner._parameters["weight"]
     assert weight is not None

@@ -159,7 +159,7 @@ def _symbolic_uses(trial: Trial) -> Uses:
     weights: dict[str, WeightUse] = {}
     looked_at: set[str] = set()
     with trial() as twin:
-        for path, module in ((path, each) for path, each in twin.named_modules() if has_unknown_weights(each)):
+        for path, module in ((path, module) for path, module in twin.named_modules() if has_unknown_weights(module)):
             with contextlib.suppress(NotCaptured):
                 graph_module = fx.GraphModule(module, capture_symbolically(module).graph)
                 weights |= uses_in_graph(graph_module, path)
@@ -228,11 +228,11 @@ def _with_backend(site: PlannedSite, captured: Survey, passes: Mapping[str, set[
     )
 
 
-def _reason(each: PlannedSite, captured: Survey) -> str:
+def _reason(site: PlannedSite, captured: Survey) -> str:
     """Return why the site is in no graph: the failure of its innermost region."""
-    if each.calls == 0:
+    if site.calls == 0:
         return DEAD
-    owners = [region for region in captured.failures if not region or f"{each.path}.".startswith(f"{region}.")]
+    owners = [region for region in captured.failures if not region or f"{site.path}.".startswith(f"{region}.")]
     return captured.failures[max(owners, key=len)] if owners else "outside of repeated blocks"
 
 

@@ -1,4 +1,4 @@
-"""Which parameters of a model multiply activations, seen in a real run, whoever wrote the product and wherever.
+"""Which parameters of a model multiply activations, seen in a real run, whatever code computes the product.
 
 A dispatch mode sees every kernel that runs and what memory it is given.  From strides and offsets of the operand it
 tells which axis of the parameter is summed over, so which are its inputs.
@@ -66,9 +66,8 @@ class _Tally:
     def use(self, banked: bool) -> WeightUse:
         op = self.ops.most_common(1)[0][0]
         layout, flat = self.sides.most_common(1)[0][0] if self.sides else ("out_in", False)
-        problem = self.problem
-        if len({flat for _, flat in self.sides}) > 1:
-            problem = problem or "it is used as a bank of matrices and as one matrix"
+        both = len({flat for _, flat in self.sides}) > 1
+        problem = self.problem or "it is used as a bank of matrices and as one matrix" * both
         op = "experts" if banked and not flat and op == "linear" else op
         return WeightUse(op, layout, self.calls, self.outside, problem, flat)
 
@@ -166,14 +165,14 @@ class _Memory:
         """Return what a tensor on this memory shows."""
         steps = [self._along(*step) for step in zip(tensor.shape, tensor.stride(), strict=True)]
         return tuple(
-            replace(each, axes=tuple(frozenset[int]().union(*(each.axes[i] for i in step)) for step in steps))
-            for each in self.shown
+            replace(origin, axes=tuple(frozenset[int]().union(*(origin.axes[i] for i in step)) for step in steps))
+            for origin in self.shown
         )
 
     def _along(self, size: int, stride: int) -> list[int]:
         """Return the dimensions whose index changes in so many steps of one stride."""
         dims = enumerate(zip(self.shape, self.strides, strict=True))
-        return [i for i, (n, each) in dims if n > 1 and stride * (size - 1) >= each and stride % (each * n)]
+        return [i for i, (n, own) in dims if n > 1 and stride * (size - 1) >= own and stride % (own * n)]
 
 
 class _Watch(DispatchMode):
@@ -206,8 +205,8 @@ class _Watch(DispatchMode):
         if name in _PRODUCTS:
             self._note_product(name, args)
         elif name in _KERNELS:
-            for each in (*operands, *(t for a in args if isinstance(a, (list, tuple)) for t in a)):
-                for origin in self._where(each) if isinstance(each, Tensor) and each.dim() >= 2 else ():
+            for value in (*operands, *(t for a in args if isinstance(a, (list, tuple)) for t in a)):
+                for origin in self._where(value) if isinstance(value, Tensor) and value.dim() >= 2 else ():
                     self._see(origin, "other", None, f"torch.{name} is one kernel; nothing can be added inside of it")
         elif name in _COPIES and isinstance(result, Tensor):
             self._note_copy(name, args, result)
@@ -220,7 +219,7 @@ class _Watch(DispatchMode):
         return _has_storage(tensor) and (_storage(tensor) in self._roots or _storage(tensor) in self._copies)
 
     def _where(self, tensor: Tensor) -> tuple[_Origin, ...]:
-        """Return what the tensor shows of parameters; nothing if it is none and was not made of some."""
+        """Return what the tensor shows of parameters; nothing if it is not one and was not made of any."""
         if not _has_storage(tensor):
             return ()
         memory = self._roots.get(_storage(tensor)) or self._copies.get(_storage(tensor))
@@ -234,24 +233,24 @@ class _Watch(DispatchMode):
             index = args[1][0] if name == "index" else args[2]
             if not isinstance(index, Tensor) or (len(args[1]) if name == "index" else args[1] + 1) != 1:
                 return
-            shown = tuple(replace(each, axes=(*each.axes[:1] * index.dim(), *each.axes[1:])) for each in shown)
+            shown = tuple(replace(origin, axes=(*origin.axes[:1] * index.dim(), *origin.axes[1:])) for origin in shown)
         self._remember(shown, result)
 
     def _note_computed(self, operands: list[Tensor], result: Tensor) -> None:
         """What is computed from weights, buffers and numbers alone is a weight; each axis stays where it was."""
-        given = [each for each in operands if each.is_floating_point() and each.dim()]
-        given = [each for each in given if not _has_storage(each) or _storage(each) not in self._buffers]
-        shown = [self._where(each) for each in given]
+        given = [tensor for tensor in operands if tensor.is_floating_point() and tensor.dim()]
+        given = [tensor for tensor in given if not _has_storage(tensor) or _storage(tensor) not in self._buffers]
+        shown = [self._where(tensor) for tensor in given]
         if all(shown):
             unknown = (frozenset[int](),) * result.dim()
-            every = [each for origin in shown for each in origin]
-            kept = (each if len(each.axes) == result.dim() else replace(each, axes=unknown) for each in every)
+            origins = (origin for some in shown for origin in some)
+            kept = (o if len(o.axes) == result.dim() else replace(o, axes=unknown) for o in origins)
             self._remember(tuple(kept), result)
 
     def _remember(self, shown: tuple[_Origin, ...], result: Tensor) -> None:
         if not shown or not _has_storage(result) or _storage(result) in self._roots:
             return
-        if all(len(each.axes) == result.dim() for each in shown):
+        if all(len(origin.axes) == result.dim() for origin in shown):
             alive = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
             self._copies[_storage(result)] = _Memory(shown, tuple(result.shape), result.stride(), alive)
 
@@ -289,7 +288,7 @@ class _Watch(DispatchMode):
 
     def _see(self, origin: _Origin, op: str, sides: tuple[Layout, bool] | None, problem: str = "") -> None:
         owners = origin.owners
-        inside = [each for each, module in owners.items() if self.active and self.active[-1] is module]
+        inside = [name for name, module in owners.items() if self.active and self.active[-1] is module]
         name = inside[0] if inside else next(iter(owners))
         seen = self.seen.setdefault(name, _Tally())
         seen.ops[op] += 1
@@ -318,8 +317,7 @@ def _has_storage(tensor: Tensor) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _memory_of(parameter: Tensor) -> _Memory:

@@ -60,11 +60,10 @@ def optimisations(optimise: bool | Sequence[str]) -> tuple[str, ...]:
     """Return the names of the optimisations that are asked for.
 
     Raises:
-        ValueError: a name is none; the message lists those that there are.
+        ValueError: there is no such optimisation; the message lists those that exist.
     """
     wanted = (OPTIMISATIONS if optimise else ()) if isinstance(optimise, bool) else tuple(optimise)
-    unknown = [each for each in wanted if each not in OPTIMISATIONS]
-    if unknown or isinstance(optimise, str):
+    if isinstance(optimise, str) or not set(wanted) <= set(OPTIMISATIONS):
         raise ValueError(
             f"optimise is {optimise!r}; it must be True, False, or names out of {', '.join(OPTIMISATIONS)}"
         )
@@ -122,23 +121,11 @@ def check_refusals(plan: Plan) -> None:
 
 def trainable(twin: nn.Module) -> Iterator[nn.Parameter]:
     """Yield every parameter that is to be trained, once: adapters, trained biases, modules under `train:`."""
-    seen: set[int] = set()
-    for tensor in (*_adapter_parameters(twin), *_trained_parameters(twin)):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
-
-
-def _adapter_parameters(twin: nn.Module) -> Iterator[nn.Parameter]:
-    for _, found in all_attached(twin):
-        yield from found.parameters()
-
-
-def _trained_parameters(twin: nn.Module) -> Iterator[nn.Parameter]:
     record = record_in(twin)
-    for name, parameter in twin.named_parameters(remove_duplicate=False):
-        if is_trained(name, record):
-            yield parameter
+    named = twin.named_parameters(remove_duplicate=False)
+    adapters = [parameter for _, adapter in all_attached(twin) for parameter in adapter.parameters()]
+    trained = [parameter for name, parameter in named if is_trained(name, record)]
+    yield from {id(parameter): parameter for parameter in (*adapters, *trained)}.values()
 
 
 def record_in(twin: nn.Module) -> ModelRecord:
@@ -147,6 +134,6 @@ def record_in(twin: nn.Module) -> ModelRecord:
     Raises:
         RefusedError: if the model is not adapted.
     """
-    for _, found in all_attached(twin):
-        return found.spec.record
+    for _, adapter in all_attached(twin):
+        return adapter.spec.record
     raise RefusedError("the model is not adapted", advice="tuned = lora_fx.apply(model, rules) gives one that is")

@@ -11,9 +11,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapters.adapt import is_trained
 from lora_fx.adapters.attach import Attached, all_attached, is_adapted
 from lora_fx.adapters.factors.lora import LoRAFactor
-from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.discovery.sites import take_inventory
 from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.models.tensors import get_tensor
@@ -43,7 +43,7 @@ class ExtractedSite:
 
 @dataclass(frozen=True, slots=True)
 class ExtractReport:
-    """What an extracted adapter has of the difference between two models, and what it has not."""
+    """What an extracted adapter has of the difference between two models, and what it lacks."""
 
     sites: tuple[ExtractedSite, ...]
     lost: tuple[tuple[str, float], ...]
@@ -76,7 +76,7 @@ def extracted(
     differing = _differing(tuned_full, base)
     plan = _plan(base, r, rules, differing)
     twin = build(base, plan)
-    sites = tuple(_fill(path, found, tuned_full, base) for path, found in all_attached(twin))
+    sites = tuple(_fill(path, adapter, tuned_full, base) for path, adapter in all_attached(twin))
     _take_over_trained(twin, tuned_full)
     lost = tuple((name, norm) for name, norm in differing.items() if name not in _taken(twin))
     return twin, ExtractReport(sites, lost)
@@ -97,8 +97,8 @@ def warn_of_losses(report: ExtractReport) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return found | dict(model.named_buffers(remove_duplicate=False))
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _check(tuned_full: nn.Module, base: nn.Module) -> None:
@@ -155,7 +155,7 @@ def _plan(base: nn.Module, r: int, rules: Rules, differing: dict[str, float]) ->
 
 def _all_that_differ(base: nn.Module, r: int, differing: dict[str, float]) -> Mapping[str, object]:
     """Return rules for every linear whose weight differs, with a scaling of 1."""
-    linears = [path for path, each in base.named_modules() if path and isinstance(each, nn.Linear)]
+    linears = [path for path, module in base.named_modules() if path and isinstance(module, nn.Linear)]
     changed = [path for path in linears if f"{path}.weight" in differing]
     if not changed:
         raise RefusedError("no linear differs between the two models: there is nothing to extract")
@@ -173,19 +173,19 @@ def _unfit(base: nn.Module, site: PlannedSite) -> str | None:
 # -- values
 
 
-def _fill(path: str, found: Attached, tuned_full: nn.Module, base: nn.Module) -> ExtractedSite:
+def _fill(path: str, adapter: Attached, tuned_full: nn.Module, base: nn.Module) -> ExtractedSite:
     """Give the adapter the best values of its rank, in place."""
     name = f"{path}.weight"
     ours, theirs = get_tensor(base, name), get_tensor(tuned_full, name)
     assert ours is not None
     assert theirs is not None
-    delta, r = difference(theirs, ours), found.spec.lora.r
+    delta, r = difference(theirs, ours), adapter.spec.lora.r
     left, values, right = torch.linalg.svd(delta, full_matrices=False)
     kept = min(r, len(values))
-    roots = (values[:kept] / abs(found.spec.scaling)).sqrt()
-    sign = 1.0 if found.spec.scaling > 0 else -1.0
-    _set(found.lora_A, roots.unsqueeze(1) * right[:kept], rows=r)
-    _set(found.lora_B, (sign * left[:, :kept] * roots).t(), rows=r, transposed=True)
+    roots = (values[:kept] / abs(adapter.spec.scaling)).sqrt()
+    sign = 1.0 if adapter.spec.scaling > 0 else -1.0
+    _set(adapter.lora_A, roots.unsqueeze(1) * right[:kept], rows=r)
+    _set(adapter.lora_B, (sign * left[:, :kept] * roots).t(), rows=r, transposed=True)
     energies = values.double().square()
     total = float(energies.sum())
     retained = float(energies[:kept].sum()) / total if total else 1.0
@@ -193,7 +193,7 @@ def _fill(path: str, found: Attached, tuned_full: nn.Module, base: nn.Module) ->
 
 
 def _set(factor: LoRAFactor, values: Tensor, rows: int, transposed: bool = False) -> None:
-    """Give a factor its values; rows beyond those that there are stay zero."""
+    """Give a factor its values; rows beyond those that are given stay zero."""
     padded = values.new_zeros((rows, values.shape[1]))
     padded[: values.shape[0]] = values
     with torch.no_grad():
@@ -202,34 +202,24 @@ def _set(factor: LoRAFactor, values: Tensor, rows: int, transposed: bool = False
 
 def _taken(twin: nn.Module) -> set[str]:
     """Return the names of the tensors of the base whose change the adapted model has, as far as its rank goes."""
-    record = record_in(twin)
-    names = {name for path, _ in all_attached(twin) for name in _weights(twin, path)}
-    return names | set(_trained(twin, record))
+    owners = {id(adapter.owner) for _, adapter in all_attached(twin)}
+    modules = twin.named_modules(remove_duplicate=False)
+    return {f"{path}.weight" for path, module in modules if id(module) in owners} | set(_trained(twin))
 
 
-def _weights(twin: nn.Module, path: str) -> Iterator[str]:
-    """Yield the name of the weight at a path under each name of its module."""
-    module = twin.get_submodule(path)
-    for other, each in twin.named_modules(remove_duplicate=False):
-        if each is module:
-            yield f"{other}.weight"
-
-
-def _trained(twin: nn.Module, record: ModelRecord) -> Iterator[str]:
+def _trained(twin: nn.Module) -> Iterator[str]:
     """Yield the names of what is trained whole and saved with the adapter: modules under `train:`, biases of rules."""
-    fronts = tuple(f"{path}." for path in record.trained)
-    for name in _tensors(twin):
-        if fronts and name.startswith(fronts):
-            yield name
-    for path, found in all_attached(twin):
-        if found.spec.lora.bias and found.owner._parameters.get("bias") is not None:
+    record = record_in(twin)
+    yield from (name for name in _tensors(twin) if is_trained(name, record))
+    for path, adapter in all_attached(twin):
+        if adapter.spec.lora.bias and adapter.owner._parameters.get("bias") is not None:
             yield f"{path}.bias"
 
 
 def _take_over_trained(twin: nn.Module, tuned_full: nn.Module) -> None:
     """Give what is trained whole the tuned model's values, in place."""
     theirs = _tensors(tuned_full)
-    for name in _trained(twin, record_in(twin)):
+    for name in _trained(twin):
         own = get_tensor(twin, name)
         assert own is not None
         with torch.no_grad():

@@ -87,39 +87,40 @@ def _region_row(region: RegionReport) -> tuple[str, ...]:
 def report(tuned: nn.Module) -> Report:
     """Return the report of an adapted model; RefusedError if it is not adapted."""
     record = record_in(tuned)
-    found = tuple(_region(region) for _, _, region in regions(tuned))
     covered = in_graphs(tuned)
-    sites = tuple(_site(tuned, path, each, covered) for path, each in all_attached(tuned))
+    sites = tuple(_site(tuned, path, adapter, covered) for path, adapter in all_attached(tuned))
+    ran = tuple(_region(region) for _, _, region in regions(tuned))
     total = sum(p.numel() for p in tuned.parameters())
     trained = sum(p.numel() for p in trainable(tuned))
-    return Report(record.plan.model, sites, found, record.trained, trained, total)
+    return Report(record.plan.model, sites, ran, record.trained, trained, total)
 
 
-def _site(tuned: nn.Module, path: str, each: Attached, covered: set[str]) -> AdaptedSite:
-    own_graph = isinstance(tuned, fx.GraphModule) and STATE not in each.owner.__dict__
+def _site(tuned: nn.Module, path: str, attached: Attached, covered: set[str]) -> AdaptedSite:
+    own_graph = isinstance(tuned, fx.GraphModule) and STATE not in attached.owner.__dict__
     in_graph = own_graph or path in covered
     return AdaptedSite(
         path=path,
-        op=each.spec.site.op,
-        adapter=each.spec.adapter,
-        rule=each.spec.rule,
-        r=each.spec.lora.r,
-        call=each.call,
-        scaling=each.spec.scaling,
-        parameters=sum(p.numel() for p in each.parameters()),
+        op=attached.spec.site.op,
+        adapter=attached.spec.adapter,
+        rule=attached.spec.rule,
+        r=attached.spec.lora.r,
+        call=attached.call,
+        scaling=attached.spec.scaling,
+        parameters=sum(p.numel() for p in attached.parameters()),
         backend="graph" if in_graph else "module",
     )
 
 
 def _region(region: Region) -> RegionReport:
+    programs = region.block.programs
     return RegionReport(
         path=region.path,
-        graphs=len(region.block.programs),
+        graphs=len(programs),
         hits=region.hits,
         misses=dict(region.misses),
         seconds=region.block.seconds,
         failures=tuple(dict.fromkeys(region.block.failures.values())),
-        guards=tuple(dict.fromkeys(reason for each in region.block.programs for reason in each.guard.reasons)),
-        optimised=tuple(dict.fromkeys(name for each in region.block.programs for name in each.optimised)),
-        given_up=tuple(dict.fromkeys(each.why_not_fast for each in region.block.programs if each.why_not_fast)),
+        guards=tuple(dict.fromkeys(reason for program in programs for reason in program.guard.reasons)),
+        optimised=tuple(dict.fromkeys(name for program in programs for name in program.optimised)),
+        given_up=tuple(dict.fromkeys(why for program in programs if (why := program.why_not_fast))),
     )

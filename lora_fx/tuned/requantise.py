@@ -35,20 +35,20 @@ def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Mod
     Raises:
         MergeError: nothing was quantised, or the function does not quantise a merged layer.
     """
-    sites = [(path, found) for path, found in all_attached(tuned) if is_quantised(found.base_weight)]
+    sites = [(path, adapter) for path, adapter in all_attached(tuned) if is_quantised(adapter.base_weight)]
     if not sites:
         raise MergeError("no adapted weight is quantised: there is nothing to quantise again")
     model = merged(tuned)
     costs = []
-    for path, found in sites:
-        owner, name = owner_path(path, found), found.spec.parameter
+    for path, adapter in sites:
+        owner, name = owner_path(path, adapter), adapter.spec.parameter
         exact = model.get_parameter(f"{owner}.{name}".lstrip(".")).detach()
-        again = _quantised_anew(model, owner, name, quantise)
-        costs.append(_cost(path, dense(found.base_weight), exact, dense(again)))
+        again = _quantised_again(model, owner, name, quantise)
+        costs.append(_cost(path, dense(adapter.base_weight), exact, dense(again)))
     return model, costs
 
 
-def _quantised_anew(model: nn.Module, path: str, name: str, quantise: Quantise) -> Tensor:
+def _quantised_again(model: nn.Module, path: str, name: str, quantise: Quantise) -> Tensor:
     """Quantise one layer of the model, in place, and return its weight."""
     shell = nn.Sequential(model.get_submodule(path))
     quantise(shell)
@@ -68,8 +68,8 @@ def _cost(path: str, base: Tensor, exact: Tensor, again: Tensor) -> Requantised:
 
 def warn_of_costs(costs: list[Requantised]) -> None:
     """Say at which sites quantising again took the most."""
-    worst = sorted(costs, key=lambda each: -each.share)[:6]
-    rows = [(each.path, f"max |Δ| {each.largest:.2g}", f"{each.share:.0%} of the adapter's change") for each in worst]
+    worst = sorted(costs, key=lambda cost: -cost.share)[:6]
+    rows = [(cost.path, f"max |Δ| {cost.largest:.2g}", f"{cost.share:.0%} of the adapter's change") for cost in worst]
     warnings.warn(
         f"quantising {len(costs)} merged weights again has changed them; the most:\n{columns(rows)}",
         LoraFxWarning,

@@ -28,8 +28,8 @@ def removed(tuned: nn.Module) -> nn.Module:
     """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
     record = record_in(tuned)
     twin = _plain_twin(tuned, Remove())
-    for _, found in list(all_attached(twin)):
-        detach(found.owner)
+    for _, adapter in list(all_attached(twin)):
+        detach(adapter.owner)
     for name, tensor in record.base.items():
         set_tensor(twin, name, _like(twin, name, tensor))
     return _flagged(twin, record)
@@ -45,8 +45,8 @@ def merged(tuned: nn.Module) -> nn.Module:
     check_mergeable(tuned)
     twin = _plain_twin(tuned, Merge())
     owners: dict[int, list[Attached]] = {}
-    for _, found in list(all_attached(twin)):
-        owners.setdefault(id(found.owner), []).append(found)
+    for _, adapter in all_attached(twin):
+        owners.setdefault(id(adapter.owner), []).append(adapter)
     for adapters in owners.values():
         _merge_module(adapters)
     _untie(tuned, twin)
@@ -58,8 +58,8 @@ def merged(tuned: nn.Module) -> nn.Module:
 def _merge_module(adapters: list[Attached]) -> None:
     """Fold the adapters of one module into its weights."""
     owner = adapters[0].owner
-    weights = {found.spec.parameter: folded(found) for found in adapters}
-    if any(is_quantised(found.base_weight) for found in adapters):
+    weights = {adapter.spec.parameter: folded(adapter) for adapter in adapters}
+    if any(is_quantised(adapter.base_weight) for adapter in adapters):
         forget_quantisation(owner)
     detach(owner)
     for name, weight in weights.items():
@@ -123,7 +123,11 @@ def disabled(tuned: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _inactive_modules(tuned: nn.Module) -> Iterator[None]:
-    owners = list({id(f.owner): f.owner for _, f in all_attached(tuned) if STATE in f.owner.__dict__}.values())
+    owners = list(
+        {
+            id(adapter.owner): adapter.owner for _, adapter in all_attached(tuned) if STATE in adapter.owner.__dict__
+        }.values()
+    )
     before = [(owner, set_active(owner, None)) for owner in owners]
     graphs = [(region, region.enabled) for _, _, region in regions(tuned)]
     for region, _ in graphs:
@@ -140,14 +144,10 @@ def _inactive_modules(tuned: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _base_graph(tuned: fx.GraphModule) -> Iterator[None]:
     adapted = tuned.graph
-    tuned.graph = _without_lora(tuned)
+    shell = fx.GraphModule(tuned, copy.deepcopy(adapted))
+    erase_lora_nodes(Editor(shell))
+    tuned.graph = shell.graph
     try:
         yield
     finally:
         tuned.graph = adapted
-
-
-def _without_lora(tuned: fx.GraphModule) -> fx.Graph:
-    shell = fx.GraphModule(tuned, copy.deepcopy(tuned.graph))
-    erase_lora_nodes(Editor(shell))
-    return shell.graph

@@ -275,7 +275,7 @@ def test_some_steps_of_training_change_the_factors_alone(backend: str):
     assert same_values(lora_fx.remove(tuned), base)
 
 
-# -- whoever takes the weight
+# -- what takes the weight
 
 
 class Product(torch.autograd.Function):

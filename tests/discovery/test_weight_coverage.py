@@ -54,15 +54,15 @@ def planned(model: nn.Module, inputs: Inputs) -> lora_fx.Plan:
 
 def missing(plan: lora_fx.Plan, uses: Iterable[tuple[Names, set[str]]]) -> dict[str, set[str]]:
     """Return the weights that multiply and that the plan neither adapts nor refuses with a reason, with the kernels."""
-    told = {name for each in plan.sites if _is_told(each) for name in _weights_of(each)}
+    explained = {name for each in plan.sites if _is_explained(each) for name in _weights_of(each)}
     found: dict[str, set[str]] = {}
     for names, kernels in uses:
-        if not names & told:
+        if not names & explained:
             found.setdefault(" = ".join(sorted(names)), set()).update(kernels)
     return found
 
 
-def _is_told(each: Any) -> bool:
+def _is_explained(each: Any) -> bool:
     return each.decision == "adapt" or (each.decision == "refuse" and bool(each.reason))
 
 

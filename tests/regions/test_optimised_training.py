@@ -67,7 +67,7 @@ def test_fast_program_that_is_wrong_is_given_up_with_the_reason(spoil: Spoil, mo
 
     monkeypatch.setattr(program, "_optimised", wrong)
     for peer in (LLAMA, BERT):  # a norm before the layers, and one after them
-        tuned, modules = adapted(peer, anew=True), adapted(peer, "modules")
+        tuned, modules = adapted(peer, fresh=True), adapted(peer, "modules")
         assert_equal_but_for_rounding(*(trained(each.train(), peer.call) for each in (tuned, modules)))
         assert not fast_passes(tuned)
         reasons = {each.why_not_fast for each in programs(tuned) if each.why_not_fast}

@@ -175,27 +175,27 @@ def adapted(
     backend: str = "auto",
     random: bool = True,
     dropout: float = 0.0,
-    anew: bool = False,
+    fresh: bool = False,
     optimise: bool = True,
     **config: Any,
 ) -> nn.Module:
     """Return an adapted model, always with the same values; B is zero unless `random`.
 
-    It is a copy of one that is kept, and knows the graphs that others have learnt; `anew`, only those of `apply`.
+    It is a copy of one that is kept, and knows the graphs that others have learnt; `fresh`, only those of `apply`.
     """
     options = (dropout, tuple(config.items()), optimise)
     if backend == "modules":
         tuned = lora_fx.apply(peer.build(**config), rules(r=2, dropout=dropout), backend="modules")
     else:
-        tuned = _applied(peer, *options) if anew else copy.deepcopy(_kept(peer, *options))
+        tuned = _applied(peer, *options) if fresh else copy.deepcopy(_kept(peer, *options))
     if random:
         randomise_(tuned)
     return tuned
 
 
-def pair(peer: Peer, anew: bool = False, **options: Any) -> tuple[nn.Module, nn.Module]:
+def pair(peer: Peer, fresh: bool = False, **options: Any) -> tuple[nn.Module, nn.Module]:
     """Return the model adapted by graphs and by modules, with equal values."""
-    return adapted(peer, anew=anew, **options), adapted(peer, "modules", **options)
+    return adapted(peer, fresh=fresh, **options), adapted(peer, "modules", **options)
 
 
 def frozen(peer: Peer, **config: Any) -> nn.Module:

@@ -61,7 +61,7 @@ def test_adapters_change_the_generated_tokens(peer: Peer):
 @each((LLAMA,), slow=(T5,))
 @pytest.mark.parametrize("way", ["greedy", pytest.param("beams", marks=pytest.mark.slow)])
 def test_decoding_runs_as_graphs_once_the_steps_are_known(peer: Peer, way: str):
-    tuned = adapted(peer, anew=True)
+    tuned = adapted(peer, fresh=True)
     for batch in (1, 2):
         before = counts(tuned)
         generated(tuned, batch, **WAYS[way])

@@ -238,7 +238,7 @@ def test_replaced_linear_is_used_and_captured(peer: Peer):
 
 
 def test_replaced_weight_and_replaced_norm_are_used():
-    tuned, modules = pair(LLAMA, anew=True)
+    tuned, modules = pair(LLAMA, fresh=True)
     for model in (tuned, modules):
         layer = model.model.layers[0]
         layer.mlp.down_proj.weight = nn.Parameter(torch.full((32, 48), 0.01), requires_grad=False)
@@ -252,7 +252,7 @@ def test_replaced_weight_and_replaced_norm_are_used():
 def test_other_attention_implementation_is_never_stale(peer: Peer):
     base, graph = (
         peer.build(attn_implementation="sdpa"),
-        adapted(peer, random=False, anew=True, attn_implementation="sdpa"),
+        adapted(peer, random=False, fresh=True, attn_implementation="sdpa"),
     )
     base.requires_grad_(False)
     given = peer.inputs(3, 7)
@@ -288,7 +288,7 @@ def test_changed_dropout_and_changed_activation_are_never_stale(peer: Peer):
 
 @each(QUICK, slow=(T5,))
 def test_threads_that_call_at_once_get_right_results(peer: Peer):
-    graph, modules = pair(peer, anew=True)
+    graph, modules = pair(peer, fresh=True)
     shapes = [(batch, length) for batch in (1, 2, 3) for length in (1, 5)]
     with torch.no_grad():
         expected = {shape: peer.call(modules, *shape) for shape in shapes}
@@ -321,7 +321,7 @@ def in_threads(wrong, number: int = 4, turns: int = 12) -> list[object]:
 
 
 def test_threads_with_caches_of_their_own_generate_right_tokens():
-    graph, modules = pair(LLAMA, anew=True)
+    graph, modules = pair(LLAMA, fresh=True)
     prompts = [tokens(batch, length) for batch in (1, 2) for length in (3, 6)]
     options = {"max_new_tokens": 5, "min_new_tokens": 5}
     expected = [modules.generate(prompt, **options) for prompt in prompts]

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` 
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that only forwards do: whoever recomputes a block does them twice."""
+    """Counts the operations that only forwards do: code that recomputes a block does them twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def trained(peer: Peer, model: nn.Module) -> tuple[Tensor, list[Tensor], Counter
 @each(QUICK, slow=LARGE)
 @REENTRANT
 def test_checkpointed_blocks_are_recomputed_and_gradients_stay_the_same(peer: Peer, reentrant: bool):
-    graph, modules = pair(peer, anew=True)
+    graph, modules = pair(peer, fresh=True)
     *expected, without = trained(peer, modules)
     for model in (graph, modules):
         checkpoint_blocks(peer, model, reentrant)

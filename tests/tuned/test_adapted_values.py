@@ -79,7 +79,7 @@ def test_adapters_with_values_change_what_the_base_computes(peer: Peer):
 
 @each(PEERS)
 def test_every_block_runs_as_a_graph_at_other_sizes(peer: Peer):
-    tuned = adapted(peer, anew=True)
+    tuned = adapted(peer, fresh=True)
     for training in (False, True):
         for shape in ((3, 7), (4, 5)):
             with torch.set_grad_enabled(training):
