@@ -151,7 +151,7 @@ class StalePlanError(LoraFxError):
 
     def __init__(self, differences: Sequence[tuple[str, str, str]]) -> None:
         self.differences = tuple(differences)
-        facts = [(path, f"planned {planned}", f"found {found}") for path, planned, found in self.differences]
+        facts = [(path, f"planned {planned}", f"found {actual}") for path, planned, actual in self.differences]
         advice = "plan again: lora_fx.plan(model, rules)"
         super().__init__(_message("the plan was made for a different model", facts, advice))
 

@@ -22,22 +22,22 @@ def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
     in_graph = {path for path, _ in all_attached(twin)}
     kernels, in_code = read_by_kernels(twin), read_in_graph(twin)
     owners: dict[str, list[PlannedSite]] = {}
-    for each in plan.adapted:
-        if each.path not in in_graph:
-            attach(twin.get_submodule(each.site.owner), spec_of(each, record, twin))
-            owners.setdefault(each.site.owner, []).append(each)
+    for planned in plan.adapted:
+        if planned.path not in in_graph:
+            attach(twin.get_submodule(planned.site.owner), spec_of(planned, record, twin))
+            owners.setdefault(planned.site.owner, []).append(planned)
     for path, sites in owners.items():
-        read = [each for each in sites if _is_read(each) or path in kernels or each.site.weight in in_code]
-        names = [each.site.weight.rpartition(".")[2] for each in read]
+        read = [planned for planned in sites if _is_read(planned) or path in kernels or planned.site.weight in in_code]
+        names = [planned.site.weight.rpartition(".")[2] for planned in read]
         adapt(twin.get_submodule(path), names, path in kernels)
-    if any(found.call is not None for _, found in all_attached(twin)):
+    if any(adapter.call is not None for _, adapter in all_attached(twin)):
         twin.register_forward_pre_hook(count_calls_anew)
         twin.register_forward_hook(stop_counting, always_call=True)
 
 
-def _is_read(each: PlannedSite) -> bool:
-    """Whether the weight must show itself adapted; where nothing has called its owner, whoever uses it may read it."""
-    return each.site.read or bool(each.site.parameter) or each.calls == 0
+def _is_read(planned: PlannedSite) -> bool:
+    """Whether the weight must show itself adapted; where nothing has called its owner, any user of it may read it."""
+    return planned.site.read or bool(planned.site.parameter) or planned.calls == 0
 
 
 def read_in_graph(model: nn.Module) -> set[str]:
@@ -49,7 +49,7 @@ def read_in_graph(model: nn.Module) -> set[str]:
 
 def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) -> None:
     """Give the twin values of its own for all else that training will change, and keep the model's in the record."""
-    biases = [f"{path}.bias" for path, found in all_attached(twin) if found.spec.lora.bias and _owns_bias(found)]
+    biases = [f"{path}.bias" for path, adapter in all_attached(twin) if adapter.spec.lora.bias and _owns_bias(adapter)]
     whole = [name for name, _ in twin.named_parameters(remove_duplicate=False) if is_trained(name, record)]
     names = list(dict.fromkeys((*whole, *biases)))
     record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
@@ -57,5 +57,5 @@ def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) 
     own_parameters(twin, names, requires_grad=True)
 
 
-def _owns_bias(found: Attached) -> bool:
-    return found.spec.path_is_owner and found.owner._parameters.get("bias") is not None
+def _owns_bias(adapter: Attached) -> bool:
+    return adapter.spec.path_is_owner and adapter.owner._parameters.get("bias") is not None

@@ -164,7 +164,7 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
     for name in CHILDREN:
         if name in home._modules:
             home._modules[name].train(owner.training)  # type: ignore[union-attr]
-    return [found for found in attached_to(owner) if found.spec is spec]
+    return [adapter for adapter in attached_to(owner) if adapter.spec is spec]
 
 
 def _home(owner: nn.Module, spec: AdapterSpec) -> nn.Module:
@@ -232,12 +232,12 @@ def _attached(owner: nn.Module, home: nn.Module, name: str, factor: nn.Module | 
 
 def attached(owner: nn.Module, parameter: str = "weight") -> Attached | None:
     """Return the adapter beside one weight of the module (its first call's, if each has its own), or None."""
-    return next((found for found in attached_to(owner) if found.spec.parameter == parameter), None)
+    return next((adapter for adapter in attached_to(owner) if adapter.spec.parameter == parameter), None)
 
 
 def _partners(home: nn.Module, adapter: str) -> tuple[nn.Module, nn.Module | None, DoRAMagnitude | None]:
     holders = [home._modules.get(name) for name in CHILDREN[1:]]  # torch.compile cannot read a `:=` in here
-    lora_b, dropout, magnitude = (None if each is None else each._modules[adapter] for each in holders)
+    lora_b, dropout, magnitude = (None if holder is None else holder._modules[adapter] for holder in holders)
     assert lora_b is not None
     assert magnitude is None or isinstance(magnitude, DoRAMagnitude)
     return lora_b, dropout, magnitude
@@ -245,7 +245,7 @@ def _partners(home: nn.Module, adapter: str) -> tuple[nn.Module, nn.Module | Non
 
 def has_call_factors(owner: nn.Module) -> bool:
     """Whether each call of the module has an adapter of its own."""
-    return any(found.call is not None for found in attached_to(owner))
+    return any(adapter.call is not None for adapter in attached_to(owner))
 
 
 def shown_parameters(owner: nn.Module) -> tuple[str, ...]:
@@ -264,13 +264,13 @@ def share_adapter(owner: nn.Module, other: nn.Module) -> None:
 def all_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
     """Yield (path of the site, adapter) for every adapter in the model, in model order; a shared module once."""
     for path, module in model.named_modules():
-        for found in attached_to(module):
-            yield (path if found.spec.path_is_owner else dotted(path, found.spec.parameter)), found
+        for adapter in attached_to(module):
+            yield (path if adapter.spec.path_is_owner else dotted(path, adapter.spec.parameter)), adapter
 
 
-def owner_path(path: str, found: Attached) -> str:
+def owner_path(path: str, adapter: Attached) -> str:
     """Return the path of the module that owns the weight of the site at `path`."""
-    return path if found.spec.path_is_owner else path.rpartition(".")[0]
+    return path if adapter.spec.path_is_owner else path.rpartition(".")[0]
 
 
 def detach(owner: nn.Module) -> None:

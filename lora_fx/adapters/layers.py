@@ -139,35 +139,35 @@ def reading(names: tuple[str, ...]) -> type:
 def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
     def read(owner: nn.Module) -> Tensor | None:
         base = owner._parameters[name]
-        found = attached(owner, name)
+        adapter = attached(owner, name)
         state = owner.__dict__.get(STATE)
-        if found is None or base is None or state is None or state.active is None:
+        if adapter is None or base is None or state is None or state.active is None:
             return base
-        return shown(found, base)
+        return shown(adapter, base)
 
     return read
 
 
-def shown(found: Attached, base: Tensor) -> Tensor:
+def shown(adapter: Attached, base: Tensor) -> Tensor:
     """Return the adapted weight as it is read: a LoRAWeight, or a plain tensor for those who need one."""
-    owner = found.owner
+    owner = adapter.owner
     fused = owner.__dict__[STATE].dense and not owner.training and not torch.is_grad_enabled()
     wrapped = torch.compiler.is_compiling() or in_functorch()
-    if found.magnitude is not None or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
-        return effective_weight(found, base)
-    dropout = found.dropout if found.dropout is not None and found.dropout.training else None
-    return LoRAWeight(Part(base, found.low_rank(), dropout))
+    if adapter.magnitude is not None or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
+        return effective_weight(adapter, base)
+    dropout = adapter.dropout if adapter.dropout is not None and adapter.dropout.training else None
+    return LoRAWeight(Part(base, adapter.low_rank(), dropout))
 
 
-def effective_weight(found: Attached, base: Tensor) -> Tensor:
+def effective_weight(adapter: Attached, base: Tensor) -> Tensor:
     """Return W + scaling · B A (DoRA: m · V / ‖V‖) in W's dtype, through which gradients reach the adapter."""
-    delta = found.delta().to(base.dtype)
-    if found.magnitude is None:
+    delta = adapter.delta().to(base.dtype)
+    if adapter.magnitude is None:
         return base + delta
-    rows = as_rows(base, found.spec.site.layout)
-    norms = row_norms(rows, found.lora_A.weight, found.lora_B.matrix, found.spec.scaling)
-    outputs = 1 if found.spec.site.layout == "out_in" else 0
-    scale = stretch(found.magnitude.weight, norms).to(base.dtype).unsqueeze(outputs)
+    rows = as_rows(base, adapter.spec.site.layout)
+    norms = row_norms(rows, adapter.lora_A.weight, adapter.lora_B.matrix, adapter.spec.scaling)
+    outputs = 1 if adapter.spec.site.layout == "out_in" else 0
+    scale = stretch(adapter.magnitude.weight, norms).to(base.dtype).unsqueeze(outputs)
     return base + (scale - 1) * base + scale * delta
 
 

@@ -72,7 +72,7 @@ def saved_bytes(forward: Work, own: Iterable[Tensor] = ()) -> int:
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Keep Python's collector of garbage from running, as far as that is to be had: it would take time, and memory."""
+    """Keep Python's garbage collector from running, as far as possible: it would take time, and memory."""
     gc.collect()
     was_on = gc.isenabled()
     gc.disable()
@@ -85,7 +85,7 @@ def no_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Let collections of garbage look at what is made from now on only: with large libraries loaded they are slow."""
+    """Let the garbage collector look only at what is made from now on: with large libraries loaded it is slow."""
     gc.collect()
     ours = gc.get_freeze_count() == 0  # what others have frozen stays frozen
     if ours:

@@ -40,7 +40,7 @@ class BenchReport:
 
     @property
     def excess_removed(self) -> float | None:
-        """How much of the time that PEFT takes above LB lora_fx does not take; None where PEFT takes none."""
+        """Share of PEFT's time above LB that lora_fx saves; None where PEFT takes none."""
         if self.timing is None or PEFT not in self.timing.ratios:
             return None
         theirs, ours = (self.timing.ratios[name].ratio - 1 for name in (PEFT, OURS))

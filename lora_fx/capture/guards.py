@@ -26,7 +26,7 @@ _FAILURES = "(AttributeError, KeyError, IndexError, TypeError)"
 
 
 Match = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, ...] | int]
-"""Returns the graph's inputs, or the index of the reason why this call is none of its own."""
+"""Returns the graph's inputs, or the index of the reason why this call is not its own."""
 
 
 @dataclass(frozen=True, slots=True)

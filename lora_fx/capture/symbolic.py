@@ -125,7 +125,7 @@ class _SymbolicTracer(Listener, fx.Tracer):
 
 
 class _OnlyProxies(TorchFunctionMode):
-    """Refuses torch functions that compute on something else than proxies: their result would be a constant."""
+    """Refuses torch functions that compute on anything other than proxies: their result would be a constant."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not any(issubclass(kind, fx.Proxy) for kind in types):

@@ -70,7 +70,7 @@ def _difference(a: str, others: tuple[str, ...]) -> GraphDiff | PlanDiff:
 
 
 def _is_rules(operand: str) -> bool:
-    """Whether an operand names rules: what is no MODEL by its form is a rule file, or a shipped one's name."""
+    """Whether an operand names rules: what is not a MODEL by its form is a rule file, or a shipped one's name."""
     if operand.endswith((".yaml", ".yml")):
         return True
     return not (":" in operand or operand.endswith((*_JSON, ".pt2", ".safetensors")))

@@ -37,7 +37,7 @@ def terminal_width() -> int | None:
 
 
 def write(text: str, output: str = "-", form: str = "text") -> None:
-    """Write the text to a file as it is, or show it: within the terminal's width, and in colours where there are."""
+    """Write the text to a file as it is, or show it: within the terminal's width, and in colours where it has them."""
     if output == "-" and form == "text":
         show(wrapped(text, terminal_width()))
     elif output == "-":

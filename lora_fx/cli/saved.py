@@ -17,7 +17,7 @@ def read_text(name: str) -> str:
     """Return the text of a file, or of the standard input for `-`.
 
     Raises:
-        SavedFileError: it is missing or no text.
+        SavedFileError: it is missing or not text.
     """
     try:
         return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def read_plan(name: str) -> Plan:
     """Return a plan that `lora-fx plan --format json` wrote.
 
     Raises:
-        SavedFileError: it is missing or no plan.
+        SavedFileError: it is missing or not a plan.
     """
     try:
         return Plan.from_json(read_text(name))

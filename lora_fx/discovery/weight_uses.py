@@ -219,7 +219,7 @@ class _Watch(DispatchMode):
         return _has_storage(tensor) and (_storage(tensor) in self._roots or _storage(tensor) in self._copies)
 
     def _where(self, tensor: Tensor) -> tuple[_Origin, ...]:
-        """Return what the tensor shows of parameters; nothing if it is none and was not made of some."""
+        """Return what the tensor shows of parameters; nothing if it is not one and was not made of any."""
         if not _has_storage(tensor):
             return ()
         memory = self._roots.get(_storage(tensor)) or self._copies.get(_storage(tensor))

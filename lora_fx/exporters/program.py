@@ -25,7 +25,7 @@ EVERY_FEATURE: dict[str, Ability] = {
     **dict.fromkeys(FEATURES, "yes"),
     **dict.fromkeys(("slices", "alphas", "rslora"), "exact equivalent"),
 }
-"""What a program of the whole model expresses; the scaling is in B, and what is no row of a part is zero there."""
+"""What a program of the whole model expresses; the scaling is in B, and rows that are not of a part are zero there."""
 EXPERTS = "where it is transformers' experts: load the model with experts_implementation='batched_mm'"
 
 
@@ -42,7 +42,7 @@ class PlainOutputs(Swapped, nn.Module):
 
 
 def plain(value: Any) -> Any:
-    """Return the tensors of an output: a transformers output as a dict, without what is no tensor (caches)."""
+    """Return the tensors of an output: a transformers output as a dict, without what is not a tensor (caches)."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):

@@ -29,7 +29,7 @@ def target_named(name: str) -> Target:
     """Return the target of that name.
 
     Raises:
-        ExportError: there is none, or what bears the name is none.
+        ExportError: there is none, or what has the name is not a target.
     """
     if name in _own():
         own: Target = importlib.import_module(f"lora_fx.exporters.{name}").TARGET

@@ -112,7 +112,7 @@ class Graph:
         """Return the graph that `to_json` has written.
 
         Raises:
-            GraphFileError: it is no such JSON.
+            GraphFileError: it is not such JSON.
         """
         try:
             document = json.loads(text)

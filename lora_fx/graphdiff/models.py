@@ -166,9 +166,9 @@ def _reads_the_same(module: nn.Module, made: Captured, wanted: Captured) -> bool
 
 @contextlib.contextmanager
 def _in_its_mode(module: nn.Module, captured: Captured) -> Iterator[None]:
-    """Let the module be in the mode, and around it what was around, when the call was captured.
+    """Put the module in the mode, and the ambient state around it, in which the call was captured.
 
-    Whether weights want gradients decides which of its ways torch's attention takes; that is no difference to show.
+    Whether weights require gradients decides which path torch's attention takes; that is not a difference to show.
     """
     around = contextlib.nullcontext() if captured.ambient is None else captured.ambient.active()
     flags = captured.dependencies.flags

@@ -17,7 +17,7 @@ from lora_fx.graphdiff.graphs import Graph
 
 
 class ProgramFileError(LoraFxError):
-    """A file is no exported program that this torch can read."""
+    """A file is not an exported program that this torch can read."""
 
 
 def load_program(path: Path) -> ExportedProgram:

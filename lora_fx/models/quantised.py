@@ -1,4 +1,4 @@
-"""Weights that are no plain tensors of numbers: quantised ones, which say themselves what numbers they stand for."""
+"""Weights that are not plain tensors of numbers: quantised ones, which say themselves what numbers they stand for."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def samples_for(model: nn.Module, example_inputs: object) -> Samples:
 
     Raises:
         CaptureError: as `samples_of`.
-        TypeError: the model is no module.
+        TypeError: the model is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, found {type(model).__name__}")

@@ -112,13 +112,13 @@ class Editor:
                 self._note("drop module", f"{path}.{name}".lstrip("."), site)
 
     def set_weight(self, path: str, weight: Tensor, requires_grad: bool, name: str = "weight") -> None:
-        """Put a new Parameter at `<path>.<name>`; whoever else holds the old one keeps it."""
+        """Put a new Parameter at `<path>.<name>`; other holders of the old one keep it."""
         owner = self.graph_module.get_submodule(path)
         setattr(owner, name, nn.Parameter(weight, requires_grad=requires_grad))
         self._note("set weight", f"{path}.{name}", path)
 
     def set_tensor(self, name: str, tensor: Tensor, site: str) -> None:
-        """Put a tensor in place of the parameter or buffer of that name; whoever else holds the old one keeps it."""
+        """Put a tensor in place of the parameter or buffer of that name; other holders of the old one keep it."""
         set_tensor(self.graph_module, name, tensor)
         self._note("set weight", name, site)
 

@@ -34,12 +34,12 @@ class Merge(Pass):
     def run(self, editor: Editor) -> None:
         erase_lora_nodes(editor)
         sites = list(all_attached(editor.graph_module))
-        _keep_other_readers(editor, [path for path, found in sites if found.spec.path_is_owner])
-        for path, found in sites:
-            weight, name = folded(found), found.spec.parameter
-            owner = owner_path(path, found)
+        _keep_other_readers(editor, [path for path, adapter in sites if adapter.spec.path_is_owner])
+        for path, adapter in sites:
+            weight, name = folded(adapter), adapter.spec.parameter
+            owner = owner_path(path, adapter)
             editor.drop_modules(owner, detach, path)
-            editor.set_weight(owner, weight, dotted(owner, name) in found.spec.record.requires_grad, name)
+            editor.set_weight(owner, weight, dotted(owner, name) in adapter.spec.record.requires_grad, name)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         if is_adapted(graph_module):
@@ -47,7 +47,7 @@ class Merge(Pass):
 
 
 def _keep_other_readers(editor: Editor, paths: list[str]) -> None:
-    """Let whoever else reads an adapted weight (the embedding tied to a head) read it under a name that keeps it.
+    """Let every other reader of an adapted weight (the embedding tied to a head) read it under a name that keeps it.
 
     torch.export reads tied parameters under one of their names.
 
@@ -71,21 +71,21 @@ def _keep_other_readers(editor: Editor, paths: list[str]) -> None:
 def _other_name(graph_module: fx.GraphModule, name: str, merged: set[str]) -> str | None:
     """Return another name of the same parameter that no merge changes."""
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
-    return next((each for each, p in parameters.items() if p is parameters[name] and each not in merged), None)
+    return next((other for other, p in parameters.items() if p is parameters[name] and other not in merged), None)
 
 
-def folded(found: Attached) -> Tensor:
+def folded(adapter: Attached) -> Tensor:
     """Return W + scaling · B A (DoRA: m · V / ‖V‖) of one adapter, as W is stored: a new tensor without gradient.
 
     Of a quantised W it is a plain tensor: the numbers that W stands for, plus the delta.
     """
     with torch.no_grad():
-        weight = dense(found.base_weight)
-        if found.magnitude is None:
-            return folded_weight(weight, found.delta())
-        factors = (found.lora_A.weight, found.lora_B.weight, found.spec.scaling, found.magnitude.weight)
-        merged = merged_dora_weight(as_rows(weight, found.spec.site.layout), *factors)
-        stored: Tensor = as_rows(merged, found.spec.site.layout)
+        weight = dense(adapter.base_weight)
+        if adapter.magnitude is None:
+            return folded_weight(weight, adapter.delta())
+        factors = (adapter.lora_A.weight, adapter.lora_B.weight, adapter.spec.scaling, adapter.magnitude.weight)
+        merged = merged_dora_weight(as_rows(weight, adapter.spec.site.layout), *factors)
+        stored: Tensor = as_rows(merged, adapter.spec.site.layout)
         return stored.contiguous()
 
 
@@ -94,12 +94,12 @@ def check_mergeable(model: torch.nn.Module) -> None:
     if not is_adapted(model):
         raise MergeError("the model has no adapter to merge")
     bad = []
-    for path, found in all_attached(model):
-        if found.call is not None:
+    for path, adapter in all_attached(model):
+        if adapter.call is not None:
             bad.append((path, "each call has an adapter of its own, and the one weight cannot hold them all"))
-        elif found.lora_A.weight.is_meta:
+        elif adapter.lora_A.weight.is_meta:
             bad.append((path, "on the meta device: no values to merge"))
-        elif not torch.isfinite(folded(found)).all():
+        elif not torch.isfinite(folded(adapter)).all():
             bad.append((path, "the merged weight has NaN or infinite values"))
     if bad:
         raise MergeError("merging would spoil the model; nothing was merged", list(dict.fromkeys(bad)))

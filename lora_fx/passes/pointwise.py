@@ -61,7 +61,7 @@ def _is_in_place(node: fx.Node) -> bool:
 
 def kept_by_autograd(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the tensors that torch keeps for the backward pass of a repeatable operation, frozen parameters apart."""
-    name, operands = operation(node), [each for each in node.all_input_nodes if each.op != "get_attr"]
+    name, operands = operation(node), [operand for operand in node.all_input_nodes if operand.op != "get_attr"]
     if name in _KEEP_RESULT:
         yield node
     elif name == "mul" and len(node.all_input_nodes) < 2:

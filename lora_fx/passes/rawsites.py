@@ -51,7 +51,7 @@ class GraphUse:
     """The operand of that node that shows the parameter."""
     view: WeightView
     delta: Delta | None
-    """How the node multiplies; None for what is no product, and needs the weight as a whole."""
+    """How the node multiplies; None where it is not a product and needs the whole weight."""
     op: str = ""
     layout: Layout | None = None
 
@@ -59,7 +59,7 @@ class GraphUse:
 def raw_uses(graph_module: fx.GraphModule) -> Iterator[GraphUse]:
     """Yield every use of a raw matrix in the graph, after views and casts, in the graph's order.
 
-    A `weight` that F.linear takes from its module is no raw parameter (`sites.site_calls`).
+    A `weight` that F.linear takes from its module is not a raw parameter (`sites.site_calls`).
     """
     shown: dict[fx.Node, tuple[str, WeightView | list[WeightView]]] = {}
     linears = _weights_of_linears(graph_module)
@@ -69,7 +69,7 @@ def raw_uses(graph_module: fx.GraphModule) -> Iterator[GraphUse]:
             if whole is not None and node.target not in linears:
                 shown[node] = (str(node.target), whole)
             continue
-        for weight in dict.fromkeys(each for each in node.all_input_nodes if each in shown):
+        for weight in dict.fromkeys(operand for operand in node.all_input_nodes if operand in shown):
             name, view = shown[weight]
             seen = _seen_through(node, weight, view)
             if seen is not None:
@@ -84,9 +84,9 @@ def _whole(graph_module: fx.GraphModule, node: fx.Node) -> WeightView | None:
     parameter = module._parameters.get(last) if isinstance(module, nn.Module) else None
     if parameter is None or parameter.dim() < 2 or (last == "weight" and kind_of(module) is not None):
         return None
-    found = attached(module, last)
+    adapter = attached(module, last)
     convolves = any(name_of(user.target).startswith("conv") for user in node.users)
-    banked = parameter.dim() == 3 and not convolves if found is None else found.spec.site.is_banked
+    banked = parameter.dim() == 3 and not convolves if adapter is None else adapter.spec.site.is_banked
     return WeightView.of(tuple(parameter.shape), banked)
 
 
@@ -111,7 +111,7 @@ def _seen_through(node: fx.Node, weight: fx.Node, view: Any) -> Any:
         return view[node.args[1]] if name == "getitem" and isinstance(node.args[1], int) else None
     if name in COPIES:
         return view
-    others = [each for each in node.all_input_nodes if each is not weight]
+    others = [operand for operand in node.all_input_nodes if operand is not weight]
     if name not in VIEWS or others:
         return None
     run: Callable[..., Any] = _method(name) if node.op == "call_method" else node.target  # type: ignore[assignment]
@@ -172,11 +172,11 @@ def _layout(kind: str, args: tuple[Any, ...], view: WeightView) -> Layout | None
 
 
 def splice_raw(editor: Editor) -> None:
-    """Write the LoRA nodes of every adapted raw parameter at each of its uses; what is no product gets W + ΔW."""
+    """Write the LoRA nodes of every adapted raw parameter at each of its uses; W + ΔW where it is not a product."""
     for use in list(raw_uses(editor.graph_module)):
-        found = _adapter(editor.graph_module, use.parameter)
-        if found is not None:
-            _splice(editor, use, found)
+        adapter = _adapter(editor.graph_module, use.parameter)
+        if adapter is not None:
+            _splice(editor, use, adapter)
 
 
 def _adapter(graph_module: fx.GraphModule, parameter: str) -> Attached | None:
@@ -184,32 +184,32 @@ def _adapter(graph_module: fx.GraphModule, parameter: str) -> Attached | None:
     return attached(graph_module.get_submodule(owner), name)
 
 
-def _splice(editor: Editor, use: GraphUse, found: Attached) -> None:
-    home = _home(use.parameter, found)
-    if use.delta is not None and _write_product(editor, use, found, home):
+def _splice(editor: Editor, use: GraphUse, adapter: Attached) -> None:
+    home = _home(use.parameter, adapter)
+    if use.delta is not None and _write_product(editor, use, adapter, home):
         return
     with editor.writing_after(use.weight, use.parameter) as write:
-        low = _low_rank(write, use, found, home)
+        low = _low_rank(write, use, adapter, home)
         whole = write.proxy(use.weight) + low.dense().type_as(write.proxy(use.weight))
     use.node.replace_input_with(use.weight, whole.node)
     editor.note_use(use.node, use.parameter)
 
 
-def _home(parameter: str, found: Attached) -> str:
+def _home(parameter: str, adapter: Attached) -> str:
     owner, _, name = parameter.rpartition(".")
-    return owner if found.home is found.owner else dotted(owner, name + HOME)
+    return owner if adapter.home is adapter.owner else dotted(owner, name + HOME)
 
 
-def _write_product(editor: Editor, use: GraphUse, found: Attached, home: str) -> bool:
+def _write_product(editor: Editor, use: GraphUse, adapter: Attached, home: str) -> bool:
     """Write base + low-rank product after the node; False, with nothing written, if it does not factor."""
-    name, spec = found.spec.adapter, found.spec
+    name, spec = adapter.spec.adapter, adapter.spec
     before = set(editor.graph.nodes)
     with editor.writing_after(use.node, use.parameter) as write:
 
         def given(x: Any) -> Any:
-            if found.dropout is not None:
+            if adapter.dropout is not None:
                 x = write.module(dotted(home, f"lora_dropout.{name}"))(x)
-            return x.to(found.lora_A.weight.dtype) if spec.mixed and use.op != "embedding" else x
+            return x.to(adapter.lora_A.weight.dtype) if spec.mixed and use.op != "embedding" else x
 
         # only now: what makes the other operand may have been adapted just before
         operand: Any = lambda node: node if node is use.weight else write.proxy(node)  # noqa: E731
@@ -217,23 +217,23 @@ def _write_product(editor: Editor, use: GraphUse, found: Attached, home: str) ->
         args, kwargs = mapped
         delta = product(name_of(use.node.target), Call(args, kwargs, use.weight))
         assert delta is not None
-        low = delta(_low_rank(write, use, found, home), given)
+        low = delta(_low_rank(write, use, adapter, home), given)
         if low is not None:
             result = write.proxy(use.node) + (low.type_as(write.proxy(use.node)) if spec.mixed else low)
     if low is None:
-        for node in reversed([each for each in editor.graph.nodes if each not in before]):
+        for node in reversed([node for node in editor.graph.nodes if node not in before]):
             editor.erase(node, use.parameter)
         return False
-    added = {each for each in editor.graph.nodes if each not in before}
+    added = {node for node in editor.graph.nodes if node not in before}
     editor.replace_uses(use.node, result.node, use.parameter, but=lambda user: user in added)
     return True
 
 
-def _low_rank(write: Writer, use: GraphUse, found: Attached, home: str) -> Factored:
+def _low_rank(write: Writer, use: GraphUse, adapter: Attached, home: str) -> Factored:
     """Return the low-rank weight with proxies for its factors."""
-    A, B = (_matrix(write, dotted(home, f"{factor}.{found.spec.adapter}"), module)
-            for factor, module in (("lora_A", found.lora_A), ("lora_B", found.lora_B)))  # fmt: skip
-    return Factored.of(use.view, A, B, found.spec.site.layout, found.spec.rank, found.spec.scaling)
+    A, B = (_matrix(write, dotted(home, f"{factor}.{adapter.spec.adapter}"), module)
+            for factor, module in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)))  # fmt: skip
+    return Factored.of(use.view, A, B, adapter.spec.site.layout, adapter.spec.rank, adapter.spec.scaling)
 
 
 def _matrix(write: Writer, path: str, factor: nn.Module) -> fx.Proxy:
@@ -261,20 +261,20 @@ def raw_lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
     low: dict[fx.Node, tuple[str, frozenset[fx.Node]]] = {}
     for node in list(graph_module.graph.nodes):
         path = _factor_path(node)
-        inputs = [each for each in node.all_input_nodes if each in low]
+        inputs = [operand for operand in node.all_input_nodes if operand in low]
         if path is not None:
             low[node] = (path, frozenset({node}))
         elif inputs and node.target is operator.add and node.args[0] not in low:
             path, _ = low[inputs[0]]
-            inside = frozenset(n for each in inputs for n in low[each][1]) | {node}
-            order = [each for each in graph_module.graph.nodes if each in inside]
+            inside = frozenset(n for operand in inputs for n in low[operand][1]) | {node}
+            order = [inner for inner in graph_module.graph.nodes if inner in inside]
             assert isinstance(node.args[0], fx.Node)
             yield LoRANodes(path, node.args[0], node, tuple(reversed(order)))
         elif inputs:
-            casts = {each for each in node.all_input_nodes if _is_cast_for(each, node)}
-            dropped = {each for each in (*node.all_input_nodes, *(x for cast in casts for x in cast.all_input_nodes))
-                       if is_dropout(each)}  # fmt: skip
-            inside = frozenset({node, *dropped, *casts, *(n for each in inputs for n in low[each][1])})
+            casts = {operand for operand in node.all_input_nodes if _is_cast_for(operand, node)}
+            nearby = (*node.all_input_nodes, *(x for cast in casts for x in cast.all_input_nodes))
+            dropped = {operand for operand in nearby if is_dropout(operand)}
+            inside = frozenset({node, *dropped, *casts, *(n for operand in inputs for n in low[operand][1])})
             low[node] = (low[inputs[0]][0], inside)
 
 

@@ -28,7 +28,7 @@ from lora_fx.passes.stack import draws, is_adapted_linear
 _LONGEST = 24
 """How many operations a chain may have."""
 _PRICE = 0.1
-"""How many bytes must be saved for each that is computed again, in one pass, for it to be worth its time."""
+"""How many bytes must be saved for each byte that is computed again, in one pass, for it to be worth its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Recompute(Pass):
 
 
 def _writes_to_a_tensor(node: fx.Node) -> bool:
-    """Whether the statement changes a tensor: one that changes an object, as a cache of keys, is no harm."""
+    """Whether the statement changes a tensor: one that changes an object, such as a cache of keys, does no harm."""
     return writes(node) and node.target not in (set_attribute, set_item, append_item)
 
 
@@ -62,8 +62,10 @@ class _Chain:
     @property
     def inputs(self) -> list[fx.Node]:
         """What the chain is made from, in graph order of the first use."""
-        found = (each for node in reversed(self.nodes) for each in node.all_input_nodes if each not in self.nodes)
-        return list(dict.fromkeys(found))
+        sources = (
+            source for node in reversed(self.nodes) for source in node.all_input_nodes if source not in self.nodes
+        )
+        return list(dict.fromkeys(sources))
 
     def gain(self) -> float:
         """Return how many bytes fewer are kept if the chain's inputs are and nothing inside of it, less its price.
@@ -74,18 +76,18 @@ class _Chain:
         and silu, worth six: 0.1 · 700 MB = 70 MB.  The gain is 130 MB.  With mul alone, silu(gate) is an input and gate
         is still kept for silu: 100 MB saved, less 10 MB, so the longer chain is taken.
         """
-        kept = [self.x, *(each for node in self.nodes for each in kept_by_autograd(node))]
-        wanted = [each for each in self.inputs if each.op != "get_attr"]
+        kept = [self.x, *(value for node in self.nodes for value in kept_by_autograd(node))]
+        wanted = [value for value in self.inputs if value.op != "get_attr"]
         before, after = set(map(_root, kept)), set(map(_root, wanted))
-        anyway = {_root(each) for each in (*kept, *wanted) if self._is_kept(each)}
-        work = sum(bytes_of(each) * work_of(each) for each in self.nodes)
+        anyway = {_root(value) for value in (*kept, *wanted) if self._is_kept(value)}
+        work = sum(bytes_of(node) * work_of(node) for node in self.nodes)
         saved, added = before - after - anyway, after - before - anyway
         return sum(map(bytes_of, saved)) - sum(map(bytes_of, added)) - _PRICE * work
 
     def _is_kept(self, node: fx.Node) -> bool:
         """Whether a tensor is kept for what makes it, or for who uses it, outside of the chain."""
-        others = [each for each in (node, *node.users) if each not in self.nodes]
-        return any(node in kept_by_autograd(each) for each in others if is_repeatable(each))
+        others = [other for other in (node, *node.users) if other not in self.nodes]
+        return any(node in kept_by_autograd(other) for other in others if is_repeatable(other))
 
 
 def _root(node: fx.Node) -> fx.Node:
@@ -105,10 +107,10 @@ def _chain(call: fx.Node) -> _Chain | None:
     chain = _Chain(x)
     best, gained = 0, 0.0
     while len(chain.nodes) < _LONGEST:
-        found = _next(chain)
-        if found is None:
+        node = _next(chain)
+        if node is None:
             break
-        chain.nodes.append(found)
+        chain.nodes.append(node)
         gain = chain.gain()
         if gain > gained:
             best, gained = len(chain.nodes), gain
@@ -122,8 +124,10 @@ def _next(chain: _Chain) -> fx.Node | None:
     """
     if not chain.nodes:
         return chain.x if is_repeatable(chain.x) else None
-    fit = [each for each in chain.inputs if is_repeatable(each) and all(user in chain.nodes for user in each.users)]
-    return max(fit, key=lambda each: (-work_of(each), each), default=None)
+    fit = [
+        source for source in chain.inputs if is_repeatable(source) and all(user in chain.nodes for user in source.users)
+    ]
+    return max(fit, key=lambda source: (-work_of(source), source), default=None)
 
 
 def is_making(node: fx.Node) -> bool:
@@ -179,7 +183,7 @@ def _function_of(chain: _Chain) -> Callable[..., Tensor]:
     graph = fx.Graph()
     made = {node: graph.placeholder(f"x{number}") for number, node in enumerate(chain.inputs)}
     for node in sorted(chain.nodes):
-        made[node] = graph.node_copy(node, lambda each: made[each])
+        made[node] = graph.node_copy(node, lambda operand: made[operand])
     graph.output(made[chain.x])
     return functools.partial(compiled(graph, "<lora_fx recomputed chain>"), None)
 

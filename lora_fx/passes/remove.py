@@ -25,8 +25,8 @@ class Remove(Pass):
 
     def run(self, editor: Editor) -> None:
         erase_lora_nodes(editor)
-        for path, found in list(all_attached(editor.graph_module)):
-            editor.drop_modules(owner_path(path, found), detach, path)
+        for path, adapter in list(all_attached(editor.graph_module)):
+            editor.drop_modules(owner_path(path, adapter), detach, path)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         if is_adapted(graph_module):
@@ -36,8 +36,8 @@ class Remove(Pass):
 def erase_lora_nodes(editor: Editor) -> None:
     """Let every user of an adapted output use the base output, and erase the nodes between."""
     added: dict[fx.Node, str] = {}
-    for found in list(lora_nodes(editor.graph_module)):
-        editor.replace_uses(found.result, found.base, found.path, but=lambda user: False)
-        added |= dict.fromkeys(found.between, found.path)
-    for node in reversed([each for each in editor.graph.nodes if each in added]):  # calls may share a factor's read
+    for subgraph in list(lora_nodes(editor.graph_module)):
+        editor.replace_uses(subgraph.result, subgraph.base, subgraph.path, but=lambda user: False)
+        added |= dict.fromkeys(subgraph.between, subgraph.path)
+    for node in reversed([node for node in editor.graph.nodes if node in added]):  # calls may share a factor's read
         editor.erase(node, added[node])

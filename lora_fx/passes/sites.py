@@ -96,12 +96,12 @@ def _around(lora_a: fx.Node, path: str) -> LoRANodes:
 
 def _magnitude_inputs(result: fx.Node) -> list[fx.Node]:
     """Return the nodes that DoRA's magnitude alone reads, users before what they use."""
-    found: list[fx.Node] = []
-    for each in result.kwargs.values():
-        if isinstance(each, fx.Node):
-            found.append(each)
-            found += [inner for inner in each.args if isinstance(inner, fx.Node) and each.op == "call_method"]
-    return found
+    inputs: list[fx.Node] = []
+    for value in result.kwargs.values():
+        if isinstance(value, fx.Node):
+            inputs.append(value)
+            inputs += [inner for inner in value.args if isinstance(inner, fx.Node) and value.op == "call_method"]
+    return inputs
 
 
 def _only_user(node: fx.Node, path: str) -> fx.Node:

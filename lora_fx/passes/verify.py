@@ -46,20 +46,20 @@ class Verify(Pass):
 
 
 def _shapes_fit(model: nn.Module) -> Iterator[Problem]:
-    for path, found in all_attached(model):
-        out_r, r_in = tuple(found.lora_B.matrix.shape), tuple(found.lora_A.matrix.shape)
-        site = found.spec.site
+    for path, adapter in all_attached(model):
+        out_r, r_in = tuple(adapter.lora_B.matrix.shape), tuple(adapter.lora_A.matrix.shape)
+        site = adapter.spec.site
         bank, (out_features, in_features) = site.shape[: int(site.is_banked)], site.features
-        if out_r != (*bank, out_features, found.spec.rank) or r_in != (*bank, found.spec.rank, in_features):
+        if out_r != (*bank, out_features, adapter.spec.rank) or r_in != (*bank, adapter.spec.rank, in_features):
             yield (
                 path,
-                f"lora_B {out_r} · lora_A {r_in} does not fit r={found.spec.rank}, {in_features} → {out_features}",
+                f"lora_B {out_r} · lora_A {r_in} does not fit r={adapter.spec.rank}, {in_features} → {out_features}",
             )
 
 
 def _devices_agree(model: nn.Module) -> Iterator[Problem]:
-    for path, found in all_attached(model):
-        devices = {str(p.device) for p in (found.base_weight, found.lora_A.weight, found.lora_B.weight)}
+    for path, adapter in all_attached(model):
+        devices = {str(p.device) for p in (adapter.base_weight, adapter.lora_A.weight, adapter.lora_B.weight)}
         if len(devices) > 1:
             yield path, f"weight, lora_A and lora_B are on {', '.join(sorted(devices))}"
 
@@ -73,8 +73,8 @@ def _no_parameter_twice(model: nn.Module) -> Iterator[Problem]:
 
 
 def _adapters_are_trainable(model: nn.Module) -> Iterator[Problem]:
-    for path, found in all_attached(model):
-        if not (found.lora_A.weight.requires_grad and found.lora_B.weight.requires_grad):
+    for path, adapter in all_attached(model):
+        if not (adapter.lora_A.weight.requires_grad and adapter.lora_B.weight.requires_grad):
             yield path, "its factors do not require a gradient"
 
 
@@ -90,8 +90,8 @@ def _targets_exist(model: nn.Module) -> Iterator[Problem]:
 def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
     if not isinstance(model, fx.GraphModule):
         return
-    written = Counter(found.path for found in lora_nodes(model))
-    own = {node for found in lora_nodes(model) for node in found.between if node is not found.result}
+    written = Counter(subgraph.path for subgraph in lora_nodes(model))
+    own = {node for subgraph in lora_nodes(model) for node in subgraph.between if node is not subgraph.result}
     calls = Counter(path for path, _ in site_calls(model))
     calls += Counter(use.parameter for use in raw_uses(model) if use.node not in own)
     for path in dict.fromkeys(path for path, _ in all_attached(model)):
@@ -102,9 +102,9 @@ def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
 def _results_are_used(model: nn.Module) -> Iterator[Problem]:
     if not isinstance(model, fx.GraphModule):
         return
-    for found in lora_nodes(model):
-        if not found.result.users:
-            yield found.path, "the adapted output is not used"
+    for subgraph in lora_nodes(model):
+        if not subgraph.result.users:
+            yield subgraph.path, "the adapted output is not used"
 
 
 INVARIANTS: tuple[Callable[[nn.Module], Iterator[Problem]], ...] = (

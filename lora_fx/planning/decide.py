@@ -99,7 +99,7 @@ def _modules_of(pattern: TrainPattern, inventory: Inventory) -> list[tuple[str, 
 
 
 def _failed_expectations(rules: RuleSet, decided: Counter[str | None], inventory: Inventory) -> list[Unmatched]:
-    """Return the patterns under `train:` that match nothing, and the rules that decide not as many sites as expected.
+    """Return the patterns under `train:` that match nothing, and rules that decide fewer or more sites than expected.
 
     A rule of which all matches are decided before has not failed: the plan shows it.
     """

@@ -73,7 +73,7 @@ def _has_twins(container: nn.Module) -> bool:
     """Whether a container holds two blocks of the same structure."""
     if not isinstance(container, _CONTAINERS):
         return False
-    inside = [structure_of(each) for each in container.children() if _has_forward(each) and _has_children(each)]
+    inside = [structure_of(child) for child in container.children() if _has_forward(child) and _has_children(child)]
     return len(inside) > len(set(inside))
 
 
@@ -100,7 +100,7 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 def _contains(path: str, sites: list[str]) -> bool:
-    """Whether a site lies below the path (a site itself is no region)."""
+    """Whether a site lies below the path (a site itself is not a region)."""
     return any(site.startswith(f"{path}.") for site in sites)
 
 
@@ -128,11 +128,13 @@ def _is_layer(model: nn.Module, site: str) -> bool:
 
 def structure_of(module: nn.Module) -> tuple[Any, ...]:
     """Return what is equal for identical blocks: classes, names, shapes, dtypes, adapters."""
-    return tuple(_facts(path, each) for path, each in module.named_modules())
+    return tuple(_facts(path, inner) for path, inner in module.named_modules())
 
 
 def _facts(path: str, module: nn.Module) -> tuple[Any, ...]:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors)
-    adapters = tuple((each.spec.lora, each.spec.mixed, each.spec.parameter, each.call) for each in attached_to(module))
+    adapters = tuple(
+        (adapter.spec.lora, adapter.spec.mixed, adapter.spec.parameter, adapter.call) for adapter in attached_to(module)
+    )
     return (path, original_class(module), shapes, adapters, shown_parameters(module))

@@ -54,8 +54,8 @@ class Replay:
         """
 
         def compared(after: RandomState) -> str | None:
-            found = self._differs_from_answer(program, match, answer, after)
-            return found or self._differs_with_noise(program, match)
+            reason = self._differs_from_answer(program, match, answer, after)
+            return reason or self._differs_with_noise(program, match)
 
         return self._without_trace(compared)
 
@@ -93,11 +93,11 @@ class Replay:
         if program.proven_with_noise or not is_adapted(self.module) or any(p.is_meta for p in self.module.parameters()):
             return None
         mine, theirs, _ = self._both_with_noise(program.function, match)
-        found = difference(_detached(mine[0]), _detached(theirs[0]))
-        if found is None and self.ambient.grad:
-            found = self._run(lambda: gradients_differ(mine, theirs))  # a backward runs in the thread that asks for it
-        program.proven_with_noise = found is None
-        return None if found is None else f"with other adapters, {found}"
+        reason = difference(_detached(mine[0]), _detached(theirs[0]))
+        if reason is None and self.ambient.grad:
+            reason = self._run(lambda: gradients_differ(mine, theirs))  # a backward runs in the thread that asks for it
+        program.proven_with_noise = reason is None
+        return None if reason is None else f"with other adapters, {reason}"
 
     def _fast_differs(self, program: Program, match: Match) -> str | None:
         assert program.fast is not None
@@ -125,9 +125,9 @@ class Replay:
     def _precision(self, result: Any) -> torch.dtype:
         """Return the coarsest dtype in which the call rounds."""
         tensors = (*tensors_in((result, self.args, self.kwargs)), *self.module.parameters())
-        found = {each.dtype for each in tensors if each.is_floating_point()}
-        found |= {dtype for _, enabled, dtype in self.ambient.autocast if enabled}
-        return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+        dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        dtypes |= {dtype for _, enabled, dtype in self.ambient.autocast if enabled}
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def recorded(self) -> Records:
         """Make the call again and return what the module's submodules return; nothing else comes of it."""
@@ -171,9 +171,9 @@ def difference(result: Any, expected: Any) -> str | None:
     if structure != expected_structure:
         return "the structure of the result differs"
     for one, other in zip(leaves, others, strict=True):
-        found = _tensor_difference(one, other) if isinstance(other, Tensor) else _value_difference(one, other)
-        if found is not None:
-            return found
+        reason = _tensor_difference(one, other) if isinstance(other, Tensor) else _value_difference(one, other)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -204,10 +204,10 @@ def _copy(value: Tensor) -> Tensor:
 
 def stand_in(module: nn.Module) -> nn.Module:
     """Return a copy of a block that shares its parameters, has buffers of its own, and runs no graphs."""
-    duplicate: nn.Module = copy.deepcopy(module, {id(each): each for each in shared_by_copies(module)})
-    for each in duplicate.modules():
-        if each.__dict__.pop(REGION, None) is not None:
-            each.__class__ = origin(type(each))[0]
+    duplicate: nn.Module = copy.deepcopy(module, {id(shared): shared for shared in shared_by_copies(module)})
+    for inner in duplicate.modules():
+        if inner.__dict__.pop(REGION, None) is not None:
+            inner.__class__ = origin(type(inner))[0]
     return duplicate
 
 

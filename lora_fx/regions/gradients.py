@@ -21,7 +21,7 @@ def gradients_differ(one: Run, other: Run, precision: torch.dtype | None = None)
     `precision` is the dtype in which the runs round, where that is coarser than the dtype of the gradients.
     """
     outputs, expected = _outputs(one[0]), _outputs(other[0])
-    if [each.requires_grad for each in outputs] != [each.requires_grad for each in expected]:
+    if [tensor.requires_grad for tensor in outputs] != [tensor.requires_grad for tensor in expected]:
         return "other results require a gradient"
     names = _sources(other).keys()
     for name, a, b in zip(names, _gradients(outputs, one), _gradients(expected, other), strict=True):
@@ -35,28 +35,28 @@ def gradients_differ(one: Run, other: Run, precision: torch.dtype | None = None)
 def values_differ(result: Any, expected: Any, precision: torch.dtype | None = None) -> str | None:
     """Return how the floating-point tensors of two results differ beyond rounding; None if they agree."""
     ones, others = _outputs(result), _outputs(expected)
-    if [each.shape for each in ones] != [each.shape for each in others]:
+    if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
         return "the results have other shapes"
     far = (_far(one, other, precision) for one, other in zip(ones, others, strict=True))
     return "the result differs" if any(far) else None
 
 
 def _outputs(result: Any) -> list[Tensor]:
-    return [each for each in tensors_in(result) if each.is_floating_point()]
+    return [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
 
 
 def _sources(run: Run) -> dict[str, Tensor]:
     """Return what gradients are wanted of: the arguments and parameters that require one."""
-    given = [each for each in tensors_in(run[1]) if each.requires_grad and each.is_leaf]
-    found = {f"argument {index}": each for index, each in enumerate(given)}
-    return found | {name: each for name, each in run[2].named_parameters() if each.requires_grad}
+    given = [tensor for tensor in tensors_in(run[1]) if tensor.requires_grad and tensor.is_leaf]
+    sources = {f"argument {index}": tensor for index, tensor in enumerate(given)}
+    return sources | {name: parameter for name, parameter in run[2].named_parameters() if parameter.requires_grad}
 
 
 def _gradients(outputs: list[Tensor], run: Run) -> tuple[Tensor | None, ...]:
-    sources, wanted = list(_sources(run).values()), [each for each in outputs if each.requires_grad]
+    sources, wanted = list(_sources(run).values()), [output for output in outputs if output.requires_grad]
     if not wanted or not sources:
         return (None,) * len(sources)
-    return torch.autograd.grad(wanted, sources, [_cotangent(each) for each in wanted], allow_unused=True)
+    return torch.autograd.grad(wanted, sources, [_cotangent(output) for output in wanted], allow_unused=True)
 
 
 def _cotangent(result: Tensor) -> Tensor:

@@ -49,18 +49,18 @@ def regions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region]]:
 
 def in_graphs(model: nn.Module) -> set[str]:
     """Return the paths of the linears that are computed inside a graph whenever one fits the call."""
-    found: set[str] = set()
+    paths: set[str] = set()
     for path, _, region in regions(model):
         computed = [program.computes for program in region.block.programs if not program.static]
         inside = frozenset.intersection(*computed) if computed else frozenset()
-        found |= {dotted(path, each) for each in inside}
-    return found
+        paths |= {dotted(path, relative) for relative in inside}
+    return paths
 
 
 def for_one_size(model: nn.Module) -> list[str]:
     """Return the paths of the regions that have graphs, each for one size only."""
-    found = [(path, region.block.programs) for path, _, region in regions(model)]
-    return [path for path, programs in found if programs and all(program.static for program in programs)]
+    blocks = [(path, region.block.programs) for path, _, region in regions(model)]
+    return [path for path, programs in blocks if programs and all(program.static for program in programs)]
 
 
 def without_graph(model: nn.Module) -> list[tuple[str, str]]:
@@ -86,10 +86,12 @@ Library = dict[tuple[Any, ...], list[tuple[Captured, bool]]]
 
 def library_of(model: nn.Module) -> Library:
     """Return every graph that the model's regions have captured, by the structure of the blocks."""
-    found: Library = {}
+    library: Library = {}
     for _, module, region in regions(model):
-        found.setdefault(structure_of(module), [(each.captured, each.static) for each in region.block.programs])
-    return found
+        library.setdefault(
+            structure_of(module), [(program.captured, program.static) for program in region.block.programs]
+        )
+    return library
 
 
 def stock(

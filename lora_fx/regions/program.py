@@ -27,7 +27,7 @@ from lora_fx.passes.recompute import Recompute, compiled, is_making
 from lora_fx.passes.stack import Stack
 
 _OPTIMISATIONS: tuple[Pass, ...] = (Stack(), Recompute())
-OPTIMISATIONS = tuple(each.name for each in _OPTIMISATIONS)
+OPTIMISATIONS = tuple(optimisation.name for optimisation in _OPTIMISATIONS)
 """What can be done to programs to make training cheaper, in this order."""
 
 
@@ -95,9 +95,9 @@ class Program:
         """Return the symbolic sizes that are 1 in these inputs."""
         return frozenset(
             symbol
-            for each, tensor in zip(self.captured.inputs, inputs, strict=True)
-            if isinstance(each, TensorInput)
-            for symbol, size in zip(each.symbols, tensor.shape, strict=False)
+            for declared, tensor in zip(self.captured.inputs, inputs, strict=True)
+            if isinstance(declared, TensorInput)
+            for symbol, size in zip(declared.symbols, tensor.shape, strict=False)
             if symbol is not None and size == 1
         )
 
@@ -162,17 +162,17 @@ def foreseen(captured: Captured, module: nn.Module, paths: frozenset[str]) -> di
     graph_module = fx.GraphModule(module, copy.deepcopy(captured.graph))
     editor = Editor(graph_module)
     passes: tuple[Pass, ...] = (Flatten(paths), Inline(), *_OPTIMISATIONS)
-    for each in passes:
-        apply_pass(each, editor)
-    found: dict[str, set[str]] = {}
+    for graph_pass in passes:
+        apply_pass(graph_pass, editor)
+    optimisations: dict[str, set[str]] = {}
     for node in graph_module.graph.nodes:
         names = {"stack": node.target is adapted_siblings or is_making(node), "recompute": is_making(node)}
-        layers = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr" and each.target in paths]
+        layers = [str(read.target) for read in node.all_input_nodes if read.op == "get_attr" and read.target in paths]
         for path in layers:
-            found.setdefault(path, set()).update(name for name, holds in names.items() if holds)
+            optimisations.setdefault(path, set()).update(name for name, holds in names.items() if holds)
         if len(layers) == 1:
-            found[layers[0]].discard("stack")
-    return found
+            optimisations[layers[0]].discard("stack")
+    return optimisations
 
 
 def _optimised(

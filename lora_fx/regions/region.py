@@ -45,16 +45,16 @@ class GuardedRegion(Swapped, nn.Module):
         if torch.compiler.is_compiling():  # torch.compile and torch.export trace the Python forward with its adapters
             return super().forward(*args, **kwargs)
         region: Region = self.__dict__[REGION]
-        found = region.find(self, args, kwargs)
-        if found is None:
+        hit = region.find(self, args, kwargs)
+        if hit is None:
             return region.miss(self, super().forward, args, kwargs)
-        program, inputs = found
+        program, inputs = hit
         if region.checking and program.checks < MOST_CHECKS:
             return region.check(self, super().forward, args, kwargs, program)
         if program.may_give_up:
-            return region.attempt(self, super().forward, args, kwargs, found)
+            return region.attempt(self, super().forward, args, kwargs, hit)
         if program.wants_proof:
-            return region.prove_fast(self, args, kwargs, found)
+            return region.prove_fast(self, args, kwargs, hit)
         return program.run(self, inputs)
 
 
@@ -120,7 +120,7 @@ class Region:
             if type(inputs) is tuple and program.verified:
                 self.hits += 1
                 if position:
-                    self.mine = [program, *(each for each in self.mine if each is not program)]
+                    self.mine = [program, *(other for other in self.mine if other is not program)]
                 return program, inputs
         return self._find_elsewhere(module, args, kwargs)
 
@@ -190,11 +190,11 @@ class Region:
         result = forward(*args, **kwargs)
         if replay is None:
             return result
-        found = replay.difference(program, program.guard.match_ones, result)
-        if found is not None:
+        difference = replay.difference(program, program.guard.match_ones, result)
+        if difference is not None:
             program.give_up()
-            self.block.programs = [each for each in self.block.programs if each is not program]
-            reason = f"the graph is not the forward at other sizes: {found}"
+            self.block.programs = [other for other in self.block.programs if other is not program]
+            reason = f"the graph is not the forward at other sizes: {difference}"
             self._note_failure(module, replay.args, replay.kwargs, reason)
         return result
 
@@ -203,10 +203,10 @@ class Region:
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        found: tuple[Program, tuple[Any, ...]],
+        hit: tuple[Program, tuple[Any, ...]],
     ) -> Any:
         """Return what the fast program computes, if it is found to be the forward but for rounding; else the plain."""
-        program, inputs = found
+        program, inputs = hit
         replay = self._kept(module, args, kwargs)
         if replay is not None:
             program.decide(replay.fast_difference(program, program.guard.match_ones))
@@ -218,11 +218,11 @@ class Region:
         forward: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        found: tuple[Program, tuple[Any, ...]],
+        hit: tuple[Program, tuple[Any, ...]],
     ) -> Any:
         """Return what the program computes; where a submodule returns another shape than it relies on, the forward."""
-        program, inputs = found
-        before = RandomState(tuple({each.device for each in inputs if isinstance(each, Tensor)}))
+        program, inputs = hit
+        before = RandomState(tuple({value.device for value in inputs if isinstance(value, Tensor)}))
         try:
             return program.function(module, *inputs)
         except OtherShape:
@@ -295,7 +295,7 @@ class Region:
         if ones:
             program.ones.add(ones)
         else:
-            program.verified = not any(isinstance(each, Tensor) and each.is_meta for each in inputs)
+            program.verified = not any(isinstance(value, Tensor) and value.is_meta for value in inputs)
         self._keep(program)
         return True
 
@@ -304,9 +304,9 @@ class Region:
         try:
             captured, static = self._captured(replay)
             program = make_program(captured, replay.module, self.block.passes, static)
-            found = replay.difference(program, program.guard.match, result)
-            if found is not None:
-                raise NotCaptured(f"the graph is not the forward: {found}")
+            difference = replay.difference(program, program.guard.match, result)
+            if difference is not None:
+                raise NotCaptured(f"the graph is not the forward: {difference}")
         except NotCaptured as reason:
             self._note_failure(replay.module, replay.args, replay.kwargs, str(reason))
             return None
@@ -353,8 +353,8 @@ def _signature(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def region_of(module: nn.Module) -> Region | None:
     """Return the region of a module, or None."""
-    found: Region | None = module.__dict__.get(REGION)
-    return found
+    region: Region | None = module.__dict__.get(REGION)
+    return region
 
 
 def set_region(module: nn.Module, region: Region) -> None:

@@ -46,4 +46,4 @@ def _structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[obj
     flat = flatten(args, kwargs)
     tensors: dict[int, Tensor] = {id(leaf.value): leaf.value for leaf in flat.tensors()}
     places = tuple((leaf.access, leaf.value.dim()) for leaf in flat.tensors())
-    return (places, len(tensors)), tuple(tuple(each.shape) for each in tensors.values())
+    return (places, len(tensors)), tuple(tuple(tensor.shape) for tensor in tensors.values())

@@ -79,20 +79,20 @@ def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> 
     if not is_meta(twin):
         with checked_hits(twin):
             run_variants(twin, samples)
-    found = {path: structure_of(module) for path, module, _ in regions(twin)}
-    seconds = {found[path]: region.block.seconds for path, _, region in regions(twin)}
+    structures = {path: structure_of(module) for path, module, _ in regions(twin)}
+    seconds = {structures[path]: region.block.seconds for path, _, region in regions(twin)}
     covered = frozenset(in_graphs(twin))
-    return Survey(tuple(found), failures, library_of(twin), dict(found), covered, seconds)
+    return Survey(tuple(structures), failures, library_of(twin), dict(structures), covered, seconds)
 
 
 def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
     """Let the regions see which sizes vary before they capture anything."""
-    found = [region for _, _, region in regions(twin)]
-    for region in found:
+    twin_regions = [region for _, _, region in regions(twin)]
+    for region in twin_regions:
         region.capturing = False
     made_up = itertools.islice(variants(twin, samples[0]), 1 if is_meta(twin) else None)
     run_modes(twin, (*samples, *made_up), may_fail=True, modes=MODES[:1])
-    for region in found:
+    for region in twin_regions:
         region.capturing = True
         region.misses.clear()
 
@@ -100,11 +100,11 @@ def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
 def _inside_leaves(twin: nn.Module, sites: Sequence[str]) -> list[str]:
     """Return the regions to try inside what graphs call as it is, and inside regions with graphs for one size only."""
     covered = in_graphs(twin)
-    found: list[str] = []
+    inner: list[str] = []
     for leaf in dict.fromkeys((*called_whole(twin), *for_one_size(twin))):
         inside = [site for site in sites if site.startswith(f"{leaf}." if leaf else "") and site not in covered]
-        found += inner_regions(twin, leaf, inside)
-    return found
+        inner += inner_regions(twin, leaf, inside)
+    return inner
 
 
 def survey_symbolically(twin: nn.Module, sites: Sequence[str]) -> Survey:
@@ -163,7 +163,9 @@ def run_variants(model: nn.Module, samples: Sequence[Sample]) -> None:
     made_up = tuple(variants(model, samples[0]))
     run_modes(model, made_up, may_fail=True)
     if any(
-        each.captured.dependencies.asks_grad_mode for _, _, region in regions(model) for each in region.block.programs
+        program.captured.dependencies.asks_grad_mode
+        for _, _, region in regions(model)
+        for program in region.block.programs
     ):
         run_modes(model, (*samples, *made_up), may_fail=True, modes=_EVAL_WITH_GRADIENTS)
 
@@ -171,13 +173,13 @@ def run_variants(model: nn.Module, samples: Sequence[Sample]) -> None:
 @contextlib.contextmanager
 def checked_hits(model: nn.Module) -> Iterator[None]:
     """Let every call that a graph answers be compared with the forward for a while, in one block of each kind."""
-    found = {id(region.block): region for _, _, region in regions(model)}.values()
-    for region in found:
+    one_per_block = {id(region.block): region for _, _, region in regions(model)}.values()
+    for region in one_per_block:
         region.checking = True
     try:
         yield
     finally:
-        for region in found:
+        for region in one_per_block:
             region.checking = False
 
 

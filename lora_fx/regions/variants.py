@@ -37,7 +37,7 @@ def variants(model: nn.Module, sample: Sample) -> Iterator[Sample]:
 def _with_ones(lengths: dict[int, int]) -> Iterator[dict[int, int]]:
     """Yield the lengths with each of them 1, and with all of them 1."""
     if len(lengths) > 1:
-        yield from ({**lengths, each: 1} for each in lengths)
+        yield from ({**lengths, length: 1} for length in lengths)
     if lengths:
         yield dict.fromkeys(lengths, 1)
 
@@ -96,7 +96,7 @@ def _incomplete(model: nn.Module, sample: Sample) -> Iterator[Sample]:
     for name, value in sample.kwargs.items():
         optional = name not in parameters or parameters[name].default is None
         if isinstance(value, Tensor) and optional and len(sample.kwargs) + len(sample.args) > 1:
-            yield Sample(sample.args, {key: each for key, each in sample.kwargs.items() if key != name})
+            yield Sample(sample.args, {key: value for key, value in sample.kwargs.items() if key != name})
 
 
 def _masked(sample: Sample) -> Iterator[Sample]:

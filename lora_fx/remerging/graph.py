@@ -144,7 +144,7 @@ class _Removal:
     def __init__(self, editor: Editor, read: GraphReading, addends: set[tuple[fx.Node | None, fx.Node | None]]) -> None:
         self.editor, self.read = editor, read
         self.addends = addends
-        """Pairs of a value and the sum that shall not have it: another sum may go on reading it."""
+        """Pairs of a value and the sum that must not have it: another sum may go on reading it."""
         self.gone: set[fx.Node] = set()
         """Sums of which nothing is left, and casts of them."""
         self.now: dict[fx.Node, fx.Node] = {}

@@ -49,7 +49,7 @@ def remerge(model: nn.Module | torch.export.ExportedProgram, example_inputs: obj
     A LoRA is found by its structure: scaling · B A x (dropout asleep) added to a linear of the same x, or
     scaling · B A added to the weight.  W' = W + Σ scaling · B A, accumulated in float32 and rounded once.  A layer that
     is a linear and its LoRA becomes the plain linear; a GraphModule or ExportedProgram comes back as a GraphModule
-    without the nodes.  What looks like a LoRA and is none is left alone, and a LoraFxWarning gives the reasons;
+    without the nodes.  What looks like a LoRA and is not one is left alone, and a LoraFxWarning gives the reasons;
     `remerged` returns them.
 
     Args:

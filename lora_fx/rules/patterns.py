@@ -46,7 +46,7 @@ def automaton_of(text: str) -> Automaton:
 
 @functools.lru_cache(maxsize=4096)
 def expression_of(text: str) -> Expression:
-    """Return the parsed pattern; PatternError where it is none, or too large."""
+    """Return the parsed pattern; PatternError where it is not one, or is too large."""
     try:
         is_expression = text.startswith(EXPRESSION_PREFIX)
         parsed = _shifted(text.removeprefix(EXPRESSION_PREFIX)) if is_expression else parse_glob(text)
@@ -147,7 +147,7 @@ class Dimension:
 
 
 def parse_dimension(value: int | str) -> Dimension:
-    """Return the dimension that a rule writes as `value`; PatternError if it is none."""
+    """Return the dimension that a rule writes as `value`; PatternError if it is not one."""
     if isinstance(value, int):
         return Dimension(str(value), value, value)
     text = value.strip()

@@ -93,7 +93,7 @@ class SourceText:
 
 
 def read_file(path: Path, name: str) -> tuple[SourceText, YamlNode]:
-    """Return the tree of a file; RuleError if it cannot be read or is no single YAML document."""
+    """Return the tree of a file; RuleError if it cannot be read or is not a single YAML document."""
     source = SourceText(name)
     text = _decoded(_bytes_of(path, source), source)
     _check_characters(text, source)
@@ -287,7 +287,7 @@ def _hint_for(line: str, problem: str) -> str:
 
 
 def _add_pair(source: SourceText, mapping: YamlNode, key: YamlNode, value: YamlNode) -> None:
-    """Add a pair to a mapping; a key that is no string or stands there already is a problem."""
+    """Add a pair to a mapping; a key that is not a string or is there already is a problem."""
     assert mapping.pairs is not None
     if not isinstance(key.value, str) or key.items is not None or key.pairs is not None:
         source.problem(key.span, f"a key must be a string, found {key.kind}")

@@ -60,7 +60,7 @@ def optimisations(optimise: bool | Sequence[str]) -> tuple[str, ...]:
     """Return the names of the optimisations that are asked for.
 
     Raises:
-        ValueError: there is no such optimisation; the message lists those that there are.
+        ValueError: there is no such optimisation; the message lists those that exist.
     """
     wanted = (OPTIMISATIONS if optimise else ()) if isinstance(optimise, bool) else tuple(optimise)
     if isinstance(optimise, str) or not set(wanted) <= set(OPTIMISATIONS):

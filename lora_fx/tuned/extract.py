@@ -43,7 +43,7 @@ class ExtractedSite:
 
 @dataclass(frozen=True, slots=True)
 class ExtractReport:
-    """What an extracted adapter has of the difference between two models, and what it has not."""
+    """What an extracted adapter has of the difference between two models, and what it lacks."""
 
     sites: tuple[ExtractedSite, ...]
     lost: tuple[tuple[str, float], ...]
@@ -193,7 +193,7 @@ def _fill(path: str, adapter: Attached, tuned_full: nn.Module, base: nn.Module) 
 
 
 def _set(factor: LoRAFactor, values: Tensor, rows: int, transposed: bool = False) -> None:
-    """Give a factor its values; rows beyond those that there are stay zero."""
+    """Give a factor its values; rows beyond those that are given stay zero."""
     padded = values.new_zeros((rows, values.shape[1]))
     padded[: values.shape[0]] = values
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The factors A and B of layers that are no plain linears: convolutions, embeddings, and linears with parts.
+"""The factors A and B of layers that are not plain linears: convolutions, embeddings, and linears with parts.
 
 Each keeps its values in the shape that PEFT gives them, and gives the plain matrix as `matrix`.
 """
@@ -102,7 +102,7 @@ class SlicedB(LoRAFactor):
         runs = [(part[0], part[-1] + 1) for part in parts]
         whole = all(part == tuple(range(*run)) for part, run in zip(parts, runs, strict=True))
         self.runs: tuple[tuple[int, int], ...] | None = tuple(runs) if whole else None
-        """First row and end of each part; None where the rows of a part are no neighbours."""
+        """First row and end of each part; None where the rows of a part are not neighbours."""
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         """Return B x; without x, B as a whole."""

@@ -42,7 +42,7 @@ class Backward:
 
     def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         x, sources = self._x()
-        self.terms = [each.as_multiplied(x.dtype) for each in self.terms]  # autograd casts their gradients back
+        self.terms = [term.as_multiplied(x.dtype) for term in self.terms]  # autograd casts their gradients back
         rows = x.detach().reshape(-1, x.shape[-1])
         inner = self._inner(rows)
         dx: Tensor | None = None
@@ -64,7 +64,7 @@ class Backward:
                 else:
                     add_product(dx, dy, matrix, 1.0)
         for bundle in self.group.bundles:
-            self._of_factor_a([each for each in bundle if each in z], z, rows, dx)
+            self._of_factor_a([number for number in bundle if number in z], z, rows, dx)
         self._of_inputs(x, sources, dx, grads[-1] if self.group.shows else None)
         return self.found
 
@@ -81,7 +81,7 @@ class Backward:
             return self.inputs[0], []
         with torch.enable_grad():
             needs = self.needs[: self.group.inputs]
-            sources = [each.detach().requires_grad_(need) for each, need in zip(self.inputs, needs, strict=True)]
+            sources = [tensor.detach().requires_grad_(need) for tensor, need in zip(self.inputs, needs, strict=True)]
             return self.group.produce(*sources), sources
 
     def _of_scale(self, number: int, dy: Tensor) -> Tensor:
@@ -101,15 +101,15 @@ class Backward:
         if self._needs(number, 3):
             slopes = [torch.mm(h[inner], wide[:, outputs]) for outputs, inner, _ in blocks]
             self.found[self._place(number, 3)] = _beside_each_other(slopes).mul_(term.facts.factor).t()
-        found = [torch.mm(block.t(), wide[:, outputs].t()) for outputs, _, block in blocks]
-        return below_each_other(found).mul_(term.facts.factor)
+        products = [torch.mm(block.t(), wide[:, outputs].t()) for outputs, _, block in blocks]
+        return below_each_other(products).mul_(term.facts.factor)
 
     def _of_factor_a(self, bundle: list[int], z: dict[int, Tensor], rows: Tensor, dx: Tensor | None) -> None:
         """Note the gradients of A of terms with the same dropout(x), and add theirs to dx in place."""
         if not bundle:
             return
         members = [self.terms[number] for number in bundle]
-        below = below_each_other([each.A for each in members])
+        below = below_each_other([term.A for term in members])
         beside = below_each_other([z[number] for number in bundle])
         if members[0].facts.merged:
             dx = None  # it is whole
@@ -122,9 +122,9 @@ class Backward:
                 wide = wide if mask is None else mask.mul_(wide)
                 of_all = torch.mm(left, wide) if of_all is None else torch.addmm(of_all, left, wide, out=of_all)
         if of_all is not None:
-            for number, found in zip(bundle, parted_like(of_all, [each.A for each in members]), strict=True):
+            for number, gradient in zip(bundle, parted_like(of_all, [term.A for term in members]), strict=True):
                 if self._needs(number, 2):
-                    self.found[self._place(number, 2)] = found
+                    self.found[self._place(number, 2)] = gradient
 
     def _of_inputs(self, x: Tensor, sources: list[Tensor], dx: Tensor | None, shown: Tensor | None) -> None:
         if not self.of_x:
@@ -136,8 +136,8 @@ class Backward:
             self.found[0] = whole
             return
         wanted = [number for number, source in enumerate(sources) if source.requires_grad]
-        found = torch.autograd.grad(x, [sources[number] for number in wanted], whole, allow_unused=True)
-        for number, gradient in zip(wanted, found, strict=True):
+        gradients = torch.autograd.grad(x, [sources[number] for number in wanted], whole, allow_unused=True)
+        for number, gradient in zip(wanted, gradients, strict=True):
             self.found[number] = gradient
 
 
@@ -167,15 +167,15 @@ def differentiable(
         views = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(tensors, needs, strict=True)]
         inputs, terms = group.parted(views)
         x = inputs[0] if group.produce is None else group.produce(*inputs)
-        results = [_plain(each.as_multiplied(x.dtype), x) for each in terms] + ([x] if group.shows else [])
+        results = [_plain(term.as_multiplied(x.dtype), x) for term in terms] + ([x] if group.shows else [])
         pairs = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None and y.requires_grad]
         outputs = [result.view_as(result) for result, _ in pairs]  # x may be its own gradient's source
     if not pairs:  # what has a gradient needs none: all of that term is frozen
         return [None] * len(needs)
     wanted = [view for view, need in zip(views, needs, strict=True) if need]
     slopes = torch.autograd.grad(outputs, wanted, [grad for _, grad in pairs], create_graph=again, allow_unused=True)
-    found = iter(slopes)
-    return [next(found) if need else None for need in needs]
+    remaining = iter(slopes)
+    return [next(remaining) if need else None for need in needs]
 
 
 def _plain(term: Term, x: Tensor) -> Tensor:

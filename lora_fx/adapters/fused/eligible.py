@@ -114,7 +114,7 @@ def _are_plain_factors(A: Any, B: Any) -> bool:
 
 
 def _dropout(holder: Any, adapter: str) -> float | None:
-    """Return the probability of an adapter's dropout as it is now; None if it is no dropout that is known."""
+    """Return the probability of an adapter's dropout as it is now; None if it is not a known dropout."""
     if holder is None:
         return 0.0
     dropout = holder._modules[adapter]

@@ -7,7 +7,7 @@ one product, with all A below each other, and so are their gradients.
 Forward, for layer i:    hᵢ = Aᵢ dropout(x)ᵀ              yᵢ = x Wᵢᵀ + bᵢ, then += scalingᵢ · hᵢᵀ Bᵢᵀ in place
 Backward:                zᵢ = scalingᵢ · Bᵢᵀ dyᵢᵀ         dBᵢᵀ = scalingᵢ · hᵢ dyᵢ        dAᵢ = zᵢ dropout(x)
                          dx = Σ dyᵢ Wᵢ, then += dropout'(Σ zᵢᵀ Aᵢ) in place
-Merged (`contraction`):  Wᵢ + scalingᵢ · Bᵢ Aᵢ stands for Wᵢ in both passes, made anew as hᵢ is; nothing is added
+Merged (`contraction`):  Wᵢ + scalingᵢ · Bᵢ Aᵢ stands for Wᵢ in both passes, made again as hᵢ is; nothing is added
 Shapes: x [.., in], W [out, in] (with `in_out` [in, out]), A [r, in], B [out, r], h and z [r, N] for N rows of x.
 
 With dropout, dropout(x) only drops, and scalingᵢ holds the 1 over the probability of keeping.
@@ -50,9 +50,9 @@ def adapted(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, ...]:
     """
     x = cast_as_products(x)
     if len(terms) == 1 and not torch.is_grad_enabled():
-        found = _flat(terms[0], x)
-        if found is not None:
-            return (found,)
+        output = _flat(terms[0], x)
+        if output is not None:
+            return (output,)
     return adapted_from(terms, x, None, (x,), False)
 
 
@@ -83,12 +83,12 @@ def adapted_from(
         inputs: what x is made of.
         shows: whether x is wanted as well.
     """
-    with_x = shows and any(each.requires_grad for each in inputs)  # else no gradient reaches x, and none is asked for
-    group = Group(tuple(each.facts for each in terms), bundled(terms), produce, len(inputs), with_x)
+    with_x = shows and any(tensor.requires_grad for tensor in inputs)  # else x gets no gradient, and none is asked for
+    group = Group(tuple(term.facts for term in terms), bundled(terms), produce, len(inputs), with_x)
     tensors = list(inputs)
-    for each in terms:
-        tensors += each[1:]  # type: ignore[arg-type]
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
+    for term in terms:
+        tensors += term[1:]  # type: ignore[arg-type]
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         made = _Adapted.apply(group, terms, x, *tensors)  # type: ignore[no-untyped-call]
         return (*made, x) if shows and not with_x else tuple(made)
     results = _forward(group, x, terms)[0]
@@ -99,7 +99,7 @@ def _forward(
     group: Group, x: Tensor, terms: Sequence[Term]
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """Return all y, all h (of merged terms none), and what DoRA keeps: y before its scale and without the bias."""
-    terms = [each.as_multiplied(x.dtype) for each in terms]
+    terms = [term.as_multiplied(x.dtype) for term in terms]
     inner = inner_products(group, x, terms, merged=False)
     results, unscaled = [], []
     for term, h in zip(terms, inner, strict=True):

@@ -72,7 +72,7 @@ def shared_seed(x: Tensor, p: float, user: int) -> Tensor:
     Args:
         x: the input; an unchanged one, for an old seed.
         p: the probability of dropout, which must be the same too.
-        user: which layer asks: each uses a seed once, so that a model that is run again on one tensor draws anew.
+        user: which layer asks: each uses a seed once, so a model that is run again on the same tensor draws new masks.
     """
     latest, checkpoint = _LATEST, _checkpoint()
     if not torch.is_grad_enabled() or (checkpoint is None and in_backward()):

@@ -21,7 +21,7 @@ def adapted_siblings(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     terms = _terms(layers, x)
     if len(terms) == len(layers):
         return adapted(terms, x)
-    return (*(adapted((term,), x)[0] for term in terms), *(each.adapted_forward(x) for each in layers[len(terms) :]))
+    return (*(adapted((term,), x)[0] for term in terms), *(layer.adapted_forward(x) for layer in layers[len(terms) :]))
 
 
 def _terms(layers: Sequence[Any], x: Tensor) -> list[Term]:
@@ -37,14 +37,14 @@ def _terms(layers: Sequence[Any], x: Tensor) -> list[Term]:
 
 def _of_tensors(produce: Produce, given: Sequence[Any]) -> tuple[Produce, tuple[Tensor, ...]]:
     """Return a function of the tensors among the arguments, the others being fixed, and the tensors."""
-    tensors = tuple(each for each in given if isinstance(each, Tensor))
+    tensors = tuple(value for value in given if isinstance(value, Tensor))
     if len(tensors) == len(given):
         return produce, tensors
-    fixed = [_TENSOR if isinstance(each, Tensor) else each for each in given]
+    fixed = [_TENSOR if isinstance(value, Tensor) else value for value in given]
 
     def of_tensors(*inputs: Tensor) -> Tensor:
         following = iter(inputs)
-        return produce(*(next(following) if each is _TENSOR else each for each in fixed))
+        return produce(*(next(following) if value is _TENSOR else value for value in fixed))
 
     return of_tensors, tensors
 
@@ -87,7 +87,7 @@ def making(produce: Produce, layers: int, shows: bool, name: str) -> Callable[..
             return adapted_from(terms, x, make, inputs, shows)
         x = make(*inputs)
         results = [adapted((term,), x)[0] for term in terms]
-        results += [each.adapted_forward(x) for each in called[len(terms) :]]
+        results += [layer.adapted_forward(x) for layer in called[len(terms) :]]
         return (*results, x) if shows else tuple(results)
 
     adapted_making.__name__ = adapted_making.__qualname__ = name

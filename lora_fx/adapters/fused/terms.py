@@ -72,7 +72,7 @@ class Term(NamedTuple):
         return result.view(*x.shape[:-1], result.shape[-1])
 
     def met(self) -> Tensor:
-        """Return the weight that x meets, as it is stored: W, or W + scaling · B A made anew."""
+        """Return the weight that x meets, as it is stored: W, or W + scaling · B A computed again."""
         if not self.facts.merged:
             return self.weight
         left, right = (self.A.t(), self.B.t()) if self.facts.in_out else (self.B, self.A)
@@ -119,10 +119,10 @@ def bundled(terms: Sequence[Term]) -> tuple[tuple[int, ...], ...]:
     """Return the numbers of the terms that meet the same dropout(x) in the same way."""
     if len(terms) == 1:
         return _ALONE
-    found: dict[tuple[torch.dtype, bool, float, int], list[int]] = {}
+    bundles: dict[tuple[torch.dtype, bool, float, int], list[int]] = {}
     for number, (facts, _, _, A, _, _) in enumerate(terms):
-        found.setdefault((A.dtype, facts.merged, facts.p, id(facts.seed) if facts.p else 0), []).append(number)
-    return tuple(map(tuple, found.values()))
+        bundles.setdefault((A.dtype, facts.merged, facts.p, id(facts.seed) if facts.p else 0), []).append(number)
+    return tuple(map(tuple, bundles.values()))
 
 
 _ALONE = ((0,),)
@@ -130,7 +130,7 @@ _ALONE = ((0,),)
 
 def inner_products(group: Group, x: Tensor, terms: Sequence[Term], merged: bool) -> list[Tensor | None]:
     """Return h = A dropout(x)ᵀ of the terms that are merged, or of those that are not, [r, N], in the dtype of A."""
-    found: list[Tensor | None] = [None] * len(terms)
+    products: list[Tensor | None] = [None] * len(terms)
     for bundle in group.bundles:
         first = terms[bundle[0]]
         if first.facts.merged != merged:
@@ -139,8 +139,8 @@ def inner_products(group: Group, x: Tensor, terms: Sequence[Term], merged: bool)
         below = below_each_other(factors)
         h = _inner_product(below, x.reshape(-1, x.shape[-1]), first.facts)
         for number, part in zip(bundle, parted_like(h, factors), strict=True):
-            found[number] = part
-    return found
+            products[number] = part
+    return products
 
 
 def _inner_product(below: Tensor, rows: Tensor, facts: Facts) -> Tensor:
@@ -178,7 +178,7 @@ def below_each_other(factors: Sequence[Tensor]) -> Tensor:
 
 def parted_like(whole: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return the parts of a tensor that stand below each other, with as many rows as the given ones."""
-    return (whole,) if len(parts) == 1 else whole.split_with_sizes([each.shape[0] for each in parts])
+    return (whole,) if len(parts) == 1 else whole.split_with_sizes([part.shape[0] for part in parts])
 
 
 def wide_parts(rows: Tensor, facts: Facts, dtype: torch.dtype) -> Iterator[tuple[slice | None, Tensor, Tensor | None]]:

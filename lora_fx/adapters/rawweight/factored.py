@@ -43,11 +43,11 @@ class Factored:
     # -- views
 
     def through(self, operation: Callable[[Any], Any]) -> Any:
-        """Return what a view operation makes of it: a Factored, a list of them, or None if it is no such view."""
-        found = self.view.through(operation)
-        if isinstance(found, list):
-            return [self._seen(each) for each in found]
-        return None if found is None else self._seen(found)
+        """Return what a view operation makes of it: a Factored, a list of them, or None if it is not such a view."""
+        viewed = self.view.through(operation)
+        if isinstance(viewed, list):
+            return [self._seen(view) for view in viewed]
+        return None if viewed is None else self._seen(viewed)
 
     def _seen(self, view: WeightView) -> Factored:
         return Factored(view, self.rows, self.columns, self.r, self.scaling)
@@ -93,35 +93,35 @@ class Factored:
 
     def linear(self, x: Operand) -> Operand | None:
         """Return x Wᵀ for a matrix view W [out, in]: scaling · (x rightᵀ) leftᵀ."""
-        found = self.matrices()
-        if found is None or len(self.view.shape) != 2:
+        matrices = self.matrices()
+        if matrices is None or len(self.view.shape) != 2:
             return None
-        left, right = found
+        left, right = matrices
         return F.linear(F.linear(x, right) * self.scaling, left)
 
     def matmul(self, x: Operand) -> Operand | None:
         """Return x W."""
-        found = self.matrices()
-        return None if found is None else torch.matmul(torch.matmul(x, found[0]) * self.scaling, found[1])
+        matrices = self.matrices()
+        return None if matrices is None else torch.matmul(torch.matmul(x, matrices[0]) * self.scaling, matrices[1])
 
     def rmatmul(self, x: Operand) -> Operand | None:
         """Return W x."""
-        found = self.matrices()
-        return None if found is None else torch.matmul(found[0], torch.matmul(found[1], x) * self.scaling)
+        matrices = self.matrices()
+        return None if matrices is None else torch.matmul(matrices[0], torch.matmul(matrices[1], x) * self.scaling)
 
     def grouped(self, x: Operand, offsets: Operand, product: Callable[..., Operand]) -> Operand | None:
         """Return each group of rows of x [S, in] times its member of the bank [E, in, out]."""
-        found = self.matrices()
-        if found is None or len(self.view.shape) != 3 or not self.view.banked:
+        matrices = self.matrices()
+        if matrices is None or len(self.view.shape) != 3 or not self.view.banked:
             return None
-        return product(product(x, found[0], offsets) * self.scaling, found[1], offsets)
+        return product(product(x, matrices[0], offsets) * self.scaling, matrices[1], offsets)
 
     def embedding(self, ids: Operand, **options: Any) -> Operand | None:
         """Return the rows of W [n, dim] that the ids name."""
-        found = self.matrices()
-        if found is None or len(self.view.shape) != 2:
+        matrices = self.matrices()
+        if matrices is None or len(self.view.shape) != 2:
             return None
-        return torch.matmul(F.embedding(ids, found[0], **options) * self.scaling, found[1])
+        return torch.matmul(F.embedding(ids, matrices[0], **options) * self.scaling, matrices[1])
 
     def convolution(self, x: Operand, convolve: Callable[..., Operand], groups: int, settings: Any) -> Operand | None:
         """Return the convolution of x with W [out, in / groups, kernel…]: one with A's r filters, then B's 1 · 1."""
@@ -137,10 +137,10 @@ class Factored:
 
     def einsum(self, equation: str, position: int, x: Operand) -> Operand | None:
         """Return the einsum of W (the operand at `position`) and x; None where it does not factor."""
-        found = self._split(equation, position)
-        if found is None:
+        split = self._split(equation, position)
+        if split is None:
             return None
-        first, second, kinds = found
+        first, second, kinds = split
         inner = torch.einsum(first, x, self._side(kinds[0])) * self.scaling
         return torch.einsum(second, inner, self._side(kinds[1]))
 
@@ -160,10 +160,10 @@ class Factored:
         other: Kind = "second" if one == "first" else "first"
         banks = [x for x in kinds if kinds[x] == "bank"]
         sides = {kind: banks + [x for x in kinds if kinds[x] == kind] for kind in (one, other)}
-        found = letters.products(sides[one], sides[other])
-        if found is None:
+        pair = letters.products(sides[one], sides[other])
+        if pair is None:
             return None
-        inner, rank = found
+        inner, rank = pair
         written = {kind: _factor_letters(kind, len(banks), sides[kind], rank) for kind in (one, other)}
         first, second = f"{letters.x},{written[one]}->{inner}", f"{inner},{written[other]}->{letters.result}"
         return first, second, (one, other)
@@ -238,7 +238,7 @@ class _Letters:
         if not arrow or len(operands) != 2 or "." in operands[position]:
             return None
         weight, x = operands[position], operands[1 - position]
-        if any(len(set(each)) != len(each) for each in (weight, x.replace("...", ""), result.replace("...", ""))):
+        if any(len(set(side)) != len(side) for side in (weight, x.replace("...", ""), result.replace("...", ""))):
             return None
         return _Letters(x, weight, result)
 
@@ -247,7 +247,7 @@ class _Letters:
         return "".join(letter for letter in self.weight if letter not in self.result)
 
     def products(self, one: Sequence[str], other: Sequence[str]) -> tuple[str, str] | None:
-        """Return the letters of x times the factor that is summed over, and that of the rank; None if it is no such."""
+        """Return the letters of x times the factor that is summed over, and that of the rank; None without them."""
         if any(letter not in self.x for letter in self.summed) or any(letter not in self.result for letter in other):
             return None
         rank = next(letter for letter in string.ascii_letters if letter not in self.x + self.weight + self.result)

@@ -47,9 +47,9 @@ def name_of(function: Any) -> str:
 
 
 def product(name: str, call: Call) -> Delta | None:
-    """Return how a call multiplies its weight; None if it is no product that is known here, or not by this operand."""
-    found = _PRODUCTS.get(name)
-    return None if found is None else found(call)
+    """Return how a call multiplies its weight; None if it is not a product known here, or not by this operand."""
+    multiply = _PRODUCTS.get(name)
+    return None if multiply is None else multiply(call)
 
 
 def _linear(call: Call) -> Delta | None:
@@ -89,7 +89,7 @@ def _einsum(call: Call) -> Delta | None:
     equation, *operands = call.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    positions = [index for index, each in enumerate(operands) if each is call.weight]
+    positions = [index for index, operand in enumerate(operands) if operand is call.weight]
     if not isinstance(equation, str) or len(operands) != 2 or len(positions) != 1:
         return None
     position = positions[0]
@@ -111,7 +111,7 @@ _CONVOLUTIONS: dict[str, Callable[..., Operand]] = {"conv1d": F.conv1d, "conv2d"
 
 
 def _convolution(name: str) -> Callable[[Call], Delta | None]:
-    def found(call: Call) -> Delta | None:
+    def delta(call: Call) -> Delta | None:
         x, weight = call.operand(0, "input"), call.operand(1, "weight")
         if weight is not call.weight or x is call.weight:
             return None
@@ -120,7 +120,7 @@ def _convolution(name: str) -> Callable[[Call], Delta | None]:
         settings = (stride or 1, padding or 0, dilation or 1)
         return lambda low, given: low.convolution(given(x), _CONVOLUTIONS[name], groups, settings)
 
-    return found
+    return delta
 
 
 def _grouped(call: Call) -> Delta | None:

@@ -36,7 +36,7 @@ class Run:
 
 
 def runs_of(name: str, call: Call, low: Factored, rows: int) -> tuple[Run, ...] | None:
-    """Return which rows meet which matrix in a call of a torch function; None if it is no product that is known here.
+    """Return which rows meet which matrix in a call of a torch function; None if it is not a product known here.
 
     Groups whose ends are known only on another device are left to torch's own kernels.
     """
@@ -67,7 +67,7 @@ def source(x: Tensor) -> Source:
             factors = (node._saved_self, node._saved_other)  # type: ignore[union-attr]
         except RuntimeError:  # changed in place since, so no longer what was multiplied
             return Source((x,), _itself)
-        if all(each is not None and each.shape == x.shape and each.dtype == x.dtype for each in factors):
+        if all(factor is not None and factor.shape == x.shape and factor.dtype == x.dtype for factor in factors):
             return Source(factors, torch.mul)
     return Source((x,), _itself)
 
@@ -94,10 +94,10 @@ def routed_product(
         weight: W as [.., in, out], frozen.
         low: its low-rank part, of one matrix as [out, in].
     """
-    found = low.matrices()
-    if found is None:
+    matrices = low.matrices()
+    if matrices is None:
         return None
-    A, B = (found[0].mT, found[1]) if weight.dim() == 3 else (found[1], found[0].mT)
+    A, B = (matrices[0].mT, matrices[1]) if weight.dim() == 3 else (matrices[1], matrices[0].mT)
     result: Tensor = _Routed.apply(base, runs, low.scaling, source(x), x, weight, A, B)  # type: ignore[no-untyped-call]
     return result
 
@@ -125,14 +125,14 @@ class _Routed(torch.autograd.Function):
         if torch.is_grad_enabled():
             x = ctx.make(*kept)
             return None, None, None, None, *_differentiable(ctx.runs, ctx.scaling, gradient, x, weight, A, B, wanted)
-        flat, kept = gradient.flatten(0, -2), [each.flatten(0, -2) for each in kept]
+        flat, kept = gradient.flatten(0, -2), [factor.flatten(0, -2) for factor in kept]
         of_x = flat.new_empty(flat.shape[0], weight.shape[-2]) if wanted else None
         met = len(ctx.runs) == (A.shape[0] if A.dim() == 3 else 1)
         new = torch.empty if met else torch.zeros
-        of_A, of_B = (new(each.shape, dtype=each.dtype, device=each.device) for each in (A, B))
+        of_A, of_B = (new(matrix.shape, dtype=matrix.dtype, device=matrix.device) for matrix in (A, B))
         for run, h in _each(ctx.runs, inner, A.shape[-2]):
             g = flat[run.rows]
-            wide, x = g.to(A.dtype), ctx.make(*(each[run.rows] for each in kept)).to(A.dtype)
+            wide, x = g.to(A.dtype), ctx.make(*(factor[run.rows] for factor in kept)).to(A.dtype)
             z = torch.mm(run.of(B).contiguous(), wide.t()).mul_(ctx.scaling)  # strided, it takes four times as long
             torch.mm(h, wide, out=run.of(of_B))
             torch.mm(z, x, out=run.of(of_A))
@@ -166,9 +166,9 @@ def _differentiable(
     met = [flat[run.rows] @ run.of(weight) for run in runs]
     low = [((flat[run.rows].to(A.dtype) @ run.of(A).mT) * scaling) @ run.of(B) for run in runs]
     results = [one + other.to(one.dtype) for one, other in zip(met, low, strict=True)]
-    inputs = [each for each in ((x, A, B) if wanted else (A, B)) if each.requires_grad]
+    inputs = [tensor for tensor in ((x, A, B) if wanted else (A, B)) if tensor.requires_grad]
     grads = torch.autograd.grad(
         results, inputs, [of_result[run.rows] for run in runs], create_graph=True, allow_unused=True
     )
-    found = dict(zip(map(id, inputs), grads, strict=True))
-    return found.get(id(x)), None, found.get(id(A)), found.get(id(B))
+    gradients = dict(zip(map(id, inputs), grads, strict=True))
+    return gradients.get(id(x)), None, gradients.get(id(A)), gradients.get(id(B))

@@ -66,15 +66,15 @@ class WeightView:
         return self.stub.numel() == math.prod(self.sizes) and self.stub.is_contiguous()
 
     def through(self, view: Callable[[Tensor], Any]) -> Any:
-        """Return what a view operation makes of it: a WeightView or a list of them; None if it is no such view."""
+        """Return what a view operation makes of it: a WeightView or a list of them; None if it is not such a view."""
         try:
-            found = view(self.stub)
+            viewed = view(self.stub)
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
-        if isinstance(found, Tensor):
-            return self._known(found)
-        views = [self._known(each) for each in found] if isinstance(found, (tuple, list)) else [None]
-        return None if any(each is None for each in views) else views
+        if isinstance(viewed, Tensor):
+            return self._known(viewed)
+        views = [self._known(tensor) for tensor in viewed] if isinstance(viewed, (tuple, list)) else [None]
+        return None if any(known is None for known in views) else views
 
     def _known(self, stub: Tensor) -> WeightView | None:
         if stub.untyped_storage()._cdata != self.stub.untyped_storage()._cdata:
@@ -143,17 +143,17 @@ def _dims(stub: Tensor, sizes: tuple[int, int, int]) -> tuple[Dim, ...] | None:
     strides = {"bank": first * second, "first": second, "second": 1}
     lengths: dict[Any, int] = {"bank": bank, "first": first, "second": second}
     reached = dict(_starts(int(stub.storage_offset()), sizes))
-    found = []
+    dims = []
     for size, stride in zip(stub.shape, stub.stride(), strict=True):
         if size == 1 or stride == 0:
-            found.append(Dim("one" if size == 1 else "repeat", size, 1))
+            dims.append(Dim("one" if size == 1 else "repeat", size, 1))
             continue
-        kind: Any = next((k for k, each in strides.items() if lengths[k] > 1 and each and stride % each == 0), None)
+        kind: Any = next((k for k, unit in strides.items() if lengths[k] > 1 and unit and stride % unit == 0), None)
         if kind is None:
             return None
         step = stride // strides[kind]
         reached[kind] += step * (size - 1)
         if reached[kind] >= lengths[kind]:
             return None
-        found.append(Dim(kind, size, step))
-    return tuple(found)
+        dims.append(Dim(kind, size, step))
+    return tuple(dims)

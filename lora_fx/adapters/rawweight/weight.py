@@ -1,6 +1,6 @@
 """What a module shows as its weight while an adapter is on it: W + scaling · B A, without computing it.
 
-A LoRAWeight is a tensor to whoever reads it.  Products with it become the base's product plus the low-rank one, so that
+To its readers a LoRAWeight is a tensor.  Products with it become the base's product plus the low-rank one, so that
 dropout reaches the other operand and no weight-sized tensor is made; views of it are LoRAWeights; every other function
 gets the sum as a plain tensor.  It has no memory of its own: a kernel that asks for its address gets an error, never
 the bare base weight.
@@ -98,10 +98,10 @@ class _Shown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            rows, columns = (each.detach().requires_grad_() for each in ctx.saved_tensors)
+            rows, columns = (factor.detach().requires_grad_() for factor in ctx.saved_tensors)
             dense = Factored(ctx.view, rows, columns, ctx.r, ctx.scaling).dense()
-            found = torch.autograd.grad(dense, (rows, columns), gradient.to(dense.dtype))
-        return None, None, *found
+            gradients = torch.autograd.grad(dense, (rows, columns), gradient.to(dense.dtype))
+        return None, None, *gradients
 
 
 def _bare(kind: type[LoRAWeight], base: Tensor) -> LoRAWeight:
@@ -122,16 +122,16 @@ def _kept(weight: LoRAWeight) -> Part:
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    weights = {id(each): each for each in _weights_in((args, kwargs))}
+    weights = {id(weight): weight for weight in _weights_in((args, kwargs))}
     if not weights:
         return func(*args, **kwargs)
     name = _name(func)
     if name == "data_ptr":
         raise RuntimeError("an adapted weight has no address: a kernel would read the base weight there")
     if name in _FACTS:
-        return func(*_mapped(args, lambda each: _kept(each).base), **_mapped(kwargs, lambda each: _kept(each).base))
+        return func(*_mapped(args, lambda value: _kept(value).base), **_mapped(kwargs, lambda value: _kept(value).base))
     if name == "requires_grad":
-        return any(each.requires_grad for each in (_kept(args[0]).low.rows, _kept(args[0]).low.columns))
+        return any(factor.requires_grad for factor in (_kept(args[0]).low.rows, _kept(args[0]).low.columns))
     for weight in weights.values():
         result = _product(name, func, args, kwargs, weight)
         if result is None and args and args[0] is weight:
@@ -144,7 +144,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _product(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: LoRAWeight) -> Tensor | None:
     """Return base product + low-rank product; None if the call does not multiply the weight, or not so simply."""
     part = _kept(weight)
-    others = _mapped((args, kwargs), lambda each: each if each is weight else _kept(each).dense())
+    others = _mapped((args, kwargs), lambda other: other if other is weight else _kept(other).dense())
     call = Call(others[0], others[1], weight)
     routed = _routed(name, func, call, part)
     if routed is not None:
@@ -155,7 +155,7 @@ def _product(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     low = delta(part.low, lambda x: _given(x, part))
     if low is None:
         return None
-    args, kwargs = _mapped(others, lambda each: part.base)
+    args, kwargs = _mapped(others, lambda _: part.base)
     base = func(*args, **kwargs)
     result: Tensor = base + low.to(base.dtype)
     return result
@@ -188,7 +188,7 @@ def _given(x: Tensor, part: Part) -> Tensor:
 def _view(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: LoRAWeight) -> Any:
     """Return the view of the weight that a call asks for, as a LoRAWeight or several; None if it asks for none."""
     part = _kept(weight)
-    others = [each for each in _tensors((args[1:], kwargs)) if name in VIEWS]
+    others = [tensor for tensor in _tensors((args[1:], kwargs)) if name in VIEWS]
     if name in COPIES:
         base = func(part.base, *_mapped(args[1:], _dense), **_mapped(kwargs, _dense))
         same_place = isinstance(base, Tensor) and base.device == part.base.device and base.is_floating_point()
@@ -197,13 +197,13 @@ def _view(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], w
         return None
     if others:
         return _picked(name, part, args)
-    found = part.low.through(lambda stub: func(stub, *args[1:], **kwargs))
-    if found is None:
+    viewed = part.low.through(lambda stub: func(stub, *args[1:], **kwargs))
+    if viewed is None:
         return None
     base = func(part.base, *args[1:], **kwargs)
-    if isinstance(found, list):
-        return tuple(LoRAWeight(replace(part, base=b, low=low)) for b, low in zip(base, found, strict=True))
-    return LoRAWeight(replace(part, base=base, low=found))
+    if isinstance(viewed, list):
+        return tuple(LoRAWeight(replace(part, base=b, low=low)) for b, low in zip(base, viewed, strict=True))
+    return LoRAWeight(replace(part, base=base, low=viewed))
 
 
 def _picked(name: str, part: Part, args: tuple[Any, ...]) -> LoRAWeight | None:
@@ -233,15 +233,15 @@ _FACTS = frozenset(
 
 
 def _weights_in(value: Any) -> Iterator[LoRAWeight]:
-    return (each for each in _tensors(value) if isinstance(each, LoRAWeight))
+    return (tensor for tensor in _tensors(value) if isinstance(tensor, LoRAWeight))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
+        for inner in value:
+            yield from _tensors(inner)
     elif isinstance(value, dict):
         yield from _tensors(tuple(value.values()))
 
@@ -251,9 +251,9 @@ def _mapped(value: Any, function: Callable[[LoRAWeight], Any]) -> Any:
     if isinstance(value, LoRAWeight):
         return function(value)
     if type(value) in (tuple, list):
-        return type(value)(_mapped(each, function) for each in value)
+        return type(value)(_mapped(inner, function) for inner in value)
     if type(value) is dict:
-        return {key: _mapped(each, function) for key, each in value.items()}
+        return {key: _mapped(inner, function) for key, inner in value.items()}
     return value
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lora_fx.capture.calls.arguments import is_constant
 
 IDENTITIES = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, enum.Enum)
-"""What is told apart by identity, and holds nothing that a capture looks into."""
+"""What is compared by identity, and holds nothing that a capture looks into."""
 
 
 def is_plain_object(value: object) -> bool:
-    """Whether the value is an instance of a Python class with attributes of its own, and no part of a model."""
+    """Whether the value is an instance of a Python class with attributes of its own, and not part of a model."""
     if isinstance(value, (nn.Module, Tensor, torch.Generator, dict, list, tuple, set, *IDENTITIES)):
         return False
     return not is_constant(value) and isinstance(getattr(value, "__dict__", None), dict)

@@ -28,11 +28,11 @@ UNCHANGING = (
     types.GenericAlias, property, staticmethod, classmethod, enum.Enum, logging.Logger, re.Pattern, typing.TypeVar,
     type(functools.lru_cache(lambda: None)), type(list[int] | None), type(typing.Any), type(typing.Callable),
 )  # fmt: skip
-"""What is told apart by identity; whatever such a thing reads in turn is seen where its code runs."""
+"""What is compared by identity; whatever such a thing reads in turn is seen where its code runs."""
 
 
 _COMPARED = (*CONSTANTS, *UNCHANGING)
-"""What `==` tells apart as well as a guard can."""
+"""What `==` distinguishes as well as a guard can."""
 
 
 class Unfreezable(Exception):
@@ -99,7 +99,7 @@ class Inside:
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """A container of constants and of what is told apart by identity."""
+    """A container of constants and of what is compared by identity."""
 
     kind: type
     items: tuple[Any, ...]

@@ -24,12 +24,12 @@ class Functions:
         self._searched: dict[int, Any] = {}
 
     def met(self, value: Any, source: ValueSource | None = None) -> None:
-        """Remember the functions in a value: a function, a method, a partial, whatever a decorator made of one."""
+        """Remember the functions in a value: a function, a method, a partial, or what a decorator made of one."""
         for function in _functions_in(value):
             self._by_code.setdefault(function.__code__, {}).setdefault(id(function), (function, source))
 
     def running(self, frame: FrameType) -> list[tuple[FunctionType, ValueSource | None]]:
-        """Return the functions with the code of a frame that has just started; several if they cannot be told apart."""
+        """Return the functions with the code of a frame that has just started; several where it may be any of them."""
         code = frame.f_code
         self._search(frame.f_globals)
         running = [candidate for candidate in self._by_code.get(code, {}).values() if _may_run(candidate[0], frame)]

@@ -23,7 +23,7 @@ _GUARDED = frozenset(
     }
 )  # fmt: skip
 POINTERS = frozenset({"data_ptr", "storage", "untyped_storage", "numpy", "__array__", "tolist"})
-"""What a fake tensor has not, and what would be another one at the next call."""
+"""What a fake tensor does not have, and what would be another one at the next call."""
 _LAYOUT = frozenset({"stride", "is_contiguous", "storage_offset", "sym_stride", "is_non_overlapping_and_dense"})
 
 

@@ -51,7 +51,7 @@ class Listener:
         raise NotImplementedError
 
     def refuse(self, reason: str) -> None:
-        """The forward does what nobody can follow."""
+        """The forward does what cannot be followed."""
         raise Untraceable(reason)
 
     def read(self, place: AttributePath, value: Any) -> None:
@@ -195,7 +195,7 @@ class ReportingObject(_Reporting):
     """Mixin for the plain objects that a copy holds (a config)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep the class's own hook from hearing of a subclass that is none of its own."""
+        """Keep the class's own hook from hearing of a subclass that is not its own."""
 
     def __getattr__(self, name: str) -> Any:
         inherited = vars_of_class(plain_class(self), "__getattr__")
@@ -259,7 +259,7 @@ def _report_objects(duplicate: Any, original: Any, path: str, listener: Listener
             if name in _INTERNAL or value is given or not is_plain_object(value) or _LISTENER in vars(value):
                 continue
             if is_library_module(type(value).__module__):
-                continue  # its methods may be written in C, and read what nobody hears
+                continue  # its methods may be written in C, whose reads are not reported
             where = AttributePath(path, (*place.attributes, name))
             if _reports(value, where, listener):
                 waiting.append((value, given, where))

@@ -30,7 +30,7 @@ class Host(Protocol):
         """Return the symbolic number for an integer found at `access`."""
 
     def constant_read(self, access: str, value: object) -> None:
-        """A constant, or something told apart by identity, was found at `access`."""
+        """A constant, or an object compared by identity, was found at `access`."""
 
     def required(self, expression: str, reason: str) -> None:
         """The capture relies on the expression being true; `reason` says what differs when it is not."""
@@ -177,7 +177,7 @@ class ProxyObject:
     """Mixin of the class of an object's proxy."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep the class's own hook from hearing of a subclass that is none of its own."""
+        """Keep the class's own hook from hearing of a subclass that is not its own."""
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -99,7 +99,7 @@ def _expressed(size: int, dim: int, rank: int, tensors: list[Tensor]) -> Any:
 
 
 def of_shape(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Return the tensor; OtherShape if it has not these sizes.  Stands in graphs behind a recorded submodule."""
+    """Return the tensor; OtherShape if it does not have these sizes.  Stands in graphs behind a recorded submodule."""
     if tuple(tensor.shape) != tuple(sizes):
         raise OtherShape(f"{tuple(tensor.shape)} instead of {tuple(sizes)}")
     return tensor

@@ -41,7 +41,7 @@ class GraphWriter:
     sizes: dict[sympy.Expr, fx.Node] = field(default_factory=dict)
     size_of: dict[sympy.Symbol, tuple[fx.Node, int | None]] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)
-    """Keeps tensors alive, since values are told apart by identity."""
+    """Keeps tensors alive, since values are compared by identity."""
     inputs: dict[int, fx.Node] = field(default_factory=dict)
     """The graph's inputs, by the identity of what stands for them in the capture."""
     ask_object: Callable[[Any], fx.Node] | None = None
@@ -107,7 +107,7 @@ class GraphWriter:
         """Return the value as a node's argument: tensors and symbolic sizes become the nodes that make them.
 
         Raises:
-            Untraceable: nothing in the graph makes the value, and it is no constant.
+            Untraceable: nothing in the graph makes the value, and it is not a constant.
         """
         if isinstance(value, Tensor):
             return self._tensor(value)

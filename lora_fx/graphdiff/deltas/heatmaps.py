@@ -134,7 +134,7 @@ def _row(row: DeltaRow) -> str:
 
 
 def _bars(row: DeltaRow, largest: float) -> str:
-    """Return a bar for each singular value; the smallest that is no zero still shows."""
+    """Return a bar for each singular value; the smallest that is not zero still shows."""
     heights = [24 * value / largest if largest else 0.0 for value in row.singular_values]
     bars = "".join(f"M{7 * k} 26v{-max(high, 0.5):.3g}h5V26z" for k, high in enumerate(heights))
     said = ", ".join(f"{value:.2g}" for value in row.singular_values[:16])

@@ -46,7 +46,7 @@ class Factor:
     part: WeightPart | None = None
 
     def transposed(self) -> Factor:
-        """Return the factor [columns, rows]; columns of a stored matrix become rows of it, which are no part."""
+        """Return the factor [columns, rows]; columns of a stored matrix become rows of it, which are not a part."""
         part = self.part
         if part is not None and (part.start, part.stop) == (0, self.tensor.shape[1]):
             part = WeightPart(part.name, not part.transposed, 0, self.tensor.shape[0])

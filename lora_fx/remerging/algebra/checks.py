@@ -86,7 +86,7 @@ def _readers_of(read: GraphReading, names: set[str]) -> Iterator[fx.Node]:
 
 
 def _beyond_constants(read: GraphReading, node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nodes that read a constant and are none; and the constants that those read."""
+    """Yield the nodes that read a constant and are not constants; and the constants that those read."""
 
     def is_constant(other: fx.Node) -> bool:
         return other is node or (other.op != "output" and read.is_constant(other))

@@ -45,14 +45,14 @@ def made_with_product(read: GraphReading, node: fx.Node) -> str | None:
 
 
 def looks_like_lora(read: GraphReading, node: fx.Node, x: fx.Node, linear: tuple[int, int], reason: NotLinear) -> bool:
-    """Whether an addend that is none is worth a word: two matrices through few dimensions beside a linear.
+    """Whether an addend that is not a LoRA is worth a word: two matrices through few dimensions beside a linear.
 
     Args:
         read: the graph.
         node: the addend.
         x: the linear's input.
         linear: its (columns of the input, columns of the output).
-        reason: why the addend is none.
+        reason: why the addend is not a LoRA.
     """
     shapes, end = _matrices_above(read, node, x)
     if len(shapes) < 2:

@@ -19,6 +19,6 @@ def read_graph(root: nn.Module, graph: fx.Graph, names: Mapping[int, str] | None
     Args:
         root: holds the modules and tensors that the graph names.
         graph: of calls on them.
-        names: of tensors by identity, where the graph's own are no good.
+        names: of tensors by identity, where the graph's own names are unusable.
     """
     return GraphReading(root, graph, _OPERATIONS, names or {})

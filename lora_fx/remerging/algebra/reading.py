@@ -37,7 +37,7 @@ class GraphReading:
     graph: fx.Graph
     operations: Operations
     names: Mapping[int, str] = field(default_factory=dict)
-    """Names of tensors by identity, where the graph's own are no good."""
+    """Names of tensors by identity, where the graph's own names are unusable."""
     order: dict[fx.Node, int] = field(default_factory=dict)
     writes: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     """For each node, the statements that write to its value in place, in order."""
@@ -197,7 +197,7 @@ class GraphReading:
         """Return the value of `node` as an affine function of the value of `x`, [rows…, width] → [rows…, columns].
 
         Raises:
-            NotLinear: with the first node on the way that is none.
+            NotLinear: with the first node on the way that is not one.
         """
         return _remembered(self._affine, (node, x), lambda: self._affine_of(node, x, width))
 
