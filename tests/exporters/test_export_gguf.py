@@ -91,7 +91,7 @@ def test_without_the_permutation_of_q_and_k_the_file_loads_and_is_wrong(
 @pytest.mark.slow
 def test_with_one_alpha_for_mixed_scalings_the_file_loads_and_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(target, "_common", lambda alphas: 8.0)
-    monkeypatch.setattr(target._Pair, "alpha", property(lambda pair: 8.0))
+    monkeypatch.setattr(target.PlainAdapter, "alpha", property(lambda adapter: 8.0))
     with pytest.raises(ExportError, match=r"llama.cpp computes something else") as caught:
         in_llama_cpp("Llama", adapted("Llama", NARROW, LINEARS), tmp_path)
     assert float(dict(caught.value.facts)["max |Δ|"]) > 0.1
