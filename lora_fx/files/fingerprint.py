@@ -32,7 +32,7 @@ def sample_values(weight: Tensor) -> list[float] | None:
 
 def sample_positions(number: int) -> list[int]:
     """Return where `sample_values` looks in a weight of so many values."""
-    return [int(each) for each in torch.linspace(0, number - 1, VALUES, dtype=torch.float64).round()]
+    return [int(position) for position in torch.linspace(0, number - 1, VALUES, dtype=torch.float64).round()]
 
 
 def different(saved: Mapping[str, list[float] | None], weights: Mapping[str, Tensor]) -> list[str]:

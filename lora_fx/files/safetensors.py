@@ -32,6 +32,7 @@ class RawTensor(NamedTuple):
 
     @property
     def elements(self) -> int:
+        """Number of values."""
         return math.prod(self.shape)
 
 

@@ -68,7 +68,7 @@ def _is_flipped(layout: Layout, is_banked: bool, owner: nn.Module) -> bool:
 
 
 def banked_layout(owner: nn.Module) -> Layout:
-    """Return how PEFT takes the matrices of a bank to be stored; transformers' modules of experts tell it."""
+    """Return how PEFT takes the matrices of a bank to be stored; transformers' modules of experts say so."""
     return "in_out" if getattr(owner, "is_transposed", False) else "out_in"
 
 
@@ -90,9 +90,9 @@ def encoded(found: Attached) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def _flips(found: Attached) -> bool:
-    spec = found.spec
-    return not spec.path_is_owner and _is_flipped(spec.site.layout, spec.site.is_banked, found.owner)
+def _flips(adapter: Attached) -> bool:
+    spec = adapter.spec
+    return not spec.path_is_owner and _is_flipped(spec.site.layout, spec.site.is_banked, adapter.owner)
 
 
 def _blocks(filters: Tensor, groups: int) -> Tensor:

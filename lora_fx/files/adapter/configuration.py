@@ -39,7 +39,7 @@ def read_configuration(folder: Path) -> Configuration:
     """Return the configuration of an adapter's directory.
 
     Raises:
-        AdapterFileError: it is missing, no JSON, of another kind, holds values of wrong types, or asks for what would
+        AdapterFileError: it is missing, not JSON, of another kind, holds values of wrong types, or asks for what would
             be silently wrong if it were read as plain LoRA.
     """
     path = folder / CONFIG_FILE
@@ -62,15 +62,15 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
     except OSError as error:
         raise AdapterFileError(str(path), f"cannot be read: {error.strerror or error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterFileError(str(path), "is not the configuration of a LoRA adapter", [("peft_type", repr(found))])
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterFileError(str(path), "is not the configuration of a LoRA adapter", [("peft_type", repr(kind))])
     return config
 
 
 def _must_exist(folder: Path, path: Path) -> None:
     if path.is_file():
         return
-    inside = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG_FILE}"))
+    inside = sorted(config.parent.name for config in folder.glob(f"*/{CONFIG_FILE}"))
     advice = f"these folders in it hold one: {', '.join(inside)}" if inside else "give the directory of an adapter"
     raise AdapterFileError(str(path), "does not exist", advice=advice)
 
@@ -95,7 +95,7 @@ def _is_switch(value: object) -> bool:
 
 
 def _are_names(value: object) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(each, str) and each for each in value))
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) and name for name in value))
 
 
 def _are_targets(value: object) -> bool:
@@ -119,12 +119,12 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterator[Fact]:
     for key, (fits, words) in _KINDS.items():
         if key in config and not fits(config[key]):
             yield key, f"must be {words}, found {config[key]!r:.60}"
-    for key, each in _PATTERNS.items():
+    for key, setting in _PATTERNS.items():
         table = config.get(key)
         if table is not None and not isinstance(table, dict):
             yield key, f"must be a mapping, found {table!r:.60}"
         else:
-            yield from _wrong_patterns(key, table or {}, *_KINDS[each])
+            yield from _wrong_patterns(key, table or {}, *_KINDS[setting])
 
 
 def _wrong_patterns(key: str, table: Mapping[str, Any], fits: Callable[[object], bool], words: str) -> Iterator[Fact]:

@@ -67,7 +67,8 @@ class Contents:
 
     @property
     def parameters(self) -> int:
-        return sum(each.parameters for each in self.sites) + sum(self.modules.values())
+        """Number of parameters of all sites and of the modules trained whole."""
+        return sum(site.parameters for site in self.sites) + sum(self.modules.values())
 
     def __str__(self) -> str:
         rows = [
@@ -85,6 +86,7 @@ class Contents:
         return facts + ([("saved with it", listing(self.others))] if self.others else [])
 
     def to_json(self) -> str:
+        """Return the contents as JSON."""
         document = {"schema_version": 1, **asdict(self), "parameters": self.parameters}
         return json.dumps(document, indent=1, ensure_ascii=False)
 
@@ -141,7 +143,7 @@ def _writer(header: Mapping[str, Any], config: Configuration) -> str:
 
 
 def _stems(raw: RawFile) -> list[str]:
-    return sorted({found[0] for key in raw.tensors if (found := split_factor_key(key))})
+    return sorted({parts[0] for key in raw.tensors if (parts := split_factor_key(key))})
 
 
 def _site(stem: str, raw: RawFile, config: Configuration, header: Mapping[str, Any]) -> SavedAdapter:
@@ -163,18 +165,18 @@ def _site(stem: str, raw: RawFile, config: Configuration, header: Mapping[str, A
 
 
 def _modules(raw: RawFile) -> dict[str, int]:
-    rest = {key: each for key, each in raw.tensors.items() if split_factor_key(key) is None}
-    return {key.removeprefix(PREFIX): each.elements for key, each in sorted(rest.items())}
+    rest = {key: entry for key, entry in raw.tensors.items() if split_factor_key(key) is None}
+    return {key.removeprefix(PREFIX): entry.elements for key, entry in sorted(rest.items())}
 
 
 def _features(config: Configuration, header: Mapping[str, Any]) -> list[str]:
-    sites = [each for each in header.get("sites", {}).values() if isinstance(each, dict)]
-    found = {
+    sites = [site for site in header.get("sites", {}).values() if isinstance(site, dict)]
+    features = {
         "rank-stabilised scaling": config.use_rslora,
         "DoRA": config.use_dora,
-        "raw parameters": bool(config.target_parameters) or any(each.get("parameter") for each in sites),
-        "slices": any(each.get("slices") for each in sites),
-        "an adapter for each call": any(each.get("calls") for each in sites),
+        "raw parameters": bool(config.target_parameters) or any(site.get("parameter") for site in sites),
+        "slices": any(site.get("slices") for site in sites),
+        "an adapter for each call": any(site.get("calls") for site in sites),
         "modules trained whole": bool(config.modules_to_save),
     }
-    return [name for name, there in found.items() if there]
+    return [name for name, there in features.items() if there]

@@ -76,7 +76,7 @@ class _Filed:
         return self.found.spec.lora.r * self.ranks
 
     def note(self) -> SiteNote:
-        spec, found = self.found.spec, self.found
+        spec, adapter = self.found.spec, self.found
         return SiteNote(
             path=self.path,
             lora=spec.lora,
@@ -86,7 +86,7 @@ class _Filed:
             layout=spec.site.layout,
             read=self.read,
             slices=None if spec.slices is None else spec.slices.to_dict(),
-            call=found.call,
+            call=adapter.call,
             calls=spec.calls,
             file_ranks=self.ranks,
         )
@@ -99,8 +99,8 @@ def describe(tuned: nn.Module) -> list[Described]:
     """
     record = record_in(tuned)
     groups: dict[str, list[tuple[str, Attached]]] = {}
-    for path, found in all_attached(tuned):
-        groups.setdefault(found.spec.adapter, []).append((path, found))
+    for path, adapter in all_attached(tuned):
+        groups.setdefault(adapter.spec.adapter, []).append((path, adapter))
     names = sorted(groups, key=lambda name: (name != "default", name))
     traits, described = _Traits.of(tuned), []
     for name in names:
@@ -118,7 +118,7 @@ class _Traits:
     shared: set[int]
     """Identities of the modules that are children of several modules, or under several names."""
     uncalled: set[str]
-    """Paths of the sites that no run has used: their weight shows itself adapted, whoever may read it."""
+    """Paths of the sites that no run has used: their weight shows itself adapted, whatever reads it."""
     in_code: set[str]
     """Names of what the graph of a GraphModule reads."""
     outside: set[str]
@@ -130,26 +130,26 @@ class _Traits:
         shared = {module for module, number in places.items() if number > 1}
         planned = record_in(tuned).plan.adapted
         kernels = read_by_kernels(tuned)
-        uncalled = {each.path for each in planned if not each.site.read and each.path not in kernels}
-        outside = {each.path for each in planned if each.site.outside}
+        uncalled = {decision.path for decision in planned if not decision.site.read and decision.path not in kernels}
+        outside = {decision.path for decision in planned if decision.site.outside}
         return _Traits(shared, uncalled, read_in_graph(tuned), outside)
 
-    def read(self, path: str, found: Attached) -> bool:
-        if found.spec.path_is_owner and dotted(path, "weight") in self.in_code:
+    def read(self, path: str, adapter: Attached) -> bool:
+        if adapter.spec.path_is_owner and dotted(path, "weight") in self.in_code:
             return True
-        return found.spec.parameter in shown_parameters(found.owner) and path not in self.uncalled
+        return adapter.spec.parameter in shown_parameters(adapter.owner) and path not in self.uncalled
 
-    def beyond_peft(self, path: str, found: Attached) -> str:
-        if found.call is not None:
+    def beyond_peft(self, path: str, adapter: Attached) -> str:
+        if adapter.call is not None:
             return "each call has an adapter of its own"
-        if id(found.owner) in self.shared:
+        if id(adapter.owner) in self.shared:
             return "the module has several names, of which PEFT would adapt one"
-        if not found.spec.path_is_owner:
+        if not adapter.spec.path_is_owner:
             elsewhere = "code outside of its module reads it, where PEFT would leave it as it is"
             return elsewhere if path in self.outside else ""
-        if self.read(path, found):
+        if self.read(path, adapter):
             return "code reads its weight, which PEFT would leave as it is"
-        if has_other_border(found.owner):
+        if has_other_border(adapter.owner):
             return "PEFT would leave out the padding_mode and dilation of the convolution"
         return ""
 
@@ -157,32 +157,32 @@ class _Traits:
 def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (path, reason) for every site with which PEFT would compute something else, or which it cannot have."""
     traits = _Traits.of(tuned)
-    for path, found in all_attached(tuned):
-        reason = traits.beyond_peft(path, found)
+    for path, adapter in all_attached(tuned):
+        reason = traits.beyond_peft(path, adapter)
         if reason:
             yield path, reason
 
 
 def _filed(sites: Sequence[tuple[str, Attached]], traits: _Traits) -> list[_Filed]:
     """Return the sites with what stands for each in the file."""
-    together = Counter(id(found.owner) for _, found in sites if not found.spec.path_is_owner)
-    layers = {id(found.owner) for _, found in sites if found.spec.path_is_owner}
+    together = Counter(id(adapter.owner) for _, adapter in sites if not adapter.spec.path_is_owner)
+    layers = {id(adapter.owner) for _, adapter in sites if adapter.spec.path_is_owner}
     filed = []
-    for path, found in sites:
-        raw = not found.spec.path_is_owner
+    for path, adapter in sites:
+        raw = not adapter.spec.path_is_owner
         if raw:  # inside of the layer that owns it, where that is adapted too
-            number = together[id(found.owner)] + (id(found.owner) in layers)
-            stem = parameter_stem(path.rpartition(".")[0], _position(found, sites), number)
+            number = together[id(adapter.owner)] + (id(adapter.owner) in layers)
+            stem = parameter_stem(path.rpartition(".")[0], _position(adapter, sites), number)
         else:
-            stem = path if found.call is None else call_stem(path, found.call)
-        filed.append(_Filed(stem, path, found, raw, traits.read(path, found), traits.beyond_peft(path, found)))
+            stem = path if adapter.call is None else call_stem(path, adapter.call)
+        filed.append(_Filed(stem, path, adapter, raw, traits.read(path, adapter), traits.beyond_peft(path, adapter)))
     return filed
 
 
-def _position(found: Attached, sites: Sequence[tuple[str, Attached]]) -> int:
+def _position(adapter: Attached, sites: Sequence[tuple[str, Attached]]) -> int:
     """Return which of the adapted raw parameters of its module this one is, in the order of registration."""
-    mine = {each.spec.parameter for _, each in sites if each.owner is found.owner and not each.spec.path_is_owner}
-    return [name for name in found.owner._parameters if name in mine].index(found.spec.parameter)
+    mine = {other.spec.parameter for _, other in sites if other.owner is adapter.owner and not other.spec.path_is_owner}
+    return [name for name in adapter.owner._parameters if name in mine].index(adapter.spec.parameter)
 
 
 def _describe(
@@ -198,15 +198,15 @@ def _describe(
         "trained": list(trained),
         "model": record_in(tuned).plan.model,
         "rules": record_in(tuned).plan.rules,
-        "sites": {each.stem: note_of(each.note()) for each in sites},
-        "base": {each.path: sample_values(each.found.base_weight) for each in sites},
+        "sites": {site.stem: note_of(site.note()) for site in sites},
+        "base": {site.path: sample_values(site.found.base_weight) for site in sites},
     }
     header = header_text(content, tensors)
     return Described(name, tensors, config, {"format": "pt", METADATA_KEY: header})
 
 
 def _refuse_mixed_dora(name: str, sites: Sequence[_Filed]) -> None:
-    plain = [(each.path, "plain LoRA") for each in sites if not each.found.spec.lora.dora]
+    plain = [(site.path, "plain LoRA") for site in sites if not site.found.spec.lora.dora]
     if plain and len(plain) < len(sites):
         raise AdapterFileError(
             f"adapter '{name}'",
@@ -225,16 +225,16 @@ def _version() -> str:
 
 def _site_tensors(sites: Sequence[_Filed]) -> dict[str, Tensor]:
     tensors = {}
-    for each in sites:
-        found = each.found
-        names = factor_names(isinstance(found.lora_A, EmbeddingA))
-        for name, factor in zip(names, encoded(found), strict=True):
-            tensors[factor_key(each.stem, name)] = _plain(factor)
-        if found.magnitude is not None:
-            tensors[magnitude_key(each.stem)] = _plain(found.magnitude.weight)
-        bias = found.owner._parameters.get("bias") if found.spec.path_is_owner else None
-        if found.spec.lora.bias and bias is not None:
-            tensors[bias_key(each.path)] = _plain(bias)
+    for site in sites:
+        adapter = site.found
+        names = factor_names(isinstance(adapter.lora_A, EmbeddingA))
+        for name, factor in zip(names, encoded(adapter), strict=True):
+            tensors[factor_key(site.stem, name)] = _plain(factor)
+        if adapter.magnitude is not None:
+            tensors[magnitude_key(site.stem)] = _plain(adapter.magnitude.weight)
+        bias = adapter.owner._parameters.get("bias") if adapter.spec.path_is_owner else None
+        if adapter.spec.lora.bias and bias is not None:
+            tensors[bias_key(site.path)] = _plain(bias)
     return tensors
 
 
@@ -252,15 +252,15 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _config(tuned: nn.Module, sites: Sequence[_Filed], trained: Sequence[str]) -> dict[str, Any]:
     """Return PEFT's configuration; ranks and alphas that are not the most common go into anchored patterns."""
-    loras = {each.name: each.found.spec.lora for each in sites}
+    loras = {site.name: site.found.spec.lora for site in sites}
     rslora = all(lora.rslora for lora in loras.values())
-    ranks = {each.name: each.rank for each in sites}
-    alphas = {each.name: _alpha(each, rslora) for each in sites}
+    ranks = {site.name: site.rank for site in sites}
+    alphas = {site.name: _alpha(site, rslora) for site in sites}
     rank, alpha = _most_common(ranks), _most_common(alphas)
-    beyond = next((each for each in sites if each.beyond_peft), None)
-    parameters = sorted(each.path for each in sites if each.is_parameter and beyond is None)
+    beyond = next((site for site in sites if site.beyond_peft), None)
+    parameters = sorted(site.path for site in sites if site.is_parameter and beyond is None)
     modules = (name for name, _ in tuned.named_modules() if not _is_of_adapter(name))
-    layers = target_modules((each.stem for each in sites if not each.is_parameter), modules)
+    layers = target_modules((site.stem for site in sites if not site.is_parameter), modules)
     return {
         "alpha_pattern": {anchored(name): value for name, value in sorted(alphas.items()) if value != alpha},
         "base_model_name_or_path": _name_of(tuned),
@@ -283,16 +283,16 @@ def _config(tuned: nn.Module, sites: Sequence[_Filed], trained: Sequence[str]) -
     }
 
 
-def _alpha(each: _Filed, rslora: bool) -> float:
+def _alpha(site: _Filed, rslora: bool) -> float:
     """Return the alpha that gives the site's scaling at the file's rank.
 
     PEFT has one switch for rank-stabilised scaling; where only some sites use it, their alpha says the same.
     """
-    lora = each.found.spec.lora
-    if each.ranks == 1:
+    lora = site.found.spec.lora
+    if site.ranks == 1:
         return lora.alpha if lora.rslora == rslora else lora.scaling * lora.r
-    exact = lora.alpha * each.ranks if lora.rslora == rslora and not rslora else None
-    return exact if exact is not None else lora.scaling * (each.rank**0.5 if rslora else each.rank)
+    exact = lora.alpha * site.ranks if lora.rslora == rslora and not rslora else None
+    return exact if exact is not None else lora.scaling * (site.rank**0.5 if rslora else site.rank)
 
 
 def _is_of_adapter(name: str) -> bool:

@@ -109,9 +109,9 @@ def _refuse_misspelt_key(path: Path, metadata: Mapping[str, str]) -> None:
             raise AdapterFileError(str(path), "has a damaged header", [(METADATA_KEY, f"is spelt {key!r}")])
 
 
-def _check_hash(path: Path, noted: str, found: str) -> None:
-    if found != noted:
-        facts = [("SHA-256 when written", noted), ("SHA-256 now", found)]
+def _check_hash(path: Path, noted: str, actual: str) -> None:
+    if actual != noted:
+        facts = [("SHA-256 when written", noted), ("SHA-256 now", actual)]
         advice = "copy it again from where it was written"
         raise AdapterFileError(
             str(path), "is damaged: its contents have changed since they were written", facts, advice
@@ -122,7 +122,7 @@ def _header(content: Mapping[str, Any]) -> Header:
     names = (content["adapter"], *content["others"])
     if not all(map(is_adapter_name, names)):  # they become directories and names of modules
         raise ValueError(f"{names} are not names of adapters")
-    sites = {stem: _note(stem, each) for stem, each in content["sites"].items()}
+    sites = {stem: _note(stem, saved) for stem, saved in content["sites"].items()}
     places = Counter((note.path, note.call) for note in sites.values())
     if max(places.values(), default=1) > 1:
         raise ValueError(f"{places.most_common(1)[0][0][0]} is noted twice")
@@ -140,9 +140,9 @@ def note_of(note: SiteNote) -> dict[str, Any]:
     """Return what is written of a site; what is as for a plain linear is left out."""
     plain = SiteNote(note.path, note.lora, note.rule, note.op)
     extra = {
-        each.name: getattr(note, each.name)
-        for each in fields(SiteNote)
-        if getattr(note, each.name) != getattr(plain, each.name)
+        attribute.name: getattr(note, attribute.name)
+        for attribute in fields(SiteNote)
+        if getattr(note, attribute.name) != getattr(plain, attribute.name)
     }
     return asdict(note.lora) | {"path": note.path, "op": note.op, "rule": note.rule} | extra
 
@@ -151,8 +151,8 @@ def _note(stem: str, saved: Mapping[str, Any]) -> SiteNote:
     wrong = [name for name, fits in _FITS.items() if name in saved and not fits(saved[name])]
     if wrong:
         raise ValueError("; ".join(f"{stem}: {name} is {saved[name]!r:.60}" for name in wrong))
-    lora = LoRAConfig(**{each.name: saved[each.name] for each in fields(LoRAConfig)})
-    names = {each.name for each in fields(SiteNote)} - {"lora", "path"}
+    lora = LoRAConfig(**{attribute.name: saved[attribute.name] for attribute in fields(LoRAConfig)})
+    names = {attribute.name for attribute in fields(SiteNote)} - {"lora", "path"}
     note = SiteNote(path=saved.get("path", stem), lora=lora, **{name: saved[name] for name in names if name in saved})
     if note.parameter not in ("", note.path) or (note.call is None) != (note.calls == 0):
         raise ValueError(f"{stem}: parameter is {note.parameter!r}, call {note.call} of {note.calls}")
@@ -162,7 +162,7 @@ def _note(stem: str, saved: Mapping[str, Any]) -> SiteNote:
 
 
 def slices_of(written: Mapping[str, Any]) -> Slices:
-    """Return the slices that a note holds as a rule file would; ValueError if they are none."""
+    """Return the slices that a note holds as a rule file would; ValueError if they are not slices."""
     rules = {"version": 1, "rules": [{"match": {"name": "**"}, "slices": dict(written)}]}
     try:
         slices = read_rules(rules).rules[0].slices

@@ -92,7 +92,7 @@ def pattern_of(key: str) -> NamePattern:
     PEFT asks `re.match(rf"(.*\.)?({key})$", path)`; here it is asked in linear time, since anybody may have written it.
 
     Raises:
-        PatternError: the key is no expression, or not one that matches in linear time.
+        PatternError: the key is not an expression, or not one that matches in linear time.
     """
     text = key.removesuffix("$")
     if "|" in text:

@@ -204,7 +204,7 @@ class _AdapterReader:
             return bool(note.parameter)
         owner = split_stem(stem)[0]
         owners = [name.rpartition(".")[0] for name in self.config.target_parameters]
-        return any(not each or owner == each or owner.endswith(f".{each}") for each in owners)
+        return any(not ending or owner == ending or owner.endswith(f".{ending}") for ending in owners)
 
     def _vector_problems(self, path: str, lora_b: Tensor) -> Iterator[tuple[str, str]]:
         for key in (bias_key(path), magnitude_key(path)):

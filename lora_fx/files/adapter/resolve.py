@@ -27,19 +27,19 @@ def resolved(files: Sequence[AdapterFile], model: nn.Module) -> list[AdapterFile
     problems = [problem for file in files for problem in _parameter_problems(file, model)]
     if problems:
         raise AdapterMismatchError("the adapter does not fit this model", problems)
-    return [replace(file, sites=tuple(_site(each, file, model) for each in file.sites)) for file in files]
+    return [replace(file, sites=tuple(_site(site, file, model) for site in file.sites)) for file in files]
 
 
-def _site(each: SavedSite, file: AdapterFile, model: nn.Module) -> SavedSite:
-    if each.note is not None:
-        return each
-    if isinstance(_module(pattern_name(each.path), model), nn.MultiheadAttention) and is_of_attention(each.path):
+def _site(site: SavedSite, file: AdapterFile, model: nn.Module) -> SavedSite:
+    if site.note is not None:
+        return site
+    if isinstance(_module(pattern_name(site.path), model), nn.MultiheadAttention) and is_of_attention(site.path):
         # PEFT 0.21 adds the delta of an attention's out_proj twice; what was trained so is read so
-        return replace(each, path=f"{pattern_name(each.path)}.out_proj", lora_B=each.lora_B * 2)
-    name = _parameter(each.stem, file, model)
+        return replace(site, path=f"{pattern_name(site.path)}.out_proj", lora_B=site.lora_B * 2)
+    name = _parameter(site.stem, file, model)
     if name is not None:
-        return _of_parameter(replace(each, lora=_lora(each, name, file, model)), name, model)
-    return replace(each, lora=_lora_of_groups(each, model))
+        return _of_parameter(replace(site, lora=_lora(site, name, file, model)), name, model)
+    return replace(site, lora=_lora_of_groups(site, model))
 
 
 def _module(path: str, model: nn.Module) -> nn.Module | None:
@@ -50,26 +50,26 @@ def _module(path: str, model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _of_parameter(each: SavedSite, name: str, model: nn.Module) -> SavedSite:
+def _of_parameter(site: SavedSite, name: str, model: nn.Module) -> SavedSite:
     """Return a site whose weight PEFT took for a raw parameter, under the name that it has here: a layer's own path."""
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
     kind = kind_of(owner) if last == "weight" else None
     if kind is None:
-        return replace(each, path=name)
+        return replace(site, path=name)
     if kind.layout == "in_out":  # its factors are those of what is stored
-        each = replace(each, lora_A=each.lora_B.t(), lora_B=each.lora_A.t())
-    return replace(each, path=path, embedding=isinstance(owner, nn.Embedding))
+        site = replace(site, lora_A=site.lora_B.t(), lora_B=site.lora_A.t())
+    return replace(site, path=path, embedding=isinstance(owner, nn.Embedding))
 
 
-def _lora_of_groups(each: SavedSite, model: nn.Module) -> LoRAConfig:
+def _lora_of_groups(site: SavedSite, model: nn.Module) -> LoRAConfig:
     """Return the settings of a site; where it is a grouped convolution, its r is that of each group."""
-    owner = _module(each.path, model)
+    owner = _module(site.path, model)
     groups = owner.groups if isinstance(owner, Convolution) else 1
-    if groups == 1 or each.lora.r % groups:
-        return each.lora
-    alpha = each.lora.scaling * each.lora.r / groups
-    return replace(each.lora, r=each.lora.r // groups, alpha=alpha, rslora=False)
+    if groups == 1 or site.lora.r % groups:
+        return site.lora
+    alpha = site.lora.scaling * site.lora.r / groups
+    return replace(site.lora, r=site.lora.r // groups, alpha=alpha, rslora=False)
 
 
 def _wanted(owner: str, file: AdapterFile, model: nn.Module) -> list[str]:
@@ -77,7 +77,7 @@ def _wanted(owner: str, file: AdapterFile, model: nn.Module) -> list[str]:
     module = _module(owner, model)
     parameters = {} if module is None else module._parameters
     names = [dotted(owner, name) for name, parameter in parameters.items() if parameter is not None]
-    return [name for name in names if any(name == each or name.endswith(f".{each}") for each in file.parameters)]
+    return [name for name in names if any(name == ending or name.endswith(f".{ending}") for ending in file.parameters)]
 
 
 def _parameter(stem: str, file: AdapterFile, model: nn.Module) -> str | None:
@@ -90,33 +90,33 @@ def _parameter(stem: str, file: AdapterFile, model: nn.Module) -> str | None:
 
 def _parameter_problems(file: AdapterFile, model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Yield what would let one parameter's factors pass for another's, or for those of another rank."""
-    given = {each.stem: each for each in file.sites if each.note is None}
+    given = {site.stem: site for site in file.sites if site.note is None}
     for owner in dict.fromkeys(split_stem(stem)[0] for stem in given):
         wanted = _wanted(owner, file, model)
         for position, name in enumerate(wanted):
-            each = given.get(owner + ".base_layer" * (len(wanted) - 1 - position))
-            if each is None:
+            site = given.get(owner + ".base_layer" * (len(wanted) - 1 - position))
+            if site is None:
                 yield name, "has no factors in the file", "is one of target_parameters"
             else:
-                yield from _rank_problem(each, name, file, model)
+                yield from _rank_problem(site, name, file, model)
 
 
-def _rank_problem(each: SavedSite, name: str, file: AdapterFile, model: nn.Module) -> Iterator[tuple[str, str, str]]:
+def _rank_problem(site: SavedSite, name: str, file: AdapterFile, model: nn.Module) -> Iterator[tuple[str, str, str]]:
     assert file.patterns is not None
     rank = pattern_value(file.patterns.rank_pattern, name, file.patterns.r)
     rows = rank * _bank(model.get_parameter(name))
-    if each.lora_A.shape[0] != rows:
-        yield name, f"lora_A has {each.lora_A.shape[0]} rows", f"{rows} by adapter_config.json, r {rank}"
+    if site.lora_A.shape[0] != rows:
+        yield name, f"lora_A has {site.lora_A.shape[0]} rows", f"{rows} by adapter_config.json, r {rank}"
 
 
 def _bank(parameter: Tensor) -> int:
     return parameter.shape[0] if parameter.dim() == 3 else 1
 
 
-def _lora(each: SavedSite, name: str, file: AdapterFile, model: nn.Module) -> LoRAConfig:
+def _lora(site: SavedSite, name: str, file: AdapterFile, model: nn.Module) -> LoRAConfig:
     assert file.patterns is not None
     alpha = pattern_value(file.patterns.alpha_pattern, name, file.patterns.lora_alpha)
-    return replace(each.lora, r=each.lora_A.shape[0] // _bank(model.get_parameter(name)), alpha=alpha, bias=False)
+    return replace(site.lora, r=site.lora_A.shape[0] // _bank(model.get_parameter(name)), alpha=alpha, bias=False)
 
 
 def uses_in_files(files: Sequence[AdapterFile], model: nn.Module) -> dict[str, WeightUse]:
@@ -125,11 +125,11 @@ def uses_in_files(files: Sequence[AdapterFile], model: nn.Module) -> dict[str, W
     return dict(use for file in files for site in file.sites for use in _uses(site, model, parameters))
 
 
-def _uses(each: SavedSite, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, WeightUse]]:
-    note = each.note
+def _uses(site: SavedSite, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, WeightUse]]:
+    note = site.note
     if note is not None and (note.parameter or note.read):
         yield (note.parameter or dotted(note.path, "weight")), WeightUse(note.op, note.layout, 1, note.read)
-    elif note is None and each.path in parameters:
-        is_bank = parameters[each.path].dim() == 3
-        layout = banked_layout(model.get_submodule(each.path.rpartition(".")[0]))
-        yield each.path, WeightUse("experts" if is_bank else "matmul", layout, 1, False)
+    elif note is None and site.path in parameters:
+        is_bank = parameters[site.path].dim() == 3
+        layout = banked_layout(model.get_submodule(site.path.rpartition(".")[0]))
+        yield site.path, WeightUse("experts" if is_bank else "matmul", layout, 1, False)

@@ -26,7 +26,7 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
     """Return the decisions that adapt exactly the sites of the files.
 
     Raises:
-        AdapterMismatchError: sites or modules that the model has not or has in other shapes, or another base.
+        AdapterMismatchError: sites or modules that the model does not have, or has in other shapes; another base.
         RefusedError: a site that lora_fx cannot adapt.
     """
     sites = _by_name(inventory)
@@ -36,8 +36,8 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
     _refuse(files, sites, model)
     saved: dict[str, tuple[AdapterFile, SavedSite]] = {}
     for file in files:
-        for each in file.sites:
-            saved.setdefault(sites[each.path].path, (file, each))
+        for saved_site in file.sites:
+            saved.setdefault(sites[saved_site.path].path, (file, saved_site))
     return Decisions(
         model=inventory.model,
         source=str(files[0].folder),
@@ -50,14 +50,14 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
 
 
 def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
-    for each in file.sites:
-        site = sites.get(each.path)
-        given = tuple(each.lora_A.shape), tuple(each.lora_B.shape)
+    for saved in file.sites:
+        site = sites.get(saved.path)
+        given = tuple(saved.lora_A.shape), tuple(saved.lora_B.shape)
         if site is None:
-            yield each.path, _factor_text(given), "has no such linear"
+            yield saved.path, _factor_text(given), "has no such linear"
             continue
-        yield from _other_factors(each, site, form_of(site, model.get_submodule(site.owner)))
-        yield from _other_calls(each, site)
+        yield from _other_factors(saved, site, form_of(site, model.get_submodule(site.owner)))
+        yield from _other_calls(saved, site)
     yield from _module_mismatches(file, model)
     yield from _other_base(file, sites, model)
 
@@ -68,34 +68,34 @@ def _by_name(inventory: Inventory) -> dict[str, Site]:
     return named | {site.path: site for site in inventory.sites}
 
 
-def _other_factors(each: SavedSite, site: Site, form: Form) -> Iterator[Mismatch]:
+def _other_factors(saved: SavedSite, site: Site, form: Form) -> Iterator[Mismatch]:
     """Yield how the factors of a file are not those that an adapter of the site has."""
-    given = tuple(each.lora_A.shape), tuple(each.lora_B.shape)
-    expected = form.shapes(each.lora.r if each.note is None else each.lora.r * each.note.file_ranks // form.groups)
-    if given != expected or each.embedding != (site.op == "embedding" and not site.parameter):
+    given = tuple(saved.lora_A.shape), tuple(saved.lora_B.shape)
+    expected = form.shapes(saved.lora.r if saved.note is None else saved.lora.r * saved.note.file_ranks // form.groups)
+    if given != expected or saved.embedding != (site.op == "embedding" and not site.parameter):
         texts = _factor_text(given), _factor_text(expected)
-        yield each.path, *(texts if texts[0] != texts[1] else (_size_text(given), _size_text(expected)))
+        yield saved.path, *(texts if texts[0] != texts[1] else (_size_text(given), _size_text(expected)))
         return
     try:
-        parts = _parts(each, site)
+        parts = _parts(saved, site)
     except ValueError as error:
-        yield each.path, "its slices", str(error)
+        yield saved.path, "its slices", str(error)
         return
-    if each.note is not None and each.note.file_ranks != max(1, len(parts)) * form.groups:
-        yield each.path, f"has {each.note.file_ranks} · r ranks", f"{len(parts)} parts, {form.groups} groups"
-    elif (problem := misfit(form, parts, each.lora_A, each.lora_B)) is not None:
-        yield each.path, "in the file", problem
+    if saved.note is not None and saved.note.file_ranks != max(1, len(parts)) * form.groups:
+        yield saved.path, f"has {saved.note.file_ranks} · r ranks", f"{len(parts)} parts, {form.groups} groups"
+    elif (problem := misfit(form, parts, saved.lora_A, saved.lora_B)) is not None:
+        yield saved.path, "in the file", problem
 
 
-def _parts(each: SavedSite, site: Site) -> tuple[tuple[int, ...], ...]:
-    if each.note is None or each.note.slices is None:
+def _parts(saved: SavedSite, site: Site) -> tuple[tuple[int, ...], ...]:
+    if saved.note is None or saved.note.slices is None:
         return ()
-    return slices_of(each.note.slices).rows(site.features[0])
+    return slices_of(saved.note.slices).rows(site.features[0])
 
 
-def _other_calls(each: SavedSite, site: Site) -> Iterator[Mismatch]:
-    if each.note is not None and each.note.calls and site.calls not in (None, each.note.calls):
-        yield each.path, f"an adapter for each of {each.note.calls} calls", f"called {site.calls} times"
+def _other_calls(saved: SavedSite, site: Site) -> Iterator[Mismatch]:
+    if saved.note is not None and saved.note.calls and site.calls not in (None, saved.note.calls):
+        yield saved.path, f"an adapter for each of {saved.note.calls} calls", f"called {site.calls} times"
 
 
 def _factor_text(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
@@ -127,11 +127,11 @@ def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch
 
 def _other_base(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
     weights = {}
-    for each in file.sites:
-        site = sites.get(each.path)
+    for saved in file.sites:
+        site = sites.get(saved.path)
         weight = None if site is None else get_tensor(model, site.weight)
         if weight is not None:
-            weights[each.path] = weight
+            weights[saved.path] = weight
     for path in different(file.base, weights):
         yield sites[path].weight, "trained on other values", "is another base, or was changed since"
 
@@ -142,19 +142,19 @@ def _advice(problems: Sequence[Mismatch]) -> str:
 
 def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site], model: nn.Module) -> None:
     refused = [
-        (each.path, reason)
+        (saved.path, reason)
         for file in files
-        for each in file.sites
-        if (reason := _refusal(each, sites[each.path], model)) is not None
+        for saved in file.sites
+        if (reason := _refusal(saved, sites[saved.path], model)) is not None
     ]
     if refused:
         raise RefusedError("the adapter has sites that cannot be adapted", list(dict.fromkeys(refused)))
 
 
-def _refusal(each: SavedSite, site: Site, model: nn.Module) -> str | None:
-    if each.lora.dora and (site.op != "linear" or site.parameter):
+def _refusal(saved: SavedSite, site: Site, model: nn.Module) -> str | None:
+    if saved.lora.dora and (site.op != "linear" or site.parameter):
         return "DoRA is for whole linear layers, not for this kind of site"
-    if each.note is None and has_other_border(model.get_submodule(site.owner)):
+    if saved.note is None and has_other_border(model.get_submodule(site.owner)):
         return (
             "PEFT trains it without the padding_mode and dilation of the convolution, so what was trained is no change "
             "of its weight"
@@ -165,13 +165,13 @@ def _refusal(each: SavedSite, site: Site, model: nn.Module) -> str | None:
 def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None) -> PlannedSite:
     if saved is None:
         return PlannedSite(site, "keep", "not in the adapter")
-    file, each = saved
-    slices = None if each.note is None or each.note.slices is None else slices_of(each.note.slices)
-    calls = 0 if each.note is None else each.note.calls
+    file, saved_site = saved
+    slices = None if saved_site.note is None or saved_site.note.slices is None else slices_of(saved_site.note.slices)
+    calls = 0 if saved_site.note is None else saved_site.note.calls
     if calls:
         site = replace(site, calls=calls)
     reason = f"from {file.folder.name}"
-    return PlannedSite(site, "adapt", reason, each.rule or None, each.lora, slices, per_call=calls > 0)
+    return PlannedSite(site, "adapt", reason, saved_site.rule or None, saved_site.lora, slices, per_call=calls > 0)
 
 
 def _trained(path: str, inventory: Inventory, file: AdapterFile) -> TrainedModule:
@@ -180,28 +180,30 @@ def _trained(path: str, inventory: Inventory, file: AdapterFile) -> TrainedModul
 
 def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
     """Copy the saved values into a freshly adapted model, in place."""
-    places = {(path, found.call): found for site, found in all_attached(tuned) for path in {site, found.spec.path}}
+    places = {
+        (path, adapter.call): adapter for site, adapter in all_attached(tuned) for path in {site, adapter.spec.path}
+    }
     with torch.no_grad():
         for file in files:
-            for each in file.sites:
-                call = None if each.note is None else each.note.call
-                _fill_site(places.get((each.path, call)) or _under_another_name(tuned, each.path, call), each)
+            for saved in file.sites:
+                call = None if saved.note is None else saved.note.call
+                _fill_site(places.get((saved.path, call)) or _under_another_name(tuned, saved.path, call), saved)
             for name, tensor in file.modules.items():
                 _copy(get_tensor(tuned, name), tensor)
 
 
 def _under_another_name(tuned: nn.Module, path: str, call: int | None) -> Attached:
     """Return the adapter of a shared module by another of its names, or of an attention by PEFT's."""
-    return next(found for found in attached_to(tuned.get_submodule(path)) if found.call == call)
+    return next(adapter for adapter in attached_to(tuned.get_submodule(path)) if adapter.call == call)
 
 
-def _fill_site(found: Attached, each: SavedSite) -> None:
-    decode(found, each.lora_A, each.lora_B)
-    if each.magnitude is not None:
-        assert found.magnitude is not None
-        _copy(found.magnitude.weight, each.magnitude)
-    if each.bias is not None:
-        _copy(found.owner._parameters["bias"], each.bias)
+def _fill_site(adapter: Attached, saved: SavedSite) -> None:
+    decode(adapter, saved.lora_A, saved.lora_B)
+    if saved.magnitude is not None:
+        assert adapter.magnitude is not None
+        _copy(adapter.magnitude.weight, saved.magnitude)
+    if saved.bias is not None:
+        _copy(adapter.owner._parameters["bias"], saved.bias)
 
 
 def _copy(target: Tensor | None, value: Tensor) -> None:

@@ -33,8 +33,8 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     described = describe_with_values(tuned, folder)
     _warn_of_moved_buffers(tuned)
     files: dict[Path, bytes] = {}
-    for each in reversed(described):  # the first, which names the others, comes last
-        files |= _files_of(each, folder if each is described[0] else folder / each.name)
+    for adapter in reversed(described):  # the first, which names the others, comes last
+        files |= _files_of(adapter, folder if adapter is described[0] else folder / adapter.name)
     try:
         write_files(files)
     except OSError as error:
@@ -42,7 +42,7 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def _warn_of_moved_buffers(tuned: nn.Module) -> None:
-    """Running statistics that training has moved belong to no adapter: whoever loads it has those of the base."""
+    """Running statistics that training has moved belong to no adapter: a model that loads it has those of the base."""
     record = record_in(tuned)
     inside = tuple(f"{path}." for path in record.trained) or ("(none)",)
     outside = [(name, buffer) for name, buffer in tuned.named_buffers() if not name.startswith(inside)]
@@ -67,9 +67,9 @@ def _on_meta(tuned: nn.Module) -> bool:
     return any(p.is_meta for name, p in tuned.named_parameters() if ".lora_" in name)
 
 
-def _files_of(each: Described, folder: Path) -> dict[Path, bytes]:
-    config = json.dumps(each.config, indent=2, sort_keys=True) + "\n"
+def _files_of(described: Described, folder: Path) -> dict[Path, bytes]:
+    config = json.dumps(described.config, indent=2, sort_keys=True) + "\n"
     return {
-        folder / WEIGHTS_FILE: canonical_safetensors(each.tensors, each.metadata),
+        folder / WEIGHTS_FILE: canonical_safetensors(described.tensors, described.metadata),
         folder / CONFIG_FILE: config.encode(),
     }

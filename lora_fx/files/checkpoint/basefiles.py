@@ -40,10 +40,11 @@ class BaseCheckpoint:
     """Files that hold weights in another form; they would be the unmerged ones."""
 
     def find(self, name: str) -> tuple[RawFile, RawTensor] | None:
-        """Return the file and the entry of a tensor, None if there is no such."""
+        """Return the file and the entry of a tensor, None if there is none."""
         return next(((file, file.tensors[name]) for file in self.shards.values() if name in file.tensors), None)
 
     def keys(self) -> Iterator[str]:
+        """Yield the names of all tensors, file by file."""
         for file in self.shards.values():
             yield from file.tensors
 
@@ -60,11 +61,11 @@ def read_checkpoint(folder: Path) -> BaseCheckpoint:
     index = name if name.endswith(INDEX_END) else None
     placed = {} if index is None else _weight_map(folder / index)
     names = [name] if index is None else sorted(set(placed.values()))
-    shards = {each: read_raw(folder / each) for each in names}
+    shards = {file: read_raw(folder / file) for file in names}
     _check_placed(folder, placed, shards)
-    others = [each for each in _files(folder) if each not in {*names, index, CONFIG}]
-    left_out = tuple(each for each in others if each.endswith(_OTHER_WEIGHTS))
-    carried = tuple(each for each in others if each not in left_out)
+    others = [file for file in _files(folder) if file not in {*names, index, CONFIG}]
+    left_out = tuple(file for file in others if file.endswith(_OTHER_WEIGHTS))
+    carried = tuple(file for file in others if file not in left_out)
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else None
     return BaseCheckpoint(folder, shards, index, config, carried, left_out)
 
@@ -75,9 +76,9 @@ def _entry(folder: Path) -> str:
     if len(known) == 1:
         return known[0]
     if known:
-        raise MergeError(f"{folder}: which checkpoint is meant?", [(each, "is there") for each in known])
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
-    advice = f"it has {listing(found)}" if found else ""
+        raise MergeError(f"{folder}: which checkpoint is meant?", [(file, "is there") for file in known])
+    weights = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
+    advice = f"it has {listing(weights)}" if weights else ""
     raise MergeError(f"{folder}: has no {_NAMES[0]} and no {_NAMES[0]}{INDEX_END}", advice=advice)
 
 
@@ -121,7 +122,7 @@ def _check_placed(folder: Path, placed: dict[str, str], shards: dict[str, RawFil
 def _files(folder: Path) -> Iterator[str]:
     """Yield the visible files, folders in folders included; an adapter's configuration would be loaded as one."""
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(each for each in folders if not each.startswith("."))
+        folders[:] = sorted(child for child in folders if not child.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and name != ADAPTER_CONFIG:
                 yield str((Path(parent) / name).relative_to(folder))

@@ -66,19 +66,20 @@ class OpenFiles:
         return self._sources[file.path]
 
     def close(self) -> None:
-        for each in (self.target, *self._sources.values()):
-            each.close()
+        """Close the new file and all sources."""
+        for file in (self.target, *self._sources.values()):
+            file.close()
 
 
 def jobs(shard: OutShard, files: OpenFiles, noise_of: NoiseOf) -> Iterator[Job]:
     """Yield what must be done to write the file, in the order of its bytes; neighbours that stay are copied as one."""
     if shard.header is not None:
         files.target.write_from(memoryview(shard.header), 0)
-    for each in _steps(shard):
-        if isinstance(each, _Range):
-            yield from _copy_jobs(each, shard, files)
+    for step in _steps(shard):
+        if isinstance(step, _Range):
+            yield from _copy_jobs(step, shard, files)
         else:
-            yield from _tensor_jobs(each, shard, files, noise_of(each.name))
+            yield from _tensor_jobs(step, shard, files, noise_of(step.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +100,13 @@ class _Range:
 def _steps(shard: OutShard) -> Iterator[_Range | OutTensor]:
     """Yield the header if it stays, then ranges that stay, as long as can be, and the tensors that do not."""
     last = _Range("header", 0, 0, shard.data_start if shard.header is None else 0)
-    for each in shard.tensors:
-        if each.base is None or each.work is not None or each.base.dtype != each.entry.dtype:
-            yield from (last, each)
-            last = _Range(each.name, 0, 0, 0)
+    for tensor in shard.tensors:
+        if tensor.base is None or tensor.work is not None or tensor.base.dtype != tensor.entry.dtype:
+            yield from (last, tensor)
+            last = _Range(tensor.name, 0, 0, 0)
             continue
-        source, target = shard.source.data_start + each.base.start, shard.data_start + each.entry.start
-        kept = _Range(each.name, source, target, each.base.end - each.base.start)
+        source, target = shard.source.data_start + tensor.base.start, shard.data_start + tensor.entry.start
+        kept = _Range(tensor.name, source, target, tensor.base.end - tensor.base.start)
         joined = last.joined(kept)
         if joined is None:
             yield last
@@ -125,19 +126,19 @@ def _copy(part: _Range, source: RawBytes, target: RawBytes, scratch: Scratch) ->
     return Done(part.name, part.size)
 
 
-def _tensor_jobs(each: OutTensor, shard: OutShard, files: OpenFiles, noise: Noise | None) -> Iterator[Job]:
-    target = OpenTensor(files.target, shard.data_start + each.entry.start, DTYPES[each.entry.dtype])
-    if isinstance(each.work, WeightFold):
-        yield from _fold_jobs(each.name, each.work, files, target, noise)
-    elif isinstance(each.work, Value):
-        for tile in chunks(each.entry.elements):
-            yield partial(_put_value, each.name, each.work, tile, target, noise)
+def _tensor_jobs(tensor: OutTensor, shard: OutShard, files: OpenFiles, noise: Noise | None) -> Iterator[Job]:
+    target = OpenTensor(files.target, shard.data_start + tensor.entry.start, DTYPES[tensor.entry.dtype])
+    if isinstance(tensor.work, WeightFold):
+        yield from _fold_jobs(tensor.name, tensor.work, files, target, noise)
+    elif isinstance(tensor.work, Value):
+        for tile in chunks(tensor.entry.elements):
+            yield partial(_put_value, tensor.name, tensor.work, tile, target, noise)
     else:
-        assert each.base is not None
-        start = shard.source.data_start + each.base.start
-        source = OpenTensor(files.source(shard.source), start, DTYPES[each.base.dtype])
-        for tile in chunks(each.entry.elements):
-            yield partial(_cast, each.name, tile, source, target, noise)
+        assert tensor.base is not None
+        start = shard.source.data_start + tensor.base.start
+        source = OpenTensor(files.source(shard.source), start, DTYPES[tensor.base.dtype])
+        for tile in chunks(tensor.entry.elements):
+            yield partial(_cast, tensor.name, tile, source, target, noise)
 
 
 def _fold_jobs(name: str, fold: WeightFold, files: OpenFiles, target: OpenTensor, noise: Noise | None) -> Iterator[Job]:
@@ -201,13 +202,13 @@ class Workers:
         self._threads.shutdown()
 
     def run(self, todo: Iterator[Job], done: Callable[[Done], object]) -> None:
-        """Do all jobs and tell of each, in the calling thread; after an error the others end with what they are at."""
+        """Do all jobs and pass each result to `done`, in the calling thread; after an error others end theirs."""
         if len(self._scratch) == 1:
             for job in todo:
                 done(job(self._scratch[0]))
             return
         shared = _Shared(todo)
-        working = [self._threads.submit(shared.work, each) for each in self._scratch]
+        working = [self._threads.submit(shared.work, scratch) for scratch in self._scratch]
         try:
             shared.tell(done, len(working))
         finally:
@@ -249,26 +250,26 @@ class _Shared:
                 done(result)
 
 
-# -- what is told of it
+# -- what the report says of it
 
 
 def report_rows(shard: OutShard, sums: dict[str, Sums]) -> list[MergedTensor]:
     """Return what the report says of the file's tensors that are not the base's."""
-    return [_row(each, sums.get(each.name, Sums())) for each in shard.tensors if each.work is not None]
+    return [_row(tensor, sums.get(tensor.name, Sums())) for tensor in shard.tensors if tensor.work is not None]
 
 
-def _row(each: OutTensor, sums: Sums) -> MergedTensor:
-    dtype = str(DTYPES[each.entry.dtype]).removeprefix("torch.")
-    if isinstance(each.work, Value):
-        how = "added" if each.base is None else "replaced"
-        return MergedTensor(each.name, each.entry.shape, dtype, how, (each.work.adapter,))
-    assert each.work is not None
+def _row(tensor: OutTensor, sums: Sums) -> MergedTensor:
+    dtype = str(DTYPES[tensor.entry.dtype]).removeprefix("torch.")
+    if isinstance(tensor.work, Value):
+        how = "added" if tensor.base is None else "replaced"
+        return MergedTensor(tensor.name, tensor.entry.shape, dtype, how, (tensor.work.adapter,))
+    assert tensor.work is not None
     return MergedTensor(
-        name=each.name,
-        shape=each.entry.shape,
+        name=tensor.name,
+        shape=tensor.entry.shape,
         dtype=dtype,
-        how="merged" if each.base is not None else "added",
-        adapters=each.work.adapters,
+        how="merged" if tensor.base is not None else "added",
+        adapters=tensor.work.adapters,
         relative_delta=_short(sqrt(sums.delta / sums.base)) if sums.base else None,
         survived=_short(sums.survived / sums.delta) if sums.delta else None,
     )

@@ -51,20 +51,24 @@ class MergeJournal:
         self.write()
 
     def write(self) -> None:
+        """Write the journal into its directory, whole."""
         shards = {
-            name: {"size": size, "tensors": [each.to_dict() for each in t]} for name, (size, t) in self.done.items()
+            name: {"size": size, "tensors": [tensor.to_dict() for tensor in t]} for name, (size, t) in self.done.items()
         }
         write_whole(self.folder / JOURNAL, json.dumps({"inputs": self.inputs, "shards": shards}, indent=1).encode())
 
     def is_done(self, shard: str) -> bool:
+        """Whether the file is written, and still has its size."""
         path = self.folder / shard
         return shard in self.done and path.is_file() and path.stat().st_size == self.done[shard][0]
 
     def tensors(self) -> Iterator[MergedTensor]:
+        """Yield the report's rows, by file name."""
         for name in sorted(self.done):
             yield from self.done[name][1]
 
     def close(self) -> None:
+        """Delete the journal: the merge is finished."""
         (self.folder / JOURNAL).unlink()
 
 
@@ -80,8 +84,8 @@ def open_journal(folder: Path, inputs: dict[str, Any]) -> MergeJournal:
     noted = read_object(path)
     try:
         shards = {
-            name: (int(each["size"]), tuple(MergedTensor.from_dict(t) for t in each["tensors"]))
-            for name, each in noted["shards"].items()
+            name: (int(entry["size"]), tuple(MergedTensor.from_dict(t) for t in entry["tensors"]))
+            for name, entry in noted["shards"].items()
         }
         different = [key for key in {**noted["inputs"], **inputs} if noted["inputs"].get(key) != inputs.get(key)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -33,6 +33,7 @@ class OutShard:
 
     @property
     def size(self) -> int:
+        """In bytes, with the header."""
         return self.data_start + (self.tensors[-1].entry.end if self.tensors else 0)
 
 
@@ -45,11 +46,13 @@ def out_shard(plan: MergePlan, name: str) -> OutShard:
     source = plan.base.shards[name]
     tensors = [OutTensor(key, _entry(plan, raw), raw, plan.works.get(key)) for key, raw in source.tensors.items()]
     if name == list(plan.base.shards)[-1]:
-        tensors += [OutTensor(key, _added(plan, each), None, each.work) for key, each in plan.additions.items()]
-    if [each.entry for each in tensors] == list(source.tensors.values()):
+        tensors += [
+            OutTensor(key, _added(plan, addition), None, addition.work) for key, addition in plan.additions.items()
+        ]
+    if [tensor.entry for tensor in tensors] == list(source.tensors.values()):
         return OutShard(name, source, None, source.data_start, tuple(tensors))
     tensors = list(_placed(tensors))
-    header = header_bytes(((each.name, each.entry) for each in tensors), source.metadata)
+    header = header_bytes(((tensor.name, tensor.entry) for tensor in tensors), source.metadata)
     return OutShard(name, source, header, len(header), tuple(tensors))
 
 
@@ -57,14 +60,14 @@ def _entry(plan: MergePlan, raw: RawTensor) -> RawTensor:
     return raw if plan.out_dtype is None or raw.dtype not in FLOATS else raw._replace(dtype=NAME_OF[plan.out_dtype])
 
 
-def _added(plan: MergePlan, each: Addition) -> RawTensor:
-    return _entry(plan, RawTensor(each.dtype, each.shape, 0, 0))
+def _added(plan: MergePlan, addition: Addition) -> RawTensor:
+    return _entry(plan, RawTensor(addition.dtype, addition.shape, 0, 0))
 
 
 def _placed(tensors: Sequence[OutTensor]) -> Iterator[OutTensor]:
     """Yield the tensors with their places in the new file."""
     position = 0
-    for each in sorted(tensors, key=lambda tensor: -BITS[tensor.entry.dtype]):
-        end = position + each.entry.elements * BITS[each.entry.dtype] // 8
-        yield OutTensor(each.name, each.entry._replace(start=position, end=end), each.base, each.work)
+    for tensor in sorted(tensors, key=lambda tensor: -BITS[tensor.entry.dtype]):
+        end = position + tensor.entry.elements * BITS[tensor.entry.dtype] // 8
+        yield OutTensor(tensor.name, tensor.entry._replace(start=position, end=end), tensor.base, tensor.work)
         position = end

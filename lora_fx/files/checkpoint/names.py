@@ -38,16 +38,16 @@ def find_prefix(names: Sequence[str], base: BaseCheckpoint) -> Prefix:
     One for all of them: a lone name that fits elsewhere would be another module.
 
     Raises:
-        AdapterMismatchError: under no prefix all names are found; tells all that are missing.
+        AdapterMismatchError: under no prefix are all names found; lists all that are missing.
         MergeError: several prefixes fit.
     """
     if not names:
         return EXACT
-    fitting = [each for each in _prefixes(names[0], base) if not _missing(each, names, base)]
+    fitting = [prefix for prefix in _prefixes(names[0], base) if not _missing(prefix, names, base)]
     if EXACT in fitting:
         return EXACT
     if len(fitting) > 1:
-        facts = [(each.text(), f"{names[0]} is {each.key(names[0])}") for each in fitting]
+        facts = [(prefix.text(), f"{names[0]} is {prefix.key(names[0])}") for prefix in fitting]
         raise MergeError("the adapter's names fit the checkpoint in several ways", facts, "rename one of them")
     if not fitting:
         raise _unmatched(names, base)
@@ -58,8 +58,8 @@ def _prefixes(name: str, base: BaseCheckpoint) -> Iterator[Prefix]:
     yield EXACT
     cuts = [match.end() for match in re.finditer(r"\.", name)][:-1]
     yield from (Prefix(lost=name[:cut]) for cut in cuts)
-    found = {key.removesuffix(name) for key in base.keys() if key.endswith(f".{name}")}  # noqa: SIM118
-    yield from (Prefix(gained=each) for each in sorted(found))
+    prefixes = {key.removesuffix(name) for key in base.keys() if key.endswith(f".{name}")}  # noqa: SIM118
+    yield from (Prefix(gained=prefix) for prefix in sorted(prefixes))
 
 
 def _missing(prefix: Prefix, names: Iterable[str], base: BaseCheckpoint) -> list[str]:
@@ -68,7 +68,7 @@ def _missing(prefix: Prefix, names: Iterable[str], base: BaseCheckpoint) -> list
 
 def _unmatched(names: Sequence[str], base: BaseCheckpoint) -> AdapterMismatchError:
     tried = {prefix for name in (names[0], names[len(names) // 2], names[-1]) for prefix in _prefixes(name, base)}
-    missing = min((_missing(each, names, base) for each in sorted(tried, key=Prefix.text)), key=len)
+    missing = min((_missing(prefix, names, base) for prefix in sorted(tried, key=Prefix.text)), key=len)
     facts = [(name, "adapted", _reason(name, base, near=n < _MOST_NEAREST)) for n, name in enumerate(missing)]
     return AdapterMismatchError(
         "the adapter does not fit this checkpoint", facts, f"{len(missing)} of {len(names)} adapted weights are missing"
@@ -76,7 +76,7 @@ def _unmatched(names: Sequence[str], base: BaseCheckpoint) -> AdapterMismatchErr
 
 
 def _reason(name: str, base: BaseCheckpoint, near: bool) -> str:
-    """Return why a key is not there, as far as its surroundings tell."""
+    """Return why a key is not there, as far as its neighbours show."""
     module = name.removesuffix(".weight")
     if _of_experts(module, base):
         return "has one tensor per expert, which transformers fuses when it loads them; load the model and merge that"
@@ -89,10 +89,10 @@ def _reason(name: str, base: BaseCheckpoint, near: bool) -> str:
 
 
 def _of_experts(module: str, base: BaseCheckpoint) -> bool:
-    found = re.search(r"(?:^|\.)experts(?:\.|$)", module)
-    if found is None:
+    match = re.search(r"(?:^|\.)experts(?:\.|$)", module)
+    if match is None:
         return False
-    start = module[: found.end()].rstrip(".") + ".0."
+    start = module[: match.end()].rstrip(".") + ".0."
     return any(start in f".{key}" or key.startswith(start) for key in base.keys())  # noqa: SIM118
 
 

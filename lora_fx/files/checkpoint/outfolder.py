@@ -1,4 +1,4 @@
-"""A directory that is filled file by file: a file is whole or hidden, and a journal tells that more must come."""
+"""A directory that is filled file by file: a file is whole or hidden, and a journal says that more must come."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check_folder(folder: Path) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Return how much may be written there: what is free, and what an interrupted run has left and will overwrite."""
-    parent = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
+    parent = next(directory for directory in (folder, *folder.absolute().parents) if directory.is_dir())
     left = sum(path.stat().st_size for path in folder.glob(f"{OURS}.*.part")) if folder.is_dir() else 0
     return shutil.disk_usage(parent).free + left
 

@@ -39,7 +39,7 @@ class WeightFold:
     @property
     def rank(self) -> int:
         """The largest of the adapters'."""
-        return max(each.left.shape[1] for each in self.terms)
+        return max(term.left.shape[1] for term in self.terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ Work = WeightFold | Value
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """A tensor that the checkpoint has not: a head that was trained whole, or one that was tied."""
+    """A tensor that the checkpoint does not have: a head that was trained whole, or one that was tied."""
 
     dtype: str
     shape: tuple[int, ...]

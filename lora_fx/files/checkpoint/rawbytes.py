@@ -69,9 +69,11 @@ class RawBytes:
             position, target, number = position + len(part), target + len(part), number - len(part)
 
     def sync(self) -> None:
+        """Bring what was written to the disk."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 

@@ -31,6 +31,7 @@ class MergedTensor:
     survived: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold, for `from_dict`."""
         return asdict(self)
 
     @staticmethod
@@ -67,10 +68,10 @@ class MergeReport:
 
     def text(self, everything: bool = False) -> str:
         """Return a summary with the tensors of which rounding took the most, or with all."""
-        ways = Counter(each.how for each in self.tensors)
+        ways = Counter(tensor.how for tensor in self.tensors)
         parts = [f"{number:,} {how}" for how, number in sorted(ways.items())]
         lines = [f"{self.folder}: {', '.join([*parts, f'{self.untouched:,} untouched'])}"]
-        lines += [columns([each.row() for each in self._shown(everything)])] if self.tensors else []
+        lines += [columns([tensor.row() for tensor in self._shown(everything)])] if self.tensors else []
         if self.untied:
             lines.append("  config.json: tie_word_embeddings is false now, since head and embedding differ")
         if self.left_out:
@@ -81,8 +82,8 @@ class MergeReport:
     def _shown(self, everything: bool) -> Sequence[MergedTensor]:
         if everything:
             return self.tensors
-        measured = [each for each in self.tensors if each.survived is not None]
-        return sorted(measured, key=lambda each: each.survived or 0.0)[:_MOST_SHOWN]
+        measured = [tensor for tensor in self.tensors if tensor.survived is not None]
+        return sorted(measured, key=lambda tensor: tensor.survived or 0.0)[:_MOST_SHOWN]
 
     def to_json(self) -> str:
         """Return the report as JSON."""

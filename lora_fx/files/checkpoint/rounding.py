@@ -57,7 +57,7 @@ def _stochastic(wide: Tensor, out: Tensor, uniform: Tensor) -> None:
     """
     out.copy_(wide)
     bits = out.view(_INTEGER[out.dtype])
-    finite = torch.isfinite(out)  # what overflows when rounded to the nearest stays so, and is told
+    finite = torch.isfinite(out)  # what overflows when rounded to the nearest stays so, and is reported
     bits.sub_(((out.to(wide.dtype).abs() > wide.abs()) & finite).to(bits.dtype))
     lower = out.to(wide.dtype)
     upper = (bits + finite.to(bits.dtype)).view(out.dtype).to(wide.dtype)

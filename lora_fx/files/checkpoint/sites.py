@@ -45,6 +45,7 @@ class Given:
 
     @staticmethod
     def of(file: AdapterFile, label: str) -> Given:
+        """Return the adapter of a file, with the settings that only its configuration holds."""
         config = read_object(file.folder / CONFIG_FILE)
         return Given(file, label, bool(config.get("fan_in_fan_out")), bool(config.get("ensure_weight_tying")))
 
@@ -63,21 +64,21 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[Given], out_dtype: torch
     """Return what becomes of every tensor of the checkpoint.
 
     Raises:
-        AdapterMismatchError: names or shapes that the checkpoint has not, or another base; all of them.
+        AdapterMismatchError: names or shapes that the checkpoint does not have, or another base; all of them.
         MergeError: what cannot be merged here, with the reason for each.
     """
     _refuse_quantised(base)
-    found = _Found()
+    findings = _Found()
     for given in adapters:
-        _place(given, base, found)
-    if found.mismatches:
-        raise AdapterMismatchError("the adapter does not fit this checkpoint", found.mismatches)
-    works: dict[str, Work] = {key: _united(key, folds, found) for key, folds in found.folds.items()}
-    works |= {key: _only(key, values, found) for key, values in found.values.items()}
+        _place(given, base, findings)
+    if findings.mismatches:
+        raise AdapterMismatchError("the adapter does not fit this checkpoint", findings.mismatches)
+    works: dict[str, Work] = {key: _united(key, folds, findings) for key, folds in findings.folds.items()}
+    works |= {key: _only(key, values, findings) for key, values in findings.values.items()}
     heads = [key for key in works if tied.is_head(key)]
-    found.refusals += tied.refusals(base, works, heads, any(each.ensures_tying for each in adapters))
-    if found.refusals:
-        refused = list(dict.fromkeys(found.refusals))
+    findings.refusals += tied.refusals(base, works, heads, any(adapter.ensures_tying for adapter in adapters))
+    if findings.refusals:
+        refused = list(dict.fromkeys(findings.refusals))
         raise MergeError("the adapter cannot be merged into this checkpoint; nothing was written", refused)
     additions = {key: _addition(works.pop(key)) for key in [*works] if base.find(key) is None}
     return MergePlan(base, works, additions, bool(heads) and tied.may_be_tied(base), out_dtype)
@@ -85,8 +86,10 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[Given], out_dtype: torch
 
 def _refuse_quantised(base: BaseCheckpoint) -> None:
     config = base.config or {}
-    nested = [each for each in config.values() if isinstance(each, dict)]
-    method = next((each["quantization_config"] for each in (config, *nested) if each.get("quantization_config")), None)
+    nested = [section for section in config.values() if isinstance(section, dict)]
+    method = next(
+        (section["quantization_config"] for section in (config, *nested) if section.get("quantization_config")), None
+    )
     if method is not None:
         name = method.get("quant_method", "?") if isinstance(method, dict) else method
         raise MergeError(
@@ -99,22 +102,22 @@ def _refuse_quantised(base: BaseCheckpoint) -> None:
 # -- one adapter
 
 
-def _place(given: Given, base: BaseCheckpoint, found: _Found) -> None:
+def _place(given: Given, base: BaseCheckpoint, findings: _Found) -> None:
     """Find what one adapter changes in the checkpoint."""
     sites = given.file.sites
-    names = {each.path: _weight_name(each) for each in sites}
+    names = {site.path: _weight_name(site) for site in sites}
     prefix = find_prefix([name for name in names.values() if not tied.is_head(name)], base)
-    placed = [(each, *_locate(names[each.path], _shape(each), prefix, base)) for each in sites]
+    placed = [(site, *_locate(names[site.path], _shape(site), prefix, base)) for site in sites]
     usual = _usual_orientation(given, base, placed)
-    for each, key, where in placed:
+    for site, key, where in placed:
         if isinstance(where, str):
-            found.mismatches.append((key, "adapted", where))
+            findings.mismatches.append((key, "adapted", where))
         else:
-            _place_site(given, each, key, where, usual, found)
-        if each.bias is not None:
-            _place_value(f"{each.path}.bias", Value(each.bias, given.label), prefix, base, found, is_site=True)
+            _place_site(given, site, key, where, usual, findings)
+        if site.bias is not None:
+            _place_value(f"{site.path}.bias", Value(site.bias, given.label), prefix, base, findings, is_site=True)
     for name, tensor in given.file.modules.items():
-        _place_value(name, Value(tensor, given.label), prefix, base, found, is_site=False)
+        _place_value(name, Value(tensor, given.label), prefix, base, findings, is_site=False)
 
 
 def _weight_name(site: SavedSite) -> str:
@@ -157,30 +160,32 @@ def _usual_orientation(given: Given, base: BaseCheckpoint, placed: Sequence[_Pla
 
 
 def _place_site(
-    given: Given, site: SavedSite, key: str, where: Located, usual: Orientation | None, found: _Found
+    given: Given, site: SavedSite, key: str, where: Located, usual: Orientation | None, findings: _Found
 ) -> None:
     file, entry = where
     possible = _orientations(site, entry)
     shape = list(_shape(site))
     if site.note is not None and site.note.calls:
-        found.refusals.append((key, "has an adapter of its own for each call, which no one weight can hold"))
+        findings.refusals.append((key, "has an adapter of its own for each call, which no one weight can hold"))
     elif entry.dtype not in FLOATS:
-        found.refusals.append((key, f"is stored as {entry.dtype}: quantised weights cannot be merged into here"))
+        findings.refusals.append((key, f"is stored as {entry.dtype}: quantised weights cannot be merged into here"))
     elif len(entry.shape) == 3 and site.lora_A.dim() == 2 and not (possible and "expert" not in key):
-        found.refusals.append((key, f"is a bank of experts {list(entry.shape)}; load the model and use lora_fx.merge"))
+        findings.refusals.append(
+            (key, f"is a bank of experts {list(entry.shape)}; load the model and use lora_fx.merge")
+        )
     elif site.lora_B.dim() > 2 and site.lora_A.shape[0] != site.lora_B.shape[1]:
-        found.refusals.append((key, "is a grouped convolution; load the model and use lora_fx.merge"))
+        findings.refusals.append((key, "is a grouped convolution; load the model and use lora_fx.merge"))
     elif not possible:
-        found.mismatches.append((key, str(shape), str(list(entry.shape))))
+        findings.mismatches.append((key, str(shape), str(list(entry.shape))))
     elif len(possible) > 1 and usual is None:
-        found.refusals.append(
+        findings.refusals.append(
             (key, f"is square {list(entry.shape)}, and the adapter does not tell whether it is [out, in] or [in, out]")
         )
     elif not same_values(given.file.base.get(site.path), sample(file, entry)):
-        found.mismatches.append((key, "trained on other values", "is another base, or was changed since"))
+        findings.mismatches.append((key, "trained on other values", "is another base, or was changed since"))
     else:
         chosen = possible[0] if len(possible) == 1 or usual is None else usual
-        found.folds.setdefault(key, []).append(_fold(given, site, file, entry, chosen))
+        findings.folds.setdefault(key, []).append(_fold(given, site, file, entry, chosen))
 
 
 def _orientations(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
@@ -229,18 +234,20 @@ def _fold(given: Given, site: SavedSite, file: RawFile, entry: RawTensor, chosen
     )
 
 
-def _place_value(name: str, value: Value, prefix: Prefix, base: BaseCheckpoint, found: _Found, is_site: bool) -> None:
-    """Note a tensor that replaces the base's; a whole module that the base has not (a new head) is added."""
+def _place_value(
+    name: str, value: Value, prefix: Prefix, base: BaseCheckpoint, findings: _Found, is_site: bool
+) -> None:
+    """Note a tensor that replaces the base's; a whole module that the base lacks (a new head) is added."""
     key = _key(name, prefix, base)
     where = base.find(key)
     if where is None and (is_site or prefix.gained):
-        found.mismatches.append((key, str(list(value.tensor.shape)), _missing(key, base)))
+        findings.mismatches.append((key, str(list(value.tensor.shape)), _missing(key, base)))
     elif where is not None and where[1].shape != tuple(value.tensor.shape):
-        found.mismatches.append((key, str(list(value.tensor.shape)), str(list(where[1].shape))))
+        findings.mismatches.append((key, str(list(value.tensor.shape)), str(list(where[1].shape))))
     elif where is not None and not _convertible(value.tensor, where[1].dtype):
-        found.refusals.append((key, f"is stored as {where[1].dtype}, the adapter has {value.tensor.dtype}"))
+        findings.refusals.append((key, f"is stored as {where[1].dtype}, the adapter has {value.tensor.dtype}"))
     else:
-        found.values.setdefault(key, []).append(value)
+        findings.values.setdefault(key, []).append(value)
 
 
 def _missing(key: str, base: BaseCheckpoint) -> str:
@@ -255,21 +262,21 @@ def _convertible(tensor: Tensor, dtype: str) -> bool:
 # -- several adapters
 
 
-def _united(key: str, folds: Sequence[WeightFold], found: _Found) -> WeightFold:
+def _united(key: str, folds: Sequence[WeightFold], findings: _Found) -> WeightFold:
     """Return one fold for all adapters of a weight; their deltas are added before anything is rounded."""
     first = folds[0]
-    if len(folds) > 1 and any(each.magnitude is not None for each in folds):
-        found.refusals.append((key, "has DoRA and another adapter: the result would depend on their order"))
-    if key in found.values:
-        found.refusals.append((key, "is adapted, and trained whole too"))
-    terms = tuple(term for each in folds for term in each.terms)
-    return replace(first, terms=terms, adapters=tuple(name for each in folds for name in each.adapters))
+    if len(folds) > 1 and any(fold.magnitude is not None for fold in folds):
+        findings.refusals.append((key, "has DoRA and another adapter: the result would depend on their order"))
+    if key in findings.values:
+        findings.refusals.append((key, "is adapted, and trained whole too"))
+    terms = tuple(term for fold in folds for term in fold.terms)
+    return replace(first, terms=terms, adapters=tuple(name for fold in folds for name in fold.adapters))
 
 
-def _only(key: str, values: Sequence[Value], found: _Found) -> Value:
-    if any(not torch.equal(each.tensor, values[0].tensor) for each in values[1:]):
-        names = ", ".join(each.adapter for each in values)
-        found.refusals.append((key, f"is trained whole by several adapters, with other values: {names}"))
+def _only(key: str, values: Sequence[Value], findings: _Found) -> Value:
+    if any(not torch.equal(value.tensor, values[0].tensor) for value in values[1:]):
+        names = ", ".join(value.adapter for value in values)
+        findings.refusals.append((key, f"is trained whole by several adapters, with other values: {names}"))
     return values[0]
 
 

@@ -32,7 +32,7 @@ from lora_fx.files.checkpoint.tiles import Sums
 
 AnyPath = str | os.PathLike[str]
 Progress = Callable[[int, int, str], object]
-"""Is told (bytes written, bytes in all, name of the tensor or file)."""
+"""Is called with (bytes written, bytes in all, name of the tensor or file)."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MOST_WORKERS = 4
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,7 +75,7 @@ def merge_files(
     check_folder(out)
     adapters = _read(adapter_dirs)
     plan = plan_merge(base, adapters, options.dtype)
-    inputs = inputs_of(base, [each.file.folder for each in adapters], asdict(options))
+    inputs = inputs_of(base, [adapter.file.folder for adapter in adapters], asdict(options))
     merge = _Merge(plan, out, options, open_journal(out, inputs), progress)
     merge.check_space()
     with _told(out), _one_thread_each() as number:
@@ -97,7 +97,7 @@ def _read(folders: Sequence[AnyPath]) -> list[Given]:
     places = [file.folder.resolve() for file in files]
     twice = sorted({str(place) for place in places if places.count(place) > 1})
     if twice:
-        raise MergeError("an adapter is given twice", [(each, "would be added twice") for each in twice])
+        raise MergeError("an adapter is given twice", [(place, "would be added twice") for place in twice])
     return [Given.of(file, str(file.folder)) for file in files]
 
 
@@ -268,5 +268,5 @@ def _index(plan: MergePlan) -> dict[str, Any] | None:
     metadata = index.setdefault("metadata", {})
     metadata["total_size"] = sum(shard.size - shard.data_start for shard in shards)
     if "total_parameters" in metadata:
-        metadata["total_parameters"] += sum(torch.Size(each.shape).numel() for each in plan.additions.values())
+        metadata["total_parameters"] += sum(torch.Size(addition.shape).numel() for addition in plan.additions.values())
     return index

@@ -20,8 +20,8 @@ _FORWARD_ASKS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 
 def is_head(key: str) -> bool:
     """Whether a key is the weight of an output head, which may be tied to the embedding."""
-    found = _HEAD.fullmatch(key)
-    return found is not None and found[1] == "weight"
+    match = _HEAD.fullmatch(key)
+    return match is not None and match[1] == "weight"
 
 
 def is_embedding(key: str) -> bool:
@@ -31,8 +31,8 @@ def is_embedding(key: str) -> bool:
 
 def _flags(base: BaseCheckpoint) -> list[object]:
     config = base.config or {}
-    nested = [each for each in config.values() if isinstance(each, dict)]
-    return [each[_FLAG] for each in (config, *nested) if _FLAG in each]
+    nested = [section for section in config.values() if isinstance(section, dict)]
+    return [section[_FLAG] for section in (config, *nested) if _FLAG in section]
 
 
 def may_be_tied(base: BaseCheckpoint) -> bool:
@@ -46,11 +46,11 @@ def shared_weight(base: BaseCheckpoint, shape: tuple[int, ...]) -> tuple[RawFile
     if not may_be_tied(base):
         says = f"{_FLAG} is false" if base.config is not None else "there is no config.json to say that it is tied"
         return f"is not there, and {says}"
-    found = [key for key in base.keys() if is_embedding(key)]  # noqa: SIM118
-    fitting = [each for key in found if (each := base.find(key)) is not None and each[1].shape == shape]
+    embeddings = [key for key in base.keys() if is_embedding(key)]  # noqa: SIM118
+    fitting = [located for key in embeddings if (located := base.find(key)) is not None and located[1].shape == shape]
     if len(fitting) == 1:
         return fitting[0]
-    return f"is not there, and {', '.join(found) or 'no embedding'} could be tied to it"
+    return f"is not there, and {', '.join(embeddings) or 'no embedding'} could be tied to it"
 
 
 def refusals(
@@ -84,7 +84,7 @@ def _has_head(base: BaseCheckpoint) -> bool:
 def untied(config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration with head and embedding apart; nothing else changes."""
     config = copy.deepcopy(config)
-    holders = [each for each in (config, *config.values()) if isinstance(each, dict) and _FLAG in each]
-    for each in holders or [config]:
-        each[_FLAG] = False
+    holders = [section for section in (config, *config.values()) if isinstance(section, dict) and _FLAG in section]
+    for section in holders or [config]:
+        section[_FLAG] = False
     return config

@@ -1,6 +1,6 @@
 """The arithmetic of a streaming merge: a tile of a weight is read, changed, rounded once and written.
 
-Tiles depend on shapes alone, so the result is the same whoever computes which tile when; all of them are as small as
+Tiles depend on shapes alone, so the result is the same whichever thread computes a tile, and when; all are as small as
 the memory that they may take, and none is so narrow that a matrix product would sum in another order.
 """
 
@@ -38,6 +38,7 @@ class Tile:
 
     @property
     def elements(self) -> int:
+        """Number of values in the tile."""
         return math.prod(self.shape)
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
@@ -162,8 +163,8 @@ def _base_and_delta(fold: WeightFold, tile: Tile, source: OpenTensor, scratch: S
     stored = source.read(tile, scratch)
     first, *others = (low_rank_weight(t.right[:, tile.columns], t.left[tile.rows], t.scaling) for t in fold.terms)
     delta = first
-    for each in others:
-        delta = delta + each
+    for other in others:
+        delta = delta + other
     wide = torch.promote_types(delta.dtype, stored.dtype)
     base = scratch.take("base", stored.numel(), wide).copy_(stored)
     return base, delta.to(wide).view(-1)
@@ -173,11 +174,11 @@ def _set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor |
     """Give every output of V its length m, in place."""
     assert fold.magnitude is not None
     if lengths is None:
-        found = torch.linalg.vector_norm(merged, dim=1)
+        actual = torch.linalg.vector_norm(merged, dim=1)
     else:
-        found = lengths[tile.rows if fold.outputs_first else tile.columns].to(merged.dtype)
+        actual = lengths[tile.rows if fold.outputs_first else tile.columns].to(merged.dtype)
     wanted = fold.magnitude[tile.rows if fold.outputs_first else tile.columns].to(merged.dtype)
-    merged.mul_((wanted / found).unsqueeze(1 if fold.outputs_first else 0))
+    merged.mul_((wanted / actual).unsqueeze(1 if fold.outputs_first else 0))
 
 
 def needs_lengths(fold: WeightFold, tile: Tile) -> bool:
