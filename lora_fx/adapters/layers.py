@@ -32,9 +32,52 @@ from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
 from lora_fx.errors import RefusedError
+from lora_fx.models.layers import base_output
 from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap
 from lora_fx.models.tensors import dotted
 from lora_fx.models.torch_internals import in_backward, in_functorch
+
+
+@functools.cache
+def reading(names: tuple[str, ...]) -> type:
+    """Return the mixin for a module that shows the parameters of these names with their adapters."""
+    body: dict[str, Any] = {name: property(_reader(name)) for name in names}
+    return type("AdaptedWeights", (Swapped, nn.Module), {**body, READS: names, MADE_BY: (reading, (names,))})
+
+
+def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
+    def read(owner: nn.Module) -> Tensor | None:
+        base = owner._parameters[name]
+        adapter = attached(owner, name)
+        state = owner.__dict__.get(STATE)
+        if adapter is None or base is None or state is None or state.active is None:
+            return base
+        return shown(adapter, base)
+
+    return read
+
+
+def shown(adapter: Attached, base: Tensor) -> Tensor:
+    """Return the adapted weight as it is read: a LoRAWeight, or a plain tensor for those who need one."""
+    owner = adapter.owner
+    fused = owner.__dict__[STATE].dense and not owner.training and not torch.is_grad_enabled()
+    wrapped = torch.compiler.is_compiling() or in_functorch()
+    if adapter.magnitude is not None or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
+        return effective_weight(adapter, base)
+    dropout = adapter.dropout if adapter.dropout is not None and adapter.dropout.training else None
+    return LoRAWeight(Part(base, adapter.low_rank(), dropout))
+
+
+def effective_weight(adapter: Attached, base: Tensor) -> Tensor:
+    """Return W + scaling · B A (DoRA: m · V / ‖V‖) in W's dtype, through which gradients reach the adapter."""
+    delta = adapter.delta().to(base.dtype)
+    if adapter.magnitude is None:
+        return base + delta
+    rows = as_rows(base, adapter.spec.site.layout)
+    norms = row_norms(rows, adapter.lora_A.weight, adapter.lora_B.matrix, adapter.spec.scaling)
+    outputs = 1 if adapter.spec.site.layout == "out_in" else 0
+    scale = stretch(adapter.magnitude.weight, norms).to(base.dtype).unsqueeze(outputs)
+    return base + (scale - 1) * base + scale * delta
 
 
 class AdaptedLayer(Swapped, nn.Module):
@@ -44,6 +87,8 @@ class AdaptedLayer(Swapped, nn.Module):
     lora_B: Any
     lora_dropout: Any
     lora_magnitude_vector: Any
+    weight: Any = property(_reader("weight"))
+    """For code that multiplies by it itself (tied heads, chunked losses): with the adapter, as a LoRAWeight."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self.adapted_forward(input)
@@ -87,8 +132,7 @@ class AdaptedLayer(Swapped, nn.Module):
 
     def base_forward(self, input: Tensor) -> Tensor:
         """Return what the module computes without its adapter."""
-        result: Tensor = super().forward(input)
-        return result
+        return base_output(self, input)
 
 
 def _next_call(owner: nn.Module, calls: int) -> int:
@@ -127,48 +171,6 @@ def _set_calls(root: nn.Module, within: bool) -> None:
         state = module.__dict__.get(STATE)
         if state is not None and state.called is not None:
             module.__dict__[STATE] = replace(state, called=0, within=within)
-
-
-@functools.cache
-def reading(names: tuple[str, ...]) -> type:
-    """Return the mixin for a module that shows the parameters of these names with their adapters."""
-    body: dict[str, Any] = {name: property(_reader(name)) for name in names}
-    return type("AdaptedWeights", (Swapped, nn.Module), {**body, READS: names, MADE_BY: (reading, (names,))})
-
-
-def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
-    def read(owner: nn.Module) -> Tensor | None:
-        base = owner._parameters[name]
-        adapter = attached(owner, name)
-        state = owner.__dict__.get(STATE)
-        if adapter is None or base is None or state is None or state.active is None:
-            return base
-        return shown(adapter, base)
-
-    return read
-
-
-def shown(adapter: Attached, base: Tensor) -> Tensor:
-    """Return the adapted weight as it is read: a LoRAWeight, or a plain tensor for those who need one."""
-    owner = adapter.owner
-    fused = owner.__dict__[STATE].dense and not owner.training and not torch.is_grad_enabled()
-    wrapped = torch.compiler.is_compiling() or in_functorch()
-    if adapter.magnitude is not None or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
-        return effective_weight(adapter, base)
-    dropout = adapter.dropout if adapter.dropout is not None and adapter.dropout.training else None
-    return LoRAWeight(Part(base, adapter.low_rank(), dropout))
-
-
-def effective_weight(adapter: Attached, base: Tensor) -> Tensor:
-    """Return W + scaling · B A (DoRA: m · V / ‖V‖) in W's dtype, through which gradients reach the adapter."""
-    delta = adapter.delta().to(base.dtype)
-    if adapter.magnitude is None:
-        return base + delta
-    rows = as_rows(base, adapter.spec.site.layout)
-    norms = row_norms(rows, adapter.lora_A.weight, adapter.lora_B.matrix, adapter.spec.scaling)
-    outputs = 1 if adapter.spec.site.layout == "out_in" else 0
-    scale = stretch(adapter.magnitude.weight, norms).to(base.dtype).unsqueeze(outputs)
-    return base + (scale - 1) * base + scale * delta
 
 
 def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.models.swap import original_class, unswapped
@@ -66,6 +68,25 @@ def linear_layout(kind: type) -> Layout | None:
     if issubclass(original, nn.Linear):
         return "out_in" if original.forward is nn.Linear.forward else None
     return "in_out" if _is_named_conv1d(original) else None
+
+
+def base_output(layer: nn.Module, input: Tensor) -> Tensor:
+    """Return what a layer that is called computes with the weight that it stores, whatever its `weight` shows.
+
+    The same kernels as in the forward of its class: the result is bit-equal to it.
+    """
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    assert weight is not None
+    if isinstance(layer, nn.Linear):
+        return F.linear(input, weight, bias)
+    if isinstance(layer, nn.Embedding):
+        kept = (layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse)
+        return F.embedding(input, weight, *kept)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return layer._conv_forward(input, weight, bias)
+    assert bias is not None  # transformers' Conv1D
+    rows = torch.addmm(bias, input.view(-1, input.size(-1)), weight)
+    return rows.view(*input.size()[:-1], weight.shape[1])
 
 
 def has_hooks(module: nn.Module) -> bool:
