@@ -23,6 +23,7 @@ from lora_fx.graphdiff.deltas.measure import Deltas, deltas_of
 from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_diff, graph_of
+from lora_fx.integrations.pretrained import take_over
 from lora_fx.models.samples import samples_for
 from lora_fx.planning import explain as explaining
 from lora_fx.planning.decide import decide
@@ -107,7 +108,7 @@ def apply(
     """
     passes = build.optimisations(optimise)
     plan = _planned(model, rules_or_plan, example_inputs, backend)
-    return build.adapted(model, plan, passes, backend)
+    return take_over(build.adapted(model, plan, passes, backend))
 
 
 def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: object, backend: str) -> Plan:
@@ -172,7 +173,7 @@ def load(
     twin = build.build(model, plan)
     restore.fill(twin, files)
     build.install_graphs(twin, plan, passes)
-    return twin
+    return take_over(twin)
 
 
 def diff(a: Comparable, b: Comparable, example_inputs: object = None) -> GraphDiff:
@@ -328,4 +329,4 @@ def extract(tuned_full: nn.Module, base: nn.Module, r: int = 8, rules: Rules | N
     """
     twin, report = extraction.extracted(tuned_full, base, r, rules)
     extraction.warn_of_losses(report)
-    return twin
+    return take_over(twin)

@@ -25,6 +25,7 @@ from lora_fx.adapters.factors.lora import LoRAFactor, as_rows, low_rank_weight
 from lora_fx.adapters.factors.spec import AdapterSpec, ModelRecord
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.views import WeightView
+from lora_fx.models.offload import computing_device, stored_weight
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import dotted, get_tensor
 from lora_fx.planning.plan import Plan
@@ -88,10 +89,15 @@ class Attached:
 
     @property
     def base_weight(self) -> Tensor:
-        """The base weight W itself, also where the owner shows an adapted weight instead."""
+        """The base weight W itself, also where the owner shows an adapted weight instead, or where it is offloaded."""
+        return stored_weight(self.owner, self.spec.parameter)
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        """The shape of the base weight."""
         weight = self.owner._parameters[self.spec.parameter]
         assert weight is not None
-        return weight
+        return weight.shape
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that belong to the adapter: A and B, and the site's bias if the rule trains it."""
@@ -105,14 +111,14 @@ class Attached:
 
     def low_rank(self) -> Factored:
         """Return the low-rank part of the weight as it is stored."""
-        spec, view = self.spec, WeightView.of(tuple(self.base_weight.shape), self.spec.site.is_banked)
+        spec, view = self.spec, WeightView.of(tuple(self.stored_shape), self.spec.site.is_banked)
         return Factored.of(view, self.lora_A.matrix, self.lora_B.matrix, spec.site.layout, spec.rank, spec.scaling)
 
     def delta(self) -> Tensor:
         """Return ΔW = scaling · B A in float32 (float64 for float64 factors), in the shape of the base weight."""
         delta = low_rank_weight(self.lora_A.matrix, self.lora_B.matrix, self.spec.scaling)
         stored = delta.transpose(-1, -2) if self.spec.site.layout == "in_out" else delta
-        return stored.reshape(self.base_weight.shape)
+        return stored.reshape(self.stored_shape)
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:
@@ -144,8 +150,8 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
 
     Adds `lora_A.<adapter>.weight` [r, in] and `lora_B.<adapter>.weight` [out, r] to the owner, or, for a raw parameter,
     to a module `<parameter>_lora` in it; where the rule asks for it a parameterless `lora_dropout.<adapter>` and, for
-    DoRA, `lora_magnitude_vector.<adapter>.weight` [out]; all in the owner's mode (train or eval) and on the weight's
-    device.
+    DoRA, `lora_magnitude_vector.<adapter>.weight` [out]; all in the owner's mode (train or eval) and on the device on
+    which it computes.
     """
     weight = owner._parameters[spec.parameter]
     assert weight is not None
@@ -158,7 +164,8 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
         kind = TokenDropout if spec.site.op == "embedding" else nn.Dropout
         home.lora_dropout = nn.ModuleDict({spec.adapter: kind(spec.lora.dropout)})
     if spec.lora.dora:
-        norms = row_norms(as_rows(weight, spec.site.layout), first[0].weight, second[0].matrix, spec.scaling)
+        values = stored_weight(owner, spec.parameter).to(first[0].weight.device)
+        norms = row_norms(as_rows(values, spec.site.layout), first[0].weight, second[0].matrix, spec.scaling)
         magnitude = DoRAMagnitude(norms.to(adapter_dtype(weight)), spec.scaling)
         home.lora_magnitude_vector = nn.ModuleDict({spec.adapter: magnitude})
     for name in CHILDREN:
@@ -178,9 +185,10 @@ def _home(owner: nn.Module, spec: AdapterSpec) -> nn.Module:
 
 def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAFactor, LoRAFactor]:
     """Return fresh factors A and B for a weight."""
+    device = computing_device(owner, weight)
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=adapter_dtype(weight), device=weight.device)
+        return torch.empty(shape, dtype=adapter_dtype(weight), device=device)
 
     *bank, out_features = spec.site.shape[: 1 + spec.site.is_banked]
     inner = spec.site.shape[1 + spec.site.is_banked :]

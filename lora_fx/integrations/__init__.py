@@ -1,4 +1,5 @@
-"""Parts for other libraries; each file needs the library that it is for, and nothing else of lora_fx needs it.
+"""Parts for other libraries: nothing else of lora_fx needs them.
 
-trainer    adapter-only checkpoints of the transformers Trainer
+pretrained    what trainers call on an adapted transformers model
+trainer       adapter-only checkpoints of the transformers Trainer for other models; needs transformers
 """

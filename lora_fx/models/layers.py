@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_fx.models.overrides import replaced_forward
 from lora_fx.models.swap import original_class, unswapped
 from lora_fx.planning.sites import Layout
 
@@ -56,6 +57,13 @@ def known_modules(model: nn.Module) -> list[KnownModule]:
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return what a module does with its weight; None for modules that are not known by class."""
+    kind = _kind_of(module)
+    if kind is None or not kind.called or replaced_forward(module) is None:
+        return kind
+    return replace(kind, called=False, refusal=_refusal(module, False))
+
+
+def _kind_of(module: nn.Module) -> LayerKind | None:
     for kinds, describe in _DESCRIBE:
         if isinstance(module, kinds):
             return describe(module)
@@ -83,7 +91,8 @@ def base_output(layer: nn.Module, input: Tensor) -> Tensor:
         kept = (layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse)
         return F.embedding(input, weight, *kept)
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return layer._conv_forward(input, weight, bias)
+        convolved: Tensor = layer._conv_forward(input, weight, bias)
+        return convolved
     assert bias is not None  # transformers' Conv1D
     rows = torch.addmm(bias, input.view(-1, input.size(-1)), weight)
     return rows.view(*input.size()[:-1], weight.shape[1])
@@ -91,7 +100,7 @@ def base_output(layer: nn.Module, input: Tensor) -> Tensor:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
-    return bool(
+    return "forward" in vars(module) or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_fx.models.overrides import FOLLOWS
+
 _CLASSES: dict[tuple[type, type], type] = {}
 _ORIGIN = "_lora_fx_origin"
 MADE_BY = "_lora_fx_made_by"
@@ -78,7 +80,9 @@ def _shown_as(original: Callable[..., Any], function: FunctionType) -> FunctionT
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     twin.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(twin, original)  # type: ignore[return-value]
+    functools.update_wrapper(twin, original)
+    setattr(twin, FOLLOWS, True)
+    return twin
 
 
 def origin(kind: type) -> tuple[type, type]:
@@ -95,6 +99,14 @@ def is_swapped(kind: type) -> bool:
 def swap(module: nn.Module, mixin: type) -> None:
     """Give the module the behaviour of the mixin, in place; its attributes and parameters stay as they are."""
     module.__class__ = swapped_class(type(module), mixin)
+
+
+def take_off(module: nn.Module, mixin: type) -> None:
+    """Take the swaps to this mixin (or one that is made from it) off the module, in place; others stay."""
+    original, mixins = _layers(type(module))
+    for other in (other for other in mixins if not issubclass(other, mixin)):
+        original = swapped_class(original, other)
+    module.__class__ = original
 
 
 def unswap(module: nn.Module) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_fx.errors import RefusedError
+from lora_fx.models.offload import offloading_hook
+from lora_fx.models.overrides import accelerate_hooks, follow_class, rebind
 
 
 def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
@@ -27,8 +29,9 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
     refuse_lazy(model)
     memo: dict[int, object] = {id(p): _alias(p, freeze) for p in model.parameters()}
     memo |= {id(t): t.detach() for t in _computed_tensors(model)}
+    memo |= {id(kept): kept for kept in _kept_by_hooks(model)}
     try:
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
     except Exception as error:
         parts = list(_uncopyable_parts(model)) or [("(root)", f"{type(error).__name__}: {error}")]
         raise RefusedError(
@@ -36,6 +39,17 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
             parts,
             "give these attributes a __deepcopy__, or remove them before",
         ) from error
+    rebind(twin, memo)
+    follow_class(twin)
+    return twin
+
+
+def _kept_by_hooks(model: nn.Module) -> Iterator[object]:
+    """Yield the tables in which accelerate's hooks keep offloaded weights: they serve both models."""
+    for module in model.modules():
+        for hook in accelerate_hooks(module):
+            tables = (getattr(hook, "weights_map", None), getattr(hook, "tied_params_map", None))
+            yield from (table for table in tables if table is not None)
 
 
 def _alias(parameter: nn.Parameter, freeze: bool) -> Tensor:
@@ -90,6 +104,7 @@ def shares_storage(a: Tensor, b: Tensor) -> bool:
 
 
 def is_meta(model: nn.Module) -> bool:
-    """Whether the model has no values: all its parameters are on the meta device."""
+    """Whether the model has no values: all its parameters are on the meta device, and none is offloaded."""
     parameters = list(model.parameters())
-    return bool(parameters) and all(p.device == torch.device("meta") for p in parameters)
+    on_meta = bool(parameters) and all(p.device == torch.device("meta") for p in parameters)
+    return on_meta and not any(map(offloading_hook, model.modules()))

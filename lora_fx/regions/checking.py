@@ -18,7 +18,7 @@ from lora_fx.capture.calls.objects import copied, is_plain_object, objects_diffe
 from lora_fx.capture.guards import Match
 from lora_fx.capture.tracing.copies import shared_by_copies
 from lora_fx.capture.tracing.recording import Records
-from lora_fx.models.swap import origin
+from lora_fx.models.swap import Swapped, take_off
 from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.gradients import Run, gradients_differ, values_differ
 from lora_fx.regions.program import Program
@@ -27,6 +27,10 @@ REGION = "lora_fx_region"
 """Attribute of a module that is a region."""
 _NOISE = 0.02
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class RunsGraphs(Swapped, nn.Module):
+    """Base of the mixin for the module of a region."""
 
 
 class Replay:
@@ -207,7 +211,7 @@ def stand_in(module: nn.Module) -> nn.Module:
     duplicate: nn.Module = copy.deepcopy(module, {id(shared): shared for shared in shared_by_copies(module)})
     for inner in duplicate.modules():
         if inner.__dict__.pop(REGION, None) is not None:
-            inner.__class__ = origin(type(inner))[0]
+            take_off(inner, RunsGraphs)
     return duplicate
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lora_fx.capture.captured import Captured
-from lora_fx.models.swap import origin, swap
+from lora_fx.models.swap import swap, take_off
 from lora_fx.models.tensors import dotted
 from lora_fx.regions.candidates import structure_of
 from lora_fx.regions.region import BlockPrograms, GuardedRegion, Region, drop_region, region_of, set_region
@@ -35,7 +35,7 @@ def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()
 
 def uninstall(module: nn.Module) -> None:
     """Take the region off one module, in place."""
-    module.__class__ = origin(type(module))[0]
+    take_off(module, GuardedRegion)
     drop_region(module)
 
 

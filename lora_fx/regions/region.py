@@ -25,8 +25,7 @@ from lora_fx.capture.generalise import generalise
 from lora_fx.capture.tracing.recording import OtherShape
 from lora_fx.errors import LoraFxWarning
 from lora_fx.models.layers import has_hooks
-from lora_fx.models.swap import Swapped
-from lora_fx.regions.checking import REGION, Replay
+from lora_fx.regions.checking import REGION, Replay, RunsGraphs
 from lora_fx.regions.program import Program, make_program
 from lora_fx.regions.sizes import Sizes
 
@@ -38,7 +37,7 @@ MOST_STATIC = 4
 """How many of them may be for one size each, of a forward that loops over a size or so."""
 
 
-class GuardedRegion(Swapped, nn.Module):
+class GuardedRegion(RunsGraphs):
     """Mixin for the module of a region."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,10 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import STATE, Attached, all_attached, detach
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
+from lora_fx.models.offload import keep_loaded
+from lora_fx.models.overrides import with_class_forwards
 from lora_fx.models.quantised import forget_quantisation, is_quantised
+from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, tied_names
 from lora_fx.models.twin import make_twin
@@ -61,6 +64,7 @@ def _merge_module(adapters: list[Attached]) -> None:
     weights = {adapter.spec.parameter: folded(adapter) for adapter in adapters}
     if any(is_quantised(adapter.base_weight) for adapter in adapters):
         forget_quantisation(owner)
+    keep_loaded(owner)
     detach(owner)
     for name, weight in weights.items():
         setattr(owner, name, nn.Parameter(weight, requires_grad=False))
@@ -103,9 +107,11 @@ def _like(twin: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def _flagged(twin: nn.Module, record: ModelRecord) -> nn.Module:
-    """Give the parameters the flags that they had in the caller's model."""
+    """Give the parameters the flags of the caller's model, and instances the forwards of their own classes."""
     for name, parameter in twin.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(name in record.requires_grad)
+    unswap(twin)
+    with_class_forwards(twin)
     return twin
 
 

@@ -31,6 +31,7 @@ from lora_fx.files.adapter.names import (
     target_modules,
 )
 from lora_fx.files.fingerprint import sample_values
+from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import dotted
 from lora_fx.tuned.build import record_in
 
@@ -277,7 +278,7 @@ def _config(tuned: nn.Module, sites: Sequence[_Filed], trained: Sequence[str]) -
         "rank_pattern": {anchored(name): value for name, value in sorted(ranks.items()) if value != rank},
         "target_modules": layers if beyond is None else only_for_lora_fx(beyond.path, beyond.beyond_peft),
         **({"target_parameters": parameters} if parameters else {}),
-        "task_type": None,
+        "task_type": _task_of(tuned),
         "use_dora": any(lora.dora for lora in loras.values()),
         "use_rslora": rslora,
     }
@@ -303,6 +304,25 @@ def _most_common(values: Mapping[str, Any]) -> Any:
     """Return the most common value, the smallest of them in a tie: the same for the same adapter."""
     counted = Counter(values.values())
     return min(counted, key=lambda value: (-counted[value], value))
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""What PEFT calls the task of a transformers model, by the end of its class's name: its AutoPeftModels ask for it."""
+
+
+def _task_of(tuned: nn.Module) -> str | None:
+    name = original_class(tuned).__name__
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    generates = getattr(getattr(tuned, "config", None), "is_encoder_decoder", None)  # image models are called so too
+    return None if generates is None or (task == "SEQ_2_SEQ_LM" and not generates) else task
 
 
 def _name_of(tuned: nn.Module) -> str | None:

@@ -1,0 +1,145 @@
+"""What trainers call on a transformers model: on an adapted one it writes the adapter, or is refused.
+
+`save_pretrained` of the class would write base and factors side by side, and `from_pretrained` would read the base and
+pass over the factors; `resize_token_embeddings` would put new layers in the place of adapted ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_fx.errors import RefusedError
+from lora_fx.files.adapter.write import save
+from lora_fx.files.atomic import write_files
+from lora_fx.files.values import canonical_safetensors
+from lora_fx.models.swap import MADE_BY, Swapped, swap
+from lora_fx.models.tensors import borrowed
+from lora_fx.tuned.build import trainable
+
+_WEIGHTS = "model.safetensors"
+_CONFIGURATION = "config.json"
+_REFUSED = {
+    "add_adapter": "lora_fx.apply a rule with another `adapter:` name to the base, or use PEFT on the base",
+    "load_adapter": "lora_fx.load(model, directory) gives another twin of the base",
+    "delete_adapter": "lora_fx.remove(model) gives the base",
+    "set_adapter": "a twin has the adapters that it was made with",
+    "enable_adapters": "they are on; lora_fx.disabled(model) is a context without them",
+    "disable_adapters": "lora_fx.disabled(model) is a context without them",
+    "active_adapters": "lora_fx.inspect(model) says what it holds",
+    "enable_peft_hotswap": "lora_fx.load(model, directory) gives another twin of the base",
+    "get_adapter_state_dict": "lora_fx.save(model, directory) writes the adapter",
+}
+"""transformers' methods for adapters of PEFT, and what to do instead."""
+
+
+def take_over(twin: nn.Module) -> nn.Module:
+    """Return the adapted twin itself; if it is a transformers model, what trainers call on it is right or refused."""
+    kind: Any = type(twin)
+    if callable(getattr(kind, "save_pretrained", None)) and callable(getattr(kind, "get_input_embeddings", None)):
+        swap(twin, pretrained(tuple(name for name in _REFUSED if callable(getattr(kind, name, None)))))
+    return twin
+
+
+class AdaptedPretrained(Swapped, nn.Module):
+    """Mixin for an adapted transformers model."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_names" in kwargs:
+            raise RefusedError(
+                "adapter_names chooses among adapters of PEFT, and this model has one of lora_fx",
+                advice="call it without; each twin of lora_fx.apply or lora_fx.load has its own adapter",
+            )
+        return super().forward(*args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **_: Any,
+    ) -> None:
+        """Write the adapter as `write_checkpoint` does, and nothing of the base; the model stays unchanged.
+
+        Args:
+            save_directory: as of the class.
+            is_main_process: False writes nothing.
+            state_dict: values to write in the place of the model's own, as trainers gather them from shards.
+            push_to_hub: refused.
+
+        Raises:
+            RefusedError: `push_to_hub`.
+            AdapterFileError: as `lora_fx.save`.
+        """
+        if push_to_hub:
+            raise RefusedError(
+                "an adapted model is not pushed while it is saved",
+                advice="save it, then huggingface_hub.upload_folder; lora_fx.merge(model) gives a plain model to push",
+            )
+        if not is_main_process:
+            return
+        wanted = {id(parameter) for parameter in trainable(self)}
+        names = [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in wanted]
+        given = state_dict or {}
+        with borrowed(self, {name: given[name] for name in names if name in given}):
+            write_checkpoint(self, Path(save_directory))
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the input embeddings if they have that size; a change of size is refused."""
+        embeddings: nn.Module = self.get_input_embeddings()  # type: ignore[operator]
+        rows = embeddings._parameters["weight"]
+        if new_num_tokens is not None and rows is not None and new_num_tokens != rows.shape[0]:
+            raise RefusedError(
+                "the embeddings of an adapted model cannot be resized: its adapters belong to the old ones",
+                [("rows", str(rows.shape[0])), ("wanted", str(new_num_tokens))],
+                "resize the model, then lora_fx.apply; lora_fx.remove or lora_fx.merge give one that can be resized",
+            )
+        return embeddings
+
+
+@functools.cache
+def pretrained(refused: tuple[str, ...]) -> type:
+    """Return the mixin for an adapted transformers model that has these methods, which are refused."""
+    body: dict[str, Any] = {name: _refusing(name) for name in refused}
+    body["forward"] = AdaptedPretrained.forward
+    return type("AdaptedPretrained", (AdaptedPretrained,), {**body, MADE_BY: (pretrained, (refused,))})
+
+
+def _refusing(name: str) -> Any:
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise RefusedError(f"{name} handles adapters of PEFT, and this model has one of lora_fx", advice=_REFUSED[name])
+
+    return refuse
+
+
+def write_checkpoint(tuned: nn.Module, folder: Path) -> None:
+    """Write the adapter in PEFT's format, and all that is not frozen as `model.safetensors`, in place of the model.
+
+    `lora_fx.load(model, folder)` reads such a folder, and so does PEFT.  The Trainer resumes from it and loads the best
+    of them at the end: it looks for the trained tensors under their own keys in `model.safetensors`, and would go on
+    without a word where there is none.  `config.json` is left out, or `from_pretrained` would take the folder for a
+    whole model.
+    """
+    save(tuned, folder)
+    write_files({folder / _WEIGHTS: canonical_safetensors(trained_tensors(tuned), {"format": "pt"})})
+    (folder / _CONFIGURATION).unlink(missing_ok=True)
+
+
+def trained_tensors(tuned: nn.Module) -> dict[str, Tensor]:
+    """Return the entries of the state dict that training may change, each tensor once and contiguous."""
+    frozen = frozen_keys(tuned)
+    names: dict[int, str] = {}
+    state = tuned.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if name not in frozen:
+            names.setdefault(id(tensor), name)
+    return {name: state[name].detach().contiguous() for name in names.values()}
+
+
+def frozen_keys(tuned: nn.Module) -> set[str]:
+    """Return the keys of the parameters that require no gradient."""
+    return {name for name, p in tuned.named_parameters(remove_duplicate=False) if not p.requires_grad}

@@ -1,0 +1,50 @@
+"""Weights that accelerate keeps elsewhere (cpu_offload, disk_offload, device_map): on meta between two calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.models.overrides import accelerate_hooks
+
+
+def offloading_hook(module: nn.Module) -> Any:
+    """Return accelerate's hook that loads the module's own weights for each call and drops them after it, or None."""
+    return next((hook for hook in accelerate_hooks(module) if getattr(hook, "offload", False)), None)
+
+
+def stored_weight(owner: nn.Module, name: str) -> Tensor:
+    """Return a parameter of the module with its values, also where they are offloaded; it may be read from a file.
+
+    Raises:
+        KeyError: the module has no such parameter.
+    """
+    weight, hook = owner._parameters[name], offloading_hook(owner)
+    if weight is None:
+        raise KeyError(name)
+    if hook is None or not weight.is_meta:
+        return weight
+    value: Tensor = hook.weights_map[name]
+    return value
+
+
+def computing_device(owner: nn.Module, weight: Tensor) -> torch.device:
+    """Return the device on which the module computes with the weight: not that of an offloaded one."""
+    hook = offloading_hook(owner)
+    if hook is None or hook.execution_device is None:
+        return weight.device
+    return torch.device(hook.execution_device)
+
+
+def keep_loaded(owner: nn.Module) -> None:
+    """Load the module's own parameters for good, in place, onto the device on which it computes."""
+    hook = offloading_hook(owner)
+    if hook is None:
+        return
+    for name, parameter in list(owner._parameters.items()):
+        if parameter is not None and parameter.is_meta:
+            value = stored_weight(owner, name).to(computing_device(owner, parameter))
+            owner._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+    hook.offload = False

@@ -1,0 +1,207 @@
+"""What stands on an instance in the place of its class's methods: replaced forwards, accelerate's hooks, closures.
+
+`copy.deepcopy` takes functions as they are: a closure over a layer, copied with a model, goes on calling the layer of
+the model that it was copied from.  And a wrapper around `Linear.forward` keeps that function, whatever class the layer
+gets later.  Here both are put right on a copy; what cannot be is refused by name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_fx.errors import RefusedError
+
+FOLLOWS = "_lora_fx_follows"
+"""Attribute of a function that stands for the forward of a module's class, whichever that is."""
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OLD = "_old_forward"
+"""Where accelerate's hooks keep the forward that they run around."""
+
+
+def accelerate_hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks that accelerate (1.x, `add_hook_to_module`) has put on the module."""
+    hook = vars(module).get("_hf_hook")
+    return list(getattr(hook, "hooks", (hook,))) if hook is not None and _OLD in vars(module) else []
+
+
+def replaced_forward(module: nn.Module) -> Any:
+    """Return what stands in the place of the forward of the module's class, below accelerate's hooks; None if nothing.
+
+    accelerate's hooks run around a forward, and do nothing to what it computes.
+    """
+    own = vars(module)
+    forward = own.get(_OLD) if accelerate_hooks(module) else own.get("forward")
+    is_class_forward = isinstance(forward, MethodType) and forward.__self__ is module and _is_of_class(forward, module)
+    return None if is_class_forward else forward
+
+
+def _is_of_class(forward: MethodType, module: nn.Module) -> bool:
+    kind: Any = type(module)
+    return hasattr(forward.__func__, FOLLOWS) or any(
+        forward.__func__ is vars(base).get("forward") for base in kind.__mro__
+    )
+
+
+def follow_class(model: nn.Module) -> None:
+    """Let accelerate's hooks run around the forward of whatever class a module has by then, in place."""
+    for module in model.modules():
+        if accelerate_hooks(module) and replaced_forward(module) is None:
+            kind: Any = type(module)
+            vars(module)[_OLD] = MethodType(_class_forward(kind), module)
+
+
+@functools.cache
+def _class_forward(kind: Any) -> Callable[..., Any]:
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return type(self).forward(self, *args, **kwargs)
+
+    setattr(forward, FOLLOWS, True)
+    return forward
+
+
+def with_class_forwards(model: nn.Module) -> None:
+    """Put the forward of the module's class wherever a function stands for it, in place: nothing of ours is left."""
+    for path, module in model.named_modules():
+        _rebind_all(path, module, Rebinding({}, type(module).forward))
+
+
+def rebind(twin: nn.Module, copies: Mapping[int, object]) -> None:
+    """Let what stands on the instances of a copied model call the copies, in place.
+
+    Args:
+        twin: the copy of a model.
+        copies: for each module of the model, by identity, its copy: the memo of `copy.deepcopy`.
+
+    Raises:
+        RefusedError: naming the functions that reach the model by a global variable.
+    """
+    own = {id(module) for module in twin.modules()}
+    modules = {key: module for key, module in copies.items() if id(module) in own}
+    problems: list[tuple[str, str]] = []
+    for path, module in twin.named_modules():
+        rebinding = Rebinding(modules, None)
+        _rebind_all(path, module, rebinding)
+        problems += [(f"{path}.{name}".lstrip("."), reason) for name, reason in rebinding.problems]
+    if problems:
+        raise RefusedError(
+            "functions on instances of the model reach it by a global variable: a copy would call the original",
+            problems,
+            "let them take the module as an argument or from a closure, or put them on after lora_fx.apply",
+        )
+
+
+def _rebind_all(path: str, module: nn.Module, rebinding: Rebinding) -> None:
+    tables = [vars(module)] + [table for name in _HOOK_TABLES if (table := vars(module).get(name))]
+    for table in tables:
+        for name, value in list(table.items()):
+            if callable(value) and not isinstance(value, (nn.Module, Tensor, type)):
+                table[name] = rebinding.of(value, str(name))
+
+
+class Rebinding:
+    """Makes functions, methods, partials and callable objects again, over the modules of a copy."""
+
+    def __init__(self, modules: Mapping[int, object], class_forward: Any) -> None:
+        """With `class_forward`, that takes the place of each function that stands for it."""
+        self.modules = modules
+        self.class_forward = class_forward
+        self.problems: list[tuple[str, str]] = []
+        self._made: dict[int, Any] = {}
+        self._kept: list[Any] = []
+
+    def of(self, value: Any, name: str) -> Any:
+        """Return the value over the copies; the value itself where nothing in it reaches the model."""
+        reached = self._reaching(value, name, {})
+        return self._again(value, reached)
+
+    def _is_replaced(self, value: Any) -> bool:
+        return id(value) in self.modules or (
+            self.class_forward is not None and isinstance(value, FunctionType) and hasattr(value, FOLLOWS)
+        )
+
+    def _reaching(self, value: Any, name: str, seen: dict[int, bool]) -> dict[int, bool]:
+        """Return by identity which of the value and of what it holds must be made again."""
+        if id(value) not in seen:
+            seen[id(value)] = self._is_replaced(value)
+            self._kept.append(value)
+            if isinstance(value, FunctionType):
+                self._look_at_globals(value, name)
+            for part in _parts(value):
+                self._reaching(part, name, seen)
+                seen[id(value)] |= seen[id(part)]
+        return seen
+
+    def _look_at_globals(self, function: FunctionType, name: str) -> None:
+        for variable in function.__code__.co_names:
+            if id(function.__globals__.get(variable)) in self.modules:
+                self.problems.append((name, f"{function.__qualname__} reads the global variable {variable}"))
+
+    def _again(self, value: Any, reached: Mapping[int, bool]) -> Any:
+        if not reached.get(id(value)):
+            return value
+        if id(value) in self.modules:
+            return self.modules[id(value)]
+        if self._is_replaced(value):
+            return self.class_forward
+        if id(value) not in self._made:
+            self._make(value, lambda part: self._again(part, reached))
+        return self._made[id(value)]
+
+    def _make(self, value: Any, again: Callable[[Any], Any]) -> None:
+        made: Any
+        if isinstance(value, MethodType):
+            made = self._made[id(value)] = MethodType(again(value.__func__), again(value.__self__))
+        elif isinstance(value, functools.partial):
+            arguments = (again(argument) for argument in value.args)
+            named = {key: again(argument) for key, argument in value.keywords.items()}
+            made = self._made[id(value)] = functools.partial(again(value.func), *arguments, **named)
+            vars(made).update({key: again(part) for key, part in vars(value).items()})
+        elif isinstance(value, FunctionType):
+            cells = tuple(CellType() for _ in value.__closure__ or ())
+            made = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
+            self._made[id(value)] = made
+            for cell, old in zip(cells, value.__closure__ or (), strict=True):
+                for content in _contents(old):
+                    cell.cell_contents = again(content)
+            made.__defaults__ = None if value.__defaults__ is None else tuple(map(again, value.__defaults__))
+            made.__kwdefaults__ = value.__kwdefaults__ and {k: again(v) for k, v in value.__kwdefaults__.items()}
+            made.__qualname__, made.__doc__, made.__module__ = value.__qualname__, value.__doc__, value.__module__
+            vars(made).update({key: again(part) for key, part in vars(value).items()})
+        elif type(value) in (list, tuple):
+            self._made[id(value)] = type(value)(map(again, value))
+        elif type(value) is dict:
+            self._made[id(value)] = {key: again(part) for key, part in value.items()}
+        else:
+            made = self._made[id(value)] = object.__new__(type(value))
+            vars(made).update({key: again(part) for key, part in vars(value).items()})
+
+
+def _contents(cell: CellType) -> Iterator[Any]:
+    """Yield what a cell of a closure holds; nothing if it is empty yet."""
+    try:
+        yield cell.cell_contents
+    except ValueError:
+        return
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield what a function, method, partial, container or callable object holds."""
+    if isinstance(value, MethodType):
+        yield from (value.__func__, value.__self__)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values(), *vars(value).values())
+    elif isinstance(value, FunctionType):
+        yield from (content for cell in value.__closure__ or () for content in _contents(cell))
+        yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
+    elif type(value) in (list, tuple):
+        yield from value
+    elif type(value) is dict:
+        yield from value.values()
+    elif callable(value) and not isinstance(value, (nn.Module, Tensor, type)) and hasattr(value, "__dict__"):
+        yield from vars(value).values()
