@@ -17,7 +17,7 @@ def ties(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
     """Return for each tied parameter, by identity, every name under which it or another view of its memory is found."""
     groups: dict[object, list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(_memory(parameter), []).append((name, parameter))
+        groups.setdefault(memory_of(parameter), []).append((name, parameter))
     return {
         id(parameter): tuple(name for name, _ in group)
         for group in groups.values()
@@ -31,13 +31,23 @@ def tied_names(model: nn.Module) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(ties(model).values()))
 
 
-def _memory(tensor: Tensor) -> object:
+def memory_of(tensor: Tensor) -> object:
+    """Return what is equal for tensors that are one weight: views of one memory in one shape."""
     if tensor.is_meta:
         return id(tensor)
     try:
         return (tensor.device, tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else id(tensor)
     except RuntimeError:  # tensor subclasses without memory of their own
         return id(tensor)
+
+
+def says_tied(model: nn.Module) -> bool:
+    """Whether a transformers model declares weights as tied that are not one: loading what it saves would tie them."""
+    for module in model.modules():
+        own = dict(module.named_parameters(remove_duplicate=False))
+        if any(own[name] is not own[source] for name, source in _mapping(module).items()):
+            return any(getattr(config, _FLAG, False) for config in _all_configs(model))
+    return False
 
 
 def mark_untied(model: nn.Module) -> None:

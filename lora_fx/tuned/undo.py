@@ -16,7 +16,7 @@ from lora_fx.models.overrides import with_class_forwards
 from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
-from lora_fx.models.ties import mark_untied, tied_names
+from lora_fx.models.ties import mark_untied, memory_of, says_tied, tied_names
 from lora_fx.models.twin import make_twin
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.editor import Editor
@@ -33,8 +33,9 @@ def removed(tuned: nn.Module) -> nn.Module:
     twin = _plain_twin(tuned, Remove())
     for _, adapter in list(all_attached(twin)):
         detach(adapter.owner)
+    kept = {memory_of(parameter): parameter for parameter in twin.parameters()}
     for name, tensor in record.base.items():
-        set_tensor(twin, name, _like(twin, name, tensor))
+        set_tensor(twin, name, _like(twin, name, tensor, kept))
     return _flagged(twin, record)
 
 
@@ -73,10 +74,9 @@ def _merge_module(adapters: list[Attached]) -> None:
 def _untie(tuned: nn.Module, twin: nn.Module) -> None:
     """Note in a transformers model that weights which were tied no longer are, or loading it would tie them again."""
     parameters = dict(twin.named_parameters(remove_duplicate=False))
-    for names in tied_names(tuned):
-        if len({id(parameters[name]) for name in names if name in parameters}) > 1:
-            mark_untied(twin)
-            return
+    apart = [names for names in tied_names(tuned) if len({id(parameters.get(name)) for name in names}) > 1]
+    if apart or says_tied(twin):
+        mark_untied(twin)
 
 
 def _plain_twin(tuned: nn.Module, step: Merge | Remove) -> nn.Module:
@@ -100,9 +100,10 @@ def _drop_hooks(twin: nn.Module) -> None:
                 twin._forward_hooks_always_called.pop(key, None)
 
 
-def _like(twin: nn.Module, name: str, tensor: Tensor) -> Tensor:
+def _like(twin: nn.Module, name: str, tensor: Tensor, kept: dict[object, nn.Parameter]) -> Tensor:
+    """Return the base's tensor as what it was there: one parameter under all of its names, a buffer of its own."""
     if name in dict(twin.named_parameters(remove_duplicate=False)):
-        return nn.Parameter(tensor, requires_grad=False)
+        return kept.setdefault(memory_of(tensor), nn.Parameter(tensor, requires_grad=False))
     return tensor.clone()
 
 

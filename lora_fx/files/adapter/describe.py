@@ -241,7 +241,7 @@ def _site_tensors(sites: Sequence[_Filed]) -> dict[str, Tensor]:
 
 def _module_tensors(tuned: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
     return {
-        f"{PREFIX}{path}.{name}": _plain(tensor)
+        f"{PREFIX}{path}.{name}": _plain(tensor).clone()  # the file has tied weights under all of their names
         for path in trained
         for name, tensor in tuned.get_submodule(path).state_dict().items()
     }

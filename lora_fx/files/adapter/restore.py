@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from lora_fx.files.adapter.codec import Form, decode, form_of, has_other_border,
 from lora_fx.files.adapter.header import slices_of
 from lora_fx.files.adapter.read import AdapterFile, SavedSite
 from lora_fx.files.fingerprint import different
-from lora_fx.models.tensors import get_tensor
+from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.planning.plan import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule
 from lora_fx.planning.sites import Site
@@ -188,8 +188,19 @@ def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
             for saved in file.sites:
                 call = None if saved.note is None else saved.note.call
                 _fill_site(places.get((saved.path, call)) or _under_another_name(tuned, saved.path, call), saved)
+            _untie(tuned, file.modules)
             for name, tensor in file.modules.items():
                 _copy(get_tensor(tuned, name), tensor)
+
+
+def _untie(tuned: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give tied parameters that a file has with unlike values memory of their own, in place: PEFT trains copies."""
+    first: dict[int, str] = {}
+    for name, value in values.items():
+        parameter = get_tensor(tuned, name)
+        other = first.setdefault(id(parameter), name)
+        if isinstance(parameter, nn.Parameter) and not torch.equal(values[other], value):
+            own_parameters(tuned, (name,), parameter.requires_grad)
 
 
 def _under_another_name(tuned: nn.Module, path: str, call: int | None) -> Attached:

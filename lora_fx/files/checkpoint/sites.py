@@ -75,13 +75,13 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[Given], out_dtype: torch
         raise AdapterMismatchError("the adapter does not fit this checkpoint", findings.mismatches)
     works: dict[str, Work] = {key: _united(key, folds, findings) for key, folds in findings.folds.items()}
     works |= {key: _only(key, values, findings) for key, values in findings.values.items()}
-    heads = [key for key in works if tied.is_head(key)]
-    findings.refusals += tied.refusals(base, works, heads, any(adapter.ensures_tying for adapter in adapters))
+    tokens = [key for key, work in works.items() if tied.is_token_weight(base, key, _shape_of(work))]
+    findings.refusals += tied.refusals(base, tokens, any(adapter.ensures_tying for adapter in adapters))
     if findings.refusals:
         refused = list(dict.fromkeys(findings.refusals))
         raise MergeError("the adapter cannot be merged into this checkpoint; nothing was written", refused)
     additions = {key: _addition(works.pop(key)) for key in [*works] if base.find(key) is None}
-    return MergePlan(base, works, additions, bool(heads) and tied.may_be_tied(base), out_dtype)
+    return MergePlan(base, works, additions, tied.needs_untying(base, tokens), out_dtype)
 
 
 def _refuse_quantised(base: BaseCheckpoint) -> None:
@@ -106,7 +106,8 @@ def _place(given: Given, base: BaseCheckpoint, findings: _Found) -> None:
     """Find what one adapter changes in the checkpoint."""
     sites = given.file.sites
     names = {site.path: _weight_name(site) for site in sites}
-    prefix = find_prefix([name for name in names.values() if not tied.is_head(name)], base)
+    tokens = {site.path for site in sites if tied.is_token_weight(base, names[site.path], _shape(site))}
+    prefix = find_prefix([name for path, name in names.items() if path not in tokens], base)
     placed = [(site, *_locate(names[site.path], _shape(site), prefix, base)) for site in sites]
     usual = _usual_orientation(given, base, placed)
     for site, key, where in placed:
@@ -141,7 +142,7 @@ def _locate(name: str, shape: tuple[int, ...], prefix: Prefix, base: BaseCheckpo
     where = base.find(key)
     if where is not None:
         return key, where
-    return key, tied.shared_weight(base, shape) if tied.is_head(key) else "has no such key"
+    return key, tied.shared_weight(base, shape) if tied.is_token_weight(base, key, shape) else "has no such key"
 
 
 def _usual_orientation(given: Given, base: BaseCheckpoint, placed: Sequence[_Placed]) -> Orientation | None:
@@ -152,7 +153,11 @@ def _usual_orientation(given: Given, base: BaseCheckpoint, placed: Sequence[_Pla
     """
     signs: set[Orientation] = {"in_out" if given.fan_in_fan_out else "out_in"}
     for site, key, where in placed:
-        ways = () if isinstance(where, str) or tied.is_embedding(key) else _fitting(site, where[1])
+        ways = (
+            ()
+            if isinstance(where, str) or tied.is_token_weight(base, key, where[1].shape)
+            else _fitting(site, where[1])
+        )
         signs |= set(ways) if len(ways) == 1 else set()
     if (base.config or {}).get("model_type") in _CONV1D_MODELS:
         signs.add("in_out")
@@ -278,6 +283,10 @@ def _only(key: str, values: Sequence[Value], findings: _Found) -> Value:
         names = ", ".join(value.adapter for value in values)
         findings.refusals.append((key, f"is trained whole by several adapters, with other values: {names}"))
     return values[0]
+
+
+def _shape_of(work: Work) -> tuple[int, ...]:
+    return work.base.shape if isinstance(work, WeightFold) else tuple(work.tensor.shape)
 
 
 def _addition(work: Work) -> Addition:

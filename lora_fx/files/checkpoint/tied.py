@@ -11,22 +11,34 @@ from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
 from lora_fx.files.safetensors import RawFile, RawTensor
 
 _FLAG = "tie_word_embeddings"
-_HEAD = re.compile(r"(?:.*\.)?lm_head\.(weight|bias)")
-_EMBEDDING = re.compile(r"(?:.*\.)?(embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings)\.weight")
+_NAMED = re.compile(r"(?:.*\.)?(lm_head|embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings)\.weight")
+"""What token weights are called where no configuration tells the size of the vocabulary."""
 _WITH_HEAD = re.compile(r"LMHead|CausalLM|ConditionalGeneration|MaskedLM|PreTraining")
 _FORWARD_ASKS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 """Models whose forward scales by whether the two are tied."""
 
 
-def is_head(key: str) -> bool:
-    """Whether a key is the weight of an output head, which may be tied to the embedding."""
-    match = _HEAD.fullmatch(key)
-    return match is not None and match[1] == "weight"
+def is_token_weight(base: BaseCheckpoint, key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight has a row for each token, as embeddings and output heads have, whatever they are called."""
+    sizes = _vocabularies(base.config or {})
+    return len(shape) == 2 and (shape[0] in sizes if sizes else _NAMED.fullmatch(key) is not None)
 
 
-def is_embedding(key: str) -> bool:
-    """Whether a key is the weight of a token embedding."""
-    return _EMBEDDING.fullmatch(key) is not None
+def _vocabularies(config: dict[str, Any]) -> set[int]:
+    """Return the sizes of vocabularies that a configuration, or a section of it, tells."""
+    sizes: set[int] = set()
+    for name, value in config.items():
+        if isinstance(value, dict):
+            sizes |= _vocabularies(value)
+        elif isinstance(value, int) and (name == "vocab_size" or name.endswith("_vocab_size")) and "type" not in name:
+            sizes.add(value)
+    return sizes
+
+
+def stored_token_weights(base: BaseCheckpoint) -> list[str]:
+    """Return the keys of the token weights that the checkpoint holds."""
+    located = ((key, base.find(key)) for key in base.keys())  # noqa: SIM118
+    return [key for key, where in located if where is not None and is_token_weight(base, key, where[1].shape)]
 
 
 def _flags(base: BaseCheckpoint) -> list[object]:
@@ -46,34 +58,37 @@ def shared_weight(base: BaseCheckpoint, shape: tuple[int, ...]) -> tuple[RawFile
     if not may_be_tied(base):
         says = f"{_FLAG} is false" if base.config is not None else "there is no config.json to say that it is tied"
         return f"is not there, and {says}"
-    embeddings = [key for key in base.keys() if is_embedding(key)]  # noqa: SIM118
+    embeddings = stored_token_weights(base)
     fitting = [located for key in embeddings if (located := base.find(key)) is not None and located[1].shape == shape]
     if len(fitting) == 1:
         return fitting[0]
     return f"is not there, and {', '.join(embeddings) or 'no embedding'} could be tied to it"
 
 
-def refusals(
-    base: BaseCheckpoint, changed: Collection[str], heads: Collection[str], ensured: bool
-) -> Iterator[tuple[str, str]]:
+def refusals(base: BaseCheckpoint, changed: Collection[str], ensured: bool) -> Iterator[tuple[str, str]]:
     """Yield (key, reason) for changes that the other tied weight would follow, or that untying would spoil.
 
     Args:
-        changed: keys that get other values.
-        heads: those of them, or of added ones, that are heads.
+        changed: keys of the token weights that get other values, or are added.
         ensured: whether an adapter says that it was trained with both tied.
     """
     if not may_be_tied(base):
         return
-    kind = (base.config or {}).get("model_type")
-    if heads and kind in _FORWARD_ASKS:
-        for key in sorted(heads):
-            yield key, f"{kind} computes something else when {_FLAG} is false"
-    if heads or ensured or not _has_head(base):
-        return
-    for key in changed:
-        if is_embedding(key):
-            yield key, f"the head shares it ({_FLAG}) and must not change; load the model and use lora_fx.merge"
+    kind, stored = (base.config or {}).get("model_type"), stored_token_weights(base)
+    if needs_untying(base, changed):
+        if kind in _FORWARD_ASKS:
+            for key in sorted(changed):
+                yield key, f"{kind} computes something else when {_FLAG} is false"
+    elif not ensured and _has_head(base):
+        for key in changed:
+            if key in stored:
+                yield key, f"the head shares it ({_FLAG}) and must not change; load the model and use lora_fx.merge"
+
+
+def needs_untying(base: BaseCheckpoint, changed: Collection[str]) -> bool:
+    """Whether loading would tie token weights that differ after a merge: one is added, or another one is stored."""
+    stored = stored_token_weights(base)
+    return may_be_tied(base) and bool(changed) and len({*stored, *changed}) > 1
 
 
 def _has_head(base: BaseCheckpoint) -> bool:
