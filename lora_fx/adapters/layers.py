@@ -8,6 +8,7 @@ with it is right.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -50,11 +51,25 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
         base = owner._parameters[name]
         adapter = attached(owner, name)
         state = owner.__dict__.get(STATE)
-        if adapter is None or base is None or state is None or state.active is None:
+        if adapter is None or base is None or state is None or state.active is None or _wants_parameter():
             return base
         return shown(adapter, base)
 
     return read
+
+
+_HANDLERS = ("torch.nn.modules.module", "torch.nn.utils.", "torch.distributed.", "accelerate.")
+"""Modules that read an attribute to move, shard or return the parameter itself: `get_parameter`, FSDP2, device maps."""
+
+
+def _wants_parameter() -> bool:
+    """Whether the code that reads a weight handles parameters, and multiplies nothing by them."""
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_name == "__getattribute__":  # of a subclass, around ours
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).startswith(_HANDLERS)
 
 
 def shown(adapter: Attached, base: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx.models.overrides import replaced_forward
+from lora_fx.models.overrides import accelerate_hooks, replaced_forward
 from lora_fx.models.swap import original_class, unswapped
 from lora_fx.planning.sites import Layout
 
@@ -100,8 +100,8 @@ def base_output(layer: nn.Module, input: Tensor) -> Tensor:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
-    return "forward" in vars(module) or bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(
+        accelerate_hooks(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

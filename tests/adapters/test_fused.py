@@ -67,7 +67,8 @@ def tensors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 def rows_of(layer: nn.Module) -> Tensor:
     """Return the base weight as [out, in]."""
-    return layer.weight.detach().t() if isinstance(layer, Conv1D) else layer.weight.detach()
+    weight = layer.get_parameter("weight").detach()
+    return weight.t() if isinstance(layer, Conv1D) else weight
 
 
 def reference(layer: nn.Module, x: Tensor, seed: Tensor | None, wide: dict[str, Tensor]) -> Tensor:
@@ -157,7 +158,7 @@ def test_gradcheck_and_gradgradcheck(kind: str, options: dict[str, Any]):
         scale = None if norms is None else tensors["m"] / norms
         seed, p = (torch.tensor(5), 0.5) if options.get("dropout") else (None, 0.0)
         facts = terms.Facts(SCALING, kind == "Conv1D", p, seed)
-        term = terms.Term(facts, layer.weight, layer.bias, tensors["A"], tensors["B"], scale)
+        term = terms.Term(facts, layer.get_parameter("weight"), layer.bias, tensors["A"], tensors["B"], scale)
         return forward.adapted((term,), x)[0]
 
     given = [each.requires_grad_() for each in (torch.randn(2, 2, IN, dtype=torch.float64), *values)]

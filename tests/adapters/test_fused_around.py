@@ -270,7 +270,7 @@ def test_tensor_subclasses_keep_their_say():
     layer, x = adapted(), torch.randn(4, IN, dtype=torch.float64)
     expected = layer(x).detach()
     assert isinstance(layer(x.as_subclass(Labelled)), Labelled)
-    layer._parameters["weight"] = layer.weight.detach().as_subclass(Labelled)
+    layer._parameters["weight"] = layer.get_parameter("weight").detach().as_subclass(Labelled)
     close(layer(x).as_subclass(Tensor), expected)
 
 

@@ -2,8 +2,8 @@
 
 To its readers a LoRAWeight is a tensor.  Products with it become the base's product plus the low-rank one, so that
 dropout reaches the other operand and no weight-sized tensor is made; views of it are LoRAWeights; every other function
-gets the sum as a plain tensor.  It has no memory of its own: a kernel that asks for its address gets an error, never
-the bare base weight.
+gets the sum as a plain tensor.  What writes goes to the base weight: `weight.normal_()`, `weight.requires_grad = True`.
+It has no memory of its own: a kernel that asks for its address gets an error, never the bare base weight.
 """
 
 from __future__ import annotations
@@ -128,10 +128,15 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = _name(func)
     if name == "data_ptr":
         raise RuntimeError("an adapted weight has no address: a kernel would read the base weight there")
+    if args and id(args[0]) in weights and _is_for_base(name):
+        return func(_kept(args[0]).base, *_mapped(args[1:], _dense), **_mapped(kwargs, _dense))
     if name in _FACTS:
         return func(*_mapped(args, lambda value: _kept(value).base), **_mapped(kwargs, lambda value: _kept(value).base))
+    if name == "is_leaf":
+        return False  # an optimiser refuses it: what it would change is made at each read
     if name == "requires_grad":
-        return any(factor.requires_grad for factor in (_kept(args[0]).low.rows, _kept(args[0]).low.columns))
+        # an autograd function (of a chunked loss) asks what gradients it must make; a forward, what its base is like
+        return _kept(args[0]).base.requires_grad or (not torch.is_grad_enabled() and func(*args))
     for weight in weights.values():
         result = _product(name, func, args, kwargs, weight)
         if result is None and args and args[0] is weight:
@@ -139,6 +144,12 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if result is not None:
             return result
     return func(*_mapped(args, _dense), **_mapped(kwargs, _dense))
+
+
+def _is_for_base(name: str) -> bool:
+    """Whether a call writes to its first argument, or asks for what only a parameter has."""
+    in_place = name.endswith("_") and not name.startswith("__")
+    return in_place or name in _OF_PARAMETER
 
 
 def _product(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: LoRAWeight) -> Tensor | None:
@@ -223,10 +234,11 @@ def _name(func: Any) -> str:
     return name_of(func.__self__) if name == "__get__" else name
 
 
+_OF_PARAMETER = frozenset({"__set__", "__setitem__", "data", "grad", "retain_grad", "register_hook"})
 _FACTS = frozenset(
     {"shape", "dtype", "device", "layout", "ndim", "size", "dim", "numel", "nelement", "stride", "storage_offset",
      "is_contiguous", "is_floating_point", "is_complex", "element_size", "__len__", "get_device", "is_cuda", "is_cpu",
-     "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested", "is_leaf", "names", "is_inference", "is_xpu",
+     "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested", "names", "is_inference", "is_xpu",
      "is_mps", "is_conj", "is_neg", "result_type", "can_cast", "is_same_size", "is_signed", "itemsize"}
 )  # fmt: skip
 """What depends on no value."""

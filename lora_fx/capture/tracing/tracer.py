@@ -327,7 +327,7 @@ class Tracer(Listener, FunctionMode):
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a graph calls the module as a whole: torch's own layers, linears, and modules with hooks."""
-    if has_hooks(module) or is_layer(module):
+    if has_hooks(module) or is_layer(module) or "forward" in vars(module):
         return True
     home = class_of(module).__module__
     return home.startswith(("torch.nn", "torch.ao")) and not isinstance(module, _OPEN)
