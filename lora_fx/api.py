@@ -25,6 +25,7 @@ from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_diff, graph_of
 from lora_fx.integrations.pretrained import take_over
 from lora_fx.models.samples import samples_for
+from lora_fx.models.wrappers import seen_through
 from lora_fx.planning import explain as explaining
 from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
@@ -125,17 +126,17 @@ def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: obje
 
 def parameters(tuned: nn.Module) -> Iterator[nn.Parameter]:
     """Return an iterator over what is trained: adapter parameters, trained biases, modules under `train:`."""
-    return build.trainable(tuned)
+    return build.trainable(seen_through(tuned))
 
 
 def inspect(tuned: nn.Module) -> Report:
     """Return what an adapted model is made of: its sites, regions with hits and misses, and parameter counts."""
-    return report(tuned)
+    return report(seen_through(tuned))
 
 
 def disabled(tuned: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which the adapted model computes what its base computes, bit by bit; the same object."""
-    return undo.disabled(tuned)
+    return undo.disabled(seen_through(tuned))
 
 
 def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -147,7 +148,7 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         AdapterFileError: the directory cannot be written, or the adapter has no values.
     """
-    write.save(tuned, directory)
+    write.save(seen_through(tuned), directory)
 
 
 def load(
@@ -211,7 +212,7 @@ def deltas(tuned: nn.Module) -> Deltas:
     Raises:
         RefusedError: the model is not adapted, or its adapters have no values.
     """
-    return deltas_of(tuned)
+    return deltas_of(seen_through(tuned))
 
 
 def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) -> nn.Module:
@@ -229,6 +230,7 @@ def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) ->
     Raises:
         MergeError: a merged weight would not be finite; names every such site, and nothing is merged.
     """
+    tuned = seen_through(tuned)
     if requantize is None:
         return undo.merged(tuned)
     model, costs = requantise.merged_and_requantised(tuned, requantize)
@@ -238,7 +240,7 @@ def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) ->
 
 def remove(tuned: nn.Module) -> nn.Module:
     """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
-    return undo.removed(tuned)
+    return undo.removed(seen_through(tuned))
 
 
 def export(
@@ -267,6 +269,7 @@ def export(
         ExportError: names every site that cannot be expressed, what is not installed, or the difference that verifying
             has found; nothing is written then.
     """
+    tuned = seen_through(tuned)
     given = samples_for(tuned, example_inputs).items
     return exporters.export(tuned, Path(path), target, given[0] if given else None, verify, **options)
 

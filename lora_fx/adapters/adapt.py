@@ -8,13 +8,14 @@ from lora_fx.adapters.attach import Attached, all_attached, attach, spec_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import adapt, count_calls_anew, read_by_kernels, stop_counting
 from lora_fx.models.tensors import get_tensor, own_parameters
+from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 
 
 def is_trained(name: str, record: ModelRecord) -> bool:
     """Whether a parameter of that name belongs to a module that is trained whole."""
-    return name.startswith(tuple(f"{path}." for path in record.trained))
+    return without_wrappers(name).startswith(tuple(f"{without_wrappers(path)}." for path in record.trained))
 
 
 def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:

@@ -17,6 +17,7 @@ from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_sh
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
 from lora_fx.models.twin import refuse_lazy
+from lora_fx.models.wrappers import holds_peft, seen_through
 from lora_fx.passes.rawsites import GraphUse, raw_uses
 from lora_fx.passes.sites import site_calls
 from lora_fx.planning.plan import Plan
@@ -57,8 +58,15 @@ def refuse_unfit(model: nn.Module) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise RefusedError("a TorchScript model cannot be adapted", advice="adapt the nn.Module it was made from")
-    if "_orig_mod" in model._modules:
-        raise RefusedError("a compiled model cannot be adapted", advice="adapt the model first, then torch.compile it")
+    if seen_through(model) is not model:
+        kind = "a compiled model" if "_orig_mod" in model._modules else f"a model inside of {type(model).__name__}"
+        raise RefusedError(f"{kind} cannot be adapted", advice="adapt the model first, then wrap or torch.compile it")
+    if peft := holds_peft(model):
+        raise RefusedError(
+            "the model holds adapters of PEFT",
+            [(path, "is a layer of PEFT") for path in peft[:8]],
+            "merge_and_unload() folds them in; lora_fx.load reads their files",
+        )
     refuse_lazy(model)
 
 

@@ -101,7 +101,11 @@ def base_output(layer: nn.Module, input: Tensor) -> Tensor:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
     return bool(
-        accelerate_hooks(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        accelerate_hooks(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

@@ -18,6 +18,7 @@ from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, memory_of, says_tied, tied_names
 from lora_fx.models.twin import make_twin
+from lora_fx.models.wrappers import without_wrappers
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.merge import Merge, check_mergeable, folded
@@ -109,8 +110,9 @@ def _like(twin: nn.Module, name: str, tensor: Tensor, kept: dict[object, nn.Para
 
 def _flagged(twin: nn.Module, record: ModelRecord) -> nn.Module:
     """Give the parameters the flags of the caller's model, and instances the forwards of their own classes."""
+    required = set(map(without_wrappers, record.requires_grad))
     for name, parameter in twin.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(name in record.requires_grad)
+        parameter.requires_grad_(without_wrappers(name) in required)
     unswap(twin)
     with_class_forwards(twin)
     return twin

@@ -33,6 +33,8 @@ from lora_fx.files.adapter.names import (
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import dotted
+from lora_fx.models.wrappers import without_wrappers
+from lora_fx.planning.planned import PlannedSite
 from lora_fx.tuned.build import record_in
 
 
@@ -101,7 +103,7 @@ def describe(tuned: nn.Module) -> list[Described]:
     record = record_in(tuned)
     groups: dict[str, list[tuple[str, Attached]]] = {}
     for path, adapter in all_attached(tuned):
-        groups.setdefault(adapter.spec.adapter, []).append((path, adapter))
+        groups.setdefault(adapter.spec.adapter, []).append((without_wrappers(path), adapter))
     names = sorted(groups, key=lambda name: (name != "default", name))
     traits, described = _Traits.of(tuned), []
     for name in names:
@@ -132,7 +134,7 @@ class _Traits:
         planned = record_in(tuned).plan.adapted
         kernels = read_by_kernels(tuned)
         uncalled = {decision.path for decision in planned if not decision.site.read and decision.path not in kernels}
-        outside = {decision.path for decision in planned if decision.site.outside}
+        uncalled, outside = (set(map(without_wrappers, paths)) for paths in (uncalled, _outside(planned)))
         return _Traits(shared, uncalled, read_in_graph(tuned), outside)
 
     def read(self, path: str, adapter: Attached) -> bool:
@@ -159,7 +161,7 @@ def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (path, reason) for every site with which PEFT would compute something else, or which it cannot have."""
     traits = _Traits.of(tuned)
     for path, adapter in all_attached(tuned):
-        reason = traits.beyond_peft(path, adapter)
+        reason = traits.beyond_peft(without_wrappers(path), adapter)
         if reason:
             yield path, reason
 
@@ -178,6 +180,10 @@ def _filed(sites: Sequence[tuple[str, Attached]], traits: _Traits) -> list[_File
             stem = path if adapter.call is None else call_stem(path, adapter.call)
         filed.append(_Filed(stem, path, adapter, raw, traits.read(path, adapter), traits.beyond_peft(path, adapter)))
     return filed
+
+
+def _outside(planned: Sequence[PlannedSite]) -> set[str]:
+    return {decision.path for decision in planned if decision.site.outside}
 
 
 def _position(adapter: Attached, sites: Sequence[tuple[str, Attached]]) -> int:
@@ -241,7 +247,9 @@ def _site_tensors(sites: Sequence[_Filed]) -> dict[str, Tensor]:
 
 def _module_tensors(tuned: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
     return {
-        f"{PREFIX}{path}.{name}": _plain(tensor).clone()  # the file has tied weights under all of their names
+        f"{PREFIX}{without_wrappers(f'{path}.{name}')}": _plain(
+            tensor
+        ).clone()  # the file has tied weights under all of their names
         for path in trained
         for name, tensor in tuned.get_submodule(path).state_dict().items()
     }
@@ -260,7 +268,7 @@ def _config(tuned: nn.Module, sites: Sequence[_Filed], trained: Sequence[str]) -
     rank, alpha = _most_common(ranks), _most_common(alphas)
     beyond = next((site for site in sites if site.beyond_peft), None)
     parameters = sorted(site.path for site in sites if site.is_parameter and beyond is None)
-    modules = (name for name, _ in tuned.named_modules() if not _is_of_adapter(name))
+    modules = (without_wrappers(name) for name, _ in tuned.named_modules() if not _is_of_adapter(name))
     layers = target_modules((site.stem for site in sites if not site.is_parameter), modules)
     return {
         "alpha_pattern": {anchored(name): value for name, value in sorted(alphas.items()) if value != alpha},

@@ -31,6 +31,7 @@ from lora_fx.files.adapter.names import (
     split_stem,
 )
 from lora_fx.files.fingerprint import sample_values
+from lora_fx.models.wrappers import without_wrappers
 from lora_fx.rules.ruleset import LoRAConfig
 
 
@@ -93,8 +94,18 @@ def _read(folder: Path) -> tuple[AdapterFile, tuple[str, ...]]:
     config = read_configuration(folder)
     tensors, metadata = _read_tensors(folder / WEIGHTS_FILE)
     header = read_header(folder / WEIGHTS_FILE, metadata, tensors)
+    if header is None:  # of a model in wrappers, as torch.compile and FSDP put them around layers
+        tensors = _without_wrappers(folder / WEIGHTS_FILE, tensors)
     file = _AdapterReader(folder, config, tensors, header).read()
     return file, () if header is None else header.others
+
+
+def _without_wrappers(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {key: without_wrappers(key) for key in tensors}
+    if len(set(names.values())) < len(names):
+        twice = [(key, name) for key, name in names.items() if key != name and name in tensors]
+        raise AdapterFileError(str(path), "has a tensor twice, inside of a wrapper and outside", twice)
+    return {names[key]: tensor for key, tensor in tensors.items()}
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

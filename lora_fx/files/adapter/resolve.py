@@ -24,10 +24,29 @@ def resolved(files: Sequence[AdapterFile], model: nn.Module) -> list[AdapterFile
     Raises:
         AdapterMismatchError: raw parameters of which a file holds some, but not all, or with other ranks.
     """
+    files = [_outside_of_ddp(file, model) for file in files]
     problems = [problem for file in files for problem in _parameter_problems(file, model)]
     if problems:
         raise AdapterMismatchError("the adapter does not fit this model", problems)
     return [replace(file, sites=tuple(_site(site, file, model) for site in file.sites)) for file in files]
+
+
+def _outside_of_ddp(file: AdapterFile, model: nn.Module) -> AdapterFile:
+    """Return a file of a model inside of DataParallel or DDP, which call it `module`, with the model's own names."""
+    names = [*(site.path for site in file.sites), *file.modules]
+    if "module" in model._modules or not all(name.startswith("module.") for name in names):
+        return file
+
+    def own(name: str) -> str:
+        return name.removeprefix("module.")
+
+    return replace(
+        file,
+        sites=tuple(replace(site, path=own(site.path), stem=own(site.stem)) for site in file.sites),
+        modules={own(name): tensor for name, tensor in file.modules.items()},
+        trained=tuple(map(own, file.trained)),
+        base={own(path): values for path, values in file.base.items()},
+    )
 
 
 def _site(site: SavedSite, file: AdapterFile, model: nn.Module) -> SavedSite:

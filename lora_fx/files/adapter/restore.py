@@ -15,6 +15,7 @@ from lora_fx.files.adapter.header import slices_of
 from lora_fx.files.adapter.read import AdapterFile, SavedSite
 from lora_fx.files.fingerprint import different
 from lora_fx.models.tensors import get_tensor, own_parameters
+from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.plan import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule
 from lora_fx.planning.sites import Site
@@ -65,7 +66,8 @@ def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
 def _by_name(inventory: Inventory) -> dict[str, Site]:
     """Return the sites by each of their names; a path of its own goes before another site's alias."""
     named = {path: site for site in reversed(inventory.sites) for path in site.aliases}
-    return named | {site.path: site for site in inventory.sites}
+    own = {site.path: site for site in inventory.sites}
+    return {without_wrappers(path): site for path, site in own.items()} | named | own
 
 
 def _other_factors(saved: SavedSite, site: Site, form: Form) -> Iterator[Mismatch]:
@@ -109,7 +111,7 @@ def _size_text(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
 
 
 def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch]:
-    state = model.state_dict(keep_vars=True)
+    state = {without_wrappers(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, tensor in file.modules.items():
         if name not in state:
             yield name, str(list(tensor.shape)), "has no such tensor"
@@ -181,7 +183,9 @@ def _trained(path: str, inventory: Inventory, file: AdapterFile) -> TrainedModul
 def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
     """Copy the saved values into a freshly adapted model, in place."""
     places = {
-        (path, adapter.call): adapter for site, adapter in all_attached(tuned) for path in {site, adapter.spec.path}
+        (path, adapter.call): adapter
+        for site, adapter in all_attached(tuned)
+        for path in {site, adapter.spec.path, without_wrappers(site)}
     }
     with torch.no_grad():
         for file in files:

@@ -1,0 +1,58 @@
+"""What libraries put around a model: torch.compile, DataParallel, DDP, FSDP, activation checkpointing, PEFT."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from lora_fx.errors import RefusedError
+
+_SEGMENTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_NESTED = re.compile(rf"(^|\.)(?:{'|'.join(_SEGMENTS)})(?=\.|$)")
+_PARALLEL = {
+    "torch.nn.parallel.data_parallel": "module",
+    "torch.nn.parallel.distributed": "module",
+    "torch._dynamo.eval_frame": "_orig_mod",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper": "_checkpoint_wrapped_module",
+}
+"""By the module that defines the class: the name of the child that is the model."""
+
+
+def seen_through(model: nn.Module) -> nn.Module:
+    """Return the model inside of torch.compile, DataParallel, DDP and checkpoint wrappers; any other as it is.
+
+    Raises:
+        RefusedError: it is inside of PEFT or of FSDP1, which hold its parameters in their own way.
+    """
+    home = type(model).__module__
+    if home.startswith("peft."):
+        raise RefusedError(
+            "PEFT holds this model, and its own adapters with it",
+            advice="give the model itself (peft_model.unload() returns it without PEFT's adapters)",
+        )
+    if home.startswith("torch.distributed.fsdp") and "_fsdp_wrapped_module" in model._modules:
+        raise RefusedError(
+            "FSDP1 holds the parameters of this model flattened and sharded",
+            advice="give the model from before, or use fully_shard (FSDP2)",
+        )
+    inner = model._modules.get(_PARALLEL.get(home, ""))
+    return model if inner is None else seen_through(inner)
+
+
+def without_wrappers(name: str) -> str:
+    """Return a dotted name without what wrappers inside of a model put into it; `layers.0._orig_mod.q` is `layers.0.q`.
+
+    >>> without_wrappers("layers.0._checkpoint_wrapped_module.q_proj")
+    'layers.0.q_proj'
+    """
+    return _NESTED.sub("", name).lstrip(".")
+
+
+def holds_peft(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that hold adapters of PEFT."""
+    layers = (
+        (path, {base.__module__ + "." + base.__qualname__ for base in type(module).__mro__})
+        for path, module in model.named_modules()
+    )
+    return [path for path, names in layers if "peft.tuners.tuners_utils.BaseTunerLayer" in names]
