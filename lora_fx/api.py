@@ -13,7 +13,7 @@ from torch import nn
 from lora_fx import exporters
 from lora_fx.adapters.fused.contraction import contraction_teller
 from lora_fx.discovery.study import observed, renewed
-from lora_fx.files.adapter import restore, write
+from lora_fx.files.adapter import peftfiles, restore, write
 from lora_fx.files.adapter.read import read_adapters
 from lora_fx.files.adapter.resolve import resolved, uses_in_files
 from lora_fx.files.checkpoint import streaming
@@ -169,10 +169,12 @@ def load(
     """
     passes = build.optimisations(optimise)
     files = resolved(read_adapters(directory), model)
+    peftfiles.warn_of_missing(files[0], model)
     seen = observed(model, samples_for(model, example_inputs), uses_in_files(files, model))
     plan = seen.planned(restore.decisions_in(files, seen.inventory, model))
     twin = build.build(model, plan)
     restore.fill(twin, files)
+    peftfiles.refuse_beyond_peft(twin, files)
     build.install_graphs(twin, plan, passes)
     return take_over(twin)
 

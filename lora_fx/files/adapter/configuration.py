@@ -33,6 +33,10 @@ class Configuration:
     target_parameters: tuple[str, ...] = ()
     """Ends of the dotted names of raw parameters."""
     peft_version: str = ""
+    excluded: str | tuple[str, ...] = ()
+    """`exclude_modules`: an expression, or names."""
+    layers: tuple[int, ...] = ()
+    """`layers_to_transform`: the layers that have an adapter; none stands for all."""
 
 
 def read_configuration(folder: Path) -> Configuration:
@@ -102,6 +106,11 @@ def _are_targets(value: object) -> bool:
     return isinstance(value, str) or _are_names(value)
 
 
+def _are_layers(value: object) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return value is None or all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+
+
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "an integer above 0"),
     "lora_alpha": (_is_number, "a number"),
@@ -111,6 +120,8 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "target_modules": (_are_targets, "a string or a list of strings"),
     "modules_to_save": (_are_names, "a list of strings"),
     "target_parameters": (_are_names, "a list of strings"),
+    "exclude_modules": (_are_targets, "a string or a list of strings"),
+    "layers_to_transform": (_are_layers, "an integer or a list of integers"),
 }
 _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
@@ -139,7 +150,15 @@ def _wrong_patterns(key: str, table: Mapping[str, Any], fits: Callable[[object],
 
 # -- meaning
 
-_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_KNOWN = frozenset(
+    {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
+     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+     "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora"}
+)  # fmt: skip
+"""Settings of PEFT (0.21) that change nothing of what a file's tensors mean, or that are read."""
 _REFUSED_SETTINGS = {
     "lora_bias": "a bias on lora_B",
     "layer_replication": "layer replication",
@@ -158,6 +177,9 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
     for key, name in _REFUSED_SETTINGS.items():
         if config.get(key):
             yield key, name
+    for key, value in config.items():
+        if value is True and key not in _KNOWN and key not in _REFUSED_SETTINGS:
+            yield key, "is true, and not known to this lora_fx: what it changes would be lost"
     init = config.get("init_lora_weights", True)
     if init not in _HARMLESS_INITS:
         yield "init_lora_weights", f"{init!r} changes the base weights; convert it to plain LoRA with PEFT"
@@ -166,7 +188,9 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
 
 
 def _configuration(config: Mapping[str, Any]) -> Configuration:
-    targets = config.get("target_modules")
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or ()
+    layers = config.get("layers_to_transform")
+    layers = () if layers is None else layers
     return Configuration(
         r=config.get("r", 8),
         lora_alpha=config.get("lora_alpha", 8),
@@ -179,4 +203,6 @@ def _configuration(config: Mapping[str, Any]) -> Configuration:
         modules_to_save=tuple(config.get("modules_to_save") or ()),
         target_parameters=tuple(config.get("target_parameters") or ()),
         peft_version=str(config.get("peft_version") or ""),
+        excluded=excluded if isinstance(excluded, str) else tuple(excluded),
+        layers=(layers,) if isinstance(layers, int) else tuple(layers),
     )

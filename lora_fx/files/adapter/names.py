@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
+from lora_fx.errors import AdapterFileError
+from lora_fx.rules.globs import PatternError
 from lora_fx.rules.patterns import EXPRESSION_PREFIX, NamePattern
 from lora_fx.text import dotted
 
@@ -13,6 +17,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 METADATA_KEY = "lora_fx"
+_SECONDS = 1.0
+"""For one name and one pattern of an adapter's configuration."""
 Number = TypeVar("Number", int, float)
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}((?P<path>.+)\.)?(?P<factor>lora_[AB])\.weight")
 _EMBEDDING = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_embedding_[AB])")
@@ -86,18 +92,54 @@ def anchored(path: str) -> str:
     return f"^{re.escape(path)}"
 
 
-def pattern_of(key: str) -> NamePattern:
+class Pattern(Protocol):
+    """What a key of a pattern means."""
+
+    def matches(self, name: str) -> bool: ...
+
+
+@functools.lru_cache(maxsize=4096)
+def pattern_of(key: str) -> Pattern:
     r"""Return what a key of PEFT's rank_pattern or alpha_pattern means: the path, or its end after a dot.
 
-    PEFT asks `re.match(rf"(.*\.)?({key})$", path)`; here it is asked in linear time, since anybody may have written it.
+    PEFT asks `re.match(rf"(.*\.)?({key})$", path)`; here it is asked in linear time, since anybody may have written it;
+    what cannot be (look-around, back-references) is asked for a limited time.
 
     Raises:
-        PatternError: the key is not an expression, or not one that matches in linear time.
+        PatternError: the key is not an expression, or needs the package `regex`, which transformers brings.
     """
     text = key.removesuffix("$")
-    if "|" in text:
-        return NamePattern(rf"{EXPRESSION_PREFIX}(.*\.)?({text})")
-    return NamePattern(EXPRESSION_PREFIX + (text[1:] if text.startswith("^") else rf"(.*\.)?({text})"))
+    try:
+        if "|" in text:
+            return NamePattern(rf"{EXPRESSION_PREFIX}(.*\.)?({text})")
+        return NamePattern(EXPRESSION_PREFIX + (text[1:] if text.startswith("^") else rf"(.*\.)?({text})"))
+    except PatternError as error:
+        return _Backtracking.of(rf"(.*\.)?({key})$", error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Backtracking:
+    """An expression that cannot be matched in linear time; one that takes long is refused."""
+
+    expression: Any
+
+    @staticmethod
+    def of(text: str, unsupported: PatternError) -> _Backtracking:
+        try:
+            import regex
+        except ImportError:
+            raise unsupported from None
+        try:
+            return _Backtracking(regex.compile(text))
+        except regex.error as error:
+            raise unsupported from error
+
+    def matches(self, name: str) -> bool:
+        try:
+            return self.expression.match(name, timeout=_SECONDS) is not None
+        except TimeoutError as error:
+            text = self.expression.pattern
+            raise AdapterFileError(CONFIG_FILE, "has a pattern that takes too long to match", [(text, name)]) from error
 
 
 def pattern_value(patterns: Mapping[str, Number], path: str, default: Number) -> Number:

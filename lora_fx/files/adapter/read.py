@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from lora_fx.files.adapter.names import (
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.rules.ruleset import LoRAConfig
+
+_LOOSE = re.compile(r"(?!.*(?:lora_|base_layer|original_module|modules_to_save)).+\.(?:weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class AdapterFile:
     """A few values of each base weight, where lora_fx wrote the file, or PEFT with the base weight in it."""
     parameters: tuple[str, ...] = ()
     """Ends of the names of the raw parameters that PEFT adapted."""
+    loose: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of the base that PEFT has written along, by their name in the model: they count where they differ."""
     patterns: Configuration | None = None
     """The configuration, for what depends on the model: ranks of raw parameters."""
 
@@ -117,7 +122,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterFileError(str(path), "does not exist", advice=advice)
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {key: _wide(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(
             str(path), f"cannot be read: {error}", advice="the file is cut off or damaged; copy it again"
@@ -149,6 +155,7 @@ class _AdapterReader:
             base=self._base(paths) if header is None else header.base,
             parameters=self.config.target_parameters if header is None else (),
             patterns=self.config,
+            loose=self._loose() if header is None else {},
         )
 
     @property
@@ -175,7 +182,6 @@ class _AdapterReader:
         facts += [(key, "is of no kind that lora_fx knows") for key in self._unknown(paths)]
         noted = () if self.header is None else self.header.sites
         facts += [(path, "is in the header but not in the file") for path in noted if path not in paths]
-        facts += [(f"target_modules {name}", "has no tensors in the file") for name in self._lost_targets(paths)]
         facts += [(key, problem) for key, t in self.tensors.items() if (problem := _value_problem(t))]
         if facts:
             raise AdapterFileError(self._weights, "is not a usable adapter", facts)
@@ -224,15 +230,18 @@ class _AdapterReader:
             if vector is not None and vector.shape not in (lora_b.shape[:1], (1, *lora_b.shape[:1], *lora_b.shape[2:])):
                 yield key, f"has shape {list(vector.shape)}, not {list(lora_b.shape[:1])}"
 
-    def _lost_targets(self, paths: list[str]) -> list[str]:
-        """Return the targets that the configuration lists and no tensor belongs to."""
-        targets = self.config.target_modules
-        return [name for name in targets if not any(path == name or path.endswith(f".{name}") for path in paths)]
-
     def _unknown(self, paths: list[str]) -> list[str]:
         known = {key for path in paths for key in self._factor_keys(path)}
         known |= {key(path) for path in paths for key in (base_key, bias_key, magnitude_key)}
+        known |= {PREFIX + name for name in self._loose()}
         return [key for key in self.tensors if key not in known and not self._owner(key)]
+
+    def _loose(self) -> dict[str, Tensor]:
+        """Return what PEFT has written of the base along with the adapter: embeddings and heads, as they are."""
+        names = {
+            key: key.removeprefix(PREFIX) for key in self.tensors if key.startswith(PREFIX) and not self._owner(key)
+        }
+        return {name: self.tensors[key] for key, name in names.items() if _LOOSE.fullmatch(name)}
 
     def _configured_rank(self, path: str) -> int:
         return pattern_value(self.config.rank_pattern, pattern_name(path), self.config.r)
@@ -276,6 +285,11 @@ class _AdapterReader:
                 (f"by {CONFIG_FILE}", f"r {configured.r}", f"scaling {configured.scaling:g}"),
             ]
             raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE} at {path}", facts)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor of 8-bit floats in float32, which holds each of their values; any other as it is."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def _value_problem(tensor: Tensor) -> str | None:

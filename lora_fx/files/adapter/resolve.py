@@ -12,6 +12,7 @@ from lora_fx.discovery.weight_uses import WeightUse
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.files.adapter.codec import banked_layout
 from lora_fx.files.adapter.names import is_of_attention, pattern_name, pattern_value, split_stem
+from lora_fx.files.adapter.peftfiles import as_peft_reads
 from lora_fx.files.adapter.read import AdapterFile, SavedSite
 from lora_fx.models.layers import kind_of
 from lora_fx.models.tensors import dotted
@@ -24,7 +25,7 @@ def resolved(files: Sequence[AdapterFile], model: nn.Module) -> list[AdapterFile
     Raises:
         AdapterMismatchError: raw parameters of which a file holds some, but not all, or with other ranks.
     """
-    files = [_outside_of_ddp(file, model) for file in files]
+    files = [as_peft_reads(_outside_of_ddp(file, model), model) for file in files]
     problems = [problem for file in files for problem in _parameter_problems(file, model)]
     if problems:
         raise AdapterMismatchError("the adapter does not fit this model", problems)

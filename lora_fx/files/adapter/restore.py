@@ -31,7 +31,7 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
         RefusedError: a site that lora_fx cannot adapt.
     """
     sites = _by_name(inventory)
-    problems = [problem for file in files for problem in _mismatches(file, sites, model)]
+    problems = [problem for file in files for problem in (*_mismatches(file, sites, model), *_twice(file, sites))]
     if problems:
         raise AdapterMismatchError("the adapter does not fit this model", problems, _advice(problems))
     _refuse(files, sites, model)
@@ -61,6 +61,16 @@ def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
         yield from _other_calls(saved, site)
     yield from _module_mismatches(file, model)
     yield from _other_base(file, sites, model)
+
+
+def _twice(file: AdapterFile, sites: dict[str, Site]) -> Iterator[Mismatch]:
+    """Yield the sites for which a file has factors under two names."""
+    stems: dict[object, list[str]] = {}
+    for saved in file.sites:
+        if saved.path in sites:
+            call = None if saved.note is None else saved.note.call
+            stems.setdefault((sites[saved.path].path, call), []).append(saved.stem)
+    yield from ((names[0], f"also under {names[1]}", "is one weight") for names in stems.values() if len(names) > 1)
 
 
 def _by_name(inventory: Inventory) -> dict[str, Site]:
@@ -181,7 +191,12 @@ def _trained(path: str, inventory: Inventory, file: AdapterFile) -> TrainedModul
 
 
 def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
-    """Copy the saved values into a freshly adapted model, in place."""
+    """Copy the saved values into a freshly adapted model, in place.
+
+    Raises:
+        RefusedError: weights on the meta device, where the values would be lost.
+    """
+    _refuse_meta(tuned, files)
     places = {
         (path, adapter.call): adapter
         for site, adapter in all_attached(tuned)
@@ -195,6 +210,17 @@ def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
             _untie(tuned, file.modules)
             for name, tensor in file.modules.items():
                 _copy(get_tensor(tuned, name), tensor)
+
+
+def _refuse_meta(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
+    factors = [(path, adapter.lora_A.weight) for path, adapter in all_attached(tuned)]
+    whole = [(name, get_tensor(tuned, name)) for file in files for name in file.modules]
+    lost = [
+        (name, "on the meta device") for name, tensor in (*factors, *whole) if tensor is not None and tensor.is_meta
+    ]
+    if lost:
+        advice = "load its weights (or let accelerate offload them), then the adapter"
+        raise RefusedError("the model has no values, and would take none from the file", lost, advice)
 
 
 def _untie(tuned: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -119,6 +119,8 @@ def _place(given: Given, base: BaseCheckpoint, findings: _Found) -> None:
             _place_value(f"{site.path}.bias", Value(site.bias, given.label), prefix, base, findings, is_site=True)
     for name, tensor in given.file.modules.items():
         _place_value(name, Value(tensor, given.label), prefix, base, findings, is_site=False)
+    for name, tensor in given.file.loose.items():
+        _place_value(name, Value(tensor, given.label), prefix, base, findings, is_site=True)
 
 
 def _weight_name(site: SavedSite) -> str:
