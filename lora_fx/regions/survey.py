@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.adapters.attach import all_attached
 from lora_fx.capture.calls.ambient import PythonRandomState, RandomState
+from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
 from lora_fx.regions.candidates import block_regions, inner_regions, structure_of
+from lora_fx.regions.checking import with_noise
 from lora_fx.regions.install import (
     Library,
     called_whole,
@@ -156,6 +159,32 @@ def prove(twin: nn.Module, samples: Sequence[Sample]) -> None:
     if samples and not is_meta(twin):
         run_modes(twin, samples)
         run_variants(twin, samples)
+
+
+def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
+    """Return the sites whose adapter gets no gradient from anything that the samples give in eval mode.
+
+    One forward and one backward for each sample, until all have one.  The twin is used up: its adapters hold noise and
+    gradients.  A model that cannot run so, or runs on the meta device, is not judged.
+    """
+    waiting = [(path, adapter.lora_B.weight) for path, adapter in all_attached(with_noise(twin))]
+    if is_meta(twin):
+        return []
+    with unchanged_modes(twin), unchanged_random(twin), warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        twin.eval()
+        for sample in samples:
+            try:
+                given = tensors_in(twin(*sample.args, **sample.kwargs))
+                sums = [tensor.float().sum() for tensor in given if tensor.requires_grad]
+                if sums:
+                    torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
+            except Exception:  # a model for inference alone, or outputs on several devices: nothing can be said
+                return []
+            waiting = [(path, factor) for path, factor in waiting if factor.grad is None]
+            if not waiting:
+                break
+    return list(dict.fromkeys(path for path, _ in waiting))
 
 
 def run_variants(model: nn.Module, samples: Sequence[Sample]) -> None:

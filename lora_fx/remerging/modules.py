@@ -79,21 +79,27 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     The one large matrix among thinner ones; or, where there are several, one that fits two factors which the module
     itself owns, as a forward that computes a LoRA on the way does.
     """
-    matrices = _matrices(module)
+    matrices, stored = _matrices(module), matrices_of(module)
     if len(matrices) < 3:
         return None
     weight = max(matrices, key=torch.numel)
     if all(min(other.shape) < min(weight.shape) for other in matrices if other is not weight):
         return weight
-    own = [held.detach() for held in module._parameters.values() if held is not None and held.dim() == 2]
-    return next((one for one in matrices if _has_pair(one, own)), None) if len(own) > 1 else None
+    own: list[Tensor] = [held for held in module._parameters.values() if held is not None and held.dim() == 2]
+    own = stored if len(stored) == 3 else own  # a wrapper: a linear and two factors, whatever holds them
+    for one, parameter in zip(matrices, stored, strict=True):
+        if _has_pair(one, [held.detach().flatten(1) for held in own if held is not parameter]):
+            return one
+    return None
 
 
 def _has_pair(weight: Tensor, others: list[Tensor]) -> bool:
-    """Whether two of the matrices lead from the weight's one dimension to few, and from them to its other."""
+    """Whether two of the matrices lead from the weight's one dimension to fewer than the larger of the two, and on to
+    its other: the LoRA of a head with few outputs has more ranks than those.
+    """
     out, into = weight.shape
     sizes = [sorted(other.shape) for other in others]
-    ranks = {rank for size in sizes for rank in size if rank < min(into, out)}
+    ranks = {rank for size in sizes for rank in size if rank < max(into, out)}
     return any(
         sorted((rank, into)) in sizes
         and sorted((rank, out)) in sizes

@@ -18,7 +18,8 @@ from lora_fx.passes.inject import Inject
 from lora_fx.planning.plan import Plan
 from lora_fx.regions.install import in_graphs, install, stock, without_graph
 from lora_fx.regions.program import OPTIMISATIONS
-from lora_fx.regions.survey import prove, trial_twin
+from lora_fx.regions.survey import prove, trial_twin, without_gradient
+from lora_fx.text import listing
 
 
 def adapted(model: nn.Module, plan: Plan, passes: tuple[str, ...], backend: str = "auto") -> nn.Module:
@@ -83,6 +84,15 @@ def install_graphs(twin: nn.Module, plan: Plan, passes: tuple[str, ...]) -> None
     if samples:
         with trial_twin(twin, freeze=False) as copy:  # what is proven on it holds for the twin: they share their kinds
             prove(copy, samples)
+            idle = without_gradient(copy, samples)
+        called = {site.path for site in plan.adapted if site.calls != 0}
+        if unreached := [path for path in idle if path in called]:
+            warnings.warn(
+                f"no gradient reaches the adapters of {listing(unreached)} on the example inputs: what runs there does "
+                "not use them, or is cut off from the output",
+                LoraFxWarning,
+                stacklevel=4,
+            )
 
 
 def _check_backend(plan: Plan, backend: str, covered: set[str], failed: Sequence[tuple[str, str]]) -> None:

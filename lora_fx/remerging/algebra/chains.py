@@ -9,7 +9,7 @@ Worked example: `linear(x) + 0.5 * B(A(x))`, the stored weights W [8, 4], A [2, 
     linear(x)       Affine(linear = (1.0 · Wᵀ,))                    width 8; Wᵀ.part = WeightPart("linear.weight",
                                                                     transposed=True, start=0, stop=8)
     A(x)            Affine(linear = (1.0 · Aᵀ,))                    width 2
-    0.5 * B(A(x))   Affine(linear = (0.5 · Aᵀ · Bᵀ,))               `is_low_rank`: rank 2 < min(4, 8)
+    0.5 * B(A(x))   Affine(linear = (0.5 · Aᵀ · Bᵀ,))               `is_low_rank`: rank 2 < max(4, 8)
     the sum         Affine(linear = (1.0 · Wᵀ, 0.5 · Aᵀ · Bᵀ))      one whole stored weight and a product
 
 `delta()` of the second chain is 0.5 · B A [8, 4], and `with_chains(W, [it])` is W + 0.5 · B A.
@@ -89,8 +89,10 @@ class MatrixChain:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether it is a product through fewer dimensions than it has rows and columns."""
-        return len(self.factors) > 1 and self.rank < min(self.factors[0].tensor.shape[0], self.columns)
+        """Whether it is a product through fewer dimensions than it has rows, or columns: it is added to a matrix that
+        has room for it, whatever its rank; the LoRA of a head with four outputs may well have rank four.
+        """
+        return len(self.factors) > 1 and self.rank < max(self.factors[0].tensor.shape[0], self.columns)
 
     @property
     def columns(self) -> int:

@@ -97,7 +97,7 @@ def find_folds(read: GraphReading) -> Findings:
 
         add = linear + mul          one sum with the addends linear and mul, which `sums` yields
         linear → LinearAddend       a base: x · Wᵀ + bias and nothing else, W stored as [out, in]
-        mul → x · 2 A B             as `GraphReading.affine` reads it: one chain, 2.0 · A · B, of rank r < in, out
+        mul → x · 2 A B             as `GraphReading.affine` reads it: one chain, 2.0 · A · B, of rank r < in or out
         → LoraFold                  part = all rows of W, chains = (2.0 · A · B,), delta = mul, reader = add
 
     `add` becomes `linear`, and W becomes W + 2 (A B)ᵀ.  If the sum has `linear(y)` instead, the product is left alone,
@@ -201,7 +201,7 @@ def check_product(chains: Iterable[MatrixChain], node: fx.Node) -> None:
             raise NotLinear(node, "it is no product of two matrices")
         if not chain.is_low_rank:
             first, last = chain.factors[0].tensor.shape[0], chain.columns
-            raise NotLinear(node, f"its inner dimension {chain.rank} is not smaller than {first} and {last}")
+            raise NotLinear(node, f"its inner dimension {chain.rank} is not smaller than {first} or {last}")
 
 
 # -- the linear in a sum

@@ -60,7 +60,7 @@ def looks_like_lora(read: GraphReading, node: fx.Node, x: fx.Node, linear: tuple
     (inner, out), (into, rank) = shapes[0], shapes[1]
     if into != linear[0] or inner != rank or out not in (linear[1], 1):
         return False
-    if rank >= min(linear):
+    if rank >= max(linear):
         return reason.reason.startswith("its inner dimension")
     return end is x or reason.reason.startswith("its input is")
 
