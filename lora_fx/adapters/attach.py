@@ -201,7 +201,7 @@ def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAF
     else:
         values = empty(*bank, spec.rank, math.prod(inner))
         if spec.site.op == "embedding" and isinstance(owner, nn.Embedding):
-            A = EmbeddingA(values, spec, owner.padding_idx)
+            A = EmbeddingA(values, spec, owner)
         else:
             A = LoRAFactor(values, spec)
         B = _second(empty(*bank, rows, spec.lora.r), spec)

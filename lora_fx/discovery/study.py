@@ -23,7 +23,7 @@ from lora_fx.models.samples import Sample, Samples
 from lora_fx.models.tensors import dotted
 from lora_fx.planning.decide import on_modules, still_fitting
 from lora_fx.planning.plan import Decisions, Plan
-from lora_fx.planning.planned import DEAD, Inventory, PlannedRegion, PlannedSite
+from lora_fx.planning.planned import DEAD, NOT_RUN, Inventory, PlannedRegion, PlannedSite
 from lora_fx.regions.program import OPTIMISATIONS, foreseen
 from lora_fx.regions.survey import Survey, survey, survey_symbolically, trial_twin
 
@@ -96,6 +96,9 @@ def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | 
     uses, samples, note = None, tried.items, ""
     runs = not isinstance(model, fx.GraphModule)
     if samples and runs:
+        if tried.others:
+            tried = _first_that_runs(twin, tried)
+            samples = tried.items
         try:
             uses = _watched_uses(twin, samples)
         except RefusedError:
@@ -107,6 +110,16 @@ def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | 
     if known:
         uses = replace(uses or Uses({}, {}, complete=False), weights={**known, **(uses.weights if uses else {})})
     return Observed(model, take_inventory(model, uses), samples, note)
+
+
+def _first_that_runs(trial: Trial, tried: Samples) -> Samples:
+    """Return, of samples that were made up for the model, the first that it runs on; the first of all if none."""
+    for items in (tried.items, *tried.others):
+        with contextlib.suppress(Exception), trial() as twin, _in_inference(twin):
+            for sample in items:
+                twin(*sample.args, **sample.kwargs)
+            return replace(tried, items=items)
+    return tried
 
 
 def _unwatched(trial: Trial, tried: Samples, unwatched: Exception) -> tuple[tuple[Sample, ...], str]:
@@ -127,15 +140,17 @@ def _unwatched(trial: Trial, tried: Samples, unwatched: Exception) -> tuple[tupl
             raise CaptureError(
                 "the model refuses the example inputs", [("(root)", reason)], "check example_inputs"
             ) from error
-        return (), f"the model does not run on its sample inputs here: {reason}"
+        return (), f"{NOT_RUN}: {reason}"
 
 
 def _watched_uses(trial: Trial, samples: Sequence[Sample]) -> Uses:
-    """Return what all samples show: the calls of the first, and every weight that any of them uses."""
+    """Return what all samples show: the calls of the first, and every weight that any of them uses, or reads."""
     with trial() as twin, _in_inference(twin):
         shown = [weight_uses(twin, sample.args, sample.kwargs) for sample in samples]
     calls = {path: number for uses in reversed(shown) for path, number in uses.calls.items()}
-    return Uses(calls, {name: use for uses in reversed(shown) for name, use in uses.weights.items()})
+    weights = {name: use for uses in reversed(shown) for name, use in uses.weights.items()}
+    read = {name for uses in shown for name, use in uses.weights.items() if use.outside}
+    return Uses(calls, {name: replace(use, outside=name in read) for name, use in weights.items()})
 
 
 Trial: TypeAlias = Callable[[], AbstractContextManager[nn.Module]]

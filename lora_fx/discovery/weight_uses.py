@@ -7,6 +7,7 @@ tells which axis of the parameter is summed over, so which are its inputs.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.adapters.rawweight.products import name_of
+from lora_fx.errors import RefusedError
 from lora_fx.models.torch_internals import DispatchMode
 from lora_fx.planning.sites import Layout
 
@@ -194,12 +196,26 @@ class _Watch(DispatchMode):
                     memory.shown[0].owners[f"{path}.{name}".lstrip(".")] = module
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self._refuse_writes(func, args)
         result = func(*args, **(kwargs or {}))
         name = name_of(func)
         operands = [value for value in args if isinstance(value, Tensor)]
         if any(map(self._is_weight, operands)) or name in _KERNELS:
             self._note(name, args, operands, result)
         return result
+
+    def _refuse_writes(self, func: Any, args: Any) -> None:
+        """Stop before a kernel writes to a parameter: the memory is that of the caller's model."""
+        for place in _written(func):
+            tensor = args[place] if place < len(args) else None
+            memory = self._roots.get(_storage(tensor)) if isinstance(tensor, Tensor) and _has_storage(tensor) else None
+            if memory is not None:
+                names = [(name, f"{name_of(func)} in place") for name in memory.shown[0].owners]
+                raise RefusedError(
+                    "the forward writes to its own parameters, which an adapted model shares with yours",
+                    names,
+                    "let it write to buffers, or set what makes it write (RWKV: rescale_every=0)",
+                )
 
     def _note(self, name: str, args: Any, operands: list[Tensor], result: Any) -> None:
         if name in _PRODUCTS:
@@ -297,6 +313,13 @@ class _Watch(DispatchMode):
             seen.sides[sides] += 1
         seen.outside |= not inside
         seen.problem = seen.problem or problem
+
+
+@functools.cache
+def _written(func: Any) -> tuple[int, ...]:
+    """Return the positions of the arguments that a kernel writes to."""
+    arguments = func._schema.arguments
+    return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _sides(rank: int, summed: _Axes, kept: _Axes) -> tuple[Layout, bool] | None:

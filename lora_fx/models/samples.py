@@ -31,6 +31,8 @@ class Samples:
     """Whether they are the user's own, which the model must not refuse."""
     on_meta: bool
     """Whether the model, and so they, have no values."""
+    others: tuple[tuple[Sample, ...], ...] = ()
+    """What else may suit the model, where they were made up."""
 
 
 def samples_for(model: nn.Module, example_inputs: object) -> Samples:
@@ -42,11 +44,12 @@ def samples_for(model: nn.Module, example_inputs: object) -> Samples:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, found {type(model).__name__}")
-    samples = dummy_samples(model) or () if example_inputs is None else samples_of(example_inputs)
-    on_meta = is_meta(model)
-    if on_meta:
-        samples = tuple(moved(sample, torch.device("meta")) for sample in samples)
-    return Samples(samples, example_inputs is not None, on_meta)
+    made = () if example_inputs is not None else made_up(model)
+    first, *others = made or ((),) if example_inputs is None else (samples_of(example_inputs),)
+    if on_meta := is_meta(model):
+        meta = torch.device("meta")
+        first, *others = (tuple(moved(sample, meta) for sample in samples) for samples in (first, *others))
+    return Samples(first, example_inputs is not None, on_meta, tuple(others))
 
 
 def call(*args: Any, **kwargs: Any) -> Sample:
@@ -98,6 +101,64 @@ def moved(sample: Sample, device: torch.device) -> Sample:
         return value
 
     return Sample(move(sample.args), move(sample.kwargs))
+
+
+def made_up(model: nn.Module) -> tuple[tuple[Sample, ...], ...]:
+    """Return inputs that may suit the model, the likeliest first: of its class, of Lightning, of its config.
+
+    transformers' `dummy_inputs` are token ids, whatever a model takes.
+    """
+    given = [dummy_samples(model), _of_lightning(model), _of_texts(model), _of_config(model)]
+    return tuple(samples for samples in given if samples)
+
+
+def _of_lightning(model: nn.Module) -> tuple[Sample, ...]:
+    """Return a LightningModule's own example."""
+    example = getattr(model, "example_input_array", None)
+    if isinstance(example, Tensor):
+        return (Sample((example,)),)
+    return samples_of(example) if isinstance(example, (tuple, Mapping)) else ()
+
+
+def _of_texts(model: nn.Module) -> tuple[Sample, ...]:
+    """Return what a model that tokenises by itself makes of two sentences (sentence-transformers)."""
+    tokenize = getattr(model, "tokenize", None)
+    if not callable(tokenize):
+        return ()
+    try:
+        features = tokenize(["a first sentence", "and a second, longer one"])
+    except Exception:  # its tokenizer is not there
+        return ()
+    return (Sample((dict(features),)),) if isinstance(features, Mapping) else ()
+
+
+def _of_config(model: nn.Module) -> tuple[Sample, ...]:
+    """Return inputs of the sizes that a transformers config tells, for the input that the model's class names."""
+    config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or not isinstance(name, str):
+        return ()
+    shapes = {
+        "pixel_values": (2, _size(config, "num_channels", 3), *_image(config)),
+        "input_features": (2, _size(config, "num_mel_bins", 80), 2 * _size(config, "max_source_positions", 1500)),
+        "input_values": (2, 16_000),
+    }
+    if name not in shapes:
+        return ()
+    device = next((p.device for p in model.parameters()), None)
+    inputs = {name: torch.rand(shapes[name], generator=torch.Generator().manual_seed(0)).to(device)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = torch.ones(2, 3, dtype=torch.long, device=device)
+    return (Sample((), inputs),)
+
+
+def _size(config: Any, name: str, default: int) -> int:
+    value = getattr(config, name, getattr(getattr(config, "vision_config", None), name, default))
+    return value if isinstance(value, int) else default
+
+
+def _image(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", getattr(getattr(config, "vision_config", None), "image_size", 224))
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def dummy_samples(model: nn.Module) -> tuple[Sample, ...] | None:

@@ -12,6 +12,8 @@ from lora_fx.rules.ruleset import LoRAConfig, Slices
 from lora_fx.text import listing
 
 Decision = Literal["adapt", "keep", "skip", "refuse"]
+NOT_RUN = "the model does not run on its sample inputs here"
+"""How a plan's note begins that tells that nothing was seen of the model in use."""
 DEAD = "never used with the example inputs"
 FUSED_DTYPES = ("float32", "float64", "float16", "bfloat16")
 """Of base weights that are computed with their adapter as one operation."""

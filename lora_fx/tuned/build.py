@@ -16,6 +16,7 @@ from lora_fx.models.twin import make_twin
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.inject import Inject
 from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import NOT_RUN
 from lora_fx.regions.install import in_graphs, install, stock, without_graph
 from lora_fx.regions.program import OPTIMISATIONS
 from lora_fx.regions.survey import prove, trial_twin, without_gradient
@@ -125,6 +126,8 @@ def check_refusals(plan: Plan) -> None:
     if refused:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in refused)
         warnings.warn(f"{len(refused)} matched sites are not adapted:\n{lines}", LoraFxWarning, stacklevel=4)
+    for note in (note for note in plan.notes if note.startswith(NOT_RUN)):
+        warnings.warn(f"{note}: give example_inputs, and more of it runs as graphs", LoraFxWarning, stacklevel=4)
     for caution in plan.cautions:
         warnings.warn(caution, LoraFxWarning, stacklevel=4)
 

@@ -64,14 +64,17 @@ class ConvolutionB(LoRAFactor):
 
 
 class EmbeddingA(LoRAFactor):
-    """A of an embedding: [r, num_embeddings]; the ids pick its columns."""
+    """A of an embedding: [r, num_embeddings]; the ids pick its columns.
 
-    def __init__(self, weight: Tensor, spec: AdapterSpec, padding_idx: int | None) -> None:
+    Padding, and whether gradients are divided by how often an id occurs, are the base layer's.
+    """
+
+    def __init__(self, weight: Tensor, spec: AdapterSpec, base: nn.Embedding) -> None:
         super().__init__(weight, spec)
-        self.padding_idx = padding_idx
+        self.padding_idx, self.scale_grad_by_freq = base.padding_idx, base.scale_grad_by_freq
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.embedding(x, self.weight.t(), self.padding_idx)
+        return F.embedding(x, self.weight.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
 class TokenDropout(nn.Dropout):

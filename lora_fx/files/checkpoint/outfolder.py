@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,9 +57,20 @@ def check_folder(folder: Path) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Return how much may be written there: what is free, and what an interrupted run has left and will overwrite."""
-    parent = next(directory for directory in (folder, *folder.absolute().parents) if directory.is_dir())
+    parent = _nearest(folder)
     left = sum(path.stat().st_size for path in folder.glob(f"{OURS}.*.part")) if folder.is_dir() else 0
     return shutil.disk_usage(parent).free + left
+
+
+def is_read_only(folder: Path) -> bool:
+    """Whether nothing can be written there, whatever is free."""
+    flags = getattr(os, "ST_RDONLY", None)  # Windows has no such mounts
+    return flags is not None and bool(os.statvfs(_nearest(folder)).f_flag & flags)
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the directory itself, or the nearest above it that is there."""
+    return next(directory for directory in (folder, *folder.absolute().parents) if directory.is_dir())
 
 
 @contextlib.contextmanager

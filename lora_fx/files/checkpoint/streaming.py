@@ -22,7 +22,15 @@ from lora_fx.files.checkpoint.basefiles import CONFIG, BaseCheckpoint, read_chec
 from lora_fx.files.checkpoint.jobs import Done, OpenFiles, Workers, jobs, report_rows
 from lora_fx.files.checkpoint.journal import MergeJournal, inputs_of, open_journal
 from lora_fx.files.checkpoint.layout import OutShard, out_shard
-from lora_fx.files.checkpoint.outfolder import carry, check_folder, free_bytes, locked, part_of, write_whole
+from lora_fx.files.checkpoint.outfolder import (
+    carry,
+    check_folder,
+    free_bytes,
+    is_read_only,
+    locked,
+    part_of,
+    write_whole,
+)
 from lora_fx.files.checkpoint.plan import MergePlan
 from lora_fx.files.checkpoint.rawbytes import Syncing
 from lora_fx.files.checkpoint.report import MergeReport
@@ -147,6 +155,8 @@ class _Merge:
     def check_space(self) -> None:
         sizes = [shard.size for name in self._todo() if (shard := out_shard(self.plan, name))]
         needed = sum(sizes) + sum((self.base.folder / name).stat().st_size for name in self.base.carried)
+        if is_read_only(self.out):
+            raise MergeError(f"{self.out}: is on a file system that is mounted read-only; nothing was written")
         free = free_bytes(self.out)
         if needed > free:
             facts = [("needed", f"{needed:,} bytes"), ("free", f"{free:,} bytes")]
