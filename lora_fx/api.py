@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from lora_fx import exporters
+from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.fused.contraction import contraction_teller
 from lora_fx.discovery.study import observed, renewed
 from lora_fx.files.adapter import peftfiles, restore, write
@@ -148,7 +149,7 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         AdapterFileError: the directory cannot be written, or the adapter has no values.
     """
-    write.save(seen_through(tuned), directory)
+    write.save(with_values(seen_through(tuned)), directory)
 
 
 def load(
@@ -214,7 +215,7 @@ def deltas(tuned: nn.Module) -> Deltas:
     Raises:
         RefusedError: the model is not adapted, or its adapters have no values.
     """
-    return deltas_of(seen_through(tuned))
+    return deltas_of(with_values(seen_through(tuned)))
 
 
 def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) -> nn.Module:
@@ -232,7 +233,7 @@ def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) ->
     Raises:
         MergeError: a merged weight would not be finite; names every such site, and nothing is merged.
     """
-    tuned = seen_through(tuned)
+    tuned = with_values(seen_through(tuned))
     if requantize is None:
         return undo.merged(tuned)
     model, costs = requantise.merged_and_requantised(tuned, requantize)
@@ -271,7 +272,7 @@ def export(
         ExportError: names every site that cannot be expressed, what is not installed, or the difference that verifying
             has found; nothing is written then.
     """
-    tuned = seen_through(tuned)
+    tuned = with_values(seen_through(tuned))
     given = samples_for(tuned, example_inputs).items
     return exporters.export(tuned, Path(path), target, given[0] if given else None, verify, **options)
 

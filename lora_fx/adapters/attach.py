@@ -25,9 +25,10 @@ from lora_fx.adapters.factors.lora import LoRAFactor, as_rows, low_rank_weight
 from lora_fx.adapters.factors.spec import AdapterSpec, ModelRecord
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.views import WeightView
-from lora_fx.models.offload import computing_device, stored_weight
+from lora_fx.models.offload import computing_device, keep_loaded, offloading_hook, stored_weight
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import dotted, get_tensor
+from lora_fx.models.twin import make_twin
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 
@@ -274,6 +275,17 @@ def all_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
     for path, module in model.named_modules():
         for adapter in attached_to(module):
             yield (path if adapter.spec.path_is_owner else dotted(path, adapter.spec.parameter)), adapter
+
+
+def with_values(tuned: nn.Module) -> nn.Module:
+    """Return the model itself; where accelerate offloads its factors, a twin that holds them."""
+    if not any(offloading_hook(adapter.lora_A) for _, adapter in all_attached(tuned)):
+        return tuned
+    twin = make_twin(tuned)
+    for _, adapter in all_attached(twin):
+        for holder in filter(None, (adapter.lora_A, adapter.lora_B, adapter.magnitude)):
+            keep_loaded(holder)
+    return twin
 
 
 def owner_path(path: str, adapter: Attached) -> str:
