@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fx
-from tests.support.around import assert_close
+from tests.support.around import assert_close, filled
 
 RULES = {"version": 1, "rules": [{"match": {"name": "**", "op": "linear"}, "lora": {"r": 2, "alpha": 4}}]}
 PLACES = {"leaf": "blocks.0.first", "block": "blocks.0", "root": ""}
@@ -102,14 +102,6 @@ def by_prepare(module: nn.Module) -> None:
 
 
 WAYS = (by_closure, by_partial, by_method, by_object, twice_by_closures, by_accelerate, by_two_hooks, by_prepare)
-
-
-def filled(tuned: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in lora_fx.parameters(tuned):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return tuned
 
 
 def gradients(tuned: nn.Module) -> dict[str, Tensor]:
