@@ -17,7 +17,8 @@ from safetensors import safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lora_fx
-from lora_fx.integrations.trainer import AdapterCheckpoints, trained_tensors
+from lora_fx.integrations.pretrained import trained_tensors
+from lora_fx.integrations.trainer import AdapterCheckpoints
 from tests.support import zoo
 from tests.support.peers import BERT, LLAMA, T5, VIT, Peer, adapted, assert_same, counts, each
 
@@ -117,9 +118,8 @@ def test_training_resumed_from_an_adapter_checkpoint_goes_on_as_if_uninterrupted
     resumed_as_uninterrupted(peer, tmp_path, AdapterCheckpoints)
 
 
-# not ViT: transformers renames its keys when it saves, and resumes without them (its plain models too)
-@each((BERT,), slow=(LLAMA, T5))
-def test_training_resumed_from_a_whole_model_goes_on_as_if_uninterrupted(peer: Peer, tmp_path):
+@each((BERT, VIT), slow=(LLAMA, T5))
+def test_training_resumed_from_what_the_model_itself_saves_goes_on_as_if_uninterrupted(peer: Peer, tmp_path):
     resumed_as_uninterrupted(peer, tmp_path)
 
 
@@ -148,7 +148,7 @@ def test_best_model_is_loaded_at_the_end_from_checkpoints_that_hold_the_adapter_
             best[state.global_step] = [p.detach().clone() for p in lora_fx.parameters(model)]
 
     tuned = adapted(peer, random=False)
-    done = trainer(peer, tmp_path, tuned, AdapterCheckpoints(), Remember(), **options)
+    done = trainer(peer, tmp_path, tuned, Remember(), **options)
     scores = iter([1.0, 3.0, 2.0])
     done.compute_metrics = lambda predictions: {"worse": next(scores)}
     done.train()
@@ -159,7 +159,7 @@ def test_best_model_is_loaded_at_the_end_from_checkpoints_that_hold_the_adapter_
 
 def test_adapter_checkpoint_holds_the_adapter_and_nothing_of_the_base(tmp_path):
     tuned = adapted(BERT, random=False)
-    done = trainer(BERT, tmp_path, tuned, AdapterCheckpoints())
+    done = trainer(BERT, tmp_path, tuned)
     done.train()
     folder = tmp_path / "checkpoint-6"
     names = {
@@ -185,13 +185,15 @@ def test_modules_that_are_trained_whole_and_running_statistics_are_kept(tmp_path
     }  # fmt: skip
 
 
-def test_whole_model_is_saved_again_after_training(tmp_path):
+def test_save_model_after_training_writes_the_adapter(tmp_path):
     tuned = adapted(BERT, random=False)
-    done = trainer(BERT, tmp_path / "run", tuned, AdapterCheckpoints())
+    done = trainer(BERT, tmp_path / "run", tuned)
     done.train()
     done.save_model(str(tmp_path / "saved"))
-    assert "bert.pooler.dense.weight" in keys(tmp_path / "saved" / "model.safetensors")
-    assert not tuned._keys_to_ignore_on_save
+    loaded = lora_fx.load(BERT.build(), tmp_path / "saved", BERT.inputs(2, 6))
+    with torch.no_grad():
+        assert_same(BERT.call(loaded), BERT.call(tuned.eval()))
+    assert not any("pooler.dense.weight" in key for key in keys(tmp_path / "saved" / "model.safetensors"))
 
 
 def test_columns_of_a_model_whose_root_is_a_region_are_not_dropped(tmp_path):

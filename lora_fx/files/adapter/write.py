@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lora_fx.adapters.attach import all_attached
 from lora_fx.errors import AdapterFileError, LoraFxWarning
 from lora_fx.files.adapter.describe import Described, describe
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
@@ -30,6 +31,7 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
         AdapterFileError: the values are on the meta device, or the directory cannot be written.
     """
     folder = Path(directory)
+    _refuse_partitioned(tuned, folder)
     described = describe_with_values(tuned, folder)
     _warn_of_moved_buffers(tuned)
     files: dict[Path, bytes] = {}
@@ -61,6 +63,16 @@ def describe_with_values(tuned: nn.Module, folder: Path) -> list[Described]:
     if not described:
         raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save")
     return described
+
+
+def _refuse_partitioned(tuned: nn.Module, folder: Path) -> None:
+    """ZeRO-3 leaves each process an empty tensor where a parameter was: the file would hold nothing."""
+    empty = [(path, "[0]") for path, adapter in all_attached(tuned) for p in adapter.parameters() if p.numel() == 0]
+    if empty:
+        advice = "gather them (deepspeed.zero.GatheredParameters), or save_pretrained with a gathered state_dict"
+        raise AdapterFileError(
+            str(folder), "the adapter is partitioned, and this process does not hold it", empty, advice
+        )
 
 
 def _on_meta(tuned: nn.Module) -> bool:

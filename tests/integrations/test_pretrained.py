@@ -1,0 +1,133 @@
+"""What trainers call on an adapted transformers model writes the adapter, or is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import lora_fx
+from tests.support.around import assert_close, filled
+
+RULES = {"version": 1, "rules": [{"match": {"name": "**", "op": "linear"}, "lora": {"r": 2, "alpha": 4}}]}
+IDS = torch.tensor([[1, 5, 7, 9, 3]])
+
+
+def llama(tied: bool = False) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60, tie_word_embeddings=tied, initializer_range=0.3)).eval()
+
+
+def adapted(tied: bool = False, **rules: Any) -> PreTrainedModel:
+    return filled(lora_fx.apply(llama(tied), RULES | rules))
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_save_pretrained_writes_what_load_and_peft_read(tmp_path):
+    peft = pytest.importorskip("peft")
+    tuned = adapted()
+    tuned.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists(), "it is no whole model"
+    assert_close(logits(lora_fx.load(llama(), tmp_path)), logits(tuned))
+    assert_close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path).eval()), logits(tuned))
+
+
+def test_peft_finds_the_base_and_the_class_by_itself(tmp_path):
+    peft = pytest.importorskip("peft")
+    llama().save_pretrained(tmp_path / "base")
+    tuned = filled(lora_fx.apply(LlamaForCausalLM.from_pretrained(tmp_path / "base").eval(), RULES))
+    tuned.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", str(tmp_path / "base"))
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert_close(logits(loaded), logits(tuned))
+
+
+def test_every_process_but_the_first_writes_nothing(tmp_path):
+    adapted().save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_a_trainer_has_gathered_are_written(tmp_path):
+    tuned = adapted()
+    expected = logits(tuned)
+    gathered = {name: value.clone() for name, value in tuned.state_dict().items()}
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(tuned):
+            parameter.zero_()
+    tuned.save_pretrained(tmp_path, state_dict=gathered)
+    assert_close(logits(lora_fx.load(llama(), tmp_path)), expected)
+    assert not any(parameter.any() for parameter in lora_fx.parameters(tuned)), "the model keeps its own"
+
+
+def test_push_to_hub_while_saving_is_refused(tmp_path):
+    with pytest.raises(lora_fx.RefusedError, match="upload_folder"):
+        adapted().save_pretrained(tmp_path, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_partitioned_factors_are_refused(tmp_path):
+    """ZeRO-3 leaves parameters of shape [0] outside of a forward."""
+    tuned = adapted()
+    tuned.lm_head.lora_A["default"].weight.data = torch.empty(0)
+    with pytest.raises(lora_fx.AdapterFileError, match=r"lm_head +\[0\]"):
+        tuned.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_resizing_embeddings_is_refused_and_the_same_size_is_none():
+    tuned = adapted()
+    before = logits(tuned)
+    assert tuned.resize_token_embeddings(60) is tuned.get_input_embeddings()
+    with pytest.raises(lora_fx.RefusedError, match="cannot be resized"):
+        tuned.resize_token_embeddings(64)
+    assert torch.equal(logits(tuned), before)
+
+
+@pytest.mark.parametrize("name", ["add_adapter", "load_adapter", "set_adapter", "disable_adapters", "delete_adapter"])
+def test_adapters_of_peft_are_refused_on_a_twin(name):
+    tuned = adapted()
+    with pytest.raises(lora_fx.RefusedError, match=f"{name} handles adapters of PEFT"):
+        getattr(tuned, name)("default")
+    with pytest.raises(lora_fx.RefusedError, match="adapter_names"):
+        tuned(input_ids=IDS, adapter_names=["default"])
+
+
+def test_plain_models_that_come_back_have_the_class_and_its_methods(tmp_path):
+    tuned = adapted()
+    for plain in (lora_fx.merge(tuned), lora_fx.remove(tuned)):
+        assert type(plain) is LlamaForCausalLM
+        plain.save_pretrained(tmp_path)
+        assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), logits(plain))
+        plain.resize_token_embeddings(64, mean_resizing=False)
+    assert isinstance(tuned, LlamaForCausalLM)
+    assert type(tuned).__name__ == "LlamaForCausalLM"
+
+
+def test_copies_of_a_twin_save_the_adapter_too(tmp_path):
+    tuned = adapted()
+    copy.deepcopy(tuned).save_pretrained(tmp_path)
+    assert_close(logits(lora_fx.load(llama(), tmp_path)), logits(tuned))
+
+
+@pytest.mark.parametrize("train", [["lm_head", "model.embed_tokens"], ["lm_head"]], ids=str)
+def test_merged_head_that_was_tied_is_read_back_apart(train, tmp_path):
+    tuned = adapted(tied=True, rules=[{"match": {"name": "**.q_proj"}, "lora": {"r": 2}}], train=train)
+    tuned.lm_head.weight = torch.nn.Parameter(tuned.lm_head.weight.detach() * 2)
+    merged = lora_fx.merge(tuned)
+    assert_close(logits(merged), logits(tuned))
+    merged.save_pretrained(tmp_path)
+    assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), logits(merged))

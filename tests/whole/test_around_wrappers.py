@@ -1,0 +1,110 @@
+"""What libraries put around a model is seen through, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_fx
+from lora_fx.models.wrappers import without_wrappers
+from tests.support.around import assert_close, filled
+
+RULES = {"version": 1, "rules": [{"match": {"name": "**", "op": "linear"}, "lora": {"r": 2, "alpha": 4}}]}
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 3)).eval()
+
+
+def given() -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def adapted() -> nn.Module:
+    return filled(lora_fx.apply(model(), RULES, (given(),)))
+
+
+def compiled(tuned: nn.Module) -> nn.Module:
+    return torch.compile(tuned, backend="eager")
+
+
+def in_parallel(tuned: nn.Module) -> nn.Module:
+    return nn.DataParallel(tuned)
+
+
+def with_a_compiled_child(tuned: nn.Module) -> nn.Module:
+    tuned[2] = torch.compile(tuned[2], backend="eager")
+    return tuned
+
+
+def with_a_checkpointed_child(tuned: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    tuned[2] = checkpoint_wrapper(tuned[2])
+    return tuned
+
+
+def twice(tuned: nn.Module) -> nn.Module:
+    return nn.DataParallel(torch.compile(tuned, backend="eager"))
+
+
+WRAPPERS = (compiled, in_parallel, with_a_compiled_child, with_a_checkpointed_child, twice)
+every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda wrap: wrap.__name__)
+
+
+@every_wrapper
+def test_wrapped_twin_is_saved_merged_removed_and_disabled(wrap: Callable[[nn.Module], nn.Module], tmp_path):
+    expected, base, x = adapted()(given()), model()(given()), given()
+    tuned = wrap(adapted())
+    assert_close(tuned(x), expected)
+    lora_fx.save(tuned, tmp_path)
+    assert_close(lora_fx.load(model(), tmp_path)(x), expected)
+    assert_close(lora_fx.merge(tuned)(x), expected)
+    assert_close(lora_fx.remove(tuned)(x), base)
+    with lora_fx.disabled(tuned):
+        assert_close(tuned(x), base)
+    assert len(list(lora_fx.parameters(tuned))) == 6
+    assert len(lora_fx.inspect(tuned).sites) == 3
+    assert len(lora_fx.deltas(tuned).sites) == 3
+
+
+@every_wrapper
+def test_file_of_a_wrapped_twin_is_that_of_the_twin_alone(wrap: Callable[[nn.Module], nn.Module], tmp_path):
+    lora_fx.save(adapted(), tmp_path / "alone")
+    lora_fx.save(wrap(adapted()), tmp_path / "wrapped")
+    for file in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "wrapped" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("wrap", [with_a_compiled_child, with_a_checkpointed_child], ids=lambda wrap: wrap.__name__)
+def test_file_is_loaded_into_a_model_with_wrapped_children(wrap: Callable[[nn.Module], nn.Module], tmp_path):
+    lora_fx.save(adapted(), tmp_path)
+    assert_close(lora_fx.load(wrap(model()), tmp_path)(given()), adapted()(given()))
+
+
+@pytest.mark.parametrize("wrap", [compiled, in_parallel], ids=lambda wrap: wrap.__name__)
+def test_wrapped_base_is_refused(wrap: Callable[[nn.Module], nn.Module]):
+    with pytest.raises(lora_fx.RefusedError, match="adapt the model first"):
+        lora_fx.apply(wrap(model()), RULES)
+
+
+def test_peft_around_or_inside_is_refused():
+    peft = pytest.importorskip("peft")
+    inside = peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["0"]))
+    for held in (inside, inside.base_model.model):
+        with pytest.raises(lora_fx.RefusedError, match=r"(holds adapters of PEFT|inside of PeftModel|PEFT holds)"):
+            lora_fx.apply(held, RULES)
+    around = peft.get_peft_model(adapted(), peft.LoraConfig(r=2, target_modules=["3"]))
+    for function in (lora_fx.merge, lora_fx.remove, lora_fx.inspect):
+        with pytest.raises(lora_fx.RefusedError, match="PEFT holds this model"):
+            function(around)
+
+
+def test_names_without_wrappers():
+    assert without_wrappers("_orig_mod.layers.0._checkpoint_wrapped_module.q") == "layers.0.q"
+    assert without_wrappers("layers.my_orig_mod.q") == "layers.my_orig_mod.q"
+    assert without_wrappers("a._orig_mod") == "a"
