@@ -18,6 +18,7 @@ from lora_fx.errors import RefusedError
 
 FOLLOWS = "_lora_fx_follows"
 """Attribute of a function that stands for the forward of a module's class, whichever that is."""
+_MOST_ITEMS = 1_000
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OLD = "_old_forward"
 """Where accelerate's hooks keep the forward that they run around."""
@@ -199,9 +200,7 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, FunctionType):
         yield from (content for cell in value.__closure__ or () for content in _contents(cell))
         yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
-    elif type(value) in (list, tuple):
-        yield from value
-    elif type(value) is dict:
-        yield from value.values()
+    elif type(value) in (list, tuple, dict) and len(value) <= _MOST_ITEMS:  # a longer one is data
+        yield from value.values() if type(value) is dict else value
     elif callable(value) and not isinstance(value, (nn.Module, Tensor, type)) and hasattr(value, "__dict__"):
         yield from vars(value).values()

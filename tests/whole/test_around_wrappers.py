@@ -12,6 +12,7 @@ import lora_fx
 from lora_fx.models.wrappers import without_wrappers
 from tests.support.around import assert_close, filled
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of PEFT
 RULES = {"version": 1, "rules": [{"match": {"name": "**", "op": "linear"}, "lora": {"r": 2, "alpha": 4}}]}
 
 
