@@ -232,9 +232,8 @@ def _site_tensors(sites: Sequence[_Filed]) -> dict[str, Tensor]:
             tensors[factor_key(site.stem, name)] = _plain(factor)
         if adapter.magnitude is not None:
             tensors[magnitude_key(site.stem)] = _plain(adapter.magnitude.weight)
-        bias = adapter.owner._parameters.get("bias") if adapter.spec.path_is_owner else None
-        if adapter.spec.lora.bias and bias is not None:
-            tensors[bias_key(site.path)] = _plain(bias)
+        if adapter.trained_bias is not None:
+            tensors[bias_key(site.path)] = _plain(adapter.trained_bias)
     return tensors
 
 
