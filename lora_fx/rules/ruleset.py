@@ -104,11 +104,6 @@ class Slices:
     parts: tuple[Slice, ...]
     adapt: tuple[str, ...]
 
-    @property
-    def are_runs(self) -> bool:
-        """Whether the rows of each adapted part lie next to each other."""
-        return all(len(part.rows) <= 1 for part in self.parts if part.name in self.adapt)
-
     def rows(self, out_features: int) -> tuple[tuple[int, ...], ...]:
         """Return the rows of each part that is adapted, in the order of the parts.
 
@@ -139,6 +134,12 @@ class Slices:
             return {"of": [part.name for part in self.parts], "adapt": list(self.adapt)}
         of = {part.name: part.size or [f"{a}..{b}" for a, b in part.rows] for part in self.parts}
         return {"of": of, "adapt": list(self.adapt)}
+
+
+def as_runs(parts: Sequence[tuple[int, ...]]) -> tuple[tuple[int, int], ...] | None:
+    """Return the first row and the end of each part; None where the rows of a part are not neighbours."""
+    runs = tuple((part[0], part[-1] + 1) for part in parts)
+    return runs if all(part == tuple(range(*run)) for part, run in zip(parts, runs, strict=True)) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.adapters.factors.spec import AdapterSpec
+from lora_fx.rules.ruleset import as_runs
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -99,10 +100,7 @@ class SlicedB(LoRAFactor):
         numbers = [number for number, part in enumerate(parts) for _ in part]
         self.register_buffer("rows", torch.tensor(rows, device=weight.device), persistent=False)
         self.register_buffer("columns", torch.tensor(numbers, device=weight.device), persistent=False)
-        runs = [(part[0], part[-1] + 1) for part in parts]
-        whole = all(part == tuple(range(*run)) for part, run in zip(parts, runs, strict=True))
-        self.runs: tuple[tuple[int, int], ...] | None = tuple(runs) if whole else None
-        """First row and end of each part; None where the rows of a part are not neighbours."""
+        self.runs = as_runs(parts)
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         """Return B x; without x, B as a whole."""

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.adapters.fused.saving import packing
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.products import GROUPED, Call
+from lora_fx.models.torch_internals import packing
 
 
 @dataclass(frozen=True)
