@@ -122,7 +122,7 @@ def _kept(weight: LoRAWeight) -> Part:
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    weights = {id(weight): weight for weight in _weights_in((args, kwargs))}
+    weights = {id(tensor): tensor for tensor in _tensors((args, kwargs)) if isinstance(tensor, LoRAWeight)}
     if not weights:
         return func(*args, **kwargs)
     name = _name(func)
@@ -131,7 +131,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in _FACTS:
         return func(*_mapped(args, lambda value: _kept(value).base), **_mapped(kwargs, lambda value: _kept(value).base))
     if name == "requires_grad":
-        return any(factor.requires_grad for factor in (_kept(args[0]).low.rows, _kept(args[0]).low.columns))
+        low = _kept(args[0]).low
+        return low.rows.requires_grad or low.columns.requires_grad
     for weight in weights.values():
         result = _product(name, func, args, kwargs, weight)
         if result is None and args and args[0] is weight:
@@ -188,14 +189,13 @@ def _given(x: Tensor, part: Part) -> Tensor:
 def _view(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: LoRAWeight) -> Any:
     """Return the view of the weight that a call asks for, as a LoRAWeight or several; None if it asks for none."""
     part = _kept(weight)
-    others = [tensor for tensor in _tensors((args[1:], kwargs)) if name in VIEWS]
     if name in COPIES:
         base = func(part.base, *_mapped(args[1:], _dense), **_mapped(kwargs, _dense))
         same_place = isinstance(base, Tensor) and base.device == part.base.device and base.is_floating_point()
         return LoRAWeight(replace(part, base=base)) if same_place else None
     if name not in VIEWS:
         return None
-    if others:
+    if any(True for _ in _tensors((args[1:], kwargs))):
         return _picked(name, part, args)
     viewed = part.low.through(lambda stub: func(stub, *args[1:], **kwargs))
     if viewed is None:
@@ -209,9 +209,9 @@ def _view(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], w
 def _picked(name: str, part: Part, args: tuple[Any, ...]) -> LoRAWeight | None:
     """Return the members of a bank that an index tensor names: `experts[ids]`."""
     index = args[1]
-    if name != "__getitem__" or not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+    if name != "__getitem__" or not isinstance(index, Tensor) or index.dim() > 1:
         return None
-    if index.dim() > 1:
+    if index.dtype not in (torch.int64, torch.int32):
         return None
     low = part.low.picked(index, None if index.dim() == 0 else index.shape[0])
     return None if low is None else LoRAWeight(replace(part, base=part.base[index], low=low, picked=True))
@@ -230,10 +230,6 @@ _FACTS = frozenset(
      "is_mps", "is_conj", "is_neg", "result_type", "can_cast", "is_same_size", "is_signed", "itemsize"}
 )  # fmt: skip
 """What depends on no value."""
-
-
-def _weights_in(value: Any) -> Iterator[LoRAWeight]:
-    return (tensor for tensor in _tensors(value) if isinstance(tensor, LoRAWeight))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
