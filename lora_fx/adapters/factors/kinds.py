@@ -113,12 +113,8 @@ class SlicedB(LoRAFactor):
     def matrix(self) -> Tensor:
         *bank, _, r = self.weight.shape
         whole = self.weight.new_zeros(*bank, self.out_features, self.parts, r)
-        if bank:
-            whole = whole.index_put((torch.arange(bank[0], device=whole.device)[:, None], self.rows, self.columns),
-                                    self.weight)  # fmt: skip
-        else:
-            whole = whole.index_put((self.rows, self.columns), self.weight)
-        return whole.flatten(-2)
+        members = [torch.arange(number, device=whole.device)[:, None] for number in bank]
+        return whole.index_put((*members, self.rows, self.columns), self.weight).flatten(-2)
 
     def blocks_of(self, matrix: Tensor) -> Tensor:
         """Return the blocks of a whole matrix, as `weight` holds them."""

@@ -10,15 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.fused.masks import kept
-from lora_fx.adapters.fused.terms import (
-    Group,
-    Term,
-    add_product,
-    inner_products,
-    joined,
-    parted_like,
-    wide_parts,
-)
+from lora_fx.adapters.fused.terms import Group, Term, add_product, inner_products, joined, parted_like, wide_parts
 from lora_fx.models.quantised import dense
 
 

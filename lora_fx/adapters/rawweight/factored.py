@@ -66,12 +66,9 @@ class Factored:
         return self._taken(factor, kind, banks if kind == "first" else banks + 1)  # with r behind it, or before it
 
     def _taken(self, factor: Operand, kind: Kind, axis: int) -> Operand:
-        """Return the entries of an axis that the view shows, with an axis for each of its dimensions (none: selected).
+        """Return what a factor has for the view's dimensions of a kind, which run over the axis: an axis for each.
 
-        Args:
-            factor: a factor.
-            kind: which of the view's dimensions run over the axis.
-            axis: of the factor.
+        Where there are none, one entry of the axis is selected.
         """
         start, dims = self.view.starts[kind], [dim for dim in self.view.dims or () if dim.kind == kind]
         if not dims:

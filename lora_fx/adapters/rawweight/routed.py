@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.adapters.rawweight.factored import Factored
-from lora_fx.adapters.rawweight.products import GROUPED, Call
+from lora_fx.adapters.rawweight.products import Call
 from lora_fx.models.torch_internals import packing
 
 
@@ -37,14 +37,14 @@ class Run:
 
 
 def runs_of(name: str, call: Call, low: Factored, rows: int) -> tuple[Run, ...] | None:
-    """Return which rows meet which matrix in a call of a torch function; None if it is not a product known here.
+    """Return which rows meet which matrix in a linear or a grouped product; None where it is not known here.
 
     Groups whose ends are known only on another device are left to torch's own kernels.
     """
     if name == "linear":
         return (Run(None, slice(0, rows)),) if len(low.view.shape) == 2 else None
     offsets = call.operand(2, "offs")
-    if name not in GROUPED or offsets is None or offsets.device.type != "cpu" or len(low.view.shape) != 3:
+    if offsets is None or offsets.device.type != "cpu" or len(low.view.shape) != 3:
         return None
     ends = itertools.pairwise([0, *offsets.tolist()])
     return tuple(Run(member, slice(a, b)) for member, (a, b) in enumerate(ends) if b > a)

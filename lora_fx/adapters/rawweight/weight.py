@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fx.adapters.rawweight.attention import attention_forward
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.products import COPIES, GROUPED, VIEWS, Call, name_of, product
 from lora_fx.adapters.rawweight.routed import routed_product, runs_of
@@ -58,7 +59,7 @@ class LoRAWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if name_of(func) == "multi_head_attention_forward":
-            return attention_forward(*args, **(kwargs or {}))
+            return _attention_forward(*args, **(kwargs or {}))
         if any(kind not in _OWN for kind in types):  # another subclass of Tensor has its say in the base's product
             return _call(func, args, kwargs or {})
         with DisableTorchFunctionSubclass():
@@ -119,6 +120,19 @@ def _kept(weight: LoRAWeight) -> Part:
 
 
 # -- calls
+
+
+def _attention_forward(*args: Any, **kwargs: Any) -> Any:
+    """Return what `F.multi_head_attention_forward` returns; its linears see the weights as they are given.
+
+    torch's function hands over to the first argument that is more than a tensor, before it does anything.  Here the
+    same code runs with that question answered by no: the projections inside of it then meet the adapted weights one by
+    one, as `F.linear` or as slices for q, k and v.
+    """
+    code = F.multi_head_attention_forward.__code__
+    scope = {**vars(F), "has_torch_function": lambda _: False}
+    own = FunctionType(code, scope, code.co_name, F.multi_head_attention_forward.__defaults__)
+    return own(*args, **kwargs)
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
