@@ -68,18 +68,13 @@ def parse_glob(text: str) -> Expression:
     for position, (segment, offset) in enumerate(segments):
         last = position == len(segments) - 1
         if segment == "**":
-            parts.append(_any_segments(alone=len(segments) == 1, last=last))
+            some = Concatenation((_DOT, _SEGMENT) if last else (_SEGMENT, _DOT))
+            parts.append(Repeat(ANY if len(segments) == 1 else some))
             continue
         parts.append(_Segment(segment, offset).parse())
         if not last and not (segments[position + 1][0] == "**" and position + 2 == len(segments)):
             parts.append(_DOT)
     return Concatenation(tuple(parts))
-
-
-def _any_segments(alone: bool, last: bool) -> Expression:
-    if alone:
-        return Repeat(ANY)
-    return Repeat(Concatenation((_DOT, _SEGMENT))) if last else Repeat(Concatenation((_SEGMENT, _DOT)))
 
 
 def _split(text: str) -> list[tuple[str, int]]:
