@@ -44,15 +44,11 @@ class PassResult:
 def run(graph_module: fx.GraphModule, passes: Sequence[Pass]) -> PassResult:
     """Return a copy of the graph module after all passes, with the journal of every edit; the input stays as it is.
 
-    The copy shares the parameters' storage.  It is linted and recompiled once, at the end.
-
-    Args:
-        graph_module: of the user, of any origin.
-        passes: in the order in which they run; around each, what it requires and ensures is checked.
+    The copy shares the parameters' storage.  The passes run in their order, each between the checks of what it requires
+    and ensures; the copy is linted and recompiled once, at the end.
 
     Raises:
-        LoraFxError: of a pass that cannot work on this graph, or does not hold what it promises.  A note on the error
-            names that pass and those that ran before.
+        LoraFxError: of a pass that cannot work on this graph, or does not hold what it promises, as `apply_pass`.
     """
     copy = make_twin(graph_module, freeze=False)
     assert isinstance(copy, fx.GraphModule)
@@ -81,11 +77,7 @@ def apply_pass(step: Pass, editor: Editor) -> None:
 
 
 def rewrite(graph_module: fx.GraphModule, step: Pass) -> None:
-    """Run one pass on a graph module, in place; lint and recompile it.
-
-    Raises:
-        Exception: as `apply_pass`.
-    """
+    """Run one pass on a graph module, in place, as `apply_pass` does; lint and recompile it."""
     editor = Editor(graph_module)
     apply_pass(step, editor)
     editor.finish()

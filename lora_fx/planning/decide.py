@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_fx.errors import NoMatchError, StalePlanError, Unmatched
@@ -18,13 +18,9 @@ from lora_fx.text import count
 def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisions:
     """Return what the rules want of each site: the first rule that matches it decides.
 
-    Args:
-        rules: of which the order counts.
-        inventory: what the model has.
-        strict: whether a rule that decides no site, or not as many as it expects, is an error.
-
     Raises:
-        NoMatchError: naming every such rule, and every pattern under `train:` that matches no module.
+        NoMatchError: if `strict`, naming every rule that decides no site, or not as many as it expects, and every
+            pattern under `train:` that matches no module.
     """
     trained = _trained(rules.train, inventory)
     sites = tuple(_decide_site(site, rules.rules, trained) for site in inventory.sites)
@@ -117,11 +113,12 @@ def _failed_expectations(rules: RuleSet, decided: Counter[str | None], inventory
             almost = "" if number else _almost(rule, inventory.sites)
             unmatched = Unmatched(rule.name, str(rule.match), str(expect), number, almost=almost, span=rule.match_span)
             failed.append((unmatched, () if number or almost else rule.match.name, names))
-    return [replace(unmatched, nearest=_nearest(patterns, known)) for unmatched, patterns, known in failed]
-
-
-def _nearest(patterns: Iterable[NamePattern], names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for pattern in patterns for name in nearest_names(pattern, names)))
+    return [
+        replace(
+            unmatched, nearest=tuple(dict.fromkeys(n for pattern in patterns for n in nearest_names(pattern, known)))
+        )
+        for unmatched, patterns, known in failed
+    ]
 
 
 def _almost(rule: Rule, sites: Sequence[Site]) -> str:
@@ -164,13 +161,7 @@ def still_fitting(plan: Plan, inventory: Inventory) -> Decisions:
 
 
 def on_modules(decisions: Decisions, in_graph: frozenset[str] = frozenset(), reason: str = 'backend="modules"') -> Plan:
-    """Return the plan with every site on the module backend, except those that a model's own graph computes.
-
-    Args:
-        decisions: what is wanted of each site.
-        in_graph: paths of the sites in the model's own graph.
-        reason: why the others are in none.
-    """
+    """Return the plan with every site on the module backend, for a reason, except those in a model's own graph."""
     sites = (
         replace(site, backend="graph", backend_reason="")
         if site.path in in_graph
