@@ -79,7 +79,7 @@ def uses_in_graph(graph_module: fx.GraphModule, path: str = "") -> dict[str, Wei
     """Return how a graph uses raw parameters, by their names below `path`."""
     seen: dict[str, list[GraphUse]] = {}
     for use in raw_uses(graph_module):
-        if use.delta is not None:
+        if use.op:
             seen.setdefault(use.parameter, []).append(use)
     weights = {}
     for name, uses in seen.items():
