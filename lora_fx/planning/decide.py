@@ -41,15 +41,11 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisio
     )
 
 
-def _matches(rule: Rule, site: Site) -> bool:
-    return rule.match.matches(site.paths, site.shape, site.op, site.classes)
-
-
 def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedModule]) -> PlannedSite:
     holding = (module for module in trained if any(f"{path}.".startswith(f"{module.path}.") for path in site.paths))
     if owner := next(holding, None):
         return PlannedSite(site, "keep", f"trained whole (train: {owner.pattern})")
-    rule = next((rule for rule in rules if _matches(rule, site)), None)
+    rule = next((rule for rule in rules if site.mismatch(rule.match) is None), None)
     if rule is None:
         return PlannedSite(site, "keep", "no rule")
     if rule.skip is not None:
@@ -109,7 +105,9 @@ def _failed_expectations(rules: RuleSet, decided: Counter[str | None], inventory
     for rule in rules.rules:
         number, expect = decided[rule.name], rule.expect
         is_shadowed = not number and expect.minimum == 1 and expect.maximum is None
-        if not expect.accepts(number) and not (is_shadowed and any(_matches(rule, site) for site in inventory.sites)):
+        if is_shadowed and any(site.mismatch(rule.match) is None for site in inventory.sites):
+            continue
+        if not expect.accepts(number):
             almost = "" if number else _almost(rule, inventory.sites)
             unmatched = Unmatched(rule.name, str(rule.match), str(expect), number, almost=almost, span=rule.match_span)
             failed.append((unmatched, () if number or almost else rule.match.name, names))
@@ -125,7 +123,7 @@ def _almost(rule: Rule, sites: Sequence[Site]) -> str:
     """Return a site that has the rule's name, with what keeps it from matching."""
     for site in sites:
         named = any(pattern.matches(path) for pattern in rule.match.name for path in site.paths)
-        if named and (reason := rule.match.explain(site.paths, site.shape, site.op, site.classes)):
+        if named and (reason := site.mismatch(rule.match)):
             return f"{site.path}, but {reason}"
     return ""
 
@@ -134,7 +132,7 @@ def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list
     notes = []
     earlier: set[str] = set()
     for rule in rules:
-        matched = [site for site in planned if _matches(rule, site.site)]
+        matched = [site for site in planned if site.site.mismatch(rule.match) is None]
         taken = [site.rule for site in matched if site.rule in earlier]
         if taken:
             by = ", ".join(dict.fromkeys(f"'{name}'" for name in taken))

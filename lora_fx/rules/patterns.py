@@ -164,9 +164,6 @@ class ShapePattern:
 
     dimensions: tuple[Dimension, ...]
 
-    def matches(self, shape: Sequence[int]) -> bool:
-        return self.explain(shape) is None
-
     def explain(self, shape: Sequence[int]) -> str | None:
         """Return why a shape does not match, or None if it does."""
         if len(shape) != len(self.dimensions):

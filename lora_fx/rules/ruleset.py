@@ -44,19 +44,8 @@ class Match:
     op: tuple[str, ...] = ()
     cls: tuple[NamePattern, ...] = ()
 
-    def matches(self, paths: Sequence[str], shape: Sequence[int], op: str, classes: Sequence[str]) -> bool:
-        """Whether a site matches; arguments as for `explain`."""
-        return self.explain(paths, shape, op, classes) is None
-
     def explain(self, paths: Sequence[str], shape: Sequence[int], op: str, classes: Sequence[str]) -> str | None:
-        """Return why a site does not match, or None if it does.
-
-        Args:
-            paths: the site's path and its aliases; any may match.
-            shape: (out, in).
-            op: one of `OPS`.
-            classes: the owner's class, short and dotted; any may match.
-        """
+        """Return why a site does not match, or None if it does; of its paths any may match, of its classes too."""
         if self.name and not any(pattern.matches(path) for pattern in self.name for path in paths):
             return f"name {paths[0]} does not match {_listed(self.name)}"
         if self.op and op not in self.op:
