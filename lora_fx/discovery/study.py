@@ -13,7 +13,7 @@ from torch import fx, nn
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.discovery.sites import refuse_unfit, take_inventory, uses_in, uses_in_graph
-from lora_fx.discovery.weight_uses import Uses, WeightUse, weight_uses
+from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse, weight_uses
 from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.layers import has_unknown_weights
 from lora_fx.models.samples import Sample, Samples
@@ -94,7 +94,8 @@ def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | 
     if uses is None and runs and (samples or not note) and any(map(has_unknown_weights, model.modules())):
         uses = _symbolic_uses(model)
     if known:
-        uses = replace(uses or Uses({}, {}, complete=False), weights={**known, **(uses.weights if uses else {})})
+        uses = uses or NOTHING_SHOWN
+        uses = replace(uses, weights={**known, **uses.weights})
     return Observed(model, take_inventory(model, uses), samples, note)
 
 

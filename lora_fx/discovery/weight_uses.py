@@ -40,7 +40,7 @@ class WeightUse:
     """Whether all axes of the parameter but the first are one side of a matrix."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Uses:
     """What a run has shown."""
 
@@ -52,6 +52,9 @@ class Uses:
     """Whether a run has shown it, so that what is not there is not used."""
     looked_at: frozenset[str] = frozenset()
     """Raw parameters whose use is known without a run, though not all that is there was seen."""
+
+
+NOTHING_SHOWN = Uses({}, {}, complete=False)
 
 
 @dataclass(slots=True)
