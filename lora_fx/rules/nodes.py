@@ -57,12 +57,9 @@ class NodeReader:
         return node.value
 
     def typed(self, node: YamlNode, what: str, schema: Schema) -> Any:
-        """Return a value of the type and within the bounds of a key's schema; None, and a problem, if it is not.
+        """Return a scalar of the type and within the bounds of a key's JSON Schema; None, and a problem, if it is not.
 
-        Args:
-            node: a scalar.
-            what: what messages call it.
-            schema: of JSON Schema: `enum`, or `type` with `minimum`, `exclusiveMinimum` or `exclusiveMaximum`.
+        A schema has `enum`, or `type` with `minimum`, `exclusiveMinimum` or `exclusiveMaximum`.
         """
         if "enum" in schema:
             return self._choice(node, what, schema["enum"])

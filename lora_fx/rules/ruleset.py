@@ -108,8 +108,7 @@ class Slices:
         return tuple(tuple(rows[part.name]) for part in self.parts if part.name in self.adapt)
 
     def _all_rows(self, out_features: int) -> dict[str, list[int]]:
-        if any(part.rows for part in self.parts):
-            end = max(b for part in self.parts for _, b in part.rows)
+        if end := max((b for part in self.parts for _, b in part.rows), default=0):
             if end > out_features:
                 raise ValueError(f"the slices name rows up to {end}, the weight has {out_features}")
             return {part.name: [row for a, b in part.rows for row in range(a, b)] for part in self.parts}
@@ -124,10 +123,8 @@ class Slices:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""
-        if all(part.size is None and not part.rows for part in self.parts):
-            return {"of": [part.name for part in self.parts], "adapt": list(self.adapt)}
-        of = {part.name: part.size or [f"{a}..{b}" for a, b in part.rows] for part in self.parts}
-        return {"of": of, "adapt": list(self.adapt)}
+        of: Any = {part.name: part.size or [f"{a}..{b}" for a, b in part.rows] for part in self.parts}
+        return {"of": of if any(of.values()) else list(of), "adapt": list(self.adapt)}
 
 
 @dataclass(frozen=True, slots=True)
