@@ -52,11 +52,7 @@ def run(graph_module: fx.GraphModule, passes: Sequence[Pass]) -> PassResult:
     """
     copy = make_twin(graph_module, freeze=False)
     assert isinstance(copy, fx.GraphModule)
-    editor = Editor(copy)
-    for step in passes:
-        apply_pass(step, editor)
-    editor.finish()
-    return PassResult(copy, editor.journal)
+    return PassResult(copy, rewrite(copy, *passes))
 
 
 def apply_pass(step: Pass, editor: Editor) -> None:
@@ -76,8 +72,10 @@ def apply_pass(step: Pass, editor: Editor) -> None:
         raise
 
 
-def rewrite(graph_module: fx.GraphModule, step: Pass) -> None:
-    """Run one pass on a graph module, in place, as `apply_pass` does; lint and recompile it."""
+def rewrite(graph_module: fx.GraphModule, *passes: Pass) -> Journal:
+    """Run passes on a graph module, in place, as `apply_pass` does; lint and recompile it once, at the end."""
     editor = Editor(graph_module)
-    apply_pass(step, editor)
+    for step in passes:
+        apply_pass(step, editor)
     editor.finish()
+    return editor.journal

@@ -65,7 +65,10 @@ def _keep_other_readers(editor: Editor, paths: list[str]) -> None:
         if name is None:
             nameless += [(weight, f"{user.name} reads it too, and must not change") for user in others]
         elif others:
-            editor.read_instead(node, name, weight.removesuffix(".weight"), but=calls)
+            site = weight.removesuffix(".weight")
+            with editor.writing_after(node, site) as write:
+                kept = write.graph.get_attr(name)
+            editor.replace_uses(node, kept, site, but=lambda user: user in calls)
     if nameless:
         raise MergeError("merging would change more than the adapted sites; nothing was merged", nameless)
 

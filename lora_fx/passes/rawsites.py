@@ -177,8 +177,7 @@ def _splice(editor: Editor, use: GraphUse, adapter: Attached, home: str) -> None
     with editor.writing_after(use.weight, use.parameter) as write:
         low = _low_rank(write, use, adapter, home)
         whole = write.proxy(use.weight) + low.dense().type_as(write.proxy(use.weight))
-    use.node.replace_input_with(use.weight, whole.node)
-    editor.note_use(use.node, use.parameter)
+    editor.replace_operand(use.node, use.weight, whole.node, use.parameter)
 
 
 def _write_product(editor: Editor, use: GraphUse, adapter: Attached, home: str) -> bool:
