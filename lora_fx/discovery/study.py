@@ -67,8 +67,12 @@ class Observed:
         sites = tuple(_with_backend(site, captured, passes) for site in decisions.sites)
         if not self.samples and any(site.decision == "adapt" and site.backend == "module" for site in sites):
             notes = (*notes, _MORE_WITH_INPUTS)
+        regions = tuple(
+            PlannedRegion(path, "graph" if path in captured.graphs else "module", captured.failures.get(path, ""))
+            for path in dict.fromkeys((*captured.graphs, *captured.failures))
+        )
         capture = Study(captured, self.samples)
-        return Plan.of(decisions, sites=sites, notes=notes, regions=_planned_regions(captured), capture=capture)
+        return Plan.of(decisions, sites=sites, notes=notes, regions=regions, capture=capture)
 
 
 def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | None = None) -> Observed:
@@ -216,9 +220,3 @@ def _reason(site: PlannedSite, captured: Survey) -> str:
         return DEAD
     owners = [region for region in captured.failures if not region or f"{site.path}.".startswith(f"{region}.")]
     return captured.failures[max(owners, key=len)] if owners else "outside of repeated blocks"
-
-
-def _planned_regions(captured: Survey) -> tuple[PlannedRegion, ...]:
-    graphs = [PlannedRegion(path, "graph", captured.failures.get(path, "")) for path in captured.graphs]
-    failed = [PlannedRegion(p, "module", why) for p, why in captured.failures.items() if p not in captured.graphs]
-    return (*graphs, *failed)
