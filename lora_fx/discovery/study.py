@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -128,8 +129,7 @@ def _watched_uses(model: nn.Module, samples: Sequence[Sample]) -> Uses:
     """Return what all samples show: the calls of the first, and every weight that any of them uses."""
     with _trial_in_inference(model) as twin:
         shown = [weight_uses(twin, sample.args, sample.kwargs) for sample in samples]
-    calls = {path: number for uses in reversed(shown) for path, number in uses.calls.items()}
-    return Uses(calls, {name: use for uses in reversed(shown) for name, use in uses.weights.items()})
+    return Uses(dict(ChainMap(*(uses.calls for uses in shown))), dict(ChainMap(*(uses.weights for uses in shown))))
 
 
 @contextlib.contextmanager

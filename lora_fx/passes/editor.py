@@ -62,11 +62,13 @@ class Editor:
         following, writer = node.next, Writer(self.graph)
         with self.graph.inserting_before(following):  # inserting_after would put successive nodes in reverse
             yield writer
-        while (new := (writer.added or [node])[-1].next) is not following:
+        new = node.next
+        while new is not following:
             new.meta.update({key: value for key, value in node.meta.items() if key in ("place", "nn_module_stack")})
             new.meta["site"] = site
             self._note("add node", new.name, site)
             writer.added.append(new)
+            new = new.next
 
     def replace(self, old: fx.Node, new: fx.Node, site: str) -> None:
         """Put `new` in the place of `old`, with what is known of its value, and erase `old`."""
