@@ -40,14 +40,9 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
         yield from ((path, f"{reason}; {way_out}") for path, reason in error.problems)
 
 
-def _plain(tuned: nn.Module) -> nn.Module:
-    """Return the merged model without any quantised weight."""
-    return dequantised_(merged(tuned))
-
-
 def write(tuned: nn.Module, path: Path) -> None:
     """Write the directory, or one file where the path ends in `.safetensors`."""
-    model = _plain(tuned)
+    model = dequantised_(merged(tuned))
     if _saves_itself(model, path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of generation settings that the base has too
@@ -73,7 +68,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against `from_pretrained`, or against the plain model with the file in it."""
-    model, call = _plain(tuned).eval(), call_with(sample)
+    model, call = dequantised_(merged(tuned)).eval(), call_with(sample)
     if _saves_itself(model, path):
         client = partial(clients.from_pretrained, original_class(model), path, call)
     else:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.exporters import clients, peft
-from lora_fx.exporters.plain import PlainAdapter, evened
+from lora_fx.exporters.plain import evened
 from lora_fx.exporters.running import outputs_of_both, run_client, worst_difference
 from lora_fx.exporters.target import Refusal, Target, expressed, refusals
 from lora_fx.files.atomic import write_files
@@ -74,7 +74,10 @@ def write(tuned: nn.Module, path: Path) -> None:
     first = adapters[0]
     tensors: dict[str, Tensor] = {}
     for adapter in adapters:
-        tensors |= _named(adapter)
+        tensors[f"{adapter.path}.lora_a"] = adapter.A.mT.contiguous()
+        tensors[f"{adapter.path}.lora_b"] = adapter.B.mT.contiguous()
+        if adapter.magnitude is not None:
+            tensors[f"{adapter.path}.m"] = adapter.magnitude
     keys = [adapter.path for adapter in adapters]
     layers = {"rank": first.rank, "scale": first.scaling, "dropout": 0.0, "keys": keys}
     kind = "lora" if first.magnitude is None else "dora"
@@ -82,11 +85,6 @@ def write(tuned: nn.Module, path: Path) -> None:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     weights = canonical_safetensors(dict(sorted(tensors.items())), {"format": "mlx"})
     write_files({path / WEIGHTS: weights, path / CONFIG: text.encode()})
-
-
-def _named(adapter: PlainAdapter) -> dict[str, Tensor]:
-    named = {f"{adapter.path}.lora_a": adapter.A.mT.contiguous(), f"{adapter.path}.lora_b": adapter.B.mT.contiguous()}
-    return named if adapter.magnitude is None else named | {f"{adapter.path}.m": adapter.magnitude}
 
 
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:

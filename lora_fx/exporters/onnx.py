@@ -56,7 +56,8 @@ def _write(
     model = _converted(parts, sample)
     lifted = _lift(model, parts)
     if optimize:
-        _optimise(model)
+        with quiet():  # the adapters have no values at this time, so none is folded
+            importlib.import_module("onnxscript.optimizer").optimize_ir(model)
     _give_defaults(model, lifted, parts)
     _save(model, path)
     for name, values in parts.adapters.items():
@@ -132,12 +133,6 @@ def _shape(default: Tensor, axis: int | None, name: str) -> Any:
     ir = importlib.import_module("onnx_ir")
     site = re.sub(r"\.?lora_[AB]\.weight$", "", name)
     return ir.Shape([f"rank of {site}" if place == axis else size for place, size in enumerate(default.shape)])
-
-
-def _optimise(model: Any) -> None:
-    """Fold constants and fuse nodes, in place; the adapters have no values at this time, so none is folded."""
-    with quiet():
-        importlib.import_module("onnxscript.optimizer").optimize_ir(model)
 
 
 def _give_defaults(model: Any, lifted: dict[str, Any], parts: BaseGraphParts) -> None:
