@@ -19,7 +19,7 @@ from lora_fx.files.adapter.read import AdapterFile, SavedSite
 from lora_fx.files.checkpoint import tied
 from lora_fx.files.checkpoint.basefiles import BaseCheckpoint, read_object
 from lora_fx.files.checkpoint.names import Prefix, find_prefix, near_keys
-from lora_fx.files.checkpoint.plan import Addition, LowRankTerm, MergePlan, Value, WeightFold, Work
+from lora_fx.files.checkpoint.plan import LowRankTerm, MergePlan, OutTensor, Value, WeightFold, Work
 from lora_fx.files.fingerprint import same_values
 from lora_fx.files.safetensors import RawFile, RawTensor
 from lora_fx.files.values import DTYPES, FLOATS, NAME_OF, sample
@@ -80,7 +80,7 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[Given], out_dtype: torch
     if findings.refusals:
         refused = list(dict.fromkeys(findings.refusals))
         raise MergeError("the adapter cannot be merged into this checkpoint; nothing was written", refused)
-    additions = {key: _addition(works.pop(key)) for key in [*works] if base.find(key) is None}
+    additions = tuple(_addition(key, works.pop(key)) for key in [*works] if base.find(key) is None)
     return MergePlan(base, works, additions, bool(heads) and tied.may_be_tied(base), out_dtype)
 
 
@@ -115,9 +115,9 @@ def _place(given: Given, base: BaseCheckpoint, findings: _Found) -> None:
         else:
             _place_site(given, site, key, where, usual, findings)
         if site.bias is not None:
-            _place_value(f"{site.path}.bias", Value(site.bias, given.label), prefix, base, findings, is_site=True)
+            _place_value(f"{site.path}.bias", Value(site.bias, (given.label,)), prefix, base, findings, is_site=True)
     for name, tensor in given.file.modules.items():
-        _place_value(name, Value(tensor, given.label), prefix, base, findings, is_site=False)
+        _place_value(name, Value(tensor, (given.label,)), prefix, base, findings, is_site=False)
 
 
 def _weight_name(site: SavedSite) -> str:
@@ -275,12 +275,14 @@ def _united(key: str, folds: Sequence[WeightFold], findings: _Found) -> WeightFo
 
 def _only(key: str, values: Sequence[Value], findings: _Found) -> Value:
     if any(not torch.equal(value.tensor, values[0].tensor) for value in values[1:]):
-        names = ", ".join(value.adapter for value in values)
+        names = ", ".join(name for value in values for name in value.adapters)
         findings.refusals.append((key, f"is trained whole by several adapters, with other values: {names}"))
     return values[0]
 
 
-def _addition(work: Work) -> Addition:
+def _addition(key: str, work: Work) -> OutTensor:
     if isinstance(work, WeightFold):
-        return Addition(work.base.dtype, work.base.shape, work)
-    return Addition(NAME_OF[work.tensor.dtype], tuple(work.tensor.shape), work)
+        dtype, shape = work.base.dtype, work.base.shape
+    else:
+        dtype, shape = NAME_OF[work.tensor.dtype], tuple(work.tensor.shape)
+    return OutTensor(key, RawTensor(dtype, shape, 0, 0), None, work)

@@ -7,7 +7,7 @@ the memory that they may take, and none is so narrow that a matrix product would
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,10 @@ def bytes_of(flat: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+ReadTile = Callable[[Tile, Scratch], Tensor]
+"""Returns a tile, flat."""
+
+
 @dataclass(frozen=True, slots=True)
 class OpenTensor:
     """Where a tensor lies in an open file."""
@@ -105,14 +109,15 @@ class OpenTensor:
         """Return a tile, flat; it lives in the scratch memory."""
         flat = scratch.take("read", tile.elements, self.dtype)
         for element, first, number in tile.runs():
-            position = self.start + element * self.dtype.itemsize
-            self.file.read_into(bytes_of(flat[first : first + number]), position)
+            self.file.read_into(bytes_of(flat[first : first + number]), self._position(element))
         return flat
 
     def write(self, tile: Tile, flat: Tensor) -> None:
         for element, first, number in tile.runs():
-            position = self.start + element * self.dtype.itemsize
-            self.file.write_from(bytes_of(flat[first : first + number]), position)
+            self.file.write_from(bytes_of(flat[first : first + number]), self._position(element))
+
+    def _position(self, element: int) -> int:
+        return self.start + element * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,12 +210,13 @@ def _rounded(wide: Tensor, tile: Tile, target: OpenTensor, noise: Noise | None, 
     return written
 
 
-def cast_tile(values: Tensor, tile: Tile, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> None:
-    """Write values in the target's dtype, rounded once.
+def cast_tile(read: ReadTile, tile: Tile, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> None:
+    """Write what is read of a tensor in the target's dtype, rounded once.
 
     Raises:
         OverflowError: a finite value is too large for the dtype.
     """
+    values = read(tile, scratch)
     wide = torch.promote_types(values.dtype, torch.float32) if values.is_floating_point() else values.dtype
     exact = scratch.take("base", values.numel(), wide).copy_(values)
     written = _rounded(exact, tile, target, noise, scratch)
