@@ -33,6 +33,9 @@ class Configuration:
     target_parameters: tuple[str, ...] = ()
     """Ends of the dotted names of raw parameters."""
     peft_version: str = ""
+    fan_in_fan_out: bool = False
+    """Whether linears store [in, out]; of the last that PEFT has met."""
+    ensure_weight_tying: bool = False
 
 
 def read_configuration(folder: Path) -> Configuration:
@@ -179,4 +182,6 @@ def _configuration(config: Mapping[str, Any]) -> Configuration:
         modules_to_save=tuple(config.get("modules_to_save") or ()),
         target_parameters=tuple(config.get("target_parameters") or ()),
         peft_version=str(config.get("peft_version") or ""),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
     )

@@ -62,6 +62,7 @@ class AdapterFile:
 
     folder: Path
     name: str
+    config: Configuration
     sites: tuple[SavedSite, ...]
     modules: dict[str, Tensor]
     """Tensors of the modules that are trained whole, by their name in the model."""
@@ -72,10 +73,6 @@ class AdapterFile:
     rules: dict[str, Any] = field(default_factory=dict)
     base: dict[str, list[float] | None] = field(default_factory=dict)
     """A few values of each base weight, where lora_fx wrote the file, or PEFT with the base weight in it."""
-    parameters: tuple[str, ...] = ()
-    """Ends of the names of the raw parameters that PEFT adapted."""
-    patterns: Configuration | None = None
-    """The configuration, for what depends on the model: ranks of raw parameters."""
 
 
 def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFile]:
@@ -130,14 +127,13 @@ class _AdapterReader:
         return AdapterFile(
             folder=self.folder,
             name="default" if header is None else header.adapter,
+            config=self.config,
             sites=tuple(self._site(path) for path in paths),
             modules=modules,
             trained=self._trained() if header is None else header.trained,
             claimed=self.config.modules_to_save if header is None else (),
             rules={} if header is None else header.rules,
             base=self._base(paths) if header is None else header.base,
-            parameters=self.config.target_parameters if header is None else (),
-            patterns=self.config,
         )
 
     @property

@@ -77,7 +77,8 @@ def _wanted(owner: str, file: AdapterFile, model: nn.Module) -> list[str]:
     module = _module(owner, model)
     parameters = {} if module is None else module._parameters
     names = [dotted(owner, name) for name, parameter in parameters.items() if parameter is not None]
-    return [name for name in names if any(name == ending or name.endswith(f".{ending}") for ending in file.parameters)]
+    endings = tuple(f".{ending}" for ending in file.config.target_parameters)
+    return [name for name in names if f".{name}".endswith(endings)]
 
 
 def _parameter(stem: str, file: AdapterFile, model: nn.Module) -> str | None:
@@ -102,8 +103,7 @@ def _parameter_problems(file: AdapterFile, model: nn.Module) -> Iterator[tuple[s
 
 
 def _rank_problem(site: SavedSite, name: str, file: AdapterFile, model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    assert file.patterns is not None
-    rank = pattern_value(file.patterns.rank_pattern, name, file.patterns.r)
+    rank = pattern_value(file.config.rank_pattern, name, file.config.r)
     rows = rank * _bank(model.get_parameter(name))
     if site.lora_A.shape[0] != rows:
         yield name, f"lora_A has {site.lora_A.shape[0]} rows", f"{rows} by adapter_config.json, r {rank}"
@@ -114,8 +114,7 @@ def _bank(parameter: Tensor) -> int:
 
 
 def _lora(site: SavedSite, name: str, file: AdapterFile, model: nn.Module) -> LoRAConfig:
-    assert file.patterns is not None
-    alpha = pattern_value(file.patterns.alpha_pattern, name, file.patterns.lora_alpha)
+    alpha = pattern_value(file.config.alpha_pattern, name, file.config.lora_alpha)
     return replace(site.lora, r=site.lora_A.shape[0] // _bank(model.get_parameter(name)), alpha=alpha, bias=False)
 
 

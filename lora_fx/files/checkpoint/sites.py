@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import AdapterMismatchError, MergeError
-from lora_fx.files.adapter.names import CONFIG_FILE
 from lora_fx.files.adapter.read import AdapterFile, SavedSite
 from lora_fx.files.checkpoint import tied
-from lora_fx.files.checkpoint.basefiles import BaseCheckpoint, read_object
-from lora_fx.files.checkpoint.names import Prefix, find_prefix, near_keys
+from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
+from lora_fx.files.checkpoint.names import Prefix, find_prefix, no_such_key
 from lora_fx.files.checkpoint.plan import LowRankTerm, MergePlan, OutTensor, Value, WeightFold, Work
 from lora_fx.files.fingerprint import same_values
 from lora_fx.files.safetensors import RawFile, RawTensor
@@ -33,23 +32,6 @@ _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Those of transformers that store their linears as [in, out]."""
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """An adapter as it was given, with the name that reports call it by."""
-
-    file: AdapterFile
-    label: str
-    fan_in_fan_out: bool
-    """What its configuration says of linears that store [in, out]."""
-    ensures_tying: bool
-
-    @staticmethod
-    def of(file: AdapterFile, label: str) -> Given:
-        """Return the adapter of a file, with the settings that only its configuration holds."""
-        config = read_object(file.folder / CONFIG_FILE)
-        return Given(file, label, bool(config.get("fan_in_fan_out")), bool(config.get("ensure_weight_tying")))
-
-
 @dataclass(slots=True)
 class _Found:
     """What was decided so far, and every problem."""
@@ -60,7 +42,7 @@ class _Found:
     refusals: list[tuple[str, str]] = field(default_factory=list)
 
 
-def plan_merge(base: BaseCheckpoint, adapters: Sequence[Given], out_dtype: torch.dtype | None) -> MergePlan:
+def plan_merge(base: BaseCheckpoint, adapters: Sequence[AdapterFile], out_dtype: torch.dtype | None) -> MergePlan:
     """Return what becomes of every tensor of the checkpoint.
 
     Raises:
@@ -69,14 +51,15 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[Given], out_dtype: torch
     """
     _refuse_quantised(base)
     findings = _Found()
-    for given in adapters:
-        _place(given, base, findings)
+    for adapter in adapters:
+        _place(adapter, base, findings)
     if findings.mismatches:
         raise AdapterMismatchError("the adapter does not fit this checkpoint", findings.mismatches)
     works: dict[str, Work] = {key: _united(key, folds, findings) for key, folds in findings.folds.items()}
     works |= {key: _only(key, values, findings) for key, values in findings.values.items()}
     heads = [key for key in works if tied.is_head(key)]
-    findings.refusals += tied.refusals(base, works, heads, any(adapter.ensures_tying for adapter in adapters))
+    ensured = any(adapter.config.ensure_weight_tying for adapter in adapters)
+    findings.refusals += tied.refusals(base, works, heads, ensured)
     if findings.refusals:
         refused = list(dict.fromkeys(findings.refusals))
         raise MergeError("the adapter cannot be merged into this checkpoint; nothing was written", refused)
@@ -85,11 +68,7 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[Given], out_dtype: torch
 
 
 def _refuse_quantised(base: BaseCheckpoint) -> None:
-    config = base.config or {}
-    nested = [section for section in config.values() if isinstance(section, dict)]
-    method = next(
-        (section["quantization_config"] for section in (config, *nested) if section.get("quantization_config")), None
-    )
+    method = next(filter(None, (section.get("quantization_config") for section in base.sections)), None)
     if method is not None:
         name = method.get("quant_method", "?") if isinstance(method, dict) else method
         raise MergeError(
@@ -102,22 +81,22 @@ def _refuse_quantised(base: BaseCheckpoint) -> None:
 # -- one adapter
 
 
-def _place(given: Given, base: BaseCheckpoint, findings: _Found) -> None:
+def _place(adapter: AdapterFile, base: BaseCheckpoint, findings: _Found) -> None:
     """Find what one adapter changes in the checkpoint."""
-    sites = given.file.sites
+    sites, label = adapter.sites, (str(adapter.folder),)
     names = {site.path: _weight_name(site) for site in sites}
     prefix = find_prefix([name for name in names.values() if not tied.is_head(name)], base)
     placed = [(site, *_locate(names[site.path], _shape(site), prefix, base)) for site in sites]
-    usual = _usual_orientation(given, base, placed)
+    usual = _usual_orientation(adapter, base, placed)
     for site, key, where in placed:
         if isinstance(where, str):
             findings.mismatches.append((key, "adapted", where))
         else:
-            _place_site(given, site, key, where, usual, findings)
+            _place_site(adapter, site, key, where, usual, findings)
         if site.bias is not None:
-            _place_value(f"{site.path}.bias", Value(site.bias, (given.label,)), prefix, base, findings, is_site=True)
-    for name, tensor in given.file.modules.items():
-        _place_value(name, Value(tensor, (given.label,)), prefix, base, findings, is_site=False)
+            _place_value(f"{site.path}.bias", Value(site.bias, label), prefix, base, findings, is_site=True)
+    for name, tensor in adapter.modules.items():
+        _place_value(name, Value(tensor, label), prefix, base, findings, is_site=False)
 
 
 def _weight_name(site: SavedSite) -> str:
@@ -144,13 +123,13 @@ def _locate(name: str, shape: tuple[int, ...], prefix: Prefix, base: BaseCheckpo
     return key, tied.shared_weight(base, shape) if tied.is_head(key) else "has no such key"
 
 
-def _usual_orientation(given: Given, base: BaseCheckpoint, placed: Sequence[_Placed]) -> Orientation | None:
+def _usual_orientation(adapter: AdapterFile, base: BaseCheckpoint, placed: Sequence[_Placed]) -> Orientation | None:
     """Return how square weights of a file of PEFT's are stored, None where the signs contradict each other.
 
     PEFT's switch is one for a whole adapter, and the last linear it met has set it; so the shapes of the others and the
     kind of model must agree with it.
     """
-    signs: set[Orientation] = {"in_out" if given.fan_in_fan_out else "out_in"}
+    signs: set[Orientation] = {"in_out" if adapter.config.fan_in_fan_out else "out_in"}
     for site, key, where in placed:
         ways = () if isinstance(where, str) or tied.is_embedding(key) else _fitting(site, where[1])
         signs |= set(ways) if len(ways) == 1 else set()
@@ -160,7 +139,7 @@ def _usual_orientation(given: Given, base: BaseCheckpoint, placed: Sequence[_Pla
 
 
 def _place_site(
-    given: Given, site: SavedSite, key: str, where: Located, usual: Orientation | None, findings: _Found
+    adapter: AdapterFile, site: SavedSite, key: str, where: Located, usual: Orientation | None, findings: _Found
 ) -> None:
     file, entry = where
     possible = _orientations(site, entry)
@@ -181,11 +160,11 @@ def _place_site(
         findings.refusals.append(
             (key, f"is square {list(entry.shape)}, and the adapter does not tell whether it is [out, in] or [in, out]")
         )
-    elif not same_values(given.file.base.get(site.path), sample(file, entry)):
+    elif not same_values(adapter.base.get(site.path), sample(file, entry)):
         findings.mismatches.append((key, "trained on other values", "is another base, or was changed since"))
     else:
         chosen = possible[0] if len(possible) == 1 or usual is None else usual
-        findings.folds.setdefault(key, []).append(_fold(given, site, file, entry, chosen))
+        findings.folds.setdefault(key, []).append(_fold(adapter, site, file, entry, chosen))
 
 
 def _orientations(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
@@ -220,7 +199,7 @@ def _stored_factors(site: SavedSite, chosen: Orientation) -> tuple[Tensor, Tenso
     return (B, A) if chosen == "out_in" else (A.t(), B.t())
 
 
-def _fold(given: Given, site: SavedSite, file: RawFile, entry: RawTensor, chosen: Orientation) -> WeightFold:
+def _fold(adapter: AdapterFile, site: SavedSite, file: RawFile, entry: RawTensor, chosen: Orientation) -> WeightFold:
     left, right = _stored_factors(site, chosen)
     return WeightFold(
         file=file,
@@ -228,7 +207,7 @@ def _fold(given: Given, site: SavedSite, file: RawFile, entry: RawTensor, chosen
         rows=entry.shape[0],
         columns=math.prod(entry.shape[1:]),
         terms=(LowRankTerm(left, right, site.lora.scaling),),
-        adapters=(given.label,),
+        adapters=(str(adapter.folder),),
         magnitude=None if site.magnitude is None else site.magnitude.flatten(),
         outputs_first=chosen == "out_in",
     )
@@ -241,18 +220,13 @@ def _place_value(
     key = _key(name, prefix, base)
     where = base.find(key)
     if where is None and (is_site or prefix.gained):
-        findings.mismatches.append((key, str(list(value.tensor.shape)), _missing(key, base)))
+        findings.mismatches.append((key, str(list(value.tensor.shape)), no_such_key(key, base)))
     elif where is not None and where[1].shape != tuple(value.tensor.shape):
         findings.mismatches.append((key, str(list(value.tensor.shape)), str(list(where[1].shape))))
     elif where is not None and not _convertible(value.tensor, where[1].dtype):
         findings.refusals.append((key, f"is stored as {where[1].dtype}, the adapter has {value.tensor.dtype}"))
     else:
         findings.values.setdefault(key, []).append(value)
-
-
-def _missing(key: str, base: BaseCheckpoint) -> str:
-    like = near_keys(key, base)
-    return f"has no such key; nearest: {', '.join(like)}" if like else "has no such key"
 
 
 def _convertible(tensor: Tensor, dtype: str) -> bool:

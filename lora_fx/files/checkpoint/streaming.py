@@ -15,18 +15,27 @@ from typing import Any
 import torch
 
 from lora_fx.errors import MergeError
-from lora_fx.files.adapter.read import read_adapters
+from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.atomic import settle
 from lora_fx.files.checkpoint import tied
 from lora_fx.files.checkpoint.basefiles import CONFIG, BaseCheckpoint, read_checkpoint, read_object
 from lora_fx.files.checkpoint.jobs import Job, OpenFiles, Workers, jobs, report_rows
-from lora_fx.files.checkpoint.journal import MergeJournal, inputs_of, open_journal
-from lora_fx.files.checkpoint.outfolder import carry, check_folder, free_bytes, locked, part_of, write_whole
+from lora_fx.files.checkpoint.outfolder import (
+    MergeJournal,
+    carry,
+    check_folder,
+    free_bytes,
+    inputs_of,
+    locked,
+    open_journal,
+    part_of,
+    write_whole,
+)
 from lora_fx.files.checkpoint.plan import MergePlan, OutShard, out_shard
 from lora_fx.files.checkpoint.rawbytes import Syncing
 from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import ROUNDINGS, Noise
-from lora_fx.files.checkpoint.sites import Given, plan_merge
+from lora_fx.files.checkpoint.sites import plan_merge
 from lora_fx.files.checkpoint.tiles import Sums
 
 AnyPath = str | os.PathLike[str]
@@ -74,7 +83,7 @@ def merge_files(
     check_folder(out)
     adapters = _read(adapter_dirs)
     plan = plan_merge(base, adapters, options.dtype)
-    inputs = inputs_of(base, [adapter.file.folder for adapter in adapters], asdict(options))
+    inputs = inputs_of(base, [adapter.folder for adapter in adapters], asdict(options))
     merge = _Merge(plan, out, options, open_journal(out, inputs), progress)
     merge.check_space()
     with _told(out), _one_thread_each() as number:
@@ -89,7 +98,7 @@ def _refuse_overlap(base: Path, out: Path) -> None:
         raise MergeError(f"{out}: is the base itself, in it or around it; nothing was written")
 
 
-def _read(folders: Sequence[AnyPath]) -> list[Given]:
+def _read(folders: Sequence[AnyPath]) -> list[AdapterFile]:
     if not folders:
         raise MergeError("there is no adapter to merge")
     files = [file for folder in folders for file in read_adapters(folder)]
@@ -97,7 +106,7 @@ def _read(folders: Sequence[AnyPath]) -> list[Given]:
     twice = sorted({str(place) for place in places if places.count(place) > 1})
     if twice:
         raise MergeError("an adapter is given twice", [(place, "would be added twice") for place in twice])
-    return [Given.of(file, str(file.folder)) for file in files]
+    return files
 
 
 @contextlib.contextmanager
