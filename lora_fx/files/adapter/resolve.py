@@ -12,7 +12,8 @@ from lora_fx.discovery.weight_uses import WeightUse
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.files.adapter.codec import banked_layout
 from lora_fx.files.adapter.names import is_of_attention, pattern_name, pattern_value, split_stem
-from lora_fx.files.adapter.read import AdapterFile, SavedSite
+from lora_fx.files.adapter.read import AdapterFile
+from lora_fx.files.adapter.site import SavedSite
 from lora_fx.models.layers import kind_of
 from lora_fx.models.tensors import dotted
 from lora_fx.rules.ruleset import LoRAConfig
@@ -31,7 +32,7 @@ def resolved(files: Sequence[AdapterFile], model: nn.Module) -> list[AdapterFile
 
 
 def _site(site: SavedSite, file: AdapterFile, model: nn.Module) -> SavedSite:
-    if site.note is not None:
+    if site.noted:
         return site
     if isinstance(_module(pattern_name(site.path), model), nn.MultiheadAttention) and is_of_attention(site.path):
         # PEFT 0.21 adds the delta of an attention's out_proj twice; what was trained so is read so
@@ -91,7 +92,7 @@ def _parameter(stem: str, file: AdapterFile, model: nn.Module) -> str | None:
 
 def _parameter_problems(file: AdapterFile, model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Yield what would let one parameter's factors pass for another's, or for those of another rank."""
-    given = {site.stem: site for site in file.sites if site.note is None}
+    given = {site.stem: site for site in file.sites if not site.noted}
     for owner in dict.fromkeys(split_stem(stem)[0] for stem in given):
         wanted = _wanted(owner, file, model)
         for position, name in enumerate(wanted):
@@ -125,10 +126,9 @@ def uses_in_files(files: Sequence[AdapterFile], model: nn.Module) -> dict[str, W
 
 
 def _uses(site: SavedSite, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, WeightUse]]:
-    note = site.note
-    if note is not None and (note.parameter or note.read):
-        yield (note.parameter or dotted(note.path, "weight")), WeightUse(note.op, note.layout, 1, note.read)
-    elif note is None and site.path in parameters:
+    if site.parameter or site.read:
+        yield (site.parameter or dotted(site.path, "weight")), WeightUse(site.op, site.layout, 1, site.read)
+    elif not site.noted and site.path in parameters:
         is_bank = parameters[site.path].dim() == 3
         layout = banked_layout(model.get_submodule(site.path.rpartition(".")[0]))
         yield site.path, WeightUse("experts" if is_bank else "matmul", layout, 1, False)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import AdapterMismatchError, MergeError
-from lora_fx.files.adapter.read import AdapterFile, SavedSite
+from lora_fx.files.adapter.read import AdapterFile
+from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.checkpoint import tied
 from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
 from lora_fx.files.checkpoint.names import Prefix, find_prefix, no_such_key
@@ -101,7 +102,7 @@ def _place(adapter: AdapterFile, base: BaseCheckpoint, findings: _Found) -> None
 
 def _weight_name(site: SavedSite) -> str:
     """Return the name of a site's weight; that of a raw parameter is its own."""
-    return f"{site.path}.weight" if site.note is None or not site.note.parameter else site.note.parameter
+    return site.parameter or f"{site.path}.weight"
 
 
 def _shape(site: SavedSite) -> tuple[int, ...]:
@@ -144,7 +145,7 @@ def _place_site(
     file, entry = where
     possible = _orientations(site, entry)
     shape = list(_shape(site))
-    if site.note is not None and site.note.calls:
+    if site.calls:
         findings.refusals.append((key, "has an adapter of its own for each call, which no one weight can hold"))
     elif entry.dtype not in FLOATS:
         findings.refusals.append((key, f"is stored as {entry.dtype}: quantised weights cannot be merged into here"))
@@ -160,7 +161,7 @@ def _place_site(
         findings.refusals.append(
             (key, f"is square {list(entry.shape)}, and the adapter does not tell whether it is [out, in] or [in, out]")
         )
-    elif not same_values(adapter.base.get(site.path), sample(file, entry)):
+    elif not same_values(adapter.header.base.get(site.path), sample(file, entry)):
         findings.mismatches.append((key, "trained on other values", "is another base, or was changed since"))
     else:
         chosen = possible[0] if len(possible) == 1 or usual is None else usual
@@ -173,9 +174,9 @@ def _orientations(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
     The file has the factors of a raw parameter as it is stored.
     """
     ways = _fitting(site, entry)
-    if site.note is None or len(ways) < 2:
+    if not site.noted or len(ways) < 2:
         return ways
-    return ("out_in",) if site.note.parameter else (site.note.layout,)
+    return ("out_in",) if site.parameter else (site.layout,)
 
 
 def _fitting(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
