@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import AdapterFileError, RuleError
+from lora_fx.files.adapter.configuration import is_number, is_share, is_whole
 from lora_fx.files.adapter.names import METADATA_KEY
 from lora_fx.files.adapter.site import NOTED
 from lora_fx.planning.sites import Layout
@@ -144,26 +144,18 @@ def slices_of(written: Mapping[str, Any]) -> Slices:
     return slices
 
 
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _are_slices(value: object) -> bool:
     return value is None or (isinstance(value, dict) and slices_of(value) is not None)
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    "r": lambda value: _is_whole(value, 1),
-    "alpha": _is_number,
-    "dropout": lambda value: _is_number(value) and 0 <= value < 1,
+    "r": is_whole,
+    "alpha": is_number,
+    "dropout": is_share,
     "adapter": is_adapter_name,
-    "call": lambda value: value is None or _is_whole(value, 0),
-    "calls": lambda value: _is_whole(value, 0),
-    "file_ranks": lambda value: _is_whole(value, 1),
+    "call": lambda value: value is None or is_whole(value, least=0),
+    "calls": lambda value: is_whole(value, least=0),
+    "file_ranks": is_whole,
     "op": lambda value: value in (*OPS, "other"),
     "layout": lambda value: value in get_args(Layout),
     "slices": _are_slices,

@@ -21,14 +21,14 @@ from lora_fx.files.adapter.names import (
     WEIGHTS_FILE,
     base_key,
     bias_key,
-    factor_key,
-    factor_names,
+    factor_keys,
+    is_end,
     magnitude_key,
     module_to_save,
+    owner_of,
     pattern_name,
-    pattern_value,
     split_factor_key,
-    split_stem,
+    stems_in,
 )
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.fingerprint import sample_values
@@ -94,7 +94,7 @@ class _AdapterReader:
     header: Header | None
 
     def read(self) -> AdapterFile:
-        paths = sorted({split[0] for key in self.tensors if (split := split_factor_key(key))})
+        paths = stems_in(self.tensors)
         self._check(paths)
         trained = {key: owner for key in self.tensors if (owner := self._owner(key))}
         header = self.header
@@ -140,7 +140,7 @@ class _AdapterReader:
             raise AdapterFileError(self._weights, "is not a usable adapter", facts)
 
     def _site_problems(self, path: str) -> Iterator[tuple[str, str]]:
-        keys = self._factor_keys(path)
+        keys = factor_keys(path, self.tensors)
         missing = [key for key in keys if key not in self.tensors]
         if missing:
             yield missing[0], "is missing"
@@ -150,13 +150,9 @@ class _AdapterReader:
             yield path, f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)} do not multiply"
         elif self.config.use_dora != (magnitude_key(path) in self.tensors):
             yield magnitude_key(path), "is missing" if self.config.use_dora else "is there without use_dora"
-        elif not self._is_parameter(path) and (rank := self._configured_rank(path)) != lora_a.shape[0]:
+        elif not self._is_parameter(path) and (rank := self.config.rank_at(pattern_name(path))) != lora_a.shape[0]:
             yield path, f"has rank {lora_a.shape[0]}, {CONFIG_FILE} says {rank}"
         yield from self._vector_problems(path, lora_b)
-
-    def _factor_keys(self, path: str) -> list[str]:
-        embedding = factor_key(path, "lora_embedding_A") in self.tensors
-        return [factor_key(path, name) for name in factor_names(embedding)]
 
     def _multiply(self, path: str, lora_a: Tensor, lora_b: Tensor) -> bool:
         """Whether two tensors can be the factors of one matrix, or of one convolution."""
@@ -171,9 +167,8 @@ class _AdapterReader:
         """Whether what stands in the keys is a raw parameter, whose rank depends on the model."""
         if stem in self._noted:
             return bool(self._noted[stem].get("parameter"))
-        owner = split_stem(stem)[0]
         owners = [name.rpartition(".")[0] for name in self.config.target_parameters]
-        return any(not ending or f".{owner}".endswith(f".{ending}") for ending in owners)
+        return any(not ending or is_end(ending, owner_of(stem)) for ending in owners)
 
     def _vector_problems(self, path: str, lora_b: Tensor) -> Iterator[tuple[str, str]]:
         for key in (bias_key(path), magnitude_key(path)):
@@ -185,19 +180,16 @@ class _AdapterReader:
     def _lost_targets(self, paths: list[str]) -> list[str]:
         """Return the targets that the configuration lists and no tensor belongs to."""
         targets = self.config.target_modules
-        return [name for name in targets if not any(f".{path}".endswith(f".{name}") for path in paths)]
+        return [name for name in targets if not any(is_end(name, path) for path in paths)]
 
     def _unknown(self, paths: list[str]) -> list[str]:
-        known = {key for path in paths for key in self._factor_keys(path)}
+        known = {key for path in paths for key in factor_keys(path, self.tensors)}
         known |= {key(path) for path in paths for key in (base_key, bias_key, magnitude_key)}
         return [key for key in self.tensors if key not in known and not self._owner(key)]
 
-    def _configured_rank(self, path: str) -> int:
-        return pattern_value(self.config.rank_pattern, pattern_name(path), self.config.r)
-
     def _site(self, stem: str) -> SavedSite:
         known = self._noted.get(stem, {"path": stem, "lora": self._lora_of_config(stem)})
-        first, second = self._factor_keys(stem)
+        first, second = factor_keys(stem, self.tensors)
         site = SavedSite(
             stem=stem,
             lora_A=self.tensors[first],
@@ -214,8 +206,8 @@ class _AdapterReader:
 
     def _lora_of_config(self, path: str) -> LoRAConfig:
         return LoRAConfig(
-            r=self._configured_rank(path),
-            alpha=pattern_value(self.config.alpha_pattern, pattern_name(path), self.config.lora_alpha),
+            r=self.config.rank_at(pattern_name(path)),
+            alpha=self.config.alpha_at(pattern_name(path)),
             dropout=self.config.lora_dropout,
             rslora=self.config.use_rslora,
             dora=self.config.use_dora,

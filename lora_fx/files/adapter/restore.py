@@ -34,17 +34,19 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
     sites = _by_name(inventory)
     problems = [problem for file in files for problem in _mismatches(file, sites, model)]
     if problems:
-        raise AdapterMismatchError("the adapter does not fit this model", problems, _advice(problems))
+        advice = f"{len(problems)} differences; give the model that the adapter was trained on"
+        raise AdapterMismatchError("the adapter does not fit this model", problems, advice)
     _refuse(files, sites, model)
     saved: dict[str, tuple[AdapterFile, SavedSite]] = {}
     for file in files:
         for saved_site in file.sites:
             saved.setdefault(sites[saved_site.path].path, (file, saved_site))
+    parameters, trained = dict(inventory.modules), f"{files[0].folder.name}: modules_to_save"
     return Decisions(
         model=inventory.model,
         source=str(files[0].folder),
         sites=tuple(_planned(site, saved.get(site.path)) for site in inventory.sites),
-        train=tuple(_trained(path, inventory, files[0]) for path in files[0].header.trained),
+        train=tuple(TrainedModule(path, parameters[path], trained) for path in files[0].header.trained),
         total=inventory.total,
         fingerprint=inventory.fingerprint,
         rules=files[0].header.rules,
@@ -59,7 +61,8 @@ def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
             yield saved.path, _factor_text(given), "has no such linear"
             continue
         yield from _other_factors(saved, site, form_of(site, model.get_submodule(site.owner)))
-        yield from _other_calls(saved, site)
+        if saved.calls and site.calls not in (None, saved.calls):
+            yield saved.path, f"an adapter for each of {saved.calls} calls", f"called {site.calls} times"
     yield from _module_mismatches(file, model)
     yield from _other_base(file, sites, model)
 
@@ -94,11 +97,6 @@ def _slices(saved: SavedSite) -> Slices | None:
     return None if saved.slices is None else slices_of(saved.slices)
 
 
-def _other_calls(saved: SavedSite, site: Site) -> Iterator[Mismatch]:
-    if saved.calls and site.calls not in (None, saved.calls):
-        yield saved.path, f"an adapter for each of {saved.calls} calls", f"called {site.calls} times"
-
-
 def _factor_text(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
     """Return `8 → 16` for linears, all sizes of both factors for the rest."""
     first, second = shapes
@@ -127,18 +125,10 @@ def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch
 
 
 def _other_base(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
-    weights = {}
-    for saved in file.sites:
-        site = sites.get(saved.path)
-        weight = None if site is None else get_tensor(model, site.weight)
-        if weight is not None:
-            weights[saved.path] = weight
+    known = {saved.path: sites[saved.path].weight for saved in file.sites if saved.path in sites}
+    weights = {path: weight for path, name in known.items() if (weight := get_tensor(model, name)) is not None}
     for path in different(file.header.base, weights):
         yield sites[path].weight, "trained on other values", "is another base, or was changed since"
-
-
-def _advice(problems: Sequence[Mismatch]) -> str:
-    return f"{len(problems)} differences; give the model that the adapter was trained on"
 
 
 def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site], model: nn.Module) -> None:
@@ -172,10 +162,6 @@ def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None) -> Planned
         site = replace(site, calls=saved_site.calls)
     reason, slices = f"from {file.folder.name}", _slices(saved_site)
     return PlannedSite(site, "adapt", reason, saved_site.rule or None, saved_site.lora, slices, per_call)
-
-
-def _trained(path: str, inventory: Inventory, file: AdapterFile) -> TrainedModule:
-    return TrainedModule(path, dict(inventory.modules)[path], f"{file.folder.name}: modules_to_save")
 
 
 def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
