@@ -4,6 +4,13 @@ A linear's are what they are.  A convolution's have its shape; a grouped one's A
 is the same map with g · r ranks.  A bank of experts is one matrix: A [bank · r, in], B [out, r · bank].  A raw
 parameter has the factors of what is stored, whichever way round it multiplies; of a bank, PEFT takes the matrices as
 stored [out, in] unless their module says `is_transposed`.  Parts of a fused weight become n · r ranks with zeros in B.
+
+For example, a weight [24, 8] of q, k and v (8 rows each), of which q and v are adapted with r 2 and alpha 16:
+
+    lora_A [4, 8]     rows 0-1: A of q, rows 2-3: A of v
+    lora_B [24, 4]    rows 0-7, columns 0-1: B of q; rows 16-23, columns 2-3: B of v; 0 elsewhere, as k is not adapted
+    configuration     r 4, lora_alpha 32: the scaling is 8, as it is of the parts
+    header            r 2, alpha 16, file_ranks 2, slices of [q, k, v], adapt [q, v]
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def merge_files(
 def _refuse_overlap(base: Path, out: Path) -> None:
     """The result must lie apart from the base, which would be changed, or carried over with it."""
     a, b = base.resolve(), out.resolve()
-    if a == b or a in b.parents or b in a.parents:
+    if a.is_relative_to(b) or b.is_relative_to(a):
         raise MergeError(f"{out}: is the base itself, in it or around it; nothing was written")
 
 
@@ -222,10 +222,9 @@ class _Merge:
             self.progress(self.written, self.total, name)
 
     def report(self) -> MergeReport:
-        tensors = tuple(self.journal.tensors())
         return MergeReport(
             folder=str(self.out),
-            tensors=tensors,
+            tensors=tuple(self.journal.tensors()),
             untouched=sum(len(file.tensors) for file in self.base.shards.values()) - len(self.plan.works),
             carried=self.base.carried,
             left_out=self.base.left_out,

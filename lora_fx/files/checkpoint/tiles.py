@@ -167,9 +167,7 @@ def _base_and_delta(fold: WeightFold, tile: Tile, source: OpenTensor, scratch: S
     """Return W and Σ scaling · B A of a tile, flat, float32 or wider."""
     stored = source.read(tile, scratch)
     first, *others = (low_rank_weight(t.right[:, tile.columns], t.left[tile.rows], t.scaling) for t in fold.terms)
-    delta = first
-    for other in others:
-        delta = delta + other
+    delta = sum(others, start=first)
     wide = torch.promote_types(delta.dtype, stored.dtype)
     base = scratch.take("base", stored.numel(), wide).copy_(stored)
     return base, delta.to(wide).view(-1)
@@ -178,12 +176,14 @@ def _base_and_delta(fold: WeightFold, tile: Tile, source: OpenTensor, scratch: S
 def _set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:
     """Give every output of V its length m, in place."""
     assert fold.magnitude is not None
-    if lengths is None:
-        actual = torch.linalg.vector_norm(merged, dim=1)
-    else:
-        actual = lengths[tile.rows if fold.outputs_first else tile.columns].to(merged.dtype)
-    wanted = fold.magnitude[tile.rows if fold.outputs_first else tile.columns].to(merged.dtype)
+    outputs = _outputs(fold, tile)
+    actual = torch.linalg.vector_norm(merged, dim=1) if lengths is None else lengths[outputs].to(merged.dtype)
+    wanted = fold.magnitude[outputs].to(merged.dtype)
     merged.mul_((wanted / actual).unsqueeze(1 if fold.outputs_first else 0))
+
+
+def _outputs(fold: WeightFold, tile: Tile) -> slice:
+    return tile.rows if fold.outputs_first else tile.columns
 
 
 def needs_lengths(fold: WeightFold, tile: Tile) -> bool:
@@ -198,7 +198,7 @@ def lengths_of(fold: WeightFold, source: OpenTensor, scratch: Scratch) -> Tensor
         base, delta = _base_and_delta(fold, tile, source, scratch)
         merged = base.add_(delta).view(tile.shape)
         part = merged.square_().sum(dim=1 if fold.outputs_first else 0, dtype=torch.float64)
-        squares[tile.rows if fold.outputs_first else tile.columns] += part
+        squares[_outputs(fold, tile)] += part
     return squares.sqrt_()
 
 
