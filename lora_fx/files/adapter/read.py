@@ -135,7 +135,7 @@ class _AdapterReader:
         facts += [(key, "is of no kind that lora_fx knows") for key in self._unknown(paths)]
         facts += [(path, "is in the header but not in the file") for path in self._noted if path not in paths]
         facts += [(f"target_modules {name}", "has no tensors in the file") for name in self._lost_targets(paths)]
-        facts += [(key, problem) for key, t in self.tensors.items() if (problem := _value_problem(t))]
+        facts += [(key, "has NaN or infinite values") for key, tensor in self.tensors.items() if not _is_finite(tensor)]
         if facts:
             raise AdapterFileError(self._weights, "is not a usable adapter", facts)
 
@@ -146,22 +146,13 @@ class _AdapterReader:
             yield missing[0], "is missing"
             return
         lora_a, lora_b = (self.tensors[key] for key in keys)
-        if not self._multiply(path, lora_a, lora_b):
+        if not _multiply(lora_a, lora_b):
             yield path, f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)} do not multiply"
         elif self.config.use_dora != (magnitude_key(path) in self.tensors):
             yield magnitude_key(path), "is missing" if self.config.use_dora else "is there without use_dora"
         elif not self._is_parameter(path) and (rank := self.config.rank_at(pattern_name(path))) != lora_a.shape[0]:
             yield path, f"has rank {lora_a.shape[0]}, {CONFIG_FILE} says {rank}"
         yield from self._vector_problems(path, lora_b)
-
-    def _multiply(self, path: str, lora_a: Tensor, lora_b: Tensor) -> bool:
-        """Whether two tensors can be the factors of one matrix, or of one convolution."""
-        if lora_a.dim() != lora_b.dim() or lora_a.dim() not in (2, 3, 4, 5):
-            return False
-        if lora_a.dim() == 2:
-            return lora_a.shape[0] == lora_b.shape[1]
-        ones = all(size == 1 for size in lora_b.shape[2:])
-        return ones and lora_b.shape[1] > 0 and lora_a.shape[0] % lora_b.shape[1] == 0
 
     def _is_parameter(self, stem: str) -> bool:
         """Whether what stands in the keys is a raw parameter, whose rank depends on the model."""
@@ -225,7 +216,15 @@ class _AdapterReader:
             raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE} at {site.stem}", facts)
 
 
-def _value_problem(tensor: Tensor) -> str | None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        return "has NaN or infinite values"
-    return None
+def _multiply(lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether two tensors can be the factors of one matrix, or of one convolution."""
+    if lora_a.dim() != lora_b.dim() or lora_a.dim() not in (2, 3, 4, 5):
+        return False
+    if lora_a.dim() == 2:
+        return lora_a.shape[0] == lora_b.shape[1]
+    ones = all(size == 1 for size in lora_b.shape[2:])
+    return ones and lora_b.shape[1] > 0 and lora_a.shape[0] % lora_b.shape[1] == 0
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

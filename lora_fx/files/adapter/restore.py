@@ -14,7 +14,7 @@ from lora_fx.files.adapter.codec import Form, decode, form_of, has_other_border,
 from lora_fx.files.adapter.header import slices_of
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
-from lora_fx.files.fingerprint import different
+from lora_fx.files.fingerprint import same_values, sample_values
 from lora_fx.models.tensors import get_tensor
 from lora_fx.planning.plan import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule
@@ -127,8 +127,9 @@ def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch
 def _other_base(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
     known = {saved.path: sites[saved.path].weight for saved in file.sites if saved.path in sites}
     weights = {path: weight for path, name in known.items() if (weight := get_tensor(model, name)) is not None}
-    for path in different(file.header.base, weights):
-        yield sites[path].weight, "trained on other values", "is another base, or was changed since"
+    for path, weight in weights.items():
+        if not same_values(file.header.base.get(path), sample_values(weight)):
+            yield known[path], "trained on other values", "is another base, or was changed since"
 
 
 def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site], model: nn.Module) -> None:
