@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from lora_fx.exporters import peft
-from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.running import given_sample, run_client
-from lora_fx.exporters.target import Refusal, Target
-from lora_fx.files.adapter.describe import Described, describe
+from lora_fx.exporters import clients, peft
+from lora_fx.exporters.running import call_with, outputs_of_both, run_client, worst_difference
+from lora_fx.exporters.target import Refusal, Target, expressed, refusals
+from lora_fx.files.adapter.describe import describe
 from lora_fx.files.adapter.names import PREFIX
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
@@ -42,14 +41,10 @@ _CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules",
 
 def refused(tuned: nn.Module) -> Iterator[Refusal]:
     """Yield (path, reason) for what diffusers does not load, or would compute otherwise."""
-    if not _loads_adapters(tuned):
+    if not any("load_lora_adapter" in vars(kind) for kind in type(tuned).__mro__):
         yield "", f"{type(tuned).__name__} is no model of diffusers that loads adapters; target='peft' fits any model"
     yield from refusals(tuned, REFUSED)
     yield from peft.beyond_peft(tuned)
-
-
-def _loads_adapters(tuned: nn.Module) -> bool:
-    return any("load_lora_adapter" in vars(kind) for kind in type(tuned).__mro__)
 
 
 def _component_of(tuned: nn.Module) -> str:
@@ -62,7 +57,8 @@ def write(tuned: nn.Module, path: Path, component: str = "") -> None:
     (described,) = describe(tuned)
     component = component or _component_of(tuned)
     tensors = {f"{component}.{key.removeprefix(PREFIX)}": value for key, value in described.tensors.items()}
-    metadata = {"format": "pt", METADATA: json.dumps(_metadata(described, component), sort_keys=True)}
+    config = {f"{component}.{key}": described.config[key] for key in _CONFIG}
+    metadata = {"format": "pt", METADATA: json.dumps(config, sort_keys=True)}
     write_files({_file_in(path): canonical_safetensors(tensors, metadata)})
 
 
@@ -71,20 +67,11 @@ def _file_in(path: Path) -> Path:
     return path if path.suffix == ".safetensors" else path / WEIGHTS
 
 
-def _metadata(described: Described, component: str) -> dict[str, Any]:
-    return {f"{component}.{key}": described.config[key] for key in _CONFIG}
-
-
 def verify(tuned: nn.Module, path: Path, sample: Sample, component: str = "") -> float:
     """Return max |Δ| of ours against `load_lora_adapter` on the same base, with the adapter on and off."""
-    given = {
-        "base": removed(tuned).eval(),
-        "file": str(_file_in(path)),
-        "component": component or _component_of(tuned),
-        "sample": given_sample(sample),
-    }
-    results = run_client("diffusers", "lora_fx.exporters.clients.diffusers", given)
-    return peft.against_both("diffusers", tuned, sample, results["adapted"], results["base"])
+    base, component = removed(tuned).eval(), component or _component_of(tuned)
+    client = partial(clients.diffusers, base, _file_in(path), component, call_with(sample))
+    return worst_difference("diffusers", outputs_of_both(tuned, sample), run_client("diffusers", client))
 
 
 TARGET = Target(

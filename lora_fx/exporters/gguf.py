@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,14 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import ExportError
-from lora_fx.exporters.features import expressed
+from lora_fx.exporters import clients
 from lora_fx.exporters.plain import PlainAdapter, plain_adapters
 from lora_fx.exporters.program import call_of
-from lora_fx.exporters.running import largest_difference, run_client
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.running import largest_difference, run_client, without_and_with
+from lora_fx.exporters.target import Refusal, Target, expressed
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
 from lora_fx.tuned.build import record_in
-from lora_fx.tuned.undo import disabled
 
 _MERGE = "merge the adapter (target 'merged') and convert that model"
 _MOST_WORDS = 1000
@@ -37,13 +37,15 @@ _MOST_WORDS = 1000
 # -- which tensor of a file is which weight: only what was run in llama.cpp and computed alike is in these tables
 # (it loads an adapter for any tensor, also for one that it never adapts, and for one whose rows lie in another order)
 
-_ATTENTION = {
+_SEPARATE = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
-_MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _FUSED = {
     "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
@@ -74,7 +76,6 @@ class GgufLayout:
         return None if match is None or name is None else f"blk.{match[1]}.{name}.weight"
 
 
-_SEPARATE = {**_ATTENTION, **_MLP}
 LAYOUTS = {
     "LlamaForCausalLM": GgufLayout("llama", _SEPARATE, permuted=True),
     "MistralForCausalLM": GgufLayout("llama", _SEPARATE, permuted=True),
@@ -196,11 +197,9 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, base: str | Path | Non
         )
     prompts = _prompts(tuned, sample)
     words = min(_config(tuned).vocab_size, _MOST_WORDS)
-    given = {"base": str(base), "adapter": str(path), "prompts": prompts, "words": words}
-    results = run_client("gguf", "lora_fx.exporters.clients.gguf", given)
-    with disabled(tuned):
-        before = _log_probabilities(tuned, prompts)
-    return max(_difference(before, results[0]), _difference(_log_probabilities(tuned, prompts), results[1]))
+    theirs = run_client("gguf", partial(clients.gguf, Path(base), path, prompts, words))
+    ours = without_and_with(tuned, lambda: _log_probabilities(tuned, prompts))
+    return max(map(_difference, ours, theirs))
 
 
 def _prompts(tuned: nn.Module, sample: Sample) -> list[list[int]]:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.exporters import peft
-from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.plain import PlainAdapter, plain_adapters
-from lora_fx.exporters.running import largest_difference, outputs_of, run_client
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters import clients, peft
+from lora_fx.exporters.plain import evened
+from lora_fx.exporters.running import outputs_of_both, run_client, worst_difference
+from lora_fx.exporters.target import Refusal, Target, expressed, refusals
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.samples import Sample
-from lora_fx.tuned.undo import disabled, removed
+from lora_fx.tuned.undo import removed
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 MODEL_TYPES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
@@ -70,22 +70,21 @@ def _config(tuned: nn.Module) -> dict[str, Any]:
 
 def write(tuned: nn.Module, path: Path) -> None:
     """Write the directory."""
-    adapters = list(plain_adapters(tuned))
-    rank, scale = max(adapter.rank for adapter in adapters), adapters[0].scaling
+    adapters = evened(tuned)
+    first = adapters[0]
     tensors: dict[str, Tensor] = {}
     for adapter in adapters:
-        tensors |= _named(adapter.with_scaling(scale).with_rank(rank))
-    layers = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": [adapter.path for adapter in adapters]}
-    kind = "lora" if adapters[0].magnitude is None else "dora"
+        tensors[f"{adapter.path}.lora_a"] = adapter.A.mT.contiguous()
+        tensors[f"{adapter.path}.lora_b"] = adapter.B.mT.contiguous()
+        if adapter.magnitude is not None:
+            tensors[f"{adapter.path}.m"] = adapter.magnitude
+    keys = [adapter.path for adapter in adapters]
+    layers = {"rank": first.rank, "scale": first.scaling, "dropout": 0.0, "keys": keys}
+    kind = "lora" if first.magnitude is None else "dora"
     config = {"fine_tune_type": kind, "num_layers": _config(tuned).get("num_hidden_layers"), "lora_parameters": layers}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     weights = canonical_safetensors(dict(sorted(tensors.items())), {"format": "mlx"})
     write_files({path / WEIGHTS: weights, path / CONFIG: text.encode()})
-
-
-def _named(adapter: PlainAdapter) -> dict[str, Tensor]:
-    named = {f"{adapter.path}.lora_a": adapter.A.mT.contiguous(), f"{adapter.path}.lora_b": adapter.B.mT.contiguous()}
-    return named if adapter.magnitude is None else named | {f"{adapter.path}.m": adapter.magnitude}
 
 
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
@@ -94,12 +93,8 @@ def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     alone = Sample((), {"input_ids": ids})
     with tempfile.TemporaryDirectory() as folder:
         removed(tuned).save_pretrained(folder)  # type: ignore[operator]
-        given = {"base": folder, "adapter": str(path), "ids": ids}
-        results = run_client("mlx", "lora_fx.exporters.clients.mlx", given)
-    with disabled(tuned):
-        base = outputs_of(tuned, alone)[0]
-    adapted = outputs_of(tuned, alone)[0]
-    return largest_difference("mlx", [adapted, base], [results["adapted"], results["base"]])
+        theirs = run_client("mlx", partial(clients.mlx, Path(folder), path, ids))
+    return worst_difference("mlx", [outputs[:1] for outputs in outputs_of_both(tuned, alone)], theirs)
 
 
 TARGET = Target(

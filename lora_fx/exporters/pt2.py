@@ -7,6 +7,7 @@ AOTInductor has compiled, with `load_constants(values, check_full_update=False)`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,18 +16,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lora_fx.errors import ExportError
+from lora_fx.exporters import clients
 from lora_fx.exporters.base_graph import BaseGraphParts, base_graph_parts
 from lora_fx.exporters.program import (
     EVERY_FEATURE,
-    as_fact,
     call_of,
+    converting,
     exported,
     nothing_refused,
-    outputs_of_both,
-    quiet,
-    worst_difference,
+    plain_outputs_of_both,
 )
-from lora_fx.exporters.running import run_client
+from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
 from lora_fx.models.samples import Sample
 from lora_fx.models.torch_internals import aot_inductor
@@ -54,7 +54,8 @@ def _write(
     if compile:
         _compile(made, path.with_suffix(COMPILED))
     made.example_inputs = None  # they may be private; the compiler needs them
-    _save(made, path)
+    with converting("pt2", "torch.export cannot save the program"):
+        torch.export.save(made, path)
     _write_values(path.with_suffix(BASE), parts.base)
     for name, values in parts.adapters.items():
         _write_values(path.with_name(f"{name}{VALUES}"), values)
@@ -66,26 +67,11 @@ def _forget_sources(program: ExportedProgram) -> None:
         node.meta.pop("stack_trace", None)
 
 
-def _save(program: ExportedProgram, path: Path) -> None:
-    try:
-        with quiet():
-            torch.export.save(program, path)
-    except Exception as error:
-        raise ExportError("pt2", "torch.export cannot save the program", [as_fact(error)]) from error
-
-
 def _compile(program: ExportedProgram, path: Path) -> None:
     """Write the program as AOTInductor compiles it; needs a C++ compiler."""
-    try:
-        with torch.no_grad(), quiet():
-            aot_inductor().aoti_compile_and_package(program, package_path=str(path), inductor_configs=_KEEP)
-    except Exception as error:
-        raise ExportError(
-            "pt2",
-            "AOTInductor cannot compile the model",
-            [as_fact(error)],
-            "it needs a C++ compiler; leave out compile",
-        ) from error
+    advice = "it needs a C++ compiler; leave out compile"
+    with torch.no_grad(), converting("pt2", "AOTInductor cannot compile the model", advice):
+        aot_inductor().aoti_compile_and_package(program, package_path=str(path), inductor_configs=_KEEP)
 
 
 # -- adapters
@@ -136,17 +122,10 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, program: str | Path | 
     main = Path(program) if alone and program is not None else path
     base = main.with_suffix(BASE)
     adapters = [path] if alone else [file for file in sorted(path.parent.glob(f"*{VALUES}")) if file != base]
-    compiled = main.with_suffix(COMPILED)
-    given = {
-        "programs": [str(file) for file in (main, compiled) if file.exists()],
-        "base": str(base),
-        "adapters": [str(file) for file in adapters],
-        "sample": call_of(tuned, sample),
-    }
-    ours = outputs_of_both(tuned, sample)
-    return max(
-        worst_difference("pt2", ours, theirs) for theirs in run_client("pt2", "lora_fx.exporters.clients.pt2", given)
-    )
+    programs = [file for file in (main, main.with_suffix(COMPILED)) if file.exists()]
+    ours = plain_outputs_of_both(tuned, sample)
+    results = run_client("pt2", partial(clients.pt2, programs, base, adapters, call_of(tuned, sample)))
+    return max(worst_difference("pt2", ours, theirs) for theirs in results)
 
 
 TARGET = Target(
