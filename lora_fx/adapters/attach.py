@@ -106,9 +106,13 @@ class Attached:
         yield self.lora_B.weight
         if self.magnitude is not None:
             yield self.magnitude.weight
-        bias = self.owner._parameters.get("bias") if self.spec.path_is_owner else None
-        if self.spec.lora.bias and bias is not None:
-            yield bias
+        if self.trained_bias is not None:
+            yield self.trained_bias
+
+    @property
+    def trained_bias(self) -> nn.Parameter | None:
+        """The bias of the layer if the rule trains it."""
+        return self.owner._parameters.get("bias") if self.spec.lora.bias and self.spec.path_is_owner else None
 
     def low_rank(self) -> Factored:
         """Return the low-rank part of the weight as it is stored."""
@@ -205,16 +209,11 @@ def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAF
             A = EmbeddingA(values, spec, owner)
         else:
             A = LoRAFactor(values, spec)
-        B = _second(empty(*bank, rows, spec.lora.r), spec)
+        values = empty(*bank, rows, spec.lora.r)
+        B = SlicedB(values, spec.site.features[0], spec.parts) if spec.parts else LoRAFactor(values)
     kind: Kind = "bank" if bank else "embedding" if spec.site.op == "embedding" else "matrix"
     initialise(A.weight, B.weight, spec.lora.init, kind)
     return A, B
-
-
-def _second(values: Tensor, spec: AdapterSpec) -> LoRAFactor:
-    if not spec.parts:
-        return LoRAFactor(values)
-    return SlicedB(values, spec.site.features[0], spec.parts)
 
 
 def attached_to(owner: nn.Module) -> Iterator[Attached]:
@@ -286,6 +285,11 @@ def with_values(tuned: nn.Module) -> nn.Module:
         for holder in filter(None, (adapter.lora_A, adapter.lora_B, adapter.magnitude)):
             keep_loaded(holder)
     return twin
+
+
+def adapted_owners(model: nn.Module) -> list[nn.Module]:
+    """Return every module that owns an adapted weight, in model order."""
+    return list(dict.fromkeys(adapter.owner for _, adapter in all_attached(model)))
 
 
 def owner_path(path: str, adapter: Attached) -> str:

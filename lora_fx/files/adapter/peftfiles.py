@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lora_fx.errors import AdapterMismatchError, LoraFxWarning, RefusedError
 from lora_fx.files.adapter.configuration import Configuration
 from lora_fx.files.adapter.describe import beyond_peft
-from lora_fx.files.adapter.names import is_of_attention, pattern_name, split_stem
-from lora_fx.files.adapter.read import AdapterFile, SavedSite
+from lora_fx.files.adapter.names import is_end, is_of_attention, owner_of, pattern_name
+from lora_fx.files.adapter.read import AdapterFile
+from lora_fx.files.adapter.site import SavedSite
 from lora_fx.models.layers import is_layer
 from lora_fx.models.overrides import accelerate_hooks
 from lora_fx.models.wrappers import without_wrappers
@@ -29,7 +30,7 @@ def as_peft_reads(file: AdapterFile, model: nn.Module) -> AdapterFile:
     Raises:
         AdapterMismatchError: tensors that belong to nothing in the model, factors of experts from before PEFT 0.19.
     """
-    if any(site.note is not None for site in file.sites):
+    if not file.is_foreign:
         return file
     _refuse_old_banks(file, model)
     return _with_loose(replace(file, sites=_acting(file.sites)), model)
@@ -62,7 +63,8 @@ def _with_loose(file: AdapterFile, model: nn.Module) -> AdapterFile:
     owners = tuple(dict.fromkeys(name.rpartition(".")[0] for name in other))
     beside = {name: tensor for name, tensor in own.items() if name.rpartition(".")[0] in owners and name not in other}
     modules = {**{name: tensor.detach() for name, tensor in beside.items()}, **file.modules, **other}
-    return replace(file, modules=modules, trained=tuple(dict.fromkeys((*file.trained, *owners))))
+    trained = tuple(dict.fromkeys((*file.header.trained, *owners)))
+    return replace(file, modules=modules, header=replace(file.header, trained=trained))
 
 
 def _differs(own: Tensor, value: Tensor) -> bool:
@@ -71,14 +73,14 @@ def _differs(own: Tensor, value: Tensor) -> bool:
 
 def _refuse_old_banks(file: AdapterFile, model: nn.Module) -> None:
     """Factors of experts from before PEFT 0.19 lie the other way round: square ones would load, and be wrong."""
-    config = file.patterns
-    if config is None or not file.parameters or _version(config) >= _OTHER_BANKS:
+    config = file.config
+    if not config.target_parameters or _version(config) >= _OTHER_BANKS:
         return
-    owners = {split_stem(site.stem)[0] for site in file.sites}
+    owners = {owner_of(site.stem) for site in file.sites}
     banks = [
         (name, str(list(parameter.shape)), f"factors of PEFT {config.peft_version or 'of a version that is not noted'}")
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.dim() == 3 and name.endswith(file.parameters) and name.rpartition(".")[0] in owners
+        if parameter.dim() == 3 and name.endswith(config.target_parameters) and name.rpartition(".")[0] in owners
     ]
     if banks:
         raise AdapterMismatchError(
@@ -95,14 +97,14 @@ def _version(config: Configuration) -> tuple[int, ...]:
 
 def warn_of_missing(file: AdapterFile, model: nn.Module) -> None:
     """Name the modules that the configuration claims and the file has no factors for, as PEFT does: they stay as is."""
-    config = file.patterns
-    if config is None or any(site.note is not None for site in file.sites):
+    config = file.config
+    if not file.is_foreign:
         return
     there = {pattern_name(site.stem) for site in file.sites} | {site.path for site in file.sites}
     paths = [without_wrappers(path) for path, module in model.named_modules() if is_layer(module)]
     claimed = [path for path in paths if _ends(path, config.target_modules) and not _is_left_out(path, config)]
-    missing = [path for path in claimed if path not in there and not path.startswith(tuple(file.trained))]
-    lacking = [name for name in config.target_modules if not any(_ends(path, (name,)) for path in paths)]
+    missing = [path for path in claimed if path not in there and not path.startswith(file.header.trained)]
+    lacking = [name for name in config.target_modules if not any(is_end(name, path) for path in paths)]
     if missing:
         warnings.warn(
             f"{file.folder}: the configuration claims {listing(missing)}, and the file has no factors for them: "
@@ -110,12 +112,12 @@ def warn_of_missing(file: AdapterFile, model: nn.Module) -> None:
             LoraFxWarning,
             stacklevel=4,
         )
-    if lacking and not file.parameters:
+    if lacking and not config.target_parameters:
         warnings.warn(f"target_modules names {listing(lacking)}, which the model lacks", LoraFxWarning, stacklevel=4)
 
 
 def _ends(path: str, names: Sequence[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    return any(is_end(name, path) for name in names)
 
 
 def _is_left_out(path: str, config: Configuration) -> bool:
@@ -134,7 +136,7 @@ def refuse_beyond_peft(twin: nn.Module, files: Sequence[AdapterFile]) -> None:
     Raises:
         RefusedError: naming every site, and why.
     """
-    foreign = {site.path: site for file in files for site in file.sites if site.note is None and _is_plain(site)}
+    foreign = {site.path: site for file in files for site in file.sites if not site.noted and _is_plain(site)}
     beyond = [(path, reason) for path, reason in (*beyond_peft(twin), *_hooked(twin)) if path in foreign]
     if beyond:
         raise RefusedError("PEFT adapts these in another way than their weight shows", list(dict.fromkeys(beyond)))

@@ -32,15 +32,28 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     folder = Path(directory)
     _refuse_partitioned(tuned, folder)
-    described = describe_with_values(tuned, folder)
+    is_on_meta = any(p.is_meta for name, p in tuned.named_parameters() if ".lora_" in name)
+    described = [] if is_on_meta else describe(tuned)
+    if not described:
+        raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save")
     _warn_of_moved_buffers(tuned)
     files: dict[Path, bytes] = {}
     for adapter in reversed(described):  # the first, which names the others, comes last
-        files |= _files_of(adapter, folder if adapter is described[0] else folder / adapter.name)
+        files |= files_of(adapter, folder if adapter is described[0] else folder / adapter.name)
     try:
         write_files(files)
     except OSError as error:
         raise AdapterFileError(str(folder), f"cannot be written: {error.strerror or error}") from error
+
+
+def _refuse_partitioned(tuned: nn.Module, folder: Path) -> None:
+    """ZeRO-3 leaves each process an empty tensor where a parameter was: the file would hold nothing."""
+    empty = [(path, "[0]") for path, adapter in all_attached(tuned) for p in adapter.parameters() if p.numel() == 0]
+    if empty:
+        advice = "gather them (deepspeed.zero.GatheredParameters), or save_pretrained with a gathered state_dict"
+        raise AdapterFileError(
+            str(folder), "the adapter is partitioned, and this process does not hold it", empty, advice
+        )
 
 
 def _warn_of_moved_buffers(tuned: nn.Module) -> None:
@@ -58,28 +71,8 @@ def _warn_of_moved_buffers(tuned: nn.Module) -> None:
         )
 
 
-def describe_with_values(tuned: nn.Module, folder: Path) -> list[Described]:
-    described = describe(tuned) if not _on_meta(tuned) else []
-    if not described:
-        raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save")
-    return described
-
-
-def _refuse_partitioned(tuned: nn.Module, folder: Path) -> None:
-    """ZeRO-3 leaves each process an empty tensor where a parameter was: the file would hold nothing."""
-    empty = [(path, "[0]") for path, adapter in all_attached(tuned) for p in adapter.parameters() if p.numel() == 0]
-    if empty:
-        advice = "gather them (deepspeed.zero.GatheredParameters), or save_pretrained with a gathered state_dict"
-        raise AdapterFileError(
-            str(folder), "the adapter is partitioned, and this process does not hold it", empty, advice
-        )
-
-
-def _on_meta(tuned: nn.Module) -> bool:
-    return any(p.is_meta for name, p in tuned.named_parameters() if ".lora_" in name)
-
-
-def _files_of(described: Described, folder: Path) -> dict[Path, bytes]:
+def files_of(described: Described, folder: Path) -> dict[Path, bytes]:
+    """Return the contents of an adapter's files, by path; the configuration, without which it is none, comes last."""
     config = json.dumps(described.config, indent=2, sort_keys=True) + "\n"
     return {
         folder / WEIGHTS_FILE: canonical_safetensors(described.tensors, described.metadata),
