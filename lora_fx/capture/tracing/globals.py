@@ -17,15 +17,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx.capture.calls.arguments import CONSTANTS, is_constant
+from lora_fx.capture.calls.objects import Undo, reachable
 from lora_fx.capture.reads.codes import Named, asks_for_class, codes_inside, named_by
-from lora_fx.capture.reads.frozen import Flat, Freezer, Frozen, Parts, Unfreezable
+from lora_fx.capture.reads.frozen import UNCHANGING, Freezer, Frozen, Unfreezable
 from lora_fx.capture.reads.functions import CACHED, Functions, cells_of
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
 from lora_fx.capture.reads.sources import ValueSource
-from lora_fx.capture.tracing.changes import Undo
 from lora_fx.capture.tracing.copies import plain_class
 
 _LOOKUPS = ("get", "getenv", "__getitem__", "__contains__", "__iter__")
@@ -198,7 +198,8 @@ class Globals:
             self.readings[source] = self._freezer.freeze(value)
         except Unfreezable as error:
             raise Unfreezable(f"the forward reads {source.name}, {error}") from None
-        self._kept[source] = (value, Undo(value if isinstance(self.readings[source], (Flat, Parts)) else None))
+        inside = reachable(value, (Tensor, nn.Module, *UNCHANGING))
+        self._kept[source] = (value, Undo(part for part in inside if isinstance(part, (list, dict, set))))
         if isinstance(value, CACHED):
             self._caches[value] = value.cache_info().currsize
 

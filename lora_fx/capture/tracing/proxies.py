@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lora_fx.capture.calls.arguments import is_constant
-from lora_fx.capture.calls.objects import IDENTITIES, is_plain_object
+from lora_fx.capture.calls.objects import IDENTITIES, Undo, is_plain_object
 from lora_fx.capture.calls.reasons import Untraceable
 
 _STATE = "_lora_fx_proxy"
@@ -116,34 +116,12 @@ class Proxies:
 
     def mark(self) -> Callable[[], None]:
         """Return a function that takes back everything written to proxies since."""
-        before = [(proxy, *_contents(proxy)) for _, proxy in self._made.values()]
-
-        def take_back() -> None:
-            for proxy, contents, raw in before:
-                _refill(proxy, contents, raw)
-
-        return take_back
-
-
-def _contents(proxy: Any) -> tuple[Any, set[object]]:
-    inside = list(list.__iter__(proxy)) if isinstance(proxy, ProxyList) else None
-    if isinstance(proxy, ProxyDict):
-        inside = dict(dict.items(proxy))  # type: ignore[assignment]
-    if inside is None:
-        inside = dict(proxy.__dict__)  # type: ignore[assignment]
-    return inside, set(_state(proxy).raw)
-
-
-def _refill(proxy: Any, contents: Any, raw: set[object]) -> None:
-    if isinstance(proxy, ProxyList):
-        list.__setitem__(proxy, slice(None), contents)
-    elif isinstance(proxy, ProxyDict):
-        dict.clear(proxy)
-        dict.update(proxy, contents)
-    else:
-        proxy.__dict__.clear()
-        proxy.__dict__.update(contents)
-    _state(proxy).raw = set(raw)
+        containers = [
+            part
+            for _, proxy in self._made.values()
+            for part in (vars(proxy) if isinstance(proxy, ProxyObject) else proxy, _state(proxy).raw)
+        ]
+        return Undo(containers)
 
 
 def _state(proxy: Any) -> _State:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.capture.calls.arguments import CONSTANTS
+from lora_fx.capture.calls.objects import Undo
 from lora_fx.capture.calls.reasons import Untraceable
 from lora_fx.capture.tracing.proxies import is_proxy
 from lora_fx.models.torch_internals import (
@@ -185,16 +186,13 @@ class GraphWriter:
     def mark(self) -> Callable[[], None]:
         """Return a function that takes back everything written since."""
         nodes = set(self.graph.nodes)
-        tables: tuple[dict[Any, fx.Node], ...] = (self.made_by, self.attributes, self.sizes)
-        before = [dict(table) for table in tables]
+        tables = Undo((self.made_by, self.attributes, self.sizes))
 
         def take_back() -> None:
             for node in reversed(list(self.graph.nodes)):
                 if node not in nodes and node.op != "placeholder":
                     self.graph.erase_node(node)
-            for table, old in zip(tables, before, strict=True):
-                table.clear()
-                table.update(old)
+            tables()
 
         return take_back
 
