@@ -26,6 +26,28 @@ def is_plain_object(value: object) -> bool:
     return not is_constant(value) and isinstance(getattr(value, "__dict__", None), dict)
 
 
+class StandIn:
+    """Base of the mixins of objects that report what happens to them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the class's own hook from hearing of a subclass that is not its own."""
+
+
+_SUBCLASSES: dict[tuple[type, type], type] = {}
+
+
+def subclass_of(kind: type, mixin: type[StandIn]) -> type:
+    """Return the subclass of `kind` with the behaviour of `mixin`, the same at every call.
+
+    Raises:
+        TypeError: the class allows none.
+    """
+    if (kind, mixin) not in _SUBCLASSES:
+        body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        _SUBCLASSES[kind, mixin] = type(kind)(kind.__name__, (mixin, kind), body)
+    return _SUBCLASSES[kind, mixin]
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield every tensor that can be reached from the value through attributes, lists, tuples and dicts."""
     return (part for part in reachable(value) if isinstance(part, Tensor))

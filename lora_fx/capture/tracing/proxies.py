@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lora_fx.capture.calls.arguments import is_constant
-from lora_fx.capture.calls.objects import IDENTITIES, Undo, is_plain_object
+from lora_fx.capture.calls.objects import IDENTITIES, StandIn, Undo, is_plain_object, subclass_of
 from lora_fx.capture.calls.reasons import Untraceable
 
 _STATE = "_lora_fx_proxy"
@@ -106,7 +106,11 @@ class Proxies:
             proxy, raw = ProxyDict(value), set(value)
             self.host.required(f"type({access}) is dict", f"{access} is no dict")
         elif is_plain_object(value):
-            proxy, raw = _empty(type(value), access), set(vars(value))
+            try:
+                proxy = object.__new__(subclass_of(type(value), ProxyObject))
+            except TypeError as error:
+                raise Untraceable(f"{access} is of type {type(value).__name__}") from error
+            raw = set(vars(value))
             proxy.__dict__.update(vars(value))
             self.host.constant_read(f"type({access})", type(value))
         else:
@@ -142,8 +146,7 @@ def access_of(proxy: Any) -> str:
 def settle(value: Any) -> None:
     """Resolve everything in a list or dict proxy: C code would see its raw contents."""
     if isinstance(value, ProxyList):
-        for _ in value:
-            pass
+        list(iter(value))
     elif isinstance(value, ProxyDict):
         value.values()
     elif isinstance(value, (tuple, list)):
@@ -151,11 +154,8 @@ def settle(value: Any) -> None:
             settle(item)
 
 
-class ProxyObject:
+class ProxyObject(StandIn):
     """Mixin of the class of an object's proxy."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep the class's own hook from hearing of a subclass that is not its own."""
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -184,18 +184,6 @@ class ProxyObject:
 
     def __delattr__(self, name: str) -> None:
         raise Untraceable(f"the forward deletes {access_of(self)}.{name}")
-
-
-_CLASSES: dict[type, type] = {}
-
-
-def _empty(kind: type, access: str) -> Any:
-    try:
-        if kind not in _CLASSES:
-            _CLASSES[kind] = type(kind)(kind.__name__, (ProxyObject, kind), {"__module__": kind.__module__})
-        return object.__new__(_CLASSES[kind])
-    except TypeError as error:
-        raise Untraceable(f"{access} is of type {kind.__name__}") from error
 
 
 def _refused(name: str) -> Callable[..., Any]:
