@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_fx.capture.calls.arguments import Leaf, is_constant
 from lora_fx.capture.captured import Captured
 from lora_fx.capture.reads.dependencies import AttributePath
-from lora_fx.capture.reads.frozen import Freezer, Frozen, Inside, OfType, conditions
+from lora_fx.capture.reads.frozen import Freezer, Frozen, Inside, OfType
 from lora_fx.capture.tracing.inputs import NumberInput, TensorInput, size_name
 from lora_fx.models.torch_internals import global_hook_tables, shape_guard_names
 
@@ -146,7 +146,7 @@ class _GuardWriter:
         return name
 
     def _frozen(self, frozen: Frozen, access: str, name: str) -> None:
-        self._check(conditions(frozen, access, self._name), f"value of {name}")
+        self._check(" and ".join(frozen.conditions(access, self._name)), f"value of {name}")
 
     def _parameters(self, proven: bool) -> None:
         for place, name in zip(self.captured.parameters, self.parameters.values(), strict=True):

@@ -27,7 +27,7 @@ def changed_registration(module: nn.Module, before: Tables, paths: Iterable[str]
         for table, old in zip(_TABLES, before[path], strict=True):
             new = vars(child)[table]
             for name in old.keys() | new.keys():
-                if name not in old or name not in new or old[name] is not new[name]:
+                if old.get(name, ...) is not new.get(name, ...):
                     return f"{path}.{name}".lstrip(".")
     return None
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_fx.capture.calls.arguments import CONSTANTS, is_constant
 from lora_fx.capture.calls.objects import Undo, reachable
-from lora_fx.capture.reads.codes import Named, asks_for_class, codes_inside, named_by
+from lora_fx.capture.reads.codes import Named, codes_inside, named_by
 from lora_fx.capture.reads.frozen import UNCHANGING, Freezer, Frozen, Unfreezable
 from lora_fx.capture.reads.functions import CACHED, Functions, cells_of
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
@@ -34,6 +34,8 @@ _OWN = (("attribute", "__dict__"),)
 _CONTENTS = (("attribute", "cell_contents"),)
 _GUARDED_IN_LIBRARIES = (*CONSTANTS, list, dict, set, types.FunctionType, type)
 _IS_GRAD_ENABLED = torch.is_grad_enabled
+_CLASS = frozenset({"type", "__class__"})
+"""How code gets at the class of an object, whose attributes it can reach by that."""
 _DATES = ("now", "today", "utcnow")
 _QUESTIONS = ("is_", "are_", "get_")
 _ASKED_BY_NAME = frozenset({torch.get_default_dtype, torch.get_num_threads, torch.get_num_interop_threads})
@@ -118,7 +120,7 @@ class Globals:
         try:
             for named in named_by(code):
                 self._name(named, frame)
-            if asks_for_class(code):
+            if not _CLASS.isdisjoint(code.co_names):
                 self._class_of(frame)
             if code not in self._inside:
                 self._function(frame)

@@ -265,15 +265,18 @@ class Tracer(Listener, FunctionMode):
         kind = kind_of_query(func, _name(func))
         if args and isinstance(args[0], torch.Tensor) and not self.writer.is_known(args[0]):
             raise Untraceable("the forward looks at a tensor from outside of the module")
-        if kind is TensorQuery.GUARDED and args and id(args[0]) in self.writer.owned:
-            self.dependencies.owned.add(self.writer.owned[id(args[0])])
-        if kind is TensorQuery.REQUIRES_GRAD and id(args[0]) in self.writer.inputs:
+        asked = id(args[0]) if args else 0
+        own = self.writer.owned.get(asked)
+        if kind is TensorQuery.GUARDED:
+            if own is not None:
+                self.dependencies.owned.add(own)
+        elif kind is TensorQuery.REQUIRES_GRAD and asked in self.writer.inputs:
             self.dependencies.asks_requires_grad = True
-        elif kind is TensorQuery.REQUIRES_GRAD and id(args[0]) in self.writer.owned:
-            self.dependencies.flags[self.writer.owned[id(args[0])]] = result
+        elif kind is TensorQuery.REQUIRES_GRAD and own is not None:
+            self.dependencies.flags[own] = result
         elif kind is TensorQuery.LAYOUT:
             self.dependencies.asks_layout = True
-        elif kind is not TensorQuery.GUARDED:
+        else:
             raise Untraceable(f"the forward asks a tensor for {_name_of_reading(func)}")
 
     def _autocast(self, func: Any, args: tuple[Any, ...]) -> None:
