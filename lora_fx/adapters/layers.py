@@ -34,7 +34,7 @@ from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
 from lora_fx.errors import RefusedError
 from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap
 from lora_fx.models.tensors import dotted
-from lora_fx.models.torch_internals import in_backward, in_functorch
+from lora_fx.models.torch_internals import in_backward, transformation
 
 
 class AdaptedLayer(Swapped, nn.Module):
@@ -152,7 +152,7 @@ def shown(adapter: Attached, base: Tensor) -> Tensor:
     """Return the adapted weight as it is read: a LoRAWeight, or a plain tensor for those who need one."""
     owner = adapter.owner
     fused = owner.__dict__[STATE].dense and not owner.training and not torch.is_grad_enabled()
-    wrapped = torch.compiler.is_compiling() or in_functorch()
+    wrapped = torch.compiler.is_compiling() or transformation() is not None
     if adapter.magnitude is not None or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
         return effective_weight(adapter, base)
     dropout = adapter.dropout if adapter.dropout is not None and adapter.dropout.training else None

@@ -14,14 +14,13 @@ from torch import nn
 
 from lora_fx.errors import ExportError
 from lora_fx.exporters.registry import BUILT_IN, GROUP, names, target_named, targets
-from lora_fx.exporters.running import largest_difference, outputs_of
+from lora_fx.exporters.running import largest_difference, outputs_of_both
 from lora_fx.exporters.target import FEATURES, Ability, Refusal, Target
 from lora_fx.files.atomic import files_in, staged
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
 from lora_fx.text import listing
 from lora_fx.tuned.build import record_in
-from lora_fx.tuned.undo import disabled
 
 __all__ = ["BUILT_IN", "FEATURES", "GROUP", "Ability", "Exported", "Refusal", "Target"]
 __all__ += ["export", "names", "target_named", "targets"]
@@ -131,9 +130,7 @@ def _verified(
     chosen: Target, tuned: nn.Module, stage: Path, path: Path, sample: Sample, options: dict[str, Any]
 ) -> Exported:
     assert chosen.verify is not None
-    adapted = outputs_of(tuned, sample)
-    with disabled(tuned):
-        base = outputs_of(tuned, sample)
+    base, adapted = outputs_of_both(tuned, sample)
     effect = largest_difference(chosen.name, adapted, base)
     tolerance = _tolerance(chosen, tuned, [*adapted, *base])
     difference = chosen.verify(tuned, stage, sample, **options)

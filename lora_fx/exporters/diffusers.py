@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lora_fx.exporters import peft
+from lora_fx.exporters import clients, peft
 from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.running import given_sample, run_client
+from lora_fx.exporters.running import call_with, outputs_of_both, run_client, worst_difference
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.files.adapter.describe import Described, describe
 from lora_fx.files.adapter.names import PREFIX
@@ -77,14 +78,9 @@ def _metadata(described: Described, component: str) -> dict[str, Any]:
 
 def verify(tuned: nn.Module, path: Path, sample: Sample, component: str = "") -> float:
     """Return max |Δ| of ours against `load_lora_adapter` on the same base, with the adapter on and off."""
-    given = {
-        "base": removed(tuned).eval(),
-        "file": str(_file_in(path)),
-        "component": component or _component_of(tuned),
-        "sample": given_sample(sample),
-    }
-    results = run_client("diffusers", "lora_fx.exporters.clients.diffusers", given)
-    return peft.against_both("diffusers", tuned, sample, results["adapted"], results["base"])
+    base, component = removed(tuned).eval(), component or _component_of(tuned)
+    client = partial(clients.diffusers, base, _file_in(path), component, call_with(sample))
+    return worst_difference("diffusers", outputs_of_both(tuned, sample), run_client("diffusers", client))
 
 
 TARGET = Target(

@@ -6,6 +6,7 @@ A program of ExecuTorch plans its memory beforehand: it takes inputs of the exam
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ExportError
+from lora_fx.exporters import clients
 from lora_fx.exporters.base_graph import base_graph_parts
 from lora_fx.exporters.program import (
     EVERY_FEATURE,
@@ -20,11 +22,10 @@ from lora_fx.exporters.program import (
     exported,
     input_tensors,
     nothing_refused,
-    outputs_of_both,
+    plain_outputs_of_both,
     quiet,
-    worst_difference,
 )
-from lora_fx.exporters.running import run_client
+from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
 from lora_fx.models.samples import Sample
 from lora_fx.tuned.undo import removed
@@ -43,9 +44,8 @@ def _write(tuned: nn.Module, path: Path, sample: Sample) -> None:
 
 
 def _verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
-    given = {"program": str(path), "inputs": list(input_tensors(tuned, sample).values())}
-    adapted, base = run_client("executorch", "lora_fx.exporters.clients.executorch", given)
-    return worst_difference("executorch", outputs_of_both(tuned, sample), (base, adapted))
+    client = partial(clients.executorch, path, list(input_tensors(tuned, sample).values()))
+    return worst_difference("executorch", plain_outputs_of_both(tuned, sample), run_client("executorch", client))
 
 
 TARGET = Target(

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,15 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import ExportError
+from lora_fx.exporters import clients
 from lora_fx.exporters.features import expressed
 from lora_fx.exporters.plain import PlainAdapter, plain_adapters
 from lora_fx.exporters.program import call_of
-from lora_fx.exporters.running import largest_difference, run_client
+from lora_fx.exporters.running import largest_difference, run_client, without_and_with
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
 from lora_fx.tuned.build import record_in
-from lora_fx.tuned.undo import disabled
 
 _MERGE = "merge the adapter (target 'merged') and convert that model"
 _MOST_WORDS = 1000
@@ -196,11 +197,9 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, base: str | Path | Non
         )
     prompts = _prompts(tuned, sample)
     words = min(_config(tuned).vocab_size, _MOST_WORDS)
-    given = {"base": str(base), "adapter": str(path), "prompts": prompts, "words": words}
-    results = run_client("gguf", "lora_fx.exporters.clients.gguf", given)
-    with disabled(tuned):
-        before = _log_probabilities(tuned, prompts)
-    return max(_difference(before, results[0]), _difference(_log_probabilities(tuned, prompts), results[1]))
+    theirs = run_client("gguf", partial(clients.gguf, Path(base), path, prompts, words))
+    ours = without_and_with(tuned, lambda: _log_probabilities(tuned, prompts))
+    return max(map(_difference, ours, theirs))
 
 
 def _prompts(tuned: nn.Module, sample: Sample) -> list[list[int]]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.exporters import peft
+from lora_fx.exporters import clients, peft
 from lora_fx.exporters.features import expressed, refusals
 from lora_fx.exporters.plain import plain_adapters
-from lora_fx.exporters.running import given_sample, run_client
+from lora_fx.exporters.running import call_with, outputs_of_both, run_client, worst_difference
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
@@ -70,10 +71,12 @@ def write(tuned: nn.Module, path: Path, prefix: str = PREFIX) -> None:
 
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against diffusers for a UNet, against LyCORIS for other models, adapter on and off."""
-    reader = "diffusers" if "UNet2DCondition" in original_class(tuned).__name__ else "lycoris"
-    given = {"base": removed(tuned).eval(), "file": str(path), "sample": given_sample(sample), "reader": reader}
-    results = run_client("kohya", "lora_fx.exporters.clients.kohya", given)
-    return peft.against_both("kohya", tuned, sample, results["adapted"], results["base"])
+    base, call = removed(tuned).eval(), call_with(sample)
+    if "UNet2DCondition" in original_class(tuned).__name__:
+        client = partial(clients.diffusers, base, path, "unet", call)
+    else:
+        client = partial(clients.lycoris, base, path, call)
+    return worst_difference("kohya", outputs_of_both(tuned, sample), run_client("kohya", client))
 
 
 TARGET = Target(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import MergeError
+from lora_fx.exporters import clients
 from lora_fx.exporters.features import expressed
-from lora_fx.exporters.running import given_sample, largest_difference, outputs_of, run_client
+from lora_fx.exporters.running import call_with, largest_difference, outputs_of, run_client
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
@@ -47,7 +49,7 @@ def _plain(tuned: nn.Module) -> nn.Module:
 def write(tuned: nn.Module, path: Path) -> None:
     """Write the directory, or one file where the path ends in `.safetensors`."""
     model = _plain(tuned)
-    if _saves_itself(model) and path.suffix != ".safetensors":
+    if _saves_itself(model, path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of generation settings that the base has too
             model.save_pretrained(path)  # type: ignore[operator]
@@ -55,8 +57,9 @@ def write(tuned: nn.Module, path: Path) -> None:
         write_files({_file_in(path): canonical_safetensors(_tensors(model), {"format": "pt"})})
 
 
-def _saves_itself(model: nn.Module) -> bool:
-    return callable(getattr(model, "save_pretrained", None)) and callable(getattr(model, "from_pretrained", None))
+def _saves_itself(model: nn.Module, path: Path) -> bool:
+    methods = ("save_pretrained", "from_pretrained")
+    return path.suffix != ".safetensors" and all(callable(getattr(model, name, None)) for name in methods)
 
 
 def _file_in(path: Path) -> Path:
@@ -71,15 +74,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against `from_pretrained`, or against the plain model with the file in it."""
-    model = _plain(tuned).eval()
-    given: dict[str, Any] = {"sample": given_sample(sample), "path": str(path)}
-    if _saves_itself(model) and path.suffix != ".safetensors":
-        given["kind"] = original_class(model)
+    model, call = _plain(tuned).eval(), call_with(sample)
+    if _saves_itself(model, path):
+        client = partial(clients.from_pretrained, original_class(model), path, call)
     else:
-        given |= {"model": _emptied(model), "path": str(_file_in(path))}
-    return largest_difference(
-        "merged", outputs_of(tuned, sample), run_client("merged", "lora_fx.exporters.clients.merged", given)
-    )
+        client = partial(clients.plain, _emptied(model), _file_in(path), call)
+    return largest_difference("merged", outputs_of(tuned, sample), run_client("merged", client))
 
 
 def _emptied(model: nn.Module) -> nn.Module:

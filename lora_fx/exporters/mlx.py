@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.exporters import peft
+from lora_fx.exporters import clients, peft
 from lora_fx.exporters.features import expressed, refusals
 from lora_fx.exporters.plain import PlainAdapter, plain_adapters
-from lora_fx.exporters.running import largest_difference, outputs_of, run_client
+from lora_fx.exporters.running import outputs_of_both, run_client, worst_difference
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.samples import Sample
-from lora_fx.tuned.undo import disabled, removed
+from lora_fx.tuned.undo import removed
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 MODEL_TYPES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
@@ -94,12 +95,8 @@ def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     alone = Sample((), {"input_ids": ids})
     with tempfile.TemporaryDirectory() as folder:
         removed(tuned).save_pretrained(folder)  # type: ignore[operator]
-        given = {"base": folder, "adapter": str(path), "ids": ids}
-        results = run_client("mlx", "lora_fx.exporters.clients.mlx", given)
-    with disabled(tuned):
-        base = outputs_of(tuned, alone)[0]
-    adapted = outputs_of(tuned, alone)[0]
-    return largest_difference("mlx", [adapted, base], [results["adapted"], results["base"]])
+        theirs = run_client("mlx", partial(clients.mlx, Path(folder), path, ids))
+    return worst_difference("mlx", [outputs[:1] for outputs in outputs_of_both(tuned, alone)], theirs)
 
 
 TARGET = Target(

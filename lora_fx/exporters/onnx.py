@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
+from lora_fx.exporters import clients
 from lora_fx.exporters.base_graph import NAME, BaseGraphParts, base_graph_parts
 from lora_fx.exporters.program import (
     EVERY_FEATURE,
@@ -26,11 +28,10 @@ from lora_fx.exporters.program import (
     input_tensors,
     nothing_refused,
     output_names,
-    outputs_of_both,
+    plain_outputs_of_both,
     quiet,
-    worst_difference,
 )
-from lora_fx.exporters.running import run_client
+from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
 from lora_fx.files.fingerprint import same_values
 from lora_fx.models.samples import Sample
@@ -239,13 +240,9 @@ def _misfit(note: dict[str, Any], name: str, value: Tensor) -> str | None:
 def _verify(tuned: nn.Module, path: Path, sample: Sample, graph: str | Path | None = None) -> float:
     alone = path.suffix == ADAPTER_SUFFIX
     files = [path] if alone else sorted(path.parent.glob(f"*{ADAPTER_SUFFIX}"))
-    given = {
-        "graph": str(graph if alone else path),
-        "adapters": [str(file) for file in files],
-        "inputs": input_tensors(tuned, sample),
-    }
-    theirs = run_client("onnx", "lora_fx.exporters.clients.onnx", given)
-    return worst_difference("onnx", outputs_of_both(tuned, sample), theirs)
+    main = Path(graph) if alone and graph is not None else path
+    client = partial(clients.onnx, main, files, input_tensors(tuned, sample))
+    return worst_difference("onnx", plain_outputs_of_both(tuned, sample), run_client("onnx", client))
 
 
 TARGET = Target(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx.adapters.attach import all_attached, owner_path
 from lora_fx.errors import AdapterFileError
+from lora_fx.exporters import clients
 from lora_fx.exporters.features import expressed, features
-from lora_fx.exporters.running import given_sample, largest_difference, outputs_of, run_client
+from lora_fx.exporters.running import call_with, largest_difference, outputs_of_both, run_client, worst_difference
 from lora_fx.exporters.target import Refusal, Target
 from lora_fx.files.adapter.describe import beyond_peft as sites_beyond_peft
 from lora_fx.files.adapter.describe import describe
 from lora_fx.files.adapter.write import save
 from lora_fx.models.samples import Sample
 from lora_fx.tuned.build import record_in
-from lora_fx.tuned.undo import disabled, removed
+from lora_fx.tuned.undo import removed
 
 WAY_OUT = "; merged weights hold it: target='merged'"
 
@@ -48,21 +50,11 @@ def write(tuned: nn.Module, path: Path) -> None:
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against PeftModel.from_pretrained on the same base, with the adapter on and off."""
     others = [described.name for described in describe(tuned)][1:]
-    given = {"base": removed(tuned).eval(), "folder": str(path), "others": others, "sample": given_sample(sample)}
-    results = run_client("peft", "lora_fx.exporters.clients.peft", given)
-    whole = not record_in(tuned).trained and all(feature != "bias" for feature, _ in features(tuned))
-    return against_both("peft", tuned, sample, results["adapted"], results["base"] if whole else None)
-
-
-def against_both(
-    target: str, tuned: nn.Module, sample: Sample, adapted: list[Tensor], base: list[Tensor] | None
-) -> float:
-    """Return max |Δ| of our outputs against a client's, with the adapter and, where it can be switched off, without."""
-    difference = largest_difference(target, outputs_of(tuned, sample), adapted)
-    if base is None:
-        return difference
-    with disabled(tuned):
-        return max(difference, largest_difference(target, outputs_of(tuned, sample), base))
+    client = partial(clients.peft, removed(tuned).eval(), path, others, call_with(sample))
+    ours, theirs = outputs_of_both(tuned, sample), run_client("peft", client)
+    if record_in(tuned).trained or any(feature == "bias" for feature, _ in features(tuned)):
+        return largest_difference("peft", ours[1], theirs[1])  # PEFT cannot switch these off
+    return worst_difference("peft", ours, theirs)
 
 
 TARGET = Target(

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import ExportError, LoraFxWarning
-from lora_fx.exporters.running import largest_difference
+from lora_fx.exporters.clients import Both, outputs
+from lora_fx.exporters.running import call_with, without_and_with
 from lora_fx.exporters.target import FEATURES, Ability, Refusal
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import Swapped, swap
 from lora_fx.text import listing
-from lora_fx.tuned.undo import disabled
 
 EVERY_FEATURE: dict[str, Ability] = {
     **dict.fromkeys(FEATURES, "yes"),
@@ -127,23 +127,13 @@ def quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-def floating(model: nn.Module, sample: Sample) -> list[Tensor]:
-    """Return the floating point tensors among what an exported model gives, in order, as float32."""
-    with torch.no_grad():
-        outputs = named_tensors(plain(model(*sample.args, **sample.kwargs)))
-    return [tensor.float().cpu() for _, tensor in outputs if tensor.is_floating_point()]
+def plain_outputs_of_both(tuned: nn.Module, sample: Sample) -> Both:
+    """Return what is left of the outputs in an exported model, without the adapters, and with them."""
 
+    def model(*args: Any, **kwargs: Any) -> Any:
+        return plain(tuned(*args, **kwargs))
 
-def outputs_of_both(tuned: nn.Module, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what the adapted model gives without its adapters, and with them, as `floating` does."""
-    with disabled(tuned):
-        base = floating(tuned, sample)
-    return base, floating(tuned, sample)
-
-
-def worst_difference(target: str, ours: Sequence[list[Tensor]], theirs: Sequence[list[Tensor]]) -> float:
-    """Return max |Δ| of the outputs of several runs, ours against the client's."""
-    return max(largest_difference(target, mine, other) for mine, other in zip(ours, theirs, strict=True))
+    return without_and_with(tuned, lambda: outputs(model, call_with(sample)))
 
 
 def output_names(model: nn.Module, sample: Sample) -> list[str]:

@@ -7,6 +7,7 @@ AOTInductor has compiled, with `load_constants(values, check_full_update=False)`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lora_fx.errors import ExportError
+from lora_fx.exporters import clients
 from lora_fx.exporters.base_graph import BaseGraphParts, base_graph_parts
 from lora_fx.exporters.program import (
     EVERY_FEATURE,
@@ -22,11 +24,10 @@ from lora_fx.exporters.program import (
     call_of,
     exported,
     nothing_refused,
-    outputs_of_both,
+    plain_outputs_of_both,
     quiet,
-    worst_difference,
 )
-from lora_fx.exporters.running import run_client
+from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
 from lora_fx.models.samples import Sample
 from lora_fx.models.torch_internals import aot_inductor
@@ -136,17 +137,10 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, program: str | Path | 
     main = Path(program) if alone and program is not None else path
     base = main.with_suffix(BASE)
     adapters = [path] if alone else [file for file in sorted(path.parent.glob(f"*{VALUES}")) if file != base]
-    compiled = main.with_suffix(COMPILED)
-    given = {
-        "programs": [str(file) for file in (main, compiled) if file.exists()],
-        "base": str(base),
-        "adapters": [str(file) for file in adapters],
-        "sample": call_of(tuned, sample),
-    }
-    ours = outputs_of_both(tuned, sample)
-    return max(
-        worst_difference("pt2", ours, theirs) for theirs in run_client("pt2", "lora_fx.exporters.clients.pt2", given)
-    )
+    programs = [file for file in (main, main.with_suffix(COMPILED)) if file.exists()]
+    ours = plain_outputs_of_both(tuned, sample)
+    results = run_client("pt2", partial(clients.pt2, programs, base, adapters, call_of(tuned, sample)))
+    return max(worst_difference("pt2", ours, theirs) for theirs in results)
 
 
 TARGET = Target(

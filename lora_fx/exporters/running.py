@@ -1,4 +1,4 @@
-"""Run a client in a process of its own: a malformed file may kill it, and ours lives on."""
+"""Run a client (`clients`) in a process of its own: a malformed file may kill it, and ours lives on."""
 
 from __future__ import annotations
 
@@ -7,56 +7,60 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError
-from lora_fx.exporters.clients.job import GIVEN, RESULT, outputs
+from lora_fx.exporters.clients import Both, Call, outputs
 from lora_fx.models.samples import Sample
+from lora_fx.tuned.undo import disabled
 
+T = TypeVar("T")
 SECONDS = 1800
 _START = """
-import importlib, sys
+import sys
 sys.path.extend(path for path in {paths!r} if path not in sys.path)  # behind what Python itself needs
-from lora_fx.exporters.clients import job
-job.run(importlib.import_module({client!r}).work)
+import torch
+work = torch.load({work!r}, weights_only=False)  # our own parent process has written it
+torch.save(work(), {result!r})
 """
 """What a client's process runs.  Libraries put folders on the path that hide modules of Python's own."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def run_client(target: str, client: str, given: dict[str, Any], seconds: float = SECONDS) -> Any:
-    """Return what the client's `work(given)` returns; it never looks for anything on the net.
+def run_client(target: str, client: Callable[[], T], seconds: float = SECONDS) -> T:
+    """Return what the client returns; it never looks for anything on the net.
 
     Args:
         target: for the texts of errors.
-        client: a module with a function `work`, by its name: `lora_fx.exporters.clients.peft`.
-        given: whatever torch.save can pickle; modules by their classes, which the client must be able to import.
+        client: whatever torch.save can pickle, a function with what it is given: `partial(clients.plain, ...)`; modules
+            by their classes, which the client must be able to import.
         seconds: after which the client is killed.
 
     Raises:
         ExportError: the client failed, crashed, or ran out of time; shows its last words.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _save(target, given, Path(folder) / GIVEN)
+        work, result = f"{folder}/work.pt", f"{folder}/result.pt"
+        _save(target, client, work)
         environment = {**os.environ, **_OFFLINE}
-        command = [sys.executable, "-c", _START.format(client=client, paths=sys.path), folder]
+        command = [sys.executable, "-c", _START.format(paths=sys.path, work=work, result=result)]
         try:
             ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired as error:
             raise ExportError(target, f"the client gave no answer in {seconds} s") from error
         if ended.returncode:
             raise ExportError(target, f"the client {_end(ended.returncode)}", _last_words(ended.stderr))
-        return torch.load(Path(folder) / RESULT, weights_only=False)  # written by the client just now
+        returned: T = torch.load(result, weights_only=False)  # written by the client just now
+        return returned
 
 
-def _save(target: str, given: dict[str, Any], path: Path) -> None:
+def _save(target: str, client: Callable[[], object], path: str) -> None:
     try:
-        torch.save(given, path)
+        torch.save(client, path)
     except Exception as error:
         raise ExportError(
             target,
@@ -74,14 +78,31 @@ def _last_words(text: str) -> list[tuple[str]]:
     return [(line,) for line in text.strip().splitlines()[-5:]]
 
 
-def given_sample(sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_with(sample: Sample) -> Call:
     """Return a sample as clients take it."""
     return sample.args, sample.kwargs
 
 
 def outputs_of(model: nn.Module, sample: Sample) -> list[Tensor]:
     """Return the floating point tensors that the model gives for the sample, in order, as float32."""
-    return outputs(model, given_sample(sample))
+    return outputs(model, call_with(sample))
+
+
+def without_and_with(tuned: nn.Module, computed: Callable[[], T]) -> tuple[T, T]:
+    """Return what is computed without the model's adapters, and with them."""
+    with disabled(tuned):
+        base = computed()
+    return base, computed()
+
+
+def outputs_of_both(tuned: nn.Module, sample: Sample) -> Both:
+    """Return what `outputs_of` gives without the adapters, and with them."""
+    return without_and_with(tuned, lambda: outputs_of(tuned, sample))
+
+
+def worst_difference(target: str, ours: Sequence[list[Tensor]], theirs: Sequence[list[Tensor]]) -> float:
+    """Return max |Δ| of the outputs of several runs, ours against the client's."""
+    return max(largest_difference(target, mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 
 def largest_difference(target: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx.models.swap import original_class, unswapped
 from lora_fx.planning.sites import Layout
 
-_CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
-_TRANSPOSED = {nn.ConvTranspose1d: "conv1d", nn.ConvTranspose2d: "conv2d", nn.ConvTranspose3d: "conv3d"}
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +51,17 @@ def known_modules(model: nn.Module) -> list[KnownModule]:
     return [KnownModule(tuple(paths), module, kind_of(module), raw_kinds(module)) for module, paths in names.items()]
 
 
+@functools.singledispatch
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return what a module does with its weight; None for modules that are not known by class."""
-    for kinds, describe in _DESCRIBE:
-        if isinstance(module, kinds):
-            return describe(module)
-    return _transposed_linear(module) if _is_conv1d_of_transformers(module) else None
+    if not _is_conv1d_of_transformers(original_class(module)):
+        return None
+    weight = module._parameters.get("weight")
+    shape = tuple(weight.shape[::-1]) if weight is not None else (0, 0)
+    return LayerKind("linear", "in_out", shape, True, _refusal(module, True))
+
+
+_kind_of_others = kind_of.dispatch(object)
 
 
 def linear_layout(kind: type) -> Layout | None:
@@ -65,7 +69,7 @@ def linear_layout(kind: type) -> Layout | None:
     original = unswapped(kind)
     if issubclass(original, nn.Linear):
         return "out_in" if original.forward is nn.Linear.forward else None
-    return "in_out" if _is_named_conv1d(original) else None
+    return "in_out" if _is_conv1d_of_transformers(original) else None
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -77,84 +81,59 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether `kind_of` knows the module, without reading anything from it but its class."""
-    return isinstance(module, _LAYERS) or _is_conv1d_of_transformers(module)
+    kind = original_class(module)
+    return kind_of.dispatch(kind) is not _kind_of_others or _is_conv1d_of_transformers(kind)
 
 
-def _linear(module: nn.Module) -> LayerKind:
-    assert isinstance(module, nn.Linear)
+def _is_conv1d_of_transformers(kind: type) -> bool:
+    """Whether it is GPT-2's linear, known by name: transformers need not be installed."""
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+@kind_of.register
+def _linear(module: nn.Linear) -> LayerKind:
     called = linear_layout(type(module)) is not None
     shape = (module.out_features, module.in_features)
     return LayerKind("linear", "out_in", shape, called, _refusal(module, called))
 
 
-def _convolution(module: nn.Module) -> LayerKind:
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    op, base = next((op, base) for base, op in _CONVOLUTIONS.items() if isinstance(module, base))
-    kind: Any = original_class(module)
-    called = kind.forward is base.forward and kind._conv_forward is base._conv_forward
+@kind_of.register
+def _convolution(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
+) -> LayerKind:
+    op = f"conv{len(module.kernel_size)}d"
     shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    if module.transposed:
+        reason = "transposed convolutions cannot be adapted; train it whole (`train:`)"
+        return LayerKind(op, "out_in", shape, False, reason)
+    kind: Any = original_class(module)
+    base: Any = next(base for base in _CONVOLUTIONS if isinstance(module, base))
+    called = kind.forward is base.forward and kind._conv_forward is base._conv_forward
     return LayerKind(op, "out_in", shape, called, _refusal(module, called))
 
 
-def _transposed_convolution(module: nn.Module) -> LayerKind:
-    assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-    op = next(op for base, op in _TRANSPOSED.items() if isinstance(module, base))
-    shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-    reason = "transposed convolutions cannot be adapted; train it whole (`train:`)"
-    return LayerKind(op, "out_in", shape, False, reason)
-
-
-def _embedding(module: nn.Module) -> LayerKind:
-    assert isinstance(module, nn.Embedding)
+@kind_of.register
+def _embedding(module: nn.Embedding) -> LayerKind:
     called = original_class(module).forward is nn.Embedding.forward
-    shape = (module.embedding_dim, module.num_embeddings)
     refusal = _refusal(module, called)
     if module.max_norm is not None:
         refusal = (
             "max_norm rescales the rows that are looked up, base and delta together: no merged weight does the same; "
             "train it whole (`train:`), or set its max_norm to None"
         )
-    return LayerKind("embedding", "in_out", shape, called, refusal)
+    return LayerKind("embedding", "in_out", (module.embedding_dim, module.num_embeddings), called, refusal)
 
 
-def _bag(module: nn.Module) -> LayerKind:
-    assert isinstance(module, nn.EmbeddingBag)
+@kind_of.register
+def _embedding_bag(module: nn.EmbeddingBag) -> LayerKind:
     reason = "nn.EmbeddingBag looks up and sums inside of one kernel; use nn.Embedding and a sum"
     return LayerKind("embedding", "in_out", (module.embedding_dim, module.num_embeddings), False, reason)
 
 
-def _bilinear(module: nn.Module) -> LayerKind:
-    assert isinstance(module, nn.Bilinear)
+@kind_of.register
+def _bilinear(module: nn.Bilinear) -> LayerKind:
     reason = "nn.Bilinear multiplies by two inputs at once; train it whole (`train:`)"
     return LayerKind("linear", "out_in", tuple(module.weight.shape), False, reason)
-
-
-def _transposed_linear(module: nn.Module) -> LayerKind:
-    weight = module._parameters.get("weight")
-    shape = tuple(weight.shape[::-1]) if weight is not None else (0, 0)
-    return LayerKind("linear", "in_out", shape, True, _refusal(module, True))
-
-
-_DESCRIBE: tuple[tuple[type | tuple[type, ...], Callable[[nn.Module], LayerKind]], ...] = (
-    (nn.Linear, _linear),
-    (tuple(_CONVOLUTIONS), _convolution),
-    (tuple(_TRANSPOSED), _transposed_convolution),
-    (nn.Embedding, _embedding),
-    (nn.EmbeddingBag, _bag),
-    (nn.Bilinear, _bilinear),
-)
-
-
-_LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED, nn.Embedding, nn.EmbeddingBag, nn.Bilinear)
-
-
-def _is_conv1d_of_transformers(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear, known by name: transformers need not be installed."""
-    return _is_named_conv1d(original_class(module))
-
-
-def _is_named_conv1d(kind: type) -> bool:
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def _refusal(module: nn.Module, called: bool) -> str | None:
@@ -165,13 +144,10 @@ def _refusal(module: nn.Module, called: bool) -> str | None:
     if weight is None:
         return "its weight is computed at each call (weight_norm, spectral_norm); remove that before"
     if not called and not (type(weight) is nn.Parameter and weight.is_floating_point()):
-        name = type(module).__name__
-        return f"class {name} has a forward of its own; what it does with a weight of {_words(weight)} is not known"
+        name, dtype = type(module).__name__, str(weight.dtype).removeprefix("torch.")
+        weight_words = f"type {type(weight).__name__} and dtype {dtype}"
+        return f"class {name} has a forward of its own; what it does with a weight of {weight_words} is not known"
     return None
-
-
-def _words(weight: Tensor) -> str:
-    return f"type {type(weight).__name__} and dtype {str(weight.dtype).removeprefix('torch.')}"
 
 
 def raw_kinds(module: nn.Module) -> dict[str, LayerKind]:
@@ -180,7 +156,7 @@ def raw_kinds(module: nn.Module) -> dict[str, LayerKind]:
         joint = module._parameters.get("in_proj_weight") is not None
         names = {"in_proj_weight": ("in_proj", "")} if joint else {f"{p}_proj_weight": (f"{p}_proj",) for p in "qkv"}
         return {name: _raw(module, name, "attention", aliases=others) for name, others in names.items()}
-    if isinstance(module, _RECURRENT):
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         reason = "torch runs recurrent layers as one kernel; train it whole (`train:`)"
         return {name: _raw(module, name, "linear", refusal=reason) for name in _of_rank(module, 2)}
     if not type(module).__name__.endswith("Experts"):  # of transformers

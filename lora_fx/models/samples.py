@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import CaptureError
+from lora_fx.models.torch_internals import pytree
 from lora_fx.models.twin import is_meta
 
 
@@ -45,8 +45,13 @@ def samples_for(model: nn.Module, example_inputs: object) -> Samples:
     samples = dummy_samples(model) or () if example_inputs is None else samples_of(example_inputs)
     on_meta = is_meta(model)
     if on_meta:
-        samples = tuple(moved(sample, torch.device("meta")) for sample in samples)
+        samples = tuple(map(_on_meta, samples))
     return Samples(samples, example_inputs is not None, on_meta)
+
+
+def _on_meta(sample: Sample) -> Sample:
+    """Return the sample with its tensors on the meta device; the sample itself stays as it is."""
+    return Sample(*pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (sample.args, sample.kwargs)))
 
 
 def call(*args: Any, **kwargs: Any) -> Sample:
@@ -83,21 +88,6 @@ def _sample(item: object) -> Sample:
         f"example_inputs is of type {type(item).__name__}",
         advice="give a tuple (positional), a dict (keyword), a lora_fx.call(...), or a list of these",
     )
-
-
-def moved(sample: Sample, device: torch.device) -> Sample:
-    """Return the sample with its tensors on the device; the sample itself stays as it is."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        if type(value) in (tuple, list):
-            return type(value)(move(item) for item in value)
-        if type(value) is dict:
-            return {key: move(item) for key, item in value.items()}
-        return value
-
-    return Sample(move(sample.args), move(sample.kwargs))
 
 
 def dummy_samples(model: nn.Module) -> tuple[Sample, ...] | None:

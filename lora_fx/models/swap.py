@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import nn
 
-_CLASSES: dict[tuple[type, type], type] = {}
 _ORIGIN = "_lora_fx_origin"
 MADE_BY = "_lora_fx_made_by"
 """Attribute of a mixin that was made on demand: (function, arguments) that make it."""
@@ -33,7 +32,8 @@ class Swapped:
         function, arguments, *rest = reduced
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             arguments = tuple(original if argument is type(self) else argument for argument in arguments)
-        return (_rebuild, (tuple(map(_recipe, mixins)), function, arguments), *rest)
+        recipes = tuple(getattr(mixin, MADE_BY, mixin) for mixin in mixins)
+        return (_rebuild, (recipes, function, arguments), *rest)
 
 
 def _layers(kind: type) -> tuple[type, tuple[type, ...]]:
@@ -45,11 +45,6 @@ def _layers(kind: type) -> tuple[type, tuple[type, ...]]:
     return kind, tuple(mixins)
 
 
-def _recipe(mixin: type) -> Any:
-    """Return the mixin, or, of one that was made on demand, (function, arguments) that make it."""
-    return getattr(mixin, MADE_BY, mixin)
-
-
 def _rebuild(mixins: tuple[Any, ...], function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
     module = function(*arguments)
     for mixin in mixins:
@@ -57,16 +52,15 @@ def _rebuild(mixins: tuple[Any, ...], function: Callable[..., nn.Module], argume
     return module
 
 
+@functools.cache
 def swapped_class(original: type, mixin: type) -> type:
     """Return the subclass of `original` with the behaviour of `mixin`, the same object at every call."""
-    key = (original, mixin)
-    if key not in _CLASSES:
-        names = ("__module__", "__qualname__", "__doc__")
-        body = {name: getattr(original, name) for name in names} | {_ORIGIN: key}
-        if "forward" in vars(mixin):
-            body["forward"] = _shown_as(original.forward, mixin.forward)  # type: ignore[attr-defined]
-        _CLASSES[key] = type(original)(original.__name__, (mixin, original), body)
-    return _CLASSES[key]
+    names = ("__module__", "__qualname__", "__doc__")
+    body = {name: getattr(original, name) for name in names} | {_ORIGIN: (original, mixin)}
+    if "forward" in vars(mixin):
+        body["forward"] = _shown_as(original.forward, mixin.forward)  # type: ignore[attr-defined]
+    made: type = type(original)(original.__name__, (mixin, original), body)
+    return made
 
 
 def _shown_as(original: Callable[..., Any], function: FunctionType) -> FunctionType:
@@ -94,7 +88,8 @@ def is_swapped(kind: type) -> bool:
 
 def swap(module: nn.Module, mixin: type) -> None:
     """Give the module the behaviour of the mixin, in place; its attributes and parameters stay as they are."""
-    module.__class__ = swapped_class(type(module), mixin)
+    kind: type = type(module)
+    module.__class__ = swapped_class(kind, mixin)
 
 
 def unswap(module: nn.Module) -> None:

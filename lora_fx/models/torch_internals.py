@@ -7,6 +7,7 @@ what the package relies on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -26,12 +27,7 @@ from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
-from torch.fx.experimental.symbolic_shapes import (
-    SYMPY_INTERP,
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -44,13 +40,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-__all__ = [
-    "DispatchMode",
-    "FakeTensor",
-    "enter_autocast",
-    "exit_autocast",
-    "pytree",
-]
+__all__ = ["DispatchMode", "FakeTensor", "enter_autocast", "exit_autocast", "pytree"]
 
 FunctionMode = PreDispatchTorchFunctionMode
 """Base for a mode that sees torch functions; torch tells this class, and only this, of autocast regions."""
@@ -174,20 +164,19 @@ def write_expression(graph: fx.Graph, expression: sympy.Expr, nodes: dict[sympy.
     return result.node if isinstance(result, fx.Proxy) else result
 
 
+def _call(function: Callable[..., Any], *values: Any) -> Any:
+    """Return a proxy for the call, or its result where all values are known."""
+    proxies = [value for value in values if isinstance(value, fx.Proxy)]
+    return proxies[0].tracer.create_proxy("call_function", function, values, {}) if proxies else function(*values)
+
+
 class _Written(PythonReferenceAnalysis):
     """As torch's, where that would ask a proxy for its value."""
 
-    @staticmethod
-    def maximum(a: Any, b: Any) -> Any:
-        return _call(torch.sym_max, a, b)
-
-    @staticmethod
-    def minimum(a: Any, b: Any) -> Any:
-        return _call(torch.sym_min, a, b)
-
-    @staticmethod
-    def int_truediv(a: Any, b: Any) -> Any:
-        return _call(operator.truediv, a, b)
+    maximum = staticmethod(functools.partial(_call, torch.sym_max))
+    minimum = staticmethod(functools.partial(_call, torch.sym_min))
+    int_truediv = staticmethod(functools.partial(_call, operator.truediv))
+    not_ = staticmethod(functools.partial(_call, operator.not_))
 
     @staticmethod
     def to_dtype(x: Any, dtype: torch.dtype) -> Any:
@@ -200,16 +189,6 @@ class _Written(PythonReferenceAnalysis):
     @staticmethod
     def ceil_to_int(x: Any, dtype: torch.dtype) -> Any:
         return _call(math.ceil, x)
-
-    @staticmethod
-    def not_(a: Any) -> Any:
-        return _call(operator.not_, a)
-
-
-def _call(function: Callable[..., Any], *values: Any) -> Any:
-    """Return a proxy for the call, or its result where all values are known."""
-    proxies = [value for value in values if isinstance(value, fx.Proxy)]
-    return proxies[0].tracer.create_proxy("call_function", function, values, {}) if proxies else function(*values)
 
 
 def is_functorch_wrapper(tensor: Tensor) -> bool:
@@ -238,11 +217,6 @@ OpOverload = torch._ops.OpOverload
 tensor_without_memory: Any = Tensor._make_wrapper_subclass
 """Makes an instance of a subclass of Tensor that has sizes and no memory."""
 unsafe_view: Any = torch.ops.aten._unsafe_view.default
-
-
-def in_functorch() -> bool:
-    """Whether one of torch.func's transformations (vmap, grad) is around a call."""
-    return transformation() is not None
 
 
 def in_forward_ad() -> bool:

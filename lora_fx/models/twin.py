@@ -82,13 +82,6 @@ def _uncopyable_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
                 yield f"{path}.{name}".lstrip("."), f"{type(error).__name__}: {error}"
 
 
-def shares_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether the two tensors are views of the same memory."""
-    if a.device != b.device or a.device.type == "meta":
-        return a is b
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
 def is_meta(model: nn.Module) -> bool:
     """Whether the model has no values: all its parameters are on the meta device."""
     parameters = list(model.parameters())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
-from lora_fx.models.tensors import set_tensor
+from lora_fx.models.tensors import dotted, set_tensor
 
 EditKind = Literal["add node", "erase node", "replace uses", "add module", "drop module", "set weight", "drop weight"]
 
@@ -59,18 +59,24 @@ class Editor:
     @contextlib.contextmanager
     def writing_after(self, node: fx.Node, site: str) -> Iterator[Writer]:
         """Write nodes after `node`, in the order of writing; they inherit its place in the module tree."""
-        # inserting_after would put successive nodes in reverse
-        with self.graph.inserting_before(node.next):
-            writer = Writer(self.graph)
-            known = set(self.graph.nodes)
+        following, writer = node.next, Writer(self.graph)
+        with self.graph.inserting_before(following):  # inserting_after would put successive nodes in reverse
             yield writer
-        for new in self.graph.nodes:
-            if new not in known:
-                new.meta.update({key: value for key, value in node.meta.items() if key in ("place", "nn_module_stack")})
-                new.meta["site"] = site
-                self._note("add node", new.name, site)
+        while (new := (writer.added or [node])[-1].next) is not following:
+            new.meta.update({key: value for key, value in node.meta.items() if key in ("place", "nn_module_stack")})
+            new.meta["site"] = site
+            self._note("add node", new.name, site)
+            writer.added.append(new)
 
-    def replace_uses(self, old: fx.Node, new: fx.Node, site: str, but: Callable[[fx.Node], bool]) -> None:
+    def replace(self, old: fx.Node, new: fx.Node, site: str) -> None:
+        """Put `new` in the place of `old`, with what is known of its value, and erase `old`."""
+        new.meta.update(old.meta)
+        self.replace_uses(old, new, site)
+        self.erase(old, site)
+
+    def replace_uses(
+        self, old: fx.Node, new: fx.Node, site: str, but: Callable[[fx.Node], bool] = lambda user: False
+    ) -> None:
         """Let every user of `old` use `new`, except those for which `but` holds."""
         old.replace_all_uses_with(new, delete_user_cb=lambda user: not but(user), propagate_meta=False)
         self._note("replace uses", f"{old.name} by {new.name}", site)
@@ -92,24 +98,15 @@ class Editor:
 
     # -- modules and weights
 
-    def add_modules(self, path: str, add: Callable[[nn.Module], Any], site: str) -> None:
-        """Let `add` put modules beside the weight of the module at `path`."""
+    def change_modules(self, path: str, change: Callable[[nn.Module], Any], site: str) -> None:
+        """Let `change` put modules into the module at `path`, or take some away."""
         owner = self.graph_module.get_submodule(path)
-        before = {name for name, _ in owner.named_modules()}
-        add(owner)
-        for name, _ in owner.named_modules():
-            if name not in before:
-                self._note("add module", f"{path}.{name}".lstrip("."), site)
-
-    def drop_modules(self, path: str, drop: Callable[[nn.Module], Any], site: str) -> None:
-        """Let `drop` take modules away from the module at `path`."""
-        owner = self.graph_module.get_submodule(path)
-        before = [name for name, _ in owner.named_modules()]
-        drop(owner)
-        after = {name for name, _ in owner.named_modules()}
-        for name in before:
-            if name not in after:
-                self._note("drop module", f"{path}.{name}".lstrip("."), site)
+        before = dict(owner.named_modules())
+        change(owner)
+        after = dict(owner.named_modules())
+        for name in before | after:
+            if name not in before or name not in after:
+                self._note("drop module" if name in before else "add module", dotted(path, name), site)
 
     def set_weight(self, path: str, weight: Tensor, requires_grad: bool, name: str = "weight") -> None:
         """Put a new Parameter at `<path>.<name>`; other holders of the old one keep it."""
@@ -145,6 +142,8 @@ class Writer:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
+        self.added: list[fx.Node] = []
+        """What has been written, once it is."""
         self._tracer = fx.proxy.GraphAppendingTracer(graph)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -17,7 +17,7 @@ from lora_fx.models.layers import has_hooks, kind_of
 from lora_fx.models.swap import original_class
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
-from lora_fx.passes.sites import first_argument, keep_tensor_facts
+from lora_fx.passes.sites import first_argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,7 @@ def _flatten(editor: Editor, node: fx.Node, foreseen: Collection[str]) -> None:
             flat = write.graph.call_function(F.linear, tuple(arguments))
         else:
             return
-    keep_tensor_facts(node, flat)
-    editor.replace_uses(node, flat, path, but=lambda user: False)
-    editor.erase(node, path)
+    editor.replace(node, flat, path)
 
 
 def adapted_output(x: Tensor, layer: Any) -> Tensor:

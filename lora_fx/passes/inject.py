@@ -43,7 +43,7 @@ class Inject(Pass):
         for decision in self.plan.adapted:
             if decision.path in called:
                 spec = spec_of(decision, record, editor.graph_module)
-                editor.add_modules(decision.site.owner, functools.partial(attach, spec=spec), decision.path)
+                editor.change_modules(decision.site.owner, functools.partial(attach, spec=spec), decision.path)
         splice_adapters(editor)
         splice_raw(editor)
 

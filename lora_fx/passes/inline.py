@@ -16,7 +16,7 @@ from torch import fx, nn
 from lora_fx.models.layers import has_hooks
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
-from lora_fx.passes.sites import first_argument, keep_tensor_facts
+from lora_fx.passes.sites import first_argument
 
 _LAYERS: dict[type[nn.Module], tuple[Callable[..., Any], Mapping[str, str]]] = {
     nn.LayerNorm: (F.layer_norm, {"normalized_shape": "normalized_shape", "weight": "weight", "bias": "bias",
@@ -62,6 +62,4 @@ def _inline(editor: Editor, node: fx.Node) -> None:
             if getattr(module, attribute) is not None
         }
         flat = write.graph.call_function(function, (first_argument(node),), given)
-    keep_tensor_facts(node, flat)
-    editor.replace_uses(node, flat, path, but=lambda user: False)
-    editor.erase(node, path)
+    editor.replace(node, flat, path)

@@ -38,7 +38,7 @@ class Merge(Pass):
         for path, adapter in sites:
             weight, name = folded(adapter), adapter.spec.parameter
             owner = owner_path(path, adapter)
-            editor.drop_modules(owner, detach, path)
+            editor.change_modules(owner, detach, path)
             editor.set_weight(owner, weight, dotted(owner, name) in adapter.spec.record.requires_grad, name)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:

@@ -106,20 +106,17 @@ def _seen_through(node: fx.Node, weight: fx.Node, view: Any) -> Any:
     if node.op not in ("call_function", "call_method") or not node.args or node.args[0] is not weight:
         return None
     if name == "getattr" and node.args[1] in ("T", "mT") and isinstance(view, WeightView):
-        return view.through(lambda stub: getattr(stub, str(node.args[1])))
+        return view.through(operator.attrgetter(str(node.args[1])))
     if isinstance(view, list):
         return view[node.args[1]] if name == "getitem" and isinstance(node.args[1], int) else None
     if name in COPIES:
         return view
-    others = [operand for operand in node.all_input_nodes if operand is not weight]
-    if name not in VIEWS or others:
+    if name not in VIEWS or any(operand is not weight for operand in node.all_input_nodes):
         return None
-    run: Callable[..., Any] = _method(name) if node.op == "call_method" else node.target  # type: ignore[assignment]
-    return view.through(lambda stub: run(stub, *node.args[1:], **node.kwargs))
-
-
-def _method(name: str) -> Callable[..., Any]:
-    return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+    if node.op == "call_method":
+        return view.through(operator.methodcaller(name, *node.args[1:], **node.kwargs))
+    function: Any = node.target
+    return view.through(lambda stub: function(stub, *node.args[1:], **node.kwargs))
 
 
 class _Product(NamedTuple):
@@ -174,18 +171,13 @@ def _layout(kind: str, args: tuple[Any, ...], view: WeightView) -> Layout | None
 def splice_raw(editor: Editor) -> None:
     """Write the LoRA nodes of every adapted raw parameter at each of its uses; W + ΔW where it is not a product."""
     for use in list(raw_uses(editor.graph_module)):
-        adapter = _adapter(editor.graph_module, use.parameter)
+        owner, _, name = use.parameter.rpartition(".")
+        adapter = attached(editor.graph_module.get_submodule(owner), name)
         if adapter is not None:
-            _splice(editor, use, adapter)
+            _splice(editor, use, adapter, owner if adapter.home is adapter.owner else use.parameter + HOME)
 
 
-def _adapter(graph_module: fx.GraphModule, parameter: str) -> Attached | None:
-    owner, _, name = parameter.rpartition(".")
-    return attached(graph_module.get_submodule(owner), name)
-
-
-def _splice(editor: Editor, use: GraphUse, adapter: Attached) -> None:
-    home = _home(use.parameter, adapter)
+def _splice(editor: Editor, use: GraphUse, adapter: Attached, home: str) -> None:
     if use.delta is not None and _write_product(editor, use, adapter, home):
         return
     with editor.writing_after(use.weight, use.parameter) as write:
@@ -195,15 +187,9 @@ def _splice(editor: Editor, use: GraphUse, adapter: Attached) -> None:
     editor.note_use(use.node, use.parameter)
 
 
-def _home(parameter: str, adapter: Attached) -> str:
-    owner, _, name = parameter.rpartition(".")
-    return owner if adapter.home is adapter.owner else dotted(owner, name + HOME)
-
-
 def _write_product(editor: Editor, use: GraphUse, adapter: Attached, home: str) -> bool:
     """Write base + low-rank product after the node; False, with nothing written, if it does not factor."""
     name, spec = adapter.spec.adapter, adapter.spec
-    before = set(editor.graph.nodes)
     with editor.writing_after(use.node, use.parameter) as write:
 
         def given(x: Any) -> Any:
@@ -221,11 +207,10 @@ def _write_product(editor: Editor, use: GraphUse, adapter: Attached, home: str) 
         if low is not None:
             result = write.proxy(use.node) + (low.type_as(write.proxy(use.node)) if spec.mixed else low)
     if low is None:
-        for node in reversed([node for node in editor.graph.nodes if node not in before]):
+        for node in reversed(write.added):
             editor.erase(node, use.parameter)
         return False
-    added = {node for node in editor.graph.nodes if node not in before}
-    editor.replace_uses(use.node, result.node, use.parameter, but=lambda user: user in added)
+    editor.replace_uses(use.node, result.node, use.parameter, but=lambda user: user in write.added)
     return True
 
 

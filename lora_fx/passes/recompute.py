@@ -167,14 +167,10 @@ def _rewrite(editor: Editor, call: fx.Node, chain: _Chain, name: str) -> None:
 
 def _replace(editor: Editor, call: fx.Node, results: list[fx.Node], site: str) -> None:
     if call.target is adapted_output:
-        results[0].meta.update(call.meta)
-        editor.replace_uses(call, results[0], site, but=lambda user: False)
-    else:
-        for item in list(call.users):
-            result = results[item.args[1]]  # type: ignore[index]
-            result.meta.update(item.meta)
-            editor.replace_uses(item, result, site, but=lambda user: False)
-            editor.erase(item, site)
+        editor.replace(call, results[0], site)
+        return
+    for item in list(call.users):
+        editor.replace(item, results[item.args[1]], site)  # type: ignore[index]
     editor.erase(call, site)
 
 

@@ -26,7 +26,7 @@ class Remove(Pass):
     def run(self, editor: Editor) -> None:
         erase_lora_nodes(editor)
         for path, adapter in list(all_attached(editor.graph_module)):
-            editor.drop_modules(owner_path(path, adapter), detach, path)
+            editor.change_modules(owner_path(path, adapter), detach, path)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         if is_adapted(graph_module):
@@ -37,7 +37,7 @@ def erase_lora_nodes(editor: Editor) -> None:
     """Let every user of an adapted output use the base output, and erase the nodes between."""
     added: dict[fx.Node, str] = {}
     for subgraph in list(lora_nodes(editor.graph_module)):
-        editor.replace_uses(subgraph.result, subgraph.base, subgraph.path, but=lambda user: False)
+        editor.replace_uses(subgraph.result, subgraph.base, subgraph.path)
         added |= dict.fromkeys(subgraph.between, subgraph.path)
     for node in reversed([node for node in editor.graph.nodes if node in added]):  # calls may share a factor's read
         editor.erase(node, added[node])

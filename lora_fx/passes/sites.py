@@ -31,9 +31,10 @@ def site_calls(graph_module: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
                 yield str(node.target), node
         elif node.op == "call_function" and node.target in _LINEARS:
             weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-            owner = _owner_of_weight(weight)
-            if owner:
-                yield owner, node
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                owner, _, name = str(weight.target).rpartition(".")
+                if owner and name == "weight":
+                    yield owner, node
 
 
 def first_argument(node: fx.Node) -> fx.Node:
@@ -41,19 +42,6 @@ def first_argument(node: fx.Node) -> fx.Node:
     value = next(iter((*node.args, *node.kwargs.values())))
     assert isinstance(value, fx.Node)
     return value
-
-
-def keep_tensor_facts(node: fx.Node, successor: fx.Node) -> None:
-    """Note at a node what the capture knew of the tensor that it now makes in the place of another."""
-    successor.meta.update({key: node.meta[key] for key in ("tensor", "bytes") if key in node.meta})
-
-
-def _owner_of_weight(weight: object) -> str | None:
-    """Return the path of the module that owns the weight as its `weight`."""
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        path, _, name = str(weight.target).rpartition(".")
-        return path if name == "weight" else None
-    return None
 
 
 def lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
@@ -72,26 +60,30 @@ def lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
 
 
 def _around(lora_a: fx.Node, path: str) -> LoRANodes:
-    scaled = _only_user(lora_a, path)
-    nodes = [lora_a]
-    if is_dropout(scaled):  # of tokens, which are dropped as a whole
-        nodes.insert(0, scaled)
-        scaled = _only_user(scaled, path)
-    lora_b = _only_user(scaled, path)
-    result = _only_user(lora_b, path)
-    nodes = [lora_b, scaled, *nodes]
+    chain = [lora_a]
+
+    def follow() -> fx.Node:
+        users = list(chain[-1].users)
+        if len(users) != 1:
+            raise _changed(path, f"{chain[-1].name} is used {len(users)} times, not once")
+        chain.append(users[0])
+        return users[0]
+
+    if is_dropout(follow()):  # of tokens, which are dropped as a whole
+        follow()
+    follow()  # lora_B
+    result = follow()
     if result.op == "call_method" and result.target == "type_as":
-        nodes.insert(0, result)
-        result = _only_user(result, path)
+        result = follow()
     is_dora = result.op == "call_module" and ".lora_magnitude_vector." in str(result.target)
     if not (result.target is operator.add or is_dora) or not isinstance(result.args[0], fx.Node):
-        raise MergeError("a LoRA subgraph has been changed", [(path, f"{result.name} is not base + delta")])
-    nodes += _magnitude_inputs(result)
-    dropped = lora_a.args[0]
-    assert isinstance(dropped, fx.Node)
-    if is_dropout(dropped):
-        nodes.append(dropped)
-    return LoRANodes(path, result.args[0], result, (result, *nodes))
+        raise _changed(path, f"{result.name} is not base + delta")
+    dropped = [node for node in lora_a.all_input_nodes if is_dropout(node)]
+    return LoRANodes(path, result.args[0], result, (*reversed(chain), *_magnitude_inputs(result), *dropped))
+
+
+def _changed(path: str, how: str) -> MergeError:
+    return MergeError("a LoRA subgraph has been changed", [(path, how)])
 
 
 def _magnitude_inputs(result: fx.Node) -> list[fx.Node]:
@@ -102,11 +94,3 @@ def _magnitude_inputs(result: fx.Node) -> list[fx.Node]:
             inputs.append(value)
             inputs += [inner for inner in value.args if isinstance(inner, fx.Node) and value.op == "call_method"]
     return inputs
-
-
-def _only_user(node: fx.Node, path: str) -> fx.Node:
-    if len(node.users) != 1:
-        raise MergeError(
-            "a LoRA subgraph has been changed", [(path, f"{node.name} is used {len(node.users)} times, not once")]
-        )
-    return next(iter(node.users))

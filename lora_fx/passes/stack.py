@@ -75,6 +75,4 @@ def _join(editor: Editor, siblings: list[fx.Node]) -> None:
         joined = write.graph.call_function(adapted_siblings, (x, *layers))
         results = [write.graph.call_function(operator.getitem, (joined, i)) for i in range(len(siblings))]
     for node, result in zip(siblings, results, strict=True):
-        result.meta.update(node.meta)
-        editor.replace_uses(node, result, str(node.meta.get("site", "")), but=lambda user: False)
-        editor.erase(node, str(node.meta.get("site", "")))
+        editor.replace(node, result, str(node.meta.get("site", "")))

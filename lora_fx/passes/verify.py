@@ -35,14 +35,8 @@ class Verify(Pass):
 
     name: str = "verify"
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        verify(graph_module)
-
     def run(self, editor: Editor) -> None:
-        """Nothing to change."""
-
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        verify(graph_module)
+        verify(editor.graph_module)
 
 
 def _shapes_fit(model: nn.Module) -> Iterator[Problem]:
@@ -51,10 +45,8 @@ def _shapes_fit(model: nn.Module) -> Iterator[Problem]:
         site = adapter.spec.site
         bank, (out_features, in_features) = site.shape[: int(site.is_banked)], site.features
         if out_r != (*bank, out_features, adapter.spec.rank) or r_in != (*bank, adapter.spec.rank, in_features):
-            yield (
-                path,
-                f"lora_B {out_r} · lora_A {r_in} does not fit r={adapter.spec.rank}, {in_features} → {out_features}",
-            )
+            wanted = f"r={adapter.spec.rank}, {in_features} → {out_features}"
+            yield path, f"lora_B {out_r} · lora_A {r_in} does not fit {wanted}"
 
 
 def _devices_agree(model: nn.Module) -> Iterator[Problem]:

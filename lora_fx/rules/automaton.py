@@ -76,8 +76,8 @@ class Automaton:
     def __init__(self, expression: Expression) -> None:
         self._steps: list[tuple[Characters, int] | None] = []
         self._free: list[list[int]] = []
-        start, self._end = self._state(), self._state()
-        self._build(expression, start, self._end)
+        self._end = self._state()
+        start = self._build(expression, self._end)
         self._start = self._closure([start])
         self._known: dict[tuple[frozenset[int], str], frozenset[int]] = {}
         self.work = 0
@@ -114,41 +114,30 @@ class Automaton:
 
     # -- building
 
-    def _state(self) -> int:
-        self._steps.append(None)
-        self._free.append([])
+    def _state(self, *free: int, step: tuple[Characters, int] | None = None) -> int:
+        """Add a state from which others are reached freely, or one by a step over a character."""
+        self._steps.append(step)
+        self._free.append(list(free))
         return len(self._steps) - 1
 
-    def _build(self, expression: Expression, start: int, end: int) -> None:
+    def _build(self, expression: Expression, end: int) -> int:
+        """Return the state from which the expression leads to `end`."""
         if isinstance(expression, Characters):
-            middle = self._state()
-            self._free[start].append(middle)
-            self._steps[middle] = (expression, end)
-        elif isinstance(expression, Concatenation):
-            self._free[self._through(expression.parts, start)].append(end)
-        elif isinstance(expression, Choice):
-            for part in expression.parts:
-                self._build(part, start, end)
-        else:
-            self._build_repeat(expression, start, end)
-
-    def _through(self, parts: Sequence[Expression], start: int) -> int:
-        """Build the parts one after another; return the state after the last."""
-        for part in parts:
-            following = self._state()
-            self._build(part, start, following)
-            start = following
-        return start
-
-    def _build_repeat(self, expression: Repeat, start: int, end: int) -> None:
-        start = self._through([expression.part] * expression.low, start)
+            return self._state(step=(expression, end))
+        if isinstance(expression, Choice):
+            return self._state(*(self._build(part, end) for part in expression.parts))
+        if isinstance(expression, Concatenation):
+            return self._chained(expression.parts, end)
+        start = end
         if expression.high is None:
-            loop = self._state()
-            self._free[start].append(loop)
-            self._build(expression.part, loop, loop)
-            start = loop
+            start = self._state(end)
+            self._free[start].append(self._build(expression.part, start))
         else:
             for _ in range(expression.high - expression.low):
-                self._free[start].append(end)
-                start = self._through([expression.part], start)
-        self._free[start].append(end)
+                start = self._state(self._build(expression.part, start), end)
+        return self._chained([expression.part] * expression.low, start)
+
+    def _chained(self, parts: Sequence[Expression], end: int) -> int:
+        for part in reversed(parts):
+            end = self._build(part, end)
+        return end

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from lora_fx.rules.automaton import Characters, Choice, Concatenation, Expression, Repeat, literal
-from lora_fx.rules.globs import PatternError
+from lora_fx.rules.globs import Cursor, PatternError
 
 MOST_REPEATS = 1_000
 _DIGIT = (("0", "9"),)
@@ -18,49 +18,44 @@ _WORD = (("0", "9"), ("A", "Z"), ("_", "_"), ("a", "z"))
 _SPACE = (("\t", "\r"), (" ", " "))
 _CLASSES = {"d": _DIGIT, "w": _WORD, "s": _SPACE}
 _CONTROL = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0"}
-_COUNT = re.compile(r"\{(\d+)(?:(,)(\d*))?\}")
+_REPEATED = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+_COUNT = re.compile(r"[*+?]|\{(\d+)(?:(,)(\d*))?\}")
 
 
-def parse_expression(text: str) -> Expression:
-    """Return the expression of a regular expression; PatternError where it is not of the linear part."""
+def parse_expression(text: str, offset: int) -> Expression:
+    """Return the expression of a regular expression that begins at `offset` of a pattern.
+
+    Raises:
+        PatternError: it is not of the part that matches in linear time.
+    """
     if not text:
-        raise PatternError("the expression is empty")
-    return _Parser(text).parse()
+        raise PatternError("the expression is empty", offset)
+    return _Parser(text, offset).parse()
 
 
-class _Parser:
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.at = 0
-
+class _Parser(Cursor):
     def parse(self) -> Expression:
-        if self._peek() == "^":
-            self.at += 1
+        self.skips("^")
         expression = self._choice()
-        if self._peek() == "$":
-            self.at += 1
+        self.skips("$")
         if self.at < len(self.text):
             raise self._wrong()
         return expression
 
     def _wrong(self) -> PatternError:
-        character = self.text[self.at]
+        character = self.peek()
         problems = {")": "`)` without `(`", "$": "`$` stands only at the end", "^": "`^` stands only at the start"}
-        return PatternError(problems.get(character, f"nothing to repeat before `{character}`"), self.at)
-
-    def _peek(self) -> str:
-        return self.text[self.at : self.at + 1]
+        return self.error(problems.get(character, f"nothing to repeat before `{character}`"), self.at)
 
     def _choice(self) -> Expression:
         parts = [self._chain()]
-        while self._peek() == "|":
-            self.at += 1
+        while self.skips("|"):
             parts.append(self._chain())
         return parts[0] if len(parts) == 1 else Choice(tuple(parts))
 
     def _chain(self) -> Expression:
         parts: list[Expression] = []
-        while (character := self._peek()) and character not in "|)":
+        while (character := self.peek()) and character not in "|)":
             if character == "$" and self.at == len(self.text) - 1:
                 break
             if character in "*+?^$":
@@ -75,32 +70,29 @@ class _Parser:
             return part
         low, high = bounds
         if high is not None and high < low:
-            raise PatternError("the repetition runs backwards", start, self.at - start)
+            raise self.error_since(start, "the repetition runs backwards")
         if max(low, high or 0) > MOST_REPEATS:
-            raise PatternError(f"more than {MOST_REPEATS:,} repetitions", start, self.at - start)
-        if self._peek() == "?":  # lazy: the same texts match as a whole
-            self.at += 1
-        elif self._peek() == "+":
-            raise PatternError("possessive repetition is not supported", self.at)
-        elif self._peek() in ("*", "{") and self._peek() and self._bounds() is not None:
-            raise PatternError("two repetitions in a row", start, self.at - start)
+            raise self.error_since(start, f"more than {MOST_REPEATS:,} repetitions")
+        if self.skips("?"):  # lazy: the same texts match as a whole
+            return Repeat(part, low, high)
+        if self.peek() == "+":
+            raise self.error("possessive repetition is not supported", self.at)
+        if self._bounds() is not None:
+            raise self.error_since(start, "two repetitions in a row")
         return Repeat(part, low, high)
 
     def _bounds(self) -> tuple[int, int | None] | None:
-        character = self._peek()
-        if character and character in "*+?":
-            self.at += 1
-            return {"*": (0, None), "+": (1, None), "?": (0, 1)}[character]
         count = _COUNT.match(self.text, self.at)
         if count is None:
             return None
         self.at = count.end()
+        if count[0] in _REPEATED:
+            return _REPEATED[count[0]]
         low = int(count[1])
         return (low, low if count[2] is None else int(count[3]) if count[3] else None)
 
     def _atom(self) -> Expression:
-        character = self._peek()
-        self.at += 1
+        character = self.next()
         if character == ".":
             return Characters((("\n", "\n"),), negated=True)
         if character == "(":
@@ -113,21 +105,17 @@ class _Parser:
 
     def _group(self) -> Expression:
         start = self.at - 1
-        if self.text.startswith("?:", self.at):
-            self.at += 2
-        elif self._peek() == "?":
-            raise PatternError("look-around, named groups and flags are not supported", start, 3)
+        if not self.skips("?:") and self.peek() == "?":
+            raise self.error("look-around, named groups and flags are not supported", start, 3)
         expression = self._choice()
-        if self._peek() != ")":
-            raise PatternError("`(` without `)`", start)
-        self.at += 1
+        if not self.skips(")"):
+            raise self.error("`(` without `)`", start)
         return expression
 
     def _escape(self) -> Expression:
-        kind = self._peek()
-        self.at += 1
+        kind = self.next()
         if not kind:
-            raise PatternError("a backslash at the end", self.at - 2)
+            raise self.error("a backslash at the end", self.at - 2)
         if kind.lower() in _CLASSES:
             return Characters(_CLASSES[kind.lower()], negated=kind.isupper())
         return literal(self._escaped_character(kind))
@@ -137,45 +125,39 @@ class _Parser:
             return _CONTROL[kind]
         if kind.isalnum():
             what = "back-references are" if kind.isdigit() else f"`\\{kind}` is"
-            raise PatternError(f"{what} not supported", self.at - 2, 2)
+            raise self.error(f"{what} not supported", self.at - 2, 2)
         return kind
 
     def _class(self) -> Expression:
         start = self.at - 1
-        negated = self._peek() == "^"
-        self.at += negated
-        ranges: list[tuple[str, str]] = []
-        first = True
-        while first or self._peek() != "]":
-            if not self._peek():
-                raise PatternError("`[` without `]`", start)
-            ranges += self._class_item()
-            first = False
-        self.at += 1
+        negated = self.skips("^")
+        ranges = self._class_item(start)
+        while not self.skips("]"):
+            ranges += self._class_item(start)
         return Characters(tuple(ranges), negated)
 
-    def _class_item(self) -> list[tuple[str, str]]:
+    def _class_item(self, opened: int) -> list[tuple[str, str]]:
+        if not self.peek():
+            raise self.error("`[` without `]`", opened)
         start = self.at
         low = self._class_character()
         if isinstance(low, tuple):
             return list(low)
-        if self._peek() != "-" or self.text[self.at + 1 : self.at + 2] in ("]", ""):
+        if self.peek() != "-" or self.text[self.at + 1 : self.at + 2] in ("]", ""):
             return [(low, low)]
         self.at += 1
         high = self._class_character()
         if isinstance(high, tuple) or high < low:
-            raise PatternError("the range is not one", start, self.at - start)
+            raise self.error_since(start, "the range is not one")
         return [(low, high)]
 
     def _class_character(self) -> str | tuple[tuple[str, str], ...]:
-        character = self._peek()
-        self.at += 1
+        character = self.next()
         if character != "\\":
             return character
-        kind = self._peek()
-        self.at += 1
+        kind = self.next()
         if kind in _CLASSES:
             return _CLASSES[kind]
         if kind.lower() in _CLASSES or not kind:
-            raise PatternError(f"`\\{kind}` inside `[]` is not supported", self.at - 2, 2)
+            raise self.error(f"`\\{kind}` inside `[]` is not supported", self.at - 2, 2)
         return self._escaped_character(kind)

@@ -25,6 +25,35 @@ class PatternError(ValueError):
         self.length = length
 
 
+class Cursor:
+    """A part of a pattern that is read from the left; it begins at `offset` of the pattern, where errors point."""
+
+    def __init__(self, text: str, offset: int) -> None:
+        self.text = text
+        self.offset = offset
+        self.at = 0
+
+    def peek(self) -> str:
+        return self.text[self.at : self.at + 1]
+
+    def next(self) -> str:
+        self.at += 1
+        return self.text[self.at - 1 : self.at]
+
+    def skips(self, expected: str) -> bool:
+        """Whether this text comes next; if so, it is read."""
+        comes = self.text.startswith(expected, self.at)
+        self.at += comes * len(expected)
+        return comes
+
+    def error(self, message: str, at: int, length: int = 1) -> PatternError:
+        return PatternError(message, self.offset + at, length)
+
+    def error_since(self, start: int, message: str) -> PatternError:
+        """Return an error about all that has been read from `start` on."""
+        return self.error(message, start, self.at - start)
+
+
 def parse_glob(text: str) -> Expression:
     """Return the expression of a glob.
 
@@ -77,26 +106,18 @@ def _top_level_dots(text: str) -> Iterator[int]:
         depth = max(0, depth + (token[0] in "{[") - (token[0] in "}]"))
 
 
-class _Segment:
-    """Parses one segment; offsets are those of the whole pattern."""
-
-    def __init__(self, text: str, offset: int) -> None:
-        self.text = text
-        self.offset = offset
-        self.at = 0
+class _Segment(Cursor):
+    """Parses one segment."""
 
     def parse(self) -> Expression:
-        expression = self._until("")
-        if self.at < len(self.text):
-            raise self._error(f"unbalanced `{self.text[self.at]}`", self.at)
+        expression = self._until("}")
+        if self.peek():
+            raise self.error(f"unbalanced `{self.peek()}`", self.at)
         return expression
-
-    def _error(self, message: str, at: int, length: int = 1) -> PatternError:
-        return PatternError(message, self.offset + at, length)
 
     def _until(self, stops: str) -> Expression:
         parts: list[Expression] = []
-        while self.at < len(self.text) and self.text[self.at] not in (stops or "}"):
+        while (character := self.peek()) and character not in stops:
             parts.append(self._one())
         return Concatenation(tuple(parts))
 
@@ -105,8 +126,7 @@ class _Segment:
         if plain:
             self.at = plain.end()
             return literal(plain[0])
-        character = self.text[self.at]
-        self.at += 1
+        character = self.next()
         if character == "*":
             return Repeat(NOT_DOT)
         if character == "?":
@@ -116,38 +136,32 @@ class _Segment:
         if character == "{":
             return self._brace()
         if character == "]":
-            raise self._error("unbalanced `]`", self.at - 1)
-        return self._escaped() if character == "\\" else literal(character)
-
-    def _escaped(self) -> Expression:
-        if self.at == len(self.text):
-            raise self._error("a backslash at the end", self.at - 1)
-        self.at += 1
-        return literal(self.text[self.at - 1])
+            raise self.error("unbalanced `]`", self.at - 1)
+        if character == "\\" and not (character := self.next()):
+            raise self.error("a backslash at the end", self.at - 2)
+        return literal(character)
 
     def _bracket(self) -> Expression:
         start = self.at - 1
         end = self.text.find("]", self.at)
         inside = self.text[self.at : end]
         if end < 0 or not inside.lstrip("!"):
-            raise self._error("`[` without `]`" if end < 0 else "`[]` is empty", start)
+            raise self.error("`[` without `]`" if end < 0 else "`[]` is empty", start)
         self.at = end + 1
         negated = inside.startswith("!")
         items = _CLASS_ITEM.findall(inside.removeprefix("!"))
         ranges = tuple((low or only, high or only) for low, high, only in items)
         if any(low > high for low, high in ranges):
-            raise self._error("the range runs backwards", start, self.at - start)
+            raise self.error_since(start, "the range runs backwards")
         return Characters((*ranges, (".", ".")) if negated else ranges, negated)
 
     def _brace(self) -> Expression:
         start = self.at - 1
         choices = [self._choice()]
-        while self.at < len(self.text) and self.text[self.at] == ",":
-            self.at += 1
+        while self.skips(","):
             choices.append(self._choice())
-        if self.at == len(self.text):
-            raise self._error("`{` without `}`", start)
-        self.at += 1
+        if not self.skips("}"):
+            raise self.error("`{` without `}`", start)
         return Choice(tuple(choices))
 
     def _choice(self) -> Expression:
@@ -159,11 +173,11 @@ class _Segment:
             return self._numbers(int(numbers[1]), int(numbers[2]), start)
         expression = self._until(",}")
         if ".." in self.text[start : self.at]:
-            raise self._error("`..` stands between two numbers, such as {0..11}", start, self.at - start)
+            raise self.error_since(start, "`..` stands between two numbers, such as {0..11}")
         return expression
 
     def _numbers(self, low: int, high: int, start: int) -> Expression:
         if low > high or high - low >= MOST_NUMBERS:
             problem = "runs backwards" if low > high else f"has more than {MOST_NUMBERS:,} numbers"
-            raise self._error(f"the range {low}..{high} {problem}", start, self.at - start)
+            raise self.error_since(start, f"the range {low}..{high} {problem}")
         return Choice(tuple(literal(str(number)) for number in range(low, high + 1)))

@@ -48,21 +48,16 @@ def automaton_of(text: str) -> Automaton:
 def expression_of(text: str) -> Expression:
     """Return the parsed pattern; PatternError where it is not one, or is too large."""
     try:
-        is_expression = text.startswith(EXPRESSION_PREFIX)
-        parsed = _shifted(text.removeprefix(EXPRESSION_PREFIX)) if is_expression else parse_glob(text)
+        if text.startswith(EXPRESSION_PREFIX):
+            parsed = parse_expression(text.removeprefix(EXPRESSION_PREFIX), len(EXPRESSION_PREFIX))
+        else:
+            parsed = parse_glob(text)
         states = states_of(parsed)
     except RecursionError as error:
         raise PatternError("the pattern is nested too deeply", 0, len(text)) from error
     if states > MOST_STATES:
         raise PatternError(f"the pattern needs more than {MOST_STATES:,} states", 0, len(text))
     return parsed
-
-
-def _shifted(expression: str) -> Expression:
-    try:
-        return parse_expression(expression)
-    except PatternError as error:
-        raise PatternError(str(error), error.offset + len(EXPRESSION_PREFIX), error.length) from error
 
 
 # -- what looks like a pattern

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import nn
 import lora_fx
 from lora_fx import exporters
 from lora_fx.errors import ExportError, RefusedError
-from lora_fx.exporters import diffusers, kohya, merged, mlx, peft, registry, vllm
+from lora_fx.exporters import clients, diffusers, kohya, merged, mlx, peft, registry, vllm
 from lora_fx.exporters.running import largest_difference, run_client
 from lora_fx.exporters.target import FEATURES, Target
 from tests.support import exporting
@@ -208,22 +209,18 @@ def test_adapted_model_is_as_it_was(tmp_path):
 
 def test_client_that_is_killed_is_an_error_and_not_the_end():
     with pytest.raises(ExportError, match="SIGABRT"):
-        run_client("x", "tests.support.exporting", {})
+        run_client("x", exporting.dies)
 
 
 def test_client_that_fails_shows_its_last_words(tmp_path):
     with pytest.raises(ExportError, match="status 1") as caught:
-        run_client(
-            "merged",
-            "lora_fx.exporters.clients.merged",
-            {"model": Mlp(), "path": str(tmp_path / "none"), "sample": ((), {})},
-        )
+        run_client("merged", partial(clients.plain, Mlp(), tmp_path / "none", ((), {})))
     assert "No such file" in caught.value.facts[-1][0]
 
 
 def test_model_that_cannot_be_pickled_is_an_error_with_a_way_out():
     with pytest.raises(ExportError, match="export without verify"):
-        run_client("x", "tests.support.exporting", {"model": lambda x: x})
+        run_client("x", partial(clients.plain, lambda x: x))
 
 
 def test_difference_counts_nan_as_infinite_and_wants_the_same_shapes():

@@ -49,9 +49,7 @@ KINDS_TESTED = (
 
 @pytest.mark.parametrize("name", KINDS_TESTED)
 def test_kinds_of_sites(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from lora_fx.exporters.clients import executorch as client
-
-    monkeypatch.setattr(executorch, "run_client", lambda name, module, given: client.work(given))
+    monkeypatch.setattr(executorch, "run_client", lambda name, client: client())
     (kind,) = (one for one in KINDS if one.name == name)
     tuned = kind.adapted()
     randomise_kind_(tuned)

@@ -20,7 +20,6 @@ import lora_fx
 from lora_fx.errors import ExportError, LoraFxWarning
 from lora_fx.exporters import Exported, export
 from lora_fx.exporters import onnx as target
-from lora_fx.exporters.clients import onnx as client
 from lora_fx.models.samples import Sample
 from tests.adapters.test_site_kinds import KINDS
 from tests.support.peers import BERT, DIT, LLAMA, T5, UNET, VIT, Peer, each
@@ -107,7 +106,7 @@ def test_other_adapters_are_switched_in_on_the_same_graph_whatever_their_rank_an
 
 
 def test_adapter_alone_is_verified_with_its_graph(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(target, "run_client", lambda name, module, given: client.work(given))
+    monkeypatch.setattr(target, "run_client", lambda name, client: client())
     other, path = adapted(rules("layer.*.attention.key"), 4), tmp_path / "keys.onnx_adapter"
     found = export(other, path, "onnx", call_encoder(), verify=True, graph=folder / "model.onnx")
     assert found.difference is not None
@@ -183,7 +182,7 @@ def test_model_that_torch_cannot_trace_is_an_error_that_says_why(tmp_path: Path)
 
 
 def test_graph_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(target, "run_client", lambda name, module, given: client.work(given))
+    monkeypatch.setattr(target, "run_client", lambda name, client: client())
     torch.manual_seed(0)
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval())
     tuned = lora_fx.apply(traced, rules("**", alpha=3))
@@ -210,7 +209,7 @@ def assert_verified(found: Exported) -> None:
 @pytest.mark.parametrize("name", KINDS_TESTED)
 @pytest.mark.filterwarnings("ignore")
 def test_kinds_of_sites(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(target, "run_client", lambda name, module, given: client.work(given))
+    monkeypatch.setattr(target, "run_client", lambda name, client: client())
     (kind,) = (one for one in KINDS if one.name == name)
     tuned = kind.adapted()
     randomise_kind_(tuned)
@@ -221,7 +220,7 @@ def test_kinds_of_sites(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @each((LLAMA, BERT, VIT, DIT, T5, UNET))
 @pytest.mark.filterwarnings("ignore")
 def test_real_architectures(peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(target, "run_client", lambda name, module, given: client.work(given))
+    monkeypatch.setattr(target, "run_client", lambda name, client: client())
     sample = Sample((), peer.inputs(3, 7))
     assert_verified(export(adapted_peer(peer, "modules"), tmp_path / "model.onnx", "onnx", sample, verify=True))
 

@@ -15,7 +15,6 @@ import lora_fx
 from lora_fx.errors import ExportError
 from lora_fx.exporters import export
 from lora_fx.exporters import pt2 as target
-from lora_fx.exporters.clients import pt2
 from lora_fx.models.samples import Sample
 from tests.adapters.test_site_kinds import KINDS
 from tests.support.peers import BERT, DIT, LLAMA, T5, UNET, VIT, Peer, each
@@ -116,7 +115,7 @@ def test_program_that_aotinductor_has_compiled(tmp_path: Path):
 @each((LLAMA, BERT, VIT, DIT, T5, UNET))
 @pytest.mark.filterwarnings("ignore")
 def test_real_architectures(peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(target, "run_client", lambda name, module, given: pt2.work(given))
+    monkeypatch.setattr(target, "run_client", lambda name, client: client())
     sample = Sample((), peer.inputs(3, 7))
     found = export(adapted_peer(peer, "modules"), tmp_path / "model.pt2", "pt2", sample, verify=True)
     assert_verified(found)
@@ -136,7 +135,7 @@ UNTRACEABLE = ("loop over experts", "eager")
 @pytest.mark.parametrize("kind", KINDS[::3], ids=lambda kind: kind.name)  # a third of them: torch.export takes its time
 @pytest.mark.filterwarnings("ignore")
 def test_kinds_of_sites(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(target, "run_client", lambda name, module, given: pt2.work(given))
+    monkeypatch.setattr(target, "run_client", lambda name, client: client())
     tuned = kind.adapted()
     randomise_kind_(tuned)
     if any(word in kind.name for word in UNTRACEABLE):
@@ -147,7 +146,7 @@ def test_kinds_of_sites(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_graph_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(target, "run_client", lambda name, module, given: pt2.work(given))
+    monkeypatch.setattr(target, "run_client", lambda name, client: client())
     torch.manual_seed(0)
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval())
     tuned = lora_fx.apply(traced, rules("**", alpha=3))
@@ -164,7 +163,7 @@ def test_one_adapter_for_each_call(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.fc(x).tanh())
 
-    monkeypatch.setattr(target, "run_client", lambda name, module, given: pt2.work(given))
+    monkeypatch.setattr(target, "run_client", lambda name, client: client())
     sample = Sample((torch.randn(3, 8),))
     chosen = {"version": 1, "rules": [{"match": {"name": "fc"}, "lora": {"r": 2}, "per_call": True}]}
     tuned = lora_fx.apply(Twice().eval(), chosen, sample, backend="modules")
@@ -174,7 +173,7 @@ def test_one_adapter_for_each_call(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_parts_of_fused_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(target, "run_client", lambda name, module, given: pt2.work(given))
+    monkeypatch.setattr(target, "run_client", lambda name, client: client())
     chosen = {
         "version": 1,
         "rules": [{"match": {"name": "0"}, "lora": {"r": 2}, "slices": {"of": ["q", "k", "v"], "adapt": ["q", "v"]}}],

@@ -120,6 +120,6 @@ def specimen(feature: str) -> tuple[nn.Module, Sample]:
     return tuned_of(model, chosen, inputs), lora_fx.call(*inputs)
 
 
-def work(given: dict[str, Any]) -> None:
+def dies() -> None:
     """Die as a client dies of a malformed file."""
     os.abort()
