@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from lora_fx.errors import MergeError
 from lora_fx.exporters import clients
-from lora_fx.exporters.features import expressed
 from lora_fx.exporters.running import call_with, largest_difference, outputs_of, run_client
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.target import Refusal, Target, expressed
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.quantised import dequantised_

@@ -58,7 +58,8 @@ def patched(listener: PatchListener) -> Iterator[None]:
     is_grad_enabled, has_torch_function = torch.is_grad_enabled, torch.overrides.has_torch_function
 
     def heard_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        call = functools.partial(apply.__func__, cls, *args, **kwargs)
+        # a classmethod of Python's or, in newer torch, one written in C: both bind to a class like this
+        call = functools.partial(apply.__get__(None, cls), *args, **kwargs)
         return listener.custom_function(cls, call, args) if listening() and not kwargs else call()
 
     def heard_grad_mode() -> bool:

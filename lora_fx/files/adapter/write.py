@@ -34,7 +34,7 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     _warn_of_moved_buffers(tuned)
     files: dict[Path, bytes] = {}
     for adapter in reversed(described):  # the first, which names the others, comes last
-        files |= _files_of(adapter, folder if adapter is described[0] else folder / adapter.name)
+        files |= files_of(adapter, folder if adapter is described[0] else folder / adapter.name)
     try:
         write_files(files)
     except OSError as error:
@@ -67,7 +67,8 @@ def _on_meta(tuned: nn.Module) -> bool:
     return any(p.is_meta for name, p in tuned.named_parameters() if ".lora_" in name)
 
 
-def _files_of(described: Described, folder: Path) -> dict[Path, bytes]:
+def files_of(described: Described, folder: Path) -> dict[Path, bytes]:
+    """Return the contents of an adapter's files, by path; the configuration, without which it is none, comes last."""
     config = json.dumps(described.config, indent=2, sort_keys=True) + "\n"
     return {
         folder / WEIGHTS_FILE: canonical_safetensors(described.tensors, described.metadata),
