@@ -7,6 +7,7 @@ what the package relies on.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import inspect
@@ -14,8 +15,9 @@ import logging
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -68,6 +70,16 @@ def is_tensor_function(function: object) -> bool:
 def aot_inductor() -> Any:
     """Return the module with `aoti_compile_and_package`, documented under this name; imported when it is needed."""
     return importlib.import_module("torch._inductor")
+
+
+_T = TypeVar("_T")
+
+
+def deepcopy(value: _T, memo: dict[int, Any] | None = None) -> _T:
+    """Return a deep copy; torch 2.13 warns, when a graph of torch.export is copied, of a class that it made itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        return copy.deepcopy(value, memo)
 
 
 _LOCAL = re.compile(r"L\['(\w+)'\]")

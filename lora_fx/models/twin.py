@@ -5,7 +5,6 @@ The caller's model keeps its flags, values and behaviour; no weight is copied.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_fx.errors import RefusedError
+from lora_fx.models.torch_internals import deepcopy
 
 
 def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
@@ -28,7 +28,7 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
     memo: dict[int, object] = {id(p): _alias(p, freeze) for p in model.parameters()}
     memo |= {id(t): t.detach() for t in _computed_tensors(model)}
     try:
-        return copy.deepcopy(model, memo)
+        return deepcopy(model, memo)
     except Exception as error:
         parts = list(_uncopyable_parts(model)) or [("(root)", f"{type(error).__name__}: {error}")]
         raise RefusedError(
@@ -77,7 +77,7 @@ def _uncopyable_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
             if name in ("_parameters", "_buffers", "_modules"):
                 continue
             try:
-                copy.deepcopy(value, dict(shared))
+                deepcopy(value, dict(shared))
             except Exception as error:
                 yield f"{path}.{name}".lstrip("."), f"{type(error).__name__}: {error}"
 

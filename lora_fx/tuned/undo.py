@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
@@ -14,6 +13,7 @@ from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
 from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, tied_names
+from lora_fx.models.torch_internals import deepcopy
 from lora_fx.models.twin import make_twin
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.editor import Editor
@@ -144,7 +144,7 @@ def _inactive_modules(tuned: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _base_graph(tuned: fx.GraphModule) -> Iterator[None]:
     adapted = tuned.graph
-    shell = fx.GraphModule(tuned, copy.deepcopy(adapted))
+    shell = fx.GraphModule(tuned, deepcopy(adapted))
     erase_lora_nodes(Editor(shell))
     tuned.graph = shell.graph
     try:
