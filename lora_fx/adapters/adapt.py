@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import Attached, all_attached, attach, spec_of
+from lora_fx.adapters.attach import all_attached, attach, spec_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import adapt, count_calls_anew, read_by_kernels, stop_counting
 from lora_fx.models.tensors import get_tensor, own_parameters
@@ -49,13 +49,14 @@ def read_in_graph(model: nn.Module) -> set[str]:
 
 def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) -> None:
     """Give the twin values of its own for all else that training will change, and keep the model's in the record."""
-    biases = [f"{path}.bias" for path, adapter in all_attached(twin) if adapter.spec.lora.bias and _owns_bias(adapter)]
-    whole = [name for name, _ in twin.named_parameters(remove_duplicate=False) if is_trained(name, record)]
-    names = list(dict.fromkeys((*whole, *biases)))
+    names = trained_parameters(twin, record)
     record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
     record.base |= {name: parameter.detach() for name in names if (parameter := get_tensor(model, name)) is not None}
     own_parameters(twin, names, requires_grad=True)
 
 
-def _owns_bias(adapter: Attached) -> bool:
-    return adapter.spec.path_is_owner and adapter.owner._parameters.get("bias") is not None
+def trained_parameters(twin: nn.Module, record: ModelRecord) -> list[str]:
+    """Return the names of what is trained beside A and B: parameters of modules under `train:`, biases of rules."""
+    whole = [name for name, _ in twin.named_parameters(remove_duplicate=False) if is_trained(name, record)]
+    biases = [f"{path}.bias" for path, adapter in all_attached(twin) if adapter.trained_bias is not None]
+    return list(dict.fromkeys((*whole, *biases)))

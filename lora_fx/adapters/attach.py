@@ -99,9 +99,13 @@ class Attached:
         yield self.lora_B.weight
         if self.magnitude is not None:
             yield self.magnitude.weight
-        bias = self.owner._parameters.get("bias") if self.spec.path_is_owner else None
-        if self.spec.lora.bias and bias is not None:
-            yield bias
+        if self.trained_bias is not None:
+            yield self.trained_bias
+
+    @property
+    def trained_bias(self) -> nn.Parameter | None:
+        """The bias of the layer if the rule trains it."""
+        return self.owner._parameters.get("bias") if self.spec.lora.bias and self.spec.path_is_owner else None
 
     def low_rank(self) -> Factored:
         """Return the low-rank part of the weight as it is stored."""
@@ -196,16 +200,11 @@ def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAF
             A = EmbeddingA(values, spec, owner.padding_idx)
         else:
             A = LoRAFactor(values, spec)
-        B = _second(empty(*bank, rows, spec.lora.r), spec)
+        values = empty(*bank, rows, spec.lora.r)
+        B = SlicedB(values, spec.site.features[0], spec.parts) if spec.parts else LoRAFactor(values)
     kind: Kind = "bank" if bank else "embedding" if spec.site.op == "embedding" else "matrix"
     initialise(A.weight, B.weight, spec.lora.init, kind)
     return A, B
-
-
-def _second(values: Tensor, spec: AdapterSpec) -> LoRAFactor:
-    if not spec.parts:
-        return LoRAFactor(values)
-    return SlicedB(values, spec.site.features[0], spec.parts)
 
 
 def attached_to(owner: nn.Module) -> Iterator[Attached]:
@@ -266,6 +265,11 @@ def all_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
     for path, module in model.named_modules():
         for adapter in attached_to(module):
             yield (path if adapter.spec.path_is_owner else dotted(path, adapter.spec.parameter)), adapter
+
+
+def adapted_owners(model: nn.Module) -> list[nn.Module]:
+    """Return every module that owns an adapted weight, in model order."""
+    return list(dict.fromkeys(adapter.owner for _, adapter in all_attached(model)))
 
 
 def owner_path(path: str, adapter: Attached) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from lora_fx.capture.calls.ambient import no_collections
 from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.models.torch_internals import DispatchMode
 
@@ -74,13 +75,8 @@ def saved_bytes(forward: Work, own: Iterable[Tensor] = ()) -> int:
 def no_collection() -> Iterator[None]:
     """Keep Python's garbage collector from running, as far as possible: it would take time, and memory."""
     gc.collect()
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collections():
         yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 @contextlib.contextmanager
@@ -151,20 +147,16 @@ def _matrix_vector(*tensors: Tensor, **_: Any) -> int:
     return 2 * tensors[-2].numel()
 
 
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """Return torch's own formulas, and those for what torch leaves out: products in place, attention on the CPU."""
-    aten, known = torch.ops.aten, dict(flop_registry)
-    return {
-        **known,
-        aten.addmm_: known[aten.addmm],
-        aten.baddbmm_: known[aten.baddbmm],
-        **dict.fromkeys((aten.mv, aten.dot, aten.addmv, aten.addmv_), _matrix_vector),
-        aten._grouped_mm: _grouped,
-        aten._scaled_dot_product_flash_attention_for_cpu: known[aten._scaled_dot_product_flash_attention],
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: known[
-            aten._scaled_dot_product_flash_attention_backward
-        ],
-    }
-
-
-_FORMULAS = _formulas()
+_ATEN = torch.ops.aten
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    _ATEN.addmm_: flop_registry[_ATEN.addmm],
+    _ATEN.baddbmm_: flop_registry[_ATEN.baddbmm],
+    **dict.fromkeys((_ATEN.mv, _ATEN.dot, _ATEN.addmv, _ATEN.addmv_), _matrix_vector),
+    _ATEN._grouped_mm: _grouped,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+"""torch's own formulas, and those for what torch leaves out: products in place, attention on the CPU."""

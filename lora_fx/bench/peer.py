@@ -108,7 +108,7 @@ def check_parity(ours: Subject, theirs: Subject) -> float:
         scale = b.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         difference = float((a - b).abs().max() / scale)
         largest = max(largest, difference)
-        if not difference <= TOLERANCE[_dtype_of(ours.model)]:
+        if not difference <= _tolerance(ours.model):
             wrong.append((name, f"differs by {difference:.1e} of its largest value"))
     if wrong:
         raise InvariantError("lora_fx and PEFT do not compute the same, so their times mean nothing", sorted(wrong))
@@ -136,7 +136,6 @@ def _gradients(subject: Subject) -> Iterator[tuple[str, Tensor]]:
             yield f"gradient of {name.removeprefix('base_model.model.')}", parameter.grad
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    """Return the least precise of the dtypes of a model's floating point parameters."""
-    kinds = {weight.dtype for weight in model.parameters() if weight.dtype in TOLERANCE}
-    return max(kinds, key=lambda kind: TOLERANCE[kind])
+def _tolerance(model: nn.Module) -> float:
+    """Return the tolerance of the least precise of the dtypes of a model's floating point parameters."""
+    return max(TOLERANCE[weight.dtype] for weight in model.parameters() if weight.dtype in TOLERANCE)

@@ -62,10 +62,10 @@ def bench(
         RefusedError: no inputs, nothing to adapt, or sites that PEFT cannot adapt; names every one.
         InvariantError: lora_fx and PEFT compute different things.
     """
-    wanted = options if options is not None else BenchOptions()
+    wanted = options or BenchOptions()
     if wanted.peer is not None:
         require_peft()
-    read, done = read_rules(rules), progress if progress is not None else _unseen
+    read, done = read_rules(rules), progress or (lambda done, total: None)
     with _settled(wanted.threads), frozen_heap():
         base = FrozenBase.of(model, example_inputs, wanted.dtype)
         ours = base.adapted(OURS, read)
@@ -90,10 +90,6 @@ def _warm(ours: Subject) -> report.Report:
     for _ in range(CAPTURES):
         ours.step()
     return report.report(ours.model)
-
-
-def _unseen(done: int, total: int) -> None:
-    """Show no progress."""
 
 
 def _subjects(base: FrozenBase, ours: Subject, rules: RuleSet, options: BenchOptions) -> Iterator[Subject]:

@@ -7,6 +7,7 @@ would save part of the first layer only, and ratios would depend on the number o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -171,18 +172,12 @@ def _with_gradient(module: nn.Module, args: Any, output: Any) -> Any:
 def _first_embedding(model: nn.Module, sample: Sample) -> str | None:
     """Return the path of the embedding that a forward pass calls first."""
     called: list[str] = []
-    hooks = [
-        module.register_forward_hook(lambda *_, path=path: called.append(path))
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-    ]
-    try:
-        with torch.no_grad():
-            model(*sample.args, **sample.kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return called[0] if called else None
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                hooks.enter_context(module.register_forward_hook(lambda *_, path=path: called.append(path)))
+        model(*sample.args, **sample.kwargs)
+    return next(iter(called), None)
 
 
 def _leafed(sample: Sample) -> tuple[Sample, Tensor | None]:

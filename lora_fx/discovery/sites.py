@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import HOME, is_adapted
-from lora_fx.discovery.weight_uses import Uses, WeightUse
+from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_shape
 from lora_fx.models.tensors import dotted
@@ -29,21 +29,18 @@ UNKNOWN_USE = "a raw parameter: how it is used shows only with example_inputs"
 def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
     """Return the sites and modules of a model; it stays unchanged, and needs no values (the meta device will do).
 
-    Args:
-        model: any nn.Module or GraphModule.
-        uses: what a run of the model has shown (`weight_uses`), if it could run.
+    What a run of the model has shown of its weights is in `uses`, if it could run.
 
     Raises:
         RefusedError: for a model that is adapted already, compiled or scripted.
     """
     refuse_unfit(model)
-    known, tied = known_modules(model), ties(model)
     in_graph = None
     if isinstance(model, fx.GraphModule):
-        placed = tuple(_graph_sites(model, known, tied))
+        placed = tuple(_graph_sites(model))
         sites, in_graph = tuple(site for site, _ in placed), frozenset(site.path for site, inside in placed if inside)
     else:
-        sites = tuple(_Finder(known, tied, uses).sites())
+        sites = tuple(_Finder(model, uses or NOTHING_SHOWN).sites())
     named = model.named_modules(remove_duplicate=False)
     modules = tuple((path, sum(p.numel() for p in module.parameters())) for path, module in named)
     return Inventory(type(model).__name__, sites, modules, sum(p.numel() for p in model.parameters()), in_graph)
@@ -79,7 +76,7 @@ def uses_in_graph(graph_module: fx.GraphModule, path: str = "") -> dict[str, Wei
     """Return how a graph uses raw parameters, by their names below `path`."""
     seen: dict[str, list[GraphUse]] = {}
     for use in raw_uses(graph_module):
-        if use.delta is not None:
+        if use.op:
             seen.setdefault(use.parameter, []).append(use)
     weights = {}
     for name, uses in seen.items():
@@ -98,20 +95,21 @@ def class_names(kind: type) -> tuple[str, ...]:
 class _Finder:
     """Finds the sites of a module tree, in model order."""
 
-    def __init__(self, known: Sequence[KnownModule], tied: Mapping[int, tuple[str, ...]], uses: Uses | None) -> None:
-        self.known = known
-        self.ties = tied
+    def __init__(self, model: nn.Module, uses: Uses) -> None:
+        self.model = model
+        self.ties = ties(model)
         self.uses = uses
-        self.ran = uses is not None and uses.complete
 
     def sites(self) -> Iterator[Site]:
-        for known in self.known:
+        for known in known_modules(self.model):
             path, module, kind = known.names[0], known.module, known.kind
             if kind is not None:
                 yield self._layer(known, kind)
             if isinstance(module, nn.utils.parametrize.ParametrizationList):  # shown where its weight is used
                 continue
-            if kind is not None and kind.refusal is not None and not self.ran:  # what its weight is computed from
+            if (
+                kind is not None and kind.refusal is not None and not self.uses.complete
+            ):  # what its weight is computed from
                 continue
             for name, parameter in module._parameters.items():
                 if parameter is None or (name == "weight" and kind is not None):
@@ -119,15 +117,14 @@ class _Finder:
                 if raw := self._used(dotted(path, name), parameter, known.raw.get(name)):
                     yield self._raw(known, name, raw)
 
-    def _use(self, name: str) -> WeightUse | None:
-        return None if self.uses is None else self.uses.weights.get(name)
+    def _tied_to(self, parameter: Tensor | None, own: Collection[str]) -> tuple[str, ...]:
+        return tuple(name for name in self.ties.get(id(parameter), ()) if name not in own)
 
     def _layer(self, known: KnownModule, kind: LayerKind) -> Site:
         """Return the site of a layer that is known by class."""
         (path, *aliases), module = known.names, known.module
         own = {dotted(name, "weight") for name in known.names}
-        weight = module._parameters.get("weight")
-        use = self._use(dotted(path, "weight"))
+        use = self.uses.weights.get(dotted(path, "weight"))
         stored = next(module.parameters(), None)  # reading a parametrized `weight` would run its power iteration
         return Site(
             path=path,
@@ -138,7 +135,7 @@ class _Finder:
             bias=getattr(module, "bias", None) is not None,
             calls=self._calls(path, kind, use),
             aliases=tuple(aliases),
-            tied_to=() if weight is None else tuple(n for n in self.ties.get(id(weight), ()) if n not in own),
+            tied_to=self._tied_to(module._parameters.get("weight"), own),
             refusal=kind.refusal or (use.problem or None if use is not None else None),
             layout=kind.layout,
             read=not kind.called or (use is not None and use.outside),
@@ -146,16 +143,16 @@ class _Finder:
         )
 
     def _calls(self, path: str, kind: LayerKind, use: WeightUse | None) -> int | None:
-        if self.uses is None or not self.ran:
+        if not self.uses.complete:
             return None
         number = 0 if use is None else use.calls
         return max(number, self.uses.calls.get(path, 0)) if kind.called else number
 
     def _used(self, name: str, parameter: Tensor, known: LayerKind | None) -> LayerKind | None:
         """Return what a run has shown of a raw parameter, or what its owner's class does with it."""
-        use, stored = self._use(name), tuple(parameter.shape)
+        use, stored = self.uses.weights.get(name), tuple(parameter.shape)
         if use is None:
-            looked_at = self.ran or (self.uses is not None and name in self.uses.looked_at)
+            looked_at = self.uses.complete or name in self.uses.looked_at
             if known is None and not looked_at and parameter.dim() >= 2 and min(stored[-2:]) > 1:
                 return LayerKind("matmul", "out_in", stored, False, UNKNOWN_USE)
             return known
@@ -172,7 +169,7 @@ class _Finder:
         parameter = module._parameters[name]
         assert parameter is not None
         full = dotted(path, name)
-        use = self._use(full)
+        use = self.uses.weights.get(full)
         aliases = tuple(dotted(owner, name) for owner in shared)
         others = (path if name == "weight" else "", *(dotted(path, other) for other in kind.aliases))
         return Site(
@@ -181,14 +178,29 @@ class _Finder:
             classes=class_names(type(module)),
             shape=kind.shape,
             dtype=_dtype_name(parameter),
-            calls=use.calls if use is not None else (0 if self.ran else None),
+            calls=use.calls if use is not None else (0 if self.uses.complete else None),
             aliases=tuple(alias for alias in (*others, *aliases) if alias),
-            tied_to=tuple(n for n in self.ties.get(id(parameter), ()) if n not in (full, *aliases)),
+            tied_to=self._tied_to(parameter, (full, *aliases)),
             refusal=kind.refusal or _taken_name(module, name),
             parameter=full,
             layout=kind.layout,
             read=True,
             outside=use is not None and use.outside,
+        )
+
+    def weight_in_graph(self, path: str) -> Site:
+        """Return the site of a weight that a graph reads from a module that is not a layer."""
+        owner = self.model.get_submodule(path)
+        weight = owner._parameters["weight"]
+        assert weight is not None
+        return Site(
+            path=path,
+            op="linear",
+            classes=class_names(nn.Linear),
+            shape=tuple(weight.shape),
+            dtype=_dtype_name(weight),
+            bias=owner._parameters.get("bias") is not None,
+            tied_to=self._tied_to(weight, (f"{path}.weight",)),
         )
 
 
@@ -213,17 +225,15 @@ def _dtype_name(tensor: Tensor | nn.Module) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _graph_sites(
-    graph_module: fx.GraphModule, known: Sequence[KnownModule], tied: Mapping[int, tuple[str, ...]]
-) -> Iterator[tuple[Site, bool]]:
+def _graph_sites(graph_module: fx.GraphModule) -> Iterator[tuple[Site, bool]]:
     """Yield the sites of a graph in its order, then those inside modules that it calls as a whole; whether it is one
     of the graph's own.
     """
-    uses = Uses({}, uses_in_graph(graph_module), complete=False)
+    finder = _Finder(graph_module, replace(NOTHING_SHOWN, weights=uses_in_graph(graph_module)))
     calls = Counter(path for path, _ in site_calls(graph_module) if path)
-    in_modules = {site.path: site for site in _Finder(known, tied, uses).sites()}
+    in_modules = {site.path: site for site in finder.sites()}
     for path, number in calls.items():
-        site = in_modules.get(path) or _weight_site(path, graph_module, tied)
+        site = in_modules.get(path) or finder.weight_in_graph(path)
         yield replace(site, calls=number), True
     read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     for site in in_modules.values():
@@ -232,19 +242,3 @@ def _graph_sites(
                 yield replace(site, read=False), True
         elif site.path not in calls:
             yield site, False
-
-
-def _weight_site(path: str, graph_module: fx.GraphModule, tied: Mapping[int, tuple[str, ...]]) -> Site:
-    """Return the site of a weight that the graph reads from a module that is not a layer."""
-    owner = graph_module.get_submodule(path)
-    weight = owner._parameters["weight"]
-    assert weight is not None
-    return Site(
-        path=path,
-        op="linear",
-        classes=class_names(nn.Linear),
-        shape=tuple(weight.shape),
-        dtype=_dtype_name(weight),
-        bias=owner._parameters.get("bias") is not None,
-        tied_to=tuple(name for name in tied.get(id(weight), ()) if name != f"{path}.weight"),
-    )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import fx, nn
@@ -16,7 +14,7 @@ from torch import fx, nn
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.discovery.sites import refuse_unfit, take_inventory, uses_in, uses_in_graph
-from lora_fx.discovery.weight_uses import Uses, WeightUse, weight_uses
+from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse, weight_uses
 from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.layers import has_unknown_weights
 from lora_fx.models.samples import Sample, Samples
@@ -50,19 +48,16 @@ class Observed:
     """Why it could not be watched while it ran, or not run."""
 
     def planned(self, decisions: Decisions, backend: str = "auto") -> Plan:
-        """Return the plan of what is decided, with each site's backend; the model stays unchanged.
+        """Return the plan of what is decided, with each site's backend: "modules" captures nothing.
 
-        Args:
-            decisions: what is wanted of each site.
-            backend: "modules" captures nothing.
+        The model stays unchanged.
         """
-        notes = (*decisions.notes, self.note) if self.note else decisions.notes
-        if backend != "modules" and self.inventory.in_graph is None:
-            return self._with_captures(decisions, notes) if decisions.adapted else Plan.of(decisions, notes=notes)
         if backend == "modules":
             return on_modules(decisions)
-        in_graph = self.inventory.in_graph or frozenset()
-        return on_modules(decisions, in_graph, "inside a module that the graph calls as a whole")
+        if (in_graph := self.inventory.in_graph) is not None:
+            return on_modules(decisions, in_graph, "inside a module that the graph calls as a whole")
+        notes = (*decisions.notes, self.note) if self.note else decisions.notes
+        return self._with_captures(decisions, notes) if decisions.adapted else Plan.of(decisions, notes=notes)
 
     def _with_captures(self, decisions: Decisions, notes: tuple[str, ...]) -> Plan:
         """Return the plan with the graphs that are captured; without samples, those that are provably safe to trace."""
@@ -73,43 +68,43 @@ class Observed:
         sites = tuple(_with_backend(site, captured, passes) for site in decisions.sites)
         if not self.samples and any(site.decision == "adapt" and site.backend == "module" for site in sites):
             notes = (*notes, _MORE_WITH_INPUTS)
+        regions = tuple(
+            PlannedRegion(path, "graph" if path in captured.graphs else "module", captured.failures.get(path, ""))
+            for path in dict.fromkeys((*captured.graphs, *captured.failures))
+        )
         capture = Study(captured, self.samples)
-        return Plan.of(decisions, sites=sites, notes=notes, regions=_planned_regions(captured), capture=capture)
+        return Plan.of(decisions, sites=sites, notes=notes, regions=regions, capture=capture)
 
 
 def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | None = None) -> Observed:
     """Return the model with how it uses its weights, seen in a run of each sample in eval mode; it stays unchanged.
 
-    A twin runs.  Without samples, and for a GraphModule, nothing runs.
-
-    Args:
-        model: any nn.Module or GraphModule.
-        tried: inputs to run it on, on the model's device.
-        known: how raw parameters are used, where no run shows it.
+    A twin runs.  Without samples, and for a GraphModule, nothing runs; `known` tells how raw parameters are used where
+    no run shows it.
 
     Raises:
         RefusedError: the model cannot be adapted at all.
         CaptureError: the model refuses the user's own inputs.
     """
     refuse_unfit(model)
-    twin = functools.partial(trial_twin, model)
     uses, samples, note = None, tried.items, ""
     runs = not isinstance(model, fx.GraphModule)
     if samples and runs:
         try:
-            uses = _watched_uses(twin, samples)
+            uses = _watched_uses(model, samples)
         except RefusedError:
             raise
         except Exception as unwatched:
-            samples, note = _unwatched(twin, tried, unwatched)
+            samples, note = _unwatched(model, tried, unwatched)
     if uses is None and runs and (samples or not note) and any(map(has_unknown_weights, model.modules())):
-        uses = _symbolic_uses(twin)
+        uses = _symbolic_uses(model)
     if known:
-        uses = replace(uses or Uses({}, {}, complete=False), weights={**known, **(uses.weights if uses else {})})
+        uses = uses or NOTHING_SHOWN
+        uses = replace(uses, weights={**known, **uses.weights})
     return Observed(model, take_inventory(model, uses), samples, note)
 
 
-def _unwatched(trial: Trial, tried: Samples, unwatched: Exception) -> tuple[tuple[Sample, ...], str]:
+def _unwatched(model: nn.Module, tried: Samples, unwatched: Exception) -> tuple[tuple[Sample, ...], str]:
     """Return the samples if the model runs on them unwatched, none if it does not run at all; and a note on why.
 
     Raises:
@@ -117,7 +112,7 @@ def _unwatched(trial: Trial, tried: Samples, unwatched: Exception) -> tuple[tupl
     """
     torch.compiler.reset()  # torch.cond compiles; what it has compiled under a mode would fail without one too
     try:
-        with trial() as twin, _in_inference(twin):
+        with _trial_in_inference(model) as twin:
             for sample in tried.items:
                 twin(*sample.args, **sample.kwargs)
         return tried.items, f"how weights are used cannot be watched: {_line(unwatched)}"
@@ -130,35 +125,30 @@ def _unwatched(trial: Trial, tried: Samples, unwatched: Exception) -> tuple[tupl
         return (), f"the model does not run on its sample inputs here: {reason}"
 
 
-def _watched_uses(trial: Trial, samples: Sequence[Sample]) -> Uses:
+def _watched_uses(model: nn.Module, samples: Sequence[Sample]) -> Uses:
     """Return what all samples show: the calls of the first, and every weight that any of them uses."""
-    with trial() as twin, _in_inference(twin):
+    with _trial_in_inference(model) as twin:
         shown = [weight_uses(twin, sample.args, sample.kwargs) for sample in samples]
-    calls = {path: number for uses in reversed(shown) for path, number in uses.calls.items()}
-    return Uses(calls, {name: use for uses in reversed(shown) for name, use in uses.weights.items()})
-
-
-Trial: TypeAlias = Callable[[], AbstractContextManager[nn.Module]]
-"""Gives a fresh twin of a model to try things on."""
+    return Uses(dict(ChainMap(*(uses.calls for uses in shown))), dict(ChainMap(*(uses.weights for uses in shown))))
 
 
 @contextlib.contextmanager
-def _in_inference(twin: nn.Module) -> Iterator[None]:
-    with torch.no_grad(), warnings.catch_warnings():
+def _trial_in_inference(model: nn.Module) -> Iterator[nn.Module]:
+    with trial_twin(model) as twin, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         twin.eval()
-        yield
+        yield twin
 
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _symbolic_uses(trial: Trial) -> Uses:
+def _symbolic_uses(model: nn.Module) -> Uses:
     """Return how modules use the raw parameters that they own, as far as straight-line forwards tell without inputs."""
     weights: dict[str, WeightUse] = {}
     looked_at: set[str] = set()
-    with trial() as twin:
+    with trial_twin(model) as twin:
         for path, module in ((path, module) for path, module in twin.named_modules() if has_unknown_weights(module)):
             with contextlib.suppress(NotCaptured):
                 graph_module = fx.GraphModule(module, capture_symbolically(module).graph)
@@ -168,13 +158,9 @@ def _symbolic_uses(trial: Trial) -> Uses:
 
 
 def renewed(model: nn.Module, plan: Plan, tried: Samples, backend: str = "auto") -> Plan:
-    """Return a plan that was made before, if it still fits the model, with graphs where they are wanted.
+    """Return a plan that was made before, if it still fits the model, with graphs unless the backend is "modules".
 
-    Args:
-        model: the model that it is wanted for now.
-        plan: as it was returned, or read from JSON.
-        tried: inputs, of which the user's own count; a plan that has its captures does not need them.
-        backend: "modules" captures nothing.
+    Of the inputs the user's own count; a plan that has its captures does not need them.
 
     Raises:
         StalePlanError: the model has other sites.
@@ -234,9 +220,3 @@ def _reason(site: PlannedSite, captured: Survey) -> str:
         return DEAD
     owners = [region for region in captured.failures if not region or f"{site.path}.".startswith(f"{region}.")]
     return captured.failures[max(owners, key=len)] if owners else "outside of repeated blocks"
-
-
-def _planned_regions(captured: Survey) -> tuple[PlannedRegion, ...]:
-    graphs = [PlannedRegion(path, "graph", captured.failures.get(path, "")) for path in captured.graphs]
-    failed = [PlannedRegion(p, "module", why) for p, why in captured.failures.items() if p not in captured.graphs]
-    return (*graphs, *failed)

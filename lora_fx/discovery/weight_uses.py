@@ -7,6 +7,7 @@ tells which axis of the parameter is summed over, so which are its inputs.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.adapters.rawweight.products import name_of
+from lora_fx.models.tensors import dotted
 from lora_fx.models.torch_internals import DispatchMode
 from lora_fx.planning.sites import Layout
 
@@ -38,7 +40,7 @@ class WeightUse:
     """Whether all axes of the parameter but the first are one side of a matrix."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Uses:
     """What a run has shown."""
 
@@ -50,6 +52,9 @@ class Uses:
     """Whether a run has shown it, so that what is not there is not used."""
     looked_at: frozenset[str] = frozenset()
     """Raw parameters whose use is known without a run, though not all that is there was seen."""
+
+
+NOTHING_SHOWN = Uses({}, {}, complete=False)
 
 
 @dataclass(slots=True)
@@ -100,24 +105,20 @@ def _unfused() -> Iterator[None]:
 @contextlib.contextmanager
 def _module_stack(model: nn.Module, calls: dict[str, int], active: list[nn.Module]) -> Iterator[None]:
     """Count calls, and keep the modules that are being called in `active`."""
-    hooks = []
-    for path, module in model.named_modules():
 
-        def enter(module: nn.Module, _args: object, path: str = path) -> None:
-            calls[path] = calls.get(path, 0) + 1
-            active.append(module)
+    def enter(path: str, module: nn.Module, _args: object) -> None:
+        calls[path] = calls.get(path, 0) + 1
+        active.append(module)
 
-        def leave(module: nn.Module, _args: object, _result: object) -> None:
-            if active and active[-1] is module:
-                active.pop()
+    def leave(module: nn.Module, _args: object, _result: object) -> None:
+        if active and active[-1] is module:
+            active.pop()
 
-        hooks.append(module.register_forward_pre_hook(enter))
-        hooks.append(module.register_forward_hook(leave, always_call=True))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for path, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(functools.partial(enter, path)))
+            hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Functions(TorchFunctionMode):
@@ -183,21 +184,23 @@ class _Watch(DispatchMode):
         self.active: list[nn.Module] = []
         self.functions = _Functions()
         self.seen: dict[str, _Tally] = {}
-        self._roots: dict[int, _Memory] = {}
+        self._roots: dict[int | None, _Memory] = {}
         """The parameters, by memory."""
-        self._copies: dict[int, _Memory] = {}
-        self._buffers = {_storage(buffer) for buffer in model.buffers() if _has_storage(buffer)}
+        self._copies: dict[int | None, _Memory] = {}
+        self._buffers = set(map(_storage, model.buffers())) - {None}
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() >= 1 and _has_storage(parameter):
-                    memory = self._roots.setdefault(_storage(parameter), _memory_of(parameter))
-                    memory.shown[0].owners[f"{path}.{name}".lstrip(".")] = module
+                if parameter.dim() >= 1 and (storage := _storage(parameter)) is not None:
+                    axes = tuple(frozenset((axis,)) for axis in range(parameter.dim()))
+                    whole = _Memory((_Origin({}, parameter.dim(), axes),), tuple(parameter.shape), parameter.stride())
+                    memory = self._roots.setdefault(storage, whole)
+                    memory.shown[0].owners[dotted(path, name)] = module
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = name_of(func)
         operands = [value for value in args if isinstance(value, Tensor)]
-        if any(map(self._is_weight, operands)) or name in _KERNELS:
+        if any(map(self._memory, operands)) or name in _KERNELS:
             self._note(name, args, operands, result)
         return result
 
@@ -215,14 +218,13 @@ class _Watch(DispatchMode):
 
     # -- where a tensor comes from
 
-    def _is_weight(self, tensor: Tensor) -> bool:
-        return _has_storage(tensor) and (_storage(tensor) in self._roots or _storage(tensor) in self._copies)
+    def _memory(self, tensor: Tensor) -> _Memory | None:
+        """Return what lies in the tensor's memory; None if nothing of a parameter does."""
+        return self._roots.get(_storage(tensor)) or self._copies.get(_storage(tensor))
 
     def _where(self, tensor: Tensor) -> tuple[_Origin, ...]:
         """Return what the tensor shows of parameters; nothing if it is not one and was not made of any."""
-        if not _has_storage(tensor):
-            return ()
-        memory = self._roots.get(_storage(tensor)) or self._copies.get(_storage(tensor))
+        memory = self._memory(tensor)
         if memory is None or (memory.alive is not None and memory.alive.expired()):  # type: ignore[no-untyped-call]
             return ()
         return memory.seen_by(tensor)
@@ -239,8 +241,7 @@ class _Watch(DispatchMode):
     def _note_computed(self, operands: list[Tensor], result: Tensor) -> None:
         """What is computed from weights, buffers and numbers alone is a weight; each axis stays where it was."""
         given = [tensor for tensor in operands if tensor.is_floating_point() and tensor.dim()]
-        given = [tensor for tensor in given if not _has_storage(tensor) or _storage(tensor) not in self._buffers]
-        shown = [self._where(tensor) for tensor in given]
+        shown = [self._where(tensor) for tensor in given if _storage(tensor) not in self._buffers]
         if all(shown):
             unknown = (frozenset[int](),) * result.dim()
             origins = (origin for some in shown for origin in some)
@@ -248,11 +249,12 @@ class _Watch(DispatchMode):
             self._remember(tuple(kept), result)
 
     def _remember(self, shown: tuple[_Origin, ...], result: Tensor) -> None:
-        if not shown or not _has_storage(result) or _storage(result) in self._roots:
+        storage = _storage(result)
+        if not shown or storage is None or storage in self._roots:
             return
         if all(len(origin.axes) == result.dim() for origin in shown):
             alive = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
-            self._copies[_storage(result)] = _Memory(shown, tuple(result.shape), result.stride(), alive)
+            self._copies[storage] = _Memory(shown, tuple(result.shape), result.stride(), alive)
 
     # -- products
 
@@ -309,20 +311,12 @@ def _sides(rank: int, summed: _Axes, kept: _Axes) -> tuple[Layout, bool] | None:
     return ("in_out", rank > 2) if summed == {0} else None
 
 
-def _has_storage(tensor: Tensor) -> bool:
+def _storage(tensor: Tensor) -> int | None:
+    """Return the identity of a tensor's memory; None where its entries do not lie there with strides."""
     try:
-        return tensor.layout == torch.strided and tensor.untyped_storage() is not None
+        return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
     except (NotImplementedError, RuntimeError):  # tensor subclasses without memory of their own
-        return False
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _memory_of(parameter: Tensor) -> _Memory:
-    axes = tuple(frozenset((axis,)) for axis in range(parameter.dim()))
-    return _Memory((_Origin({}, parameter.dim(), axes),), tuple(parameter.shape), parameter.stride())
+        return None
 
 
 _PRODUCTS: dict[str, tuple[int, int, str]] = {

@@ -52,7 +52,7 @@ def base_graph_parts(tuned: nn.Module) -> BaseGraphParts:
         sites = tuple(_plain(planned, ranks) for planned in plan.sites)
         model = build(removed(tuned), replace(plan, sites=sites)).eval()
     twins = dict(_numbered(model))
-    adapters = {name: {} for name in _names(tuned)}  # type: dict[str, dict[str, Tensor]]
+    adapters: dict[str, dict[str, Tensor]] = {name: {} for name in _names(tuned)}
     base: dict[str, Tensor] = {}
     axes: dict[str, int] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -60,7 +60,7 @@ def base_graph_parts(tuned: nn.Module) -> BaseGraphParts:
         twin = twins[key]
         base |= _base_values(twin, names)
         _fill(twin, adapter)
-        values = {names[id(parameter)]: parameter.detach() for parameter in _own(twin)}
+        values = {names[id(parameter)]: parameter.detach() for parameter in twin.parameters()}
         adapters[adapter.spec.adapter] |= values
         if adapter.spec.site.op not in CONVOLUTIONS and not adapter.spec.site.is_banked:
             axes |= {names[id(twin.lora_A.weight)]: 0, names[id(twin.lora_B.weight)]: 1}
@@ -85,13 +85,6 @@ def _plain(planned: PlannedSite, ranks: dict[str, int]) -> PlannedSite:
     r = ranks[planned.path]
     plain = replace(planned.lora, r=r, alpha=r, rslora=False, dropout=0.0, init="kaiming", bias=False, adapter=NAME)
     return replace(planned, lora=plain, slices=None)
-
-
-def _own(adapter: Attached) -> Iterator[nn.Parameter]:
-    yield adapter.lora_A.weight
-    yield adapter.lora_B.weight
-    if adapter.magnitude is not None:
-        yield adapter.magnitude.weight
 
 
 def _base_values(fresh: Attached, names: dict[int, str]) -> dict[str, Tensor]:

@@ -9,15 +9,13 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from lora_fx.exporters import clients, peft
-from lora_fx.exporters.features import expressed, refusals
 from lora_fx.exporters.running import call_with, outputs_of_both, run_client, worst_difference
-from lora_fx.exporters.target import Refusal, Target
-from lora_fx.files.adapter.describe import Described, describe
+from lora_fx.exporters.target import Refusal, Target, expressed, refusals
+from lora_fx.files.adapter.describe import describe
 from lora_fx.files.adapter.names import PREFIX
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
@@ -43,14 +41,10 @@ _CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules",
 
 def refused(tuned: nn.Module) -> Iterator[Refusal]:
     """Yield (path, reason) for what diffusers does not load, or would compute otherwise."""
-    if not _loads_adapters(tuned):
+    if not any("load_lora_adapter" in vars(kind) for kind in type(tuned).__mro__):
         yield "", f"{type(tuned).__name__} is no model of diffusers that loads adapters; target='peft' fits any model"
     yield from refusals(tuned, REFUSED)
     yield from peft.beyond_peft(tuned)
-
-
-def _loads_adapters(tuned: nn.Module) -> bool:
-    return any("load_lora_adapter" in vars(kind) for kind in type(tuned).__mro__)
 
 
 def _component_of(tuned: nn.Module) -> str:
@@ -63,17 +57,14 @@ def write(tuned: nn.Module, path: Path, component: str = "") -> None:
     (described,) = describe(tuned)
     component = component or _component_of(tuned)
     tensors = {f"{component}.{key.removeprefix(PREFIX)}": value for key, value in described.tensors.items()}
-    metadata = {"format": "pt", METADATA: json.dumps(_metadata(described, component), sort_keys=True)}
+    config = {f"{component}.{key}": described.config[key] for key in _CONFIG}
+    metadata = {"format": "pt", METADATA: json.dumps(config, sort_keys=True)}
     write_files({_file_in(path): canonical_safetensors(tensors, metadata)})
 
 
 def _file_in(path: Path) -> Path:
     """Return the file that is meant by the path of an export."""
     return path if path.suffix == ".safetensors" else path / WEIGHTS
-
-
-def _metadata(described: Described, component: str) -> dict[str, Any]:
-    return {f"{component}.{key}": described.config[key] for key in _CONFIG}
 
 
 def verify(tuned: nn.Module, path: Path, sample: Sample, component: str = "") -> float:

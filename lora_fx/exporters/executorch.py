@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.errors import ExportError
 from lora_fx.exporters import clients
 from lora_fx.exporters.base_graph import base_graph_parts
 from lora_fx.exporters.program import (
     EVERY_FEATURE,
-    as_fact,
+    converting,
     exported,
     input_tensors,
     nothing_refused,
     plain_outputs_of_both,
-    quiet,
 )
 from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
@@ -35,11 +33,8 @@ def _write(tuned: nn.Module, path: Path, sample: Sample) -> None:
     models = {"forward": base_graph_parts(tuned).model, "base": removed(tuned).eval().requires_grad_(False)}
     programs = {name: exported("executorch", model, sample, bounded=True) for name, model in models.items()}
     exir: Any = importlib.import_module("executorch.exir")
-    try:
-        with torch.no_grad(), quiet():
-            content = bytes(exir.to_edge(programs).to_executorch().buffer)
-    except Exception as error:
-        raise ExportError("executorch", "ExecuTorch cannot convert the model", [as_fact(error)]) from error
+    with torch.no_grad(), converting("executorch", "ExecuTorch cannot convert the model"):
+        content = bytes(exir.to_edge(programs).to_executorch().buffer)
     path.write_bytes(content)
 
 

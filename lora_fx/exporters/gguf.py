@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import ExportError
 from lora_fx.exporters import clients
-from lora_fx.exporters.features import expressed
 from lora_fx.exporters.plain import PlainAdapter, plain_adapters
 from lora_fx.exporters.program import call_of
 from lora_fx.exporters.running import largest_difference, run_client, without_and_with
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.target import Refusal, Target, expressed
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
 from lora_fx.tuned.build import record_in
@@ -38,13 +37,15 @@ _MOST_WORDS = 1000
 # -- which tensor of a file is which weight: only what was run in llama.cpp and computed alike is in these tables
 # (it loads an adapter for any tensor, also for one that it never adapts, and for one whose rows lie in another order)
 
-_ATTENTION = {
+_SEPARATE = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
-_MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _FUSED = {
     "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
@@ -75,7 +76,6 @@ class GgufLayout:
         return None if match is None or name is None else f"blk.{match[1]}.{name}.weight"
 
 
-_SEPARATE = {**_ATTENTION, **_MLP}
 LAYOUTS = {
     "LlamaForCausalLM": GgufLayout("llama", _SEPARATE, permuted=True),
     "MistralForCausalLM": GgufLayout("llama", _SEPARATE, permuted=True),

@@ -16,10 +16,9 @@ from torch import nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.exporters import clients, peft
-from lora_fx.exporters.features import expressed, refusals
 from lora_fx.exporters.plain import plain_adapters
 from lora_fx.exporters.running import call_with, outputs_of_both, run_client, worst_difference
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.target import Refusal, Target, expressed, refusals
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.samples import Sample

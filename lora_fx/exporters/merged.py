@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from lora_fx.errors import MergeError
 from lora_fx.exporters import clients
-from lora_fx.exporters.features import expressed
 from lora_fx.exporters.running import call_with, largest_difference, outputs_of, run_client
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.target import Refusal, Target, expressed
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.quantised import dequantised_
@@ -41,14 +40,9 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
         yield from ((path, f"{reason}; {way_out}") for path, reason in error.problems)
 
 
-def _plain(tuned: nn.Module) -> nn.Module:
-    """Return the merged model without any quantised weight."""
-    return dequantised_(merged(tuned))
-
-
 def write(tuned: nn.Module, path: Path) -> None:
     """Write the directory, or one file where the path ends in `.safetensors`."""
-    model = _plain(tuned)
+    model = dequantised_(merged(tuned))
     if _saves_itself(model, path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of generation settings that the base has too
@@ -74,7 +68,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against `from_pretrained`, or against the plain model with the file in it."""
-    model, call = _plain(tuned).eval(), call_with(sample)
+    model, call = dequantised_(merged(tuned)).eval(), call_with(sample)
     if _saves_itself(model, path):
         client = partial(clients.from_pretrained, original_class(model), path, call)
     else:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.exporters import clients, peft
-from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.plain import PlainAdapter, plain_adapters
+from lora_fx.exporters.plain import evened
 from lora_fx.exporters.running import outputs_of_both, run_client, worst_difference
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.target import Refusal, Target, expressed, refusals
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.samples import Sample
@@ -71,22 +70,21 @@ def _config(tuned: nn.Module) -> dict[str, Any]:
 
 def write(tuned: nn.Module, path: Path) -> None:
     """Write the directory."""
-    adapters = list(plain_adapters(tuned))
-    rank, scale = max(adapter.rank for adapter in adapters), adapters[0].scaling
+    adapters = evened(tuned)
+    first = adapters[0]
     tensors: dict[str, Tensor] = {}
     for adapter in adapters:
-        tensors |= _named(adapter.with_scaling(scale).with_rank(rank))
-    layers = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": [adapter.path for adapter in adapters]}
-    kind = "lora" if adapters[0].magnitude is None else "dora"
+        tensors[f"{adapter.path}.lora_a"] = adapter.A.mT.contiguous()
+        tensors[f"{adapter.path}.lora_b"] = adapter.B.mT.contiguous()
+        if adapter.magnitude is not None:
+            tensors[f"{adapter.path}.m"] = adapter.magnitude
+    keys = [adapter.path for adapter in adapters]
+    layers = {"rank": first.rank, "scale": first.scaling, "dropout": 0.0, "keys": keys}
+    kind = "lora" if first.magnitude is None else "dora"
     config = {"fine_tune_type": kind, "num_layers": _config(tuned).get("num_hidden_layers"), "lora_parameters": layers}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     weights = canonical_safetensors(dict(sorted(tensors.items())), {"format": "mlx"})
     write_files({path / WEIGHTS: weights, path / CONFIG: text.encode()})
-
-
-def _named(adapter: PlainAdapter) -> dict[str, Tensor]:
-    named = {f"{adapter.path}.lora_a": adapter.A.mT.contiguous(), f"{adapter.path}.lora_b": adapter.B.mT.contiguous()}
-    return named if adapter.magnitude is None else named | {f"{adapter.path}.m": adapter.magnitude}
 
 
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lora_fx.exporters.program import (
     EVERY_FEATURE,
     EXPERTS,
     as_fact,
+    converting,
     exported,
     input_tensors,
     nothing_refused,
@@ -35,6 +36,7 @@ from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
 from lora_fx.files.fingerprint import same_values
 from lora_fx.models.samples import Sample
+from lora_fx.models.ties import tied_names
 
 ADAPTER_SUFFIX = ".onnx_adapter"
 NOTE = "lora_fx"
@@ -54,7 +56,8 @@ def _write(
     model = _converted(parts, sample)
     lifted = _lift(model, parts)
     if optimize:
-        _optimise(model)
+        with quiet():  # the adapters have no values at this time, so none is folded
+            importlib.import_module("onnxscript.optimizer").optimize_ir(model)
     _give_defaults(model, lifted, parts)
     _save(model, path)
     for name, values in parts.adapters.items():
@@ -72,11 +75,8 @@ def short(name: str) -> str:
 def _converted(parts: BaseGraphParts, sample: Sample) -> Any:
     """Return the model as onnx_ir holds it, unoptimised: what optimises renames or folds the adapters' initializers."""
     program = exported("onnx", parts.model, sample)
-    try:
-        with quiet():
-            made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
-    except Exception as error:
-        raise ExportError("onnx", "torch.onnx cannot convert the model", [as_fact(error)], EXPERTS) from error
+    with converting("onnx", "torch.onnx cannot convert the model", EXPERTS):
+        made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
     assert made is not None
     model: Any = made.model
     _rename(model.graph.inputs, list(input_tensors(parts.model, sample)))
@@ -102,24 +102,10 @@ def _forget_tracing(model: Any) -> None:
                 value.shape = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """An input that an adapter fills."""
-
-    name: str
-    value: Any
-    default: Tensor
-    axis: int | None
-    """Of the rank, if any rank will do."""
-
-    def note(self) -> dict[str, object]:
-        return {"shape": list(self.default.shape), "rank": self.axis}
-
-
-def _lift(model: Any, parts: BaseGraphParts) -> list[_Slot]:
-    """Make inputs of all that adapters change, in place."""
-    lifted = []
-    aliases = _aliases(parts.model)
+def _lift(model: Any, parts: BaseGraphParts) -> dict[str, Any]:
+    """Make inputs of all that adapters change, in place; return them by the names of `parts.base`."""
+    lifted, notes = {}, {}
+    aliases = {name: group for group in tied_names(parts.model) for name in group}
     for name, default in parts.base.items():
         value = _taken(model, aliases.get(name, [name]))
         if value is None:
@@ -128,22 +114,13 @@ def _lift(model: Any, parts: BaseGraphParts) -> list[_Slot]:
         value.name, value.const_value = short(name), None
         value.shape = _shape(default, axis, value.name)
         model.graph.inputs.append(value)
-        lifted.append(_Slot(value.name, value, default, axis))
-    note = {"inputs": {slot.name: slot.note() for slot in lifted}, "base": parts.fingerprint}
-    model.metadata_props[NOTE] = json.dumps(note)
+        lifted[name] = value
+        notes[value.name] = {"shape": list(default.shape), "rank": axis}
+    model.metadata_props[NOTE] = json.dumps({"inputs": notes, "base": parts.fingerprint})
     return lifted
 
 
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return, for the name of each parameter, all names of the same parameter."""
-    every = list(model.named_parameters(remove_duplicate=False))
-    names: dict[int, list[str]] = {}
-    for name, parameter in every:
-        names.setdefault(id(parameter), []).append(name)
-    return {name: names[id(parameter)] for name, parameter in every}
-
-
-def _taken(model: Any, names: list[str]) -> Any:
+def _taken(model: Any, names: Sequence[str]) -> Any:
     """Take the initializers of these names out of the graph, in place, and return one that stands for them all."""
     ir = importlib.import_module("onnx_ir")
     initializers = [model.graph.initializers.pop(name) for name in names if name in model.graph.initializers]
@@ -158,28 +135,25 @@ def _shape(default: Tensor, axis: int | None, name: str) -> Any:
     return ir.Shape([f"rank of {site}" if place == axis else size for place, size in enumerate(default.shape)])
 
 
-def _optimise(model: Any) -> None:
-    """Fold constants and fuse nodes, in place; the adapters have no values at this time, so none is folded."""
-    with quiet():
-        importlib.import_module("onnxscript.optimizer").optimize_ir(model)
-
-
-def _give_defaults(model: Any, lifted: list[_Slot], parts: BaseGraphParts) -> None:
+def _give_defaults(model: Any, lifted: dict[str, Any], parts: BaseGraphParts) -> None:
     """Let the inputs be optional, in place: without a value the graph is the base."""
     ir = importlib.import_module("onnx_ir")
-    for slot in lifted:
-        default = slot.default if slot.axis is None else slot.default.narrow(slot.axis, 0, 0)
-        slot.value.const_value = ir.tensor(default.detach().cpu().contiguous().numpy(), name=slot.name)
-        model.graph.register_initializer(slot.value)
+    for name, value in lifted.items():
+        default, axis = parts.base[name], parts.rank_axes.get(name)
+        if axis is not None:
+            default = default.narrow(axis, 0, 0)
+        value.const_value = ir.tensor(_array(default), name=value.name)
+        model.graph.register_initializer(value)
 
 
 def _save(model: Any, path: Path) -> None:
-    ir = importlib.import_module("onnx_ir")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if size > _LARGE:
-        ir.save(model, path, external_data=f"{path.name}.data")
-    else:
-        ir.save(model, path)
+    beside = f"{path.name}.data" if size > _LARGE else None
+    importlib.import_module("onnx_ir").save(model, path, external_data=beside)
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().numpy()
 
 
 # -- adapters
@@ -187,7 +161,7 @@ def _save(model: Any, path: Path) -> None:
 
 def _write_adapter(path: Path, values: dict[str, Tensor]) -> None:
     runtime = importlib.import_module("onnxruntime")
-    arrays = {short(name): value.detach().cpu().contiguous().numpy() for name, value in values.items()}
+    arrays = {short(name): _array(value) for name, value in values.items()}
     file = runtime.AdapterFormat()
     file.set_adapter_version(1)
     file.set_model_version(1)

@@ -11,9 +11,8 @@ from torch import nn
 from lora_fx.adapters.attach import all_attached, owner_path
 from lora_fx.errors import AdapterFileError
 from lora_fx.exporters import clients
-from lora_fx.exporters.features import expressed, features
 from lora_fx.exporters.running import call_with, largest_difference, outputs_of_both, run_client, worst_difference
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.target import Refusal, Target, expressed, features
 from lora_fx.files.adapter.describe import beyond_peft as sites_beyond_peft
 from lora_fx.files.adapter.describe import describe
 from lora_fx.files.adapter.write import save
@@ -42,11 +41,6 @@ def beyond_peft(tuned: nn.Module) -> Iterator[Refusal]:
             yield path, f"PEFT cannot adapt what the model itself owns, only what a module in it does{WAY_OUT}"
 
 
-def write(tuned: nn.Module, path: Path) -> None:
-    """Write the directory that `lora_fx.save` writes."""
-    save(tuned, path)
-
-
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against PeftModel.from_pretrained on the same base, with the adapter on and off."""
     others = [described.name for described in describe(tuned)][1:]
@@ -62,7 +56,7 @@ TARGET = Target(
     writes="a directory",
     client="PEFT",
     refused=refused,
-    write=write,
+    write=save,
     verify=verify,
     extra="export",
     verify_needs=("peft",),

@@ -55,5 +55,12 @@ def plain_adapters(tuned: nn.Module) -> Iterator[PlainAdapter]:
         yield PlainAdapter(path, A, B, attached.spec.scaling, magnitude)
 
 
+def evened(tuned: nn.Module) -> list[PlainAdapter]:
+    """Return the adapters, of matrices, with the scaling of the first and the rank of the largest."""
+    adapters = list(plain_adapters(tuned))
+    rank = max(adapter.rank for adapter in adapters)
+    return [adapter.with_scaling(adapters[0].scaling).with_rank(rank) for adapter in adapters]
+
+
 def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -97,12 +97,9 @@ def exported(target: str, model: nn.Module, sample: Sample, bounded: bool = Fals
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for _, tensor in named_tensors((args, kwargs)):
         shapes[tensor] = {axis: _dynamic(size, bounded) for axis, size in enumerate(tensor.shape)}
-    try:
-        with torch.no_grad(), quiet():
-            dynamic = shapes.dynamic_shapes(model, args, kwargs)
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
-    except Exception as error:  # whatever tracing somebody's forward raises
-        raise ExportError(target, "torch.export cannot trace the model", [as_fact(error)], EXPERTS) from error
+    with torch.no_grad(), converting(target, "torch.export cannot trace the model", EXPERTS):
+        dynamic = shapes.dynamic_shapes(model, args, kwargs)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
     _warn_of_ones(target, args, kwargs)
     return program
 
@@ -125,6 +122,16 @@ def quiet() -> Iterator[None]:
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
+
+
+@contextlib.contextmanager
+def converting(target: str, failure: str, advice: str = "") -> Iterator[None]:
+    """Say nothing, as `quiet`; whatever somebody's forward or a converter raises is an ExportError that says why."""
+    try:
+        with quiet():
+            yield
+    except Exception as error:
+        raise ExportError(target, failure, [as_fact(error)], advice) from error
 
 
 def plain_outputs_of_both(tuned: nn.Module, sample: Sample) -> Both:

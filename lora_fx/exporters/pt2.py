@@ -20,12 +20,11 @@ from lora_fx.exporters import clients
 from lora_fx.exporters.base_graph import BaseGraphParts, base_graph_parts
 from lora_fx.exporters.program import (
     EVERY_FEATURE,
-    as_fact,
     call_of,
+    converting,
     exported,
     nothing_refused,
     plain_outputs_of_both,
-    quiet,
 )
 from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
@@ -55,7 +54,8 @@ def _write(
     if compile:
         _compile(made, path.with_suffix(COMPILED))
     made.example_inputs = None  # they may be private; the compiler needs them
-    _save(made, path)
+    with converting("pt2", "torch.export cannot save the program"):
+        torch.export.save(made, path)
     _write_values(path.with_suffix(BASE), parts.base)
     for name, values in parts.adapters.items():
         _write_values(path.with_name(f"{name}{VALUES}"), values)
@@ -67,26 +67,11 @@ def _forget_sources(program: ExportedProgram) -> None:
         node.meta.pop("stack_trace", None)
 
 
-def _save(program: ExportedProgram, path: Path) -> None:
-    try:
-        with quiet():
-            torch.export.save(program, path)
-    except Exception as error:
-        raise ExportError("pt2", "torch.export cannot save the program", [as_fact(error)]) from error
-
-
 def _compile(program: ExportedProgram, path: Path) -> None:
     """Write the program as AOTInductor compiles it; needs a C++ compiler."""
-    try:
-        with torch.no_grad(), quiet():
-            aot_inductor().aoti_compile_and_package(program, package_path=str(path), inductor_configs=_KEEP)
-    except Exception as error:
-        raise ExportError(
-            "pt2",
-            "AOTInductor cannot compile the model",
-            [as_fact(error)],
-            "it needs a C++ compiler; leave out compile",
-        ) from error
+    advice = "it needs a C++ compiler; leave out compile"
+    with torch.no_grad(), converting("pt2", "AOTInductor cannot compile the model", advice):
+        aot_inductor().aoti_compile_and_package(program, package_path=str(path), inductor_configs=_KEEP)
 
 
 # -- adapters

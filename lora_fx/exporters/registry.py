@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from importlib.metadata import EntryPoint, entry_points
 
 from lora_fx.errors import ExportError
@@ -17,7 +16,7 @@ BUILT_IN = ("merged", "peft", "vllm", "onnx", "gguf", "diffusers", "kohya", "mlx
 
 def names() -> list[str]:
     """Return the names of all targets, ours first; nothing is imported."""
-    return [*_own(), *(name for name in _foreign() if name not in BUILT_IN)]
+    return [*BUILT_IN, *(name for name in _foreign() if name not in BUILT_IN)]
 
 
 def targets() -> dict[str, Target]:
@@ -31,7 +30,7 @@ def target_named(name: str) -> Target:
     Raises:
         ExportError: there is none, or what has the name is not a target.
     """
-    if name in _own():
+    if name in BUILT_IN:
         own: Target = importlib.import_module(f"lora_fx.exporters.{name}").TARGET
         return own
     foreign = _foreign()
@@ -40,10 +39,6 @@ def target_named(name: str) -> Target:
         advice = f"did you mean {listing(like)}?" if like else f"the targets are {listing(names(), 20)}"
         raise ExportError(name, "there is no such target", advice=advice)
     return _loaded(name, foreign[name])
-
-
-def _own() -> list[str]:
-    return [name for name in BUILT_IN if importlib.util.find_spec(f"lora_fx.exporters.{name}") is not None]
 
 
 def _foreign() -> dict[str, EntryPoint]:

@@ -53,7 +53,8 @@ def run_client(target: str, client: Callable[[], T], seconds: float = SECONDS) -
         except subprocess.TimeoutExpired as error:
             raise ExportError(target, f"the client gave no answer in {seconds} s") from error
         if ended.returncode:
-            raise ExportError(target, f"the client {_end(ended.returncode)}", _last_words(ended.stderr))
+            last_words = [(line,) for line in ended.stderr.strip().splitlines()[-5:]]
+            raise ExportError(target, f"the client {_end(ended.returncode)}", last_words)
         returned: T = torch.load(result, weights_only=False)  # written by the client just now
         return returned
 
@@ -72,10 +73,6 @@ def _save(target: str, client: Callable[[], object], path: str) -> None:
 
 def _end(status: int) -> str:
     return f"failed with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
-
-
-def _last_words(text: str) -> list[tuple[str]]:
-    return [(line,) for line in text.strip().splitlines()[-5:]]
 
 
 def call_with(sample: Sample) -> Call:

@@ -5,7 +5,6 @@ vLLM itself needs another torch than ours and is not run: verifying loads the di
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.exporters import peft
-from lora_fx.exporters.features import expressed, refusals
-from lora_fx.exporters.plain import plain_adapters
-from lora_fx.exporters.target import Refusal, Target
+from lora_fx.exporters.plain import evened
+from lora_fx.exporters.target import Refusal, Target, expressed, refusals
 from lora_fx.files.adapter.describe import Described, describe
-from lora_fx.files.adapter.names import CONFIG_FILE, PREFIX, WEIGHTS_FILE, factor_key
+from lora_fx.files.adapter.names import PREFIX, factor_key
+from lora_fx.files.adapter.write import files_of
 from lora_fx.files.atomic import write_files
-from lora_fx.files.values import canonical_safetensors
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
@@ -53,28 +51,26 @@ def write(tuned: nn.Module, path: Path, bake: bool = False) -> None:
     (described,) = describe(tuned)
     if bake:
         described = _baked(described, tuned)
-    config = json.dumps(_accepted(described), indent=2, sort_keys=True) + "\n"
-    weights = canonical_safetensors(described.tensors, {"format": "pt"})
-    write_files({path / WEIGHTS_FILE: weights, path / CONFIG_FILE: config.encode()})
+    accepted = replace(described, config=_accepted(described), metadata={"format": "pt"})
+    write_files(files_of(accepted, path))
 
 
 def _accepted(described: Described) -> dict[str, object]:
     """Return the configuration; vLLM takes modules as a list only, of whole names or their ends."""
-    names = sorted({key.removeprefix(PREFIX).split(".lora_")[0] for key in described.tensors})
-    return described.config if isinstance(described.config["target_modules"], list) else described.config | {
-        "target_modules": names
-    }  # fmt: skip
+    if isinstance(described.config["target_modules"], list):
+        return described.config
+    names = {key.removeprefix(PREFIX).split(".lora_")[0] for key in described.tensors}
+    return described.config | {"target_modules": sorted(names)}
 
 
 def _baked(described: Described, tuned: nn.Module) -> Described:
     """Return the adapter with the same rank and scaling at every site, and no patterns."""
-    adapters = list(plain_adapters(tuned))
-    rank, scaling = max(adapter.rank for adapter in adapters), adapters[0].scaling
     tensors: dict[str, Tensor] = {}
-    for adapter in adapters:
-        even = adapter.with_scaling(scaling).with_rank(rank)
+    adapters = evened(tuned)
+    for even in adapters:
         tensors |= {factor_key(even.path, "lora_A"): even.A, factor_key(even.path, "lora_B"): even.B}
-    one = {"r": rank, "lora_alpha": scaling * rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    first = adapters[0]
+    one = {"r": first.rank, "lora_alpha": first.alpha, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     return replace(described, tensors=tensors, config=described.config | one)
 
 

@@ -2,8 +2,9 @@
 
 names         keys and patterns as PEFT spells them
 fingerprint   a few values of the base weights, to tell another base
+site          one site, as it is written and as it is read
 describe      an adapted model → what is to be written
-write         atomic writing
+write         a directory, whole or not at all
 configuration adapter_config.json, checked
 header        what lora_fx writes beside the tensors, with a hash over both
 read          files → a checked AdapterFile

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,8 @@ def write_files(files: Mapping[Path, bytes]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-            temporary[path] = _write_beside(path, content)
+            temporary[path] = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            write_synced(temporary[path], content)
         for path in files:
             os.replace(temporary[path], path)
             del temporary[path]
@@ -38,24 +40,6 @@ def write_files(files: Mapping[Path, bytes]) -> None:
             leftover.unlink(missing_ok=True)
     for folder in dict.fromkeys(path.parent for path in files):
         sync_folder(folder)
-
-
-def _write_beside(path: Path, content: bytes) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write_synced(Path(name), content)
-        os.chmod(name, 0o666 & ~_umask())
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return Path(name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_synced(path: Path, content: bytes) -> None:

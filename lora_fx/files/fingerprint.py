@@ -5,8 +5,6 @@ Values and not a hash, since the same base is often loaded in another dtype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -33,11 +31,6 @@ def sample_values(weight: Tensor) -> list[float] | None:
 def sample_positions(number: int) -> list[int]:
     """Return where `sample_values` looks in a weight of so many values."""
     return [int(position) for position in torch.linspace(0, number - 1, VALUES, dtype=torch.float64).round()]
-
-
-def different(saved: Mapping[str, list[float] | None], weights: Mapping[str, Tensor]) -> list[str]:
-    """Return the paths whose base weight is not the one that the adapter was trained on."""
-    return [path for path, weight in weights.items() if not same_values(saved.get(path), sample_values(weight))]
 
 
 def same_values(before: list[float] | None, now: list[float] | None) -> bool:

@@ -220,8 +220,6 @@ tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 """What torch.jit traces into; None if it does not."""
 transformation: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 """The innermost of torch.func's transformations (vmap, grad) around a call; None outside of all."""
-saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
-"""The innermost pair of hooks on what autograd keeps (given False: also if they are disabled); None without one."""
 any_global_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
 """Whether a hook fires for every module."""
 DisableTorchFunctionSubclass: Any = torch._C.DisableTorchFunctionSubclass
@@ -229,6 +227,18 @@ OpOverload = torch._ops.OpOverload
 tensor_without_memory: Any = Tensor._make_wrapper_subclass
 """Makes an instance of a subclass of Tensor that has sizes and no memory."""
 unsafe_view: Any = torch.ops.aten._unsafe_view.default
+
+
+def packing() -> Callable[..., Any] | None:
+    """Return the innermost hook that is given every tensor that autograd keeps now; None if there is none."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[0]
+
+
+def checkpointing() -> Callable[..., Any] | None:
+    """Return the hook of the checkpoint that is at work; each has its own.  None outside, and in a reentrant one."""
+    pack = packing()
+    return pack if pack is not None and pack.__module__ == "torch.utils.checkpoint" else None
 
 
 def in_forward_ad() -> bool:

@@ -44,23 +44,15 @@ class PassResult:
 def run(graph_module: fx.GraphModule, passes: Sequence[Pass]) -> PassResult:
     """Return a copy of the graph module after all passes, with the journal of every edit; the input stays as it is.
 
-    The copy shares the parameters' storage.  It is linted and recompiled once, at the end.
-
-    Args:
-        graph_module: of the user, of any origin.
-        passes: in the order in which they run; around each, what it requires and ensures is checked.
+    The copy shares the parameters' storage.  The passes run in their order, each between the checks of what it requires
+    and ensures; the copy is linted and recompiled once, at the end.
 
     Raises:
-        LoraFxError: of a pass that cannot work on this graph, or does not hold what it promises.  A note on the error
-            names that pass and those that ran before.
+        LoraFxError: of a pass that cannot work on this graph, or does not hold what it promises, as `apply_pass`.
     """
     copy = make_twin(graph_module, freeze=False)
     assert isinstance(copy, fx.GraphModule)
-    editor = Editor(copy)
-    for step in passes:
-        apply_pass(step, editor)
-    editor.finish()
-    return PassResult(copy, editor.journal)
+    return PassResult(copy, rewrite(copy, *passes))
 
 
 def apply_pass(step: Pass, editor: Editor) -> None:
@@ -80,12 +72,10 @@ def apply_pass(step: Pass, editor: Editor) -> None:
         raise
 
 
-def rewrite(graph_module: fx.GraphModule, step: Pass) -> None:
-    """Run one pass on a graph module, in place; lint and recompile it.
-
-    Raises:
-        Exception: as `apply_pass`.
-    """
+def rewrite(graph_module: fx.GraphModule, *passes: Pass) -> Journal:
+    """Run passes on a graph module, in place, as `apply_pass` does; lint and recompile it once, at the end."""
     editor = Editor(graph_module)
-    apply_pass(step, editor)
+    for step in passes:
+        apply_pass(step, editor)
     editor.finish()
+    return editor.journal

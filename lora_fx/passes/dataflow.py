@@ -14,12 +14,9 @@ def dataflow(
 ) -> nx.DiGraph:
     """Return who reads whose value: an edge from each node to those that read it, all in the order of the graph.
 
-    An edge has `times`, how often the reader has the value among its arguments: y + y reads y twice.
-
-    Args:
-        graph: stays unchanged; the result does not follow later edits.
-        latest: (value, reader) → the statement that made the value which the reader finds; where a graph writes in
-            place, that is not the node among its arguments.  The node itself, whose memory it is, is then read 0 times.
+    An edge has `times`, how often the reader has the value among its arguments: y + y reads y twice.  `latest` gives,
+    for (value, reader), the statement that made the value which the reader finds; where a graph writes in place, that
+    is not the node among its arguments.  The node itself, whose memory it is, is then read 0 times.
     """
     flow = nx.DiGraph()
     flow.add_nodes_from(graph.nodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,10 +44,10 @@ class Journal:
 class Editor:
     """Changes one GraphModule, and writes down what it does."""
 
-    def __init__(self, graph_module: fx.GraphModule, journal: Journal | None = None) -> None:
+    def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
-        self.journal = Journal() if journal is None else journal
+        self.journal = Journal()
         self.passes: list[str] = []
         """Names of the passes that have run on the graph; the last is running."""
 
@@ -62,11 +62,13 @@ class Editor:
         following, writer = node.next, Writer(self.graph)
         with self.graph.inserting_before(following):  # inserting_after would put successive nodes in reverse
             yield writer
-        while (new := (writer.added or [node])[-1].next) is not following:
+        new = node.next
+        while new is not following:
             new.meta.update({key: value for key, value in node.meta.items() if key in ("place", "nn_module_stack")})
             new.meta["site"] = site
             self._note("add node", new.name, site)
             writer.added.append(new)
+            new = new.next
 
     def replace(self, old: fx.Node, new: fx.Node, site: str) -> None:
         """Put `new` in the place of `old`, with what is known of its value, and erase `old`."""
@@ -81,15 +83,9 @@ class Editor:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: not but(user), propagate_meta=False)
         self._note("replace uses", f"{old.name} by {new.name}", site)
 
-    def read_instead(self, node: fx.Node, name: str, site: str, but: Collection[fx.Node]) -> None:
-        """Let every user of a `get_attr` read the parameter `name` instead, except those in `but`."""
-        with self.graph.inserting_after(node):
-            new = self.graph.get_attr(name)
-        self._note("add node", new.name, site)
-        self.replace_uses(node, new, site, but=lambda user: user in but)
-
-    def note_use(self, node: fx.Node, site: str) -> None:
-        """Note that a node was given another operand."""
+    def replace_operand(self, node: fx.Node, old: fx.Node, new: fx.Node, site: str) -> None:
+        """Let one node use `new` where it used `old`."""
+        node.replace_input_with(old, new)
         self._note("replace uses", f"an operand of {node.name}", site)
 
     def erase(self, node: fx.Node, site: str) -> None:

@@ -41,7 +41,8 @@ def _flatten(editor: Editor, node: fx.Node, foreseen: Collection[str]) -> None:
         return
     x = first_argument(node)
     with editor.writing_after(node, str(node.meta.get("site", ""))) as write:
-        if _is_adapted(module) or path in foreseen:
+        # an adapter that is added to the output, rather than to a weight that the layer shows
+        if path in foreseen or (attached(module) is not None and not shown_parameters(module)):
             flat = write.graph.call_function(adapted_output, (x, write.graph.get_attr(path)))
         elif isinstance(module, nn.Linear):
             arguments = [x, write.graph.create_node("get_attr", f"{path}.weight")]  # get_attr() would ask what is there
@@ -59,19 +60,11 @@ def adapted_output(x: Tensor, layer: Any) -> Tensor:
     return result
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    """Whether the layer adds its adapter to its output, rather than to a weight that it shows."""
-    return attached(module) is not None and not shown_parameters(module)
-
-
 def is_bypassed(module: nn.Module) -> bool:
     """Whether a graph computes the module by itself: layers without hooks or tricks."""
-    return (is_plain_layer(module) or _shows_its_weight(module)) and not has_hooks(module)
-
-
-def _shows_its_weight(module: nn.Module) -> bool:
-    """Whether it is a linear whose weight shows itself with the adapter: F.linear with that is all it computes."""
-    return "weight" in shown_parameters(module) and original_class(module).forward is nn.Linear.forward
+    # F.linear with a weight that shows itself with the adapter is all that such a linear computes
+    shows_its_weight = "weight" in shown_parameters(module) and original_class(module).forward is nn.Linear.forward
+    return (shows_its_weight or is_plain_layer(module)) and not has_hooks(module)
 
 
 def is_plain_layer(module: nn.Module) -> bool:

@@ -55,23 +55,22 @@ def _keep_other_readers(editor: Editor, paths: list[str]) -> None:
         MergeError: naming every weight that has no other name.
     """
     merged = {f"{path}.weight" for path in paths}
+    parameters = dict(editor.graph_module.named_parameters(remove_duplicate=False))
     calls = {node for _, node in site_calls(editor.graph_module)}
     nameless = []
     for node in [node for node in editor.graph.nodes if node.op == "get_attr" and node.target in merged]:
         weight, others = str(node.target), [user for user in node.users if user not in calls]
-        name = _other_name(editor.graph_module, weight, merged)
+        names = (other for other, p in parameters.items() if p is parameters[weight] and other not in merged)
+        name = next(names, None)
         if name is None:
             nameless += [(weight, f"{user.name} reads it too, and must not change") for user in others]
         elif others:
-            editor.read_instead(node, name, weight.removesuffix(".weight"), but=calls)
+            site = weight.removesuffix(".weight")
+            with editor.writing_after(node, site) as write:
+                kept = write.graph.get_attr(name)
+            editor.replace_uses(node, kept, site, but=lambda user: user in calls)
     if nameless:
         raise MergeError("merging would change more than the adapted sites; nothing was merged", nameless)
-
-
-def _other_name(graph_module: fx.GraphModule, name: str, merged: set[str]) -> str | None:
-    """Return another name of the same parameter that no merge changes."""
-    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
-    return next((other for other, p in parameters.items() if p is parameters[name] and other not in merged), None)
 
 
 def folded(adapter: Attached) -> Tensor:

@@ -31,7 +31,7 @@ from torch.fx.node import map_arg
 from lora_fx.adapters.attach import HOME, Attached, attached
 from lora_fx.adapters.factors.kinds import SlicedB
 from lora_fx.adapters.rawweight.factored import Factored
-from lora_fx.adapters.rawweight.products import COPIES, VIEWS, Call, Delta, name_of, product
+from lora_fx.adapters.rawweight.products import COPIES, VIEWS, Call, name_of, product
 from lora_fx.adapters.rawweight.views import WeightView
 from lora_fx.models.layers import kind_of
 from lora_fx.models.tensors import dotted
@@ -50,9 +50,8 @@ class GraphUse:
     weight: fx.Node
     """The operand of that node that shows the parameter."""
     view: WeightView
-    delta: Delta | None
-    """How the node multiplies; None where it is not a product and needs the whole weight."""
     op: str = ""
+    """How the node multiplies; empty where it is not a product and needs the whole weight."""
     layout: Layout | None = None
 
 
@@ -62,11 +61,16 @@ def raw_uses(graph_module: fx.GraphModule) -> Iterator[GraphUse]:
     A `weight` that F.linear takes from its module is not a raw parameter (`sites.site_calls`).
     """
     shown: dict[fx.Node, tuple[str, WeightView | list[WeightView]]] = {}
-    linears = _weights_of_linears(graph_module)
+    linears = {
+        str(node.target)
+        for node in graph_module.graph.nodes
+        if node.op == "get_attr" and any(name_of(user.target) == "linear" for user in node.users)
+    }
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             whole = _whole(graph_module, node)
-            if whole is not None and node.target not in linears:
+            is_linear = node.target in linears and node.target.endswith(".weight")
+            if whole is not None and not is_linear:
                 shown[node] = (str(node.target), whole)
             continue
         for weight in dict.fromkeys(operand for operand in node.all_input_nodes if operand in shown):
@@ -88,16 +92,6 @@ def _whole(graph_module: fx.GraphModule, node: fx.Node) -> WeightView | None:
     convolves = any(name_of(user.target).startswith("conv") for user in node.users)
     banked = parameter.dim() == 3 and not convolves if adapter is None else adapter.spec.site.is_banked
     return WeightView.of(tuple(parameter.shape), banked)
-
-
-def _weights_of_linears(graph_module: fx.GraphModule) -> set[str]:
-    """Return the parameters that F.linear takes as the `weight` of a module: linears that another tool wrote out."""
-    reads = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
-    return {
-        str(node.target)
-        for node in reads
-        if str(node.target).endswith(".weight") and any(name_of(user.target) == "linear" for user in node.users)
-    }
 
 
 def _seen_through(node: fx.Node, weight: fx.Node, view: Any) -> Any:
@@ -141,14 +135,14 @@ def _use(node: fx.Node, weight: fx.Node, name: str, view: WeightView) -> GraphUs
     called = name_of(node.target)
     delta = product(called, Call(node.args, node.kwargs, weight)) if node.op != "call_module" else None
     if delta is None:
-        return GraphUse(name, node, weight, view, None)
+        return GraphUse(name, node, weight, view)
     kind, args = delta(_Probe(), lambda x: x)  # type: ignore[misc,arg-type]
     if kind == "embedding":
-        return GraphUse(name, node, weight, view, delta, "embedding", "in_out")
+        return GraphUse(name, node, weight, view, "embedding", "in_out")
     if kind == "convolution":
-        return GraphUse(name, node, weight, view, delta, called, "out_in")
+        return GraphUse(name, node, weight, view, called, "out_in")
     op = "experts" if view.banked and called != "einsum" else "linear" if kind == "linear" else "matmul"
-    return GraphUse(name, node, weight, view, delta, op, _layout(kind, args, view))
+    return GraphUse(name, node, weight, view, op, _layout(kind, args, view))
 
 
 def _layout(kind: str, args: tuple[Any, ...], view: WeightView) -> Layout | None:
@@ -178,13 +172,12 @@ def splice_raw(editor: Editor) -> None:
 
 
 def _splice(editor: Editor, use: GraphUse, adapter: Attached, home: str) -> None:
-    if use.delta is not None and _write_product(editor, use, adapter, home):
+    if use.op and _write_product(editor, use, adapter, home):
         return
     with editor.writing_after(use.weight, use.parameter) as write:
         low = _low_rank(write, use, adapter, home)
         whole = write.proxy(use.weight) + low.dense().type_as(write.proxy(use.weight))
-    use.node.replace_input_with(use.weight, whole.node)
-    editor.note_use(use.node, use.parameter)
+    editor.replace_operand(use.node, use.weight, whole.node, use.parameter)
 
 
 def _write_product(editor: Editor, use: GraphUse, adapter: Attached, home: str) -> bool:
@@ -216,15 +209,11 @@ def _write_product(editor: Editor, use: GraphUse, adapter: Attached, home: str) 
 
 def _low_rank(write: Writer, use: GraphUse, adapter: Attached, home: str) -> Factored:
     """Return the low-rank weight with proxies for its factors."""
-    A, B = (_matrix(write, dotted(home, f"{factor}.{adapter.spec.adapter}"), module)
-            for factor, module in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)))  # fmt: skip
-    return Factored.of(use.view, A, B, adapter.spec.site.layout, adapter.spec.rank, adapter.spec.scaling)
-
-
-def _matrix(write: Writer, path: str, factor: nn.Module) -> fx.Proxy:
-    if isinstance(factor, SlicedB):
-        return write.proxy(write.graph.call_module(path))
-    return write.attribute(dotted(path, "weight"))
+    spec, path_of_b = adapter.spec, dotted(home, "lora_B", adapter.spec.adapter)
+    A = write.attribute(dotted(home, "lora_A", spec.adapter, "weight"))
+    is_whole = not isinstance(adapter.lora_B, SlicedB)
+    B = write.attribute(dotted(path_of_b, "weight")) if is_whole else write.module(path_of_b)()
+    return Factored.of(use.view, A, B, spec.site.layout, spec.rank, spec.scaling)
 
 
 # -- finding again
@@ -256,7 +245,8 @@ def raw_lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
             assert isinstance(node.args[0], fx.Node)
             yield LoRANodes(path, node.args[0], node, tuple(reversed(order)))
         elif inputs:
-            casts = {operand for operand in node.all_input_nodes if _is_cast_for(operand, node)}
+            methods = {x for x in node.all_input_nodes if x.op == "call_method"}
+            casts = {x for x in methods if x.target == "to" and list(x.users) == [node]}  # for this product alone
             nearby = (*node.all_input_nodes, *(x for cast in casts for x in cast.all_input_nodes))
             dropped = {operand for operand in nearby if is_dropout(operand)}
             inside = frozenset({node, *dropped, *casts, *(n for operand in inputs for n in low[operand][1])})
@@ -282,8 +272,3 @@ def _factor_path(node: fx.Node) -> str | None:
 def is_dropout(node: fx.Node) -> bool:
     """Whether a node is the dropout of an adapter."""
     return node.op == "call_module" and "lora_dropout." in str(node.target)
-
-
-def _is_cast_for(cast: fx.Node, node: fx.Node) -> bool:
-    """Whether a node casts the other operand for one low-rank product alone."""
-    return cast.op == "call_method" and cast.target == "to" and list(cast.users) == [node]

@@ -9,9 +9,10 @@ other users, who then get it as a result.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
@@ -38,7 +39,9 @@ class Recompute(Pass):
     name: str = "recompute"
 
     def run(self, editor: Editor) -> None:
-        if any(map(_writes_to_a_tensor, editor.graph.nodes)):
+        # a statement that changes an object, such as a cache of keys, does no harm
+        changes_no_tensor = (set_attribute, set_item, append_item)
+        if any(writes(node) and node.target not in changes_no_tensor for node in editor.graph.nodes):
             return
         for number, node in enumerate(list(editor.graph.nodes)):
             if node.target is adapted_siblings or is_adapted_linear(node, editor.graph_module):
@@ -47,25 +50,18 @@ class Recompute(Pass):
                     _rewrite(editor, node, chain, f"adapted_making_{number}")
 
 
-def _writes_to_a_tensor(node: fx.Node) -> bool:
-    """Whether the statement changes a tensor: one that changes an object, such as a cache of keys, does no harm."""
-    return writes(node) and node.target not in (set_attribute, set_item, append_item)
-
-
 @dataclass(slots=True)
 class _Chain:
     """Operations that end in `x`, in the order in which they were found: users before what they use."""
 
     x: fx.Node
-    nodes: list[fx.Node] = field(default_factory=list)
+    nodes: list[fx.Node]
 
     @property
     def inputs(self) -> list[fx.Node]:
         """What the chain is made from, in graph order of the first use."""
-        sources = (
-            source for node in reversed(self.nodes) for source in node.all_input_nodes if source not in self.nodes
-        )
-        return list(dict.fromkeys(sources))
+        sources = dict.fromkeys(source for node in reversed(self.nodes) for source in node.all_input_nodes)
+        return [source for source in sources if source not in self.nodes]
 
     def gain(self) -> float:
         """Return how many bytes fewer are kept if the chain's inputs are and nothing inside of it, less its price.
@@ -104,30 +100,22 @@ def _chain(call: fx.Node) -> _Chain | None:
     """Return the chain before a call of adapted layers that saves the most; None if none saves anything."""
     x = call.args[0]
     assert isinstance(x, fx.Node)
-    chain = _Chain(x)
-    best, gained = 0, 0.0
-    while len(chain.nodes) < _LONGEST:
-        node = _next(chain)
-        if node is None:
-            break
-        chain.nodes.append(node)
-        gain = chain.gain()
-        if gain > gained:
-            best, gained = len(chain.nodes), gain
-    return _Chain(x, chain.nodes[:best]) if best else None
+    best = max(itertools.islice(_chains(x), _LONGEST), key=_Chain.gain, default=None)
+    return best if best is not None and best.gain() > 0 else None
 
 
-def _next(chain: _Chain) -> fx.Node | None:
-    """Return the next operation that the chain can take in: repeatable, and with no user outside but for x.
+def _chains(x: fx.Node) -> Iterator[_Chain]:
+    """Yield longer and longer chains: each takes in the cheapest operation, of equals the latest, that it can.
 
-    The cheapest first, of equals the latest.
+    Such an operation is repeatable and has no user outside but for x.
     """
-    if not chain.nodes:
-        return chain.x if is_repeatable(chain.x) else None
-    fit = [
-        source for source in chain.inputs if is_repeatable(source) and all(user in chain.nodes for user in source.users)
-    ]
-    return max(fit, key=lambda source: (-work_of(source), source), default=None)
+    chain = _Chain(x, [])
+    fit = [x] if is_repeatable(x) else []
+    while fit:
+        cheapest = max(fit, key=lambda source: (-work_of(source), source))
+        chain = _Chain(x, [*chain.nodes, cheapest])
+        yield chain
+        fit = [source for source in chain.inputs if is_repeatable(source) and source.users.keys() <= set(chain.nodes)]
 
 
 def is_making(node: fx.Node) -> bool:
@@ -185,12 +173,7 @@ def _function_of(chain: _Chain) -> Callable[..., Tensor]:
 
 
 def compiled(graph: fx.Graph, title: str) -> Callable[..., Any]:
-    """Return the function of a graph, called with the module and the graph's inputs.
-
-    Args:
-        graph: stays unchanged.
-        title: what tracebacks call its code.
-    """
+    """Return the function of a graph, called with the module and the graph's inputs; tracebacks show the title."""
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, title, "exec"), scope)

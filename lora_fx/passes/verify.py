@@ -71,10 +71,9 @@ def _adapters_are_trainable(model: nn.Module) -> Iterator[Problem]:
 
 
 def _targets_exist(model: nn.Module) -> Iterator[Problem]:
-    if not isinstance(model, fx.GraphModule):
-        return
     try:
-        model.graph.lint()
+        if isinstance(model, fx.GraphModule):
+            model.graph.lint()
     except RuntimeError as error:
         yield "(graph)", str(error)
 
@@ -82,8 +81,9 @@ def _targets_exist(model: nn.Module) -> Iterator[Problem]:
 def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
     if not isinstance(model, fx.GraphModule):
         return
-    written = Counter(subgraph.path for subgraph in lora_nodes(model))
-    own = {node for subgraph in lora_nodes(model) for node in subgraph.between if node is not subgraph.result}
+    subgraphs = list(lora_nodes(model))
+    written = Counter(subgraph.path for subgraph in subgraphs)
+    own = {node for subgraph in subgraphs for node in subgraph.between if node is not subgraph.result}
     calls = Counter(path for path, _ in site_calls(model))
     calls += Counter(use.parameter for use in raw_uses(model) if use.node not in own)
     for path in dict.fromkeys(path for path, _ in all_attached(model)):
@@ -92,9 +92,7 @@ def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
 
 
 def _results_are_used(model: nn.Module) -> Iterator[Problem]:
-    if not isinstance(model, fx.GraphModule):
-        return
-    for subgraph in lora_nodes(model):
+    for subgraph in lora_nodes(model) if isinstance(model, fx.GraphModule) else ():
         if not subgraph.result.users:
             yield subgraph.path, "the adapted output is not used"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_fx.errors import NoMatchError, StalePlanError, Unmatched
@@ -18,13 +18,9 @@ from lora_fx.text import count
 def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisions:
     """Return what the rules want of each site: the first rule that matches it decides.
 
-    Args:
-        rules: of which the order counts.
-        inventory: what the model has.
-        strict: whether a rule that decides no site, or not as many as it expects, is an error.
-
     Raises:
-        NoMatchError: naming every such rule, and every pattern under `train:` that matches no module.
+        NoMatchError: if `strict`, naming every rule that decides no site, or not as many as it expects, and every
+            pattern under `train:` that matches no module.
     """
     trained = _trained(rules.train, inventory)
     sites = tuple(_decide_site(site, rules.rules, trained) for site in inventory.sites)
@@ -45,15 +41,11 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisio
     )
 
 
-def _matches(rule: Rule, site: Site) -> bool:
-    return rule.match.matches(site.paths, site.shape, site.op, site.classes)
-
-
 def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedModule]) -> PlannedSite:
     holding = (module for module in trained if any(f"{path}.".startswith(f"{module.path}.") for path in site.paths))
     if owner := next(holding, None):
         return PlannedSite(site, "keep", f"trained whole (train: {owner.pattern})")
-    rule = next((rule for rule in rules if _matches(rule, site)), None)
+    rule = next((rule for rule in rules if site.mismatch(rule.match) is None), None)
     if rule is None:
         return PlannedSite(site, "keep", "no rule")
     if rule.skip is not None:
@@ -113,22 +105,25 @@ def _failed_expectations(rules: RuleSet, decided: Counter[str | None], inventory
     for rule in rules.rules:
         number, expect = decided[rule.name], rule.expect
         is_shadowed = not number and expect.minimum == 1 and expect.maximum is None
-        if not expect.accepts(number) and not (is_shadowed and any(_matches(rule, site) for site in inventory.sites)):
+        if is_shadowed and any(site.mismatch(rule.match) is None for site in inventory.sites):
+            continue
+        if not expect.accepts(number):
             almost = "" if number else _almost(rule, inventory.sites)
             unmatched = Unmatched(rule.name, str(rule.match), str(expect), number, almost=almost, span=rule.match_span)
             failed.append((unmatched, () if number or almost else rule.match.name, names))
-    return [replace(unmatched, nearest=_nearest(patterns, known)) for unmatched, patterns, known in failed]
-
-
-def _nearest(patterns: Iterable[NamePattern], names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for pattern in patterns for name in nearest_names(pattern, names)))
+    return [
+        replace(
+            unmatched, nearest=tuple(dict.fromkeys(n for pattern in patterns for n in nearest_names(pattern, known)))
+        )
+        for unmatched, patterns, known in failed
+    ]
 
 
 def _almost(rule: Rule, sites: Sequence[Site]) -> str:
     """Return a site that has the rule's name, with what keeps it from matching."""
     for site in sites:
         named = any(pattern.matches(path) for pattern in rule.match.name for path in site.paths)
-        if named and (reason := rule.match.explain(site.paths, site.shape, site.op, site.classes)):
+        if named and (reason := site.mismatch(rule.match)):
             return f"{site.path}, but {reason}"
     return ""
 
@@ -137,7 +132,7 @@ def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list
     notes = []
     earlier: set[str] = set()
     for rule in rules:
-        matched = [site for site in planned if _matches(rule, site.site)]
+        matched = [site for site in planned if site.site.mismatch(rule.match) is None]
         taken = [site.rule for site in matched if site.rule in earlier]
         if taken:
             by = ", ".join(dict.fromkeys(f"'{name}'" for name in taken))
@@ -164,13 +159,7 @@ def still_fitting(plan: Plan, inventory: Inventory) -> Decisions:
 
 
 def on_modules(decisions: Decisions, in_graph: frozenset[str] = frozenset(), reason: str = 'backend="modules"') -> Plan:
-    """Return the plan with every site on the module backend, except those that a model's own graph computes.
-
-    Args:
-        decisions: what is wanted of each site.
-        in_graph: paths of the sites in the model's own graph.
-        reason: why the others are in none.
-    """
+    """Return the plan with every site on the module backend, for a reason, except those in a model's own graph."""
     sites = (
         replace(site, backend="graph", backend_reason="")
         if site.path in in_graph

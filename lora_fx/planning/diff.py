@@ -85,12 +85,8 @@ def _doing(planned: PlannedSite) -> str:
     *_, doing, _backend, reason = row_of(planned)
     if planned.lora is None:
         return doing if planned.decision == "keep" else f"{doing}: {reason}"
+    of = None if planned.slices is None else planned.slices.to_dict()["of"]
+    rows = f" of {of}" if isinstance(of, dict) else ""  # unequal parts: equal names can mean other rows
     init = "" if planned.lora.init == "kaiming" else f" init={planned.lora.init}"
     adapter = "" if planned.lora.adapter == "default" else f" adapter={planned.lora.adapter}"
-    return f"{doing}{_rows_text(planned)}{init}{adapter}"
-
-
-def _rows_text(planned: PlannedSite) -> str:
-    """Return ` of {'q': 2048, …}` for a fused weight with unequal parts: equal names can mean other rows."""
-    of = None if planned.slices is None else planned.slices.to_dict()["of"]
-    return f" of {of}" if isinstance(of, dict) else ""
+    return f"{doing}{rows}{init}{adapter}"

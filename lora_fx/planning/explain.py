@@ -85,7 +85,7 @@ def _rule_lines(site: Site, rules: Sequence[Rule]) -> str:
     """Return a line for each rule: why it does not match, that it decides, or that it comes too late."""
     rows, decided = [], False
     for rule in rules:
-        reason = rule.match.explain(site.paths, site.shape, site.op, site.classes)
+        reason = site.mismatch(rule.match)
         if reason is None:
             reason = "would match, but an earlier rule decides" if decided else "matches, and decides"
             decided = True

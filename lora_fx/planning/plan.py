@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
@@ -112,7 +111,11 @@ class Plan(Decisions):
         groups: dict[tuple[str, str], list[PlannedSite]] = {}
         for site in self.sites:
             groups.setdefault((site.decision, site.rule or site.reason), []).append(site)
-        rows = [_stat_row(decision, rule, sites) for (decision, rule), sites in groups.items()]
+        rows = []
+        for (decision, rule), sites in groups.items():
+            does = {"adapt": "adapted", "keep": "kept", "skip": "skipped", "refuse": "refused"}[decision]
+            trainable = sum(site.trainable for site in sites)
+            rows.append((rule, count(len(sites), "site"), does, count(trainable, "parameter") if trainable else ""))
         return "\n".join([self.header, "", columns(rows), *self._modules(), "", self.sums])
 
     def _modules(self) -> list[str]:
@@ -154,12 +157,6 @@ class Plan(Decisions):
             raise ValueError(f"not a plan of lora_fx: {type(error).__name__}: {error}") from error
 
 
-def _stat_row(decision: str, rule: str, sites: Sequence[PlannedSite]) -> tuple[str, ...]:
-    does = {"adapt": "adapted", "keep": "kept", "skip": "skipped", "refuse": "refused"}[decision]
-    trainable = sum(site.trainable for site in sites)
-    return (rule, count(len(sites), "site"), does, count(trainable, "parameter") if trainable else "")
-
-
 # -- JSON
 
 
@@ -193,10 +190,7 @@ def _planned_site(row: dict) -> PlannedSite:  # type: ignore[type-arg]
     decided["passes"] = tuple(row.pop("passes", ()))
     lists = {key: tuple(row[key]) for key in ("classes", "shape", "aliases", "tied_to")}
     decided["lora"] = LoRAConfig(**decided["lora"]) if decided["lora"] else None
-    decided["slices"] = _slices(decided["slices"]) if decided["slices"] else None
+    if slices := decided["slices"]:
+        parts = (Slice(part["name"], part["size"], tuple(map(tuple, part["rows"]))) for part in slices["parts"])
+        decided["slices"] = Slices(tuple(parts), tuple(slices["adapt"]))
     return PlannedSite(Site(**{**row, **lists}), **decided)
-
-
-def _slices(row: dict) -> Slices:  # type: ignore[type-arg]
-    parts = (Slice(part["name"], part["size"], tuple(map(tuple, part["rows"]))) for part in row["parts"])
-    return Slices(tuple(parts), tuple(row["adapt"]))

@@ -8,13 +8,37 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_fx.planning.sites import Backend, Site
-from lora_fx.rules.ruleset import LoRAConfig, Slices
+from lora_fx.rules.ruleset import LoRAConfig, Slices, as_runs
 from lora_fx.text import listing
 
 Decision = Literal["adapt", "keep", "skip", "refuse"]
 DEAD = "never used with the example inputs"
 FUSED_DTYPES = ("float32", "float64", "float16", "bfloat16")
 """Of base weights that are computed with their adapter as one operation."""
+
+
+def obstacle_to_fusing(site: Site, are_runs: bool, per_call: bool, dtype: str) -> str:
+    """Return why base and adapter of an adapted site are not computed as one operation; "" where they are.
+
+    Args:
+        site: what is adapted.
+        are_runs: whether the rows of each adapted part lie next to each other.
+        per_call: whether each call of the site has an adapter of its own.
+        dtype: of the base weight.
+    """
+    if site.op != "linear":
+        reason = f"{site.op} goes"
+    elif site.read or site.parameter:
+        reason = "a weight that is read goes"
+    elif not are_runs:
+        reason = "slices of rows that are no neighbours go"
+    elif per_call:
+        reason = "an adapter for each call goes"
+    elif dtype not in FUSED_DTYPES:
+        reason = f"a base of {dtype} goes"
+    else:
+        return ""
+    return f"{reason} operation by operation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +80,8 @@ class PlannedSite:
         """Why base and adapter of an adapted site are not computed as one operation; "" where they are."""
         if self.decision != "adapt" or self.lora is None:
             return ""
-        reasons = {
-            f"{self.op} goes": self.op != "linear",
-            "a weight that is read goes": self.site.read or self.site.parameter,
-            "slices of rows that are no neighbours go": self.slices is not None and not self.slices.are_runs,
-            "an adapter for each call goes": self.per_call,
-            f"a base of {self.site.dtype} goes": self.site.dtype not in FUSED_DTYPES,
-        }
-        return next((f"{reason} operation by operation" for reason, holds in reasons.items() if holds), "")
+        parts = () if self.slices is None else self.slices.rows(self.site.features[0])
+        return obstacle_to_fusing(self.site, as_runs(parts) is not None, self.per_call, self.site.dtype)
 
     @property
     def trainable(self) -> int:

@@ -38,7 +38,9 @@ def row_of(planned: PlannedSite) -> tuple[str, ...]:
     """Return (path, weight, calls, what is done, backend, why) of a site."""
     doing = SYMBOLS[planned.decision]
     if planned.lora is not None:
-        doing += f" {_lora_text(planned.lora)}{_parts_text(planned)}"
+        doing += f" {_lora_text(planned.lora)}"
+        doing += "" if planned.slices is None else f" on {', '.join(planned.slices.adapt)}"
+        doing += f" for each of {planned.calls} calls" if planned.per_call else ""
     elif planned.decision != "keep":
         doing += {"skip": " skipped", "refuse": " refused"}[planned.decision]
     backend = planned.backend if planned.decision == "adapt" else ""
@@ -50,12 +52,6 @@ def _lora_text(lora: LoRAConfig) -> str:
     dropout = f" dropout={lora.dropout:g}{' shared' * lora.share_dropout}" if lora.dropout else ""
     switches = (("rslora", lora.rslora), ("dora", lora.dora), ("bias", lora.bias))
     return f"r={lora.r} alpha={lora.alpha:g}{dropout}" + "".join(f" {name}" for name, on in switches if on)
-
-
-def _parts_text(planned: PlannedSite) -> str:
-    """Return ` on q, v` for slices, ` for each of 12 calls` for calls with an adapter each."""
-    parts = "" if planned.slices is None else f" on {', '.join(planned.slices.adapt)}"
-    return parts + (f" for each of {planned.calls} calls" if planned.per_call else "")
 
 
 def fold_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_fx.rules.ruleset import Match
+
 Backend = Literal["graph", "module"]
 Layout = Literal["out_in", "in_out"]
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
@@ -73,6 +75,10 @@ class Site:
         """(out, in) of the matrix; a convolution's kernel counts as inputs."""
         shape = self.shape[1:] if self.is_banked else self.shape
         return shape[0], math.prod(shape[1:])
+
+    def mismatch(self, match: Match) -> str | None:
+        """Return why a rule does not match the site; None if it does."""
+        return match.explain(self.paths, self.shape, self.op, self.classes)
 
     def text(self) -> str:
         """Return `Linear 768 → 3072`; of a bank, `Experts 8 × 768 → 3072`."""

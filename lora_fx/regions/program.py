@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import ITSELF, attached
-from lora_fx.adapters.fused.saving import checkpointing
 from lora_fx.adapters.fused.siblings import adapted_siblings
 from lora_fx.capture.captured import Captured
 from lora_fx.capture.guards import Guard, compile_guard
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.recording import of_shape
 from lora_fx.models.tensors import attribute_at
-from lora_fx.models.torch_internals import in_backward
+from lora_fx.models.torch_internals import checkpointing, in_backward
 from lora_fx.passes.contract import Pass, apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer

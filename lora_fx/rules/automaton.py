@@ -7,6 +7,7 @@ that of RE2 (Cox 2010).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ class Automaton:
         self._end = self._state()
         start = self._build(expression, self._end)
         self._start = self._closure([start])
-        self._known: dict[tuple[frozenset[int], str], frozenset[int]] = {}
+        self._after = functools.lru_cache(_MOST_REMEMBERED)(self._advance)
         self.work = 0
         """States visited so far; what tests count instead of time."""
 
@@ -87,21 +88,16 @@ class Automaton:
         """Whether the whole text matches."""
         states = self._start
         for character in text:
-            key = (states, character)
-            following = self._known.get(key)
-            states = self._advance(key) if following is None else following
+            states = self._after(states, character)
             if not states:
                 return False
         return self._end in states
 
-    def _advance(self, key: tuple[frozenset[int], str]) -> frozenset[int]:
-        states, character = key
+    def _advance(self, states: frozenset[int], character: str) -> frozenset[int]:
         self.work += len(states)
-        reached = [step[1] for state in states if (step := self._steps[state]) and step[0].accepts(character)]
-        if len(self._known) >= _MOST_REMEMBERED:
-            self._known.clear()
-        following = self._known[key] = self._closure(reached)
-        return following
+        return self._closure(
+            [step[1] for state in states if (step := self._steps[state]) and step[0].accepts(character)]
+        )
 
     def _closure(self, states: Sequence[int]) -> frozenset[int]:
         """Return the states and all that are reached from them without a character."""

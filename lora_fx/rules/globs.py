@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from lora_fx.rules.automaton import ANY, NOT_DOT, Characters, Choice, Concatenation, Expression, Repeat, literal
 
@@ -68,7 +67,8 @@ def parse_glob(text: str) -> Expression:
     for position, (segment, offset) in enumerate(segments):
         last = position == len(segments) - 1
         if segment == "**":
-            parts.append(_any_segments(alone=len(segments) == 1, last=last))
+            some = Concatenation((_DOT, _SEGMENT) if last else (_SEGMENT, _DOT))
+            parts.append(Repeat(ANY if len(segments) == 1 else some))
             continue
         parts.append(_Segment(segment, offset).parse())
         if not last and not (segments[position + 1][0] == "**" and position + 2 == len(segments)):
@@ -76,17 +76,16 @@ def parse_glob(text: str) -> Expression:
     return Concatenation(tuple(parts))
 
 
-def _any_segments(alone: bool, last: bool) -> Expression:
-    if alone:
-        return Repeat(ANY)
-    return Repeat(Concatenation((_DOT, _SEGMENT))) if last else Repeat(Concatenation((_SEGMENT, _DOT)))
-
-
 def _split(text: str) -> list[tuple[str, int]]:
     """Return (segment, offset) for the dots outside of braces and brackets; repeated `**` count once."""
+    dots, depth = [], 0
+    for token in _TOKEN.finditer(text):
+        if token[0] == "." and depth == 0:
+            dots.append(token.start())
+        depth = max(0, depth + (token[0] in "{[") - (token[0] in "}]"))
     segments: list[tuple[str, int]] = []
     start = 0
-    for end in [*_top_level_dots(text), len(text)]:
+    for end in [*dots, len(text)]:
         segment = text[start:end]
         if not segment:
             raise PatternError("the pattern has an empty segment", min(start, len(text) - 1))
@@ -96,14 +95,6 @@ def _split(text: str) -> list[tuple[str, int]]:
             segments.append((segment, start))
         start = end + 1
     return segments
-
-
-def _top_level_dots(text: str) -> Iterator[int]:
-    depth = 0
-    for token in _TOKEN.finditer(text):
-        if token[0] == "." and depth == 0:
-            yield token.start()
-        depth = max(0, depth + (token[0] in "{[") - (token[0] in "}]"))
 
 
 class _Segment(Cursor):

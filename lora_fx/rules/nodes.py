@@ -28,10 +28,7 @@ class NodeReader:
 
     def __init__(self, source: SourceText) -> None:
         self.source = source
-
-    def problem(self, span: SourceSpan, message: str, hint: str = "") -> None:
-        """Note something wrong, and what to do about it; reading goes on."""
-        self.source.problem(span, message, hint)
+        self.problem = source.problem
 
     def mapping(self, node: YamlNode, what: str, table: Table) -> dict[str, YamlNode]:
         """Return the mapping's known keys; unknown and missing ones are problems."""
@@ -60,18 +57,19 @@ class NodeReader:
         return node.value
 
     def typed(self, node: YamlNode, what: str, schema: Schema) -> Any:
-        """Return a value of the type and within the bounds of a key's schema; None, and a problem, if it is not.
+        """Return a scalar of the type and within the bounds of a key's JSON Schema; None, and a problem, if it is not.
 
-        Args:
-            node: a scalar.
-            what: what messages call it.
-            schema: of JSON Schema: `enum`, or `type` with `minimum`, `exclusiveMinimum` or `exclusiveMaximum`.
+        A schema has `enum`, or `type` with `minimum`, `exclusiveMinimum` or `exclusiveMaximum`.
         """
         if "enum" in schema:
             return self._choice(node, what, schema["enum"])
-        if schema["type"] == "boolean":
-            return self._boolean(node, what)
-        return self._number(node, what, schema)
+        if schema["type"] != "boolean":
+            return self._number(node, what, schema)
+        if isinstance(node.value, bool):
+            return node.value
+        hint = "write true or false" if isinstance(node.value, str) else ""
+        self.problem(node.span, f"{what} must be true or false, found {node.kind}", hint)
+        return None
 
     def _number(self, node: YamlNode, what: str, schema: Schema) -> float | None:
         value, kind = node.value, "an integer" if schema["type"] == "integer" else "a number"
@@ -86,13 +84,6 @@ class NodeReader:
             return value
         allowed = " and ".join(f"{words} {bound}" for words, bound, _ in bounds)
         self.problem(node.span, f"{what} must be {allowed}, found {value}")
-        return None
-
-    def _boolean(self, node: YamlNode, what: str) -> bool | None:
-        if isinstance(node.value, bool):
-            return node.value
-        hint = "write true or false" if isinstance(node.value, str) else ""
-        self.problem(node.span, f"{what} must be true or false, found {node.kind}", hint)
         return None
 
     def _choice(self, node: YamlNode, what: str, allowed: Sequence[str]) -> str | None:
@@ -135,11 +126,9 @@ class NodeReader:
 def _within(node: YamlNode, error: PatternError) -> SourceSpan:
     """Return the span of a pattern's problem inside its text, where the text stands as it is written."""
     span = node.span
-    quotes = 1 if node.quoted else 0
-    text = str(node.value)
-    if not span.line or span.length != len(text) + 2 * quotes:
+    if not span.line or span.length != len(str(node.value)) + 2 * node.quoted:
         return span
-    return replace(span, column=span.column + quotes + error.offset, length=error.length)
+    return replace(span, column=span.column + node.quoted + error.offset, length=error.length)
 
 
 def _key_hint(key: str, table: Table) -> str:

@@ -126,13 +126,9 @@ class Dimension:
 
     def explain(self, size: int, letters: dict[str, int]) -> str | None:
         """Return why the size does not fit, or None; a letter is bound by its first use."""
-        if self.letter:
-            return self._explain_letter(size, letters)
-        if size < self.low or (self.high is not None and size > self.high):
-            return f"{size} is not {self.text}"
-        return None
-
-    def _explain_letter(self, size: int, letters: dict[str, int]) -> str | None:
+        if not self.letter:
+            fits = self.low <= size and (self.high is None or size <= self.high)
+            return None if fits else f"{size} is not {self.text}"
         if self.letter not in letters:
             if size % self.factor:
                 return f"{size} is not a multiple of {self.factor}"
@@ -150,14 +146,10 @@ def parse_dimension(value: int | str) -> Dimension:
     if match is None:
         raise PatternError(f"`{value}` is not a size", 0, len(value))
     sign, bound, first, last, factor, letter = match.groups()
+    if sign in (">", ">="):
+        return Dimension(text, int(bound) + (sign == ">"))
     if sign:
-        number = int(bound)
-        return {
-            ">=": Dimension(text, number),
-            ">": Dimension(text, number + 1),
-            "<=": Dimension(text, 0, number),
-            "<": Dimension(text, 0, number - 1),
-        }[sign]
+        return Dimension(text, 0, int(bound) - (sign == "<"))
     if first and int(first) > int(last):
         raise PatternError(f"the range {text} runs backwards", 0, len(text))
     if factor and int(factor) == 0:
@@ -172,18 +164,16 @@ class ShapePattern:
 
     dimensions: tuple[Dimension, ...]
 
-    def matches(self, shape: Sequence[int]) -> bool:
-        return self.explain(shape) is None
-
     def explain(self, shape: Sequence[int]) -> str | None:
         """Return why a shape does not match, or None if it does."""
         if len(shape) != len(self.dimensions):
             return f"it has {len(shape)} dimensions, not {len(self.dimensions)}"
         letters: dict[str, int] = {}
-        for position, (dimension, size) in enumerate(zip(self.dimensions, shape, strict=True)):
+        names = ("out", "in", *(f"dimension {position}" for position in range(2, len(shape))))
+        for name, dimension, size in zip(names, self.dimensions, shape, strict=False):
             problem = dimension.explain(size, letters)
             if problem is not None:
-                return f"{_dimension_name(position)} = {problem}"
+                return f"{name} = {problem}"
         return None
 
     def values(self) -> list[int | str]:
@@ -192,7 +182,3 @@ class ShapePattern:
 
     def __str__(self) -> str:
         return f"[{', '.join(size.text for size in self.dimensions)}]"
-
-
-def _dimension_name(position: int) -> str:
-    return ("out", "in")[position] if position < 2 else f"dimension {position}"

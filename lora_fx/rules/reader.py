@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_fx.errors import Problem, RuleError, SourceSpan
-from lora_fx.rules import shipped
+from lora_fx.errors import Problem, RuleError
+from lora_fx.rules import keys, shipped
 from lora_fx.rules.globs import PatternError
-from lora_fx.rules.keys import (
-    COUNT,
-    FLAG,
-    LORA,
-    MATCH,
-    MODULE_NAMES,
-    MOST_DIMENSIONS,
-    NOT_WITH_SKIP,
-    OP,
-    POSITIVE,
-    RULE,
-    TOP,
-    is_adapter_name,
-)
 from lora_fx.rules.nodes import NodeReader, number_hint
 from lora_fx.rules.patterns import DIMENSION_FORMS, Dimension, ShapePattern, parse_dimension
 from lora_fx.rules.ruleset import Expect, LoRAConfig, Match, Rule, RuleSet, TrainPattern
 from lora_fx.rules.slices import read_slices
-from lora_fx.rules.tree import SourceText, YamlNode, read_file, read_mapping
+from lora_fx.rules.tree import YamlNode, read_file, read_mapping
 from lora_fx.text import nearest
 
 
@@ -41,7 +28,8 @@ def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -
     if isinstance(rules, RuleSet):
         return rules
     if isinstance(rules, Mapping):
-        return _read(*read_mapping(rules, "rules"))
+        source, root = read_mapping(rules, "rules")
+        return _RuleReader(source).read(root)
     if not isinstance(rules, (str, os.PathLike)):
         kind = type(rules).__name__
         raise RuleError("rules", [Problem(f"rules must be a path, a shipped name, a dict or a RuleSet, not {kind}")])
@@ -57,10 +45,7 @@ def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -
 
 def read_from(path: Path, name: str) -> RuleSet:
     """Return the rules of a file that messages call by a name."""
-    return _read(*read_file(path, name))
-
-
-def _read(source: SourceText, root: YamlNode) -> RuleSet:
+    source, root = read_file(path, name)
     return _RuleReader(source).read(root)
 
 
@@ -78,7 +63,7 @@ class _RuleReader(NodeReader):
 
     def read(self, root: YamlNode) -> RuleSet:
         """Return the rules of a tree; RuleError with all its problems."""
-        given = self.mapping(root, "the rule file", TOP)
+        given = self.mapping(root, "the rule file", keys.TOP)
         if "version" in given:
             self._version(given["version"])
         defaults = self._lora(given["defaults"], "defaults", {}) if "defaults" in given else {}
@@ -88,7 +73,7 @@ class _RuleReader(NodeReader):
         return RuleSet(rules, train, self.source.name)
 
     def _version(self, node: YamlNode) -> None:
-        version = TOP.keys["version"].schema["const"]
+        version = keys.TOP.keys["version"].schema["const"]
         if type(node.value) is not int or node.value != version:
             hint = f"this lora_fx reads version {version}"
             self.problem(node.span, f"version must be {version}, found {node.kind}", hint)
@@ -107,11 +92,12 @@ class _RuleReader(NodeReader):
             if rule is not None and named.setdefault(rule.name, rule) is not rule:
                 line = named[rule.name].span.line
                 taken = f"the rule name '{rule.name}' is taken{f' (line {line})' if line else ''}"
-                self.problem(_span_in(item, "name"), taken)
+                own = next((value for key, value in item.pairs or () if key.value == "name"), item)
+                self.problem(own.span, taken)
         return tuple(rule for rule in rules if rule is not None)
 
     def _rule(self, node: YamlNode, position: int, defaults: dict[str, Any]) -> Rule | None:
-        given = self.mapping(node, "a rule", RULE)
+        given = self.mapping(node, "a rule", keys.RULE)
         name = self.text(given["name"], "name") if "name" in given else f"rule {position}"
         match = self._match(given["match"], name) if "match" in given else None
         skip = self._skip(given) if "skip" in given else None
@@ -121,7 +107,7 @@ class _RuleReader(NodeReader):
         if match is None:
             return None
         config = None if "skip" in given else LoRAConfig(**lora)
-        per_call = "per_call" in given and bool(self.typed(given["per_call"], "per_call", FLAG))
+        per_call = "per_call" in given and bool(self.typed(given["per_call"], "per_call", keys.FLAG))
         span, pattern = (self.source.located(part.span) for part in (node, _pattern_in(given["match"])))
         return Rule(name, match, config, skip, slices, expect, span, pattern, per_call)
 
@@ -132,7 +118,7 @@ class _RuleReader(NodeReader):
             self.problem(given["skip"].span, "skip needs a reason", hint)
         else:
             reason = self.text(given["skip"], "skip")
-        for key in NOT_WITH_SKIP:
+        for key in keys.NOT_WITH_SKIP:
             if key in given:
                 self.problem(given[key].span, f"a rule that skips cannot have '{key}'", "take one of the two away")
         return reason
@@ -143,29 +129,29 @@ class _RuleReader(NodeReader):
         if isinstance(node.value, str):
             self.problem(node.span, f"expect must be an integer or any, found {node.kind}", number_hint(node))
             return Expect()
-        number = self.typed(node, "expect", COUNT)
+        number = self.typed(node, "expect", keys.COUNT)
         return Expect() if number is None else Expect(number, number)
 
     # -- match
 
     def _match(self, node: YamlNode, rule: str) -> Match:
-        given = self.mapping(node, f"match of rule '{rule}'", MATCH)
+        given = self.mapping(node, f"match of rule '{rule}'", keys.MATCH)
         if node.pairs is not None and not node.pairs:
-            self.problem(node.span, "match is empty", f"give at least one of {', '.join(MATCH.keys)}")
+            self.problem(node.span, "match is empty", f"give at least one of {', '.join(keys.MATCH.keys)}")
+        operation = functools.partial(self.typed, schema=keys.OP)
         return Match(
             name=self.one_or_more(given["name"], "name", self.pattern) if "name" in given else (),
             shape=self._shape(given["shape"]) if "shape" in given else None,
-            op=self.one_or_more(given["op"], "op", self._op) if "op" in given else (),
+            op=self.one_or_more(given["op"], "op", operation) if "op" in given else (),
             cls=self.one_or_more(given["class"], "class", self.pattern) if "class" in given else (),
         )
 
-    def _op(self, node: YamlNode, what: str) -> Any:
-        return self.typed(node, what, OP)
-
     def _shape(self, node: YamlNode) -> ShapePattern | None:
         dimensions = self.several(node, "shape", self._dimension)
-        if node.items is not None and len(node.items) > MOST_DIMENSIONS:
-            self.problem(node.span, f"shape has {len(node.items)} dimensions; a weight has at most {MOST_DIMENSIONS}")
+        if node.items is not None and len(node.items) > keys.MOST_DIMENSIONS:
+            self.problem(
+                node.span, f"shape has {len(node.items)} dimensions; a weight has at most {keys.MOST_DIMENSIONS}"
+            )
         return ShapePattern(dimensions) if dimensions else None
 
     def _dimension(self, node: YamlNode, what: str) -> Dimension | None:
@@ -173,7 +159,7 @@ class _RuleReader(NodeReader):
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             self.problem(node.span, f"a size in shape cannot be {node.kind}", f"forms: {DIMENSION_FORMS}")
             return None
-        if isinstance(value, int) and self.typed(node, "a size in shape", POSITIVE) is None:
+        if isinstance(value, int) and self.typed(node, "a size in shape", keys.POSITIVE) is None:
             return None
         try:
             return parse_dimension(value)
@@ -185,18 +171,18 @@ class _RuleReader(NodeReader):
 
     def _lora(self, node: YamlNode, what: str, defaults: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of a LoRAConfig on top of the defaults."""
-        given = self.mapping(node, what if what == "defaults" else f"lora of {what}", LORA)
+        given = self.mapping(node, what if what == "defaults" else f"lora of {what}", keys.LORA)
         values = {
-            key: self._adapter(value) if key == "adapter" else self.typed(value, key, LORA.keys[key].schema)
+            key: self._adapter(value) if key == "adapter" else self.typed(value, key, keys.LORA.keys[key].schema)
             for key, value in given.items()
         }
         return defaults | {key: value for key, value in values.items() if value is not None}
 
     def _adapter(self, node: YamlNode) -> str | None:
         value = self.text(node, "adapter")
-        if value in MODULE_NAMES:
+        if value in keys.MODULE_NAMES:
             self.problem(node.span, f"adapter '{value}' cannot be so called: torch needs the name", "such as `style`")
-        elif value and not is_adapter_name(value):
+        elif value and not keys.is_adapter_name(value):
             problem = f"adapter '{value}' must be a name of letters, digits and _, a letter first"
             self.problem(node.span, problem, "such as `style`")
         return value
@@ -207,8 +193,3 @@ def _pattern_in(match: YamlNode) -> YamlNode:
     values = {key.value: value for key, value in match.pairs or ()}
     pattern = values.get("name") or next(iter(values.values()), match)
     return pattern.items[0] if pattern.items else pattern
-
-
-def _span_in(node: YamlNode, key: str) -> SourceSpan:
-    """Return where a key's value stands in a mapping; the mapping's own span if the key is not there."""
-    return next((value.span for name, value in node.pairs or () if name.value == key), node.span)

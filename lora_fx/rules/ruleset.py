@@ -44,19 +44,8 @@ class Match:
     op: tuple[str, ...] = ()
     cls: tuple[NamePattern, ...] = ()
 
-    def matches(self, paths: Sequence[str], shape: Sequence[int], op: str, classes: Sequence[str]) -> bool:
-        """Whether a site matches; arguments as for `explain`."""
-        return self.explain(paths, shape, op, classes) is None
-
     def explain(self, paths: Sequence[str], shape: Sequence[int], op: str, classes: Sequence[str]) -> str | None:
-        """Return why a site does not match, or None if it does.
-
-        Args:
-            paths: the site's path and its aliases; any may match.
-            shape: (out, in).
-            op: one of `OPS`.
-            classes: the owner's class, short and dotted; any may match.
-        """
+        """Return why a site does not match, or None if it does; of its paths any may match, of its classes too."""
         if self.name and not any(pattern.matches(path) for pattern in self.name for path in paths):
             return f"name {paths[0]} does not match {_listed(self.name)}"
         if self.op and op not in self.op:
@@ -104,11 +93,6 @@ class Slices:
     parts: tuple[Slice, ...]
     adapt: tuple[str, ...]
 
-    @property
-    def are_runs(self) -> bool:
-        """Whether the rows of each adapted part lie next to each other."""
-        return all(len(part.rows) <= 1 for part in self.parts if part.name in self.adapt)
-
     def rows(self, out_features: int) -> tuple[tuple[int, ...], ...]:
         """Return the rows of each part that is adapted, in the order of the parts.
 
@@ -119,8 +103,7 @@ class Slices:
         return tuple(tuple(rows[part.name]) for part in self.parts if part.name in self.adapt)
 
     def _all_rows(self, out_features: int) -> dict[str, list[int]]:
-        if any(part.rows for part in self.parts):
-            end = max(b for part in self.parts for _, b in part.rows)
+        if end := max((b for part in self.parts for _, b in part.rows), default=0):
             if end > out_features:
                 raise ValueError(f"the slices name rows up to {end}, the weight has {out_features}")
             return {part.name: [row for a, b in part.rows for row in range(a, b)] for part in self.parts}
@@ -135,10 +118,14 @@ class Slices:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""
-        if all(part.size is None and not part.rows for part in self.parts):
-            return {"of": [part.name for part in self.parts], "adapt": list(self.adapt)}
-        of = {part.name: part.size or [f"{a}..{b}" for a, b in part.rows] for part in self.parts}
-        return {"of": of, "adapt": list(self.adapt)}
+        of: Any = {part.name: part.size or [f"{a}..{b}" for a, b in part.rows] for part in self.parts}
+        return {"of": of if any(of.values()) else list(of), "adapt": list(self.adapt)}
+
+
+def as_runs(parts: Sequence[tuple[int, ...]]) -> tuple[tuple[int, int], ...] | None:
+    """Return the first row and the end of each part; None where the rows of a part are not neighbours."""
+    runs = tuple((part[0], part[-1] + 1) for part in parts)
+    return runs if all(part == tuple(range(*run)) for part, run in zip(parts, runs, strict=True)) else None
 
 
 @dataclass(frozen=True, slots=True)

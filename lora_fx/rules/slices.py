@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 
@@ -37,7 +38,8 @@ def _parts(reader: NodeReader, node: YamlNode) -> tuple[Slice, ...]:
     elif node.pairs is not None:
         parts = tuple(_sized(reader, str(key.value), value) for key, value in node.pairs)
         _check_overlaps(reader, node, parts)
-        _check_uniform(reader, node, parts)
+        if any(part.rows for part in parts) and any(part.size is not None for part in parts):
+            reader.problem(node.span, "give all parts a number of rows, or all of them ranges")
     else:
         reader.problem(node.span, f"of must be a list of names or a mapping, found {node.kind}")
         return ()
@@ -48,7 +50,7 @@ def _parts(reader: NodeReader, node: YamlNode) -> tuple[Slice, ...]:
 
 def _sized(reader: NodeReader, name: str, node: YamlNode) -> Slice:
     if isinstance(node.value, str) or node.items is not None:
-        ranges = reader.one_or_more(node, f"rows of '{name}'", lambda item, what: _range(reader, item, what))
+        ranges = reader.one_or_more(node, f"rows of '{name}'", functools.partial(_range, reader))
         return Slice(name, None, ranges)
     return Slice(name, reader.typed(node, f"rows of '{name}'", POSITIVE))
 
@@ -70,8 +72,3 @@ def _check_overlaps(reader: NodeReader, node: YamlNode, parts: tuple[Slice, ...]
     for (one, first), (other, second) in itertools.pairwise(ranges):
         if other[0] < one[1]:
             reader.problem(node.span, f"rows {other[0]}..{min(one[1], other[1])} belong to '{first}' and '{second}'")
-
-
-def _check_uniform(reader: NodeReader, node: YamlNode, parts: tuple[Slice, ...]) -> None:
-    if any(part.rows for part in parts) and any(part.size is not None for part in parts):
-        reader.problem(node.span, "give all parts a number of rows, or all of them ranges")

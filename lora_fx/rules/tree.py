@@ -45,16 +45,11 @@ class YamlNode:
             return "a list"
         if self.pairs is not None:
             return "a mapping"
-        return _described(self.value)
-
-
-def _described(value: object) -> str:
-    """Return a value in words."""
-    if value is None:
-        return "nothing"
-    kind = {str: "string", bool: "boolean", int: "number", float: "number"}[type(value)]
-    shown = ("true" if value else "false") if isinstance(value, bool) else repr(value)
-    return f"the {kind} {shown if len(shown) <= 40 else shown[:37] + '…'}"
+        if self.value is None:
+            return "nothing"
+        kind = {str: "string", bool: "boolean", int: "number", float: "number"}[type(self.value)]
+        shown = repr(self.value).lower() if isinstance(self.value, bool) else repr(self.value)
+        return f"the {kind} {shown if len(shown) <= 40 else shown[:37] + '…'}"
 
 
 @dataclass(slots=True)
@@ -95,9 +90,7 @@ class SourceText:
 def read_file(path: Path, name: str) -> tuple[SourceText, YamlNode]:
     """Return the tree of a file; RuleError if it cannot be read or is not a single YAML document."""
     source = SourceText(name)
-    text = _decoded(_bytes_of(path, source), source)
-    _check_characters(text, source)
-    return source, _Builder(source).build(text)
+    return source, _Builder(source).build(_decoded(_bytes_of(path, source), source))
 
 
 def _bytes_of(path: Path, source: SourceText) -> bytes:
@@ -121,10 +114,14 @@ def _decoded(content: bytes, source: SourceText) -> str:
     content = content.removeprefix(codecs.BOM_UTF8)
     source.lines = _lines(content.decode("utf-8", "replace"))
     try:
-        return content.decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         span = _end_of(content[: error.start].decode("utf-8"))
         raise source.fail(span, "is not UTF-8 text", "save it as UTF-8") from error
+    if unreadable := _UNREADABLE.search(text):
+        code = f"U+{ord(unreadable[0]):04X}"
+        raise source.fail(_end_of(text[: unreadable.start()]), f"the character {code} cannot stand in YAML text")
+    return text
 
 
 def _lines(text: str) -> list[str]:
@@ -137,20 +134,12 @@ def _end_of(text: str) -> SourceSpan:
     return SourceSpan("", len(lines), len(lines[-1]))
 
 
-def _check_characters(text: str, source: SourceText) -> None:
-    unreadable = _UNREADABLE.search(text)
-    if unreadable is not None:
-        code = f"U+{ord(unreadable[0]):04X}"
-        raise source.fail(_end_of(text[: unreadable.start()]), f"the character {code} cannot stand in YAML text")
-
-
 # -- events to nodes
 
 _UNREADABLE = yaml.reader.Reader.NON_PRINTABLE
 _LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
-_PLAIN_TAGS = frozenset(
-    {None, "!"} | {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
-)
+_YAML_TAG = "tag:yaml.org,2002:"
+_PLAIN_TAGS = {None, "!"} | {_YAML_TAG + kind for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
 @dataclass(slots=True)
@@ -170,7 +159,6 @@ class _Builder:
         self.open: list[_Open] = []
         self.anchors: dict[str, YamlNode] = {}
         self.root: YamlNode | None = None
-        self.documents = 0
 
     def build(self, text: str) -> YamlNode:
         try:
@@ -194,12 +182,13 @@ class _Builder:
         return self.source.fail(span, f"not valid YAML: {what}", hint)
 
     def _take(self, event: Any) -> None:
-        if isinstance(event, yaml.DocumentStartEvent):
-            self.documents += 1
-            if self.documents > 1:
-                raise self.source.fail(_span_of(event), "a second document starts here; a rule file holds one")
-        elif isinstance(event, yaml.ScalarEvent):
-            self._check_tag(event)
+        if isinstance(event, yaml.DocumentStartEvent) and self.root is not None:
+            raise self.source.fail(_span_of(event), "a second document starts here; a rule file holds one")
+        if isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)) and event.tag not in _PLAIN_TAGS:
+            tag = str(event.tag)
+            tag = f"!!{tag.removeprefix(_YAML_TAG)}" if tag.startswith(_YAML_TAG) else tag
+            raise self.source.fail(_span_of(event), f"the tag {tag} is not allowed; rules are plain data")
+        if isinstance(event, yaml.ScalarEvent):
             self._add(self._scalar(event), event.anchor)
         elif isinstance(event, yaml.CollectionStartEvent):
             self._start(event)
@@ -209,14 +198,7 @@ class _Builder:
         elif isinstance(event, yaml.AliasEvent):
             self._alias(event)
 
-    def _check_tag(self, event: Any) -> None:
-        if event.tag not in _PLAIN_TAGS:
-            raise self.source.fail(
-                _span_of(event), f"the tag {_short_tag(event.tag)} is not allowed; rules are plain data"
-            )
-
     def _start(self, event: Any) -> None:
-        self._check_tag(event)
         if len(self.open) >= MOST_DEPTH:
             raise self.source.fail(_span_of(event), f"nested deeper than {MOST_DEPTH} levels")
         mapping = isinstance(event, yaml.MappingStartEvent)
@@ -240,9 +222,6 @@ class _Builder:
         parent.node.size += node.size
         if parent.node.size > MOST_NODES:
             raise self.source.fail(node.span, f"has more than {MOST_NODES:,} entries, aliases counted each time")
-        self._add_to(parent, node)
-
-    def _add_to(self, parent: _Open, node: YamlNode) -> None:
         if parent.node.items is not None:
             parent.node.items.append(node)
         elif parent.key is None:
@@ -266,10 +245,6 @@ def _span_of(event: Any) -> SourceSpan:
     start, end = event.start_mark, event.end_mark
     length = end.column - start.column if end.line == start.line else 1
     return SourceSpan("", start.line + 1, start.column + 1, max(1, length))
-
-
-def _short_tag(tag: str) -> str:
-    return "!!" + tag.removeprefix("tag:yaml.org,2002:") if tag.startswith("tag:yaml.org,2002:") else tag
 
 
 def _hint_for(line: str, problem: str) -> str:
@@ -337,8 +312,7 @@ def _plain_value(text: str) -> Value:
 def read_mapping(rules: Mapping[str, object], name: str) -> tuple[SourceText, YamlNode]:
     """Return the tree of rules given as a dict; positions are paths such as `rules[1].lora.r`."""
     source = SourceText(name)
-    builder = _DictReader(source)
-    return source, builder.node(rules, "", 0)
+    return source, _DictReader(source).node(rules, "", 0)
 
 
 class _DictReader:
@@ -369,15 +343,9 @@ class _DictReader:
         return node
 
     def _scalar(self, value: object, span: SourceSpan) -> YamlNode:
-        if value is None or isinstance(value, (str, bool, int, float)):
-            return YamlNode(span, value=_plain(value), quoted=isinstance(value, str))
-        self.source.problem(span, f"a value of type {type(value).__name__} cannot stand in rules")
+        for kind in (bool, int, float, str):
+            if isinstance(value, kind):  # as its plain type: numpy's float64 is a float, an enum of strings a str
+                return YamlNode(span, value=kind(value), quoted=kind is str)
+        if value is not None:
+            self.source.problem(span, f"a value of type {type(value).__name__} cannot stand in rules")
         return YamlNode(span)
-
-
-def _plain(value: str | bool | int | float | None) -> Value:
-    """Return the value as its plain type: numpy's float64 is a float, an enum of strings a str."""
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx.adapters.adapt import is_trained
-from lora_fx.adapters.attach import Attached, all_attached, is_adapted
-from lora_fx.adapters.factors.lora import LoRAFactor
+from lora_fx.adapters.adapt import is_trained, trained_parameters
+from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, is_adapted
 from lora_fx.discovery.sites import take_inventory
 from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.models.tensors import get_tensor
@@ -184,36 +184,26 @@ def _fill(path: str, adapter: Attached, tuned_full: nn.Module, base: nn.Module) 
     kept = min(r, len(values))
     roots = (values[:kept] / abs(adapter.spec.scaling)).sqrt()
     sign = 1.0 if adapter.spec.scaling > 0 else -1.0
-    _set(adapter.lora_A, roots.unsqueeze(1) * right[:kept], rows=r)
-    _set(adapter.lora_B, (sign * left[:, :kept] * roots).t(), rows=r, transposed=True)
+    missing = r - kept  # of a matrix with fewer singular values than the adapter has columns
+    with torch.no_grad():
+        adapter.lora_A.weight.copy_(F.pad(roots.unsqueeze(1) * right[:kept], (0, 0, 0, missing)))
+        adapter.lora_B.weight.copy_(F.pad(sign * left[:, :kept] * roots, (0, missing)))
     energies = values.double().square()
     total = float(energies.sum())
     retained = float(energies[:kept].sum()) / total if total else 1.0
     return ExtractedSite(path, r, total**0.5, retained)
 
 
-def _set(factor: LoRAFactor, values: Tensor, rows: int, transposed: bool = False) -> None:
-    """Give a factor its values; rows beyond those that are given stay zero."""
-    padded = values.new_zeros((rows, values.shape[1]))
-    padded[: values.shape[0]] = values
-    with torch.no_grad():
-        factor.weight.copy_(padded.t() if transposed else padded)
-
-
 def _taken(twin: nn.Module) -> set[str]:
     """Return the names of the tensors of the base whose change the adapted model has, as far as its rank goes."""
-    owners = {id(adapter.owner) for _, adapter in all_attached(twin)}
-    modules = twin.named_modules(remove_duplicate=False)
-    return {f"{path}.weight" for path, module in modules if id(module) in owners} | set(_trained(twin))
+    owners, modules = set(adapted_owners(twin)), twin.named_modules(remove_duplicate=False)
+    return {f"{path}.weight" for path, module in modules if module in owners} | set(_trained(twin))
 
 
-def _trained(twin: nn.Module) -> Iterator[str]:
-    """Yield the names of what is trained whole and saved with the adapter: modules under `train:`, biases of rules."""
-    record = record_in(twin)
-    yield from (name for name in _tensors(twin) if is_trained(name, record))
-    for path, adapter in all_attached(twin):
-        if adapter.spec.lora.bias and adapter.owner._parameters.get("bias") is not None:
-            yield f"{path}.bias"
+def _trained(twin: nn.Module) -> list[str]:
+    """Return the names of what is trained whole and saved with the adapter, buffers of modules under `train:` too."""
+    record, buffers = record_in(twin), twin.named_buffers(remove_duplicate=False)
+    return [*trained_parameters(twin, record), *(name for name, _ in buffers if is_trained(name, record))]
 
 
 def _take_over_trained(twin: nn.Module, tuned_full: nn.Module) -> None:

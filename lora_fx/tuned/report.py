@@ -96,8 +96,7 @@ def report(tuned: nn.Module) -> Report:
 
 
 def _site(tuned: nn.Module, path: str, attached: Attached, covered: set[str]) -> AdaptedSite:
-    own_graph = isinstance(tuned, fx.GraphModule) and STATE not in attached.owner.__dict__
-    in_graph = own_graph or path in covered
+    in_own_graph = isinstance(tuned, fx.GraphModule) and STATE not in attached.owner.__dict__
     return AdaptedSite(
         path=path,
         op=attached.spec.site.op,
@@ -107,7 +106,7 @@ def _site(tuned: nn.Module, path: str, attached: Attached, covered: set[str]) ->
         call=attached.call,
         scaling=attached.spec.scaling,
         parameters=sum(p.numel() for p in attached.parameters()),
-        backend="graph" if in_graph else "module",
+        backend="graph" if in_own_graph or path in covered else "module",
     )
 
 

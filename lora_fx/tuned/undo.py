@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import STATE, Attached, all_attached, detach
+from lora_fx.adapters.attach import STATE, adapted_owners, attached_to, detach
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
 from lora_fx.models.quantised import forget_quantisation, is_quantised
@@ -28,8 +28,8 @@ def removed(tuned: nn.Module) -> nn.Module:
     """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
     record = record_in(tuned)
     twin = _plain_twin(tuned, Remove())
-    for _, adapter in list(all_attached(twin)):
-        detach(adapter.owner)
+    for owner in adapted_owners(twin):
+        detach(owner)
     for name, tensor in record.base.items():
         set_tensor(twin, name, _like(twin, name, tensor))
     return _flagged(twin, record)
@@ -44,22 +44,18 @@ def merged(tuned: nn.Module) -> nn.Module:
     record = record_in(tuned)
     check_mergeable(tuned)
     twin = _plain_twin(tuned, Merge())
-    owners: dict[int, list[Attached]] = {}
-    for _, adapter in all_attached(twin):
-        owners.setdefault(id(adapter.owner), []).append(adapter)
-    for adapters in owners.values():
-        _merge_module(adapters)
+    for owner in adapted_owners(twin):
+        _merge_module(owner)
     _untie(tuned, twin)
     names = [name for name, _ in twin.named_parameters(remove_duplicate=False) if name in record.base]
     own_parameters(twin, names, requires_grad=False)  # trained whole: the adapted model may go on training its own
     return _flagged(twin, record)
 
 
-def _merge_module(adapters: list[Attached]) -> None:
+def _merge_module(owner: nn.Module) -> None:
     """Fold the adapters of one module into its weights."""
-    owner = adapters[0].owner
-    weights = {adapter.spec.parameter: folded(adapter) for adapter in adapters}
-    if any(is_quantised(adapter.base_weight) for adapter in adapters):
+    weights = {adapter.spec.parameter: folded(adapter) for adapter in attached_to(owner)}
+    if any(is_quantised(adapter.base_weight) for adapter in attached_to(owner)):
         forget_quantisation(owner)
     detach(owner)
     for name, weight in weights.items():
@@ -115,39 +111,15 @@ def disabled(tuned: nn.Module) -> Iterator[None]:
     record = record_in(tuned)
     with contextlib.ExitStack() as stack:
         stack.enter_context(borrowed(tuned, record.base))
-        stack.enter_context(_inactive_modules(tuned))
+        for owner in adapted_owners(tuned):
+            if STATE in owner.__dict__:
+                stack.callback(set_active, owner, set_active(owner, None))
+        for _, _, region in regions(tuned):
+            stack.callback(setattr, region, "enabled", region.enabled)
+            region.enabled = False
         if isinstance(tuned, fx.GraphModule):
-            stack.enter_context(_base_graph(tuned))
+            stack.callback(setattr, tuned, "graph", tuned.graph)
+            shell = fx.GraphModule(tuned, deepcopy(tuned.graph))
+            erase_lora_nodes(Editor(shell))
+            tuned.graph = shell.graph
         yield
-
-
-@contextlib.contextmanager
-def _inactive_modules(tuned: nn.Module) -> Iterator[None]:
-    owners = list(
-        {
-            id(adapter.owner): adapter.owner for _, adapter in all_attached(tuned) if STATE in adapter.owner.__dict__
-        }.values()
-    )
-    before = [(owner, set_active(owner, None)) for owner in owners]
-    graphs = [(region, region.enabled) for _, _, region in regions(tuned)]
-    for region, _ in graphs:
-        region.enabled = False
-    try:
-        yield
-    finally:
-        for owner, adapter in before:
-            set_active(owner, adapter)
-        for region, flag in graphs:
-            region.enabled = flag
-
-
-@contextlib.contextmanager
-def _base_graph(tuned: fx.GraphModule) -> Iterator[None]:
-    adapted = tuned.graph
-    shell = fx.GraphModule(tuned, deepcopy(adapted))
-    erase_lora_nodes(Editor(shell))
-    tuned.graph = shell.graph
-    try:
-        yield
-    finally:
-        tuned.graph = adapted

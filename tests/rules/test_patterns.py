@@ -152,7 +152,7 @@ def test_memory_of_the_automaton_is_bounded():
     names = [format(number, "016b").replace("0", "a").replace("1", "b") for number in range(3_000)]
     expected = re.compile("[ab]*a[ab]{12}")
     assert [compiled.matches(name) for name in names] == [bool(expected.fullmatch(name)) for name in names]
-    assert len(compiled._known) <= 2_000
+    assert compiled._after.cache_info().currsize <= 2_000
 
 
 pieces = st.recursive(
@@ -247,7 +247,6 @@ SHAPES = [
 def test_shape_matches_or_tells_why_not(pattern, shape, problem):
     compiled = ShapePattern(tuple(map(parse_dimension, pattern)))
     assert compiled.explain(shape) == problem
-    assert compiled.matches(shape) is (problem is None)
     assert compiled.values() == pattern
 
 

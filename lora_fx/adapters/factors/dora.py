@@ -74,5 +74,5 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
 def merged_dora_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
     """Return m · V / ‖V‖ in W's dtype, a new tensor; accumulated in float32 and rounded once."""
     directions = wide_sum(weight, low_rank_weight(lora_A, lora_B, scaling))
-    norms = row_norms(weight, lora_A, lora_B, scaling).to(directions.dtype)
+    norms = torch.linalg.vector_norm(directions, dim=1)
     return (directions * stretch(magnitude.to(directions.dtype), norms).unsqueeze(1)).to(weight.dtype)

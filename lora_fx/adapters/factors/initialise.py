@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -37,8 +38,7 @@ def initialise(lora_A: Tensor, lora_B: Tensor, init: str, kind: Kind = "matrix")
                 _kaiming(factor)
 
 
-def _kaiming(weight: Tensor) -> None:
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+_kaiming = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
 
 
 def _gaussian(weight: Tensor) -> None:

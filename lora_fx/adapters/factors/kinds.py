@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.adapters.factors.spec import AdapterSpec
+from lora_fx.rules.ruleset import as_runs
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -99,10 +100,7 @@ class SlicedB(LoRAFactor):
         numbers = [number for number, part in enumerate(parts) for _ in part]
         self.register_buffer("rows", torch.tensor(rows, device=weight.device), persistent=False)
         self.register_buffer("columns", torch.tensor(numbers, device=weight.device), persistent=False)
-        runs = [(part[0], part[-1] + 1) for part in parts]
-        whole = all(part == tuple(range(*run)) for part, run in zip(parts, runs, strict=True))
-        self.runs: tuple[tuple[int, int], ...] | None = tuple(runs) if whole else None
-        """First row and end of each part; None where the rows of a part are not neighbours."""
+        self.runs = as_runs(parts)
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         """Return B x; without x, B as a whole."""
@@ -115,12 +113,8 @@ class SlicedB(LoRAFactor):
     def matrix(self) -> Tensor:
         *bank, _, r = self.weight.shape
         whole = self.weight.new_zeros(*bank, self.out_features, self.parts, r)
-        if bank:
-            whole = whole.index_put((torch.arange(bank[0], device=whole.device)[:, None], self.rows, self.columns),
-                                    self.weight)  # fmt: skip
-        else:
-            whole = whole.index_put((self.rows, self.columns), self.weight)
-        return whole.flatten(-2)
+        members = [torch.arange(number, device=whole.device)[:, None] for number in bank]
+        return whole.index_put((*members, self.rows, self.columns), self.weight).flatten(-2)
 
     def blocks_of(self, matrix: Tensor) -> Tensor:
         """Return the blocks of a whole matrix, as `weight` holds them."""

@@ -10,28 +10,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.fused.masks import kept
-from lora_fx.adapters.fused.terms import (
-    Facts,
-    Group,
-    Term,
-    add_product,
-    below_each_other,
-    inner_products,
-    parted_like,
-    wide_parts,
-)
+from lora_fx.adapters.fused.terms import Group, Term, add_product, inner_products, joined, parted_like, wide_parts
 from lora_fx.models.quantised import dense
 
 
 class Backward:
-    """The gradients of one group."""
+    """The gradients of one group.
+
+    For one linear, in = 3, out = 2, r = 1, scaling s = 2, on a single row, without dropout:
+
+        x = [1, 2, 3]   W = [[1, 0, 0], [0, 1, 0]]   A = [[1, 0, 1]]   B = [[1], [3]]
+        forward     h = A xᵀ = [[4]]              y = x Wᵀ + s hᵀ Bᵀ = [1, 2] + 2 · 4 · [1, 3] = [9, 26]
+        given       dy = [1, 1]
+        z  [r, N]   s Bᵀ dyᵀ = 2 · (1 + 3)        = [[8]]
+        dB [out, r] (s h dy)ᵀ = (2 · 4 · [1, 1])ᵀ = [[8], [8]]
+        dA [r, in]  z x = 8 · [1, 2, 3]           = [[8, 16, 24]]
+        dx [N, in]  dy W + zᵀ A = [1, 1, 0] + 8 · [1, 0, 1] = [9, 1, 8]
+    """
 
     def __init__(self, group: Group, tensors: Sequence[Any], needs: Sequence[bool], kept_ones: Sequence[Any]) -> None:
         self.group, self.needs = group, needs
         self.inputs, self.terms = group.parted(tensors)
         count = len(self.terms)
         self.inner, self.unscaled = kept_ones[:count], kept_ones[count:]
-        self.found: list[Tensor | None] = [None] * len(tensors)
+        self.tensor_grads: list[Tensor | None] = [None] * len(tensors)
+        """One for each of the tensors; None where none is needed."""
         self.of_x = any(needs[: group.inputs])
 
     def _place(self, term: int, tensor: int) -> int:
@@ -52,7 +55,7 @@ class Backward:
                 continue
             dy = grad.reshape(-1, grad.shape[-1])
             if self._needs(number, 1):  # of the bias; DoRA leaves it as it is
-                self.found[self._place(number, 1)] = dy.sum(0)
+                self.tensor_grads[self._place(number, 1)] = dy.sum(0)
             dy = self._of_scale(number, dy)
             z[number] = self._of_factor_b(number, dy, inner[number])
             if self.of_x:
@@ -66,7 +69,7 @@ class Backward:
         for bundle in self.group.bundles:
             self._of_factor_a([number for number in bundle if number in z], z, rows, dx)
         self._of_inputs(x, sources, dx, grads[-1] if self.group.shows else None)
-        return self.found
+        return self.tensor_grads
 
     def _inner(self, rows: Tensor) -> list[Any]:
         """Return h of all terms; those of merged ones were not needed in the forward pass and are made here."""
@@ -90,7 +93,7 @@ class Backward:
         if scale is None:
             return dy
         if self._needs(number, 4):
-            self.found[self._place(number, 4)] = (dy * self.unscaled[number]).sum(0, dtype=scale.dtype)
+            self.tensor_grads[self._place(number, 4)] = (dy * self.unscaled[number]).sum(0, dtype=scale.dtype)
         return dy * scale.to(dy.dtype)
 
     def _of_factor_b(self, number: int, dy: Tensor, h: Tensor) -> Tensor:
@@ -100,17 +103,17 @@ class Backward:
         blocks = list(term.blocks())
         if self._needs(number, 3):
             slopes = [torch.mm(h[inner], wide[:, outputs]) for outputs, inner, _ in blocks]
-            self.found[self._place(number, 3)] = _beside_each_other(slopes).mul_(term.facts.factor).t()
+            self.tensor_grads[self._place(number, 3)] = joined(slopes, dim=1).mul_(term.facts.factor).t()
         products = [torch.mm(block.t(), wide[:, outputs].t()) for outputs, _, block in blocks]
-        return below_each_other(products).mul_(term.facts.factor)
+        return joined(products).mul_(term.facts.factor)
 
     def _of_factor_a(self, bundle: list[int], z: dict[int, Tensor], rows: Tensor, dx: Tensor | None) -> None:
         """Note the gradients of A of terms with the same dropout(x), and add theirs to dx in place."""
         if not bundle:
             return
         members = [self.terms[number] for number in bundle]
-        below = below_each_other([term.A for term in members])
-        beside = below_each_other([z[number] for number in bundle])
+        below = joined([term.A for term in members])
+        beside = joined([z[number] for number in bundle])
         if members[0].facts.merged:
             dx = None  # it is whole
         of_all: Tensor | None = None
@@ -124,7 +127,7 @@ class Backward:
         if of_all is not None:
             for number, gradient in zip(bundle, parted_like(of_all, [term.A for term in members]), strict=True):
                 if self._needs(number, 2):
-                    self.found[self._place(number, 2)] = gradient
+                    self.tensor_grads[self._place(number, 2)] = gradient
 
     def _of_inputs(self, x: Tensor, sources: list[Tensor], dx: Tensor | None, shown: Tensor | None) -> None:
         if not self.of_x:
@@ -133,12 +136,12 @@ class Backward:
         if shown is not None:
             whole = shown if whole is None else whole.add_(shown)
         if whole is None or not sources:
-            self.found[0] = whole
+            self.tensor_grads[0] = whole
             return
         wanted = [number for number, source in enumerate(sources) if source.requires_grad]
         gradients = torch.autograd.grad(x, [sources[number] for number in wanted], whole, allow_unused=True)
         for number, gradient in zip(wanted, gradients, strict=True):
-            self.found[number] = gradient
+            self.tensor_grads[number] = gradient
 
 
 def _add_outer(rows: Tensor, left: Tensor, right: Tensor, mask: Tensor | None) -> None:
@@ -149,10 +152,6 @@ def _add_outer(rows: Tensor, left: Tensor, right: Tensor, mask: Tensor | None) -
         rows.addcmul_(torch.mm(left, right), mask)
     else:
         rows.add_(torch.mm(left, right).mul_(mask))
-
-
-def _beside_each_other(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
 
 
 def differentiable(
@@ -181,17 +180,11 @@ def differentiable(
 def _plain(term: Term, x: Tensor) -> Tensor:
     """Return what one term computes, in operations that autograd knows."""
     base, wide = term.layer(x, term.weight), x.to(term.A.dtype)
-    mask = _mask_of(term.facts, x, term.A.dtype)
-    inner = F.linear(wide if mask is None else wide * mask, term.A)
-    delta = F.linear(inner * term.facts.factor, term.whole_factor())
+    seed = term.facts.seed
+    if seed is not None:
+        wide = wide * kept(seed, x.shape[:-1].numel(), x.shape[-1], term.facts.p, wide.dtype).view(x.shape)
+    delta = F.linear(F.linear(wide, term.A) * term.facts.factor, term.whole_factor())
     total = base + delta.to(base.dtype)
     if term.scale is None:
         return total
     return total + (term.scale - 1).to(base.dtype) * (total if term.bias is None else total - term.bias)
-
-
-def _mask_of(facts: Facts, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    seed = facts.mask_seed
-    if seed is None:
-        return None
-    return kept(seed, x.shape[:-1].numel(), x.shape[-1], facts.p, dtype).view(x.shape)

@@ -1,5 +1,6 @@
 """Which adapted layers compute base and adapter as one operation, asked at every call.
 
+What a plan foresees (`obstacle_to_fusing`) is asked again of the layer as it is now; the rest only a call can tell.
 Whatever is not plain (a hook on a factor, a trained base weight, a tensor subclass that is not quantised, a
 transformation or a compiler around it) is computed operation by operation instead, which is right for all of them.
 """
@@ -28,17 +29,16 @@ from lora_fx.models.torch_internals import (
     tracing_state,
     transformation,
 )
-from lora_fx.planning.planned import FUSED_DTYPES
+from lora_fx.planning.planned import FUSED_DTYPES, obstacle_to_fusing
 
-_FLOATS = frozenset(getattr(torch, name) for name in FUSED_DTYPES)
+_layout_of = functools.cache(linear_layout)
+_FLOATS = {getattr(torch, name): name for name in FUSED_DTYPES}
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _RECORDERS = frozenset(("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor"))
-"""Of selective checkpointing and of make_fx."""
+"""Modes that record operations one by one, to be run again: what they return must not be changed in place.
 
-
-@functools.cache
-def _layout_of(kind: Any) -> str | None:
-    return linear_layout(kind)
+Of selective checkpointing and of make_fx.
+"""
 
 
 def is_watched() -> bool:
@@ -49,13 +49,8 @@ def is_watched() -> bool:
         or tracing_state() is not None
         or in_forward_ad()
         or any_global_hook()
-        or (dispatch_depth() > 0 and _is_recorded())
+        or (dispatch_depth() > 0 and any(type(mode).__module__ in _RECORDERS for mode in dispatch_modes()))
     )
-
-
-def _is_recorded() -> bool:
-    """Whether operations are recorded one by one, to be run again: what they return must not be changed in place."""
-    return any(type(mode).__module__ in _RECORDERS for mode in dispatch_modes())
 
 
 def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
@@ -85,6 +80,10 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
     if p is None or not _are_plain_factors(A, B):
         return None
     first, second, spec = A._parameters["weight"], B._parameters["weight"], A.spec
+    sliced = type(B) is SlicedB
+    are_runs = not sliced or B.runs is not None
+    if obstacle_to_fusing(spec.site, are_runs, spec.calls > 0, _FLOATS[weight.dtype]):
+        return None
     scale = None
     if spec.lora.dora:
         magnitude = modules["lora_magnitude_vector"]._modules[adapter]
@@ -94,7 +93,7 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
     if cast is not None:
         weight, bias, first, second = (None if t is None else t.to(cast) for t in (weight, bias, first, second))
     seed = _seed(layer, spec.lora.share_dropout, x, p)
-    runs = B.runs or () if type(B) is SlicedB else ()
+    runs = B.runs if sliced else ()
     merged = plain and not runs and merges(x, weight, first, second, p > 0, scale is not None)
     facts = Facts(spec.lora.scaling, layout == "in_out", p, seed, merged, runs)
     return Term(facts, weight, bias, first, second, scale)
@@ -105,9 +104,7 @@ def _is_plain(tensor: Any) -> bool:
 
 
 def _are_plain_factors(A: Any, B: Any) -> bool:
-    if type(A) is not LoRAFactor or has_hooks(A) or has_hooks(B):
-        return False
-    if type(B) is not LoRAFactor and (type(B) is not SlicedB or B.runs is None):
+    if type(A) is not LoRAFactor or type(B) not in (LoRAFactor, SlicedB) or has_hooks(A) or has_hooks(B):
         return False
     first, second = A._parameters.get("weight"), B._parameters.get("weight")
     return _is_plain(first) and _is_plain(second) and first.dtype == second.dtype  # type: ignore[union-attr]

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -36,11 +35,12 @@ from lora_fx.adapters.fused.terms import (
     Produce,
     Term,
     add_product,
+    autocast_dtype,
     bundled,
     cast_as_products,
     inner_products,
 )
-from lora_fx.models.torch_internals import any_autocast_enabled, is_batched, unsafe_view
+from lora_fx.models.torch_internals import is_batched, unsafe_view
 
 
 def adapted(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, ...]:
@@ -131,14 +131,9 @@ class _Adapted(torch.autograd.Function):
         saved, group = ctx.saved_tensors, ctx.group
         tensors, kept_ones = saved[: ctx.given], saved[ctx.given :]
         needs = ctx.needs_input_grad[3:]
-        with _without_autocast(tensors[0].device.type):
+        device = tensors[0].device.type
+        cast = autocast_dtype(device) is not None  # what the forward saved has been cast: products keep their dtypes
+        with torch.autocast(device, enabled=False) if cast else contextlib.nullcontext():
             if torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads):
                 return (None, None, None, *differentiable(group, tensors, needs, grads))
             return (None, None, None, *Backward(group, tensors, needs, kept_ones).gradients(grads))
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """Return a context in which products keep their dtypes: what the forward saved has been cast."""
-    if any_autocast_enabled() and torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()

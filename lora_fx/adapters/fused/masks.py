@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.adapters.fused.saving import checkpointing
-from lora_fx.models.torch_internals import in_backward
+from lora_fx.models.torch_internals import checkpointing, in_backward
 
 
 def _signed(word: int) -> int:
@@ -74,7 +73,8 @@ def shared_seed(x: Tensor, p: float, user: int) -> Tensor:
         p: the probability of dropout, which must be the same too.
         user: which layer asks: each uses a seed once, so a model that is run again on the same tensor draws new masks.
     """
-    latest, checkpoint = _LATEST, _checkpoint()
+    latest, pack = _LATEST, checkpointing()
+    checkpoint = None if pack is None else weakref.ref(pack)  # what it runs again must draw what it drew
     if not torch.is_grad_enabled() or (checkpoint is None and in_backward()):
         return new_seed(x)  # a reentrant checkpoint runs it without gradients, and again in the backward pass
     same = latest.x is not None and latest.x() is x and latest.version == x._version and latest.p == p
@@ -83,12 +83,6 @@ def shared_seed(x: Tensor, p: float, user: int) -> Tensor:
         latest.seed, latest.users = new_seed(x), frozenset()
     latest.users |= {user}
     return latest.seed
-
-
-def _checkpoint() -> weakref.ref[Callable[..., Any]] | None:
-    """Return what tells the checkpoint that is at work from others: what it runs again must draw what it drew."""
-    pack = checkpointing()
-    return None if pack is None else weakref.ref(pack)
 
 
 def kept(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:

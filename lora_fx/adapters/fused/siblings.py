@@ -19,9 +19,7 @@ from lora_fx.adapters.fused.terms import Produce, Term, autocast_dtype, cast_as_
 def adapted_siblings(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """Return what each adapted layer computes from x; their A products are one product."""
     terms = _terms(layers, x)
-    if len(terms) == len(layers):
-        return adapted(terms, x)
-    return (*(adapted((term,), x)[0] for term in terms), *(layer.adapted_forward(x) for layer in layers[len(terms) :]))
+    return adapted(terms, x) if len(terms) == len(layers) else _apart(terms, layers, x)
 
 
 def _terms(layers: Sequence[Any], x: Tensor) -> list[Term]:
@@ -33,6 +31,11 @@ def _terms(layers: Sequence[Any], x: Tensor) -> list[Term]:
             break
         terms.append(term)
     return terms
+
+
+def _apart(terms: Sequence[Term], layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """Return what each layer computes from x, one after the other; the first of them are the terms."""
+    return (*(adapted((term,), x)[0] for term in terms), *(layer.adapted_forward(x) for layer in layers[len(terms) :]))
 
 
 def _of_tensors(produce: Produce, given: Sequence[Any]) -> tuple[Produce, tuple[Tensor, ...]]:
@@ -86,9 +89,8 @@ def making(produce: Produce, layers: int, shows: bool, name: str) -> Callable[..
         if len(terms) == layers:
             return adapted_from(terms, x, make, inputs, shows)
         x = make(*inputs)
-        results = [adapted((term,), x)[0] for term in terms]
-        results += [layer.adapted_forward(x) for layer in called[len(terms) :]]
-        return (*results, x) if shows else tuple(results)
+        results = _apart(terms, called, x)
+        return (*results, x) if shows else results
 
     adapted_making.__name__ = adapted_making.__qualname__ = name
     adapted_making.makes = layers  # type: ignore[attr-defined]  # by which passes know it

@@ -1,4 +1,4 @@
-"""What `fused` and `fusedbackward` compute with: layers with their adapters, and their products by A."""
+"""What `forward` and `backward` compute with: layers with their adapters, and their products by A."""
 
 from __future__ import annotations
 
@@ -25,16 +25,11 @@ class Facts(NamedTuple):
     p: float = 0.0
     """Probability of dropout; 0 for none."""
     seed: Tensor | None = None
-    """Of the dropout; layers that share one share their mask."""
+    """Of the dropout, None without; layers that share one share their mask."""
     merged: bool = False
     """Whether x meets W + scaling · B A instead of both apart (see `contraction`); not with dropout or two dtypes."""
     runs: Runs = ()
     """Where only parts of the rows of W are adapted, their first rows and ends: B has the blocks, A r rows for each."""
-
-    @property
-    def mask_seed(self) -> Tensor | None:
-        """Of the mask; None without dropout."""
-        return self.seed if self.p else None
 
     @property
     def factor(self) -> float:
@@ -90,9 +85,9 @@ class Term(NamedTuple):
         if not self.facts.runs:
             return self.B
         out_features = self.weight.shape[1 if self.facts.in_out else 0]
-        columns = []
-        for outputs, _, block in self.blocks():
-            columns.append(F.pad(block, (0, 0, outputs.start, out_features - outputs.stop)))
+        columns = [
+            F.pad(block, (0, 0, outputs.start, out_features - outputs.stop)) for outputs, _, block in self.blocks()
+        ]
         return torch.cat(columns, dim=1)
 
 
@@ -121,7 +116,7 @@ def bundled(terms: Sequence[Term]) -> tuple[tuple[int, ...], ...]:
         return _ALONE
     bundles: dict[tuple[torch.dtype, bool, float, int], list[int]] = {}
     for number, (facts, _, _, A, _, _) in enumerate(terms):
-        bundles.setdefault((A.dtype, facts.merged, facts.p, id(facts.seed) if facts.p else 0), []).append(number)
+        bundles.setdefault((A.dtype, facts.merged, facts.p, id(facts.seed)), []).append(number)
     return tuple(map(tuple, bundles.values()))
 
 
@@ -132,23 +127,18 @@ def inner_products(group: Group, x: Tensor, terms: Sequence[Term], merged: bool)
     """Return h = A dropout(x)ᵀ of the terms that are merged, or of those that are not, [r, N], in the dtype of A."""
     products: list[Tensor | None] = [None] * len(terms)
     for bundle in group.bundles:
-        first = terms[bundle[0]]
-        if first.facts.merged != merged:
+        facts = terms[bundle[0]].facts
+        if facts.merged != merged:
             continue
         factors = [terms[number].A for number in bundle]
-        below = below_each_other(factors)
-        h = _inner_product(below, x.reshape(-1, x.shape[-1]), first.facts)
-        for number, part in zip(bundle, parted_like(h, factors), strict=True):
+        below = joined(factors)
+        parts = [
+            torch.mm(below, (wide if mask is None else mask.mul_(wide)).t())
+            for _, wide, mask in wide_parts(x.reshape(-1, x.shape[-1]), facts, below.dtype)
+        ]
+        for number, part in zip(bundle, parted_like(joined(parts, dim=1), factors), strict=True):
             products[number] = part
     return products
-
-
-def _inner_product(below: Tensor, rows: Tensor, facts: Facts) -> Tensor:
-    parts = [
-        torch.mm(below, (wide if mask is None else mask.mul_(wide)).t())
-        for _, wide, mask in wide_parts(rows, facts, below.dtype)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -172,8 +162,9 @@ def cast_as_products(x: Tensor) -> Tensor:
     return x if x.dtype is dtype else x.to(dtype)
 
 
-def below_each_other(factors: Sequence[Tensor]) -> Tensor:
-    return factors[0] if len(factors) == 1 else torch.cat(tuple(factors))
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Return matrices below (dim 0) or beside (dim 1) each other; one alone is returned as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
 def parted_like(whole: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -187,11 +178,10 @@ def wide_parts(rows: Tensor, facts: Facts, dtype: torch.dtype) -> Iterator[tuple
     The mask is of ones and zeros, and may be written to.  dropout(x) is one times the other here: what it is divided
     by is in the factor.
     """
-    seed = facts.mask_seed
-    if seed is None:
+    if facts.seed is None:
         yield None, rows if rows.dtype == dtype else rows.to(dtype), None
         return
-    for part, mask in kept_in_parts(seed, rows.shape[0], rows.shape[1], facts.p, dtype):
+    for part, mask in kept_in_parts(facts.seed, rows.shape[0], rows.shape[1], facts.p, dtype):
         yield part, rows[part].to(dtype), mask
 
 

@@ -6,15 +6,16 @@ Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; what views and products 
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lora_fx.adapters.rawweight.views import Dim, Extent, Kind, WeightView
+from lora_fx.adapters.rawweight.views import Dim, Kind, WeightView
 from lora_fx.planning.sites import Layout
 
 Operand = Any
@@ -46,28 +47,42 @@ class Factored:
         """Return what a view operation makes of it: a Factored, a list of them, or None if it is not such a view."""
         viewed = self.view.through(operation)
         if isinstance(viewed, list):
-            return [self._seen(view) for view in viewed]
-        return None if viewed is None else self._seen(viewed)
-
-    def _seen(self, view: WeightView) -> Factored:
-        return Factored(view, self.rows, self.columns, self.r, self.scaling)
+            return [replace(self, view=view) for view in viewed]
+        return None if viewed is None else replace(self, view=viewed)
 
     def picked(self, index: Operand, number: int | None) -> Factored | None:
         """Return the members of the bank that an index picks: one if `number` is None."""
         view = self.view.picked(number)
-        return None if view is None else Factored(view, self.rows[index], self.columns[index], self.r, self.scaling)
+        return None if view is None else replace(self, view=view, rows=self.rows[index], columns=self.columns[index])
 
     # -- factors
 
     def _side(self, kind: Kind) -> Operand:
         """Return one factor for what the view shows: bank dimensions, then its own with r last; `columns`: r first."""
-        factor, axis = (self.rows, -2) if kind == "first" else (self.columns, -1)
+        factor = self.rows if kind == "first" else self.columns
         banks = sum(dim.kind == "bank" for dim in self.view.dims or ())
         if self.view.banked:
-            factor = _taken(factor, self.view.extent("bank"), 0, self.view.sizes[0])
-        # with r behind it, or with r before it and no more dimensions after
-        position = banks if axis == -2 else banks + 1
-        return _taken(factor, self.view.extent(kind), position, self.view.sizes[1 if kind == "first" else 2])
+            factor = self._taken(factor, "bank", 0)
+        return self._taken(factor, kind, banks if kind == "first" else banks + 1)  # with r behind it, or before it
+
+    def _taken(self, factor: Operand, kind: Kind, axis: int) -> Operand:
+        """Return what a factor has for the view's dimensions of a kind, which run over the axis: an axis for each.
+
+        Where there are none, one entry of the axis is selected.
+        """
+        start, dims = self.view.starts[kind], [dim for dim in self.view.dims or () if dim.kind == kind]
+        if not dims:
+            return factor.select(axis, start)
+        sizes = [dim.size for dim in dims]
+        if not _is_run(dims):
+            indices = torch.tensor(start)
+            for dim in dims:
+                indices = indices.unsqueeze(-1) + torch.arange(dim.size) * dim.step
+            return factor.index_select(axis, indices.reshape(-1).to(factor.device)).unflatten(axis, sizes)
+        number = math.prod(sizes)
+        whole = number == self.view.sizes[("bank", "first", "second").index(kind)]
+        part = factor if whole else factor.narrow(axis, start, number)
+        return part if len(sizes) == 1 else part.unflatten(axis, sizes)
 
     def matrices(self) -> tuple[Operand, Operand] | None:
         """Return (left, right) with view = scaling · left right, [.., a, r] and [.., r, b]; None if not a matrix."""
@@ -146,43 +161,43 @@ class Factored:
 
     def _split(self, equation: str, position: int) -> tuple[str, str, tuple[Kind, Kind]] | None:
         """Return the equations of the two products that make up an einsum, and which factor each takes."""
-        letters = _Letters.of(equation, position)
+        letters = _letters(equation, position)
         assert self.view.dims is not None
-        if letters is None or len(letters.weight) != len(self.view.dims):
+        if letters is None or len(letters[1]) != len(self.view.dims):
             return None
-        kinds = dict(zip(letters.weight, (dim.kind for dim in self.view.dims), strict=True))
-        if set(kinds.values()) & {"one", "repeat"}:
+        x, weight, result = letters
+        kinds = dict(zip(weight, (dim.kind for dim in self.view.dims), strict=True))
+        summed = [letter for letter in weight if letter not in result]
+        if set(kinds.values()) & {"one", "repeat"} or {kinds[letter] for letter in summed} not in _ONE_SIDE:
             return None
-        summed = {kinds[letter] for letter in letters.summed}
-        if len(summed) != 1 or not summed <= {"first", "second"}:
-            return None
-        one = summed.pop()
+        plain = x.replace("...", "")
+        if not set(summed) <= set(plain) or not set(plain) <= {*result, *weight}:
+            return None  # the weight is summed by itself, or x is: let torch do it
+        one = kinds[summed[0]]
         other: Kind = "second" if one == "first" else "first"
-        banks = [x for x in kinds if kinds[x] == "bank"]
-        sides = {kind: banks + [x for x in kinds if kinds[x] == kind] for kind in (one, other)}
-        pair = letters.products(sides[one], sides[other])
-        if pair is None:
-            return None
-        inner, rank = pair
+        banks = [letter for letter in kinds if kinds[letter] == "bank"]
+        sides = {kind: banks + [letter for letter in kinds if kinds[letter] == kind] for kind in (one, other)}
+        rank = next(letter for letter in string.ascii_letters if letter not in x + weight + result)
         written = {kind: _factor_letters(kind, len(banks), sides[kind], rank) for kind in (one, other)}
-        first, second = f"{letters.x},{written[one]}->{inner}", f"{inner},{written[other]}->{letters.result}"
-        return first, second, (one, other)
+        kept = dict.fromkeys(letter for letter in (*plain, *sides[one]) if letter not in summed)
+        inner = ("..." if "..." in x else "") + "".join(kept) + rank
+        return f"{x},{written[one]}->{inner}", f"{inner},{written[other]}->{result}", (one, other)
 
     # -- as a whole
 
     def dense(self) -> Operand:
         """Return scaling · B A for the entries that the view shows."""
         assert self.view.dims is not None
-        names = dict(zip(range(len(self.view.dims)), string.ascii_lowercase, strict=False))
-        kinds = {name: self.view.dims[index].kind for index, name in names.items()}
-        banks = [name for name in names.values() if kinds[name] == "bank"]
+        kinds = {name: dim.kind for name, dim in zip(string.ascii_lowercase, self.view.dims, strict=False)}
+        banks = [name for name in kinds if kinds[name] == "bank"]
         rows, columns = (
-            _factor_letters(kind, len(banks), banks + [name for name in names.values() if kinds[name] == kind], "z")
+            _factor_letters(kind, len(banks), banks + [name for name in kinds if kinds[name] == kind], "z")
             for kind in ("first", "second")
         )
-        whole = "".join(name for name in names.values() if kinds[name] in ("bank", "first", "second"))
+        whole = "".join(name for name in kinds if kinds[name] in ("bank", "first", "second"))
         product = torch.einsum(f"{rows},{columns}->{whole}", self._side("first"), self._side("second"))
-        return (product * self.scaling).reshape(_unexpanded(self.view.dims)).expand(self.view.shape)
+        unexpanded = [1 if dim.kind == "repeat" else dim.size for dim in self.view.dims]
+        return (product * self.scaling).reshape(unexpanded).expand(self.view.shape)
 
 
 def _factor_letters(kind: str, banks: int, letters: Sequence[str], rank: str) -> str:
@@ -190,26 +205,6 @@ def _factor_letters(kind: str, banks: int, letters: Sequence[str], rank: str) ->
     if kind == "first":
         return "".join(letters) + rank
     return "".join(letters[:banks]) + rank + "".join(letters[banks:])
-
-
-def _unexpanded(dims: Sequence[Dim]) -> tuple[int, ...]:
-    return tuple(1 if dim.kind == "repeat" else dim.size for dim in dims)
-
-
-def _taken(factor: Operand, extent: Extent, axis: int, length: int) -> Operand:
-    """Return the entries of one axis that an extent names, with an axis for each of its dimensions (none: selected)."""
-    if not extent.dims:
-        return factor.select(axis, extent.start)
-    sizes = [dim.size for dim in extent.dims]
-    if _is_run(extent.dims):
-        number = sizes[0] if len(sizes) == 1 else int(torch.Size(sizes).numel())
-        part = factor if number == length else factor.narrow(axis, extent.start, number)
-        return part if len(sizes) == 1 else part.unflatten(axis, sizes)
-    indices = torch.tensor(extent.start)
-    for dim in extent.dims:
-        indices = indices.unsqueeze(-1) + torch.arange(dim.size) * dim.step
-    taken = factor.index_select(axis, indices.reshape(-1).to(factor.device))
-    return taken.unflatten(axis, sizes)
 
 
 def _is_run(dims: Sequence[Dim]) -> bool:
@@ -222,39 +217,16 @@ def _is_run(dims: Sequence[Dim]) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class _Letters:
-    """The letters of an einsum of x and a weight."""
+_ONE_SIDE = ({"first"}, {"second"})
 
-    x: str
-    weight: str
-    result: str
 
-    @staticmethod
-    def of(equation: str, position: int) -> _Letters | None:
-        text = equation.replace(" ", "")
-        sides, arrow, result = text.partition("->")
-        operands = sides.split(",")
-        if not arrow or len(operands) != 2 or "." in operands[position]:
-            return None
-        weight, x = operands[position], operands[1 - position]
-        if any(len(set(side)) != len(side) for side in (weight, x.replace("...", ""), result.replace("...", ""))):
-            return None
-        return _Letters(x, weight, result)
-
-    @property
-    def summed(self) -> str:
-        return "".join(letter for letter in self.weight if letter not in self.result)
-
-    def products(self, one: Sequence[str], other: Sequence[str]) -> tuple[str, str] | None:
-        """Return the letters of x times the factor that is summed over, and that of the rank; None without them."""
-        if any(letter not in self.x for letter in self.summed) or any(letter not in self.result for letter in other):
-            return None
-        rank = next(letter for letter in string.ascii_letters if letter not in self.x + self.weight + self.result)
-        plain = self.x.replace("...", "")
-        dropped = [letter for letter in plain if letter not in self.result and letter not in self.weight]
-        if dropped:  # summed over in x alone: let torch do it
-            return None
-        kept = [letter for letter in (*plain, *one) if letter not in self.summed]
-        dots = "..." if "..." in self.x else ""
-        return dots + "".join(dict.fromkeys(kept)) + rank, rank
+def _letters(equation: str, position: int) -> tuple[str, str, str] | None:
+    """Return the letters of x, of the weight (the operand at `position`) and of the result of an einsum of the two."""
+    operands, arrow, result = equation.replace(" ", "").partition("->")
+    sides = operands.split(",")
+    if not arrow or len(sides) != 2 or "." in sides[position]:
+        return None
+    weight, x = sides[position], sides[1 - position]
+    if any(len(set(side)) != len(side) for side in (weight, x.replace("...", ""), result.replace("...", ""))):
+        return None
+    return x, weight, result

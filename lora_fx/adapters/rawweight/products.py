@@ -76,10 +76,6 @@ def _times(result: Operand | None, factor: Any) -> Operand | None:
     return result if result is None or (isinstance(factor, (int, float)) and factor == 1) else result * factor
 
 
-def _reversed_matmul(call: Call) -> Delta | None:
-    return _either(call, call.operand(1, "other"), call.operand(0, "input"))
-
-
 def _add_product(call: Call) -> Delta | None:
     alpha = call.kwargs.get("alpha", 1)
     return _either(call, call.operand(1, "mat1", "batch1"), call.operand(2, "mat2", "batch2", "vec"), alpha)
@@ -107,10 +103,7 @@ def _embedding(call: Call) -> Delta | None:
     return lambda low, given: given(low.embedding(ids, padding_idx=padding))
 
 
-_CONVOLUTIONS: dict[str, Callable[..., Operand]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
-
-
-def _convolution(name: str) -> Callable[[Call], Delta | None]:
+def _convolution(convolve: Callable[..., Operand]) -> Callable[[Call], Delta | None]:
     def delta(call: Call) -> Delta | None:
         x, weight = call.operand(0, "input"), call.operand(1, "weight")
         if weight is not call.weight or x is call.weight:
@@ -118,7 +111,7 @@ def _convolution(name: str) -> Callable[[Call], Delta | None]:
         stride, padding, dilation = call.operand(3, "stride"), call.operand(4, "padding"), call.operand(5, "dilation")
         groups = call.operand(6, "groups") or 1
         settings = (stride or 1, padding or 0, dilation or 1)
-        return lambda low, given: low.convolution(given(x), _CONVOLUTIONS[name], groups, settings)
+        return lambda low, given: low.convolution(given(x), convolve, groups, settings)
 
     return delta
 
@@ -143,7 +136,7 @@ _PRODUCTS: dict[str, Callable[[Call], Delta | None]] = {
     "linear": _linear,
     "matmul": _matmul,
     "__matmul__": _matmul,
-    "__rmatmul__": _reversed_matmul,
+    "__rmatmul__": lambda call: _either(call, call.operand(1, "other"), call.operand(0, "input")),
     "mm": _matmul,
     "bmm": _matmul,
     "mv": _matmul,
@@ -152,7 +145,9 @@ _PRODUCTS: dict[str, Callable[[Call], Delta | None]] = {
     "baddbmm": _add_product,
     "einsum": _einsum,
     "embedding": _embedding,
-    **{name: _convolution(name) for name in _CONVOLUTIONS},
+    "conv1d": _convolution(F.conv1d),
+    "conv2d": _convolution(F.conv2d),
+    "conv3d": _convolution(F.conv3d),
     **dict.fromkeys(GROUPED, _grouped),
 }
 

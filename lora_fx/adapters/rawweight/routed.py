@@ -11,6 +11,7 @@ arXiv:2312.03415.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.adapters.fused.saving import packing
 from lora_fx.adapters.rawweight.factored import Factored
-from lora_fx.adapters.rawweight.products import GROUPED, Call
+from lora_fx.adapters.rawweight.products import Call
+from lora_fx.models.torch_internals import packing
 
 
 @dataclass(frozen=True)
@@ -36,40 +37,31 @@ class Run:
 
 
 def runs_of(name: str, call: Call, low: Factored, rows: int) -> tuple[Run, ...] | None:
-    """Return which rows meet which matrix in a call of a torch function; None if it is not a product known here.
+    """Return which rows meet which matrix in a linear or a grouped product; None where it is not known here.
 
     Groups whose ends are known only on another device are left to torch's own kernels.
     """
     if name == "linear":
         return (Run(None, slice(0, rows)),) if len(low.view.shape) == 2 else None
     offsets = call.operand(2, "offs")
-    if name not in GROUPED or offsets is None or offsets.device.type != "cpu" or len(low.view.shape) != 3:
+    if offsets is None or offsets.device.type != "cpu" or len(low.view.shape) != 3:
         return None
     ends = itertools.pairwise([0, *offsets.tolist()])
     return tuple(Run(member, slice(a, b)) for member, (a, b) in enumerate(ends) if b > a)
 
 
-@dataclass(frozen=True)
-class Source:
-    """How the rows are had again in the backward pass."""
+def source(x: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+    """Return what is kept to have x again, each in the shape of x, and what makes any rows of x of the same of each.
 
-    tensors: tuple[Tensor, ...]
-    """What is kept; each in the shape of the rows."""
-    make: Callable[..., Tensor]
-    """Makes any of the rows of the same part of each."""
-
-
-def source(x: Tensor) -> Source:
-    """Return how to have x again: as the product that it is, if autograd keeps its factors; else x is kept itself."""
+    Where x is a product, and autograd keeps its factors anyway, these; else x itself.
+    """
     node = x.grad_fn
     if type(node).__name__ == "MulBackward0" and not _hooks_may_move_tensors():
-        try:
+        with contextlib.suppress(RuntimeError):  # changed in place since, so no longer what was multiplied
             factors = (node._saved_self, node._saved_other)  # type: ignore[union-attr]
-        except RuntimeError:  # changed in place since, so no longer what was multiplied
-            return Source((x,), _itself)
-        if all(factor is not None and factor.shape == x.shape and factor.dtype == x.dtype for factor in factors):
-            return Source(factors, torch.mul)
-    return Source((x,), _itself)
+            if all(factor is not None and factor.shape == x.shape and factor.dtype == x.dtype for factor in factors):
+                return factors, torch.mul
+    return (x,), _itself
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -105,7 +97,7 @@ def routed_product(
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, base: Any, runs: Any, scaling: float, rows: Source, x: Tensor, weight: Tensor, A: Tensor, B: Tensor
+        ctx: Any, base: Any, runs: Any, scaling: float, source: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor
     ) -> Tensor:
         total: Tensor = base()
         total = total if total.is_contiguous() else total.contiguous()
@@ -114,8 +106,9 @@ class _Routed(torch.autograd.Function):
         for run, h in _each(runs, inner, A.shape[-2]):
             torch.mm(run.of(A), x[run.rows].to(A.dtype).t(), out=h).mul_(scaling)
             _add(flat[run.rows], h.t(), run.of(B))
-        ctx.runs, ctx.scaling, ctx.make = runs, scaling, rows.make
-        ctx.save_for_backward(weight, A, B, inner, *rows.tensors)
+        tensors, ctx.make = source
+        ctx.runs, ctx.scaling = runs, scaling
+        ctx.save_for_backward(weight, A, B, inner, *tensors)
         return total
 
     @staticmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,14 +28,6 @@ class Dim:
     step: int
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """The dimensions of a view that run over one axis of the stored weight, and where they start."""
-
-    start: int
-    dims: tuple[Dim, ...]
-
-
 class WeightView:
     """A view of a stored weight; immutable."""
 
@@ -45,7 +37,9 @@ class WeightView:
         self.sizes = sizes
         """Members of the bank (1 for none), size of the first axis, of all further axes together."""
         self.banked = banked
-        self.dims = _dims(stub, sizes)
+        self.starts = _starts(int(stub.storage_offset()), sizes)
+        """Where on each axis of the stored weight the view begins."""
+        self.dims = _dims(stub, sizes, self.starts)
         """None where a dimension runs over several axes at once."""
 
     @staticmethod
@@ -99,15 +93,6 @@ class WeightView:
         stub = root.as_strided((number, *sizes), (first * second, *strides), offset)
         return WeightView(stub, (bank, first, second), banked=True)
 
-    def extent(self, kind: Kind) -> Extent:
-        """Return the dimensions of one kind, and where on the axis they start."""
-        assert self.dims is not None
-        return Extent(self._starts[kind], tuple(dim for dim in self.dims if dim.kind == kind))
-
-    @property
-    def _starts(self) -> dict[Kind, int]:
-        return _starts(int(self.stub.storage_offset()), self.sizes)
-
     def two_sides(self) -> tuple[Kind, Kind] | None:
         """Return the kinds of the last two dimensions if they are rows and columns, either way round; else None.
 
@@ -118,18 +103,9 @@ class WeightView:
         *before, left, right = (dim.kind for dim in self.dims)
         if before and before[0] not in ("bank", "one", "repeat"):
             return None
-        return _SIDES.get((left, right))
-
-
-_SIDES: dict[tuple[Kind, Kind], tuple[Kind, Kind]] = {
-    ("first", "second"): ("first", "second"),
-    ("second", "first"): ("second", "first"),
-    ("one", "second"): ("first", "second"),
-    ("second", "one"): ("second", "first"),
-    ("first", "one"): ("first", "second"),
-    ("one", "first"): ("second", "first"),
-    ("one", "one"): ("first", "second"),
-}
+        if not {left, right} <= {"first", "second", "one"} or (left == right and left != "one"):
+            return None
+        return ("second", "first") if left == "second" or right == "first" else ("first", "second")
 
 
 def _starts(offset: int, sizes: tuple[int, int, int]) -> dict[Kind, int]:
@@ -138,11 +114,11 @@ def _starts(offset: int, sizes: tuple[int, int, int]) -> dict[Kind, int]:
     return {"bank": member, "first": inside // second if second else 0, "second": inside % second if second else 0}
 
 
-def _dims(stub: Tensor, sizes: tuple[int, int, int]) -> tuple[Dim, ...] | None:
+def _dims(stub: Tensor, sizes: tuple[int, int, int], starts: Mapping[Kind, int]) -> tuple[Dim, ...] | None:
     bank, first, second = sizes
     strides = {"bank": first * second, "first": second, "second": 1}
     lengths: dict[Any, int] = {"bank": bank, "first": first, "second": second}
-    reached = dict(_starts(int(stub.storage_offset()), sizes))
+    reached = dict(starts)
     dims = []
     for size, stride in zip(stub.shape, stub.stride(), strict=True):
         if size == 1 or stride == 0:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fx.adapters.rawweight.attention import attention_forward
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.products import COPIES, GROUPED, VIEWS, Call, name_of, product
 from lora_fx.adapters.rawweight.routed import routed_product, runs_of
@@ -58,7 +59,7 @@ class LoRAWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if name_of(func) == "multi_head_attention_forward":
-            return attention_forward(*args, **(kwargs or {}))
+            return _attention_forward(*args, **(kwargs or {}))
         if any(kind not in _OWN for kind in types):  # another subclass of Tensor has its say in the base's product
             return _call(func, args, kwargs or {})
         with DisableTorchFunctionSubclass():
@@ -121,8 +122,21 @@ def _kept(weight: LoRAWeight) -> Part:
 # -- calls
 
 
+def _attention_forward(*args: Any, **kwargs: Any) -> Any:
+    """Return what `F.multi_head_attention_forward` returns; its linears see the weights as they are given.
+
+    torch's function hands over to the first argument that is more than a tensor, before it does anything.  Here the
+    same code runs with that question answered by no: the projections inside of it then meet the adapted weights one by
+    one, as `F.linear` or as slices for q, k and v.
+    """
+    code = F.multi_head_attention_forward.__code__
+    scope = {**vars(F), "has_torch_function": lambda _: False}
+    own = FunctionType(code, scope, code.co_name, F.multi_head_attention_forward.__defaults__)
+    return own(*args, **kwargs)
+
+
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    weights = {id(weight): weight for weight in _weights_in((args, kwargs))}
+    weights = {id(tensor): tensor for tensor in _tensors((args, kwargs)) if isinstance(tensor, LoRAWeight)}
     if not weights:
         return func(*args, **kwargs)
     name = _name(func)
@@ -131,7 +145,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in _FACTS:
         return func(*_mapped(args, lambda value: _kept(value).base), **_mapped(kwargs, lambda value: _kept(value).base))
     if name == "requires_grad":
-        return any(factor.requires_grad for factor in (_kept(args[0]).low.rows, _kept(args[0]).low.columns))
+        low = _kept(args[0]).low
+        return low.rows.requires_grad or low.columns.requires_grad
     for weight in weights.values():
         result = _product(name, func, args, kwargs, weight)
         if result is None and args and args[0] is weight:
@@ -188,14 +203,13 @@ def _given(x: Tensor, part: Part) -> Tensor:
 def _view(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: LoRAWeight) -> Any:
     """Return the view of the weight that a call asks for, as a LoRAWeight or several; None if it asks for none."""
     part = _kept(weight)
-    others = [tensor for tensor in _tensors((args[1:], kwargs)) if name in VIEWS]
     if name in COPIES:
         base = func(part.base, *_mapped(args[1:], _dense), **_mapped(kwargs, _dense))
         same_place = isinstance(base, Tensor) and base.device == part.base.device and base.is_floating_point()
         return LoRAWeight(replace(part, base=base)) if same_place else None
     if name not in VIEWS:
         return None
-    if others:
+    if any(True for _ in _tensors((args[1:], kwargs))):
         return _picked(name, part, args)
     viewed = part.low.through(lambda stub: func(stub, *args[1:], **kwargs))
     if viewed is None:
@@ -209,9 +223,9 @@ def _view(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], w
 def _picked(name: str, part: Part, args: tuple[Any, ...]) -> LoRAWeight | None:
     """Return the members of a bank that an index tensor names: `experts[ids]`."""
     index = args[1]
-    if name != "__getitem__" or not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+    if name != "__getitem__" or not isinstance(index, Tensor) or index.dim() > 1:
         return None
-    if index.dim() > 1:
+    if index.dtype not in (torch.int64, torch.int32):
         return None
     low = part.low.picked(index, None if index.dim() == 0 else index.shape[0])
     return None if low is None else LoRAWeight(replace(part, base=part.base[index], low=low, picked=True))
@@ -230,10 +244,6 @@ _FACTS = frozenset(
      "is_mps", "is_conj", "is_neg", "result_type", "can_cast", "is_same_size", "is_signed", "itemsize"}
 )  # fmt: skip
 """What depends on no value."""
-
-
-def _weights_in(value: Any) -> Iterator[LoRAWeight]:
-    return (tensor for tensor in _tensors(value) if isinstance(tensor, LoRAWeight))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

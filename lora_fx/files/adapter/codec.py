@@ -4,6 +4,13 @@ A linear's are what they are.  A convolution's have its shape; a grouped one's A
 is the same map with g · r ranks.  A bank of experts is one matrix: A [bank · r, in], B [out, r · bank].  A raw
 parameter has the factors of what is stored, whichever way round it multiplies; of a bank, PEFT takes the matrices as
 stored [out, in] unless their module says `is_transposed`.  Parts of a fused weight become n · r ranks with zeros in B.
+
+For example, a weight [24, 8] of q, k and v (8 rows each), of which q and v are adapted with r 2 and alpha 16:
+
+    lora_A [4, 8]     rows 0-1: A of q, rows 2-3: A of v
+    lora_B [24, 4]    rows 0-7, columns 0-1: B of q; rows 16-23, columns 2-3: B of v; 0 elsewhere, as k is not adapted
+    configuration     r 4, lora_alpha 32: the scaling is 8, as it is of the parts
+    header            r 2, alpha 16, file_ranks 2, slices of [q, k, v], adapt [q, v]
 """
 
 from __future__ import annotations
@@ -31,11 +38,6 @@ class Form:
     flipped: bool
     """Whether the file has the factors of the transposed matrix."""
 
-    @property
-    def factor(self) -> int:
-        """How many times its ranks the file's A has rows."""
-        return self.groups * (self.bank or 1)
-
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B in the file, for an inner dimension of `rank`."""
         if self.op in CONVOLUTIONS and len(self.inner) > 1:
@@ -45,7 +47,8 @@ class Form:
         inputs, outputs = self.inner[0], self.out_features
         if self.flipped:
             inputs, outputs = outputs, inputs
-        return (self.factor * rank, inputs), (outputs, self.factor * rank)
+        ranks = rank * self.groups * (self.bank or 1)
+        return (ranks, inputs), (outputs, ranks)
 
 
 def form_of(site: Site, owner: nn.Module) -> Form:
@@ -56,15 +59,8 @@ def form_of(site: Site, owner: nn.Module) -> Form:
     out_features, in_features = site.features
     if site.op in CONVOLUTIONS and isinstance(owner, Convolution) and not site.parameter:
         return Form(site.op, None, out_features, site.shape[1:], owner.groups, False)
-    bank = site.bank if site.is_banked else None
-    flipped = bool(site.parameter) and _is_flipped(site.layout, site.is_banked, owner)
-    return Form(site.op, bank, out_features, (in_features,), 1, flipped)
-
-
-def _is_flipped(layout: Layout, is_banked: bool, owner: nn.Module) -> bool:
-    """Whether a raw parameter that multiplies as `layout` says has the factors of its transpose in a file."""
-    stored = banked_layout(owner) if is_banked else "out_in"
-    return layout != stored
+    bank, stored = (site.bank, banked_layout(owner)) if site.is_banked else (None, "out_in")
+    return Form(site.op, bank, out_features, (in_features,), 1, bool(site.parameter) and site.layout != stored)
 
 
 def banked_layout(owner: nn.Module) -> Layout:
@@ -82,17 +78,12 @@ def encoded(found: Attached) -> tuple[Tensor, Tensor]:
     A: Tensor = found.lora_A.weight
     if isinstance(found.lora_A, ConvolutionA):
         return _blocks(A, found.lora_A.groups), found.lora_B.weight
-    B = found.lora_B.matrix
-    if _flips(found):
+    B, form = found.lora_B.matrix, form_of(found.spec.site, found.owner)
+    if form.flipped:
         A, B = B.mT, A.mT
-    if found.spec.site.is_banked:
+    if form.bank is not None:
         return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     return A, B
-
-
-def _flips(adapter: Attached) -> bool:
-    spec = adapter.spec
-    return not spec.path_is_owner and _is_flipped(spec.site.layout, spec.site.is_banked, adapter.owner)
 
 
 def _blocks(filters: Tensor, groups: int) -> Tensor:
@@ -118,7 +109,7 @@ def misfit(form: Form, parts: tuple[tuple[int, ...], ...], A: Tensor, B: Tensor)
     if form.groups > 1 and not torch.equal(_blocks(_first_block(A, form.groups), form.groups), A):
         return "its lora_A mixes the groups of the convolution, which no merged weight can do"
     if parts:
-        _, whole = _matrices(A, B, form.bank, form.flipped)
+        _, whole = _matrices(A, B, form)
         outside = whole.reshape(*whole.shape[:-1], len(parts), -1).clone()
         for number, rows in enumerate(parts):
             outside[..., rows, number, :] = 0
@@ -137,7 +128,7 @@ def decode(found: Attached, A: Tensor, B: Tensor) -> None:
     if isinstance(found.lora_A, ConvolutionA):
         A = _first_block(A, found.lora_A.groups)
     else:
-        A, B = _matrices(A, B, found.spec.site.shape[0] if found.spec.site.is_banked else None, _flips(found))
+        A, B = _matrices(A, B, form_of(found.spec.site, found.owner))
     if isinstance(found.lora_B, SlicedB):
         B = found.lora_B.blocks_of(B.to(found.lora_B.rows.device))
     with torch.no_grad():
@@ -145,8 +136,8 @@ def decode(found: Attached, A: Tensor, B: Tensor) -> None:
         found.lora_B.weight.copy_(B)
 
 
-def _matrices(A: Tensor, B: Tensor, bank: int | None, flipped: bool) -> tuple[Tensor, Tensor]:
+def _matrices(A: Tensor, B: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Return a file's factors as [.., ranks, in] and [.., out, ranks]: what `encoded` was given."""
-    if bank is not None:
-        A, B = A.reshape(bank, -1, A.shape[1]), B.reshape(B.shape[0], -1, bank).permute(2, 0, 1)
-    return (B.mT, A.mT) if flipped else (A, B)
+    if form.bank is not None:
+        A, B = A.reshape(form.bank, -1, A.shape[1]), B.reshape(B.shape[0], -1, form.bank).permute(2, 0, 1)
+    return (B.mT, A.mT) if form.flipped else (A, B)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import AdapterFileError
-from lora_fx.files.adapter.names import CONFIG_FILE, pattern_of
+from lora_fx.files.adapter.names import CONFIG_FILE, pattern_of, pattern_value
 from lora_fx.rules.globs import PatternError
 
 Fact = tuple[str, str]
@@ -33,6 +33,17 @@ class Configuration:
     target_parameters: tuple[str, ...] = ()
     """Ends of the dotted names of raw parameters."""
     peft_version: str = ""
+    fan_in_fan_out: bool = False
+    """Whether linears store [in, out]; of the last that PEFT has met."""
+    ensure_weight_tying: bool = False
+
+    def rank_at(self, name: str) -> int:
+        """Return the rank of a site that patterns call so."""
+        return pattern_value(self.rank_pattern, name, self.r)
+
+    def alpha_at(self, name: str) -> float:
+        """Return the alpha of a site that patterns call so."""
+        return pattern_value(self.alpha_pattern, name, self.lora_alpha)
 
 
 def read_configuration(folder: Path) -> Configuration:
@@ -78,16 +89,23 @@ def _must_exist(folder: Path, path: Path) -> None:
 # -- types
 
 
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def is_whole(value: object, least: int = 1) -> bool:
+    """Whether it is an integer, not below the least."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_share(value: Any) -> bool:
+    """Whether it is a number of at least 0 and below 1."""
+    return is_number(value) and 0 <= value < 1
+
+
 def _is_dropout(value: object) -> bool:
-    return value is None or (_is_number(value) and 0 <= value < 1)  # type: ignore[operator]
+    return value is None or is_share(value)
 
 
 def _is_switch(value: object) -> bool:
@@ -103,8 +121,8 @@ def _are_targets(value: object) -> bool:
 
 
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "r": (_is_rank, "an integer above 0"),
-    "lora_alpha": (_is_number, "a number"),
+    "r": (is_whole, "an integer above 0"),
+    "lora_alpha": (is_number, "a number"),
     "lora_dropout": (_is_dropout, "a number, at least 0 and below 1"),
     "use_rslora": (_is_switch, "true or false"),
     "use_dora": (_is_switch, "true or false"),
@@ -179,4 +197,6 @@ def _configuration(config: Mapping[str, Any]) -> Configuration:
         modules_to_save=tuple(config.get("modules_to_save") or ()),
         target_parameters=tuple(config.get("target_parameters") or ()),
         peft_version=str(config.get("peft_version") or ""),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
     )

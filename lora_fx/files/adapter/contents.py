@@ -18,11 +18,10 @@ from lora_fx.files.adapter.names import (
     METADATA_KEY,
     PREFIX,
     WEIGHTS_FILE,
-    factor_key,
-    factor_names,
+    factor_keys,
     pattern_name,
-    pattern_value,
     split_factor_key,
+    stems_in,
 )
 from lora_fx.files.safetensors import RawFile, read_raw
 from lora_fx.planning.rows import fold_rows
@@ -110,7 +109,7 @@ def contents_of(directory: str | os.PathLike[str]) -> Contents:
         base=str(document.get("base_model_name_or_path") or header.get("model") or "unknown"),
         fingerprint=hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest()[:16] if base else "",
         noted=sum(values is not None for values in base.values()),
-        sites=tuple(_site(stem, raw, config, header) for stem in _stems(raw)),
+        sites=tuple(_site(stem, raw, config, header) for stem in stems_in(raw.tensors)),
         modules=_modules(raw),
         features=tuple(_features(config, header)),
         others=tuple(header.get("others", ())),
@@ -142,19 +141,14 @@ def _writer(header: Mapping[str, Any], config: Configuration) -> str:
     return f"PEFT {config.peft_version}".strip() if config.peft_version else "PEFT, or a tool that writes like it"
 
 
-def _stems(raw: RawFile) -> list[str]:
-    return sorted({parts[0] for key in raw.tensors if (parts := split_factor_key(key))})
-
-
 def _site(stem: str, raw: RawFile, config: Configuration, header: Mapping[str, Any]) -> SavedAdapter:
-    embedding = factor_key(stem, "lora_embedding_A") in raw.tensors
-    keys = [factor_key(stem, name) for name in factor_names(embedding)]
+    keys = factor_keys(stem, raw.tensors)
     missing = [key for key in keys if key not in raw.tensors]
     if missing:
         raise AdapterFileError(str(raw.path), "is not a usable adapter", [(missing[0], "is missing")])
     a, b = (raw.tensors[key] for key in keys)
     rank = a.shape[0]
-    alpha = pattern_value(config.alpha_pattern, pattern_name(stem), config.lora_alpha)
+    alpha = config.alpha_at(pattern_name(stem))
     note = header.get("sites", {}).get(stem) or {}
     shape = (b.shape[0], *a.shape[1:])
     scaling = alpha / (sqrt(rank) if config.use_rslora else rank)

@@ -16,20 +16,17 @@ from lora_fx.adapters.factors.kinds import ConvolutionA, EmbeddingA
 from lora_fx.adapters.layers import read_by_kernels
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.codec import encoded, has_other_border
-from lora_fx.files.adapter.header import SiteNote, header_text, note_of
+from lora_fx.files.adapter.header import header_text
 from lora_fx.files.adapter.names import (
     METADATA_KEY,
     PREFIX,
     anchored,
-    bias_key,
     call_stem,
-    factor_key,
-    factor_names,
-    magnitude_key,
     only_for_lora_fx,
     parameter_stem,
     target_modules,
 )
+from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import dotted
 from lora_fx.tuned.build import record_in
@@ -46,50 +43,15 @@ class Described:
 
 
 @dataclass(frozen=True, slots=True)
-class _Filed:
-    """One site's adapter, and how a file calls it."""
+class _Found:
+    """An adapter of the model, and how the model uses its weight."""
 
-    stem: str
-    """What stands for the site in keys."""
     path: str
-    found: Attached
-    is_parameter: bool
-    """Whether PEFT would have it among `target_parameters`."""
+    adapter: Attached
     read: bool
     """Whether code reads the weight, instead of (or besides) calling the module that owns it."""
     beyond_peft: str
     """Why PEFT would compute something else with it; empty if it computes the same, or refuses it by itself."""
-
-    @property
-    def name(self) -> str:
-        """What PEFT's patterns call the site."""
-        return self.path if self.is_parameter else self.stem
-
-    @property
-    def ranks(self) -> int:
-        """How many times r the file has ranks."""
-        groups = self.found.lora_A.groups if isinstance(self.found.lora_A, ConvolutionA) else 1
-        return max(1, len(self.found.spec.parts)) * groups
-
-    @property
-    def rank(self) -> int:
-        return self.found.spec.lora.r * self.ranks
-
-    def note(self) -> SiteNote:
-        spec, adapter = self.found.spec, self.found
-        return SiteNote(
-            path=self.path,
-            lora=spec.lora,
-            rule=spec.rule,
-            op=spec.site.op,
-            parameter="" if spec.path_is_owner else self.path,
-            layout=spec.site.layout,
-            read=self.read,
-            slices=None if spec.slices is None else spec.slices.to_dict(),
-            call=adapter.call,
-            calls=spec.calls,
-            file_ranks=self.ranks,
-        )
 
 
 def describe(tuned: nn.Module) -> list[Described]:
@@ -97,100 +59,98 @@ def describe(tuned: nn.Module) -> list[Described]:
 
     The first carries the modules that are trained whole, and the names of the others.
     """
-    record = record_in(tuned)
-    groups: dict[str, list[tuple[str, Attached]]] = {}
-    for path, adapter in all_attached(tuned):
-        groups.setdefault(adapter.spec.adapter, []).append((path, adapter))
+    groups: dict[str, list[_Found]] = {}
+    for found in _all_found(tuned):
+        groups.setdefault(found.adapter.spec.adapter, []).append(found)
     names = sorted(groups, key=lambda name: (name != "default", name))
-    traits, described = _Traits.of(tuned), []
+    described = []
     for name in names:
-        first = name == names[0]
-        trained = record.trained if first else ()
-        filed = _filed(groups[name], traits)
-        described.append(_describe(tuned, name, filed, trained, names[1:] if first else []))
+        trained, others = (record_in(tuned).trained, names[1:]) if name == names[0] else ((), [])
+        described.append(_describe(tuned, name, groups[name], trained, others))
     return described
-
-
-@dataclass(frozen=True, slots=True)
-class _Traits:
-    """What the model as a whole tells of its modules."""
-
-    shared: set[int]
-    """Identities of the modules that are children of several modules, or under several names."""
-    uncalled: set[str]
-    """Paths of the sites that no run has used: their weight shows itself adapted, whatever reads it."""
-    in_code: set[str]
-    """Names of what the graph of a GraphModule reads."""
-    outside: set[str]
-    """Paths of the sites whose weight other modules than its owner read."""
-
-    @staticmethod
-    def of(tuned: nn.Module) -> _Traits:
-        places = Counter(id(child) for module in tuned.modules() for child in module._modules.values())
-        shared = {module for module, number in places.items() if number > 1}
-        planned = record_in(tuned).plan.adapted
-        kernels = read_by_kernels(tuned)
-        uncalled = {decision.path for decision in planned if not decision.site.read and decision.path not in kernels}
-        outside = {decision.path for decision in planned if decision.site.outside}
-        return _Traits(shared, uncalled, read_in_graph(tuned), outside)
-
-    def read(self, path: str, adapter: Attached) -> bool:
-        if adapter.spec.path_is_owner and dotted(path, "weight") in self.in_code:
-            return True
-        return adapter.spec.parameter in shown_parameters(adapter.owner) and path not in self.uncalled
-
-    def beyond_peft(self, path: str, adapter: Attached) -> str:
-        if adapter.call is not None:
-            return "each call has an adapter of its own"
-        if id(adapter.owner) in self.shared:
-            return "the module has several names, of which PEFT would adapt one"
-        if not adapter.spec.path_is_owner:
-            elsewhere = "code outside of its module reads it, where PEFT would leave it as it is"
-            return elsewhere if path in self.outside else ""
-        if self.read(path, adapter):
-            return "code reads its weight, which PEFT would leave as it is"
-        if has_other_border(adapter.owner):
-            return "PEFT would leave out the padding_mode and dilation of the convolution"
-        return ""
 
 
 def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (path, reason) for every site with which PEFT would compute something else, or which it cannot have."""
-    traits = _Traits.of(tuned)
+    return ((found.path, found.beyond_peft) for found in _all_found(tuned) if found.beyond_peft)
+
+
+def _all_found(tuned: nn.Module) -> Iterator[_Found]:
+    planned, kernels, in_code = record_in(tuned).plan.adapted, read_by_kernels(tuned), read_in_graph(tuned)
+    # no run has used them: their weight shows itself adapted, whatever reads it
+    uncalled = {decision.path for decision in planned if not decision.site.read and decision.path not in kernels}
+    outside = {decision.path for decision in planned if decision.site.outside}
+    places = Counter(id(child) for module in tuned.modules() for child in module._modules.values())
     for path, adapter in all_attached(tuned):
-        reason = traits.beyond_peft(path, adapter)
-        if reason:
-            yield path, reason
+        read = adapter.spec.parameter in shown_parameters(adapter.owner) and path not in uncalled
+        read = read or (adapter.spec.path_is_owner and dotted(path, "weight") in in_code)
+        reason = _beyond_peft(adapter, read, path in outside, is_shared=places[id(adapter.owner)] > 1)
+        yield _Found(path, adapter, read, reason)
 
 
-def _filed(sites: Sequence[tuple[str, Attached]], traits: _Traits) -> list[_Filed]:
-    """Return the sites with what stands for each in the file."""
-    together = Counter(id(adapter.owner) for _, adapter in sites if not adapter.spec.path_is_owner)
-    layers = {id(adapter.owner) for _, adapter in sites if adapter.spec.path_is_owner}
-    filed = []
-    for path, adapter in sites:
-        raw = not adapter.spec.path_is_owner
-        if raw:  # inside of the layer that owns it, where that is adapted too
-            number = together[id(adapter.owner)] + (id(adapter.owner) in layers)
-            stem = parameter_stem(path.rpartition(".")[0], _position(adapter, sites), number)
-        else:
-            stem = path if adapter.call is None else call_stem(path, adapter.call)
-        filed.append(_Filed(stem, path, adapter, raw, traits.read(path, adapter), traits.beyond_peft(path, adapter)))
-    return filed
+def _beyond_peft(adapter: Attached, read: bool, outside: bool, is_shared: bool) -> str:
+    if adapter.call is not None:
+        return "each call has an adapter of its own"
+    if is_shared:
+        return "the module has several names, of which PEFT would adapt one"
+    if not adapter.spec.path_is_owner:
+        return "code outside of its module reads it, where PEFT would leave it as it is" if outside else ""
+    if read:
+        return "code reads its weight, which PEFT would leave as it is"
+    if has_other_border(adapter.owner):
+        return "PEFT would leave out the padding_mode and dilation of the convolution"
+    return ""
 
 
-def _position(adapter: Attached, sites: Sequence[tuple[str, Attached]]) -> int:
-    """Return which of the adapted raw parameters of its module this one is, in the order of registration."""
-    mine = {other.spec.parameter for _, other in sites if other.owner is adapter.owner and not other.spec.path_is_owner}
-    return [name for name in adapter.owner._parameters if name in mine].index(adapter.spec.parameter)
+def _saved(found: _Found, group: Sequence[_Found]) -> SavedSite:
+    """Return a site as its file holds it."""
+    adapter, spec = found.adapter, found.adapter.spec
+    lora_A, lora_B = encoded(adapter)
+    bias = adapter.owner._parameters.get("bias") if spec.path_is_owner and spec.lora.bias else None
+    groups = adapter.lora_A.groups if isinstance(adapter.lora_A, ConvolutionA) else 1
+    return SavedSite(
+        stem=_stem(found, [other.adapter for other in group if other.adapter.owner is adapter.owner]),
+        path=found.path,
+        lora=spec.lora,
+        lora_A=_plain(lora_A),
+        lora_B=_plain(lora_B),
+        bias=None if bias is None else _plain(bias),
+        magnitude=None if adapter.magnitude is None else _plain(adapter.magnitude.weight),
+        embedding=isinstance(adapter.lora_A, EmbeddingA),
+        noted=True,
+        rule=spec.rule,
+        op=spec.site.op,
+        parameter="" if spec.path_is_owner else found.path,
+        layout=spec.site.layout,
+        read=found.read,
+        slices=None if spec.slices is None else spec.slices.to_dict(),
+        call=adapter.call,
+        calls=spec.calls,
+        file_ranks=max(1, len(spec.parts)) * groups,
+    )
+
+
+def _stem(found: _Found, siblings: Sequence[Attached]) -> str:
+    """Return what stands for a site in keys; the adapters of a module's raw parameters are nested in each other."""
+    adapter = found.adapter
+    if adapter.spec.path_is_owner:
+        return found.path if adapter.call is None else call_stem(found.path, adapter.call)
+    raw = [sibling.spec.parameter for sibling in siblings if not sibling.spec.path_is_owner]
+    position = [name for name in adapter.owner._parameters if name in raw].index(adapter.spec.parameter)
+    # inside of the layer that owns them, where that is adapted too
+    is_layer_adapted = any(sibling.spec.path_is_owner for sibling in siblings)
+    return parameter_stem(found.path.rpartition(".")[0], position, len(raw) + is_layer_adapted)
 
 
 def _describe(
-    tuned: nn.Module, name: str, sites: Sequence[_Filed], trained: Sequence[str], others: list[str]
+    tuned: nn.Module, name: str, group: Sequence[_Found], trained: Sequence[str], others: list[str]
 ) -> Described:
-    _refuse_mixed_dora(name, sites)
-    tensors = dict(sorted({**_site_tensors(sites), **_module_tensors(tuned, trained)}.items()))
-    config = _config(tuned, sites, trained)
+    _refuse_mixed_dora(name, group)
+    sites = [_saved(found, group) for found in group]
+    tensors = {key: tensor for site in sites for key, tensor in site.tensors().items()}
+    tensors = dict(sorted({**tensors, **_module_tensors(tuned, trained)}.items()))
+    beyond = next((only_for_lora_fx(found.path, found.beyond_peft) for found in group if found.beyond_peft), None)
+    config = _config(tuned, sites, trained, beyond)
     content = {
         "lora_fx": _version(),
         "adapter": name,
@@ -198,16 +158,16 @@ def _describe(
         "trained": list(trained),
         "model": record_in(tuned).plan.model,
         "rules": record_in(tuned).plan.rules,
-        "sites": {site.stem: note_of(site.note()) for site in sites},
-        "base": {site.path: sample_values(site.found.base_weight) for site in sites},
+        "sites": {site.stem: site.note() for site in sites},
+        "base": {found.path: sample_values(found.adapter.base_weight) for found in group},
     }
     header = header_text(content, tensors)
     return Described(name, tensors, config, {"format": "pt", METADATA_KEY: header})
 
 
-def _refuse_mixed_dora(name: str, sites: Sequence[_Filed]) -> None:
-    plain = [(site.path, "plain LoRA") for site in sites if not site.found.spec.lora.dora]
-    if plain and len(plain) < len(sites):
+def _refuse_mixed_dora(name: str, group: Sequence[_Found]) -> None:
+    plain = [(found.path, "plain LoRA") for found in group if not found.adapter.spec.lora.dora]
+    if plain and len(plain) < len(group):
         raise AdapterFileError(
             f"adapter '{name}'",
             "mixes DoRA and plain LoRA, for which PEFT's format has one switch",
@@ -223,21 +183,6 @@ def _version() -> str:
         return "unknown"
 
 
-def _site_tensors(sites: Sequence[_Filed]) -> dict[str, Tensor]:
-    tensors = {}
-    for site in sites:
-        adapter = site.found
-        names = factor_names(isinstance(adapter.lora_A, EmbeddingA))
-        for name, factor in zip(names, encoded(adapter), strict=True):
-            tensors[factor_key(site.stem, name)] = _plain(factor)
-        if adapter.magnitude is not None:
-            tensors[magnitude_key(site.stem)] = _plain(adapter.magnitude.weight)
-        bias = adapter.owner._parameters.get("bias") if adapter.spec.path_is_owner else None
-        if adapter.spec.lora.bias and bias is not None:
-            tensors[bias_key(site.path)] = _plain(bias)
-    return tensors
-
-
 def _module_tensors(tuned: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
     return {
         f"{PREFIX}{path}.{name}": _plain(tensor)
@@ -250,17 +195,18 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu").contiguous()
 
 
-def _config(tuned: nn.Module, sites: Sequence[_Filed], trained: Sequence[str]) -> dict[str, Any]:
+def _config(
+    tuned: nn.Module, sites: Sequence[SavedSite], trained: Sequence[str], beyond_peft: str | None
+) -> dict[str, Any]:
     """Return PEFT's configuration; ranks and alphas that are not the most common go into anchored patterns."""
-    loras = {site.name: site.found.spec.lora for site in sites}
+    loras = {site.name: site.lora for site in sites}
     rslora = all(lora.rslora for lora in loras.values())
     ranks = {site.name: site.rank for site in sites}
     alphas = {site.name: _alpha(site, rslora) for site in sites}
     rank, alpha = _most_common(ranks), _most_common(alphas)
-    beyond = next((site for site in sites if site.beyond_peft), None)
-    parameters = sorted(site.path for site in sites if site.is_parameter and beyond is None)
+    parameters = sorted(site.parameter for site in sites if site.parameter and beyond_peft is None)
     modules = (name for name, _ in tuned.named_modules() if not _is_of_adapter(name))
-    layers = target_modules((site.stem for site in sites if not site.is_parameter), modules)
+    layers = target_modules((site.stem for site in sites if not site.parameter), modules)
     return {
         "alpha_pattern": {anchored(name): value for name, value in sorted(alphas.items()) if value != alpha},
         "base_model_name_or_path": _name_of(tuned),
@@ -275,7 +221,7 @@ def _config(tuned: nn.Module, sites: Sequence[_Filed], trained: Sequence[str]) -
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {anchored(name): value for name, value in sorted(ranks.items()) if value != rank},
-        "target_modules": layers if beyond is None else only_for_lora_fx(beyond.path, beyond.beyond_peft),
+        "target_modules": layers if beyond_peft is None else beyond_peft,
         **({"target_parameters": parameters} if parameters else {}),
         "task_type": None,
         "use_dora": any(lora.dora for lora in loras.values()),
@@ -283,16 +229,15 @@ def _config(tuned: nn.Module, sites: Sequence[_Filed], trained: Sequence[str]) -
     }
 
 
-def _alpha(site: _Filed, rslora: bool) -> float:
+def _alpha(site: SavedSite, rslora: bool) -> float:
     """Return the alpha that gives the site's scaling at the file's rank.
 
     PEFT has one switch for rank-stabilised scaling; where only some sites use it, their alpha says the same.
     """
-    lora = site.found.spec.lora
-    if site.ranks == 1:
-        return lora.alpha if lora.rslora == rslora else lora.scaling * lora.r
-    exact = lora.alpha * site.ranks if lora.rslora == rslora and not rslora else None
-    return exact if exact is not None else lora.scaling * (site.rank**0.5 if rslora else site.rank)
+    lora = site.lora
+    if lora.rslora == rslora and (site.file_ranks == 1 or not rslora):
+        return lora.alpha * site.file_ranks  # no rounding
+    return lora.scaling * (site.rank**0.5 if rslora else site.rank)
 
 
 def _is_of_adapter(name: str) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import AdapterFileError, RuleError
+from lora_fx.files.adapter.configuration import is_number, is_share, is_whole
 from lora_fx.files.adapter.names import METADATA_KEY
+from lora_fx.files.adapter.site import NOTED
 from lora_fx.planning.sites import Layout
 from lora_fx.rules.keys import OPS, is_adapter_name
 from lora_fx.rules.reader import read_rules
@@ -26,36 +27,16 @@ _HASH = "sha256"
 
 
 @dataclass(frozen=True, slots=True)
-class SiteNote:
-    """What is known of one site."""
-
-    path: str
-    lora: LoRAConfig
-    rule: str
-    op: str
-    parameter: str = ""
-    """Dotted name of the weight where it is a raw parameter."""
-    layout: Layout = "out_in"
-    read: bool = False
-    slices: dict[str, Any] | None = None
-    call: int | None = None
-    """The call that the adapter serves, where each has its own, and how many there are."""
-    calls: int = 0
-    file_ranks: int = 1
-    """How many times r the configuration's rank is: for parts of the weight, and groups of a convolution."""
-
-
-@dataclass(frozen=True, slots=True)
 class Header:
     """What is known of an adapter beyond PEFT's configuration."""
 
     adapter: str
-    others: tuple[str, ...]
+    others: tuple[str, ...] = ()
     """Names of the adapters that were saved with it, in directories of their names."""
-    trained: tuple[str, ...]
+    trained: tuple[str, ...] = ()
     """Paths of the modules that are trained whole."""
-    sites: dict[str, SiteNote]
-    """By what stands for the site in the keys of the file."""
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Fields of the SavedSite by what stands for the site in the keys of the file."""
     rules: dict[str, Any] = field(default_factory=dict)
     base: dict[str, list[float] | None] = field(default_factory=dict)
     """A few values of each base weight."""
@@ -122,8 +103,8 @@ def _header(content: Mapping[str, Any]) -> Header:
     names = (content["adapter"], *content["others"])
     if not all(map(is_adapter_name, names)):  # they become directories and names of modules
         raise ValueError(f"{names} are not names of adapters")
-    sites = {stem: _note(stem, saved) for stem, saved in content["sites"].items()}
-    places = Counter((note.path, note.call) for note in sites.values())
+    sites = {stem: _noted(stem, saved) for stem, saved in content["sites"].items()}
+    places = Counter((site["path"], site.get("call")) for site in sites.values())
     if max(places.values(), default=1) > 1:
         raise ValueError(f"{places.most_common(1)[0][0][0]} is noted twice")
     return Header(
@@ -136,29 +117,20 @@ def _header(content: Mapping[str, Any]) -> Header:
     )
 
 
-def note_of(note: SiteNote) -> dict[str, Any]:
-    """Return what is written of a site; what is as for a plain linear is left out."""
-    plain = SiteNote(note.path, note.lora, note.rule, note.op)
-    extra = {
-        attribute.name: getattr(note, attribute.name)
-        for attribute in fields(SiteNote)
-        if getattr(note, attribute.name) != getattr(plain, attribute.name)
-    }
-    return asdict(note.lora) | {"path": note.path, "op": note.op, "rule": note.rule} | extra
-
-
-def _note(stem: str, saved: Mapping[str, Any]) -> SiteNote:
+def _noted(stem: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is noted of a site as fields of a SavedSite."""
     wrong = [name for name, fits in _FITS.items() if name in saved and not fits(saved[name])]
     if wrong:
         raise ValueError("; ".join(f"{stem}: {name} is {saved[name]!r:.60}" for name in wrong))
     lora = LoRAConfig(**{attribute.name: saved[attribute.name] for attribute in fields(LoRAConfig)})
-    names = {attribute.name for attribute in fields(SiteNote)} - {"lora", "path"}
-    note = SiteNote(path=saved.get("path", stem), lora=lora, **{name: saved[name] for name in names if name in saved})
-    if note.parameter not in ("", note.path) or (note.call is None) != (note.calls == 0):
-        raise ValueError(f"{stem}: parameter is {note.parameter!r}, call {note.call} of {note.calls}")
-    if note.call is not None and note.call >= note.calls:
-        raise ValueError(f"{stem}: call {note.call} of {note.calls}")
-    return note
+    known = {"path": saved.get("path", stem), "lora": lora, "rule": saved["rule"], "op": saved["op"]}
+    known |= {name: saved[name] for name in NOTED if name in saved}
+    parameter, call, calls = known.get("parameter", ""), known.get("call"), known.get("calls", 0)
+    if parameter not in ("", known["path"]) or (call is None) != (calls == 0):
+        raise ValueError(f"{stem}: parameter is {parameter!r}, call {call} of {calls}")
+    if call is not None and call >= calls:
+        raise ValueError(f"{stem}: call {call} of {calls}")
+    return known
 
 
 def slices_of(written: Mapping[str, Any]) -> Slices:
@@ -172,26 +144,18 @@ def slices_of(written: Mapping[str, Any]) -> Slices:
     return slices
 
 
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _are_slices(value: object) -> bool:
     return value is None or (isinstance(value, dict) and slices_of(value) is not None)
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    "r": lambda value: _is_whole(value, 1),
-    "alpha": _is_number,
-    "dropout": lambda value: _is_number(value) and 0 <= value < 1,
+    "r": is_whole,
+    "alpha": is_number,
+    "dropout": is_share,
     "adapter": is_adapter_name,
-    "call": lambda value: value is None or _is_whole(value, 0),
-    "calls": lambda value: _is_whole(value, 0),
-    "file_ranks": lambda value: _is_whole(value, 1),
+    "call": lambda value: value is None or is_whole(value, least=0),
+    "calls": lambda value: is_whole(value, least=0),
+    "file_ranks": is_whole,
     "op": lambda value: value in (*OPS, "other"),
     "layout": lambda value: value in get_args(Layout),
     "slices": _are_slices,

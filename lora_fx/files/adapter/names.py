@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from lora_fx.rules.patterns import EXPRESSION_PREFIX, NamePattern
@@ -37,12 +37,11 @@ def parameter_stem(owner: str, position: int, number: int) -> str:
     return owner + _NESTED * (number - 1 - position)
 
 
-def split_stem(stem: str) -> tuple[str, int]:
-    """Return (path of the module, depth) of a stem that `parameter_stem` made."""
-    depth = 0
+def owner_of(stem: str) -> str:
+    """Return the path of the module of a stem that `parameter_stem` made."""
     while stem.endswith(_NESTED):
-        stem, depth = stem.removesuffix(_NESTED), depth + 1
-    return stem, depth
+        stem = stem.removesuffix(_NESTED)
+    return stem
 
 
 def is_of_attention(stem: str) -> bool:
@@ -81,6 +80,17 @@ def split_factor_key(key: str) -> tuple[str, str] | None:
     return None if match is None else (match["path"] or "", match["factor"])
 
 
+def stems_in(keys: Iterable[str]) -> list[str]:
+    """Return what stands for the sites in the keys of a file."""
+    return sorted({parts[0] for key in keys if (parts := split_factor_key(key))})
+
+
+def factor_keys(stem: str, keys: Container[str]) -> tuple[str, str]:
+    """Return the keys of both factors of a site in a file with these keys."""
+    first, second = factor_names(embedding=factor_key(stem, "lora_embedding_A") in keys)
+    return factor_key(stem, first), factor_key(stem, second)
+
+
 def anchored(path: str) -> str:
     """Return the pattern that PEFT's rank_pattern and alpha_pattern need to mean this path alone."""
     return f"^{re.escape(path)}"
@@ -115,6 +125,11 @@ def module_to_save(tensor: str, names: Sequence[str]) -> str | None:
     return next((path for path in paths if path.endswith(tuple(names))), None)
 
 
+def is_end(name: str, path: str) -> bool:
+    """Whether a name is a path, or its end after a dot: PEFT means by it every module with such a path."""
+    return f".{path}".endswith(f".{name}")
+
+
 def target_modules(paths: Iterable[str], modules: Iterable[str]) -> list[str] | str:
     """Return PEFT's `target_modules` for exactly these paths.
 
@@ -122,7 +137,7 @@ def target_modules(paths: Iterable[str], modules: Iterable[str]) -> list[str] | 
     anchored expression is returned instead.
     """
     wanted = sorted(paths)
-    claimed = {m for m in modules for target in wanted if m == target or m.endswith(f".{target}")}
+    claimed = {module for module in modules for target in wanted if is_end(target, module)}
     if claimed <= set(wanted):
         return wanted
     return "^(" + "|".join(map(re.escape, wanted)) + ")$"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +14,25 @@ from torch import Tensor
 
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.configuration import Configuration, read_configuration
-from lora_fx.files.adapter.header import Header, SiteNote, read_header
+from lora_fx.files.adapter.header import Header, read_header
 from lora_fx.files.adapter.names import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
     base_key,
     bias_key,
-    factor_key,
-    factor_names,
+    factor_keys,
+    is_end,
     magnitude_key,
     module_to_save,
+    owner_of,
     pattern_name,
-    pattern_value,
     split_factor_key,
-    split_stem,
+    stems_in,
 )
+from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.rules.ruleset import LoRAConfig
-
-
-@dataclass(frozen=True, slots=True)
-class SavedSite:
-    """One site of an adapter file."""
-
-    path: str
-    """Path of the site; of a raw parameter in PEFT's own files, what stands for it in the keys."""
-    lora: LoRAConfig
-    rule: str
-    lora_A: Tensor
-    """As the file holds it; `codec` says how for each kind of site."""
-    lora_B: Tensor
-    bias: Tensor | None
-    magnitude: Tensor | None
-    """DoRA's lengths."""
-    embedding: bool = False
-    """Whether the keys are those of an embedding."""
-    note: SiteNote | None = None
-    """What lora_fx has noted of it, where lora_fx wrote the file."""
-    stem: str = ""
-    """What stands for the site in the keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +40,14 @@ class AdapterFile:
     """One adapter, read and checked in itself."""
 
     folder: Path
-    name: str
+    config: Configuration
+    header: Header
+    """What lora_fx noted; for a file of PEFT's what the tensors tell of it."""
     sites: tuple[SavedSite, ...]
     modules: dict[str, Tensor]
     """Tensors of the modules that are trained whole, by their name in the model."""
-    trained: tuple[str, ...]
-    """Paths of those modules."""
-    claimed: tuple[str, ...] = ()
+    claimed: tuple[str, ...]
     """Ends of paths: PEFT saves every module that has one of them, so the file must hold all of its tensors."""
-    rules: dict[str, Any] = field(default_factory=dict)
-    base: dict[str, list[float] | None] = field(default_factory=dict)
-    """A few values of each base weight, where lora_fx wrote the file, or PEFT with the base weight in it."""
-    parameters: tuple[str, ...] = ()
-    """Ends of the names of the raw parameters that PEFT adapted."""
-    patterns: Configuration | None = None
-    """The configuration, for what depends on the model: ranks of raw parameters."""
 
 
 def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFile]:
@@ -85,16 +57,15 @@ def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFile]:
         AdapterFileError: missing, truncated, damaged, foreign or contradictory files; says which and how.
     """
     folder = Path(directory)
-    first, others = _read(folder)
-    return [first, *(_read(folder / name)[0] for name in others)]
+    first = _read(folder)
+    return [first, *(_read(folder / name) for name in first.header.others)]
 
 
-def _read(folder: Path) -> tuple[AdapterFile, tuple[str, ...]]:
+def _read(folder: Path) -> AdapterFile:
     config = read_configuration(folder)
     tensors, metadata = _read_tensors(folder / WEIGHTS_FILE)
     header = read_header(folder / WEIGHTS_FILE, metadata, tensors)
-    file = _AdapterReader(folder, config, tensors, header).read()
-    return file, () if header is None else header.others
+    return _AdapterReader(folder, config, tensors, header).read()
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -123,22 +94,25 @@ class _AdapterReader:
     header: Header | None
 
     def read(self) -> AdapterFile:
-        paths = sorted({split[0] for key in self.tensors if (split := split_factor_key(key))})
+        paths = stems_in(self.tensors)
         self._check(paths)
-        modules = {key.removeprefix(PREFIX): tensor for key, tensor in self.tensors.items() if self._owner(key)}
+        trained = {key: owner for key in self.tensors if (owner := self._owner(key))}
         header = self.header
+        if header is None:
+            owners = tuple(dict.fromkeys(trained.values()))
+            header = Header("default", trained=owners, base=self._base(paths))
         return AdapterFile(
             folder=self.folder,
-            name="default" if header is None else header.adapter,
+            config=self.config,
+            header=header,
             sites=tuple(self._site(path) for path in paths),
-            modules=modules,
-            trained=self._trained() if header is None else header.trained,
-            claimed=self.config.modules_to_save if header is None else (),
-            rules={} if header is None else header.rules,
-            base=self._base(paths) if header is None else header.base,
-            parameters=self.config.target_parameters if header is None else (),
-            patterns=self.config,
+            modules={key.removeprefix(PREFIX): self.tensors[key] for key in trained},
+            claimed=self.config.modules_to_save if self.header is None else (),
         )
+
+    @property
+    def _noted(self) -> dict[str, dict[str, Any]]:
+        return {} if self.header is None else self.header.sites
 
     @property
     def _weights(self) -> str:
@@ -150,9 +124,6 @@ class _AdapterReader:
             return None
         return module_to_save(key.removeprefix(PREFIX), self.config.modules_to_save)
 
-    def _trained(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(owner for key in self.tensors if (owner := self._owner(key))))
-
     def _base(self, paths: list[str]) -> dict[str, list[float] | None]:
         """Return a few values of the base weights in the file: PEFT would put them in place of the model's."""
         return {path: sample_values(self.tensors[base_key(path)]) for path in paths if base_key(path) in self.tensors}
@@ -162,49 +133,33 @@ class _AdapterReader:
         if not paths:
             facts.append(("(file)", "has no lora_A or lora_B"))
         facts += [(key, "is of no kind that lora_fx knows") for key in self._unknown(paths)]
-        noted = () if self.header is None else self.header.sites
-        facts += [(path, "is in the header but not in the file") for path in noted if path not in paths]
+        facts += [(path, "is in the header but not in the file") for path in self._noted if path not in paths]
         facts += [(f"target_modules {name}", "has no tensors in the file") for name in self._lost_targets(paths)]
-        facts += [(key, problem) for key, t in self.tensors.items() if (problem := _value_problem(t))]
+        facts += [(key, "has NaN or infinite values") for key, tensor in self.tensors.items() if not _is_finite(tensor)]
         if facts:
             raise AdapterFileError(self._weights, "is not a usable adapter", facts)
 
     def _site_problems(self, path: str) -> Iterator[tuple[str, str]]:
-        keys = self._factor_keys(path)
+        keys = factor_keys(path, self.tensors)
         missing = [key for key in keys if key not in self.tensors]
         if missing:
             yield missing[0], "is missing"
             return
         lora_a, lora_b = (self.tensors[key] for key in keys)
-        if not self._multiply(path, lora_a, lora_b):
+        if not _multiply(lora_a, lora_b):
             yield path, f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)} do not multiply"
         elif self.config.use_dora != (magnitude_key(path) in self.tensors):
             yield magnitude_key(path), "is missing" if self.config.use_dora else "is there without use_dora"
-        elif not self._is_parameter(path) and (rank := self._configured_rank(path)) != lora_a.shape[0]:
+        elif not self._is_parameter(path) and (rank := self.config.rank_at(pattern_name(path))) != lora_a.shape[0]:
             yield path, f"has rank {lora_a.shape[0]}, {CONFIG_FILE} says {rank}"
         yield from self._vector_problems(path, lora_b)
 
-    def _factor_keys(self, path: str) -> list[str]:
-        embedding = factor_key(path, "lora_embedding_A") in self.tensors
-        return [factor_key(path, name) for name in factor_names(embedding)]
-
-    def _multiply(self, path: str, lora_a: Tensor, lora_b: Tensor) -> bool:
-        """Whether two tensors can be the factors of one matrix, or of one convolution."""
-        if lora_a.dim() != lora_b.dim() or lora_a.dim() not in (2, 3, 4, 5):
-            return False
-        if lora_a.dim() == 2:
-            return lora_a.shape[0] == lora_b.shape[1]
-        ones = all(size == 1 for size in lora_b.shape[2:])
-        return ones and lora_b.shape[1] > 0 and lora_a.shape[0] % lora_b.shape[1] == 0
-
     def _is_parameter(self, stem: str) -> bool:
         """Whether what stands in the keys is a raw parameter, whose rank depends on the model."""
-        note = None if self.header is None else self.header.sites.get(stem)
-        if note is not None:
-            return bool(note.parameter)
-        owner = split_stem(stem)[0]
+        if stem in self._noted:
+            return bool(self._noted[stem].get("parameter"))
         owners = [name.rpartition(".")[0] for name in self.config.target_parameters]
-        return any(not ending or owner == ending or owner.endswith(f".{ending}") for ending in owners)
+        return any(not ending or is_end(ending, owner_of(stem)) for ending in owners)
 
     def _vector_problems(self, path: str, lora_b: Tensor) -> Iterator[tuple[str, str]]:
         for key in (bias_key(path), magnitude_key(path)):
@@ -216,58 +171,60 @@ class _AdapterReader:
     def _lost_targets(self, paths: list[str]) -> list[str]:
         """Return the targets that the configuration lists and no tensor belongs to."""
         targets = self.config.target_modules
-        return [name for name in targets if not any(path == name or path.endswith(f".{name}") for path in paths)]
+        return [name for name in targets if not any(is_end(name, path) for path in paths)]
 
     def _unknown(self, paths: list[str]) -> list[str]:
-        known = {key for path in paths for key in self._factor_keys(path)}
+        known = {key for path in paths for key in factor_keys(path, self.tensors)}
         known |= {key(path) for path in paths for key in (base_key, bias_key, magnitude_key)}
         return [key for key in self.tensors if key not in known and not self._owner(key)]
 
-    def _configured_rank(self, path: str) -> int:
-        return pattern_value(self.config.rank_pattern, pattern_name(path), self.config.r)
-
-    def _site(self, path: str) -> SavedSite:
-        note = None if self.header is None else self.header.sites.get(path)
-        lora = self._lora_of_config(path) if note is None else note.lora
-        if note is not None:
-            self._must_agree(path, note)
-        first, second = self._factor_keys(path)
-        return SavedSite(
-            path=path if note is None else note.path,
-            lora=lora,
-            rule="" if note is None else note.rule,
+    def _site(self, stem: str) -> SavedSite:
+        known = self._noted.get(stem, {"path": stem, "lora": self._lora_of_config(stem)})
+        first, second = factor_keys(stem, self.tensors)
+        site = SavedSite(
+            stem=stem,
             lora_A=self.tensors[first],
             lora_B=self.tensors[second],
-            bias=self.tensors.get(bias_key(path)),
-            magnitude=self.tensors.get(magnitude_key(path)),
+            bias=self.tensors.get(bias_key(stem)),
+            magnitude=self.tensors.get(magnitude_key(stem)),
             embedding="embedding" in first,
-            note=note,
-            stem=path,
+            noted=stem in self._noted,
+            **known,
         )
+        if site.noted:
+            self._must_agree(site)
+        return site
 
     def _lora_of_config(self, path: str) -> LoRAConfig:
         return LoRAConfig(
-            r=self._configured_rank(path),
-            alpha=pattern_value(self.config.alpha_pattern, pattern_name(path), self.config.lora_alpha),
+            r=self.config.rank_at(pattern_name(path)),
+            alpha=self.config.alpha_at(pattern_name(path)),
             dropout=self.config.lora_dropout,
             rslora=self.config.use_rslora,
             dora=self.config.use_dora,
             bias=bias_key(path) in self.tensors,
         )
 
-    def _must_agree(self, path: str, note: SiteNote) -> None:
+    def _must_agree(self, site: SavedSite) -> None:
         """The configuration, which other tools read, must scale as the header says."""
-        lora, configured = note.lora, self._lora_of_config(note.parameter or path)
-        ranks = lora.r * note.file_ranks
-        if ranks != configured.r or abs(configured.scaling - lora.scaling) > 1e-6 * abs(lora.scaling):
+        scaling, configured = site.lora.scaling, self._lora_of_config(site.name)
+        if site.rank != configured.r or abs(configured.scaling - scaling) > 1e-6 * abs(scaling):
             facts = [
-                ("by the header", f"r {ranks}", f"scaling {lora.scaling:g}"),
+                ("by the header", f"r {site.rank}", f"scaling {scaling:g}"),
                 (f"by {CONFIG_FILE}", f"r {configured.r}", f"scaling {configured.scaling:g}"),
             ]
-            raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE} at {path}", facts)
+            raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE} at {site.stem}", facts)
 
 
-def _value_problem(tensor: Tensor) -> str | None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        return "has NaN or infinite values"
-    return None
+def _multiply(lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether two tensors can be the factors of one matrix, or of one convolution."""
+    if lora_a.dim() != lora_b.dim() or lora_a.dim() not in (2, 3, 4, 5):
+        return False
+    if lora_a.dim() == 2:
+        return lora_a.shape[0] == lora_b.shape[1]
+    ones = all(size == 1 for size in lora_b.shape[2:])
+    return ones and lora_b.shape[1] > 0 and lora_a.shape[0] % lora_b.shape[1] == 0
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -11,8 +11,9 @@ from lora_fx.adapters.factors.kinds import Convolution
 from lora_fx.discovery.weight_uses import WeightUse
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.files.adapter.codec import banked_layout
-from lora_fx.files.adapter.names import is_of_attention, pattern_name, pattern_value, split_stem
-from lora_fx.files.adapter.read import AdapterFile, SavedSite
+from lora_fx.files.adapter.names import is_end, is_of_attention, owner_of, parameter_stem, pattern_name
+from lora_fx.files.adapter.read import AdapterFile
+from lora_fx.files.adapter.site import SavedSite
 from lora_fx.models.layers import kind_of
 from lora_fx.models.tensors import dotted
 from lora_fx.rules.ruleset import LoRAConfig
@@ -31,12 +32,12 @@ def resolved(files: Sequence[AdapterFile], model: nn.Module) -> list[AdapterFile
 
 
 def _site(site: SavedSite, file: AdapterFile, model: nn.Module) -> SavedSite:
-    if site.note is not None:
+    if site.noted:
         return site
     if isinstance(_module(pattern_name(site.path), model), nn.MultiheadAttention) and is_of_attention(site.path):
         # PEFT 0.21 adds the delta of an attention's out_proj twice; what was trained so is read so
         return replace(site, path=f"{pattern_name(site.path)}.out_proj", lora_B=site.lora_B * 2)
-    name = _parameter(site.stem, file, model)
+    name = _wanted(owner_of(site.stem), file, model).get(site.stem)
     if name is not None:
         return _of_parameter(replace(site, lora=_lora(site, name, file, model)), name, model)
     return replace(site, lora=_lora_of_groups(site, model))
@@ -72,38 +73,28 @@ def _lora_of_groups(site: SavedSite, model: nn.Module) -> LoRAConfig:
     return replace(site.lora, r=site.lora.r // groups, alpha=alpha, rslora=False)
 
 
-def _wanted(owner: str, file: AdapterFile, model: nn.Module) -> list[str]:
-    """Return the raw parameters of a module that PEFT adapted, in the order of registration."""
+def _wanted(owner: str, file: AdapterFile, model: nn.Module) -> dict[str, str]:
+    """Return the raw parameters of a module that PEFT adapted, by the stems of their keys."""
     module = _module(owner, model)
     parameters = {} if module is None else module._parameters
     names = [dotted(owner, name) for name, parameter in parameters.items() if parameter is not None]
-    return [name for name in names if any(name == ending or name.endswith(f".{ending}") for ending in file.parameters)]
-
-
-def _parameter(stem: str, file: AdapterFile, model: nn.Module) -> str | None:
-    """Return the raw parameter that a stem stands for: they are nested in the order of registration."""
-    owner, depth = split_stem(stem)
-    wanted = _wanted(owner, file, model)
-    position = len(wanted) - 1 - depth
-    return wanted[position] if 0 <= position < len(wanted) else None
+    wanted = [name for name in names if any(is_end(ending, name) for ending in file.config.target_parameters)]
+    return {parameter_stem(owner, position, len(wanted)): name for position, name in enumerate(wanted)}
 
 
 def _parameter_problems(file: AdapterFile, model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Yield what would let one parameter's factors pass for another's, or for those of another rank."""
-    given = {site.stem: site for site in file.sites if site.note is None}
-    for owner in dict.fromkeys(split_stem(stem)[0] for stem in given):
-        wanted = _wanted(owner, file, model)
-        for position, name in enumerate(wanted):
-            site = given.get(owner + ".base_layer" * (len(wanted) - 1 - position))
-            if site is None:
+    given = {site.stem: site for site in file.sites if not site.noted}
+    for owner in dict.fromkeys(map(owner_of, given)):
+        for stem, name in _wanted(owner, file, model).items():
+            if stem not in given:
                 yield name, "has no factors in the file", "is one of target_parameters"
             else:
-                yield from _rank_problem(site, name, file, model)
+                yield from _rank_problem(given[stem], name, file, model)
 
 
 def _rank_problem(site: SavedSite, name: str, file: AdapterFile, model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    assert file.patterns is not None
-    rank = pattern_value(file.patterns.rank_pattern, name, file.patterns.r)
+    rank = file.config.rank_at(name)
     rows = rank * _bank(model.get_parameter(name))
     if site.lora_A.shape[0] != rows:
         yield name, f"lora_A has {site.lora_A.shape[0]} rows", f"{rows} by adapter_config.json, r {rank}"
@@ -114,9 +105,8 @@ def _bank(parameter: Tensor) -> int:
 
 
 def _lora(site: SavedSite, name: str, file: AdapterFile, model: nn.Module) -> LoRAConfig:
-    assert file.patterns is not None
-    alpha = pattern_value(file.patterns.alpha_pattern, name, file.patterns.lora_alpha)
-    return replace(site.lora, r=site.lora_A.shape[0] // _bank(model.get_parameter(name)), alpha=alpha, bias=False)
+    rank = site.lora_A.shape[0] // _bank(model.get_parameter(name))
+    return replace(site.lora, r=rank, alpha=file.config.alpha_at(name), bias=False)
 
 
 def uses_in_files(files: Sequence[AdapterFile], model: nn.Module) -> dict[str, WeightUse]:
@@ -126,10 +116,9 @@ def uses_in_files(files: Sequence[AdapterFile], model: nn.Module) -> dict[str, W
 
 
 def _uses(site: SavedSite, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, WeightUse]]:
-    note = site.note
-    if note is not None and (note.parameter or note.read):
-        yield (note.parameter or dotted(note.path, "weight")), WeightUse(note.op, note.layout, 1, note.read)
-    elif note is None and site.path in parameters:
+    if site.parameter or site.read:
+        yield (site.parameter or dotted(site.path, "weight")), WeightUse(site.op, site.layout, 1, site.read)
+    elif not site.noted and site.path in parameters:
         is_bank = parameters[site.path].dim() == 3
         layout = banked_layout(model.get_submodule(site.path.rpartition(".")[0]))
         yield site.path, WeightUse("experts" if is_bank else "matmul", layout, 1, False)

@@ -12,12 +12,14 @@ from lora_fx.adapters.attach import Attached, all_attached, attached_to
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.adapter.codec import Form, decode, form_of, has_other_border, misfit
 from lora_fx.files.adapter.header import slices_of
-from lora_fx.files.adapter.read import AdapterFile, SavedSite
-from lora_fx.files.fingerprint import different
+from lora_fx.files.adapter.read import AdapterFile
+from lora_fx.files.adapter.site import SavedSite
+from lora_fx.files.fingerprint import same_values, sample_values
 from lora_fx.models.tensors import get_tensor
 from lora_fx.planning.plan import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule
 from lora_fx.planning.sites import Site
+from lora_fx.rules.ruleset import Slices
 
 Mismatch = tuple[str, str, str]
 
@@ -32,20 +34,22 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
     sites = _by_name(inventory)
     problems = [problem for file in files for problem in _mismatches(file, sites, model)]
     if problems:
-        raise AdapterMismatchError("the adapter does not fit this model", problems, _advice(problems))
+        advice = f"{len(problems)} differences; give the model that the adapter was trained on"
+        raise AdapterMismatchError("the adapter does not fit this model", problems, advice)
     _refuse(files, sites, model)
     saved: dict[str, tuple[AdapterFile, SavedSite]] = {}
     for file in files:
         for saved_site in file.sites:
             saved.setdefault(sites[saved_site.path].path, (file, saved_site))
+    parameters, trained = dict(inventory.modules), f"{files[0].folder.name}: modules_to_save"
     return Decisions(
         model=inventory.model,
         source=str(files[0].folder),
         sites=tuple(_planned(site, saved.get(site.path)) for site in inventory.sites),
-        train=tuple(_trained(path, inventory, files[0]) for path in files[0].trained),
+        train=tuple(TrainedModule(path, parameters[path], trained) for path in files[0].header.trained),
         total=inventory.total,
         fingerprint=inventory.fingerprint,
-        rules=files[0].rules,
+        rules=files[0].header.rules,
     )
 
 
@@ -57,7 +61,8 @@ def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
             yield saved.path, _factor_text(given), "has no such linear"
             continue
         yield from _other_factors(saved, site, form_of(site, model.get_submodule(site.owner)))
-        yield from _other_calls(saved, site)
+        if saved.calls and site.calls not in (None, saved.calls):
+            yield saved.path, f"an adapter for each of {saved.calls} calls", f"called {site.calls} times"
     yield from _module_mismatches(file, model)
     yield from _other_base(file, sites, model)
 
@@ -71,31 +76,25 @@ def _by_name(inventory: Inventory) -> dict[str, Site]:
 def _other_factors(saved: SavedSite, site: Site, form: Form) -> Iterator[Mismatch]:
     """Yield how the factors of a file are not those that an adapter of the site has."""
     given = tuple(saved.lora_A.shape), tuple(saved.lora_B.shape)
-    expected = form.shapes(saved.lora.r if saved.note is None else saved.lora.r * saved.note.file_ranks // form.groups)
+    expected = form.shapes(saved.rank // form.groups if saved.noted else saved.lora.r)
     if given != expected or saved.embedding != (site.op == "embedding" and not site.parameter):
         texts = _factor_text(given), _factor_text(expected)
         yield saved.path, *(texts if texts[0] != texts[1] else (_size_text(given), _size_text(expected)))
         return
     try:
-        parts = _parts(saved, site)
+        slices = _slices(saved)
+        parts = () if slices is None else slices.rows(site.features[0])
     except ValueError as error:
         yield saved.path, "its slices", str(error)
         return
-    if saved.note is not None and saved.note.file_ranks != max(1, len(parts)) * form.groups:
-        yield saved.path, f"has {saved.note.file_ranks} · r ranks", f"{len(parts)} parts, {form.groups} groups"
+    if saved.noted and saved.file_ranks != max(1, len(parts)) * form.groups:
+        yield saved.path, f"has {saved.file_ranks} · r ranks", f"{len(parts)} parts, {form.groups} groups"
     elif (problem := misfit(form, parts, saved.lora_A, saved.lora_B)) is not None:
         yield saved.path, "in the file", problem
 
 
-def _parts(saved: SavedSite, site: Site) -> tuple[tuple[int, ...], ...]:
-    if saved.note is None or saved.note.slices is None:
-        return ()
-    return slices_of(saved.note.slices).rows(site.features[0])
-
-
-def _other_calls(saved: SavedSite, site: Site) -> Iterator[Mismatch]:
-    if saved.note is not None and saved.note.calls and site.calls not in (None, saved.note.calls):
-        yield saved.path, f"an adapter for each of {saved.note.calls} calls", f"called {site.calls} times"
+def _slices(saved: SavedSite) -> Slices | None:
+    return None if saved.slices is None else slices_of(saved.slices)
 
 
 def _factor_text(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
@@ -116,28 +115,21 @@ def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch
         elif state[name].shape != tensor.shape:
             yield name, str(list(tensor.shape)), str(list(state[name].shape))
     modules = [path for path, _ in model.named_modules(remove_duplicate=False)]
-    for path in file.trained:
+    for path in file.header.trained:
         if path not in modules:
             yield path, "trained whole", "has no such module"
-    inside = tuple(f"{path}." for path in (*file.trained, *(p for p in modules if p.endswith(file.claimed))))
+    inside = tuple(f"{path}." for path in (*file.header.trained, *(p for p in modules if p.endswith(file.claimed))))
     for name, tensor in state.items():
         if name.startswith(inside) and name not in file.modules:
             yield name, "missing", str(list(tensor.shape))
 
 
 def _other_base(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
-    weights = {}
-    for saved in file.sites:
-        site = sites.get(saved.path)
-        weight = None if site is None else get_tensor(model, site.weight)
-        if weight is not None:
-            weights[saved.path] = weight
-    for path in different(file.base, weights):
-        yield sites[path].weight, "trained on other values", "is another base, or was changed since"
-
-
-def _advice(problems: Sequence[Mismatch]) -> str:
-    return f"{len(problems)} differences; give the model that the adapter was trained on"
+    known = {saved.path: sites[saved.path].weight for saved in file.sites if saved.path in sites}
+    weights = {path: weight for path, name in known.items() if (weight := get_tensor(model, name)) is not None}
+    for path, weight in weights.items():
+        if not same_values(file.header.base.get(path), sample_values(weight)):
+            yield known[path], "trained on other values", "is another base, or was changed since"
 
 
 def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site], model: nn.Module) -> None:
@@ -154,7 +146,7 @@ def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site], model: nn.Modu
 def _refusal(saved: SavedSite, site: Site, model: nn.Module) -> str | None:
     if saved.lora.dora and (site.op != "linear" or site.parameter):
         return "DoRA is for whole linear layers, not for this kind of site"
-    if saved.note is None and has_other_border(model.get_submodule(site.owner)):
+    if not saved.noted and has_other_border(model.get_submodule(site.owner)):
         return (
             "PEFT trains it without the padding_mode and dilation of the convolution, so what was trained is no change "
             "of its weight"
@@ -166,16 +158,11 @@ def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None) -> Planned
     if saved is None:
         return PlannedSite(site, "keep", "not in the adapter")
     file, saved_site = saved
-    slices = None if saved_site.note is None or saved_site.note.slices is None else slices_of(saved_site.note.slices)
-    calls = 0 if saved_site.note is None else saved_site.note.calls
-    if calls:
-        site = replace(site, calls=calls)
-    reason = f"from {file.folder.name}"
-    return PlannedSite(site, "adapt", reason, saved_site.rule or None, saved_site.lora, slices, per_call=calls > 0)
-
-
-def _trained(path: str, inventory: Inventory, file: AdapterFile) -> TrainedModule:
-    return TrainedModule(path, dict(inventory.modules)[path], f"{file.folder.name}: modules_to_save")
+    per_call = saved_site.calls > 0
+    if per_call:
+        site = replace(site, calls=saved_site.calls)
+    reason, slices = f"from {file.folder.name}", _slices(saved_site)
+    return PlannedSite(site, "adapt", reason, saved_site.rule or None, saved_site.lora, slices, per_call)
 
 
 def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
@@ -186,8 +173,8 @@ def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
     with torch.no_grad():
         for file in files:
             for saved in file.sites:
-                call = None if saved.note is None else saved.note.call
-                _fill_site(places.get((saved.path, call)) or _under_another_name(tuned, saved.path, call), saved)
+                adapter = places.get((saved.path, saved.call))
+                _fill_site(adapter or _under_another_name(tuned, saved.path, saved.call), saved)
             for name, tensor in file.modules.items():
                 _copy(get_tensor(tuned, name), tensor)
 

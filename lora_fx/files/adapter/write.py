@@ -30,11 +30,14 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
         AdapterFileError: the values are on the meta device, or the directory cannot be written.
     """
     folder = Path(directory)
-    described = describe_with_values(tuned, folder)
+    is_on_meta = any(p.is_meta for name, p in tuned.named_parameters() if ".lora_" in name)
+    described = [] if is_on_meta else describe(tuned)
+    if not described:
+        raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save")
     _warn_of_moved_buffers(tuned)
     files: dict[Path, bytes] = {}
     for adapter in reversed(described):  # the first, which names the others, comes last
-        files |= _files_of(adapter, folder if adapter is described[0] else folder / adapter.name)
+        files |= files_of(adapter, folder if adapter is described[0] else folder / adapter.name)
     try:
         write_files(files)
     except OSError as error:
@@ -56,18 +59,8 @@ def _warn_of_moved_buffers(tuned: nn.Module) -> None:
         )
 
 
-def describe_with_values(tuned: nn.Module, folder: Path) -> list[Described]:
-    described = describe(tuned) if not _on_meta(tuned) else []
-    if not described:
-        raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save")
-    return described
-
-
-def _on_meta(tuned: nn.Module) -> bool:
-    return any(p.is_meta for name, p in tuned.named_parameters() if ".lora_" in name)
-
-
-def _files_of(described: Described, folder: Path) -> dict[Path, bytes]:
+def files_of(described: Described, folder: Path) -> dict[Path, bytes]:
+    """Return the contents of an adapter's files, by path; the configuration, without which it is none, comes last."""
     config = json.dumps(described.config, indent=2, sort_keys=True) + "\n"
     return {
         folder / WEIGHTS_FILE: canonical_safetensors(described.tensors, described.metadata),

@@ -43,10 +43,20 @@ class BaseCheckpoint:
         """Return the file and the entry of a tensor, None if there is none."""
         return next(((file, file.tensors[name]) for file in self.shards.values() if name in file.tensors), None)
 
+    @property
+    def sections(self) -> list[dict[str, Any]]:
+        """config.json and the objects in it: those of the parts of a model."""
+        return sections_of(self.config or {})
+
     def keys(self) -> Iterator[str]:
         """Yield the names of all tensors, file by file."""
         for file in self.shards.values():
             yield from file.tensors
+
+
+def sections_of(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a configuration and the objects in it."""
+    return [config, *(section for section in config.values() if isinstance(section, dict))]
 
 
 def read_checkpoint(folder: Path) -> BaseCheckpoint:

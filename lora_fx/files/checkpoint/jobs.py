@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, islice
 from math import sqrt
 from pathlib import Path
 from typing import Self
@@ -16,13 +15,13 @@ from typing import Self
 import torch
 
 from lora_fx.errors import MergeError
-from lora_fx.files.checkpoint.layout import OutShard, OutTensor
-from lora_fx.files.checkpoint.plan import Value, WeightFold
+from lora_fx.files.checkpoint.plan import OutShard, OutTensor, Value, WeightFold, Work
 from lora_fx.files.checkpoint.rawbytes import RawBytes
 from lora_fx.files.checkpoint.report import MergedTensor
 from lora_fx.files.checkpoint.rounding import Noise
 from lora_fx.files.checkpoint.tiles import (
     OpenTensor,
+    ReadTile,
     Scratch,
     Sums,
     Tile,
@@ -33,23 +32,34 @@ from lora_fx.files.checkpoint.tiles import (
     needs_lengths,
     tiles,
 )
-from lora_fx.files.safetensors import RawFile
+from lora_fx.files.safetensors import RawFile, RawTensor
 from lora_fx.files.values import DTYPES
 
 _COPIED_AT_ONCE = 1 << 24
+_GIVEN_AHEAD = 2
+"""Jobs for each thread that are given out at a time, so that none waits for the next."""
 NoiseOf = Callable[[str], Noise | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """What a job has written: bytes, and for a folded tile its sums."""
+class Job:
+    """A piece of a tensor, or of several, that one thread writes."""
 
     name: str
     size: int
-    sums: Sums | None = None
+    """In bytes of the new file."""
+    write: Callable[[Scratch], Sums | None]
 
+    def do(self, scratch: Scratch) -> Sums | None:
+        """Write it; return the sums of a folded tile.
 
-Job = Callable[[Scratch], Done]
+        Raises:
+            MergeError: a value is not finite, or too large for the dtype.
+        """
+        try:
+            return self.write(scratch)
+        except OverflowError as error:
+            raise MergeError("merging would spoil the checkpoint", [(self.name, str(error))]) from error
 
 
 class OpenFiles:
@@ -65,6 +75,10 @@ class OpenFiles:
             self._sources[file.path] = RawBytes(file.path, "r")
         return self._sources[file.path]
 
+    def tensor(self, file: RawFile, entry: RawTensor) -> OpenTensor:
+        """Return where a tensor of a source lies."""
+        return OpenTensor(self.source(file), file.data_start + entry.start, DTYPES[entry.dtype])
+
     def close(self) -> None:
         """Close the new file and all sources."""
         for file in (self.target, *self._sources.values()):
@@ -73,116 +87,76 @@ class OpenFiles:
 
 def jobs(shard: OutShard, files: OpenFiles, noise_of: NoiseOf) -> Iterator[Job]:
     """Yield what must be done to write the file, in the order of its bytes; neighbours that stay are copied as one."""
+    tensors = shard.tensors
     if shard.header is not None:
         files.target.write_from(memoryview(shard.header), 0)
-    for step in _steps(shard):
-        if isinstance(step, _Range):
-            yield from _copy_jobs(step, shard, files)
+    else:  # it stays: bytes before those of the first tensor
+        header = RawTensor("U8", (shard.data_start,), -shard.data_start, 0)
+        tensors = (OutTensor("header", header, header, None), *tensors)
+    for shift, neighbours in groupby(tensors, _shift):
+        if shift is None:
+            for tensor in neighbours:
+                yield from _tensor_jobs(tensor, shard, files, noise_of(tensor.name))
         else:
-            yield from _tensor_jobs(step, shard, files, noise_of(step.name))
+            yield from _copy_jobs(list(neighbours), shift, shard, files)
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """Bytes of the source file that are copied to a place in the new one."""
-
-    name: str
-    source: int
-    target: int
-    size: int
-
-    def joined(self, other: _Range) -> _Range | None:
-        """Return both as one, None where something lies between them."""
-        follows = (self.source + self.size, self.target + self.size) == (other.source, other.target)
-        return _Range(self.name, self.source, self.target, self.size + other.size) if follows else None
+def _shift(tensor: OutTensor) -> int | None:
+    """Return by how much the bytes of a tensor move to the front; None if they change."""
+    if tensor.base is None or tensor.work is not None or tensor.base.dtype != tensor.entry.dtype:
+        return None
+    return tensor.base.start - tensor.entry.start
 
 
-def _steps(shard: OutShard) -> Iterator[_Range | OutTensor]:
-    """Yield the header if it stays, then ranges that stay, as long as can be, and the tensors that do not."""
-    last = _Range("header", 0, 0, shard.data_start if shard.header is None else 0)
-    for tensor in shard.tensors:
-        if tensor.base is None or tensor.work is not None or tensor.base.dtype != tensor.entry.dtype:
-            yield from (last, tensor)
-            last = _Range(tensor.name, 0, 0, 0)
-            continue
-        source, target = shard.source.data_start + tensor.base.start, shard.data_start + tensor.entry.start
-        kept = _Range(tensor.name, source, target, tensor.base.end - tensor.base.start)
-        joined = last.joined(kept)
-        if joined is None:
-            yield last
-        last = joined or kept
-    yield last
+def _copy_jobs(tensors: Sequence[OutTensor], shift: int, shard: OutShard, files: OpenFiles) -> Iterator[Job]:
+    """Yield the jobs for tensors that stay and lie side by side, in the base as in the new file."""
+    source, end = files.source(shard.source), tensors[-1].entry.end
+    for start in range(tensors[0].entry.start, end, _COPIED_AT_ONCE):
+        size = min(_COPIED_AT_ONCE, end - start)
+        position, target = shard.source.data_start + start + shift, shard.data_start + start
+        yield Job(tensors[0].name, size, partial(_copy, files.target, source, position, target, size))
 
 
-def _copy_jobs(copied: _Range, shard: OutShard, files: OpenFiles) -> Iterator[Job]:
-    for start in range(0, copied.size, _COPIED_AT_ONCE):
-        size = min(_COPIED_AT_ONCE, copied.size - start)
-        part = _Range(copied.name, copied.source + start, copied.target + start, size)
-        yield partial(_copy, part, files.source(shard.source), files.target)
-
-
-def _copy(part: _Range, source: RawBytes, target: RawBytes, scratch: Scratch) -> Done:
-    target.copy_from(source, part.source, part.target, part.size)
-    return Done(part.name, part.size)
+def _copy(file: RawBytes, source: RawBytes, position: int, target: int, size: int, _: Scratch) -> None:
+    file.copy_from(source, position, target, size)
 
 
 def _tensor_jobs(tensor: OutTensor, shard: OutShard, files: OpenFiles, noise: Noise | None) -> Iterator[Job]:
     target = OpenTensor(files.target, shard.data_start + tensor.entry.start, DTYPES[tensor.entry.dtype])
     if isinstance(tensor.work, WeightFold):
-        yield from _fold_jobs(tensor.name, tensor.work, files, target, noise)
-    elif isinstance(tensor.work, Value):
-        for tile in chunks(tensor.entry.elements):
-            yield partial(_put_value, tensor.name, tensor.work, tile, target, noise)
+        writing = _folding(tensor.work, files.tensor(tensor.work.file, tensor.work.base), target, noise)
     else:
-        assert tensor.base is not None
-        start = shard.source.data_start + tensor.base.start
-        source = OpenTensor(files.source(shard.source), start, DTYPES[tensor.base.dtype])
-        for tile in chunks(tensor.entry.elements):
-            yield partial(_cast, tensor.name, tile, source, target, noise)
+        writing = _casting(_reader(tensor, shard, files), tensor.entry.elements, target, noise)
+    for tile, write in writing:
+        yield Job(tensor.name, tile.elements * target.dtype.itemsize, write)
 
 
-def _fold_jobs(name: str, fold: WeightFold, files: OpenFiles, target: OpenTensor, noise: Noise | None) -> Iterator[Job]:
-    source = OpenTensor(files.source(fold.file), fold.file.data_start + fold.base.start, DTYPES[fold.base.dtype])
+def _reader(tensor: OutTensor, shard: OutShard, files: OpenFiles) -> ReadTile:
+    """Return what reads the values of a tensor that was trained whole, or that is only cast."""
+    if isinstance(tensor.work, Value):
+        return partial(_part_of, tensor.work.tensor.reshape(-1))
+    assert tensor.base is not None
+    return files.tensor(shard.source, tensor.base).read
+
+
+def _part_of(flat: torch.Tensor, tile: Tile, _: Scratch) -> torch.Tensor:
+    return flat[tile.columns]
+
+
+Writing = Iterator[tuple[Tile, Callable[[Scratch], Sums | None]]]
+
+
+def _folding(fold: WeightFold, source: OpenTensor, target: OpenTensor, noise: Noise | None) -> Writing:
     lengths = None
     for number, tile in enumerate(tiles(fold.rows, fold.columns, fold.rank)):
         if number == 0 and needs_lengths(fold, tile):
             lengths = lengths_of(fold, source, Scratch())
-        yield partial(_fold, name, fold, tile, source, target, noise, lengths)
+        yield tile, partial(fold_tile, fold, tile, source, target, noise, lengths)
 
 
-def _fold(
-    name: str,
-    fold: WeightFold,
-    tile: Tile,
-    source: OpenTensor,
-    target: OpenTensor,
-    noise: Noise | None,
-    lengths: torch.Tensor | None,
-    scratch: Scratch,
-) -> Done:
-    with _named(name):
-        sums = fold_tile(fold, tile, source, target, noise, lengths, scratch)
-    return Done(name, tile.elements * target.dtype.itemsize, sums)
-
-
-def _put_value(name: str, value: Value, tile: Tile, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> Done:
-    with _named(name):
-        cast_tile(value.tensor.reshape(-1)[tile.columns], tile, target, noise, scratch)
-    return Done(name, tile.elements * target.dtype.itemsize)
-
-
-def _cast(name: str, tile: Tile, source: OpenTensor, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> Done:
-    with _named(name):
-        cast_tile(source.read(tile, scratch), tile, target, noise, scratch)
-    return Done(name, tile.elements * target.dtype.itemsize)
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except OverflowError as error:
-        raise MergeError("merging would spoil the checkpoint", [(name, str(error))]) from error
+def _casting(read: ReadTile, elements: int, target: OpenTensor, noise: Noise | None) -> Writing:
+    for tile in chunks(elements):
+        yield tile, partial(cast_tile, read, tile, target, noise)
 
 
 # -- threads
@@ -192,8 +166,11 @@ class Workers:
     """Threads with memory of their own, kept from file to file; with one, the calling thread does the work."""
 
     def __init__(self, number: int) -> None:
-        self._scratch = [Scratch() for _ in range(number)]
+        self._number = number
         self._threads = ThreadPoolExecutor(number)
+        self._unused: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
+        for _ in range(number):
+            self._unused.put(Scratch())
 
     def __enter__(self) -> Self:
         return self
@@ -201,53 +178,32 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown()
 
-    def run(self, todo: Iterator[Job], done: Callable[[Done], object]) -> None:
+    def run(self, todo: Iterator[Job], done: Callable[[Job, Sums | None], object]) -> None:
         """Do all jobs and pass each result to `done`, in the calling thread; after an error others end theirs."""
-        if len(self._scratch) == 1:
+        if self._number == 1:
             for job in todo:
-                done(job(self._scratch[0]))
+                done(job, self._do(job))
             return
-        shared = _Shared(todo)
-        working = [self._threads.submit(shared.work, scratch) for scratch in self._scratch]
+        running: dict[Future[Sums | None], Job] = {}
         try:
-            shared.tell(done, len(working))
-        finally:
-            shared.stop.set()
-            wait(working)
-
-
-class _Shared:
-    """What the threads of one run share."""
-
-    def __init__(self, todo: Iterator[Job]) -> None:
-        self.todo = todo
-        self.stop = threading.Event()
-        self.lock = threading.Lock()
-        self.results: queue.SimpleQueue[Done | BaseException | None] = queue.SimpleQueue()
-
-    def work(self, scratch: Scratch) -> None:
-        try:
-            while not self.stop.is_set():
-                with self.lock:
-                    job = next(self.todo, None)
-                if job is None:
+            while True:
+                for job in islice(todo, _GIVEN_AHEAD * self._number - len(running)):
+                    running[self._threads.submit(self._do, job)] = job
+                if not running:
                     break
-                self.results.put(job(scratch))
-        except BaseException as error:  # raised again where the results are read
-            self.stop.set()
-            self.results.put(error)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    done(running.pop(future), future.result())
         finally:
-            self.results.put(None)
+            for future in running:
+                future.cancel()
+            wait(running)
 
-    def tell(self, done: Callable[[Done], object], running: int) -> None:
-        while running:
-            result = self.results.get()
-            if result is None:
-                running -= 1
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                done(result)
+    def _do(self, job: Job) -> Sums | None:
+        scratch = self._unused.get()
+        try:
+            return job.do(scratch)
+        finally:
+            self._unused.put(scratch)
 
 
 # -- what the report says of it
@@ -255,21 +211,18 @@ class _Shared:
 
 def report_rows(shard: OutShard, sums: dict[str, Sums]) -> list[MergedTensor]:
     """Return what the report says of the file's tensors that are not the base's."""
-    return [_row(tensor, sums.get(tensor.name, Sums())) for tensor in shard.tensors if tensor.work is not None]
+    changed = ((tensor, tensor.work) for tensor in shard.tensors if tensor.work is not None)
+    return [_row(tensor, work, sums.get(tensor.name, Sums())) for tensor, work in changed]
 
 
-def _row(tensor: OutTensor, sums: Sums) -> MergedTensor:
-    dtype = str(DTYPES[tensor.entry.dtype]).removeprefix("torch.")
-    if isinstance(tensor.work, Value):
-        how = "added" if tensor.base is None else "replaced"
-        return MergedTensor(tensor.name, tensor.entry.shape, dtype, how, (tensor.work.adapter,))
-    assert tensor.work is not None
+def _row(tensor: OutTensor, work: Work, sums: Sums) -> MergedTensor:
+    changed = "merged" if isinstance(work, WeightFold) else "replaced"
     return MergedTensor(
         name=tensor.name,
         shape=tensor.entry.shape,
-        dtype=dtype,
-        how="merged" if tensor.base is not None else "added",
-        adapters=tensor.work.adapters,
+        dtype=str(DTYPES[tensor.entry.dtype]).removeprefix("torch."),
+        how="added" if tensor.base is None else changed,
+        adapters=work.adapters,
         relative_delta=_short(sqrt(sums.delta / sums.base)) if sums.base else None,
         survived=_short(sums.survived / sums.delta) if sums.delta else None,
     )

@@ -84,8 +84,7 @@ def _reason(name: str, base: BaseCheckpoint, near: bool) -> str:
         return "has a parametrized weight"
     if base.find(f"{module}.in_proj_weight"):
         return "has an attention's fused in_proj_weight; load the model and merge that"
-    like = near_keys(name, base) if near else ()
-    return f"has no such key; nearest: {', '.join(like)}" if like else "has no such key"
+    return no_such_key(name, base) if near else "has no such key"
 
 
 def _of_experts(module: str, base: BaseCheckpoint) -> bool:
@@ -96,8 +95,11 @@ def _of_experts(module: str, base: BaseCheckpoint) -> bool:
     return any(start in f".{key}" or key.startswith(start) for key in base.keys())  # noqa: SIM118
 
 
-def near_keys(name: str, base: BaseCheckpoint) -> tuple[str, ...]:
-    """Return keys that look like the name; those of the same layer numbers are compared, and not too many."""
+def no_such_key(name: str, base: BaseCheckpoint) -> str:
+    """Return that the name is missing, with keys that look like it; those of the same layer numbers are compared, and
+    not too many.
+    """
     numbers = re.findall(r"\d+", name)
     like = [key for key in base.keys() if re.findall(r"\d+", key) == numbers]  # noqa: SIM118
-    return nearest(name, like[:_MOST_COMPARED])
+    near = nearest(name, like[:_MOST_COMPARED])
+    return f"has no such key; nearest: {', '.join(near)}" if near else "has no such key"

@@ -1,20 +1,32 @@
-"""A directory that is filled file by file: a file is whole or hidden, and a journal says that more must come."""
+"""A directory that is filled file by file: a file is whole or hidden, and a journal says that more must come.
+
+With the journal a merge that was killed can be finished, and finished by nothing else.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lora_fx.errors import MergeError
+from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.atomic import settle, sync_file, write_synced
+from lora_fx.files.checkpoint.basefiles import CONFIG, BaseCheckpoint, read_object
+from lora_fx.files.checkpoint.report import MergedTensor
 from lora_fx.text import listing
 
 OURS = ".lora-fx-merge"
 """Beginning of every hidden file that a merge keeps in its directory while it runs."""
 JOURNAL = f"{OURS}.json"
 _LOCK = f"{OURS}.lock"
+FORMAT = 1
+"""Grows whenever the same inputs would give other bytes."""
 
 
 def part_of(path: Path) -> Path:
@@ -81,3 +93,84 @@ def locked(folder: Path) -> Iterator[None]:
                 raise MergeError(f"{folder}: another process is merging into it") from error
             yield
     path.unlink(missing_ok=True)
+
+
+# -- the journal
+
+
+def inputs_of(base: BaseCheckpoint, folders: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
+    """Return what the result depends on: files of the base by size and time, headers and adapters by their hash."""
+    names = [*base.shards, *filter(None, (base.index, CONFIG if base.config is not None else None))]
+    stats = {name: (base.folder / name).stat() for name in names}
+    return {
+        "format": FORMAT,
+        "base": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "headers": {name: file.sha256 for name, file in base.shards.items()},
+        "adapters": [[_sha256(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)] for folder in folders],
+        **options,
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(slots=True)
+class MergeJournal:
+    """Which files of an unfinished merge are whole, with the report on their tensors."""
+
+    folder: Path
+    inputs: dict[str, Any]
+    done: dict[str, tuple[int, tuple[MergedTensor, ...]]] = field(default_factory=dict)
+
+    def note(self, shard: str, size: int, tensors: Sequence[MergedTensor]) -> None:
+        """Write down that a file is whole."""
+        self.done[shard] = (size, tuple(tensors))
+        self.write()
+
+    def write(self) -> None:
+        """Write the journal into its directory, whole."""
+        shards = {
+            name: {"size": size, "tensors": [tensor.to_dict() for tensor in t]} for name, (size, t) in self.done.items()
+        }
+        write_whole(self.folder / JOURNAL, json.dumps({"inputs": self.inputs, "shards": shards}, indent=1).encode())
+
+    def is_done(self, shard: str) -> bool:
+        """Whether the file is written, and still has its size."""
+        path = self.folder / shard
+        return shard in self.done and path.is_file() and path.stat().st_size == self.done[shard][0]
+
+    def tensors(self) -> Iterator[MergedTensor]:
+        """Yield the report's rows, by file name."""
+        for name in sorted(self.done):
+            yield from self.done[name][1]
+
+    def close(self) -> None:
+        """Delete the journal: the merge is finished."""
+        (self.folder / JOURNAL).unlink()
+
+
+def open_journal(folder: Path, inputs: dict[str, Any]) -> MergeJournal:
+    """Return the journal of the directory: a new one, or that of the same merge, to be continued; nothing is written.
+
+    Raises:
+        MergeError: an unfinished merge of other inputs lies there, or a damaged journal.
+    """
+    path = folder / JOURNAL
+    if not path.is_file():
+        return MergeJournal(folder, inputs)
+    noted = read_object(path)
+    try:
+        shards = {
+            name: (int(entry["size"]), tuple(MergedTensor.from_dict(t) for t in entry["tensors"]))
+            for name, entry in noted["shards"].items()
+        }
+        different = [key for key in {**noted["inputs"], **inputs} if noted["inputs"].get(key) != inputs.get(key)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MergeError(f"{path}: is damaged: {error!r}", advice="delete the directory and merge again") from error
+    if different:
+        facts = [(key, "is another than when it began") for key in different]
+        advice = "give the same inputs to finish it, or delete the directory"
+        raise MergeError(f"{folder}: holds an unfinished merge of something else", facts, advice)
+    return MergeJournal(folder, inputs, shards)

@@ -1,14 +1,16 @@
-"""What becomes of every tensor of a checkpoint when adapters are merged into it, as data."""
+"""What becomes of every tensor of a checkpoint when adapters are merged into it, and where it will lie, as data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
-from lora_fx.files.safetensors import RawFile, RawTensor
+from lora_fx.files.safetensors import BITS, RawFile, RawTensor, header_bytes
+from lora_fx.files.values import FLOATS, NAME_OF
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,20 @@ class Value:
     """A tensor trained whole, which takes the place of the base's."""
 
     tensor: Tensor
-    adapter: str
+    adapters: tuple[str, ...]
 
 
 Work = WeightFold | Value
 
 
 @dataclass(frozen=True, slots=True)
-class Addition:
-    """A tensor that the checkpoint does not have: a head that was trained whole, or one that was tied."""
+class OutTensor:
+    """A tensor as it will be written, with what it is made from: its base, a work, or both."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    work: Work
+    name: str
+    entry: RawTensor
+    base: RawTensor | None
+    work: Work | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,55 @@ class MergePlan:
 
     base: BaseCheckpoint
     works: dict[str, Work]
-    additions: dict[str, Addition] = field(default_factory=dict)
+    additions: tuple[OutTensor, ...] = ()
+    """Tensors that the checkpoint does not have: heads that were trained whole or were tied; not yet placed."""
     untie: bool = False
     """Whether config.json must say that head and embedding are no longer one tensor."""
     out_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutShard:
+    """A file as it will be written: its header, then the tensors in the order of their bytes."""
+
+    name: str
+    source: RawFile
+    header: bytes | None
+    """None: the header of the source, byte by byte."""
+    data_start: int
+    tensors: tuple[OutTensor, ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes, with the header."""
+        return self.data_start + (self.tensors[-1].entry.end if self.tensors else 0)
+
+
+def out_shard(plan: MergePlan, name: str) -> OutShard:
+    """Return how a shard will be written.
+
+    Where no dtype changes and nothing is added the header is that of the base; otherwise wide dtypes come first, so
+    that every tensor begins at a multiple of its size.
+    """
+    source = plan.base.shards[name]
+    tensors = [OutTensor(key, _entry(plan, raw), raw, plan.works.get(key)) for key, raw in source.tensors.items()]
+    if name == list(plan.base.shards)[-1]:
+        tensors += [replace(addition, entry=_entry(plan, addition.entry)) for addition in plan.additions]
+    if [tensor.entry for tensor in tensors] == list(source.tensors.values()):
+        return OutShard(name, source, None, source.data_start, tuple(tensors))
+    tensors = list(_placed(tensors))
+    header = header_bytes(((tensor.name, tensor.entry) for tensor in tensors), source.metadata)
+    return OutShard(name, source, header, len(header), tuple(tensors))
+
+
+def _entry(plan: MergePlan, raw: RawTensor) -> RawTensor:
+    return raw if plan.out_dtype is None or raw.dtype not in FLOATS else raw._replace(dtype=NAME_OF[plan.out_dtype])
+
+
+def _placed(tensors: Sequence[OutTensor]) -> Iterator[OutTensor]:
+    """Yield the tensors with their places in the new file."""
+    position = 0
+    for tensor in sorted(tensors, key=lambda tensor: -BITS[tensor.entry.dtype]):
+        end = position + tensor.entry.elements * BITS[tensor.entry.dtype] // 8
+        yield replace(tensor, entry=tensor.entry._replace(start=position, end=end))
+        position = end

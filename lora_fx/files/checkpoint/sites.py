@@ -8,24 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_fx.errors import AdapterMismatchError, MergeError
-from lora_fx.files.adapter.names import CONFIG_FILE
-from lora_fx.files.adapter.read import AdapterFile, SavedSite
+from lora_fx.files.adapter.read import AdapterFile
+from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.checkpoint import tied
-from lora_fx.files.checkpoint.basefiles import BaseCheckpoint, read_object
-from lora_fx.files.checkpoint.names import Prefix, find_prefix, near_keys
-from lora_fx.files.checkpoint.plan import Addition, LowRankTerm, MergePlan, Value, WeightFold, Work
+from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
+from lora_fx.files.checkpoint.names import Prefix, find_prefix, no_such_key
+from lora_fx.files.checkpoint.plan import LowRankTerm, MergePlan, OutTensor, Value, WeightFold, Work
 from lora_fx.files.fingerprint import same_values
 from lora_fx.files.safetensors import RawFile, RawTensor
 from lora_fx.files.values import DTYPES, FLOATS, NAME_OF, sample
+from lora_fx.planning.sites import Layout
 
-Orientation = Literal["out_in", "in_out"]
-"""How the checkpoint stores a weight: [out, in], or [in, out] as Conv1D does."""
 Located = tuple[RawFile, RawTensor]
 _Placed = tuple[SavedSite, str, Located | str]
 """A site, the key of its weight, and where that is or why it is not there."""
@@ -33,34 +31,7 @@ _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Those of transformers that store their linears as [in, out]."""
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """An adapter as it was given, with the name that reports call it by."""
-
-    file: AdapterFile
-    label: str
-    fan_in_fan_out: bool
-    """What its configuration says of linears that store [in, out]."""
-    ensures_tying: bool
-
-    @staticmethod
-    def of(file: AdapterFile, label: str) -> Given:
-        """Return the adapter of a file, with the settings that only its configuration holds."""
-        config = read_object(file.folder / CONFIG_FILE)
-        return Given(file, label, bool(config.get("fan_in_fan_out")), bool(config.get("ensure_weight_tying")))
-
-
-@dataclass(slots=True)
-class _Found:
-    """What was decided so far, and every problem."""
-
-    folds: dict[str, list[WeightFold]] = field(default_factory=dict)
-    values: dict[str, list[Value]] = field(default_factory=dict)
-    mismatches: list[tuple[str, str, str]] = field(default_factory=list)
-    refusals: list[tuple[str, str]] = field(default_factory=list)
-
-
-def plan_merge(base: BaseCheckpoint, adapters: Sequence[Given], out_dtype: torch.dtype | None) -> MergePlan:
+def plan_merge(base: BaseCheckpoint, adapters: Sequence[AdapterFile], out_dtype: torch.dtype | None) -> MergePlan:
     """Return what becomes of every tensor of the checkpoint.
 
     Raises:
@@ -68,28 +39,24 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[Given], out_dtype: torch
         MergeError: what cannot be merged here, with the reason for each.
     """
     _refuse_quantised(base)
-    findings = _Found()
-    for given in adapters:
-        _place(given, base, findings)
-    if findings.mismatches:
-        raise AdapterMismatchError("the adapter does not fit this checkpoint", findings.mismatches)
-    works: dict[str, Work] = {key: _united(key, folds, findings) for key, folds in findings.folds.items()}
-    works |= {key: _only(key, values, findings) for key, values in findings.values.items()}
+    planner = _Planner(base)
+    for adapter in adapters:
+        planner.place(adapter)
+    if planner.mismatches:
+        raise AdapterMismatchError("the adapter does not fit this checkpoint", planner.mismatches)
+    works = planner.works()
     heads = [key for key in works if tied.is_head(key)]
-    findings.refusals += tied.refusals(base, works, heads, any(adapter.ensures_tying for adapter in adapters))
-    if findings.refusals:
-        refused = list(dict.fromkeys(findings.refusals))
+    ensured = any(adapter.config.ensure_weight_tying for adapter in adapters)
+    refusals = [*planner.refusals, *tied.refusals(base, works, heads, ensured)]
+    if refusals:
+        refused = list(dict.fromkeys(refusals))
         raise MergeError("the adapter cannot be merged into this checkpoint; nothing was written", refused)
-    additions = {key: _addition(works.pop(key)) for key in [*works] if base.find(key) is None}
+    additions = tuple(_addition(key, works.pop(key)) for key in [*works] if base.find(key) is None)
     return MergePlan(base, works, additions, bool(heads) and tied.may_be_tied(base), out_dtype)
 
 
 def _refuse_quantised(base: BaseCheckpoint) -> None:
-    config = base.config or {}
-    nested = [section for section in config.values() if isinstance(section, dict)]
-    method = next(
-        (section["quantization_config"] for section in (config, *nested) if section.get("quantization_config")), None
-    )
+    method = next(filter(None, (section.get("quantization_config") for section in base.sections)), None)
     if method is not None:
         name = method.get("quant_method", "?") if isinstance(method, dict) else method
         raise MergeError(
@@ -99,58 +66,112 @@ def _refuse_quantised(base: BaseCheckpoint) -> None:
         )
 
 
-# -- one adapter
+@dataclass(slots=True)
+class _Planner:
+    """What was decided so far, and every problem."""
 
+    base: BaseCheckpoint
+    folds: dict[str, list[WeightFold]] = field(default_factory=dict)
+    values: dict[str, list[Value]] = field(default_factory=dict)
+    mismatches: list[tuple[str, str, str]] = field(default_factory=list)
+    refusals: list[tuple[str, str]] = field(default_factory=list)
 
-def _place(given: Given, base: BaseCheckpoint, findings: _Found) -> None:
-    """Find what one adapter changes in the checkpoint."""
-    sites = given.file.sites
-    names = {site.path: _weight_name(site) for site in sites}
-    prefix = find_prefix([name for name in names.values() if not tied.is_head(name)], base)
-    placed = [(site, *_locate(names[site.path], _shape(site), prefix, base)) for site in sites]
-    usual = _usual_orientation(given, base, placed)
-    for site, key, where in placed:
-        if isinstance(where, str):
-            findings.mismatches.append((key, "adapted", where))
+    def place(self, adapter: AdapterFile) -> None:
+        """Find what one adapter changes in the checkpoint."""
+        sites, label = adapter.sites, (str(adapter.folder),)
+        names = {site.path: _weight_name(site) for site in sites}
+        prefix = find_prefix([name for name in names.values() if not tied.is_head(name)], self.base)
+        placed = [(site, *self._locate(names[site.path], _shape(site), prefix)) for site in sites]
+        usual = _usual_layout(adapter, self.base, placed)
+        for site, key, where in placed:
+            if isinstance(where, str):
+                self.mismatches.append((key, "adapted", where))
+            else:
+                self._place_site(adapter, site, key, where, usual)
+            if site.bias is not None:
+                self._place_value(f"{site.path}.bias", Value(site.bias, label), prefix, is_site=True)
+        for name, tensor in adapter.modules.items():
+            self._place_value(name, Value(tensor, label), prefix, is_site=False)
+
+    def _key(self, name: str, prefix: Prefix) -> str:
+        """Return the key of a name; the name itself where the prefix gives none (a head beside a bare model)."""
+        key = prefix.key(name)
+        return name if key is None or self.base.find(key) is None else key
+
+    def _locate(self, name: str, shape: tuple[int, ...], prefix: Prefix) -> tuple[str, Located | str]:
+        """Return the key of a weight and where it is: for a head that is tied, where the embedding is."""
+        key = self._key(name, prefix)
+        where = self.base.find(key)
+        if where is not None:
+            return key, where
+        return key, tied.shared_weight(self.base, shape) if tied.is_head(key) else "has no such key"
+
+    def _place_site(
+        self, adapter: AdapterFile, site: SavedSite, key: str, where: Located, usual: Layout | None
+    ) -> None:
+        file, entry = where
+        possible = _layouts(site, entry)
+        refusal = _refusal(site, key, entry, possible, usual)
+        if refusal is not None:
+            self.refusals.append((key, refusal))
+        elif not possible:
+            self.mismatches.append((key, str(list(_shape(site))), str(list(entry.shape))))
+        elif not same_values(adapter.header.base.get(site.path), sample(file, entry)):
+            self.mismatches.append((key, "trained on other values", "is another base, or was changed since"))
         else:
-            _place_site(given, site, key, where, usual, findings)
-        if site.bias is not None:
-            _place_value(f"{site.path}.bias", Value(site.bias, given.label), prefix, base, findings, is_site=True)
-    for name, tensor in given.file.modules.items():
-        _place_value(name, Value(tensor, given.label), prefix, base, findings, is_site=False)
+            chosen = possible[0] if len(possible) == 1 or usual is None else usual
+            self.folds.setdefault(key, []).append(_fold(adapter, site, file, entry, chosen))
+
+    def _place_value(self, name: str, value: Value, prefix: Prefix, is_site: bool) -> None:
+        """Note a tensor that replaces the base's; a whole module that the base lacks (a new head) is added."""
+        key, tensor = self._key(name, prefix), value.tensor
+        where = self.base.find(key)
+        if where is None and (is_site or prefix.gained):
+            self.mismatches.append((key, str(list(tensor.shape)), no_such_key(key, self.base)))
+        elif where is not None and where[1].shape != tuple(tensor.shape):
+            self.mismatches.append((key, str(list(tensor.shape)), str(list(where[1].shape))))
+        elif where is not None and not _convertible(tensor, where[1].dtype):
+            self.refusals.append((key, f"is stored as {where[1].dtype}, the adapter has {tensor.dtype}"))
+        else:
+            self.values.setdefault(key, []).append(value)
+
+    def works(self) -> dict[str, Work]:
+        """Return one work for each key, of all adapters together."""
+        works: dict[str, Work] = {key: self._united(key, folds) for key, folds in self.folds.items()}
+        return works | {key: self._only(key, values) for key, values in self.values.items()}
+
+    def _united(self, key: str, folds: Sequence[WeightFold]) -> WeightFold:
+        """Return one fold for all adapters of a weight; their deltas are added before anything is rounded."""
+        if len(folds) > 1 and any(fold.magnitude is not None for fold in folds):
+            self.refusals.append((key, "has DoRA and another adapter: the result would depend on their order"))
+        if key in self.values:
+            self.refusals.append((key, "is adapted, and trained whole too"))
+        terms = tuple(term for fold in folds for term in fold.terms)
+        return replace(folds[0], terms=terms, adapters=tuple(name for fold in folds for name in fold.adapters))
+
+    def _only(self, key: str, values: Sequence[Value]) -> Value:
+        if any(not torch.equal(value.tensor, values[0].tensor) for value in values[1:]):
+            names = ", ".join(name for value in values for name in value.adapters)
+            self.refusals.append((key, f"is trained whole by several adapters, with other values: {names}"))
+        return values[0]
 
 
 def _weight_name(site: SavedSite) -> str:
     """Return the name of a site's weight; that of a raw parameter is its own."""
-    return f"{site.path}.weight" if site.note is None or not site.note.parameter else site.note.parameter
+    return site.parameter or f"{site.path}.weight"
 
 
 def _shape(site: SavedSite) -> tuple[int, ...]:
     return (site.lora_B.shape[0], *site.lora_A.shape[1:])
 
 
-def _key(name: str, prefix: Prefix, base: BaseCheckpoint) -> str:
-    """Return the key of a name; the name itself where the prefix does not give one (a head beside a bare model)."""
-    key = prefix.key(name)
-    return name if key is None or base.find(key) is None else key
-
-
-def _locate(name: str, shape: tuple[int, ...], prefix: Prefix, base: BaseCheckpoint) -> tuple[str, Located | str]:
-    """Return the key of a weight and where it is: for a head that is tied, where the embedding is."""
-    key = _key(name, prefix, base)
-    where = base.find(key)
-    if where is not None:
-        return key, where
-    return key, tied.shared_weight(base, shape) if tied.is_head(key) else "has no such key"
-
-
-def _usual_orientation(given: Given, base: BaseCheckpoint, placed: Sequence[_Placed]) -> Orientation | None:
+def _usual_layout(adapter: AdapterFile, base: BaseCheckpoint, placed: Sequence[_Placed]) -> Layout | None:
     """Return how square weights of a file of PEFT's are stored, None where the signs contradict each other.
 
     PEFT's switch is one for a whole adapter, and the last linear it met has set it; so the shapes of the others and the
     kind of model must agree with it.
     """
-    signs: set[Orientation] = {"in_out" if given.fan_in_fan_out else "out_in"}
+    signs: set[Layout] = {"in_out" if adapter.config.fan_in_fan_out else "out_in"}
     for site, key, where in placed:
         ways = () if isinstance(where, str) or tied.is_embedding(key) else _fitting(site, where[1])
         signs |= set(ways) if len(ways) == 1 else set()
@@ -159,47 +180,34 @@ def _usual_orientation(given: Given, base: BaseCheckpoint, placed: Sequence[_Pla
     return signs.pop() if len(signs) == 1 else None
 
 
-def _place_site(
-    given: Given, site: SavedSite, key: str, where: Located, usual: Orientation | None, findings: _Found
-) -> None:
-    file, entry = where
-    possible = _orientations(site, entry)
-    shape = list(_shape(site))
-    if site.note is not None and site.note.calls:
-        findings.refusals.append((key, "has an adapter of its own for each call, which no one weight can hold"))
-    elif entry.dtype not in FLOATS:
-        findings.refusals.append((key, f"is stored as {entry.dtype}: quantised weights cannot be merged into here"))
-    elif len(entry.shape) == 3 and site.lora_A.dim() == 2 and not (possible and "expert" not in key):
-        findings.refusals.append(
-            (key, f"is a bank of experts {list(entry.shape)}; load the model and use lora_fx.merge")
-        )
-    elif site.lora_B.dim() > 2 and site.lora_A.shape[0] != site.lora_B.shape[1]:
-        findings.refusals.append((key, "is a grouped convolution; load the model and use lora_fx.merge"))
-    elif not possible:
-        findings.mismatches.append((key, str(shape), str(list(entry.shape))))
-    elif len(possible) > 1 and usual is None:
-        findings.refusals.append(
-            (key, f"is square {list(entry.shape)}, and the adapter does not tell whether it is [out, in] or [in, out]")
-        )
-    elif not same_values(given.file.base.get(site.path), sample(file, entry)):
-        findings.mismatches.append((key, "trained on other values", "is another base, or was changed since"))
-    else:
-        chosen = possible[0] if len(possible) == 1 or usual is None else usual
-        findings.folds.setdefault(key, []).append(_fold(given, site, file, entry, chosen))
+def _refusal(
+    site: SavedSite, key: str, entry: RawTensor, possible: Sequence[Layout], usual: Layout | None
+) -> str | None:
+    if site.calls:
+        return "has an adapter of its own for each call, which no one weight can hold"
+    if entry.dtype not in FLOATS:
+        return f"is stored as {entry.dtype}: quantised weights cannot be merged into here"
+    if len(entry.shape) == 3 and site.lora_A.dim() == 2 and not (possible and "expert" not in key):
+        return f"is a bank of experts {list(entry.shape)}; load the model and use lora_fx.merge"
+    if site.lora_B.dim() > 2 and site.lora_A.shape[0] != site.lora_B.shape[1]:
+        return "is a grouped convolution; load the model and use lora_fx.merge"
+    if len(possible) > 1 and usual is None:
+        return f"is square {list(entry.shape)}, and the adapter does not tell whether it is [out, in] or [in, out]"
+    return None
 
 
-def _orientations(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
+def _layouts(site: SavedSite, entry: RawTensor) -> tuple[Layout, ...]:
     """Return the ways in which the weight may be stored; what lora_fx has noted leaves one.
 
     The file has the factors of a raw parameter as it is stored.
     """
     ways = _fitting(site, entry)
-    if site.note is None or len(ways) < 2:
+    if not site.noted or len(ways) < 2:
         return ways
-    return ("out_in",) if site.note.parameter else (site.note.layout,)
+    return ("out_in",) if site.parameter else (site.layout,)
 
 
-def _fitting(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
+def _fitting(site: SavedSite, entry: RawTensor) -> tuple[Layout, ...]:
     """Return the ways in which the product of the factors has the shape of the weight: none, one, or both if square.
 
     A convolution's factors are [r, in, …] and [out, r, 1, …], or flat.
@@ -214,73 +222,28 @@ def _fitting(site: SavedSite, entry: RawTensor) -> tuple[Orientation, ...]:
     return tuple(ways) if multiply and len(shape) > 1 else ()  # type: ignore[arg-type]
 
 
-def _stored_factors(site: SavedSite, chosen: Orientation) -> tuple[Tensor, Tensor]:
-    """Return (left [rows, r], right [r, columns]) whose product lies as the weight is stored; views."""
+def _fold(adapter: AdapterFile, site: SavedSite, file: RawFile, entry: RawTensor, chosen: Layout) -> WeightFold:
     A, B = site.lora_A.flatten(1), site.lora_B.flatten(1)
-    return (B, A) if chosen == "out_in" else (A.t(), B.t())
-
-
-def _fold(given: Given, site: SavedSite, file: RawFile, entry: RawTensor, chosen: Orientation) -> WeightFold:
-    left, right = _stored_factors(site, chosen)
+    left, right = (B, A) if chosen == "out_in" else (A.t(), B.t())
     return WeightFold(
         file=file,
         base=entry,
         rows=entry.shape[0],
         columns=math.prod(entry.shape[1:]),
         terms=(LowRankTerm(left, right, site.lora.scaling),),
-        adapters=(given.label,),
+        adapters=(str(adapter.folder),),
         magnitude=None if site.magnitude is None else site.magnitude.flatten(),
         outputs_first=chosen == "out_in",
     )
-
-
-def _place_value(
-    name: str, value: Value, prefix: Prefix, base: BaseCheckpoint, findings: _Found, is_site: bool
-) -> None:
-    """Note a tensor that replaces the base's; a whole module that the base lacks (a new head) is added."""
-    key = _key(name, prefix, base)
-    where = base.find(key)
-    if where is None and (is_site or prefix.gained):
-        findings.mismatches.append((key, str(list(value.tensor.shape)), _missing(key, base)))
-    elif where is not None and where[1].shape != tuple(value.tensor.shape):
-        findings.mismatches.append((key, str(list(value.tensor.shape)), str(list(where[1].shape))))
-    elif where is not None and not _convertible(value.tensor, where[1].dtype):
-        findings.refusals.append((key, f"is stored as {where[1].dtype}, the adapter has {value.tensor.dtype}"))
-    else:
-        findings.values.setdefault(key, []).append(value)
-
-
-def _missing(key: str, base: BaseCheckpoint) -> str:
-    like = near_keys(key, base)
-    return f"has no such key; nearest: {', '.join(like)}" if like else "has no such key"
 
 
 def _convertible(tensor: Tensor, dtype: str) -> bool:
     return (dtype in FLOATS and tensor.is_floating_point()) or DTYPES.get(dtype) == tensor.dtype
 
 
-# -- several adapters
-
-
-def _united(key: str, folds: Sequence[WeightFold], findings: _Found) -> WeightFold:
-    """Return one fold for all adapters of a weight; their deltas are added before anything is rounded."""
-    first = folds[0]
-    if len(folds) > 1 and any(fold.magnitude is not None for fold in folds):
-        findings.refusals.append((key, "has DoRA and another adapter: the result would depend on their order"))
-    if key in findings.values:
-        findings.refusals.append((key, "is adapted, and trained whole too"))
-    terms = tuple(term for fold in folds for term in fold.terms)
-    return replace(first, terms=terms, adapters=tuple(name for fold in folds for name in fold.adapters))
-
-
-def _only(key: str, values: Sequence[Value], findings: _Found) -> Value:
-    if any(not torch.equal(value.tensor, values[0].tensor) for value in values[1:]):
-        names = ", ".join(value.adapter for value in values)
-        findings.refusals.append((key, f"is trained whole by several adapters, with other values: {names}"))
-    return values[0]
-
-
-def _addition(work: Work) -> Addition:
+def _addition(key: str, work: Work) -> OutTensor:
     if isinstance(work, WeightFold):
-        return Addition(work.base.dtype, work.base.shape, work)
-    return Addition(NAME_OF[work.tensor.dtype], tuple(work.tensor.shape), work)
+        dtype, shape = work.base.dtype, work.base.shape
+    else:
+        dtype, shape = NAME_OF[work.tensor.dtype], tuple(work.tensor.shape)
+    return OutTensor(key, RawTensor(dtype, shape, 0, 0), None, work)

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,19 +15,27 @@ from typing import Any
 import torch
 
 from lora_fx.errors import MergeError
-from lora_fx.files.adapter.read import read_adapters
+from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.atomic import settle
 from lora_fx.files.checkpoint import tied
 from lora_fx.files.checkpoint.basefiles import CONFIG, BaseCheckpoint, read_checkpoint, read_object
-from lora_fx.files.checkpoint.jobs import Done, OpenFiles, Workers, jobs, report_rows
-from lora_fx.files.checkpoint.journal import MergeJournal, inputs_of, open_journal
-from lora_fx.files.checkpoint.layout import OutShard, out_shard
-from lora_fx.files.checkpoint.outfolder import carry, check_folder, free_bytes, locked, part_of, write_whole
-from lora_fx.files.checkpoint.plan import MergePlan
+from lora_fx.files.checkpoint.jobs import Job, OpenFiles, Workers, jobs, report_rows
+from lora_fx.files.checkpoint.outfolder import (
+    MergeJournal,
+    carry,
+    check_folder,
+    free_bytes,
+    inputs_of,
+    locked,
+    open_journal,
+    part_of,
+    write_whole,
+)
+from lora_fx.files.checkpoint.plan import MergePlan, OutShard, out_shard
 from lora_fx.files.checkpoint.rawbytes import Syncing
 from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import ROUNDINGS, Noise
-from lora_fx.files.checkpoint.sites import Given, plan_merge
+from lora_fx.files.checkpoint.sites import plan_merge
 from lora_fx.files.checkpoint.tiles import Sums
 
 AnyPath = str | os.PathLike[str]
@@ -75,7 +83,7 @@ def merge_files(
     check_folder(out)
     adapters = _read(adapter_dirs)
     plan = plan_merge(base, adapters, options.dtype)
-    inputs = inputs_of(base, [adapter.file.folder for adapter in adapters], asdict(options))
+    inputs = inputs_of(base, [adapter.folder for adapter in adapters], asdict(options))
     merge = _Merge(plan, out, options, open_journal(out, inputs), progress)
     merge.check_space()
     with _told(out), _one_thread_each() as number:
@@ -86,11 +94,11 @@ def merge_files(
 def _refuse_overlap(base: Path, out: Path) -> None:
     """The result must lie apart from the base, which would be changed, or carried over with it."""
     a, b = base.resolve(), out.resolve()
-    if a == b or a in b.parents or b in a.parents:
+    if a.is_relative_to(b) or b.is_relative_to(a):
         raise MergeError(f"{out}: is the base itself, in it or around it; nothing was written")
 
 
-def _read(folders: Sequence[AnyPath]) -> list[Given]:
+def _read(folders: Sequence[AnyPath]) -> list[AdapterFile]:
     if not folders:
         raise MergeError("there is no adapter to merge")
     files = [file for folder in folders for file in read_adapters(folder)]
@@ -98,7 +106,7 @@ def _read(folders: Sequence[AnyPath]) -> list[Given]:
     twice = sorted({str(place) for place in places if places.count(place) > 1})
     if twice:
         raise MergeError("an adapter is given twice", [(place, "would be added twice") for place in twice])
-    return [Given.of(file, str(file.folder)) for file in files]
+    return files
 
 
 @contextlib.contextmanager
@@ -138,15 +146,17 @@ class _Merge:
     total: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.total = sum(out_shard(self.plan, name).size for name in self.plan.base.shards)
+        self.total = self._size(self.base.shards)
+
+    def _size(self, names: Iterable[str]) -> int:
+        return sum(out_shard(self.plan, name).size for name in names)
 
     @property
     def base(self) -> BaseCheckpoint:
         return self.plan.base
 
     def check_space(self) -> None:
-        sizes = [shard.size for name in self._todo() if (shard := out_shard(self.plan, name))]
-        needed = sum(sizes) + sum((self.base.folder / name).stat().st_size for name in self.base.carried)
+        needed = self._size(self._todo()) + sum((self.base.folder / name).stat().st_size for name in self.base.carried)
         free = free_bytes(self.out)
         if needed > free:
             facts = [("needed", f"{needed:,} bytes"), ("free", f"{free:,} bytes")]
@@ -178,7 +188,7 @@ class _Merge:
     def _write_shards(self, number: int) -> None:
         """Write the shards; what is written is synced in a thread of its own, while the next is computed."""
         todo = self._todo()
-        self._tell(self.total - sum(out_shard(self.plan, name).size for name in todo), "")
+        self._tell(self.total - self._size(todo), "")
         with Workers(number) as workers, Syncing() as syncing:
             for name in todo:
                 shard = out_shard(self.plan, name)
@@ -189,11 +199,11 @@ class _Merge:
     def _write_shard(self, shard: OutShard, files: OpenFiles, workers: Workers, syncing: Syncing) -> dict[str, Sums]:
         sums: dict[str, Sums] = {}
 
-        def note(done: Done) -> None:
-            if done.sums is not None:
-                sums[done.name] = sums.get(done.name, Sums()) + done.sums
-            syncing.note(files.target, done.size)
-            self._tell(done.size, done.name)
+        def note(job: Job, summed: Sums | None) -> None:
+            if summed is not None:
+                sums[job.name] = sums.get(job.name, Sums()) + summed
+            syncing.note(files.target, job.size)
+            self._tell(job.size, job.name)
 
         self._tell(len(shard.header or b""), "")
         workers.run(jobs(shard, files, self.options.noise), note)
@@ -212,10 +222,9 @@ class _Merge:
             self.progress(self.written, self.total, name)
 
     def report(self) -> MergeReport:
-        tensors = tuple(self.journal.tensors())
         return MergeReport(
             folder=str(self.out),
-            tensors=tensors,
+            tensors=tuple(self.journal.tensors()),
             untouched=sum(len(file.tensors) for file in self.base.shards.values()) - len(self.plan.works),
             carried=self.base.carried,
             left_out=self.base.left_out,
@@ -264,9 +273,9 @@ def _index(plan: MergePlan) -> dict[str, Any] | None:
     assert plan.base.index is not None
     index = read_object(plan.base.folder / plan.base.index)
     shards = [out_shard(plan, name) for name in plan.base.shards]
-    index["weight_map"] |= dict.fromkeys(plan.additions, shards[-1].name)
+    index["weight_map"] |= dict.fromkeys((addition.name for addition in plan.additions), shards[-1].name)
     metadata = index.setdefault("metadata", {})
     metadata["total_size"] = sum(shard.size - shard.data_start for shard in shards)
     if "total_parameters" in metadata:
-        metadata["total_parameters"] += sum(torch.Size(addition.shape).numel() for addition in plan.additions.values())
+        metadata["total_parameters"] += sum(addition.entry.elements for addition in plan.additions)
     return index

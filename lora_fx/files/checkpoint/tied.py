@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
+from lora_fx.files.checkpoint.basefiles import BaseCheckpoint, sections_of
 from lora_fx.files.safetensors import RawFile, RawTensor
 
 _FLAG = "tie_word_embeddings"
@@ -29,15 +29,9 @@ def is_embedding(key: str) -> bool:
     return _EMBEDDING.fullmatch(key) is not None
 
 
-def _flags(base: BaseCheckpoint) -> list[object]:
-    config = base.config or {}
-    nested = [section for section in config.values() if isinstance(section, dict)]
-    return [section[_FLAG] for section in (config, *nested) if _FLAG in section]
-
-
 def may_be_tied(base: BaseCheckpoint) -> bool:
     """Whether a loader may tie head and embedding: config.json says so, or says nothing, which means yes for many."""
-    flags = _flags(base)
+    flags = [section[_FLAG] for section in base.sections if _FLAG in section]
     return base.config is not None and (not flags or any(flags))
 
 
@@ -84,7 +78,7 @@ def _has_head(base: BaseCheckpoint) -> bool:
 def untied(config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration with head and embedding apart; nothing else changes."""
     config = copy.deepcopy(config)
-    holders = [section for section in (config, *config.values()) if isinstance(section, dict) and _FLAG in section]
+    holders = [section for section in sections_of(config) if _FLAG in section]
     for section in holders or [config]:
         section[_FLAG] = False
     return config

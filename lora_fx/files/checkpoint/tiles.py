@@ -7,7 +7,7 @@ the memory that they may take, and none is so narrow that a matrix product would
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,10 @@ def bytes_of(flat: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+ReadTile = Callable[[Tile, Scratch], Tensor]
+"""Returns a tile, flat."""
+
+
 @dataclass(frozen=True, slots=True)
 class OpenTensor:
     """Where a tensor lies in an open file."""
@@ -105,14 +109,15 @@ class OpenTensor:
         """Return a tile, flat; it lives in the scratch memory."""
         flat = scratch.take("read", tile.elements, self.dtype)
         for element, first, number in tile.runs():
-            position = self.start + element * self.dtype.itemsize
-            self.file.read_into(bytes_of(flat[first : first + number]), position)
+            self.file.read_into(bytes_of(flat[first : first + number]), self._position(element))
         return flat
 
     def write(self, tile: Tile, flat: Tensor) -> None:
         for element, first, number in tile.runs():
-            position = self.start + element * self.dtype.itemsize
-            self.file.write_from(bytes_of(flat[first : first + number]), position)
+            self.file.write_from(bytes_of(flat[first : first + number]), self._position(element))
+
+    def _position(self, element: int) -> int:
+        return self.start + element * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +167,7 @@ def _base_and_delta(fold: WeightFold, tile: Tile, source: OpenTensor, scratch: S
     """Return W and Σ scaling · B A of a tile, flat, float32 or wider."""
     stored = source.read(tile, scratch)
     first, *others = (low_rank_weight(t.right[:, tile.columns], t.left[tile.rows], t.scaling) for t in fold.terms)
-    delta = first
-    for other in others:
-        delta = delta + other
+    delta = sum(others, start=first)
     wide = torch.promote_types(delta.dtype, stored.dtype)
     base = scratch.take("base", stored.numel(), wide).copy_(stored)
     return base, delta.to(wide).view(-1)
@@ -173,12 +176,14 @@ def _base_and_delta(fold: WeightFold, tile: Tile, source: OpenTensor, scratch: S
 def _set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:
     """Give every output of V its length m, in place."""
     assert fold.magnitude is not None
-    if lengths is None:
-        actual = torch.linalg.vector_norm(merged, dim=1)
-    else:
-        actual = lengths[tile.rows if fold.outputs_first else tile.columns].to(merged.dtype)
-    wanted = fold.magnitude[tile.rows if fold.outputs_first else tile.columns].to(merged.dtype)
+    outputs = _outputs(fold, tile)
+    actual = torch.linalg.vector_norm(merged, dim=1) if lengths is None else lengths[outputs].to(merged.dtype)
+    wanted = fold.magnitude[outputs].to(merged.dtype)
     merged.mul_((wanted / actual).unsqueeze(1 if fold.outputs_first else 0))
+
+
+def _outputs(fold: WeightFold, tile: Tile) -> slice:
+    return tile.rows if fold.outputs_first else tile.columns
 
 
 def needs_lengths(fold: WeightFold, tile: Tile) -> bool:
@@ -193,7 +198,7 @@ def lengths_of(fold: WeightFold, source: OpenTensor, scratch: Scratch) -> Tensor
         base, delta = _base_and_delta(fold, tile, source, scratch)
         merged = base.add_(delta).view(tile.shape)
         part = merged.square_().sum(dim=1 if fold.outputs_first else 0, dtype=torch.float64)
-        squares[tile.rows if fold.outputs_first else tile.columns] += part
+        squares[_outputs(fold, tile)] += part
     return squares.sqrt_()
 
 
@@ -205,12 +210,13 @@ def _rounded(wide: Tensor, tile: Tile, target: OpenTensor, noise: Noise | None, 
     return written
 
 
-def cast_tile(values: Tensor, tile: Tile, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> None:
-    """Write values in the target's dtype, rounded once.
+def cast_tile(read: ReadTile, tile: Tile, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> None:
+    """Write what is read of a tensor in the target's dtype, rounded once.
 
     Raises:
         OverflowError: a finite value is too large for the dtype.
     """
+    values = read(tile, scratch)
     wide = torch.promote_types(values.dtype, torch.float32) if values.is_floating_point() else values.dtype
     exact = scratch.take("base", values.numel(), wide).copy_(values)
     written = _rounded(exact, tile, target, noise, scratch)

@@ -15,13 +15,7 @@ _CODES = str.maketrans(
 
 
 def flowchart(direction: str, lines: Iterable[str], styles: Mapping[str, str]) -> str:
-    """Return a flowchart.
-
-    Args:
-        direction: `LR` or `TD`.
-        lines: boxes, as `box` writes them, edges and subgraphs.
-        styles: CSS of each class of boxes.
-    """
+    """Return a flowchart, `LR` or `TD`, of boxes, edges and subgraphs; `styles` is the CSS of each class of boxes."""
     classes = (f"  classDef {name} {style}" for name, style in styles.items())
     return "\n".join([f"flowchart {direction}", *lines, *classes])
 

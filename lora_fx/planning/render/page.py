@@ -17,39 +17,22 @@ _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
 def filled(template: str, **slots: str) -> str:
-    """Return a template of this folder with its {{slots}} filled in.
-
-    Args:
-        template: name of the file.
-        slots: HTML or CSS by name of the slot; texts have been escaped.
-    """
+    """Return a template file of this folder with its {{slots}} filled in: HTML or CSS, in which texts are escaped."""
     text = resources.files("lora_fx.planning.render").joinpath(template).read_text(encoding="utf-8")
     return _SLOT.sub(lambda match: slots[match[1]], text)
 
 
 def page(heading: str, header: str, main: str, style: str, paths: Iterable[Iterable[str]] = ()) -> str:
-    """Return a page with search and folding.
+    """Return a page with search and folding: the heading is text, the rest HTML and CSS.
 
-    Args:
-        heading: text of the heading and title.
-        header: HTML under the heading.
-        main: HTML of the page's contents; what `data-k` numbers can be searched.
-        style: more CSS.
-        paths: for each number, paths that lead to it in a search.
+    What `data-k` numbers in `main` can be searched; `paths` holds for each number the paths that lead to it.
     """
     listed = json.dumps(list(map(list, paths)), separators=(",", ":")).replace("<", "\\u003c")
     return filled("page.html", heading=escape(heading), header=header, main=main, style=style, dark=DARK, paths=listed)
 
 
 def entry(title: str, body: str, facts: str | None = None, opened: bool = True) -> str:
-    """Return HTML that folds under a title.
-
-    Args:
-        title: text of the line that stays.
-        body: HTML of what is folded away.
-        facts: text beside the title, if any.
-        opened: whether the body shows before anybody clicks.
-    """
+    """Return HTML that folds under a title, beside which `facts` stand; both are text, the body is HTML."""
     beside = f" <span>{escape(facts)}</span>" if facts is not None else ""
     return f"<details{' open' * opened}><summary><b>{escape(title)}</b>{beside}</summary>{body}</details>"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -54,7 +57,7 @@ def diff_tree(diff: PlanDiff) -> Branch:
 
 def _add(root: Branch, path: str, label: tuple[str, ...], sign: str) -> None:
     name, _, times = path.partition("  ")
-    *above, last = _parts(name)
+    *above, last = re.split(r"(?<!\.)\.(?!\.)", name)  # not at the dots of `{0..11}`
     branch = root
     for part in above:
         branch = branch.parts.setdefault(part, Branch((part,)))
@@ -66,42 +69,34 @@ def _add(root: Branch, path: str, label: tuple[str, ...], sign: str) -> None:
     leaf.label, leaf.kind = (title, *label), _KINDS[sign]
 
 
-def _parts(path: str) -> list[str]:
-    """Split a path at its dots, but not at those of `{0..11}`."""
-    return [part.replace("\0", "..") for part in path.replace("..", "\0").split(".")]
-
-
 def _edges(branch: Branch) -> int:
     return bool(branch.kept) + sum(1 + _edges(part) for part in branch.parts.values())
 
 
 def _by_rule(plan: Plan) -> Branch:
     root = Branch((plan.model, plan.source))
-    for rule in dict.fromkeys(site.rule for site in plan.sites):
-        sites = [site for site in plan.sites if site.rule == rule]
+    for rule, number in Counter(site.rule for site in plan.sites).items():
         kind = "kept" if rule is None else "added"
-        root.parts[str(rule)] = Branch((rule or "no rule", count(len(sites), "site")), kind)
+        root.parts[str(rule)] = Branch((rule or "no rule", count(number, "site")), kind)
     return root
 
 
-def _drawn(branch: Branch, number: Iterator[int], above: int | None) -> Iterator[tuple[int, int | None, Branch]]:
+def _boxes(
+    branch: Branch, numbers: Iterator[int], above: int | None = None
+) -> Iterator[tuple[int, int | None, Branch]]:
     """Yield (number, number of the box above, box) for each box."""
-    own = next(number)
+    own = next(numbers)
     yield own, above, branch
     for part in branch.parts.values():
-        yield from _drawn(part, number, own)
+        yield from _boxes(part, numbers, own)
     if branch.kept:
         label = (f"{count(len(branch.kept), 'site')} kept", listing(branch.kept, 4))
-        yield next(number), own, Branch(label, "kept")
-
-
-def _boxes(root: Branch) -> list[tuple[int, int | None, Branch]]:
-    return list(_drawn(root, iter(range(1 << 30)), None))
+        yield next(numbers), own, Branch(label, "kept")
 
 
 def tree_mermaid(root: Branch) -> str:
     """Return the tree as a flowchart of Mermaid, as pull requests show it."""
-    boxes = _boxes(root)
+    boxes = list(_boxes(root, itertools.count()))
     lines = [f"  {box(f'n{own}', branch.label, branch.kind)}" for own, _, branch in boxes]
     lines += [f"  n{above} --- n{own}" for own, above, _ in boxes if above is not None]
     used = sorted({branch.kind for *_, branch in boxes if branch.kind})
@@ -111,7 +106,7 @@ def tree_mermaid(root: Branch) -> str:
 def tree_dot(root: Branch, name: str = "plan") -> str:
     """Return the tree in Graphviz's language."""
     lines = ["  rankdir=LR", '  node [shape=box, style="filled,rounded", fillcolor=white]']
-    for own, above, branch in _boxes(root):
+    for own, above, branch in _boxes(root, itertools.count()):
         colours = dict(part.split(":") for part in _LOOKS[branch.kind].split(",")) if branch.kind else {}
         look = f', fillcolor="{colours["fill"]}", color="{colours["stroke"]}"' if colours else ""
         lines.append(f"  n{own} [label={quoted(chr(10).join(branch.label))}{look}]")

@@ -1,0 +1,76 @@
+"""One site of an adapter, as its files hold it: the same when it is written and when it is read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from lora_fx.files.adapter.names import bias_key, factor_key, factor_names, magnitude_key
+from lora_fx.planning.sites import Layout
+from lora_fx.rules.ruleset import LoRAConfig
+
+NOTED = ("parameter", "layout", "read", "slices", "call", "calls", "file_ranks")
+"""What lora_fx notes where it is not as for a plain linear; the hash of a header depends on the order."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSite:
+    """The tensors of one site, and what is known of it."""
+
+    stem: str
+    """What stands for the site in the keys."""
+    path: str
+    """Path of the site; of a raw parameter in PEFT's own files, its stem."""
+    lora: LoRAConfig
+    lora_A: Tensor
+    """As the file holds it; `codec` says how for each kind of site."""
+    lora_B: Tensor
+    bias: Tensor | None
+    magnitude: Tensor | None
+    """DoRA's lengths."""
+    embedding: bool
+    """Whether the keys are those of an embedding."""
+    noted: bool = False
+    """Whether lora_fx has noted what follows; PEFT tells nothing of it."""
+    rule: str = ""
+    op: str = ""
+    parameter: str = ""
+    """Dotted name of the weight where it is a raw parameter."""
+    layout: Layout = "out_in"
+    read: bool = False
+    """Whether code reads the weight, instead of (or besides) calling the module that owns it."""
+    slices: dict[str, Any] | None = None
+    call: int | None = None
+    """The call that the adapter serves, where each has its own, and how many there are."""
+    calls: int = 0
+    file_ranks: int = 1
+    """How many times r the configuration's rank is: for parts of the weight, and groups of a convolution."""
+
+    @property
+    def name(self) -> str:
+        """What PEFT's patterns call the site."""
+        return self.parameter or self.stem
+
+    @property
+    def rank(self) -> int:
+        """The rank by the configuration."""
+        return self.lora.r * self.file_ranks
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is written of the site, by its keys."""
+        first, second = factor_names(self.embedding)
+        tensors = {factor_key(self.stem, first): self.lora_A, factor_key(self.stem, second): self.lora_B}
+        if self.magnitude is not None:
+            tensors[magnitude_key(self.stem)] = self.magnitude
+        if self.bias is not None:
+            tensors[bias_key(self.path)] = self.bias
+        return tensors
+
+    def note(self) -> dict[str, Any]:
+        """Return what the header says of the site; what is as for a plain linear is left out."""
+        defaults = {attribute.name: attribute.default for attribute in fields(self)}
+        values = {name: getattr(self, name) for name in NOTED}
+        extra = {name: value for name, value in values.items() if value != defaults[name]}
+        return asdict(self.lora) | {"path": self.path, "op": self.op, "rule": self.rule} | extra
