@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import lora_fx
 from lora_fx.models import torch_internals
+from tests.support import zoo
+from tests.support.zoo import rules
 
 
 def test_private_torch_still_behaves_as_we_rely_on():
@@ -49,3 +52,17 @@ class Loud:
 def test_copies_still_warn_of_everything_else():
     with pytest.warns(FutureWarning, match="loud"):
         torch_internals.deepcopy([Loud()])
+
+
+def test_words_of_torch_to_itself_reach_nobody_who_adapts_an_exported_module():
+    sample = (zoo.features(2, 3),)
+    exported = torch.export.export(zoo.Mlp().eval(), sample).module()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        tuned = lora_fx.apply(exported, rules("**"), sample)
+        assert lora_fx.diff(exported, tuned)
+        with lora_fx.disabled(tuned):
+            assert torch.equal(tuned(*sample), exported(*sample))
+        lora_fx.merge(tuned)
+        lora_fx.remove(tuned)
+    assert heard == []
