@@ -67,6 +67,11 @@ def is_tensor_function(function: object) -> bool:
     return inspect.isfunction(function) and function.__module__ == "torch._tensor"
 
 
+def is_transform(function: object) -> bool:
+    """Whether it is a part of torch.func's transformations (vmap, grad), which some releases show to a function mode."""
+    return str(getattr(function, "__module__", "")).startswith("torch._functorch")
+
+
 def aot_inductor() -> Any:
     """Return the module with `aoti_compile_and_package`, documented under this name; imported when it is needed."""
     return importlib.import_module("torch._inductor")
