@@ -68,7 +68,7 @@ def is_tensor_function(function: object) -> bool:
 
 
 def is_transform(function: object) -> bool:
-    """Whether it is a part of torch.func's transformations (vmap, grad), which some releases show to a function mode."""
+    """Whether it is a part of torch.func's transformations (vmap, grad): some releases show it to a function mode."""
     return str(getattr(function, "__module__", "")).startswith("torch._functorch")
 
 
