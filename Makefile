@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# of make compat: the oldest torch that is supported, or the one that is named
+TORCH ?= 2.9.1
+COMPAT := .venv-compat
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test slow lint docs site-test pictures figures clean
+.PHONY: demo test slow compat lint docs site-test pictures figures clean
 .DELETE_ON_ERROR:
 
 $(VENV)/pip: constraints.txt
@@ -25,6 +28,14 @@ test: $(VENV)/extra-test
 
 slow: $(VENV)/extra-test
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+
+# always a fresh installation, without the pins; libraries that want one torch of their own are left out
+compat:
+	$(PYTHON) -m venv --clear $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet --upgrade pip
+	$(COMPAT)/bin/python -m pip install --quiet "torch==$(TORCH)" --editable '.[compat]'
+	$(COMPAT)/bin/python -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)'
+	$(COMPAT)/bin/python -m pytest -n auto --dist loadfile -p no:cacheprovider
 
 lint: $(VENV)/extra-lint $(VENV)/extra-test
 	$(BIN)/ruff check .
@@ -47,4 +58,4 @@ figures: $(VENV)/extra-test
 	$(BIN)/python benchmarks/figures.py
 
 clean:
-	rm -rf $(VENV) site demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(COMPAT) site demo_output .pytest_cache .mypy_cache .ruff_cache

@@ -50,8 +50,8 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
     return read
 
 
-_HANDLERS = ("torch.nn.modules.module", "torch.nn.utils.", "torch.distributed.", "accelerate.")
-"""Modules that read an attribute to move, shard or return the parameter itself: `get_parameter`, FSDP2, device maps."""
+_HANDLERS = ("torch.nn.modules.module", "torch.nn.utils.", "torch.fx.graph", "torch.distributed.", "accelerate.")
+"""Modules that read an attribute to move, copy, shard or return the parameter itself."""
 
 
 def _wants_parameter() -> bool:

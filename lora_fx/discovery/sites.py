@@ -56,8 +56,10 @@ def refuse_unfit(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise RefusedError("a TorchScript model cannot be adapted", advice="adapt the nn.Module it was made from")
     if seen_through(model) is not model:
-        kind = "a compiled model" if "_orig_mod" in model._modules else f"a model inside of {type(model).__name__}"
-        raise RefusedError(f"{kind} cannot be adapted", advice="adapt the model first, then wrap or torch.compile it")
+        compiled = "_orig_mod" in model._modules
+        kind = "a compiled model" if compiled else f"a model inside of {type(model).__name__}"
+        advice = f"adapt the model first, then {'torch.compile' if compiled else 'wrap'} it"
+        raise RefusedError(f"{kind} cannot be adapted", advice=advice)
     if peft := holds_peft(model):
         raise RefusedError(
             "the model holds adapters of PEFT",

@@ -208,7 +208,9 @@ class _Watch(DispatchMode):
 
     def _refuse_writes(self, func: Any, args: Any) -> None:
         """Stop before a kernel writes to a parameter: the memory is that of the caller's model."""
-        for place in _written(func):
+        for place in (
+            () if name_of(func) == "embedding_renorm_" else _written(func)
+        ):  # max_norm is refused where it counts
             tensor = args[place] if place < len(args) else None
             memory = self._roots.get(_storage(tensor)) if isinstance(tensor, Tensor) else None
             if memory is not None:

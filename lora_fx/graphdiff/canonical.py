@@ -18,6 +18,7 @@ from lora_fx.graphdiff.nodefacts import factor_of, function_name, place_of, stem
 from lora_fx.models.layers import kind_of
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import dotted
+from lora_fx.models.torch_internals import deepcopy
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import is_plain_layer
 from lora_fx.passes.inject import splice_adapters, splice_layer
@@ -43,7 +44,7 @@ def statements_of(graph: fx.Graph, module: nn.Module) -> Statements:
     statements are `linear1 = self.linear1($0) + self.linear1.lora_B(self.linear1.lora_A($0) * 2.0)` and
     `relu = F.relu($0)`.
     """
-    return _Writer(fx.GraphModule(module, copy.deepcopy(graph)), module).statements()
+    return _Writer(fx.GraphModule(module, deepcopy(graph)), module).statements()
 
 
 def placed(written: Statements, module: nn.Module, path: str) -> tuple[list[Statement], dict[str, Weight]]:

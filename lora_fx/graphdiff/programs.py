@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.graphdiff.canonical import placed, statements_of
 from lora_fx.graphdiff.costs import totals
 from lora_fx.graphdiff.graphs import Graph
+from lora_fx.models.torch_internals import deepcopy
 
 
 class ProgramFileError(LoraFxError):
@@ -36,7 +36,7 @@ def load_program(path: Path) -> ExportedProgram:
 def graph_of_program(program: ExportedProgram, name: str) -> Graph:
     """Return the graph of an exported program; its weights are named as in the model that was exported."""
     root, attributes = _tree(program)
-    graph = copy.deepcopy(program.graph)
+    graph = deepcopy(program.graph)
     for node in graph.nodes:
         if node.op == "placeholder" and str(node.target) in attributes:
             node.op, node.target = "get_attr", attributes[str(node.target)]

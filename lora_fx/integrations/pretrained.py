@@ -89,16 +89,19 @@ class AdaptedPretrained(Swapped, nn.Module):
             write_checkpoint(self, Path(save_directory))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-        """Return the input embeddings if they have that size; a change of size is refused."""
-        embeddings: nn.Module = self.get_input_embeddings()  # type: ignore[operator]
-        rows = embeddings._parameters["weight"]
-        if new_num_tokens is not None and rows is not None and new_num_tokens != rows.shape[0]:
+        """Return the input embeddings, resized as the class does; refused where they or the head are trained."""
+        ends = (self.get_input_embeddings(), self.get_output_embeddings())  # type: ignore[operator]
+        rows = ends[0]._parameters["weight"].shape[0]
+        if new_num_tokens in (None, rows):
+            return ends[0]  # type: ignore[no-any-return]
+        mine = {id(parameter) for parameter in trainable(self)}
+        if any(id(p) in mine for end in ends if end is not None for p in end.parameters()):
             raise RefusedError(
-                "the embeddings of an adapted model cannot be resized: its adapters belong to the old ones",
-                [("rows", str(rows.shape[0])), ("wanted", str(new_num_tokens))],
+                "embeddings with an adapter cannot be resized: it belongs to the old ones",
+                [("rows", str(rows)), ("wanted", str(new_num_tokens))],
                 "resize the model, then lora_fx.apply; lora_fx.remove or lora_fx.merge give one that can be resized",
             )
-        return embeddings
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc,no-any-return]
 
 
 @functools.cache

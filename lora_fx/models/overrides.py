@@ -43,9 +43,14 @@ def replaced_forward(module: nn.Module) -> Any:
 
 def _is_of_class(forward: MethodType, module: nn.Module) -> bool:
     kind: Any = type(module)
-    return hasattr(forward.__func__, FOLLOWS) or any(
+    return follows_class(forward.__func__) or any(
         forward.__func__ is vars(base).get("forward") for base in kind.__mro__
     )
+
+
+def follows_class(function: Any) -> bool:
+    """Whether a function stands for the forward of a module's class."""
+    return getattr(function, FOLLOWS, False) is True
 
 
 def follow_class(model: nn.Module) -> None:
@@ -123,7 +128,7 @@ class Rebinding:
 
     def _is_replaced(self, value: Any) -> bool:
         return id(value) in self.modules or (
-            self.class_forward is not None and isinstance(value, FunctionType) and hasattr(value, FOLLOWS)
+            self.class_forward is not None and isinstance(value, FunctionType) and follows_class(value)
         )
 
     def _reaching(self, value: Any, name: str, seen: dict[int, bool]) -> dict[int, bool]:
@@ -202,5 +207,5 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
     elif type(value) in (list, tuple, dict) and len(value) <= _MOST_ITEMS:  # a longer one is data
         yield from value.values() if type(value) is dict else value
-    elif callable(value) and not isinstance(value, (nn.Module, Tensor, type)) and hasattr(value, "__dict__"):
-        yield from vars(value).values()
+    elif callable(value) and not isinstance(value, (nn.Module, Tensor, type)):
+        yield from getattr(value, "__dict__", {}).values()

@@ -7,6 +7,7 @@ what the package relies on.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import inspect
@@ -14,8 +15,9 @@ import logging
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -65,9 +67,24 @@ def is_tensor_function(function: object) -> bool:
     return inspect.isfunction(function) and function.__module__ == "torch._tensor"
 
 
+def is_transform(function: object) -> bool:
+    """Whether it is a part of torch.func's transformations (vmap, grad): some releases show it to a function mode."""
+    return str(getattr(function, "__module__", "")).startswith("torch._functorch")
+
+
 def aot_inductor() -> Any:
     """Return the module with `aoti_compile_and_package`, documented under this name; imported when it is needed."""
     return importlib.import_module("torch._inductor")
+
+
+_T = TypeVar("_T")
+
+
+def deepcopy(value: _T, memo: dict[int, Any] | None = None) -> _T:
+    """Return a deep copy; torch 2.13 warns, when a graph of torch.export is copied, of a class that it made itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        return copy.deepcopy(value, memo)
 
 
 _LOCAL = re.compile(r"L\['(\w+)'\]")

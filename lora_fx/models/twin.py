@@ -5,7 +5,6 @@ The caller's model keeps its flags, values and behaviour; no weight is copied.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from lora_fx.errors import RefusedError
 from lora_fx.models.offload import offloading_hook
 from lora_fx.models.overrides import accelerate_hooks, follow_class, rebind
+from lora_fx.models.torch_internals import deepcopy
 
 
 def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
@@ -31,7 +31,7 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
     memo |= {id(t): t.detach() for t in _computed_tensors(model)}
     memo |= {id(kept): kept for kept in _kept_by_hooks(model)}
     try:
-        twin = copy.deepcopy(model, memo)
+        twin = deepcopy(model, memo)
     except Exception as error:
         parts = list(_uncopyable_parts(model)) or [("(root)", f"{type(error).__name__}: {error}")]
         raise RefusedError(
@@ -91,7 +91,7 @@ def _uncopyable_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
             if name in ("_parameters", "_buffers", "_modules"):
                 continue
             try:
-                copy.deepcopy(value, dict(shared))
+                deepcopy(value, dict(shared))
             except Exception as error:
                 yield f"{path}.{name}".lstrip("."), f"{type(error).__name__}: {error}"
 

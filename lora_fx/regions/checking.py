@@ -5,7 +5,6 @@ Both run on stand-ins, copies of the block, so that a comparison leaves no trace
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from lora_fx.capture.guards import Match
 from lora_fx.capture.tracing.copies import shared_by_copies
 from lora_fx.capture.tracing.recording import Records
 from lora_fx.models.swap import Swapped, take_off
-from lora_fx.models.torch_internals import pytree
+from lora_fx.models.torch_internals import deepcopy, pytree
 from lora_fx.regions.gradients import Run, gradients_differ, values_differ
 from lora_fx.regions.program import Program
 
@@ -208,7 +207,7 @@ def _copy(value: Tensor) -> Tensor:
 
 def stand_in(module: nn.Module) -> nn.Module:
     """Return a copy of a block that shares its parameters, has buffers of its own, and runs no graphs."""
-    duplicate: nn.Module = copy.deepcopy(module, {id(shared): shared for shared in shared_by_copies(module)})
+    duplicate: nn.Module = deepcopy(module, {id(shared): shared for shared in shared_by_copies(module)})
     for inner in duplicate.modules():
         if inner.__dict__.pop(REGION, None) is not None:
             take_off(inner, RunsGraphs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
@@ -17,6 +16,7 @@ from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, memory_of, says_tied, tied_names
+from lora_fx.models.torch_internals import deepcopy
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.passes.contract import rewrite
@@ -128,7 +128,7 @@ def disabled(tuned: nn.Module) -> Iterator[None]:
             region.enabled = False
         if isinstance(tuned, fx.GraphModule):
             stack.callback(setattr, tuned, "graph", tuned.graph)
-            shell = fx.GraphModule(tuned, copy.deepcopy(tuned.graph))
+            shell = fx.GraphModule(tuned, deepcopy(tuned.graph))
             erase_lora_nodes(Editor(shell))
             tuned.graph = shell.graph
         yield

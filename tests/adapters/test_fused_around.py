@@ -65,7 +65,7 @@ def test_forward_mode():
     close(found, torch.func.jvp(lambda x: plain(layer, x), (x,), (tangent,))[1])
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")  # deprecated, and still used
 def test_tracers_and_compilers_see_every_operation():
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -75,7 +75,12 @@ def _weights_of(each: Any) -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_plan_names_every_weight_that_multiplies(name: str):
     assert MODELS is not None
-    model, inputs = MODELS.zoo()[name]()
+    try:
+        model, inputs = MODELS.zoo()[name]()
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        pytest.skip("diffusers is not installed")
     assert missing(planned(model, inputs), counted(model, inputs)) == {}
 
 

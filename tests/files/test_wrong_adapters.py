@@ -104,10 +104,6 @@ def lost_factor(folder) -> None:
     rewrite(folder, lambda tensors: tensors.pop(FIRST_B))
 
 
-def lost_target(folder) -> None:
-    rewrite(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".value." in key])
-
-
 def extra_tensor(folder) -> None:
     rewrite(folder, lambda tensors: tensors.update({"base_model.model.layer.0.unknown": torch.zeros(2)}))
 
@@ -152,7 +148,6 @@ WRONG_FILES = {
     other_rank: "has rank 4, adapter_config.json says 16",
     other_alpha: "contradicts adapter_config.json at layer.0.attention.query",
     lost_factor: f"{FIRST_B}  is missing",
-    lost_target: "target_modules layer.0.attention.value  has no tensors in the file",
     extra_tensor: "base_model.model.layer.0.unknown  is of no kind that lora_fx knows",
     not_a_number: "has NaN or infinite values",
     infinite: "has NaN or infinite values",

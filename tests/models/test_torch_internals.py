@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
+import pytest
 import torch
 from torch import nn
 
+import lora_fx
 from lora_fx.models import torch_internals
+from tests.support import zoo
+from tests.support.zoo import rules
 
 
 def test_private_torch_still_behaves_as_we_rely_on():
@@ -24,3 +30,39 @@ def test_private_torch_still_behaves_as_we_rely_on():
     assert "c == 8" in guards
     assert torch_internals.constant_of(fake.shape[2]) == 8
     assert all(isinstance(table, dict) for table in torch_internals.global_hook_tables())
+
+
+def test_copies_of_exported_modules_say_nothing_of_torchs_own_classes():
+    exported = torch.export.export(nn.Linear(4, 4), (torch.zeros(2, 4),)).module()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        twin = torch_internals.deepcopy(exported)
+    assert heard == []
+    assert torch.equal(twin(torch.ones(2, 4)), exported(torch.ones(2, 4)))
+
+
+class Loud:
+    """Warns when it is copied."""
+
+    def __deepcopy__(self, memo):
+        warnings.warn("loud", FutureWarning, stacklevel=1)
+        return self
+
+
+def test_copies_still_warn_of_everything_else():
+    with pytest.warns(FutureWarning, match="loud"):
+        torch_internals.deepcopy([Loud()])
+
+
+def test_words_of_torch_to_itself_reach_nobody_who_adapts_an_exported_module():
+    sample = (zoo.features(2, 3),)
+    exported = torch.export.export(zoo.Mlp().eval(), sample).module()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        tuned = lora_fx.apply(exported, rules("**"), sample)
+        assert lora_fx.diff(exported, tuned)
+        with lora_fx.disabled(tuned):
+            assert torch.equal(tuned(*sample), exported(*sample))
+        lora_fx.merge(tuned)
+        lora_fx.remove(tuned)
+    assert heard == []

@@ -32,7 +32,7 @@ LOOKALIKES = [
     (foreign.WeightUsedElsewhere, "its weight is read elsewhere too (mean), and must not change"),
     (foreign.TwoCallsOneProduct, "its weight is read elsewhere too (fc_1), and must not change"),
     (foreign.TwoCallsTwoProducts, "its weight is used several times, and not each time with the same product"),
-    (foreign.NotThin, "its inner dimension 16 is not smaller than 16 and 24"),
+    (foreign.NotThin, "its inner dimension 24 is not smaller than 16 or 24"),
     (foreign.BiasWithoutPlace, "it adds a bias to a linear that has none"),
 ]
 

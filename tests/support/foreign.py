@@ -329,7 +329,7 @@ class TwoCallsTwoProducts(Lookalike):
 class NotThin(Lookalike):
     def __init__(self) -> None:
         super().__init__()
-        self.A, self.B = nn.Parameter(torch.zeros(16, 16)), nn.Parameter(torch.zeros(24, 16))
+        self.A, self.B = nn.Parameter(torch.zeros(24, 16)), nn.Parameter(torch.zeros(24, 24))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x) + self.product(x)

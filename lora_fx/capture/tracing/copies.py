@@ -7,7 +7,6 @@ plain object that it holds, gets a dynamic subclass of its class that reports ca
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator
 from types import MethodType
@@ -23,6 +22,7 @@ from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
 from lora_fx.capture.reads.frozen import Freezer, OfType, Unfreezable
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
 from lora_fx.models.swap import is_swapped, origin, swap, unswap
+from lora_fx.models.torch_internals import deepcopy
 
 _LISTENER = "_lora_fx_listener"
 _PATH = "_lora_fx_access"
@@ -219,7 +219,7 @@ def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
     It shares the parameters with the module, not the buffers: torch runs in-place operations on small integer tensors
     (BatchNorm's `num_batches_tracked`) for real, even under fake tensors.
     """
-    duplicate = copy.deepcopy(module, {id(kept): kept for kept in shared_by_copies(module)})
+    duplicate = deepcopy(module, {id(kept): kept for kept in shared_by_copies(module)})
     for path, child in list(duplicate.named_modules()):
         _as_seen(child)
         unswap(child)

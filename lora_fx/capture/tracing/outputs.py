@@ -66,7 +66,8 @@ def _output(writer: GraphWriter, value: Any) -> Any:
     if type(value) is dict:
         return {key: _output(writer, item) for key, item in value.items()}
     if isinstance(value, tuple) and "_fields" in vars(type(value)):
-        return type(value)(*(_output(writer, item) for item in value))
+        # a node: torch 2.9 writes a named tuple into a graph's return without importing its class
+        return writer.emit("call_function", type(value), tuple(_output(writer, item) for item in value))
     return _registered(writer, value)
 
 

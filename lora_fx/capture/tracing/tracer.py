@@ -30,7 +30,7 @@ from lora_fx.capture.tracing.globals import Globals
 from lora_fx.capture.tracing.patches import CustomFunction, patched
 from lora_fx.capture.tracing.proxies import Proxies, is_proxy, settle
 from lora_fx.capture.tracing.recording import NeedsRecord, Records, fake_result, of_shape
-from lora_fx.capture.tracing.writer import GraphWriter, holds_tensor
+from lora_fx.capture.tracing.writer import TRANSFORMED, GraphWriter, holds_tensor
 from lora_fx.models.layers import has_hooks, is_layer
 from lora_fx.models.torch_internals import (
     Fakes,
@@ -38,6 +38,7 @@ from lora_fx.models.torch_internals import (
     enter_autocast,
     exit_autocast,
     is_tensor_function,
+    is_transform,
     pytree,
     set_grad_enabled,
 )
@@ -276,6 +277,8 @@ class Tracer(Listener, FunctionMode):
             self.dependencies.flags[own] = result
         elif kind is TensorQuery.LAYOUT:
             self.dependencies.asks_layout = True
+        elif is_transform(func):
+            raise Untraceable(TRANSFORMED)
         else:
             raise Untraceable(f"the forward asks a tensor for {_name_of_reading(func)}")
 

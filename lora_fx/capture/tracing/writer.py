@@ -26,6 +26,7 @@ from lora_fx.models.torch_internals import (
     write_expression,
 )
 
+TRANSFORMED = "the forward uses a functorch transform (vmap, grad)"
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -136,7 +137,7 @@ class GraphWriter:
         if isinstance(value, FakeTensor):
             raise Untraceable("a tensor comes from an operation that torch does not show")
         if is_functorch_wrapper(value):
-            raise Untraceable("the forward uses a functorch transform (vmap, grad)")
+            raise Untraceable(TRANSFORMED)
         raise Untraceable("a tensor is neither an argument nor a parameter, buffer or attribute of the module")
 
     def attribute(self, name: str) -> fx.Node:
