@@ -17,15 +17,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx.capture.calls.arguments import CONSTANTS, is_constant
-from lora_fx.capture.calls.objects import Undo, reachable
-from lora_fx.capture.reads.codes import Named, codes_inside, named_by
-from lora_fx.capture.reads.frozen import UNCHANGING, Freezer, Frozen, Unfreezable
+from lora_fx.capture.reads.codes import Named, asks_for_class, codes_inside, named_by
+from lora_fx.capture.reads.frozen import Flat, Freezer, Frozen, Parts, Unfreezable
 from lora_fx.capture.reads.functions import CACHED, Functions, cells_of
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
 from lora_fx.capture.reads.sources import ValueSource
+from lora_fx.capture.tracing.changes import Undo
 from lora_fx.capture.tracing.copies import plain_class
 
 _LOOKUPS = ("get", "getenv", "__getitem__", "__contains__", "__iter__")
@@ -34,9 +34,6 @@ _OWN = (("attribute", "__dict__"),)
 _CONTENTS = (("attribute", "cell_contents"),)
 _GUARDED_IN_LIBRARIES = (*CONSTANTS, list, dict, set, types.FunctionType, type)
 _IS_GRAD_ENABLED = torch.is_grad_enabled
-_CLASS = frozenset({"type", "__class__"})
-"""How code gets at the class of an object, whose attributes it can reach by that."""
-_DATES = ("now", "today", "utcnow")
 _QUESTIONS = ("is_", "are_", "get_")
 _ASKED_BY_NAME = frozenset({torch.get_default_dtype, torch.get_num_threads, torch.get_num_interop_threads})
 
@@ -77,8 +74,13 @@ class Globals:
 
     def _called(self, function: Any) -> None:
         owner = function.__self__ if isinstance(function, types.BuiltinFunctionType) else None
-        is_date = isinstance(owner, type) and issubclass(owner, datetime.date)
-        if (owner is time and function.__name__ != "sleep") or (is_date and function.__name__ in _DATES):
+        if owner is time and function.__name__ != "sleep":
+            self.refuse(f"the forward reads the clock ({function.__name__})")
+        if (
+            isinstance(owner, type)
+            and issubclass(owner, datetime.date)
+            and function.__name__ in ("now", "today", "utcnow")
+        ):
             self.refuse(f"the forward reads the clock ({function.__name__})")
         if function is torch.is_inference_mode_enabled:
             self.refuse("the forward asks for inference mode")
@@ -120,7 +122,7 @@ class Globals:
         try:
             for named in named_by(code):
                 self._name(named, frame)
-            if not _CLASS.isdisjoint(code.co_names):
+            if asks_for_class(code):
                 self._class_of(frame)
             if code not in self._inside:
                 self._function(frame)
@@ -159,7 +161,11 @@ class Globals:
 
     def _class_of(self, frame: types.FrameType) -> None:
         """Note the constants of the class of `self`."""
-        for base in _classes_of_self(frame):
+        owner = frame.f_locals.get("self")
+        kind = plain_class(owner)
+        for base in kind.__mro__ if isinstance(owner, nn.Module) else ():
+            if is_library_module(base.__module__):
+                continue
             for name, value in vars(base).items():
                 if not name.startswith("__") and (is_constant(value) or isinstance(value, (list, dict, set))):
                     self._note(ValueSource(base, (*_OWN, ("item", name)), f"{base.__name__}.{name}"), value)
@@ -168,8 +174,10 @@ class Globals:
 
     def _function(self, frame: types.FrameType) -> None:
         """Note the defaults and the closure of the function that starts, and where it is found."""
-        for kind in _classes_of_self(frame):
-            self._functions.search_class(kind)
+        owner = frame.f_locals.get("self")
+        for kind in plain_class(owner).__mro__ if isinstance(owner, nn.Module) else ():
+            if not is_library_module(kind.__module__):
+                self._functions.search_class(kind)
         for function, source in self._functions.running(frame):
             if source is not None:
                 self._note(source, source.value())
@@ -190,8 +198,7 @@ class Globals:
             self.readings[source] = self._freezer.freeze(value)
         except Unfreezable as error:
             raise Unfreezable(f"the forward reads {source.name}, {error}") from None
-        inside = reachable(value, (Tensor, nn.Module, *UNCHANGING))
-        self._kept[source] = (value, Undo(part for part in inside if isinstance(part, (list, dict, set))))
+        self._kept[source] = (value, Undo(value if isinstance(self.readings[source], (Flat, Parts)) else None))
         if isinstance(value, CACHED):
             self._caches[value] = value.cache_info().currsize
 
@@ -224,13 +231,6 @@ class _OutsideFreezer(Freezer):
         if id(value) in self.paths:
             raise Unfreezable("that leads to the module itself")
         return super().module(value)
-
-
-def _classes_of_self(frame: types.FrameType) -> list[type]:
-    """Return the classes, those of libraries apart, of the module whose method runs."""
-    owner = frame.f_locals.get("self")
-    kinds = plain_class(owner).__mro__ if isinstance(owner, nn.Module) else ()
-    return [kind for kind in kinds if not is_library_module(kind.__module__)]
 
 
 def _leads_on(value: Any) -> bool:
