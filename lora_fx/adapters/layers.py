@@ -72,7 +72,7 @@ def shown(adapter: Attached, base: Tensor) -> Tensor:
     if adapter.magnitude is not None or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
         return effective_weight(adapter, base)
     dropout = adapter.dropout if adapter.dropout is not None and adapter.dropout.training else None
-    return LoRAWeight(Part(base, adapter.low_rank(), dropout))
+    return LoRAWeight(Part(base, adapter.low_rank(), dropout, is_called=not shown_parameters(owner)))
 
 
 def effective_weight(adapter: Attached, base: Tensor) -> Tensor:

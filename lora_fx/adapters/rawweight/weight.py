@@ -32,6 +32,8 @@ class Part:
     dropout: Callable[[Tensor], Tensor] | None
     picked: bool = False
     """Whether it is a member of a bank that an index tensor has picked."""
+    is_called: bool = False
+    """Whether its owner adds the adapter to its own output: others read the weight, and seldom."""
 
     def dense(self) -> Tensor:
         """Return W + scaling · B A, a plain tensor in W's dtype, through which gradients reach the factors."""
@@ -149,8 +151,10 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name == "is_leaf":
         return False  # an optimiser refuses it: what it would change is made at each read
     if name == "requires_grad":
-        # an autograd function (of a chunked loss) asks what gradients it must make; a forward, what its base is like
-        return _kept(args[0]).base.requires_grad or (not torch.is_grad_enabled() and func(*args))
+        part = _kept(args[0])
+        if part.is_called and torch.is_grad_enabled():  # a forward asks what its layer is like: frozen
+            return part.base.requires_grad
+        return part.low.rows.requires_grad or part.low.columns.requires_grad
     for weight in weights.values():
         result = _product(name, func, args, kwargs, weight)
         if result is None and args and args[0] is weight:
