@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import READS, STATE, AdapterState, Attached, attached, attached_to, has_call_factors
+from lora_fx.adapters.attach import (
+    READS,
+    STATE,
+    AdapterState,
+    Attached,
+    attached,
+    attached_to,
+    has_call_factors,
+    shown_parameters,
+)
 from lora_fx.adapters.factors.dora import row_norms, stretch
 from lora_fx.adapters.factors.kinds import CallFactors
 from lora_fx.adapters.factors.lora import add_low_rank, as_rows
