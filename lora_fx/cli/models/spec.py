@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.api import apply, diff, load
+from lora_fx.api import apply, diff
 from lora_fx.cli.models.checkpoint import INDEX_SUFFIX, checkpoint_model
+from lora_fx.discovery.study import observed
 from lora_fx.errors import LoraFxError
+from lora_fx.files.adapter.read import read_adapters
+from lora_fx.files.adapter.resolve import resolved, uses_in_files
+from lora_fx.files.adapter.restore import decisions_in
 from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_of
-from lora_fx.models.samples import call
+from lora_fx.models.samples import call, samples_for
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.text import count
-from lora_fx.tuned.report import report
 
 FORMS = "package.module:factory, file.py:factory, hf:DIRECTORY, a .pt2 or a .safetensors file"
 
@@ -72,8 +75,9 @@ def check_fit(adapter: str, spec: str) -> str:
         AdapterFileError: its files are damaged.
     """
     model, inputs = load_model(spec)
-    tuned = load(model, adapter, inputs)
-    sites = len(report(tuned).sites)
+    files = resolved(read_adapters(adapter), model)
+    seen = observed(model, samples_for(model, inputs), uses_in_files(files, model))
+    sites = len(decisions_in(files, seen.inventory, model).adapted)
     return f"fits {type(model).__name__}: {count(sites, 'site')} with the names and shapes of the adapter"
 
 
