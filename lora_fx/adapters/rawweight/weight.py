@@ -152,8 +152,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return False  # an optimiser refuses it: what it would change is made at each read
     if name == "requires_grad":
         part = _kept(args[0])
-        if part.is_called and torch.is_grad_enabled():  # a forward asks what its layer is like: frozen
-            return part.base.requires_grad
+        if part.is_called:  # a forward asks what its layer is like; an autograd function, what gradients it must make
+            return part.base.requires_grad or (not torch.is_grad_enabled() and func(*args))
         return part.low.rows.requires_grad or part.low.columns.requires_grad
     for weight in weights.values():
         result = _product(name, func, args, kwargs, weight)
