@@ -17,7 +17,7 @@ from lora_fx.discovery.sites import refuse_unfit, take_inventory, uses_in, uses_
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse, weight_uses
 from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.layers import has_unknown_weights
-from lora_fx.models.samples import Sample, Samples
+from lora_fx.models.samples import Sample, Samples, candidates
 from lora_fx.models.tensors import dotted
 from lora_fx.planning.decide import on_modules, still_fitting
 from lora_fx.planning.plan import Decisions, Plan
@@ -90,15 +90,9 @@ def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | 
     uses, samples, note = None, tried.items, ""
     runs = not isinstance(model, fx.GraphModule)
     if samples and runs:
-        if tried.others:
-            tried = _first_that_runs(model, tried)
-            samples = tried.items
-        try:
-            uses = _watched_uses(model, samples)
-        except RefusedError:
-            raise
-        except Exception as unwatched:
-            samples, note = _unwatched(model, tried, unwatched)
+        attempts = (_shown_by(model, replace(tried, items=items)) for items in candidates(model, tried))
+        first = next(attempts)
+        uses, samples, note = first if first[1] else next((other for other in attempts if other[1]), first)
     if uses is None and runs and (samples or not note) and any(map(has_unknown_weights, model.modules())):
         uses = _symbolic_uses(model)
     if known:
@@ -107,14 +101,18 @@ def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | 
     return Observed(model, take_inventory(model, uses), samples, note)
 
 
-def _first_that_runs(model: nn.Module, tried: Samples) -> Samples:
-    """Return, of samples that were made up for the model, the first that it runs on; the first of all if none."""
-    for items in (tried.items, *tried.others):
-        with contextlib.suppress(Exception), _trial_in_inference(model) as twin:
-            for sample in items:
-                twin(*sample.args, **sample.kwargs)
-            return replace(tried, items=items)
-    return tried
+def _shown_by(model: nn.Module, tried: Samples) -> tuple[Uses | None, tuple[Sample, ...], str]:
+    """Return what a run of the samples shows, the samples themselves if the model runs on them, and a note if not so.
+
+    Raises:
+        RefusedError, CaptureError: as `observed`.
+    """
+    try:
+        return _watched_uses(model, tried.items), tried.items, ""
+    except RefusedError:
+        raise
+    except Exception as unwatched:
+        return None, *_unwatched(model, tried, unwatched)
 
 
 def _unwatched(model: nn.Module, tried: Samples, unwatched: Exception) -> tuple[tuple[Sample, ...], str]:

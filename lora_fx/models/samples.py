@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +33,6 @@ class Samples:
     """Whether they are the user's own, which the model must not refuse."""
     on_meta: bool
     """Whether the model, and so they, have no values."""
-    others: tuple[tuple[Sample, ...], ...] = ()
-    """What else may suit the model, where they were made up."""
 
 
 def samples_for(model: nn.Module, example_inputs: object) -> Samples:
@@ -45,11 +44,17 @@ def samples_for(model: nn.Module, example_inputs: object) -> Samples:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, found {type(model).__name__}")
-    made = () if example_inputs is not None else made_up(model)
-    first, *others = made or ((),) if example_inputs is None else (samples_of(example_inputs),)
-    if on_meta := is_meta(model):
-        first, *others = (tuple(map(_on_meta, samples)) for samples in (first, *others))
-    return Samples(first, example_inputs is not None, on_meta, tuple(others))
+    samples = next(_made_up(model), ()) if example_inputs is None else samples_of(example_inputs)
+    on_meta = is_meta(model)
+    return Samples(tuple(map(_on_meta, samples)) if on_meta else samples, example_inputs is not None, on_meta)
+
+
+def candidates(model: nn.Module, tried: Samples) -> Iterator[tuple[Sample, ...]]:
+    """Yield the samples, and, where they were made up, what else may suit the model, made when it is asked for."""
+    yield tried.items
+    if not tried.given:
+        for samples in itertools.islice(_made_up(model), 1, None):
+            yield tuple(map(_on_meta, samples)) if tried.on_meta else samples
 
 
 def _on_meta(sample: Sample) -> Sample:
@@ -93,13 +98,12 @@ def _sample(item: object) -> Sample:
     )
 
 
-def made_up(model: nn.Module) -> tuple[tuple[Sample, ...], ...]:
-    """Return inputs that may suit the model, the likeliest first: of its class, of Lightning, of its config.
+def _made_up(model: nn.Module) -> Iterator[tuple[Sample, ...]]:
+    """Yield inputs that may suit the model, the likeliest first: of its class, of Lightning, of its config.
 
     transformers' `dummy_inputs` are token ids, whatever a model takes.
     """
-    given = [dummy_samples(model), _of_lightning(model), _of_texts(model), _of_config(model)]
-    return tuple(samples for samples in given if samples)
+    return filter(None, (make(model) for make in (dummy_samples, _of_lightning, _of_texts, _of_config)))
 
 
 def _of_lightning(model: nn.Module) -> tuple[Sample, ...]:
