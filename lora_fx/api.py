@@ -15,8 +15,6 @@ from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.fused.contraction import contraction_teller
 from lora_fx.discovery.study import observed, renewed
 from lora_fx.files.adapter import peftfiles, restore, write
-from lora_fx.files.adapter.read import read_adapters
-from lora_fx.files.adapter.resolve import resolved, uses_in_files
 from lora_fx.files.checkpoint import streaming
 from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import Rounding
@@ -169,10 +167,8 @@ def load(
         RefusedError: a site that cannot be adapted.
     """
     passes = build.optimisations(optimise)
-    files = resolved(read_adapters(directory), model)
-    peftfiles.warn_of_missing(files[0], model)
-    seen = observed(model, samples_for(model, example_inputs), uses_in_files(files, model))
-    plan = seen.planned(restore.decisions_in(files, seen.inventory, model))
+    files, seen, decisions = restore.fitted(directory, model, samples_for(model, example_inputs))
+    plan = seen.planned(decisions)
     twin = build.build(model, plan)
     restore.fill(twin, files)
     peftfiles.refuse_beyond_peft(twin, files)

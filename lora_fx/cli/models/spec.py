@@ -16,11 +16,8 @@ from torch import nn
 
 from lora_fx.api import apply, diff
 from lora_fx.cli.models.checkpoint import INDEX_SUFFIX, checkpoint_model
-from lora_fx.discovery.study import observed
 from lora_fx.errors import LoraFxError
-from lora_fx.files.adapter.read import read_adapters
-from lora_fx.files.adapter.resolve import resolved, uses_in_files
-from lora_fx.files.adapter.restore import decisions_in
+from lora_fx.files.adapter.restore import fitted
 from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_of
@@ -75,9 +72,8 @@ def check_fit(adapter: str, spec: str) -> str:
         AdapterFileError: its files are damaged.
     """
     model, inputs = load_model(spec)
-    files = resolved(read_adapters(adapter), model)
-    seen = observed(model, samples_for(model, inputs), uses_in_files(files, model))
-    sites = len(decisions_in(files, seen.inventory, model).adapted)
+    _, _, decisions = fitted(adapter, model, samples_for(model, inputs))
+    sites = len(decisions.adapted)
     return f"fits {type(model).__name__}: {count(sites, 'site')} with the names and shapes of the adapter"
 
 

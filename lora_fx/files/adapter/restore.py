@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -9,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, attached_to
+from lora_fx.discovery.study import Observed, observed
 from lora_fx.errors import AdapterMismatchError, RefusedError
+from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.codec import Form, decode, form_of, has_other_border, misfit
 from lora_fx.files.adapter.header import slices_of
-from lora_fx.files.adapter.read import AdapterFile
+from lora_fx.files.adapter.read import AdapterFile, read_adapters
+from lora_fx.files.adapter.resolve import resolved, uses_in_files
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.fingerprint import same_values, sample_values
+from lora_fx.models.samples import Samples
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.plan import Decisions
@@ -23,6 +28,23 @@ from lora_fx.planning.sites import Site
 from lora_fx.rules.ruleset import Slices
 
 Mismatch = tuple[str, str, str]
+
+
+def fitted(
+    directory: str | os.PathLike[str], model: nn.Module, tried: Samples
+) -> tuple[list[AdapterFile], Observed, Decisions]:
+    """Return the files of a directory as the model names what is in them, the model as it was seen, and the decisions.
+
+    Needs no values; the model stays unchanged.
+
+    Raises:
+        AdapterFileError: missing, damaged or contradictory files.
+        AdapterMismatchError, RefusedError, CaptureError: as `decisions_in` and `observed`.
+    """
+    files = resolved(read_adapters(directory), model)
+    peftfiles.warn_of_missing(files[0], model)
+    seen = observed(model, tried, uses_in_files(files, model))
+    return files, seen, decisions_in(files, seen.inventory, model)
 
 
 def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module) -> Decisions:
