@@ -108,7 +108,6 @@ class AdaptedPretrained(Swapped, nn.Module):
 def pretrained(refused: tuple[str, ...]) -> type:
     """Return the mixin for an adapted transformers model that has these methods, which are refused."""
     body: dict[str, Any] = {name: _refusing(name) for name in refused}
-    body["forward"] = AdaptedPretrained.forward
     return type("AdaptedPretrained", (AdaptedPretrained,), {**body, MADE_BY: (pretrained, (refused,))})
 
 

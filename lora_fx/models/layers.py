@@ -94,7 +94,7 @@ def base_output(layer: nn.Module, input: Tensor) -> Tensor:
     if isinstance(layer, nn.Embedding):
         kept = (layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse)
         return F.embedding(input, weight, *kept)
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(layer, _CONVOLUTIONS):
         convolved: Tensor = layer._conv_forward(input, weight, bias)
         return convolved
     assert bias is not None  # transformers' Conv1D

@@ -73,8 +73,8 @@ def _class_forward(kind: Any) -> Callable[..., Any]:
 
 def with_class_forwards(model: nn.Module) -> None:
     """Put the forward of the module's class wherever a function stands for it, in place: nothing of ours is left."""
-    for path, module in model.named_modules():
-        _rebind_all(path, module, Rebinding({}, type(module).forward))
+    for module in model.modules():
+        _rebind_all(module, Rebinding({}, type(module).forward))
 
 
 def rebind(twin: nn.Module, copies: Mapping[int, object]) -> None:
@@ -92,7 +92,7 @@ def rebind(twin: nn.Module, copies: Mapping[int, object]) -> None:
     problems: list[tuple[str, str]] = []
     for path, module in twin.named_modules():
         rebinding = Rebinding(modules, None)
-        _rebind_all(path, module, rebinding)
+        _rebind_all(module, rebinding)
         problems += [(f"{path}.{name}".lstrip("."), reason) for name, reason in rebinding.problems]
     if problems:
         raise RefusedError(
@@ -102,7 +102,7 @@ def rebind(twin: nn.Module, copies: Mapping[int, object]) -> None:
         )
 
 
-def _rebind_all(path: str, module: nn.Module, rebinding: Rebinding) -> None:
+def _rebind_all(module: nn.Module, rebinding: Rebinding) -> None:
     tables = [vars(module)] + [table for name in _HOOK_TABLES if (table := vars(module).get(name))]
     for table in tables:
         for name, value in list(table.items()):

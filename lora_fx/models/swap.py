@@ -59,8 +59,9 @@ def swapped_class(original: type, mixin: type) -> type:
     """Return the subclass of `original` with the behaviour of `mixin`, the same object at every call."""
     names = ("__module__", "__qualname__", "__doc__")
     body = {name: getattr(original, name) for name in names} | {_ORIGIN: (original, mixin)}
-    if "forward" in vars(mixin):
-        body["forward"] = _shown_as(original.forward, mixin.forward)  # type: ignore[attr-defined]
+    forward: Any = getattr(mixin, "forward", nn.Module.forward)
+    if forward is not nn.Module.forward:  # of its own, or of the mixin that it was made from
+        body["forward"] = _shown_as(original.forward, forward)  # type: ignore[attr-defined]
     made: type = type(original)(original.__name__, (mixin, original), body)
     return made
 

@@ -109,7 +109,7 @@ def _saved(found: _Found, group: Sequence[_Found]) -> SavedSite:
     """Return a site as its file holds it."""
     adapter, spec = found.adapter, found.adapter.spec
     lora_A, lora_B = encoded(adapter)
-    bias = adapter.owner._parameters.get("bias") if spec.path_is_owner and spec.lora.bias else None
+    bias = adapter.trained_bias
     groups = adapter.lora_A.groups if isinstance(adapter.lora_A, ConvolutionA) else 1
     return SavedSite(
         stem=_stem(found, [other.adapter for other in group if other.adapter.owner is adapter.owner]),
