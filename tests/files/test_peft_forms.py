@@ -17,22 +17,14 @@ pytest.importorskip("transformers")
 
 import peft
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_fx
-from tests.support.around import assert_close
+from tests.support.around import assert_close, llama, logits
 
-IDS = torch.tensor([[1, 5, 7, 9, 3]])
 WEIGHTS = "adapter_model.safetensors"
 pytestmark = pytest.mark.filterwarnings(  # PEFT's and transformers' own
     "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning"
 )
-
-
-def llama(tied: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60, tie_word_embeddings=tied, initializer_range=0.3)).eval()
 
 
 def written(model: nn.Module, folder: Path, save: dict[str, Any] | None = None, **settings: Any) -> nn.Module:
@@ -46,11 +38,6 @@ def written(model: nn.Module, folder: Path, save: dict[str, Any] | None = None, 
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     twin.save_pretrained(folder, **(save or {}))
     return twin
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 Q = ["q_proj"]

@@ -8,33 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 import lora_fx
-from tests.support.around import assert_close, filled
+from tests.support.around import IDS, assert_close, filled, llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # transformers' and PEFT's own
 RULES = {"version": 1, "rules": [{"match": {"name": "**", "op": "linear"}, "lora": {"r": 2, "alpha": 4}}]}
-IDS = torch.tensor([[1, 5, 7, 9, 3]])
-
-
-def llama(tied: bool = False) -> PreTrainedModel:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60, tie_word_embeddings=tied, initializer_range=0.3)).eval()
 
 
 def adapted(tied: bool = False, **rules: Any) -> PreTrainedModel:
     return filled(lora_fx.apply(llama(tied), RULES | rules))
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def test_save_pretrained_writes_what_load_and_peft_read(tmp_path):

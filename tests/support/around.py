@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora_fx
 
@@ -20,3 +21,21 @@ def filled(tuned: nn.Module, scale: float = 0.3) -> nn.Module:
         for parameter in lora_fx.parameters(tuned):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return tuned
+
+
+IDS = torch.tensor([[1, 5, 7, 9, 3]])
+
+
+def llama(tied: bool = False) -> Any:
+    """Return a tiny LlamaForCausalLM, the same at every call; transformers must be there."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60, tie_word_embeddings=tied, initializer_range=0.3)).eval()
+
+
+def logits(model: Any) -> Tensor:
+    """Return what the model makes of `IDS`."""
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
