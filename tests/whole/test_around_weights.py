@@ -110,6 +110,24 @@ def test_gradient_of_a_fused_loss_reaches_the_factors():
         assert_close(one, other)
 
 
+def test_asking_a_weight_for_its_dtype_keeps_nothing_for_the_backward():
+    tuned = filled(lora_fx.apply(head(), ALL, (rows(),)))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        assert tuned.head.weight.dtype == torch.float32
+    assert not kept
+
+
+def test_read_weight_is_not_differentiated_with_factors_that_changed_since():
+    tuned = filled(lora_fx.apply(head(), ALL, (rows(),)))
+    loss = ChunkedLoss.apply(torch.randn(3, 8), tuned.head.weight)
+    for factor in lora_fx.parameters(tuned):
+        with torch.no_grad():
+            factor.mul_(2)
+    with pytest.raises(RuntimeError, match="LoRA factors were changed in place"):
+        loss.backward()
+
+
 def test_parameter_itself_is_what_get_parameter_gives_and_what_writes_reach():
     tuned = lora_fx.apply(head(), ALL, (rows(),))
     parameter = tuned.get_parameter("head.weight")

@@ -90,18 +90,24 @@ _PLAIN = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class _Shown(torch.autograd.Function):
-    """Lets a gradient of the whole weight, should somebody compute one, reach the factors."""
+    """Lets a gradient of the whole weight, should somebody compute one, reach the factors.
+
+    Nothing is saved by way of autograd: a model that only asks a weight for its dtype saves as many tensors as its
+    graph, which need not ask, and checkpointing compares the two numbers.
+    """
 
     @staticmethod
     def forward(ctx: Any, part: Part, base: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         ctx.view, ctx.r, ctx.scaling = part.low.view, part.low.r, part.low.scaling
-        ctx.save_for_backward(rows, columns)
+        ctx.factors = tuple((factor.detach(), factor._version) for factor in (rows, columns))
         return _bare(LoRAWeight, base)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if any(factor._version != version for factor, version in ctx.factors):
+            raise RuntimeError("LoRA factors were changed in place after a weight was read that is differentiated now")
         with torch.enable_grad():
-            rows, columns = (factor.detach().requires_grad_() for factor in ctx.saved_tensors)
+            rows, columns = (factor.detach().requires_grad_() for factor, _ in ctx.factors)
             dense = Factored(ctx.view, rows, columns, ctx.r, ctx.scaling).dense()
             gradients = torch.autograd.grad(dense, (rows, columns), gradient.to(dense.dtype))
         return None, None, *gradients
