@@ -109,7 +109,7 @@ class _SymbolicTracer(Listener, fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            raise Untraceable("the forward uses a tensor that is no parameter")
+            raise Untraceable("the forward uses a tensor that is not a parameter")
         return super().create_arg(a)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:

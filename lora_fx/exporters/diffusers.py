@@ -42,7 +42,7 @@ _CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules",
 def refused(tuned: nn.Module) -> Iterator[Refusal]:
     """Yield (path, reason) for what diffusers does not load, or would compute otherwise."""
     if not any("load_lora_adapter" in vars(kind) for kind in type(tuned).__mro__):
-        yield "", f"{type(tuned).__name__} is no model of diffusers that loads adapters; target='peft' fits any model"
+        yield "", f"{type(tuned).__name__} is not a diffusers model that loads adapters; target='peft' fits any model"
     yield from refusals(tuned, REFUSED)
     yield from peft.beyond_peft(tuned)
 

@@ -184,7 +184,7 @@ def _write_adapter_for(parts: BaseGraphParts, path: Path, graph: str | Path | No
     ]
     if problems:
         raise ExportError(
-            "onnx", f"{graph} is no graph for this adapter", problems, "export the graph from this adapter"
+            "onnx", f"{graph} is not a graph for this adapter", problems, "export the graph from this adapter"
         )
     _write_adapter(path, values)
 
@@ -194,7 +194,7 @@ def _note_of(graph: Path) -> dict[str, Any]:
     try:
         note: dict[str, Any] = json.loads(ir.load(graph).metadata_props[NOTE])
     except (KeyError, OSError) as error:
-        raise ExportError("onnx", f"{graph} is no graph that lora_fx has exported", [as_fact(error)]) from error
+        raise ExportError("onnx", f"{graph} is not a graph that lora_fx has exported", [as_fact(error)]) from error
     return note
 
 

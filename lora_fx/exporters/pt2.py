@@ -92,7 +92,7 @@ def _write_values_for(parts: BaseGraphParts, path: Path, program: str | Path | N
     problems = [(name, _misfit(values[name], state.get(name))) for name, value in fitted.items() if value is None]
     if problems:
         raise ExportError(
-            "pt2", f"{program} is no program for this adapter", problems, "export the program from this adapter"
+            "pt2", f"{program} is not a program for this adapter", problems, "export the program from this adapter"
         )
     _write_values(path, {name: value for name, value in fitted.items() if value is not None})
 

@@ -67,7 +67,7 @@ def read_raw(path: Path) -> RawFile:
     content = _json(path, text)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _damaged(path, "its metadata is no table of strings")
+        _damaged(path, "its metadata is not a table of strings")
     tensors = dict(sorted(_tensors(path, content), key=lambda item: item[1][2:]))
     _check_ranges(path, tensors, size - 8 - length)
     return RawFile(path, 8 + length, size, hashlib.sha256(text).hexdigest(), tensors, metadata)

@@ -166,7 +166,7 @@ def _check(graph: Graph) -> None:
     for position, node in enumerate(graph.nodes):
         where = f"node {position} ({node.path or node.op})"
         if not all(type(source) is int and 0 <= source < position for source in node.inputs):
-            raise GraphFileError(f"{where} has an input that is no earlier node")
+            raise GraphFileError(f"{where} has an input that is not an earlier node")
         referred = [int(number) for number in _REFERENCE.findall(node.code) if number != "$"]
         if max(referred, default=-1) >= len(node.inputs):
             raise GraphFileError(f"{where} refers to an input that it has not")

@@ -31,7 +31,7 @@ def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contrac
     inside = [planned for planned in plan.sites if planned.path.startswith(f"{path}.")]
     if inside:
         rows = [(planned.path, planned.site.text(), planned.decision, planned.reason) for planned in inside]
-        return f"{path} is no site; these lie in it:\n{columns(rows)}"
+        return f"{path} is not a site; these lie in it:\n{columns(rows)}"
     raise UnknownPathError(_unknown(inventory, path))
 
 

@@ -33,7 +33,7 @@ def obstacle_to_fusing(site: Site, are_runs: bool, per_call: bool, dtype: str) -
     elif site.read or site.parameter:
         reason = "a weight that is read goes"
     elif not are_runs:
-        reason = "slices of rows that are no neighbours go"
+        reason = "slices of rows that do not adjoin go"
     elif per_call:
         reason = "an adapter for each call goes"
     elif dtype not in FUSED_DTYPES:

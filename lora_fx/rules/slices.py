@@ -23,7 +23,7 @@ def read_slices(reader: NodeReader, node: YamlNode) -> Slices | None:
     for item in given["adapt"].items or ():
         if names and isinstance(item.value, str) and item.value not in names:
             hint = f"{did_you_mean(item.value, names)}parts: {', '.join(names)}"
-            reader.problem(item.span, f"'{item.value}' is no part", hint)
+            reader.problem(item.span, f"'{item.value}' is not a part", hint)
     if len(set(adapt)) != len(adapt):
         reader.problem(given["adapt"].span, "adapt names a part twice")
     return Slices(parts, adapt)

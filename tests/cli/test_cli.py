@@ -144,8 +144,8 @@ def test_rule_that_matches_nothing_ends_with_1(model_file):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nonsense", "'nonsense' is no model: write package.module:factory, file.py:factory, hf:DIRECTORY"),
-        (":f", "':f' is no model: write package.module:factory"),
+        ("nonsense", "'nonsense' is not a model: write package.module:factory, file.py:factory, hf:DIRECTORY"),
+        (":f", "':f' is not a model: write package.module:factory"),
         ("nowhere.at.all:f", "there is no module 'nowhere.at.all'"),
         ("missing.py:f", "missing.py: no such file"),
         ("hf:nowhere", "nowhere/config.json does not exist"),

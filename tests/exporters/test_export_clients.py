@@ -110,7 +110,7 @@ def flux() -> tuple[nn.Module, Sample]:
 
 
 def test_model_of_diffusers_that_loads_no_adapters_is_refused(tmp_path):
-    with pytest.raises(ExportError, match="no model of diffusers that loads adapters"):
+    with pytest.raises(ExportError, match="is not a diffusers model that loads adapters"):
         lora_fx.export(mixed(DIT)[0], tmp_path / "x", "diffusers")
 
 

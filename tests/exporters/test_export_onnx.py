@@ -115,7 +115,7 @@ def test_adapter_alone_is_verified_with_its_graph(folder: Path, tmp_path: Path, 
 
 def test_adapter_of_a_site_that_the_graph_has_no_input_for_is_refused(folder: Path, tmp_path: Path):
     other = adapted(rules(["layer.0.output", "classifier"]))
-    with pytest.raises(ExportError, match="no graph for this adapter") as caught:
+    with pytest.raises(ExportError, match="not a graph for this adapter") as caught:
         export(other, tmp_path / "other.onnx_adapter", "onnx", call_encoder(), graph=folder / "model.onnx")
     assert caught.value.facts == (
         ("classifier.lora_A.weight", "the graph has no such input"),

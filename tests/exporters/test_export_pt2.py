@@ -80,7 +80,7 @@ def test_another_adapter_is_put_into_the_same_program_whatever_its_scaling_and_a
 
 def test_adapter_that_the_program_has_no_room_for_is_refused(folder: Path, tmp_path: Path):
     other = adapted(rules(["layer.0.output", "embeddings"], r=3))
-    with pytest.raises(ExportError, match="no program for this adapter") as caught:
+    with pytest.raises(ExportError, match="not a program for this adapter") as caught:
         export(other, tmp_path / "other.safetensors", "pt2", call_encoder(), program=folder / "model.pt2")
     assert dict(caught.value.facts) == {
         "embeddings.lora_A.default.weight": "the program has no such parameter",

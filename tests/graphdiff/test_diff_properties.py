@@ -171,7 +171,7 @@ def test_weights_of_another_shape_or_dtype_are_a_difference():
         ("[]", "not a graph"),
         ('{"kind": "lora_fx graph", "schema_version": 99}', "schema version 1"),
         ('{"kind": "lora_fx graph", "schema_version": 1, "name": "A", "parameters": 0, "bytes": 0, "weights": {}, '
-         '"nodes": [{"path": "", "op": "relu", "name": "y", "code": "relu($0)", "inputs": [3]}]}', "no earlier node"),
+         '"nodes": [{"path": "", "op": "relu", "name": "y", "code": "relu($0)", "inputs": [3]}]}', "not an earlier node"),
         ('{"kind": "lora_fx graph", "schema_version": 1, "name": "A", "parameters": 0, "bytes": 0, "weights": {}, '
          '"nodes": [{"path": "", "op": "relu", "name": "y", "code": "relu($0)"}]}', "refers to an input"),
         ('{"kind": "lora_fx graph", "schema_version": 1, "name": "A", "parameters": 0, "bytes": 0, "weights": {}, '

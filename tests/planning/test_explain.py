@@ -50,7 +50,7 @@ def test_skipped_and_tied_site_is_told_with_the_reason():
 
 def test_globs_and_modules_explain_all_that_they_hold():
     assert explained("h.*.c_attn").count("adapt by wide") == 3
-    assert explained("h.1").startswith("h.1 is no site; these lie in it:\n  h.1.c_attn")
+    assert explained("h.1").startswith("h.1 is not a site; these lie in it:\n  h.1.c_attn")
 
 
 def test_name_of_nothing_is_an_error_with_the_nearest_names():

@@ -239,7 +239,7 @@ RULE = "version: 1\nrules:\n  - match: {name: a}\n"
         (RULE + "    match: {name: b}\n", (4, 5, "the key 'match' stands here twice, first in line 3")),
         (RULE + "    3: b\n", (4, 5, "a key must be a string, found the number 3")),
         (RULE + "    <<: {name: b}\n", (4, 5, "merge keys (<<) are not supported")),
-        (RULE + "    slices: {of: [q, k], adapt: [v]}\n", (4, 34, "'v' is no part")),
+        (RULE + "    slices: {of: [q, k], adapt: [v]}\n", (4, 34, "'v' is not a part")),
         (RULE + "    slices: {of: [q], adapt: [q]}\n", (4, 18, "of needs at least two parts")),
         (RULE + "    slices: {of: {q: 0..4, k: 2..6}, adapt: [q]}\n", (4, 18, "rows 2..4 belong to 'q' and 'k'")),
         (RULE + "    slices: {of: {q: 4..4, k: 4..6}, adapt: [q]}\n", (4, 22, "rows of 'q': the range 4..4 is empty (the end is not included)")),

@@ -104,7 +104,7 @@ class Proxies:
             self.host.required(f"type({access}) is list and len({access}) == {len(value)}", f"length: {access}")
         elif type(value) is dict:
             proxy, raw = ProxyDict(value), set(value)
-            self.host.required(f"type({access}) is dict", f"{access} is no dict")
+            self.host.required(f"type({access}) is dict", f"{access} is not a dict")
         elif is_plain_object(value):
             proxy, raw = _empty(type(value), access), set(vars(value))
             proxy.__dict__.update(vars(value))
@@ -307,7 +307,7 @@ class ProxyDict(dict[Any, Any]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not is_constant(key):
-            raise Untraceable(f"the forward sets an item of {access_of(self)} under a key that is no constant")
+            raise Untraceable(f"the forward sets an item of {access_of(self)} under a key that is not constant")
         state = _state(self)
         state.proxies.host.wrote(set_item, self, key, value)
         state.raw.discard(key)
@@ -320,7 +320,7 @@ class ProxyDict(dict[Any, Any]):
         if state.changed:
             raise Untraceable(f"the forward lists the keys of {state.access} after changing it")
         if not all(map(is_constant, keys)):
-            raise Untraceable(f"{state.access} has keys that are no constants")
+            raise Untraceable(f"{state.access} has keys that are not constant")
         state.proxies.host.required(f"tuple({state.access}) == {tuple(keys)!r}", f"keys of {state.access}")
         return keys
 

@@ -55,7 +55,7 @@ def load_model(spec: str, weights: bool = False) -> tuple[nn.Module, object]:
         return checkpoint_model(spec), None
     scheme, _, rest = spec.partition(":")
     if not scheme or not rest:
-        raise ModelSpecError(f"'{spec}' is no model: write {FORMS}")
+        raise ModelSpecError(f"'{spec}' is not a model: write {FORMS}")
     with contextlib.nullcontext() if weights else torch.device("meta"):
         made = _from_transformers(rest, weights) if scheme == "hf" else _called(scheme, rest)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)

@@ -73,12 +73,12 @@ def has_other_border(owner: nn.Module) -> bool:
     return isinstance(owner, Convolution) and (owner.padding_mode, {*owner.dilation}) != ("zeros", {1})
 
 
-def encoded(found: Attached) -> tuple[Tensor, Tensor]:
+def encoded(adapter: Attached) -> tuple[Tensor, Tensor]:
     """Return the factors A and B of an adapter as a file holds them."""
-    A: Tensor = found.lora_A.weight
-    if isinstance(found.lora_A, ConvolutionA):
-        return _blocks(A, found.lora_A.groups), found.lora_B.weight
-    B, form = found.lora_B.matrix, form_of(found.spec.site, found.owner)
+    A: Tensor = adapter.lora_A.weight
+    if isinstance(adapter.lora_A, ConvolutionA):
+        return _blocks(A, adapter.lora_A.groups), adapter.lora_B.weight
+    B, form = adapter.lora_B.matrix, form_of(adapter.spec.site, adapter.owner)
     if form.flipped:
         A, B = B.mT, A.mT
     if form.bank is not None:
@@ -123,17 +123,17 @@ def _first_block(A: Tensor, groups: int) -> Tensor:
     return A[:rows, :channels]
 
 
-def decode(found: Attached, A: Tensor, B: Tensor) -> None:
+def decode(adapter: Attached, A: Tensor, B: Tensor) -> None:
     """Copy the factors of a file into an adapter, in place; there must be no `misfit`."""
-    if isinstance(found.lora_A, ConvolutionA):
-        A = _first_block(A, found.lora_A.groups)
+    if isinstance(adapter.lora_A, ConvolutionA):
+        A = _first_block(A, adapter.lora_A.groups)
     else:
-        A, B = _matrices(A, B, form_of(found.spec.site, found.owner))
-    if isinstance(found.lora_B, SlicedB):
-        B = found.lora_B.blocks_of(B.to(found.lora_B.rows.device))
+        A, B = _matrices(A, B, form_of(adapter.spec.site, adapter.owner))
+    if isinstance(adapter.lora_B, SlicedB):
+        B = adapter.lora_B.blocks_of(B.to(adapter.lora_B.rows.device))
     with torch.no_grad():
-        found.lora_A.weight.copy_(A)
-        found.lora_B.weight.copy_(B)
+        adapter.lora_A.weight.copy_(A)
+        adapter.lora_B.weight.copy_(B)
 
 
 def _matrices(A: Tensor, B: Tensor, form: Form) -> tuple[Tensor, Tensor]:

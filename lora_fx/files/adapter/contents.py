@@ -131,7 +131,7 @@ def _header(raw: RawFile) -> dict[str, Any]:
     except ValueError as error:
         raise AdapterFileError(str(raw.path), "has a damaged header", [(METADATA_KEY, str(error))]) from error
     if not isinstance(header, dict) or not all(isinstance(header.get(key, {}), dict) for key in ("base", "sites")):
-        raise AdapterFileError(str(raw.path), "has a damaged header", [(METADATA_KEY, "is no table")])
+        raise AdapterFileError(str(raw.path), "has a damaged header", [(METADATA_KEY, "is not a table")])
     return header
 
 

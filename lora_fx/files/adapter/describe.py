@@ -45,7 +45,7 @@ class Described:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _UsedAdapter:
     """An adapter of the model, and how the model uses its weight."""
 
     path: str
@@ -61,9 +61,9 @@ def describe(tuned: nn.Module) -> list[Described]:
 
     The first carries the modules that are trained whole, and the names of the others.
     """
-    groups: dict[str, list[_Found]] = {}
-    for found in _all_found(tuned):
-        groups.setdefault(found.adapter.spec.adapter, []).append(found)
+    groups: dict[str, list[_UsedAdapter]] = {}
+    for used in _used_adapters(tuned):
+        groups.setdefault(used.adapter.spec.adapter, []).append(used)
     names = sorted(groups, key=lambda name: (name != "default", name))
     described = []
     for name in names:
@@ -74,10 +74,10 @@ def describe(tuned: nn.Module) -> list[Described]:
 
 def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (path, reason) for every site with which PEFT would compute something else, or which it cannot have."""
-    return ((found.path, found.beyond_peft) for found in _all_found(tuned) if found.beyond_peft)
+    return ((used.path, used.beyond_peft) for used in _used_adapters(tuned) if used.beyond_peft)
 
 
-def _all_found(tuned: nn.Module) -> Iterator[_Found]:
+def _used_adapters(tuned: nn.Module) -> Iterator[_UsedAdapter]:
     planned, kernels, in_code = record_in(tuned).plan.adapted, read_by_kernels(tuned), read_in_graph(tuned)
     # no run has used them: their weight shows itself adapted, whatever reads it
     uncalled = {decision.path for decision in planned if not decision.site.read and decision.path not in kernels}
@@ -88,7 +88,7 @@ def _all_found(tuned: nn.Module) -> Iterator[_Found]:
         read = adapter.spec.parameter in shown_parameters(adapter.owner) and path not in uncalled
         read = read or (adapter.spec.path_is_owner and dotted(path, "weight") in in_code)
         reason = _beyond_peft(adapter, read, path in outside, is_shared=places[id(adapter.owner)] > 1)
-        yield _Found(path, adapter, read, reason)
+        yield _UsedAdapter(path, adapter, read, reason)
 
 
 def _beyond_peft(adapter: Attached, read: bool, outside: bool, is_shared: bool) -> str:
@@ -105,15 +105,15 @@ def _beyond_peft(adapter: Attached, read: bool, outside: bool, is_shared: bool) 
     return ""
 
 
-def _saved(found: _Found, group: Sequence[_Found]) -> SavedSite:
+def _saved(used: _UsedAdapter, group: Sequence[_UsedAdapter]) -> SavedSite:
     """Return a site as its file holds it."""
-    adapter, spec = found.adapter, found.adapter.spec
+    adapter, spec = used.adapter, used.adapter.spec
     lora_A, lora_B = encoded(adapter)
     bias = adapter.trained_bias
     groups = adapter.lora_A.groups if isinstance(adapter.lora_A, ConvolutionA) else 1
     return SavedSite(
-        stem=_stem(found, [other.adapter for other in group if other.adapter.owner is adapter.owner]),
-        path=found.path,
+        stem=_stem(used, [other.adapter for other in group if other.adapter.owner is adapter.owner]),
+        path=used.path,
         lora=spec.lora,
         lora_A=_plain(lora_A),
         lora_B=_plain(lora_B),
@@ -123,9 +123,9 @@ def _saved(found: _Found, group: Sequence[_Found]) -> SavedSite:
         noted=True,
         rule=spec.rule,
         op=spec.site.op,
-        parameter="" if spec.path_is_owner else found.path,
+        parameter="" if spec.path_is_owner else used.path,
         layout=spec.site.layout,
-        read=found.read,
+        read=used.read,
         slices=None if spec.slices is None else spec.slices.to_dict(),
         call=adapter.call,
         calls=spec.calls,
@@ -133,26 +133,26 @@ def _saved(found: _Found, group: Sequence[_Found]) -> SavedSite:
     )
 
 
-def _stem(found: _Found, siblings: Sequence[Attached]) -> str:
+def _stem(used: _UsedAdapter, siblings: Sequence[Attached]) -> str:
     """Return what stands for a site in keys; the adapters of a module's raw parameters are nested in each other."""
-    adapter = found.adapter
+    adapter = used.adapter
     if adapter.spec.path_is_owner:
-        return found.path if adapter.call is None else call_stem(found.path, adapter.call)
+        return used.path if adapter.call is None else call_stem(used.path, adapter.call)
     raw = [sibling.spec.parameter for sibling in siblings if not sibling.spec.path_is_owner]
     position = [name for name in adapter.owner._parameters if name in raw].index(adapter.spec.parameter)
     # inside of the layer that owns them, where that is adapted too
     is_layer_adapted = any(sibling.spec.path_is_owner for sibling in siblings)
-    return parameter_stem(found.path.rpartition(".")[0], position, len(raw) + is_layer_adapted)
+    return parameter_stem(used.path.rpartition(".")[0], position, len(raw) + is_layer_adapted)
 
 
 def _describe(
-    tuned: nn.Module, name: str, group: Sequence[_Found], trained: Sequence[str], others: list[str]
+    tuned: nn.Module, name: str, group: Sequence[_UsedAdapter], trained: Sequence[str], others: list[str]
 ) -> Described:
     _refuse_mixed_dora(name, group)
-    sites = [_saved(found, group) for found in group]
+    sites = [_saved(used, group) for used in group]
     tensors = {key: tensor for site in sites for key, tensor in site.tensors().items()}
     tensors = dict(sorted({**tensors, **_module_tensors(tuned, trained)}.items()))
-    beyond = next((only_for_lora_fx(found.path, found.beyond_peft) for found in group if found.beyond_peft), None)
+    beyond = next((only_for_lora_fx(used.path, used.beyond_peft) for used in group if used.beyond_peft), None)
     config = _config(tuned, sites, trained, beyond)
     content = {
         "lora_fx": _version(),
@@ -162,14 +162,14 @@ def _describe(
         "model": record_in(tuned).plan.model,
         "rules": record_in(tuned).plan.rules,
         "sites": {site.stem: site.note() for site in sites},
-        "base": {found.path: sample_values(found.adapter.base_weight) for found in group},
+        "base": {used.path: sample_values(used.adapter.base_weight) for used in group},
     }
     header = header_text(content, tensors)
     return Described(name, tensors, config, {"format": "pt", METADATA_KEY: header})
 
 
-def _refuse_mixed_dora(name: str, group: Sequence[_Found]) -> None:
-    plain = [(found.path, "plain LoRA") for found in group if not found.adapter.spec.lora.dora]
+def _refuse_mixed_dora(name: str, group: Sequence[_UsedAdapter]) -> None:
+    plain = [(used.path, "plain LoRA") for used in group if not used.adapter.spec.lora.dora]
     if plain and len(plain) < len(group):
         raise AdapterFileError(
             f"adapter '{name}'",

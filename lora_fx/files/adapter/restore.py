@@ -181,8 +181,8 @@ def _refusal(saved: SavedSite, site: Site, model: nn.Module) -> str | None:
         return "DoRA is for whole linear layers, not for this kind of site"
     if not saved.noted and has_other_border(model.get_submodule(site.owner)):
         return (
-            "PEFT trains it without the padding_mode and dilation of the convolution, so what was trained is no change "
-            "of its weight"
+            "PEFT trains it without the padding_mode and dilation of the convolution, so what was trained is "
+            "not a change of its weight alone"
         )
     return site.refusal
 

@@ -66,7 +66,7 @@ def read_checkpoint(folder: Path) -> BaseCheckpoint:
         MergeError: no safetensors checkpoint, damaged files, an index that contradicts them.
     """
     if not folder.is_dir():
-        raise MergeError(f"{folder}: is no directory")
+        raise MergeError(f"{folder}: not a directory")
     name = _entry(folder)
     index = name if name.endswith(INDEX_END) else None
     placed = {} if index is None else _weight_map(folder / index)
@@ -113,7 +113,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise MergeError(f"{path}: has no weight_map")
     for file in set(map(str, placed.values())):
         if Path(file).name != file or file.startswith(".") or not file.endswith(".safetensors"):
-            raise MergeError(f"{path}: names {file!r}, which is no safetensors file beside it")
+            raise MergeError(f"{path}: names {file!r}, which is not a safetensors file beside it")
     return {sys.intern(name): sys.intern(str(file)) for name, file in placed.items()}
 
 

@@ -198,7 +198,7 @@ def check_product(chains: Iterable[MatrixChain], node: fx.Node) -> None:
         raise NotLinear(node, "it does not depend on the linear's input")
     for chain in chains:
         if len(chain.factors) < 2:
-            raise NotLinear(node, "it is no product of two matrices")
+            raise NotLinear(node, "it is not a product of two matrices")
         if not chain.is_low_rank:
             first, last = chain.factors[0].tensor.shape[0], chain.columns
             raise NotLinear(node, f"its inner dimension {chain.rank} is not smaller than {first} or {last}")

@@ -134,7 +134,7 @@ class GraphReading:
         if call is None:
             return None
         if not node.all_input_nodes:
-            raise NotLinear(node, f"{call.op} is no product of parameters")
+            raise NotLinear(node, f"{call.op} is not a product of parameters")
         if not all(self.is_constant(self.latest(source, node)) for source in node.all_input_nodes):
             return None
         operation = self.operations.constant.get(call.op)

@@ -117,7 +117,7 @@ def test_what_is_no_adapter_or_no_checkpoint_is_told(tmp_path, base, adapter):
         merge_checkpoint(base, base, tmp_path / "out")
     with pytest.raises(MergeError, match=r"has no model\.safetensors"):
         merge_checkpoint(adapter, adapter, tmp_path / "out")
-    with pytest.raises(MergeError, match="is no directory"):
+    with pytest.raises(MergeError, match="not a directory"):
         merge_checkpoint(tmp_path / "nowhere", adapter, tmp_path / "out")
 
 
@@ -149,7 +149,7 @@ def one(dtype="F32", shape=(2,), offsets=(0, 8), **more):
         (header_of(one(), bytes(9)), "describes 8 bytes, the file has 9"),
         (header_of(one(), bytes(7)), "describes 8 bytes, the file has 7"),
         (header_of(one(b={"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}), bytes(8)), "b begins at byte 4"),
-        (header_of(one(__metadata__={"a": 1}), bytes(8)), "no table of strings"),
+        (header_of(one(__metadata__={"a": 1}), bytes(8)), "not a table of strings"),
     ],
 )
 def test_damaged_file_is_told_before_anything_is_written(tmp_path, base, adapter, content, told):
@@ -164,7 +164,7 @@ def test_damaged_file_is_told_before_anything_is_written(tmp_path, base, adapter
 def test_index_may_name_only_files_beside_it(tmp_path, sharded, adapter, file):
     path = sharded / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": file}}))
-    with pytest.raises(MergeError, match="which is no safetensors file beside it"):
+    with pytest.raises(MergeError, match="which is not a safetensors file beside it"):
         merge_checkpoint(sharded, adapter, tmp_path / "out")
 
 
