@@ -53,6 +53,13 @@ PEFT_CASES = {
     "heads": {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"]},
     "ends-of-names": {"r": 2, "target_modules": ["query"], "modules_to_save": ["norm1", "classifier", "score"]},
     "bias": {"r": 2, "target_modules": ["query"], "bias": "lora_only"},
+    "bias of lora_B": {
+        "r": 2,
+        "use_rslora": True,
+        "lora_bias": True,
+        "target_modules": ["query", "dense"],
+        "alpha_pattern": {"dense": 3},
+    },
 }
 
 

@@ -55,6 +55,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "tied, head trained": {"target_modules": Q, "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
     "tied, an embedding": {"target_modules": [*Q, "embed_tokens"], "ensure_weight_tying": True, "tied": True},
     "tied, a head": {"target_modules": [*Q, "lm_head"], "ensure_weight_tying": True, "tied": True},
+    "rows of an embedding": {"target_modules": Q, "trainable_token_indices": [9, 3]},
+    "rows by name": {"target_modules": Q, "trainable_token_indices": {"embed_tokens": [5], "lm_head": [7, 1]}},
+    "tied, rows": {"target_modules": Q, "trainable_token_indices": [9, 3], "tied": True},
+    "tied, rows of the head": {"target_modules": Q, "trainable_token_indices": {"lm_head": [9, 3]}, "tied": True},
+    "tied, other rows of both": {
+        "target_modules": Q,
+        "trainable_token_indices": {"embed_tokens": [5], "lm_head": [7, 1]},
+        "tied": True,
+    },
     "MiCA": {"target_modules": Q, "init_lora_weights": "mica"},
     "look-around": {"target_modules": Q, "rank_pattern": {r"(?!.*layers\.0).*q_proj": 4}},
     "a back-reference": {"target_modules": r".*q_proj", "rank_pattern": {r"layers\.(\d)\..*(q)_proj": 4}},
@@ -90,14 +99,24 @@ def edited(folder: Path, tensors: Any = None, **config: Any) -> None:
         save_file(tensors(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
-def test_layers_that_a_file_lacks_are_named(tmp_path):
-    written(llama(), tmp_path, target_modules=Q)
+@pytest.mark.parametrize("targets", [Q, r".*\.q_proj"], ids=str)
+def test_layers_that_a_file_lacks_are_named(targets, tmp_path):
+    written(llama(), tmp_path, target_modules=targets)
     edited(tmp_path, lambda given: {key: value for key, value in given.items() if "layers.1" not in key})
     with pytest.warns(lora_fx.LoraFxWarning, match=r"model.layers.1.self_attn.q_proj, and the file has no factors"):
         lora_fx.load(llama(), tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{}, {"exclude_modules": ["v_proj"]}, {"layers_to_transform": [0]}], ids=str)
+WHOLE: list[dict[str, Any]] = [
+    {},
+    {"exclude_modules": ["v_proj"]},
+    {"exclude_modules": r".*layers\.1.*"},
+    {"layers_to_transform": [0]},
+    {"layers_to_transform": 1, "layers_pattern": "layers"},
+]
+
+
+@pytest.mark.parametrize("settings", WHOLE, ids=str)
 def test_whole_file_is_read_without_a_word(settings, tmp_path):
     written(llama(), tmp_path, target_modules=[*Q, "v_proj"], **settings)
     with warnings.catch_warnings():
@@ -122,6 +141,37 @@ def test_base_weights_written_along_count_where_they_differ(tmp_path):
     loaded = lora_fx.load(model, tmp_path)
     assert_close(logits(loaded), logits(expected))
     assert {id(parameter) for parameter in loaded.lm_head.parameters()} <= set(map(id, lora_fx.parameters(loaded)))
+
+
+SPOILT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "rows without values": ({}, {"trainable_token_indices": [1, 2]}, "names rows, and the file has none"),
+    "more values than rows": ({"trainable_token_indices": [3, 5]}, {"trainable_token_indices": [3]}, "has none"),
+    "values without rows": ({"trainable_token_indices": [3]}, {"trainable_token_indices": None}, "of no kind that"),
+    "no rows": ({}, {"trainable_token_indices": {"lm_head": [-1]}}, "must be a list of integers, or one for each"),
+    "no bias of B": ({}, {"lora_bias": True}, r"q_proj\.lora_B\.bias +is missing"),
+}
+
+
+@pytest.mark.parametrize(("settings", "change", "words"), SPOILT.values(), ids=SPOILT)
+def test_file_that_contradicts_its_configuration_is_refused(settings, change, words, tmp_path):
+    written(llama(), tmp_path, target_modules=Q, **settings)
+    edited(tmp_path, **change)
+    with pytest.raises(lora_fx.AdapterFileError, match=words):
+        lora_fx.load(llama(), tmp_path)
+
+
+def test_rows_that_the_model_lacks_are_refused(tmp_path):
+    model = llama()
+    model.resize_token_embeddings(64, mean_resizing=False)
+    written(model, tmp_path, target_modules=Q, trainable_token_indices=[3, 61])
+    with pytest.raises(lora_fx.AdapterMismatchError, match=r"embed_tokens\.weight"):
+        lora_fx.load(llama(), tmp_path)
+
+
+def test_bias_for_a_layer_without_one_is_refused(tmp_path):
+    written(llama(), tmp_path, target_modules=Q, lora_bias=True)
+    with pytest.raises(lora_fx.AdapterMismatchError, match=r"a bias +model none that belongs to the site"):
+        lora_fx.load(llama(), tmp_path)
 
 
 def test_rows_of_a_resized_vocabulary_are_asked_for(tmp_path):

@@ -248,7 +248,7 @@ def test_11_replicated_layers_are_merged_into_each_other(tmp_path):
     assert merging_moves(peft_model, IDS) > 1e-3
     with pytest.raises(AdapterFileError) as caught:
         lora_fx.load(base, tmp_path)
-    assert caught.value.facts == (("layer_replication", "layer replication"),)
+    assert caught.value.facts == (("layer_replication", "layer replication: the model has other layers"),)
     # a model that repeats a layer is adapted as it is: its layers are one module, or have weights of their own
     ours_is_right(base, rules("**.q_proj"), IDS)
 

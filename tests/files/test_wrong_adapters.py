@@ -129,8 +129,8 @@ def pissa(folder) -> None:
     reconfigure(folder, init_lora_weights="pissa")
 
 
-def token_rows(folder) -> None:
-    reconfigure(folder, trainable_token_indices=[1, 2])
+def replicated(folder) -> None:
+    reconfigure(folder, layer_replication=[[0, 2], [1, 3]])
 
 
 WRONG_FILES = {
@@ -154,7 +154,7 @@ WRONG_FILES = {
     wrong_bias: "query.base_layer.bias  has shape [3], not [16]",
     do_not_multiply: "lora_A [4, 16] and lora_B [16, 5] do not multiply",
     pissa: "'pissa' changes the base weights",
-    token_rows: "trainable tokens",
+    replicated: "layer replication: the model has other layers",
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import AdapterFileError
-from lora_fx.files.adapter.names import CONFIG_FILE, pattern_of, pattern_value
+from lora_fx.files.adapter.names import CONFIG_FILE, full_match, is_end, pattern_of, pattern_value
 from lora_fx.rules.globs import PatternError
 
 Fact = tuple[str, str]
@@ -27,8 +27,8 @@ class Configuration:
     alpha_pattern: dict[str, float]
     use_rslora: bool
     use_dora: bool
-    target_modules: tuple[str, ...]
-    """The names of the list; none where it is an expression."""
+    target_modules: str | tuple[str, ...]
+    """An expression, or names."""
     modules_to_save: tuple[str, ...]
     target_parameters: tuple[str, ...] = ()
     """Ends of the dotted names of raw parameters."""
@@ -40,10 +40,48 @@ class Configuration:
     """`exclude_modules`: an expression, or names."""
     layers: tuple[int, ...] = ()
     """`layers_to_transform`: the layers that have an adapter; none stands for all."""
+    layers_pattern: tuple[str, ...] = ()
+    """What stands before the number of a layer; none stands for anything."""
+    lora_bias: bool = False
+    """Whether lora_B has a bias."""
+    token_rows: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
+    """`trainable_token_indices`: of the one embedding, or by ends of paths."""
 
     def rank_at(self, name: str) -> int:
         """Return the rank of a site that patterns call so."""
         return pattern_value(self.rank_pattern, name, self.r)
+
+    def claims(self, path: str) -> bool:
+        """Whether PEFT would adapt a layer at that path; no where only a slow expression could tell."""
+        if self._leaves_out(path):
+            return False
+        if isinstance(self.target_modules, str):
+            return full_match(self.target_modules, path, otherwise=False)
+        is_in_layer = not self.layers or self._layer_of(path) in self.layers or path in self.target_modules
+        return is_in_layer and any(is_end(name, path) for name in self.target_modules)
+
+    def _leaves_out(self, path: str) -> bool:
+        if any(f".{name}." in f".{path}." for name in self.modules_to_save):
+            return True
+        if isinstance(self.excluded, str):
+            return full_match(self.excluded, path, otherwise=True)
+        return any(is_end(name, path) for name in self.excluded)
+
+    def _layer_of(self, path: str) -> int | None:
+        """Return the number of the layer that a path is in: the first number behind a pattern, or behind two names."""
+        names = path.split(".")
+        numbers = [at for at, name in enumerate(names[:-1]) if at and name.isdecimal()]
+        for pattern in self.layers_pattern:
+            for at in numbers:
+                if full_match(rf"(.*\.)?{pattern}", ".".join(names[:at]), otherwise=False):
+                    return int(names[at])
+        return next((int(names[at]) for at in numbers if at > 1), None) if not self.layers_pattern else None
+
+    def rows_at(self, path: str) -> tuple[int, ...]:
+        """Return the rows of an embedding that are trained alone."""
+        if isinstance(self.token_rows, tuple):
+            return self.token_rows
+        return next((rows for name, rows in self.token_rows.items() if is_end(name, path)), ())
 
     def alpha_at(self, name: str) -> float:
         """Return the alpha of a site that patterns call so."""
@@ -124,6 +162,11 @@ def _are_targets(value: object) -> bool:
     return isinstance(value, str) or _are_names(value)
 
 
+def _are_rows(value: object) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    return all(rows is None or (isinstance(rows, list) and all(is_whole(row, 0) for row in rows)) for rows in lists)
+
+
 def _are_layers(value: object) -> bool:
     numbers = value if isinstance(value, list) else [value]
     return value is None or all(is_whole(number, 0) for number in numbers)
@@ -140,6 +183,9 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "target_parameters": (_are_names, "a list of strings"),
     "exclude_modules": (_are_targets, "a string or a list of strings"),
     "layers_to_transform": (_are_layers, "an integer or a list of integers"),
+    "layers_pattern": (_are_targets, "a string or a list of strings"),
+    "lora_bias": (_is_switch, "true or false"),
+    "trainable_token_indices": (_are_rows, "a list of integers, or one for each embedding"),
 }
 _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
@@ -172,22 +218,22 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _KNOWN = frozenset(
     {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
      "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
-     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-     "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora"}
+     "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
+     "megatron_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type", "peft_version",
+     "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
+     "task_type", "trainable_token_indices", "use_dora", "use_rslora", "velora_config"}
 )  # fmt: skip
-"""Settings of PEFT (0.21) that change nothing of what a file's tensors mean, or that are read."""
+"""Settings of PEFT (0.21) that change nothing of what a file's tensors mean, or that are read.
+
+MiCA, VeLoRA and MonteCLoRA train A and B in another way, and compute with them as everybody does.
+"""
 _REFUSED_SETTINGS = {
-    "lora_bias": "a bias on lora_B",
-    "layer_replication": "layer replication",
-    "trainable_token_indices": "trainable tokens",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "alora_invocation_tokens": "activated LoRA",
-    "velora_config": "VeLoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "arrow_config": "Arrow",
+    "layer_replication": "layer replication: the model has other layers",
+    "use_qalora": "QALoRA: lora_A takes its inputs in groups",
+    "use_bdlora": "BD-LoRA: a factor holds only the blocks of its diagonal",
+    "alora_invocation_tokens": "activated LoRA: it acts after some tokens only",
+    "kasa_config": "KaSA: it changes the base weights",
+    "arrow_config": "Arrow: a router chooses between adapters",
 }
 
 
@@ -206,9 +252,9 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
 
 
 def _configuration(config: Mapping[str, Any]) -> Configuration:
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or ()
     layers = config.get("layers_to_transform")
     layers = () if layers is None else layers
+    pattern = config.get("layers_pattern") or ()
     return Configuration(
         r=config.get("r", 8),
         lora_alpha=config.get("lora_alpha", 8),
@@ -217,12 +263,23 @@ def _configuration(config: Mapping[str, Any]) -> Configuration:
         alpha_pattern=config.get("alpha_pattern") or {},
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
-        target_modules=tuple(targets) if isinstance(targets, list) else (),
+        target_modules=_targets(config.get("target_modules")),
         modules_to_save=tuple(config.get("modules_to_save") or ()),
         target_parameters=tuple(config.get("target_parameters") or ()),
         peft_version=str(config.get("peft_version") or ""),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         ensure_weight_tying=bool(config.get("ensure_weight_tying")),
-        excluded=excluded if isinstance(excluded, str) else tuple(excluded),
+        excluded=_targets(config.get("exclude_modules")),
         layers=(layers,) if isinstance(layers, int) else tuple(layers),
+        layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
+        lora_bias=bool(config.get("lora_bias")),
+        token_rows=_token_rows(config.get("trainable_token_indices") or ()),
     )
+
+
+def _targets(value: Any) -> str | tuple[str, ...]:
+    return tuple(value or ()) if not isinstance(value, str) or not value else value
+
+
+def _token_rows(rows: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    return {name: tuple(each or ()) for name, each in rows.items()} if isinstance(rows, dict) else tuple(rows)

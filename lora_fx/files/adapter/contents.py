@@ -19,6 +19,7 @@ from lora_fx.files.adapter.names import (
     PREFIX,
     WEIGHTS_FILE,
     factor_keys,
+    is_of_training,
     pattern_name,
     split_factor_key,
     stems_in,
@@ -159,7 +160,8 @@ def _site(stem: str, raw: RawFile, config: Configuration, header: Mapping[str, A
 
 
 def _modules(raw: RawFile) -> dict[str, int]:
-    rest = {key: entry for key, entry in raw.tensors.items() if split_factor_key(key) is None}
+    of_layers = (key for key in raw.tensors if split_factor_key(key) is not None or is_of_training(key))
+    rest = {key: raw.tensors[key] for key in raw.tensors.keys() - of_layers}
     return {key.removeprefix(PREFIX): entry.elements for key, entry in sorted(rest.items())}
 
 
@@ -172,5 +174,7 @@ def _features(config: Configuration, header: Mapping[str, Any]) -> list[str]:
         "slices": any(site.get("slices") for site in sites),
         "an adapter for each call": any(site.get("calls") for site in sites),
         "modules trained whole": bool(config.modules_to_save),
+        "a bias of lora_B": config.lora_bias,
+        "rows of an embedding": bool(config.token_rows),
     }
     return [name for name, there in features.items() if there]

@@ -22,6 +22,8 @@ _SECONDS = 1.0
 Number = TypeVar("Number", int, float)
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}((?P<path>.+)\.)?(?P<factor>lora_[AB])\.weight")
 _EMBEDDING = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_embedding_[AB])")
+_ROWS = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
+_OF_TRAINING = re.compile(r"\.lora_(velora_embed$|monteclora_sampler\.)")
 _NESTED = ".base_layer"
 
 
@@ -68,6 +70,22 @@ def call_stem(path: str, call: int) -> str:
 def magnitude_key(path: str) -> str:
     """Return the key of DoRA's lengths at a site."""
     return f"{PREFIX}{path}.lora_magnitude_vector"
+
+
+def added_bias_key(path: str) -> str:
+    """Return the key of what PEFT's lora_B adds to a layer's bias."""
+    return f"{PREFIX}{path}.lora_B.bias"
+
+
+def split_rows_key(key: str) -> str | None:
+    """Return the path of the embedding of which a tensor holds rows that are trained alone, else None."""
+    match = _ROWS.fullmatch(key)
+    return None if match is None else match["path"]
+
+
+def is_of_training(key: str) -> bool:
+    """Whether a tensor is what VeLoRA and MonteCLoRA keep for training: outputs do not depend on it."""
+    return _OF_TRAINING.search(key) is not None
 
 
 def bias_key(path: str) -> str:
@@ -155,6 +173,14 @@ class _Backtracking:
 def pattern_value(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
     """Return what the patterns say of the path, as PEFT reads them: the first key that fits the path or its end."""
     return next((value for key, value in patterns.items() if pattern_of(key).matches(path)), default)
+
+
+def full_match(expression: str, name: str, otherwise: bool) -> bool:
+    """Whether an expression of anybody's is the whole name; `otherwise` where that cannot be told in linear time."""
+    try:
+        return NamePattern(EXPRESSION_PREFIX + expression).matches(name)
+    except PatternError:
+        return otherwise
 
 
 def module_to_save(tensor: str, names: Sequence[str]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -52,19 +52,41 @@ def _acting(sites: Sequence[SavedSite]) -> tuple[SavedSite, ...]:
 def _with_loose(file: AdapterFile, model: nn.Module) -> AdapterFile:
     """Return the file with the base's tensors in it as modules that are trained whole, where they differ."""
     own = {without_wrappers(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    there = {name: str(list(own[name].shape)) if name in own else "has no such tensor" for name in file.loose}
-    given = {name: str(list(value.shape)) for name, value in file.loose.items()}
-    unknown = [(name, given[name], there[name]) for name in file.loose if there[name] != given[name]]
+    loose = file.loose | _weights_of_rows(file, own, model)
+    there = {name: str(list(own[name].shape)) if name in own else "has no such tensor" for name in loose}
+    given = {name: str(list(value.shape)) for name, value in loose.items()}
+    unknown = [(name, given[name], there[name]) for name in loose if there[name] != given[name]]
     if unknown:
         raise AdapterMismatchError(
             "the file holds tensors of another base", unknown, "resize_token_embeddings makes room for added tokens"
         )
-    other = {name: value for name, value in file.loose.items() if _differs(own[name], value)}
+    other = {name: value for name, value in loose.items() if _differs(own[name], value)}
     owners = tuple(dict.fromkeys(name.rpartition(".")[0] for name in other))
     beside = {name: tensor for name, tensor in own.items() if name.rpartition(".")[0] in owners and name not in other}
     modules = {**{name: tensor.detach() for name, tensor in beside.items()}, **file.modules, **other}
     trained = tuple(dict.fromkeys((*file.header.trained, *owners)))
     return replace(file, modules=modules, header=replace(file.header, trained=trained))
+
+
+def _weights_of_rows(file: AdapterFile, own: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of which a file has rows; what a transformers model ties to an embedding has its rows too."""
+    wholes = {f"{path}.weight": _with_rows(own.get(f"{path}.weight"), *rows) for path, rows in file.rows.items()}
+    paths = {without_wrappers(path) for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return wholes
+    tied = {id(own[name]): whole for name, whole in wholes.items() if name.removesuffix(".weight") in paths}
+    return {name: tied[id(weight)] for name, weight in own.items() if id(weight) in tied} | wholes
+
+
+def _with_rows(weight: Tensor | None, ids: tuple[int, ...], rows: Tensor) -> Tensor:
+    """Return a weight with other values in some rows; the rows themselves where it does not have them."""
+    if weight is None or weight.shape[1:] != rows.shape[1:] or max(ids, default=0) >= weight.shape[0]:
+        return rows
+    if weight.is_meta:
+        return weight
+    whole = weight.detach().to("cpu", copy=True)
+    whole[list(ids)] = rows.to(whole)
+    return whole
 
 
 def _differs(own: Tensor, value: Tensor) -> bool:
@@ -102,9 +124,10 @@ def warn_of_missing(file: AdapterFile, model: nn.Module) -> None:
         return
     there = {pattern_name(site.stem) for site in file.sites} | {site.path for site in file.sites}
     paths = [without_wrappers(path) for path, module in model.named_modules() if is_layer(module)]
-    claimed = [path for path in paths if _ends(path, config.target_modules) and not _is_left_out(path, config)]
-    missing = [path for path in claimed if path not in there and not path.startswith(file.header.trained)]
-    lacking = [name for name in config.target_modules if not any(is_end(name, path) for path in paths)]
+    there |= {path for path in paths if path.startswith(file.header.trained) or path.endswith(config.modules_to_save)}
+    missing = [path for path in paths if path not in there and config.claims(path)]
+    names = () if isinstance(config.target_modules, str) else config.target_modules
+    lacking = [name for name in names if not any(is_end(name, path) for path in paths)]
     if missing:
         warnings.warn(
             f"{file.folder}: the configuration claims {listing(missing)}, and the file has no factors for them: "
@@ -114,20 +137,6 @@ def warn_of_missing(file: AdapterFile, model: nn.Module) -> None:
         )
     if lacking and not config.target_parameters:
         warnings.warn(f"target_modules names {listing(lacking)}, which the model lacks", LoraFxWarning, stacklevel=4)
-
-
-def _ends(path: str, names: Sequence[str]) -> bool:
-    return any(is_end(name, path) for name in names)
-
-
-def _is_left_out(path: str, config: Configuration) -> bool:
-    """Whether PEFT would not adapt a target: it is excluded, trained whole, or in a layer that is left out."""
-    excluded = config.excluded
-    if isinstance(excluded, str) or (
-        config.layers and not any(str(layer) in path.split(".") for layer in config.layers)
-    ):
-        return True  # an expression of anybody's is not asked: what it leaves out is then not missed
-    return _ends(path, excluded) or path.endswith(config.modules_to_save)
 
 
 def refuse_beyond_peft(twin: nn.Module, files: Sequence[AdapterFile]) -> None:

@@ -20,15 +20,18 @@ from lora_fx.files.adapter.names import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
+    added_bias_key,
     base_key,
     bias_key,
     factor_keys,
     is_end,
+    is_of_training,
     magnitude_key,
     module_to_save,
     owner_of,
     pattern_name,
     split_factor_key,
+    split_rows_key,
     stems_in,
 )
 from lora_fx.files.adapter.site import SavedSite
@@ -52,6 +55,8 @@ class AdapterFile:
     """Ends of paths: PEFT saves every module that has one of them, so the file must hold all of its tensors."""
     loose: dict[str, Tensor] = field(default_factory=dict)
     """Tensors of the base that PEFT has written along, by their name in the model: they count where they differ."""
+    rows: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    """Rows of embeddings that are trained alone: which, and their values, by the path of the embedding."""
 
     @property
     def is_foreign(self) -> bool:
@@ -78,6 +83,7 @@ def _read(folder: Path) -> AdapterFile:
     tensors, metadata = _read_tensors(folder / WEIGHTS_FILE)
     header = read_header(folder / WEIGHTS_FILE, metadata, tensors)
     if header is None:  # of a model in wrappers, as torch.compile and FSDP put them around layers
+        tensors = {key: tensor for key, tensor in tensors.items() if not is_of_training(key)}
         tensors = _without_wrappers(folder / WEIGHTS_FILE, tensors)
     return _AdapterReader(folder, config, tensors, header).read()
 
@@ -132,6 +138,7 @@ class _AdapterReader:
             modules={key.removeprefix(PREFIX): self.tensors[key] for key in trained},
             claimed=self.config.modules_to_save if self.header is None else (),
             loose=self._loose() if self.header is None else {},
+            rows=self._rows(),
         )
 
     @property
@@ -156,6 +163,8 @@ class _AdapterReader:
         facts = [fact for path in paths for fact in self._site_problems(path)]
         if not paths:
             facts.append(("(file)", "has no lora_A or lora_B"))
+        if self.config.token_rows and not self._rows():
+            facts.append(("trainable_token_indices", f"{CONFIG_FILE} names rows, and the file has none"))
         facts += [(key, "is of no kind that lora_fx knows") for key in self._unknown(paths)]
         facts += [(path, "is in the header but not in the file") for path in self._noted if path not in paths]
         facts += [(key, "has NaN or infinite values") for key, tensor in self.tensors.items() if not _is_finite(tensor)]
@@ -185,7 +194,9 @@ class _AdapterReader:
         return any(not ending or is_end(ending, owner_of(stem)) for ending in owners)
 
     def _vector_problems(self, path: str, lora_b: Tensor) -> Iterator[tuple[str, str]]:
-        for key in (bias_key(path), magnitude_key(path)):
+        if self.config.lora_bias and added_bias_key(path) not in self.tensors:
+            yield added_bias_key(path), "is missing"
+        for key in (bias_key(path), added_bias_key(path), magnitude_key(path)):
             vector = self.tensors.get(key)
             # a convolution's lengths are [1, out, 1…]
             if vector is not None and vector.shape not in (lora_b.shape[:1], (1, *lora_b.shape[:1], *lora_b.shape[2:])):
@@ -194,8 +205,17 @@ class _AdapterReader:
     def _unknown(self, paths: list[str]) -> list[str]:
         known = {key for path in paths for key in factor_keys(path, self.tensors)}
         known |= {key(path) for path in paths for key in (base_key, bias_key, magnitude_key)}
+        known |= {added_bias_key(path) for path in paths if self.config.lora_bias}
         known |= {PREFIX + name for name in self._loose()}
-        return [key for key in self.tensors if key not in known and not self._owner(key)]
+        rows = self._rows()
+        others = (key for key in self.tensors if key not in known and not self._owner(key))
+        return [key for key in others if split_rows_key(key) not in rows]
+
+    def _rows(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        """Return the rows of embeddings that are trained alone, as many as the configuration says."""
+        named = {path: tensor for key, tensor in self.tensors.items() if (path := split_rows_key(key))}
+        rows = {path: (self.config.rows_at(path), tensor) for path, tensor in named.items()}
+        return {path: (ids, tensor) for path, (ids, tensor) in rows.items() if tensor.shape[:1] == (len(ids),)}
 
     def _loose(self) -> dict[str, Tensor]:
         """Return what PEFT has written of the base along with the adapter: embeddings and heads, as they are."""
@@ -213,6 +233,7 @@ class _AdapterReader:
             lora_B=self.tensors[second],
             bias=self.tensors.get(bias_key(stem)),
             magnitude=self.tensors.get(magnitude_key(stem)),
+            added_bias=self.tensors.get(added_bias_key(stem)),
             embedding="embedding" in first,
             noted=stem in self._noted,
             **known,
@@ -228,7 +249,7 @@ class _AdapterReader:
             dropout=self.config.lora_dropout,
             rslora=self.config.use_rslora,
             dora=self.config.use_dora,
-            bias=bias_key(path) in self.tensors,
+            bias=bias_key(path) in self.tensors or added_bias_key(path) in self.tensors,
         )
 
     def _must_agree(self, site: SavedSite) -> None:

@@ -84,6 +84,8 @@ def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
             yield saved.path, _factor_text(given), "has no such linear"
             continue
         yield from _other_factors(saved, site, form_of(site, model.get_submodule(site.owner)))
+        if not (saved.bias is saved.added_bias is None or site.bias):
+            yield saved.path, "a bias", "none that belongs to the site"
         if saved.calls and site.calls not in (None, saved.calls):
             yield saved.path, f"an adapter for each of {saved.calls} calls", f"called {site.calls} times"
     yield from _module_mismatches(file, model)
@@ -251,8 +253,12 @@ def _fill_site(adapter: Attached, saved: SavedSite) -> None:
     if saved.magnitude is not None:
         assert adapter.magnitude is not None
         _copy(adapter.magnitude.weight, saved.magnitude)
+    bias = adapter.owner._parameters.get("bias")
     if saved.bias is not None:
-        _copy(adapter.owner._parameters["bias"], saved.bias)
+        _copy(bias, saved.bias)
+    if saved.added_bias is not None:
+        assert bias is not None
+        _copy(bias, bias.to(saved.added_bias) + saved.lora.scaling * saved.added_bias)
 
 
 def _copy(target: Tensor | None, value: Tensor) -> None:

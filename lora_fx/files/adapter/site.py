@@ -32,6 +32,8 @@ class SavedSite:
     """DoRA's lengths."""
     embedding: bool
     """Whether the keys are those of an embedding."""
+    added_bias: Tensor | None = None
+    """What PEFT's lora_B adds to the layer's bias, before it is scaled."""
     noted: bool = False
     """Whether lora_fx has noted what follows; PEFT tells nothing of it."""
     rule: str = ""

@@ -66,6 +66,19 @@ def test_dora_beside_another_adapter_is_refused(tmp_path, base, adapter):
         merge_checkpoint(base, [adapter, dora], tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("key", "shape", "config", "reason"),
+    [
+        (f"{Q}.lora_B.bias", (48,), {"lora_bias": True}, "lora_B has a bias"),
+        ("embed.token_adapter.trainable_tokens_delta", (1, 48), {"trainable_token_indices": [3]}, "trains rows of it"),
+    ],
+)
+def test_what_needs_the_values_of_the_base_is_refused(key, shape, config, reason, tmp_path, base):
+    tensors = factors(Q, 48, 48) | {PREFIX + key: torch.ones(shape)}
+    with pytest.raises(MergeError, match=reason):
+        merge_checkpoint(base, write_adapter(tmp_path / "adapter", tensors, **config), tmp_path / "out")
+
+
 def test_adapter_given_twice_is_refused(tmp_path, base, adapter):
     with pytest.raises(MergeError, match="given twice"):
         merge_checkpoint(base, [adapter, adapter / ".." / "adapter"], tmp_path / "out")
