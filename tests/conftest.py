@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 
@@ -12,6 +13,10 @@ import pytest
 import torch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # a million objects of the libraries, which would be looked at in vain again and again
 
 
 @pytest.fixture(autouse=True)
