@@ -46,10 +46,8 @@ def run_client(target: str, client: Callable[[], T], seconds: float = SECONDS) -
     with tempfile.TemporaryDirectory() as folder:
         work, result = f"{folder}/work.pt", f"{folder}/result.pt"
         _save(target, client, work)
-        environment = {**os.environ, **_OFFLINE}
-        command = [sys.executable, "-c", _START.format(paths=sys.path, work=work, result=result)]
         try:
-            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+            ended = _run(work, result, seconds)
         except subprocess.TimeoutExpired as error:
             raise ExportError(target, f"the client gave no answer in {seconds} s") from error
         if ended.returncode:
@@ -57,6 +55,11 @@ def run_client(target: str, client: Callable[[], T], seconds: float = SECONDS) -
             raise ExportError(target, f"the client {_end(ended.returncode)}", last_words)
         returned: T = torch.load(result, weights_only=False)  # written by the client just now
         return returned
+
+
+def _run(work: str, result: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _START.format(paths=sys.path, work=work, result=result)]
+    return subprocess.run(command, env={**os.environ, **_OFFLINE}, capture_output=True, text=True, timeout=seconds)
 
 
 def _save(target: str, client: Callable[[], object], path: str) -> None:

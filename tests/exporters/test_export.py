@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import nn
 import lora_fx
 from lora_fx import exporters
 from lora_fx.errors import ExportError, RefusedError
-from lora_fx.exporters import clients, diffusers, kohya, merged, mlx, peft, registry, vllm
+from lora_fx.exporters import clients, diffusers, kohya, merged, mlx, peft, registry, running, vllm
 from lora_fx.exporters.running import largest_difference, run_client
 from lora_fx.exporters.target import FEATURES, Target
 from tests.support import exporting
+from tests.support.clientprocesses import FRESH
 from tests.support.exporting import Fused, rule, specimen, tuned_of, written
 from tests.support.kinds import Product, built
 from tests.support.zoo import Mlp, features, rules
@@ -207,15 +209,25 @@ def test_adapted_model_is_as_it_was(tmp_path):
 # -- clients
 
 
-def test_client_that_is_killed_is_an_error_and_not_the_end():
+@pytest.fixture(params=["a fresh process", "a fork, as in these tests"])
+def _both_ways(request, monkeypatch):
+    if request.param == "a fresh process":
+        monkeypatch.setattr(running, "_run", FRESH)
+
+
+@pytest.mark.usefixtures("_both_ways")
+def test_client_returns_fails_with_its_last_words_or_is_killed(tmp_path):
+    assert run_client("x", partial(sum, [1, 2])) == 3
+    with pytest.raises(ExportError, match="status 1") as caught:
+        run_client("merged", partial(clients.plain, Mlp(), tmp_path / "none", ((), {})))
+    assert "No such file" in caught.value.facts[-1][0]
     with pytest.raises(ExportError, match="SIGABRT"):
         run_client("x", exporting.dies)
 
 
-def test_client_that_fails_shows_its_last_words(tmp_path):
-    with pytest.raises(ExportError, match="status 1") as caught:
-        run_client("merged", partial(clients.plain, Mlp(), tmp_path / "none", ((), {})))
-    assert "No such file" in caught.value.facts[-1][0]
+def test_client_that_takes_too_long_is_ended():
+    with pytest.raises(ExportError, match=r"no answer in 0\.5 s"):
+        run_client("x", partial(time.sleep, 60), seconds=0.5)
 
 
 def test_model_that_cannot_be_pickled_is_an_error_with_a_way_out():
