@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.options import FORMATS, STANDARD, complete_any, format_option, output_option, rules_of
+from lora_fx.cli.options import FORMATS, STANDARD, complete_rules, format_option, output_option, rules_of
 from lora_fx.cli.output import write
+from lora_fx.cli.rendering import plan_diff_as
 from lora_fx.cli.saved import SavedFileError, read_text
 from lora_fx.cli.verbs import DIFFERS
-
-if TYPE_CHECKING:
-    from lora_fx.graphdiff.diff import GraphDiff
-    from lora_fx.graphdiff.graphs import Graph
-    from lora_fx.planning.diff import PlanDiff
-    from lora_fx.planning.plan import Plan
+from lora_fx.graphdiff.diff import GraphDiff, compare
+from lora_fx.graphdiff.graphs import Graph
+from lora_fx.planning.diff import PlanDiff, plan_diff
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.rows import fold_rows
+from lora_fx.text import columns
 
 _JSON = (".json", STANDARD)
 
 
 @click.command("diff")
-@click.argument("a", shell_complete=complete_any)
-@click.argument("others", metavar="[B] [RULES]...", nargs=-1, shell_complete=complete_any)
+@click.argument("a", shell_complete=complete_rules)
+@click.argument("others", metavar="[B] [RULES]...", nargs=-1, shell_complete=complete_rules)
 @format_option(*FORMATS)
 @click.option("--stat", is_flag=True, help="Show only what has changed how much.")
 @click.option("--exit-code", is_flag=True, help="Exit 1 if there is a difference, as git diff does.")
@@ -77,19 +77,13 @@ def _is_rules(operand: str) -> bool:
 
 
 def _of_saved(a: str, b: str) -> GraphDiff | PlanDiff:
-    from lora_fx.planning.plan import Plan
-
     first, second = _saved(a), _saved(b)
     if isinstance(first, Plan):
-        if not isinstance(second, Plan):
-            raise SavedFileError(f"{a} is a plan, {b} a graph")
-        from lora_fx.planning.diff import plan_diff
-
-        return plan_diff(first, second, (a, b))
+        if isinstance(second, Plan):
+            return plan_diff(first, second, (a, b))
+        raise SavedFileError(f"{a} is a plan, {b} a graph")
     if isinstance(second, Plan):
         raise SavedFileError(f"{a} is a graph, {b} a plan")
-    from lora_fx.graphdiff.diff import compare
-
     return compare(first, second)
 
 
@@ -101,11 +95,7 @@ def _saved(name: str) -> Plan | Graph:
     except ValueError as error:
         raise SavedFileError(f"{name}: is not JSON: {error}") from error
     if isinstance(document, dict) and document.get("kind") == "lora_fx graph":
-        from lora_fx.graphdiff.graphs import Graph
-
         return Graph.from_json(text)
-    from lora_fx.planning.plan import Plan
-
     try:
         return Plan.from_json(text)
     except ValueError as error:
@@ -116,8 +106,6 @@ def _saved_graph(operand: str) -> Graph | str:
     """Return a saved graph, or the operand itself if it is a model."""
     if not operand.endswith(_JSON) or operand.endswith(".index.json"):
         return operand
-    from lora_fx.planning.plan import Plan
-
     graph = _saved(operand)
     if isinstance(graph, Plan):
         raise SavedFileError(f"{operand}: is a plan, which can only be compared with a plan")
@@ -125,11 +113,7 @@ def _saved_graph(operand: str) -> Graph | str:
 
 
 def _shown(diff: GraphDiff | PlanDiff, form: str, stat: bool) -> str:
-    from lora_fx.planning.diff import PlanDiff
-
     if isinstance(diff, PlanDiff):
-        from lora_fx.cli.rendering import plan_diff_as
-
         return plan_diff_as(diff, form, stat)
     forms = {"json": diff.to_json, "html": diff.to_html, "mermaid": diff.to_mermaid, "dot": diff.to_dot}
     text = (lambda: _stat(diff)) if stat and diff else diff.__str__
@@ -138,8 +122,5 @@ def _shown(diff: GraphDiff | PlanDiff, form: str, stat: bool) -> str:
 
 def _stat(diff: GraphDiff) -> str:
     """Return a line for each site with how many statements went and came, and the sums."""
-    from lora_fx.planning.rows import fold_rows
-    from lora_fx.text import columns
-
     rows = [(site.path, f"-{len(site.removed)} +{len(site.added)}", site.note) for site in diff.changes]
     return "\n".join([columns(fold_rows(rows)), str(diff).splitlines()[-1]])

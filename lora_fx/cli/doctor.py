@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import click
 
+from lora_fx.cli.health import Health, HealthCheck, installed, trouble
 from lora_fx.cli.options import format_option, output_option
 from lora_fx.cli.output import write
 from lora_fx.cli.verbs import DIFFERS
@@ -21,12 +20,11 @@ def command(context: click.Context, quick: bool, form: str, output: str) -> None
 
     What the extras need is listed, and a tiny model is adapted, trained, saved and merged (exit 1 if that fails).
     """
-    from lora_fx.cli.health import Health, HealthCheck, installed, trouble
-
-    health = Health(installed(), trouble())
+    checks: tuple[HealthCheck, ...] = ()
     if not quick:
-        from lora_fx.cli.models.selftest import checks
+        from lora_fx.cli.models.selftest import tried
 
-        health = replace(health, checks=tuple(HealthCheck(*row) for row in checks()))
+        checks = tried()
+    health = Health(installed(), trouble(), checks)
     write(health.to_json() if form == "json" else str(health), output, form)
     context.exit(0 if health.is_well else DIFFERS)

@@ -18,45 +18,32 @@ FORMATS = ("text", "json", "mermaid", "dot", "html")
 STANDARD = "-"
 
 
-def _complete_rules(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_rules(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return shipped rules that fit, and let the shell add files."""
     from lora_fx.rules import shipped
 
     names = [CompletionItem(name) for name in shipped.names() if name.startswith(incomplete)]
     return [*names, CompletionItem(incomplete, type="file")]
 
 
-complete_any = _complete_rules
-"""Shipped rules, or files."""
-
-
 def _complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(incomplete, type="file")]
 
 
-def model_argument(function: F) -> F:
-    """Add MODEL."""
-    return click.argument("model", shell_complete=_complete_file)(function)
+model_argument = click.argument("model", shell_complete=_complete_file)
+_OUTPUT = "File to write; - is the standard output."
+output_option = click.option("-o", "--output", default=STANDARD, help=_OUTPUT, shell_complete=_complete_file)
+progress_option = click.option("--no-progress", is_flag=True, help="Show no progress bar.")
 
 
 def rules_argument(required: bool = True, many: bool = False) -> Callable[[F], F]:
     """Add RULES: files, or names of shipped ones."""
-    return click.argument("rules", required=required, nargs=-1 if many else 1, shell_complete=_complete_rules)
+    return click.argument("rules", required=required, nargs=-1 if many else 1, shell_complete=complete_rules)
 
 
 def format_option(*forms: str) -> Callable[[F], F]:
     """Add --format."""
     return click.option("--format", "form", type=click.Choice(forms), default="text", show_default=True)
-
-
-def output_option(function: F) -> F:
-    """Add -o."""
-    about = "File to write; - is the standard output."
-    return click.option("-o", "--output", default=STANDARD, help=about, shell_complete=_complete_file)(function)
-
-
-def progress_option(function: F) -> F:
-    """Add --no-progress."""
-    return click.option("--no-progress", is_flag=True, help="Show no progress bar.")(function)
 
 
 def rules_of(name: str) -> RuleSet:

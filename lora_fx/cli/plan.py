@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -17,11 +16,11 @@ from lora_fx.cli.options import (
     rules_of,
 )
 from lora_fx.cli.output import terminal_width, write
+from lora_fx.cli.rendering import plan_as, plan_diff_as
 from lora_fx.cli.saved import read_plan
 from lora_fx.cli.verbs import DIFFERS
-
-if TYPE_CHECKING:
-    from lora_fx.planning.plan import Plan
+from lora_fx.planning.diff import plan_diff
+from lora_fx.planning.plan import Plan
 
 
 @click.command("plan")
@@ -48,9 +47,6 @@ def command(
     Every weight that multiplies is listed with what would be done to it; nothing is changed.  MODEL may be a plan that
     was saved with --format json; RULES are left out then.
     """
-    from lora_fx.cli.rendering import plan_as, plan_diff_as
-    from lora_fx.planning.diff import plan_diff
-
     expected = None if expect is None else read_plan(expect)
     current = planned(model, rules)
     if expected is not None:

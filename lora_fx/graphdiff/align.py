@@ -61,13 +61,6 @@ class _Side:
     """The node, two steps up and two down."""
 
 
-class _Numbers(dict[Hashable, int]):
-    """Gives each structure a number of its own."""
-
-    def of(self, structure: Hashable) -> int:
-        return self.setdefault(structure, len(self))
-
-
 Key = Callable[[_Side, int], Hashable]
 
 
@@ -75,7 +68,7 @@ class _Alignment:
     """One alignment under way."""
 
     def __init__(self, a: Graph, b: Graph) -> None:
-        numbers = _Numbers()
+        numbers: defaultdict[Hashable, int] = defaultdict(lambda: len(numbers))
         self.a, self.b = _described(a, numbers), _described(b, numbers)
         self.waiting: deque[tuple[int, int]] = deque()
 
@@ -160,29 +153,30 @@ def _free_users(side: _Side, i: int) -> dict[tuple[str, int], list[int]]:
 
 def _grouped(side: _Side, key: Key) -> dict[Hashable, list[int]]:
     """Return the free nodes of a side by their keys."""
-    groups: dict[Hashable, list[int]] = {}
+    groups: defaultdict[Hashable, list[int]] = defaultdict(list)
     for i, other in enumerate(side.partner):
         if other is None:
-            groups.setdefault(key(side, i), []).append(i)
+            groups[key(side, i)].append(i)
     return groups
 
 
-def _described(graph: Graph, numbers: _Numbers) -> _Side:
+def _described(graph: Graph, numbers: defaultdict[Hashable, int]) -> _Side:
+    """Return a graph with its hashes; `numbers` gives each structure a number of its own."""
     nodes, size = graph.nodes, len(graph.nodes)
     users: list[list[tuple[int, int]]] = [[] for _ in nodes]
     for i, node in enumerate(nodes):
         for slot, source in enumerate(node.inputs):
             users[source].append((i, slot))
-    labels = [numbers.of(_label(node)) for node in nodes]
+    labels = [numbers[_label(node)] for node in nodes]
     above, below, near = [0] * size, [0] * size, labels
     for i, node in enumerate(nodes):
-        above[i] = numbers.of(("above", labels[i], tuple(above[source] for source in node.inputs)))
+        above[i] = numbers["above", labels[i], tuple(above[source] for source in node.inputs)]
     for i in reversed(range(size)):
-        below[i] = numbers.of(("below", labels[i], _numbers_of_users(below, users[i])))
+        below[i] = numbers["below", labels[i], _numbers_of_users(below, users[i])]
     for _ in range(2):
         inputs = (tuple(near[source] for source in node.inputs) for node in nodes)
         around = [("near", near[i], up, _numbers_of_users(near, users[i])) for i, up in enumerate(inputs)]
-        near = [numbers.of(structure) for structure in around]
+        near = [numbers[structure] for structure in around]
     return _Side(nodes, users, [None] * size, labels, above, below, near)
 
 

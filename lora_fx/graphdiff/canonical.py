@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import HOME, Attached, attached, share_adapter, shown_parameters
 from lora_fx.adapters.factors.spec import AdapterSpec
-from lora_fx.graphdiff.costs import adapter_flops, called_flops, product_flops, weights_in
+from lora_fx.graphdiff.costs import adapter_flops, called_flops, parameter_at, product_flops, weights_in
 from lora_fx.graphdiff.graphs import INPUT, RETURN, Statement, Weight, escaped
 from lora_fx.graphdiff.nodefacts import factor_of, function_name, place_of, stem_of, value_text
 from lora_fx.models.layers import kind_of
@@ -158,12 +158,8 @@ class _Writer:
 
     def _is_handed_on(self, node: fx.Node) -> bool:
         """Whether the node reads a weight that an adapter may change for what is more than a call of its layer."""
-        parameter = self._parameter(str(node.target)) if node.op == "get_attr" else None
+        parameter = parameter_at(self.module, str(node.target)) if node.op == "get_attr" else None
         return parameter is not None and parameter.dim() > 1 and any(user not in self.calls for user in node.users)
-
-    def _parameter(self, name: str) -> nn.Parameter | None:
-        owner, _, last = name.rpartition(".")
-        return self.module.get_submodule(owner)._parameters.get(last)
 
     # -- adapters
 
@@ -175,7 +171,7 @@ class _Writer:
 
     def _weight_at(self, path: str) -> str:
         """Return the dotted name of the weight of a site: of a raw parameter, or of a module."""
-        return path if self._parameter(path) is not None else dotted(path, "weight")
+        return path if parameter_at(self.module, path) is not None else dotted(path, "weight")
 
     def _at(self, path: str) -> Attached | None:
         """Return the adapter at a site."""
@@ -202,7 +198,7 @@ class _Writer:
 
     def _weights_read(self, node: fx.Node) -> list[str]:
         name = str(node.target)
-        if self._parameter(name) is None:
+        if parameter_at(self.module, name) is None:
             return []
         return [name, *(self._factors(name) if self._read(node) is not None else ())]
 

@@ -125,18 +125,9 @@ def site_changes(compared: Comparison) -> tuple[SiteChange, ...]:
 
 def _change(compared: Comparison, old: str, new: str, positions: _Positions) -> SiteChange:
     nodes = [[graph.nodes[i] for i in own] for graph, own in zip((compared.a, compared.b), positions, strict=True)]
-    (parameters, flops, size), others = _cost(compared.a, nodes[0]), _cost(compared.b, nodes[1])
-    removed, added = _site_lines(compared, positions)
-    return SiteChange(
-        path=new,
-        note=_note(*nodes),
-        removed=removed,
-        added=added,
-        moved_from=None if old == new else old,
-        parameters=(parameters, others[0]),
-        flops=(flops, others[1]),
-        bytes=(size, others[2]),
-    )
+    costs = zip(_cost(compared.a, nodes[0]), _cost(compared.b, nodes[1]), strict=True)
+    moved_from = None if old == new else old
+    return SiteChange(new, _note(*nodes), *_site_lines(compared, positions), moved_from, *costs)
 
 
 def _cost(graph: Graph, nodes: Sequence[Statement]) -> tuple[int, int, int]:

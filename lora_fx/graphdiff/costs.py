@@ -7,7 +7,7 @@ two; products of activations with each other (attention's scores) are not counte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
 
@@ -57,6 +57,12 @@ def adapter_flops(spec: AdapterSpec | None) -> int:
     return 2 * spec.rank * (rows if spec.site.op == "embedding" else rows + columns)
 
 
+def parameter_at(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Return the parameter of a dotted name; None if the name is that of a buffer or of another attribute."""
+    owner, _, last = name.rpartition(".")
+    return module.get_submodule(owner)._parameters.get(last)
+
+
 def product_flops(node: fx.Node, module: nn.Module, spec: AdapterSpec | None) -> int:
     """Return the operations of a function that takes weights: none unless it is a product.
 
@@ -67,21 +73,22 @@ def product_flops(node: fx.Node, module: nn.Module, spec: AdapterSpec | None) ->
     """
     if name_of(node.target) not in _PRODUCTS:
         return adapter_flops(spec) if spec is not None and spec.site.op == "embedding" else 0
-    weights = dict(_weights_seen(node, module))
+    weights = _weights_seen(node, module)
     banked = "conv" not in name_of(node.target)  # a row meets one member of a bank
     shapes = (weight.shape[-2:] if banked else weight.shape for weight in weights.values() if weight.dim() > 1)
     return sum(2 * shape.numel() for shape in shapes) + (adapter_flops(spec) if weights else 0)
 
 
-def _weights_seen(node: fx.Node, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters that a node takes, through views and casts of them."""
+def _weights_seen(node: fx.Node, module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that a node takes, through views and casts of them."""
+    weights: dict[str, Tensor] = {}
     waiting = list(node.all_input_nodes)
     while waiting:
         source = waiting.pop()
         if source.op == "get_attr":
-            owner, _, last = str(source.target).rpartition(".")
-            parameter = module.get_submodule(owner)._parameters.get(last)
+            parameter = parameter_at(module, str(source.target))
             if parameter is not None:
-                yield str(source.target), parameter
+                weights[str(source.target)] = parameter
         elif source.op != "call_module" and name_of(source.target) in VIEWS | COPIES:
             waiting += source.all_input_nodes[:1]
+    return weights

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
+from typing import Any
 
 from lora_fx.graphdiff.align import align, digest, increasing
 from lora_fx.graphdiff.changes import Comparison, GraphDifference, GraphEdit, merged, site_changes
-from lora_fx.graphdiff.graphs import INPUT, Graph
+from lora_fx.graphdiff.graphs import INPUT, Graph, Statement, Weight, statement_data, weights_data
 from lora_fx.graphdiff.naming import lines_of
-from lora_fx.graphdiff.patch import patched
 from lora_fx.graphdiff.render.dot import diff_dot, diff_graphml
 from lora_fx.graphdiff.render.html import diff_html
-from lora_fx.graphdiff.render.json import diff_json
 from lora_fx.graphdiff.render.mermaid import diff_mermaid
 from lora_fx.graphdiff.render.svg import diff_svg
 from lora_fx.graphdiff.render.text import diff_text
@@ -26,12 +27,36 @@ class GraphDiff(GraphDifference):
         return diff_text(self)
 
     def applied_to(self, graph: Graph) -> Graph:
-        """Return the graph with the reported edits made: applied to `a` it is `b`."""
-        return patched(graph, self.compared.edits, self.b, (self.parameters[1], self.bytes[1]))
+        """Return the graph with the reported edits made: applied to `a` it is `b`.
+
+        What no edit names stays, in its order.
+        """
+        edits = self.compared.edits
+        new = {edit.after: edit for edit in edits if edit.after is not None}
+        position = {edit.before: edit.after for edit in edits if edit.before is not None}
+        waiting = iter([i for i in range(len(graph.nodes)) if i not in position])
+        size = len(graph.nodes) - len(position) + len(new)
+        origins = {j: next(waiting) for j in range(size) if j not in new}
+        position |= {i: j for j, i in origins.items()}
+        nodes: list[Statement] = []
+        weights: dict[str, Weight] = {}
+        for j in range(size):
+            node = graph.nodes[origins[j]] if j in origins else new[j].node
+            assert node is not None
+            if j in origins:
+                inputs = [position[i] for i in node.inputs]
+                node = replace(node, inputs=tuple(i for i in inputs if i is not None))
+            nodes.append(node)
+            weights.update(new[j].weights if j in new else {weight: graph.weights[weight] for weight in node.weights})
+        return Graph(self.b, tuple(nodes), weights, self.parameters[1], self.bytes[1])
 
     def to_json(self) -> str:
-        """Return changes, sums and edits as JSON."""
-        return diff_json(self)
+        """Return changes, sums and edits as JSON; the edits are in the order of b."""
+        document = {"schema_version": 1} | asdict(replace(self, comparison=None))
+        del document["comparison"]
+        lines = (json.dumps(_edit_data(edit), ensure_ascii=False) for edit in self.compared.edits)
+        head = json.dumps(document, indent=1, ensure_ascii=False)
+        return f'{head[:-2]},\n "edits": [\n  ' + ",\n  ".join(lines) + "\n ]\n}"
 
     def to_html(self) -> str:
         """Return one page that needs nothing else: pictures, lines, search."""
@@ -52,6 +77,13 @@ class GraphDiff(GraphDifference):
     def to_graphml(self) -> str:
         """Return both graphs as one in GraphML."""
         return diff_graphml(self)
+
+
+def _edit_data(edit: GraphEdit) -> dict[str, Any]:
+    data: dict[str, Any] = {"before": edit.before, "after": edit.after}
+    if edit.node is not None:
+        data |= {"node": statement_data(edit.node), "weights": weights_data(edit.weights)}
+    return data
 
 
 def compare(a: Graph, b: Graph) -> GraphDiff:
@@ -99,13 +131,14 @@ def _edits(a: Graph, b: Graph, partner: Sequence[int | None], in_order: Collecti
     return edits
 
 
+_identity = attrgetter("path", "op", "name", "code", "region", "weights")
+
+
 def _same(a: Graph, b: Graph, i: int, j: int, partner: Sequence[int | None]) -> bool:
     """Whether two paired nodes compute the same from the same, at the same place."""
     one, other = a.nodes[i], b.nodes[j]
-    if (one.path, one.op, one.name, one.code, one.region, one.weights) != (
-        other.path, other.op, other.name, other.code, other.region, other.weights,
-    ):  # fmt: skip
-        return False
-    if [partner[source] for source in one.inputs] != list(other.inputs):
-        return False
-    return all(a.weights[name] == b.weights[name] for name in one.weights)
+    return (
+        _identity(one) == _identity(other)
+        and [partner[source] for source in one.inputs] == list(other.inputs)
+        and all(a.weights[name] == b.weights[name] for name in one.weights)
+    )

@@ -49,7 +49,11 @@ def graph_diff(a: Comparable, b: Comparable, example_inputs: object = None) -> G
         b: what it is compared with.
         example_inputs: as for `lora_fx.plan`; for models neither of which runs as graphs.
     """
-    if isinstance(a, nn.Module) and isinstance(b, nn.Module) and not (_is_graph(a) and _is_graph(b)):
+    if (
+        isinstance(a, nn.Module)
+        and isinstance(b, nn.Module)
+        and not all(isinstance(side, fx.GraphModule) for side in (a, b))
+    ):
         return compare(*_pair(a, b, example_inputs))
     return compare(graph_of(a, example_inputs), graph_of(b, example_inputs))
 
@@ -66,13 +70,9 @@ def graph_of(model: Comparable, example_inputs: object = None) -> Graph:
     if isinstance(model, ExportedProgram):
         return graph_of_program(model, type(model).__name__)
     if isinstance(model, nn.Module):
-        return _graph(_Blocks(model), {} if _is_graph(model) else _own_captures(model, example_inputs))
+        return _graph(_Blocks(model), {} if isinstance(model, fx.GraphModule) else _own_captures(model, example_inputs))
     path = Path(model)
     return graph_of_program(load_program(path), path.name) if path.suffix == ".pt2" else Graph.load(path)
-
-
-def _is_graph(model: nn.Module) -> bool:
-    return isinstance(model, fx.GraphModule)
 
 
 def _pair(a: nn.Module, b: nn.Module, example_inputs: object) -> tuple[Graph, Graph]:

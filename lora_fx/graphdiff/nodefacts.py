@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 _MODULE_PATH = re.compile(r"[\w.]*")
+_FACTOR = re.compile(r"\.(lora_A|lora_B|lora_dropout|lora_magnitude_vector)\.[^.]+(\.\d+)?$")
 
 
 def place_of(node: fx.Node) -> str:
@@ -32,11 +33,7 @@ def value_text(node: fx.Node) -> str:
 
 def factor_of(node: fx.Node) -> str:
     """Return lora_A, lora_B or lora_dropout for a call of an adapter's module, else ""."""
-    match = (
-        re.search(r"\.(lora_A|lora_B|lora_dropout|lora_magnitude_vector)\.[^.]+(\.\d+)?$", str(node.target))
-        if node.op == "call_module"
-        else None
-    )
+    match = _FACTOR.search(str(node.target)) if node.op == "call_module" else None
     return match[1] if match else ""
 
 

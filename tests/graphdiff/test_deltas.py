@@ -88,5 +88,5 @@ def test_page_of_adapters_is_well_formed_and_asks_nobody_for_anything():
 
 def test_the_number_of_the_layer_is_the_one_that_varies_most():
     places = places_of([f"1.layers.{k}.mlp.{j}" for k in range(5) for j in range(2)] + ["head"])
-    assert (places[3].layer, places[3].site) == ("1.layers.1", "mlp.1")
-    assert (places[-1].layer, places[-1].site) == ("", "head")
+    assert places[3] == ("1.layers.1", "mlp.1")
+    assert places[-1] == ("", "head")

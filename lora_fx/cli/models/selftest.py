@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.cli.health import HealthCheck
 
 _RULES = {"version": 1, "rules": [{"name": "all", "match": {"name": "**.{up,down}"}, "lora": {"r": 2}}]}
 
@@ -66,15 +67,15 @@ def _require(holds: bool, otherwise: str) -> None:
         raise RuntimeError(otherwise)
 
 
-def checks() -> tuple[tuple[str, bool, str], ...]:
-    """Return (name, whether it works, what was seen) of capturing, training, saving and merging a tiny model."""
+def tried() -> tuple[HealthCheck, ...]:
+    """Return what came of capturing, training, saving and merging a tiny model."""
     patient = _Patient()
-    tried = (("capture", patient.capture), ("train", patient.train), ("save, load", patient.files))
-    return tuple(_check(name, act) for name, act in (*tried, ("merge", patient.merge)))
+    acts = {"capture": patient.capture, "train": patient.train, "save, load": patient.files, "merge": patient.merge}
+    return tuple(_check(name, act) for name, act in acts.items())
 
 
-def _check(name: str, act: Callable[[], str]) -> tuple[str, bool, str]:
+def _check(name: str, act: Callable[[], str]) -> HealthCheck:
     try:
-        return (name, True, act())
+        return HealthCheck(name, True, act())
     except Exception as error:  # whatever it is, it is what the user wants to know
-        return (name, False, f"{type(error).__name__}: {error}".splitlines()[0])
+        return HealthCheck(name, False, f"{type(error).__name__}: {error}".splitlines()[0])

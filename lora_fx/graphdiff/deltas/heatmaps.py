@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from html import escape
 
 from lora_fx.graphdiff.deltas.spectra import DeltaRow, ratio_text
@@ -21,14 +20,6 @@ STYLE = """
 _CELL, _ROW, _LETTER = 84, 20, 6.7
 
 
-@dataclass(frozen=True, slots=True)
-class GridPlace:
-    """Where a site stands in a heatmap."""
-
-    layer: str
-    site: str
-
-
 Shown = Callable[[DeltaRow], tuple[float | None, str]]
 """Returns the value of a cell, and its text."""
 MAPS: tuple[tuple[str, Shown], ...] = (
@@ -38,8 +29,8 @@ MAPS: tuple[tuple[str, Shown], ...] = (
 )
 
 
-def places_of(paths: Sequence[str]) -> list[GridPlace]:
-    """Return layer and site of each path: the number in it that takes most values is the layer's."""
+def places_of(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (layer, site) of each path: the number in it that takes most values is the layer's."""
     values: dict[tuple[str, int], set[str]] = {}
     for path in paths:
         for position, number in enumerate(_NUMBER.findall(path)):
@@ -47,20 +38,20 @@ def places_of(paths: Sequence[str]) -> list[GridPlace]:
     return [_place(path, values) for path in paths]
 
 
-def _place(path: str, values: dict[tuple[str, int], set[str]]) -> GridPlace:
+def _place(path: str, values: dict[tuple[str, int], set[str]]) -> tuple[str, str]:
     matches = list(_NUMBER.finditer(path))
     if not matches:
-        return GridPlace("", path)
+        return "", path
     template = _NUMBER.sub("#", path)
     chosen = max(range(len(matches)), key=lambda position: (len(values[template, position]), -position))
     match = matches[chosen]
-    return GridPlace(path[: match.end()], path[match.end() :].lstrip(".") or path)
+    return path[: match.end()], path[match.end() :].lstrip(".") or path
 
 
 def _heatmap(rows: Sequence[DeltaRow], title: str, shown: Shown) -> tuple[str, float, float]:
     """Return a heatmap as SVG elements, its width and its height in pixels."""
     places = places_of([row.path for row in rows])
-    layers, sites = (list(dict.fromkeys(names)) for names in zip(*((p.layer, p.site) for p in places), strict=True))
+    layers, sites = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
     values = [shown(row) for row in rows]
     most = max((value for value, _ in values if value is not None), default=0.0) or 1.0
     left = 12 + _LETTER * max(len(layer) for layer in layers)
@@ -69,9 +60,9 @@ def _heatmap(rows: Sequence[DeltaRow], title: str, shown: Shown) -> tuple[str, f
     parts = [f'<text class="title" x="4" y="16">{escape(title)}</text>']
     parts += [f'<text x="{x:g}" y="38">{escape(site)}</text>' for site, x in zip(sites, lefts, strict=True)]
     parts += [f'<text x="4" y="{60 + k * _ROW}">{escape(layer)}</text>' for k, layer in enumerate(layers)]
-    for place, row, (value, text) in zip(places, rows, values, strict=True):
-        column = sites.index(place.site)
-        corner = lefts[column], 46 + layers.index(place.layer) * _ROW
+    for (layer, site), row, (value, text) in zip(places, rows, values, strict=True):
+        column = sites.index(site)
+        corner = lefts[column], 46 + layers.index(layer) * _ROW
         shade = 0.06 + 0.94 * (value or 0.0) / most
         parts.append(_cell(corner, widths[column] - 2, shade, text, f"{row.path}: {title} {text}"))
     return "".join(parts), left + sum(widths) + 4, 52.0 + len(layers) * _ROW
@@ -99,8 +90,8 @@ def deltas_svg(model: str, rows: Sequence[DeltaRow]) -> str:
 def deltas_html(model: str, rows: Sequence[DeltaRow]) -> str:
     """Return the page: heatmaps, then a table of singular values for each kind of site."""
     groups: dict[str, list[DeltaRow]] = {}
-    for row, place in zip(rows, places_of([row.path for row in rows]), strict=True):
-        groups.setdefault(place.site, []).append(row)
+    for row, (_, site) in zip(rows, places_of([row.path for row in rows]), strict=True):
+        groups.setdefault(site, []).append(row)
     maps = "".join(_figure(rows, title, shown) for title, shown in MAPS if rows)
     tables = "".join(_table(k, site, group) for k, (site, group) in enumerate(groups.items()))
     main = f"<section><h2>By layer and site</h2>{maps}</section><section><h2>Singular values</h2>{tables}</section>"

@@ -10,21 +10,21 @@ from lora_fx.planning.rows import fold_rows
 from lora_fx.text import count, thousands
 
 
-def diff_text(diff: GraphDifference, fold: bool = True) -> str:
+def diff_text(diff: GraphDifference) -> str:
     """Return the diff as text; an empty diff is one line that says so."""
     if not diff.changes:
         return f"no difference: {diff.a} and {diff.b}, {count(diff.unchanged, 'statement')}"
     lines = [f"--- {diff.a}", f"+++ {diff.b}"]
-    for changes in groups_of(diff.changes, fold):
+    for changes in groups_of(diff.changes):
         lines += _hunk(changes)
     return "\n".join([*lines, sums_text(diff)])
 
 
-def groups_of(changes: Sequence[SiteChange], fold: bool = True) -> list[list[SiteChange]]:
+def groups_of(changes: Sequence[SiteChange]) -> list[list[SiteChange]]:
     """Return the changes with those of repeated blocks together."""
     groups: dict[object, list[SiteChange]] = {}
     for change in changes:
-        groups.setdefault(_kind(change) if fold else (change.path, change.moved_from), []).append(change)
+        groups.setdefault(_kind(change), []).append(change)
     return list(groups.values())
 
 
