@@ -5,6 +5,7 @@ Blocks are identical where `structure_of` is equal.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from lora_fx.adapters.attach import attached_to, shown_parameters
 from lora_fx.models.swap import original_class
 from lora_fx.passes.flatten import is_plain_layer
+from lora_fx.text import dotted
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -24,12 +26,9 @@ def block_regions(model: nn.Module, sites: Iterable[str]) -> list[str]:
     live in Python between the blocks.
     """
     wanted = list(sites)
-    blocks = list(_blocks(model, "", wanted, set()))
     if wanted and not _has_blocks(model) and _has_forward(model):
         return [""]
-    rest = [site for site in wanted if not _inside_any(site, blocks)]
-    others = dict.fromkeys(_largest_ancestor(model, site, blocks) for site in rest)
-    return blocks + [path for path in others if path is not None]
+    return inner_regions(model, "", wanted)
 
 
 def inner_regions(model: nn.Module, path: str, sites: Iterable[str]) -> list[str]:
@@ -38,16 +37,16 @@ def inner_regions(model: nn.Module, path: str, sites: Iterable[str]) -> list[str
     prefix = f"{path}." if path else ""
     wanted = [site[len(prefix) :] for site in sites if site.startswith(prefix) and site != path]
     blocks = list(_blocks(module, "", wanted, set()))
-    rest = [site for site in wanted if not _inside_any(site, blocks)]
+    rest = [site for site in wanted if not any(_is_below(site, block) for block in blocks)]
     others = dict.fromkeys(_largest_ancestor(module, site, blocks) for site in rest)
-    return [prefix + inner for inner in (*blocks, *others) if inner is not None]
+    return [dotted(path, inner) for inner in (*blocks, *others) if inner is not None]
 
 
 def _blocks(module: nn.Module, path: str, sites: list[str], seen: set[int]) -> Iterator[str]:
     """Yield the repeated blocks with sites in them, in model order."""
     for name, child in module.named_children():
-        here = f"{path}.{name}" if path else name
-        if id(child) in seen or not _contains(here, sites):
+        here = dotted(path, name)
+        if id(child) in seen or not any(_is_below(site, here) for site in sites):  # a site itself is not a region
             continue
         seen.add(id(child))
         if _is_block(module, child) and _is_innermost(module, child):
@@ -78,9 +77,8 @@ def _has_twins(container: nn.Module) -> bool:
 
 
 def _has_blocks(model: nn.Module) -> bool:
-    return any(
-        _has_children(child) and _is_block(module, child) for module in model.modules() for child in module.children()
-    )
+    pairs = ((module, child) for module in model.modules() for child in module.children())
+    return any(_has_children(child) and _is_block(module, child) for module, child in pairs)
 
 
 def _has_children(module: nn.Module) -> bool:
@@ -99,21 +97,14 @@ def _has_forward(module: nn.Module) -> bool:
     return not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is not nn.Module.forward
 
 
-def _contains(path: str, sites: list[str]) -> bool:
-    """Whether a site lies below the path (a site itself is not a region)."""
-    return any(site.startswith(f"{path}.") for site in sites)
-
-
-def _inside_any(site: str, regions: Iterable[str]) -> bool:
-    return any(site.startswith(f"{region}.") for region in regions)
+def _is_below(path: str, ancestor: str) -> bool:
+    return path.startswith(f"{ancestor}.")
 
 
 def _largest_ancestor(model: nn.Module, site: str, blocks: list[str]) -> str | None:
     """Return the outermost ancestor of the site, below the root, that contains no block; at the least the site."""
-    parts = site.split(".")
-    for depth in range(1, len(parts)):
-        path = ".".join(parts[:depth])
-        holds_block = any(block == path or block.startswith(f"{path}.") for block in blocks)
+    for path in itertools.accumulate(site.split(".")[:-1], dotted):
+        holds_block = any(block == path or _is_below(block, path) for block in blocks)
         if not holds_block and _has_forward(model.get_submodule(path)):
             return path
     return site if site and _is_layer(model, site) else None

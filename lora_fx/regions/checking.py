@@ -6,6 +6,7 @@ Both run on stand-ins, copies of the block, so that a comparison leaves no trace
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,23 @@ from lora_fx.regions.program import Program
 REGION = "lora_fx_region"
 """Attribute of a module that is a region."""
 _NOISE = 0.02
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(slots=True)
+class ModuleCall:
+    """A call of a region's module, and the forward that the module has without the region."""
+
+    module: nn.Module
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def by_forward(self) -> Any:
+        return self.forward(*self.args, **self.kwargs)
+
+    def matched(self, match: Match) -> tuple[Any, ...] | int:
+        """Return the inputs of a graph that fits the call, or which of its guard's reasons speaks against it."""
+        return match(self.module, self.args, self.kwargs)
 
 
 class RunsGraphs(Swapped, nn.Module):
@@ -35,19 +52,19 @@ class RunsGraphs(Swapped, nn.Module):
 class Replay:
     """A call kept so that it can be made again: copies of module, arguments and random state as they were before it."""
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.module = module
-        self._before = stand_in(module)
-        self.args, self.kwargs = copied((args, kwargs), _copy)
-        self._given = (args, kwargs)
-        devices = {tensor.device for tensor in (*tensors_in((args, kwargs)), *module.parameters())}
+    def __init__(self, call: ModuleCall) -> None:
+        self._given = call
+        self._before = stand_in(call.module)
+        args, kwargs = copied((call.args, call.kwargs), _copy)
+        self.call = ModuleCall(call.module, call.forward, args, kwargs)
+        devices = {tensor.device for tensor in (*tensors_in((call.args, call.kwargs)), *call.module.parameters())}
         self.ambient = ambient_state(devices)
         self.random = RandomState(self.ambient.devices)
 
-    def arguments(self) -> Call:
-        """Return a fresh copy of the arguments: a forward may write to them."""
-        fresh: Call = copied((self.args, self.kwargs), _copy)
-        return fresh
+    def _again(self) -> ModuleCall:
+        """Return the call with a copy of the module and of the arguments: a forward may write to both."""
+        module = stand_in(self._before)
+        return ModuleCall(module, module.forward, *copied((self.call.args, self.call.kwargs), _copy))
 
     def difference(self, program: Program, match: Match, answer: Any) -> str | None:
         """Return how the program differs from the forward, which gave `answer`; None if not at all.
@@ -80,20 +97,20 @@ class Replay:
             after.restore()
 
     def _differs_from_answer(self, program: Program, match: Match, answer: Any, after: RandomState) -> str | None:
-        arguments = self.arguments()
-        inputs = match(self.module, *arguments)
+        mine = self._again()
+        inputs = match(self.call.module, mine.args, mine.kwargs)
         if isinstance(inputs, int):
             return f"its own guard refuses it: {program.guard.reasons[inputs]}"
-        module = stand_in(self._before)
         self.random.restore()
-        result = self._run(lambda: _detached(program.function(module, *inputs)))
+        result = self._run(lambda: _detached(program.function(mine.module, *inputs)))
         if RandomState(self.ambient.devices) != after:
             return "it draws other random numbers"
-        return difference(result, answer) or _left_behind_differs((module, arguments), (self.module, self._given))
+        return difference(result, answer) or _left_behind_differs(mine, self._given)
 
     def _differs_with_noise(self, program: Program, match: Match) -> str | None:
         """Return how program and forward differ with other factors in the adapters, gradients included."""
-        if program.proven_with_noise or not is_adapted(self.module) or any(p.is_meta for p in self.module.parameters()):
+        module = self.call.module
+        if program.proven_with_noise or not is_adapted(module) or any(p.is_meta for p in module.parameters()):
             return None
         mine, theirs, _ = self._both_with_noise(program.function, match)
         reason = difference(_detached(mine[0]), _detached(theirs[0]))
@@ -113,21 +130,26 @@ class Replay:
 
     def _both_with_noise(self, function: Callable[..., Any], match: Match) -> tuple[Run, Run, bool]:
         """Run a program's code and the forward on copies with other factors; say whether both draw alike."""
-        modules = with_noise(stand_in(self._before)), with_noise(stand_in(self._before))
-        calls = self.arguments(), self.arguments()
-        inputs = match(self.module, *calls[1])
+        mine, theirs = self._again(), self._again()
+        with_noise(mine.module)
+        with_noise(theirs.module)
+        inputs = match(self.call.module, mine.args, mine.kwargs)
         assert not isinstance(inputs, int)
         self.random.restore()
-        expected = self._run(lambda: modules[0].forward(*calls[0][0], **calls[0][1]))
+        expected = self._run(theirs.by_forward)
         drawn = RandomState(self.ambient.devices)
         self.random.restore()
-        result = self._run(lambda: function(modules[1], *inputs))
+        result = self._run(lambda: function(mine.module, *inputs))
         alike = RandomState(self.ambient.devices) == drawn
-        return (result, calls[1], modules[1]), (expected, calls[0], modules[0]), alike
+        return (
+            (result, (mine.args, mine.kwargs), mine.module),
+            (expected, (theirs.args, theirs.kwargs), theirs.module),
+            alike,
+        )
 
     def _precision(self, result: Any) -> torch.dtype:
         """Return the coarsest dtype in which the call rounds."""
-        tensors = (*tensors_in((result, self.args, self.kwargs)), *self.module.parameters())
+        tensors = (*tensors_in((result, self.call.args, self.call.kwargs)), *self.call.module.parameters())
         dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
         dtypes |= {dtype for _, enabled, dtype in self.ambient.autocast if enabled}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -135,11 +157,10 @@ class Replay:
     def recorded(self) -> Records:
         """Make the call again and return what the module's submodules return; nothing else comes of it."""
         after = RandomState(self.ambient.devices)
-        args, kwargs = self.arguments()
-        module, records = stand_in(self._before), Records()
+        call, records = self._again(), Records()
         self.random.restore()
         try:
-            records.hooked(module, lambda: self._run(lambda: module.forward(*args, **kwargs)))
+            records.hooked(call.module, lambda: self._run(call.by_forward))
         finally:
             after.restore()
         return records
@@ -156,12 +177,12 @@ def _detached(result: Any) -> Any:
     return pytree.tree_map_only(Tensor, torch.Tensor.detach, result)
 
 
-def _left_behind_differs(mine: tuple[nn.Module, Any], theirs: tuple[nn.Module, Any]) -> str | None:
+def _left_behind_differs(mine: ModuleCall, theirs: ModuleCall) -> str | None:
     """Return how what the program wrote in place differs from what the forward wrote."""
-    if objects_differ(mine[1], theirs[1], lambda a, b: _tensor_difference(a, b) is not None):
+    if _objects_differ((mine.args, mine.kwargs), (theirs.args, theirs.kwargs)):
         return "it leaves other values in an argument"
-    expected = dict(theirs[0].named_buffers())
-    for name, buffer in mine[0].named_buffers():
+    expected = dict(theirs.module.named_buffers())
+    for name, buffer in mine.module.named_buffers():
         if name not in expected or _tensor_difference(buffer, expected[name]) is not None:
             return f"it leaves other values in buffer {name}"
     return None
@@ -182,9 +203,12 @@ def difference(result: Any, expected: Any) -> str | None:
 
 def _value_difference(one: Any, other: Any) -> str | None:
     if is_plain_object(one):
-        differ = objects_differ(one, other, lambda a, b: _tensor_difference(a, b) is not None)
-        return f"the {type(one).__name__} of the result differs" if differ else None
+        return f"the {type(one).__name__} of the result differs" if _objects_differ(one, other) else None
     return None if type(one) is type(other) and one == other else f"{one!r} instead of {other!r}"
+
+
+def _objects_differ(one: Any, other: Any) -> bool:
+    return objects_differ(one, other, lambda a, b: _tensor_difference(a, b) is not None)
 
 
 def _tensor_difference(one: Any, other: Tensor) -> str | None:
@@ -214,8 +238,8 @@ def stand_in(module: nn.Module) -> nn.Module:
     return duplicate
 
 
-def with_noise(duplicate: nn.Module) -> nn.Module:
-    """Return the stand-in itself, with factors in every adapter that show.
+def with_noise(duplicate: nn.Module) -> None:
+    """Put factors that show into every adapter of a stand-in.
 
     With B = 0, as adapters start, a graph that leaves one out or feeds it the wrong input would look right.
     """
@@ -224,4 +248,3 @@ def with_noise(duplicate: nn.Module) -> nn.Module:
         for factor in (adapter.lora_A, adapter.lora_B):
             noise = torch.randn(factor.weight.shape, generator=generator, dtype=torch.float32) * _NOISE
             factor.weight = nn.Parameter(noise.to(factor.weight))
-    return duplicate

@@ -12,7 +12,9 @@ from lora_fx.capture.captured import Captured
 from lora_fx.models.swap import swap, take_off
 from lora_fx.models.tensors import dotted
 from lora_fx.regions.candidates import structure_of
-from lora_fx.regions.region import BlockPrograms, GuardedRegion, Region, drop_region, region_of, set_region
+from lora_fx.regions.checking import REGION
+from lora_fx.regions.program import make_program
+from lora_fx.regions.region import BlockPrograms, GuardedRegion, Region, region_of
 
 
 def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()) -> None:
@@ -30,13 +32,13 @@ def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()
         module = model.get_submodule(path)
         block = blocks.setdefault(structure_of(module), BlockPrograms(passes))
         swap(module, GuardedRegion)
-        set_region(module, Region(path, block))
+        module.__dict__[REGION] = Region(path, block)
 
 
 def uninstall(module: nn.Module) -> None:
     """Take the region off one module, in place."""
     take_off(module, GuardedRegion)
-    drop_region(module)
+    module.__dict__.pop(REGION, None)
 
 
 def regions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region]]:
@@ -116,4 +118,4 @@ def stock(
         region.block.seconds += seconds.get(structures[path], 0.0)
         for captured, static in library.get(structures[path], []):
             with contextlib.suppress(AttributeError):  # it reads what a forward makes first: then it is captured later
-                region.block.add(captured, module, static)
+                region.block.programs.append(make_program(captured, module, region.block.passes, static))

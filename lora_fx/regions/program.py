@@ -111,11 +111,8 @@ def may_be_fast() -> bool:
     Not while torch checkpoints: it runs the block again in the backward pass, perhaps by its own forward, and must find
     the same tensors.
     """
-    if not torch.is_grad_enabled():
-        return False
-    if in_backward():  # a block that is run again in the backward pass: what for, once more
-        return False
-    return checkpointing() is None
+    # a block that is run again in the backward pass: what for, once more
+    return torch.is_grad_enabled() and not in_backward() and checkpointing() is None
 
 
 def make_program(captured: Captured, module: nn.Module, passes: Collection[str] = (), static: bool = False) -> Program:

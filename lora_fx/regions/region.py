@@ -25,16 +25,16 @@ from lora_fx.capture.generalise import generalise
 from lora_fx.capture.tracing.recording import OtherShape
 from lora_fx.errors import LoraFxWarning
 from lora_fx.models.layers import has_hooks
-from lora_fx.regions.checking import REGION, Replay, RunsGraphs
+from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
 from lora_fx.regions.program import Program, make_program
 from lora_fx.regions.sizes import Sizes
 
 MOST_GRAPHS = 16
 """How many graphs one region may capture; after that it warns and stays with those it has."""
-MOST_CHECKS = 3
-"""How often a program is compared with the forward at other sizes while a model is surveyed."""
 MOST_STATIC = 4
 """How many of them may be for one size each, of a forward that loops over a size or so."""
+MOST_CHECKS = 3
+"""How often a program is compared with the forward at other sizes while a model is surveyed."""
 
 
 class GuardedRegion(RunsGraphs):
@@ -45,15 +45,18 @@ class GuardedRegion(RunsGraphs):
             return super().forward(*args, **kwargs)
         region: Region = self.__dict__[REGION]
         hit = region.find(self, args, kwargs)
+        if hit is not None and not (region.checking or hit[0].may_give_up or hit[0].wants_proof):
+            return hit[0].run(self, hit[1])  # most calls end here, and none of them pays for a ModuleCall
+        call = ModuleCall(self, super().forward, args, kwargs)
         if hit is None:
-            return region.miss(self, super().forward, args, kwargs)
+            return region.miss(call)
         program, inputs = hit
         if region.checking and program.checks < MOST_CHECKS:
-            return region.check(self, super().forward, args, kwargs, program)
+            return region.check(call, program)
         if program.may_give_up:
-            return region.attempt(self, super().forward, args, kwargs, hit)
+            return region.attempt(call, program, inputs)
         if program.wants_proof:
-            return region.prove_fast(self, args, kwargs, hit)
+            region.prove_fast(call, program)
         return program.run(self, inputs)
 
 
@@ -77,10 +80,6 @@ class BlockPrograms:
     def __reduce__(self) -> tuple[Any, ...]:
         # the next process captures code itself, with its torch and its classes
         return (BlockPrograms, (self.passes,))
-
-    def add(self, captured: Captured, module: nn.Module, static: bool) -> None:
-        """Make a program of a graph that was captured from the base; it has yet to be proven."""
-        self.programs.append(make_program(captured, module, self.passes, static))
 
 
 @dataclass(slots=True)
@@ -111,141 +110,111 @@ class Region:
     def find(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program, tuple[Tensor, ...]] | None:
-        """Return a proven program that fits the call, and its inputs."""
+        """Return a proven program that fits the call, and its inputs: at sizes of 1 too."""
         if not self.enabled:
             return None
-        for position, program in enumerate(self.mine):
+        for program in (*self.mine, *self.block.programs):
             inputs = program.guard.match(module, args, kwargs)
             if type(inputs) is tuple and program.verified:
-                self.hits += 1
-                if position:
-                    self.mine = [program, *(other for other in self.mine if other is not program)]
-                return program, inputs
-        return self._find_elsewhere(module, args, kwargs)
-
-    def _find_elsewhere(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Program, tuple[Tensor, ...]] | None:
-        """Look among the programs of identical blocks, and at sizes of 1."""
-        for program in self.block.programs:
-            inputs = program.guard.match(module, args, kwargs)
-            if type(inputs) is tuple and program.verified:
-                self.hits += 1
-                self._keep(program)
-                return program, inputs
+                return self._hit(program, inputs)
         for program in self.block.programs:
             inputs = program.guard.match_ones(module, args, kwargs)
             if type(inputs) is tuple and program.ones_of(inputs) in program.ones:
-                self.hits += 1
-                self._keep(program)
-                return program, inputs
+                return self._hit(program, inputs)
         return None
 
-    def _keep(self, program: Program) -> None:
-        if program not in self.mine:
-            self.mine = [program, *self.mine]
+    def _hit(self, program: Program, inputs: tuple[Tensor, ...]) -> tuple[Program, tuple[Tensor, ...]]:
+        self.hits += 1
+        if not self.mine or self.mine[0] is not program:
+            self._keep(program)
+        return program, inputs
 
-    def miss(self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _keep(self, program: Program) -> None:
+        """Put the program first: it is likely to fit the next call too."""
+        self.mine = [program, *(other for other in self.mine if other is not program)]
+
+    def miss(self, call: ModuleCall) -> Any:
         """Run the module's own forward; if worth while, prove or capture a graph for such calls afterwards."""
         if not self.enabled:
-            return forward(*args, **kwargs)
-        self.misses[self._why(module, args, kwargs)] += 1
-        noted = self.block.sizes.noted(args, kwargs)
-        if not self._may_capture(module, args, kwargs) or not self.block.lock.acquire(blocking=False):
-            result = forward(*args, **kwargs)
+            return call.by_forward()
+        self.misses[self._why(call)] += 1
+        noted = self.block.sizes.noted(call.args, call.kwargs)
+        if not self._may_capture(call) or not self.block.lock.acquire(blocking=False):
+            result = call.by_forward()
             noted()  # only now: sizes that the forward refuses do not count
             return result
         try:
             started = time.perf_counter()
-            replay = self._kept(module, args, kwargs)
-            result = forward(*args, **kwargs)
+            replay = self._kept(call)
+            result = call.by_forward()
             noted()
             if replay is not None:
-                self._learn_or_note(replay, result)
+                self._learn(replay, result)
             self.block.seconds += time.perf_counter() - started
             return result
         finally:
             self.block.lock.release()
 
-    def _kept(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replay | None:
+    def _kept(self, call: ModuleCall) -> Replay | None:
         """Return the call as it was before the forward; None if it cannot be kept, with the reason noted."""
         try:
-            return Replay(module, args, kwargs)
+            return Replay(call)
         except Exception as error:  # whatever a user's __deepcopy__ raises
             text = f"the call cannot be made twice: {type(error).__name__}: {error}"
-            self._note_failure(module, args, kwargs, text[:200])
+            self._note_failure(call, text[:200])
             return None
 
-    def _note_failure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> None:
+    def _note_failure(self, call: ModuleCall, reason: str) -> None:
         """Remember why calls like this one run without a graph."""
-        self.block.failures[_signature(module, args, kwargs)] = reason
+        self.block.failures[_signature(call)] = reason
 
-    def check(
-        self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], program: Program
-    ) -> Any:
+    def check(self, call: ModuleCall, program: Program) -> Any:
         """Return what the forward returns; a program that computes something else is given up."""
-        replay = self._kept(module, args, kwargs)
+        replay = self._kept(call)
         program.checks += 1
-        result = forward(*args, **kwargs)
+        result = call.by_forward()
         if replay is None:
             return result
         difference = replay.difference(program, program.guard.match_ones, result)
         if difference is not None:
             program.give_up()
             self.block.programs = [other for other in self.block.programs if other is not program]
-            reason = f"the graph is not the forward at other sizes: {difference}"
-            self._note_failure(module, replay.args, replay.kwargs, reason)
+            self._note_failure(replay.call, f"the graph is not the forward at other sizes: {difference}")
         return result
 
-    def prove_fast(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        hit: tuple[Program, tuple[Any, ...]],
-    ) -> Any:
-        """Return what the fast program computes, if it is found to be the forward but for rounding; else the plain."""
-        program, inputs = hit
-        replay = self._kept(module, args, kwargs)
+    def prove_fast(self, call: ModuleCall, program: Program) -> None:
+        """Let the program run its fast code from now on, if that is found to be the forward but for rounding."""
+        replay = self._kept(call)
         if replay is not None:
             program.decide(replay.fast_difference(program, program.guard.match_ones))
-        return program.run(module, inputs)
 
-    def attempt(
-        self,
-        module: nn.Module,
-        forward: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        hit: tuple[Program, tuple[Any, ...]],
-    ) -> Any:
+    def attempt(self, call: ModuleCall, program: Program, inputs: tuple[Any, ...]) -> Any:
         """Return what the program computes; where a submodule returns another shape than it relies on, the forward."""
-        program, inputs = hit
         before = RandomState(tuple({value.device for value in inputs if isinstance(value, Tensor)}))
         try:
-            return program.function(module, *inputs)
+            return program.function(call.module, *inputs)
         except OtherShape:
             before.restore()
             self.misses["a submodule returns a tensor of another shape"] += 1
-            return forward(*args, **kwargs)
+            return call.by_forward()
 
-    def _why(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _why(self, call: ModuleCall) -> str:
         programs = self.mine or self.block.programs
         if not programs:
-            return self.block.failures.get(_signature(module, args, kwargs), "not captured yet")
-        tried = [(program.guard.match(module, args, kwargs), program.guard.reasons) for program in programs]
+            return self.block.failures.get(_signature(call), "not captured yet")
+        tried = [(call.matched(program.guard.match), program.guard.reasons) for program in programs]
         failed = [(index, reasons[index]) for index, reasons in tried if isinstance(index, int)]
         # the program that came furthest is the one that was meant
         return max(failed)[1] if len(failed) == len(tried) else "not compared with the forward yet"
 
-    def _may_capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _may_capture(self, call: ModuleCall) -> bool:
         # with a hook inside, capturing would fire it more often than the user calls the model
-        if not self.capturing or any(map(has_hooks, list(module.modules())[1:])):
+        if not self.capturing or any(map(has_hooks, list(call.module.modules())[1:])):
             return False
         if self.captures >= MOST_GRAPHS:
             self._warn_once()
             return False
-        return _signature(module, args, kwargs) not in self.block.failures
+        return _signature(call) not in self.block.failures
 
     def _warn_once(self) -> None:
         self.capturing = False
@@ -259,37 +228,34 @@ class Region:
 
     # -- learning
 
-    def _learn_or_note(self, replay: Replay, result: Any) -> None:
-        """Learn from the call; an error of ours on the way is a reason to run without a graph, not the user's."""
-        try:
-            self._learn(replay, result)
-        except Exception as error:
-            self._note_failure(replay.module, replay.args, replay.kwargs, f"the capture failed: {reason_of(error)}")
-
     def _learn(self, replay: Replay, result: Any) -> None:
-        """Prove a waiting program on this call, or capture a new one."""
-        if self._waiting(replay, result) is None:
-            self._capture(replay, result)
+        """Prove a waiting program on this call, or capture a new one.
 
-    def _waiting(self, replay: Replay, result: Any) -> Program | None:
-        """Return a program that fits the call and has now been proven on it."""
-        for program in self.block.programs:
-            if type(program.guard.match_unproven(replay.module, replay.args, replay.kwargs)) is not tuple:
-                continue
-            if self._prove(program, replay, result):
-                return program
-            if not program.verified:
-                self.block.programs.remove(program)
-            return None
-        return None
+        An error of ours on the way is a reason to run without a graph, not the user's.
+        """
+        try:
+            if not self._proves_waiting(replay, result):
+                self._capture(replay, result)
+        except Exception as error:
+            self._note_failure(replay.call, f"the capture failed: {reason_of(error)}")
+
+    def _proves_waiting(self, replay: Replay, result: Any) -> bool:
+        """Whether a program that fits the call has now been proven on it; one that is wrong is dropped."""
+        fitting = (p for p in self.block.programs if type(replay.call.matched(p.guard.match_unproven)) is tuple)
+        program = next(fitting, None)
+        if program is None or self._prove(program, replay, result):
+            return program is not None
+        if not program.verified:
+            self.block.programs.remove(program)
+        return False
 
     def _prove(self, program: Program, replay: Replay, result: Any) -> bool:
         match = program.guard.match_unproven
         if replay.difference(program, match, result) is not None:
             return False
-        inputs = match(replay.module, replay.args, replay.kwargs)
+        inputs = replay.call.matched(match)
         assert not isinstance(inputs, int)
-        program.guard.proven.add(program.parameters_of(replay.module))
+        program.guard.proven.add(program.parameters_of(replay.call.module))
         ones = program.ones_of(inputs)
         if ones:
             program.ones.add(ones)
@@ -298,67 +264,60 @@ class Region:
         self._keep(program)
         return True
 
-    def _capture(self, replay: Replay, result: Any) -> Program | None:
+    def _capture(self, replay: Replay, result: Any) -> None:
+        call = replay.call
         self.captures += 1
         try:
             captured, static = self._captured(replay)
-            program = make_program(captured, replay.module, self.block.passes, static)
+            program = make_program(captured, call.module, self.block.passes, static)
             difference = replay.difference(program, program.guard.match, result)
             if difference is not None:
                 raise NotCaptured(f"the graph is not the forward: {difference}")
         except NotCaptured as reason:
-            self._note_failure(replay.module, replay.args, replay.kwargs, str(reason))
-            return None
-        program.verified = not any(tensor.is_meta for tensor in tensors_in((replay.args, replay.kwargs)))
-        program = self._generalised(program, replay, result) or program
+            self._note_failure(call, str(reason))
+            return
+        program.verified = not any(tensor.is_meta for tensor in tensors_in((call.args, call.kwargs)))
+        program = self._generalised(program, replay, result)
         self.block.programs.append(program)
         self._keep(program)
-        return program
 
-    def _generalised(self, program: Program, replay: Replay, result: Any) -> Program | None:
-        """Return a program for both this one and one of an identical block, which it replaces, if there is one."""
+    def _generalised(self, program: Program, replay: Replay, result: Any) -> Program:
+        """Return a program for both this one and one of an identical block, which it replaces; else this one."""
         for other in self.block.programs:
             captured = generalise(other.captured, program.captured)
             if captured is None:
                 continue
-            both = make_program(captured, replay.module, self.block.passes)
+            both = make_program(captured, replay.call.module, self.block.passes)
             if self._prove(both, replay, result):
                 values = tuple(other.captured.dependencies.read[place] for place in captured.parameters)
                 both.guard.proven.add(values)  # for these it is the other program, which has been proven
                 both.ones |= other.ones & program.ones
                 self.block.programs.remove(other)
                 return both
-        return None
+        return program
 
     def _captured(self, replay: Replay) -> tuple[Captured, bool]:
         """Return a graph of the call, and whether it is for these sizes only though they are known to vary."""
-        varying = self.block.sizes.varying(replay.args, replay.kwargs)
+        call = replay.call
+        varying = self.block.sizes.varying(call.args, call.kwargs)
         try:
-            return capture(replay.module, replay.args, replay.kwargs, varying, replay.recorded), False
+            return capture(call.module, call.args, call.kwargs, varying, replay.recorded), False
         except BakesSize:
             if not varying or sum(program.static for program in self.block.programs) >= MOST_STATIC:
                 raise
-        return capture(replay.module, replay.args, replay.kwargs, frozenset(), replay.recorded), True
+        return capture(call.module, call.args, call.kwargs, frozenset(), replay.recorded), True
 
 
-def _signature(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+def _signature(call: ModuleCall) -> tuple[object, ...]:
     """Return what calls have in common that all can or all cannot be captured (sizes other than 1 do not count)."""
-    flat = flatten(args, kwargs)
+    flat = flatten(call.args, call.kwargs)
     around = ambient_state({leaf.value.device for leaf in flat.tensors()})
     # what fails at a size of 1 may be captured at others
     ones = tuple(tuple(size == 1 for size in leaf.value.shape) for leaf in flat.tensors())
-    return (flat.shape_free(), ones, module.training, around)
+    return (flat.shape_free(), ones, call.module.training, around)
 
 
 def region_of(module: nn.Module) -> Region | None:
     """Return the region of a module, or None."""
     region: Region | None = module.__dict__.get(REGION)
     return region
-
-
-def set_region(module: nn.Module, region: Region) -> None:
-    module.__dict__[REGION] = region
-
-
-def drop_region(module: nn.Module) -> None:
-    module.__dict__.pop(REGION, None)

@@ -43,17 +43,20 @@ _EVAL_WITH_GRADIENTS = ((False, True),)
 class Survey:
     """What was found out about a model."""
 
-    graphs: tuple[str, ...]
-    """Paths of the regions that run as graphs."""
     failures: dict[str, str]
     """Why a submodule does not run as a graph, or not in every mode."""
     library: Library
     structures: dict[str, tuple[Any, ...]]
-    """For each region, the structure of its block."""
+    """For each region that runs as graphs, the structure of its block."""
     covered: frozenset[str]
     """Paths of the linears that graphs compute."""
     seconds: dict[tuple[Any, ...], float]
     """Time spent capturing and checking, by the structure of the block."""
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Paths of the regions that run as graphs."""
+        return tuple(self.structures)
 
 
 def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> Survey:
@@ -85,7 +88,7 @@ def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> 
     structures = {path: structure_of(module) for path, module, _ in regions(twin)}
     seconds = {structures[path]: region.block.seconds for path, _, region in regions(twin)}
     covered = frozenset(in_graphs(twin))
-    return Survey(tuple(structures), failures, library_of(twin), dict(structures), covered, seconds)
+    return Survey(failures, library_of(twin), structures, covered, seconds)
 
 
 def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
@@ -103,11 +106,9 @@ def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
 def _inside_leaves(twin: nn.Module, sites: Sequence[str]) -> list[str]:
     """Return the regions to try inside what graphs call as it is, and inside regions with graphs for one size only."""
     covered = in_graphs(twin)
-    inner: list[str] = []
-    for leaf in dict.fromkeys((*called_whole(twin), *for_one_size(twin))):
-        inside = [site for site in sites if site.startswith(f"{leaf}." if leaf else "") and site not in covered]
-        inner += inner_regions(twin, leaf, inside)
-    return inner
+    open_sites = [site for site in sites if site not in covered]
+    leaves = dict.fromkeys((*called_whole(twin), *for_one_size(twin)))
+    return [path for leaf in leaves for path in inner_regions(twin, leaf, open_sites)]
 
 
 def survey_symbolically(twin: nn.Module, sites: Sequence[str]) -> Survey:
@@ -129,7 +130,7 @@ def survey_symbolically(twin: nn.Module, sites: Sequence[str]) -> Survey:
         waiting = [path for path in waiting if path not in sites]  # nothing shows that a linear alone is called
     install(twin, structures)
     stock(twin, library, structures, {})
-    return Survey(tuple(structures), failures, library, structures, frozenset(in_graphs(twin)), {})
+    return Survey(failures, library, structures, frozenset(in_graphs(twin)), {})
 
 
 def _is_inside(path: str, owners: Iterable[str]) -> bool:
@@ -167,9 +168,10 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
     One forward and one backward for each sample, until all have one.  The twin is used up: its adapters hold noise and
     gradients.  A model that cannot run so, or runs on the meta device, is not judged.
     """
-    waiting = [(path, adapter.lora_B.weight) for path, adapter in all_attached(with_noise(twin))]
     if is_meta(twin):
         return []
+    with_noise(twin)
+    waiting = [(path, adapter.lora_B.weight) for path, adapter in all_attached(twin)]
     with unchanged_modes(twin), unchanged_random(twin), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         twin.eval()

@@ -13,7 +13,7 @@ from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.remerging.algebra.chains import refolded, with_chains
 from lora_fx.remerging.algebra.checks import checked, names_of_weight, stored_as
-from lora_fx.remerging.algebra.folds import Findings, LoraFold, find_folds
+from lora_fx.remerging.algebra.folds import LoraFold, find_folds
 from lora_fx.remerging.algebra.operations import IDENTITY, is_linear, parameters_read
 from lora_fx.remerging.algebra.read import read_graph
 from lora_fx.remerging.algebra.reading import GraphReading
@@ -54,12 +54,25 @@ class Remerge(Pass):
 def _to_fold(read: GraphReading) -> tuple[list[LoraFold], dict[str, str]]:
     """Return the folds to do, in the order of the graph, and what is left alone and why."""
     findings = find_folds(read)
-    folds = sorted(checked(read, _provable(read, findings), findings.left), key=lambda fold: read.order[fold.use])
-    for use in dict.fromkeys(fold.use for fold in folds):
-        own = [fold for fold in folds if fold.use is use]
+    left = findings.left
+    for fold in findings.folds:  # only what computes what its structure says
+        reason = problem_with(read, fold)
+        if reason is not None:
+            left[fold.path] = reason
+    provable = [fold for fold in findings.folds if fold.path not in left]
+    folds = sorted(checked(read, provable, left), key=lambda fold: read.order[fold.use])
+    for own in _by_use(folds):
         if not finite([_weight_of(read, own), *_bias_of(read, own)]):
-            findings.left[own[0].path] = "the folded weight has NaN or infinite values"
-    return [fold for fold in folds if fold.path not in findings.left], findings.left
+            left[own[0].path] = "the folded weight has NaN or infinite values"
+    return [fold for fold in folds if fold.path not in left], left
+
+
+def _by_use(folds: list[LoraFold]) -> list[list[LoraFold]]:
+    """Return the folds of each linear together."""
+    together: dict[fx.Node, list[LoraFold]] = {}
+    for fold in folds:
+        together.setdefault(fold.use, []).append(fold)
+    return list(together.values())
 
 
 def _fold(editor: Editor, read: GraphReading, folds: list[LoraFold]) -> None:
@@ -68,19 +81,7 @@ def _fold(editor: Editor, read: GraphReading, folds: list[LoraFold]) -> None:
         editor.set_tensor(name, tensor, path)
     called = {str(node.target) for fold in folds for node in fold.cone if node.op == "call_module"}
     _take_out(editor, read, folds, names)
-    _drop_unused(editor, [read.tensors[name] for fold in folds for name in fold.factors], called, "remerge")
-
-
-def _provable(read: GraphReading, findings: Findings) -> list[LoraFold]:
-    """Return the folds that compute what their structure says; the others are left alone."""
-    kept = []
-    for fold in findings.folds:
-        reason = problem_with(read, fold)
-        if reason is None:
-            kept.append(fold)
-        else:
-            findings.left[fold.path] = reason
-    return [fold for fold in kept if fold.path not in findings.left]
+    _drop_unused(editor, {id(read.tensors[name]) for fold in folds for name in fold.factors}, called)
 
 
 # -- weights
@@ -89,18 +90,15 @@ def _provable(read: GraphReading, findings: Findings) -> list[LoraFold]:
 def _new_tensors(read: GraphReading, folds: list[LoraFold]) -> dict[str, tuple[Tensor, str]]:
     """Return (tensor, path of the fold) for each stored name that gets new values."""
     new: dict[str, tuple[Tensor, str]] = {}
-    for use in dict.fromkeys(fold.use for fold in folds):
-        own = [fold for fold in folds if fold.use is use]
+    for own in _by_use(folds):
         values = [_weight_of(read, own), *_bias_of(read, own)]
         for name in stored_as(read, own[0]):
             old = attribute_at(read.root, name)
             value = next(tensor for tensor in values if tensor.shape == old.shape)
-            new.setdefault(name, (_like(old, value), own[0].path))
+            if isinstance(old, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=old.requires_grad)
+            new.setdefault(name, (value, own[0].path))
     return new
-
-
-def _like(old: Tensor, value: Tensor) -> Tensor:
-    return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 
 def _weight_of(read: GraphReading, folds: list[LoraFold]) -> Tensor:
@@ -135,7 +133,10 @@ def _take_out(editor: Editor, read: GraphReading, folds: list[LoraFold], names: 
     for fold in folds:
         if fold.delta is None:
             _read_weight_alone(editor, fold, names[fold.use])
-    _erase_unread(editor, {node for fold in folds for node in fold.cone} | removal.touched, "remerge")
+    unread = {node for fold in folds for node in fold.cone} | removal.touched
+    for node in reversed(list(editor.graph.nodes)):
+        if node in unread and not node.users and node.op not in ("placeholder", "output"):
+            editor.erase(node, "remerge")
 
 
 class _Removal:
@@ -189,37 +190,28 @@ def _read_weight_alone(editor: Editor, fold: LoraFold, name: str) -> None:
     editor.replace_uses(fold.use, weight, fold.path, but=lambda user: user is weight)
 
 
-# -- what is left of a product: nodes that nothing reads, parameters that nothing names, modules that nothing calls
+# -- what is left of a product: parameters that nothing names, modules that nothing calls
 
 
-def _erase_unread(editor: Editor, candidates: Iterable[fx.Node], site: str) -> None:
-    """Erase those of the nodes that nothing reads any more, the last first."""
-    wanted = set(candidates)
-    for node in reversed(list(editor.graph.nodes)):
-        if node in wanted and not node.users and node.op not in ("placeholder", "output"):
-            editor.erase(node, site)
-
-
-def _drop_unused(editor: Editor, tensors: Iterable[Tensor], called: Iterable[str], site: str) -> None:
+def _drop_unused(editor: Editor, tensors: set[int], called: Iterable[str]) -> None:
     """Take away those of the tensors that the graph needs no more, and the modules and containers that are then empty.
 
     Args:
         editor: of the graph.
-        tensors: parameters and buffers that may go.
+        tensors: parameters and buffers that may go, by identity.
         called: paths of modules that may go.
-        site: for the journal.
     """
-    root, wanted, owners = editor.graph_module, {id(tensor) for tensor in tensors}, set(called)
+    root, owners = editor.graph_module, set(called)
     used = _used(root, editor.graph)
     for path, module in list(root.named_modules()):
         for name in [*module._parameters, *module._buffers]:
             full = dotted(path, name)
-            if id(attribute_at(root, full)) in wanted and full not in used:
-                editor.drop_tensor(full, site)
+            if id(attribute_at(root, full)) in tensors and full not in used:
+                editor.drop_tensor(full, "remerge")
                 owners.add(path)
     for path in sorted(owners, key=len, reverse=True):
         while path and not _is_needed(root, path, used):
-            editor.drop_module(path, site)
+            editor.drop_module(path, "remerge")
             path = path.rpartition(".")[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from types import MethodType
 from typing import Any
@@ -12,15 +13,17 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lora_fx.capture.captured import NotCaptured, capture
+from lora_fx.models.layers import has_hooks
 from lora_fx.models.samples import Sample
 from lora_fx.models.tensors import set_tensor
 from lora_fx.models.twin import make_twin
 from lora_fx.remerging.algebra.chains import Affine, MatrixChain, WeightPart, refolded, with_chains
 from lora_fx.remerging.algebra.folds import check_product, find_folds
-from lora_fx.remerging.algebra.operations import NotLinear, has_any_hook
+from lora_fx.remerging.algebra.operations import NotLinear
 from lora_fx.remerging.algebra.read import read_graph
 from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.running import close, finite, made_up_rows
+from lora_fx.text import dotted
 
 _ROWS = ((2, 3), (5,))
 """The dimensions in front of the columns of inputs that are made up."""
@@ -45,14 +48,10 @@ def _of_graphs(model: nn.Module) -> set[str]:
     for path, module in model.named_modules():
         if isinstance(module, fx.GraphModule):
             used = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
-            inner = {name for name, _ in module.named_modules() if name} - _whole(used)
-            hidden |= {path} | {f"{path}.{name}".lstrip(".") for name in inner}
+            whole = {name for name in used if not any(other.startswith(f"{name}.") for other in used)}
+            inner = {name for name, _ in module.named_modules() if name} - whole
+            hidden |= {path} | {dotted(path, name) for name in inner}
     return hidden
-
-
-def _whole(used: set[str]) -> set[str]:
-    """Return those of the paths in which nothing else is used."""
-    return {path for path in used if not any(other.startswith(f"{path}.") for other in used)}
 
 
 def matrices_of(module: nn.Module) -> list[Tensor]:
@@ -60,10 +59,6 @@ def matrices_of(module: nn.Module) -> list[Tensor]:
     other = _bound_elsewhere(module)
     weights = dict.fromkeys((*module.parameters(), *(() if other is None else other.parameters())))
     return [weight for weight in weights if weight.dim() > 1 and weight.is_floating_point() and weight.numel()]
-
-
-def _matrices(module: nn.Module) -> list[Tensor]:
-    return [weight.detach().flatten(1) for weight in matrices_of(module)]
 
 
 def _bound_elsewhere(module: nn.Module) -> nn.Module | None:
@@ -79,7 +74,8 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     The one large matrix among thinner ones; or, where there are several, one that fits two factors which the module
     itself owns, as a forward that computes a LoRA on the way does.
     """
-    matrices, stored = _matrices(module), matrices_of(module)
+    stored = matrices_of(module)
+    matrices = [weight.detach().flatten(1) for weight in stored]
     if len(matrices) < 3:
         return None
     weight = max(matrices, key=torch.numel)
@@ -98,14 +94,9 @@ def _has_pair(weight: Tensor, others: list[Tensor]) -> bool:
     its other: the LoRA of a head with few outputs has more ranks than those.
     """
     out, into = weight.shape
-    sizes = [sorted(other.shape) for other in others]
+    sizes = Counter(tuple(sorted(other.shape)) for other in others)
     ranks = {rank for size in sizes for rank in size if rank < max(into, out)}
-    return any(
-        sorted((rank, into)) in sizes
-        and sorted((rank, out)) in sizes
-        and (into != out or sizes.count(sorted((rank, into))) > 1)
-        for rank in ranks
-    )
+    return any(Counter(tuple(sorted((rank, side))) for side in (into, out)) <= sizes for rank in ranks)
 
 
 # -- one candidate
@@ -120,13 +111,16 @@ def replaced(model: nn.Module, path: str, call: Sample | None) -> nn.Module | st
     weight = _weight_of(module)
     if weight is None:  # what is inside has become plain
         return ""
-    is_pair = _has_pair(weight, [other for other in _matrices(module) if other.shape != weight.shape])
+    matrices = [other.detach().flatten(1) for other in matrices_of(module)]
+    is_pair = _has_pair(weight, [other for other in matrices if other.shape != weight.shape])
     unfit = _unfit(module)
     if unfit is not None:
         return unfit if is_pair else ""
     reason = ""
     for width in dict.fromkeys((weight.shape[1], weight.shape[0])):
-        inputs = _inputs(module, weight, width, call)
+        inputs: Calls = [((made_up_rows(rows, width, weight),), {}) for rows in _ROWS]
+        if call is not None:
+            inputs.insert(0, (call.args, call.kwargs))
         try:
             read = read_module(module, *inputs[0])
         except NotCaptured as failure:
@@ -141,18 +135,13 @@ def replaced(model: nn.Module, path: str, call: Sample | None) -> nn.Module | st
 
 
 def _unfit(module: nn.Module) -> str | None:
-    if has_any_hook(module):
+    if has_hooks(module):
         return "it has hooks"
     if any(isinstance(inner, nn.Embedding) for inner in module.modules()):
         return "its base is an embedding, no linear"
     if any(isinstance(inner, _CONVOLUTIONS) for inner in module.modules()):
         return "its base is a convolution, no linear"
     return None
-
-
-def _inputs(module: nn.Module, weight: Tensor, width: int, call: Sample | None) -> Calls:
-    made: Calls = [((made_up_rows(rows, width, weight),), {}) for rows in _ROWS]
-    return made if call is None else [(call.args, call.kwargs), *made]
 
 
 def read_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphReading:

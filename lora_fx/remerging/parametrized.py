@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_fx.capture.captured import NotCaptured
@@ -50,13 +50,9 @@ def _folded(model: nn.Module, module: nn.Module, name: str) -> nn.Parameter:
     check_factors(model, steps, read, fold.chains)
     stored = read.tensors[fold.part.name]
     parameter = nn.Parameter(refolded(stored, False, fold.chains), requires_grad=stored.requires_grad)
-    _check(module, name, parameter)
-    return parameter
-
-
-def _check(module: nn.Module, name: str, parameter: Tensor) -> None:
     if not finite([parameter]):
         raise NotLinear(None, "the folded weight has NaN or infinite values")
     computed = getattr(module, name)
     if not parameter.is_meta and not close(parameter.detach(), computed.detach(), parameter.dtype):
         raise NotLinear(None, "the folded weight is another than the parametrization gives")
+    return parameter

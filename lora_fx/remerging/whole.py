@@ -25,6 +25,7 @@ from lora_fx.remerging.algebra.running import close
 from lora_fx.remerging.graph import Remerge
 from lora_fx.remerging.modules import candidates, matrices_of, replaced
 from lora_fx.remerging.parametrized import parametrized_modules, unparametrized
+from lora_fx.text import dotted
 from lora_fx.tuned.undo import merged
 
 
@@ -98,7 +99,7 @@ def _remerged(twin: nn.Module, calls: dict[str, Sample]) -> RemergeResult:
 
 def _fold_parametrizations(twin: nn.Module, folded: list[str], left: dict[str, str]) -> None:
     for path, names in parametrized_modules(twin):
-        full = [f"{path}.{name}".lstrip(".") for name in names]
+        full = [dotted(path, name) for name in names]
         try:
             unparametrized(twin, path, names)
         except NotLinear as reason:
@@ -147,9 +148,8 @@ def _fold_graphs(twin: nn.Module, folded: list[str], left: dict[str, str]) -> nn
         if isinstance(module, fx.GraphModule):
             work = Remerge()
             result = run(module, [work])
-            front = f"{path}." if path else ""
-            folded += [f"{front}{name}" for name in work.folded]
-            left.update({f"{front}{name}": reason for name, reason in work.left})
+            folded += [dotted(path, name) for name in work.folded]
+            left.update({dotted(path, name): reason for name, reason in work.left})
             if result.modified:
                 twin = _put(twin, module, result.graph_module)
     return twin
@@ -194,8 +194,10 @@ def _outputs(model: nn.Module, samples: Sequence[Sample]) -> list[Tensor]:
 
 
 def _check(model: nn.Module, result: RemergeResult, samples: Sequence[Sample]) -> None:
-    before = _outputs(make_twin(model, freeze=False), samples) if result.folded else []
-    after = _outputs(make_twin(result.model, freeze=False), samples) if result.folded else []
+    if not result.folded:
+        return
+    before = _outputs(make_twin(model, freeze=False), samples)
+    after = _outputs(make_twin(result.model, freeze=False), samples)
     for number, (one, other) in enumerate(zip(before, after, strict=True)):
         same = close(other, one, one.dtype) if one.is_floating_point() else torch.equal(one, other)
         if not same:

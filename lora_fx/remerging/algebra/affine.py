@@ -122,8 +122,7 @@ def _view(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine
 
 def _piece(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
     """Return columns of a value: slice, narrow, or an item of chunk or split."""
-    maker = read.calls.get(read.given(call)) if call.op == "getitem" else None
-    whole = maker if maker is not None and maker.op in ("chunk", "split") else call
+    whole = read.whole_of(call)
     value = read.argument(whole, x, width)
     taken = piece(call, whole, value.width)
     if taken is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import networkx as nx
@@ -21,13 +22,11 @@ class Others:
     """All folds that are still to be done, seen together."""
 
     def __init__(self, read: GraphReading, folds: list[LoraFold]) -> None:
-        self.folds = folds
         self.cones: frozenset[fx.Node] = frozenset().union(*(fold.cone for fold in folds))
         self.addends = {(fold.delta, fold.reader) for fold in folds}
-        self.uses = {fold.use for fold in folds}
-        self.by_use: dict[fx.Node, set[object]] = {}
+        self.by_use: defaultdict[fx.Node, set[object]] = defaultdict(set)
         for fold in folds:
-            self.by_use.setdefault(fold.use, set()).add(fold.signature)
+            self.by_use[fold.use].add(fold.signature)
 
 
 def checked(read: GraphReading, folds: list[LoraFold], left: dict[str, str]) -> list[LoraFold]:
@@ -106,13 +105,12 @@ def _weight_is_its_own(read: GraphReading, fold: LoraFold, others: Others) -> st
     """The weight has no reader but linears that get the same product."""
     mine = others.by_use[fold.use]
     for reader in _readers_of(read, stored_as(read, fold)):
-        if reader in others.cones or (reader in fold.base and reader in others.uses):
-            continue
-        if reader in others.by_use and others.by_use[reader] == mine:
+        is_folded = reader in others.by_use
+        if reader in others.cones or (is_folded and (reader in fold.base or others.by_use[reader] == mine)):
             continue
         if fold.delta is None and fold.use in reader.all_input_nodes:
             continue
-        if reader in others.by_use:
+        if is_folded:
             return "its weight is used several times, and not each time with the same product"
         if reader not in fold.base:
             return f"its weight is read elsewhere too ({reader.name}), and must not change"
@@ -129,7 +127,7 @@ def _value_is_its_own(read: GraphReading, fold: LoraFold, others: Others) -> str
         ahead = [reader for reader in readers if reader in fold.base or reader is end]
         for reader in readers:
             once = reader in ahead and read.times_read(node, reader) == 1
-            if not once and not _other_columns(read, reader, node, fold):
+            if not once and not _other_columns(read, reader, fold):
                 return f"the linear's output is used without the product too ({reader.name})"
         if end in ahead or not ahead:
             return None
@@ -137,16 +135,14 @@ def _value_is_its_own(read: GraphReading, fold: LoraFold, others: Others) -> str
     return None
 
 
-def _other_columns(read: GraphReading, node: fx.Node, of: fx.Node, fold: LoraFold) -> bool:
+def _other_columns(read: GraphReading, node: fx.Node, fold: LoraFold) -> bool:
     """Whether the node takes only such columns of the linear's output as the product is not added to."""
     call = read.calls.get(node)
     if call is None:
         return False
     if call.op in ("chunk", "split"):
-        return all(_other_columns(read, reader, node, fold) for reader in read.readers(node))
-    maker = read.calls.get(of)
-    whole = maker if call.op == "getitem" and maker is not None and maker.op in ("chunk", "split") else call
-    taken = piece(call, whole, read.tensors[fold.part.name].shape[0 if fold.part.transposed else 1])
+        return all(_other_columns(read, reader, fold) for reader in read.readers(node))
+    taken = piece(call, read.whole_of(call), read.tensors[fold.part.name].shape[0 if fold.part.transposed else 1])
     return taken is not None and (taken[1] <= fold.part.start or fold.part.stop <= taken[0])
 
 

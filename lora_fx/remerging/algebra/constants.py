@@ -13,7 +13,7 @@ from lora_fx.remerging.algebra.affine import linear_parameters
 from lora_fx.remerging.algebra.chains import Factor, Matrix, MatrixChain, matrix, product, side_by_side, simplified
 from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear
 from lora_fx.remerging.algebra.reading import GraphReading
-from lora_fx.remerging.algebra.shapes import item, sizes_of
+from lora_fx.remerging.algebra.shapes import bounds, item, sizes_of, slice_of
 
 Operation = Callable[[GraphReading, GraphCall], Matrix | None]
 """Returns the constant, or None if it is not a sum of products."""
@@ -57,36 +57,28 @@ def _add(read: GraphReading, call: GraphCall) -> Matrix | None:
 
 def _scale(read: GraphReading, call: GraphCall) -> Matrix | None:
     """A number times a constant; or a parameter times a fixed tensor of its shape (a dropout's mask of ones)."""
-    left, right = call.get("input"), call.get("other")
-    if call.op == "mul" and (not isinstance(left, fx.Node) or _elements(read.matrix_of(call)) == 1):
+    left, right = "input", "other"
+    if call.op == "mul" and (not isinstance(call.get(left), fx.Node) or math.prod(read.matrix_of(call).shape) == 1):
         left, right = right, left
-    if not isinstance(left, fx.Node):
+    if not isinstance(call.get(left), fx.Node):
         return None
-    value = read.constant(read.latest(left, call.node))
-    assert value is not None
-    if (
-        isinstance(right, fx.Node)
-        and _elements(read.matrix_of(call, "other" if left is call.get("input") else "input")) > 1
-    ):
-        return _masked(read, call, value, right)
-    number = read.number(right, call)
+    value, factor = read.matrix_of(call, left), call.get(right)
+    if isinstance(factor, fx.Node):
+        other = read.matrix_of(call, right)
+        if math.prod(other.shape) > 1:
+            return _masked(read, call, value, other)
+    number = read.number(factor, call)
     return value.scaled(1 / number if call.op == "div" else number)
 
 
-def _elements(value: Matrix) -> int:
-    return math.prod(value.shape)
-
-
-def _masked(read: GraphReading, call: GraphCall, value: Matrix, mask: object) -> Matrix | None:
+def _masked(read: GraphReading, call: GraphCall, value: Matrix, mask: Matrix) -> Matrix | None:
     """Return a parameter times a tensor that is not trained, element by element."""
-    assert isinstance(mask, fx.Node)
-    other = read.constant(read.latest(mask, call.node))
-    if other is None or value.single is None or other.single is None or call.op != "mul":
+    if value.single is None or mask.single is None or call.op != "mul":
         raise NotLinear(call.node, "two parameters are multiplied element by element")
-    if any(isinstance(read.tensors[name], torch.nn.Parameter) for name in other.names):
-        raise NotLinear(call.node, f"the scaling is a trained tensor ({', '.join(sorted(other.names))})")
-    result = value.single.tensor.detach() * other.single.tensor.detach()
-    return matrix(result, value.names | other.names) if result.shape == value.shape else None
+    if any(isinstance(read.tensors[name], torch.nn.Parameter) for name in mask.names):
+        raise NotLinear(call.node, f"the scaling is a trained tensor ({', '.join(sorted(mask.names))})")
+    result = value.single.tensor.detach() * mask.single.tensor.detach()
+    return matrix(result, value.names | mask.names) if result.shape == value.shape else None
 
 
 def _view(read: GraphReading, call: GraphCall) -> Matrix | None:
@@ -137,42 +129,25 @@ def _squeeze(read: GraphReading, call: GraphCall) -> Matrix | None:
 
 def _piece(read: GraphReading, call: GraphCall) -> Matrix | None:
     """Rows or columns of a constant: one slice."""
-    whole = read.calls.get(read.given(call)) if call.op == "getitem" else None
-    if whole is not None and whole.op in ("chunk", "split"):
-        value, dim = read.matrix_of(whole), whole.get("dim", 0)
+    whole = read.whole_of(call)
+    value, dim = read.matrix_of(whole), whole.get("dim", 0)
+    if whole is not call:
         taken = item(call, whole, value.shape[dim])
-        return None if taken is None else _taken(value, dim, *taken)
-    value = read.matrix_of(call)
-    if call.op == "getitem":
-        return _indexed(value, call.get("index"))
-    start, stop = call.get("start", 0), call.get("end")
-    stop = start + call.arguments["length"] if call.op == "narrow" else stop
-    return _sliced(value, call.get("dim", 0), slice(start, stop, call.get("step", 1)))
-
-
-def _indexed(value: Matrix, index: object) -> Matrix | None:
-    parts = index if isinstance(index, tuple) else (index,)
-    wanted = [(dim, part) for dim, part in enumerate(parts) if part != slice(None, None, None)]
-    if not wanted:
-        return value
-    if len(wanted) > 1 or not isinstance(wanted[0][1], slice):
+    elif call.op == "getitem":
+        index = call.get("index")
+        parts = index if isinstance(index, tuple) else (index,)
+        wanted = [(dim, part) for dim, part in enumerate(parts) if part != slice(None, None, None)]
+        if not wanted:
+            return value
+        if len(wanted) > 1 or not isinstance(wanted[0][1], slice):
+            return None
+        dim, part = wanted[0]
+        taken = bounds(part, value.shape[dim])
+    else:
+        taken = bounds(slice_of(call), value.shape[dim])
+    if taken is None or not value.is_plain:
         return None
-    return _sliced(value, *wanted[0])
-
-
-def _sliced(value: Matrix, dim: int, index: slice) -> Matrix | None:
-    if not all(bound is None or isinstance(bound, int) for bound in (index.start, index.stop, index.step)):
-        return None
-    start, stop, step = index.indices(value.shape[dim])
-    return _taken(value, dim, start, stop) if step == 1 else None
-
-
-def _taken(value: Matrix, dim: int, start: int, stop: int) -> Matrix | None:
-    if not value.is_plain:
-        return None
-    if dim % 2 == 1:
-        return value.columns(start, stop)
-    return value.transposed().columns(start, stop).transposed()
+    return value.columns(*taken) if dim % 2 == 1 else value.transposed().columns(*taken).transposed()
 
 
 def _concatenate(read: GraphReading, call: GraphCall) -> Matrix | None:

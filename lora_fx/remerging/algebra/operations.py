@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.adapters.factors.lora import LoRAFactor
-from lora_fx.models.layers import kind_of
+from lora_fx.models.layers import has_hooks, kind_of
 from lora_fx.models.swap import is_swapped
 
 _ALIASES = {
@@ -65,8 +65,6 @@ _SYNONYMS = {
     "self": "input", "x": "input", "split_size_or_sections": "split_size", "split_sizes": "split_size", "axis": "dim",
     "mat2": "other", "train": "training",
 }  # fmt: skip
-
-
 _NAMES_OF_VIEWS = "view getitem slice narrow chunk split transpose permute unsqueeze squeeze select data"
 VIEWS = frozenset(_NAMES_OF_VIEWS.split())
 """What may give its argument's own memory."""
@@ -156,15 +154,13 @@ def _module_call(node: fx.Node, module: nn.Module) -> GraphCall:
     """Return a call of a module as the function that it is, if it is one and nothing else."""
     value = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
     plain = GraphCall(f"module {type(module).__name__}", node, {"input": value}, module=module)
-    if has_any_hook(module) or "forward" in vars(module) or len(node.args) + len(node.kwargs) != 1:
+    if has_hooks(module) or "forward" in vars(module) or len(node.args) + len(node.kwargs) != 1:
         return plain
     if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
-        return GraphCall("dropout", node, {"input": value, "p": module.p, "training": module.training}, module=module)
+        return replace(plain, op="dropout", arguments={"input": value, "p": module.p, "training": module.training})
     if type(module) is nn.Identity:
-        return GraphCall(IDENTITY, node, {"input": value}, module=module)
-    if is_linear(module):
-        return GraphCall("linear", node, {"input": value}, module=module)
-    return plain
+        return replace(plain, op=IDENTITY)
+    return replace(plain, op="linear") if is_linear(module) else plain
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -181,13 +177,6 @@ def stores_transposed(module: nn.Module) -> bool:
     kind = kind_of(module)
     known = kind is not None and kind.op == "linear" and kind.layout == "in_out" and kind.called
     return known and not is_swapped(type(module))
-
-
-def has_any_hook(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return any(
-        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    )  # fmt: skip
 
 
 def parameters_read(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

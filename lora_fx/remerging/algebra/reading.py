@@ -52,10 +52,9 @@ class GraphReading:
     _affine: dict[tuple[fx.Node, fx.Node], Affine | NotLinear] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own: dict[int, str] = {}
-        for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):
-            own.setdefault(id(tensor), name)
-        self.names = {**own, **self.names}
+        stored = (*self.root.named_parameters(), *self.root.named_buffers())
+        own = {id(tensor): name for name, tensor in reversed(stored)}  # of a tied tensor, the first name
+        self.names = own | dict(self.names)
         for index, node in enumerate(self.graph.nodes):
             self.order[node] = index
             if node.op.startswith("call_"):
@@ -77,11 +76,11 @@ class GraphReading:
     def _note_write(self, node: fx.Node) -> None:
         root = self._root(node)
         self.writes.setdefault(root, []).append(node)
-        while (
-            root in self.calls and self.calls[root].op in VIEWS and isinstance(self.calls[root].get("input"), fx.Node)
-        ):
-            root = self._root(self.calls[root].arguments["input"])
+        call = self.calls.get(root)
+        while call is not None and call.op in VIEWS and isinstance(call.get("input"), fx.Node):
+            root = self._root(call.arguments["input"])
             self.spoilt.add(root)
+            call = self.calls.get(root)
 
     def latest(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         """Return the statement that made the value which `reader` finds in `node`: writes in place come before."""
@@ -109,6 +108,15 @@ class GraphReading:
         if not isinstance(value, fx.Node):
             raise NotLinear(call.node, f"{call.op} of {value!r}")
         return self.latest(value, call.node)
+
+    def whole_of(self, call: GraphCall) -> GraphCall:
+        """Return the chunk or split that an item is taken from; a call that takes a piece by itself is its own."""
+        source = call.get("input")
+        if call.op == "getitem" and isinstance(source, fx.Node):
+            maker = self.calls.get(self.latest(source, call.node))
+            if maker is not None and maker.op in ("chunk", "split"):
+                return maker
+        return call
 
     # -- constants
 
@@ -178,10 +186,9 @@ class GraphReading:
         try:
             constant = self.constant(node)
         except NotLinear as reason:
-            scaling = (
-                reason.reason if reason.reason.startswith("the scaling") else "the scaling is computed from parameters"
-            )
-            raise NotLinear(call.node, scaling) from reason
+            known = reason.reason.startswith("the scaling")
+            why = reason.reason if known else "the scaling is computed from parameters"
+            raise NotLinear(call.node, why) from reason
         if constant is None:
             raise NotLinear(call.node, f"the scaling depends on the input ({node.name})")
         if any(isinstance(self.tensors[name], nn.Parameter) for name in constant.names):

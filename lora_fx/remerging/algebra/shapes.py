@@ -119,17 +119,29 @@ def piece(call: GraphCall, whole: GraphCall, width: int) -> tuple[int, int] | No
         return _indexed(call, width)
     if dimension(call, call.get("dim", 0)) != -1:
         return None
-    start, stop = call.get("start", 0), call.get("end", width)
+    return _range(slice_of(call), width)
+
+
+def slice_of(call: GraphCall) -> slice:
+    """Return the indices that a slice or narrow takes along its dimension."""
+    start, stop = call.get("start", 0), call.get("end")
     if call.op == "narrow":
-        stop = start + call.get("length") if isinstance(start, int) and isinstance(call.get("length"), int) else None
-    return _range(slice(start, stop, call.get("step", 1)), width)
+        length = call.get("length")
+        stop = start + length if isinstance(start, int) and isinstance(length, int) else length
+    return slice(start, stop, call.get("step", 1))
+
+
+def bounds(index: slice, size: int) -> tuple[int, int] | None:
+    """Return (start, stop) of a slice of a dimension; None if it leaves something out, or it is not known."""
+    if not all(bound is None or isinstance(bound, int) for bound in (index.start, index.stop, index.step)):
+        return None
+    start, stop, step = index.indices(size)
+    return (start, stop) if step == 1 else None
 
 
 def _range(index: slice, width: int) -> tuple[int, int] | None:
-    if not all(bound is None or isinstance(bound, int) for bound in (index.start, index.stop, index.step)):
-        return None
-    start, stop, step = index.indices(width)
-    return (start, stop) if step == 1 and start < stop else None
+    taken = bounds(index, width)
+    return taken if taken is not None and taken[0] < taken[1] else None
 
 
 def _indexed(call: GraphCall, width: int) -> tuple[int, int] | None:
