@@ -83,27 +83,23 @@ def capture(
         NotCaptured: with the reason.
     """
     flat = flatten(args, kwargs, positional_names(original_class(module).forward)[1:])
-    _refuse_opaque(flat)
-    around = ambient_state({leaf.value.device for leaf in flat.tensors()})
+    refuse_opaque(flat)
+    call = _Call(module, args, kwargs, flat, varying, ambient_state({leaf.value.device for leaf in flat.tensors()}))
 
     def work() -> Captured:
-        with around.active():
-            return _with_retreats(module, args, kwargs, flat, varying, around, record)
+        with call.around.active():
+            return _with_retreats(call, record)
 
     with _LOCK, quiet_fakes():
         return in_clean_thread(work)
 
 
-def refuse_opaque(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_opaque(flat: FlatCall) -> None:
     """Refuse a call with arguments that cannot be copied or compared: a generator, a lock, an open file.
 
     Raises:
         NotCaptured: naming the argument.
     """
-    _refuse_opaque(flatten(args, kwargs))
-
-
-def _refuse_opaque(flat: FlatCall) -> None:
     for leaf in flat.leaves:
         if not _is_transparent(leaf.value):
             raise NotCaptured(f"argument {leaf.name} is of type {type(leaf.value).__name__}")
@@ -119,21 +115,54 @@ def _is_transparent(value: object) -> bool:
     return isinstance(value, Tensor) or is_constant(value) or is_plain_object(value)
 
 
-def _with_retreats(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    flat: FlatCall,
-    varying: VaryingSizes,
-    around: AmbientState,
-    record: Callable[[], Records] | None,
-) -> Captured:
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What is captured."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    flat: FlatCall
+    varying: VaryingSizes
+    around: AmbientState
+
+    def captured(self, opaque: frozenset[str], records: Records | None) -> Captured:
+        """Make one attempt."""
+        tracer = Tracer(self.module, Fakes(), opaque, records)
+        writer = tracer.writer
+        inputs = Inputs(tracer.fakes, writer, lambda: tracer.listening, tracer.paused)
+        tracer.proxies = inputs.proxies
+        inputs.admit(self.flat)
+        tensors = sum(isinstance(given.stand_in, Tensor) for given in inputs.given)
+        tracer.varying = list(inputs.symbols(self.varying))
+        stand_ins = inputs.stand_ins
+        result = tracer.run(*rebuild(self.args, self.kwargs, lambda leaf: stand_ins.get(id(leaf), leaf)))
+        write_output(writer, result)
+        writer.drop_unused()
+        read = {str(node.target) for node in writer.graph.nodes if node.op == "get_attr"}
+        return Captured(
+            graph=writer.graph,
+            inputs=inputs.inputs(),
+            tensors=tensors,
+            same=tuple(inputs.same),
+            constants=tuple(inputs.constants),
+            structure=(*self.flat.structure, *inputs.checks),
+            size_guards=tuple(inputs.size_guards()),
+            dependencies=tracer.dependencies,
+            ambient=self.around,
+            owned={name: _facts(tracer.module, name) for name in sorted(tracer.dependencies.owned | read)},
+            parameters=(),
+            example=rebuild(self.args, self.kwargs, _stub),
+        )
+
+
+def _with_retreats(call: _Call, record: Callable[[], Records] | None) -> Captured:
     """Capture; start again with a submodule as one opaque call where it bakes in a varying size or cannot be faked."""
     opaque: set[str] = set()
     records: Records | None = None
     for _ in range(_MOST_RESTARTS):
         try:
-            return _Capture(module, flat, varying, frozenset(opaque), records).run(args, kwargs, around)
+            return call.captured(frozenset(opaque), records)
         except Specialised as specialised:
             if not specialised.path or specialised.path in opaque:
                 raise BakesSize("the forward turns a varying size into a constant") from None
@@ -147,48 +176,6 @@ def _with_retreats(
         if records is None and record is not None:
             records = record()
     raise NotCaptured(f"more than {_MOST_RESTARTS} submodules cannot run on fake tensors of any size")
-
-
-class _Capture:
-    """One attempt."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        flat: FlatCall,
-        varying: VaryingSizes,
-        opaque: frozenset[str],
-        records: Records | None,
-    ) -> None:
-        self.flat = flat
-        self.varying = varying
-        self.tracer = tracer = Tracer(module, Fakes(), opaque, records)
-        self.inputs = Inputs(tracer.fakes, tracer.writer, lambda: tracer.listening, tracer.paused)
-        tracer.proxies = self.inputs.proxies
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], around: AmbientState) -> Captured:
-        self.inputs.admit(self.flat)
-        tensors = sum(isinstance(given.stand_in, Tensor) for given in self.inputs.given)
-        self.tracer.varying = list(self.inputs.symbols(self.varying))
-        stand_ins = self.inputs.stand_ins
-        result = self.tracer.run(*rebuild(args, kwargs, lambda leaf: stand_ins.get(id(leaf), leaf)))
-        write_output(self.tracer.writer, result)
-        self.tracer.writer.drop_unused()
-        read = {str(node.target) for node in self.tracer.writer.graph.nodes if node.op == "get_attr"}
-        return Captured(
-            graph=self.tracer.writer.graph,
-            inputs=self.inputs.inputs(),
-            tensors=tensors,
-            same=tuple(self.inputs.same),
-            constants=tuple(self.inputs.constants),
-            structure=(*self.flat.structure, *self.inputs.checks),
-            size_guards=tuple(self.inputs.size_guards()),
-            dependencies=self.tracer.dependencies,
-            ambient=around,
-            owned={name: _facts(self.tracer.module, name) for name in sorted(self.tracer.dependencies.owned | read)},
-            parameters=(),
-            example=rebuild(args, kwargs, _stub),
-        )
 
 
 def _facts(module: nn.Module, name: str) -> tuple[str, torch.Size, torch.dtype, torch.device]:

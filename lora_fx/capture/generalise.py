@@ -143,8 +143,8 @@ class _Unify:
             _require(list(one) == list(other))
             return {key: self._value(graph, one[key], other[key], partner, used) for key in one}
         if isinstance(one, slice):
-            parts = [(one.start, other.start), (one.stop, other.stop), (one.step, other.step)]
-            return slice(*(self._value(graph, a, b, partner, used) for a, b in parts))
+            ends, others = ((part.start, part.stop, part.step) for part in (one, other))
+            return slice(*self._value(graph, ends, others, partner, used))
         if one is other or one == other:
             return one
         place = self.places.get((one, other)) if type(one) is int else None

@@ -7,17 +7,17 @@ check that failed.  It is plain Python with plain names, so that a hit costs mic
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.calls.arguments import GuardCheck, Leaf, is_constant
+from lora_fx.capture.calls.arguments import Leaf, is_constant
 from lora_fx.capture.captured import Captured
 from lora_fx.capture.reads.dependencies import AttributePath
-from lora_fx.capture.reads.frozen import Freezer, Frozen, Inside, OfType, conditions
+from lora_fx.capture.reads.frozen import Freezer, Frozen, Inside, OfType
 from lora_fx.capture.tracing.inputs import NumberInput, TensorInput, size_name
 from lora_fx.models.torch_internals import global_hook_tables, shape_guard_names
 
@@ -105,6 +105,8 @@ class _GuardWriter:
         self.names: dict[str, Any] = {**shape_guard_names, "Plain": (Tensor, nn.Parameter), "torch": torch}
         self.module_names: dict[str, str] = {}
         self.object_names: dict[AttributePath, str] = {}
+        self.lines: list[str] = []
+        self.reasons: list[str] = []
         self.freezer = Freezer()
         self.proven: set[tuple[int, ...]] = set()
         self.names["proven"] = self.proven
@@ -114,79 +116,84 @@ class _GuardWriter:
         """Return (source, reasons); with `proven`, parameters must have values for which the graph was proven."""
         self.module_names = {"": "self"}
         self.object_names = {}
-        reasons: list[str] = []
-        lines = ["def guard(self, args, kwargs):", "  try:"]
-        for step in (*self._parameters(proven), *self._steps(size_guards)):
-            if isinstance(step, GuardCheck):
-                lines.append(f"    if not ({self._filled(step.expression)}): return {len(reasons)}")
-                reasons.append(step.reason)
-            else:
-                lines.append(f"    {self._filled(step)}")
-        lines += [f"  except {_FAILURES}: return {len(reasons)}", f"  return ({self._inputs()})"]
-        reasons.append("structure of the arguments")
-        return "\n".join(lines), reasons
+        self.reasons = []
+        self.lines = ["def guard(self, args, kwargs):", "  try:"]
+        self._parameters(proven)
+        self._ambient()
+        for check in self.captured.structure:
+            self._check(check.expression, check.reason)
+        self._inputs()
+        self._identities()
+        for clause in size_guards:
+            self._check(clause, f"size: {self._readable(clause)}")
+        for leaf in self.captured.constants:
+            self._constant(leaf)
+        self._modules()
+        self._structure()
+        self._reads()
+        for source, frozen in self.captured.dependencies.outside.items():
+            self._frozen(frozen, source.access(self._name(source.root)), source.name)
+        inputs = "".join(f"x{index}, " for index in range(len(self.captured.inputs)))
+        self.lines += [f"  except {_FAILURES}: return {len(self.reasons)}", f"  return ({inputs})"]
+        return "\n".join(self.lines), [*self.reasons, "structure of the arguments"]
 
-    def _parameters(self, proven: bool) -> Iterator[GuardCheck | str]:
+    def _check(self, expression: str, reason: str) -> None:
+        self.lines.append(f"    if not ({self._filled(expression)}): return {len(self.reasons)}")
+        self.reasons.append(reason)
+
+    def _bind(self, name: str, expression: str) -> str:
+        self.lines.append(f"    {name} = {self._filled(expression)}")
+        return name
+
+    def _frozen(self, frozen: Frozen, access: str, name: str) -> None:
+        self._check(" and ".join(frozen.conditions(access, self._name)), f"value of {name}")
+
+    def _parameters(self, proven: bool) -> None:
         for place, name in zip(self.captured.parameters, self.parameters.values(), strict=True):
-            yield from self._reach(place.path)
-            yield f"{name} = {'.'.join((self.module_names[place.path], *place.attributes))}"
-            yield GuardCheck(f"type({name}) is int", f"value of {place}")
+            self._bind(name, ".".join((self._module(place.path), *place.attributes)))
+            self._check(f"type({name}) is int", f"value of {place}")
         if self.parameters:
             values = "".join(f"{name}, " for name in self.parameters.values())
             expression = f"({values}) in proven" if proven else "True"
-            yield GuardCheck(expression, f"value of {', '.join(map(str, self.captured.parameters))}")
+            self._check(expression, f"value of {', '.join(map(str, self.captured.parameters))}")
 
     def _filled(self, text: str) -> str:
         for place, name in self.parameters.items():
             text = text.replace(place, name)
         return text
 
-    def _inputs(self) -> str:
-        return "".join(f"x{index}, " for index in range(len(self.captured.inputs)))
-
-    def _steps(self, size_guards: list[str]) -> Iterator[GuardCheck | str]:
-        yield from self._ambient()
-        yield from self.captured.structure
-        for index, given in enumerate(self.captured.inputs):
-            yield f"x{index} = {given.access}"
-            if isinstance(given, TensorInput):
-                yield from self._tensor(index, given)
-            elif isinstance(given, NumberInput):
-                yield GuardCheck(f"type(x{index}) is int", f"type of {given.name}")
-                yield f"{size_name(index, 0)} = x{index}"
-        yield from self._identities()
-        for clause in size_guards:
-            yield GuardCheck(clause, f"size: {self._readable(clause)}")
-        for leaf in self.captured.constants:
-            yield self._constant(leaf)
-        yield from self._modules()
-        yield from self._structure()
-        yield from self._reads()
-        yield from self._outside()
-
     # -- arguments
 
-    def _tensor(self, index: int, given: TensorInput) -> Iterator[GuardCheck | str]:
+    def _inputs(self) -> None:
+        for index, given in enumerate(self.captured.inputs):
+            x = self._bind(f"x{index}", given.access)
+            if isinstance(given, TensorInput):
+                self._tensor(index, given)
+            elif isinstance(given, NumberInput):
+                self._check(f"type({x}) is int", f"type of {given.name}")
+                self._bind(size_name(index, 0), x)
+
+    def _tensor(self, index: int, given: TensorInput) -> None:
         x = f"x{index}"
-        yield GuardCheck(f"type({x}) in Plain", f"{given.name} is not a plain tensor")
+        self._check(f"type({x}) in Plain", f"{given.name} is not a plain tensor")
         if given.dtype is None:
             return
-        yield GuardCheck(f"{x}.dtype is {self._name(given.dtype)}", f"dtype of {given.name}")
-        yield GuardCheck(f"{x}.device == {self._name(given.device)}", f"device of {given.name}")
-        yield GuardCheck(f"{x}.dim() == {len(given.shape)}", f"number of dimensions of {given.name}")
+        self._check(f"{x}.dtype is {self._name(given.dtype)}", f"dtype of {given.name}")
+        self._check(f"{x}.device == {self._name(given.device)}", f"device of {given.name}")
+        self._check(f"{x}.dim() == {len(given.shape)}", f"number of dimensions of {given.name}")
         if given.shape:
-            yield f"{', '.join(size_name(index, dim) for dim in range(len(given.shape)))}, = {x}.shape"
+            self._bind(f"{', '.join(size_name(index, dim) for dim in range(len(given.shape)))},", f"{x}.shape")
         if self.captured.dependencies.asks_requires_grad:
-            yield GuardCheck(f"{x}.requires_grad is {given.requires_grad}", f"requires_grad of {given.name}")
+            self._check(f"{x}.requires_grad is {given.requires_grad}", f"requires_grad of {given.name}")
         if self.captured.dependencies.asks_layout:
-            yield GuardCheck(f"{x}.is_contiguous() is {given.contiguous}", f"memory layout of {given.name}")
+            self._check(f"{x}.is_contiguous() is {given.contiguous}", f"memory layout of {given.name}")
 
-    def _identities(self) -> Iterator[GuardCheck]:
+    def _identities(self) -> None:
         for one, other in self.captured.same:
-            yield GuardCheck(f"{one} is {other}", "one tensor was given twice")
+            self._check(f"{one} is {other}", "one tensor was given twice")
         ids = [f"id(x{i})" for i, given in enumerate(self.captured.inputs) if not isinstance(given, NumberInput)]
         if len(ids) > 1:
-            yield GuardCheck(f"len({{{', '.join(ids)}}}) == {len(ids)}", "different tensors were given, now one twice")
+            self._check(f"len({{{', '.join(ids)}}}) == {len(ids)}", "different tensors were given, now one twice")
 
     def _readable(self, clause: str) -> str:
         def name(match: re.Match[str]) -> str:
@@ -195,10 +202,11 @@ class _GuardWriter:
 
         return re.sub(r"\bs(\d+)_(\d+)\b", name, clause)
 
-    def _constant(self, leaf: Leaf) -> GuardCheck:
-        if not is_constant(leaf.value):
-            return GuardCheck(f"{leaf.access} is {self._name(leaf.value)}", f"{leaf.name} is another object")
-        return GuardCheck(conditions(self.freezer.freeze(leaf.value), leaf.access, self._name), f"value of {leaf.name}")
+    def _constant(self, leaf: Leaf) -> None:
+        if is_constant(leaf.value):
+            self._frozen(self.freezer.freeze(leaf.value), leaf.access, leaf.name)
+        else:
+            self._check(f"{leaf.access} is {self._name(leaf.value)}", f"{leaf.name} is another object")
 
     def _name(self, value: object) -> str:
         if isinstance(value, Inside):
@@ -209,110 +217,93 @@ class _GuardWriter:
 
     # -- ambient state
 
-    def _ambient(self) -> Iterator[GuardCheck]:
+    def _ambient(self) -> None:
         around = self.captured.ambient
         if around is None:
             return
         if self.captured.dependencies.asks_grad_mode:
-            yield GuardCheck(f"torch.is_grad_enabled() is {around.grad}", "grad mode")
+            self._check(f"torch.is_grad_enabled() is {around.grad}", "grad mode")
         for kind, enabled, dtype in around.autocast:
-            yield GuardCheck(f"torch.is_autocast_enabled({kind!r}) is {enabled}", f"autocast on {kind}")
+            self._check(f"torch.is_autocast_enabled({kind!r}) is {enabled}", f"autocast on {kind}")
             if enabled:
                 expression = f"torch.get_autocast_dtype({kind!r}) is {self._name(dtype)}"
-                yield GuardCheck(expression, f"autocast dtype on {kind}")
+                self._check(expression, f"autocast dtype on {kind}")
 
     # -- the module
 
-    def _modules(self) -> Iterator[GuardCheck | str]:
-        for table in global_hook_tables():
-            yield GuardCheck(f"not {self._name(table)}", "a global module hook")
-        for path, kind in sorted(self.classes.items()):
-            yield from self._reach(path)
-            m = self.module_names[path]
-            yield GuardCheck(f"type({m}) is {self._name(kind)}", f"class of {path}")
-            yield GuardCheck(f"not ({_any_hook(m)})", f"a hook on {path}")
-            yield GuardCheck(f"'forward' not in {m}.__dict__", f"forward of {path} is replaced")
+    def _module(self, path: str) -> str:
+        """Return the name of the submodule at the path, bound when it is first asked for."""
+        if path not in self.module_names:
+            parent, last = self._parent(path)
+            self.module_names[path] = self._bind(f"m{len(self.module_names)}", f"{parent}._modules[{last!r}]")
+        return self.module_names[path]
 
-    def _reach(self, path: str) -> Iterator[str]:
-        """Bind a name to the submodule at the path."""
-        if path in self.module_names:
-            return
+    def _parent(self, path: str) -> tuple[str, str]:
+        """Return the name of the module that has what is at the path, and what it is called there."""
         parent, _, last = path.rpartition(".")
-        yield from self._reach(parent)
-        self.module_names[path] = name = f"m{len(self.module_names)}"
-        yield f"{name} = {self.module_names[parent]}._modules[{last!r}]"
-
-    def _reads(self) -> Iterator[GuardCheck | str]:
-        relied = self.captured.dependencies
-        for place, frozen in relied.held.items():
-            yield from self._compared(place, frozen)
-        for place, value in relied.read.items():
-            yield from self._compared(place, self.freezer.freeze(value))
-        for place in relied.absent:
-            yield from self._owner(place)
-            yield GuardCheck(f"not hasattr({self._object(place)}, {place.attributes[-1]!r})", f"{place} now exists")
-        for place in relied.methods:
-            yield from self._owner(place)
-            yield GuardCheck(f"{place.attributes[-1]!r} not in {self._object(place)}.__dict__", f"{place} is replaced")
-        for name, facts in self.captured.owned.items():
-            yield from self._owned(name, *facts)
-        for name, flag in relied.flags.items():
-            parent, _, last = name.rpartition(".")
-            yield from self._reach(parent)
-            yield GuardCheck(f"{self.module_names[parent]}.{last}.requires_grad is {flag}", f"requires_grad of {name}")
-
-    def _compared(self, place: AttributePath, frozen: Frozen) -> Iterator[GuardCheck | str]:
-        yield from self._owner(place)
-        access = f"{self._object(place)}.{place.attributes[-1]}"
-        if isinstance(frozen, OfType):
-            name = self.object_names[place] = f"o{len(self.object_names)}"
-            yield f"{name} = {access}"
-            access = name
-        yield GuardCheck(conditions(frozen, access, self._name), f"value of {place}")
-
-    def _owner(self, place: AttributePath) -> Iterator[str]:
-        """Bind a name to the object that has the attribute."""
-        yield from self._reach(place.path)
-        for length in range(1, len(place.attributes)):
-            owner = AttributePath(place.path, place.attributes[:length])
-            if owner not in self.object_names:
-                access = f"{self._object(owner)}.{owner.attributes[-1]}"
-                self.object_names[owner] = f"o{len(self.object_names)}"
-                yield f"{self.object_names[owner]} = {access}"
+        return self._module(parent), last
 
     def _object(self, place: AttributePath) -> str:
-        """Return the name bound to the object that has the attribute."""
-        owner = AttributePath(place.path, place.attributes[:-1])
-        return self.object_names[owner] if owner.attributes else self.module_names[place.path]
+        """Return the name of the object at the place, bound when it is first asked for."""
+        if not place.attributes:
+            return self._module(place.path)
+        if place not in self.object_names:
+            access = f"{self._owner(place)}.{place.attributes[-1]}"
+            self.object_names[place] = self._bind(f"o{len(self.object_names)}", access)
+        return self.object_names[place]
 
-    def _structure(self) -> Iterator[GuardCheck | str]:
+    def _owner(self, place: AttributePath) -> str:
+        """Return the name of the object that has the attribute."""
+        return self._object(AttributePath(place.path, place.attributes[:-1]))
+
+    def _modules(self) -> None:
+        for table in global_hook_tables():
+            self._check(f"not {self._name(table)}", "a global module hook")
+        for path, kind in sorted(self.classes.items()):
+            m = self._module(path)
+            self._check(f"type({m}) is {self._name(kind)}", f"class of {path}")
+            self._check(f"not ({_any_hook(m)})", f"a hook on {path}")
+            self._check(f"'forward' not in {m}.__dict__", f"forward of {path} is replaced")
+
+    def _structure(self) -> None:
         """Check what is where in the tree of modules."""
         for path, names in self.captured.dependencies.children.items():
-            yield from self._reach(path)
-            yield GuardCheck(f"(*{self.module_names[path]}._modules,) == {names!r}", f"children of {path}")
+            self._check(f"(*{self._module(path)}._modules,) == {names!r}", f"children of {path}")
         for place, known in self.captured.dependencies.aliases.items():
-            yield from self._reach(place.path)
-            parent, _, last = known.rpartition(".")
-            yield from self._reach(parent)
-            other = f"getattr({self.module_names[parent]}, {last!r})" if last else "self"
-            same = f"getattr({self.module_names[place.path]}, {place.attributes[0]!r}) is {other}"
-            yield GuardCheck(same, f"{place} is no longer {known or 'the module itself'}")
+            owner = self._module(place.path)
+            parent, last = self._parent(known)
+            other = f"getattr({parent}, {last!r})" if last else "self"
+            same = f"getattr({owner}, {place.attributes[0]!r}) is {other}"
+            self._check(same, f"{place} is no longer {known or 'the module itself'}")
 
-    def _outside(self) -> Iterator[GuardCheck]:
-        for source, frozen in self.captured.dependencies.outside.items():
-            yield GuardCheck(
-                conditions(frozen, source.access(self._name(source.root)), self._name), f"value of {source.name}"
-            )
+    def _reads(self) -> None:
+        relied = self.captured.dependencies
+        for place, frozen in relied.held.items():
+            self._compared(place, frozen)
+        for place, value in relied.read.items():
+            self._compared(place, self.freezer.freeze(value))
+        for place in relied.absent:
+            self._check(f"not hasattr({self._owner(place)}, {place.attributes[-1]!r})", f"{place} now exists")
+        for place in relied.methods:
+            self._check(f"{place.attributes[-1]!r} not in {self._owner(place)}.__dict__", f"{place} is replaced")
+        for name, facts in self.captured.owned.items():
+            self._owned(name, *facts)
+        for name, flag in relied.flags.items():
+            parent, last = self._parent(name)
+            self._check(f"{parent}.{last}.requires_grad is {flag}", f"requires_grad of {name}")
 
-    def _owned(
-        self, name: str, table: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
-    ) -> Iterator[GuardCheck | str]:
-        parent, _, last = name.rpartition(".")
-        yield from self._reach(parent)
-        yield f"t = {self.module_names[parent]}.{table}.get({last!r})"
-        yield GuardCheck("t is not None", f"{name} is gone")
+    def _compared(self, place: AttributePath, frozen: Frozen) -> None:
+        # what is read of an object is compared where it is read: it needs a name
+        is_object = isinstance(frozen, OfType)
+        access = self._object(place) if is_object else f"{self._owner(place)}.{place.attributes[-1]}"
+        self._frozen(frozen, access, str(place))
+
+    def _owned(self, name: str, table: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        parent, last = self._parent(name)
+        t = self._bind("t", f"{parent}.{table}.get({last!r})")
+        self._check(f"{t} is not None", f"{name} is gone")
         same = f"t.dtype is {self._name(dtype)} and t.device == {self._name(device)} and t.shape == {self._name(shape)}"
-        yield GuardCheck(same, f"dtype, device or shape of {name}")
+        self._check(same, f"dtype, device or shape of {name}")
 
 
 def _any_hook(m: str) -> str:

@@ -40,7 +40,9 @@ def capture_symbolically(module: nn.Module) -> Captured:
     other, _ = _trace(module, names, training=True)
     if str(graph) != str(other):
         raise NotCaptured("train and eval mode give different graphs")
-    inputs = tuple(_unknown_input(position, name) for position, name in enumerate(names))
+    inputs = tuple(
+        TensorInput(f"args[{position}]", name, (), (), None, None, False, True) for position, name in enumerate(names)
+    )
     structure = (
         GuardCheck(f"len(args) == {len(names)}", "number of positional arguments"),
         GuardCheck("not kwargs", "keyword arguments"),
@@ -56,10 +58,6 @@ def _tensor_parameters(module: nn.Module) -> list[str]:
         if parameter.kind not in plain or parameter.default is not Parameter.empty:
             raise NotCaptured(f"parameter {parameter.name} of the forward is optional")
     return [parameter.name for parameter in parameters]
-
-
-def _unknown_input(position: int, name: str) -> TensorInput:
-    return TensorInput(f"args[{position}]", name, (), (), None, None, False, True)
 
 
 def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Graph, Dependencies]:
@@ -184,9 +182,5 @@ def _is_harmless(value: object) -> bool:
     """Whether straight-line code may use the global: torch, Python functions (they are watched too), constants."""
     if isinstance(value, ModuleType):
         return value.__name__.split(".")[0] in ("torch", "math", "operator")
-    return isinstance(value, FunctionType) or is_constant(value) or _comes_from_torch(value)
-
-
-def _comes_from_torch(value: object) -> bool:
     home = value.__module__ if isinstance(value, (BuiltinFunctionType, type)) else ""
-    return str(home).startswith("torch")
+    return isinstance(value, FunctionType) or is_constant(value) or str(home).startswith("torch")

@@ -198,6 +198,22 @@ def test_what_may_come_out_differently_is_refused_with_the_reason(forward, reaso
 OUTSIDE = torch.ones(8)
 
 
+class Counted:
+    """A plain object of which a module holds several."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_write_to_any_object_in_a_list_of_the_module_is_refused(which):
+    def forward(self, a):
+        self.counters[which].calls += 1
+        return self.first(a)
+
+    assert refusal(forward, counters=[Counted() for _ in range(4)]) == "the forward writes counters to the module"
+
+
 def test_opaque_argument_is_refused_by_name():
     module = Block(lambda self, x, cache: self.first(x))
     with pytest.raises(NotCaptured, match="argument cache is of type Mlp"):

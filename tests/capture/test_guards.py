@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
+from lora_fx.capture.calls.arguments import flatten
 from lora_fx.capture.captured import NotCaptured, capture, refuse_opaque
 from tests.capture.test_capture import Block, captured, reason, refusal, x
 
@@ -293,8 +294,8 @@ def test_parameter_that_has_become_none_or_has_gone_is_a_miss():
 def test_arguments_that_cannot_be_copied_are_told_before_anybody_copies_them():
     for argument in ((each for each in ()), threading.Lock(), lambda value: value):
         with pytest.raises(NotCaptured, match="argument argument 1 is of type"):
-            refuse_opaque((x(), argument), {})
-    refuse_opaque((x(), {"scale": 2}, Colour.RED, torch.tanh), {"flag": None})
+            refuse_opaque(flatten((x(), argument), {}))
+    refuse_opaque(flatten((x(), {"scale": 2}, Colour.RED, torch.tanh), {"flag": None}))
 
 
 def test_enum_and_function_arguments_are_guarded_by_identity():

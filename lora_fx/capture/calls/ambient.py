@@ -6,8 +6,8 @@ import contextlib
 import gc
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -52,23 +52,10 @@ def in_clean_thread(work: Callable[[], T]) -> T:
     Modes, hooks on saved tensors and autocast are per thread: a capture in the middle of a checkpointed backward, or
     under somebody's dispatch mode, must neither be seen by them nor see them.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
-    threads = torch.get_num_threads()
-
-    def run() -> None:
-        try:
-            torch.set_num_threads(threads)  # per thread in OpenMP, and other splits of a product round differently
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="lora_fx capture")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    # their number is per thread in OpenMP, and other splits of a product round differently
+    threads = (torch.get_num_threads(),)
+    with ThreadPoolExecutor(1, "lora_fx capture", torch.set_num_threads, threads) as executor:
+        return executor.submit(work).result()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Callable, Iterator
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -24,26 +26,51 @@ def is_plain_object(value: object) -> bool:
     return not is_constant(value) and isinstance(getattr(value, "__dict__", None), dict)
 
 
+class StandIn:
+    """Base of the mixins of objects that report what happens to them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the class's own hook from hearing of a subclass that is not its own."""
+
+
+_SUBCLASSES: dict[tuple[type, type], type] = {}
+
+
+def subclass_of(kind: type, mixin: type[StandIn]) -> type:
+    """Return the subclass of `kind` with the behaviour of `mixin`, the same at every call.
+
+    Raises:
+        TypeError: the class allows none.
+    """
+    if (kind, mixin) not in _SUBCLASSES:
+        body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        _SUBCLASSES[kind, mixin] = type(kind)(kind.__name__, (mixin, kind), body)
+    return _SUBCLASSES[kind, mixin]
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield every tensor that can be reached from the value through attributes, lists, tuples and dicts."""
-    return (tensor for tensor in _walk(value) if isinstance(tensor, Tensor))
+    return (part for part in reachable(value) if isinstance(part, Tensor))
 
 
-def _walk(value: Any) -> Iterator[Tensor | nn.Module]:
+def reachable(value: Any, ends: tuple[type, ...] = ()) -> Iterator[Any]:
+    """Yield the value and what is in it: items of lists, tuples and dicts, the dicts of the attributes of objects.
+
+    Objects of the types in `ends` are left out, with what is in them.
+    """
     waiting, seen = [value], set()
     while waiting:
         part = waiting.pop()
-        if id(part) in seen:
+        if id(part) in seen or isinstance(part, ends):
             continue
         seen.add(id(part))
-        if isinstance(part, (Tensor, nn.Module)):
-            yield part
-        elif isinstance(part, (list, tuple)):
+        yield part
+        if isinstance(part, (list, tuple)):
             waiting.extend(part)
         elif isinstance(part, dict):
-            waiting.extend(part.values())
+            waiting.extend(dict.values(part))
         elif is_plain_object(part):
-            waiting.extend(vars(part).values())
+            waiting.append(vars(part))
 
 
 def copied(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
@@ -55,42 +82,82 @@ def copied(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
         value: any value; reached are tensors in attributes, lists, tuples and dicts.
         tensor: gives what stands for a tensor in the copy; asked once for a tensor that is held twice.
     """
-    memo: dict[int, Any] = {id(part): tensor(part) if isinstance(part, Tensor) else part for part in _walk(value)}
+    kept = (part for part in reachable(value) if isinstance(part, (Tensor, nn.Module)))
+    memo: dict[int, Any] = {id(part): tensor(part) if isinstance(part, Tensor) else part for part in kept}
     return copy.deepcopy(value, memo)
 
 
-def objects_differ(one: Any, other: Any, tensors_differ: Callable[[Tensor, Tensor], bool]) -> bool:
-    """Whether two values of the same making (a copy and its original, after the same calls) differ anywhere."""
+class Undo:
+    """The contents of some lists, dicts and sets, kept so that they can be put back."""
 
-    def pairs(a: Any, b: Any) -> Pairs | None:
-        if type(a) is not type(b):
-            return None
-        if isinstance(a, Tensor):
-            return None if tensors_differ(a, b) else []
-        if isinstance(a, (list, tuple)):
-            return list(zip(a, b, strict=True)) if len(a) == len(b) else None
-        if isinstance(a, dict):
-            return [(a[key], b[key]) for key in a] if list(a) == list(b) else None
-        if is_plain_object(a):
-            return [(vars(a), vars(b))]
-        return None if is_constant(a) and a != b else []
+    def __init__(self, containers: Iterable[Any]) -> None:
+        self._kept = [(container, _contents(container)) for container in containers]
 
-    return differ_anywhere(one, other, pairs)
+    def __call__(self) -> None:
+        for container, contents in self._kept:
+            kind = _plain_type(container)
+            kind.clear(container)
+            fill = kind.extend if kind is list else kind.update
+            fill(container, contents)
 
 
-Pairs = list[tuple[Any, Any]]
+def _contents(container: Any) -> Any:
+    # by the methods of the plain types: a subclass may do something else when it is listed, and dict.copy lists it
+    kind = _plain_type(container)
+    return dict(dict.items(container)) if kind is dict else kind.copy(container)
 
 
-def differ_anywhere(one: Any, other: Any, pairs: Callable[[Any, Any], Pairs | None]) -> bool:
-    """Whether two values differ; `pairs` gives the parts of two that have yet to be compared, None if they differ."""
-    waiting, seen = [(one, other)], set()
+def _plain_type(container: Any) -> Any:
+    return next(kind for kind in (list, dict, set) if isinstance(container, kind))
+
+
+def objects_differ(
+    one: Any,
+    other: Any,
+    tensors_differ: Callable[[Tensor, Tensor], bool],
+    kind: Callable[[Any], type] = type,
+    attributes: Callable[[Any], dict[str, Any]] = vars,
+) -> bool:
+    """Whether two values of the same making (a copy and its original, after the same calls) differ anywhere.
+
+    Args:
+        one: a value.
+        other: the other one.
+        tensors_differ: whether two tensors differ.
+        kind: gives the class that must be the same.
+        attributes: gives the attributes of an object that count.
+    """
+    waiting = [(one, other)]
+    seen: dict[tuple[int, int], Any] = {}  # with the two themselves: the dict that `attributes` made would be gone
     while waiting:
         a, b = waiting.pop()
         if a is b or (id(a), id(b)) in seen:
             continue
-        seen.add((id(a), id(b)))
-        parts = pairs(a, b)
-        if parts is None:
+        seen[id(a), id(b)] = (a, b)
+        if kind(a) is not kind(b) or (isinstance(a, Tensor) and tensors_differ(a, b)):
             return True
-        waiting.extend(parts)
+        (mine, parts), (others, other_parts) = _taken_apart(a, attributes), _taken_apart(b, attributes)
+        if mine != others:
+            return True
+        waiting.extend(zip(parts, other_parts, strict=True))
     return False
+
+
+def _taken_apart(value: Any, attributes: Callable[[Any], dict[str, Any]]) -> tuple[Any, list[Any]]:
+    """Return what of a value is compared with `==`, and the parts in it that are compared in turn."""
+    if isinstance(value, (list, tuple)):
+        return len(value), list(value)
+    if isinstance(value, dict):
+        return list(map(_key, value)), list(dict.values(value))
+    if isinstance(value, (set, frozenset)):
+        return Counter(map(_key, value)), []
+    if isinstance(value, functools.partial):
+        return None, [value.args, value.keywords]
+    if is_plain_object(value):
+        return None, [attributes(value)]
+    return value if is_constant(value) and value == value else None, []  # None for nan, which differs from itself
+
+
+def _key(key: Any) -> Any:
+    """Return what stands for a key: an object as a key has been copied."""
+    return key if is_constant(key) else type(key)

@@ -22,7 +22,6 @@ class Named:
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
 _GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")
 _SILENT = ("CACHE", "COPY", "SWAP", "EXTENDED_ARG", "PUSH_NULL")
-_TYPES = ("type", "__class__")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -59,12 +58,6 @@ def _named(code: CodeType) -> Iterator[Named]:
             previous = ""
     if root:
         yield Named(root, tuple(attributes), module)
-
-
-@functools.lru_cache(maxsize=4096)
-def asks_for_class(code: CodeType) -> bool:
-    """Whether the code looks at the class of an object, whose attributes it can reach by that."""
-    return any(name in code.co_names for name in _TYPES)
 
 
 def codes_inside(code: CodeType) -> Iterator[CodeType]:

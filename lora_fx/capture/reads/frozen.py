@@ -134,6 +134,8 @@ class Parts:
 
 
 Frozen = Constant | Same | OfType | Inside | Flat | Parts
+"""Each gives the conditions that must all hold of what an access gives: of `[1, "a"]` at `x` they are
+`type(v0 := x) is c0`, `(*v0,) == c1` and `(*map(type, (*v0,)),) == c2`."""
 
 
 class Freezer:
@@ -184,7 +186,7 @@ class Freezer:
         if isinstance(value, types.MethodType):
             return self._parts(type(value), None, {"{}.__func__": value.__func__, "{}.__self__": value.__self__})
         if isinstance(value, functools.partial):
-            parts = {f"{{}}.{name}": part for name, part in _partial(value).items()}
+            parts = {"{}.func": value.func, "{}.args": value.args, "{}.keywords": value.keywords}
             return self._parts(type(value), None, parts)
         if isinstance(value, types.BuiltinFunctionType):
             if not isinstance(value.__self__, (types.ModuleType, type, types.NoneType)):
@@ -229,10 +231,6 @@ class Freezer:
         return Parts(kind, size, tuple((access, self._freeze(part)) for access, part in parts.items()))
 
 
-def _partial(value: functools.partial[Any]) -> dict[str, Any]:
-    return {"func": value.func, "args": value.args, "keywords": value.keywords}
-
-
 def _literal(key: str | int | None) -> str:
     """Return the key of a dict as source; a member of a string or integer enum as the plain value that it equals."""
     if isinstance(key, str):
@@ -254,15 +252,3 @@ def _class_containers(kind: type) -> Iterator[tuple[str, Any]]:
                 for name, value in vars(base).items()
                 if type(value) in (list, dict, set) and not name.startswith("__")
             )
-
-
-def conditions(frozen: Frozen, access: str, name: Name) -> str:
-    """Return the expression that is true as long as what `access` gives is what was frozen.
-
-    Args:
-        frozen: what the value was.
-        access: the Python expression that reads the value now.
-        name: gives an object a name that the expression may use; `[1, "a"]` at `x` becomes
-            `type(v0 := x) is c0 and (*v0,) == c1 and (*map(type, (*v0,)),) == c2`.
-    """
-    return " and ".join(frozen.conditions(access, name))

@@ -24,7 +24,7 @@ _GUARDED = frozenset(
 )  # fmt: skip
 POINTERS = frozenset({"data_ptr", "storage", "untyped_storage", "numpy", "__array__", "tolist"})
 """What a fake tensor does not have, and what would be another one at the next call."""
-_LAYOUT = frozenset({"stride", "is_contiguous", "storage_offset", "sym_stride", "is_non_overlapping_and_dense"})
+_LAYOUT = frozenset({"stride", "is_contiguous", "storage_offset", "is_non_overlapping_and_dense"})
 
 
 def kind_of_query(func: Any, name: str) -> TensorQuery:
@@ -33,10 +33,7 @@ def kind_of_query(func: Any, name: str) -> TensorQuery:
         name = func.__self__.__name__
     if name == "requires_grad":
         return TensorQuery.REQUIRES_GRAD
-    if name.startswith("sym_"):  # arithmetic on symbolic sizes
-        return TensorQuery.GUARDED
     if name in _LAYOUT:
         return TensorQuery.LAYOUT
-    if name in _GUARDED:
-        return TensorQuery.GUARDED
-    return TensorQuery.UNKNOWN
+    is_arithmetic_on_sizes = name.startswith("sym_")
+    return TensorQuery.GUARDED if is_arithmetic_on_sizes or name in _GUARDED else TensorQuery.UNKNOWN

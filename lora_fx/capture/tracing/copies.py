@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import shown_parameters
 from lora_fx.capture.calls.arguments import is_constant
-from lora_fx.capture.calls.objects import is_plain_object
+from lora_fx.capture.calls.objects import StandIn, is_plain_object, subclass_of
 from lora_fx.capture.calls.reasons import Untraceable
 from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
 from lora_fx.capture.reads.frozen import Freezer, OfType, Unfreezable
@@ -26,7 +26,6 @@ from lora_fx.models.torch_internals import deepcopy
 
 _LISTENER = "_lora_fx_listener"
 _PATH = "_lora_fx_access"
-_KIND = "_lora_fx_kind"
 _INTERNAL = frozenset({*vars(nn.Module()), *vars(nn.Module), _LISTENER, _PATH}) - {"training"}
 
 
@@ -106,8 +105,8 @@ class _Reporting:
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         own = super().__getattribute__("__dict__")
-        listener = own.get(_LISTENER)
-        if listener is None or not listener.listening:
+        listener = _listening(own)
+        if listener is None:
             return value
         if name in _INTERNAL or name.startswith("__"):
             _heard_inside(listener, own, name, value)
@@ -117,17 +116,23 @@ class _Reporting:
 
     def __setattr__(self, name: str, value: Any) -> None:
         own = self.__dict__
-        listener = own.get(_LISTENER)
-        if listener is not None and listener.listening and not _is_there(own, name, value):
+        listener = _listening(own)
+        if listener is not None and not _is_there(own, name, value):
             listener.wrote(_place(own, name))
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         own = self.__dict__
-        listener = own.get(_LISTENER)
-        if listener is not None and listener.listening:
+        listener = _listening(own)
+        if listener is not None:
             listener.wrote(_place(own, name))
         super().__delattr__(name)
+
+
+def _listening(own: dict[str, Any]) -> Listener | None:
+    """Return who listens to the module or object with these attributes, if somebody does now."""
+    listener: Listener | None = own.get(_LISTENER)
+    return listener if listener is not None and listener.listening else None
 
 
 def _heard(listener: Listener, owner: Any, own: dict[str, Any], name: str, value: Any) -> None:
@@ -176,14 +181,14 @@ class ReportingModule(_Reporting, nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
-        listener = own.get(_LISTENER)
+        listener = _listening(own)
         try:
             value = super().__getattr__(name)
         except AttributeError:
-            if listener is not None and listener.listening:
+            if listener is not None:
                 listener.absent(_place(own, name))
             raise
-        if listener is not None and listener.listening:
+        if listener is not None:
             if isinstance(value, (Tensor, nn.Module)):
                 listener.child(_place(own, name), value)
             else:
@@ -191,11 +196,8 @@ class ReportingModule(_Reporting, nn.Module):
         return value
 
 
-class ReportingObject(_Reporting):
+class ReportingObject(_Reporting, StandIn):
     """Mixin for the plain objects that a copy holds (a config)."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep the class's own hook from hearing of a subclass that is not its own."""
 
     def __getattr__(self, name: str) -> Any:
         inherited = vars_of_class(plain_class(self), "__getattr__")
@@ -205,8 +207,8 @@ class ReportingObject(_Reporting):
             return inherited(self, name)
         except AttributeError:
             own = self.__dict__
-            listener = own.get(_LISTENER)
-            if listener is not None and listener.listening and not name.startswith("__"):
+            listener = _listening(own)
+            if listener is not None and not name.startswith("__"):
                 listener.absent(_place(own, name))
             raise
 
@@ -260,29 +262,13 @@ def _report_objects(duplicate: Any, original: Any, path: str, listener: Listener
                 continue
             if is_library_module(type(value).__module__):
                 continue  # its methods may be written in C, whose reads are not reported
+            try:
+                object.__setattr__(value, "__class__", subclass_of(type(value), ReportingObject))
+            except TypeError:
+                continue  # its class allows no subclass in place: it is compared as a whole
             where = AttributePath(path, (*place.attributes, name))
-            if _reports(value, where, listener):
-                waiting.append((value, given, where))
-
-
-def _reports(value: Any, place: AttributePath, listener: Listener) -> bool:
-    """Let one object report; False if its class allows no subclass in place: then it is compared as a whole."""
-    try:
-        object.__setattr__(value, "__class__", _reporting_class(type(value)))
-    except TypeError:
-        return False
-    vars(value).update({_LISTENER: listener, _PATH: place})
-    return True
-
-
-_REPORTING: dict[type, type] = {}
-
-
-def _reporting_class(kind: type) -> type:
-    if kind not in _REPORTING:
-        body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, _KIND: kind}
-        _REPORTING[kind] = type(kind)(kind.__name__, (ReportingObject, kind), body)
-    return _REPORTING[kind]
+            vars(value).update({_LISTENER: listener, _PATH: where})
+            waiting.append((value, given, where))
 
 
 def reports(value: object) -> bool:
@@ -301,8 +287,7 @@ def plain_class(value: object) -> type:
     kind = type(value)
     if isinstance(value, nn.Module):
         return class_of(value)
-    original: type = vars(kind)[_KIND] if issubclass(kind, ReportingObject) else kind
-    return original
+    return kind.__bases__[1] if issubclass(kind, ReportingObject) else kind
 
 
 def attributes_of(value: Any) -> dict[str, Any]:

@@ -17,15 +17,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx.capture.calls.arguments import CONSTANTS, is_constant
-from lora_fx.capture.reads.codes import Named, asks_for_class, codes_inside, named_by
-from lora_fx.capture.reads.frozen import Flat, Freezer, Frozen, Parts, Unfreezable
+from lora_fx.capture.calls.objects import Undo, reachable
+from lora_fx.capture.reads.codes import Named, codes_inside, named_by
+from lora_fx.capture.reads.frozen import UNCHANGING, Freezer, Frozen, Unfreezable
 from lora_fx.capture.reads.functions import CACHED, Functions, cells_of
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
 from lora_fx.capture.reads.sources import ValueSource
-from lora_fx.capture.tracing.changes import Undo
 from lora_fx.capture.tracing.copies import plain_class
 
 _LOOKUPS = ("get", "getenv", "__getitem__", "__contains__", "__iter__")
@@ -34,6 +34,9 @@ _OWN = (("attribute", "__dict__"),)
 _CONTENTS = (("attribute", "cell_contents"),)
 _GUARDED_IN_LIBRARIES = (*CONSTANTS, list, dict, set, types.FunctionType, type)
 _IS_GRAD_ENABLED = torch.is_grad_enabled
+_CLASS = frozenset({"type", "__class__"})
+"""How code gets at the class of an object, whose attributes it can reach by that."""
+_DATES = ("now", "today", "utcnow")
 _QUESTIONS = ("is_", "are_", "get_")
 _ASKED_BY_NAME = frozenset({torch.get_default_dtype, torch.get_num_threads, torch.get_num_interop_threads})
 
@@ -74,13 +77,8 @@ class Globals:
 
     def _called(self, function: Any) -> None:
         owner = function.__self__ if isinstance(function, types.BuiltinFunctionType) else None
-        if owner is time and function.__name__ != "sleep":
-            self.refuse(f"the forward reads the clock ({function.__name__})")
-        if (
-            isinstance(owner, type)
-            and issubclass(owner, datetime.date)
-            and function.__name__ in ("now", "today", "utcnow")
-        ):
+        is_date = isinstance(owner, type) and issubclass(owner, datetime.date)
+        if (owner is time and function.__name__ != "sleep") or (is_date and function.__name__ in _DATES):
             self.refuse(f"the forward reads the clock ({function.__name__})")
         if function is torch.is_inference_mode_enabled:
             self.refuse("the forward asks for inference mode")
@@ -122,7 +120,7 @@ class Globals:
         try:
             for named in named_by(code):
                 self._name(named, frame)
-            if asks_for_class(code):
+            if not _CLASS.isdisjoint(code.co_names):
                 self._class_of(frame)
             if code not in self._inside:
                 self._function(frame)
@@ -161,11 +159,7 @@ class Globals:
 
     def _class_of(self, frame: types.FrameType) -> None:
         """Note the constants of the class of `self`."""
-        owner = frame.f_locals.get("self")
-        kind = plain_class(owner)
-        for base in kind.__mro__ if isinstance(owner, nn.Module) else ():
-            if is_library_module(base.__module__):
-                continue
+        for base in _classes_of_self(frame):
             for name, value in vars(base).items():
                 if not name.startswith("__") and (is_constant(value) or isinstance(value, (list, dict, set))):
                     self._note(ValueSource(base, (*_OWN, ("item", name)), f"{base.__name__}.{name}"), value)
@@ -174,10 +168,8 @@ class Globals:
 
     def _function(self, frame: types.FrameType) -> None:
         """Note the defaults and the closure of the function that starts, and where it is found."""
-        owner = frame.f_locals.get("self")
-        for kind in plain_class(owner).__mro__ if isinstance(owner, nn.Module) else ():
-            if not is_library_module(kind.__module__):
-                self._functions.search_class(kind)
+        for kind in _classes_of_self(frame):
+            self._functions.search_class(kind)
         for function, source in self._functions.running(frame):
             if source is not None:
                 self._note(source, source.value())
@@ -198,7 +190,8 @@ class Globals:
             self.readings[source] = self._freezer.freeze(value)
         except Unfreezable as error:
             raise Unfreezable(f"the forward reads {source.name}, {error}") from None
-        self._kept[source] = (value, Undo(value if isinstance(self.readings[source], (Flat, Parts)) else None))
+        inside = reachable(value, (Tensor, nn.Module, *UNCHANGING))
+        self._kept[source] = (value, Undo(part for part in inside if isinstance(part, (list, dict, set))))
         if isinstance(value, CACHED):
             self._caches[value] = value.cache_info().currsize
 
@@ -231,6 +224,13 @@ class _OutsideFreezer(Freezer):
         if id(value) in self.paths:
             raise Unfreezable("that leads to the module itself")
         return super().module(value)
+
+
+def _classes_of_self(frame: types.FrameType) -> list[type]:
+    """Return the classes, those of libraries apart, of the module whose method runs."""
+    owner = frame.f_locals.get("self")
+    kinds = plain_class(owner).__mro__ if isinstance(owner, nn.Module) else ()
+    return [kind for kind in kinds if not is_library_module(kind.__module__)]
 
 
 def _leads_on(value: Any) -> bool:

@@ -129,8 +129,7 @@ class Inputs:
 
     def number_read(self, access: str, number: int) -> Any:
         stand_in = self.fakes.number(number, _identifier(access))
-        self.writer.input(_identifier(access), stand_in)
-        self.given.append(_Given(access, _spoken(access), number, stand_in))
+        self._give(access, _spoken(access), number, stand_in)
         return stand_in
 
     def constant_read(self, access: str, value: object) -> None:
@@ -151,17 +150,18 @@ class Inputs:
             self.same.append((access, known.access))
             fake: Tensor = known.stand_in
             return fake
-        identifier = _identifier(name)
-        fake = self.fakes.tensor(value, identifier, [False] * value.dim())
-        self.writer.input(identifier, fake)
-        self.given.append(_Given(access, name, value, fake))
+        fake = self.fakes.tensor(value, _identifier(name), [False] * value.dim())
+        self._give(access, name, value, fake)
         return fake
 
     def _object(self, proxy: Any) -> fx.Node:
         """Return the node of an object that the graph mentions."""
         access = access_of(proxy)
-        self.given.append(_Given(access, _spoken(access), None, proxy))
-        return self.writer.input(_identifier(access), proxy)
+        return self._give(access, _spoken(access), None, proxy)
+
+    def _give(self, access: str, name: str, value: Any, stand_in: Any) -> fx.Node:
+        self.given.append(_Given(access, name, value, stand_in))
+        return self.writer.input(_identifier(name), stand_in)
 
 
 def size_name(index: int, dim: int) -> str:

@@ -58,9 +58,8 @@ def write_output(writer: GraphWriter, result: Any) -> None:
 def _output(writer: GraphWriter, value: Any) -> Any:
     if isinstance(value, torch.Size):
         return writer.emit("call_function", torch.Size, (writer.argument(tuple(value)),))
-    if isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)) or is_constant(value):
-        return writer.argument(value)
-    if is_proxy(value):
+    is_symbolic = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    if isinstance(value, Tensor) or is_symbolic or is_constant(value) or is_proxy(value):
         return writer.argument(value)
     if type(value) in (tuple, list):
         return type(value)(_output(writer, item) for item in value)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lora_fx.capture.calls.arguments import is_constant
-from lora_fx.capture.calls.objects import IDENTITIES, is_plain_object
+from lora_fx.capture.calls.objects import IDENTITIES, StandIn, Undo, is_plain_object, subclass_of
 from lora_fx.capture.calls.reasons import Untraceable
 
 _STATE = "_lora_fx_proxy"
@@ -106,7 +106,11 @@ class Proxies:
             proxy, raw = ProxyDict(value), set(value)
             self.host.required(f"type({access}) is dict", f"{access} is not a dict")
         elif is_plain_object(value):
-            proxy, raw = _empty(type(value), access), set(vars(value))
+            try:
+                proxy = object.__new__(subclass_of(type(value), ProxyObject))
+            except TypeError as error:
+                raise Untraceable(f"{access} is of type {type(value).__name__}") from error
+            raw = set(vars(value))
             proxy.__dict__.update(vars(value))
             self.host.constant_read(f"type({access})", type(value))
         else:
@@ -116,34 +120,12 @@ class Proxies:
 
     def mark(self) -> Callable[[], None]:
         """Return a function that takes back everything written to proxies since."""
-        before = [(proxy, *_contents(proxy)) for _, proxy in self._made.values()]
-
-        def take_back() -> None:
-            for proxy, contents, raw in before:
-                _refill(proxy, contents, raw)
-
-        return take_back
-
-
-def _contents(proxy: Any) -> tuple[Any, set[object]]:
-    inside = list(list.__iter__(proxy)) if isinstance(proxy, ProxyList) else None
-    if isinstance(proxy, ProxyDict):
-        inside = dict(dict.items(proxy))  # type: ignore[assignment]
-    if inside is None:
-        inside = dict(proxy.__dict__)  # type: ignore[assignment]
-    return inside, set(_state(proxy).raw)
-
-
-def _refill(proxy: Any, contents: Any, raw: set[object]) -> None:
-    if isinstance(proxy, ProxyList):
-        list.__setitem__(proxy, slice(None), contents)
-    elif isinstance(proxy, ProxyDict):
-        dict.clear(proxy)
-        dict.update(proxy, contents)
-    else:
-        proxy.__dict__.clear()
-        proxy.__dict__.update(contents)
-    _state(proxy).raw = set(raw)
+        containers = [
+            part
+            for _, proxy in self._made.values()
+            for part in (vars(proxy) if isinstance(proxy, ProxyObject) else proxy, _state(proxy).raw)
+        ]
+        return Undo(containers)
 
 
 def _state(proxy: Any) -> _State:
@@ -164,8 +146,7 @@ def access_of(proxy: Any) -> str:
 def settle(value: Any) -> None:
     """Resolve everything in a list or dict proxy: C code would see its raw contents."""
     if isinstance(value, ProxyList):
-        for _ in value:
-            pass
+        list(iter(value))
     elif isinstance(value, ProxyDict):
         value.values()
     elif isinstance(value, (tuple, list)):
@@ -173,11 +154,8 @@ def settle(value: Any) -> None:
             settle(item)
 
 
-class ProxyObject:
+class ProxyObject(StandIn):
     """Mixin of the class of an object's proxy."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep the class's own hook from hearing of a subclass that is not its own."""
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -206,18 +184,6 @@ class ProxyObject:
 
     def __delattr__(self, name: str) -> None:
         raise Untraceable(f"the forward deletes {access_of(self)}.{name}")
-
-
-_CLASSES: dict[type, type] = {}
-
-
-def _empty(kind: type, access: str) -> Any:
-    try:
-        if kind not in _CLASSES:
-            _CLASSES[kind] = type(kind)(kind.__name__, (ProxyObject, kind), {"__module__": kind.__module__})
-        return object.__new__(_CLASSES[kind])
-    except TypeError as error:
-        raise Untraceable(f"{access} is of type {kind.__name__}") from error
 
 
 def _refused(name: str) -> Callable[..., Any]:

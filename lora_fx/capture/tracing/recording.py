@@ -6,6 +6,8 @@ result's sizes are those of the real run, written in terms of the sizes of its a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,19 +41,15 @@ class Records:
 
     def hooked(self, module: nn.Module, work: Callable[[], Any]) -> None:
         """Run `work`, which calls the module's submodules, and keep what they return."""
-        handles = []
-        for path, child in module.named_modules():
-            if path:
 
-                def keep(_module: nn.Module, _args: Any, result: Any, path: str = path) -> None:
-                    self.results.setdefault(path, []).append(pytree.tree_map_only(Tensor, _stub, result))
+        def keep(path: str, _module: nn.Module, _args: Any, result: Any) -> None:
+            self.results.setdefault(path, []).append(pytree.tree_map_only(Tensor, _stub, result))
 
-                handles.append(child.register_forward_hook(keep))
-        try:
+        with contextlib.ExitStack() as stack:
+            for path, child in module.named_modules():
+                if path:
+                    stack.enter_context(child.register_forward_hook(functools.partial(keep, path)))
             work()
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _stub(tensor: Tensor) -> Tensor:

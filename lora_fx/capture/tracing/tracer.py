@@ -69,8 +69,8 @@ class Tracer(Listener, FunctionMode):
         self.dependencies = Dependencies()
         self.owned = self.writer.owned
         self.globals = Globals(module, self.refuse, self.asked_grad_mode)
-        self.proxies: Proxies | None = None
-        """The objects among the arguments, if there are any."""
+        self.proxies: Proxies
+        """The objects among the arguments."""
         self.varying: list[sympy.Symbol] = []
         """Symbols of sizes that are known to vary from call to call."""
         self._refusal: str | None = None
@@ -95,8 +95,10 @@ class Tracer(Listener, FunctionMode):
             self._raise_if_refused()
             self._refuse_changes(random_state)
             ran = ("", *self.dependencies.inlined)
-            self._refuse_changed(changed_registration(self.module, registered, ran))
-            self._refuse_changed(changed_attribute(self.module, self.original, ran))
+            written = changed_registration(self.module, registered, ran)
+            written = written or changed_attribute(self.module, self.original, ran)
+            if written is not None:
+                raise Untraceable(f"the forward writes {written} to the module")
         finally:
             random_state.restore()
             self.globals.changed()
@@ -115,10 +117,6 @@ class Tracer(Listener, FunctionMode):
         if changed is not None:
             raise Untraceable(f"the forward changes {changed}")
 
-    def _refuse_changed(self, name: str | None) -> None:
-        if name is not None:
-            raise Untraceable(f"the forward writes {name} to the module")
-
     # -- what the module does
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -131,7 +129,11 @@ class Tracer(Listener, FunctionMode):
         return self._inline(module, path, args, kwargs)
 
     def _inline(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        take_back, outer, specialised = self._mark(), self.writer.place, self._specialised()
+        take_back, outer, specialised = (
+            (self.writer.mark(), self.proxies.mark()),
+            self.writer.place,
+            self._specialised(),
+        )
         random_state = PythonRandomState()
         self.writer.place = path
         try:
@@ -140,7 +142,8 @@ class Tracer(Listener, FunctionMode):
             with self.paused():
                 self._refuse_changes(random_state)
         except (Untraceable, Exception) as error:
-            take_back()
+            for undo in take_back:
+                undo()
             random_state.restore()
             self._refusal = None
             self._listen(True)  # Python stops profiling when the profiler raises
@@ -153,18 +156,6 @@ class Tracer(Listener, FunctionMode):
         finally:
             self.writer.place = outer
         return self._leaf(module, path, args, kwargs)
-
-    def _mark(self) -> Callable[[], None]:
-        """Return a function that takes back what is written to the graph, and to objects, from now on."""
-        graph = self.writer.mark()
-        objects = None if self.proxies is None else self.proxies.mark()
-
-        def take_back() -> None:
-            graph()
-            if objects is not None:
-                objects()
-
-        return take_back
 
     def _leaf(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node_args, node_kwargs = self.writer.argument(tuple(args)), self.writer.argument(kwargs)
@@ -273,19 +264,22 @@ class Tracer(Listener, FunctionMode):
     def _note_reading(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """A call gave Python a plain value: fine where a guard covers it, else refused."""
         kind = kind_of_query(func, _name(func))
-        if args and isinstance(args[0], torch.Tensor) and not self.writer.knows(args[0]):
+        if args and isinstance(args[0], torch.Tensor) and not self.writer.is_known(args[0]):
             raise Untraceable("the forward looks at a tensor from outside of the module")
-        if kind is TensorQuery.GUARDED and args and id(args[0]) in self.writer.owned:
-            self.dependencies.owned.add(self.writer.owned[id(args[0])])
-        if kind is TensorQuery.REQUIRES_GRAD and id(args[0]) in self.writer.inputs:
+        asked = id(args[0]) if args else 0
+        own = self.writer.owned.get(asked)
+        if kind is TensorQuery.GUARDED:
+            if own is not None:
+                self.dependencies.owned.add(own)
+        elif kind is TensorQuery.REQUIRES_GRAD and asked in self.writer.inputs:
             self.dependencies.asks_requires_grad = True
-        elif kind is TensorQuery.REQUIRES_GRAD and id(args[0]) in self.writer.owned:
-            self.dependencies.flags[self.writer.owned[id(args[0])]] = result
+        elif kind is TensorQuery.REQUIRES_GRAD and own is not None:
+            self.dependencies.flags[own] = result
         elif kind is TensorQuery.LAYOUT:
             self.dependencies.asks_layout = True
         elif is_transform(func):
             raise Untraceable(TRANSFORMED)
-        elif kind is not TensorQuery.GUARDED:
+        else:
             raise Untraceable(f"the forward asks a tensor for {_name_of_reading(func)}")
 
     def _autocast(self, func: Any, args: tuple[Any, ...]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.capture.calls.arguments import CONSTANTS
+from lora_fx.capture.calls.objects import Undo
 from lora_fx.capture.calls.reasons import Untraceable
 from lora_fx.capture.tracing.proxies import is_proxy
 from lora_fx.models.torch_internals import (
@@ -86,10 +87,10 @@ class GraphWriter:
             self.made_by[id(value)] = node
             self.alive.append(value)
             node.meta.update(_facts_of(value))
-        elif isinstance(value, (tuple, list)):
-            self._made_items(enumerate(value), node)
-        elif isinstance(value, dict):
-            self._made_items(value.items(), node)
+        elif isinstance(value, (tuple, list, dict)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if holds_tensor(item):
+                    self.made(item, self.emit("call_function", operator.getitem, (node, key)))
         elif not isinstance(value, (*CONSTANTS, *_SYMBOLIC)):
             raise Untraceable(f"a call returns an object of type {type(value).__name__}")
 
@@ -98,11 +99,6 @@ class GraphWriter:
         return isinstance(value, Tensor) and any(
             id(value) in table for table in (self.made_by, self.inputs, self.owned)
         )
-
-    def _made_items(self, items: Any, node: fx.Node) -> None:
-        for key, item in items:
-            if holds_tensor(item):
-                self.made(item, self.emit("call_function", operator.getitem, (node, key)))
 
     def argument(self, value: Any) -> Any:
         """Return the value as a node's argument: tensors and symbolic sizes become the nodes that make them.
@@ -118,7 +114,8 @@ class GraphWriter:
             assert self.ask_object is not None
             return self.ask_object(value)
         if isinstance(value, _SYMBOLIC):
-            return self._size(value)
+            constant = constant_of(value)
+            return constant if constant is not None else self._expression(symbol_of(value))
         if isinstance(value, dict):
             return {key: self.argument(item) for key, item in value.items()}
         if isinstance(value, slice):
@@ -143,10 +140,6 @@ class GraphWriter:
             raise Untraceable(TRANSFORMED)
         raise Untraceable("a tensor is neither an argument nor a parameter, buffer or attribute of the module")
 
-    def knows(self, value: Tensor) -> bool:
-        """Whether the graph knows where the tensor comes from."""
-        return id(value) in self.made_by or id(value) in self.inputs or id(value) in self.owned
-
     def attribute(self, name: str) -> fx.Node:
         """Return the node that gets the tensor of that dotted path from the module."""
         if name not in self.attributes:
@@ -159,10 +152,6 @@ class GraphWriter:
     #     size = x.size(0);  size_1 = x.size(1);  mul = operator.mul(size, size_1);  reshape = x.reshape(mul, -1)
     #
     # each expression once for the whole graph (`sizes`).  A symbol that no input has comes from values: refused.
-
-    def _size(self, value: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
-        constant = constant_of(value)
-        return constant if constant is not None else self._expression(symbol_of(value))
 
     def _expression(self, expression: sympy.Expr) -> fx.Node:
         if expression not in self.sizes:
@@ -186,16 +175,13 @@ class GraphWriter:
     def mark(self) -> Callable[[], None]:
         """Return a function that takes back everything written since."""
         nodes = set(self.graph.nodes)
-        tables: tuple[dict[Any, fx.Node], ...] = (self.made_by, self.attributes, self.sizes)
-        before = [dict(table) for table in tables]
+        tables = Undo((self.made_by, self.attributes, self.sizes))
 
         def take_back() -> None:
             for node in reversed(list(self.graph.nodes)):
                 if node not in nodes and node.op != "placeholder":
                     self.graph.erase_node(node)
-            for table, old in zip(tables, before, strict=True):
-                table.clear()
-                table.update(old)
+            tables()
 
         return take_back
 
@@ -221,12 +207,9 @@ def _is_free(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _FREE_METHODS
     if node.op == "call_function":
-        return node.target in (operator.getitem, getattr) or _computes_size(node)
+        computes_size = "tensor" not in node.meta and "place" not in node.meta
+        return node.target in (operator.getitem, getattr) or computes_size
     return node.op == "get_attr"
-
-
-def _computes_size(node: fx.Node) -> bool:
-    return "tensor" not in node.meta and "place" not in node.meta
 
 
 def _facts_of(tensor: Tensor) -> dict[str, Any]:
