@@ -5,8 +5,6 @@
 Names are loaded on first use: linting rule files and printing help must not import torch.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING
 

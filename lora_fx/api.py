@@ -1,7 +1,5 @@
 """The public functions.  Each reads like a table of contents: what is checked, what is made, what comes back."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -4,8 +4,6 @@ Each carries fields, not only a text, and reads alike: the first line says what 
 aligned under it, all of them; the last line says what to do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

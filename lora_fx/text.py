@@ -1,7 +1,5 @@
 """Text for people: aligned columns, carets, suggestions.  Knows nothing of LoRA and imports nothing of ours."""
 
-from __future__ import annotations
-
 import difflib
 import textwrap
 import unicodedata

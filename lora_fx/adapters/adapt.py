@@ -1,7 +1,5 @@
 """From a plan to a twin with adapters: own values for what will be trained, an adapter beside each weight."""
 
-from __future__ import annotations
-
 from torch import fx, nn
 
 from lora_fx.adapters.attach import all_attached, attach, spec_of

@@ -1,7 +1,5 @@
 """Put an adapter's modules beside a base weight, find them again, and take them away."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

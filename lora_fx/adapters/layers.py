@@ -5,8 +5,6 @@ adds the low-rank product to its output; a weight that is read shows itself as a
 with it is right.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Iterable

@@ -4,8 +4,6 @@ Y = X Wᵀ + s · (X Aᵀ) Bᵀ with X [N, m], W [n, m] frozen, A [r, m], B [n, 
 the factors are kept apart, or W + s · B A is formed and used instead (orders: RunLoRA, arXiv:2312.03415).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 
@@ -20,7 +18,7 @@ class Flops:
     def total(self) -> int:
         return self.forward + self.backward
 
-    def __add__(self, other: Flops) -> Flops:
+    def __add__(self, other: "Flops") -> "Flops":
         return Flops(self.forward + other.forward, self.backward + other.backward)
 
 

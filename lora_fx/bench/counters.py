@@ -4,8 +4,6 @@ Everything is counted with a dispatch mode and with hooks on saved tensors, whic
 in use.  torch's FlopCounterMode would not: it puts a hook on all modules, and a graph steps aside for those.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import weakref
@@ -93,7 +91,7 @@ def frozen_heap() -> Iterator[None]:
             gc.unfreeze()
 
 
-def tallied(step: Work) -> Tally:
+def tallied(step: Work) -> "Tally":
     """Return the sums of what a step does; it runs once."""
     tally = Tally()
     with no_collection(), tally:

@@ -1,7 +1,5 @@
 """What was measured, and on which machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """PEFT on the same base, with the same adapters; what it would compute otherwise is refused by name."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """A BenchReport as one page: a picture of ratios with their intervals, and the table that it shows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What `bench` returns: as a table, as JSON, as a page with pictures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass

@@ -1,7 +1,5 @@
 """Measure a model by rules: first that all compute the same, then what can be counted, then time."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

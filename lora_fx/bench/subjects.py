@@ -5,8 +5,6 @@ layer; no step with adapters can do with less.  All but full fine-tuning take th
 would save part of the first layer only, and ratios would depend on the number of layers.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -100,7 +98,7 @@ class FrozenBase:
     """Path of the embedding that is called first: its output takes a gradient, as does the first floating input."""
 
     @staticmethod
-    def of(model: nn.Module, example_inputs: object = None, dtype: torch.dtype | None = None) -> FrozenBase:
+    def of(model: nn.Module, example_inputs: object = None, dtype: torch.dtype | None = None) -> "FrozenBase":
         """Return the base of a model, on its weights; the model itself stays unchanged.
 
         Args:

@@ -5,8 +5,6 @@ round, with a bootstrap interval.  The lower bound runs twice: where its two cop
 machine was not fit to measure anything, and the run is void.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

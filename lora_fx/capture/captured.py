@@ -1,7 +1,5 @@
 """Capture: one submodule and one real call → a graph, and everything that the graph relies on."""
 
-from __future__ import annotations
-
 import enum
 import threading
 from collections.abc import Callable

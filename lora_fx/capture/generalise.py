@@ -3,8 +3,6 @@
 A decoder layer reads `self.layer_idx` to find its part of a KV cache, so the graph of layer 0 does not fit layer 1.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Sequence

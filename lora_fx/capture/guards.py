@@ -4,8 +4,6 @@ The function takes the module, args and kwargs of a call and returns the graph's
 check that failed.  It is plain Python with plain names, so that a hit costs microseconds.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ branch, loop, handler or unpacking in its bytecode, call no builtin and store no
 differently at the next call, whatever the inputs are.
 """
 
-from __future__ import annotations
-
 import dis
 import sys
 from collections.abc import Callable

@@ -5,8 +5,6 @@ A verb is a module of this package with a `command`, and a line in `VERBS`; it i
 Exit status: 0 done or the same, 1 it differs or a rule is violated, 2 trouble.
 """
 
-from __future__ import annotations
-
 import sys
 
 try:

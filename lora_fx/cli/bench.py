@@ -1,7 +1,5 @@
 """`lora-fx bench`."""
 
-from __future__ import annotations
-
 import re
 
 import click

@@ -1,7 +1,5 @@
 """`lora-fx diff`."""
 
-from __future__ import annotations
-
 import json
 
 import click

@@ -1,7 +1,5 @@
 """`lora-fx doctor`."""
 
-from __future__ import annotations
-
 import click
 
 from lora_fx.cli.health import Health, HealthCheck, installed, trouble

@@ -1,7 +1,5 @@
 """`lora-fx explain`."""
 
-from __future__ import annotations
-
 import click
 
 from lora_fx.cli.options import model_argument, rules_argument, rules_of

@@ -1,7 +1,5 @@
 """What is installed beside lora_fx, what is missing, and what is known to make trouble.  No torch here."""
 
-from __future__ import annotations
-
 import json
 import platform
 import re

@@ -1,7 +1,5 @@
 """`lora-fx inspect`."""
 
-from __future__ import annotations
-
 import click
 
 from lora_fx.cli.options import format_option, output_option

@@ -1,7 +1,5 @@
 """`lora-fx lint`."""
 
-from __future__ import annotations
-
 import click
 
 from lora_fx.cli.options import rules_argument, rules_of

@@ -1,7 +1,5 @@
 """`lora-fx merge`."""
 
-from __future__ import annotations
-
 import click
 
 from lora_fx.cli.options import format_option, progress_option

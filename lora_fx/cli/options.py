@@ -1,7 +1,5 @@
 """What the verbs share: arguments, options, and what the shell completes."""
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Where text goes: to a file as it is, to a terminal within its width and in colours."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

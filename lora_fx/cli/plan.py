@@ -1,7 +1,5 @@
 """`lora-fx plan`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

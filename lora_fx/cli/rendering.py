@@ -1,7 +1,5 @@
 """Plans and their differences in each of the formats.  No torch here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from lora_fx.planning.diff import PlanDiff

@@ -1,7 +1,5 @@
 """JSON that lora_fx wrote before, from a file or the standard input.  No torch here."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

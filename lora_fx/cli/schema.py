@@ -1,7 +1,5 @@
 """`lora-fx schema`."""
 
-from __future__ import annotations
-
 import click
 
 

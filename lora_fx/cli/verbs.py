@@ -1,7 +1,5 @@
 """The group of verbs: each is imported when it is called, and all end alike."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import importlib.util

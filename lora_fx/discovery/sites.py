@@ -1,7 +1,5 @@
 """The sites of a model: every weight that multiplies an activation, found in a module tree or in a graph."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator

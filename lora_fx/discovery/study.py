@@ -1,7 +1,5 @@
 """What a model is made of and which parts of it run as graphs: everything that a plan rests on."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections import ChainMap

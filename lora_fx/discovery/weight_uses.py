@@ -4,8 +4,6 @@ A dispatch mode sees every kernel that runs and what memory it is given.  From s
 tells which axis of the parameter is summed over, so which are its inputs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections import Counter

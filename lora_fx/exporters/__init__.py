@@ -1,7 +1,5 @@
 """Write an adapted model in the format of another program: what cannot be expressed exactly is refused, with why."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ scaling is in B, parts are rows of zeros, and every adapter is called `default`;
 adapters of the same sites, and another adapter is other values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

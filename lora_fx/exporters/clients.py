@@ -4,8 +4,6 @@ They run in a process of their own (`running.run_client`).  Each imports its pro
 lora_fx, so that the real client stands alone with what was written.
 """
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping

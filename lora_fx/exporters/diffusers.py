@@ -3,8 +3,6 @@
 Without `lora_adapter_metadata` diffusers takes alpha = rank, and says nothing.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from functools import partial

@@ -3,8 +3,6 @@
 A program of ExecuTorch plans its memory beforehand: it takes inputs of the example's sizes, and smaller ones.
 """
 
-from __future__ import annotations
-
 import importlib
 from functools import partial
 from pathlib import Path

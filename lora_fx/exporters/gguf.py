@@ -4,8 +4,6 @@ The file has one alpha, and llama.cpp takes alpha / rank of a tensor as its scal
 the rest goes into its B.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections import Counter

@@ -4,8 +4,6 @@ Dots of a path become underscores, so two paths may get one name.  Each layer ha
 alpha, but diffusers loses the alphas of attention layers where they differ: all get one, and B the rest of the scaling.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial

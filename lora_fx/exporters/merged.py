@@ -4,8 +4,6 @@ Quantised weights become plain ones: of the adapted layers, with the adapter fol
 all others too.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Its factors are the transposes of ours, and it has one rank and one scale for al
 differs in scale goes into `lora_b`.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Every A and B is an initializer that is also an input: without an adapter its ra
 base computes; onnxruntime fills in the values of the `.onnx_adapter` files that a run names.  The scaling is in B.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

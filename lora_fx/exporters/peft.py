@@ -1,7 +1,5 @@
 """peft: `adapter_config.json` and `adapter_model.safetensors`, what `lora_fx.save` writes, checked in PEFT itself."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

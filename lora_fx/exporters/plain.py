@@ -1,7 +1,5 @@
 """Adapters as plain factors, which most formats hold in one way or another."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -35,13 +33,13 @@ class PlainAdapter:
         """What formats that take alpha / rank as the scaling have to hold."""
         return self.scaling * self.rank
 
-    def with_scaling(self, scaling: float) -> PlainAdapter:
+    def with_scaling(self, scaling: float) -> "PlainAdapter":
         """Return the same adapter with another scaling, made up for in B."""
         if scaling == self.scaling:
             return self
         return replace(self, B=self.B * (self.scaling / scaling), scaling=scaling)
 
-    def with_rank(self, rank: int) -> PlainAdapter:
+    def with_rank(self, rank: int) -> "PlainAdapter":
         """Return the same adapter, of matrices, with a higher rank: zero rows in A, zero columns in B."""
         more = rank - self.rank
         return replace(self, A=F.pad(self.A, (0, 0, 0, more)), B=F.pad(self.B, (0, more)))

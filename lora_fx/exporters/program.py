@@ -1,7 +1,5 @@
 """An adapted model → the program that torch.export makes of it, with names for what goes in and comes out."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import logging

@@ -4,8 +4,6 @@ Another adapter is put in with `program.module().load_state_dict(values, strict=
 AOTInductor has compiled, with `load_constants(values, check_full_update=False)`.  The scaling is in B.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path

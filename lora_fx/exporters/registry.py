@@ -1,7 +1,5 @@
 """Which targets there are: ours, one file each, and those that other packages offer as entry points."""
 
-from __future__ import annotations
-
 import importlib
 from importlib.metadata import EntryPoint, entry_points
 

@@ -1,7 +1,5 @@
 """Run a client (`clients`) in a process of its own: a malformed file may kill it, and ours lives on."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

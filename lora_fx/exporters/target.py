@@ -1,7 +1,5 @@
 """What every export target is, and what an adapted model has of what targets differ in."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field

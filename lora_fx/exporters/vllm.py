@@ -3,8 +3,6 @@
 vLLM itself needs another torch than ours and is not run: verifying loads the directory in PEFT.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 The order is always the same: write beside, sync the file, rename, sync the folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

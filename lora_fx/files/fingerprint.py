@@ -3,8 +3,6 @@
 Values and not a hash, since the same base is often loaded in another dtype.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

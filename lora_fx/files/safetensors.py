@@ -1,7 +1,5 @@
 """The header of a safetensors file, checked: where each byte of each tensor lies.  No torch here."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

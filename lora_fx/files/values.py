@@ -1,7 +1,5 @@
 """The values in a safetensors file: their dtypes, a few of them, and bytes that depend on nothing else."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 

@@ -11,8 +11,6 @@ networkx' Weisfeiler-Lehman hashes can collide, look one way only, and take 2.8 
 two graphs of 50,000 nodes (1.1 s of it to build the graphs), where all four take 1.5 s here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from bisect import bisect_left

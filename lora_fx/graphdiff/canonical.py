@@ -1,7 +1,5 @@
 """A graph of torch.fx as statements: one line of code each, with names that do not depend on how it was made."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Mapping

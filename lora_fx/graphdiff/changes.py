@@ -1,7 +1,5 @@
 """What differs between two graphs, as data: statement by statement, and grouped by site.  Renderers take it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias

@@ -4,8 +4,6 @@ Operations are counted for one row of input (a token, a position of an image), a
 two; products of activations with each other (attention's scores) are not counted, lookups are free.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

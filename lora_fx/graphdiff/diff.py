@@ -1,7 +1,5 @@
 """Two graphs side by side → GraphDiff.  Needs no torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """A graph as data: statements with paths, inputs, weights and sizes.  Needs no torch; saved as JSON and read back."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -108,7 +106,7 @@ class Graph:
         return f'{head[:-1]}, "nodes": [\n' + ",\n".join(lines) + "\n]}"
 
     @staticmethod
-    def from_json(text: str) -> Graph:
+    def from_json(text: str) -> "Graph":
         """Return the graph that `to_json` has written.
 
         Raises:
@@ -131,7 +129,7 @@ class Graph:
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> Graph:
+    def load(path: str | os.PathLike[str]) -> "Graph":
         """Return the graph of a file; GraphFileError if it holds none.  Imports no torch."""
         try:
             return Graph.from_json(Path(path).read_text(encoding="utf-8"))

@@ -1,7 +1,5 @@
 """Models as Graphs: blocks statement by statement where a graph of them is known, everything else module by module."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Collection, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The lines of two graphs, with names that agree wherever the nodes do."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lora_fx.graphdiff.graphs import INPUT, Graph, Statement

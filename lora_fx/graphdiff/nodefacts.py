@@ -1,7 +1,5 @@
 """What a node of torch.fx says of itself: where it belongs, what it is called, what it returns."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

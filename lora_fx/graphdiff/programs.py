@@ -1,7 +1,5 @@
 """Exported programs as Graphs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

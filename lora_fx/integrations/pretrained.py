@@ -4,8 +4,6 @@
 pass over the factors; `resize_token_embeddings` would put new layers in the place of adapted ones.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

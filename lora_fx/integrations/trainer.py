@@ -6,8 +6,6 @@ An adapted transformers model writes such checkpoints by itself (`integrations.p
 Trainer writes the whole state dict.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The layers whose weight is a site, by class: what each does with it, and what keeps some from being adapted."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

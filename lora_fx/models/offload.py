@@ -1,7 +1,5 @@
 """Weights that accelerate keeps elsewhere (cpu_offload, disk_offload, device_map): on meta between two calls."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

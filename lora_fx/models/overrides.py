@@ -5,8 +5,6 @@ the model that it was copied from.  And a wrapper around `Linear.forward` keeps 
 gets later.  Here both are put right on a copy; what cannot be is refused by name.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import CellType, FunctionType, MethodType
@@ -102,7 +100,7 @@ def rebind(twin: nn.Module, copies: Mapping[int, object]) -> None:
         )
 
 
-def _rebind_all(module: nn.Module, rebinding: Rebinding) -> None:
+def _rebind_all(module: nn.Module, rebinding: "Rebinding") -> None:
     tables = [vars(module)] + [table for name in _HOOK_TABLES if (table := vars(module).get(name))]
     for table in tables:
         for name, value in list(table.items()):

@@ -1,7 +1,5 @@
 """Weights that are not plain tensors of numbers: quantised ones, which say themselves what numbers they stand for."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -1,7 +1,5 @@
 """One sample of a model's inputs, and the ways in which users give several."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

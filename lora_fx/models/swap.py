@@ -6,8 +6,6 @@ The subclass is made on demand, one per (class, mixin), bears the name of the or
 class plus the mixin.
 """
 
-from __future__ import annotations
-
 import copyreg
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Parameters and buffers by dotted name."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping

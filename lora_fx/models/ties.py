@@ -1,7 +1,5 @@
 """Tied weights: parameters that are one and the same, and what a transformers model says of them."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Iterator, Mapping

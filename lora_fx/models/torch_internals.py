@@ -4,8 +4,6 @@ A new torch release that moves something is a change here and nowhere else: `tes
 what the package relies on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -3,8 +3,6 @@
 The caller's model keeps its flags, values and behaviour; no weight is copied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """What libraries put around a model: torch.compile, DataParallel, DDP, FSDP, activation checkpointing, PEFT."""
 
-from __future__ import annotations
-
 import re
 
 from torch import nn

@@ -1,7 +1,5 @@
 """What every pass is, and the runner that holds it to its word."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The dataflow of a graph as a networkx.DiGraph, for whatever asks more of it than one step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import networkx as nx

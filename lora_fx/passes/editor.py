@@ -1,7 +1,5 @@
 """The one object that changes a graph, and the journal it keeps."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -57,7 +55,7 @@ class Editor:
     # -- nodes
 
     @contextlib.contextmanager
-    def writing_after(self, node: fx.Node, site: str) -> Iterator[Writer]:
+    def writing_after(self, node: fx.Node, site: str) -> "Iterator[Writer]":
         """Write nodes after `node`, in the order of writing; they inherit its place in the module tree."""
         following, writer = node.next, Writer(self.graph)
         with self.graph.inserting_before(following):  # inserting_after would put successive nodes in reverse

@@ -3,8 +3,6 @@
 Only for region graphs, whose guards watch the classes and hooks of the modules that are bypassed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any

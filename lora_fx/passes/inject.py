@@ -1,7 +1,5 @@
 """inject: at every adapted site, base → base + scaling · B A dropout(x), written node by node."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Only for region graphs, whose guards watch the classes and hooks of these module
 module at every call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """merge: base + scaling · B A x → a plain linear with W' = W + scaling · B A, a new Parameter."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """What passes know of single operations: which draw and write nothing, and what autograd keeps for which."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterator
 

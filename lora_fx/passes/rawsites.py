@@ -18,8 +18,6 @@ The graph of `w = self.w; y = x @ w; y = y.relu(); return y`, with an adapter at
     return relu                return relu
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,7 +117,7 @@ class _Product(NamedTuple):
     kind: str
     args: tuple[Any, ...]
 
-    def __mul__(self, factor: Any) -> _Product:
+    def __mul__(self, factor: Any) -> "_Product":
         """Return itself: `alpha` changes nothing about which product it is."""
         return self
 

@@ -6,8 +6,6 @@ into a graph that changes a tensor in place, and only takes in what nobody else 
 other users, who then get it as a result.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import operator

@@ -1,7 +1,5 @@
 """remove: base + scaling · B A x → the base alone, bit-equal to the original."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import fx

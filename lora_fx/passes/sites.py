@@ -1,7 +1,5 @@
 """Sites in a graph: the calls of a base weight, and the LoRA nodes beside them."""
 
-from __future__ import annotations
-
 import operator
 import re
 from collections.abc import Iterator

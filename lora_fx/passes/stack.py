@@ -4,8 +4,6 @@ Which layers those are is seen in the graph, not by name.  Between the first and
 operations that are known to draw no random numbers and to write nothing in place; else they are left alone.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass

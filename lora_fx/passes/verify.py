@@ -1,7 +1,5 @@
 """verify: what must hold of every adapted model, as a list; run after every pass under test and on demand."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

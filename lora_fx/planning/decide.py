@@ -1,7 +1,5 @@
 """Rules and an inventory in, a Plan out: what will happen to every site, and why.  Pure data; nothing is changed."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace

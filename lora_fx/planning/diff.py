@@ -1,7 +1,5 @@
 """Two plans side by side → PlanDiff: what is decided otherwise.  Pure data; no torch here."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 

@@ -1,7 +1,5 @@
 """Why a site is adapted or not: what each rule says of it, in their order.  Pure data; no torch here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from lora_fx.planning.plan import Plan

@@ -1,7 +1,5 @@
 """What `apply` will do to a model, and why: printable, countable, serialisable.  Pure data; no torch here."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
@@ -69,7 +67,7 @@ class Plan(Decisions):
     """The graphs that were captured while planning; not part of the plan's JSON."""
 
     @staticmethod
-    def of(decisions: Decisions, **computed: Any) -> Plan:
+    def of(decisions: Decisions, **computed: Any) -> "Plan":
         """Return the plan of what is decided, with `sites`, `notes`, `regions` and `capture` as far as they are given.
 
         Regions and captures of decisions that are a plan already are left behind.
@@ -140,7 +138,7 @@ class Plan(Decisions):
         return json.dumps(document, indent=1)
 
     @staticmethod
-    def from_json(text: str) -> Plan:
+    def from_json(text: str) -> "Plan":
         """Return the plan that `to_json` wrote.
 
         Raises:

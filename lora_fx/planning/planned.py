@@ -1,7 +1,5 @@
 """What is decided of each site, each module and each region of a model, and the notes on it.  Pure data; no torch."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a Plan shows of its sites and regions, as rows and lines; repeated blocks are folded into one."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

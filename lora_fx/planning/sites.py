@@ -1,7 +1,5 @@
 """What can be adapted, as data: a site is a weight that multiplies an activation.  No torch here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Blocks are identical where `structure_of` is equal.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 Both run on stand-ins, copies of the block, so that a comparison leaves no trace in the user's model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

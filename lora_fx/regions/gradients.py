@@ -1,7 +1,5 @@
 """Compare the gradients of two runs of the same call: what a graph must not lose besides values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

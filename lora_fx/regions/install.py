@@ -1,7 +1,5 @@
 """Put regions on a model and take them off; identical blocks share what they learn."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A captured graph, made ready to run on the modules of one kind of block."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ A call that fits none runs the module's own forward (with its adapters), is coun
 for the next time.  So a capture can cost time but never correctness.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 import warnings
@@ -74,7 +72,7 @@ class BlockPrograms:
     """Time spent capturing and checking."""
     lock: Any = field(default_factory=threading.Lock)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlockPrograms:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BlockPrograms":
         return self  # programs do not change; a copy of the model runs the same ones
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,7 +1,5 @@
 """The sizes that the calls of one kind of block were seen with: which of them vary."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Run a model on samples and see which of its submodules become graphs."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import warnings

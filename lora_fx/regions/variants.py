@@ -4,8 +4,6 @@ Few sizes, sizes of one, an optional tensor left out, a mask with padding.  They
 let the graphs for such calls be captured and proven before training starts instead of in the middle of it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass

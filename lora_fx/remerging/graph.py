@@ -1,7 +1,5 @@
 """remerge of one graph: finds LoRAs of any library by their structure and folds them into their base weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 

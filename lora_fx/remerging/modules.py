@@ -1,7 +1,5 @@
 """Modules of other libraries that are a linear and its LoRA: found by their shapes, proven by their graph."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Weights that are W + scaling · B A by torch.nn.utils.parametrize."""
 
-from __future__ import annotations
-
 from torch import nn
 from torch.nn.utils import parametrize
 

@@ -1,7 +1,5 @@
 """remerge on whole models: foreign LoRA layers become plain layers, graphs lose their LoRA nodes."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Sequence

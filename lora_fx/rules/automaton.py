@@ -5,8 +5,6 @@ usually one look-up.  Source: Thompson 1968, doi:10.1145/363347.363387; the lazi
 that of RE2 (Cox 2010).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,21 +33,21 @@ NOT_DOT = Characters(((".", "."),), negated=True)
 class Concatenation:
     """The parts one after another."""
 
-    parts: tuple[Expression, ...]
+    parts: "tuple[Expression, ...]"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One of the parts."""
 
-    parts: tuple[Expression, ...]
+    parts: "tuple[Expression, ...]"
 
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
     """The part at least `low` times, at most `high` times; None = any number."""
 
-    part: Expression
+    part: "Expression"
     low: int = 0
     high: int | None = None
 

@@ -5,8 +5,6 @@ Literals, `.`, classes with ranges and negation, `\\d \\w \\s` and their opposit
 Python's `re.fullmatch` means.
 """
 
-from __future__ import annotations
-
 import re
 
 from lora_fx.rules.automaton import Characters, Choice, Concatenation, Expression, Repeat, literal

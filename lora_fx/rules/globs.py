@@ -1,7 +1,5 @@
 """Globs over dotted names, as expressions of the automaton."""
 
-from __future__ import annotations
-
 import re
 
 from lora_fx.rules.automaton import ANY, NOT_DOT, Characters, Choice, Concatenation, Expression, Repeat, literal

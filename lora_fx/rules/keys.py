@@ -4,8 +4,6 @@ The reader holds values to a key's JSON schema, `schema` collects the keys into 
 tables of the documentation are written from the same entries.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from typing import Any

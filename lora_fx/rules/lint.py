@@ -1,7 +1,5 @@
 """What can be said of a rule file without a model.  Imports no torch."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """What all readers of nodes share: problems, keys, and values that are held to the schema of their key."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Patterns of rules: names (globs and `re:` expressions) and shapes; and what looks like a pattern that misses."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import re

@@ -1,7 +1,5 @@
 """From a tree of nodes to a RuleSet; every problem is noted with its span, and all are raised at once."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Mapping

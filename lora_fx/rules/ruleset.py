@@ -1,7 +1,5 @@
 """Rules as data: which sites get which adapter."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

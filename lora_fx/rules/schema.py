@@ -1,7 +1,5 @@
 """The JSON schema of rule files, for editors; made from the same tables that the reader uses."""
 
-from __future__ import annotations
-
 import json
 
 from lora_fx.rules.keys import LORA, MATCH, NOT_WITH_SKIP, RULE, SLICES, TOP, Schema, Table

@@ -1,7 +1,5 @@
 """The rule files that come with lora_fx, by name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]

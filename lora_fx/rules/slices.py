@@ -1,7 +1,5 @@
 """The `slices` of a rule: the parts of a fused weight."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re

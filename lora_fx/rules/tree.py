@@ -5,8 +5,6 @@ through in silence and that a rule file cannot mean is an error here: duplicate 
 alias bombs, leading zeros.
 """
 
-from __future__ import annotations
-
 import codecs
 import math
 import os
@@ -32,8 +30,8 @@ class YamlNode:
 
     span: SourceSpan
     value: Value = None
-    items: list[YamlNode] | None = None
-    pairs: list[tuple[YamlNode, YamlNode]] | None = None
+    items: "list[YamlNode] | None" = None
+    pairs: "list[tuple[YamlNode, YamlNode]] | None" = None
     size: int = 1
     """Number of nodes in it, aliases counted each time."""
     quoted: bool = False

@@ -1,7 +1,5 @@
 """From a plan to an adapted model: the twin, its adapters, its regions.  Writes, and never decides."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """extract: the adapter between two checkpoints, the best of its rank: a truncated SVD of each difference of weights."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What an adapted model is made of, read off the model itself; so it also works after torch.load."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 

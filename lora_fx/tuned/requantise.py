@@ -1,7 +1,5 @@
 """Merge into quantised weights on request: what quantising the merged weights again takes from the adapter."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

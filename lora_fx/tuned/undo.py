@@ -1,7 +1,5 @@
 """From an adapted model to plain ones: merged, or the base as it was; and the base for a while."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

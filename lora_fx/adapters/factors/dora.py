@@ -4,8 +4,6 @@ W' = m · V / ‖V‖, V = W + scaling · B A, with m [out] and ‖·‖ the 2-n
 Source: Liu et al. 2024, arXiv:2402.09353, §4.1 eq. 5; the norm counts as a constant for gradients, §4.3.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """First values of A and B.  All but `random` start with B = 0, so that an adapted model equals its base bit by bit."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Each keeps its values in the shape that PEFT gives them, and gives the plain matrix as `matrix`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What an adapter knows of itself, as data that travels with its parameters."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The backward pass of `fused`, where its formulas are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

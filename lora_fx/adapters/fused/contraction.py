@@ -10,8 +10,6 @@ N exceeds the width of the layer, and then up to about r / d of the step of a la
 Source: Cherniuk et al. 2023 (RunLoRA), arXiv:2312.03415, §3, whose forward pass 2 and backward pass 5 are merged.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -5,8 +5,6 @@ Whatever is not plain (a hook on a factor, a trained base weight, a tensor subcl
 transformation or a compiler around it) is computed operation by operation instead, which is right for all of them.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -19,8 +19,6 @@ Source: Hu et al. 2021, arXiv:2106.09685, §4.1; what must be saved: Cherniuk et
 `dora.py`; here y = t + (m/‖V‖ - 1)(t - b), with t the sum above.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from typing import Any

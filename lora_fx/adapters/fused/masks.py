@@ -8,8 +8,6 @@ The hash is splitmix64 of the row plus splitmix64 of the column, mixed once more
 doi:10.1145/2660193.2660195); integer arithmetic wraps alike on every device, so a seed gives the same mask on all.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ A layer that must go operation by operation (see `fusing`) does so here too, and
 of the layers, as if each had been called alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What `forward` and `backward` compute with: layers with their adapters, and their products by A."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +46,7 @@ class Term(NamedTuple):
     scale: Tensor | None = None
     """DoRA's m / ‖V‖ [out], the norm being a constant for gradients; None for plain LoRA."""
 
-    def as_multiplied(self, dtype: torch.dtype) -> Term:
+    def as_multiplied(self, dtype: torch.dtype) -> "Term":
         """Return the term with its factors as they meet an x of a dtype.
 
         float32 factors are cast to bfloat16, as by autocast: their rounding changes y by less than y's own.

@@ -4,8 +4,6 @@ Written for anything that computes like a tensor, so that the same lines run on 
 Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; what views and products do to it follows from W's own algebra.
 """
 
-from __future__ import annotations
-
 import math
 import string
 from collections.abc import Callable, Sequence
@@ -35,7 +33,7 @@ class Factored:
     scaling: float
 
     @staticmethod
-    def of(view: WeightView, A: Operand, B: Operand, layout: Layout, r: int, scaling: float) -> Factored:
+    def of(view: WeightView, A: Operand, B: Operand, layout: Layout, r: int, scaling: float) -> "Factored":
         """Return scaling · B A for a weight that is stored as B A, or, with the layout "in_out", transposed."""
         if layout == "in_out":
             A, B = B.transpose(-1, -2), A.transpose(-1, -2)
@@ -50,7 +48,7 @@ class Factored:
             return [replace(self, view=view) for view in viewed]
         return None if viewed is None else replace(self, view=viewed)
 
-    def picked(self, index: Operand, number: int | None) -> Factored | None:
+    def picked(self, index: Operand, number: int | None) -> "Factored | None":
         """Return the members of the bank that an index picks: one if `number` is None."""
         view = self.view.picked(number)
         return None if view is None else replace(self, view=view, rows=self.rows[index], columns=self.columns[index])

@@ -3,8 +3,6 @@
 Operands may be tensors or proxies that write a graph: nothing here looks at their values.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

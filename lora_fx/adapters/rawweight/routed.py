@@ -9,8 +9,6 @@ Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; one autograd function th
 arXiv:2312.03415.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence

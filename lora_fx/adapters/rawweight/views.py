@@ -5,8 +5,6 @@ a stub of the weight on the meta device; the strides of what comes out tell what
 view operation that torch has is understood, and none is listed.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -44,7 +42,7 @@ class WeightView:
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
-    def of(shape: tuple[int, ...], banked: bool) -> WeightView:
+    def of(shape: tuple[int, ...], banked: bool) -> "WeightView":
         """Return the view that shows the whole weight."""
         bank, rest = (shape[0], shape[1:]) if banked else (1, shape)
         stub = torch.empty(shape, device="meta")
@@ -70,14 +68,14 @@ class WeightView:
         views = [self._known(tensor) for tensor in viewed] if isinstance(viewed, (tuple, list)) else [None]
         return None if any(known is None for known in views) else views
 
-    def _known(self, stub: Tensor) -> WeightView | None:
+    def _known(self, stub: Tensor) -> "WeightView | None":
         if stub.untyped_storage()._cdata != self.stub.untyped_storage()._cdata:
             return None
         view = WeightView(stub, self.sizes, self.banked)
         return None if view.dims is None else view
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019  # few views, each asked for at every product
-    def picked(self, number: int | None) -> WeightView | None:
+    def picked(self, number: int | None) -> "WeightView | None":
         """Return the view that shows members of the bank picked by an index: one (None), or `number` of them.
 
         None unless the bank is the first dimension, as a whole.

@@ -6,8 +6,6 @@ gets the sum as a plain tensor.  What writes goes to the base weight: `weight.no
 It has no memory of its own: a kernel that asks for its address gets an error, never the bare base weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -47,7 +45,7 @@ class LoRAWeight(Tensor):
     part: Part
 
     @staticmethod
-    def __new__(cls, part: Part) -> LoRAWeight:
+    def __new__(cls, part: Part) -> "LoRAWeight":
         low = part.low
         if torch.is_grad_enabled() and (low.rows.requires_grad or low.columns.requires_grad):
             shown: LoRAWeight = _Shown.apply(part, part.base, low.rows, low.columns)  # type: ignore[no-untyped-call]

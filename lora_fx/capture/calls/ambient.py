@@ -1,7 +1,5 @@
 """The state around a call that a graph depends on (grad mode, autocast), and a thread to set it up clean."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import random

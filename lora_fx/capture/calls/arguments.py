@@ -3,8 +3,6 @@
 An access is a Python expression over `args` and `kwargs`, such as `kwargs['position_embeddings'][0]`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, signature

@@ -1,7 +1,5 @@
 """Plain Python objects that hold tensors (a KV cache, a config): what they are, copies of them, and comparing them."""
 
-from __future__ import annotations
-
 import copy
 import enum
 import functools

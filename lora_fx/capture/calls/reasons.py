@@ -1,7 +1,5 @@
 """Why something cannot be captured."""
 
-from __future__ import annotations
-
 
 class Untraceable(BaseException):
     """A forward cannot be captured; the text is the reason.

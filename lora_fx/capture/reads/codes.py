@@ -1,7 +1,5 @@
 """What a piece of Python code names outside of itself, read off its bytecode."""
 
-from __future__ import annotations
-
 import dis
 import functools
 from collections.abc import Iterator

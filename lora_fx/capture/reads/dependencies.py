@@ -1,7 +1,5 @@
 """What a forward relied on, apart from its arguments."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

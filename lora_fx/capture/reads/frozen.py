@@ -4,8 +4,6 @@ A constant is compared, a function or class must be the same object, a container
 change in a way that no comparison shows (a generator, an open file, an array) cannot be frozen.
 """
 
-from __future__ import annotations
-
 import enum
 import functools
 import logging

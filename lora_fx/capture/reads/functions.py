@@ -1,7 +1,5 @@
 """Which function object runs: a frame knows its code only, defaults and closure are the function's."""
 
-from __future__ import annotations
-
 import functools
 import gc
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Which code is nobody's forward: torch and what torch runs on, the standard library, this package."""
 
-from __future__ import annotations
-
 import functools
 import sys
 import sysconfig

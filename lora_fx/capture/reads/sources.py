@@ -1,7 +1,5 @@
 """Where something outside of a module is: how a guard reads it, and how a capture puts it back."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ class ValueSource:
     name: str
     """For people: `SCALE`, `scaled.scale`."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ValueSource:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ValueSource":
         return self  # there is only one such root
 
     def __eq__(self, other: object) -> bool:
@@ -40,7 +38,7 @@ class ValueSource:
     def __hash__(self) -> int:
         return hash((id(self.root), self.steps))
 
-    def then(self, kind: str, key: Any) -> ValueSource:
+    def then(self, kind: str, key: Any) -> "ValueSource":
         """Return where one step further leads."""
         return ValueSource(self.root, (*self.steps, (kind, key)), f"{self.name}.{key}")
 

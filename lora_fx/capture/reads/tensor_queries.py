@@ -1,7 +1,5 @@
 """What Python may learn of a tensor during a capture, and which guard makes it safe to rely on."""
 
-from __future__ import annotations
-
 import enum
 from typing import Any
 

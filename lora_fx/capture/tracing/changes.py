@@ -1,7 +1,5 @@
 """What a capture's run has changed: on the private copy of the module, or outside of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -5,8 +5,6 @@ the user's model, needs no global patch of `nn.Module`, and disturbs no other th
 plain object that it holds, gets a dynamic subclass of its class that reports calls, reads and writes to a listener.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from types import MethodType

@@ -5,8 +5,6 @@ when it starts.  What its code names is frozen at that moment, before the functi
 is compared after the run: what a capture has changed is put back, and the forward is refused.
 """
 
-from __future__ import annotations
-
 import builtins
 import datetime
 import os

@@ -1,7 +1,5 @@
 """The inputs of a graph: tensors among the arguments, and what is found inside objects among them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """A forward's result as a graph's output: tuples, lists and dicts as they are, objects of known classes rebuilt."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What no torch mode hears: patches of torch, for as long as a capture runs; other threads pass through them."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading

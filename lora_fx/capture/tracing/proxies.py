@@ -5,8 +5,6 @@ becomes a fake input when it is first read, a constant becomes a guard, and what
 of the graph.  So the object's own methods run for real, and the graph does to the object what the forward would do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,7 +41,7 @@ class Host(Protocol):
 class _State:
     """What a proxy knows of itself."""
 
-    proxies: Proxies
+    proxies: "Proxies"
     access: str
     raw: set[object] = field(default_factory=set)
     """Attributes, indices or keys whose value is still the object's own."""

@@ -4,8 +4,6 @@ Such a submodule (a Python loop over the sequence, a kernel without a meta imple
 result's sizes are those of the real run, written in terms of the sizes of its arguments, and checked at every call.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable

@@ -5,8 +5,6 @@ What cannot be proven to be the same at the next call is refused with a reason; 
 child one opaque call, and the rest goes on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """Writes torch calls into a torch.fx.Graph: which node made which tensor, and which expression is which size."""
 
-from __future__ import annotations
-
 import contextlib
 import operator
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """A checkpoint as a model without forward: names and shapes of its tensors, on the meta device."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """MODEL on the command line as something that can run a step."""
 
-from __future__ import annotations
-
 from inspect import signature
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A small model through everything once, to see whether adapting works with the torch that is installed."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """MODEL on the command line: a factory in a package or a file, a directory of transformers, or a file of weights."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import importlib.util

@@ -13,8 +13,6 @@ For example, a weight [24, 8] of q, k and v (8 rows each), of which q and v are 
     header            r 2, alpha 16, file_ranks 2, slices of [q, k, v], adapt [q, v]
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

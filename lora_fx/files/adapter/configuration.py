@@ -1,7 +1,5 @@
 """adapter_config.json → a checked Configuration."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping

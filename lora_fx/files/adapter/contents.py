@@ -1,7 +1,5 @@
 """What an adapter's directory says of itself: configuration and header are read, no tensor is.  No torch here."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """An adapted model → the tensors, the configuration and the metadata that are written for it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What lora_fx writes beside the tensors of a safetensors file, with a hash over both: a flipped bit is seen."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

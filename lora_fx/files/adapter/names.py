@@ -1,7 +1,5 @@
 """Keys and patterns as PEFT spells them."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -152,7 +150,7 @@ class _Backtracking:
     expression: Any
 
     @staticmethod
-    def of(text: str, unsupported: PatternError) -> _Backtracking:
+    def of(text: str, unsupported: PatternError) -> "_Backtracking":
         try:
             import regex
         except ImportError:

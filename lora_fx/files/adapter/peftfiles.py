@@ -1,7 +1,5 @@
 """A file of PEFT's and a model: what PEFT would make of the two, where that is not what the tensors alone say."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

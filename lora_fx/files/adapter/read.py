@@ -1,7 +1,5 @@
 """Files → a checked AdapterFile.  Nothing here touches a model, and nothing is unpickled."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

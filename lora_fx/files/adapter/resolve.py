@@ -1,7 +1,5 @@
 """What the names in an adapter's files mean in a model: raw parameters, and attention as PEFT writes it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 

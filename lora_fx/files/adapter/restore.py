@@ -1,7 +1,5 @@
 """AdapterFile + model → an adapted model; everything is checked against the model before anything is made."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """One site of an adapter, as its files hold it: the same when it is written and when it is read."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 

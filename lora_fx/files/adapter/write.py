@@ -1,7 +1,5 @@
 """save: an adapted model → a directory in PEFT's format, whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings

@@ -1,7 +1,5 @@
 """A checkpoint directory, looked at: its shards, its configuration, and what else lies there."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

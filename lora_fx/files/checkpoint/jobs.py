@@ -1,7 +1,5 @@
 """A merged file as a row of small jobs that are independent of each other, and the threads that do them."""
 
-from __future__ import annotations
-
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait

@@ -1,7 +1,5 @@
 """Names of an adapter against keys of a checkpoint, which often differ in a prefix (`model.` there or not)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

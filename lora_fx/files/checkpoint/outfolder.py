@@ -3,8 +3,6 @@
 With the journal a merge that was killed can be finished, and finished by nothing else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What becomes of every tensor of a checkpoint when adapters are merged into it, and where it will lie, as data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 

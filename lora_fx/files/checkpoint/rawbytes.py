@@ -1,7 +1,5 @@
 """Bytes read, written and copied at positions of open files, by several threads at once and in bounded memory."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading
@@ -54,7 +52,7 @@ class RawBytes:
             self.file.seek(position)
             return self.file.write(source) or 0
 
-    def copy_from(self, source: RawBytes, position: int, target: int, number: int) -> None:
+    def copy_from(self, source: "RawBytes", position: int, target: int, number: int) -> None:
         """Copy bytes from a position of another file to one of this, inside the kernel where that is possible."""
         while number and _IN_KERNEL:
             copied = _copied_in_kernel(source.file.fileno(), self.file.fileno(), number, position, target)

@@ -1,7 +1,5 @@
 """What a streaming merge did to each tensor, and how much of the adapters survived the rounding."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -35,7 +33,7 @@ class MergedTensor:
         return asdict(self)
 
     @staticmethod
-    def from_dict(saved: dict[str, Any]) -> MergedTensor:
+    def from_dict(saved: dict[str, Any]) -> "MergedTensor":
         """Return what `to_dict` gave, also after a journey through JSON."""
         return MergedTensor(**{**saved, "shape": tuple(saved["shape"]), "adapters": tuple(saved["adapters"])})
 

@@ -1,7 +1,5 @@
 """One rounding: to the nearest value, or to one of the two neighbours with the odds that make the mean right."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from typing import Literal

@@ -3,8 +3,6 @@
 Everything is decided, and every problem is found, before the first byte is written.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Adapters merged into a checkpoint on disk, tile by tile: no model object, and memory that does not grow with it."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """Heads that share the embedding's weight: adapting one must not change the other, nor be lost when they are loaded."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Collection, Iterator

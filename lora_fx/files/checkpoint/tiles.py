@@ -4,8 +4,6 @@ Tiles depend on shapes alone, so the result is the same whichever thread compute
 the memory that they may take, and none is so narrow that a matrix product would sum in another order.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -128,7 +126,7 @@ class Sums:
     delta: float = 0.0
     survived: float = 0.0
 
-    def __add__(self, other: Sums) -> Sums:
+    def __add__(self, other: "Sums") -> "Sums":
         return Sums(self.base + other.base, self.delta + other.delta, self.survived + other.survived)
 
 

@@ -1,7 +1,5 @@
 """Deltas as pictures: heatmaps by layer and site, and singular values.  The numbers stand in the cells."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from html import escape

@@ -4,8 +4,6 @@ With the thin decompositions B = Q₁ R₁ and Aᵀ = Q₂ R₂, B A = Q₁ (R�
 the r × r matrix R₁ R₂ᵀ (Golub and Van Loan, Matrix Computations, 4th ed., §5.2 and §8.6).
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 

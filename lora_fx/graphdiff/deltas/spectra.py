@@ -1,7 +1,5 @@
 """What an adapter has become, site by site, as data: norms and singular values of ΔW.  Needs no torch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What pictures show of a diff: blocks, each kind once, with the statements of both sides as one list."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

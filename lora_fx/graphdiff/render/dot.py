@@ -3,8 +3,6 @@
 networkx is imported where it is used: that takes 0.25 s, for which a diff as text need not wait.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -26,7 +24,7 @@ _LOOKS = {
 }
 
 
-def diff_networkx(diff: GraphDifference) -> nx.DiGraph:
+def diff_networkx(diff: GraphDifference) -> "nx.DiGraph":
     """Return a graph of both sides; each kind of block once, with the blocks that are alike as `blocks`."""
     import networkx as nx
 

@@ -1,7 +1,5 @@
 """A GraphDiff as one HTML page: the changes by site, then a picture and the statements of each kind of block."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape

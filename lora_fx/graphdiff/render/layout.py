@@ -1,7 +1,5 @@
 """Where the boxes of a picture stand: in rows by what they are computed from, and near it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,7 +41,7 @@ def layered(number: int, edges: Iterable[tuple[int, int]]) -> BoxLayout:
     return BoxLayout(corners, width + _MARGIN, GAP + (1 + max(rows, default=0)) * ROW)
 
 
-def _rows(graph: nx.DiGraph) -> list[int]:
+def _rows(graph: "nx.DiGraph") -> list[int]:
     """Return the row of each box: below all its inputs, or, if it has none, just above what uses it."""
     import networkx as nx
 
@@ -54,7 +52,7 @@ def _rows(graph: nx.DiGraph) -> list[int]:
     return [rows[box] for box in range(len(graph))]
 
 
-def _columns(graph: nx.DiGraph, rows: list[int]) -> list[int]:
+def _columns(graph: "nx.DiGraph", rows: list[int]) -> list[int]:
     """Return the place of each box in its row: in the order of the middles of its inputs."""
     by_row: dict[int, list[int]] = {}
     for box, row in enumerate(rows):

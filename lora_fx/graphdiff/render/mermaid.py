@@ -1,7 +1,5 @@
 """A GraphDiff as a Mermaid flowchart that GitHub draws; what would be too large for it is folded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 from lora_fx.graphdiff.changes import GraphDifference, SiteChange

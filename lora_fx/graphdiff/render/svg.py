@@ -1,7 +1,5 @@
 """A GraphDiff as SVG: the blocks that differ, each kind once.  Signs and outlines say what colours say."""
 
-from __future__ import annotations
-
 from html import escape
 
 from lora_fx.graphdiff.changes import GraphDifference

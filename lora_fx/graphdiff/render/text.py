@@ -1,7 +1,5 @@
 """A GraphDiff as text: like `diff -u`, grouped by site, the same change of repeated blocks shown once."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 

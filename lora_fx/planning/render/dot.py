@@ -1,7 +1,5 @@
 """Graphs in Graphviz's language."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """A Plan, or the difference of two, as one HTML page that needs nothing else, not even scripts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from html import escape
 

@@ -3,8 +3,6 @@
 A label does not begin with a sign: Mermaid would take `- ` or `+ ` for a list.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 MOST_EDGES, MOST_CHARACTERS = 500, 50_000

@@ -1,7 +1,5 @@
 """Pages that need nothing else: no network, light and dark.  All HTML of the package is put together here."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

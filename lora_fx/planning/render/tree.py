@@ -1,7 +1,5 @@
 """A Plan, or the difference of two, as a tree of modules for pictures: in Mermaid and in Graphviz's language."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter
@@ -33,7 +31,7 @@ class Branch:
     """Lines of text."""
     kind: str = ""
     """One of the classes of `_LOOKS`; empty for a module that only holds others."""
-    parts: dict[str, Branch] = field(default_factory=dict)
+    parts: "dict[str, Branch]" = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     """Names of the sites in it with which nothing is done: one box for all."""
 

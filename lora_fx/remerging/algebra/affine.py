@@ -1,7 +1,5 @@
 """What is done with values that depend on an input, as far as they stay affine in it: one function an operation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 from torch import fx, nn

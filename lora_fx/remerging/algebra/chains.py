@@ -15,8 +15,6 @@ Worked example: `linear(x) + 0.5 * B(A(x))`, the stored weights W [8, 4], A [2, 
 `delta()` of the second chain is 0.5 · B A [8, 4], and `with_chains(W, [it])` is W + 0.5 · B A.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -45,7 +43,7 @@ class Factor:
     names: frozenset[str]
     part: WeightPart | None = None
 
-    def transposed(self) -> Factor:
+    def transposed(self) -> "Factor":
         """Return the factor [columns, rows]; columns of a stored matrix become rows of it, which are not a part."""
         part = self.part
         if part is not None and (part.start, part.stop) == (0, self.tensor.shape[1]):
@@ -54,7 +52,7 @@ class Factor:
             part = None
         return Factor(self.tensor.t(), self.names, part)
 
-    def columns(self, start: int, stop: int) -> Factor:
+    def columns(self, start: int, stop: int) -> "Factor":
         """Return the columns start to stop, a view."""
         part = self.part
         if part is not None:
@@ -103,7 +101,7 @@ class MatrixChain:
         """What it is a part of, if it is nothing but columns of one stored matrix."""
         return self.factors[0].part if len(self.factors) == 1 and self.coefficient == 1.0 else None
 
-    def scaled(self, number: float) -> MatrixChain:
+    def scaled(self, number: float) -> "MatrixChain":
         return MatrixChain(self.coefficient * number, self.factors)
 
     def delta(self) -> Tensor:
@@ -190,11 +188,11 @@ class Matrix:
         """Names of the stored tensors that it is made of."""
         return frozenset().union(*(chain.names for chain in self.chains))
 
-    def scaled(self, number: float) -> Matrix:
+    def scaled(self, number: float) -> "Matrix":
         """Return the constant times a number, which the coefficients take up."""
         return Matrix(tuple(chain.scaled(number) for chain in self.chains), self.shape)
 
-    def transposed(self) -> Matrix:
+    def transposed(self) -> "Matrix":
         """Return the plain constant [columns, rows]: (M N)ᵀ = Nᵀ Mᵀ in every chain."""
         turned = (
             MatrixChain(chain.coefficient, tuple(factor.transposed() for factor in reversed(chain.factors)))
@@ -202,7 +200,7 @@ class Matrix:
         )
         return Matrix(tuple(turned), (self.shape[1], self.shape[0]))
 
-    def columns(self, start: int, stop: int) -> Matrix:
+    def columns(self, start: int, stop: int) -> "Matrix":
         """Return the columns start to stop: those of the last factor of every chain."""
         return Matrix(tuple(_columns(chain, start, stop) for chain in self.chains), (self.shape[0], stop - start))
 
@@ -254,38 +252,38 @@ class Affine:
     """The dimensions in front of the last one; equal ones are equal dimensions."""
 
     @staticmethod
-    def identity(width: int, rows: object) -> Affine:
+    def identity(width: int, rows: object) -> "Affine":
         """Return x itself."""
         return Affine((MatrixChain(1.0, ()),), (), width, rows)
 
-    def plus(self, other: Affine) -> Affine:
+    def plus(self, other: "Affine") -> "Affine":
         """Return the sum of two values of the same rows and width."""
         linear, constant = (*self.linear, *other.linear), (*self.constant, *other.constant)
         return replace(self, linear=simplified(linear), constant=simplified(constant))
 
-    def scaled(self, number: float) -> Affine:
+    def scaled(self, number: float) -> "Affine":
         return self._changed(lambda chain: chain.scaled(number), self.width)
 
-    def times(self, other: Matrix) -> Affine:
+    def times(self, other: Matrix) -> "Affine":
         """Return the value times a constant [width, columns]."""
         linear, constant = product(self.linear, other.chains), product(self.constant, other.chains)
         return Affine(linear, constant, other.shape[1], self.rows)
 
-    def shifted(self, row: Matrix) -> Affine:
+    def shifted(self, row: Matrix) -> "Affine":
         """Return the value with a row [1, width] added to every row."""
         return replace(self, constant=simplified((*self.constant, *row.chains)))
 
-    def columns(self, start: int, stop: int) -> Affine:
+    def columns(self, start: int, stop: int) -> "Affine":
         """Return the columns start to stop of the value."""
         if all(chain.factors for chain in self.linear):
             return self._changed(lambda chain: _columns(chain, start, stop), stop - start)
         return self.times(matrix(torch.eye(self.width)[:, start:stop], ()))  # x itself gives its columns by a factor
 
-    def placed(self, start: int, total: int) -> Affine:
+    def placed(self, start: int, total: int) -> "Affine":
         """Return the value as columns from `start` on of one of `total` columns, zero elsewhere."""
         return self._changed(lambda chain: _placed(chain, start, total), total)
 
-    def _changed(self, change: Callable[[MatrixChain], MatrixChain], width: int) -> Affine:
+    def _changed(self, change: Callable[[MatrixChain], MatrixChain], width: int) -> "Affine":
         linear, constant = (tuple(map(change, chains)) for chains in (self.linear, self.constant))
         return Affine(linear, constant, width, self.rows)
 

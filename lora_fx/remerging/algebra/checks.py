@@ -1,7 +1,5 @@
 """Who else reads a weight, a factor, or a value on the way: folding must change nothing but the sum."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """What is done with parameters alone in a graph, as far as the result is still a sum of products of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Which sums in a graph are LoRAs: W x + scaling · B A x on one x, or W + scaling · B A."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """What only looks like a LoRA, so that it is worth a word why it is left alone."""
 
-from __future__ import annotations
-
 from torch import fx
 
 from lora_fx.passes.dataflow import made_from

@@ -1,7 +1,5 @@
 """What the nodes of a graph do: one name for the function, operator, method and aten operation of one kind."""
 
-from __future__ import annotations
-
 import inspect
 import operator
 from collections.abc import Callable, Iterator

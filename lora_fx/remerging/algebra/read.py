@@ -1,7 +1,5 @@
 """Reads a graph as mathematics, with all operations that are known."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import fx, nn

@@ -1,7 +1,5 @@
 """A graph read as mathematics: each value as an affine function of another one, each constant as a sum of chains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -23,9 +21,9 @@ _Value = TypeVar("_Value")
 class Operations:
     """What is known of the operations in graphs, by name; `read.py` has the tables."""
 
-    affine: Mapping[str, Callable[[GraphReading, GraphCall, fx.Node, int], Affine]]
+    affine: "Mapping[str, Callable[[GraphReading, GraphCall, fx.Node, int], Affine]]"
     """(reading, call, x, columns of x) → its value as an affine function of x."""
-    constant: Mapping[str, Callable[[GraphReading, GraphCall], Matrix | None]]
+    constant: "Mapping[str, Callable[[GraphReading, GraphCall], Matrix | None]]"
     """(reading, call) → its value, which depends on parameters alone; None if that is not a sum of products."""
 
 

@@ -1,7 +1,5 @@
 """Runs a part of a graph on made-up inputs: the check that what was read is what is computed."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

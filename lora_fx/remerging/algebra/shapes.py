@@ -1,7 +1,5 @@
 """What is known of the shapes in a graph, from the metadata of its tracer, or from how a view is written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
