@@ -2,7 +2,7 @@
 
 import enum
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -124,7 +124,7 @@ class _Call:
     varying: VaryingSizes
     around: AmbientState
 
-    def captured(self, opaque: frozenset[str], records: Records | None) -> Captured:
+    def captured(self, opaque: Mapping[str, str], records: Records | None) -> Captured:
         """Make one attempt."""
         tracer = Tracer(self.module, Fakes(), opaque, records)
         writer = tracer.writer
@@ -156,19 +156,19 @@ class _Call:
 
 def _with_retreats(call: _Call, record: Callable[[], Records] | None) -> Captured:
     """Capture; start again with a submodule as one opaque call where it bakes in a varying size or cannot be faked."""
-    opaque: set[str] = set()
+    opaque: dict[str, str] = {}
     records: Records | None = None
     for _ in range(_MOST_RESTARTS):
         try:
-            return call.captured(frozenset(opaque), records)
+            return call.captured(opaque, records)
         except Specialised as specialised:
             if not specialised.path or specialised.path in opaque:
                 raise BakesSize("the forward turns a varying size into a constant") from None
-            opaque.add(specialised.path)
+            opaque[specialised.path] = "it turns a varying size into a constant"
         except NeedsRecord as needed:
             if record is None or needed.path in opaque:
                 raise NotCaptured(needed.reason) from None
-            opaque.add(needed.path)
+            opaque[needed.path] = needed.reason
         except (Untraceable, Exception) as error:
             raise NotCaptured(reason_of(error)) from error
         if records is None and record is not None:

@@ -25,6 +25,7 @@ from lora_fx.capture.reads.libraries import is_standard_library
 from lora_fx.capture.tracing.copies import Listener, path_of, reporting_copy
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.tracer import is_leaf
+from lora_fx.models.layers import is_layer
 
 
 def capture_symbolically(module: nn.Module) -> Captured:
@@ -97,7 +98,7 @@ class _SymbolicTracer(Listener, fx.Tracer):
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = path_of(module)
-        if is_leaf(module):
+        if is_leaf(module) or is_layer(module):  # a forward of a layer's own that cannot be traced would lose the block
             return self.create_proxy("call_module", path, args, kwargs)
         result = nn.Module.__call__(module, *args, **kwargs)
         self.dependencies.inlined.append(path)

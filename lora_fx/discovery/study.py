@@ -227,8 +227,23 @@ def _with_backend(site: PlannedSite, captured: Survey, passes: Mapping[str, set[
 
 
 def _reason(site: PlannedSite, captured: Survey) -> str:
-    """Return why the site is in no graph: the failure of its innermost region."""
+    """Return why the site is in no graph: what its innermost region came to."""
     if site.calls == 0:
         return DEAD
-    owners = [region for region in captured.failures if not region or f"{site.path}.".startswith(f"{region}.")]
-    return captured.failures[max(owners, key=len)] if owners else "outside of repeated blocks"
+    regions = (*captured.failures, *captured.graphs)
+    owners = [region for region in regions if not region or f"{site.path}.".startswith(f"{region}.")]
+    if not owners:
+        return "outside of repeated blocks"
+    innermost = max(owners, key=len)
+    return captured.failures.get(innermost) or _called_whole(site, innermost, captured)
+
+
+def _called_whole(site: PlannedSite, region: str, captured: Survey) -> str:
+    """Return why the graphs of the region around a site do not compute it."""
+    below = f"{site.path}."[len(region) + bool(region) :]
+    for graph, _ in captured.library[captured.structures[region]]:
+        for node in graph.graph.nodes:
+            if node.op == "call_module" and below.startswith(f"{node.target}."):
+                why = graph.dependencies.retreats.get(str(node.target), "it has hooks, or a forward of its own")
+                return f"the graph of {region or 'the model'} calls {dotted(region, str(node.target))} as a whole: {why}"
+    return f"each graph of {region or 'the model'} is for one size only"

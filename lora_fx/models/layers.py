@@ -72,11 +72,19 @@ def _kind_of_class(module: nn.Module) -> LayerKind | None:
 _kind_of_others = _kind_of_class.dispatch(object)
 
 
+def has_own_forward(kind: type) -> bool:
+    """Whether a class of layers computes something else than the class of torch that it extends."""
+    original: Any = unswapped(kind)
+    base: Any = next((base for base in (*_CONVOLUTIONS, nn.Linear, nn.Embedding) if issubclass(original, base)), None)
+    names = ("forward", "_conv_forward") if base in _CONVOLUTIONS else ("forward",)
+    return base is not None and any(getattr(original, name) is not getattr(base, name) for name in names)
+
+
 def linear_layout(kind: type) -> Layout | None:
     """Return how a class of layers that computes x Wᵀ + b and nothing else stores W; None for any other class."""
     original = unswapped(kind)
     if issubclass(original, nn.Linear):
-        return "out_in" if original.forward is nn.Linear.forward else None
+        return None if has_own_forward(original) else "out_in"
     return "in_out" if _is_conv1d_of_transformers(original) else None
 
 
@@ -124,7 +132,7 @@ def _is_conv1d_of_transformers(kind: type) -> bool:
 
 @_kind_of_class.register
 def _linear(module: nn.Linear) -> LayerKind:
-    called = linear_layout(type(module)) is not None
+    called = not has_own_forward(type(module))
     shape = (module.out_features, module.in_features)
     return LayerKind("linear", "out_in", shape, called, _refusal(module, called))
 
@@ -138,15 +146,13 @@ def _convolution(
     if module.transposed:
         reason = "transposed convolutions cannot be adapted; train it whole (`train:`)"
         return LayerKind(op, "out_in", shape, False, reason)
-    kind: Any = original_class(module)
-    base: Any = next(base for base in _CONVOLUTIONS if isinstance(module, base))
-    called = kind.forward is base.forward and kind._conv_forward is base._conv_forward
+    called = not has_own_forward(type(module))
     return LayerKind(op, "out_in", shape, called, _refusal(module, called))
 
 
 @_kind_of_class.register
 def _embedding(module: nn.Embedding) -> LayerKind:
-    called = original_class(module).forward is nn.Embedding.forward
+    called = not has_own_forward(type(module))
     refusal = _refusal(module, called)
     if module.max_norm is not None:
         refusal = (

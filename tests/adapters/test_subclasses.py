@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import lora_fx
-from tests.support.layerkinds import Normalised, Scaled, hooked
-from tests.support.sitekinds import BACKENDS, factors_of, randomise_, relative, run, same_values
+from tests.support.layerkinds import SUBCLASSES, Normalised, Scaled, hooked
+from tests.support.sitekinds import BACKENDS, Kind, factors_of, randomise_, relative, run, same_values
 
 ROWS = (torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)),)
 IDS = (torch.tensor([[1, 4, 0], [2, 8, 8]]),)
@@ -205,6 +205,47 @@ def test_subclasses_keep_their_class_and_need_no_other_when_merged():
         merged = lora_fx.merge(tuned)
         assert type(merged[0]) is type(model[0])
         assert same_values(merged, model), "B = 0"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SUBCLASSES if kind.name != "tied in one module"], ids=lambda k: k.name)
+def test_forward_of_a_subclass_runs_in_the_graph_of_its_block(kind: Kind):
+    args = kind.sample().args
+    model = nn.Sequential(Held(kind.build()[0]), nn.Tanh()).eval()
+    tuned = lora_fx.apply(model, rules("0.layer"), args)
+    assert [site.backend for site in lora_fx.inspect(tuned).sites] == ["graph"]
+    randomise_(tuned)
+    in_modules = lora_fx.apply(model, rules("0.layer"), args, backend="modules")
+    in_modules.load_state_dict(tuned.state_dict())
+    for training in (False, True):
+        results = [run(each, lora_fx.call(*args), training, grad=training) for each in (tuned, in_modules)]
+        assert torch.equal(*results)
+    assert lora_fx.inspect(tuned).regions[0].hits > 0
+
+
+class AsksValues(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * float(input.sum() > 0)
+
+
+def replaced() -> nn.Linear:
+    layer = nn.Linear(6, 5)
+    layer.forward = lambda x: F.linear(x, layer.weight) * 2
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: AsksValues(6, 5), "layer cannot run on fake tensors: "),
+        (replaced, "it has hooks, or a forward of its own"),
+    ],
+    ids=["values of tensors", "forward on the instance"],
+)
+def test_plan_says_why_a_graph_calls_a_layer_as_a_whole(make: Callable[[], nn.Module], why: str):
+    model = nn.Sequential(Held(make()), Held(nn.Linear(5, 6)))
+    site, other = lora_fx.plan(model, rules("*.layer"), ROWS).adapted
+    assert (site.backend, other.backend) == ("module", "graph")
+    assert site.backend_reason.startswith(f"the graph of 0 calls 0.layer as a whole: {why}")
 
 
 def test_subclass_with_a_weight_of_unknown_dtype_is_refused():

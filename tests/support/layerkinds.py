@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from tests.support.sitekinds import Kind
@@ -161,6 +162,7 @@ LAYERS = [
 SUBCLASSES = [
     Kind("tied in one module", Tied, ids, {"tokens.weight": "in_out"}, raw=True),
     Kind("scaled", lambda: nn.Sequential(Scaled(6, 5)), rows, {"0.weight": "out_in"}, raw=True, linear=True),
+    Kind("linear of Falcon", lambda: nn.Sequential(FalconLinear(6, 5)), rows, {"0.weight": "out_in"}, raw=True, linear=True),
     Kind("tuple", lambda: nn.Sequential(Pair(6, 5)), rows, {"0.weight": "out_in"}, raw=True, linear=True),
     Kind("normalised", lambda: nn.Sequential(Normalised(6, 5)), rows, {"0.weight": "out_in"}, raw=True, drops=False),
     Kind("scaled convolution", lambda: nn.Sequential(ScaledConvolution(4, 8, 3)), lambda: (torch.randn(2, 4, 6, 6),),

@@ -11,7 +11,7 @@ import inspect
 import operator
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -29,7 +29,7 @@ from lora_fx.capture.tracing.patches import CustomFunction, patched
 from lora_fx.capture.tracing.proxies import Proxies, is_proxy, settle
 from lora_fx.capture.tracing.recording import NeedsRecord, Records, fake_result, of_shape
 from lora_fx.capture.tracing.writer import TRANSFORMED, GraphWriter, holds_tensor
-from lora_fx.models.layers import has_hooks, is_layer
+from lora_fx.models.layers import has_hooks, has_own_forward, is_layer
 from lora_fx.models.torch_internals import (
     Fakes,
     FunctionMode,
@@ -53,7 +53,7 @@ class Specialised(BaseException):
 class Tracer(Listener, FunctionMode):
     """Sees torch functions (as a function mode) and the calls of modules (as the listener of a reporting copy)."""
 
-    def __init__(self, module: nn.Module, fakes: Fakes, opaque: frozenset[str], records: Records | None) -> None:
+    def __init__(self, module: nn.Module, fakes: Fakes, opaque: Mapping[str, str], records: Records | None) -> None:
         FunctionMode.__init__(self, None)  # type: ignore[arg-type]
         self.listening = False
         self.original = module
@@ -64,7 +64,7 @@ class Tracer(Listener, FunctionMode):
         self.called_before: Counter[str] = Counter()
         """How often each submodule with a record has been called."""
         self.writer = GraphWriter(self.module)
-        self.dependencies = Dependencies()
+        self.dependencies = Dependencies(retreats=dict(opaque))
         self.owned = self.writer.owned
         self.globals = Globals(module, self.refuse, self.asked_grad_mode)
         self.proxies: Proxies
@@ -321,10 +321,11 @@ class Tracer(Listener, FunctionMode):
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a graph calls the module as a whole: torch's own layers, linears, and modules with hooks."""
-    if has_hooks(module) or is_layer(module) or "forward" in vars(module):
+    """Whether a graph calls the module as a whole: layers that compute as torch's own, and modules with hooks."""
+    kind = class_of(module)
+    if has_hooks(module) or (is_layer(module) and not has_own_forward(kind)) or "forward" in vars(module):
         return True
-    home = class_of(module).__module__
+    home = kind.__module__
     return home.startswith(("torch.nn", "torch.ao")) and not isinstance(module, _OPEN)
 
 
