@@ -245,5 +245,7 @@ def _called_whole(site: PlannedSite, region: str, captured: Survey) -> str:
         for node in graph.graph.nodes:
             if node.op == "call_module" and below.startswith(f"{node.target}."):
                 why = graph.dependencies.retreats.get(str(node.target), "it has hooks, or a forward of its own")
-                return f"the graph of {region or 'the model'} calls {dotted(region, str(node.target))} as a whole: {why}"
+                return (
+                    f"the graph of {region or 'the model'} calls {dotted(region, str(node.target))} as a whole: {why}"
+                )
     return f"each graph of {region or 'the model'} is for one size only"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lora_fx.errors import NoMatchError, StalePlanError, Unmatched
 from lora_fx.planning.plan import Decisions, Plan
-from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, dead_notes, rank_notes
+from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, dead_notes, rank_notes, trained_whole
 from lora_fx.planning.sites import CONVOLUTIONS, Site, differences
 from lora_fx.rules.patterns import NamePattern, nearest_names
 from lora_fx.rules.ruleset import Rule, RuleSet, TrainPattern
@@ -40,9 +40,8 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisio
 
 
 def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedModule]) -> PlannedSite:
-    holding = (module for module in trained if any(f"{path}.".startswith(f"{module.path}.") for path in site.paths))
-    if owner := next(holding, None):
-        return PlannedSite(site, "keep", f"trained whole (train: {owner.pattern})")
+    if whole := trained_whole(site, trained):
+        return whole
     rule = next((rule for rule in rules if site.mismatch(rule.match) is None), None)
     if rule is None:
         return PlannedSite(site, "keep", "no rule")

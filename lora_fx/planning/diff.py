@@ -82,7 +82,7 @@ def _doing(planned: PlannedSite) -> str:
     """Return what is done, with the reason where it is one that somebody wrote down or must know."""
     *_, doing, _backend, reason = row_of(planned)
     if planned.lora is None:
-        return doing if planned.decision == "keep" else f"{doing}: {reason}"
+        return doing if planned.decision in ("train", "keep") else f"{doing}: {reason}"
     of = None if planned.slices is None else planned.slices.to_dict()["of"]
     rows = f" of {of}" if isinstance(of, dict) else ""  # unequal parts: equal names can mean other rows
     init = "" if planned.lora.init == "kaiming" else f" init={planned.lora.init}"

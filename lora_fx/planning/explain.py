@@ -53,7 +53,7 @@ def _explained(planned: PlannedSite, rules: RuleSet, contraction: str) -> str:
     lines = [planned.path, columns(_facts(planned.site)), "", f"  {_verdict(planned)}"]
     if contraction:
         lines.append(f"  contraction: {contraction}")
-    return "\n".join([*lines, _rule_lines(planned.site, rules.rules)])
+    return "\n".join([*lines, _rule_lines(planned, rules.rules)])
 
 
 def _facts(site: Site) -> list[tuple[str, str]]:
@@ -79,13 +79,13 @@ def _verdict(planned: PlannedSite) -> str:
     return f"adapt by {planned.reason}: {size}; backend {planned.backend}{why}"
 
 
-def _rule_lines(site: Site, rules: Sequence[Rule]) -> str:
+def _rule_lines(planned: PlannedSite, rules: Sequence[Rule]) -> str:
     """Return a line for each rule: why it does not match, that it decides, or that it comes too late."""
-    rows, decided = [], False
+    rows, decided = [], "train:" if planned.decision == "train" else ""
     for rule in rules:
-        reason = site.mismatch(rule.match)
+        reason = planned.site.mismatch(rule.match)
         if reason is None:
-            reason = "would match, but an earlier rule decides" if decided else "matches, and decides"
-            decided = True
+            reason = f"would match, but {decided} decides" if decided else "matches, and decides"
+            decided = decided or "an earlier rule"
         rows.append((f"  {rule.name}", reason))
     return columns(rows)

@@ -1,6 +1,7 @@
 """What `apply` will do to a model, and why: printable, countable, serialisable.  Pure data; no torch here."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from lora_fx.rules.ruleset import LoRAConfig, Slice, Slices
 from lora_fx.text import columns, count, thousands, wrapped
 
 SCHEMA_VERSION = 1
+_DOES = {"adapt": "adapted", "train": "trained", "keep": "kept", "skip": "skipped", "refuse": "refused"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +85,12 @@ class Plan(Decisions):
 
     @property
     def sums(self) -> str:
-        """How many sites are adapted, kept and refused, and how much is trained."""
-        adapt, refuse = len(self.adapted), len(self.refused)
+        """How many sites are adapted, trained whole, kept and refused, and how much is trained."""
+        sites = Counter(site.decision for site in self.sites)
+        whole = f"{sites['train']} to train whole, " if sites["train"] else ""
         share = 100 * self.trainable / self.total if self.total else 0.0
         return (
-            f"{adapt} to adapt, {len(self.sites) - adapt - refuse} to keep, {refuse} refused.  "
+            f"{sites['adapt']} to adapt, {whole}{sites['keep'] + sites['skip']} to keep, {sites['refuse']} refused.  "
             f"Trainable: {thousands(self.trainable)} of {thousands(self.total)} parameters ({share:.2g} %)."
         )
 
@@ -111,7 +114,7 @@ class Plan(Decisions):
             groups.setdefault((site.decision, site.rule or site.reason), []).append(site)
         rows = []
         for (decision, rule), sites in groups.items():
-            does = {"adapt": "adapted", "keep": "kept", "skip": "skipped", "refuse": "refused"}[decision]
+            does = _DOES[decision]
             trainable = sum(site.trainable for site in sites)
             rows.append((rule, count(len(sites), "site"), does, count(trainable, "parameter") if trainable else ""))
         return "\n".join([self.header, "", columns(rows), *self._modules(), "", self.sums])

@@ -9,7 +9,7 @@ from lora_fx.planning.sites import Backend, Site
 from lora_fx.rules.ruleset import LoRAConfig, Slices, as_runs
 from lora_fx.text import listing
 
-Decision = Literal["adapt", "keep", "skip", "refuse"]
+Decision = Literal["adapt", "train", "keep", "skip", "refuse"]
 NOT_RUN = "the model does not run on its sample inputs here"
 """How a plan's note begins that tells that nothing was seen of the model in use."""
 DEAD = "never used with the example inputs"
@@ -107,6 +107,14 @@ class TrainedModule:
     path: str
     parameters: int
     pattern: str
+
+
+def trained_whole(site: Site, trained: Iterable[TrainedModule]) -> PlannedSite | None:
+    """Return the planned site of a weight in a module that is trained whole; None for any other weight."""
+    for module in trained:
+        if any(f"{path}.".startswith(f"{module.path}.") for path in site.paths):
+            return PlannedSite(site, "train", f"under train: {module.pattern}")
+    return None
 
 
 @dataclass(frozen=True, slots=True)

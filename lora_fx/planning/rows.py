@@ -10,7 +10,7 @@ from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.text import columns
 
 _PASSES = {"fuse": "fused", "stack": "stacked with siblings", "recompute": "with inputs made again instead of kept"}
-SYMBOLS = {"adapt": "+", "keep": "·", "skip": "·", "refuse": "!"}
+SYMBOLS = {"adapt": "+", "train": "+", "keep": "·", "skip": "·", "refuse": "!"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
@@ -40,7 +40,7 @@ def row_of(planned: PlannedSite) -> tuple[str, ...]:
         doing += "" if planned.slices is None else f" on {', '.join(planned.slices.adapt)}"
         doing += f" for each of {planned.calls} calls" if planned.per_call else ""
     elif planned.decision != "keep":
-        doing += {"skip": " skipped", "refuse": " refused"}[planned.decision]
+        doing += {"train": " trained whole", "skip": " skipped", "refuse": " refused"}[planned.decision]
     backend = planned.backend if planned.decision == "adapt" else ""
     calls = f"×{planned.calls}" if planned.calls is not None and planned.calls != 1 else ""
     return (planned.path, planned.site.text(), calls, doing, backend, planned.reason)

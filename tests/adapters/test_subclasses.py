@@ -207,7 +207,9 @@ def test_subclasses_keep_their_class_and_need_no_other_when_merged():
         assert same_values(merged, model), "B = 0"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SUBCLASSES if kind.name != "tied in one module"], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in SUBCLASSES if kind.name != "tied in one module"], ids=lambda k: k.name
+)
 def test_forward_of_a_subclass_runs_in_the_graph_of_its_block(kind: Kind):
     args = kind.sample().args
     model = nn.Sequential(Held(kind.build()[0]), nn.Tanh()).eval()

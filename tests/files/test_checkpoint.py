@@ -16,6 +16,7 @@ import lora_fx
 from lora_fx.errors import AdapterFileError, LoraFxWarning
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.atomic import write_files
+from lora_fx.tuned.build import record_in
 from tests.support import zoo
 from tests.support.zoo import rules
 
@@ -131,6 +132,13 @@ def test_loaded_adapter_computes_the_same_bit_by_bit(chosen, tmp_path):
     assert torch.equal(logits(loaded), logits(tuned))
     assert torch.equal(logits(lora_fx.merge(loaded)), logits(lora_fx.merge(tuned)))
     assert lora_fx.inspect(loaded).trainable == lora_fx.inspect(tuned).trainable
+
+
+def test_plan_of_a_loaded_adapter_says_what_is_trained_whole(tmp_path):
+    lora_fx.save(adapted(MIXED), tmp_path / "adapter")
+    plan = record_in(lora_fx.load(model(), tmp_path / "adapter")).plan
+    (whole,) = (site for site in plan.sites if site.decision == "train")
+    assert (whole.path, whole.reason) == ("classifier", "under train: adapter: modules_to_save")
 
 
 def test_base_loaded_in_another_dtype_is_the_same_base(saved):

@@ -42,6 +42,12 @@ def test_rule_that_comes_too_late_is_told():
     assert "    rest  would match, but an earlier rule decides" in explained("h.0.c_attn").splitlines()
 
 
+def test_site_of_a_module_trained_whole_is_decided_by_no_rule():
+    rules = {"version": 1, "rules": RULES["rules"][2:], "train": ["h.0"]}
+    lines = lora_fx.explain(zoo.Gpt(), "h.0.c_attn", rules).splitlines()
+    assert lines[-2:] == ["  train: under train: h.0", "    rest  would match, but train: decides"]
+
+
 def test_skipped_and_tied_site_is_told_with_the_reason():
     text = explained("lm_head")
     assert "tied to  wte.weight, which an adapter here leaves alone" in text

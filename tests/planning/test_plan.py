@@ -12,7 +12,7 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import NoMatchError
 from lora_fx.planning.decide import decide
-from lora_fx.planning.rows import fold_rows
+from lora_fx.planning.rows import fold_rows, row_of
 from lora_fx.rules.reader import read_rules
 from tests.support import zoo
 from tests.support.textbook import GPT, gpt2_classifier, gpt3
@@ -105,7 +105,11 @@ def test_counts_are_those_of_the_adapted_model():
 def test_sites_of_modules_trained_whole_are_left_to_them():
     plan = lora_fx.plan(zoo.Encoder(), rules("**", train=["classifier"]))
     (site,) = (site for site in plan.sites if site.path == "classifier")
-    assert (site.decision, site.reason) == ("keep", "trained whole (train: classifier)")
+    assert (site.decision, site.reason) == ("train", "under train: classifier")
+    kept = len(plan.sites) - len(plan.adapted) - 1
+    assert plan.sums.startswith(f"{len(plan.adapted)} to adapt, 1 to train whole, {kept} to keep, 0 refused.")
+    assert row_of(site)[3:] == ("+ trained whole", "", "under train: classifier")
+    assert "  under train: classifier  1 site    trained" in plan.stat().splitlines()
 
 
 # -- rules that do not hold

@@ -21,7 +21,7 @@ from lora_fx.models.samples import Samples
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.plan import Decisions
-from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule
+from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, trained_whole
 from lora_fx.planning.sites import Site
 from lora_fx.rules.ruleset import Slices
 
@@ -62,12 +62,13 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
     for file in files:
         for saved_site in file.sites:
             saved.setdefault(sites[saved_site.path].path, (file, saved_site))
-    parameters, trained = dict(inventory.modules), f"{files[0].folder.name}: modules_to_save"
+    parameters, pattern = dict(inventory.modules), f"{files[0].folder.name}: modules_to_save"
+    trained = tuple(TrainedModule(path, parameters[path], pattern) for path in files[0].header.trained)
     return Decisions(
         model=inventory.model,
         source=str(files[0].folder),
-        sites=tuple(_planned(site, saved.get(site.path)) for site in inventory.sites),
-        train=tuple(TrainedModule(path, parameters[path], trained) for path in files[0].header.trained),
+        sites=tuple(_planned(site, saved.get(site.path), trained) for site in inventory.sites),
+        train=trained,
         total=inventory.total,
         fingerprint=inventory.fingerprint,
         rules=files[0].header.rules,
@@ -187,9 +188,9 @@ def _refusal(saved: SavedSite, site: Site, model: nn.Module) -> str | None:
     return site.refusal
 
 
-def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None) -> PlannedSite:
+def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None, trained: Sequence[TrainedModule]) -> PlannedSite:
     if saved is None:
-        return PlannedSite(site, "keep", "not in the adapter")
+        return trained_whole(site, trained) or PlannedSite(site, "keep", "not in the adapter")
     file, saved_site = saved
     per_call = saved_site.calls > 0
     if per_call:

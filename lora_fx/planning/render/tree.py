@@ -73,9 +73,10 @@ def _edges(branch: Branch) -> int:
 
 def _by_rule(plan: Plan) -> Branch:
     root = Branch((plan.model, plan.source))
-    for rule, number in Counter(site.rule for site in plan.sites).items():
-        kind = "kept" if rule is None else "added"
-        root.parts[str(rule)] = Branch((rule or "no rule", count(number, "site")), kind)
+    names = ((site.rule, "trained whole" if site.decision == "train" else "no rule") for site in plan.sites)
+    for (rule, otherwise), number in Counter(names).items():
+        kind = "kept" if rule is None and otherwise == "no rule" else "added"
+        root.parts[f"{rule}, {otherwise}"] = Branch((rule or otherwise, count(number, "site")), kind)
     return root
 
 
