@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lora_fx
-from lora_fx.errors import AdapterMismatchError
+from lora_fx.errors import AdapterMismatchError, MergeError
 from tests.support.kinds import (
     EFFECT,
     OUTPUT,
@@ -180,10 +181,18 @@ def test_grouped_convolution_that_we_wrote_computes_the_same_in_peft(groups, tmp
 def test_grouped_convolution_of_peft_mixes_the_groups_and_is_refused(tmp_path):
     base = built(Padded, groups=2)
     in_peft(base, tmp_path, r=4, target_modules=["conv"])
+    (tmp_path / "base").mkdir()
+    save_file(dict(base.state_dict()), tmp_path / "base" / "model.safetensors")
     with pytest.raises(AdapterMismatchError) as caught:
         lora_fx.load(base, tmp_path)
-    problem = "its lora_A mixes the groups of the convolution, which no merged weight can do"
+    problem = (
+        "its lora_A reads the channels of all 2 groups of the convolution, whose weight has for each output only those "
+        "of one: no weight computes the same; run it in PEFT, or train this layer with lora_fx"
+    )
     assert caught.value.mismatches == (("conv", "in the file", problem),)
+    with pytest.raises(MergeError) as in_files:
+        lora_fx.merge_checkpoint(tmp_path / "base", tmp_path, tmp_path / "merged")
+    assert in_files.value.problems == (("conv.weight", problem),)
 
 
 # -- parts of fused weights, which PEFT has as more ranks with zeros

@@ -105,7 +105,7 @@ def misfit(form: Form, parts: tuple[tuple[int, ...], ...], A: Tensor, B: Tensor)
         B: as the file holds it.
     """
     if form.groups > 1 and not torch.equal(_blocks(_first_block(A, form.groups), form.groups), A):
-        return "its lora_A mixes the groups of the convolution, which no merged weight can do"
+        return mixes_groups(form.groups)
     if parts:
         _, whole = _matrices(A, B, form)
         outside = whole.reshape(*whole.shape[:-1], len(parts), -1).clone()
@@ -114,6 +114,14 @@ def misfit(form: Form, parts: tuple[tuple[int, ...], ...], A: Tensor, B: Tensor)
         if bool(outside.any()):
             return "its lora_B has values outside of the slices"
     return None
+
+
+def mixes_groups(groups: int) -> str:
+    """Return the reason why what PEFT trains at a grouped convolution is refused."""
+    return (
+        f"its lora_A reads the channels of all {groups} groups of the convolution, whose weight has for each output "
+        "only those of one: no weight computes the same; run it in PEFT, or train this layer with lora_fx"
+    )
 
 
 def _first_block(A: Tensor, groups: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import AdapterMismatchError, MergeError
+from lora_fx.files.adapter.codec import mixes_groups
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.checkpoint import tied
@@ -196,7 +197,9 @@ def _refusal(
     if len(entry.shape) == 3 and site.lora_A.dim() == 2 and not (possible and "expert" not in key):
         return f"is a bank of experts {list(entry.shape)}; load the model and use lora_fx.merge"
     if site.lora_B.dim() > 2 and site.lora_A.shape[0] != site.lora_B.shape[1]:
-        return "is a grouped convolution; load the model and use lora_fx.merge"
+        groups = site.lora_A.shape[0] // site.lora_B.shape[1]
+        ours = f"is a convolution in {groups} groups, whose factors are blocks; load the model and use lora_fx.merge"
+        return ours if site.noted else mixes_groups(groups)
     if len(possible) > 1 and usual is None:
         return f"is square {list(entry.shape)}, and the adapter does not tell whether it is [out, in] or [in, out]"
     return None

@@ -215,7 +215,12 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("model", "inputs", "rule", "told"),
     [
-        (nn.Sequential(nn.Conv1d(8, 8, 3, groups=2)), torch.zeros(1, 8, 9), {}, ("0.weight", "a grouped convolution")),
+        (
+            nn.Sequential(nn.Conv1d(8, 8, 3, groups=2)),
+            torch.zeros(1, 8, 9),
+            {},
+            ("0.weight", "a convolution in 2 groups"),
+        ),
         (Twice(), torch.zeros(1, 8), {"per_call": True}, ("fc.weight", "an adapter of its own for each call")),
     ],
 )
