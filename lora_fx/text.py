@@ -72,6 +72,14 @@ def thousands(number: int) -> str:
     return f"{number:,}"
 
 
+def scaled(number: int, unit: str) -> str:
+    """Return `512 B`, `3.24 kB`, `1.5 GB`."""
+    for prefix, factor in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {prefix}{unit}"
+    return f"{number} {unit}"
+
+
 def wrapped(text: str, width: int | None) -> str:
     """Return the text with longer lines broken at blanks, their rest indented; None leaves all lines as they are."""
     if width is None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_fx.bench.subjects import FrozenBase, Subject, tensors_of
+from lora_fx.bench.subjects import FrozenBase, Subject
+from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.graphdiff.render.text import folded
 from lora_fx.models.samples import Sample
 from lora_fx.tuned.report import RegionReport, Report, report
@@ -67,7 +68,7 @@ def setting_of(base: FrozenBase, ours: Subject, rules: str, before: Report) -> S
         in_graphs=sum(site.backend == "graph" for site in inspected.sites),
         trainable=inspected.trainable,
         dtype=", ".join(sorted(map(_name, kinds))),
-        inputs=tuple(f"{_name(given.dtype)} {list(given.shape)}" for given in tensors_of(sample)),
+        inputs=tuple(f"{_name(given.dtype)} {list(given.shape)}" for given in tensors_in(sample)),
         tokens=_tokens(base.sample),
         notes=tuple(_notes(before.regions, inspected.regions)),
     )
@@ -78,7 +79,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _tokens(sample: Sample) -> int | None:
-    first = next(tensors_of((sample.args, sample.kwargs)), None)
+    first = next(tensors_in((sample.args, sample.kwargs)), None)
     if first is None:
         return None
     rows = first.shape[:-1] if first.is_floating_point() else first.shape

@@ -8,8 +8,7 @@ from lora_fx.bench.counters import Counts
 from lora_fx.bench.facts import MachineFacts, Setting
 from lora_fx.bench.subjects import LB, OURS, PEFT
 from lora_fx.bench.timing import Timing
-from lora_fx.graphdiff.render.text import size_text
-from lora_fx.text import columns, count
+from lora_fx.text import columns, count, scaled
 
 HEADS = ("FLOPs", "saved", "peak", "aten calls")
 TIME_HEADS = ("time [95 %]", "min/min", "processor")
@@ -64,7 +63,7 @@ class BenchReport:
             yield from own if name == LB else (ratio.text(), f"{ratio.least:.3f}", f"{ratio.processor:.3f}")
         if name == LB:
             first = self.counts[LB]
-            yield from (_flops_text(first.flops), size_text(first.saved_bytes), size_text(first.peak_bytes))
+            yield from (scaled(first.flops, "FLOP"), scaled(first.saved_bytes, "B"), scaled(first.peak_bytes, "B"))
             yield str(first.aten_calls)
         else:
             yield from (f"{ratio:.3f}" for ratio in self.relative(name))
@@ -104,13 +103,6 @@ class BenchReport:
 def _over(number: int, first: int) -> float:
     """Return the ratio; of nothing to nothing it is 1."""
     return number / first if first else 1.0 if not number else float("inf")
-
-
-def _flops_text(number: int) -> str:
-    for unit, factor in (("TFLOP", 10**12), ("GFLOP", 10**9), ("MFLOP", 10**6), ("kFLOP", 10**3)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number} FLOP"
 
 
 def _time_text(seconds: float) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.api import ChosenBackend, Rules, apply, parameters
-from lora_fx.capture.calls.objects import copied, is_plain_object
+from lora_fx.capture.calls.objects import copied, tensors_in
 from lora_fx.errors import RefusedError
 from lora_fx.models.samples import Sample, dummy_samples, samples_of
 from lora_fx.models.twin import make_twin
@@ -69,23 +69,7 @@ def loss_of(output: object) -> Tensor:
 
 def floating(value: Any) -> Iterator[Tensor]:
     """Yield the floating point tensors in a value, in order."""
-    return (tensor for tensor in tensors_of(value) if tensor.is_floating_point())
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in tuples, lists, mappings and objects with attributes, in order."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    held = value
-    if isinstance(value, Mapping):
-        held = value.values()
-    elif is_plain_object(value):
-        held = vars(value).values()
-    elif not isinstance(value, (tuple, list)):
-        return
-    for part in held:
-        yield from tensors_of(part)
+    return (tensor for tensor in tensors_in(value) if tensor.is_floating_point())
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,9 @@ def complete_rules(context: click.Context, parameter: click.Parameter, incomplet
     return [*names, CompletionItem(incomplete, type="file")]
 
 
-def _complete_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return [CompletionItem(incomplete, type="file")]
-
-
-model_argument = click.argument("model", shell_complete=_complete_file)
+model_argument = click.argument("model", type=click.Path())
 _OUTPUT = "File to write; - is the standard output."
-output_option = click.option("-o", "--output", default=STANDARD, help=_OUTPUT, shell_complete=_complete_file)
+output_option = click.option("-o", "--output", type=click.Path(), default=STANDARD, help=_OUTPUT)
 progress_option = click.option("--no-progress", is_flag=True, help="Show no progress bar.")
 
 

@@ -58,7 +58,7 @@ def progress_bar(label: str, hidden: bool) -> Iterator[Callable[..., None]]:
 
 def show(text: str) -> None:
     """Show a text in colours, unless it goes to a file or the environment says NO_COLOR."""
-    wanted = _colour_wanted()
+    wanted = not os.environ.get("NO_COLOR") and (bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty())
     click.echo(painted(text) if wanted else text, color=wanted)
 
 
@@ -68,9 +68,3 @@ def painted(text: str) -> str:
         start, end = click.style("\0", **style).split("\0")
         text = pattern.sub(rf"{start}\g<0>{end}", text)
     return text
-
-
-def _colour_wanted() -> bool:
-    if os.environ.get("NO_COLOR"):
-        return False
-    return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()

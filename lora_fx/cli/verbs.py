@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import click
 
@@ -83,15 +83,10 @@ class Verbs(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            _fail(error, debug=bool(ctx.obj))
-
-
-def _fail(error: Exception, debug: bool) -> NoReturn:
-    """End with the error's text (its first line, for errors that are not ours) and the exit status."""
-    if debug:
-        traceback.print_exc()
-    click.echo(f"lora-fx: {text_of(error)}", err=True)
-    sys.exit(DIFFERS if isinstance(error, VIOLATIONS) else TROUBLE)
+            if ctx.obj:  # --debug
+                traceback.print_exc()
+            click.echo(f"lora-fx: {text_of(error)}", err=True)
+            sys.exit(DIFFERS if isinstance(error, VIOLATIONS) else TROUBLE)
 
 
 def text_of(error: Exception) -> str:

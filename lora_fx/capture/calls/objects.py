@@ -47,7 +47,7 @@ def subclass_of(kind: type, mixin: type[StandIn]) -> type:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor that can be reached from the value through attributes, lists, tuples and dicts."""
+    """Yield every tensor that can be reached through attributes, lists, tuples and dicts, in the order of these."""
     return (part for part in reachable(value) if isinstance(part, Tensor))
 
 
@@ -64,9 +64,9 @@ def reachable(value: Any, ends: tuple[type, ...] = ()) -> Iterator[Any]:
         seen.add(id(part))
         yield part
         if isinstance(part, (list, tuple)):
-            waiting.extend(part)
+            waiting.extend(reversed(part))
         elif isinstance(part, dict):
-            waiting.extend(dict.values(part))
+            waiting.extend(reversed(dict.values(part)))
         elif is_plain_object(part):
             waiting.append(vars(part))
 

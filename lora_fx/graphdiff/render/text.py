@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from lora_fx.graphdiff.changes import GraphDifference, SiteChange
 from lora_fx.planning.rows import fold_rows
-from lora_fx.text import count, thousands
+from lora_fx.text import count, scaled, thousands
 
 
 def diff_text(diff: GraphDifference) -> str:
@@ -93,8 +93,5 @@ def _flops(number: int) -> str:
 
 
 def size_text(number: int) -> str:
-    """Return `512 B`, `3.24 kB`, `1.5 GB`."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number} B"
+    """Return a number of bytes as `1.5 GB`."""
+    return scaled(number, "B")
