@@ -142,7 +142,10 @@ READ: dict[str, Row] = {
     "module and parameter": ("MLP", on("lin0", target_parameters=["lin1.weight"])),
 }
 
-MIXES = (AdapterMismatchError, "conv2d +file in the file +model its lora_A mixes the groups of the convolution")
+MIXES = (
+    AdapterMismatchError,
+    r"conv2d +file in the file +model its lora_A reads the channels of all \d groups of the ",
+)
 BLOCKS = (AdapterFileError, "use_bdlora +BD-LoRA: a factor holds only the blocks of its diagonal")
 A, B = {"target_modules_bd_a": ["lin0"]}, {"target_modules_bd_b": ["lin1"], "nblocks": 2}
 

@@ -255,7 +255,7 @@ class Tracer(Listener, FunctionMode):
             raise Untraceable("the forward sets an attribute of a tensor")
         if name in ("__getitem__", "__setitem__"):
             return self.writer.emit("call_function", getattr(operator, name.strip("_")), arguments)
-        if _is_method(func):
+        if inspect.ismethoddescriptor(func) or is_tensor_function(func):
             return self.writer.emit("call_method", name, arguments, keywords)
         return self.writer.emit("call_function", func, arguments, keywords)
 
@@ -357,10 +357,6 @@ def _name(func: Any) -> str:
 def _writes_to_argument(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a function returns one of its arguments because it has written to it."""
     return "out" in kwargs or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-def _is_method(func: Any) -> bool:
-    return inspect.ismethoddescriptor(func) or is_tensor_function(func)
 
 
 def _name_of_reading(func: Any) -> str:

@@ -144,16 +144,12 @@ def is_share(value: Any) -> bool:
     return is_number(value) and 0 <= value < 1
 
 
-def _is_dropout(value: object) -> bool:
-    return value is None or is_share(value)
-
-
 def _is_switch(value: object) -> bool:
-    return value is None or isinstance(value, bool)
+    return isinstance(value, bool)
 
 
 def _are_names(value: object) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) and name for name in value))
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
 def _are_targets(value: object) -> bool:
@@ -166,14 +162,13 @@ def _are_rows(value: object) -> bool:
 
 
 def _are_layers(value: object) -> bool:
-    numbers = value if isinstance(value, list) else [value]
-    return value is None or all(is_whole(number, 0) for number in numbers)
+    return all(is_whole(number, 0) for number in (value if isinstance(value, list) else [value]))
 
 
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (is_whole, "an integer above 0"),
     "lora_alpha": (is_number, "a number"),
-    "lora_dropout": (_is_dropout, "a number, at least 0 and below 1"),
+    "lora_dropout": (is_share, "a number, at least 0 and below 1"),
     "use_rslora": (_is_switch, "true or false"),
     "use_dora": (_is_switch, "true or false"),
     "target_modules": (_are_targets, "a string or a list of strings"),
@@ -186,11 +181,13 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "trainable_token_indices": (_are_rows, "a list of integers, or one for each embedding"),
 }
 _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+"""Each with the setting that it overrides, which must be given; of others null says as much as nothing."""
 
 
 def _wrong_values(config: Mapping[str, Any]) -> Iterator[Fact]:
     for key, (fits, words) in _KINDS.items():
-        if key in config and not fits(config[key]):
+        is_left_out = config.get(key) is None and (key not in config or key not in _PATTERNS.values())
+        if not is_left_out and not fits(config[key]):
             yield key, f"must be {words}, found {config[key]!r:.60}"
     for key, setting in _PATTERNS.items():
         table = config.get(key)
