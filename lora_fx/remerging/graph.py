@@ -12,7 +12,7 @@ from lora_fx.passes.editor import Editor
 from lora_fx.remerging.algebra.chains import refolded, with_chains
 from lora_fx.remerging.algebra.checks import checked, names_of_weight, stored_as
 from lora_fx.remerging.algebra.folds import LoraFold, find_folds
-from lora_fx.remerging.algebra.operations import IDENTITY, is_linear, parameters_read
+from lora_fx.remerging.algebra.operations import IDENTITY, is_assertion, is_linear, parameters_read
 from lora_fx.remerging.algebra.read import read_graph
 from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.running import finite, problem_with
@@ -133,8 +133,9 @@ def _take_out(editor: Editor, read: GraphReading, folds: list[LoraFold], names: 
             _read_weight_alone(editor, fold, names[fold.use])
     unread = {node for fold in folds for node in fold.cone} | removal.touched
     for node in reversed(list(editor.graph.nodes)):
-        if node in unread and not node.users and node.op not in ("placeholder", "output"):
-            editor.erase(node, "remerge")
+        if node in unread and all(map(is_assertion, node.users)) and node.op not in ("placeholder", "output"):
+            for erased in (*node.users, node):
+                editor.erase(erased, "remerge")
 
 
 class _Removal:

@@ -1,8 +1,9 @@
 """Modules of other libraries that are a linear and its LoRA: found by their shapes, proven by their graph."""
 
+import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lora_fx.adapters.factors.kinds import Convolution
 from lora_fx.capture.captured import NotCaptured, capture
 from lora_fx.models.layers import has_hooks
 from lora_fx.models.samples import Sample
@@ -26,7 +28,6 @@ from lora_fx.text import dotted
 _ROWS = ((2, 3), (5,))
 """The dimensions in front of the columns of inputs that are made up."""
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def candidates(model: nn.Module) -> list[str]:
@@ -66,6 +67,19 @@ def _bound_elsewhere(module: nn.Module) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) and owner is not module else None
 
 
+def _flat(module: nn.Module) -> list[Tensor]:
+    """Return `matrices_of` with two dimensions; those of convolutions in groups as wide as if they had one."""
+    holders = [module, *filter(None, [_bound_elsewhere(module)])]
+    groups = {
+        id(inner.weight): inner.groups
+        for holder in holders
+        for inner in holder.modules()
+        if isinstance(inner, Convolution)
+    }
+    flat = [(weight.detach().flatten(1), groups.get(id(weight), 1)) for weight in matrices_of(module)]
+    return [weight.repeat(1, times) if times > 1 else weight for weight, times in flat]
+
+
 def _weight_of(module: nn.Module) -> Tensor | None:
     """Return the weight that the others of a module may be factors for, if there are such.
 
@@ -73,16 +87,17 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     itself owns, as a forward that computes a LoRA on the way does.
     """
     stored = matrices_of(module)
-    matrices = [weight.detach().flatten(1) for weight in stored]
+    matrices = _flat(module)
     if len(matrices) < 3:
         return None
     weight = max(matrices, key=torch.numel)
     if all(min(other.shape) < min(weight.shape) for other in matrices if other is not weight):
         return weight
-    own: list[Tensor] = [held for held in module._parameters.values() if held is not None and held.dim() == 2]
-    own = stored if len(stored) == 3 else own  # a wrapper: a linear and two factors, whatever holds them
-    for one, parameter in zip(matrices, stored, strict=True):
-        if _has_pair(one, [held.detach().flatten(1) for held in own if held is not parameter]):
+    # a wrapper has a linear and two factors, whatever holds them
+    own = {id(held) for held in module._parameters.values() if held is not None and held.dim() == 2}
+    fitting = [one for one, held in zip(matrices, stored, strict=True) if len(stored) == 3 or id(held) in own]
+    for one in matrices:
+        if _has_pair(one, [other for other in fitting if other is not one]):
             return one
     return None
 
@@ -109,14 +124,14 @@ def replaced(model: nn.Module, path: str, call: Sample | None) -> nn.Module | st
     weight = _weight_of(module)
     if weight is None:  # what is inside has become plain
         return ""
-    matrices = [other.detach().flatten(1) for other in matrices_of(module)]
-    is_pair = _has_pair(weight, [other for other in matrices if other.shape != weight.shape])
+    is_pair = _has_pair(weight, [other for other in _flat(module) if other.shape != weight.shape])
     unfit = _unfit(module)
     if unfit is not None:
         return unfit if is_pair else ""
+    convolutions = [inner for inner in module.modules() if isinstance(inner, Convolution)]
     reason = ""
     for width in dict.fromkeys((weight.shape[1], weight.shape[0])):
-        inputs: Calls = [((made_up_rows(rows, width, weight),), {}) for rows in _ROWS]
+        inputs = _made_up(convolutions, weight, width)
         if call is not None:
             inputs.insert(0, (call.args, call.kwargs))
         try:
@@ -137,9 +152,17 @@ def _unfit(module: nn.Module) -> str | None:
         return "it has hooks"
     if any(isinstance(inner, nn.Embedding) for inner in module.modules()):
         return "its base is an embedding, no linear"
-    if any(isinstance(inner, _CONVOLUTIONS) for inner in module.modules()):
-        return "its base is a convolution, no linear"
     return None
+
+
+def _made_up(convolutions: Sequence[Convolution], weight: Tensor, width: int) -> Calls:
+    """Return calls of a linear with so many columns, or of the convolution that has a weight of this size."""
+    base = next((each for each in convolutions if each.weight.numel() * each.groups == weight.numel()), None)
+    if base is None:
+        return [((made_up_rows(rows, (width,), weight),), {}) for rows in _ROWS]
+    spans = [d * (k - 1) for d, k in zip(base.dilation, base.kernel_size, strict=True)]
+    sizes = [tuple(span + more for span in spans) for more in (3, 4)]
+    return [((made_up_rows((2, base.in_channels), size, weight),), {}) for size in sizes]
 
 
 def read_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphReading:
@@ -230,7 +253,7 @@ def _with_weights(
     if inside is not None:
         return _changed(inside, {id(stored): weight, id(old): bias})
     plain = weight if part.transposed else nn.Parameter(weight.t().contiguous(), requires_grad=weight.requires_grad)
-    return _linear(plain, bias, module.training)
+    return _linear(plain, bias, module.training) if plain.dim() == 2 else _convolution(module, plain, bias)
 
 
 def _bias(read: GraphReading, part: WeightPart, value: Affine) -> tuple[Tensor | None, Tensor | None]:
@@ -262,12 +285,12 @@ def _base_layer(module: nn.Module, stored: Tensor, factors: set[int]) -> nn.Modu
 
 def _changed(layer: nn.Module, new: dict[int, Tensor | None]) -> nn.Module:
     """Return a copy of the layer with other tensors in place of some; all others are the same objects."""
-    copy = make_twin(layer, freeze=False)
+    twin = make_twin(layer, freeze=False)
     for name, old in layer.named_parameters(remove_duplicate=False):
         tensor = new.get(id(old), old)
         assert tensor is not None
-        set_tensor(copy, name, tensor)
-    return copy
+        set_tensor(twin, name, tensor)
+    return twin
 
 
 def _linear(weight: nn.Parameter, bias: Tensor | None, training: bool) -> nn.Linear:
@@ -276,6 +299,16 @@ def _linear(weight: nn.Parameter, bias: Tensor | None, training: bool) -> nn.Lin
     if bias is not None:
         layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
     return layer.train(training)
+
+
+def _convolution(module: nn.Module, weight: nn.Parameter, bias: Tensor | None) -> nn.Module:
+    """Return a convolution whose forward others have taken over as it was, with new parameters."""
+    if not isinstance(module, Convolution):
+        raise NotLinear(None, "no module in it is its convolution alone; remerge the graph of a model that holds it")
+    layer = copy.copy(module)
+    layer.__dict__["_parameters"] = {**module._parameters, "weight": weight, "bias": bias}
+    layer.__dict__.pop("forward", None)
+    return layer
 
 
 def _disagreement(module: nn.Module, layer: nn.Module, inputs: Calls) -> str:

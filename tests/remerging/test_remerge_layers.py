@@ -93,6 +93,29 @@ def test_layer_vanishes_from_a_graph(make, trace, request):
     plain.graph.lint()
 
 
+def test_matrix_of_addmm_may_be_given_by_its_name():
+    class Named(foreign.LinearWithLoRA):
+        def forward(self, x):
+            base = torch.addmm(self.linear.bias, x, mat2=self.linear.weight.t())
+            return base + torch.mm(torch.mm(x, self.lora.A), mat2=self.lora.B)
+
+    model = randomised(nn.Sequential(Named()))
+    result = remerged(fx.symbolic_trace(model))
+    assert result.folded == ("0.linear",)
+    torch.testing.assert_close(result.model(X[0]), model(X[0]))
+
+
+@needs("lycoris")
+@pytest.mark.parametrize("bypass", [None, True])
+def test_linears_that_lycoris_took_over_vanish_from_an_exported_graph(bypass):
+    model = between(lambda: nn.Linear(16, 24))
+    randomised(foreign.lycoris(model, bypass_mode=bypass))
+    result = remerged(torch.export.export(model.eval(), (X,)))
+    assert (result.folded, result.left) == (("0", "2", "4"), ())
+    assert "_assert_tensor_metadata" not in str(result.model.graph)
+    assert_equal(result.model, model)
+
+
 @needs("lycoris")
 @pytest.mark.parametrize("bypass", [None, True])
 def test_linears_that_lycoris_took_over_become_plain_linears(bypass):

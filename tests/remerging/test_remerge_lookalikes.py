@@ -8,11 +8,28 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import passes
+from lora_fx.remerging.algebra.operations import read_call
+from lora_fx.remerging.algebra.shapes import bounds, slice_of
 from lora_fx.remerging.graph import Remerge
 from lora_fx.remerging.whole import remerged
 from tests.support import foreign, zoo
 from tests.support.foreign import randomised
 from tests.support.remerged import X, assert_equal, names, needs
+
+# -- pieces
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "taken"),
+    [(2, 3, (2, 5)), (-2, 2, (6, 8)), (0, "node", None), ("node", 3, None), (0, 8, (0, 8))],
+)
+def test_narrow_takes_what_is_known_of_its_numbers(start, length, taken):
+    graph = fx.Graph()
+    x, node = graph.placeholder("x"), graph.placeholder("n")
+    numbers = [node if number == "node" else number for number in (start, length)]
+    call = read_call(graph.call_function(torch.narrow, (x, -1, *numbers)), nn.Module())
+    assert bounds(slice_of(call), 8) == taken
+
 
 # -- lookalikes
 

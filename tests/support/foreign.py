@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -210,12 +210,12 @@ def peft_linear(**options: object) -> nn.Module:
     return peft.get_peft_model(nn.Sequential(nn.Linear(16, 24)), peft.LoraConfig(target_modules=["0"], **options))
 
 
-def lycoris(model: nn.Module, **options: object) -> nn.Module:
-    """Let LyCORIS take over the linears of the model, in place; return its network."""
+def lycoris(model: nn.Module, target: Sequence[str] = ("Linear",), **options: object) -> nn.Module:
+    """Let LyCORIS take over the linears of the model, or layers of other classes, in place; return its network."""
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
     from lycoris import LycorisNetwork, create_lycoris
 
-    LycorisNetwork.apply_preset({"target_module": ["Linear"], "target_name": []})
+    LycorisNetwork.apply_preset({"target_module": [*target], "target_name": []})
     network = create_lycoris(model, 1.0, linear_dim=4, linear_alpha=2.0, algo="lora", **options)
     network.apply_to()
     return network

@@ -1,10 +1,12 @@
 """What is done with values that depend on an input, as far as they stay affine in it: one function an operation."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from torch import fx, nn
 
 from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
+from lora_fx.remerging.algebra.convolutions import Patches, in_groups, patches_of
 from lora_fx.remerging.algebra.operations import IDENTITY, GraphCall, NotLinear, stores_transposed
 from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.shapes import piece, rows_after, shape_of
@@ -18,6 +20,8 @@ def linear_parameters(read: GraphReading, call: GraphCall) -> tuple[Matrix, Matr
     Raises:
         NotLinear: they depend on the input, or are not a matrix and a row.
     """
+    if call.op == "conv":
+        return _convolution_parameters(read, call)[:2]
     if call.op == "linear" and call.module is not None:
         return _module_parameters(read, call, call.module)
     if call.op == "linear":
@@ -37,6 +41,30 @@ def _module_parameters(read: GraphReading, call: GraphCall, module: nn.Module) -
     weight = read.leaf(f"{path}.weight", call.node)
     bias = None if module._parameters.get("bias") is None else _row(read.leaf(f"{path}.bias", call.node), call)
     return weight if stores_transposed(module) else weight.transposed(), bias
+
+
+def _convolution_parameters(read: GraphReading, call: GraphCall) -> tuple[Matrix, Matrix | None, Patches]:
+    """Return what a convolution multiplies its patches with, [in · k, out], the row that it adds, and what it sees."""
+    weight, module, bias = convolution_weight(read, call), call.module, None
+    flat = weight.flattened() if len(weight.shape) > 2 else None
+    if flat is None:
+        raise NotLinear(call.node, f"conv by a tensor of shape {weight.shape}")
+    if module is not None and module._parameters.get("bias") is not None:
+        bias = _row(read.leaf(f"{call.node.target}.bias", call.node), call)
+    elif call.get("bias") is not None:
+        bias = _row(read.matrix_of(call, "bias"), call)
+    return flat.transposed(), bias, patches_of(call, weight.shape[2:])
+
+
+def convolution_weight(read: GraphReading, call: GraphCall) -> Matrix:
+    """Return the weight of a convolution, [out, in / groups, kernel…]; NotLinear is raised if it is not a constant."""
+    return read.matrix_of(call, "weight") if call.module is None else read.leaf(f"{call.node.target}.weight", call.node)
+
+
+def input_of(read: GraphReading, call: GraphCall) -> fx.Node:
+    """Return the value that a linear or convolution sees, before casts and views."""
+    given = read.given(call, "mat1" if call.op == "addmm" else "input")
+    return read.source(given, (IDENTITY,)) if call.op == "conv" else read.source(given)
 
 
 def _plain(value: Matrix, call: GraphCall) -> Matrix:
@@ -59,6 +87,26 @@ def _linear(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affi
     if left.width != weight.shape[0]:
         raise NotLinear(call.node, f"{call.op} of {left.width} columns by {weight.shape[0]} rows")
     result = left.times(weight)
+    return result if bias is None else result.shifted(bias)
+
+
+def _convolution(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
+    """Return a convolution of x; one with a kernel of 1 of another's result; or, after such a one, of any kernel."""
+    weight, bias, patches = _convolution_parameters(read, call)
+    if input_of(read, call) is x:
+        value = Affine.identity(weight.shape[0], patches)
+    else:
+        value = read.argument(call, x, width)
+        rows = value.rows
+        if isinstance(rows, Patches) and max(rows.groups, patches.groups) > 1:
+            raise NotLinear(call.node, in_groups(max(rows.groups, patches.groups)))
+        if isinstance(rows, Patches) and rows.is_pointwise and not value.constant:
+            value = replace(value.at_each_of(patches.positions), rows=patches)
+        elif not isinstance(rows, Patches) or not patches.is_pointwise:
+            raise NotLinear(call.node, "none of its convolutions has a kernel of 1 and no strides")
+    if value.width != weight.shape[0]:
+        raise NotLinear(call.node, f"conv of {value.width} columns by {weight.shape[0]} rows")
+    result = value.times(weight)
     return result if bias is None else result.shifted(bias)
 
 
@@ -86,6 +134,8 @@ def _add(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
             raise NotLinear(call.node, broadcasts(total, value))
         total = value if total is None else total.plus(value)
     assert total is not None
+    if rows and isinstance(total.rows, Patches):
+        raise NotLinear(call.node, "a row is added to what a convolution gives")
     for row in rows:
         if row.shape[1] != total.width:
             raise NotLinear(call.node, f"a row of {row.shape[1]} columns is added to {total.width}")
@@ -95,6 +145,8 @@ def _add(read: GraphReading, call: GraphCall, x: fx.Node, width: int) -> Affine:
 
 def broadcasts(one: Affine, other: Affine) -> str:
     """Return the reason why two values cannot be one linear's."""
+    if isinstance(one.rows, Patches) and isinstance(other.rows, Patches) and one.rows != other.rows:
+        return one.rows.difference(other.rows)
     if one.width != other.width:
         return f"its shape broadcasts: {other.width} columns are added to {one.width}"
     return "its shape broadcasts, or its rows are other rows"
@@ -137,7 +189,7 @@ def _concatenate(read: GraphReading, call: GraphCall, x: fx.Node, width: int) ->
     total, start = sum(value.width for value in values), 0
     result = Affine((), (), total, values[0].rows)
     for value in values:
-        if value.rows != result.rows:
+        if value.rows != result.rows or isinstance(value.rows, Patches):
             raise NotLinear(call.node, broadcasts(result, value))
         result = result.plus(value.placed(start, total))
         start += value.width
@@ -145,6 +197,7 @@ def _concatenate(read: GraphReading, call: GraphCall, x: fx.Node, width: int) ->
 
 
 AFFINE_OPERATIONS: dict[str, Operation] = {
+    "conv": _convolution,
     "linear": _linear,
     "matmul": _linear,
     "addmm": _linear,

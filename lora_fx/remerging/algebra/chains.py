@@ -16,6 +16,7 @@ Worked example: `linear(x) + 0.5 * B(A(x))`, the stored weights W [8, 4], A [2, 
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -58,6 +59,10 @@ class Factor:
         if part is not None:
             part = replace(part, start=part.start + start, stop=part.start + stop)
         return Factor(self.tensor[:, start:stop], self.names, part)
+
+    def flattened(self) -> "Factor":
+        """Return the factor with all of its dimensions but the first as columns."""
+        return Factor(self.tensor.flatten(1), self.names, self.part)
 
     @property
     def key(self) -> object:
@@ -155,10 +160,13 @@ def with_chains(weight: Tensor, chains: Iterable[MatrixChain], start: int = 0) -
 
 
 def refolded(stored: Tensor, transposed: bool, chains: Iterable[MatrixChain], start: int = 0) -> Tensor:
-    """Return `with_chains` of a weight that is stored as [out, in] if `transposed`, else as [in, out]."""
+    """Return `with_chains` of a weight that is stored as [out, in] if `transposed`, else as [in, out]; in the shape
+    that is stored.
+    """
+    weight = stored.flatten(1) if stored.dim() > 2 else stored
     if transposed:
-        return with_chains(stored, chains, start)
-    return with_chains(stored.t(), chains, start).t().contiguous()
+        return with_chains(weight, chains, start).view(stored.shape)
+    return with_chains(weight.t(), chains, start).t().contiguous().view(stored.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +208,23 @@ class Matrix:
         )
         return Matrix(tuple(turned), (self.shape[1], self.shape[0]))
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether all chains are matrices that lie in memory as a tensor of this shape, first its rows."""
+        sizes = {(chain.factors[0].tensor.shape[0], chain.columns) for chain in self.chains}
+        flat = all(factor.tensor.dim() == 2 for chain in self.chains for factor in chain.factors)
+        return flat and sizes == {(shape[0], math.prod(shape[1:]))}
+
+    def flattened(self) -> "Matrix | None":
+        """Return the constant as a matrix, all of its dimensions but the first as columns; None if it is not one."""
+        if len(self.shape) < 2:
+            return None
+        chains = tuple(
+            replace(chain, factors=(chain.factors[0].flattened(),)) if len(chain.factors) == 1 else chain
+            for chain in self.chains
+        )
+        flat = Matrix(chains, (self.shape[0], math.prod(self.shape[1:])))
+        return flat if flat.fits(flat.shape) else None
+
     def columns(self, start: int, stop: int) -> "Matrix":
         """Return the columns start to stop: those of the last factor of every chain."""
         return Matrix(tuple(_columns(chain, start, stop) for chain in self.chains), (self.shape[0], stop - start))
@@ -220,6 +245,14 @@ def _placed(chain: MatrixChain, start: int, total: int) -> MatrixChain:
     after = total - start - last.tensor.shape[1]
     padded = torch.nn.functional.pad(last.tensor.detach(), (start, after))
     return MatrixChain(chain.coefficient, (*chain.factors[:-1], Factor(padded, last.names)))
+
+
+def _at_each_of(chain: MatrixChain, positions: int) -> MatrixChain:
+    def spread(factor: Factor) -> Factor:
+        matrix = factor.tensor.detach().contiguous()
+        return Factor(torch.kron(matrix, torch.eye(positions).to(matrix)), factor.names)
+
+    return MatrixChain(chain.coefficient, tuple(map(spread, chain.factors)))
 
 
 def side_by_side(matrices: list[Matrix]) -> Matrix:
@@ -272,6 +305,10 @@ class Affine:
     def shifted(self, row: Matrix) -> "Affine":
         """Return the value with a row [1, width] added to every row."""
         return replace(self, constant=simplified((*self.constant, *row.chains)))
+
+    def at_each_of(self, positions: int) -> "Affine":
+        """Return the linear part at each position of a patch, the positions of one column beside each other."""
+        return self._changed(lambda chain: _at_each_of(chain, positions), self.width * positions)
 
     def columns(self, start: int, stop: int) -> "Affine":
         """Return the columns start to stop of the value."""

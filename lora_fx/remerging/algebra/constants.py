@@ -80,16 +80,15 @@ def _masked(read: GraphReading, call: GraphCall, value: Matrix, mask: Matrix) ->
 
 
 def _view(read: GraphReading, call: GraphCall) -> Matrix | None:
-    """A view to the shape that the value has, to it without ones in front, or of one factor to any shape."""
+    """A view of one factor to any shape, of others to one that lies in memory as they do (a convolution's weight)."""
     value, sizes = read.matrix_of(call), [_size(read, size) for size in sizes_of(call)]
     sizes = [*sizes[0]] if len(sizes) == 1 and isinstance(sizes[0], tuple) else sizes
     shape = _inferred(sizes, value.shape)
-    if shape == value.shape:
-        return value
-    if shape == value.shape[-2:] and all(size == 1 for size in value.shape[:-2]) and value.single is None:
-        return Matrix(value.chains, shape)
-    single = value.single
-    return None if single is None or shape is None else matrix(single.tensor.reshape(shape), single.names)
+    if shape is None or shape == value.shape:
+        return None if shape is None else value
+    if value.single is not None:
+        return matrix(value.single.tensor.reshape(shape), value.names)
+    return Matrix(value.chains, shape) if value.fits(shape) else None
 
 
 def _size(read: GraphReading, value: object) -> Any:
@@ -122,7 +121,13 @@ def _squeeze(read: GraphReading, call: GraphCall) -> Matrix | None:
     value, dim = read.matrix_of(call), call.get("dim", 0)
     if value.single is not None:
         return matrix(value.single.tensor.squeeze(dim), value.names)
-    return Matrix(value.chains, value.shape[1:]) if dim == 0 and value.shape[0] == 1 and len(value.shape) == 3 else None
+    shape = value.shape[1:]
+    return Matrix(value.chains, shape) if dim == 0 and value.shape[0] == 1 and value.fits(shape) else None
+
+
+def _flatten(read: GraphReading, call: GraphCall) -> Matrix | None:
+    single, dims = read.matrix_of(call).single, (call.get("start_dim", 0), call.get("end_dim", -1))
+    return None if single is None else matrix(single.tensor.flatten(*dims), single.names)
 
 
 def _piece(read: GraphReading, call: GraphCall) -> Matrix | None:
@@ -223,11 +228,12 @@ CONSTANT_OPERATIONS: dict[str, Operation] = {
     "view": _view,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
+    "flatten": _flatten,
     "getitem": _piece,
     "slice": _piece,
     "narrow": _piece,
     "cat": _concatenate,
-    "conv1d": _grouped,
+    "conv": _grouped,
     "new_zeros": _zeros,
     "zeros_like": _zeros,
     "setitem": _set_rows,

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from lora_fx.remerging.algebra.affine import addends, broadcasts, linear_parameters
+from lora_fx.remerging.algebra.affine import addends, broadcasts, input_of, linear_parameters
 from lora_fx.remerging.algebra.chains import Affine, Chains, MatrixChain, WeightPart
+from lora_fx.remerging.algebra.convolutions import Patches
 from lora_fx.remerging.algebra.lookalikes import LINEARS, cone_of, looks_like_lora, made_with_product, path_of
 from lora_fx.remerging.algebra.operations import IDENTITY, NotLinear
 from lora_fx.remerging.algebra.reading import GraphReading
@@ -64,6 +65,8 @@ class LoraFold:
     """All that computes the linear alone, from x to the sum."""
     end: fx.Node | None
     """The addition that reads the linear alone."""
+    rows: object = None
+    """The dimensions in front of its columns, or the Patches of a convolution."""
 
     @property
     def signature(self) -> object:
@@ -162,7 +165,9 @@ def _read_addend(read: GraphReading, addend: Addend, bases: list[LinearAddend], 
         try:
             findings.folds.append(_fold(read, addend, base))
         except NotLinear as reason:
-            if looks_like_lora(read, addend.node, base.x, (base.width, base.value.width), reason):
+            rows, width = base.value.rows, base.width
+            columns = rows.channels(width) if isinstance(rows, Patches) else width
+            if looks_like_lora(read, addend.node, base.x, (columns, base.value.width), reason):
                 reasons[path_of(base.part)] = reason.reason
         else:
             return
@@ -185,7 +190,7 @@ def _fold(read: GraphReading, addend: Addend, base: LinearAddend) -> LoraFold:
     cone, base_cone = cone_of(read, node, base.x), cone_of(read, base.node, base.x)
     return LoraFold(
         base.use, base.part, base.bias, value.linear, value.constant, node, addend.reader, addend.number, base.x,
-        width, cone, base_cone, base.reader,
+        width, cone, base_cone, base.reader, value.rows,
     )  # fmt: skip
 
 
@@ -226,7 +231,7 @@ def _base_of(read: GraphReading, addend: Addend) -> LinearAddend | None:
     call = read.calls[use]
     try:
         weight, _ = linear_parameters(read, call)
-        x = read.source(read.given(call, "mat1" if call.op == "addmm" else "input"))
+        x = input_of(read, call)
         value = read.affine(node, x, weight.shape[0])
     except NotLinear:
         return None
@@ -257,9 +262,12 @@ def _read_weight(read: GraphReading, node: fx.Node, findings: Findings) -> None:
             findings.left[name] = reason.reason
         return
     assert value is not None
+    value = value.flattened()
+    if value is None:
+        return
     whole = [chain for chain in value.chains if chain.part is not None]
     others = tuple(chain for chain in value.chains if chain.part is None)
-    if len(whole) != 1 or not others or not value.is_plain:
+    if len(whole) != 1 or not others:
         return
     part = whole[0].part
     assert part is not None
@@ -267,7 +275,7 @@ def _read_weight(read: GraphReading, node: fx.Node, findings: Findings) -> None:
         check_product(others, node)
     except NotLinear:
         return
-    if whole[0].factors[0].tensor.shape != read.tensors[part.name].shape and not part.transposed:
+    if whole[0].factors[0].tensor.numel() != read.tensors[part.name].numel():
         return
     cone = cone_of(read, node, None)
     findings.folds.append(

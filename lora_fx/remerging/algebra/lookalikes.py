@@ -1,14 +1,16 @@
 """What only looks like a LoRA, so that it is worth a word why it is left alone."""
 
+import math
+
 from torch import fx
 
 from lora_fx.passes.dataflow import made_from
-from lora_fx.remerging.algebra.affine import linear_parameters
+from lora_fx.remerging.algebra.affine import convolution_weight, linear_parameters
 from lora_fx.remerging.algebra.chains import Matrix, WeightPart
 from lora_fx.remerging.algebra.operations import GraphCall, NotLinear
 from lora_fx.remerging.algebra.reading import GraphReading
 
-LINEARS = ("linear", "matmul", "addmm")
+LINEARS = ("linear", "matmul", "addmm", "conv")
 _FARTHEST = 24
 """As many nodes are looked at on the way back from a sum."""
 
@@ -32,13 +34,13 @@ def made_with_product(read: GraphReading, node: fx.Node) -> str | None:
             value = read.constant(source)
         except NotLinear:
             continue
-        if value is None or not value.is_plain:
+        if value is None or len(value.shape) < 2:
             continue
         has_product = has_product or any(chain.is_low_rank for chain in value.chains)
         stored += [value] if source.op == "get_attr" else []
     if not has_product or not stored:
         return None
-    part = max(stored, key=lambda value: value.shape[0] * value.shape[1]).chains[0].part
+    part = max(stored, key=lambda value: math.prod(value.shape)).chains[0].part
     return None if part is None else path_of(part)
 
 
@@ -49,13 +51,13 @@ def looks_like_lora(read: GraphReading, node: fx.Node, x: fx.Node, linear: tuple
         read: the graph.
         node: the addend.
         x: the linear's input.
-        linear: its (columns of the input, columns of the output).
+        linear: its (columns of the input, columns of the output); a convolution's channels.
         reason: why the addend is not a LoRA.
     """
     shapes, end = _matrices_above(read, node, x)
     if len(shapes) < 2:
         return False
-    (inner, out), (into, rank) = shapes[0], shapes[1]
+    (inner, _, out), (_, into, rank) = shapes[0], shapes[1]
     if into != linear[0] or inner != rank or out not in (linear[1], 1):
         return False
     if rank >= max(linear):
@@ -63,9 +65,12 @@ def looks_like_lora(read: GraphReading, node: fx.Node, x: fx.Node, linear: tuple
     return end is x or reason.reason.startswith("its input is")
 
 
-def _matrices_above(read: GraphReading, node: fx.Node, x: fx.Node) -> tuple[list[tuple[int, int]], fx.Node]:
-    """Return the shapes of the matrices on the way from a value back to x, the last first, and where the way ends."""
-    shapes: list[tuple[int, int]] = []
+def _matrices_above(read: GraphReading, node: fx.Node, x: fx.Node) -> tuple[list[tuple[int, int, int]], fx.Node]:
+    """Return the shapes of the matrices on the way from a value back to x, the last first, and where the way ends.
+
+    (rows, columns or channels of the input, columns of the output) of each.
+    """
+    shapes: list[tuple[int, int, int]] = []
     for _ in range(_FARTHEST):
         call = read.calls.get(node)
         if node is x or call is None:
@@ -92,9 +97,12 @@ def _leads_to_matrix(read: GraphReading, node: fx.Node) -> bool:
     return False
 
 
-def _shape(read: GraphReading, call: GraphCall) -> list[tuple[int, int]]:
+def _shape(read: GraphReading, call: GraphCall) -> list[tuple[int, int, int]]:
     try:
-        weight, _ = linear_parameters(read, call)
+        if call.op == "conv":
+            out, channels, *kernel = convolution_weight(read, call).shape
+            return [(channels * call.get("groups", 1) * math.prod(kernel), channels * call.get("groups", 1), out)]
+        into, out = linear_parameters(read, call)[0].shape
     except NotLinear:
         return []
-    return [(weight.shape[0], weight.shape[1])]
+    return [(into, into, out)]

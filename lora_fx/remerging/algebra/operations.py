@@ -13,6 +13,7 @@ from torch import fx, nn
 from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.models.layers import has_hooks, kind_of
 from lora_fx.models.swap import is_swapped
+from lora_fx.planning.sites import CONVOLUTIONS
 
 _ALIASES = {
     **dict.fromkeys(("mm", "imatmul", "__matmul__"), "matmul"),
@@ -24,6 +25,7 @@ _ALIASES = {
     **dict.fromkeys(("t", "numpy_T", "mT", "matrix_H", "swapaxes", "adjoint"), "transpose"),
     **dict.fromkeys(("concat", "concatenate"), "cat"),
     **dict.fromkeys(("index_put", "index_put_"), "setitem"),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), "conv"),
     "negative": "neg",
     "split_with_sizes": "split",
     "alpha_dropout": "dropout",
@@ -37,12 +39,13 @@ _IDENTITIES = frozenset(_NAMES_OF_IDENTITIES.split())
 IDENTITY = "identity"
 """What gives the values of its argument: copies, casts, a dropout that drops nothing."""
 _NAMES = (
-    "linear addmm matmul add sub mul div neg view transpose permute unsqueeze squeeze getitem slice narrow chunk split "
-    "cat conv1d new_zeros zeros zeros_like setitem dropout size shape"
+    "linear addmm matmul add sub mul div neg view transpose permute unsqueeze squeeze flatten getitem slice narrow "
+    "chunk split cat new_zeros zeros zeros_like setitem dropout size shape"
 )
 _KNOWN = {*_NAMES.split(), *_ALIASES, *_IDENTITIES}
 _IN_PLACE = {"iadd", "add_", "isub", "sub_", "imul", "mul_", "itruediv", "div_", "setitem", "index_put_", "copy_"}
 _PLACES: tuple[Any, ...] = (F, torch, operator, torch.Tensor)
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation")
 _ARGUMENTS = {
     "linear": ("input", "weight", "bias"),
     "addmm": ("input", "mat1", "mat2"),
@@ -56,7 +59,9 @@ _ARGUMENTS = {
     "transpose": ("input", "dim0", "dim1"),
     "unsqueeze": ("input", "dim"),
     "squeeze": ("input", "dim"),
-    "conv1d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "conv": (*_CONVOLUTION, "groups"),
+    "convolution": (*_CONVOLUTION, "transposed", "output_padding", "groups"),
+    "flatten": ("input", "start_dim", "end_dim"),
     "getitem": ("input", "index"),
 }
 _SYNONYMS = {
@@ -120,7 +125,7 @@ def _call_as_written(node: fx.Node, root: nn.Module) -> GraphCall:
     if name == "getattr":
         return _attribute(node)
     op = IDENTITY if name in _IDENTITIES else _ALIASES.get(name, name)
-    return GraphCall(op, node, _named(op, node), name in _IN_PLACE)
+    return GraphCall(op, node, _named(name if name in _ARGUMENTS else op, node), name in _IN_PLACE)
 
 
 def _raw_name(node: fx.Node) -> str:
@@ -135,6 +140,11 @@ def _raw_name(node: fx.Node) -> str:
     return known if known is not None else f"{target.__module__}.{target.__name__}"
 
 
+def is_assertion(node: fx.Node) -> bool:
+    """Whether the node only checks a tensor's dtype and device, as torch.export has it before every cast."""
+    return node.op == "call_function" and _raw_name(node) == "_assert_tensor_metadata"
+
+
 def _attribute(node: fx.Node) -> GraphCall:
     name = str(node.args[1])
     op = {"T": "transpose", "mT": "transpose", "H": "transpose", "data": IDENTITY, "shape": "shape"}.get(name, name)
@@ -145,7 +155,7 @@ def _named(op: str, node: fx.Node) -> dict[str, Any]:
     names = _ARGUMENTS.get(op, ("input",))
     arguments: dict[str, Any] = dict(zip(names, node.args, strict=False))
     arguments["rest"] = node.args[len(names) :]
-    return arguments | {_SYNONYMS.get(key, key): value for key, value in node.kwargs.items()}
+    return arguments | {key if key in names else _SYNONYMS.get(key, key): node.kwargs[key] for key in node.kwargs}
 
 
 def _module_call(node: fx.Node, module: nn.Module) -> GraphCall:
@@ -158,6 +168,9 @@ def _module_call(node: fx.Node, module: nn.Module) -> GraphCall:
         return replace(plain, op="dropout", arguments={"input": value, "p": module.p, "training": module.training})
     if type(module) is nn.Identity:
         return replace(plain, op=IDENTITY)
+    if is_convolution(module):
+        settings = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        return replace(plain, op="conv", arguments={"input": value, **settings})
     return replace(plain, op="linear") if is_linear(module) else plain
 
 
@@ -168,6 +181,13 @@ def is_linear(module: nn.Module) -> bool:
         return False
     computed = inspect.getattr_static(type(module), "weight", None)
     return module._parameters.get("weight") is not None and not isinstance(computed, property)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether the module is one of torch's convolutions and nothing else, with its own parameters."""
+    kind = kind_of(module)
+    known = kind is not None and kind.op in CONVOLUTIONS and kind.called and kind.refusal is None
+    return known and not is_swapped(type(module))
 
 
 def stores_transposed(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """A graph read as mathematics: each value as an affine function of another one, each constant as a sum of chains."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -10,7 +11,8 @@ from torch import Tensor, fx, nn
 from lora_fx.models.tensors import attribute_at
 from lora_fx.passes.dataflow import dataflow
 from lora_fx.remerging.algebra.chains import Affine, Matrix, WeightPart, matrix
-from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, GraphCall, NotLinear, read_call
+from lora_fx.remerging.algebra.convolutions import Patches
+from lora_fx.remerging.algebra.operations import IDENTITY, VIEWS, GraphCall, NotLinear, is_assertion, read_call
 from lora_fx.remerging.algebra.shapes import last_dimension, shape_of
 
 _Key = TypeVar("_Key")
@@ -47,7 +49,7 @@ class GraphReading:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """The stored tensors that have been read, by name."""
     _constants: dict[fx.Node, Matrix | NotLinear | None] = field(default_factory=dict)
-    _affine: dict[tuple[fx.Node, fx.Node], Affine | NotLinear] = field(default_factory=dict)
+    _affine: dict[tuple[fx.Node, fx.Node, int], Affine | NotLinear] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         stored = (*self.root.named_parameters(), *self.root.named_buffers())
@@ -60,6 +62,7 @@ class GraphReading:
                 if call.in_place:
                     self._note_write(node)
         self.flow = dataflow(self.graph, self.latest)
+        self.flow.remove_edges_from(list(self.flow.in_edges(filter(is_assertion, self.graph.nodes))))
         for node in self.graph.nodes:  # in order, so that no recursion goes deep
             self.is_constant(node)
 
@@ -156,7 +159,7 @@ class GraphReading:
             raise NotLinear(node, f"{name} is not a tensor")
         known = self.names.get(id(tensor), name)
         self.tensors[known] = tensor
-        part = WeightPart(known, False, 0, tensor.shape[1]) if tensor.dim() == 2 else None
+        part = WeightPart(known, False, 0, math.prod(tensor.shape[1:])) if tensor.dim() > 1 else None
         return matrix(tensor.detach(), (known,), part)
 
     def matrix_of(self, call: GraphCall, name: str = "input") -> Matrix:
@@ -204,7 +207,7 @@ class GraphReading:
         Raises:
             NotLinear: with the first node on the way that is not one.
         """
-        return _remembered(self._affine, (node, x), lambda: self._affine_of(node, x, width))
+        return _remembered(self._affine, (node, x, width), lambda: self._affine_of(node, x, width))
 
     def _affine_of(self, node: fx.Node, x: fx.Node, width: int) -> Affine:
         if node is x:
@@ -221,14 +224,17 @@ class GraphReading:
         return operation(self, call, x, width)
 
     def argument(self, call: GraphCall, x: fx.Node, width: int, name: str = "input") -> Affine:
-        """Return an argument of a call as `affine` does."""
-        return self.affine(self.given(call, name), x, width)
+        """Return an argument of a call as `affine` does; what a convolution gives, where its columns do not matter."""
+        value = self.affine(self.given(call, name), x, width)
+        if isinstance(value.rows, Patches) and call.op not in ("conv", "neg", IDENTITY):
+            raise NotLinear(call.node, f"{call.op} of what a convolution gives")
+        return value
 
-    def source(self, node: fx.Node) -> fx.Node:
+    def source(self, node: fx.Node, through: Collection[str] = (IDENTITY, "view")) -> fx.Node:
         """Return where a value comes from, through what changes neither values nor their order."""
         while True:
             call = self.calls.get(node)
-            if call is None or node in self.spoilt or call.op not in (IDENTITY, "view"):
+            if call is None or node in self.spoilt or call.op not in through:
                 return node
             if not isinstance(call.get("input"), fx.Node) or self.is_constant(node) or not _keeps_rows(call):
                 return node

@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from lora_fx.models.tensors import attribute_at
+from lora_fx.remerging.algebra.convolutions import Patches
 from lora_fx.remerging.algebra.folds import LoraFold
 from lora_fx.remerging.algebra.reading import GraphReading
 from lora_fx.remerging.algebra.shapes import shape_of
@@ -43,13 +44,15 @@ def _computed(read: GraphReading, node: fx.Node, known: dict[fx.Node, Any]) -> A
     return args[0] if result is None else result
 
 
-def made_up(x: fx.Node, width: int, like: Tensor) -> Tensor:
-    """Return random values of the shape of x as far as it is known; they do not depend on torch's generator."""
-    shape = shape_of(x)
+def made_up(fold: LoraFold, like: Tensor) -> Tensor:
+    """Return random values of the shape of a fold's x as far as it is known, without torch's generator."""
+    if isinstance(fold.rows, Patches):
+        return made_up_rows((2, fold.rows.channels(fold.width)), fold.rows.span, like)
+    shape = shape_of(fold.x)
     sizes: dict[str, int] = {}
     front = ("2", "3") if shape is None else shape[:-1]
     numbers = [int(size) if size.isdecimal() else sizes.setdefault(size, 2 + len(sizes)) for size in front]
-    return made_up_rows(tuple(numbers), width, like)
+    return made_up_rows(tuple(numbers), (fold.width,), like)
 
 
 def close(computed: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
@@ -66,16 +69,20 @@ def problem_with(read: GraphReading, fold: LoraFold) -> str | None:
     weight = read.tensors[fold.part.name]
     if weight.is_meta or fold.delta is None or fold.x is None:
         return None
-    x = made_up(fold.x, fold.width, weight)
+    x = made_up(fold, weight)
     try:
         with torch.no_grad():
             delta = _executed(read, fold.delta, {fold.x: x})
     except Exception:  # it needs more than x (a size of another input): the structure has to do
         return None
     product = functools.reduce(torch.add, (chain.delta().double() for chain in fold.chains))
-    expected = x.double() @ product.t()
+    bias = torch.zeros(len(product), dtype=torch.float64, device=product.device)
     for row in fold.constants:
-        expected = expected + row.delta().double().flatten()
+        bias = bias + row.delta().double().flatten()
+    if isinstance(fold.rows, Patches):
+        expected = fold.rows.applied(x.double(), product.view(weight.shape), bias)
+    else:
+        expected = x.double() @ product.t() + bias
     if not close(delta.double() * fold.number, expected, delta.dtype):
         return "running it gives something else than its structure says"
     if torch.promote_types(delta.dtype, weight.dtype) != weight.dtype and not _is_cast(read, fold):
@@ -107,8 +114,8 @@ def finite(tensors: list[Tensor]) -> bool:
     return all(tensor.is_meta or bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def made_up_rows(rows: tuple[int, ...], width: int, like: Tensor) -> Tensor:
+def made_up_rows(rows: tuple[int, ...], columns: tuple[int, ...], like: Tensor) -> Tensor:
     """Return random values of the dtype and on the device of another tensor."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn((*rows, width), generator=generator, dtype=torch.float64)
+    values = torch.randn((*rows, *columns), generator=generator, dtype=torch.float64)
     return values.to(like.device, like.dtype)

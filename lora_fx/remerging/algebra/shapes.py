@@ -126,6 +126,7 @@ def slice_of(call: GraphCall) -> slice:
     if call.op == "narrow":
         length = call.get("length")
         stop = start + length if isinstance(start, int) and isinstance(length, int) else length
+        stop = None if stop == 0 and length != 0 else stop  # the last ones: narrow(x, dim, -2, 2)
     return slice(start, stop, call.get("step", 1))
 
 
