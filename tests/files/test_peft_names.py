@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -82,6 +84,15 @@ def test_module_that_bears_a_name_of_pefts_own_is_no_attention(tmp_path):
     theirs = in_peft(base, tmp_path, r=3, target_modules=["fc", "out_proj"], alpha_pattern={"fc": 3})
     wanted = computed(theirs, Named.inputs)
     assert distance(computed(lora_fx.load(base, tmp_path), Named.inputs), wanted) < OUTPUT
+
+
+def test_linear_with_embedding_in_its_name_is_no_embedding(tmp_path):
+    """As `time_embedding.linear_1` of diffusers."""
+    base = built(lambda: nn.Sequential(OrderedDict(time_embedding=nn.Linear(8, 8), lora_embedding_A=nn.Linear(8, 8))))
+    ours = in_ours(base, tmp_path, rules("*"), Loop.inputs)
+    wanted = computed(ours, Loop.inputs)
+    assert torch.equal(computed(lora_fx.load(base, tmp_path), Loop.inputs), wanted)
+    assert distance(computed(from_file_in_peft(base, tmp_path), Loop.inputs), wanted) < OUTPUT
 
 
 @pytest.mark.parametrize("kind", [Matrices, Convolutions, Tokens])

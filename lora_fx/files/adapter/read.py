@@ -21,6 +21,7 @@ from lora_fx.files.adapter.names import (
     added_bias_key,
     base_key,
     bias_key,
+    factor_key,
     factor_keys,
     is_end,
     is_of_training,
@@ -232,7 +233,7 @@ class _AdapterReader:
             bias=self.tensors.get(bias_key(stem)),
             magnitude=self.tensors.get(magnitude_key(stem)),
             added_bias=self.tensors.get(added_bias_key(stem)),
-            embedding="embedding" in first,
+            embedding=first == factor_key(stem, "lora_embedding_A"),
             noted=stem in self._noted,
             **known,
         )
