@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_fx.models.wrappers import inside, module_at
 from lora_fx.text import dotted as dotted
 
 
 def _slot(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
     """Return the table that holds the parameter or buffer, and its name there."""
     path, _, last = name.rpartition(".")
-    owner = model.get_submodule(path)
+    owner = inside(module_at(model, path))
     tables: tuple[dict[str, Tensor | None], ...] = (owner._parameters, owner._buffers)  # type: ignore[assignment]
     for table in tables:
         if last in table:

@@ -38,6 +38,26 @@ def seen_through(model: nn.Module) -> nn.Module:
     return model if inner is None else seen_through(inner)
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """Return the submodule of that dotted path, which need not name the wrappers on its way.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = model
+    for name in filter(None, path.split(".")):
+        module = module if name in module._modules else inside(module)
+        module = module.get_submodule(name)
+    return module
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """Return the module inside of wrappers that stand within a model; any other as it is."""
+    names = (*_SEGMENTS, _PARALLEL.get(type(module).__module__, ""))
+    inner = next((child for name in names if (child := module._modules.get(name)) is not None), None)
+    return module if inner is None else inside(inner)
+
+
 def without_wrappers(name: str) -> str:
     """Return a dotted name without what wrappers inside of a model put into it; `layers.0._orig_mod.q` is `layers.0.q`.
 

@@ -10,7 +10,9 @@ from lora_fx.adapters.attach import all_attached, record_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.discovery.study import Study
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
+from lora_fx.models.tensors import get_tensor
 from lora_fx.models.twin import make_twin
+from lora_fx.models.wrappers import module_at
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.inject import Inject
 from lora_fx.planning.plan import Plan
@@ -137,6 +139,24 @@ def trainable(twin: nn.Module) -> Iterator[nn.Parameter]:
     adapters = [parameter for _, adapter in all_attached(twin) for parameter in adapter.parameters()]
     trained = [parameter for name, parameter in named if is_trained(name, record)]
     yield from {id(parameter): parameter for parameter in (*adapters, *trained)}.values()
+
+
+def whole_record_in(tuned: nn.Module) -> ModelRecord:
+    """Return the record of an adapted model, in which all that it names must be.
+
+    Raises:
+        RefusedError: the model is not adapted, or is a part of the adapted one, or holds it.
+    """
+    record = record_in(tuned)
+    try:
+        for name in record.base:
+            get_tensor(tuned, name)
+        for path in record.trained:
+            module_at(tuned, path)
+    except (AttributeError, KeyError) as error:
+        advice = "give the model that lora_fx.apply or lora_fx.load returned"
+        raise RefusedError(f"this is not the whole adapted model, or more than that: {error}", advice=advice) from error
+    return record
 
 
 def record_in(twin: nn.Module) -> ModelRecord:

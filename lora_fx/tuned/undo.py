@@ -23,12 +23,12 @@ from lora_fx.passes.merge import Merge, check_mergeable, folded
 from lora_fx.passes.remove import Remove, erase_lora_nodes
 from lora_fx.passes.sites import lora_nodes
 from lora_fx.regions.install import regions, uninstall
-from lora_fx.tuned.build import record_in
+from lora_fx.tuned.build import record_in, whole_record_in
 
 
 def removed(tuned: nn.Module) -> nn.Module:
     """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
-    record = record_in(tuned)
+    record = whole_record_in(tuned)
     twin = _plain_twin(tuned, Remove())
     for owner in adapted_owners(twin):
         detach(owner)
@@ -107,7 +107,8 @@ def _flagged(twin: nn.Module, record: ModelRecord) -> nn.Module:
     required = set(map(without_wrappers, record.requires_grad))
     for name, parameter in twin.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(without_wrappers(name) in required)
-    unswap(twin)
+    for module in twin.modules():
+        unswap(module)
     with_class_forwards(twin)
     return twin
 
@@ -115,7 +116,7 @@ def _flagged(twin: nn.Module, record: ModelRecord) -> nn.Module:
 @contextlib.contextmanager
 def disabled(tuned: nn.Module) -> Iterator[None]:
     """Let the adapted model compute what its base computes; the same object, until the block ends."""
-    record = record_in(tuned)
+    record = whole_record_in(tuned)
     with contextlib.ExitStack() as stack:
         stack.enter_context(borrowed(tuned, record.base))
         for owner in adapted_owners(tuned):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_fx
@@ -85,6 +87,80 @@ def test_file_of_a_wrapped_twin_is_that_of_the_twin_alone(wrap: Callable[[nn.Mod
 def test_file_is_loaded_into_a_model_with_wrapped_children(wrap: Callable[[nn.Module], nn.Module], tmp_path):
     lora_fx.save(adapted(), tmp_path)
     assert_close(lora_fx.load(wrap(model()), tmp_path)(given()), adapted()(given()))
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(torch.tanh(self.norm(self.first(x))))
+
+
+PARTLY = {"version": 1, "rules": [{"match": {"name": "**", "op": "linear"}, "lora": {"r": 2}}], "train": ["**.norm"]}
+PARTS = {"leaf": "0.first", "trained leaf": "0.norm", "block": "0"}
+
+
+def around(module: nn.Module, path: str, wrap: str) -> nn.Module:
+    """Return the model itself, with a wrapper around one of its modules."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    parent, _, name = path.rpartition(".")
+    child = module.get_submodule(path)
+    wrapped = checkpoint_wrapper(child) if wrap == "checkpointed" else torch.compile(child, backend="eager")
+    setattr(module.get_submodule(parent), name, wrapped)
+    return module
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "checkpointed"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_part_in_a_wrapper_is_trained_saved_merged_and_copied_as_without(part, when, wrap, tmp_path):
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Normed(), nn.Linear(6, 3)).eval()
+
+    def gradients(tuned: nn.Module) -> dict[str, Tensor]:
+        tuned(given()).square().sum().backward()
+        return {without_wrappers(name): p.grad for name, p in tuned.named_parameters() if p.requires_grad}
+
+    base, plain, x = made(), filled(lora_fx.apply(made(), PARTLY, (given(),))), given()
+    model = around(made(), part, wrap) if when == "before" else made()
+    tuned = filled(lora_fx.apply(model, PARTLY, (given(),)))
+    tuned = around(tuned, part, wrap) if when == "after" else tuned
+    expected = plain(x).detach()
+    assert_close(tuned(x), expected)
+    torch.testing.assert_close(gradients(tuned), gradients(plain), rtol=1e-5, atol=1e-5)
+    assert_close(lora_fx.merge(tuned)(x), expected)
+    assert_close(lora_fx.remove(tuned)(x), base(x))
+    with lora_fx.disabled(tuned):
+        assert_close(tuned(x), base(x))
+    lora_fx.save(tuned, tmp_path / "wrapped")
+    lora_fx.save(plain, tmp_path / "alone")
+    tensors = "adapter_model.safetensors"
+    assert load_file(tmp_path / "wrapped" / tensors).keys() == load_file(tmp_path / "alone" / tensors).keys()
+    assert_close(lora_fx.load(made(), tmp_path / "wrapped")(x), expected)
+    assert_close(lora_fx.load(around(made(), part, wrap), tmp_path / "alone")(x), expected)
+    copied = copy.deepcopy(tuned)
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(copied):
+            parameter.add_(1)
+    assert_close(tuned(x), expected)
+    assert_close(lora_fx.merge(copied)(x), copied(x))
+
+
+def test_file_of_a_model_with_a_part_in_parallel_fits_such_a_model_alone(tmp_path):
+    def made() -> nn.Module:
+        whole = model()
+        whole[2] = nn.DataParallel(whole[2])
+        return whole
+
+    tuned = filled(lora_fx.apply(made(), RULES, (given(),)))
+    lora_fx.save(tuned, tmp_path)
+    assert_close(lora_fx.load(made(), tmp_path)(given()), tuned(given()))
+    with pytest.raises(lora_fx.AdapterMismatchError, match=r"2\.module\.0 .*has no such linear"):
+        lora_fx.load(model(), tmp_path)
 
 
 @pytest.mark.parametrize("wrap", [compiled, in_parallel], ids=lambda wrap: wrap.__name__)

@@ -28,8 +28,8 @@ from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import dotted
-from lora_fx.models.wrappers import without_wrappers
-from lora_fx.tuned.build import record_in
+from lora_fx.models.wrappers import module_at, without_wrappers
+from lora_fx.tuned.build import record_in, whole_record_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,14 @@ def describe(tuned: nn.Module) -> list[Described]:
     names = sorted(groups, key=lambda name: (name != "default", name))
     described = []
     for name in names:
-        trained, others = (record_in(tuned).trained, names[1:]) if name == names[0] else ((), [])
+        trained, others = (_trained(tuned), names[1:]) if name == names[0] else ([], [])
         described.append(_describe(tuned, name, groups[name], trained, others))
     return described
+
+
+def _trained(tuned: nn.Module) -> list[str]:
+    trained = record_in(tuned).trained and whole_record_in(tuned).trained
+    return [without_wrappers(path) for path in trained]
 
 
 def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
@@ -188,7 +193,7 @@ def _module_tensors(tuned: nn.Module, trained: Sequence[str]) -> dict[str, Tenso
     return {
         PREFIX + without_wrappers(f"{path}.{name}"): _plain(tensor).clone()  # tied weights are in it under all names
         for path in trained
-        for name, tensor in tuned.get_submodule(path).state_dict().items()
+        for name, tensor in module_at(tuned, path).state_dict().items()
     }
 
 

@@ -62,7 +62,8 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
     for file in files:
         for saved_site in file.sites:
             saved.setdefault(sites[saved_site.path].path, (file, saved_site))
-    parameters, pattern = dict(inventory.modules), f"{files[0].folder.name}: modules_to_save"
+    parameters = {without_wrappers(path): number for path, number in inventory.modules}
+    pattern = f"{files[0].folder.name}: modules_to_save"
     trained = tuple(TrainedModule(path, parameters[path], pattern) for path in files[0].header.trained)
     return Decisions(
         model=inventory.model,
@@ -148,7 +149,7 @@ def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch
             yield name, str(list(tensor.shape)), "has no such tensor"
         elif state[name].shape != tensor.shape:
             yield name, str(list(tensor.shape)), str(list(state[name].shape))
-    modules = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    modules = [without_wrappers(path) for path, _ in model.named_modules(remove_duplicate=False)]
     for path in file.header.trained:
         if path not in modules:
             yield path, "trained whole", "has no such module"
