@@ -78,7 +78,7 @@ class Wrong(nn.Module):
 
 
 def test_examination_finds_a_graph_that_computes_something_else(monkeypatch):
-    from lora_fx.regions import program, region
+    from lora_fx.regions import install, program, region
 
     real = program.make_program
 
@@ -88,7 +88,8 @@ def test_examination_finds_a_graph_that_computes_something_else(monkeypatch):
         made.function = lambda *inputs: function(*inputs) * (1 + (inputs[1].shape[0] == 4))
         return made
 
-    monkeypatch.setattr(region, "make_program", sabotaged)
+    for place in (install, region):  # graphs of the base, and those captured later
+        monkeypatch.setattr(place, "make_program", sabotaged)
     found = examine(Wrong().eval(), lambda batch, length: ((zoo.features(batch, length),), {}), lambda out: [out])
     assert found.wrong
     assert all("(4, 12)" in each for each in found.wrong)
