@@ -199,7 +199,8 @@ class _Watch(DispatchMode):
         self._refuse_writes(func, args)
         result = func(*args, **(kwargs or {}))
         name = name_of(func)
-        operands = [value for value in args if isinstance(value, Tensor)]
+        given = (part for value in args for part in (value if isinstance(value, (list, tuple)) else (value,)))
+        operands = [value for value in given if isinstance(value, Tensor)]
         if any(map(self._memory, operands)) or name in _KERNELS:
             self._note(name, args, operands, result)
         return result
@@ -223,13 +224,14 @@ class _Watch(DispatchMode):
         if name in _PRODUCTS:
             self._note_product(name, args)
         elif name in _KERNELS:
-            for value in (*operands, *(t for a in args if isinstance(a, (list, tuple)) for t in a)):
-                for origin in self._where(value) if isinstance(value, Tensor) and value.dim() >= 2 else ():
+            for value in operands:
+                for origin in self._where(value) if value.dim() >= 2 else ():
                     self._see(origin, "other", None, f"torch.{name} is one kernel; nothing can be added inside of it")
         elif name in _COPIES and isinstance(result, Tensor):
             self._note_copy(name, args, result)
         elif name in _ARITHMETIC and isinstance(result, Tensor):
-            self._note_computed([*operands, *(args[0] if isinstance(args[0], (list, tuple)) else ())], result)
+            place = args[1] if name == "stack" and len(args) > 1 else 0
+            self._note_computed(operands, result, place % result.dim() if name == "stack" else None)
 
     # -- where a tensor comes from
 
@@ -253,13 +255,17 @@ class _Watch(DispatchMode):
             shown = tuple(replace(origin, axes=(*origin.axes[:1] * index.dim(), *origin.axes[1:])) for origin in shown)
         self._remember(shown, result)
 
-    def _note_computed(self, operands: list[Tensor], result: Tensor) -> None:
-        """What is computed from weights, buffers and numbers alone is a weight; each axis stays where it was."""
+    def _note_computed(self, operands: list[Tensor], result: Tensor, new: int | None) -> None:
+        """What is computed from weights, buffers and numbers alone is a weight; each axis stays where it was, but for a
+        new one.
+        """
         given = [tensor for tensor in operands if tensor.is_floating_point() and tensor.dim()]
         shown = [self._where(tensor) for tensor in given if _storage(tensor) not in self._buffers]
         if all(shown):
             unknown = (frozenset[int](),) * result.dim()
-            origins = (origin for some in shown for origin in some)
+            origins = [origin for some in shown for origin in some]
+            if new is not None:
+                origins = [replace(o, axes=(*o.axes[:new], frozenset[int](), *o.axes[new:])) for o in origins]
             kept = (o if len(o.axes) == result.dim() else replace(o, axes=unknown) for o in origins)
             self._remember(tuple(kept), result)
 
@@ -366,6 +372,7 @@ _KERNELS = frozenset(
 _COPIES = frozenset({"_to_copy", "clone", "contiguous", "index", "index_select", "_reshape_copy"})
 _ARITHMETIC = frozenset(
     {"add", "sub", "rsub", "mul", "div", "neg", "exp", "log", "sigmoid", "tanh", "softplus", "pow", "sqrt", "rsqrt",
-     "abs", "sum", "mean", "var", "std", "norm", "linalg_vector_norm", "clamp", "clamp_min", "cat", "stack", "where"}
+     "abs", "sum", "mean", "var", "std", "norm", "linalg_vector_norm", "clamp", "clamp_min", "cat", "stack", "where",
+     "tril", "triu", "masked_fill"}
 )  # fmt: skip
 """What may be done to weights, and make weights, before something is multiplied by them."""

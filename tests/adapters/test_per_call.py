@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AlbertConfig, AlbertModel
@@ -160,6 +161,18 @@ def test_saved_adapters_load_bit_equal(backend: str, tmp_path):
         assert same_values(loaded, tuned)
         for training in (False, True):
             assert torch.equal(run(loaded, sample(), training), run(tuned, sample(), training))
+
+
+def test_bias_that_is_trained_beside_them_is_saved_once_and_loads(tmp_path):
+    tuned = trained(bias=True)
+    with torch.no_grad():
+        tuned.block.up.bias.add_(1)
+    lora_fx.save(tuned, tmp_path)
+    loaded = lora_fx.load(build(), tmp_path)
+    assert same_values(loaded, tuned)
+    assert torch.equal(loaded.block.up.bias, tuned.block.up.bias)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert sum("bias" in key for key in file.keys()) == 2  # noqa: SIM118
 
 
 @both

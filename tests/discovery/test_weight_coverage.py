@@ -150,6 +150,29 @@ def test_weight_that_is_one_matrix_of_several_axes_is_adapted_and_merged():
     torch.testing.assert_close(lora_fx.merge(tuned)(*args), tuned(*args), rtol=1e-4, atol=1e-4)
 
 
+class Joined(nn.Module):
+    """Multiplies by the weights of its layers joined, as fused attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        joined = F.linear(x, torch.cat([self.q.weight, self.k.weight]))
+        return joined, x @ torch.stack([self.q.weight, self.v.weight], -1).flatten(1).view(8, 16, 2)[..., 1].t()
+
+
+def test_weights_of_layers_that_are_joined_before_they_multiply_are_used():
+    model, x = Joined(), zoo.features(2, 6)
+    rules = {"version": 1, "rules": [{"match": {"name": "*"}, "lora": {"r": 2}}]}
+    tuned = lora_fx.apply(model, rules, (x,))
+    zoo.randomise_(tuned)
+    assert {site.path: site.calls for site in lora_fx.plan(model, rules, (x,)).sites} == {"q": 2, "k": 1, "v": 1}
+    for computed, dense, base in zip(tuned(x), lora_fx.merge(tuned)(x), model(x), strict=True):
+        torch.testing.assert_close(computed, dense)
+        assert not torch.allclose(computed, base)
+
+
 def test_tied_weight_counts_for_each_module_that_multiplies_by_it():
     found = {name for names, _ in counted(zoo.Gpt(), lambda *shape: ((zoo.tokens(*shape),), {})) for name in names}
     assert {"wte.weight", "lm_head.weight"} <= found

@@ -128,15 +128,11 @@ VIEWED = [
     of("copied", lambda self, x: F.linear(x, self.w.clone().contiguous()), OUT, "out_in", rows),
     of("scaled before", lambda self, x: F.linear(x, self.w * 0.5), OUT, "out_in", rows, drops=False),
     of("gathered rows", lambda self, x: F.linear(x, self.w[torch.tensor([3, 1])]), OUT, "out_in", rows, drops=False),
+    of("concatenated", lambda self, x: F.linear(x, torch.cat([self.w, self.w[:2]])), OUT, "out_in", rows, drops=False),
+    of("stacked", lambda self, x: torch.bmm(x, torch.stack([self.w, -self.w, self.w])), IN, "in_out", batches, drops=False),
+    of("masked", lambda self, x: F.linear(x, self.w.tril()), OUT, "out_in", rows, drops=False),
     of("used twice", lambda self, x: F.linear(F.linear(x, self.w), self.w.t()), OUT, "out_in", rows, linear=False),
 ]  # fmt: skip
-
-
-HIDDEN = [
-    of("concatenated", lambda self, x: F.linear(x, torch.cat([self.w, self.w[:2]])), OUT, "out_in", rows, drops=False),
-    of("masked", lambda self, x: F.linear(x, self.w.tril()), OUT, "out_in", rows, drops=False),
-]  # fmt: skip
-"""A weight that is made of the parameter before it multiplies."""
 
 
 class ReadsChild(nn.Module):

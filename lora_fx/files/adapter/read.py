@@ -144,6 +144,10 @@ class _AdapterReader:
     def _noted(self) -> dict[str, dict[str, Any]]:
         return {} if self.header is None else self.header.sites
 
+    def _bias_key(self, stem: str) -> str:
+        """Return the key of a site's own bias: the calls of a module, which have an adapter each, share it."""
+        return bias_key(self._noted.get(stem, {}).get("path", stem))
+
     @property
     def _weights(self) -> str:
         return str(self.folder / WEIGHTS_FILE)
@@ -195,7 +199,7 @@ class _AdapterReader:
     def _vector_problems(self, path: str, lora_b: Tensor) -> Iterator[tuple[str, str]]:
         if self.config.lora_bias and added_bias_key(path) not in self.tensors:
             yield added_bias_key(path), "is missing"
-        for key in (bias_key(path), added_bias_key(path), magnitude_key(path)):
+        for key in (self._bias_key(path), added_bias_key(path), magnitude_key(path)):
             vector = self.tensors.get(key)
             # a convolution's lengths are [1, out, 1…]
             if vector is not None and vector.shape not in (lora_b.shape[:1], (1, *lora_b.shape[:1], *lora_b.shape[2:])):
@@ -203,7 +207,7 @@ class _AdapterReader:
 
     def _unknown(self, paths: list[str]) -> list[str]:
         known = {key for path in paths for key in factor_keys(path, self.tensors)}
-        known |= {key(path) for path in paths for key in (base_key, bias_key, magnitude_key)}
+        known |= {key(path) for path in paths for key in (base_key, self._bias_key, magnitude_key)}
         known |= {added_bias_key(path) for path in paths if self.config.lora_bias}
         known |= {PREFIX + name for name in self._loose()}
         rows = self._rows()
@@ -230,7 +234,7 @@ class _AdapterReader:
             stem=stem,
             lora_A=self.tensors[first],
             lora_B=self.tensors[second],
-            bias=self.tensors.get(bias_key(stem)),
+            bias=self.tensors.get(self._bias_key(stem)),
             magnitude=self.tensors.get(magnitude_key(stem)),
             added_bias=self.tensors.get(added_bias_key(stem)),
             embedding=first == factor_key(stem, "lora_embedding_A"),
@@ -248,7 +252,7 @@ class _AdapterReader:
             dropout=self.config.lora_dropout,
             rslora=self.config.use_rslora,
             dora=self.config.use_dora,
-            bias=bias_key(path) in self.tensors or added_bias_key(path) in self.tensors,
+            bias=self._bias_key(path) in self.tensors or added_bias_key(path) in self.tensors,
         )
 
     def _must_agree(self, site: SavedSite) -> None:
