@@ -26,17 +26,16 @@ def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
             attach(twin.get_submodule(planned.site.owner), spec_of(planned, record, twin))
             owners.setdefault(planned.site.owner, []).append(planned)
     for path, sites in owners.items():
-        read = [planned for planned in sites if _is_read(planned) or path in kernels or planned.site.weight in in_code]
+        read = [
+            planned
+            for planned in sites
+            if planned.site.read or planned.site.parameter or path in kernels or planned.site.weight in in_code
+        ]
         names = [planned.site.weight.rpartition(".")[2] for planned in read]
         adapt(twin.get_submodule(path), names, path in kernels)
     if any(adapter.call is not None for _, adapter in all_attached(twin)):
         twin.register_forward_pre_hook(count_calls_anew)
         twin.register_forward_hook(stop_counting, always_call=True)
-
-
-def _is_read(planned: PlannedSite) -> bool:
-    """Whether the weight must show itself adapted; where nothing has called its owner, any user of it may read it."""
-    return planned.site.read or bool(planned.site.parameter) or planned.calls == 0
 
 
 def read_in_graph(model: nn.Module) -> set[str]:

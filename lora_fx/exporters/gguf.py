@@ -119,7 +119,7 @@ def _reason(path: str, adapter: Attached, layout: GgufLayout, tied: bool) -> str
     spec = adapter.spec
     if spec.lora.dora:
         return "llama.cpp knows no DoRA"
-    if spec.lora.bias and adapter.owner._parameters.get("bias") is not None:
+    if adapter.trained_bias is not None:
         return "an adapter in GGUF holds no biases"
     if adapter.call is not None:
         return "llama.cpp has one adapter for all calls"

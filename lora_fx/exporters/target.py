@@ -117,7 +117,7 @@ def _kind(tuned: nn.Module, path: str, adapter: Attached) -> str:
 def _traits(adapter: Attached) -> Iterator[str]:
     lora = adapter.spec.lora
     held = {"slices": adapter.spec.parts, "calls": adapter.call is not None}
-    held |= {"rslora": lora.rslora, "dora": lora.dora, "bias": lora.bias}
+    held |= {"rslora": lora.rslora, "dora": lora.dora, "bias": adapter.trained_bias is not None}
     yield from (feature for feature, has in held.items() if has)
 
 

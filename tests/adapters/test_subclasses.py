@@ -173,6 +173,9 @@ def test_unused_layer_is_adapted_with_a_note_and_a_warning():
     A, B = factors_of(tuned, "unused.weight")
     expected = F.linear(ROWS[0], model.unused.weight + 8 * B @ A, model.unused.bias)  # alpha 16 / r 2
     assert relative(tuned.unused(*ROWS), expected) <= 1e-5, "it computes right as soon as something uses it"
+    assert relative(F.linear(*ROWS, tuned.unused.weight, tuned.unused.bias), expected) <= 1e-5, "or its weight"
+    assert [site.passes for site in plan.sites] == [("fuse",), ("fuse",)]
+    assert tuned.unused.adapted_term(*ROWS) is not None, "base and adapter are one operation, as the plan says"
     assert relative(lora_fx.merge(tuned).unused(*ROWS), expected) <= 1e-5
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_fx
-from lora_fx.errors import AdapterFileError, LoraFxWarning
+from lora_fx.errors import AdapterFileError, LoraFxWarning, RefusedError
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.atomic import write_files
 from lora_fx.tuned.build import record_in
@@ -207,6 +207,27 @@ def test_killed_write_leaves_the_old_file(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == -9
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+class LoraOfOthers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(4, 2)})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("make", [LoraOfOthers, lambda: nn.Linear(4, 4)], ids=["a LoRA of others", "plain"])
+def test_model_without_adapters_of_ours_is_told_so(make, device, tmp_path):
+    with pytest.raises(RefusedError, match="the model is not adapted"):
+        lora_fx.save(nn.Sequential(make()).to(device), tmp_path)
+
+
+def test_module_trained_whole_without_values_is_named(tmp_path):
+    tuned = adapted(MIXED)
+    tuned.classifier.to("meta")
+    with pytest.raises(AdapterFileError, match="meta device") as caught:
+        lora_fx.save(tuned, tmp_path)
+    assert caught.value.facts == (("classifier.weight", "has no values"), ("classifier.bias", "has no values"))
 
 
 def test_directory_that_is_a_file_is_an_error(tmp_path):

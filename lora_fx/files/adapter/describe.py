@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lora_fx.adapters.adapt import read_in_graph
 from lora_fx.adapters.attach import Attached, all_attached, shown_parameters
 from lora_fx.adapters.factors.kinds import ConvolutionA, EmbeddingA
-from lora_fx.adapters.layers import read_by_kernels
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.codec import encoded, has_other_border
 from lora_fx.files.adapter.header import header_text
@@ -81,14 +80,11 @@ def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _used_adapters(tuned: nn.Module) -> Iterator[_UsedAdapter]:
-    planned, kernels, in_code = record_in(tuned).plan.adapted, read_by_kernels(tuned), read_in_graph(tuned)
-    # no run has used them: their weight shows itself adapted, whatever reads it
-    uncalled = {decision.path for decision in planned if not decision.site.read and decision.path not in kernels}
-    outside = {decision.path for decision in planned if decision.site.outside}
-    uncalled, outside = (set(map(without_wrappers, paths)) for paths in (uncalled, outside))
+    in_code = read_in_graph(tuned)
+    outside = {without_wrappers(decision.path) for decision in record_in(tuned).plan.adapted if decision.site.outside}
     places = Counter(id(child) for module in tuned.modules() for child in module._modules.values())
     for path, adapter in ((without_wrappers(path), adapter) for path, adapter in all_attached(tuned)):
-        read = adapter.spec.parameter in shown_parameters(adapter.owner) and path not in uncalled
+        read = adapter.spec.parameter in shown_parameters(adapter.owner)
         read = read or (adapter.spec.path_is_owner and dotted(path, "weight") in in_code)
         reason = _beyond_peft(adapter, read, path in outside, is_shared=places[id(adapter.owner)] > 1)
         yield _UsedAdapter(path, adapter, read, reason)

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lora_fx.adapters.adapt import trained_parameters
 from lora_fx.adapters.attach import all_attached
 from lora_fx.errors import AdapterFileError, LoraFxWarning
 from lora_fx.files.adapter.describe import Described, describe
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
+from lora_fx.models.tensors import get_tensor
 from lora_fx.text import listing
 from lora_fx.tuned.build import record_in
 
@@ -30,10 +32,13 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     folder = Path(directory)
     _refuse_partitioned(tuned, folder)
-    is_on_meta = any(p.is_meta for name, p in tuned.named_parameters() if ".lora_" in name)
-    described = [] if is_on_meta else describe(tuned)
-    if not described:
-        raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save")
+    whole = ((name, get_tensor(tuned, name)) for name in trained_parameters(tuned, record_in(tuned)))
+    factors = ((path, p) for path, adapter in all_attached(tuned) for p in adapter.parameters())
+    lost = dict.fromkeys(name for name, tensor in (*factors, *whole) if tensor is not None and tensor.is_meta)
+    if lost:
+        facts = [(name, "has no values") for name in [*lost][:8]]
+        raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save", facts)
+    described = describe(tuned)
     _warn_of_moved_buffers(tuned)
     files: dict[Path, bytes] = {}
     for adapter in reversed(described):  # the first, which names the others, comes last
