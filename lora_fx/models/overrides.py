@@ -6,7 +6,7 @@ gets later.  Here both are put right on a copy; what cannot be is refused by nam
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -121,33 +121,40 @@ class Rebinding:
 
     def of(self, value: Any, name: str) -> Any:
         """Return the value over the copies; the value itself where nothing in it reaches the model."""
-        reached = self._reaching(value, name, {})
-        return self._again(value, reached)
+        return self._again(value, self._reaching(value, name))
 
     def _is_replaced(self, value: Any) -> bool:
         return id(value) in self.modules or (
             self.class_forward is not None and isinstance(value, FunctionType) and follows_class(value)
         )
 
-    def _reaching(self, value: Any, name: str, seen: dict[int, bool]) -> dict[int, bool]:
-        """Return by identity which of the value and of what it holds must be made again."""
-        if id(value) not in seen:
-            seen[id(value)] = self._is_replaced(value)
-            self._kept.append(value)
-            if isinstance(value, FunctionType):
-                self._look_at_globals(value, name)
-            for part in _parts(value):
-                self._reaching(part, name, seen)
-                seen[id(value)] |= seen[id(part)]
-        return seen
+    def _reaching(self, value: Any, name: str) -> set[int]:
+        """Return by identity which of the value and of what it holds must be made again: all that leads to a module."""
+        holders: dict[int, set[int]] = {id(value): set()}
+        waiting, found = [value], list[int]()
+        while waiting:
+            whole = waiting.pop()
+            self._kept.append(whole)
+            found += [id(whole)] if self._is_replaced(whole) else []
+            if isinstance(whole, FunctionType):
+                self._look_at_globals(whole, name)
+            for part in _parts(whole):
+                waiting += [] if id(part) in holders else [part]
+                holders.setdefault(id(part), set()).add(id(whole))
+        reached: set[int] = set()
+        while found:  # closures may hold each other: what holds one of them is found after all of them
+            part = found.pop()
+            found += () if part in reached else holders[part]
+            reached.add(part)
+        return reached
 
     def _look_at_globals(self, function: FunctionType, name: str) -> None:
         for variable in function.__code__.co_names:
             if id(function.__globals__.get(variable)) in self.modules:
                 self.problems.append((name, f"{function.__qualname__} reads the global variable {variable}"))
 
-    def _again(self, value: Any, reached: Mapping[int, bool]) -> Any:
-        if not reached.get(id(value)):
+    def _again(self, value: Any, reached: Collection[int]) -> Any:
+        if id(value) not in reached:
             return value
         if id(value) in self.modules:
             return self.modules[id(value)]
@@ -177,10 +184,14 @@ class Rebinding:
             made.__kwdefaults__ = value.__kwdefaults__ and {k: again(v) for k, v in value.__kwdefaults__.items()}
             made.__qualname__, made.__doc__, made.__module__ = value.__qualname__, value.__doc__, value.__module__
             vars(made).update({key: again(part) for key, part in vars(value).items()})
-        elif type(value) in (list, tuple):
-            self._made[id(value)] = type(value)(map(again, value))
+        elif type(value) is tuple:
+            self._made[id(value)] = tuple(map(again, value))
+        elif type(value) is list:
+            made = self._made[id(value)] = []
+            made.extend(map(again, value))
         elif type(value) is dict:
-            self._made[id(value)] = {key: again(part) for key, part in value.items()}
+            made = self._made[id(value)] = {}
+            made.update((key, again(part)) for key, part in value.items())
         else:
             made = self._made[id(value)] = object.__new__(type(value))
             vars(made).update({key: again(part) for key, part in vars(value).items()})

@@ -102,12 +102,6 @@ class Editor:
             if name not in before or name not in after:
                 self._note("drop module" if name in before else "add module", dotted(path, name), site)
 
-    def set_weight(self, path: str, weight: Tensor, requires_grad: bool, name: str = "weight") -> None:
-        """Put a new Parameter at `<path>.<name>`; other holders of the old one keep it."""
-        owner = self.graph_module.get_submodule(path)
-        setattr(owner, name, nn.Parameter(weight, requires_grad=requires_grad))
-        self._note("set weight", f"{path}.{name}", path)
-
     def set_tensor(self, name: str, tensor: Tensor, site: str) -> None:
         """Put a tensor in place of the parameter or buffer of that name; other holders of the old one keep it."""
         set_tensor(self.graph_module, name, tensor)

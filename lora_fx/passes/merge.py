@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, detach, is_adapted, owner_path
 from lora_fx.adapters.factors.dora import merged_dora_weight
@@ -34,10 +34,10 @@ class Merge(Pass):
         sites = list(all_attached(editor.graph_module))
         _keep_other_readers(editor, [path for path, adapter in sites if adapter.spec.path_is_owner])
         for path, adapter in sites:
-            weight, name = folded(adapter), adapter.spec.parameter
-            owner = owner_path(path, adapter)
+            weight, owner = folded(adapter), owner_path(path, adapter)
+            name = dotted(owner, adapter.spec.parameter)
             editor.change_modules(owner, detach, path)
-            editor.set_weight(owner, weight, dotted(owner, name) in adapter.spec.record.requires_grad, name)
+            editor.set_tensor(name, nn.Parameter(weight, name in adapter.spec.record.requires_grad), path)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         if is_adapted(graph_module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -29,3 +30,42 @@ def test_twin_of_a_model_with_computed_weights_is_possible():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     x = torch.randn(2, 4)
     assert torch.equal(make_twin(model)(x), model(x))
+
+
+def takes_turns(own: nn.Module, start: str) -> nn.Module:
+    """Return a module whose forward is one of two functions that hold each other; one of them holds the layer."""
+
+    def even(x: torch.Tensor, more: int = 3) -> torch.Tensor:
+        return odd(x, more - 1) if more else own(x)
+
+    def odd(x: torch.Tensor, more: int = 3) -> torch.Tensor:
+        return even(x, more - 1) if more else even(x, 0)
+
+    model = nn.Module()
+    model.layer, model.forward = own, {"even": even, "odd": odd}[start]
+    return model
+
+
+@pytest.mark.parametrize("start", ["even", "odd"])
+def test_functions_that_hold_each_other_call_the_copy_whichever_comes_first(start: str):
+    model = takes_turns(nn.Linear(4, 4), start)
+    twin = make_twin(model)
+    with torch.no_grad():
+        twin.layer.weight = nn.Parameter(torch.zeros(4, 4))
+        assert torch.equal(twin(torch.randn(2, 4)), twin.layer.bias.expand(2, 4))
+
+
+def test_list_that_a_function_writes_to_is_one_list_in_the_twin():
+    calls: list[object] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(calls))
+        return layer(x) + len(calls)
+
+    model, layer = nn.Module(), nn.Linear(4, 4)
+    model.layer, model.forward = layer, forward
+    calls.append(forward)
+    twin, x = make_twin(model), torch.randn(2, 4)
+    assert torch.equal(twin(x), layer(x) + 2)
+    assert torch.equal(twin(x), layer(x) + 3)
+    assert len(calls) == 1

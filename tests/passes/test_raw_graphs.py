@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import lora_fx
+from lora_fx import passes
 from lora_fx.adapters.attach import all_attached, owner_path
+from lora_fx.passes.merge import Merge
 from lora_fx.passes.verify import verify
 from tests.support.zoo import randomise_
 
@@ -202,6 +204,27 @@ def test_diff_shows_the_adapter_at_each_product_with_a_raw_parameter():
     text = str(lora_fx.diff(base, adapted(base)))
     assert "@@ second · rule 2 · r=2 scaling=8 ·" in text
     assert text.count("+ self.bank_lora(..) * 8.0") == 2
+
+
+class Root(nn.Module):
+    """A raw parameter of the root, and one of a module in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.inner = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x @ self.w)
+
+
+def test_journal_of_a_merge_names_each_weight_and_its_site():
+    rules = {"version": 1, "rules": [{"match": {"name": "**"}, "lora": {"r": 2}}]}
+    tuned = lora_fx.apply(fx.symbolic_trace(Root()), rules)
+    edits = passes.run(tuned, [Merge()]).journal.edits
+    assert [(edit.what, edit.site) for edit in edits if edit.kind == "set weight"] == [
+        ("w", "w"),
+        ("inner.weight", "inner"),
+    ]
 
 
 # -- without inputs

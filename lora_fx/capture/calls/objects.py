@@ -56,12 +56,13 @@ def reachable(value: Any, ends: tuple[type, ...] = ()) -> Iterator[Any]:
 
     Objects of the types in `ends` are left out, with what is in them.
     """
-    waiting, seen = [value], set()
+    waiting = [value]
+    seen: dict[int, Any] = {}  # with the part itself: attributes that a property makes would be gone
     while waiting:
         part = waiting.pop()
         if id(part) in seen or isinstance(part, ends):
             continue
-        seen.add(id(part))
+        seen[id(part)] = part
         yield part
         if isinstance(part, (list, tuple)):
             waiting.extend(reversed(part))
