@@ -7,9 +7,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.capture.captured import Captured, NotCaptured, capture
 from lora_fx.capture.guards import compile_guard
 from lora_fx.regions.program import make_program
@@ -204,25 +203,6 @@ class Counted:
 
     def __init__(self) -> None:
         self.calls = 0
-
-
-class MakesAttributes:
-    """Its attributes are a new dict each time that they are asked for."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    @property
-    def __dict__(self):
-        return {"tensor": self.tensor}
-
-
-def test_tensors_are_found_in_objects_that_make_their_attributes():
-    tensors = [torch.zeros(1) for _ in range(20)]
-    found = tensors_in([*map(MakesAttributes, tensors)])
-    assert [id(tensor) for tensor in found] == [id(tensor) for tensor in tensors]
 
 
 @pytest.mark.parametrize("which", range(4))
