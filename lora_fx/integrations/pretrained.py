@@ -1,7 +1,8 @@
-"""What trainers call on a transformers model: on an adapted one it writes the adapter, or is refused.
+"""What trainers call on models that save themselves: on an adapted one it writes the adapter, or is refused.
 
-`save_pretrained` of the class would write base and factors side by side, and `from_pretrained` would read the base and
-pass over the factors; `resize_token_embeddings` would put new layers in the place of adapted ones.
+`save_pretrained` (of transformers, diffusers, huggingface_hub's mixin) would write base and factors side by side, and
+`from_pretrained` would read the base and pass over the factors; `resize_token_embeddings` would put new layers in the
+place of adapted ones.
 """
 
 import functools
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_fx.adapters.attach import is_adapted
 from lora_fx.errors import RefusedError
 from lora_fx.files.adapter.write import save
 from lora_fx.files.atomic import write_files
@@ -30,28 +32,44 @@ _REFUSED = {
     "active_adapters": "lora_fx.inspect(model) says what it holds",
     "enable_peft_hotswap": "lora_fx.load(model, directory) gives another twin of the base",
     "get_adapter_state_dict": "lora_fx.save(model, directory) writes the adapter",
+    "load_lora_adapter": "lora_fx.load(model, directory) gives another twin of the base",
+    "save_lora_adapter": "lora_fx.export(model, path, 'diffusers') writes what diffusers reads",
+    "set_adapters": "a twin has the adapters that it was made with",
+    "delete_adapters": "lora_fx.remove(model) gives the base",
+    "fuse_lora": "lora_fx.merge(model) gives a plain model",
+    "unload_lora": "lora_fx.remove(model) gives the base",
+    "enable_lora": "they are on; lora_fx.disabled(model) is a context without them",
+    "disable_lora": "lora_fx.disabled(model) is a context without them",
 }
-"""transformers' methods for adapters of PEFT, and what to do instead."""
+"""Methods of transformers and diffusers for adapters of PEFT, and what to do instead."""
 
 
 def take_over(twin: nn.Module) -> nn.Module:
-    """Return the adapted twin itself; if it is a transformers model, what trainers call on it is right or refused."""
-    kind: Any = type(twin)
-    if callable(getattr(kind, "save_pretrained", None)) and callable(getattr(kind, "get_input_embeddings", None)):
-        swap(twin, pretrained(tuple(name for name in _REFUSED if callable(getattr(kind, name, None)))))
+    """Return the adapted twin itself; what is called on it, or on a model inside of it, is right or refused."""
+    for module in twin.modules():
+        kind = type(module)
+        if _has(kind, "save_pretrained") and is_adapted(module):
+            refused = tuple(name for name in _REFUSED if _has(kind, name))
+            swap(module, pretrained(refused, module is twin, _has(kind, "get_input_embeddings")))
     return twin
 
 
-class AdaptedPretrained(Swapped, nn.Module):
-    """Mixin for an adapted transformers model."""
+def _has(kind: type, name: str) -> bool:
+    return callable(getattr(kind, name, None))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if "adapter_names" in kwargs:
-            raise RefusedError(
-                "adapter_names chooses among adapters of PEFT, and this model has one of lora_fx",
-                advice="call it without; each twin of lora_fx.apply or lora_fx.load has its own adapter",
-            )
-        return super().forward(*args, **kwargs)
+
+class AdaptedPart(Swapped, nn.Module):
+    """Mixin for a model inside of an adapted one."""
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        raise RefusedError(
+            "save_pretrained of a part of an adapted model would write a base that is read without its adapters",
+            advice="lora_fx.save the whole model, or save_pretrained the part of lora_fx.merge(model)",
+        )
+
+
+class AdaptedModel(Swapped, nn.Module):
+    """Mixin for an adapted model that can save itself."""
 
     def save_pretrained(
         self,
@@ -61,7 +79,7 @@ class AdaptedPretrained(Swapped, nn.Module):
         push_to_hub: bool = False,
         **_: Any,
     ) -> None:
-        """Write the adapter as `write_checkpoint` does, and nothing of the base; the model stays unchanged.
+        """Write the adapter, a transformers model's as `write_checkpoint` does; the model stays unchanged.
 
         Args:
             save_directory: as of the class.
@@ -84,7 +102,12 @@ class AdaptedPretrained(Swapped, nn.Module):
         names = [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in wanted]
         given = state_dict or {}
         with borrowed(self, {name: given[name] for name in names if name in given}):
-            write_checkpoint(self, Path(save_directory))
+            write = write_checkpoint if _has(type(self), "get_input_embeddings") else save
+            write(self, Path(save_directory))
+
+
+class AdaptedTokens(Swapped, nn.Module):
+    """Mixin for an adapted model of transformers, or one inside of it, whose embeddings can be resized."""
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Return the input embeddings, resized as the class does; refused where they or the head are trained."""
@@ -93,7 +116,7 @@ class AdaptedPretrained(Swapped, nn.Module):
         if new_num_tokens in (None, rows):
             return ends[0]  # type: ignore[no-any-return]
         mine = {id(parameter) for parameter in trainable(self)}
-        if any(id(p) in mine for end in ends if end is not None for p in end.parameters()):
+        if any(id(p) in mine or p.requires_grad for end in ends if end is not None for p in end.parameters()):
             raise RefusedError(
                 "embeddings with an adapter cannot be resized: it belongs to the old ones",
                 [("rows", str(rows)), ("wanted", str(new_num_tokens))],
@@ -102,11 +125,31 @@ class AdaptedPretrained(Swapped, nn.Module):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc,no-any-return]
 
 
+class AdaptedPretrained(AdaptedModel, AdaptedTokens):
+    """Mixin for an adapted model of transformers."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_names" in kwargs:
+            raise RefusedError(
+                "adapter_names chooses among adapters of PEFT, and this model has one of lora_fx",
+                advice="call it without; each twin of lora_fx.apply or lora_fx.load has its own adapter",
+            )
+        return super().forward(*args, **kwargs)
+
+
 @functools.cache
-def pretrained(refused: tuple[str, ...]) -> type:
-    """Return the mixin for an adapted transformers model that has these methods, which are refused."""
+def pretrained(refused: tuple[str, ...], whole: bool, transformer: bool) -> type:
+    """Return the mixin for an adapted model.
+
+    Args:
+        refused: methods that it has, and that are refused.
+        whole: whether it is the twin itself, and not a part of it.
+        transformer: whether it is a model of transformers.
+    """
+    wholes: tuple[type, ...] = (AdaptedPretrained if transformer else AdaptedModel,)
+    bases = wholes if whole else (AdaptedPart, AdaptedTokens) if transformer else (AdaptedPart,)
     body: dict[str, Any] = {name: _refusing(name) for name in refused}
-    return type("AdaptedPretrained", (AdaptedPretrained,), {**body, MADE_BY: (pretrained, (refused,))})
+    return type(bases[0].__name__, bases, {**body, MADE_BY: (pretrained, (refused, whole, transformer))})
 
 
 def _refusing(name: str) -> Any:

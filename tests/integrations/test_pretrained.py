@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 import lora_fx
 from tests.support.around import IDS, assert_close, filled, llama, logits
@@ -119,3 +120,90 @@ def test_merged_head_that_was_tied_is_read_back_apart(train, tmp_path):
     assert_close(logits(merged), logits(tuned))
     merged.save_pretrained(tmp_path)
     assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), logits(merged))
+
+
+# -- models inside of the twin, and models of other libraries that save themselves
+
+
+class Holder(nn.Module):
+    """A module of anybody's, with a transformers model inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.score = llama(), nn.Linear(60, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.score(self.inner(input_ids=ids).logits)
+
+
+def held() -> nn.Module:
+    torch.manual_seed(0)
+    return filled(lora_fx.apply(Holder().eval(), RULES, (IDS,))).inner
+
+
+def tokens_alone() -> nn.Module:
+    return adapted(rules=[{"match": {"name": "**.embed_tokens"}, "lora": {"r": 2}}]).model
+
+
+def tokens_trained() -> nn.Module:
+    return adapted(train=["model.embed_tokens"]).model
+
+
+@pytest.mark.parametrize("part", [lambda: adapted().model, held], ids=["of a transformers model", "of another"])
+def test_part_is_not_saved_as_if_it_were_its_base(part, tmp_path):
+    with pytest.raises(lora_fx.RefusedError, match="save_pretrained of a part of an adapted model"):
+        part().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", [tokens_alone, tokens_trained, held])
+def test_embeddings_of_a_part_that_are_trained_cannot_be_resized(part):
+    with pytest.raises(lora_fx.RefusedError, match="with an adapter cannot be resized"):
+        part().resize_token_embeddings(64)
+
+
+def test_parts_of_plain_models_are_plain(tmp_path):
+    tuned = adapted()
+    for plain in (lora_fx.merge(tuned), lora_fx.remove(tuned)):
+        assert type(plain.model) is LlamaModel
+        plain.model.save_pretrained(tmp_path)
+        read = LlamaModel.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            assert torch.equal(read(IDS).last_hidden_state, plain.model(IDS).last_hidden_state)
+
+
+def test_part_does_not_stand_for_the_whole(tmp_path):
+    part = adapted(train=["model.norm"]).model
+    for function in (lora_fx.remove, lambda model: lora_fx.save(model, tmp_path)):
+        with pytest.raises(lora_fx.RefusedError, match="not the whole adapted model"):
+            function(part)
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def of_the_hub() -> nn.Module:
+    mixin = pytest.importorskip("huggingface_hub").PyTorchModelHubMixin
+    return type("HubNet", (Net, mixin), {})(width=6)
+
+
+def of_diffusers() -> nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    return type("DiffusersNet", (Net, diffusers.ModelMixin, diffusers.ConfigMixin), {})()
+
+
+@pytest.mark.parametrize("make", [of_the_hub, of_diffusers])
+def test_model_of_another_library_writes_the_adapter_alone(make, tmp_path):
+    torch.manual_seed(0)
+    base, x = make().eval(), torch.randn(3, 6)
+    tuned = filled(lora_fx.apply(base, RULES, (x,)))
+    tuned.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert_close(lora_fx.load(base, tmp_path)(x), tuned(x))
+    assert type(lora_fx.merge(tuned)) is type(base)

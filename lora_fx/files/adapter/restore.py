@@ -62,9 +62,9 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
     for file in files:
         for saved_site in file.sites:
             saved.setdefault(sites[saved_site.path].path, (file, saved_site))
-    parameters = {without_wrappers(path): number for path, number in inventory.modules}
+    modules = {without_wrappers(path): (path, number) for path, number in inventory.modules}
     pattern = f"{files[0].folder.name}: modules_to_save"
-    trained = tuple(TrainedModule(path, parameters[path], pattern) for path in files[0].header.trained)
+    trained = tuple(TrainedModule(*modules[path], pattern) for path in files[0].header.trained)
     return Decisions(
         model=inventory.model,
         source=str(files[0].folder),
