@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,3 +223,117 @@ def test_ends_that_a_file_has_apart_are_apart(tmp_path):
     assert loaded.head.weight is not loaded.embedding.weight
     removed = lora_fx.remove(loaded)
     assert removed.head.weight is removed.embedding.weight
+
+
+# -- every tie and every read, at a leaf, a block and the root
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(torch.tanh(self.first(x)))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks[1](self.blocks[0](x)))
+
+
+class ReadingLeaf(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 2, self.bias)
+
+
+class ReadingBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.linear(torch.tanh(self.first(x)), self.first.weight, self.second.bias)
+
+
+class ReadingRoot(Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(super().forward(x), self.blocks[0].first.weight)
+
+
+def within_a_block(model: Blocks) -> None:
+    model.blocks[0].second.weight = model.blocks[0].first.weight
+
+
+def between_blocks(model: Blocks) -> None:
+    model.blocks[1].first.weight = model.blocks[0].first.weight
+
+
+def with_the_head(model: Blocks) -> None:
+    model.head.weight = model.blocks[0].first.weight
+
+
+def by_a_bias(model: Blocks) -> None:
+    model.head.bias = model.blocks[0].first.bias
+
+
+def by_a_layer(model: Blocks) -> None:
+    model.blocks[1].first = model.blocks[0].first
+
+
+def by_a_block(model: Blocks) -> None:
+    model.blocks[1] = model.blocks[0]
+
+
+def read_by_itself(model: Blocks) -> None:
+    model.blocks[0].first.__class__ = ReadingLeaf
+
+
+def read_by_its_block(model: Blocks) -> None:
+    model.blocks[0].__class__ = ReadingBlock
+
+
+def read_by_the_root(model: Blocks) -> None:
+    model.__class__ = ReadingRoot
+
+
+SITUATIONS = (
+    within_a_block, between_blocks, with_the_head, by_a_bias, by_a_layer, by_a_block,
+    read_by_itself, read_by_its_block, read_by_the_root,
+)  # fmt: skip
+SOME = {"version": 1, "rules": [{"match": {"name": "**.first"}, "lora": {"r": 2, "bias": True}}], "train": ["head"]}
+
+
+@pytest.mark.parametrize("given", [(rows(),), None], ids=["inputs", "no inputs"])
+@pytest.mark.parametrize("situation", SITUATIONS, ids=lambda each: each.__name__)
+def test_twin_is_one_model_whatever_is_tied_or_read(situation: Callable[[Blocks], None], given, tmp_path):
+    def model() -> Blocks:
+        torch.manual_seed(0)
+        made = Blocks().eval()
+        situation(made)
+        return made
+
+    base, x = model(), rows()
+    tuned = filled(lora_fx.apply(base, SOME, given))
+    expected, merged = tuned(x).detach(), lora_fx.merge(tuned)
+    assert not torch.allclose(expected, base(x), atol=1e-2), "the adapters have an effect"
+    assert_close(merged(x), expected)
+    assert_close(tuned.train()(x), expected)
+    inputs = [rows().requires_grad_() for _ in range(2)]
+    for each, given_x in zip((tuned.eval(), merged), inputs, strict=True):
+        each(given_x).square().sum().backward()
+    assert_close(inputs[0].grad, inputs[1].grad)
+    assert all(parameter.grad is not None for parameter in lora_fx.parameters(tuned))
+    with lora_fx.disabled(tuned):
+        assert torch.equal(tuned(x), base(x))
+    removed = lora_fx.remove(tuned)
+    assert torch.equal(removed(x), base(x))
+    assert [name for name, _ in removed.named_parameters()] == [name for name, _ in base.named_parameters()]
+    lora_fx.save(tuned, tmp_path)
+    assert_close(lora_fx.load(model(), tmp_path, given)(x), expected)
+    copied = copy.deepcopy(tuned)
+    with torch.no_grad():
+        for parameter in lora_fx.parameters(copied):
+            parameter.add_(1)
+    assert_close(tuned(x), expected)
+    assert_close(lora_fx.merge(copied)(x), copied(x))
