@@ -1,4 +1,4 @@
-"""Every test starts from the same random state, on one thread, so that bitwise comparisons mean something."""
+"""Every test starts from the same random state, on as many threads as TEST_THREADS says: one, unless it is set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pytest_collection_finish():
 def _same_start():
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
     yield
     torch.set_num_threads(threads)
 
