@@ -122,3 +122,16 @@ def test_weight_that_a_graph_reads_is_read_in_the_model_of_its_file_too(kind, ba
         assert distance(computed(lora_fx.load(model, tmp_path), kind.inputs), wanted) < OUTPUT
     with pytest.raises(ValueError, match="only lora_fx can read this adapter"):
         from_file_in_peft(base, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [Reader, GateReader])
+def test_twin_inside_of_another_module_is_saved_with_what_is_known_of_it(kind, tmp_path):
+    """As a LightningModule holds it: the names of all weights have a prefix that they had not when it was made."""
+    base = built(kind)
+    ours = lora_fx.apply(base, rules("{lin,gate,out}"), lora_fx.call(*kind.inputs))
+    randomise_(ours)
+    lora_fx.save(nn.Sequential(ours), tmp_path)
+    loaded = lora_fx.load(nn.Sequential(base), tmp_path)
+    assert distance(computed(loaded, kind.inputs), computed(ours, kind.inputs)) < OUTPUT
+    with pytest.raises(ValueError, match="only lora_fx can read this adapter"):
+        from_file_in_peft(nn.Sequential(base), tmp_path)

@@ -81,21 +81,22 @@ def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _used_adapters(tuned: nn.Module) -> Iterator[_UsedAdapter]:
     in_code = read_in_graph(tuned)
-    outside = {without_wrappers(decision.path) for decision in record_in(tuned).plan.adapted if decision.site.outside}
     places = Counter(id(child) for module in tuned.modules() for child in module._modules.values())
-    for path, adapter in ((without_wrappers(path), adapter) for path, adapter in all_attached(tuned)):
-        read = adapter.spec.parameter in shown_parameters(adapter.owner)
-        read = read or (adapter.spec.path_is_owner and dotted(path, "weight") in in_code)
-        reason = _beyond_peft(adapter, read, path in outside, is_shared=places[id(adapter.owner)] > 1)
-        yield _UsedAdapter(path, adapter, read, reason)
+    for path, adapter in all_attached(tuned):
+        spec = adapter.spec
+        read = spec.parameter in shown_parameters(adapter.owner)
+        read = read or (spec.path_is_owner and dotted(path, "weight") in in_code)
+        reason = _beyond_peft(adapter, read, is_shared=places[id(adapter.owner)] > 1)
+        yield _UsedAdapter(without_wrappers(path), adapter, read, reason)
 
 
-def _beyond_peft(adapter: Attached, read: bool, outside: bool, is_shared: bool) -> str:
+def _beyond_peft(adapter: Attached, read: bool, is_shared: bool) -> str:
     if adapter.call is not None:
         return "each call has an adapter of its own"
     if is_shared:
         return "the module has several names, of which PEFT would adapt one"
     if not adapter.spec.path_is_owner:
+        outside = adapter.spec.site.outside
         return "code outside of its module reads it, where PEFT would leave it as it is" if outside else ""
     if read:
         return "code reads its weight, which PEFT would leave as it is"
