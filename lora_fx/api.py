@@ -106,7 +106,11 @@ def apply(
     """
     passes = build.optimisations(optimise)
     plan = _planned(model, rules_or_plan, example_inputs, backend)
-    return take_over(build.adapted(model, plan, passes, backend))
+    build.check_refusals(plan)
+    twin = take_over(build.build(model, plan))
+    build.install_graphs(twin, plan, passes)
+    build.check_backend(twin, plan, backend)
+    return twin
 
 
 def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: object, backend: str) -> Plan:
@@ -167,11 +171,11 @@ def load(
     passes = build.optimisations(optimise)
     files, seen, decisions = restore.fitted(directory, model, samples_for(model, example_inputs))
     plan = seen.planned(decisions)
-    twin = build.build(model, plan)
+    twin = take_over(build.build(model, plan))
     restore.fill(twin, files)
     peftfiles.refuse_beyond_peft(twin, files)
     build.install_graphs(twin, plan, passes)
-    return take_over(twin)
+    return twin
 
 
 def diff(a: Comparable, b: Comparable, example_inputs: object = None) -> GraphDiff:

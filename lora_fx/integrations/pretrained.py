@@ -45,7 +45,10 @@ _REFUSED = {
 
 
 def take_over(twin: nn.Module) -> nn.Module:
-    """Return the adapted twin itself; what is called on it, or on a model inside of it, is right or refused."""
+    """Return the adapted twin itself; what is called on it, or on a model inside of it, is right or refused.
+
+    Graphs come after it: they hold for the classes that they were made of.
+    """
     for module in twin.modules():
         kind = type(module)
         if _has(kind, "save_pretrained") and is_adapted(module):

@@ -23,27 +23,6 @@ from lora_fx.regions.survey import prove, trial_twin, without_gradient
 from lora_fx.text import listing
 
 
-def adapted(model: nn.Module, plan: Plan, passes: tuple[str, ...], backend: str = "auto") -> nn.Module:
-    """Return an adapted twin of the model as the plan says, with its graphs; the model itself stays unchanged.
-
-    Args:
-        model: the model that the plan is for.
-        plan: what to do; with `capture`, blocks run as graphs.
-        passes: what makes the graphs cheaper to train, of `OPTIMISATIONS`.
-        backend: with "graph", every adapted site must be in a graph.
-
-    Raises:
-        RefusedError: nothing can be adapted, or a rule's every match is refused.
-        CaptureError: backend="graph" and a site is in no graph.
-    """
-    check_refusals(plan)
-    twin = build(model, plan)
-    install_graphs(twin, plan, passes)
-    own = {site.path for site in plan.adapted if site.backend == "graph" and isinstance(twin, fx.GraphModule)}
-    _check_backend(plan, backend, own | in_graphs(twin), without_graph(twin))
-    return twin
-
-
 def build(model: nn.Module, plan: Plan) -> nn.Module:
     """Return an adapted twin of the model as the plan says, with every site on the module backend.
 
@@ -96,8 +75,14 @@ def install_graphs(twin: nn.Module, plan: Plan, passes: tuple[str, ...]) -> None
             )
 
 
-def _check_backend(plan: Plan, backend: str, covered: set[str], failed: Sequence[tuple[str, str]]) -> None:
-    """Warn where a planned graph could not be proven; with backend="graph", refuse what is not in a graph."""
+def check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:
+    """Warn where a planned graph could not be proven; with backend="graph", refuse what is not in a graph.
+
+    Raises:
+        CaptureError: backend="graph" and a site is in no graph.
+    """
+    own = {site.path for site in plan.adapted if site.backend == "graph" and isinstance(twin, fx.GraphModule)}
+    covered, failed = own | in_graphs(twin), without_graph(twin)
     if failed:
         warnings.warn(f"these run without a graph, correct but slower: {failed}", LoraFxWarning, stacklevel=4)
     if backend != "graph":
