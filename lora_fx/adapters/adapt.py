@@ -9,6 +9,7 @@ from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
+from lora_fx.text import dotted
 
 
 def is_trained(name: str, record: ModelRecord) -> bool:
@@ -56,5 +57,5 @@ def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) 
 def trained_parameters(twin: nn.Module, record: ModelRecord) -> list[str]:
     """Return the names of what is trained beside A and B: parameters of modules under `train:`, biases of rules."""
     whole = [name for name, _ in twin.named_parameters(remove_duplicate=False) if is_trained(name, record)]
-    biases = [f"{path}.bias" for path, adapter in all_attached(twin) if adapter.trained_bias is not None]
+    biases = [dotted(path, "bias") for path, adapter in all_attached(twin) if adapter.trained_bias is not None]
     return list(dict.fromkeys((*whole, *biases)))

@@ -67,11 +67,15 @@ def diffusers(base: nn.Module, file: Path, component: str, call: Call) -> Both:
     import diffusers
 
     model: Any = base
-    pipeline: Any = diffusers.StableDiffusionPipeline
+    pipeline: Any = diffusers.StableDiffusionXLPipeline
     found, alphas, metadata = pipeline.lora_state_dict(str(file), return_lora_metadata=True)
-    model.load_lora_adapter(found, prefix=component, network_alphas=alphas, metadata=metadata)
+    if component.startswith("text_encoder"):
+        pipeline.load_lora_into_text_encoder(found, alphas, model, prefix=component, metadata=metadata)
+    else:
+        model.load_lora_adapter(found, prefix=component, network_alphas=alphas, metadata=metadata)
     adapted = outputs(model, call)
-    model.disable_lora()
+    switch_off = model.disable_adapters if component.startswith("text_encoder") else model.disable_lora
+    switch_off()
     return outputs(model, call), adapted
 
 
@@ -93,9 +97,13 @@ def lycoris(base: nn.Module, file: Path, call: Call) -> Both:
 
 
 def mlx(base: Path, adapter: Path, ids: Tensor) -> Both:
-    """Load a model of transformers and an adapter in mlx-lm, on the CPU; the outputs are the logits."""
+    """Load a model of transformers and an adapter in mlx-lm, on the CPU; the outputs are the logits.
+
+    mlx-lm says nothing of factors that the file lacks; here they are an error.
+    """
     import mlx.core as mx
     import numpy
+    from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
@@ -108,6 +116,11 @@ def mlx(base: Path, adapter: Path, ids: Tensor) -> Both:
 
     before = logits()
     load_adapters(model, str(adapter))
+    loaded: Any = mx.load(str(adapter / "adapters.safetensors"))
+    now: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    missing = [name for name in now if name.endswith((".lora_a", ".lora_b", ".m")) and name not in loaded]
+    if missing:
+        raise ValueError(f"the file lacks {missing}")
     model.eval()
     return before, logits()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from lora_fx.errors import ExportError
 from lora_fx.exporters import clients, peft
 from lora_fx.exporters.running import call_with, outputs_of_both, run_client, worst_difference
 from lora_fx.exporters.target import Refusal, Target, expressed, refusals
@@ -34,6 +35,8 @@ REFUSED = {
     "train": f"diffusers does not load modules that were trained whole{_MERGE}",
     "adapters": "one file holds one adapter; give all rules one `adapter:`",
 }
+_COMPONENTS = {"UNet": "unet", "Transformer": "transformer", "UVit": "transformer"}
+"""What pipelines call a model, by a part of its class's name."""
 _CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora", "bias")
 
 
@@ -46,8 +49,17 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
 
 
 def _component_of(tuned: nn.Module) -> str:
-    """Return what pipelines call a model: `unet`, or `transformer`."""
-    return "unet" if "UNet" in original_class(tuned).__name__ else "transformer"
+    """Return what pipelines call a model: `unet`, or `transformer`.
+
+    Raises:
+        ExportError: it is neither; diffusers passes over a file for another component without a word.
+    """
+    name = original_class(tuned).__name__
+    found = next((component for part, component in _COMPONENTS.items() if part in name), None)
+    if found is None:
+        advice = "give component='controlnet', or what it is"
+        raise ExportError("diffusers", f"what pipelines call a {name} is not known", advice=advice)
+    return found
 
 
 def write(tuned: nn.Module, path: Path, component: str = "") -> None:

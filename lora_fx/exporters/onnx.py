@@ -103,6 +103,7 @@ def _forget_tracing(model: Any) -> None:
 def _lift(model: Any, parts: BaseGraphParts) -> dict[str, Any]:
     """Make inputs of all that adapters change, in place; return them by the names of `parts.base`."""
     lifted, notes = {}, {}
+    _refuse_shared_names(model, parts)
     aliases = {name: group for group in tied_names(parts.model) for name in group}
     for name, default in parts.base.items():
         value = _taken(model, aliases.get(name, [name]))
@@ -113,9 +114,17 @@ def _lift(model: Any, parts: BaseGraphParts) -> dict[str, Any]:
         value.shape = _shape(default, axis, value.name)
         model.graph.inputs.append(value)
         lifted[name] = value
-        notes[value.name] = {"shape": list(default.shape), "rank": axis}
+        notes[value.name] = {"shape": list(default.shape), "rank": axis, "dtype": str(default.dtype)}
     model.metadata_props[NOTE] = json.dumps({"inputs": notes, "base": parts.fingerprint})
     return lifted
+
+
+def _refuse_shared_names(model: Any, parts: BaseGraphParts) -> None:
+    """A parameter called like an input would take its place: onnxruntime prefers the adapter's value to a fed one."""
+    inputs = {value.name for value in model.graph.inputs}
+    shared = [(name, "is also called so") for name in parts.base if short(name) in inputs]
+    if shared:
+        raise ExportError("onnx", "an input of the model has the name of a parameter", shared, "rename the argument")
 
 
 def _taken(model: Any, names: Sequence[str]) -> Any:
@@ -200,6 +209,8 @@ def _misfit(note: dict[str, Any], name: str, value: Tensor) -> str | None:
     slot = note["inputs"].get(name)
     if slot is None:
         return "the graph has no such input"
+    if slot.get("dtype", str(value.dtype)) != str(value.dtype):
+        return f"is {value.dtype}, in the graph {slot['dtype']}".replace("torch.", "")
     expected, shape = list(slot["shape"]), list(value.shape)
     if slot["rank"] is not None:
         expected[slot["rank"]] = shape[slot["rank"]]

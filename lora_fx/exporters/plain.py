@@ -46,11 +46,15 @@ class PlainAdapter:
 
 
 def plain_adapters(tuned: nn.Module) -> Iterator[PlainAdapter]:
-    """Yield the adapter of every adapted layer, in model order, as new tensors on the CPU."""
+    """Yield the adapter of every adapted layer, in model order, as new tensors on the CPU.
+
+    A scaling of 0 becomes a B of zeros: llama.cpp and LyCORIS take an alpha of 0 for one that is not given.
+    """
     for path, attached in all_attached(tuned):
         A, B = (_on_cpu(factor) for factor in encoded(attached))
         magnitude = None if attached.magnitude is None else _on_cpu(attached.magnitude.weight)
-        yield PlainAdapter(path, A, B, attached.spec.scaling, magnitude)
+        scaling = attached.spec.scaling
+        yield PlainAdapter(path, A, B if scaling else torch.zeros_like(B), scaling or 1.0, magnitude)
 
 
 def evened(tuned: nn.Module) -> list[PlainAdapter]:

@@ -27,6 +27,7 @@ from lora_fx.exporters.program import (
 from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
 from lora_fx.models.samples import Sample
+from lora_fx.models.ties import tied_names
 from lora_fx.models.torch_internals import aot_inductor
 
 VALUES = ".safetensors"
@@ -54,9 +55,10 @@ def _write(
     made.example_inputs = None  # they may be private; the compiler needs them
     with converting("pt2", "torch.export cannot save the program"):
         torch.export.save(made, path)
-    _write_values(path.with_suffix(BASE), parts.base)
+    kept = _kept_names(path, parts)
+    _write_values(path.with_suffix(BASE), parts.base, kept)
     for name, values in parts.adapters.items():
-        _write_values(path.with_name(f"{name}{VALUES}"), values)
+        _write_values(path.with_name(f"{name}{VALUES}"), values, kept)
 
 
 def _forget_sources(program: ExportedProgram) -> None:
@@ -72,11 +74,21 @@ def _compile(program: ExportedProgram, path: Path) -> None:
         aot_inductor().aoti_compile_and_package(program, package_path=str(path), inductor_configs=_KEEP)
 
 
+def _kept_names(program: Path, parts: BaseGraphParts) -> dict[str, str]:
+    """Return for each name of a tied weight the one that AOTInductor has kept; a program of torch.export takes any."""
+    compiled = program.with_suffix(COMPILED)
+    if not compiled.exists():
+        return {}
+    known = set(aot_inductor().aoti_load_package(str(compiled)).get_constant_fqns())
+    return {name: kept for group in tied_names(parts.model) for kept in known.intersection(group) for name in group}
+
+
 # -- adapters
 
 
-def _write_values(path: Path, values: Mapping[str, Tensor]) -> None:
-    save_file({name: value.detach().cpu().contiguous() for name, value in sorted(values.items())}, path)
+def _write_values(path: Path, values: Mapping[str, Tensor], kept: Mapping[str, str]) -> None:
+    named = {kept.get(name, name): value.detach().cpu().contiguous() for name, value in values.items()}
+    save_file(dict(sorted(named.items())), path)
 
 
 def _write_values_for(parts: BaseGraphParts, path: Path, program: str | Path | None) -> None:
@@ -84,7 +96,8 @@ def _write_values_for(parts: BaseGraphParts, path: Path, program: str | Path | N
     if program is None or len(parts.adapters) > 1:
         what = "a program to go with" if program is None else "one adapter, not several"
         raise ExportError("pt2", f"a {VALUES} file needs {what}", advice="program='model.pt2'")
-    state = torch.export.load(program).state_dict
+    main = Path(program)
+    state = torch.export.load(main).state_dict
     values = next(iter(parts.adapters.values()))
     fitted = {name: _fitted(value, state.get(name), parts.rank_axes.get(name)) for name, value in values.items()}
     problems = [(name, _misfit(values[name], state.get(name))) for name, value in fitted.items() if value is None]
@@ -92,12 +105,12 @@ def _write_values_for(parts: BaseGraphParts, path: Path, program: str | Path | N
         raise ExportError(
             "pt2", f"{program} is not a program for this adapter", problems, "export the program from this adapter"
         )
-    _write_values(path, {name: value for name, value in fitted.items() if value is not None})
+    _write_values(path, {name: value for name, value in fitted.items() if value is not None}, _kept_names(main, parts))
 
 
 def _fitted(value: Tensor, place: Tensor | None, axis: int | None) -> Tensor | None:
     """Return the values as the program has room for them, a lower rank with zeros; None if they do not fit."""
-    if place is None or value.dim() != place.dim():
+    if place is None or value.dim() != place.dim() or value.dtype != place.dtype:
         return None
     if axis is not None and value.shape[axis] < place.shape[axis]:
         room = list(value.shape)
@@ -109,6 +122,8 @@ def _fitted(value: Tensor, place: Tensor | None, axis: int | None) -> Tensor | N
 def _misfit(value: Tensor, place: Tensor | None) -> str:
     if place is None:
         return "the program has no such parameter"
+    if value.dtype != place.dtype:  # AOTInductor would take the bytes for numbers of its own dtype
+        return f"is {value.dtype}, in the program {place.dtype}".replace("torch.", "")
     return f"is {list(value.shape)}, in the program {list(place.shape)}"
 
 

@@ -284,7 +284,7 @@ def test_kohya_refuses_names_that_two_modules_get(tmp_path):
 
 
 def test_diffusers_writes_ranks_and_alphas_into_the_metadata(tmp_path):
-    diffusers.write(mixed(), tmp_path)
+    diffusers.write(mixed(), tmp_path, "transformer")
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         found = json.loads(file.metadata()["lora_adapter_metadata"])
         keys = set(file.keys())
