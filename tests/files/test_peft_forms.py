@@ -189,6 +189,24 @@ def test_tensor_that_belongs_to_nothing_is_refused(tmp_path):
         lora_fx.load(llama(), tmp_path)
 
 
+def test_file_whose_keys_lack_the_prefix_is_refused_where_peft_loads_it_without_effect(tmp_path):
+    model = llama()
+    written(model, tmp_path, target_modules=Q)
+    edited(tmp_path, lambda given: {key.removeprefix("base_model.model."): value for key, value in given.items()})
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()), logits(model))
+    with pytest.raises(lora_fx.AdapterFileError, match=r"\(file\) +has no lora_A or lora_B"):
+        lora_fx.load(model, tmp_path)
+
+
+def test_every_layer_of_a_file_counts_where_peft_without_targets_takes_its_own_list(tmp_path):
+    model = llama()
+    twin = written(model, tmp_path, target_modules=[*Q, "o_proj"])
+    edited(tmp_path, target_modules=None)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert not torch.allclose(logits(theirs), logits(twin), atol=1e-2), "o_proj is dropped"
+    assert_close(logits(lora_fx.load(model, tmp_path)), logits(twin))
+
+
 def test_factors_in_eight_bit_floats_are_read(tmp_path):
     model = llama()
     written(model, tmp_path, target_modules=Q)

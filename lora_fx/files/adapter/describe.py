@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.adapt import read_in_graph
 from lora_fx.adapters.attach import Attached, all_attached, shown_parameters
 from lora_fx.adapters.factors.kinds import ConvolutionA, EmbeddingA
+from lora_fx.adapters.factors.lora import as_rows
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.codec import encoded, has_other_border
 from lora_fx.files.adapter.header import header_text
@@ -25,6 +26,7 @@ from lora_fx.files.adapter.names import (
 )
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.fingerprint import sample_values
+from lora_fx.models.quantised import dense
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import dotted
 from lora_fx.models.wrappers import module_at, without_wrappers
@@ -82,12 +84,15 @@ def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
 def _used_adapters(tuned: nn.Module) -> Iterator[_UsedAdapter]:
     in_code = read_in_graph(tuned)
     places = Counter(id(child) for module in tuned.modules() for child in module._modules.values())
-    for path, adapter in all_attached(tuned):
-        spec = adapter.spec
+    claimed = tuple(f"{without_wrappers(path)}." for path in _claimed_too(tuned))
+    for site_path, adapter in all_attached(tuned):
+        spec, path = adapter.spec, without_wrappers(site_path)
         read = spec.parameter in shown_parameters(adapter.owner)
         read = read or (spec.path_is_owner and dotted(path, "weight") in in_code)
         reason = _beyond_peft(adapter, read, is_shared=places[id(adapter.owner)] > 1)
-        yield _UsedAdapter(without_wrappers(path), adapter, read, reason)
+        if f"{path}.".startswith(claimed):
+            reason = "PEFT would train it whole: its name ends like that of a module under `train:`"
+        yield _UsedAdapter(path, adapter, read, reason)
 
 
 def _beyond_peft(adapter: Attached, read: bool, is_shared: bool) -> str:
@@ -102,7 +107,25 @@ def _beyond_peft(adapter: Attached, read: bool, is_shared: bool) -> str:
         return "code reads its weight, which PEFT would leave as it is"
     if has_other_border(adapter.owner):
         return "PEFT would leave out the padding_mode and dilation of the convolution"
-    return ""
+    return ZERO_ROW if adapter.magnitude is not None and _has_zero_row(adapter) else ""
+
+
+ZERO_ROW = "a row of its weight is zero, and PEFT would divide it by its length"
+
+
+def _has_zero_row(adapter: Attached) -> bool:
+    """Whether a row of W + scaling · B A is zero, of a weight that is here (ZeRO-3 leaves a shape of [0])."""
+    weight = as_rows(adapter.base_weight, adapter.spec.site.layout) if adapter.base_weight.dim() == 2 else None
+    zero = None if weight is None else dense(weight).any(1).logical_not()
+    return zero is not None and bool(zero.any()) and not bool(adapter.lora_B.weight[zero].any(1).all())
+
+
+def _claimed_too(tuned: nn.Module) -> list[str]:
+    """Return the paths of modules that PEFT takes for trained whole as well: it asks for the ends of their names."""
+    trained = tuple(map(without_wrappers, record_in(tuned).trained))
+    inside = tuple(f"{path}." for path in trained)
+    named = [(path, without_wrappers(path)) for path, _ in tuned.named_modules() if not _is_of_adapter(path)]
+    return [path for path, name in named if name.endswith(trained) and not f"{name}.".startswith(inside)]
 
 
 def _saved(used: _UsedAdapter, group: Sequence[_UsedAdapter]) -> SavedSite:
@@ -151,8 +174,9 @@ def _describe(
     _refuse_mixed_dora(name, group)
     sites = [_saved(used, group) for used in group]
     tensors = {key: tensor for site in sites for key, tensor in site.tensors().items()}
-    tensors = dict(sorted({**tensors, **_module_tensors(tuned, trained)}.items()))
     beyond = next((only_for_lora_fx(used.path, used.beyond_peft) for used in group if used.beyond_peft), None)
+    claimed = _claimed_too(tuned) if trained and beyond is None else []  # PEFT fails where their tensors are missing
+    tensors = dict(sorted({**tensors, **_module_tensors(tuned, [*trained, *claimed])}.items()))
     config = _config(tuned, sites, trained, beyond)
     content = {
         "lora_fx": _version(),
@@ -186,11 +210,12 @@ def _version() -> str:
         return "unknown"
 
 
-def _module_tensors(tuned: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
+def _module_tensors(tuned: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
     return {
         PREFIX + without_wrappers(f"{path}.{name}"): _plain(tensor).clone()  # tied weights are in it under all names
-        for path in trained
+        for path in paths
         for name, tensor in module_at(tuned, path).state_dict().items()
+        if not _is_of_adapter(name)
     }
 
 

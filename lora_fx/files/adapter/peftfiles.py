@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lora_fx.errors import AdapterMismatchError, LoraFxWarning, RefusedError
 from lora_fx.files.adapter.configuration import Configuration
-from lora_fx.files.adapter.describe import beyond_peft
-from lora_fx.files.adapter.names import is_end, is_of_attention, owner_of, pattern_name
+from lora_fx.files.adapter.describe import ZERO_ROW, beyond_peft
+from lora_fx.files.adapter.names import is_end, is_of_attention, owner_of, pattern_name, pattern_of
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.models.layers import is_layer
@@ -135,6 +135,12 @@ def warn_of_missing(file: AdapterFile, model: nn.Module) -> None:
         )
     if lacking and not config.target_parameters:
         warnings.warn(f"target_modules names {listing(lacking)}, which the model lacks", LoraFxWarning, stacklevel=4)
+    names = there | {site.parameter for site in file.sites}
+    patterns = dict.fromkeys((*config.rank_pattern, *config.alpha_pattern))
+    idle = [key for key in patterns if not any(pattern_of(key).matches(name) for name in names)]
+    if idle:
+        text = f"rank_pattern and alpha_pattern name {listing(idle)}, which fits no layer of the file"
+        warnings.warn(text, LoraFxWarning, stacklevel=4)
 
 
 def refuse_beyond_peft(twin: nn.Module, files: Sequence[AdapterFile]) -> None:
@@ -144,7 +150,8 @@ def refuse_beyond_peft(twin: nn.Module, files: Sequence[AdapterFile]) -> None:
         RefusedError: naming every site, and why.
     """
     foreign = {site.path: site for file in files for site in file.sites if not site.noted and _is_plain(site)}
-    beyond = [(path, reason) for path, reason in (*beyond_peft(twin), *_hooked(twin)) if path in foreign]
+    reasons = (*beyond_peft(twin), *_hooked(twin))
+    beyond = [(path, reason) for path, reason in reasons if path in foreign and reason != ZERO_ROW]
     if beyond:
         raise RefusedError("PEFT adapts these in another way than their weight shows", list(dict.fromkeys(beyond)))
 

@@ -124,7 +124,7 @@ class _AdapterReader:
     def read(self) -> AdapterFile:
         paths = stems_in(self.tensors)
         self._check(paths)
-        trained = {key: owner for key in self.tensors if (owner := self._owner(key))}
+        trained = {key: owner for key in self.tensors if (owner := self._owner(key)) and self._is_trained(key)}
         header = self.header
         if header is None:
             owners = tuple(dict.fromkeys(trained.values()))
@@ -157,6 +157,11 @@ class _AdapterReader:
         if split_factor_key(key) is not None:
             return None
         return module_to_save(key.removeprefix(PREFIX), self.config.modules_to_save)
+
+    def _is_trained(self, key: str) -> bool:
+        """Whether it is of a module that was trained; others are there because PEFT looks at the ends of names."""
+        inside = () if self.header is None else tuple(f"{path}." for path in self.header.trained)
+        return self.header is None or key.removeprefix(PREFIX).startswith(inside)
 
     def _base(self, paths: list[str]) -> dict[str, list[float] | None]:
         """Return a few values of the base weights in the file: PEFT would put them in place of the model's."""
