@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import STATE, adapted_owners, attached_to, detach
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
+from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
 from lora_fx.models.quantised import forget_quantisation, is_quantised
@@ -52,7 +53,9 @@ def merged(tuned: nn.Module) -> nn.Module:
     _untie(tuned, twin)
     names = [name for name, _ in twin.named_parameters(remove_duplicate=False) if name in record.base]
     own_parameters(twin, names, requires_grad=False)  # trained whole: the adapted model may go on training its own
-    return _flagged(twin, record)
+    model = _flagged(twin, record)
+    warn_of_narrowed(model)
+    return model
 
 
 def _merge_module(owner: nn.Module) -> None:

@@ -21,7 +21,7 @@ from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_of
 from lora_fx.models.samples import call, samples_for
 from lora_fx.rules.ruleset import RuleSet
-from lora_fx.text import count
+from lora_fx.text import count, listing
 
 FORMS = "package.module:factory, file.py:factory, hf:DIRECTORY, a .pt2 or a .safetensors file"
 
@@ -159,5 +159,9 @@ def _from_transformers(directory: str, weights: bool) -> Any:
     bare: Any = transformers.AutoModel
     kind: Any = next((kind for kind in kinds if kind is not None), bare)
     if weights:
-        return kind.from_pretrained(directory, local_files_only=True)
+        model, found = kind.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+        if found["missing_keys"]:
+            missing = listing(sorted(found["missing_keys"]))
+            raise ModelSpecError(f"{directory} lacks {missing}: from_pretrained makes up random values for them")
+        return model
     return bare.from_config(config) if kind is bare else kind(config)

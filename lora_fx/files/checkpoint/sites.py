@@ -38,6 +38,7 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[AdapterFile], out_dtype:
         MergeError: what cannot be merged here, with the reason for each.
     """
     _refuse_quantised(base)
+    _refuse_wrapped(base)
     planner = _Planner(base)
     for adapter in adapters:
         planner.place(adapter)
@@ -62,6 +63,17 @@ def _refuse_quantised(base: BaseCheckpoint) -> None:
             f"{base.folder}: is quantised, and quantised weights cannot be merged into here; nothing was written",
             [("quantization_config", f"quant_method {name}")],
             "give the checkpoint that it was quantised from, or load the model and use lora_fx.merge",
+        )
+
+
+def _refuse_wrapped(base: BaseCheckpoint) -> None:
+    """transformers writes PEFT's layers into a checkpoint when an adapter was deleted, and finds no weight in it."""
+    wrapped = [(key, "is inside of a layer of PEFT's") for key in base.keys() if ".base_layer." in key]  # noqa: SIM118
+    if wrapped:
+        raise MergeError(
+            f"{base.folder}: was saved with PEFT's layers in it, and from_pretrained would make up their weights",
+            wrapped[:6],
+            "give the checkpoint that the adapter was trained on",
         )
 
 

@@ -36,6 +36,8 @@ from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import ROUNDINGS, Noise
 from lora_fx.files.checkpoint.sites import plan_merge
 from lora_fx.files.checkpoint.tiles import Sums
+from lora_fx.files.values import DTYPES
+from lora_fx.models.dtypes import warn_of_rounding
 
 AnyPath = str | os.PathLike[str]
 Progress = Callable[[int, int, str], object]
@@ -82,12 +84,24 @@ def merge_files(
     check_folder(out)
     adapters = _read(adapter_dirs)
     plan = plan_merge(base, adapters, options.dtype)
+    _warn_of_narrowed(plan)
     inputs = inputs_of(base, [adapter.folder for adapter in adapters], asdict(options))
     merge = _Merge(plan, out, options, open_journal(out, inputs), progress)
     merge.check_space()
     with _told(out), _one_thread_each() as number:
         merge.run(number)
     return merge.report()
+
+
+def _warn_of_narrowed(plan: MergePlan) -> None:
+    """Name what the merge writes more exactly than config.json lets it be read."""
+    config = plan.base.config or {}
+    read = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
+    if read is not None and plan.out_dtype is None:
+        entries = [(key, plan.base.find(key)) for key in plan.works]
+        written = {key: where[1].dtype for key, where in entries if where is not None}
+        written |= {addition.name: addition.entry.dtype for addition in plan.additions}
+        warn_of_rounding(read, ((key, DTYPES[name]) for key, name in written.items()), 5)
 
 
 def _refuse_overlap(base: Path, out: Path) -> None:

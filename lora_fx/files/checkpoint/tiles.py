@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_fx.adapters.factors.dora import stretch
 from lora_fx.adapters.factors.lora import low_rank_weight
 from lora_fx.files.checkpoint.plan import WeightFold
 from lora_fx.files.checkpoint.rawbytes import RawBytes
@@ -177,7 +178,7 @@ def _set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor |
     outputs = _outputs(fold, tile)
     actual = torch.linalg.vector_norm(merged, dim=1) if lengths is None else lengths[outputs].to(merged.dtype)
     wanted = fold.magnitude[outputs].to(merged.dtype)
-    merged.mul_((wanted / actual).unsqueeze(1 if fold.outputs_first else 0))
+    merged.mul_(stretch(wanted, actual).unsqueeze(1 if fold.outputs_first else 0))
 
 
 def _outputs(fold: WeightFold, tile: Tile) -> slice:
