@@ -1,7 +1,5 @@
 """transformers notes one dtype for a whole model, that of its first parameter, and reads all weights back in it."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
 from typing import Any
