@@ -28,6 +28,15 @@ def _same_start():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_graphs(monkeypatch: pytest.MonkeyPatch):
+    """For tests of files: graphs change no value, and capturing them would take most of the time."""
+    from lora_fx.discovery.study import Observed
+
+    planned = Observed.planned
+    monkeypatch.setattr(Observed, "planned", lambda seen, decisions, backend="": planned(seen, decisions, "modules"))
+
+
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, without a window; whoever asks for it has made sure that it and the extra `browser` are there."""

@@ -106,6 +106,7 @@ class Fakes:
     def __init__(self) -> None:
         self.shapes = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
+        self.mode.cache_enabled = False  # to fill it takes longer than what one run of one block asks of it
 
     def tensor(self, like: Tensor, name: str, static: Sequence[bool]) -> Tensor:
         """Return a fake of `like`; dimensions that are not `static` get symbolic sizes.

@@ -22,9 +22,12 @@ import lora_fx
 from tests.support.around import assert_close, llama, logits
 
 WEIGHTS = "adapter_model.safetensors"
-pytestmark = pytest.mark.filterwarnings(  # PEFT's and transformers' own
-    "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_graphs"),
+    pytest.mark.filterwarnings(  # PEFT's and transformers' own
+        "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning"
+    ),
+]
 
 
 def written(model: nn.Module, folder: Path, save: dict[str, Any] | None = None, **settings: Any) -> nn.Module:

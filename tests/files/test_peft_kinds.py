@@ -28,7 +28,7 @@ from tests.support.kinds import (
 from tests.support.peftkinds import IDS, MIXED, each, gpt2, mixtral
 from tests.support.zoo import rules
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.usefixtures("no_graphs"), pytest.mark.filterwarnings("ignore")]
 
 
 THEIRS = {

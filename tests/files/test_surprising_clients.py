@@ -23,7 +23,6 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 
 import lora_fx
 from lora_fx.cli.models.spec import ModelSpecError, load_model
-from lora_fx.discovery.study import Observed
 from lora_fx.errors import AdapterMismatchError, LoraFxWarning, MergeError
 from tests.files.test_peft_forms import Q, edited, written
 from tests.support.around import assert_close, filled, llama, logits
@@ -31,16 +30,12 @@ from tests.support.kinds import EFFECT, OUTPUT, built, computed, distance, from_
 from tests.support.peftkinds import IDS, mixtral
 from tests.support.zoo import rules
 
-pytestmark = pytest.mark.filterwarnings(  # PEFT's and transformers' own
-    "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning", "error::lora_fx.errors.LoraFxWarning"
-)
-
-
-@pytest.fixture(autouse=True)
-def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs change no value, and capturing them takes most of the time."""
-    planned = Observed.planned
-    monkeypatch.setattr(Observed, "planned", lambda seen, decisions, backend="": planned(seen, decisions, "modules"))
+pytestmark = [
+    pytest.mark.usefixtures("no_graphs"),
+    pytest.mark.filterwarnings(  # PEFT's and transformers' own
+        "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning", "error::lora_fx.errors.LoraFxWarning"
+    ),
+]
 
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from typing import Any
 
@@ -21,8 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 RULES = {"version": 1, "rules": [{"match": {"name": "**", "op": "linear"}, "lora": {"r": 2, "alpha": 4}}]}
 
 
+@functools.cache
+def _applied(tied: bool) -> PreTrainedModel:
+    return lora_fx.apply(llama(tied), RULES)
+
+
 def adapted(tied: bool = False, **rules: Any) -> PreTrainedModel:
-    return filled(lora_fx.apply(llama(tied), RULES | rules))
+    return filled(lora_fx.apply(llama(tied), RULES | rules) if rules else copy.deepcopy(_applied(tied)))
 
 
 def test_save_pretrained_writes_what_load_and_peft_read(tmp_path):
