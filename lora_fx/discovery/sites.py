@@ -16,7 +16,7 @@ from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
 from lora_fx.models.twin import refuse_lazy
 from lora_fx.models.wrappers import holds_peft, seen_through
-from lora_fx.passes.rawsites import GraphUse, raw_uses
+from lora_fx.passes.rawsites import GraphUse, computed_uses, raw_uses
 from lora_fx.passes.sites import site_calls
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory
@@ -83,7 +83,7 @@ def uses_in(plan: Plan) -> Uses | None:
 def uses_in_graph(graph_module: fx.GraphModule, path: str = "") -> dict[str, WeightUse]:
     """Return how a graph uses raw parameters, by their names below `path`."""
     seen: dict[str, list[GraphUse]] = {}
-    for use in raw_uses(graph_module):
+    for use in (*raw_uses(graph_module), *computed_uses(graph_module)):
         if use.op:
             seen.setdefault(use.parameter, []).append(use)
     weights = {}

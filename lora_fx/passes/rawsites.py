@@ -80,6 +80,29 @@ def raw_uses(graph_module: fx.GraphModule) -> Iterator[GraphUse]:
                 yield _use(node, weight, name, view)
 
 
+def computed_uses(graph_module: fx.GraphModule) -> Iterator[GraphUse]:
+    """Yield every product by what is made from raw matrices alone: joined, masked, scaled by a vector or a buffer.
+
+    Its `weight` is what was made; each axis counts as staying where it was.
+    """
+    made: dict[fx.Node, tuple[frozenset[str], Any, bool]] = {}
+    for node in graph_module.graph.nodes:
+        known = [made[operand] for operand in node.all_input_nodes if operand in made]
+        if node.op == "get_attr":
+            whole = _whole(graph_module, node)
+            made[node] = (frozenset([str(node.target)] if whole is not None else ()), whole, False)
+        elif node.op in ("call_function", "call_method") and known and len(known) == len(node.all_input_nodes):
+            view = next((view for _, view, _ in known if view is not None), None)
+            shown = _seen_through(node, node.all_input_nodes[0], view)
+            names = frozenset(name for names, _, _ in known for name in names)
+            made[node] = (names, view if shown is None else shown, shown is None or any(new for *_, new in known))
+        elif node.op != "output":
+            for weight in (operand for operand in node.all_input_nodes if operand in made):
+                names, view, is_new = made[weight]
+                if is_new and isinstance(view, WeightView):
+                    yield from (use for name in sorted(names) if (use := _use(node, weight, name, view)).op)
+
+
 def _whole(graph_module: fx.GraphModule, node: fx.Node) -> WeightView | None:
     owner, _, last = str(node.target).rpartition(".")
     module = graph_module.get_submodule(owner)

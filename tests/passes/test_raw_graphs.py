@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_plan_names_every_raw_parameter_of_the_graph_with_what_is_done_to_it():
         "qkv": ("linear", (15, 5), 2),
         "kernel": ("conv1d", (5, 1, 3), 1),
         "heads": ("matmul", (2, 5, 5), 1),
-        "scaled": ("matmul", (5, 5), 1),
+        "scaled": ("matmul", (5, 5), 2),
         "conv": ("conv1d", (5, 1, 3), 1),
         "last": ("linear", (5, 5), 1),
     }
@@ -260,3 +261,51 @@ def test_raw_parameter_of_which_nothing_is_known_is_refused_and_inputs_show_it()
     )
     (only,) = lora_fx.plan(Branches(), rules, (torch.ones(3, 4),)).sites
     assert only.decision == "adapt"
+
+
+class Made(nn.Module):
+    """Multiplies by what is made from its parameters."""
+
+    def __init__(self, make: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4, 8))
+        self.length, self.table = nn.Parameter(torch.rand(8)), nn.Parameter(torch.randn(2, 8))
+        self.register_buffer("mask", torch.ones(4, 8).tril())
+        self.make = make
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x + self.table * self.length, self.make(self.a, self.b, self.length, self.mask))
+
+
+@pytest.mark.parametrize(
+    ("make", "sites"),
+    [
+        (lambda a, b, length, mask: torch.cat([a, b]), ["a", "b"]),
+        (lambda a, b, length, mask: torch.stack([a, b]).flatten(0, 1), ["a", "b"]),
+        (lambda a, b, length, mask: a * length, ["a"]),
+        (lambda a, b, length, mask: (a * mask).view(4, 8), ["a"]),
+        (lambda a, b, length, mask: torch.tril(a), ["a"]),
+        (lambda a, b, length, mask: torch.where(mask > 0, a, b), ["a", "b"]),
+        (lambda a, b, length, mask: (a - a.mean(1, keepdim=True)) / a.std(1, keepdim=True), ["a"]),
+    ],
+    ids=["joined", "stacked", "scaled", "masked", "a triangle", "of two", "standardised"],
+)
+def test_weights_that_are_changed_before_they_multiply_are_adapted_in_a_graph_as_in_a_module(make, sites):
+    model, x = Made(make), torch.randn(2, 8)
+    graph = fx.symbolic_trace(model)
+    rules = {"version": 1, "rules": [{"match": {"name": ["a", "b", "table"]}, "lora": {"r": 2}}]}
+    planned = [[(s.path, s.site.layout) for s in lora_fx.plan(m, rules, (x,)).adapted] for m in (model, graph)]
+    assert planned == [[(site, "out_in") for site in sites]] * 2
+    tuned, other = lora_fx.apply(graph, rules, (x,)), lora_fx.apply(model, rules, (x,))
+    assert torch.equal(tuned(x), graph(x))
+    for parameter, twin in zip(lora_fx.parameters(tuned), lora_fx.parameters(other), strict=True):
+        with torch.no_grad():
+            twin.copy_(parameter.normal_())
+    assert not torch.allclose(tuned(x), graph(x), atol=1e-2)
+    torch.testing.assert_close(tuned(x), other(x))
+    torch.testing.assert_close(lora_fx.merge(tuned)(x), tuned(x), rtol=1e-4, atol=1e-4)
+    for found, wanted in zip(
+        *(torch.autograd.grad(m(x).cos().sum(), [*lora_fx.parameters(m)]) for m in (tuned, other))
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(lora_fx.remove(tuned)(x), graph(x))
