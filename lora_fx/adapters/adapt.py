@@ -5,16 +5,11 @@ from torch import fx, nn
 from lora_fx.adapters.attach import all_attached, attach, spec_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import adapt, count_calls_anew, read_by_kernels, stop_counting
+from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.models.tensors import get_tensor, own_parameters
-from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.text import dotted
-
-
-def is_trained(name: str, record: ModelRecord) -> bool:
-    """Whether a parameter of that name belongs to a module that is trained whole."""
-    return without_wrappers(name).startswith(tuple(f"{without_wrappers(path)}." for path in record.trained))
 
 
 def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
@@ -48,14 +43,15 @@ def read_in_graph(model: nn.Module) -> set[str]:
 
 def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) -> None:
     """Give the twin values of its own for all else that training will change, and keep the model's in the record."""
-    names = trained_parameters(twin, record)
+    names = trained_parameters(twin)
     record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
     record.base |= {name: parameter.detach() for name in names if (parameter := get_tensor(model, name)) is not None}
     own_parameters(twin, names, requires_grad=True)
 
 
-def trained_parameters(twin: nn.Module, record: ModelRecord) -> list[str]:
+def trained_parameters(twin: nn.Module) -> list[str]:
     """Return the names of what is trained beside A and B: parameters of modules under `train:`, biases of rules."""
-    whole = [name for name, _ in twin.named_parameters(remove_duplicate=False) if is_trained(name, record)]
+    places = placed_in(twin)
+    whole = [name for name, _ in twin.named_parameters(remove_duplicate=False) if is_trained(name, places)]
     biases = [dotted(path, "bias") for path, adapter in all_attached(twin) if adapter.trained_bias is not None]
     return list(dict.fromkeys((*whole, *biases)))

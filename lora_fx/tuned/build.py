@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx, nn
 
-from lora_fx.adapters.adapt import adapt_sites, is_trained, own_what_is_trained
+from lora_fx.adapters.adapt import adapt_sites, own_what_is_trained
 from lora_fx.adapters.attach import all_attached, record_of
 from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.adapters.placed import Placed, is_trained, placed_in
 from lora_fx.discovery.study import Study
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
 from lora_fx.models.tensors import get_tensor
@@ -119,11 +120,30 @@ def check_refusals(plan: Plan) -> None:
 
 def trainable(twin: nn.Module) -> Iterator[nn.Parameter]:
     """Yield every parameter that is to be trained, once: adapters, trained biases, modules under `train:`."""
-    record = record_in(twin)
-    named = twin.named_parameters(remove_duplicate=False)
+    record_in(twin)
+    places, named = placed_in(twin), twin.named_parameters(remove_duplicate=False)
     adapters = [parameter for _, adapter in all_attached(twin) for parameter in adapter.parameters()]
-    trained = [parameter for name, parameter in named if is_trained(name, record)]
+    trained = [parameter for name, parameter in named if is_trained(name, places)]
     yield from {id(parameter): parameter for parameter in (*adapters, *trained)}.values()
+
+
+def places_in(tuned: nn.Module) -> list[Placed]:
+    """Return where each adapted model lies in this one; all that their records name of it is there.
+
+    Raises:
+        RefusedError: the model is not adapted, or lacks what was there.
+    """
+    record_in(tuned)
+    places = placed_in(tuned)
+    try:
+        for place in places:
+            for name in place.base():
+                get_tensor(tuned, name)
+            for path in place.trained():
+                module_at(tuned, path)
+    except (AttributeError, KeyError) as error:
+        raise _not_whole(str(error.args[0])) from error
+    return places
 
 
 def whole_record_in(tuned: nn.Module) -> ModelRecord:
@@ -132,16 +152,16 @@ def whole_record_in(tuned: nn.Module) -> ModelRecord:
     Raises:
         RefusedError: the model is not adapted, or is a part of the adapted one, or holds it.
     """
-    record = record_in(tuned)
-    try:
-        for name in record.base:
-            get_tensor(tuned, name)
-        for path in record.trained:
-            module_at(tuned, path)
-    except (AttributeError, KeyError) as error:
-        advice = "give the model that lora_fx.apply or lora_fx.load returned"
-        raise RefusedError(f"this is not the whole adapted model, or more than that: {error}", advice=advice) from error
-    return record
+    first, *others = places_in(tuned)
+    if first.there or first.here or others:
+        what = f"it is {first.there.rstrip('.')} of it" if first.there else f"it holds one at {first.here.rstrip('.')}"
+        raise _not_whole(what)
+    return first.record
+
+
+def _not_whole(what: str) -> RefusedError:
+    advice = "give the model that lora_fx.apply or lora_fx.load returned"
+    return RefusedError(f"this is not the whole adapted model, or more than that: {what}", advice=advice)
 
 
 def record_in(twin: nn.Module) -> ModelRecord:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx.adapters.adapt import is_trained, trained_parameters
+from lora_fx.adapters.adapt import trained_parameters
 from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, is_adapted
+from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.discovery.sites import take_inventory
 from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.models.tensors import get_tensor
@@ -22,7 +23,7 @@ from lora_fx.planning.planned import PlannedSite
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.text import columns
-from lora_fx.tuned.build import build, check_refusals, record_in
+from lora_fx.tuned.build import build, check_refusals
 
 Rules: TypeAlias = "Mapping[str, object] | str | os.PathLike[str] | RuleSet | None"
 
@@ -200,8 +201,8 @@ def _taken(twin: nn.Module) -> set[str]:
 
 def _trained(twin: nn.Module) -> list[str]:
     """Return the names of what is trained whole and saved with the adapter, buffers of modules under `train:` too."""
-    record, buffers = record_in(twin), twin.named_buffers(remove_duplicate=False)
-    return [*trained_parameters(twin, record), *(name for name, _ in buffers if is_trained(name, record))]
+    places, buffers = placed_in(twin), twin.named_buffers(remove_duplicate=False)
+    return [*trained_parameters(twin), *(name for name, _ in buffers if is_trained(name, places))]
 
 
 def _take_over_trained(twin: nn.Module, tuned_full: nn.Module) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from torch import fx, nn
 
 from lora_fx.adapters.attach import STATE, Attached, all_attached
+from lora_fx.adapters.placed import placed_in
 from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.region import Region
 from lora_fx.text import columns, count, thousands
@@ -84,13 +85,14 @@ def _region_row(region: RegionReport) -> tuple[str, ...]:
 
 def report(tuned: nn.Module) -> Report:
     """Return the report of an adapted model; RefusedError if it is not adapted."""
-    record = record_in(tuned)
+    record, places = record_in(tuned), placed_in(tuned)
+    whole = tuple(path for place in places for path in place.trained())
     covered = in_graphs(tuned)
     sites = tuple(_site(tuned, path, adapter, covered) for path, adapter in all_attached(tuned))
     ran = tuple(_region(region) for _, _, region in regions(tuned))
     total = sum(p.numel() for p in tuned.parameters())
     trained = sum(p.numel() for p in trainable(tuned))
-    return Report(record.plan.model, sites, ran, record.trained, trained, total)
+    return Report(record.plan.model, sites, ran, whole, trained, total)
 
 
 def _site(tuned: nn.Module, path: str, attached: Attached, covered: set[str]) -> AdaptedSite:

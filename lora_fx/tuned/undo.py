@@ -1,13 +1,13 @@
 """From an adapted model to plain ones: merged, or the base as it was; and the base for a while."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import STATE, adapted_owners, attached_to, detach
-from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
+from lora_fx.adapters.placed import Placed, placed_in
 from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
@@ -24,19 +24,19 @@ from lora_fx.passes.merge import Merge, check_mergeable, folded
 from lora_fx.passes.remove import Remove, erase_lora_nodes
 from lora_fx.passes.sites import lora_nodes
 from lora_fx.regions.install import regions, uninstall
-from lora_fx.tuned.build import record_in, whole_record_in
+from lora_fx.tuned.build import places_in, record_in
 
 
 def removed(tuned: nn.Module) -> nn.Module:
     """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
-    record = whole_record_in(tuned)
+    places = places_in(tuned)
     twin = _plain_twin(tuned, Remove())
     for owner in adapted_owners(twin):
         detach(owner)
     kept = {memory_of(parameter): parameter for parameter in twin.parameters()}
-    for name, tensor in record.base.items():
+    for name, tensor in _base(places).items():
         set_tensor(twin, name, _like(twin, name, tensor, kept))
-    return _flagged(twin, record)
+    return _flagged(twin, tuned, places)
 
 
 def merged(tuned: nn.Module) -> nn.Module:
@@ -45,15 +45,17 @@ def merged(tuned: nn.Module) -> nn.Module:
     Raises:
         MergeError: naming every site whose merged weight would not be finite; nothing is merged then.
     """
-    record = record_in(tuned)
+    record_in(tuned)
+    places = placed_in(tuned)
     check_mergeable(tuned)
     twin = _plain_twin(tuned, Merge())
     for owner in adapted_owners(twin):
         _merge_module(owner)
     _untie(tuned, twin)
-    names = [name for name, _ in twin.named_parameters(remove_duplicate=False) if name in record.base]
+    base = set(map(without_wrappers, _base(places)))
+    names = [name for name, _ in twin.named_parameters(remove_duplicate=False) if without_wrappers(name) in base]
     own_parameters(twin, names, requires_grad=False)  # trained whole: the adapted model may go on training its own
-    model = _flagged(twin, record)
+    model = _flagged(twin, tuned, places)
     warn_of_narrowed(model)
     return model
 
@@ -105,11 +107,25 @@ def _like(twin: nn.Module, name: str, tensor: Tensor, kept: dict[object, nn.Para
     return tensor.clone()
 
 
-def _flagged(twin: nn.Module, record: ModelRecord) -> nn.Module:
-    """Give the parameters the flags of the caller's model, and instances the forwards of their own classes."""
-    required = set(map(without_wrappers, record.requires_grad))
+def _base(places: Sequence[Placed]) -> dict[str, Tensor]:
+    """Return the values that the callers' models have of their own."""
+    return {name: tensor for place in places for name, tensor in place.base().items()}
+
+
+def _flagged(twin: nn.Module, tuned: nn.Module, places: Sequence[Placed]) -> nn.Module:
+    """Give the parameters the flags of the caller's model, and instances the forwards of their own classes.
+
+    What holds an adapted model keeps its own flags, and what is trained there gets memory of its own.
+    """
+    required = [(place, set(map(without_wrappers, place.record.requires_grad))) for place in places]
+    trained = {without_wrappers(name) for name, p in tuned.named_parameters(remove_duplicate=False) if p.requires_grad}
+    held = []
     for name, parameter in twin.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(without_wrappers(name) in required)
+        flags = [own in names for place, names in required if (own := place.recorded(name)) is not None]
+        parameter.requires_grad_(any(flags))
+        if not flags and without_wrappers(name) in trained:
+            held.append(name)
+    own_parameters(twin, held, requires_grad=True)
     for module in twin.modules():
         unswap(module)
     with_class_forwards(twin)
@@ -119,9 +135,9 @@ def _flagged(twin: nn.Module, record: ModelRecord) -> nn.Module:
 @contextlib.contextmanager
 def disabled(tuned: nn.Module) -> Iterator[None]:
     """Let the adapted model compute what its base computes; the same object, until the block ends."""
-    record = whole_record_in(tuned)
+    places = places_in(tuned)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(borrowed(tuned, record.base))
+        stack.enter_context(borrowed(tuned, _base(places)))
         for owner in adapted_owners(tuned):
             if STATE in owner.__dict__:
                 stack.callback(set_active, owner, set_active(owner, None))

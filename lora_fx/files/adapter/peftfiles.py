@@ -135,9 +135,9 @@ def warn_of_missing(file: AdapterFile, model: nn.Module) -> None:
         )
     if lacking and not config.target_parameters:
         warnings.warn(f"target_modules names {listing(lacking)}, which the model lacks", LoraFxWarning, stacklevel=4)
-    names = there | {site.parameter for site in file.sites}
+    known = there | {site.parameter for site in file.sites}
     patterns = dict.fromkeys((*config.rank_pattern, *config.alpha_pattern))
-    idle = [key for key in patterns if not any(pattern_of(key).matches(name) for name in names)]
+    idle = [key for key in patterns if not any(pattern_of(key).matches(name) for name in known)]
     if idle:
         text = f"rank_pattern and alpha_pattern name {listing(idle)}, which fits no layer of the file"
         warnings.warn(text, LoraFxWarning, stacklevel=4)

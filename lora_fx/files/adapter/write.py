@@ -10,14 +10,15 @@ from torch import nn
 
 from lora_fx.adapters.adapt import trained_parameters
 from lora_fx.adapters.attach import all_attached
+from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.errors import AdapterFileError, LoraFxWarning
 from lora_fx.files.adapter.describe import Described, describe
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.tensors import get_tensor
+from lora_fx.models.wrappers import without_wrappers
 from lora_fx.text import listing
-from lora_fx.tuned.build import record_in
 
 
 def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -32,7 +33,7 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     folder = Path(directory)
     _refuse_partitioned(tuned, folder)
-    whole = ((name, get_tensor(tuned, name)) for name in trained_parameters(tuned, record_in(tuned)))
+    whole = ((name, get_tensor(tuned, name)) for name in trained_parameters(tuned))
     factors = ((path, p) for path, adapter in all_attached(tuned) for p in adapter.parameters())
     lost = dict.fromkeys(name for name, tensor in (*factors, *whole) if tensor is not None and tensor.is_meta)
     if lost:
@@ -61,10 +62,10 @@ def _refuse_partitioned(tuned: nn.Module, folder: Path) -> None:
 
 def _warn_of_moved_buffers(tuned: nn.Module) -> None:
     """Running statistics that training has moved belong to no adapter: a model that loads it has those of the base."""
-    record = record_in(tuned)
-    inside = tuple(f"{path}." for path in record.trained) or ("(none)",)
-    outside = [(name, buffer) for name, buffer in tuned.named_buffers() if not name.startswith(inside)]
-    moved = [name for name, buffer in outside if name in record.base and not torch.equal(buffer, record.base[name])]
+    places = placed_in(tuned)
+    base = {without_wrappers(name): tensor for place in places for name, tensor in place.base().items()}
+    outside = [(without_wrappers(name), b) for name, b in tuned.named_buffers() if not is_trained(name, places)]
+    moved = [name for name, buffer in outside if name in base and not torch.equal(buffer, base[name])]
     if moved:
         warnings.warn(
             f"training has changed {listing(moved)}, which the adapter does not hold; "

@@ -1,0 +1,76 @@
+"""Where an adapted model lies in the model at hand: it may be that one, be held by it, or hold it as a part.
+
+What a record says of an adapted model is by that model's own names.  For `pipe.unet.mid.q` in a pipeline whose adapted
+unet knows the site as `mid.q`, names here begin with `unet.`, and names there with nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import all_attached
+from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.models.wrappers import without_wrappers
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An adapted model, and how its names are those of the model at hand."""
+
+    record: ModelRecord
+    here: str
+    """What its names begin with in the model at hand; empty, or a path and a dot."""
+    there: str
+    """What the names at hand begin with in the adapted model; empty unless the model at hand is a part of it."""
+
+    def recorded(self, name: str) -> str | None:
+        """Return the adapted model's own name, without wrappers, for one at hand; None if it is not of that model."""
+        plain = without_wrappers(name)
+        return self.there + plain.removeprefix(self.here) if plain.startswith(self.here) else None
+
+    def base(self) -> dict[str, Tensor]:
+        """Return the caller's values that the record keeps, by their names at hand."""
+        return {at: tensor for name, tensor in self.record.base.items() if (at := self._at_hand(name)) is not None}
+
+    def trained(self) -> list[str]:
+        """Return the paths at hand of the modules that are trained whole."""
+        return [at for path in self.record.trained if (at := self._at_hand(path)) is not None]
+
+    def _at_hand(self, name: str) -> str | None:
+        is_here = name.startswith(self.there)
+        return self.here + name.removeprefix(self.there) if is_here else None
+
+
+def placed_in(model: nn.Module) -> list[Placed]:
+    """Return every adapted model that is in this one, or that this one is a part of; none if nothing is adapted."""
+    found: dict[int, tuple[ModelRecord, Counter[tuple[str, str]]]] = {}
+    for path, adapter in all_attached(model):
+        record = adapter.spec.record
+        _, prefixes = found.setdefault(id(record), (record, Counter()))
+        prefixes[_prefixes(without_wrappers(path), without_wrappers(adapter.spec.path))] += 1
+    # a module that bears two names may stand first under another one here: what most say counts
+    return [Placed(record, *prefixes.most_common(1)[0][0]) for record, prefixes in found.values()]
+
+
+def _prefixes(here: str, there: str) -> tuple[str, str]:
+    """Return what is left of two paths, each with a dot at its end, without the end that they have in common.
+
+    >>> _prefixes("unet.mid.q", "mid.q")
+    ('unet.', '')
+    """
+    mine, its = here.split(".") if here else [], there.split(".") if there else []
+    while mine and its and mine[-1] == its[-1]:
+        mine.pop()
+        its.pop()
+    return "".join(f"{name}." for name in mine), "".join(f"{name}." for name in its)
+
+
+def is_trained(name: str, places: Iterable[Placed]) -> bool:
+    """Whether a parameter of that name belongs to a module that is trained whole."""
+    return any(
+        (own := place.recorded(name)) is not None
+        and own.startswith(tuple(f"{without_wrappers(path)}." for path in place.record.trained))
+        for place in places
+    )
