@@ -176,11 +176,12 @@ def test_pictures_show_every_subject_with_its_interval():
 def test_collections_look_at_new_things_only_and_at_all_afterwards():
     gc.unfreeze()  # what the test session has frozen at its start
     with frozen_heap():
-        assert gc.get_freeze_count() > 0
+        frozen = gc.get_freeze_count()
+        assert frozen > 10_000
         with frozen_heap():
-            assert gc.get_freeze_count() > 0
-        assert gc.get_freeze_count() > 0
-    assert gc.get_freeze_count() == 0
+            assert gc.get_freeze_count() >= frozen
+        assert gc.get_freeze_count() >= frozen
+    assert gc.get_freeze_count() < frozen / 10  # Python 3.12 keeps a few hundred immortal ones apart
     gc.freeze()
 
 
