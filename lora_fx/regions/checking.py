@@ -14,10 +14,10 @@ from lora_fx.adapters.attach import all_attached, is_adapted
 from lora_fx.capture.calls.ambient import RandomState, ambient_state, in_clean_thread
 from lora_fx.capture.calls.objects import copied, is_plain_object, objects_differ, tensors_in
 from lora_fx.capture.guards import Match
-from lora_fx.capture.tracing.copies import shared_by_copies
+from lora_fx.capture.tracing.copies import copied_module
 from lora_fx.capture.tracing.recording import Records
 from lora_fx.models.swap import Swapped, take_off
-from lora_fx.models.torch_internals import deepcopy, pytree
+from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.gradients import Run, gradients_differ, values_differ
 from lora_fx.regions.program import Program
 
@@ -229,7 +229,7 @@ def _copy(value: Tensor) -> Tensor:
 
 def stand_in(module: nn.Module) -> nn.Module:
     """Return a copy of a block that shares its parameters, has buffers of its own, and runs no graphs."""
-    duplicate: nn.Module = deepcopy(module, {id(shared): shared for shared in shared_by_copies(module)})
+    duplicate = copied_module(module)
     for inner in duplicate.modules():
         if inner.__dict__.pop(REGION, None) is not None:
             take_off(inner, RunsGraphs)

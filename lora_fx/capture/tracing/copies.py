@@ -6,6 +6,7 @@ plain object that it holds, gets a dynamic subclass of its class that reports ca
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any
@@ -217,7 +218,7 @@ def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
     It shares the parameters with the module, not the buffers: torch runs in-place operations on small integer tensors
     (BatchNorm's `num_batches_tracked`) for real, even under fake tensors.
     """
-    duplicate = deepcopy(module, {id(kept): kept for kept in shared_by_copies(module)})
+    duplicate = copied_module(module)
     for path, child in list(duplicate.named_modules()):
         _as_seen(child)
         unswap(child)
@@ -237,8 +238,18 @@ def _as_seen(module: nn.Module) -> None:
             module._parameters[name] = nn.Parameter(weight.detach(), requires_grad=seen.requires_grad)
 
 
-def shared_by_copies(module: nn.Module) -> Iterator[object]:
-    """Yield what a copy shares with the module: parameters, hooks, and what lies outside (a model, a rotary table)."""
+def copied_module(module: nn.Module) -> nn.Module:
+    """Return a copy that shares parameters, hooks, and what lies outside (a model, a rotary table) with the module."""
+    memo = {id(kept): kept for kept in _shared(module)}
+    tables = [value for child in module.modules() for value in vars(child).values() if type(value) in _TABLES]
+    memo |= {id(table): type(table)() for table in tables if not table}  # of hooks, mostly: deepcopy is slow at them
+    return deepcopy(module, memo)
+
+
+_TABLES = (OrderedDict, dict, set)
+
+
+def _shared(module: nn.Module) -> Iterator[object]:
     yield from module.parameters()
     own = {id(part) for part in (*module.modules(), *module.buffers())}
     for child in module.modules():
