@@ -274,6 +274,16 @@ def all_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
             yield (path if adapter.spec.path_is_owner else dotted(path, adapter.spec.parameter)), adapter
 
 
+def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Return what the names of all that belongs to adapters begin with: the paths of their modules, each with a dot."""
+    return tuple(
+        f"{dotted(path, name)}."
+        for path, module in model.named_modules(remove_duplicate=False)
+        for adapter in attached_to(module)
+        for name in (CHILDREN if adapter.home is module else (adapter.spec.parameter + HOME,))
+    )
+
+
 def with_values(tuned: nn.Module) -> nn.Module:
     """Return the model itself; where accelerate offloads its factors, a twin that holds them."""
     if not any(offloading_hook(adapter.lora_A) for _, adapter in all_attached(tuned)):

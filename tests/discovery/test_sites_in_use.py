@@ -155,8 +155,21 @@ def test_copy_of_a_shown_weight_is_a_plain_tensor():
     for plain in (copy.deepcopy(shown), pickle.loads(pickle.dumps(shown)), shown + 0, shown.detach().clone() + 0):
         assert relative(plain, expected) <= 1e-6
     assert type(copy.deepcopy(shown)) is Tensor
-    with pytest.raises(RuntimeError):
-        shown.data_ptr()
+
+
+def test_address_of_a_shown_weight_tells_how_it_is_aligned_and_nothing_else():
+    shown = trained().blocks[0][2].up
+    assert shown.data_ptr() % 8 == 0
+    for use in (
+        int,
+        hash,
+        bool,
+        lambda address: address + 1,
+        lambda address: address == 0,
+        lambda address: [0][address],
+    ):
+        with pytest.raises(RuntimeError, match="a kernel would read the base weight"):
+            use(shown.data_ptr())
 
 
 # -- compilers

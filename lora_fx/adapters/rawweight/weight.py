@@ -141,13 +141,31 @@ def _attention_forward(*args: Any, **kwargs: Any) -> Any:
     return own(*args, **kwargs)
 
 
+class _Alignment:
+    """Stands for the address of an adapted weight: it tells how the base lies in memory, and nothing else.
+
+    transformers asks it before it groups the products of experts, with torch up to 2.10.
+    """
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __mod__(self, size: int) -> int:
+        return self._address % size
+
+    def _refuse(self, *_: object) -> Any:
+        raise RuntimeError("an adapted weight has no address: a kernel would read the base weight there")
+
+    __index__ = __int__ = __bool__ = __eq__ = __hash__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __sub__ = _refuse
+
+
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     weights = {id(tensor): tensor for tensor in _tensors((args, kwargs)) if isinstance(tensor, LoRAWeight)}
     if not weights:
         return func(*args, **kwargs)
     name = _name(func)
     if name == "data_ptr":
-        raise RuntimeError("an adapted weight has no address: a kernel would read the base weight there")
+        return _Alignment(_kept(args[0]).base.data_ptr())
     if args and id(args[0]) in weights and _is_for_base(name):
         return func(_kept(args[0]).base, *_mapped(args[1:], _dense), **_mapped(kwargs, _dense))
     if name in _FACTS:

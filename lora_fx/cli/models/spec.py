@@ -162,6 +162,9 @@ def _from_transformers(directory: str, weights: bool) -> Any:
         model, found = kind.from_pretrained(directory, local_files_only=True, output_loading_info=True)
         if found["missing_keys"]:
             missing = listing(sorted(found["missing_keys"]))
-            raise ModelSpecError(f"{directory} lacks {missing}: from_pretrained makes up random values for them")
+            raise ModelSpecError(
+                f"{directory} lacks {missing}: from_pretrained makes up random values for them; "
+                "where the model should not have them, give file.py:factory, which builds it without"
+            )
         return model
     return bare.from_config(config) if kind is bare else kind(config)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.adapters.adapt import read_in_graph
-from lora_fx.adapters.attach import Attached, all_attached, shown_parameters
+from lora_fx.adapters.attach import Attached, adapter_prefixes, all_attached, shown_parameters
 from lora_fx.adapters.factors.kinds import ConvolutionA, EmbeddingA
 from lora_fx.adapters.factors.lora import as_rows
 from lora_fx.errors import AdapterFileError
@@ -124,7 +124,8 @@ def _claimed_too(tuned: nn.Module) -> list[str]:
     """Return the paths of modules that PEFT takes for trained whole as well: it asks for the ends of their names."""
     trained = tuple(map(without_wrappers, record_in(tuned).trained))
     inside = tuple(f"{path}." for path in trained)
-    named = [(path, without_wrappers(path)) for path, _ in tuned.named_modules() if not _is_of_adapter(path)]
+    own = adapter_prefixes(tuned)
+    named = [(path, without_wrappers(path)) for path, _ in tuned.named_modules() if not f"{path}.".startswith(own)]
     return [path for path, name in named if name.endswith(trained) and not f"{name}.".startswith(inside)]
 
 
@@ -214,8 +215,9 @@ def _module_tensors(tuned: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]
     return {
         PREFIX + without_wrappers(f"{path}.{name}"): _plain(tensor).clone()  # tied weights are in it under all names
         for path in paths
-        for name, tensor in module_at(tuned, path).state_dict().items()
-        if not _is_of_adapter(name)
+        for module in [module_at(tuned, path)]
+        for name, tensor in module.state_dict().items()
+        if not name.startswith(adapter_prefixes(module))
     }
 
 
@@ -233,7 +235,8 @@ def _config(
     alphas = {site.name: _alpha(site, rslora) for site in sites}
     rank, alpha = _most_common(ranks), _most_common(alphas)
     parameters = sorted(site.parameter for site in sites if site.parameter and beyond_peft is None)
-    modules = (without_wrappers(name) for name, _ in tuned.named_modules() if not _is_of_adapter(name))
+    own = adapter_prefixes(tuned)
+    modules = (without_wrappers(name) for name, _ in tuned.named_modules() if not f"{name}.".startswith(own))
     layers = target_modules((site.stem for site in sites if not site.parameter), modules)
     return {
         "alpha_pattern": {anchored(name): value for name, value in sorted(alphas.items()) if value != alpha},
@@ -266,10 +269,6 @@ def _alpha(site: SavedSite, rslora: bool) -> float:
     if lora.rslora == rslora and (site.file_ranks == 1 or not rslora):
         return lora.alpha * site.file_ranks  # no rounding
     return lora.scaling * (site.rank**0.5 if rslora else site.rank)
-
-
-def _is_of_adapter(name: str) -> bool:
-    return ".lora_" in f".{name}" or "_lora.lora_" in name
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

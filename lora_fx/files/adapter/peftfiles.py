@@ -125,7 +125,8 @@ def warn_of_missing(file: AdapterFile, model: nn.Module) -> None:
     there |= {path for path in paths if path.startswith(file.header.trained) or path.endswith(config.modules_to_save)}
     missing = [path for path in paths if path not in there and config.claims(path)]
     names = () if isinstance(config.target_modules, str) else config.target_modules
-    lacking = [name for name in names if not any(is_end(name, path) for path in paths)]
+    everything = [without_wrappers(path) for path, _ in model.named_modules()]
+    lacking = [name for name in names if not any(is_end(name, path) for path in everything)]
     if missing:
         warnings.warn(
             f"{file.folder}: the configuration claims {listing(missing)}, and the file has no factors for them: "

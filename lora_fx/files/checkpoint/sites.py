@@ -38,7 +38,7 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[AdapterFile], out_dtype:
         MergeError: what cannot be merged here, with the reason for each.
     """
     _refuse_quantised(base)
-    _refuse_wrapped(base)
+    _refuse_wrapped(base, [site.stem for adapter in adapters for site in adapter.sites])
     planner = _Planner(base)
     for adapter in adapters:
         planner.place(adapter)
@@ -66,9 +66,12 @@ def _refuse_quantised(base: BaseCheckpoint) -> None:
         )
 
 
-def _refuse_wrapped(base: BaseCheckpoint) -> None:
+def _refuse_wrapped(base: BaseCheckpoint, sites: Sequence[str]) -> None:
     """transformers writes PEFT's layers into a checkpoint when an adapter was deleted, and finds no weight in it."""
-    wrapped = [(key, "is inside of a layer of PEFT's") for key in base.keys() if ".base_layer." in key]  # noqa: SIM118
+    layers = {key: key.partition(".base_layer.")[0] for key in base.keys() if ".base_layer." in key}  # noqa: SIM118
+    adapted = {layer for layer in layers.values() if any(f".{layer}".endswith(f".{site}") for site in sites)}
+    adapted |= {layer for layer in layers.values() if any(f".{site}".endswith(f".{layer}") for site in sites)}
+    wrapped = [(key, "is inside of a layer of PEFT's") for key, layer in layers.items() if layer in adapted]
     if wrapped:
         raise MergeError(
             f"{base.folder}: was saved with PEFT's layers in it, and from_pretrained would make up their weights",

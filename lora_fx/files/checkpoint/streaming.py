@@ -37,7 +37,7 @@ from lora_fx.files.checkpoint.rounding import ROUNDINGS, Noise
 from lora_fx.files.checkpoint.sites import plan_merge
 from lora_fx.files.checkpoint.tiles import Sums
 from lora_fx.files.values import DTYPES
-from lora_fx.models.dtypes import warn_of_rounding
+from lora_fx.models.dtypes import warn_of_narrowed_file
 
 AnyPath = str | os.PathLike[str]
 Progress = Callable[[int, int, str], object]
@@ -95,13 +95,11 @@ def merge_files(
 
 def _warn_of_narrowed(plan: MergePlan) -> None:
     """Name what the merge writes more exactly than config.json lets it be read."""
-    config = plan.base.config or {}
-    read = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
-    if read is not None and plan.out_dtype is None:
+    if plan.base.config and plan.out_dtype is None:
         entries = [(key, plan.base.find(key)) for key in plan.works]
         written = {key: where[1].dtype for key, where in entries if where is not None}
         written |= {addition.name: addition.entry.dtype for addition in plan.additions}
-        warn_of_rounding(read, ((key, DTYPES[name]) for key, name in written.items()), 5)
+        warn_of_narrowed_file(plan.base.config, ((key, DTYPES[name]) for key, name in written.items()), 5)
 
 
 def _refuse_overlap(base: Path, out: Path) -> None:
