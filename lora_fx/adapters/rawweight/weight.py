@@ -141,7 +141,7 @@ def _attention_forward(*args: Any, **kwargs: Any) -> Any:
     return own(*args, **kwargs)
 
 
-class _Alignment:
+class _Address:
     """Stands for the address of an adapted weight: it tells how the base lies in memory, and nothing else.
 
     transformers asks it before it groups the products of experts, with torch up to 2.10.
@@ -165,7 +165,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     name = _name(func)
     if name == "data_ptr":
-        return _Alignment(_kept(args[0]).base.data_ptr())
+        return _Address(_kept(args[0]).base.data_ptr())
     if args and id(args[0]) in weights and _is_for_base(name):
         return func(_kept(args[0]).base, *_mapped(args[1:], _dense), **_mapped(kwargs, _dense))
     if name in _FACTS:
