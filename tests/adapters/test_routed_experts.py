@@ -23,6 +23,7 @@ from tests.support.zoo import randomise_
 MEMBERS, OUT, IN, R, ROWS = 3, 6, 8, 2, 7
 OFFSETS = torch.tensor([3, 3, 6], dtype=torch.int32)
 """The second member gets no rows, and the last row belongs to none."""
+GROUPED_MM = getattr(F, "grouped_mm", None) or torch._grouped_mm  # its name before torch 2.10
 
 
 def picked(weight: Tensor, x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def gated(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def grouped(weight: Tensor, x: Tensor) -> Tensor:
-    product = F.grouped_mm if isinstance(weight, LoRAWeight) else by_hand
+    product = GROUPED_MM if isinstance(weight, LoRAWeight) else by_hand
     return product(x, weight.transpose(-2, -1), offs=OFFSETS)[:6]
 
 
