@@ -1,5 +1,6 @@
 """Exported programs as Graphs."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def load_program(path: Path) -> ExportedProgram:
         ProgramFileError: it holds none, or one that this torch cannot read.
     """
     try:
-        return torch.export.load(path)
+        with warnings.catch_warnings():  # torch 2.9, of how it reads the file itself
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            return torch.export.load(path)
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else ""
         raise ProgramFileError(f"{path}: cannot be read as a .pt2 file: {type(error).__name__}: {text}") from error

@@ -13,8 +13,10 @@ import logging
 import math
 import operator
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import sympy
@@ -68,6 +70,16 @@ def is_tensor_function(function: object) -> bool:
 def is_transform(function: object) -> bool:
     """Whether it is a part of torch.func's transformations (vmap, grad): some releases show it to a function mode."""
     return str(getattr(function, "__module__", "")).startswith("torch._functorch")
+
+
+def uncompiled_if_stale() -> AbstractContextManager[Any]:
+    """Return a context in which compiled code runs uncompiled where it may not see that a module was changed.
+
+    torch 2.9 checks a module's attributes by the versions of dictionaries, which Python 3.13 does not count up.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    is_stale = dynamo is not None and getattr(dynamo.config, "use_recursive_dict_tags_for_guards", False)
+    return torch.compiler.set_stance("force_eager") if is_stale else contextlib.nullcontext()
 
 
 def aot_inductor() -> Any:

@@ -15,7 +15,7 @@ from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, memory_of, says_tied, tied_names
-from lora_fx.models.torch_internals import deepcopy
+from lora_fx.models.torch_internals import deepcopy, uncompiled_if_stale
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.passes.contract import rewrite
@@ -137,6 +137,7 @@ def disabled(tuned: nn.Module) -> Iterator[None]:
     """Let the adapted model compute what its base computes; the same object, until the block ends."""
     places = places_in(tuned)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(uncompiled_if_stale())
         stack.enter_context(borrowed(tuned, _base(places)))
         for owner in adapted_owners(tuned):
             if STATE in owner.__dict__:

@@ -1,6 +1,6 @@
 """What programs of a model do otherwise than one would guess, in onnxruntime, torch.export and AOTInductor.
 
-As in `test_surprising_clients`, of which these are the part that has graphs.
+As in `test_surprising_readers`, of which these are the part that has graphs.
 """
 
 from __future__ import annotations

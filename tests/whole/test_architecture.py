@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections import Counter
 from pathlib import Path
 
 import networkx as nx
@@ -80,6 +81,12 @@ def test_file_names_say_what_is_in_them():
 def test_nothing_but_the_table_of_public_names_needs_remerging():
     readers = {a for a, b in import_graph().edges if b.split(".")[0] == "remerging" and a.split(".")[0] != "remerging"}
     assert readers == set()
+
+
+def test_the_name_of_a_test_file_is_used_once():
+    """pytest imports them by that name alone."""
+    names = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    assert [name for name, number in names.items() if number > 1] == []
 
 
 def test_a_class_name_is_used_once():

@@ -14,6 +14,7 @@ from tests.support.examining import EVERY_KIND, RULES, Findings, examine
 MODELS = shared.load("models")
 NAMES = tuple(MODELS.zoo()) if MODELS is not None else ()
 QUICK = ("bert", "llama", "vit", "mamba", "nn.TransformerEncoder", "nanogpt")
+OLD = torch.torch_version.TorchVersion(torch.__version__) < "2.10"
 NEVER_CALLED = {"mamba": {"backbone.layers.0.mixer.dt_proj", "backbone.layers.1.mixer.dt_proj"}}
 """Their weight is read inside of a loop over the sequence, which is one call for the graph."""
 
@@ -37,7 +38,8 @@ def check(name: str, dtype: torch.dtype) -> None:
 def test_architecture_is_right_at_other_sizes_and_its_blocks_run_in_graphs(name: str):
     check(name, torch.float32)
     found = findings(name, torch.float32)
-    assert found.in_blocks - found.in_graphs == NEVER_CALLED.get(name, set())
+    without_kernel = name == "nn.TransformerEncoder" and OLD  # torch 2.9 cannot run its fused layer on fake tensors
+    assert found.in_blocks - found.in_graphs == NEVER_CALLED.get(name, found.in_blocks if without_kernel else set())
 
 
 @pytest.mark.slow
