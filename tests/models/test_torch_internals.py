@@ -68,7 +68,7 @@ def test_words_of_torch_to_itself_reach_nobody_who_adapts_an_exported_module():
     assert heard == []
 
 
-def test_compiled_code_runs_uncompiled_where_it_may_be_stale_and_else_as_it_is(monkeypatch):
+def test_compiled_code_runs_uncompiled_where_it_may_be_stale_and_else_as_it_is():
     compilations = []
 
     def backend(graph, inputs):
@@ -78,7 +78,7 @@ def test_compiled_code_runs_uncompiled_where_it_may_be_stale_and_else_as_it_is(m
     torch._dynamo.reset()
     compiled = torch.compile(nn.Linear(4, 4), backend=backend)
     for is_stale, expected in ((True, 0), (False, 1)):
-        monkeypatch.setattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", is_stale)
-        with torch_internals.uncompiled_if_stale():
+        stale = torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=is_stale)
+        with stale, torch_internals.uncompiled_if_stale():
             compiled(torch.zeros(2, 4))
         assert len(compilations) == expected
