@@ -1,6 +1,7 @@
 """diffusers: `pytorch_lora_weights.safetensors`, with the ranks and alphas in its metadata.
 
-Without `lora_adapter_metadata` diffusers takes alpha = rank, and says nothing.
+Where it does not read them (`model.load_lora_adapter(file)`), diffusers takes alpha = rank, and says nothing: so alpha
+is the rank here, and B has the scaling in it.
 """
 
 import json
@@ -10,16 +11,18 @@ from pathlib import Path
 
 from torch import nn
 
+from lora_fx.adapters.attach import all_attached
 from lora_fx.errors import ExportError
 from lora_fx.exporters import clients, peft
 from lora_fx.exporters.running import call_with, outputs_of_both, run_client, worst_difference
 from lora_fx.exporters.target import Refusal, Target, expressed, refusals
 from lora_fx.files.adapter.describe import describe
-from lora_fx.files.adapter.names import PREFIX
+from lora_fx.files.adapter.names import PREFIX, factor_key
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
+from lora_fx.models.wrappers import without_wrappers
 from lora_fx.tuned.undo import removed
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -66,8 +69,14 @@ def write(tuned: nn.Module, path: Path, component: str = "") -> None:
     """Write the file into the directory, or as the path where that ends in `.safetensors`."""
     (described,) = describe(tuned)
     component = component or _component_of(tuned)
-    tensors = {f"{component}.{key.removeprefix(PREFIX)}": value for key, value in described.tensors.items()}
-    config = {f"{component}.{key}": described.config[key] for key in _CONFIG}
+    scalings = {factor_key(without_wrappers(path), "lora_B"): a.spec.scaling for path, a in all_attached(tuned)}
+    folded = {key: value * scalings.get(key, 1.0) for key, value in described.tensors.items()}
+    tensors = {f"{component}.{key.removeprefix(PREFIX)}": value for key, value in folded.items()}
+    ranks = {"r": described.config["r"], "rank_pattern": described.config["rank_pattern"]}
+    alphas = {"lora_alpha": ranks["r"], "alpha_pattern": ranks["rank_pattern"], "use_rslora": False}
+    config = {
+        f"{component}.{key}": value for key, value in (described.config | ranks | alphas).items() if key in _CONFIG
+    }
     metadata = {"format": "pt", METADATA: json.dumps(config, sort_keys=True)}
     write_files({_file_in(path): canonical_safetensors(tensors, metadata)})
 

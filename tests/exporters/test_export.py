@@ -283,14 +283,13 @@ def test_kohya_refuses_names_that_two_modules_get(tmp_path):
         lora_fx.export(chosen, tmp_path / "x", "kohya")
 
 
-def test_diffusers_writes_ranks_and_alphas_into_the_metadata(tmp_path):
+def test_diffusers_writes_ranks_as_alphas_into_the_metadata_since_it_takes_them_for_that_without(tmp_path):
     diffusers.write(mixed(), tmp_path, "transformer")
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         found = json.loads(file.metadata()["lora_adapter_metadata"])
         keys = set(file.keys())
-    assert (found["transformer.r"], found["transformer.lora_alpha"]) == (2, 1)
-    assert found["transformer.alpha_pattern"] == {"^fc1": 7}
-    assert found["transformer.rank_pattern"] == {"^fc2": 4}
+    assert (found["transformer.r"], found["transformer.lora_alpha"]) == (2, 2)
+    assert found["transformer.alpha_pattern"] == found["transformer.rank_pattern"] == {"^fc2": 4}
     assert "transformer.fc1.lora_A.weight" in keys
 
 
