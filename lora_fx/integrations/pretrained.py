@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import is_adapted
+from lora_fx.adapters.attach import is_adapted, with_values
 from lora_fx.errors import RefusedError
 from lora_fx.files.adapter.write import save
 from lora_fx.files.atomic import write_files
@@ -106,7 +106,7 @@ class AdaptedModel(Swapped, nn.Module):
         given = state_dict or {}
         with borrowed(self, {name: given[name] for name in names if name in given}):
             write = write_checkpoint if _has(type(self), "get_input_embeddings") else save
-            write(self, Path(save_directory))
+            write(with_values(self), Path(save_directory))
 
 
 class AdaptedTokens(Swapped, nn.Module):

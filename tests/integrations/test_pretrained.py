@@ -112,6 +112,15 @@ def test_plain_models_that_come_back_have_the_class_and_its_methods(tmp_path):
     assert type(tuned).__name__ == "LlamaForCausalLM"
 
 
+def test_factors_that_accelerate_has_offloaded_are_written(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    tuned = adapted()
+    before = logits(tuned)
+    accelerate.cpu_offload(tuned, execution_device="cpu")
+    tuned.save_pretrained(tmp_path)
+    assert_close(logits(lora_fx.load(llama(), tmp_path)), before)
+
+
 def test_copies_of_a_twin_save_the_adapter_too(tmp_path):
     tuned = adapted()
     copy.deepcopy(tuned).save_pretrained(tmp_path)

@@ -73,7 +73,7 @@ class Contents:
             (s.path, f"{s.shape[1]} → {s.shape[0]}", f"r={s.r} scaling={s.scaling:g}", s.dtype, s.rule)
             for s in self.sites
         ]
-        whole = [f"  saved whole: {name}, {count(size, 'parameter')}" for name, size in self.modules.items()]
+        whole = [f"  also holds: {name}, {count(size, 'parameter')}" for name, size in self.modules.items()]
         sums = f"{count(len(self.sites), 'site')}, {count(self.parameters, 'parameter')}, {thousands(self.bytes)} bytes"
         return "\n".join([self.folder, columns(self._facts()), "", columns(fold_rows(rows)), *whole, "", sums])
 
