@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import pytest
 from torch import nn
 
+from lora_fx.errors import RefusedError
 from tests.support import shared
 from tests.support.hazards import HAZARDS
-from tests.support.hazards.expected import OPEN, OUTCOMES, SHARED_OUTCOMES
+from tests.support.hazards.expected import OUTCOMES, REFUSED, SHARED_OUTCOMES
 from tests.support.judging import INFERENCE, INSIDE, TRAINING, Step, Trial, Verdict, judge
 
 SHARED = shared.load("hazards")
@@ -63,6 +64,10 @@ def verdict_on(kind: type[nn.Module], as_block: bool) -> Verdict:
 
 
 def check(kind: type[nn.Module], expected: str, as_block: bool = False) -> None:
+    if kind.__name__ in REFUSED:
+        with pytest.raises(RefusedError, match=REFUSED[kind.__name__]):
+            verdict_on(kind, as_block)
+        return
     verdict = verdict_on(kind, as_block)
     assert verdict.silent is None, verdict.silent
     assert expected in verdict.outcome
@@ -70,21 +75,13 @@ def check(kind: type[nn.Module], expected: str, as_block: bool = False) -> None:
         assert verdict.hits < verdict.calls, "it runs in a graph now: the table is behind"
 
 
-def _marked(kind: type[nn.Module]) -> object:
-    reason = OPEN.get(kind.__name__)
-    return kind if reason is None else pytest.param(kind, marks=pytest.mark.xfail(reason=reason))
-
-
-KNOWN = [_marked(kind) for kind in HAZARDS]
-
-
-@by_name("kind", KNOWN)
+@by_name("kind", HAZARDS)
 def test_hazard_is_right_in_a_graph_or_says_why_it_runs_without(kind):
     check(kind, OUTCOMES.get(kind.__name__, "graph"))
 
 
 @pytest.mark.slow
-@by_name("kind", KNOWN)
+@by_name("kind", HAZARDS)
 def test_hazard_as_a_block_is_right_in_a_graph_or_says_why_it_runs_without(kind):
     check(kind, OUTCOMES.get(kind.__name__, "graph"), as_block=True)
 

@@ -11,10 +11,10 @@ OUTSIDE = "a tensor is neither an argument nor a parameter, buffer or attribute 
 FUNCTORCH = "functorch transform"
 OTHER_RESULT = "the graph is not the forward"
 
-OPEN: dict[str, str] = {
-    "ScalesParameterInPlace": "the forward writes to a parameter, and planning runs it",
+REFUSED: dict[str, str] = {
+    "ScalesParameterInPlace": "the forward writes to its own parameters",
 }
-"""Known to be silently wrong, each a strict xfail: a fix must take it off this list."""
+"""What `apply` refuses, and a part of what it says."""
 
 OUTCOMES: dict[str, str] = {
     # values
