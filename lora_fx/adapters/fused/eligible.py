@@ -55,6 +55,15 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
     """Return an adapted layer as a term of a fused product with x; None if it must go operation by operation.
 
     With dropout, the seed of its mask is drawn here.
+
+    >>> import lora_fx
+    >>> rules = {"version": 1, "rules": [{"match": {"name": "*"}, "lora": {"r": 2, "alpha": 4}}]}
+    >>> layer = lora_fx.apply(nn.Sequential(nn.Linear(3, 5)), rules)[0]
+    >>> term = term_of(layer, "default", torch.zeros(1, 3))
+    >>> list(term.weight.shape), list(term.A.shape), list(term.B.shape), term.facts.scaling
+    ([5, 3], [2, 3], [5, 2], 2.0)
+    >>> term_of(layer, "default", torch.zeros(1, 3, dtype=torch.float64)) is None
+    True
     """
     if is_watched():  # first: a compiler follows these lines too
         return None
