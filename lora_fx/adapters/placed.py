@@ -54,6 +54,11 @@ def placed_in(model: nn.Module) -> list[Placed]:
     return [Placed(record, *prefixes.most_common(1)[0][0]) for record, prefixes in found.values()]
 
 
+def base_in(places: Iterable[Placed]) -> dict[str, Tensor]:
+    """Return the values that the callers' models have of their own, by their names at hand."""
+    return {name: tensor for place in places for name, tensor in place.base().items()}
+
+
 def _prefixes(here: str, there: str) -> tuple[str, str]:
     """Return what is left of two paths, each with a dot at its end, without the end that they have in common.
 

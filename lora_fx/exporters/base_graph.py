@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
-from lora_fx.adapters.placed import placed_in
+from lora_fx.adapters.placed import base_in, placed_in
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import get_tensor
 from lora_fx.planning.planned import PlannedSite
@@ -105,8 +105,7 @@ def _fill(twin: Attached, tuned: Attached) -> None:
 def _add_changed(tuned: nn.Module, model: nn.Module, values: dict[str, Tensor], base: dict[str, Tensor]) -> None:
     """Add what else training has changed: modules trained whole, biases, running statistics."""
     known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    own = {name: value for place in placed_in(tuned) for name, value in place.base().items()}
-    for name, before in own.items():
+    for name, before in base_in(placed_in(tuned)).items():
         now, place = get_tensor(tuned, name), get_tensor(model, name) if name in known else None
         if now is None or place is None or (torch.equal(now, before) and not isinstance(now, nn.Parameter)):
             continue

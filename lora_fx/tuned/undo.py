@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import STATE, adapted_owners, attached_to, detach
 from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
-from lora_fx.adapters.placed import Placed, placed_in
+from lora_fx.adapters.placed import Placed, base_in, placed_in
 from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
@@ -34,7 +34,7 @@ def removed(tuned: nn.Module) -> nn.Module:
     for owner in adapted_owners(twin):
         detach(owner)
     kept = {memory_of(parameter): parameter for parameter in twin.parameters()}
-    for name, tensor in _base(places).items():
+    for name, tensor in base_in(places).items():
         set_tensor(twin, name, _like(twin, name, tensor, kept))
     return _flagged(twin, tuned, places)
 
@@ -52,7 +52,7 @@ def merged(tuned: nn.Module) -> nn.Module:
     for owner in adapted_owners(twin):
         _merge_module(owner)
     _untie(tuned, twin)
-    base = set(map(without_wrappers, _base(places)))
+    base = set(map(without_wrappers, base_in(places)))
     names = [name for name, _ in twin.named_parameters(remove_duplicate=False) if without_wrappers(name) in base]
     own_parameters(twin, names, requires_grad=False)  # trained whole: the adapted model may go on training its own
     model = _flagged(twin, tuned, places)
@@ -107,11 +107,6 @@ def _like(twin: nn.Module, name: str, tensor: Tensor, kept: dict[object, nn.Para
     return tensor.clone()
 
 
-def _base(places: Sequence[Placed]) -> dict[str, Tensor]:
-    """Return the values that the callers' models have of their own."""
-    return {name: tensor for place in places for name, tensor in place.base().items()}
-
-
 def _flagged(twin: nn.Module, tuned: nn.Module, places: Sequence[Placed]) -> nn.Module:
     """Give the parameters the flags of the caller's model, and instances the forwards of their own classes.
 
@@ -138,7 +133,7 @@ def disabled(tuned: nn.Module) -> Iterator[None]:
     places = places_in(tuned)
     with contextlib.ExitStack() as stack:
         stack.enter_context(uncompiled_if_stale())
-        stack.enter_context(borrowed(tuned, _base(places)))
+        stack.enter_context(borrowed(tuned, base_in(places)))
         for owner in adapted_owners(tuned):
             if STATE in owner.__dict__:
                 stack.callback(set_active, owner, set_active(owner, None))

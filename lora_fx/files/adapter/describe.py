@@ -216,8 +216,9 @@ def _module_tensors(tuned: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]
         PREFIX + without_wrappers(f"{path}.{name}"): _plain(tensor).clone()  # tied weights are in it under all names
         for path in paths
         for module in [module_at(tuned, path)]
+        for own in [adapter_prefixes(module)]
         for name, tensor in module.state_dict().items()
-        if not name.startswith(adapter_prefixes(module))
+        if not name.startswith(own)
     }
 
 

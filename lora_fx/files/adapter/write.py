@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_fx.adapters.adapt import trained_parameters
 from lora_fx.adapters.attach import all_attached
-from lora_fx.adapters.placed import is_trained, placed_in
+from lora_fx.adapters.placed import base_in, is_trained, placed_in
 from lora_fx.errors import AdapterFileError, LoraFxWarning
 from lora_fx.files.adapter.describe import Described, describe
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
@@ -63,7 +63,7 @@ def _refuse_partitioned(tuned: nn.Module, folder: Path) -> None:
 def _warn_of_moved_buffers(tuned: nn.Module) -> None:
     """Running statistics that training has moved belong to no adapter: a model that loads it has those of the base."""
     places = placed_in(tuned)
-    base = {without_wrappers(name): tensor for place in places for name, tensor in place.base().items()}
+    base = {without_wrappers(name): tensor for name, tensor in base_in(places).items()}
     outside = [(without_wrappers(name), b) for name, b in tuned.named_buffers() if not is_trained(name, places)]
     moved = [name for name, buffer in outside if name in base and not torch.equal(buffer, base[name])]
     if moved:
