@@ -11,9 +11,9 @@ import networkx as nx
 import lora_fx
 
 PACKAGE = Path(lora_fx.__file__).parent
-ROOT_FILES = {"__init__", "__main__", "api", "errors", "text"}
+ROOT_FILES = {"__init__", "__main__", "api", "errors", "sources", "text"}
 ORDER = [
-    ["text"],
+    ["text", "sources"],
     ["errors"],
     ["rules"],
     ["planning"],
