@@ -19,6 +19,7 @@ from lora_fx.capture.tracing.inputs import Input, Inputs, VaryingSizes
 from lora_fx.capture.tracing.outputs import write_output
 from lora_fx.capture.tracing.recording import NeedsRecord, Records
 from lora_fx.capture.tracing.tracer import Specialised, Tracer
+from lora_fx.models.code import refuse_odd_names
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import attribute_at
 from lora_fx.models.torch_internals import Fakes, quiet_fakes
@@ -137,6 +138,7 @@ class _Call:
         result = tracer.run(*rebuild(self.args, self.kwargs, lambda leaf: stand_ins.get(id(leaf), leaf)))
         write_output(writer, result)
         writer.drop_unused()
+        refuse_odd_names(writer.graph, paths=False)
         read = {str(node.target) for node in writer.graph.nodes if node.op == "get_attr"}
         return Captured(
             graph=writer.graph,

@@ -4,6 +4,7 @@ The function takes the module, args and kwargs of a call and returns the graph's
 check that failed.  It is plain Python with plain names, so that a hit costs microseconds.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lora_fx.capture.captured import Captured
 from lora_fx.capture.reads.dependencies import AttributePath
 from lora_fx.capture.reads.frozen import Freezer, Frozen, Inside, OfType
 from lora_fx.capture.tracing.inputs import NumberInput, TensorInput, size_name
+from lora_fx.models.code import attribute
 from lora_fx.models.torch_internals import global_hook_tables, shape_guard_names
 
 _AT_LEAST_TWO = re.compile(r"^2 <= (?=s(\d+)_\d+($| and ))")
@@ -148,7 +150,7 @@ class _GuardWriter:
 
     def _parameters(self, proven: bool) -> None:
         for place, name in zip(self.captured.parameters, self.parameters.values(), strict=True):
-            self._bind(name, ".".join((self._module(place.path), *place.attributes)))
+            self._bind(name, functools.reduce(attribute, place.attributes, self._module(place.path)))
             self._check(f"type({name}) is int", f"value of {place}")
         if self.parameters:
             values = "".join(f"{name}, " for name in self.parameters.values())
@@ -246,7 +248,7 @@ class _GuardWriter:
         if not place.attributes:
             return self._module(place.path)
         if place not in self.object_names:
-            access = f"{self._owner(place)}.{place.attributes[-1]}"
+            access = attribute(self._owner(place), place.attributes[-1])
             self.object_names[place] = self._bind(f"o{len(self.object_names)}", access)
         return self.object_names[place]
 
@@ -288,12 +290,12 @@ class _GuardWriter:
             self._owned(name, *facts)
         for name, flag in relied.flags.items():
             parent, last = self._parent(name)
-            self._check(f"{parent}.{last}.requires_grad is {flag}", f"requires_grad of {name}")
+            self._check(f"{attribute(parent, last)}.requires_grad is {flag}", f"requires_grad of {name}")
 
     def _compared(self, place: AttributePath, frozen: Frozen) -> None:
         # what is read of an object is compared where it is read: it needs a name
         is_object = isinstance(frozen, OfType)
-        access = self._object(place) if is_object else f"{self._owner(place)}.{place.attributes[-1]}"
+        access = self._object(place) if is_object else attribute(self._owner(place), place.attributes[-1])
         self._frozen(frozen, access, str(place))
 
     def _owned(self, name: str, table: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from lora_fx.capture.reads.libraries import is_standard_library
 from lora_fx.capture.tracing.copies import Listener, path_of, reporting_copy
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.tracer import is_leaf
+from lora_fx.models.code import refuse_odd_names
 from lora_fx.models.layers import is_layer
 
 
@@ -68,6 +69,7 @@ def _trace(module: nn.Module, names: list[str], training: bool) -> tuple[fx.Grap
         proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
         result = _watched(lambda: tracer.forward(proxies), problems)
         tracer.graph.output(tracer.create_arg(result))
+        refuse_odd_names(tracer.graph, paths=False)
     except (Untraceable, Exception) as error:
         raise NotCaptured(problems[0] if problems else reason_of(error)) from error
     if problems:

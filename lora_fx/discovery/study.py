@@ -14,6 +14,7 @@ from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.discovery.sites import refuse_unfit, take_inventory, uses_in, uses_in_graph
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse, weight_uses
 from lora_fx.errors import CaptureError, RefusedError
+from lora_fx.models.code import UncompiledGraph
 from lora_fx.models.layers import has_unknown_weights
 from lora_fx.models.samples import Sample, Samples, candidates
 from lora_fx.models.tensors import dotted
@@ -163,7 +164,7 @@ def _symbolic_uses(model: nn.Module) -> Uses:
     with trial_twin(model) as twin:
         for path, module in ((path, module) for path, module in twin.named_modules() if has_unknown_weights(module)):
             with contextlib.suppress(NotCaptured):
-                graph_module = fx.GraphModule(module, capture_symbolically(module).graph)
+                graph_module = UncompiledGraph(module, capture_symbolically(module).graph)
                 weights |= uses_in_graph(graph_module, path)
                 looked_at |= {dotted(path, name) for name in module._parameters}
     return Uses({}, weights, complete=False, looked_at=frozenset(looked_at))

@@ -13,6 +13,7 @@ from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.graphdiff.costs import adapter_flops, called_flops, parameter_at, product_flops, weights_in
 from lora_fx.graphdiff.graphs import INPUT, RETURN, Statement, Weight, escaped
 from lora_fx.graphdiff.nodefacts import factor_of, function_name, place_of, stem_of, value_text
+from lora_fx.models.code import UncompiledGraph
 from lora_fx.models.layers import kind_of
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import dotted
@@ -42,7 +43,7 @@ def statements_of(graph: fx.Graph, module: nn.Module) -> Statements:
     statements are `linear1 = self.linear1($0) + self.linear1.lora_B(self.linear1.lora_A($0) * 2.0)` and
     `relu = F.relu($0)`.
     """
-    return _Writer(fx.GraphModule(module, deepcopy(graph)), module).statements()
+    return _Writer(UncompiledGraph(module, deepcopy(graph)), module).statements()
 
 
 def placed(written: Statements, module: nn.Module, path: str) -> tuple[list[Statement], dict[str, Weight]]:
@@ -73,7 +74,7 @@ def _adapter_of(module: nn.Module, weight: str) -> Attached | None:
 
 def adapted_graph(graph: fx.Graph, module: nn.Module) -> fx.Graph:
     """Return a copy of a captured graph with the module's adapters written into it, node by node."""
-    graph_module = fx.GraphModule(module, copy.deepcopy(graph))
+    graph_module = UncompiledGraph(module, copy.deepcopy(graph))
     editor = Editor(graph_module)
     splice_adapters(editor, to_show=True)
     if is_plain_layer(module):

@@ -12,6 +12,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.graphdiff.canonical import placed, statements_of
 from lora_fx.graphdiff.costs import totals
 from lora_fx.graphdiff.graphs import Graph
+from lora_fx.models.code import UncompiledGraph
 from lora_fx.models.torch_internals import deepcopy
 
 
@@ -48,7 +49,7 @@ def graph_of_program(program: ExportedProgram, name: str) -> Graph:
 
 def _tree(program: ExportedProgram) -> tuple[fx.GraphModule, dict[str, str]]:
     """Return modules that hold the program's tensors, and which of its inputs is which of them."""
-    root = fx.GraphModule(nn.Module(), fx.Graph())
+    root = UncompiledGraph(nn.Module(), fx.Graph())
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names |= signature.inputs_to_lifted_tensor_constants

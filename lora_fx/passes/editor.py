@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
+from lora_fx.models.code import refuse_odd_names
 from lora_fx.models.tensors import dotted, set_tensor
 
 EditKind = Literal["add node", "erase node", "replace uses", "add module", "drop module", "set weight", "drop weight"]
@@ -122,6 +123,7 @@ class Editor:
         """Check and recompile the graph, once."""
         if self.journal.modified:
             self.graph.lint()
+            refuse_odd_names(self.graph)
             self.graph_module.recompile()
 
 

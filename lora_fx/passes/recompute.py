@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from lora_fx.adapters.fused.siblings import adapted_siblings, making
 from lora_fx.capture.tracing.proxies import append_item, set_attribute, set_item
 from lora_fx.capture.tracing.writer import writes
+from lora_fx.models.code import compiled
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import adapted_output
@@ -168,12 +169,3 @@ def _function_of(chain: _Chain) -> Callable[..., Tensor]:
         made[node] = graph.node_copy(node, lambda operand: made[operand])
     graph.output(made[chain.x])
     return functools.partial(compiled(graph, "<lora_fx recomputed chain>"), None)
-
-
-def compiled(graph: fx.Graph, title: str) -> Callable[..., Any]:
-    """Return the function of a graph, called with the module and the graph's inputs; tracebacks show the title."""
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(compile(code.src, title, "exec"), scope)
-    function: Callable[..., Any] = scope["forward"]
-    return function

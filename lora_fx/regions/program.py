@@ -14,13 +14,14 @@ from lora_fx.capture.captured import Captured
 from lora_fx.capture.guards import Guard, compile_guard
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.recording import of_shape
+from lora_fx.models.code import UncompiledGraph, compiled
 from lora_fx.models.tensors import attribute_at
 from lora_fx.models.torch_internals import checkpointing, in_backward
 from lora_fx.passes.contract import Pass, apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
 from lora_fx.passes.inline import Inline, inlined
-from lora_fx.passes.recompute import Recompute, compiled, is_making
+from lora_fx.passes.recompute import Recompute, is_making
 from lora_fx.passes.stack import Stack
 
 _OPTIMISATIONS: tuple[Pass, ...] = (Stack(), Recompute())
@@ -127,7 +128,7 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     Raises:
         AttributeError: the graph reads an attribute that this module has not.
     """
-    graph_module = fx.GraphModule(module, copy.deepcopy(captured.graph))
+    graph_module = UncompiledGraph(module, copy.deepcopy(captured.graph))
     bypassed = _bypassed(graph_module)
     seen_into = {str(node.target) for node in inlined(graph_module)} if passes else set()
     apply_pass(Flatten(), Editor(graph_module))
@@ -153,7 +154,7 @@ def _title(module: nn.Module) -> str:
 
 def foreseen(captured: Captured, module: nn.Module, paths: frozenset[str]) -> dict[str, set[str]]:
     """Return which optimisations a graph will have at the layers of these paths, once they are adapted."""
-    graph_module = fx.GraphModule(module, copy.deepcopy(captured.graph))
+    graph_module = UncompiledGraph(module, copy.deepcopy(captured.graph))
     editor = Editor(graph_module)
     passes: tuple[Pass, ...] = (Flatten(paths), Inline(), *_OPTIMISATIONS)
     for graph_pass in passes:
@@ -176,7 +177,7 @@ def _optimised(
 
     The function is None where none of them did.
     """
-    copied = fx.GraphModule(module, copy.deepcopy(graph_module.graph))
+    copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
     apply_pass(Inline(), Editor(copied))
     effective = []
     for step in _OPTIMISATIONS:

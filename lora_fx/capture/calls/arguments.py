@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from lora_fx.models.code import attribute
+
 CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, type(Ellipsis),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -97,7 +99,7 @@ def _flatten(value: Any, access: str, name: str, flat: FlatCall) -> None:
         )
         for index, item in enumerate(value):
             _flatten(item, f"{access}[{index}]", f"{name}[{index}]", flat)
-    elif kind is dict and all(isinstance(key, (str, int)) for key in value):
+    elif kind is dict and all(type(key) in (str, int) for key in value):
         flat.structure.append(
             GuardCheck(f"type({access}) is dict and tuple({access}) == {tuple(value)!r}", f"keys of {name}")
         )
@@ -106,7 +108,7 @@ def _flatten(value: Any, access: str, name: str, flat: FlatCall) -> None:
     elif _is_named_tuple(kind):
         flat.leaves.append(Leaf(f"type({access})", f"type of {name}", kind))
         for field_name, item in zip(kind._fields, value, strict=True):
-            _flatten(item, f"{access}.{field_name}", f"{name}.{field_name}", flat)
+            _flatten(item, attribute(access, field_name), f"{name}.{field_name}", flat)
     else:
         flat.leaves.append(Leaf(access, name, value))
 
@@ -126,7 +128,7 @@ def _rebuild(value: Any, leaf: Callable[[Any], Any]) -> Any:
     kind = type(value)
     if kind in (tuple, list) and not is_constant(value):
         return kind(_rebuild(item, leaf) for item in value)
-    if kind is dict and all(isinstance(key, (str, int)) for key in value):
+    if kind is dict and all(type(key) in (str, int) for key in value):
         return {key: _rebuild(item, leaf) for key, item in value.items()}
     if _is_named_tuple(kind):
         return kind(*(_rebuild(item, leaf) for item in value))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_fx.capture.calls.arguments import CONSTANTS
 from lora_fx.capture.calls.objects import is_plain_object
 from lora_fx.capture.reads.libraries import is_library_module
+from lora_fx.models.code import attribute
 
 _MOST_PARTS = 256
 UNCHANGING = (
@@ -222,7 +223,9 @@ class Freezer:
         if not is_plain_object(value):
             raise Unfreezable(f"of type {kind.__name__}")
         own = {f"{{}}.__dict__[{_quoted(name)}]": part for name, part in vars(value).items()}
-        shared = {f"{{}}.{name}": part for name, part in _class_containers(kind) if name not in vars(value)}
+        shared = {
+            attribute("{}", _braced(name)): part for name, part in _class_containers(kind) if name not in vars(value)
+        }
         return self._parts(kind, f"len({{}}.__dict__) + {len(shared)}", own | shared)
 
     def _parts(self, kind: type, size: str | None, parts: dict[str, Any]) -> Parts:
@@ -238,7 +241,11 @@ def _literal(key: str | int | None) -> str:
 
 def _quoted(key: object) -> str:
     """Return the key as it may stand in a text that is formatted later."""
-    return repr(key).replace("{", "{{").replace("}", "}}")
+    return _braced(repr(key))
+
+
+def _braced(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _class_containers(kind: type) -> Iterator[tuple[str, Any]]:

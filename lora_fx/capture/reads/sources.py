@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from lora_fx.models.code import attribute
+
 Step = tuple[str, Any]
 """("item", key), ("attribute", name), ("call", None), ("has", key) or ("lookup", key)."""
 
@@ -16,7 +18,7 @@ _READ: dict[str, Callable[[Any, Any], Any]] = {
     "has": operator.contains,
     "lookup": lambda value, key: value.get(key),
 }
-_TEXT = {"item": "{}[{!r}]", "attribute": "{}.{}", "call": "{}()", "has": "({1!r} in {0})", "lookup": "{}.get({!r})"}
+_TEXT = {"item": "{}[{!r}]", "call": "{}()", "has": "({1!r} in {0})", "lookup": "{}.get({!r})"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +57,7 @@ class ValueSource:
     def access(self, root: str) -> str:
         """Return the expression that reads it, where `root` is the root's name."""
         for kind, key in self.steps:
-            root = _TEXT[kind].format(root, key)
+            root = attribute(root, key) if kind == "attribute" else _TEXT[kind].format(root, key)
         return root
 
     def put_back(self, value: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_fx.capture.calls.arguments import is_constant
 from lora_fx.capture.calls.objects import IDENTITIES, StandIn, Undo, is_plain_object, subclass_of
 from lora_fx.capture.calls.reasons import Untraceable
+from lora_fx.models.code import attribute
 
 _STATE = "_lora_fx_proxy"
 
@@ -161,7 +162,7 @@ class ProxyObject(StandIn):
         own = object.__getattribute__(self, "__dict__")
         state: _State | None = own.get(_STATE)
         if state is not None and name in state.raw:
-            own[name] = state.proxies.of(own[name], f"{state.access}.{name}")
+            own[name] = state.proxies.of(own[name], attribute(state.access, name))
             state.raw.discard(name)
         return super().__getattribute__(name)
 

@@ -61,7 +61,8 @@ class GraphWriter:
         """Add an input, also in the middle of a capture; symbolic sizes of a fake become available to expressions."""
         first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
         with self.graph.inserting_before(first) if first is not None else contextlib.nullcontext():
-            node = self.graph.placeholder(name)  # the graph makes the node's name unique; inputs go by position
+            node = self.graph.placeholder(name)
+        node.target = node.name  # which the graph makes unique and an identifier; inputs go by position
         self.inputs[id(stand_in)] = node
         self.alive.append(stand_in)
         if isinstance(stand_in, Tensor):
