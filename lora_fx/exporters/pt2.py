@@ -26,6 +26,7 @@ from lora_fx.exporters.program import (
 )
 from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
+from lora_fx.models.code import refuse_odd_paths
 from lora_fx.models.samples import Sample
 from lora_fx.models.ties import tied_names
 from lora_fx.models.torch_internals import aot_inductor
@@ -48,6 +49,7 @@ def _write(
         return
     if path.suffix != ".pt2":
         raise ExportError("pt2", f"{path.name} does not end in .pt2, or in {VALUES} for an adapter alone")
+    refuse_odd_paths(parts.model.state_dict())  # torch writes them into source when a client unpacks the program
     made = exported("pt2", parts.model, sample)
     _forget_sources(made)
     if compile:

@@ -9,20 +9,16 @@ import copy
 import enum
 import keyword
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
+from torch.export import ExportedProgram
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import RefusedError
 from lora_fx.models.tensors import attribute_at
-from lora_fx.text import listing
 
 _ALIAS = "lora_fx_alias_"
-
-
-class NameInCodeError(LoraFxError):
-    """A name would not stay a name in the source that torch.fx writes for a graph."""
 
 
 def is_plain(name: str) -> bool:
@@ -43,6 +39,28 @@ def stays_itself(path: str) -> bool:
     )
 
 
+def refuse_odd_paths(paths: Iterable[str]) -> None:
+    """Refuse dotted paths of modules and tensors that torch.fx cannot write.
+
+    Raises:
+        RefusedError: with all of them.
+    """
+    _refuse(path for path in paths if not stays_itself(path))
+
+
+def module_of(program: ExportedProgram) -> nn.Module:
+    """Return the module of an exported program, in whose source torch writes the names of all its tensors.
+
+    Raises:
+        RefusedError: one of them would not stay a name there.
+    """
+    signature = program.graph_signature
+    inputs = (signature.inputs_to_parameters, signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants)
+    named = (name for table in inputs for pair in table.items() for name in pair)
+    refuse_odd_paths((*program.state_dict, *program.constants, *named))
+    return program.module()
+
+
 def refuse_odd_names(graph: fx.Graph, paths: bool = True) -> None:
     """Refuse a graph of which torch.fx would make source that says something else than the graph.
 
@@ -51,13 +69,17 @@ def refuse_odd_names(graph: fx.Graph, paths: bool = True) -> None:
         paths: False if the paths of modules and tensors will be aliases, as `compiled` makes them.
 
     Raises:
-        NameInCodeError: with all names of modules, tensors, methods and arguments that cannot be written.
+        RefusedError: with all names of modules, tensors, methods and arguments that cannot be written.
     """
-    odd = dict.fromkeys(name for node in graph.nodes for name in _odd_names(node, paths))
+    _refuse(name for node in graph.nodes for name in _odd_names(node, paths))
+
+
+def _refuse(names: Iterable[str]) -> None:
+    odd = [(ascii(name), "is not read back as it is") for name in dict.fromkeys(names)]
     if odd:
-        raise NameInCodeError(
+        raise RefusedError(
             "torch.fx would write names into Python source that do not stay names there; nothing was compiled",
-            [("names", listing(f"{name!a}" for name in odd))],
+            odd,
             "rename these modules, parameters or arguments",
         )
 
@@ -95,7 +117,7 @@ def compiled(graph: fx.Graph, title: str) -> Callable[..., Any]:
     Paths that torch.fx could not write are aliases in its source, and looked up on the module at each call.
 
     Raises:
-        NameInCodeError: the name of a method or argument cannot be written.
+        RefusedError: the name of a method or argument cannot be written.
     """
     aliases: dict[str, str] = {}
     if not all(stays_itself(str(node.target)) for node in graph.nodes if node.op in ("call_module", "get_attr")):

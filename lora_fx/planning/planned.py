@@ -145,7 +145,7 @@ class Inventory:
         """A hash over what a plan relies on (paths, operations, shapes of sites), not over values or dtypes."""
         digest = hashlib.sha256()
         for site in self.sites:
-            digest.update(f"{site.path}\0{site.op}\0{site.shape}\n".encode())
+            digest.update(f"{site.path}\0{site.op}\0{site.shape}\n".encode(errors="surrogatepass"))
         return digest.hexdigest()[:16]
 
 

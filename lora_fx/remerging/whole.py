@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import all_attached
 from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.errors import LoraFxWarning, MergeError
+from lora_fx.models.code import module_of
 from lora_fx.models.samples import Sample, samples_of
 from lora_fx.models.ties import mark_untied, tied_names
 from lora_fx.models.torch_internals import pytree
@@ -67,7 +68,7 @@ def remerge(model: nn.Module | torch.export.ExportedProgram, example_inputs: obj
 
 def remerged(model: nn.Module | torch.export.ExportedProgram, example_inputs: object = None) -> RemergeResult:
     """Return what `remerge` returns, and a report; takes and raises the same, and warns of nothing."""
-    module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+    module = module_of(model) if isinstance(model, torch.export.ExportedProgram) else model
     if _is_ours(module) and not isinstance(module, fx.GraphModule):
         return RemergeResult(merged(module), tuple(path for path, _ in all_attached(module)), ())
     samples = () if example_inputs is None else samples_of(example_inputs)

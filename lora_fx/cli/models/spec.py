@@ -19,6 +19,7 @@ from lora_fx.files.adapter.restore import fitted
 from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_of
+from lora_fx.models.code import module_of
 from lora_fx.models.samples import call, samples_for
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.text import count, listing
@@ -106,7 +107,7 @@ def _of_program(path: str) -> tuple[nn.Module, object]:
         raise ModelSpecError(f"{path}: no such file")
     program = torch.export.load(path)
     given = program.example_inputs
-    return program.module(), call(*given[0], **given[1]) if given else None
+    return module_of(program), call(*given[0], **given[1]) if given else None
 
 
 def _module_at(home: str) -> ModuleType:
