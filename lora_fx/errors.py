@@ -7,7 +7,12 @@ aligned under it, all of them; the last line says what to do.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_fx.text import caret, columns
+from lora_fx.text import caret, columns, count, shortened
+
+MOST_SHOWN = 200
+"""Of the problems that one error lists."""
+LONGEST_NAME = 200
+"""Of a file's name, as it is shown."""
 
 
 class LoraFxError(Exception):
@@ -86,13 +91,19 @@ class Problem:
 
 
 class RuleError(LoraFxError):
-    """The rules cannot be read.  `problems` holds every problem found, in the order of the file."""
+    """The rules cannot be read.  `problems` holds every problem found, in the order of the file.
 
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+    Of very many the first are kept; `more` says how many there are beside.
+    """
+
+    def __init__(self, source: str, problems: Sequence[Problem], more: int = 0) -> None:
         self.source = source
         self.problems = tuple(problems)
-        head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in {source}\n"
-        super().__init__(head + "\n".join(problem.text(source) for problem in self.problems))
+        self.more = more
+        total, shown = len(self.problems) + more, shortened(source, LONGEST_NAME)
+        head = "" if total == 1 else f"{total:,} problems in {shown}\n"
+        tail = f"\n… and {count(more, 'more problem')}" if more else ""
+        super().__init__(head + "\n".join(problem.text(shown) for problem in self.problems) + tail)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,11 @@ def listing(words: Iterable[str], most: int = 6) -> str:
     return shown if len(items) <= most else f"{shown} … and {len(items) - most} more"
 
 
+def shortened(text: str, most: int = 100) -> str:
+    """Return a text, or the beginning and the end of a long one."""
+    return text if len(text) <= most else f"{text[: most - most // 4 - 1]}…{text[-(most // 4) :]}"
+
+
 def dotted(*parts: str) -> str:
     """Return a dotted name; the root's path is empty."""
     return ".".join(filter(None, parts))

@@ -1,9 +1,7 @@
 """What the verbs share: arguments, options, and what the shell completes."""
 
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -46,11 +44,6 @@ def rules_of(name: str) -> RuleSet:
     Raises:
         RuleError: with every problem.
     """
-    from lora_fx.rules.reader import read_from, read_rules
+    from lora_fx.rules.reader import read_rules, read_stream
 
-    if name != STANDARD:
-        return read_rules(name)
-    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
-        file.write(sys.stdin.buffer.read())
-        file.flush()
-        return read_from(Path(file.name), "standard input")
+    return read_stream(sys.stdin.buffer, "standard input") if name == STANDARD else read_rules(name)

@@ -6,44 +6,73 @@ that of RE2 (Cox 2010).
 """
 
 import functools
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+from weakref import WeakSet
 
 MOST_STATES = 50_000
-"""More than these (`states_of`) should be refused, not expanded: `{2,1000}` inside `{2,1000}`."""
-_MOST_REMEMBERED = 2_000
+"""More than these should be refused, not expanded: `{2,1000}` inside `{2,1000}`."""
+_MOST_REMEMBERED = 200_000
+_LAST = "\U0010ffff"
 
 
 @dataclass(frozen=True, slots=True)
 class Characters:
-    """One character out of the ranges (inclusive), or out of all others."""
+    """One character out of the ranges (inclusive, in order, none overlapping), or out of all others."""
 
     ranges: tuple[tuple[str, str], ...]
     negated: bool = False
 
+    @staticmethod
+    def of(ranges: Iterable[tuple[str, str]], negated: bool = False) -> "Characters":
+        """Return what one of the ranges accepts, in whatever order they come."""
+        merged: list[tuple[str, str]] = []
+        for low, high in sorted(ranges):
+            if merged and low <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+            else:
+                merged.append((low, high))
+        return Characters(tuple(merged), negated)
+
+    @property
+    def states(self) -> int:
+        return 1
+
     def accepts(self, character: str) -> bool:
-        return any(low <= character <= high for low, high in self.ranges) != self.negated
+        position = bisect_right(self.ranges, (character, _LAST)) - 1
+        return (position >= 0 and character <= self.ranges[position][1]) != self.negated
 
 
 ANY = Characters((), negated=True)
 NOT_DOT = Characters(((".", "."),), negated=True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Concatenation:
     """The parts one after another."""
 
     parts: "tuple[Expression, ...]"
 
+    @functools.cached_property
+    def states(self) -> int:
+        """About how many states its automaton has."""
+        return 1 + sum(part.states for part in self.parts)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Choice:
     """One of the parts."""
 
     parts: "tuple[Expression, ...]"
 
+    @functools.cached_property
+    def states(self) -> int:
+        return 1 + sum(part.states for part in self.parts)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Repeat:
     """The part at least `low` times, at most `high` times; None = any number."""
 
@@ -51,59 +80,105 @@ class Repeat:
     low: int = 0
     high: int | None = None
 
+    @functools.cached_property
+    def states(self) -> int:
+        return self.part.states * max(self.low + 1, self.high or 0) + 1
+
 
 Expression = Characters | Concatenation | Choice | Repeat
 
 
+@functools.lru_cache(maxsize=1024)
+def _only(character: str) -> Characters:
+    return Characters(((character, character),))
+
+
 def literal(text: str) -> Concatenation:
     """Return the expression that only this text matches."""
-    return Concatenation(tuple(Characters(((character, character),)) for character in text))
+    return Concatenation(tuple(map(_only, text)))
 
 
-def states_of(expression: Expression) -> int:
-    """Return about how many states the expression's automaton has."""
-    if isinstance(expression, Characters):
-        return 1
-    if isinstance(expression, Repeat):
-        return states_of(expression.part) * max(expression.low + 1, expression.high or 0) + 1
-    return 1 + sum(map(states_of, expression.parts))
+def literal_end(expression: Expression, first: bool = False) -> tuple[str, bool]:
+    """Return (the text with which whatever matches ends, whether that is all of it); or begins, if `first`."""
+    if isinstance(expression, Characters) and not expression.negated and len(expression.ranges) == 1:
+        low, high = expression.ranges[0]
+        return (low, True) if low == high else ("", False)
+    if not isinstance(expression, Concatenation):
+        return "", False
+    pieces: list[str] = []
+    for part in expression.parts if first else reversed(expression.parts):
+        piece, whole = literal_end(part, first)
+        pieces.append(piece)
+        if not whole:
+            break
+    else:
+        whole = True
+    return "".join(pieces if first else reversed(pieces)), whole
 
 
 class Automaton:
     """A compiled expression."""
 
+    remembered = 0
+    """Steps and states that all automata remember; forgotten by all when there are too many."""
+    _living: ClassVar["WeakSet[Automaton]"] = WeakSet()
+
     def __init__(self, expression: Expression) -> None:
+        self.expression = expression
         self._steps: list[tuple[Characters, int] | None] = []
-        self._free: list[list[int]] = []
+        self._free: list[Sequence[int]] = []
         self._end = self._state()
         start = self._build(expression, self._end)
         self._start = self._closure([start])
-        self._after = functools.lru_cache(_MOST_REMEMBERED)(self._advance)
+        self._begins, _ = literal_end(expression, first=True)
+        self._ends, _ = literal_end(expression)
+        self._after: dict[tuple[frozenset[int], str], frozenset[int]] = {}
         self.work = 0
         """States visited so far; what tests count instead of time."""
+        Automaton._living.add(self)
 
     def matches(self, text: str) -> bool:
         """Whether the whole text matches."""
+        if not (text.startswith(self._begins) and text.endswith(self._ends)):
+            return False
         states = self._start
         for character in text:
-            states = self._after(states, character)
+            after = self._after.get((states, character))
+            states = self._advance(states, character) if after is None else after
             if not states:
                 return False
         return self._end in states
 
     def _advance(self, states: frozenset[int], character: str) -> frozenset[int]:
+        """Return the states after a character, and remember them."""
         self.work += len(states)
-        return self._closure(
-            [step[1] for state in states if (step := self._steps[state]) and step[0].accepts(character)]
-        )
+        accepts: dict[int, bool] = {}
+        reached = []
+        for state in states:
+            if step := self._steps[state]:
+                characters, following = step
+                known = accepts.get(id(characters))
+                if known is None:
+                    known = accepts[id(characters)] = characters.accepts(character)
+                if known:
+                    reached.append(following)
+        after = self._closure(reached)
+        Automaton.remembered += 1 + len(after)
+        if Automaton.remembered > _MOST_REMEMBERED:
+            for automaton in list(Automaton._living):
+                automaton._after.clear()
+            Automaton.remembered = 1 + len(after)
+        self._after[states, character] = after
+        return after
 
     def _closure(self, states: Sequence[int]) -> frozenset[int]:
         """Return the states and all that are reached from them without a character."""
         waiting, reached = list(states), set(states)
         while waiting:
-            following = set(self._free[waiting.pop()]) - reached
-            reached |= following
-            waiting += following
+            for following in self._free[waiting.pop()]:
+                if following not in reached:
+                    reached.add(following)
+                    waiting.append(following)
         return frozenset(reached)
 
     # -- building
@@ -111,7 +186,7 @@ class Automaton:
     def _state(self, *free: int, step: tuple[Characters, int] | None = None) -> int:
         """Add a state from which others are reached freely, or one by a step over a character."""
         self._steps.append(step)
-        self._free.append(list(free))
+        self._free.append(free)
         return len(self._steps) - 1
 
     def _build(self, expression: Expression, end: int) -> int:
@@ -125,7 +200,7 @@ class Automaton:
         start = end
         if expression.high is None:
             start = self._state(end)
-            self._free[start].append(self._build(expression.part, start))
+            self._free[start] = (end, self._build(expression.part, start))
         else:
             for _ in range(expression.high - expression.low):
                 start = self._state(self._build(expression.part, start), end)

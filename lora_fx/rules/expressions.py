@@ -17,7 +17,7 @@ _SPACE = (("\t", "\r"), (" ", " "))
 _CLASSES = {"d": _DIGIT, "w": _WORD, "s": _SPACE}
 _CONTROL = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0"}
 _REPEATED = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-_COUNT = re.compile(r"[*+?]|\{(\d+)(?:(,)(\d*))?\}")
+_COUNT = re.compile(r"[*+?]|\{([0-9]+)(?:(,)([0-9]*))?\}")
 
 
 def parse_expression(text: str, offset: int) -> Expression:
@@ -29,6 +29,12 @@ def parse_expression(text: str, offset: int) -> Expression:
     if not text:
         raise PatternError("the expression is empty", offset)
     return _Parser(text, offset).parse()
+
+
+def _number(digits: str) -> int:
+    """Return the number that digits stand for, and of many thousand digits one that is too large as well."""
+    significant = digits.lstrip("0")
+    return int(significant[: len(str(MOST_REPEATS)) + 1] or "0")
 
 
 class _Parser(Cursor):
@@ -86,8 +92,8 @@ class _Parser(Cursor):
         self.at = count.end()
         if count[0] in _REPEATED:
             return _REPEATED[count[0]]
-        low = int(count[1])
-        return (low, low if count[2] is None else int(count[3]) if count[3] else None)
+        low = _number(count[1])
+        return (low, low if count[2] is None else _number(count[3]) if count[3] else None)
 
     def _atom(self) -> Expression:
         character = self.next()
@@ -105,7 +111,9 @@ class _Parser(Cursor):
         start = self.at - 1
         if not self.skips("?:") and self.peek() == "?":
             raise self.error("look-around, named groups and flags are not supported", start, 3)
+        self.descend(start)
         expression = self._choice()
+        self.ascend()
         if not self.skips(")"):
             raise self.error("`(` without `)`", start)
         return expression
@@ -132,7 +140,7 @@ class _Parser(Cursor):
         ranges = self._class_item(start)
         while not self.skips("]"):
             ranges += self._class_item(start)
-        return Characters(tuple(ranges), negated)
+        return Characters.of(ranges, negated)
 
     def _class_item(self, opened: int) -> list[tuple[str, str]]:
         if not self.peek():

@@ -1,16 +1,21 @@
 """Globs over dotted names, as expressions of the automaton."""
 
+import functools
 import re
+from collections.abc import Iterator
 
 from lora_fx.rules.automaton import ANY, NOT_DOT, Characters, Choice, Concatenation, Expression, Repeat, literal
 
 MOST_NUMBERS = 10_000
+MOST_DEPTH = 50
+"""Braces in braces, groups in groups."""
 _SEGMENT = Repeat(NOT_DOT, 1)
 _DOT = literal(".")
 _PLAIN = re.compile(r"[\w-]+")
 _CLASS_ITEM = re.compile(r"(.)-(.)|(.)", re.DOTALL)
 _TOKEN = re.compile(r"\\.|[{}\[\].]", re.DOTALL)
-_RANGE = re.compile(r"(\d+)\.\.(\d+)(?=[,}])")
+_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})(?=[,}])")
+_DIGITS = "0123456789"
 
 
 class PatternError(ValueError):
@@ -29,6 +34,16 @@ class Cursor:
         self.text = text
         self.offset = offset
         self.at = 0
+        self._depth = 0
+
+    def descend(self, start: int) -> None:
+        """Note that what follows stands inside of what opens at `start`; `ascend` ends it."""
+        self._depth += 1
+        if self._depth > MOST_DEPTH:
+            raise self.error(f"the pattern is nested deeper than {MOST_DEPTH} levels", start)
+
+    def ascend(self) -> None:
+        self._depth -= 1
 
     def peek(self) -> str:
         return self.text[self.at : self.at + 1]
@@ -98,6 +113,9 @@ def _split(text: str) -> list[tuple[str, int]]:
 class _Segment(Cursor):
     """Parses one segment."""
 
+    _double_dot = -1
+    """Where two dots were last seen."""
+
     def parse(self) -> Expression:
         expression = self._until("}")
         if self.peek():
@@ -116,6 +134,8 @@ class _Segment(Cursor):
             self.at = plain.end()
             return literal(plain[0])
         character = self.next()
+        if character == "." == self.peek():
+            self._double_dot = self.at - 1
         if character == "*":
             return Repeat(NOT_DOT)
         if character == "?":
@@ -142,13 +162,15 @@ class _Segment(Cursor):
         ranges = tuple((low or only, high or only) for low, high, only in items)
         if any(low > high for low, high in ranges):
             raise self.error_since(start, "the range runs backwards")
-        return Characters((*ranges, (".", ".")) if negated else ranges, negated)
+        return Characters.of((*ranges, (".", ".")) if negated else ranges, negated)
 
     def _brace(self) -> Expression:
         start = self.at - 1
+        self.descend(start)
         choices = [self._choice()]
         while self.skips(","):
             choices.append(self._choice())
+        self.ascend()
         if not self.skips("}"):
             raise self.error("`{` without `}`", start)
         return Choice(tuple(choices))
@@ -161,7 +183,7 @@ class _Segment(Cursor):
             self.at = numbers.end()
             return self._numbers(int(numbers[1]), int(numbers[2]), start)
         expression = self._until(",}")
-        if ".." in self.text[start : self.at]:
+        if self._double_dot >= start:
             raise self.error_since(start, "`..` stands between two numbers, such as {0..11}")
         return expression
 
@@ -169,4 +191,34 @@ class _Segment(Cursor):
         if low > high or high - low >= MOST_NUMBERS:
             problem = "runs backwards" if low > high else f"has more than {MOST_NUMBERS:,} numbers"
             raise self.error_since(start, f"the range {low}..{high} {problem}")
-        return Choice(tuple(literal(str(number)) for number in range(low, high + 1)))
+        return _numbers(low, high)
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(low: int, high: int) -> Expression:
+    """Return the expression of the numbers between two numbers."""
+    return Choice(tuple(_numbers_of_length(low, high)))
+
+
+def _numbers_of_length(low: int, high: int) -> Iterator[Expression]:
+    """Yield an expression for the numbers of each length between two numbers."""
+    for length in range(len(str(low)), len(str(high)) + 1):
+        least = 0 if length == 1 else 10 ** (length - 1)
+        yield _between(str(max(low, least)), str(min(high, 10**length - 1)))
+
+
+def _between(low: str, high: str) -> Expression:
+    """Return the expression of the numbers between two of the same length: a few states for each digit."""
+    if not low:
+        return Concatenation(())
+    first, last, rest = low[0], high[0], len(low) - 1
+    if first == last:
+        return Concatenation((*literal(first).parts, _between(low[1:], high[1:])))
+    choices = [
+        Concatenation((*literal(first).parts, _between(low[1:], "9" * rest))),
+        Concatenation((*literal(last).parts, _between("0" * rest, high[1:]))),
+    ]
+    if inner := _DIGITS[int(first) + 1 : int(last)]:
+        any_digit = Characters((("0", "9"),))
+        choices.append(Concatenation((Characters(((inner[0], inner[-1]),)), *[any_digit] * rest)))
+    return Choice(tuple(choices))

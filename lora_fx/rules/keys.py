@@ -29,9 +29,14 @@ COUNT: Schema = {"type": "integer", "minimum": 0}
 FLAG: Schema = {"type": "boolean"}
 OP: Schema = {"enum": list(OPS)}
 POSITIVE: Schema = {"type": "integer", "minimum": 1}
-ROWS = r"^\s*(\d+)\s*\.\.\s*(\d+)\s*$"
+RANK: Schema = {"type": "integer", "minimum": 1, "maximum": 65536}
+ALPHA: Schema = {"type": "number", "minimum": 1e-9, "maximum": 1_000_000_000}
+ROWS = r"^\s*([0-9]{1,18})\s*\.\.\s*([0-9]{1,18})\s*$"
 """Rows of a part of a weight, first and end."""
-SIZE = r"^\s*(?:\*|(>=|<=|>|<)\s*(\d+)|(\d+)\s*\.\.\s*(\d+)|(?:(\d+)\s*\*\s*)?([a-z]))\s*$"
+SIZE = (
+    r"^\s*(?:\*|(>=|<=|>|<)\s*([0-9]{1,18})|([0-9]{1,18})\s*\.\.\s*([0-9]{1,18})"
+    r"|(?:([0-9]{1,18})\s*\*\s*)?([a-z]))\s*$"
+)
 """A size in a shape: any, a bound (sign, number), a range (first, last), a multiple of a letter (factor, letter)."""
 MOST_DIMENSIONS = 5
 LEAST_PARTS = 2
@@ -80,9 +85,9 @@ class Table:
 
 LORA = Table(
     {
-        "r": Key(POSITIVE, f"Rank of the update, default {LORA_DEFAULTS['r']}.", "r: 16", ("rank", "lora_r")),
+        "r": Key(RANK, f"Rank of the update, default {LORA_DEFAULTS['r']}.", "r: 16", ("rank", "lora_r")),
         "alpha": Key(
-            {"type": "number", "exclusiveMinimum": 0},
+            ALPHA,
             f"The update is scaled by alpha / r; default {LORA_DEFAULTS['alpha']}.",
             "alpha: 32",
             ("lora_alpha",),

@@ -1,5 +1,7 @@
 """What all readers of nodes share: problems, keys, and values that are held to the schema of their key."""
 
+import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -7,17 +9,22 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from lora_fx.errors import SourceSpan
+from lora_fx.rules.automaton import MOST_STATES
 from lora_fx.rules.globs import PatternError
 from lora_fx.rules.keys import Schema, Table
 from lora_fx.rules.patterns import NamePattern
 from lora_fx.rules.tree import SourceText, YamlNode
-from lora_fx.text import nearest
+from lora_fx.text import nearest, shortened
 
 T = TypeVar("T")
+MOST_STATES_TOGETHER = 6 * MOST_STATES
+"""Of all patterns of one file, each counted with at least its length."""
+_LONGEST_WORD, _MOST_COMPARED = 100, 500
 _BOUNDS = (
     ("minimum", "at least", operator.ge),
     ("exclusiveMinimum", "above", operator.gt),
     ("exclusiveMaximum", "below", operator.lt),
+    ("maximum", "at most", operator.le),
 )
 
 
@@ -27,6 +34,8 @@ class NodeReader:
     def __init__(self, source: SourceText) -> None:
         self.source = source
         self.problem = source.problem
+        self._states = 0
+        """Of all patterns so far."""
 
     def mapping(self, node: YamlNode, what: str, table: Table) -> dict[str, YamlNode]:
         """Return the mapping's known keys; unknown and missing ones are problems."""
@@ -38,7 +47,9 @@ class NodeReader:
             if key.value in table.keys:
                 values[str(key.value)] = value
             else:
-                self.problem(key.span, f"unknown key '{key.value}' in {what}", _key_hint(str(key.value), table))
+                name = str(key.value)
+                hint = functools.partial(_key_hint, name, table)
+                self.problem(key.span, f"unknown key '{shortened(name)}' in {what}", hint)
         for name, known in table.keys.items():
             if known.required and name not in values:
                 self.problem(node.span, f"{what} lacks '{name}'", f"add {known.example}")
@@ -50,14 +61,14 @@ class NodeReader:
             hint = "quote it" if isinstance(node.value, (int, float, bool)) else ""
             self.problem(node.span, f"{what} must be a string, found {node.kind}", hint)
             return ""
-        if not node.value.strip():
+        if node.value.isspace() or not node.value:
             self.problem(node.span, f"{what} is empty")
         return node.value
 
     def typed(self, node: YamlNode, what: str, schema: Schema) -> Any:
         """Return a scalar of the type and within the bounds of a key's JSON Schema; None, and a problem, if it is not.
 
-        A schema has `enum`, or `type` with `minimum`, `exclusiveMinimum` or `exclusiveMaximum`.
+        A schema has `enum`, or `type` with `minimum`, `exclusiveMinimum`, `exclusiveMaximum` or `maximum`.
         """
         if "enum" in schema:
             return self._choice(node, what, schema["enum"])
@@ -80,7 +91,9 @@ class NodeReader:
         bounds = [(words, schema[key], holds) for key, words, holds in _BOUNDS if key in schema]
         if all(holds(value, bound) for _, bound, holds in bounds):
             return value
-        allowed = " and ".join(f"{words} {bound}" for words, bound, _ in bounds)
+        too_large = [(words, bound, holds) for words, bound, holds in bounds if holds is operator.le and value > bound]
+        told = too_large or [each for each in bounds if each[2] is not operator.le]
+        allowed = " and ".join(f"{words} {bound}" for words, bound, _ in told)
         self.problem(node.span, f"{what} must be {allowed}, found {value}")
         return None
 
@@ -88,8 +101,11 @@ class NodeReader:
         value = self.text(node, what)
         if not value or value in allowed:
             return value or None
-        hint = f"{did_you_mean(value, allowed)}allowed: {', '.join(allowed)}"
-        self.problem(node.span, f"{what} '{value}' is unknown", hint)
+        self.problem(
+            node.span,
+            f"{what} '{shortened(value)}' is unknown",
+            lambda: f"{did_you_mean(value, allowed)}allowed: {', '.join(allowed)}",
+        )
         return None
 
     def one_or_more(self, node: YamlNode, what: str, read: Callable[[YamlNode, str], T | None]) -> tuple[T, ...]:
@@ -112,12 +128,17 @@ class NodeReader:
     def pattern(self, node: YamlNode, what: str) -> NamePattern | None:
         """Return the pattern that a string is."""
         value = self.text(node, what)
-        if not value.strip():
+        if not value or value.isspace() or self._states > MOST_STATES_TOGETHER:
             return None
+        self._states += len(value)
         try:
-            return NamePattern(value)
+            pattern = NamePattern(value)
+            self._states += pattern.states - len(value)
+            if self._states > MOST_STATES_TOGETHER:
+                self.problem(node.span, f"the patterns need more than {MOST_STATES_TOGETHER:,} states together")
+            return pattern
         except PatternError as error:
-            self.problem(_within(node, error), f"{what} '{value}': {error}")
+            self.problem(_within(node, error), f"{what} '{shortened(value)}': {error}")
             return None
 
 
@@ -138,7 +159,8 @@ def _key_hint(key: str, table: Table) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the known word that looks most like this one as the beginning of a hint; "" if none does."""
-    return "".join(f"did you mean '{similar}'?  " for similar in nearest(word, known, most=1))
+    similar = nearest(word[:_LONGEST_WORD], itertools.islice(known, _MOST_COMPARED), most=1)
+    return "".join(f"did you mean '{word}'?  " for word in similar)
 
 
 def number_hint(node: YamlNode) -> str:

@@ -6,12 +6,18 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lora_fx.rules.automaton import MOST_STATES, Automaton, Expression, states_of
+from lora_fx.errors import RefusedError
+from lora_fx.rules.automaton import MOST_STATES, Automaton, Expression
 from lora_fx.rules.expressions import parse_expression
 from lora_fx.rules.globs import PatternError, parse_glob
 from lora_fx.rules.keys import SIZE
+from lora_fx.text import shortened
 
 EXPRESSION_PREFIX = "re:"
+
+
+MOST_NAME = 10_000
+"""Of a name that is matched; no model has such names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,35 +33,68 @@ class NamePattern:
     text: str
 
     def __post_init__(self) -> None:
-        expression_of(self.text)
+        _compiled(self.text)
+
+    @property
+    def states(self) -> int:
+        """About how many states its automaton has, and at least as many as the text has characters."""
+        return _compiled(self.text).states
 
     def matches(self, name: str) -> bool:
+        """Whether the whole name matches; RefusedError for a name that is no model's."""
+        if len(name) > MOST_NAME:
+            headline = f"a name of {len(name):,} characters cannot be matched; at most {MOST_NAME:,} can"
+            raise RefusedError(headline, [(shortened(name), "is the name")])
         return automaton_of(self.text).matches(name)
 
     def __str__(self) -> str:
         return self.text
 
 
-@functools.lru_cache(maxsize=4096)
+class _Compiled:
+    """A pattern that was read; its automaton is made when it is first matched, so that linting need not."""
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MOST_STATES:
+            raise PatternError(f"the pattern has more than {MOST_STATES:,} characters", 0, len(text))
+        self.expression = _parsed(text)
+        self.states = max(self.expression.states, len(text))
+        if self.states > MOST_STATES:
+            raise PatternError(f"the pattern needs more than {MOST_STATES:,} states", 0, len(text))
+        self.automaton: Automaton | None = None
+
+
+_known: dict[str, _Compiled] = {}
+"""The patterns read last, of at most _MOST_KNOWN states together."""
+_MOST_KNOWN = 400_000
+_sizes = {"states": 0}
+
+
+def _parsed(text: str) -> Expression:
+    if text.startswith(EXPRESSION_PREFIX):
+        return parse_expression(text.removeprefix(EXPRESSION_PREFIX), len(EXPRESSION_PREFIX))
+    return parse_glob(text)
+
+
+def _compiled(text: str) -> _Compiled:
+    """Return the pattern that a text stands for; PatternError where it is not one, or is too large."""
+    found = _known.get(text)
+    if found is None:
+        found = _Compiled(text)
+        _sizes["states"] += found.states
+        if _sizes["states"] > _MOST_KNOWN:
+            _known.clear()
+            _sizes["states"] = found.states
+        _known[text] = found
+    return found
+
+
 def automaton_of(text: str) -> Automaton:
-    """Return the compiled pattern; compiled when it is first matched, so that linting need not."""
-    return Automaton(expression_of(text))
-
-
-@functools.lru_cache(maxsize=4096)
-def expression_of(text: str) -> Expression:
-    """Return the parsed pattern; PatternError where it is not one, or is too large."""
-    try:
-        if text.startswith(EXPRESSION_PREFIX):
-            parsed = parse_expression(text.removeprefix(EXPRESSION_PREFIX), len(EXPRESSION_PREFIX))
-        else:
-            parsed = parse_glob(text)
-        states = states_of(parsed)
-    except RecursionError as error:
-        raise PatternError("the pattern is nested too deeply", 0, len(text)) from error
-    if states > MOST_STATES:
-        raise PatternError(f"the pattern needs more than {MOST_STATES:,} states", 0, len(text))
-    return parsed
+    """Return the compiled pattern."""
+    compiled = _compiled(text)
+    if compiled.automaton is None:
+        compiled.automaton = Automaton(compiled.expression)
+    return compiled.automaton
 
 
 # -- what looks like a pattern
@@ -73,6 +112,8 @@ def nearest_names(pattern: NamePattern, names: Iterable[str], most: int = 3) -> 
 
 
 _LEAST_LIKENESS = 0.4
+_LONGEST_WORD, _MOST_SPELLINGS = 100, 20
+"""Beyond which nothing is compared: it takes time quadratic in the length."""
 _WILD = re.compile(r"[*?\[\]{}]")
 
 
@@ -97,6 +138,8 @@ def _likeness(words: Sequence[str], segments: Sequence[str]) -> float:
 def _alike(word: str, segment: str) -> float:
     if word == "*":
         return 1.0
+    if len(segment) > _LONGEST_WORD:
+        return 0.0
     return max(difflib.SequenceMatcher(a=_WILD.sub("", spelling), b=segment).ratio() for spelling in _spellings(word))
 
 
@@ -104,7 +147,8 @@ def _spellings(word: str) -> list[str]:
     """Return what the first `{a,b}` of a word stands for."""
     prefix, brace, rest = word.partition("{")
     choices, closed, suffix = rest.partition("}")
-    return [prefix + choice + suffix for choice in choices.split(",")] if brace and closed else [word]
+    spelt = [prefix + choice + suffix for choice in choices.split(",")] if brace and closed else [word]
+    return [spelling[:_LONGEST_WORD] for spelling in spelt[:_MOST_SPELLINGS]]
 
 
 # -- shapes
@@ -142,7 +186,7 @@ def parse_dimension(value: int | str) -> Dimension:
     text = value.strip()
     match = re.fullmatch(SIZE, text)
     if match is None:
-        raise PatternError(f"`{value}` is not a size", 0, len(value))
+        raise PatternError(f"`{shortened(value)}` is not a size", 0, len(value))
     sign, bound, first, last, factor, letter = match.groups()
     if sign in (">", ">="):
         return Dimension(text, int(bound) + (sign == ">"))
@@ -176,7 +220,7 @@ class ShapePattern:
 
     def values(self) -> list[int | str]:
         """Return the dimensions as a rule writes them."""
-        return [int(size.text) if size.text.isdigit() else size.text for size in self.dimensions]
+        return [int(size.text) if size.text.isdecimal() else size.text for size in self.dimensions]
 
     def __str__(self) -> str:
         return f"[{', '.join(size.text for size in self.dimensions)}]"

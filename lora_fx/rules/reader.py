@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lora_fx.errors import Problem, RuleError
 from lora_fx.rules import keys, shipped
@@ -14,7 +14,7 @@ from lora_fx.rules.patterns import DIMENSION_FORMS, Dimension, ShapePattern, par
 from lora_fx.rules.ruleset import Expect, LoRAConfig, Match, Rule, RuleSet, TrainPattern
 from lora_fx.rules.slices import read_slices
 from lora_fx.rules.tree import YamlNode, read_file, read_mapping
-from lora_fx.text import nearest
+from lora_fx.text import nearest, shortened
 
 
 def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -> RuleSet:
@@ -31,24 +31,29 @@ def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -
     if not isinstance(rules, (str, os.PathLike)):
         kind = type(rules).__name__
         raise RuleError("rules", [Problem(f"rules must be a path, a shipped name, a dict or a RuleSet, not {kind}")])
-    name = os.fspath(rules)
+    name = os.fsdecode(rules)
     if not name or "\n" in name:
         what = "the path of the rules is empty" if not name else "this is the text of rules, not the path of a file"
         raise RuleError("rules", [Problem(what, hint="give the path, or the parsed text: yaml.safe_load(text)")])
     path = shipped.find(name)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise _missing(name, path)
-    return read_from(path, name)
-
-
-def read_from(path: Path, name: str) -> RuleSet:
-    """Return the rules of a file that messages call by a name."""
     source, root = read_file(path, name)
     return _RuleReader(source).read(root)
 
 
+def read_stream(stream: IO[bytes], name: str) -> RuleSet:
+    """Return the rules of an open file that messages call by a name.
+
+    Raises:
+        RuleError: as `read_rules`.
+    """
+    source, root = read_file(stream, name)
+    return _RuleReader(source).read(root)
+
+
 def _missing(name: str, path: Path) -> RuleError:
-    folder = path.parent if path.parent.is_dir() else Path(".")
+    folder = path.parent if os.path.isdir(path.parent) else Path(".")
     beside = [str(file) for suffix in ("yaml", "yml") for file in sorted(folder.glob(f"*.{suffix}"))]
     similar = nearest(name, [*beside, *shipped.names()])
     known = f"shipped: {', '.join(shipped.names())}"
@@ -89,7 +94,7 @@ class _RuleReader(NodeReader):
         for item, rule in zip(nodes, rules, strict=True):
             if rule is not None and named.setdefault(rule.name, rule) is not rule:
                 line = named[rule.name].span.line
-                taken = f"the rule name '{rule.name}' is taken{f' (line {line})' if line else ''}"
+                taken = f"the rule name '{shortened(rule.name)}' is taken{f' (line {line})' if line else ''}"
                 own = next((value for key, value in item.pairs or () if key.value == "name"), item)
                 self.problem(own.span, taken)
         return tuple(rule for rule in rules if rule is not None)
@@ -97,9 +102,10 @@ class _RuleReader(NodeReader):
     def _rule(self, node: YamlNode, position: int, defaults: dict[str, Any]) -> Rule | None:
         given = self.mapping(node, "a rule", keys.RULE)
         name = self.text(given["name"], "name") if "name" in given else f"rule {position}"
-        match = self._match(given["match"], name) if "match" in given else None
+        what = f"rule '{shortened(name)}'"
+        match = self._match(given["match"], what) if "match" in given else None
         skip = self._skip(given) if "skip" in given else None
-        lora = self._lora(given["lora"], f"rule '{name}'", defaults) if "lora" in given else defaults
+        lora = self._lora(given["lora"], what, defaults) if "lora" in given else defaults
         slices = read_slices(self, given["slices"]) if "slices" in given else None
         expect = self._expect(given["expect"]) if "expect" in given else Expect()
         if match is None:
@@ -133,7 +139,7 @@ class _RuleReader(NodeReader):
     # -- match
 
     def _match(self, node: YamlNode, rule: str) -> Match:
-        given = self.mapping(node, f"match of rule '{rule}'", keys.MATCH)
+        given = self.mapping(node, f"match of {rule}", keys.MATCH)
         if node.pairs is not None and not node.pairs:
             self.problem(node.span, "match is empty", f"give at least one of {', '.join(keys.MATCH.keys)}")
         operation = functools.partial(self.typed, schema=keys.OP)
@@ -181,7 +187,7 @@ class _RuleReader(NodeReader):
         if value in keys.MODULE_NAMES:
             self.problem(node.span, f"adapter '{value}' cannot be so called: torch needs the name", "such as `style`")
         elif value and not keys.is_adapter_name(value):
-            problem = f"adapter '{value}' must be a name of letters, digits and _, a letter first"
+            problem = f"adapter '{shortened(value)}' must be a name of letters, digits and _, a letter first"
             self.problem(node.span, problem, "such as `style`")
         return value
 

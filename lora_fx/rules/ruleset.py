@@ -9,6 +9,7 @@ from typing import Any
 from lora_fx.errors import SourceSpan
 from lora_fx.rules.keys import LORA_DEFAULTS
 from lora_fx.rules.patterns import NamePattern, ShapePattern
+from lora_fx.text import listing, shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Match:
 
 
 def _listed(patterns: Sequence[NamePattern]) -> str:
-    return ", ".join(pattern.text for pattern in patterns)
+    return listing((shortened(pattern.text) for pattern in patterns), 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,8 @@ class Slices:
         Raises:
             ValueError: the parts do not fit a weight of so many rows; says how.
         """
-        rows = self._all_rows(out_features)
-        return tuple(tuple(rows[part.name]) for part in self.parts if part.name in self.adapt)
+        rows, adapt = self._all_rows(out_features), set(self.adapt)
+        return tuple(tuple(rows[part.name]) for part in self.parts if part.name in adapt)
 
     def _all_rows(self, out_features: int) -> dict[str, list[int]]:
         if end := max((b for part in self.parts for _, b in part.rows), default=0):
@@ -107,7 +108,7 @@ class Slices:
             return {part.name: [row for a, b in part.rows for row in range(a, b)] for part in self.parts}
         equal, rest = divmod(out_features, len(self.parts))
         sizes = [equal if part.size is None else part.size for part in self.parts]
-        if self.parts[0].size is None and rest:
+        if self.parts[0].size is None and (rest or not equal):
             raise ValueError(f"{out_features} rows cannot be cut into {len(self.parts)} equal parts")
         if sum(sizes) != out_features:
             raise ValueError(f"the slices have {sum(sizes)} rows together, the weight has {out_features}")

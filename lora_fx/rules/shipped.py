@@ -1,5 +1,6 @@
 """The rule files that come with lora_fx, by name."""
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -21,6 +22,6 @@ def find(name: str) -> Path:
     """Return the file that a user means by a path or a bare name; a file of their own comes first."""
     given = Path(name)
     bare = given.parent == Path(".") and given.suffix in ("", ".yaml", ".yml")
-    if given.exists() or not bare or given.stem not in names():
+    if os.path.lexists(given) or not bare or given.stem not in names():
         return given
     return folder() / f"{given.stem}.yaml"

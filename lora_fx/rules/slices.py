@@ -3,11 +3,13 @@
 import functools
 import itertools
 import re
+from collections.abc import Iterable
 
 from lora_fx.rules.keys import LEAST_PARTS, POSITIVE, ROWS, SLICES
 from lora_fx.rules.nodes import NodeReader, did_you_mean
 from lora_fx.rules.ruleset import Slice, Slices
 from lora_fx.rules.tree import YamlNode
+from lora_fx.text import listing, shortened
 
 
 def read_slices(reader: NodeReader, node: YamlNode) -> Slices | None:
@@ -16,15 +18,19 @@ def read_slices(reader: NodeReader, node: YamlNode) -> Slices | None:
     if not given.keys() >= {"of", "adapt"}:
         return None
     parts = _parts(reader, given["of"])
-    names = [part.name for part in parts]
+    names = {part.name: None for part in parts}
     adapt = reader.several(given["adapt"], "adapt", reader.text)
     for item in given["adapt"].items or ():
         if names and isinstance(item.value, str) and item.value not in names:
-            hint = f"{did_you_mean(item.value, names)}parts: {', '.join(names)}"
-            reader.problem(item.span, f"'{item.value}' is not a part", hint)
+            hint = functools.partial(_part_hint, item.value, names)
+            reader.problem(item.span, f"'{shortened(item.value)}' is not a part", hint)
     if len(set(adapt)) != len(adapt):
         reader.problem(given["adapt"].span, "adapt names a part twice")
     return Slices(parts, adapt)
+
+
+def _part_hint(name: str, names: Iterable[str]) -> str:
+    return f"{did_you_mean(name, names)}parts: {listing(names, 20)}"
 
 
 def _parts(reader: NodeReader, node: YamlNode) -> tuple[Slice, ...]:
@@ -47,10 +53,10 @@ def _parts(reader: NodeReader, node: YamlNode) -> tuple[Slice, ...]:
 
 
 def _sized(reader: NodeReader, name: str, node: YamlNode) -> Slice:
+    what = f"rows of '{shortened(name)}'"
     if isinstance(node.value, str) or node.items is not None:
-        ranges = reader.one_or_more(node, f"rows of '{name}'", functools.partial(_range, reader))
-        return Slice(name, None, ranges)
-    return Slice(name, reader.typed(node, f"rows of '{name}'", POSITIVE))
+        return Slice(name, None, reader.one_or_more(node, what, functools.partial(_range, reader)))
+    return Slice(name, reader.typed(node, what, POSITIVE))
 
 
 def _range(reader: NodeReader, node: YamlNode, what: str) -> tuple[int, int] | None:
@@ -69,4 +75,7 @@ def _check_overlaps(reader: NodeReader, node: YamlNode, parts: tuple[Slice, ...]
     ranges = sorted((rows, part.name) for part in parts for rows in part.rows)
     for (one, first), (other, second) in itertools.pairwise(ranges):
         if other[0] < one[1]:
-            reader.problem(node.span, f"rows {other[0]}..{min(one[1], other[1])} belong to '{first}' and '{second}'")
+            reader.problem(
+                node.span,
+                f"rows {other[0]}..{min(one[1], other[1])} belong to '{shortened(first)}' and '{shortened(second)}'",
+            )

@@ -7,20 +7,26 @@ alias bombs, leading zeros.
 
 import codecs
 import math
-import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
-from lora_fx.errors import Problem, RuleError, SourceSpan
+from lora_fx.errors import MOST_SHOWN, Problem, RuleError, SourceSpan
+from lora_fx.sources import UnreadableError, read_bytes, read_stream
+from lora_fx.text import shortened
 
 MOST_BYTES = 1024 * 1024
 MOST_DEPTH = 20
 MOST_NODES = 100_000
+LONGEST_MESSAGE = 500
+_UNIT = 32
+"""So many characters of a text count as much as an entry."""
+Hint = str | Callable[[], str]
+"""What to do; a function where it takes time to find out."""
 Value = str | int | float | bool | None
 
 
@@ -28,13 +34,18 @@ Value = str | int | float | bool | None
 class YamlNode:
     """A scalar, a list or a mapping, and where it was written."""
 
-    span: SourceSpan
+    where: tuple[int, int, int] | str
+    """Line, column and length in a file, from 1; in a dict its path."""
     value: Value = None
     items: "list[YamlNode] | None" = None
     pairs: "list[tuple[YamlNode, YamlNode]] | None" = None
     size: int = 1
-    """Number of nodes in it, aliases counted each time."""
+    """Number of nodes in it, long texts counted as several, and aliases each time."""
     quoted: bool = False
+
+    @property
+    def span(self) -> SourceSpan:
+        return SourceSpan(path=self.where) if isinstance(self.where, str) else SourceSpan("", *self.where)
 
     @property
     def kind(self) -> str:
@@ -46,7 +57,8 @@ class YamlNode:
         if self.value is None:
             return "nothing"
         kind = {str: "string", bool: "boolean", int: "number", float: "number"}[type(self.value)]
-        shown = repr(self.value).lower() if isinstance(self.value, bool) else repr(self.value)
+        value = self.value[:60] if isinstance(self.value, str) else self.value
+        shown = repr(value).lower() if isinstance(value, bool) else repr(value)
         return f"the {kind} {shown if len(shown) <= 40 else shown[:37] + '…'}"
 
 
@@ -57,25 +69,35 @@ class SourceText:
     name: str
     lines: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    more: int = 0
+    """Number of problems beside those that are kept."""
 
-    def problem(self, span: SourceSpan, message: str, hint: str = "") -> None:
+    def problem(self, span: SourceSpan, message: str, hint: Hint = "") -> None:
         """Note something wrong after which reading goes on."""
-        self.problems.append(Problem(message, self.located(span), hint))
+        if len(self.problems) >= MOST_SHOWN:
+            self.more += 1
+            return
+        advice = hint if isinstance(hint, str) else hint()
+        texts = (shortened(text, LONGEST_MESSAGE) for text in (message, advice))
+        message, advice = texts
+        self.problems.append(Problem(message, self.located(span), advice))
 
-    def fail(self, span: SourceSpan, message: str, hint: str = "") -> RuleError:
+    def fail(self, span: SourceSpan, message: str, hint: Hint = "") -> RuleError:
         """Return an error for a problem after which nothing more can be read."""
+        self.more += len(self.problems[MOST_SHOWN - 1 :])
+        del self.problems[MOST_SHOWN - 1 :]
         self.problem(span, message, hint)
-        return RuleError(self.name, self.problems)
+        return RuleError(self.name, self.problems, self.more)
 
     def raise_problems(self) -> None:
         """Raise a RuleError with all problems in the order of the file, if there are any."""
         if self.problems:
             ordered = sorted(self.problems, key=lambda problem: (problem.line, problem.column))
-            raise RuleError(self.name, ordered)
+            raise RuleError(self.name, ordered, self.more)
 
     def located(self, span: SourceSpan) -> SourceSpan:
         """Return the span of a node with the name of the file and the whole line."""
-        return replace(span, file=self.name, text=self.line(span))
+        return SourceSpan(self.name, span.line, span.column, span.length, self.line(span), span.path)
 
     def line(self, span: SourceSpan) -> str:
         """Return the line in which a span is; nothing for rules given as a dict."""
@@ -85,23 +107,18 @@ class SourceText:
 # -- files
 
 
-def read_file(path: Path, name: str) -> tuple[SourceText, YamlNode]:
-    """Return the tree of a file; RuleError if it cannot be read or is not a single YAML document."""
+def read_file(given: Path | IO[bytes], name: str) -> tuple[SourceText, YamlNode]:
+    """Return the tree of a file, or of what is read from an open one.
+
+    Raises:
+        RuleError: it cannot be read or is not a single YAML document.
+    """
     source = SourceText(name)
-    return source, _Builder(source).build(_decoded(_bytes_of(path, source), source))
-
-
-def _bytes_of(path: Path, source: SourceText) -> bytes:
     try:
-        if path.is_dir():
-            raise source.fail(SourceSpan(), "is a directory, not a rule file")
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise source.fail(SourceSpan(), f"has {size:,} bytes; a rule file has at most {MOST_BYTES:,}")
-        return path.read_bytes()
-    except OSError as error:
-        why = os.strerror(error.errno) if error.errno else error
-        raise source.fail(SourceSpan(), f"cannot be read: {why}") from error
+        content = read_bytes(given, MOST_BYTES) if isinstance(given, Path) else read_stream(given, MOST_BYTES)
+    except UnreadableError as error:
+        raise source.fail(SourceSpan(), str(error)) from error
+    return source, _Builder(source).build(_decoded(content, source))
 
 
 def _decoded(content: bytes, source: SourceText) -> str:
@@ -119,6 +136,8 @@ def _decoded(content: bytes, source: SourceText) -> str:
     if unreadable := _UNREADABLE.search(text):
         code = f"U+{ord(unreadable[0]):04X}"
         raise source.fail(_end_of(text[: unreadable.start()]), f"the character {code} cannot stand in YAML text")
+    if directive := _TAG_DIRECTIVE.search(text):  # libyaml compares each with all before it
+        raise source.fail(_end_of(text[: directive.start()]), "%TAG is not supported; rules are plain data")
     return text
 
 
@@ -135,6 +154,9 @@ def _end_of(text: str) -> SourceSpan:
 # -- events to nodes
 
 _UNREADABLE = yaml.reader.Reader.NON_PRINTABLE
+_TAG_DIRECTIVE = re.compile(r"^%TAG", re.MULTILINE)
+_NO_NAME = re.compile(r"[\0\ud800-\udfff]")
+"""What no name of a module, a file or an adapter can hold."""
 _LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 _YAML_TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {None, "!"} | {_YAML_TAG + kind for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
@@ -147,6 +169,7 @@ class _Open:
     node: YamlNode
     anchor: str | None
     key: YamlNode | None = None
+    seen: dict[str, YamlNode] = field(default_factory=dict)
 
 
 class _Builder:
@@ -180,34 +203,43 @@ class _Builder:
         return self.source.fail(span, f"not valid YAML: {what}", hint)
 
     def _take(self, event: Any) -> None:
-        if isinstance(event, yaml.DocumentStartEvent) and self.root is not None:
-            raise self.source.fail(_span_of(event), "a second document starts here; a rule file holds one")
-        if isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)) and event.tag not in _PLAIN_TAGS:
-            tag = str(event.tag)
-            tag = f"!!{tag.removeprefix(_YAML_TAG)}" if tag.startswith(_YAML_TAG) else tag
-            raise self.source.fail(_span_of(event), f"the tag {tag} is not allowed; rules are plain data")
-        if isinstance(event, yaml.ScalarEvent):
+        kind = type(event)
+        if kind is yaml.ScalarEvent:
+            if event.tag not in _PLAIN_TAGS:
+                raise self._tagged(event)
             self._add(self._scalar(event), event.anchor)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            self._start(event)
-        elif isinstance(event, yaml.CollectionEndEvent):
+        elif kind is yaml.MappingStartEvent:
+            self._start(event, YamlNode(_where(event), pairs=[]))
+        elif kind is yaml.SequenceStartEvent:
+            self._start(event, YamlNode(_where(event), items=[]))
+        elif kind in (yaml.MappingEndEvent, yaml.SequenceEndEvent):
             finished = self.open.pop()
             self._add(finished.node, finished.anchor)
-        elif isinstance(event, yaml.AliasEvent):
+        elif kind is yaml.AliasEvent:
             self._alias(event)
+        elif kind is yaml.DocumentStartEvent and self.root is not None:
+            what = "a second document starts here; a rule file holds one"
+            raise self.source.fail(SourceSpan("", *_where(event)), what)
 
-    def _start(self, event: Any) -> None:
+    def _tagged(self, event: Any) -> RuleError:
+        tag = str(event.tag)
+        tag = f"!!{tag.removeprefix(_YAML_TAG)}" if tag.startswith(_YAML_TAG) else tag
+        what = f"the tag {shortened(tag)} is not allowed; rules are plain data"
+        return self.source.fail(SourceSpan("", *_where(event)), what)
+
+    def _start(self, event: Any, node: YamlNode) -> None:
+        if event.tag not in _PLAIN_TAGS:
+            raise self._tagged(event)
         if len(self.open) >= MOST_DEPTH:
-            raise self.source.fail(_span_of(event), f"nested deeper than {MOST_DEPTH} levels")
-        mapping = isinstance(event, yaml.MappingStartEvent)
-        node = YamlNode(_span_of(event), pairs=[]) if mapping else YamlNode(_span_of(event), items=[])
+            raise self.source.fail(node.span, f"nested deeper than {MOST_DEPTH} levels")
         self.open.append(_Open(node, event.anchor))
 
     def _alias(self, event: Any) -> None:
         node = self.anchors.get(event.anchor)
         if node is None:
-            hint = _hint_for(self.source.lines[event.start_mark.line], "alias")
-            raise self.source.fail(_span_of(event), f"the alias *{event.anchor} is not defined", hint)
+            span = SourceSpan("", *_where(event))
+            hint = _hint_for(self.source.line(span), "alias")
+            raise self.source.fail(span, f"the alias *{shortened(event.anchor)} is not defined", hint)
         self._add(node, None)
 
     def _add(self, node: YamlNode, anchor: str | None) -> None:
@@ -219,30 +251,44 @@ class _Builder:
         parent = self.open[-1]
         parent.node.size += node.size
         if parent.node.size > MOST_NODES:
-            raise self.source.fail(node.span, f"has more than {MOST_NODES:,} entries, aliases counted each time")
+            what = f"has more than {MOST_NODES:,} entries, aliases counted each time and long texts as several"
+            raise self.source.fail(node.span, what)
         if parent.node.items is not None:
             parent.node.items.append(node)
         elif parent.key is None:
             parent.key = node
         else:
-            _add_pair(self.source, parent.node, parent.key, node)
+            _add_pair(self.source, parent.node, parent.key, node, parent.seen)
             parent.key = None
 
     def _scalar(self, event: Any) -> YamlNode:
-        span = _span_of(event)
+        where, text = _where(event), event.value
         if not event.implicit[0] or event.style not in (None, ""):
-            return YamlNode(span, value=event.value, quoted=True)
+            return _text_node(self.source, where, text)
         try:
-            return YamlNode(span, value=_plain_value(event.value))
+            return YamlNode(where, value=_plain_value(text), size=_size(text))
         except ValueError as error:
-            self.source.problem(span, str(error), "write it without leading zeros, or quote it")
-            return YamlNode(span, value=int(event.value))
+            node = YamlNode(where, value=int(text[:_MOST_DIGITS]))
+            self.source.problem(node.span, str(error), "write it without leading zeros, or quote it")
+            return node
 
 
-def _span_of(event: Any) -> SourceSpan:
+def _size(text: str) -> int:
+    return 1 + len(text) // _UNIT
+
+
+def _text_node(source: SourceText, where: tuple[int, int, int] | str, text: str) -> YamlNode:
+    node = YamlNode(where, value=text, quoted=True, size=_size(text))
+    if unfit := _NO_NAME.search(text):
+        source.problem(node.span, f"the character U+{ord(unfit[0]):04X} cannot stand in rules")
+    return node
+
+
+def _where(event: Any) -> tuple[int, int, int]:
     start, end = event.start_mark, event.end_mark
-    length = end.column - start.column if end.line == start.line else 1
-    return SourceSpan("", start.line + 1, start.column + 1, max(1, length))
+    line, column = start.line, start.column
+    length = end.column - column if end.line == line else 1
+    return line + 1, column + 1, max(1, length)
 
 
 def _hint_for(line: str, problem: str) -> str:
@@ -259,8 +305,8 @@ def _hint_for(line: str, problem: str) -> str:
     return ""
 
 
-def _add_pair(source: SourceText, mapping: YamlNode, key: YamlNode, value: YamlNode) -> None:
-    """Add a pair to a mapping; a key that is not a string or is there already is a problem."""
+def _add_pair(source: SourceText, mapping: YamlNode, key: YamlNode, value: YamlNode, seen: dict[str, YamlNode]) -> None:
+    """Add a pair to a mapping; a key that is not a string or is among those seen already is a problem."""
     assert mapping.pairs is not None
     if not isinstance(key.value, str) or key.items is not None or key.pairs is not None:
         source.problem(key.span, f"a key must be a string, found {key.kind}")
@@ -268,19 +314,22 @@ def _add_pair(source: SourceText, mapping: YamlNode, key: YamlNode, value: YamlN
     if key.value == "<<" and not key.quoted:
         source.problem(key.span, "merge keys (<<) are not supported", "put what rules share under `defaults:`")
         return
-    earlier = next((known for known, _ in mapping.pairs if known.value == key.value), None)
-    if earlier is not None:
+    earlier = seen.setdefault(key.value, key)
+    if earlier is not key:
         where = f", first in line {earlier.span.line}" if earlier.span.line else ""
-        source.problem(key.span, f"the key '{key.value}' stands here twice{where}")
+        source.problem(key.span, f"the key '{shortened(key.value)}' stands here twice{where}")
         return
     mapping.pairs.append((key, value))
 
 
 # -- scalars, as YAML 1.2 reads them
 
-_INTEGER = re.compile(r"[-+]?\d+")
-_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?")
-_LEADING_ZERO = re.compile(r"[-+]?0\d+")
+_MOST_DIGITS = 18
+"""Of an integer; a longer one is no number of anything that rules count."""
+_STARTS_A_NUMBER = frozenset("-+.0123456789")
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 _SPECIAL: dict[str, Value] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
@@ -295,10 +344,14 @@ def _plain_value(text: str) -> Value:
     """
     if text in _SPECIAL:
         return _SPECIAL[text]
+    if text[0] not in _STARTS_A_NUMBER:
+        return text
     if _LEADING_ZERO.fullmatch(text):
+        if len(text) > _MOST_DIGITS:
+            raise ValueError(f"{shortened(text)} is a number with leading zeros")
         raise ValueError(f"{text} could be {int(text)} or the octal number {text}")
     if _INTEGER.fullmatch(text):
-        return int(text) if len(text) <= 18 else float(text)
+        return int(text) if len(text) <= _MOST_DIGITS else float(text)
     if _FLOAT.fullmatch(text):
         return float(text)
     return text
@@ -319,31 +372,40 @@ class _DictReader:
         self.count = 0
 
     def node(self, value: object, path: str, depth: int) -> YamlNode:
-        span = SourceSpan(path=path)
-        self.count += 1
+        self.count += _size(value) if isinstance(value, str) else 1
         if depth > MOST_DEPTH:
-            raise self.source.fail(span, f"nested deeper than {MOST_DEPTH} levels")
+            raise self.source.fail(SourceSpan(path=path), f"nested deeper than {MOST_DEPTH} levels")
         if self.count > MOST_NODES:
-            raise self.source.fail(span, f"has more than {MOST_NODES:,} entries")
+            what = f"has more than {MOST_NODES:,} entries, long texts counted as several"
+            raise self.source.fail(SourceSpan(path=path), what)
         if isinstance(value, Mapping):
             return self._mapping(value, path, depth)
         if isinstance(value, (list, tuple)):
             items = [self.node(item, f"{path}[{position}]", depth + 1) for position, item in enumerate(value)]
-            return YamlNode(span, items=items)
-        return self._scalar(value, span)
+            return YamlNode(path, items=items)
+        return self._scalar(value, path)
 
     def _mapping(self, value: Mapping[Any, object], path: str, depth: int) -> YamlNode:
-        node = YamlNode(SourceSpan(path=path), pairs=[])
+        node = YamlNode(path, pairs=[])
+        seen: dict[str, YamlNode] = {}
         for key, item in value.items():
-            here = f"{path}.{key}" if path else str(key)
-            key_node = self._scalar(key, SourceSpan(path=here))
-            _add_pair(self.source, node, key_node, self.node(item, here, depth + 1))
+            key_node = self._scalar(key, path)
+            name = shortened(str(key_node.value))
+            key_node.where = f"{path}.{name}" if path else name
+            _add_pair(self.source, node, key_node, self.node(item, key_node.where, depth + 1), seen)
         return node
 
-    def _scalar(self, value: object, span: SourceSpan) -> YamlNode:
-        for kind in (bool, int, float, str):
-            if isinstance(value, kind):  # as its plain type: numpy's float64 is a float, an enum of strings a str
-                return YamlNode(span, value=kind(value), quoted=kind is str)
+    def _scalar(self, value: object, path: str) -> YamlNode:
+        if isinstance(value, int) and abs(value) >= 10**_MOST_DIGITS:
+            what = f"an integer of more than {_MOST_DIGITS} digits cannot stand in rules"
+            self.source.problem(SourceSpan(path=path), what)
+            return YamlNode(path)
+        if isinstance(value, str):
+            return _text_node(self.source, path, str(value))
+        for kind in (bool, int, float):
+            if isinstance(value, kind):  # as its plain type: numpy's float64 is a float
+                return YamlNode(path, value=kind(value))
         if value is not None:
-            self.source.problem(span, f"a value of type {type(value).__name__} cannot stand in rules")
-        return YamlNode(span)
+            what = f"a value of type {type(value).__name__} cannot stand in rules"
+            self.source.problem(SourceSpan(path=path), what)
+        return YamlNode(path)

@@ -193,7 +193,7 @@ def test_huge_file_is_refused_without_reading_it(tmp_path, monkeypatch):
     with path.open("wb") as file:
         file.truncate(100 * 1024 * 1024)
     monkeypatch.setattr(os, "read", None)
-    with pytest.raises(RuleError, match="has 104,857,600 bytes; a rule file has at most 1,048,576"):
+    with pytest.raises(RuleError, match="has 104,857,600 bytes; at most 1,048,576 are read"):
         read_rules(path)
 
 
@@ -201,7 +201,7 @@ def test_alias_bomb_is_refused(written):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     found = problems("\n".join(lines), written)
-    assert found[0][2] == "has more than 100,000 entries, aliases counted each time"
+    assert found[0][2] == "has more than 100,000 entries, aliases counted each time and long texts as several"
 
 
 # -- rules that are wrong
@@ -228,7 +228,10 @@ RULE = "version: 1\nrules:\n  - match: {name: a}\n"
         (RULE + "    lora: {r: 8.5}\n", (4, 15, "r must be an integer, found the number 8.5")),
         (RULE + "    lora: {r: true}\n", (4, 15, "r must be an integer, found the boolean true")),
         (RULE + "    lora: {r: 010}\n", (4, 15, "010 could be 10 or the octal number 010")),
-        (RULE + "    lora: {alpha: 0}\n", (4, 19, "alpha must be above 0, found 0")),
+        (RULE + "    lora: {alpha: 0}\n", (4, 19, "alpha must be at least 1e-09, found 0")),
+        (RULE + "    lora: {alpha: 1e-300}\n", (4, 19, "alpha must be at least 1e-09, found 1e-300")),
+        (RULE + "    lora: {alpha: 1e308}\n", (4, 19, "alpha must be at most 1000000000, found 1e+308")),
+        (RULE + "    lora: {r: 65537}\n", (4, 15, "r must be at most 65536, found 65537")),
         (RULE + "    lora: {alpha: .nan}\n", (4, 19, "alpha must be finite, found nan")),
         (RULE + "    lora: {alpha: .inf}\n", (4, 19, "alpha must be finite, found inf")),
         (RULE + "    lora: {dropout: 1}\n", (4, 21, "dropout must be at least 0 and below 1, found 1")),
