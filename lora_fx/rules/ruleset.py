@@ -73,7 +73,7 @@ class Match:
 
 
 def _listed(patterns: Sequence[NamePattern]) -> str:
-    return listing((shortened(pattern.text) for pattern in patterns), 20)
+    return listing((shortened(pattern.text, 300) for pattern in patterns), 60)
 
 
 @dataclass(frozen=True, slots=True)
