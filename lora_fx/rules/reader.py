@@ -8,12 +8,13 @@ from typing import IO, Any
 
 from lora_fx.errors import Problem, RuleError
 from lora_fx.rules import keys, shipped
+from lora_fx.rules.dicts import read_mapping
 from lora_fx.rules.globs import PatternError
 from lora_fx.rules.nodes import NodeReader, number_hint
 from lora_fx.rules.patterns import DIMENSION_FORMS, Dimension, ShapePattern, parse_dimension
 from lora_fx.rules.ruleset import Expect, LoRAConfig, Match, Rule, RuleSet, TrainPattern
 from lora_fx.rules.slices import read_slices
-from lora_fx.rules.tree import YamlNode, read_file, read_mapping
+from lora_fx.rules.tree import YamlNode, read_file
 from lora_fx.text import nearest, shortened
 
 

@@ -8,7 +8,7 @@ alias bombs, leading zeros.
 import codecs
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -258,27 +258,29 @@ class _Builder:
         elif parent.key is None:
             parent.key = node
         else:
-            _add_pair(self.source, parent.node, parent.key, node, parent.seen)
+            add_pair(self.source, parent.node, parent.key, node, parent.seen)
             parent.key = None
 
     def _scalar(self, event: Any) -> YamlNode:
         where, text = _where(event), event.value
         if not event.implicit[0] or event.style not in (None, ""):
-            return _text_node(self.source, where, text)
+            return text_node(self.source, where, text)
         try:
-            return YamlNode(where, value=_plain_value(text), size=_size(text))
+            return YamlNode(where, value=_plain_value(text), size=size_of(text))
         except ValueError as error:
-            node = YamlNode(where, value=int(text[:_MOST_DIGITS]))
+            node = YamlNode(where, value=int(text[:MOST_DIGITS]))
             self.source.problem(node.span, str(error), "write it without leading zeros, or quote it")
             return node
 
 
-def _size(text: str) -> int:
+def size_of(text: str) -> int:
+    """Return how many entries a text counts as."""
     return 1 + len(text) // _UNIT
 
 
-def _text_node(source: SourceText, where: tuple[int, int, int] | str, text: str) -> YamlNode:
-    node = YamlNode(where, value=text, quoted=True, size=_size(text))
+def text_node(source: SourceText, where: tuple[int, int, int] | str, text: str) -> YamlNode:
+    """Return the node of a text; a character that no name can hold is a problem."""
+    node = YamlNode(where, value=text, quoted=True, size=size_of(text))
     if unfit := _NO_NAME.search(text):
         source.problem(node.span, f"the character U+{ord(unfit[0]):04X} cannot stand in rules")
     return node
@@ -305,7 +307,7 @@ def _hint_for(line: str, problem: str) -> str:
     return ""
 
 
-def _add_pair(source: SourceText, mapping: YamlNode, key: YamlNode, value: YamlNode, seen: dict[str, YamlNode]) -> None:
+def add_pair(source: SourceText, mapping: YamlNode, key: YamlNode, value: YamlNode, seen: dict[str, YamlNode]) -> None:
     """Add a pair to a mapping; a key that is not a string or is among those seen already is a problem."""
     assert mapping.pairs is not None
     if not isinstance(key.value, str) or key.items is not None or key.pairs is not None:
@@ -324,7 +326,7 @@ def _add_pair(source: SourceText, mapping: YamlNode, key: YamlNode, value: YamlN
 
 # -- scalars, as YAML 1.2 reads them
 
-_MOST_DIGITS = 18
+MOST_DIGITS = 18
 """Of an integer; a longer one is no number of anything that rules count."""
 _STARTS_A_NUMBER = frozenset("-+.0123456789")
 _INTEGER = re.compile(r"[-+]?[0-9]+")
@@ -347,65 +349,11 @@ def _plain_value(text: str) -> Value:
     if text[0] not in _STARTS_A_NUMBER:
         return text
     if _LEADING_ZERO.fullmatch(text):
-        if len(text) > _MOST_DIGITS:
+        if len(text) > MOST_DIGITS:
             raise ValueError(f"{shortened(text)} is a number with leading zeros")
         raise ValueError(f"{text} could be {int(text)} or the octal number {text}")
     if _INTEGER.fullmatch(text):
-        return int(text) if len(text) <= _MOST_DIGITS else float(text)
+        return int(text) if len(text) <= MOST_DIGITS else float(text)
     if _FLOAT.fullmatch(text):
         return float(text)
     return text
-
-
-# -- dicts
-
-
-def read_mapping(rules: Mapping[str, object], name: str) -> tuple[SourceText, YamlNode]:
-    """Return the tree of rules given as a dict; positions are paths such as `rules[1].lora.r`."""
-    source = SourceText(name)
-    return source, _DictReader(source).node(rules, "", 0)
-
-
-class _DictReader:
-    def __init__(self, source: SourceText) -> None:
-        self.source = source
-        self.count = 0
-
-    def node(self, value: object, path: str, depth: int) -> YamlNode:
-        self.count += _size(value) if isinstance(value, str) else 1
-        if depth > MOST_DEPTH:
-            raise self.source.fail(SourceSpan(path=path), f"nested deeper than {MOST_DEPTH} levels")
-        if self.count > MOST_NODES:
-            what = f"has more than {MOST_NODES:,} entries, long texts counted as several"
-            raise self.source.fail(SourceSpan(path=path), what)
-        if isinstance(value, Mapping):
-            return self._mapping(value, path, depth)
-        if isinstance(value, (list, tuple)):
-            items = [self.node(item, f"{path}[{position}]", depth + 1) for position, item in enumerate(value)]
-            return YamlNode(path, items=items)
-        return self._scalar(value, path)
-
-    def _mapping(self, value: Mapping[Any, object], path: str, depth: int) -> YamlNode:
-        node = YamlNode(path, pairs=[])
-        seen: dict[str, YamlNode] = {}
-        for key, item in value.items():
-            key_node = self._scalar(key, path)
-            name = shortened(str(key_node.value))
-            key_node.where = f"{path}.{name}" if path else name
-            _add_pair(self.source, node, key_node, self.node(item, key_node.where, depth + 1), seen)
-        return node
-
-    def _scalar(self, value: object, path: str) -> YamlNode:
-        if isinstance(value, int) and abs(value) >= 10**_MOST_DIGITS:
-            what = f"an integer of more than {_MOST_DIGITS} digits cannot stand in rules"
-            self.source.problem(SourceSpan(path=path), what)
-            return YamlNode(path)
-        if isinstance(value, str):
-            return _text_node(self.source, path, str(value))
-        for kind in (bool, int, float):
-            if isinstance(value, kind):  # as its plain type: numpy's float64 is a float
-                return YamlNode(path, value=kind(value))
-        if value is not None:
-            what = f"a value of type {type(value).__name__} cannot stand in rules"
-            self.source.problem(SourceSpan(path=path), what)
-        return YamlNode(path)
