@@ -7,7 +7,7 @@ TORCH ?= 2.9.1
 COMPAT := .venv-compat
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test slow compat lint docs site-test pictures figures clean
+.PHONY: demo test slow fuzz compat lint docs site-test pictures figures clean
 .DELETE_ON_ERROR:
 
 $(VENV)/pip: constraints.txt
@@ -28,6 +28,10 @@ test: $(VENV)/extra-test
 
 slow: $(VENV)/extra-test
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+
+# not in .ci/run: the random cases that there are more of than it has time for
+fuzz: $(VENV)/extra-test
+	$(BIN)/python -m pytest -n auto -m fuzz
 
 # always a fresh installation, without the pins; libraries that want one torch of their own are left out
 compat:

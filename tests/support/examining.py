@@ -61,16 +61,16 @@ def examine(
         warnings.simplefilter("ignore")
         args, kwargs = inputs(2, 10)
         tuned = lora_fx.apply(model, rules, lora_fx.call(*args, **kwargs))
-        found = _new_findings(model, tuned)
-        for call in _calls(model, inputs):
+        found, calls = _new_findings(model, tuned), _calls(model, inputs)
+        for call in calls:
             _beside_base(found, call, tuned, model, tensors)
         modules = lora_fx.apply(model, rules, lora_fx.call(*args, **kwargs), backend="modules")
         randomise_(tuned)
         modules.load_state_dict(tuned.state_dict())
-        for call in _calls(model, inputs):
+        for call in calls:
             _beside_modules(found, call, tuned, modules, tensors)
         merged, removed = lora_fx.merge(tuned), lora_fx.remove(tuned)
-        for call in _calls(model, inputs):
+        for call in calls:
             _beside_merged(found, call, tuned, merged, tensors)
             _beside_removed(found, call, model, removed, tensors)
     return found
@@ -93,8 +93,8 @@ class Call:
             return model(*copy.deepcopy(self.args), **copy.deepcopy(self.kwargs))
 
 
-def _calls(model: nn.Module, inputs: Inputs) -> Iterator[Call]:
-    """Yield the calls that the base accepts."""
+def _calls(model: nn.Module, inputs: Inputs) -> list[Call]:
+    """Return the calls that the base accepts."""
     trial = copy.deepcopy(model)  # a call may change running statistics
     accepted: list[Call] = []
     for batch, length in SHAPES:
@@ -108,7 +108,7 @@ def _calls(model: nn.Module, inputs: Inputs) -> Iterator[Call]:
                     with contextlib.suppress(Exception):
                         call.of(trial)
                         accepted.append(call)
-    yield from accepted
+    return accepted
 
 
 def _in(inputs: Inputs, dtype: torch.dtype) -> Inputs:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,9 +27,15 @@ def run(model: nn.Module, specimen: Specimen, shape: tuple[int, int], training: 
 
 
 def both(specimen: Specimen, **lora: object) -> tuple[nn.Module, nn.Module]:
+    """Return copies of the model adapted on either backend, as `apply` gives it."""
+    return copy.deepcopy(_both(specimen, tuple(lora.items())))
+
+
+@functools.cache
+def _both(specimen: Specimen, lora: tuple[tuple[str, object], ...]) -> tuple[nn.Module, nn.Module]:
     model, given = specimen.build(), specimen.sample()
-    graph = lora_fx.apply(model, rules(specimen.rule, **lora), given)
-    modules = lora_fx.apply(model, rules(specimen.rule, **lora), given, backend="modules")
+    graph = lora_fx.apply(model, rules(specimen.rule, **dict(lora)), given)
+    modules = lora_fx.apply(model, rules(specimen.rule, **dict(lora)), given, backend="modules")
     return graph, modules
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ from lora_fx.regions.install import regions
 from tests.support.fuzzing import RandomModule, random_modules
 from tests.support.judging import Verdict, judge
 
-FEW, MANY = 40, 2000
-PROCESSES = 2
+FEW, SOME, MANY = 20, 600, 2000
+"""Examples in every run of the tests, in the slow ones, and in those of `make fuzz`."""
+PORTION = 200
 
 
 @dataclass
@@ -75,11 +75,6 @@ def fuzz(examples: int, seed: int, phases: Sequence[Phase] = tuple(Phase), **mor
     return tally
 
 
-def in_a_process(examples: int, seed: int) -> Tally:
-    torch.set_num_threads(1)
-    return fuzz(examples, seed)
-
-
 def means_something(tally: Tally) -> None:
     """A fuzz whose calls all fall back to Python would prove nothing."""
     print(tally)
@@ -93,11 +88,15 @@ def test_random_modules_are_never_silently_wrong_and_mostly_run_in_graphs():
 
 
 @pytest.mark.slow
-def test_two_thousand_random_modules_are_never_silently_wrong():
-    with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
-        shares = pool.starmap(in_a_process, [(MANY // PROCESSES, 1 + index) for index in range(PROCESSES)])
-    for tally in shares:
-        means_something(tally)
+@pytest.mark.parametrize("seed", range(1, 1 + SOME // PORTION))
+def test_six_hundred_random_modules_are_never_silently_wrong(seed: int):
+    means_something(fuzz(PORTION, seed))
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", range(101, 101 + MANY // PORTION))
+def test_two_thousand_random_modules_are_never_silently_wrong(seed: int):
+    means_something(fuzz(PORTION, seed))
 
 
 def test_wrong_graph_of_a_random_module_is_found():
