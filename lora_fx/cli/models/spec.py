@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_fx.api import apply, diff
 from lora_fx.cli.models.checkpoint import INDEX_SUFFIX, checkpoint_model
-from lora_fx.errors import LoraFxError
+from lora_fx.cli.models.pretrained import ModelSpecError, from_transformers
 from lora_fx.files.adapter.restore import fitted
 from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
@@ -22,13 +22,9 @@ from lora_fx.graphdiff.models import Comparable, graph_of
 from lora_fx.models.code import module_of
 from lora_fx.models.samples import call, samples_for
 from lora_fx.rules.ruleset import RuleSet
-from lora_fx.text import count, listing
+from lora_fx.text import count
 
 FORMS = "package.module:factory, file.py:factory, hf:DIRECTORY, a .pt2 or a .safetensors file"
-
-
-class ModelSpecError(LoraFxError):
-    """MODEL does not lead to a model."""
 
 
 def load_model(spec: str, weights: bool = False) -> tuple[nn.Module, object]:
@@ -56,7 +52,7 @@ def load_model(spec: str, weights: bool = False) -> tuple[nn.Module, object]:
     if not scheme or not rest:
         raise ModelSpecError(f"'{spec}' is not a model: write {FORMS}")
     with contextlib.nullcontext() if weights else torch.device("meta"):
-        made = _from_transformers(rest, weights) if scheme == "hf" else _called(scheme, rest)
+        made = from_transformers(rest, weights) if scheme == "hf" else _called(scheme, rest)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ModelSpecError(f"'{spec}' gives an object of type {type(model).__name__}, not a torch.nn.Module")
@@ -145,27 +141,3 @@ def _called(home: str, name: str) -> Any:
         raise ModelSpecError(f"{home} has no '{name}'; it has {', '.join(known[:10]) or 'nothing to call'}")
     factory = vars(module)[name]
     return factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
-
-
-def _from_transformers(directory: str, weights: bool) -> Any:
-    """Return a model of the class that a directory's configuration names; `AutoModel`'s where it names none."""
-    if not (Path(directory) / "config.json").is_file():
-        raise ModelSpecError(f"{directory}/config.json does not exist; hf: takes a directory, not a name of a hub")
-    try:
-        import transformers
-    except ImportError as error:
-        raise ModelSpecError("hf: needs transformers: pip install 'lora-fx[hf]'") from error
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    kinds = (vars(transformers).get(name) or getattr(transformers, name, None) for name in config.architectures or ())
-    bare: Any = transformers.AutoModel
-    kind: Any = next((kind for kind in kinds if kind is not None), bare)
-    if weights:
-        model, found = kind.from_pretrained(directory, local_files_only=True, output_loading_info=True)
-        if found["missing_keys"]:
-            missing = listing(sorted(found["missing_keys"]))
-            raise ModelSpecError(
-                f"{directory} lacks {missing}: from_pretrained makes up random values for them; "
-                "where the model should not have them, give file.py:factory, which builds it without"
-            )
-        return model
-    return bare.from_config(config) if kind is bare else kind(config)

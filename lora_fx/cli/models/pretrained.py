@@ -1,0 +1,119 @@
+"""hf:DIRECTORY: a model of transformers from a directory of the machine; no code that it names is fetched or run."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_fx.errors import LoraFxError
+from lora_fx.sources import UnreadableError, is_regular, read_json
+from lora_fx.text import columns, listing
+
+_MOST_BYTES = 16 * 1024 * 1024
+"""Of a configuration."""
+
+
+class ModelSpecError(LoraFxError):
+    """MODEL does not lead to a model."""
+
+
+def from_transformers(directory: str, weights: bool) -> nn.Module:
+    """Return a model of the class that a directory's configuration names; `AutoModel`'s where it names none.
+
+    Args:
+        directory: with config.json, and with the weights if they are wanted.
+        weights: with values; without them the configuration is enough.
+
+    Raises:
+        ModelSpecError: there is no such configuration, transformers is not installed or cannot make the model, or the
+            configuration names code that would run: `auto_map`, or an implementation that is fetched from a hub.
+    """
+    file = Path(directory, "config.json")
+    if not is_regular(file):
+        raise ModelSpecError(f"{file} does not exist; hf: takes a directory, not a name of a hub")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelSpecError("hf: needs transformers: pip install 'lora-fx[hf]'") from error
+    try:
+        content = read_json(file, _MOST_BYTES)
+    except UnreadableError as error:
+        raise ModelSpecError(f"{file}: {error}") from error
+    _refuse_code(file, content)
+    if weights and Path(directory, "adapter_config.json").exists():
+        why = "transformers would load the base that its adapter_config.json names, and the adapter"
+        raise ModelSpecError(f"{directory} holds an adapter: {why}\n  give the directory of the base alone")
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        kind = _class_of(config, transformers)
+        return _with_weights(kind, directory) if weights else _without_weights(kind, config)
+    except LoraFxError:
+        raise
+    except Exception as error:  # a configuration that transformers does not understand fails in any way
+        text = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {text[0][:300] if text else ''}"
+        raise ModelSpecError(f"{directory}: transformers cannot make this model: {what}") from error
+
+
+def _refuse_code(file: Path, content: Any) -> None:
+    named = list(_named_code("", content))
+    if named:
+        advice = "take it out if transformers has this model itself, or give file.py:factory, which builds it"
+        facts = f"names code that comes from elsewhere; nothing was loaded\n{columns(named)}"
+        raise ModelSpecError(f"{file}: {facts}\n  {advice}")
+
+
+def _named_code(path: str, content: Any) -> Iterator[tuple[str, str]]:
+    """Yield (key, why) of everything in a configuration for which transformers would fetch or run code."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        here = f"{path}.{key}" if path else str(key)
+        if key == "auto_map" and value:
+            yield here, "names Python files that define the model"
+        elif str(key).endswith("_implementation"):
+            for name in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(name, str) and ("/" in name or _comes_from_hub(name)):
+                    yield here, f"{name[:60]!r} is a kernel that is fetched from a hub"
+        else:
+            yield from _named_code(here, value)
+
+
+def _comes_from_hub(implementation: str) -> bool:
+    """Whether transformers (5.23) would fetch a kernel for this name: flash attention that is not installed."""
+    installed, fetches = (importlib.util.find_spec(name) is not None for name in ("flash_attn", "kernels"))
+    return "flash" in implementation and fetches and not installed
+
+
+def _class_of(config: Any, transformers: Any) -> Any:
+    """Return the class of models that the configuration names, or None: a name leads to nothing else."""
+    for name in config.architectures or ():
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
+    return None
+
+
+def _without_weights(kind: Any, config: Any) -> nn.Module:
+    import transformers
+
+    bare: Any = transformers.AutoModel
+    model: nn.Module = bare.from_config(config, trust_remote_code=False) if kind is None else kind(config)
+    return model
+
+
+def _with_weights(kind: Any, directory: str) -> nn.Module:
+    import transformers
+
+    loader: Any = transformers.AutoModel if kind is None else kind
+    code = {} if kind is not None else {"trust_remote_code": False}
+    model, loading = loader.from_pretrained(directory, local_files_only=True, output_loading_info=True, **code)
+    if loading["missing_keys"]:
+        missing = listing(sorted(loading["missing_keys"]))
+        raise ModelSpecError(
+            f"{directory} lacks {missing}: from_pretrained makes up random values for them; "
+            "where the model should not have them, give file.py:factory, which builds it without"
+        )
+    made: nn.Module = model
+    return made
