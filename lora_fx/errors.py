@@ -7,7 +7,7 @@ aligned under it, all of them; the last line says what to do.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_fx.text import caret, columns, count, shortened
+from lora_fx.text import caret, columns, count, shortened, visible
 
 MOST_SHOWN = 200
 """Of the problems that one error lists."""
@@ -22,7 +22,7 @@ class LoraFxError(Exception):
     """
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+        super().__init__(*(visible(arg, kept="\n\t") if isinstance(arg, str) else arg for arg in args))
         self.add_note(f"  see docs: {self.anchor()}")
 
     @classmethod
@@ -47,6 +47,9 @@ def _message(headline: str, facts: Sequence[Sequence[str]] = (), advice: str = "
 
 class LoraFxWarning(UserWarning):
     """Something that works but is probably not meant."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(visible(arg, kept="\n\t") if isinstance(arg, str) else arg for arg in args))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,38 @@
 """Text for people: aligned columns, carets, suggestions.  Knows nothing of LoRA and imports nothing of ours."""
 
 import difflib
+import json
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Categories of characters that are not seen but do something: controls, marks that turn the direction, half ones."""
+
+
+def visible(text: str, kept: str = "") -> str:
+    r"""Return the text with what is not seen written out: \x1b, \u202e, \n; what is `kept` stays."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if character not in kept and unicodedata.category(character) in _HIDDEN
+        else character
+        for character in text
+    )
+
+
+def json_text(document: object, **layout: Any) -> str:
+    """Return a document as JSON in which whatever is not seen, and all that is not ASCII, is written out."""
+    return json.dumps(document, **layout).replace("\x7f", "\\u007f")
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "  ", gap: str = "  ") -> str:
-    """Return the rows as left-aligned columns, one line each, without trailing blanks."""
+    """Return the rows as left-aligned columns, one line each, without trailing blanks; cells are made visible."""
     if not rows:
         return ""
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     lines = (gap.join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
     return "\n".join((indent + line).rstrip() for line in lines)
@@ -25,9 +48,13 @@ def caret(source_line: str, line: int, column: int, length: int = 1) -> str:
     """
     gutter = f"{line:>5} | "
     shown, column = _around(source_line, column)
-    lead = "".join("\t" if character == "\t" else " " * _width(character) for character in shown[: column - 1])
-    marked = sum(map(_width, shown[column - 1 : column - 1 + length]))
-    return f"{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {lead}{'^' * max(1, marked)}"
+    before, marked, after = (
+        visible(part, kept="\t")
+        for part in (shown[: column - 1], shown[column - 1 : column - 1 + length], shown[column - 1 + length :])
+    )
+    shown = before + marked + after
+    lead = "".join("\t" if character == "\t" else " " * _width(character) for character in before)
+    return f"{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {lead}{'^' * max(1, sum(map(_width, marked)))}"
 
 
 def _around(line: str, column: int) -> tuple[str, int]:
@@ -52,7 +79,7 @@ def nearest(word: str, known: Iterable[str], most: int = 3) -> tuple[str, ...]:
 
 def listing(words: Iterable[str], most: int = 6) -> str:
     """Return 'a, b, c', cut after `most` words with the number of those left out."""
-    items = list(words)
+    items = [visible(word) for word in words]
     shown = ", ".join(items[:most])
     return shown if len(items) <= most else f"{shown} … and {len(items) - most} more"
 

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from lora_fx.bench.report import HEADS, BenchReport
 from lora_fx.bench.subjects import LB
 from lora_fx.bench.timing import FIT
-from lora_fx.planning.render.page import entry, page, preformatted, scrolled
+from lora_fx.planning.render.page import entry, escape, page, preformatted, scrolled
 from lora_fx.text import count
 
 STYLE = """
@@ -33,7 +32,7 @@ class Mark:
 
 def report_html(report: BenchReport) -> str:
     """Return the page."""
-    table = preformatted(escape(str(report)), "table")
+    table = preformatted(escape(str(report), "\n"), "table")
     figures = "".join(
         _figure(title, marks, title == "time" and bool(report.void)) for title, marks in panels(report) if marks
     )

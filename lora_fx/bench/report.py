@@ -1,6 +1,5 @@
 """What `bench` returns: as a table, as JSON, as a page with pictures."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
 
@@ -8,7 +7,7 @@ from lora_fx.bench.counters import Counts
 from lora_fx.bench.facts import MachineFacts, Setting
 from lora_fx.bench.subjects import LB, OURS, PEFT
 from lora_fx.bench.timing import Timing
-from lora_fx.text import columns, count, scaled
+from lora_fx.text import columns, count, json_text, scaled
 
 HEADS = ("FLOPs", "saved", "peak", "aten calls")
 TIME_HEADS = ("time [95 %]", "min/min", "processor")
@@ -83,7 +82,7 @@ class BenchReport:
 
     def to_json(self) -> str:
         """Return the report as JSON: all numbers, and the machine that they were measured on."""
-        return json.dumps(self.to_dict(), indent=1)
+        return json_text(self.to_dict(), indent=1)
 
     def to_dict(self) -> dict[str, object]:
         """Return what `to_json` writes."""

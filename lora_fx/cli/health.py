@@ -1,6 +1,5 @@
 """What is installed beside lora_fx, what is missing, and what is known to make trouble.  No torch here."""
 
-import json
 import platform
 import re
 import shutil
@@ -8,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 
-from lora_fx.text import columns
+from lora_fx.text import columns, json_text
 
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[^\]]*\])?\s*(?P<versions>[^;]*)(;(?P<marker>.*))?")
 _LEAST = re.compile(r">=\s*([\d.]+)")
@@ -64,7 +63,7 @@ class Health:
         return "\n".join([*lines, "", "all is well" if self.is_well else "something is wrong; see above"])
 
     def to_json(self) -> str:
-        return json.dumps({"schema_version": 1, "well": self.is_well, **asdict(self)}, indent=1)
+        return json_text({"schema_version": 1, "well": self.is_well, **asdict(self)}, indent=1)
 
 
 def _row(package: Package) -> tuple[str, str, str]:

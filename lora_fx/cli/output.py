@@ -1,4 +1,4 @@
-"""Where text goes: to a file as it is, to a terminal within its width and in colours."""
+"""Where text goes: to a file, to a terminal within its width and in colours."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from lora_fx.text import wrapped
+from lora_fx.text import visible, wrapped
 
 _COLOURS: tuple[tuple[re.Pattern[str], dict[str, Any]], ...] = (
     (re.compile(r"^(\+\+\+|---) .*", re.MULTILINE), {"bold": True}),
@@ -35,7 +35,11 @@ def terminal_width() -> int | None:
 
 
 def write(text: str, output: str = "-", form: str = "text") -> None:
-    """Write the text to a file as it is, or show it: within the terminal's width, and in colours where it has them."""
+    """Write the text to a file, or show it: within the terminal's width, and in colours where it has them.
+
+    What is not seen (control characters of names) is written out, in every format.
+    """
+    text = visible(text, kept="\n\t")
     if output == "-" and form == "text":
         show(wrapped(text, terminal_width()))
     elif output == "-":

@@ -12,7 +12,7 @@ from typing import IO, Any
 import click
 
 from lora_fx.errors import LoraFxError, NoMatchError, RuleError
-from lora_fx.text import nearest
+from lora_fx.text import nearest, visible
 
 DIFFERS, TROUBLE = 1, 2
 VIOLATIONS = (RuleError, NoMatchError)
@@ -93,4 +93,4 @@ def text_of(error: Exception) -> str:
     """Return the text of an error of ours, with where it is explained; the first line of any other."""
     if isinstance(error, LoraFxError):
         return "\n".join([str(error), *error.__notes__])
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return visible(f"{type(error).__name__}: {error}".split("\n")[0])

@@ -1,6 +1,5 @@
 """Two graphs side by side → GraphDiff.  Needs no torch."""
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
@@ -15,6 +14,7 @@ from lora_fx.graphdiff.render.html import diff_html
 from lora_fx.graphdiff.render.mermaid import diff_mermaid
 from lora_fx.graphdiff.render.svg import diff_svg
 from lora_fx.graphdiff.render.text import diff_text
+from lora_fx.text import json_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class GraphDiff(GraphDifference):
         """Return changes, sums and edits as JSON; the edits are in the order of b."""
         document = {"schema_version": 1} | asdict(replace(self, comparison=None))
         del document["comparison"]
-        lines = (json.dumps(_edit_data(edit), ensure_ascii=False) for edit in self.compared.edits)
-        head = json.dumps(document, indent=1, ensure_ascii=False)
+        lines = (json_text(_edit_data(edit)) for edit in self.compared.edits)
+        head = json_text(document, indent=1)
         return f'{head[:-2]},\n "edits": [\n  ' + ",\n  ".join(lines) + "\n ]\n}"
 
     def to_html(self) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import LoraFxError
+from lora_fx.text import json_text
 
 SCHEMA_VERSION = 1
 INPUT, RETURN = "input", "return"
@@ -101,8 +102,8 @@ class Graph:
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "kind": "lora_fx graph", "name": self.name}
         document |= {"parameters": self.parameters, "bytes": self.bytes}
         document["weights"] = weights_data(self.weights)
-        lines = (json.dumps(statement_data(node), ensure_ascii=False) for node in self.nodes)
-        head = json.dumps(document, ensure_ascii=False)
+        lines = (json_text(statement_data(node)) for node in self.nodes)
+        head = json_text(document)
         return f'{head[:-1]}, "nodes": [\n' + ",\n".join(lines) + "\n]}"
 
     @staticmethod

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lora_fx.graphdiff.graphs import INPUT, Graph, Statement
+from lora_fx.text import visible
 
 
 def lines_of(a: Graph, b: Graph, partner: Sequence[int | None]) -> tuple[list[str], list[str]]:
@@ -19,7 +20,7 @@ def lines_of(a: Graph, b: Graph, partner: Sequence[int | None]) -> tuple[list[st
 
 def _lines(graph: Graph, names: Sequence[str]) -> list[str]:
     codes = [node.written([names[i] for i in node.inputs]) for node in graph.nodes]
-    return [f"{name} = {code}" if name else code for name, code in zip(names, codes, strict=True)]
+    return [visible(f"{name} = {code}" if name else code) for name, code in zip(names, codes, strict=True)]
 
 
 class _Names:

@@ -1,12 +1,11 @@
 """Two plans side by side → PlanDiff: what is decided otherwise.  Pure data; no torch here."""
 
-import json
 from dataclasses import asdict, dataclass
 
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.rows import fold_rows, row_of
-from lora_fx.text import columns, count, thousands
+from lora_fx.text import columns, count, json_text, thousands
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class PlanDiff:
         return f"{count(len(self.differences), 'site')} differ, {self.same} the same; trainable: {change}"
 
     def to_json(self) -> str:
-        return json.dumps({"schema_version": 1, **asdict(self)}, indent=1, ensure_ascii=False)
+        return json_text({"schema_version": 1, **asdict(self)}, indent=1)
 
 
 def _joined(state: tuple[str, str] | None) -> str:

@@ -7,7 +7,7 @@ from lora_fx.planning.planned import Inventory, PlannedSite
 from lora_fx.planning.sites import Site
 from lora_fx.rules.patterns import NamePattern, nearest_names
 from lora_fx.rules.ruleset import Rule, RuleSet
-from lora_fx.text import columns, count, listing, thousands
+from lora_fx.text import columns, count, listing, thousands, visible
 
 Contraction = Callable[[PlannedSite], str]
 """Tells in which order a site's products are taken; empty where there is nothing to tell."""
@@ -29,7 +29,7 @@ def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contrac
     inside = [planned for planned in plan.sites if planned.path.startswith(f"{path}.")]
     if inside:
         rows = [(planned.path, planned.site.text(), planned.decision, planned.reason) for planned in inside]
-        return f"{path} is not a site; these lie in it:\n{columns(rows)}"
+        return f"{visible(path)} is not a site; these lie in it:\n{columns(rows)}"
     raise UnknownPathError(_unknown(inventory, path))
 
 
@@ -50,7 +50,7 @@ def _unknown(inventory: Inventory, path: str) -> str:
 
 
 def _explained(planned: PlannedSite, rules: RuleSet, contraction: str) -> str:
-    lines = [planned.path, columns(_facts(planned.site)), "", f"  {_verdict(planned)}"]
+    lines = [visible(planned.path), columns(_facts(planned.site)), "", f"  {_verdict(planned)}"]
     if contraction:
         lines.append(f"  contraction: {contraction}")
     return "\n".join([*lines, _rule_lines(planned, rules.rules)])
@@ -60,9 +60,9 @@ def _facts(site: Site) -> list[tuple[str, str]]:
     stored = "" if site.layout == "out_in" else ", stored as [in, out]"
     facts = [("weight", f"{site.text()}, {site.op}, {site.dtype}{stored}")]
     if site.aliases:
-        facts.append(("also called", ", ".join(site.aliases)))
+        facts.append(("also called", ", ".join(map(visible, site.aliases))))
     if site.tied_to:
-        facts.append(("tied to", f"{', '.join(site.tied_to)}, which an adapter here leaves alone"))
+        facts.append(("tied to", f"{', '.join(map(visible, site.tied_to))}, which an adapter here leaves alone"))
     if site.calls is not None:
         facts.append(("used", f"{count(site.calls, 'time')} in a forward with the example inputs"))
     if site.read:

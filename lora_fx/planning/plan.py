@@ -9,7 +9,7 @@ from lora_fx.planning.planned import PlannedRegion, PlannedSite, TrainedModule, 
 from lora_fx.planning.rows import region_lines, rows_of, table, training_lines
 from lora_fx.planning.sites import Site
 from lora_fx.rules.ruleset import LoRAConfig, Slice, Slices
-from lora_fx.text import columns, count, thousands, wrapped
+from lora_fx.text import columns, count, json_text, thousands, wrapped
 
 SCHEMA_VERSION = 1
 _DOES = {"adapt": "adapted", "train": "trained", "keep": "kept", "skip": "skipped", "refuse": "refused"}
@@ -138,7 +138,7 @@ class Plan(Decisions):
             "unmatched_rules": self.unmatched_rules,
             "rules": self.rules,
         }
-        return json.dumps(document, indent=1)
+        return json_text(document, indent=1)
 
     @staticmethod
     def from_json(text: str) -> "Plan":

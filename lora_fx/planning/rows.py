@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lora_fx.planning.planned import PlannedRegion, PlannedSite
 from lora_fx.rules.ruleset import LoRAConfig
-from lora_fx.text import columns
+from lora_fx.text import columns, visible
 
 _PASSES = {"fuse": "fused", "stack": "stacked with siblings", "recompute": "with inputs made again instead of kept"}
 SYMBOLS = {"adapt": "+", "train": "+", "keep": "·", "skip": "·", "refuse": "!"}
@@ -43,7 +43,7 @@ def row_of(planned: PlannedSite) -> tuple[str, ...]:
         doing += {"train": " trained whole", "skip": " skipped", "refuse": " refused"}[planned.decision]
     backend = planned.backend if planned.decision == "adapt" else ""
     calls = f"×{planned.calls}" if planned.calls is not None and planned.calls != 1 else ""
-    return (planned.path, planned.site.text(), calls, doing, backend, planned.reason)
+    return tuple(map(visible, (planned.path, planned.site.text(), calls, doing, backend, planned.reason)))
 
 
 def _lora_text(lora: LoRAConfig) -> str:
@@ -53,14 +53,14 @@ def _lora_text(lora: LoRAConfig) -> str:
 
 
 def fold_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return the rows with those that differ only in one number of the path as one: `h.{0..11}.attn`."""
+    """Return the rows with those that differ only in one number of the path as one, `h.{0..11}.attn`, made visible."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for path, *rest in rows:
         groups.setdefault((_NUMBER.sub("#", path), *rest), []).append(path)
     folded: list[tuple[str, ...]] = []
     for (template, *rest), paths in groups.items():
         one = _ranged(template, paths)
-        folded += [(name, *rest) for name in ([one] if one else paths)]
+        folded += [tuple(map(visible, (name, *rest))) for name in ([one] if one else paths)]
     return folded
 
 

@@ -1,6 +1,5 @@
 """What an adapted model is made of, read off the model itself; so it also works after torch.load."""
 
-import json
 from dataclasses import asdict, dataclass
 
 from torch import fx, nn
@@ -9,7 +8,7 @@ from lora_fx.adapters.attach import STATE, Attached, all_attached
 from lora_fx.adapters.placed import placed_in
 from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.region import Region
-from lora_fx.text import columns, count, thousands
+from lora_fx.text import columns, count, json_text, thousands
 from lora_fx.tuned.build import record_in, trainable
 
 
@@ -71,7 +70,7 @@ class Report:
         return "\n".join([*lines, "", f"Trainable: {thousands(self.trainable)} of {thousands(self.total)} parameters."])
 
     def to_json(self) -> str:
-        return json.dumps({"schema_version": 1, **asdict(self)}, indent=1)
+        return json_text({"schema_version": 1, **asdict(self)}, indent=1)
 
 
 def _region_row(region: RegionReport) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from lora_fx.files.adapter.names import (
 )
 from lora_fx.files.safetensors import RawFile, read_raw
 from lora_fx.planning.rows import fold_rows
-from lora_fx.text import columns, count, listing, thousands
+from lora_fx.text import columns, count, json_text, listing, thousands, visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Contents:
             (s.path, f"{s.shape[1]} → {s.shape[0]}", f"r={s.r} scaling={s.scaling:g}", s.dtype, s.rule)
             for s in self.sites
         ]
-        whole = [f"  also holds: {name}, {count(size, 'parameter')}" for name, size in self.modules.items()]
+        whole = [f"  also holds: {visible(name)}, {count(size, 'parameter')}" for name, size in self.modules.items()]
         sums = f"{count(len(self.sites), 'site')}, {count(self.parameters, 'parameter')}, {thousands(self.bytes)} bytes"
         return "\n".join([self.folder, columns(self._facts()), "", columns(fold_rows(rows)), *whole, "", sums])
 
@@ -86,7 +86,7 @@ class Contents:
     def to_json(self) -> str:
         """Return the contents as JSON."""
         document = {"schema_version": 1, **asdict(self), "parameters": self.parameters}
-        return json.dumps(document, indent=1, ensure_ascii=False)
+        return json_text(document, indent=1)
 
 
 def contents_of(directory: str | os.PathLike[str]) -> Contents:

@@ -18,9 +18,9 @@ METADATA_KEY = "lora_fx"
 _SECONDS = 1.0
 """For one name and one pattern of an adapter's configuration."""
 Number = TypeVar("Number", int, float)
-_FACTOR = re.compile(rf"{re.escape(PREFIX)}((?P<path>.+)\.)?(?P<factor>lora_[AB])\.weight")
-_EMBEDDING = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_embedding_[AB])")
-_ROWS = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}((?P<path>.+)\.)?(?P<factor>lora_[AB])\.weight", re.DOTALL)
+_EMBEDDING = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_embedding_[AB])", re.DOTALL)
+_ROWS = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.token_adapter\.trainable_tokens_delta", re.DOTALL)
 _OF_TRAINING = re.compile(r"\.lora_(velora_embed$|monteclora_sampler\.)")
 _NESTED = ".base_layer"
 

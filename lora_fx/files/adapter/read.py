@@ -63,7 +63,7 @@ class AdapterFile:
         return not any(site.noted for site in self.sites)
 
 
-_LOOSE = re.compile(r"(?!.*(?:lora_|base_layer|original_module|modules_to_save)).+\.(?:weight|bias)")
+_LOOSE = re.compile(r"(?!.*(?:lora_|base_layer|original_module|modules_to_save)).+\.(?:weight|bias)", re.DOTALL)
 
 
 def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFile]:

@@ -1,12 +1,11 @@
 """What a streaming merge did to each tensor, and how much of the adapters survived the rounding."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_fx.text import columns, count
+from lora_fx.text import columns, count, json_text
 
 _MOST_SHOWN = 5
 
@@ -85,4 +84,4 @@ class MergeReport:
 
     def to_json(self) -> str:
         """Return the report as JSON."""
-        return json.dumps(asdict(self), indent=2)
+        return json_text(asdict(self), indent=2)

@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Callable, Sequence
-from html import escape
 
 from lora_fx.graphdiff.deltas.spectra import DeltaRow, ratio_text
-from lora_fx.planning.render.page import DARK, entry, page, scrolled, searchable
+from lora_fx.planning.render.page import DARK, entry, escape, page, scrolled, searchable
 from lora_fx.text import count
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")

@@ -4,7 +4,6 @@ With the thin decompositions B = Q₁ R₁ and Aᵀ = Q₂ R₂, B A = Q₁ (R�
 the r × r matrix R₁ R₂ᵀ (Golub and Van Loan, Matrix Computations, 4th ed., §5.2 and §8.6).
 """
 
-import json
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,7 +13,7 @@ from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import RefusedError
 from lora_fx.graphdiff.deltas.heatmaps import deltas_html, deltas_svg
 from lora_fx.graphdiff.deltas.spectra import DeltaRow, ratio_text
-from lora_fx.text import columns, count
+from lora_fx.text import columns, count, json_text
 from lora_fx.tuned.build import record_in
 
 
@@ -32,7 +31,7 @@ class Deltas:
     def to_json(self) -> str:
         """Return all facts of the adapters as JSON."""
         sites = [asdict(row) | {"ratio": row.ratio, "effective_rank": row.effective_rank} for row in self.sites]
-        return json.dumps({"schema_version": 1, "model": self.model, "sites": sites}, indent=1)
+        return json_text({"schema_version": 1, "model": self.model, "sites": sites}, indent=1)
 
     def to_svg(self) -> str:
         """Return heatmaps of rank, of ‖ΔW‖ / ‖W‖ and of the effective rank, by layer and site."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from lora_fx.graphdiff.changes import Comparison, Merged, merged
 from lora_fx.graphdiff.graphs import INPUT, Statement
 from lora_fx.graphdiff.render.text import without_numbers
+from lora_fx.text import visible
 
 SAME, CHANGED, ADDED, REMOVED, MOVED = "same", "changed", "added", "removed", "moved"
 SYMBOLS = {SAME: " ", CHANGED: "±", ADDED: "+", REMOVED: "-", MOVED: "↷"}
@@ -122,7 +123,8 @@ def _steps(compared: Comparison, order: Merged, owners: Sequence[str]) -> list[S
             before, after = (f"{line}input" if line else "" for line in (before, after))
         both = MOVED if moved else CHANGED if i in edited else SAME
         status = ADDED if i is None else REMOVED if j is None else both
-        steps.append(Step(status, inside, node.op, before, after, node.value, node.rule))
+        inside, op, value, rule = map(visible, (inside, node.op, node.value, node.rule))
+        steps.append(Step(status, inside, op, before, after, value, rule))
     return steps
 
 

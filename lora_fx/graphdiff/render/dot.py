@@ -11,6 +11,7 @@ from lora_fx.graphdiff.changes import GraphDifference
 from lora_fx.graphdiff.render.blocks import SYMBOLS, blocks_of
 from lora_fx.graphdiff.render.svg import title_of
 from lora_fx.planning.render.dot import digraph, quoted
+from lora_fx.text import visible
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -28,7 +29,7 @@ def diff_networkx(diff: GraphDifference) -> "nx.DiGraph":
     """Return a graph of both sides; each kind of block once, with the blocks that are alike as `blocks`."""
     import networkx as nx
 
-    graph = nx.DiGraph(a=diff.a, b=diff.b)
+    graph = nx.DiGraph(a=visible(diff.a), b=visible(diff.b))
     for number, block in enumerate(blocks_of(diff.compared)):
         for i, step in enumerate(block.steps):
             graph.add_node(f"b{number}_{i}", **asdict(step), label=step.label, blocks=title_of(block))

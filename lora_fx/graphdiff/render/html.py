@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from html import escape
 
 from lora_fx.graphdiff.changes import GraphDifference, SiteChange
 from lora_fx.graphdiff.render.blocks import SAME, Block, Step, blocks_of
 from lora_fx.graphdiff.render.svg import STYLE, drawing, title_of
 from lora_fx.graphdiff.render.text import cost_text, groups_of, signed, sites_text, size_text, sums_text
-from lora_fx.planning.render.page import entry, page, preformatted, scrolled, searchable
-from lora_fx.text import count, thousands
+from lora_fx.planning.render.page import entry, escape, page, preformatted, scrolled, searchable
+from lora_fx.text import count, thousands, visible
 
 MOST_BYTES = 1_800_000
 """Size of the page above which entries are left out; it says how many."""
@@ -74,7 +73,7 @@ def _hunk(changes: list[SiteChange]) -> str:
     change = changes[0]
     facts = " · ".join(filter(None, (change.note, cost_text(change, len(changes)))))
     lines = [_line("d", "-", text) for text in change.removed] + [_line("a", "+", text) for text in change.added]
-    return entry(sites_text(changes), preformatted("".join(lines), f"lines of {change.path}"), facts)
+    return entry(sites_text(changes), preformatted("".join(lines), f"lines of {visible(change.path)}"), facts)
 
 
 def _line(kind: str, sign: str, text: str) -> str:

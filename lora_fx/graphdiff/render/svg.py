@@ -1,12 +1,10 @@
 """A GraphDiff as SVG: the blocks that differ, each kind once.  Signs and outlines say what colours say."""
 
-from html import escape
-
 from lora_fx.graphdiff.changes import GraphDifference
 from lora_fx.graphdiff.render.blocks import SYMBOLS, Block, Box, blocks_of, boxes_of
 from lora_fx.graphdiff.render.layout import HEIGHT, ROW, WIDTH, BoxLayout, layered
 from lora_fx.graphdiff.render.text import folded
-from lora_fx.planning.render.page import DARK
+from lora_fx.planning.render.page import DARK, escape
 
 STYLE = """
 .box rect{fill:var(--box,#fff);stroke:var(--line,#767676);stroke-width:1}
@@ -70,10 +68,10 @@ def _edge(layout: BoxLayout, source: int, target: int, status: str) -> str:
 
 def _box(box: Box, x: float, y: float) -> str:
     label, detail = (_cut(text) for text in (box.label, box.detail))
-    sign = SYMBOLS[box.status].strip()
+    sign, said = SYMBOLS[box.status].strip(), escape(said_of(box), kept="\n")
     return (
-        f'<g class="box {box.status}" role="img" tabindex="0" aria-label="{escape(said_of(box))}">'
-        f'<title>{escape(said_of(box))}</title><rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="5"/>'
+        f'<g class="box {box.status}" role="img" tabindex="0" aria-label="{said}">'
+        f'<title>{said}</title><rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="5"/>'
         f'<text x="{x + 8:g}" y="{y + 18:g}">{escape(f"{sign} {label}" if sign else label)}</text>'
         f'<text class="detail" x="{x + 8:g}" y="{y + 34:g}">{escape(detail)}</text></g>'
     )

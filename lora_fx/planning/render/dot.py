@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterable
 
+from lora_fx.text import visible
+
 
 def digraph(name: str, lines: Iterable[str]) -> str:
     """Return a directed graph of lines in Graphviz's language."""
@@ -11,4 +13,4 @@ def digraph(name: str, lines: Iterable[str]) -> str:
 
 def quoted(text: str) -> str:
     """Return a text as Graphviz reads it between quotes."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(visible(text, kept="\n"), ensure_ascii=False)

@@ -1,11 +1,10 @@
 """A Plan, or the difference of two, as one HTML page that needs nothing else, not even scripts."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 
 from lora_fx.planning.diff import PlanDiff
 from lora_fx.planning.plan import Plan
-from lora_fx.planning.render.page import filled
+from lora_fx.planning.render.page import escape, filled
 from lora_fx.planning.rows import rows_of
 
 _HEADS = ("site", "weight", "calls", "what is done", "backend", "why")

@@ -5,6 +5,8 @@ A label does not begin with a sign: Mermaid would take `- ` or `+ ` for a list.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from lora_fx.text import visible
+
 MOST_EDGES, MOST_CHARACTERS = 500, 50_000
 """What GitHub draws at most."""
 _CODES = str.maketrans(
@@ -25,4 +27,4 @@ def box(name: str, lines: Sequence[str], kind: str = "") -> str:
 
 def label(lines: Iterable[str]) -> str:
     """Return lines of text as they may stand between quotes."""
-    return "<br>".join(line.translate(_CODES) for line in lines)
+    return "<br>".join(visible(line).translate(_CODES) for line in lines)

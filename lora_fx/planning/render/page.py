@@ -1,10 +1,11 @@
 """Pages that need nothing else: no network, light and dark.  All HTML of the package is put together here."""
 
-import json
+import html
 import re
 from collections.abc import Iterable
-from html import escape
 from importlib import resources
+
+from lora_fx.text import json_text, visible
 
 DARK = (
     "--box:#22262b;--ink:#ececec;--dim:#b5bac0;--line:#8b9199;--added:#6fd38a;--addedfill:#15301d;"
@@ -12,6 +13,11 @@ DARK = (
 )
 """CSS: the colours of pictures on a dark ground."""
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
+
+
+def escape(text: str, kept: str = "") -> str:
+    """Return a text for HTML and SVG, between quotes too; what is not seen and not `kept` is written out."""
+    return html.escape(visible(text, kept))
 
 
 def filled(template: str, **slots: str) -> str:
@@ -25,7 +31,7 @@ def page(heading: str, header: str, main: str, style: str, paths: Iterable[Itera
 
     What `data-k` numbers in `main` can be searched; `paths` holds for each number the paths that lead to it.
     """
-    listed = json.dumps(list(map(list, paths)), separators=(",", ":")).replace("<", "\\u003c")
+    listed = json_text(list(map(list, paths)), separators=(",", ":")).replace("<", "\\u003c")
     return filled("page.html", heading=escape(heading), header=header, main=main, style=style, dark=DARK, paths=listed)
 
 
