@@ -1,7 +1,5 @@
 """`lora-fx diff`."""
 
-import json
-
 import click
 
 from lora_fx.cli.options import FORMATS, STANDARD, complete_rules, format_option, output_option, rules_of
@@ -13,7 +11,9 @@ from lora_fx.graphdiff.diff import GraphDiff, compare
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.planning.diff import PlanDiff, plan_diff
 from lora_fx.planning.plan import Plan
+from lora_fx.planning.reading import PlanFileError
 from lora_fx.planning.rows import fold_rows
+from lora_fx.sources import UnreadableError, parse_json
 from lora_fx.text import columns
 
 _JSON = (".json", STANDARD)
@@ -89,15 +89,15 @@ def _saved(name: str) -> Plan | Graph:
     """Return the plan or the graph that a JSON file holds."""
     text = read_text(name)
     try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise SavedFileError(f"{name}: is not JSON: {error}") from error
+        document = parse_json(text)
+    except UnreadableError as error:
+        raise SavedFileError(f"{name}: {error}") from error
     if isinstance(document, dict) and document.get("kind") == "lora_fx graph":
         return Graph.from_json(text)
     try:
         return Plan.from_json(text)
-    except ValueError as error:
-        raise SavedFileError(f"{name}: is neither a graph nor a plan of lora_fx") from error
+    except PlanFileError as error:
+        raise SavedFileError(f"{name}: is neither a graph nor a plan of lora_fx: {error}") from error
 
 
 def _saved_graph(operand: str) -> Graph | str:

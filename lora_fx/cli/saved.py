@@ -1,10 +1,12 @@
 """JSON that lora_fx wrote before, from a file or the standard input.  No torch here."""
 
 import sys
-from pathlib import Path
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LONGEST_NAME, LoraFxError
 from lora_fx.planning.plan import Plan
+from lora_fx.planning.reading import PlanFileError
+from lora_fx.sources import MOST_JSON_BYTES, UnreadableError, read_bytes, read_stream
+from lora_fx.text import shortened
 
 
 class SavedFileError(LoraFxError):
@@ -15,13 +17,16 @@ def read_text(name: str) -> str:
     """Return the text of a file, or of the standard input for `-`.
 
     Raises:
-        SavedFileError: it is missing or not text.
+        SavedFileError: it is missing, no regular file, too large, or not text.
     """
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
-        raise SavedFileError(f"{name}: {reason or error}") from error
+        stdin = name == "-"
+        content = read_stream(sys.stdin.buffer, MOST_JSON_BYTES) if stdin else read_bytes(name, MOST_JSON_BYTES)
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SavedFileError(f"{shortened(name, LONGEST_NAME)}: is no UTF-8 text") from error
+    except UnreadableError as error:
+        raise SavedFileError(f"{shortened(name, LONGEST_NAME)}: {error}") from error
 
 
 def read_plan(name: str) -> Plan:
@@ -32,5 +37,6 @@ def read_plan(name: str) -> Plan:
     """
     try:
         return Plan.from_json(read_text(name))
-    except ValueError as error:
-        raise SavedFileError(f"{name}: {error}\n  write one with lora-fx plan … --format json -o FILE") from error
+    except PlanFileError as error:
+        advice = "write one with lora-fx plan … --format json -o FILE"
+        raise SavedFileError(f"{shortened(name, LONGEST_NAME)}: {error}\n  {advice}") from error

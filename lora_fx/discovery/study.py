@@ -18,7 +18,7 @@ from lora_fx.models.code import UncompiledGraph
 from lora_fx.models.layers import has_unknown_weights
 from lora_fx.models.samples import Sample, Samples, candidates
 from lora_fx.models.tensors import dotted
-from lora_fx.planning.decide import on_modules, still_fitting
+from lora_fx.planning.decide import check_used, on_modules, still_fitting
 from lora_fx.planning.plan import Decisions, Plan
 from lora_fx.planning.planned import DEAD, NOT_RUN, Inventory, PlannedRegion, PlannedSite
 from lora_fx.regions.program import OPTIMISATIONS, foreseen
@@ -176,7 +176,7 @@ def renewed(model: nn.Module, plan: Plan, tried: Samples, backend: str = "auto")
     Of the inputs the user's own count; a plan that has its captures does not need them.
 
     Raises:
-        StalePlanError: the model has other sites.
+        StalePlanError: the model has other sites, uses them otherwise, or the plan says what its rules do not.
         CaptureError: the plan has graphs of another process, and there are no inputs to capture them again.
     """
     seen = Observed(model, take_inventory(model, uses_in(plan)))
@@ -191,6 +191,7 @@ def renewed(model: nn.Module, plan: Plan, tried: Samples, backend: str = "auto")
             )
     if tried.given:
         seen = observed(model, tried)
+        check_used(decisions, seen.inventory)
     return seen.planned(decisions, backend)
 
 

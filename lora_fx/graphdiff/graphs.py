@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lora_fx.errors import LoraFxError
-from lora_fx.text import json_text
+from lora_fx.errors import LONGEST_NAME, LoraFxError
+from lora_fx.sources import MOST, MOST_JSON_BYTES, UnreadableError, parse_json, read_bytes, structured
+from lora_fx.text import json_text, shortened
 
 SCHEMA_VERSION = 1
 INPUT, RETURN = "input", "return"
-_REFERENCE = re.compile(r"\$(\$|\d+)")
+_REFERENCE = re.compile(r"\$(\$|[0-9]+)")
+_DTYPE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,40}")
 _BITS = re.compile(r"\d+")
 
 
@@ -114,16 +116,9 @@ class Graph:
             GraphFileError: it is not such JSON.
         """
         try:
-            document = json.loads(text)
-            if document["kind"] != "lora_fx graph" or document["schema_version"] != SCHEMA_VERSION:
-                raise GraphFileError(f"not a graph of schema version {SCHEMA_VERSION}")
-            nodes = tuple(map(_statement, document["nodes"]))
-            weights = {name: Weight(tuple(shape), dtype) for name, (shape, dtype) in document["weights"].items()}
-            graph = Graph(document["name"], nodes, weights, document["parameters"], document["bytes"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise GraphFileError(f"not a graph that lora_fx has saved: {type(error).__name__}: {error}") from error
-        _check(graph)
-        return graph
+            return _graph(parse_json(text))
+        except UnreadableError as error:
+            raise GraphFileError(f"not a graph that lora_fx has saved: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the graph to a file as JSON."""
@@ -132,16 +127,37 @@ class Graph:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Graph":
         """Return the graph of a file; GraphFileError if it holds none.  Imports no torch."""
+        name = shortened(os.fsdecode(path), LONGEST_NAME)
         try:
-            return Graph.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise GraphFileError(f"{os.fspath(path)}: cannot be read: {error}") from error
-        except GraphFileError as error:
-            raise GraphFileError(f"{os.fspath(path)}: {error}") from error
+            return Graph.from_json(read_bytes(path, MOST_JSON_BYTES).decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise GraphFileError(f"{name}: is no UTF-8 text") from error
+        except (UnreadableError, GraphFileError) as error:
+            raise GraphFileError(f"{name}: {error}") from error
+
+
+def _graph(document: Any) -> Graph:
+    """Return the graph of a document, held to its types.
+
+    Raises:
+        UnreadableError: it is none, or its parts do not fit together.
+    """
+    if not isinstance(document, dict) or document.pop("kind", None) != "lora_fx graph":
+        raise UnreadableError("it has no kind that says so")
+    if (version := document.pop("schema_version", None)) != SCHEMA_VERSION or type(version) is not int:
+        raise UnreadableError(f"it is not of schema version {SCHEMA_VERSION}")
+    if isinstance(weights := document.get("weights"), dict):
+        document["weights"] = {name: _weight_row(value) for name, value in weights.items()}
+    graph = structured(Graph, document, "graph")
+    _check(graph)
+    return graph
+
+
+def _weight_row(value: object) -> object:
+    return dict(zip(("shape", "dtype"), value, strict=True)) if isinstance(value, list) and len(value) == 2 else value
 
 
 _FIELDS = fields(Statement)
-_LISTS = ("inputs", "weights")
 
 
 def statement_data(node: Statement) -> dict[str, Any]:
@@ -150,28 +166,25 @@ def statement_data(node: Statement) -> dict[str, Any]:
     return {name: value for name, value, default in facts if value != default}
 
 
-def _statement(data: Mapping[str, Any]) -> Statement:
-    """Return the statement that `statement_data` has written."""
-    facts: dict[str, Any] = {key: tuple(value) if key in _LISTS else value for key, value in data.items()}
-    return Statement(**facts)
-
-
 def weights_data(weights: Mapping[str, Weight]) -> dict[str, Any]:
     """Return weights as JSON holds them."""
     return {name: [list(weight.shape), weight.dtype] for name, weight in weights.items()}
 
 
 def _check(graph: Graph) -> None:
+    for name, weight in graph.weights.items():
+        if math.prod(weight.shape) >= MOST or not _DTYPE.fullmatch(weight.dtype):
+            raise UnreadableError(f"the weight {shortened(name)!r} has no shape or no dtype of a tensor")
     for position, node in enumerate(graph.nodes):
-        where = f"node {position} ({node.path or node.op})"
-        if not all(type(source) is int and 0 <= source < position for source in node.inputs):
-            raise GraphFileError(f"{where} has an input that is not an earlier node")
-        referred = [int(number) for number in _REFERENCE.findall(node.code) if number != "$"]
+        where = f"node {position} ({shortened(node.path or node.op)})"
+        if not all(source < position for source in node.inputs):
+            raise UnreadableError(f"{where} has an input that is not an earlier node")
+        referred = (int(number[:10]) for number in _REFERENCE.findall(node.code) if number != "$")
         if max(referred, default=-1) >= len(node.inputs):
-            raise GraphFileError(f"{where} refers to an input that it has not")
+            raise UnreadableError(f"{where} refers to an input that it has not")
         missing = [name for name in node.weights if name not in graph.weights]
         if missing:
-            raise GraphFileError(f"{where} reads {missing[0]}, which is not described")
+            raise UnreadableError(f"{where} reads {shortened(missing[0])}, which is not described")
 
 
 def escaped(code: str) -> str:

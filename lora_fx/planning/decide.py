@@ -9,6 +9,7 @@ from lora_fx.planning.plan import Decisions, Plan
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, dead_notes, rank_notes, trained_whole
 from lora_fx.planning.sites import CONVOLUTIONS, Site, differences
 from lora_fx.rules.patterns import NamePattern, nearest_names
+from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import Rule, RuleSet, TrainPattern
 from lora_fx.text import count
 
@@ -143,16 +144,61 @@ def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list
 def still_fitting(plan: Plan, inventory: Inventory) -> Decisions:
     """Return what a plan that was made before decides, if the model still has what the plan is about.
 
+    What the plan says is not relied on: its sites must be those of the model in every fact, and what it decides must be
+    what its rules decide there.
+
     Raises:
-        StalePlanError: naming every site and every module trained whole in which the model differs.
+        StalePlanError: naming every site and every module trained whole in which the plan differs from the model, or
+            from its own rules.
     """
     sizes = {path: count(size, "parameter") for path, size in inventory.modules}
     trained = [(part.path, count(part.parameters, "parameter"), sizes.get(part.path, "nothing")) for part in plan.train]
     stale = differences((site.site for site in plan.sites), inventory.sites)
     stale += [part for part in trained if part[1] != part[2]]
+    if not stale:
+        stale = _otherwise_decided(plan, inventory)
     if stale:
         raise StalePlanError(stale)
     return Decisions(**plan.decided())
+
+
+def check_used(decisions: Decisions, inventory: Inventory) -> None:
+    """Raise a StalePlanError where a run shows that an adapted weight is used otherwise than a plan says.
+
+    Calls may differ from run to run, unless each has an adapter.
+    """
+    shown = {site.path: site for site in inventory.sites}
+    stale = []
+    for planned in decisions.adapted:
+        old, new = planned.site, shown.get(planned.path)
+        if new is not None:
+            calls = new.calls if planned.per_call else old.calls
+            new = replace(old, op=new.op, layout=new.layout, shape=new.shape, refusal=new.refusal, calls=calls)
+        stale += differences([old], [] if new is None else [new])
+    if stale:
+        raise StalePlanError(stale)
+
+
+def _otherwise_decided(plan: Plan, inventory: Inventory) -> list[tuple[str, str, str]]:
+    """Return (path, planned, by the rules) for what a plan says otherwise than its rules and the model do."""
+    anew = decide(read_rules(plan.rules), inventory, strict=False)
+    decided = {planned.path: _doing(planned) for planned in anew.sites}
+    states = ((old.path, _doing(old), decided[old.path]) for old in plan.sites)
+    found = [state for state in states if state[1] != state[2]]
+    sums = (("fingerprint", plan.fingerprint, anew.fingerprint), ("parameters", plan.total, anew.total))
+    modules = (("train", *(", ".join(part.path for part in which.train) for which in (plan, anew))),)
+    return found + [(what, str(old), str(new)) for what, old, new in (*sums, *modules) if old != new]
+
+
+def _doing(planned: PlannedSite) -> str:
+    """Return all that is decided of a site, in words."""
+    facts = {
+        "rule": planned.rule,
+        **({} if planned.lora is None else planned.lora.to_dict()),
+        "slices": planned.slices and planned.slices.to_dict(),
+        "per_call": planned.per_call,
+    }
+    return " ".join([planned.decision, *(f"{key}={value}" for key, value in facts.items() if value)])
 
 
 def on_modules(decisions: Decisions, in_graph: frozenset[str] = frozenset(), reason: str = 'backend="modules"') -> Plan:

@@ -6,12 +6,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from lora_fx.planning.planned import PlannedRegion, PlannedSite, TrainedModule, dead_notes, rank_notes
+from lora_fx.planning.reading import SCHEMA_VERSION, read_plan
 from lora_fx.planning.rows import region_lines, rows_of, table, training_lines
-from lora_fx.planning.sites import Site
-from lora_fx.rules.ruleset import LoRAConfig, Slice, Slices
 from lora_fx.text import columns, count, json_text, thousands, wrapped
 
-SCHEMA_VERSION = 1
 _DOES = {"adapt": "adapted", "train": "trained", "keep": "kept", "skip": "skipped", "refuse": "refused"}
 
 
@@ -145,17 +143,9 @@ class Plan(Decisions):
         """Return the plan that `to_json` wrote.
 
         Raises:
-            ValueError: the text is not one, or of another schema version.
+            PlanFileError: the text is not one, of another schema version, or says what no plan can say; a ValueError.
         """
-        try:
-            document = json.loads(text)
-            if (version := document["schema_version"]) != SCHEMA_VERSION:
-                raise ValueError(f"the plan has schema version {version}, this lora_fx reads {SCHEMA_VERSION}")
-            return _plan(document)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not a plan of lora_fx: not JSON: {error}") from error
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a plan of lora_fx: {type(error).__name__}: {error}") from error
+        return read_plan(Plan, text)
 
 
 # -- JSON
@@ -165,33 +155,3 @@ def _row(planned: PlannedSite) -> dict[str, object]:
     """Return a site and what is decided of it as one flat row."""
     row = asdict(planned)
     return {**row.pop("site"), **row}
-
-
-def _plan(document: dict[str, object]) -> Plan:
-    parts = {key: value for key, value in document.items() if key not in ("schema_version", "trainable")}
-    parts["sites"] = tuple(map(_planned_site, _items(document["sites"])))
-    parts["train"] = tuple(TrainedModule(**row) for row in _items(document["train"]))
-    parts["regions"] = tuple(PlannedRegion(**row) for row in _items(document["regions"]))
-    parts["notes"] = tuple(_items(document["notes"]))
-    parts["unmatched_rules"] = tuple(_items(document["unmatched_rules"]))
-    return Plan(**parts)  # type: ignore[arg-type]
-
-
-def _items(value: object) -> list:  # type: ignore[type-arg]
-    if not isinstance(value, list):
-        raise TypeError(f"expected a list, found {value!r}")
-    return value
-
-
-_DECIDED = ("decision", "reason", "rule", "lora", "slices", "per_call", "backend", "backend_reason")
-
-
-def _planned_site(row: dict) -> PlannedSite:  # type: ignore[type-arg]
-    decided = {key: row.pop(key) for key in _DECIDED}
-    decided["passes"] = tuple(row.pop("passes", ()))
-    lists = {key: tuple(row[key]) for key in ("classes", "shape", "aliases", "tied_to")}
-    decided["lora"] = LoRAConfig(**decided["lora"]) if decided["lora"] else None
-    if slices := decided["slices"]:
-        parts = (Slice(part["name"], part["size"], tuple(map(tuple, part["rows"]))) for part in slices["parts"])
-        decided["slices"] = Slices(tuple(parts), tuple(slices["adapt"]))
-    return PlannedSite(Site(**{**row, **lists}), **decided)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_fx.planning.sites import Backend, Site
-from lora_fx.rules.ruleset import LoRAConfig, Slices, as_runs
+from lora_fx.rules.ruleset import LoRAConfig, Slices, are_neighbours
 from lora_fx.text import listing
 
 Decision = Literal["adapt", "train", "keep", "skip", "refuse"]
@@ -80,8 +80,8 @@ class PlannedSite:
         """Why base and adapter of an adapted site are not computed as one operation; "" where they are."""
         if self.decision != "adapt" or self.lora is None:
             return ""
-        parts = () if self.slices is None else self.slices.rows(self.site.features[0])
-        return obstacle_to_fusing(self.site, as_runs(parts) is not None, self.per_call, self.site.dtype)
+        parts = () if self.slices is None else self.slices.ranges(self.site.features[0])
+        return obstacle_to_fusing(self.site, all(map(are_neighbours, parts)), self.per_call, self.site.dtype)
 
     @property
     def trainable(self) -> int:
@@ -93,8 +93,8 @@ class PlannedSite:
         if self.lora is None:
             return 0
         out_features, in_features = self.site.features
-        parts = self.slices.rows(out_features) if self.slices is not None else (range(out_features),)
-        rows = sum(map(len, parts))
+        parts = self.slices.ranges(out_features) if self.slices is not None else (((0, out_features),),)
+        rows = sum(end - first for part in parts for first, end in part)
         calls = (self.calls or 1) if self.per_call else 1
         extra = out_features * (self.lora.dora + (self.lora.bias and self.site.bias))
         return self.site.bank * calls * self.lora.r * (len(parts) * in_features + rows) + extra

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from lora_fx.rules.ruleset import Match
+from lora_fx.text import shortened
 
 Backend = Literal["graph", "module"]
 Layout = Literal["out_in", "in_out"]
@@ -85,15 +86,26 @@ class Site:
         return f"{self.classes[0]} {' × '.join(map(str, sizes))} → {out_features}"
 
 
+_RELIED_ON = tuple(fact.name for fact in fields(Site) if fact.name not in ("path", "dtype"))
+
+
 def differences(planned: Iterable[Site], present: Iterable[Site]) -> list[tuple[str, str, str]]:
-    """Return (path, planned, present) for every site in which the two differ."""
-    before = {site.path: _identity(site) for site in planned}
-    after = {site.path: _identity(site) for site in present}
-    return [
-        (path, before.get(path, "nothing"), after.get(path, "nothing"))
-        for path in before | after
-        if before.get(path) != after.get(path)
-    ]
+    """Return (path, planned, present) for every site in which the two differ; dtypes do not count.
+
+    Where name, operation and shape are the same, the facts that differ are named.
+    """
+    before, after = ({site.path: site for site in sites} for sites in (planned, present))
+    found = []
+    for path in before | after:
+        old, new = before.get(path), after.get(path)
+        if old is None or new is None or _identity(old) != _identity(new):
+            found.append(
+                (path, "nothing" if old is None else _identity(old), "nothing" if new is None else _identity(new))
+            )
+        elif other := [name for name in _RELIED_ON if getattr(old, name) != getattr(new, name)]:
+            facts = (", ".join(f"{name} {getattr(site, name)!r}" for name in other) for site in (old, new))
+            found.append((path, *map(shortened, facts)))  # type: ignore[arg-type]
+    return found
 
 
 def _identity(site: Site) -> str:

@@ -28,6 +28,10 @@ class LoRAConfig:
     share_dropout: bool = False
     """Let the dropout of sites on one input drop the same entries."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that a rule file would hold."""
+        return asdict(self)
+
     @property
     def scaling(self) -> float:
         """alpha / r (Hu et al. 2021, arXiv:2106.09685, §4.1); with `rslora` alpha / √r (arXiv:2312.03732)."""
@@ -76,13 +80,17 @@ def _listed(patterns: Sequence[NamePattern]) -> str:
     return listing((shortened(pattern.text, 300) for pattern in patterns), 60)
 
 
+Ranges = tuple[tuple[int, int], ...]
+"""Of rows: the first and the end, which is not included."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """One part of a fused weight: an equal share (no size), a number of rows, or ranges of rows (half open)."""
 
     name: str
     size: int | None = None
-    rows: tuple[tuple[int, int], ...] = ()
+    rows: Ranges = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +106,22 @@ class Slices:
         Raises:
             ValueError: the parts do not fit a weight of so many rows; says how.
         """
-        rows, adapt = self._all_rows(out_features), set(self.adapt)
-        return tuple(tuple(rows[part.name]) for part in self.parts if part.name in adapt)
+        return tuple(tuple(row for run in part for row in range(*run)) for part in self.ranges(out_features))
 
-    def _all_rows(self, out_features: int) -> dict[str, list[int]]:
+    def ranges(self, out_features: int) -> tuple[Ranges, ...]:
+        """Return the ranges of rows (half open) of each part that is adapted, in the order of the parts.
+
+        Raises:
+            ValueError: as `rows`.
+        """
+        ranges, adapt = self._all_ranges(out_features), set(self.adapt)
+        return tuple(ranges[part.name] for part in self.parts if part.name in adapt)
+
+    def _all_ranges(self, out_features: int) -> dict[str, Ranges]:
         if end := max((b for part in self.parts for _, b in part.rows), default=0):
             if end > out_features:
                 raise ValueError(f"the slices name rows up to {end}, the weight has {out_features}")
-            return {part.name: [row for a, b in part.rows for row in range(a, b)] for part in self.parts}
+            return {part.name: part.rows for part in self.parts}
         equal, rest = divmod(out_features, len(self.parts))
         sizes = [equal if part.size is None else part.size for part in self.parts]
         if self.parts[0].size is None and (rest or not equal):
@@ -113,12 +129,17 @@ class Slices:
         if sum(sizes) != out_features:
             raise ValueError(f"the slices have {sum(sizes)} rows together, the weight has {out_features}")
         shares = zip(self.parts, sizes, itertools.accumulate(sizes), strict=True)
-        return {part.name: list(range(end - size, end)) for part, size, end in shares}
+        return {part.name: ((end - size, end),) for part, size, end in shares}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""
         of: Any = {part.name: part.size or [f"{a}..{b}" for a, b in part.rows] for part in self.parts}
         return {"of": of if any(of.values()) else list(of), "adapt": list(self.adapt)}
+
+
+def are_neighbours(ranges: Ranges) -> bool:
+    """Whether each range of rows begins where the one before it ends."""
+    return all(end == first for (_, end), (first, _) in itertools.pairwise(ranges))
 
 
 def as_runs(parts: Sequence[tuple[int, ...]]) -> tuple[tuple[int, int], ...] | None:
@@ -170,7 +191,7 @@ class Rule:
         values = {
             "name": self.name,
             "match": self.match.to_dict(),
-            "lora": None if self.lora is None else asdict(self.lora),
+            "lora": None if self.lora is None else self.lora.to_dict(),
             "skip": self.skip,
             "slices": None if self.slices is None else self.slices.to_dict(),
             "per_call": self.per_call or None,

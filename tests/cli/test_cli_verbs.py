@@ -186,7 +186,7 @@ def test_moved_lines_and_other_backends_are_no_difference(rules, plan_file):
     [
         (["plan", SMALL], "RULES are missing"),
         (["plan", "plan.json", "attention"], "is a saved plan, which has its rules already"),
-        (["plan", SMALL, "attention", "--expect", "none.json"], "none.json: No such file"),
+        (["plan", SMALL, "attention", "--expect", "none.json"], "none.json: cannot be read: no such file"),
         (["pln"], "there is no verb 'pln'; did you mean plan?"),
         (["diff", "a:b", "c:d", "e:f"], "give two models, or a model and one or two rule files"),
         (["diff", "none.pt2", "attention"], "none.pt2: no such file"),

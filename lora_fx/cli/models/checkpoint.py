@@ -1,6 +1,5 @@
 """A checkpoint as a model without forward: names and shapes of its tensors, on the meta device."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,8 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lora_fx.errors import MergeError
 from lora_fx.files.safetensors import RawTensor, read_raw
 from lora_fx.files.values import DTYPES
+from lora_fx.sources import UnreadableError, is_inside, read_json
+from lora_fx.text import shortened
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^shared$")
@@ -38,11 +40,26 @@ def checkpoint_model(path: str) -> Checkpoint:
 
 def _tensors(path: Path) -> Iterator[tuple[str, RawTensor]]:
     if path.name.endswith(INDEX_SUFFIX):
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        for shard in shards:
-            yield from _tensors(path.parent / shard)
+        for shard in _shards(path):
+            yield from read_raw(path.parent / shard).tensors.items()
     else:
         yield from read_raw(path).tensors.items()
+
+
+def _shards(path: Path) -> list[str]:
+    """Return the files that an index names; MergeError for one that does not lie beside it."""
+    try:
+        document = read_json(path)
+    except UnreadableError as error:
+        raise MergeError(f"{path}: {error}") from error
+    placed = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise MergeError(f"{path}: has no weight_map")
+    for file in placed.values():
+        if not isinstance(file, str) or not is_inside(file, ".safetensors"):
+            shown = shortened(repr(file)) if isinstance(file, str) else "no name"
+            raise MergeError(f"{path}: names {shown}, which is not a safetensors file beside it")
+    return sorted(set(placed.values()))
 
 
 def _submodule(model: nn.Module, path: str, tensors: Mapping[str, RawTensor]) -> nn.Module:
