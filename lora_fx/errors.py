@@ -142,12 +142,17 @@ class Unmatched:
 
 
 class NoMatchError(LoraFxError):
-    """A rule matched nothing, or not the number of sites it expects.  `unmatched` holds every such rule."""
+    """A rule matched nothing, or not the number of sites it expects.  `unmatched` holds every such rule.
 
-    def __init__(self, unmatched: Sequence[Unmatched], sites: int) -> None:
+    Of very many the first are kept; `more` says how many there are beside.
+    """
+
+    def __init__(self, unmatched: Sequence[Unmatched], sites: int, more: int = 0) -> None:
         self.unmatched = tuple(unmatched)
         self.sites = sites
-        super().__init__("\n".join(rule.text(sites) for rule in self.unmatched))
+        self.more = more
+        tail = [f"… and {count(more, 'more rule')}"] if more else []
+        super().__init__("\n".join([*(rule.text(sites) for rule in self.unmatched), *tail]))
 
     @property
     def nearest(self) -> tuple[str, ...]:

@@ -4,14 +4,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lora_fx.errors import NoMatchError, StalePlanError, Unmatched
+from lora_fx.errors import MOST_SHOWN, NoMatchError, StalePlanError, Unmatched
 from lora_fx.planning.plan import Decisions, Plan
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, dead_notes, rank_notes, trained_whole
 from lora_fx.planning.sites import CONVOLUTIONS, Site, differences
 from lora_fx.rules.patterns import NamePattern, nearest_names
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import Rule, RuleSet, TrainPattern
-from lora_fx.text import count
+from lora_fx.text import count, listing, shortened
+
+_MOST_SUGGESTED = 20
 
 
 def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisions:
@@ -22,11 +24,16 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisio
             pattern under `train:` that matches no module.
     """
     trained = _trained(rules.train, inventory)
-    sites = tuple(_decide_site(site, rules.rules, trained) for site in inventory.sites)
-    notes = (*_shadow_notes(rules.rules, sites), *rank_notes(sites), *dead_notes(sites))
+    matched = [_matched(rule, inventory.sites) for rule in rules.rules]
+    first: dict[int, Rule] = {}
+    for rule, positions in zip(rules.rules, matched, strict=True):
+        for position in positions:
+            first.setdefault(position, rule)
+    sites = tuple(_decide_site(site, first.get(at), trained) for at, site in enumerate(inventory.sites))
+    notes = (*_shadow_notes(rules.rules, matched, sites), *rank_notes(sites), *dead_notes(sites))
     decided = Counter(site.rule for site in sites)
-    if strict and (failed := _failed_expectations(rules, decided, inventory)):
-        raise NoMatchError(failed, len(inventory.sites))
+    if strict and (failed := _failed_expectations(rules, matched, decided, inventory)):
+        raise NoMatchError(failed[:MOST_SHOWN], len(inventory.sites), len(failed[MOST_SHOWN:]))
     return Decisions(
         model=inventory.model,
         source=rules.source,
@@ -40,10 +47,14 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisio
     )
 
 
-def _decide_site(site: Site, rules: Sequence[Rule], trained: Sequence[TrainedModule]) -> PlannedSite:
+def _matched(rule: Rule, sites: Sequence[Site]) -> list[int]:
+    """Return the positions of the sites that a rule matches; each rule is asked once, since there may be many."""
+    return [position for position, site in enumerate(sites) if site.fits(rule.match)]
+
+
+def _decide_site(site: Site, rule: Rule | None, trained: Sequence[TrainedModule]) -> PlannedSite:
     if whole := trained_whole(site, trained):
         return whole
-    rule = next((rule for rule in rules if site.mismatch(rule.match) is None), None)
     if rule is None:
         return PlannedSite(site, "keep", "no rule")
     if rule.skip is not None:
@@ -62,7 +73,7 @@ def _unsupported(rule: Rule, site: Site) -> str | None:
         if site.op in (*CONVOLUTIONS, "embedding"):
             return f"slices are for weights with parts among their rows, not for {site.op}"
         try:
-            rule.slices.rows(site.features[0])
+            rule.slices.ranges(site.features[0])
         except ValueError as problem:
             return str(problem)
     if rule.lora.dora and (site.op != "linear" or site.parameter or rule.slices is not None or rule.per_call):
@@ -88,10 +99,13 @@ def _modules_of(pattern: TrainPattern, inventory: Inventory) -> list[tuple[str, 
     return [(path, size) for path, size in inventory.modules if path and pattern.pattern.matches(path)]
 
 
-def _failed_expectations(rules: RuleSet, decided: Counter[str | None], inventory: Inventory) -> list[Unmatched]:
+def _failed_expectations(
+    rules: RuleSet, matched: Sequence[Sequence[int]], decided: Counter[str | None], inventory: Inventory
+) -> list[Unmatched]:
     """Return the patterns under `train:` that match nothing, and rules that decide fewer or more sites than expected.
 
-    A rule of which all matches are decided before has not failed: the plan shows it.
+    A rule of which all matches are decided before has not failed: the plan shows it.  What is nearest is looked up for
+    the first ones.
     """
     modules = [path for path, _ in inventory.modules if path]
     names = [path for site in inventory.sites for path in site.paths]
@@ -100,21 +114,22 @@ def _failed_expectations(rules: RuleSet, decided: Counter[str | None], inventory
         if not _modules_of(pattern, inventory):
             unmatched = Unmatched("train", pattern.pattern.text, "at least one", 0, what="modules", span=pattern.span)
             failed.append((unmatched, (pattern.pattern,), modules))
-    for rule in rules.rules:
+    for rule, positions in zip(rules.rules, matched, strict=True):
         number, expect = decided[rule.name], rule.expect
         is_shadowed = not number and expect.minimum == 1 and expect.maximum is None
-        if is_shadowed and any(site.mismatch(rule.match) is None for site in inventory.sites):
+        if is_shadowed and positions:
             continue
         if not expect.accepts(number):
-            almost = "" if number else _almost(rule, inventory.sites)
-            unmatched = Unmatched(rule.name, str(rule.match), str(expect), number, almost=almost, span=rule.match_span)
+            almost = "" if number or len(failed) >= MOST_SHOWN else _almost(rule, inventory.sites)
+            name, match = shortened(rule.name), shortened(str(rule.match), 1000)
+            unmatched = Unmatched(name, match, str(expect), number, almost=almost, span=rule.match_span)
             failed.append((unmatched, () if number or almost else rule.match.name, names))
     return [
         replace(
             unmatched, nearest=tuple(dict.fromkeys(n for pattern in patterns for n in nearest_names(pattern, known)))
         )
-        for unmatched, patterns, known in failed
-    ]
+        for unmatched, patterns, known in failed[:_MOST_SUGGESTED]
+    ] + [unmatched for unmatched, _, _ in failed[_MOST_SUGGESTED:]]
 
 
 def _almost(rule: Rule, sites: Sequence[Site]) -> str:
@@ -126,17 +141,17 @@ def _almost(rule: Rule, sites: Sequence[Site]) -> str:
     return ""
 
 
-def _shadow_notes(rules: Sequence[Rule], planned: Sequence[PlannedSite]) -> list[str]:
+def _shadow_notes(rules: Sequence[Rule], matched: Sequence[Sequence[int]], planned: Sequence[PlannedSite]) -> list[str]:
     notes = []
     earlier: set[str] = set()
-    for rule in rules:
-        matched = [site for site in planned if site.site.mismatch(rule.match) is None]
-        taken = [site.rule for site in matched if site.rule in earlier]
+    for rule, positions in zip(rules, matched, strict=True):
+        taken = [planned[at].rule for at in positions if planned[at].rule in earlier]
+        name = shortened(rule.name)
         if taken:
-            by = ", ".join(dict.fromkeys(f"'{name}'" for name in taken))
-            notes.append(f"rule '{rule.name}' also matches {count(len(taken), 'site')} decided before it by {by}")
-        if matched and all(site.rule is None for site in matched):
-            notes.append(f"rule '{rule.name}' matches only what is trained whole")
+            by = listing(f"'{shortened(str(other))}'" for other in dict.fromkeys(taken))
+            notes.append(f"rule '{name}' also matches {count(len(taken), 'site')} decided before it by {by}")
+        if positions and all(planned[at].rule is None for at in positions):
+            notes.append(f"rule '{name}' matches only what is trained whole")
         earlier.add(rule.name)
     return notes
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
+from lora_fx.errors import MOST_SHOWN
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory, PlannedSite
 from lora_fx.planning.sites import Site
 from lora_fx.rules.patterns import NamePattern, nearest_names
 from lora_fx.rules.ruleset import Rule, RuleSet
-from lora_fx.text import columns, count, listing, thousands, visible
+from lora_fx.text import columns, count, listing, shortened, thousands, visible
 
 Contraction = Callable[[PlannedSite], str]
 """Tells in which order a site's products are taken; empty where there is nothing to tell."""
@@ -25,7 +26,9 @@ def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contrac
         UnknownPathError: nothing bears the name; tells the nearest names.
     """
     if named := _sites_at(plan, path):
-        return "\n\n".join(_explained(planned, rules, contraction(planned)) for planned in named)
+        parts = [_explained(planned, rules, contraction(planned)) for planned in named[:MOST_SHOWN]]
+        left = named[MOST_SHOWN:]
+        return "\n\n".join([*parts, *([f"… and {count(len(left), 'more site')}"] if left else [])])
     inside = [planned for planned in plan.sites if planned.path.startswith(f"{path}.")]
     if inside:
         rows = [(planned.path, planned.site.text(), planned.decision, planned.reason) for planned in inside]
@@ -82,10 +85,12 @@ def _verdict(planned: PlannedSite) -> str:
 def _rule_lines(planned: PlannedSite, rules: Sequence[Rule]) -> str:
     """Return a line for each rule: why it does not match, that it decides, or that it comes too late."""
     rows, decided = [], "train:" if planned.decision == "train" else ""
-    for rule in rules:
+    shown = [rule for at, rule in enumerate(rules) if at < MOST_SHOWN or planned.site.fits(rule.match)]
+    for rule in shown:
         reason = planned.site.mismatch(rule.match)
         if reason is None:
             reason = f"would match, but {decided} decides" if decided else "matches, and decides"
             decided = decided or "an earlier rule"
-        rows.append((f"  {rule.name}", reason))
-    return columns(rows)
+        rows.append((f"  {shortened(rule.name)}", reason))
+    left = len(rules) - len(shown)
+    return columns([*rows, *([("  …", f"and {count(left, 'more rule')} that do not match")] if left else [])])

@@ -75,6 +75,10 @@ class Site:
         shape = self.shape[1:] if self.is_banked else self.shape
         return shape[0], math.prod(shape[1:])
 
+    def fits(self, match: Match) -> bool:
+        """Whether a rule matches the site."""
+        return match.fits(self.paths, self.shape, self.op, self.classes)
+
     def mismatch(self, match: Match) -> str | None:
         """Return why a rule does not match the site; None if it does."""
         return match.explain(self.paths, self.shape, self.op, self.classes)

@@ -47,8 +47,19 @@ class Match:
     op: tuple[str, ...] = ()
     cls: tuple[NamePattern, ...] = ()
 
+    def fits(self, paths: Sequence[str], shape: Sequence[int], op: str, classes: Sequence[str]) -> bool:
+        """Whether a site matches; of its paths any may match, of its classes too."""
+        return (
+            (not self.op or op in self.op)
+            and (not self.name or any(pattern.matches(path) for pattern in self.name for path in paths))
+            and (not self.cls or any(pattern.matches(name) for pattern in self.cls for name in classes))
+            and (self.shape is None or self.shape.explain(shape) is None)
+        )
+
     def explain(self, paths: Sequence[str], shape: Sequence[int], op: str, classes: Sequence[str]) -> str | None:
-        """Return why a site does not match, or None if it does; of its paths any may match, of its classes too."""
+        """Return why a site does not match, or None if it does."""
+        if self.fits(paths, shape, op, classes):
+            return None
         if self.name and not any(pattern.matches(path) for pattern in self.name for path in paths):
             return f"name {paths[0]} does not match {_listed(self.name)}"
         if self.op and op not in self.op:

@@ -272,6 +272,29 @@ def test_plan_of_a_safetensors_file_reads_names_and_shapes(tmp_path):
     assert run("plan", tmp_path / "model.safetensors.index.json", "attention").stdout == result.stdout
 
 
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (
+            {"weight_map": {"a": "../model.safetensors"}},
+            "'../model.safetensors', which is not a safetensors file beside it",
+        ),
+        ({"weight_map": {"a": "/tmp/model.safetensors"}}, "which is not a safetensors file beside it"),
+        ({"weight_map": {"a": "inner.index.json"}}, "which is not a safetensors file beside it"),
+        ({"weight_map": {"a": ["model.safetensors"]}}, "no name, which is not"),
+        ({"weight_map": {}}, "has no weight_map"),
+        ([], "has no weight_map"),
+    ],
+)
+def test_an_index_names_files_beside_it_and_no_others(tmp_path, index, words):
+    save_file(small()[0].state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = run("plan", tmp_path / "in" / "model.safetensors.index.json", "attention")
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
 # -- inspect
 
 

@@ -84,7 +84,7 @@ NO_PLAN = [
     (("sites", FC, "per_call"), True, "each of an unknown number of calls"),
     (("sites", FC, "passes"), ["rm"], "a pass that is unknown"),
     (("sites", ATTENTION, "slices", "adapt"), ["x"], "'x' is not a part"),
-    (("sites", ATTENTION, "slices", "parts", 1, "name"), "q", "a part twice"),
+    (("sites", ATTENTION, "slices", "parts", 1, "name"), "q", "a part stands there twice"),
     (("sites", ATTENTION, "slices", "parts", 0, "size"), 4, "rows of 'k'"),
     (("sites", ATTENTION, "slices", "parts", 0, "rows"), [[0, 2**40]], "rows of 'k'|up to"),
     (("sites", 1, "path"), "wte", "two have one path"),
