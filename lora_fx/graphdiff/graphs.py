@@ -1,6 +1,5 @@
 """A graph as data: statements with paths, inputs, weights and sizes.  Needs no torch; saved as JSON and read back."""
 
-import json
 import math
 import os
 import re

@@ -1,6 +1,5 @@
 """What `apply` will do to a model, and why: printable, countable, serialisable.  Pure data; no torch here."""
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
