@@ -66,7 +66,6 @@ NO_PLAN = [
     (("sites", FC, "op"), "other", "does 'other' with its weight"),
     (("sites", FC, "layout"), "other", "layout must be one of out_in, in_out"),
     (("sites", FC, "backend"), "gpu", "backend must be one of graph, module"),
-    (("sites", FC, "path"), "a\0b", "path must be a text without NUL"),
     (("sites", FC, "path"), 3, "path must be a text"),
     (("sites", FC, "path"), ..., "site lacks 'path'"),
     (("sites", FC, "size"), 3, "has the key 'size', which is unknown here"),
