@@ -58,6 +58,8 @@ class Globals:
 
     def profile(self, frame: types.FrameType, event: str, argument: Any) -> None:
         """Hear of every call: to be set by `sys.setprofile`."""
+        if event not in ("call", "c_call"):
+            return
         try:
             self._heard(frame, event, argument)
         except Unfreezable as error:
