@@ -24,10 +24,10 @@ demo: $(VENV)/extra-demo
 	$(BIN)/python demo/sentiment.py
 
 test: $(VENV)/extra-test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/extra-test
-	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m slow
 
 # not in .ci/run: the random cases that there are more of than it has time for
 fuzz: $(VENV)/extra-test

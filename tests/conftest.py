@@ -15,6 +15,17 @@ import torch
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+LONGEST = (
+    "test_shared_zoo.py", "test_fuzz.py", "test_site_kinds.py", "test_optimised_training.py", "test_export_executorch.py",
+    "test_hazards.py", "test_docs.py", "test_optimised.py", "test_backends_agree.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Let the longest files come first, so that none of them is alone at the end, where files are spread over processes."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_collection_finish():
     gc.freeze()  # a million objects of the libraries, which would be looked at in vain again and again
     gc.set_threshold(50_000, 20, 20)  # captures make many small objects that stay: this takes 8 % off their time

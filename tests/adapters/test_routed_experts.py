@@ -208,7 +208,9 @@ def test_implementations_of_experts_agree(implementation: str):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-@pytest.mark.parametrize("kind", [experts.Block, experts.Layer], ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "kind", [experts.Block, pytest.param(experts.Layer, marks=pytest.mark.slow)], ids=lambda kind: kind.__name__
+)
 def test_adapted_experts_compute_and_keep_at_most_fifteen_percent_more_than_frozen_ones(
     implementation: str, kind: type[nn.Module]
 ):

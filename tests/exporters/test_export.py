@@ -209,7 +209,7 @@ def test_adapted_model_is_as_it_was(tmp_path):
 # -- clients
 
 
-@pytest.fixture(params=["a fresh process", "a fork, as in these tests"])
+@pytest.fixture(params=[pytest.param("a fresh process", marks=pytest.mark.slow), "a fork, as in these tests"])
 def _both_ways(request, monkeypatch):
     if request.param == "a fresh process":
         monkeypatch.setattr(running, "_run", FRESH)

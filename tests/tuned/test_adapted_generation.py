@@ -24,7 +24,7 @@ PEER_AND_WAYS = pytest.mark.parametrize(
     ("peer", "ways"),
     [
         pytest.param(LLAMA, ("greedy", "sampling", "scores", "beams"), id="llama"),
-        pytest.param(T5, ("greedy", "sampling", "scores"), id="t5"),
+        pytest.param(T5, ("greedy", "sampling", "scores"), id="t5", marks=pytest.mark.slow),
         pytest.param(T5, ("beams",), id="t5-beams", marks=pytest.mark.slow),
         pytest.param(LLAMA, ("static cache", "no cache"), id="llama-caches", marks=pytest.mark.slow),
         pytest.param(T5, ("static cache", "no cache"), id="t5-caches", marks=pytest.mark.slow),

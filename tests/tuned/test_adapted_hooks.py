@@ -12,8 +12,6 @@ from tests.support.peers import (
     LARGE,
     LLAMA,
     QUICK,
-    T5,
-    UNET,
     VIT,
     Peer,
     adapted,
@@ -52,7 +50,7 @@ def with_hooks(peer: Peer, model: nn.Module, paths: list[str]) -> list[tuple[str
     return seen
 
 
-@each((*QUICK, T5), slow=(UNET,))
+@each(QUICK, slow=LARGE)
 def test_hooks_on_inner_modules_fire_as_often_and_see_the_same_as_in_the_module_backend(peer: Peer):
     graph, modules = pair(peer)
     inner = f"{peer.block}.{peer.inner}"

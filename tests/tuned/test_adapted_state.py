@@ -18,6 +18,7 @@ from lora_fx.models.swap import Swapped, original_class, swap
 from tests.support import zoo
 from tests.support.peers import (
     BERT,
+    DIT,
     LARGE,
     LLAMA,
     QUICK,
@@ -117,7 +118,9 @@ for (name, kind), tuned in loaded.items():
 """
 
 
-@pytest.mark.parametrize("peers", [QUICK, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["quick", "large"])
+@pytest.mark.parametrize(
+    "peers", [(LLAMA, VIT), pytest.param((BERT, DIT, *LARGE), marks=pytest.mark.slow)], ids=["quick", "large"]
+)
 def test_pickled_and_saved_models_work_in_a_fresh_process_and_capture_there_anew(peers: tuple[Peer, ...], tmp_path):
     lines = []
     for peer in sorted(peers, key=lambda peer: peer.name):

@@ -12,7 +12,6 @@ from tests.support.peers import (
     BERT,
     LARGE,
     LLAMA,
-    PEERS,
     QUICK,
     T5,
     TRANSFORMERS,
@@ -48,7 +47,7 @@ def test_adapted_model_starts_bit_equal_to_its_base_in_every_mode_and_shape(peer
             assert_same(*results)
 
 
-@each(PEERS)
+@each(QUICK, slow=LARGE)
 def test_adapters_with_values_give_the_outputs_and_gradients_of_the_module_backend(peer: Peer):
     graph_gives_what_modules_give(peer, torch.float32)
 
@@ -72,12 +71,12 @@ def graph_gives_what_modules_give(peer: Peer, dtype: torch.dtype) -> None:
             assert_close(*slopes)
 
 
-@each(PEERS)
+@each(QUICK, slow=LARGE)
 def test_adapters_with_values_change_what_the_base_computes(peer: Peer):
     assert not torch.allclose(peer.call(adapted(peer)), peer.call(frozen(peer)), atol=1e-4)
 
 
-@each(PEERS)
+@each(QUICK, slow=LARGE)
 def test_every_block_runs_as_a_graph_at_other_sizes(peer: Peer):
     tuned = adapted(peer, fresh=True)
     for training in (False, True):
@@ -117,7 +116,7 @@ def test_hidden_states_and_attentions_of_adapters_with_values_are_those_of_the_m
 # -- what the model is
 
 
-@each(PEERS)
+@each(QUICK, slow=LARGE)
 def test_adapted_model_is_of_the_class_of_its_base_and_has_its_methods(peer: Peer):
     base, tuned = peer.build(), adapted(peer)
     assert isinstance(tuned, type(base))
@@ -132,15 +131,15 @@ def test_adapted_model_is_of_the_class_of_its_base_and_has_its_methods(peer: Pee
     assert tuned.dtype == torch.float32
 
 
-def test_merged_model_is_saved_and_loaded_by_its_own_library(tmp_path):
-    for peer in PEERS:
-        tuned = adapted(peer)
-        merged = lora_fx.merge(tuned)
-        merged.save_pretrained(tmp_path / peer.name)
-        loaded = type(peer.build()).from_pretrained(tmp_path / peer.name).eval()
-        with torch.no_grad():
-            assert_same(peer.call(loaded), peer.call(merged))
-            assert_close(peer.call(loaded), peer.call(tuned))
+@each(QUICK, slow=LARGE)
+def test_merged_model_is_saved_and_loaded_by_its_own_library(peer: Peer, tmp_path):
+    tuned = adapted(peer)
+    merged = lora_fx.merge(tuned)
+    merged.save_pretrained(tmp_path)
+    loaded = type(peer.build()).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert_same(peer.call(loaded), peer.call(merged))
+        assert_close(peer.call(loaded), peer.call(tuned))
 
 
 def test_embeddings_are_found_resized_and_tied_by_the_models_own_methods():
