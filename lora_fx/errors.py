@@ -13,6 +13,8 @@ MOST_SHOWN = 200
 """Of the problems that one error lists."""
 LONGEST_NAME = 200
 """Of a file's name, as it is shown."""
+LONGEST_FACT = 400
+"""Of what one column of an error says."""
 
 
 class LoraFxError(Exception):
@@ -42,7 +44,9 @@ def _restore(kind: type[LoraFxError], args: tuple[object, ...], fields: dict[str
 
 
 def _message(headline: str, facts: Sequence[Sequence[str]] = (), advice: str = "") -> str:
-    return "\n".join(filter(None, (headline, columns(facts), f"  {advice}" if advice else "")))
+    shown = [[shortened(cell, LONGEST_FACT) for cell in fact] for fact in facts[:MOST_SHOWN]]
+    more = f"  … and {len(facts) - MOST_SHOWN:,} more" if len(facts) > MOST_SHOWN else ""
+    return "\n".join(filter(None, (headline, columns(shown), more, f"  {advice}" if advice else "")))
 
 
 class LoraFxWarning(UserWarning):

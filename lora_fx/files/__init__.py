@@ -5,8 +5,10 @@ fingerprint   a few values of the base weights, to tell another base
 site          one site, as it is written and as it is read
 describe      an adapted model → what is to be written
 write         a directory, whole or not at all
+patterns      which entry of rank_pattern and alpha_pattern means which layer
 configuration adapter_config.json, checked
-header        what lora_fx writes beside the tensors, with a hash over both
+noted         what lora_fx notes beside the tensors, checked
+header        what it writes there, with a hash over both
 read          files → a checked AdapterFile
 restore       AdapterFile + model → an adapted model
 """

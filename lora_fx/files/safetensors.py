@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lora_fx.errors import MergeError
+from lora_fx.sources import UnreadableError, open_regular, parse_json
 
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -18,6 +20,9 @@ BITS = {
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000
 """The format's own limit."""
+_LONGEST_NAME = 1_000
+_MOST_AXES, _LARGEST = 16, 1 << 48
+"""Beyond any model: what is read later need not fear names, ranks and products of sizes."""
 
 
 class RawTensor(NamedTuple):
@@ -54,14 +59,16 @@ def read_raw(path: Path) -> RawFile:
         MergeError: the file is missing, cut off, or its header does not describe exactly its bytes.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
                 _damaged(path, f"a header of {length:,} bytes in a file of {size:,}")
             text = file.read(length)
     except OSError as error:
         raise MergeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnreadableError as error:
+        raise MergeError(f"{path}: {error}") from error
     content = _json(path, text)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -77,33 +84,32 @@ def _damaged(path: Path, reason: str) -> NoReturn:
 
 def _json(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except UnreadableError as error:
         _damaged(path, str(error))
     if not isinstance(content, dict):
         _damaged(path, "is no JSON object")
     return content
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return table
-
-
-def _tensors(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, RawTensor]]:
-    """Yield the entries; equal words and shapes are one object, which halves the memory for 100,000 tensors."""
+def _tensors(path: Path, content: dict[str, Any]) -> Iterator[tuple[str, RawTensor]]:
+    """Yield the entries; equal words and shapes are one object, and what was read goes: memory for 100,000 tensors."""
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for name, entry in content.items():
+    for name in [*content]:
+        entry = content.pop(name)
+        if len(name) > _LONGEST_NAME:
+            _damaged(path, f"{name:.80}… has a name of {len(name):,} characters; at most {_LONGEST_NAME:,} are read")
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            bits = BITS[dtype] * math.prod(shape)
+            bits = BITS[dtype]
         except (KeyError, TypeError, ValueError):
             _damaged(path, f"{name}: {entry!r:.80} describes no tensor")
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-            _damaged(path, f"{name}: sizes and offsets must be whole numbers, not below 0")
-        if (end - start) * 8 != bits:
+        # bounds come before products: a shape may hold a thousand numbers of a thousand digits
+        if not all(type(number) is int and 0 <= number <= _LARGEST for number in (*shape, start, end)):
+            _damaged(path, f"{name}: sizes and offsets must be whole numbers, not below 0 and not beyond {_LARGEST:,}")
+        if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _LARGEST:
+            _damaged(path, f"{name}: no tensor has a shape of {len(shape)} sizes, {list(shape)!s:.80}")
+        if (end - start) * 8 != bits * math.prod(shape):
             _damaged(path, f"{name}: {dtype} {list(shape)} does not take {end - start:,} bytes")
         yield sys.intern(name), RawTensor(sys.intern(dtype), shapes.setdefault(shape, shape), start, end)
 

@@ -283,7 +283,7 @@ def test_plan_of_a_safetensors_file_reads_names_and_shapes(tmp_path):
         ({"weight_map": {"a": "inner.index.json"}}, "which is not a safetensors file beside it"),
         ({"weight_map": {"a": ["model.safetensors"]}}, "no name, which is not"),
         ({"weight_map": {}}, "has no weight_map"),
-        ([], "has no weight_map"),
+        ([], "is no JSON object"),
     ],
 )
 def test_an_index_names_files_beside_it_and_no_others(tmp_path, index, words):

@@ -9,7 +9,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import AdapterMismatchError
-from lora_fx.files.adapter.names import pattern_value, target_modules
+from lora_fx.files.adapter.names import target_modules
+from lora_fx.files.adapter.patterns import Patterns
 from tests.files.test_checkpoint import MIXED, adapted, logits, model
 from tests.files.test_wrong_adapters import rewrite
 from tests.support import zoo
@@ -25,11 +26,11 @@ def test_list_of_targets_never_claims_another_module():
 def test_patterns_are_read_as_peft_reads_them():
     patterns = {"^a.b": 2, "b": 3, "x|c.y$": 4, r"^e\.\d+$": 5}
     paths = ("a.b", "c.b", "c.d", "x", "a.c.y", "x.a", "e.12", "a.e.1")
-    assert [pattern_value(patterns, path, 8) for path in paths] == [2, 3, 8, 4, 4, 8, 5, 8]
+    assert [Patterns(patterns).value(path, 8) for path in paths] == [2, 3, 8, 4, 4, 8, 5, 8]
 
 
 def test_hostile_pattern_in_a_file_costs_no_more_than_another():
-    assert pattern_value({"(a|a)*b": 4}, "a" * 200, 8) == 8
+    assert Patterns({"(a|a)*b": 4}).value("a" * 200, 8) == 8
 
 
 PEFT_CASES = {

@@ -1,19 +1,21 @@
 """A checkpoint as a model without forward: names and shapes of its tensors, on the meta device."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lora_fx.errors import MergeError
+from lora_fx.files.checkpoint.basefiles import weight_map
 from lora_fx.files.safetensors import RawTensor, read_raw
 from lora_fx.files.values import DTYPES
-from lora_fx.sources import UnreadableError, is_inside, read_json
-from lora_fx.text import shortened
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_MOST_MODULES = 3
+"""For each tensor; a model's modules have one or two."""
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^shared$")
 
 
@@ -28,38 +30,39 @@ def checkpoint_model(path: str) -> Checkpoint:
     an embedding if its module is called like one; all else stays a parameter.
 
     Raises:
-        MergeError: a file is missing or damaged.
+        MergeError: a file is missing or damaged, or has a name that nothing in a model can have.
     """
     tensors = dict(_tensors(Path(path)))
+    _refuse_deep(path, tensors)
     model = Checkpoint()
     for name in tensors:
         owner, _, last = name.rpartition(".")
-        _place(_submodule(model, owner, tensors), last, tensors[name])
+        try:
+            _place(_submodule(model, owner, tensors), last, tensors[name])
+        except (KeyError, AttributeError, TypeError) as error:  # such as "", "forward"
+            raise MergeError(f"{path}: a name fits no module", [(name, str(error))]) from error
     return model
+
+
+def _refuse_deep(path: str, tensors: Iterable[str]) -> None:
+    """Each part of a name becomes a module, which takes a hundred times the memory of the part."""
+    names = sorted(name.split(".")[:-1] for name in tensors)
+    modules = sum(map(_new_parts, names, [[], *names]))
+    if modules > _MOST_MODULES * len(names) + 1_000:
+        raise MergeError(f"{path}: its names are of {modules:,} modules, for {len(names):,} tensors: of no model")
+
+
+def _new_parts(name: Sequence[str], before: Sequence[str]) -> int:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(name, before, strict=False))
+    return len(name) - sum(1 for _ in same)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, RawTensor]]:
     if path.name.endswith(INDEX_SUFFIX):
-        for shard in _shards(path):
+        for shard in sorted({*weight_map(path).values()}):
             yield from read_raw(path.parent / shard).tensors.items()
     else:
         yield from read_raw(path).tensors.items()
-
-
-def _shards(path: Path) -> list[str]:
-    """Return the files that an index names; MergeError for one that does not lie beside it."""
-    try:
-        document = read_json(path)
-    except UnreadableError as error:
-        raise MergeError(f"{path}: {error}") from error
-    placed = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(placed, dict) or not placed:
-        raise MergeError(f"{path}: has no weight_map")
-    for file in placed.values():
-        if not isinstance(file, str) or not is_inside(file, ".safetensors"):
-            shown = shortened(repr(file)) if isinstance(file, str) else "no name"
-            raise MergeError(f"{path}: names {shown}, which is not a safetensors file beside it")
-    return sorted(set(placed.values()))
 
 
 def _submodule(model: nn.Module, path: str, tensors: Mapping[str, RawTensor]) -> nn.Module:

@@ -1,17 +1,24 @@
 """adapter_config.json → a checked Configuration."""
 
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import AdapterFileError
-from lora_fx.files.adapter.names import CONFIG_FILE, full_match, is_end, pattern_of, pattern_value
-from lora_fx.rules.globs import PatternError
+from lora_fx.files.adapter.names import CONFIG_FILE, ends_of, full_match, has_end
+from lora_fx.files.adapter.patterns import Patterns
+from lora_fx.sources import UnreadableError, is_regular, read_json
+from lora_fx.text import listing
 
 Fact = tuple[str, str]
+Names = dict[str, None]
+"""A set that keeps its order."""
+_MOST_BYTES = 64 << 20
+_MOST_WHOLE, _LARGEST = 2**31 - 1, 3.4028234663852886e38
+"""What counts and ranks can be, and float32's largest: PEFT and the models compute in it."""
+_MOST_NAMES, _MOST_LAYER_NAMES = 256, 16
+"""Of what is compared with the name of every tensor, and of what is an expression."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,22 +28,24 @@ class Configuration:
     r: int
     lora_alpha: float
     lora_dropout: float
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
+    rank_pattern: Patterns[int]
+    alpha_pattern: Patterns[float]
     use_rslora: bool
     use_dora: bool
-    target_modules: str | tuple[str, ...]
+    target_modules: str | Names
     """An expression, or names."""
     modules_to_save: tuple[str, ...]
-    target_parameters: tuple[str, ...] = ()
+    target_parameters: Names = field(default_factory=dict)
     """Ends of the dotted names of raw parameters."""
     peft_version: str = ""
+    base: str = ""
+    """`base_model_name_or_path`: where the model came from that it was trained on."""
     fan_in_fan_out: bool = False
     """Whether linears store [in, out]; of the last that PEFT has met."""
     ensure_weight_tying: bool = False
-    excluded: str | tuple[str, ...] = ()
+    excluded: str | Names = field(default_factory=dict)
     """`exclude_modules`: an expression, or names."""
-    layers: tuple[int, ...] = ()
+    layers: frozenset[int] = frozenset()
     """`layers_to_transform`: the layers that have an adapter; none stands for all."""
     layers_pattern: tuple[str, ...] = ()
     """What stands before the number of a layer; none stands for anything."""
@@ -47,7 +56,7 @@ class Configuration:
 
     def rank_at(self, name: str) -> int:
         """Return the rank of a site that patterns call so."""
-        return pattern_value(self.rank_pattern, name, self.r)
+        return self.rank_pattern.value(name, self.r)
 
     def claims(self, path: str) -> bool:
         """Whether PEFT would adapt a layer at that path; no where only a slow expression could tell."""
@@ -56,14 +65,14 @@ class Configuration:
         if isinstance(self.target_modules, str):
             return full_match(self.target_modules, path, otherwise=False)
         is_in_layer = not self.layers or self._layer_of(path) in self.layers or path in self.target_modules
-        return is_in_layer and any(is_end(name, path) for name in self.target_modules)
+        return is_in_layer and has_end(path, self.target_modules)
 
     def _leaves_out(self, path: str) -> bool:
         if any(f".{name}." in f".{path}." for name in self.modules_to_save):
             return True
         if isinstance(self.excluded, str):
             return full_match(self.excluded, path, otherwise=True)
-        return any(is_end(name, path) for name in self.excluded)
+        return has_end(path, self.excluded)
 
     def _layer_of(self, path: str) -> int | None:
         """Return the number of the layer that a path is in: the first number behind a pattern, or behind two names."""
@@ -79,11 +88,12 @@ class Configuration:
         """Return the rows of an embedding that are trained alone."""
         if isinstance(self.token_rows, tuple):
             return self.token_rows
-        return next((rows for name, rows in self.token_rows.items() if is_end(name, path)), ())
+        fitting = {*ends_of(path)} & self.token_rows.keys()
+        return next((self.token_rows[name] for name in self.token_rows if name in fitting), ()) if fitting else ()
 
     def alpha_at(self, name: str) -> float:
         """Return the alpha of a site that patterns call so."""
-        return pattern_value(self.alpha_pattern, name, self.lora_alpha)
+        return self.alpha_pattern.value(name, self.lora_alpha)
 
 
 def read_configuration(folder: Path) -> Configuration:
@@ -95,48 +105,57 @@ def read_configuration(folder: Path) -> Configuration:
     """
     path = folder / CONFIG_FILE
     config = _read_json(folder, path)
-    wrong = list(_wrong_values(config))
+    ranks, alphas = (Patterns[Any](_table(config.get(key))) for key in _PATTERNS)
+    wrong = [*_wrong_values(config), *_wrong_patterns(config, ranks, alphas)]
     if wrong:
         raise AdapterFileError(str(path), "holds what no configuration can hold", wrong)
     refused = list(_refused(config))
     if refused:
         raise AdapterFileError(str(path), "asks for what lora_fx does not read", refused)
-    return _configuration(config)
+    return _configuration(config, ranks, alphas)
 
 
 def _read_json(folder: Path, path: Path) -> dict[str, Any]:
     _must_exist(folder, path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise AdapterFileError(str(path), f"is not JSON: {error}", advice="it may be cut off") from error
-    except OSError as error:
-        raise AdapterFileError(str(path), f"cannot be read: {error.strerror or error}") from error
+        config = read_json(path, _MOST_BYTES)
+    except UnreadableError as error:
+        raise AdapterFileError(str(path), str(error), advice="it may be cut off") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterFileError(str(path), "is not the configuration of a LoRA adapter", [("peft_type", repr(kind))])
+        raise AdapterFileError(
+            str(path), "is not the configuration of a LoRA adapter", [("peft_type", f"{kind!r:.60}")]
+        )
     return config
 
 
 def _must_exist(folder: Path, path: Path) -> None:
-    if path.is_file():
-        return
-    inside = sorted(config.parent.name for config in folder.glob(f"*/{CONFIG_FILE}"))
-    advice = f"these folders in it hold one: {', '.join(inside)}" if inside else "give the directory of an adapter"
-    raise AdapterFileError(str(path), "does not exist", advice=advice)
+    try:
+        path.lstat()
+    except (OSError, ValueError):
+        inside = _folders_with_one(folder)
+        advice = f"these folders in it hold one: {listing(inside)}" if inside else "give the directory of an adapter"
+        raise AdapterFileError(f"{path!s:.300}", "does not exist", advice=advice) from None
+
+
+def _folders_with_one(folder: Path) -> list[str]:
+    try:
+        return sorted(child.name for child in folder.iterdir() if is_regular(child / CONFIG_FILE))
+    except (OSError, ValueError):
+        return []
 
 
 # -- types
 
 
 def is_whole(value: object, least: int = 1) -> bool:
-    """Whether it is an integer, not below the least."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether it is an integer, not below the least and of 31 bits at most."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST_WHOLE
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that is finite in float32."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def is_share(value: Any) -> bool:
@@ -152,13 +171,27 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
+def _are_few_names(value: object) -> bool:
+    return _are_names(value) and len(value) <= _MOST_NAMES  # type: ignore[arg-type]
+
+
+def _are_layer_names(value: object) -> bool:
+    return isinstance(value, str) or (_are_names(value) and len(value) <= _MOST_LAYER_NAMES)  # type: ignore[arg-type]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def _are_targets(value: object) -> bool:
     return isinstance(value, str) or _are_names(value)
 
 
 def _are_rows(value: object) -> bool:
     lists = list(value.values()) if isinstance(value, dict) else [value]
-    return all(rows is None or (isinstance(rows, list) and all(is_whole(row, 0) for row in rows)) for rows in lists)
+    return len(lists) <= _MOST_NAMES and all(
+        rows is None or (isinstance(rows, list) and all(is_whole(row, 0) for row in rows)) for rows in lists
+    )
 
 
 def _are_layers(value: object) -> bool:
@@ -167,18 +200,20 @@ def _are_layers(value: object) -> bool:
 
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (is_whole, "an integer above 0"),
-    "lora_alpha": (is_number, "a number"),
+    "lora_alpha": (is_number, "a number that is finite in float32"),
     "lora_dropout": (is_share, "a number, at least 0 and below 1"),
     "use_rslora": (_is_switch, "true or false"),
     "use_dora": (_is_switch, "true or false"),
     "target_modules": (_are_targets, "a string or a list of strings"),
-    "modules_to_save": (_are_names, "a list of strings"),
+    "modules_to_save": (_are_few_names, "a list of strings"),
     "target_parameters": (_are_names, "a list of strings"),
     "exclude_modules": (_are_targets, "a string or a list of strings"),
     "layers_to_transform": (_are_layers, "an integer or a list of integers"),
-    "layers_pattern": (_are_targets, "a string or a list of strings"),
+    "layers_pattern": (_are_layer_names, "a string or a list of strings"),
     "lora_bias": (_is_switch, "true or false"),
     "trainable_token_indices": (_are_rows, "a list of integers, or one for each embedding"),
+    "peft_version": (_is_text, "a string"),
+    "base_model_name_or_path": (_is_text, "a string"),
 }
 _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 """Each with the setting that it overrides, which must be given; of others null says as much as nothing."""
@@ -189,22 +224,22 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterator[Fact]:
         is_left_out = config.get(key) is None and (key not in config or key not in _PATTERNS.values())
         if not is_left_out and not fits(config[key]):
             yield key, f"must be {words}, found {config[key]!r:.60}"
-    for key, setting in _PATTERNS.items():
-        table = config.get(key)
-        if table is not None and not isinstance(table, dict):
-            yield key, f"must be a mapping, found {table!r:.60}"
-        else:
-            yield from _wrong_patterns(key, table or {}, *_KINDS[setting])
 
 
-def _wrong_patterns(key: str, table: Mapping[str, Any], fits: Callable[[object], bool], words: str) -> Iterator[Fact]:
-    for pattern, value in table.items():
-        if not fits(value):
-            yield f"{key} {pattern}", f"must be {words}, found {value!r:.60}"
-        try:
-            pattern_of(pattern)
-        except PatternError as error:
-            yield f"{key} {pattern}", str(error)
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _wrong_patterns(config: Mapping[str, Any], *tables: Patterns[Any]) -> Iterator[Fact]:
+    for (key, setting), patterns in zip(_PATTERNS.items(), tables, strict=True):
+        fits, words = _KINDS[setting]
+        if not isinstance(config.get(key), (dict, type(None))):
+            yield key, f"must be a mapping, found {config[key]!r:.60}"
+        for pattern, value in _table(config.get(key)).items():
+            if not fits(value):
+                yield f"{key} {pattern:.80}", f"must be {words}, found {value!r:.60}"
+            if pattern in patterns.problems:
+                yield f"{key} {pattern:.80}", patterns.problems[pattern]
 
 
 # -- meaning
@@ -238,42 +273,42 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
             yield key, name
     for key, value in config.items():
         if value is True and key not in _KNOWN and key not in _REFUSED_SETTINGS:
-            yield key, "is true, and not known to this lora_fx: what it changes would be lost"
+            yield f"{key:.80}", "is true, and not known to this lora_fx: what it changes would be lost"
     init = config.get("init_lora_weights", True)
     if init not in _HARMLESS_INITS:
-        yield "init_lora_weights", f"{init!r} changes the base weights; convert it to plain LoRA with PEFT"
+        yield "init_lora_weights", f"{init!r:.60} changes the base weights; convert it to plain LoRA with PEFT"
     if config.get("bias", "none") == "all":
         yield "bias", "'all' changes biases that belong to no adapted site"
 
 
-def _configuration(config: Mapping[str, Any]) -> Configuration:
+def _configuration(config: Mapping[str, Any], ranks: Patterns[int], alphas: Patterns[float]) -> Configuration:
     layers = config.get("layers_to_transform")
-    layers = () if layers is None else layers
     pattern = config.get("layers_pattern") or ()
     return Configuration(
         r=config.get("r", 8),
         lora_alpha=config.get("lora_alpha", 8),
         lora_dropout=config.get("lora_dropout") or 0.0,
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
         target_modules=_targets(config.get("target_modules")),
         modules_to_save=tuple(config.get("modules_to_save") or ()),
-        target_parameters=tuple(config.get("target_parameters") or ()),
-        peft_version=str(config.get("peft_version") or ""),
+        target_parameters=dict.fromkeys(config.get("target_parameters") or ()),
+        peft_version=config.get("peft_version") or "",
+        base=config.get("base_model_name_or_path") or "",
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         ensure_weight_tying=bool(config.get("ensure_weight_tying")),
         excluded=_targets(config.get("exclude_modules")),
-        layers=(layers,) if isinstance(layers, int) else tuple(layers),
+        layers=frozenset([layers] if isinstance(layers, int) else layers or ()),
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
         lora_bias=bool(config.get("lora_bias")),
         token_rows=_token_rows(config.get("trainable_token_indices") or ()),
     )
 
 
-def _targets(value: Any) -> str | tuple[str, ...]:
-    return tuple(value or ()) if not isinstance(value, str) or not value else value
+def _targets(value: Any) -> str | Names:
+    return value if isinstance(value, str) and value else dict.fromkeys(value or ())
 
 
 def _token_rows(rows: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:

@@ -13,7 +13,6 @@ from lora_fx.errors import AdapterFileError, MergeError
 from lora_fx.files.adapter.configuration import Configuration, read_configuration
 from lora_fx.files.adapter.names import (
     CONFIG_FILE,
-    METADATA_KEY,
     PREFIX,
     WEIGHTS_FILE,
     factor_keys,
@@ -22,6 +21,7 @@ from lora_fx.files.adapter.names import (
     split_factor_key,
     stems_in,
 )
+from lora_fx.files.adapter.noted import Header, noted_in
 from lora_fx.files.safetensors import RawFile, read_raw
 from lora_fx.planning.rows import fold_rows
 from lora_fx.text import columns, count, json_text, listing, thousands, visible
@@ -97,23 +97,27 @@ def contents_of(directory: str | os.PathLike[str]) -> Contents:
     """
     folder = Path(directory)
     config = read_configuration(folder)
-    document = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     raw = _raw(folder / WEIGHTS_FILE)
-    header = _header(raw)
-    base = header.get("base") or {}
+    header, content = noted_in(raw.path, raw.metadata) or (Header("default"), {})
     return Contents(
         folder=str(folder),
-        writer=_writer(header, config),
-        adapter=str(header.get("adapter", "default")),
-        base=str(document.get("base_model_name_or_path") or header.get("model") or "unknown"),
-        fingerprint=hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest()[:16] if base else "",
-        noted=sum(values is not None for values in base.values()),
+        writer=_writer(content, config),
+        adapter=header.adapter,
+        base=config.base or _text(content.get("model")) or "unknown",
+        fingerprint=hashlib.sha256(json.dumps(header.base, sort_keys=True).encode()).hexdigest()[:16]
+        if header.base
+        else "",
+        noted=sum(values is not None for values in header.base.values()),
         sites=tuple(_site(stem, raw, config, header) for stem in stems_in(raw.tensors)),
         modules=_modules(raw),
         features=tuple(_features(config, header)),
-        others=tuple(header.get("others", ())),
-        bytes=sum((folder / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)),
+        others=header.others,
+        bytes=raw.size + (folder / CONFIG_FILE).stat().st_size,
     )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _raw(path: Path) -> RawFile:
@@ -123,37 +127,31 @@ def _raw(path: Path) -> RawFile:
         raise AdapterFileError(str(path), str(error).removeprefix(f"{path}: ")) from error
 
 
-def _header(raw: RawFile) -> dict[str, Any]:
-    """Return what lora_fx has noted; nothing for a file of PEFT's."""
-    try:
-        header = json.loads(raw.metadata.get(METADATA_KEY, "{}"))
-    except ValueError as error:
-        raise AdapterFileError(str(raw.path), "has a damaged header", [(METADATA_KEY, str(error))]) from error
-    if not isinstance(header, dict) or not all(isinstance(header.get(key, {}), dict) for key in ("base", "sites")):
-        raise AdapterFileError(str(raw.path), "has a damaged header", [(METADATA_KEY, "is not a table")])
-    return header
-
-
-def _writer(header: Mapping[str, Any], config: Configuration) -> str:
-    if header:
-        return f"lora_fx {header.get('lora_fx', '')}, format {header.get('format')}".replace("  ", " ")
+def _writer(content: Mapping[str, Any], config: Configuration) -> str:
+    if content:
+        return f"lora_fx {_text(content.get('lora_fx'))}, format {content['format']}".replace("  ", " ")
     return f"PEFT {config.peft_version}".strip() if config.peft_version else "PEFT, or a tool that writes like it"
 
 
-def _site(stem: str, raw: RawFile, config: Configuration, header: Mapping[str, Any]) -> SavedAdapter:
+def _site(stem: str, raw: RawFile, config: Configuration, header: Header) -> SavedAdapter:
     keys = factor_keys(stem, raw.tensors)
     missing = [key for key in keys if key not in raw.tensors]
     if missing:
         raise AdapterFileError(str(raw.path), "is not a usable adapter", [(missing[0], "is missing")])
     a, b = (raw.tensors[key] for key in keys)
-    rank = a.shape[0]
-    alpha = config.alpha_at(pattern_name(stem))
-    note = header.get("sites", {}).get(stem) or {}
-    shape = (b.shape[0], *a.shape[1:])
-    scaling = alpha / (sqrt(rank) if config.use_rslora else rank)
-    sizes = a.elements + b.elements
+    if not a.elements or not b.shape:
+        raise AdapterFileError(
+            str(raw.path), "is not a usable adapter", [(stem, "has no factors in lora_A and lora_B")]
+        )
+    rank, alpha, note = a.shape[0], config.alpha_at(pattern_name(stem)), header.sites.get(stem)
     return SavedAdapter(
-        note.get("path", stem), note.get("r", rank), scaling, shape, a.dtype, sizes, note.get("rule", "")
+        path=stem if note is None else note["path"],
+        r=rank if note is None else note["lora"].r,
+        scaling=alpha / (sqrt(rank) if config.use_rslora else rank),
+        shape=(b.shape[0], *a.shape[1:]),
+        dtype=a.dtype,
+        parameters=a.elements + b.elements,
+        rule="" if note is None else note["rule"],
     )
 
 
@@ -163,8 +161,8 @@ def _modules(raw: RawFile) -> dict[str, int]:
     return {key.removeprefix(PREFIX): entry.elements for key, entry in sorted(rest.items())}
 
 
-def _features(config: Configuration, header: Mapping[str, Any]) -> list[str]:
-    sites = [site for site in header.get("sites", {}).values() if isinstance(site, dict)]
+def _features(config: Configuration, header: Header) -> list[str]:
+    sites = header.sites.values()
     features = {
         "rank-stabilised scaling": config.use_rslora,
         "DoRA": config.use_dora,

@@ -1,12 +1,8 @@
 """Keys and patterns as PEFT spells them."""
 
-import functools
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 
-from lora_fx.errors import AdapterFileError
 from lora_fx.rules.globs import PatternError
 from lora_fx.rules.patterns import EXPRESSION_PREFIX, NamePattern
 from lora_fx.text import dotted
@@ -15,9 +11,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 METADATA_KEY = "lora_fx"
-_SECONDS = 1.0
-"""For one name and one pattern of an adapter's configuration."""
-Number = TypeVar("Number", int, float)
+_LONGEST_EXPRESSION = 10_000
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}((?P<path>.+)\.)?(?P<factor>lora_[AB])\.weight", re.DOTALL)
 _EMBEDDING = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_embedding_[AB])", re.DOTALL)
 _ROWS = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.token_adapter\.trainable_tokens_delta", re.DOTALL)
@@ -118,67 +112,14 @@ def anchored(path: str) -> str:
     return f"^{re.escape(path)}"
 
 
-class Pattern(Protocol):
-    """What a key of a pattern means."""
-
-    def matches(self, name: str) -> bool: ...
-
-
-@functools.lru_cache(maxsize=4096)
-def pattern_of(key: str) -> Pattern:
-    r"""Return what a key of PEFT's rank_pattern or alpha_pattern means: the path, or its end after a dot.
-
-    PEFT asks `re.match(rf"(.*\.)?({key})$", path)`; here it is asked in linear time, since anybody may have written it;
-    what cannot be (look-around, back-references) is asked for a limited time.
-
-    Raises:
-        PatternError: the key is not an expression, or needs the package `regex`, which transformers brings.
-    """
-    text = key.removesuffix("$")
-    try:
-        if "|" in text:
-            return NamePattern(rf"{EXPRESSION_PREFIX}(.*\.)?({text})")
-        return NamePattern(EXPRESSION_PREFIX + (text[1:] if text.startswith("^") else rf"(.*\.)?({text})"))
-    except PatternError as error:
-        return _Backtracking.of(rf"(.*\.)?({key})$", error)
-
-
-@dataclass(frozen=True, slots=True)
-class _Backtracking:
-    """An expression that cannot be matched in linear time; one that takes long is refused."""
-
-    expression: Any
-
-    @staticmethod
-    def of(text: str, unsupported: PatternError) -> "_Backtracking":
-        try:
-            import regex
-        except ImportError:
-            raise unsupported from None
-        try:
-            return _Backtracking(regex.compile(text))
-        except regex.error as error:
-            raise unsupported from error
-
-    def matches(self, name: str) -> bool:
-        try:
-            return self.expression.match(name, timeout=_SECONDS) is not None
-        except TimeoutError as error:
-            text = self.expression.pattern
-            raise AdapterFileError(CONFIG_FILE, "has a pattern that takes too long to match", [(text, name)]) from error
-
-
-def pattern_value(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
-    """Return what the patterns say of the path, as PEFT reads them: the first key that fits the path or its end."""
-    return next((value for key, value in patterns.items() if pattern_of(key).matches(path)), default)
-
-
 def full_match(expression: str, name: str, otherwise: bool) -> bool:
     """Whether an expression of anybody's is the whole name; `otherwise` where that cannot be told in linear time."""
     try:
-        return NamePattern(EXPRESSION_PREFIX + expression).matches(name)
+        if len(expression) <= _LONGEST_EXPRESSION:
+            return NamePattern(EXPRESSION_PREFIX + expression).matches(name)
     except PatternError:
-        return otherwise
+        pass
+    return otherwise
 
 
 def module_to_save(tensor: str, names: Sequence[str]) -> str | None:
@@ -186,14 +127,33 @@ def module_to_save(tensor: str, names: Sequence[str]) -> str | None:
 
     As PEFT does, every module is meant whose path ends with one of the names.
     """
-    parts = tensor.split(".")
-    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return next((path for path in paths if path.endswith(tuple(names))), None)
+    ends = (at + len(name) for name in names if (at := tensor.find(f"{name}.")) >= 0)
+    end = min(ends, default=None)
+    return None if end is None else tensor[:end]
 
 
-def is_end(name: str, path: str) -> bool:
-    """Whether a name is a path, or its end after a dot: PEFT means by it every module with such a path."""
-    return f".{path}".endswith(f".{name}")
+def ends_of(path: str) -> Iterator[str]:
+    """Yield a path, and its ends after each of its dots: PEFT's names mean every module whose path has such an end."""
+    yield path
+    at = path.find(".")
+    while at >= 0:
+        yield path[at + 1 :]
+        at = path.find(".", at + 1)
+
+
+def begins_in(path: str, owners: Collection[str]) -> bool:
+    """Whether a path is that of something inside of one of the owners, which should be a set."""
+    at = path.find(".")
+    while at >= 0:
+        if path[:at] in owners:
+            return True
+        at = path.find(".", at + 1)
+    return False
+
+
+def has_end(path: str, names: Collection[str]) -> bool:
+    """Whether one of the names, which should be a set, is the path, or its end after a dot."""
+    return any(end in names for end in ends_of(path))
 
 
 def target_modules(paths: Iterable[str], modules: Iterable[str]) -> list[str] | str:
@@ -203,8 +163,8 @@ def target_modules(paths: Iterable[str], modules: Iterable[str]) -> list[str] | 
     anchored expression is returned instead.
     """
     wanted = sorted(paths)
-    claimed = {module for module in modules for target in wanted if is_end(target, module)}
-    if claimed <= set(wanted):
+    names = set(wanted)
+    if all(module in names or not has_end(module, names) for module in modules):
         return wanted
     return "^(" + "|".join(map(re.escape, wanted)) + ")$"
 

@@ -1,5 +1,6 @@
 """A file of PEFT's and a model: what PEFT would make of the two, where that is not what the tensors alone say."""
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lora_fx.errors import AdapterMismatchError, LoraFxWarning, RefusedError
 from lora_fx.files.adapter.configuration import Configuration
 from lora_fx.files.adapter.describe import ZERO_ROW, beyond_peft
-from lora_fx.files.adapter.names import is_end, is_of_attention, owner_of, pattern_name, pattern_of
+from lora_fx.files.adapter.names import begins_in, ends_of, is_of_attention, owner_of, pattern_name
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.models.layers import is_layer
@@ -37,7 +38,8 @@ def as_peft_reads(file: AdapterFile, model: nn.Module) -> AdapterFile:
 def _acting(sites: Sequence[SavedSite]) -> tuple[SavedSite, ...]:
     """Return the sites without stems that have no effect: an attention's out_proj is adapted with the attention."""
     acting = {pattern_name(site.stem) for site in sites if is_of_attention(site.stem)}
-    without = [site.stem for site in sites if site.stem.removesuffix(".out_proj") in acting - {site.stem}]
+    under = {site.stem: site.stem.removesuffix(".out_proj") for site in sites}
+    without = {stem: None for stem, attention in under.items() if attention in acting and attention != stem}
     if without:
         warnings.warn(
             f"{listing(without)} beside the attention that owns it: PEFT runs the attention's alone, and so does this",
@@ -100,7 +102,7 @@ def _refuse_old_banks(file: AdapterFile, model: nn.Module) -> None:
     banks = [
         (name, str(list(parameter.shape)), f"factors of PEFT {config.peft_version or 'of a version that is not noted'}")
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.dim() == 3 and name.endswith(config.target_parameters) and name.rpartition(".")[0] in owners
+        if parameter.dim() == 3 and name.endswith((*config.target_parameters,)) and name.rpartition(".")[0] in owners
     ]
     if banks:
         raise AdapterMismatchError(
@@ -112,7 +114,7 @@ def _refuse_old_banks(file: AdapterFile, model: nn.Module) -> None:
 
 def _version(config: Configuration) -> tuple[int, ...]:
     numbers = config.peft_version.split(".")[:2]
-    return tuple(int(number) for number in numbers) if all(n.isdigit() for n in numbers) else (0, 0)
+    return tuple(map(int, numbers)) if all(re.fullmatch("[0-9]{1,9}", number) for number in numbers) else (0, 0)
 
 
 def warn_of_missing(file: AdapterFile, model: nn.Module) -> None:
@@ -122,11 +124,13 @@ def warn_of_missing(file: AdapterFile, model: nn.Module) -> None:
         return
     there = {pattern_name(site.stem) for site in file.sites} | {site.path for site in file.sites}
     paths = [without_wrappers(path) for path, module in model.named_modules() if is_layer(module)]
-    there |= {path for path in paths if path.startswith(file.header.trained) or path.endswith(config.modules_to_save)}
+    trained = frozenset(file.header.trained)
+    whole = (path for path in paths if begins_in(f"{path}.", trained) or path.endswith(config.modules_to_save))
+    there |= {*whole}
     missing = [path for path in paths if path not in there and config.claims(path)]
     names = () if isinstance(config.target_modules, str) else config.target_modules
-    everything = [without_wrappers(path) for path, _ in model.named_modules()]
-    lacking = [name for name in names if not any(is_end(name, path) for path in everything)]
+    everything = {end for path, _ in model.named_modules() for end in ends_of(without_wrappers(path))}
+    lacking = [name for name in names if name not in everything]
     if missing:
         warnings.warn(
             f"{file.folder}: the configuration claims {listing(missing)}, and the file has no factors for them: "
@@ -137,8 +141,7 @@ def warn_of_missing(file: AdapterFile, model: nn.Module) -> None:
     if lacking and not config.target_parameters:
         warnings.warn(f"target_modules names {listing(lacking)}, which the model lacks", LoraFxWarning, stacklevel=4)
     known = there | {site.parameter for site in file.sites}
-    patterns = dict.fromkeys((*config.rank_pattern, *config.alpha_pattern))
-    idle = [key for key in patterns if not any(pattern_of(key).matches(name) for name in known)]
+    idle = [*dict.fromkeys((*config.rank_pattern.idle(known), *config.alpha_pattern.idle(known)))]
     if idle:
         text = f"rank_pattern and alpha_pattern name {listing(idle)}, which fits no layer of the file"
         warnings.warn(text, LoraFxWarning, stacklevel=4)

@@ -1,5 +1,6 @@
 """Files → a checked AdapterFile.  Nothing here touches a model, and nothing is unpickled."""
 
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -8,22 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from lora_fx.errors import AdapterFileError
+from lora_fx.errors import AdapterFileError, MergeError
 from lora_fx.files.adapter.configuration import Configuration, read_configuration
-from lora_fx.files.adapter.header import Header, read_header
+from lora_fx.files.adapter.header import read_header
 from lora_fx.files.adapter.names import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
     added_bias_key,
     base_key,
+    begins_in,
     bias_key,
     factor_key,
     factor_keys,
-    is_end,
+    has_end,
     is_of_training,
     magnitude_key,
     module_to_save,
@@ -33,8 +35,11 @@ from lora_fx.files.adapter.names import (
     split_rows_key,
     stems_in,
 )
+from lora_fx.files.adapter.noted import Header
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.fingerprint import sample_values
+from lora_fx.files.safetensors import read_raw
+from lora_fx.files.values import DTYPES
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.rules.ruleset import LoRAConfig
 
@@ -63,6 +68,7 @@ class AdapterFile:
         return not any(site.noted for site in self.sites)
 
 
+_READ = {*DTYPES, "C64", "F8_E4M3", "F8_E5M2"}
 _LOOSE = re.compile(r"(?!.*(?:lora_|base_layer|original_module|modules_to_save)).+\.(?:weight|bias)", re.DOTALL)
 
 
@@ -96,23 +102,34 @@ def _without_wrappers(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         old = path.with_name("adapter_model.bin")
         advice = (
             "it has only adapter_model.bin, a pickle, which is not read: convert it with PEFT" if old.is_file() else ""
         )
         raise AdapterFileError(str(path), "does not exist", advice=advice)
     try:
+        raw = read_raw(path)  # whatever the header says is checked before the library sees it
+    except MergeError as error:
+        raise AdapterFileError(str(path), f"cannot be read: {_after(path, error)}") from error
+    other = [(name, f"is of {entry.dtype}") for name, entry in raw.tensors.items() if entry.dtype not in _READ]
+    if other:
+        raise AdapterFileError(str(path), "has values that lora_fx does not read", other)
+    try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: _wide(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
+            return {name: _wide(file.get_tensor(name)) for name in raw.tensors}, raw.metadata
+    except Exception as error:  # of the library's own, whatever it takes exception to
         raise AdapterFileError(
             str(path), f"cannot be read: {error}", advice="the file is cut off or damaged; copy it again"
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
+def _after(path: Path, error: MergeError) -> str:
+    """Return what an error says behind the path."""
+    return str(error).removeprefix(f"{path}: ")
+
+
+@dataclass(frozen=True)  # without slots: what is asked again and again is kept
 class _AdapterReader:
     """Turns tensors and configuration into sites, checking one against the other."""
 
@@ -124,7 +141,7 @@ class _AdapterReader:
     def read(self) -> AdapterFile:
         paths = stems_in(self.tensors)
         self._check(paths)
-        trained = {key: owner for key in self.tensors if (owner := self._owner(key)) and self._is_trained(key)}
+        trained = self._trained()
         header = self.header
         if header is None:
             owners = tuple(dict.fromkeys(trained.values()))
@@ -136,8 +153,8 @@ class _AdapterReader:
             sites=tuple(self._site(path) for path in paths),
             modules={key.removeprefix(PREFIX): self.tensors[key] for key in trained},
             claimed=self.config.modules_to_save if self.header is None else (),
-            loose=self._loose() if self.header is None else {},
-            rows=self._rows(),
+            loose=self._loose if self.header is None else {},
+            rows=self._rows,
         )
 
     @property
@@ -152,16 +169,19 @@ class _AdapterReader:
     def _weights(self) -> str:
         return str(self.folder / WEIGHTS_FILE)
 
-    def _owner(self, key: str) -> str | None:
-        """Return the path of the module trained whole that a tensor belongs to, or None."""
-        if split_factor_key(key) is not None:
-            return None
-        return module_to_save(key.removeprefix(PREFIX), self.config.modules_to_save)
+    @functools.cached_property
+    def _owners(self) -> dict[str, str]:
+        """Paths of the modules trained whole, by the key of each tensor that belongs to one."""
+        names = self.config.modules_to_save
+        found = {key: module_to_save(key.removeprefix(PREFIX), names) for key in self.tensors}
+        return {key: owner for key, owner in found.items() if owner and split_factor_key(key) is None}
 
-    def _is_trained(self, key: str) -> bool:
-        """Whether it is of a module that was trained; others are there because PEFT looks at the ends of names."""
-        inside = () if self.header is None else tuple(f"{path}." for path in self.header.trained)
-        return self.header is None or key.removeprefix(PREFIX).startswith(inside)
+    def _trained(self) -> dict[str, str]:
+        """Return the owners that were trained; others are there because PEFT looks at the ends of names."""
+        if self.header is None:
+            return self._owners
+        trained = frozenset(self.header.trained)
+        return {key: owner for key, owner in self._owners.items() if begins_in(key.removeprefix(PREFIX), trained)}
 
     def _base(self, paths: list[str]) -> dict[str, list[float] | None]:
         """Return a few values of the base weights in the file: PEFT would put them in place of the model's."""
@@ -171,11 +191,13 @@ class _AdapterReader:
         facts = [fact for path in paths for fact in self._site_problems(path)]
         if not paths:
             facts.append(("(file)", "has no lora_A or lora_B"))
-        if self.config.token_rows and not self._rows():
+        if self.config.token_rows and not self._rows:
             facts.append(("trainable_token_indices", f"{CONFIG_FILE} names rows, and the file has none"))
         facts += [(key, "is of no kind that lora_fx knows") for key in self._unknown(paths)]
-        facts += [(path, "is in the header but not in the file") for path in self._noted if path not in paths]
-        facts += [(key, "has NaN or infinite values") for key, tensor in self.tensors.items() if not _is_finite(tensor)]
+        facts += [(path, "is in the header but not in the file") for path in self._noted.keys() - {*paths}]
+        facts += [
+            (key, problem) for key, tensor in self.tensors.items() if (problem := self._value_problem(key, tensor))
+        ]
         if facts:
             raise AdapterFileError(self._weights, "is not a usable adapter", facts)
 
@@ -186,7 +208,7 @@ class _AdapterReader:
             yield missing[0], "is missing"
             return
         lora_a, lora_b = (self.tensors[key] for key in keys)
-        if not _multiply(lora_a, lora_b):
+        if not lora_a.numel() or not _multiply(lora_a, lora_b):
             yield path, f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)} do not multiply"
         elif self.config.use_dora != (magnitude_key(path) in self.tensors):
             yield magnitude_key(path), "is missing" if self.config.use_dora else "is there without use_dora"
@@ -194,12 +216,25 @@ class _AdapterReader:
             yield path, f"has rank {lora_a.shape[0]}, {CONFIG_FILE} says {rank}"
         yield from self._vector_problems(path, lora_b)
 
+    def _value_problem(self, key: str, tensor: Tensor) -> str | None:
+        """Return why the values cannot be what they are read as."""
+        if not tensor.is_floating_point() and key not in self._owners:
+            return f"is of {str(tensor.dtype).removeprefix('torch.')}, not of a floating point dtype"
+        if not _is_finite(tensor):
+            return "has NaN or infinite values"
+        # PEFT and most models hold factors in float32
+        overflows = tensor.dtype == torch.float64 and not _is_finite(tensor.float())
+        return "has values that are too large for float32" if overflows else None
+
+    @functools.cached_property
+    def _owners_of_parameters(self) -> frozenset[str]:
+        return frozenset(name.rpartition(".")[0] for name in self.config.target_parameters)
+
     def _is_parameter(self, stem: str) -> bool:
         """Whether what stands in the keys is a raw parameter, whose rank depends on the model."""
         if stem in self._noted:
             return bool(self._noted[stem].get("parameter"))
-        owners = [name.rpartition(".")[0] for name in self.config.target_parameters]
-        return any(not ending or is_end(ending, owner_of(stem)) for ending in owners)
+        return "" in self._owners_of_parameters or has_end(owner_of(stem), self._owners_of_parameters)
 
     def _vector_problems(self, path: str, lora_b: Tensor) -> Iterator[tuple[str, str]]:
         if self.config.lora_bias and added_bias_key(path) not in self.tensors:
@@ -214,21 +249,22 @@ class _AdapterReader:
         known = {key for path in paths for key in factor_keys(path, self.tensors)}
         known |= {key(path) for path in paths for key in (base_key, self._bias_key, magnitude_key)}
         known |= {added_bias_key(path) for path in paths if self.config.lora_bias}
-        known |= {PREFIX + name for name in self._loose()}
-        rows = self._rows()
-        others = (key for key in self.tensors if key not in known and not self._owner(key))
-        return [key for key in others if split_rows_key(key) not in rows]
+        known |= {PREFIX + name for name in self._loose}
+        others = (key for key in self.tensors if key not in known and key not in self._owners)
+        return [key for key in others if split_rows_key(key) not in self._rows]
 
+    @functools.cached_property
     def _rows(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
         """Return the rows of embeddings that are trained alone, as many as the configuration says."""
         named = {path: tensor for key, tensor in self.tensors.items() if (path := split_rows_key(key))}
         rows = {path: (self.config.rows_at(path), tensor) for path, tensor in named.items()}
         return {path: (ids, tensor) for path, (ids, tensor) in rows.items() if tensor.shape[:1] == (len(ids),)}
 
+    @functools.cached_property
     def _loose(self) -> dict[str, Tensor]:
         """Return what PEFT has written of the base along with the adapter: embeddings and heads, as they are."""
         names = {
-            key: key.removeprefix(PREFIX) for key in self.tensors if key.startswith(PREFIX) and not self._owner(key)
+            key: key.removeprefix(PREFIX) for key in self.tensors if key.startswith(PREFIX) and key not in self._owners
         }
         return {name: self.tensors[key] for key, name in names.items() if _LOOSE.fullmatch(name)}
 

@@ -9,7 +9,7 @@ from lora_fx.adapters.factors.kinds import Convolution
 from lora_fx.discovery.weight_uses import WeightUse
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.files.adapter.codec import banked_layout
-from lora_fx.files.adapter.names import is_end, is_of_attention, owner_of, parameter_stem, pattern_name
+from lora_fx.files.adapter.names import has_end, is_of_attention, owner_of, parameter_stem, pattern_name
 from lora_fx.files.adapter.peftfiles import as_peft_reads
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
@@ -101,7 +101,7 @@ def _wanted(owner: str, file: AdapterFile, model: nn.Module) -> dict[str, str]:
     module = _module(owner, model)
     parameters = {} if module is None else module._parameters
     names = [dotted(owner, name) for name, parameter in parameters.items() if parameter is not None]
-    wanted = [name for name in names if any(is_end(ending, name) for ending in file.config.target_parameters)]
+    wanted = [name for name in names if has_end(name, file.config.target_parameters)]
     return {parameter_stem(owner, position, len(wanted)): name for position, name in enumerate(wanted)}
 
 

@@ -12,7 +12,8 @@ from lora_fx.discovery.study import Observed, observed
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.codec import Form, decode, form_of, has_other_border, misfit
-from lora_fx.files.adapter.header import slices_of
+from lora_fx.files.adapter.names import begins_in
+from lora_fx.files.adapter.noted import slices_of
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved, uses_in_files
 from lora_fx.files.adapter.site import SavedSite
@@ -149,13 +150,15 @@ def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch
             yield name, str(list(tensor.shape)), "has no such tensor"
         elif state[name].shape != tensor.shape:
             yield name, str(list(tensor.shape)), str(list(state[name].shape))
-    modules = [without_wrappers(path) for path, _ in model.named_modules(remove_duplicate=False)]
+        elif state[name].is_floating_point() != tensor.is_floating_point():
+            yield name, str(tensor.dtype), str(state[name].dtype)
+    modules = {without_wrappers(path) for path, _ in model.named_modules(remove_duplicate=False)}
     for path in file.header.trained:
         if path not in modules:
             yield path, "trained whole", "has no such module"
-    inside = tuple(f"{path}." for path in (*file.header.trained, *(p for p in modules if p.endswith(file.claimed))))
+    whole = frozenset((*file.header.trained, *(path for path in modules if path.endswith(file.claimed))))
     for name, tensor in state.items():
-        if name.startswith(inside) and name not in file.modules:
+        if begins_in(name, whole) and name not in file.modules:
             yield name, "missing", str(list(tensor.shape))
 
 

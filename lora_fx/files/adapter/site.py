@@ -6,11 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from lora_fx.files.adapter.names import bias_key, factor_key, factor_names, magnitude_key
+from lora_fx.files.adapter.noted import NOTED
 from lora_fx.planning.sites import Layout
 from lora_fx.rules.ruleset import LoRAConfig
-
-NOTED = ("parameter", "layout", "read", "slices", "call", "calls", "file_ranks")
-"""What lora_fx notes where it is not as for a plain linear; the hash of a header depends on the order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """A checkpoint directory, looked at: its shards, its configuration, and what else lies there."""
 
-import json
+import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,18 +12,21 @@ from typing import Any
 from lora_fx.errors import MergeError
 from lora_fx.files.adapter.names import CONFIG_FILE as ADAPTER_CONFIG
 from lora_fx.files.safetensors import RawFile, RawTensor, read_raw
-from lora_fx.text import listing
+from lora_fx.sources import UnreadableError, is_inside, read_json
+from lora_fx.text import listing, shortened
 
 CONFIG = "config.json"
 INDEX_END = ".index.json"
 _NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_NAMED = re.compile(r"(?:.*\.)?(lm_head|embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings)\.weight")
+"""What token weights are called where no configuration tells the size of the vocabulary."""
 _OTHER_WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".pte", ".npz",
     ".bin.index.json", ".safetensors.index.json", ".h5.index.json", ".msgpack.index.json", ".ot",
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what is asked of every tensor is kept
 class BaseCheckpoint:
     """A checkpoint of one or several safetensors files."""
 
@@ -46,10 +50,34 @@ class BaseCheckpoint:
         """config.json and the objects in it: those of the parts of a model."""
         return sections_of(self.config or {})
 
+    @functools.cached_property
+    def _vocabularies(self) -> frozenset[int]:
+        """The sizes of vocabularies that the configuration, or a section of it, tells."""
+        return frozenset(_vocabularies(self.config or {}))
+
+    def is_token_weight(self, key: str, shape: tuple[int, ...]) -> bool:
+        """Whether a weight has a row for each token, as embeddings and output heads have, whatever they are called."""
+        sizes = self._vocabularies
+        return len(shape) == 2 and (shape[0] in sizes if sizes else _NAMED.fullmatch(key) is not None)
+
+    @functools.cached_property
+    def token_weights(self) -> tuple[str, ...]:
+        """The keys of the token weights that the checkpoint holds."""
+        located = ((key, self.find(key)) for key in self.keys())
+        return tuple(key for key, where in located if where is not None and self.is_token_weight(key, where[1].shape))
+
     def keys(self) -> Iterator[str]:
         """Yield the names of all tensors, file by file."""
         for file in self.shards.values():
             yield from file.tensors
+
+
+def _vocabularies(config: dict[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _vocabularies(value)
+        elif isinstance(value, int) and (name == "vocab_size" or name.endswith("_vocab_size")) and "type" not in name:
+            yield value
 
 
 def sections_of(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -67,14 +95,14 @@ def read_checkpoint(folder: Path) -> BaseCheckpoint:
         raise MergeError(f"{folder}: not a directory")
     name = _entry(folder)
     index = name if name.endswith(INDEX_END) else None
-    placed = {} if index is None else _weight_map(folder / index)
+    placed = {} if index is None else weight_map(folder / index)
     names = [name] if index is None else sorted(set(placed.values()))
     shards = {file: read_raw(folder / file) for file in names}
     _check_placed(folder, placed, shards)
     others = [file for file in _files(folder) if file not in {*names, index, CONFIG}]
     left_out = tuple(file for file in others if file.endswith(_OTHER_WEIGHTS))
     carried = tuple(file for file in others if file not in left_out)
-    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    config = read_object(folder / CONFIG) if os.path.lexists(folder / CONFIG) else None
     return BaseCheckpoint(folder, shards, index, config, carried, left_out)
 
 
@@ -97,22 +125,47 @@ def read_object(path: Path) -> dict[str, Any]:
         MergeError: it cannot be read or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MergeError(f"{path}: cannot be read: {error}") from error
+        content = read_json(path)
+    except UnreadableError as error:
+        raise MergeError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise MergeError(f"{path}: is no JSON object")
+    if _is_deep(content):
+        raise MergeError(f"{path}: is nested more than {_DEEPEST} levels deep")
     return content
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    placed = read_object(path).get("weight_map")
+_DEEPEST = 50
+
+
+def _is_deep(content: dict[str, Any]) -> bool:
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        within = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [child for values in within for child in values if isinstance(child, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Return which file beside an index holds each tensor.
+
+    Raises:
+        MergeError: it cannot be read, or names a file that is not beside it.
+    """
+    index = read_object(path)
+    placed = index.get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise MergeError(f"{path}: has no weight_map")
-    for file in set(map(str, placed.values())):
-        if Path(file).name != file or file.startswith(".") or not file.endswith(".safetensors"):
-            raise MergeError(f"{path}: names {file!r}, which is not a safetensors file beside it")
-    return {sys.intern(name): sys.intern(str(file)) for name, file in placed.items()}
+    for file in placed.values():
+        if not isinstance(file, str) or not is_inside(file, ".safetensors"):
+            shown = shortened(repr(file)) if isinstance(file, str) else "no name"
+            raise MergeError(f"{path}: names {shown}, which is not a safetensors file beside it")
+    total = index.get("metadata", {})
+    if not isinstance(total, dict) or not isinstance(total.get("total_parameters", 0), int):
+        raise MergeError(f"{path}: has a metadata that is no table of sizes")
+    return {sys.intern(name): sys.intern(file) for name, file in placed.items()}
 
 
 def _check_placed(folder: Path, placed: dict[str, str], shards: dict[str, RawFile]) -> None:

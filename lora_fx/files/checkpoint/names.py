@@ -3,13 +3,15 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from lora_fx.errors import AdapterMismatchError, MergeError
+from lora_fx.errors import MOST_SHOWN, AdapterMismatchError, MergeError
 from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
 from lora_fx.text import nearest
 
-_MOST_COMPARED = 2000
-_MOST_NEAREST = 20
+_MOST_COMPARED, _MOST_NEAREST, _LONGEST = 2000, 20, 100
+"""Pairs of names that are compared in all, names that are, and their length: comparing takes its square."""
+_MOST_PREFIXES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ def find_prefix(names: Sequence[str], base: BaseCheckpoint) -> Prefix:
     """
     if not names:
         return EXACT
-    fitting = [prefix for prefix in _prefixes(names[0], base) if not _missing(prefix, names, base)]
+    fitting = [prefix for prefix in _prefixes(names[0], base) if next(_missing(prefix, names, base), None) is None]
     if EXACT in fitting:
         return EXACT
     if len(fitting) > 1:
@@ -60,20 +62,26 @@ def _prefixes(name: str, base: BaseCheckpoint) -> Iterator[Prefix]:
     yield from (Prefix(gained=prefix) for prefix in sorted(prefixes))
 
 
-def _missing(prefix: Prefix, names: Iterable[str], base: BaseCheckpoint) -> list[str]:
-    return [name for name in names if (key := prefix.key(name)) is None or base.find(key) is None]
+def _missing(prefix: Prefix, names: Iterable[str], base: BaseCheckpoint) -> Iterator[str]:
+    return (name for name in names if (key := prefix.key(name)) is None or base.find(key) is None)
 
 
 def _unmatched(names: Sequence[str], base: BaseCheckpoint) -> AdapterMismatchError:
     tried = {prefix for name in (names[0], names[len(names) // 2], names[-1]) for prefix in _prefixes(name, base)}
-    missing = min((_missing(prefix, names, base) for prefix in sorted(tried, key=Prefix.text)), key=len)
-    facts = [(name, "adapted", _reason(name, base, near=n < _MOST_NEAREST)) for n, name in enumerate(missing)]
+    first = sorted(tried, key=Prefix.text)[:_MOST_PREFIXES]
+    missing = min(([*_missing(prefix, names, base)] for prefix in first), key=len)
+    shown = missing[:MOST_SHOWN]
+    compared = _MOST_COMPARED // min(len(shown), _MOST_NEAREST)
+    facts = [
+        (name, "adapted", _reason(name, base, compared if n < _MOST_NEAREST else 0)) for n, name in enumerate(shown)
+    ]
+    facts += [(name, "adapted", "has no such key") for name in missing[MOST_SHOWN:]]
     return AdapterMismatchError(
         "the adapter does not fit this checkpoint", facts, f"{len(missing)} of {len(names)} adapted weights are missing"
     )
 
 
-def _reason(name: str, base: BaseCheckpoint, near: bool) -> str:
+def _reason(name: str, base: BaseCheckpoint, compared: int) -> str:
     """Return why a key is not there, as far as its neighbours show."""
     module = name.removesuffix(".weight")
     if _of_experts(module, base):
@@ -82,7 +90,7 @@ def _reason(name: str, base: BaseCheckpoint, near: bool) -> str:
         return "has a parametrized weight"
     if base.find(f"{module}.in_proj_weight"):
         return "has an attention's fused in_proj_weight; load the model and merge that"
-    return no_such_key(name, base) if near else "has no such key"
+    return no_such_key(name, base, compared)
 
 
 def _of_experts(module: str, base: BaseCheckpoint) -> bool:
@@ -93,11 +101,12 @@ def _of_experts(module: str, base: BaseCheckpoint) -> bool:
     return any(start in f".{key}" or key.startswith(start) for key in base.keys())  # noqa: SIM118
 
 
-def no_such_key(name: str, base: BaseCheckpoint) -> str:
+def no_such_key(name: str, base: BaseCheckpoint, compared: int = _MOST_COMPARED // _MOST_NEAREST) -> str:
     """Return that the name is missing, with keys that look like it; those of the same layer numbers are compared, and
     not too many.
     """
     numbers = re.findall(r"\d+", name)
-    like = [key for key in base.keys() if re.findall(r"\d+", key) == numbers]  # noqa: SIM118
-    near = nearest(name, like[:_MOST_COMPARED])
+    keys = base.keys() if compared and len(name) <= _LONGEST else ()
+    like = (key for key in keys if len(key) <= _LONGEST and re.findall(r"\d+", key) == numbers)
+    near = nearest(name, islice(like, compared))
     return f"has no such key; nearest: {', '.join(near)}" if near else "has no such key"

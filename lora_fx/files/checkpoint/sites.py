@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lora_fx.errors import AdapterMismatchError, MergeError
+from lora_fx.errors import MOST_SHOWN, AdapterMismatchError, MergeError
 from lora_fx.files.adapter.codec import mixes_groups
+from lora_fx.files.adapter.names import ends_of, has_end
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.checkpoint import tied
@@ -45,7 +46,7 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[AdapterFile], out_dtype:
     if planner.mismatches:
         raise AdapterMismatchError("the adapter does not fit this checkpoint", planner.mismatches)
     works = planner.works()
-    tokens = [key for key, work in works.items() if tied.is_token_weight(base, key, _shape_of(work))]
+    tokens = [key for key, work in works.items() if base.is_token_weight(key, _shape_of(work))]
     ensured = any(adapter.config.ensure_weight_tying for adapter in adapters)
     refusals = [*planner.refusals, *tied.refusals(base, tokens, ensured)]
     if refusals:
@@ -61,7 +62,7 @@ def _refuse_quantised(base: BaseCheckpoint) -> None:
         name = method.get("quant_method", "?") if isinstance(method, dict) else method
         raise MergeError(
             f"{base.folder}: is quantised, and quantised weights cannot be merged into here; nothing was written",
-            [("quantization_config", f"quant_method {name}")],
+            [("quantization_config", f"quant_method {name!s:.60}")],
             "give the checkpoint that it was quantised from, or load the model and use lora_fx.merge",
         )
 
@@ -69,8 +70,8 @@ def _refuse_quantised(base: BaseCheckpoint) -> None:
 def _refuse_wrapped(base: BaseCheckpoint, sites: Sequence[str]) -> None:
     """transformers writes PEFT's layers into a checkpoint when an adapter was deleted, and finds no weight in it."""
     layers = {key: key.partition(".base_layer.")[0] for key in base.keys() if ".base_layer." in key}  # noqa: SIM118
-    adapted = {layer for layer in layers.values() if any(f".{layer}".endswith(f".{site}") for site in sites)}
-    adapted |= {layer for layer in layers.values() if any(f".{site}".endswith(f".{layer}") for site in sites)}
+    names, ends = frozenset(sites), {end for site in sites for end in ends_of(site)} if layers else set()
+    adapted = {layer for layer in layers.values() if layer in ends or has_end(layer, names)}
     wrapped = [(key, "is inside of a layer of PEFT's") for key, layer in layers.items() if layer in adapted]
     if wrapped:
         raise MergeError(
@@ -94,7 +95,7 @@ class _Planner:
         """Find what one adapter changes in the checkpoint."""
         sites, label = adapter.sites, (str(adapter.folder),)
         names = {site.path: _weight_name(site) for site in sites}
-        tokens = {site.path for site in sites if tied.is_token_weight(self.base, names[site.path], _shape(site))}
+        tokens = {site.path for site in sites if self.base.is_token_weight(names[site.path], _shape(site))}
         prefix = find_prefix([name for path, name in names.items() if path not in tokens], self.base)
         placed = [(site, *self._locate(names[site.path], _shape(site), prefix)) for site in sites]
         usual = _usual_layout(adapter, self.base, placed)
@@ -124,7 +125,7 @@ class _Planner:
         where = self.base.find(key)
         if where is not None:
             return key, where
-        is_token = tied.is_token_weight(self.base, key, shape)
+        is_token = self.base.is_token_weight(key, shape)
         return key, tied.shared_weight(self.base, shape) if is_token else "has no such key"
 
     def _place_site(
@@ -148,13 +149,16 @@ class _Planner:
         key, tensor = self._key(name, prefix), value.tensor
         where = self.base.find(key)
         if where is None and (is_site or prefix.gained):
-            self.mismatches.append((key, str(list(tensor.shape)), no_such_key(key, self.base)))
+            self.mismatches.append((key, str(list(tensor.shape)), self._no_such_key(key)))
         elif where is not None and where[1].shape != tuple(tensor.shape):
             self.mismatches.append((key, str(list(tensor.shape)), str(list(where[1].shape))))
         elif where is not None and not _convertible(tensor, where[1].dtype):
             self.refusals.append((key, f"is stored as {where[1].dtype}, the adapter has {tensor.dtype}"))
         else:
             self.values.setdefault(key, []).append(value)
+
+    def _no_such_key(self, key: str) -> str:
+        return no_such_key(key, self.base) if len(self.mismatches) < MOST_SHOWN // 10 else "has no such key"
 
     def works(self) -> dict[str, Work]:
         """Return one work for each key, of all adapters together."""
@@ -194,7 +198,7 @@ def _usual_layout(adapter: AdapterFile, base: BaseCheckpoint, placed: Sequence[_
     """
     signs: set[Layout] = {"in_out" if adapter.config.fan_in_fan_out else "out_in"}
     for site, key, where in placed:
-        if not isinstance(where, str) and not tied.is_token_weight(base, key, where[1].shape):
+        if not isinstance(where, str) and not base.is_token_weight(key, where[1].shape):
             ways = _fitting(site, where[1])
             signs |= set(ways) if len(ways) == 1 else set()
     if (base.config or {}).get("model_type") in _CONV1D_MODELS:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -113,8 +114,8 @@ def _read(folders: Sequence[AnyPath]) -> list[AdapterFile]:
     if not folders:
         raise MergeError("there is no adapter to merge")
     files = [file for folder in folders for file in read_adapters(folder)]
-    places = [file.folder.resolve() for file in files]
-    twice = sorted({str(place) for place in places if places.count(place) > 1})
+    places = Counter(file.folder.resolve() for file in files)
+    twice = sorted(str(place) for place, number in places.items() if number > 1)
     if twice:
         raise MergeError("an adapter is given twice", [(place, "would be added twice") for place in twice])
     return files

@@ -7,36 +7,12 @@ from typing import Any
 
 from lora_fx.files.checkpoint.basefiles import BaseCheckpoint, sections_of
 from lora_fx.files.safetensors import RawFile, RawTensor
+from lora_fx.text import listing
 
 _FLAG = "tie_word_embeddings"
-_NAMED = re.compile(r"(?:.*\.)?(lm_head|embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings)\.weight")
-"""What token weights are called where no configuration tells the size of the vocabulary."""
 _WITH_HEAD = re.compile(r"LMHead|CausalLM|ConditionalGeneration|MaskedLM|PreTraining")
 _FORWARD_ASKS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 """Models whose forward scales by whether the two are tied."""
-
-
-def is_token_weight(base: BaseCheckpoint, key: str, shape: tuple[int, ...]) -> bool:
-    """Whether a weight has a row for each token, as embeddings and output heads have, whatever they are called."""
-    sizes = _vocabularies(base.config or {})
-    return len(shape) == 2 and (shape[0] in sizes if sizes else _NAMED.fullmatch(key) is not None)
-
-
-def _vocabularies(config: dict[str, Any]) -> set[int]:
-    """Return the sizes of vocabularies that a configuration, or a section of it, tells."""
-    sizes: set[int] = set()
-    for name, value in config.items():
-        if isinstance(value, dict):
-            sizes |= _vocabularies(value)
-        elif isinstance(value, int) and (name == "vocab_size" or name.endswith("_vocab_size")) and "type" not in name:
-            sizes.add(value)
-    return sizes
-
-
-def stored_token_weights(base: BaseCheckpoint) -> list[str]:
-    """Return the keys of the token weights that the checkpoint holds."""
-    located = ((key, base.find(key)) for key in base.keys())  # noqa: SIM118
-    return [key for key, where in located if where is not None and is_token_weight(base, key, where[1].shape)]
 
 
 def may_be_tied(base: BaseCheckpoint) -> bool:
@@ -50,11 +26,11 @@ def shared_weight(base: BaseCheckpoint, shape: tuple[int, ...]) -> tuple[RawFile
     if not may_be_tied(base):
         says = f"{_FLAG} is false" if base.config is not None else "there is no config.json to say that it is tied"
         return f"is not there, and {says}"
-    embeddings = stored_token_weights(base)
+    embeddings = base.token_weights
     fitting = [located for key in embeddings if (located := base.find(key)) is not None and located[1].shape == shape]
     if len(fitting) == 1:
         return fitting[0]
-    return f"is not there, and {', '.join(embeddings) or 'no embedding'} could be tied to it"
+    return f"is not there, and {listing(embeddings) or 'no embedding'} could be tied to it"
 
 
 def refusals(base: BaseCheckpoint, changed: Collection[str], ensured: bool) -> Iterator[tuple[str, str]]:
@@ -66,7 +42,7 @@ def refusals(base: BaseCheckpoint, changed: Collection[str], ensured: bool) -> I
     """
     if not may_be_tied(base):
         return
-    kind, stored = (base.config or {}).get("model_type"), stored_token_weights(base)
+    kind, stored = (base.config or {}).get("model_type"), base.token_weights
     if needs_untying(base, changed):
         if kind in _FORWARD_ASKS:
             for key in sorted(changed):
@@ -79,13 +55,13 @@ def refusals(base: BaseCheckpoint, changed: Collection[str], ensured: bool) -> I
 
 def needs_untying(base: BaseCheckpoint, changed: Collection[str]) -> bool:
     """Whether loading would tie token weights that differ after a merge: one is added, or another one is stored."""
-    stored = stored_token_weights(base)
+    stored = base.token_weights
     return may_be_tied(base) and bool(changed) and len({*stored, *changed}) > 1
 
 
 def _has_head(base: BaseCheckpoint) -> bool:
     names = (base.config or {}).get("architectures") or ["LMHead"]
-    return any(_WITH_HEAD.search(str(name)) for name in names)
+    return not isinstance(names, list) or any(_WITH_HEAD.search(str(name)) for name in names)
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:
