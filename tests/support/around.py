@@ -5,11 +5,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import lora_fx
 
+OF_OTHERS = ("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
+"""PEFT's and transformers' own warnings."""
+IN_FILES = [pytest.mark.usefixtures("no_graphs"), pytest.mark.filterwarnings(*OF_OTHERS)]
+"""Marks for tests of files beside PEFT and transformers."""
+STRICT_IN_FILES = [
+    pytest.mark.usefixtures("no_graphs"),
+    pytest.mark.filterwarnings(*OF_OTHERS, "error::lora_fx.errors.LoraFxWarning"),
+]
+"""The same where lora_fx itself must not warn."""
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 """Results in float32 of a few short sums, near 1: some hundred roundings."""
 

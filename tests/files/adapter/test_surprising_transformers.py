@@ -24,18 +24,13 @@ from transformers import LlamaForCausalLM
 import lora_fx
 from lora_fx.cli.models.spec import ModelSpecError, load_model
 from lora_fx.errors import AdapterMismatchError, LoraFxWarning, MergeError
-from tests.files.test_peft_forms import Q, written
-from tests.support.around import assert_close, filled, llama, logits
+from tests.files.adapter.test_peft_forms import Q, written
+from tests.support.around import STRICT_IN_FILES, assert_close, filled, llama, logits
 from tests.support.kinds import EFFECT, OUTPUT, built, computed, distance, from_file_in_peft, in_ours
 from tests.support.peftkinds import IDS, mixtral
 from tests.support.zoo import rules
 
-pytestmark = [
-    pytest.mark.usefixtures("no_graphs"),
-    pytest.mark.filterwarnings(  # PEFT's and transformers' own
-        "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning", "error::lora_fx.errors.LoraFxWarning"
-    ),
-]
+pytestmark = STRICT_IN_FILES
 
 
 # -- transformers

@@ -22,17 +22,12 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 
 import lora_fx
 from lora_fx.errors import LoraFxWarning
-from tests.files.test_peft_forms import Q, edited, written
-from tests.support.around import assert_close, llama, logits
+from tests.files.adapter.test_peft_forms import Q, edited, written
+from tests.support.around import STRICT_IN_FILES, assert_close, llama, logits
 from tests.support.kinds import EFFECT, OUTPUT, built, computed, distance, from_file_in_peft, in_ours, in_peft
 from tests.support.zoo import rules
 
-pytestmark = [
-    pytest.mark.usefixtures("no_graphs"),
-    pytest.mark.filterwarnings(  # PEFT's and transformers' own
-        "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning", "error::lora_fx.errors.LoraFxWarning"
-    ),
-]
+pytestmark = STRICT_IN_FILES
 
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))

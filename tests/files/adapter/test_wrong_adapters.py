@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import lora_fx
 from lora_fx.errors import AdapterFileError, AdapterMismatchError, RefusedError
 from lora_fx.files.adapter.names import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE
-from tests.files.test_checkpoint import adapted, model
+from tests.files.adapter.test_adapter_files import adapted, model
 from tests.support import zoo
 
 

@@ -19,15 +19,10 @@ import peft
 from safetensors.torch import load_file, save_file
 
 import lora_fx
-from tests.support.around import assert_close, llama, logits
+from tests.support.around import IN_FILES, assert_close, llama, logits
 
 WEIGHTS = "adapter_model.safetensors"
-pytestmark = [
-    pytest.mark.usefixtures("no_graphs"),
-    pytest.mark.filterwarnings(  # PEFT's and transformers' own
-        "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning"
-    ),
-]
+pytestmark = IN_FILES
 
 
 def written(model: nn.Module, folder: Path, save: dict[str, Any] | None = None, **settings: Any) -> nn.Module:

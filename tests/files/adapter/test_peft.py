@@ -11,8 +11,8 @@ import lora_fx
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.files.adapter.names import target_modules
 from lora_fx.files.adapter.patterns import Patterns
-from tests.files.test_checkpoint import MIXED, adapted, logits, model
-from tests.files.test_wrong_adapters import rewrite
+from tests.files.adapter.test_adapter_files import MIXED, adapted, logits, model
+from tests.files.adapter.test_wrong_adapters import rewrite
 from tests.support import zoo
 from tests.support.zoo import rules
 

@@ -18,7 +18,7 @@ from lora_fx.errors import AdapterFileError, AdapterMismatchError, RefusedError
 from lora_fx.files.adapter.codec import mixes_groups
 from lora_fx.files.adapter.header import header_text
 from lora_fx.files.adapter.names import METADATA_KEY, WEIGHTS_FILE
-from tests.files.test_wrong_adapters import reconfigure, rewrite
+from tests.files.adapter.test_wrong_adapters import reconfigure, rewrite
 from tests.support.kinds import (
     Convolutions,
     Experts,
