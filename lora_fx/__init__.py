@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora_fx import errors as errors
     from lora_fx import passes as passes
     from lora_fx.api import apply as apply
+    from lora_fx.api import audit as audit
     from lora_fx.api import deltas as deltas
     from lora_fx.api import diff as diff
     from lora_fx.api import disabled as disabled
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lora_fx.errors import StalePlanError as StalePlanError
     from lora_fx.exporters import Exported as Exported
     from lora_fx.files.checkpoint.report import MergeReport as MergeReport
+    from lora_fx.graphdiff.deltas.audit import Audit as Audit
     from lora_fx.graphdiff.deltas.measure import Deltas as Deltas
     from lora_fx.graphdiff.diff import GraphDiff as GraphDiff
     from lora_fx.graphdiff.graphs import Graph as Graph
@@ -53,8 +55,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "lora_fx.api": (
-        "apply deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters plan "
-        "remove save"
+        "apply audit deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters "
+        "plan remove save"
     ),
     "lora_fx.files.checkpoint.report": "MergeReport",
     "lora_fx.errors": (
@@ -64,6 +66,7 @@ _HOMES = {
     "lora_fx.exporters": "Exported",
     "lora_fx.graphdiff.diff": "GraphDiff",
     "lora_fx.graphdiff.graphs": "Graph",
+    "lora_fx.graphdiff.deltas.audit": "Audit",
     "lora_fx.graphdiff.deltas.measure": "Deltas",
     "lora_fx.planning.plan": "Plan",
     "lora_fx.remerging.whole": "remerge",

@@ -13,10 +13,12 @@ from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.fused.contraction import contraction_teller
 from lora_fx.discovery.study import observed, renewed
 from lora_fx.files.adapter import peftfiles, restore, write
+from lora_fx.files.adapter.read import read_adapters
 from lora_fx.files.checkpoint import streaming
 from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import Rounding
-from lora_fx.graphdiff.deltas.measure import Deltas, deltas_of
+from lora_fx.graphdiff.deltas.audit import Audit, audit_of
+from lora_fx.graphdiff.deltas.measure import Deltas, delta_row, deltas_of
 from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_diff, graph_of
@@ -214,6 +216,29 @@ def deltas(tuned: nn.Module) -> Deltas:
         RefusedError: the model is not adapted, or its adapters have no values.
     """
     return deltas_of(with_values(seen_through(tuned)))
+
+
+def audit(adapter: nn.Module | str | os.PathLike[str]) -> Audit:
+    """Return what stands out in an adapter: norms, outlying sites, how few sites and directions have its energy.
+
+    Facts, not a verdict.  Neither needs nor changes a base model.
+
+    Args:
+        adapter: an adapted model, or the directory of an adapter.
+
+    Raises:
+        AdapterFileError: the directory's files are missing, damaged or of another kind.
+        RefusedError: the model is not adapted, or its adapters have no values.
+    """
+    if isinstance(adapter, nn.Module):
+        trained = deltas(adapter)
+        return audit_of(trained.model, trained.sites)
+    saved = read_adapters(adapter)[0]
+    rows = [
+        delta_row(site.path, site.rule, site.lora.r, site.lora.scaling, *site.matrices(), site.call)
+        for site in saved.sites
+    ]
+    return audit_of(os.fspath(adapter), rows, sum(tensor.numel() for tensor in saved.modules.values()))
 
 
 def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) -> nn.Module:

@@ -14,7 +14,7 @@ except ImportError:  # pragma: no cover
 
 from lora_fx.cli.verbs import Verbs
 
-VERBS = ("plan", "explain", "diff", "lint", "inspect", "export", "merge", "bench", "doctor", "schema")
+VERBS = ("plan", "explain", "diff", "lint", "inspect", "audit", "export", "merge", "bench", "doctor", "schema")
 
 _EPILOG = """\b
 MODEL is one of

@@ -56,6 +56,14 @@ class SavedSite:
         """The rank by the configuration."""
         return self.lora.r * self.file_ranks
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return B [.., out, ranks] and A [.., ranks, in], of which the product is ΔW / scaling; a bank has members."""
+        A, B = self.lora_A.flatten(1), self.lora_B.flatten(1)
+        members = A.shape[0] // self.rank
+        if members > 1 and B.shape[1] == A.shape[0]:  # as `codec` writes a bank
+            return B.reshape(B.shape[0], -1, members).permute(2, 0, 1), A.reshape(members, -1, A.shape[1])
+        return B, A
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what is written of the site, by its keys."""
         first, second = factor_names(self.embedding)

@@ -4,7 +4,7 @@ With the thin decompositions B = Q₁ R₁ and Aᵀ = Q₂ R₂, B A = Q₁ (R�
 the r × r matrix R₁ R₂ᵀ (Golub and Van Loan, Matrix Computations, 4th ed., §5.2 and §8.6).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -63,18 +63,34 @@ def deltas_of(tuned: nn.Module) -> Deltas:
 def _row(path: str, adapter: Attached) -> DeltaRow:
     if adapter.lora_A.weight.is_meta:
         raise RefusedError("the adapters have no values", [(path, "its adapter is on the meta device")])
-    values = singular_values(adapter.lora_B.matrix, adapter.lora_A.matrix) * abs(adapter.spec.scaling)
-    site = adapter.spec.site
+    B, A = adapter.lora_B.matrix, adapter.lora_A.matrix
+    row = delta_row(path, adapter.spec.rule, adapter.spec.lora.r, adapter.spec.scaling, B, A, adapter.call)
+    return replace(row, weight_norm=_norm(adapter.base_weight))
+
+
+def delta_row(path: str, rule: str, r: int, scaling: float, B: Tensor, A: Tensor, call: int | None = None) -> DeltaRow:
+    """Return what is known of ΔW = scaling · B A without its base weight.
+
+    Args:
+        path: of the site, as are `rule` and `call`.
+        rule: that has adapted it.
+        r: rank.
+        scaling: of the product.
+        B: [.., out, ranks]: one matrix, or a bank of them.
+        A: [.., ranks, in].
+        call: the call that it serves, where each has its own.
+    """
+    values = singular_values(B, A) * abs(scaling)
     return DeltaRow(
         path=path,
-        rule=adapter.spec.rule,
-        r=adapter.spec.lora.r,
-        scaling=adapter.spec.scaling,
-        shape=(*site.shape[: int(site.is_banked)], *site.features),
+        rule=rule,
+        r=r,
+        scaling=scaling,
+        shape=(*B.shape[:-1], A.shape[-1]),
         norm=float(values.norm()),
-        weight_norm=_norm(adapter.base_weight),
+        weight_norm=None,
         singular_values=tuple((values.mean(0) if values.dim() > 1 else values).tolist()),
-        call=adapter.call,
+        call=call,
     )
 
 
