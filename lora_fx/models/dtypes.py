@@ -43,9 +43,10 @@ def warn_of_narrowed_file(config: Mapping[str, Any], tensors: Iterable[tuple[str
     composed = any(isinstance(value, Mapping) and "model_type" in value for value in config.values())
     if read is None or not wide or composed or importlib.util.find_spec("transformers") is None:
         return
-    names = config.get("architectures") or [""]
-    kind = getattr(importlib.import_module("transformers"), str(names[0]), None)
-    if kind is not None:
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    kind = getattr(importlib.import_module("transformers"), name, None)
+    if isinstance(kind, type):
         _warn_of_rounding(read, wide, kind, level + 1)
 
 
