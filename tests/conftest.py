@@ -31,6 +31,14 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 20)  # captures make many small objects that stay: this takes 8 % off their time
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Show what long random runs have measured."""
+    for report in (each for kind in ("passed", "failed") for each in terminalreporter.getreports(kind)):
+        for name, value in report.user_properties:
+            if name == "figures" and report.when == "call":
+                terminalreporter.write_line(f"{report.nodeid.split('::')[-1]}: {value}")
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from lora_fx.text import columns, json_text
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[^\]]*\])?\s*(?P<versions>[^;]*)(;(?P<marker>.*))?")
 _LEAST = re.compile(r">=\s*([\d.]+)")
 _EXTRA = re.compile(r"""extra\s*==\s*["']([\w-]+)["']""")
-_DEVELOPING = ("test", "lint", "docs", "browser")
+_DEVELOPING = ("test", "lint", "docs", "browser", "fuzz")
 
 
 @dataclass(frozen=True, slots=True)

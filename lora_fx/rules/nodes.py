@@ -19,7 +19,7 @@ from lora_fx.text import nearest, shortened
 T = TypeVar("T")
 MOST_STATES_TOGETHER = 6 * MOST_STATES
 """Of all patterns of one file, each counted with at least its length."""
-_LONGEST_WORD, _MOST_COMPARED = 100, 500
+_LONGEST_WORD, _MOST_COMPARED = 100, 20
 _BOUNDS = (
     ("minimum", "at least", operator.ge),
     ("exclusiveMinimum", "above", operator.gt),
