@@ -6,7 +6,8 @@ from lora_fx.errors import MOST_SHOWN
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory, PlannedSite
 from lora_fx.planning.sites import Site
-from lora_fx.rules.patterns import NamePattern, nearest_names
+from lora_fx.rules.globs import PatternError
+from lora_fx.rules.patterns import NamePattern, glob_of, nearest_names
 from lora_fx.rules.ruleset import Rule, RuleSet
 from lora_fx.text import columns, count, listing, shortened, thousands, visible
 
@@ -25,7 +26,8 @@ def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contrac
     Raises:
         UnknownPathError: nothing bears the name; tells the nearest names.
     """
-    if named := _sites_at(plan, path):
+    exact = [planned for planned in plan.sites if path in (*planned.site.paths, planned.site.weight)]
+    if named := exact or _matched(plan, path):
         parts = [_explained(planned, rules, contraction(planned)) for planned in named[:MOST_SHOWN]]
         left = named[MOST_SHOWN:]
         return "\n\n".join([*parts, *([f"… and {count(len(left), 'more site')}"] if left else [])])
@@ -36,19 +38,24 @@ def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contrac
     raise UnknownPathError(_unknown(inventory, path))
 
 
-def _sites_at(plan: Plan, path: str) -> list[PlannedSite]:
-    exact = [planned for planned in plan.sites if path in (*planned.site.paths, planned.site.weight)]
-    if exact or not any(sign in path for sign in "*?[{"):
-        return exact
-    pattern = NamePattern(path)
+def _matched(plan: Plan, path: str) -> list[PlannedSite]:
+    pattern = NamePattern(path if _is_glob(path) else glob_of(path))
     return [planned for planned in plan.sites if any(map(pattern.matches, planned.site.paths))]
+
+
+def _is_glob(path: str) -> bool:
+    """Whether a path is to be taken as a pattern: it has signs of one, and can be read."""
+    try:
+        return path != glob_of(path) and bool(NamePattern(path))
+    except PatternError:
+        return False
 
 
 def _unknown(inventory: Inventory, path: str) -> str:
     if path in dict(inventory.modules):
         return f"{path} is a module without a weight that multiplies an activation"
     names = [name for site in inventory.sites for name in site.paths]
-    near = nearest_names(NamePattern(path), names)
+    near = nearest_names(NamePattern(path if _is_glob(path) else glob_of(path)), names)
     return f"the model has nothing called {path}" + (f"; nearest: {listing(near, 3)}" if near else "")
 
 

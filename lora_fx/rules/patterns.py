@@ -97,6 +97,15 @@ def automaton_of(text: str) -> Automaton:
     return compiled.automaton
 
 
+def glob_of(name: str) -> str:
+    """Return the glob that matches this name alone."""
+    escaped = _SIGNS.sub(r"\\\g<0>", name)
+    return f"\\{escaped}" if escaped.startswith(EXPRESSION_PREFIX) else escaped
+
+
+_SIGNS = re.compile(r"[\\*?\[\]{}]")
+
+
 # -- what looks like a pattern
 
 

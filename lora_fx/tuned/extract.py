@@ -20,6 +20,7 @@ from lora_fx.models.twin import is_meta
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
+from lora_fx.rules.patterns import glob_of
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.text import columns
@@ -155,7 +156,7 @@ def _plan(base: nn.Module, r: int, rules: Rules, differing: dict[str, float]) ->
 def _all_that_differ(base: nn.Module, r: int, differing: dict[str, float]) -> Mapping[str, object]:
     """Return rules for every linear whose weight differs, with a scaling of 1."""
     linears = [path for path, module in base.named_modules() if path and isinstance(module, nn.Linear)]
-    changed = [path for path in linears if f"{path}.weight" in differing]
+    changed = [glob_of(path) for path in linears if f"{path}.weight" in differing]
     if not changed:
         raise RefusedError("no linear differs between the two models: there is nothing to extract")
     rule = {"name": "extract", "match": {"name": changed}, "lora": {"r": r, "alpha": r}}

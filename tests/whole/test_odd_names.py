@@ -1,5 +1,6 @@
 """Names come from others.  Whatever they hold, no output has a control character, and no line more than with plain ones."""
 
+import copy
 import json
 import random
 import unicodedata
@@ -14,6 +15,7 @@ import lora_fx
 from lora_fx.errors import LoraFxError, LoraFxWarning, RuleError
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.planning.diff import plan_diff
+from lora_fx.planning.explain import UnknownPathError
 from lora_fx.planning.render.html import plan_diff_html, plan_html
 from lora_fx.planning.render.tree import diff_tree, plan_tree, tree_dot, tree_mermaid
 from tests.support.clitools import run
@@ -190,3 +192,15 @@ def test_caret_stands_under_what_is_meant_behind_characters_that_are_written_out
         lora_fx.plan(Layers(["a"]), tmp_path / "rules.yaml")
     *_, source, marked = [line for line in str(refused.value).splitlines() if "|" in line]
     assert source[marked.index("^") :].startswith("nmae")
+
+
+@pytest.mark.parametrize("name", ["a[b", "a]", "a{b", "a*b", "a\\", "a?", "a}b", "re:("])
+def test_names_with_the_signs_of_patterns_are_explained_and_extracted_as_names(name):
+    model = Layers([name, "axb"])
+    assert "adapt by" in lora_fx.explain(model, f"layers.{name}", RULES)
+    with pytest.raises(UnknownPathError, match="nothing called"):
+        lora_fx.explain(model, f"nowhere.{name}", RULES)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.layers[name].weight.add_(1)
+    assert [site.path for site in lora_fx.inspect(lora_fx.extract(other, model, r=1)).sites] == [f"layers.{name}"]
