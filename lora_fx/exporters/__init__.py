@@ -14,7 +14,8 @@ from lora_fx.errors import ExportError
 from lora_fx.exporters.registry import BUILT_IN, GROUP, names, target_named, targets
 from lora_fx.exporters.running import largest_difference, outputs_of_both
 from lora_fx.exporters.target import FEATURES, Ability, Refusal, Target
-from lora_fx.files.atomic import files_in, staged
+from lora_fx.files.atomic import files_in
+from lora_fx.files.replacing import staged
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
 from lora_fx.text import listing

@@ -15,8 +15,7 @@ from lora_fx.exporters.plain import evened
 from lora_fx.exporters.target import Refusal, Target, expressed, refusals
 from lora_fx.files.adapter.describe import Described, describe
 from lora_fx.files.adapter.names import PREFIX, factor_key
-from lora_fx.files.adapter.write import files_of
-from lora_fx.files.atomic import write_files
+from lora_fx.files.adapter.write import files_of, write_adapter
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
@@ -50,7 +49,7 @@ def write(tuned: nn.Module, path: Path, bake: bool = False) -> None:
     if bake:
         described = _baked(described, tuned)
     accepted = replace(described, config=_accepted(described), metadata={"format": "pt"})
-    write_files(files_of(accepted, path))
+    write_adapter(path, files_of(accepted, Path()))
 
 
 def _accepted(described: Described) -> dict[str, object]:

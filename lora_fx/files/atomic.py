@@ -7,14 +7,14 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
     """Write all files beside their places first, and move them there only when all are on disk.
+
+    Each is the old one or the new one; of files that belong together a kill may leave some of each (`replacing`).
 
     Args:
         files: contents by path, moved into place in this order; folders that are missing are made.
@@ -41,8 +41,8 @@ def write_files(files: Mapping[Path, bytes]) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and bring it to the disk; not atomic by itself."""
-    with path.open("wb") as file:
+    """Write a file that is not there and bring it to the disk; not atomic by itself.  No planted link is followed."""
+    with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -71,42 +71,58 @@ def settle(part: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-@contextlib.contextmanager
-def staged(path: Path, check: Callable[[Path, Path], None]) -> Iterator[Path]:
-    """Give a path of the same name in a fresh directory beside; at the end, move all that is in there into place.
-
-    Args:
-        path: of a file or a directory; a directory that is there already keeps its other files.
-        check: is given (new, old) for each name that was written, before anything is moved, and raises to refuse.
-
-    Raises:
-        OSError: the path cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield stage / path.name
-        written = sorted(stage.iterdir())
-        for new in written:
-            check(new, path.parent / new.name)
-        for name in files_in(stage):
-            sync_file(stage / name)
-        for new in written:
-            _move(new, path.parent / new.name)
-        sync_folder(path.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
 def files_in(folder: Path) -> set[Path]:
     """Return the files below a folder, relative to it."""
     return {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
 
 
-def _move(new: Path, old: Path) -> None:
-    if new.is_file() or not old.is_dir():
-        os.replace(new, old)
-        return
-    for name in sorted(files_in(new)):
-        (old / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(new / name, old / name)
+# -- locks
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock file, which is there only as long; the lock of a process that was killed is gone with it.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one does not wait.
+        OSError: it cannot be made, or something else has its name.
+    """
+    handle = _lock_file(path, wait)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock_file(path: Path, wait: bool) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            hold(handle, wait)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.lstat(path)):
+                    return handle  # and not a file that the one who held it has deleted since
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def hold(handle: int, wait: bool) -> bool:
+    """Lock an open file or folder until it is closed; False where there are no locks (Windows, some networks).
+
+    Raises:
+        BlockingIOError: another process holds it, and this one does not wait.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True

@@ -96,15 +96,14 @@ class Configuration:
         return self.alpha_pattern.value(name, self.lora_alpha)
 
 
-def read_configuration(folder: Path) -> Configuration:
-    """Return the configuration of an adapter's directory.
+def read_configuration(path: Path) -> Configuration:
+    """Return the configuration that a file holds.
 
     Raises:
         AdapterFileError: it is missing, not JSON, of another kind, holds values of wrong types, or asks for what would
             be silently wrong if it were read as plain LoRA.
     """
-    path = folder / CONFIG_FILE
-    config = _read_json(folder, path)
+    config = _read_json(path)
     ranks, alphas = (Patterns[Any](_table(config.get(key))) for key in _PATTERNS)
     wrong = [*_wrong_values(config), *_wrong_patterns(config, ranks, alphas)]
     if wrong:
@@ -115,8 +114,8 @@ def read_configuration(folder: Path) -> Configuration:
     return _configuration(config, ranks, alphas)
 
 
-def _read_json(folder: Path, path: Path) -> dict[str, Any]:
-    _must_exist(folder, path)
+def _read_json(path: Path) -> dict[str, Any]:
+    _must_exist(path)
     try:
         config = read_json(path, _MOST_BYTES)
     except UnreadableError as error:
@@ -129,11 +128,11 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
     return config
 
 
-def _must_exist(folder: Path, path: Path) -> None:
+def _must_exist(path: Path) -> None:
     try:
         path.lstat()
     except (OSError, ValueError):
-        inside = _folders_with_one(folder)
+        inside = _folders_with_one(path.parent)
         advice = f"these folders in it hold one: {listing(inside)}" if inside else "give the directory of an adapter"
         raise AdapterFileError(f"{path!s:.300}", "does not exist", advice=advice) from None
 

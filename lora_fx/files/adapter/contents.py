@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_fx.errors import AdapterFileError, MergeError
 from lora_fx.files.adapter.configuration import Configuration, read_configuration
+from lora_fx.files.adapter.folder import file_in
 from lora_fx.files.adapter.names import (
     CONFIG_FILE,
     PREFIX,
@@ -96,8 +97,9 @@ def contents_of(directory: str | os.PathLike[str]) -> Contents:
         AdapterFileError: a file is missing, damaged or of another kind.
     """
     folder = Path(directory)
-    config = read_configuration(folder)
-    raw = _raw(folder / WEIGHTS_FILE)
+    config_file = file_in(folder, CONFIG_FILE)
+    config = read_configuration(config_file)
+    raw = _raw(file_in(folder, WEIGHTS_FILE))
     header, content = noted_in(raw.path, raw.metadata) or (Header("default"), {})
     return Contents(
         folder=str(folder),
@@ -112,7 +114,7 @@ def contents_of(directory: str | os.PathLike[str]) -> Contents:
         modules=_modules(raw),
         features=tuple(_features(config, header)),
         others=header.others,
-        bytes=raw.size + (folder / CONFIG_FILE).stat().st_size,
+        bytes=raw.size + config_file.stat().st_size,
     )
 
 

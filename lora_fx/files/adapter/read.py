@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_fx.errors import AdapterFileError, MergeError
 from lora_fx.files.adapter.configuration import Configuration, read_configuration
+from lora_fx.files.adapter.folder import file_in
 from lora_fx.files.adapter.header import read_header
 from lora_fx.files.adapter.names import (
     CONFIG_FILE,
@@ -49,6 +50,8 @@ class AdapterFile:
     """One adapter, read and checked in itself."""
 
     folder: Path
+    files: tuple[Path, Path]
+    """Its weights and its configuration."""
     config: Configuration
     header: Header
     """What lora_fx noted; for a file of PEFT's what the tensors tell of it."""
@@ -80,17 +83,18 @@ def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFile]:
     """
     folder = Path(directory)
     first = _read(folder)
-    return [first, *(_read(folder / name) for name in first.header.others)]
+    return [first, *(_read(folder, name) for name in first.header.others)]
 
 
-def _read(folder: Path) -> AdapterFile:
-    config = read_configuration(folder)
-    tensors, metadata = _read_tensors(folder / WEIGHTS_FILE)
-    header = read_header(folder / WEIGHTS_FILE, metadata, tensors)
+def _read(root: Path, *names: str) -> AdapterFile:
+    weights, configuration = (file_in(root, *names, name) for name in (WEIGHTS_FILE, CONFIG_FILE))
+    config = read_configuration(configuration)
+    tensors, metadata = _read_tensors(weights)
+    header = read_header(weights, metadata, tensors)
     if header is None:  # of a model in wrappers, as torch.compile and FSDP put them around layers
         tensors = {key: tensor for key, tensor in tensors.items() if not is_of_training(key)}
-        tensors = _without_wrappers(folder / WEIGHTS_FILE, tensors)
-    return _AdapterReader(folder, config, tensors, header).read()
+        tensors = _without_wrappers(weights, tensors)
+    return _AdapterReader(root.joinpath(*names), (weights, configuration), config, tensors, header).read()
 
 
 def _without_wrappers(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,6 +138,7 @@ class _AdapterReader:
     """Turns tensors and configuration into sites, checking one against the other."""
 
     folder: Path
+    files: tuple[Path, Path]
     config: Configuration
     tensors: dict[str, Tensor]
     header: Header | None
@@ -148,6 +153,7 @@ class _AdapterReader:
             header = Header("default", trained=owners, base=self._base(paths))
         return AdapterFile(
             folder=self.folder,
+            files=self.files,
             config=self.config,
             header=header,
             sites=tuple(self._site(path) for path in paths),
@@ -167,7 +173,7 @@ class _AdapterReader:
 
     @property
     def _weights(self) -> str:
-        return str(self.folder / WEIGHTS_FILE)
+        return str(self.files[0])
 
     @functools.cached_property
     def _owners(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from lora_fx.adapters.attach import all_attached
 from lora_fx.adapters.placed import base_in, is_trained, placed_in
 from lora_fx.errors import AdapterFileError, LoraFxWarning
 from lora_fx.files.adapter.describe import Described, describe
+from lora_fx.files.adapter.folder import replace_files
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
-from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.tensors import get_tensor
 from lora_fx.models.wrappers import without_wrappers
@@ -24,8 +25,9 @@ from lora_fx.text import listing
 def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the model's adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-    Equal adapters are written as equal bytes.  Existing files are replaced only when the new ones are complete; other
-    files of the directory stay.  Further adapters go into directories of their names.
+    Equal adapters are written as equal bytes.  Existing files are replaced only when the new ones are complete, and
+    together: after a kill the directory holds the old adapter or the new one, or none that PEFT finds.  Other files of
+    the directory stay.  Further adapters go into directories of their names.
 
     Raises:
         RefusedError: the model is not adapted.
@@ -42,12 +44,22 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     described = describe(tuned)
     _warn_of_moved_buffers(tuned)
     files: dict[Path, bytes] = {}
-    for adapter in reversed(described):  # the first, which names the others, comes last
-        files |= files_of(adapter, folder if adapter is described[0] else folder / adapter.name)
+    for adapter in described:
+        files |= files_of(adapter, Path() if adapter is described[0] else Path(adapter.name))
+    write_adapter(folder, files)
+
+
+def write_adapter(folder: Path, files: Mapping[Path, bytes]) -> None:
+    """Write files of adapters, by their path in a folder, together.
+
+    Raises:
+        AdapterFileError: the folder cannot be written.
+    """
     try:
-        write_files(files)
-    except OSError as error:
-        raise AdapterFileError(str(folder), f"cannot be written: {error.strerror or error}") from error
+        replace_files(folder, files)
+    except (OSError, ValueError) as error:  # ValueError: of a path that no file can have
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise AdapterFileError(str(folder), f"cannot be written: {reason or error}") from error
 
 
 def _refuse_partitioned(tuned: nn.Module, folder: Path) -> None:
@@ -76,7 +88,7 @@ def _warn_of_moved_buffers(tuned: nn.Module) -> None:
 
 
 def files_of(described: Described, folder: Path) -> dict[Path, bytes]:
-    """Return the contents of an adapter's files, by path; the configuration, without which it is none, comes last."""
+    """Return the contents of an adapter's files, by path."""
     config = json.dumps(described.config, indent=2, sort_keys=True) + "\n"
     return {
         folder / WEIGHTS_FILE: canonical_safetensors(described.tensors, described.metadata),

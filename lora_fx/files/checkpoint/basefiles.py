@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from lora_fx.errors import MergeError
 from lora_fx.files.adapter.names import CONFIG_FILE as ADAPTER_CONFIG
 from lora_fx.files.safetensors import RawFile, RawTensor, read_raw
-from lora_fx.sources import UnreadableError, is_inside, read_json
+from lora_fx.sources import UnreadableError, is_inside, is_regular, read_json
 from lora_fx.text import listing, shortened
 
 CONFIG = "config.json"
@@ -102,8 +102,20 @@ def read_checkpoint(folder: Path) -> BaseCheckpoint:
     others = [file for file in _files(folder) if file not in {*names, index, CONFIG}]
     left_out = tuple(file for file in others if file.endswith(_OTHER_WEIGHTS))
     carried = tuple(file for file in others if file not in left_out)
+    _refuse_strangers(folder, [*carried, *filter(None, (index, CONFIG if os.path.lexists(folder / CONFIG) else None))])
     config = read_object(folder / CONFIG) if os.path.lexists(folder / CONFIG) else None
     return BaseCheckpoint(folder, shards, index, config, carried, left_out)
+
+
+def _refuse_strangers(folder: Path, names: Sequence[str]) -> None:
+    """Refuse files whose copies would show what lies elsewhere; the cache of Hugging Face is nothing but links."""
+    own = Path(os.path.realpath(folder))
+    homes = [own, own.parent.parent / "blobs"] if own.parent.name == "snapshots" else [own]
+    places = {name: Path(os.path.realpath(folder / name)) for name in names}
+    out = [(name, f"is a link to {to}") for name, to in places.items() if not any(map(to.is_relative_to, homes))]
+    out += [(name, "is no file") for name in names if not is_regular(folder / name)]
+    if out:
+        raise MergeError(f"{folder}: has what is not copied along", out, "take it away, or put a file in its place")
 
 
 def _entry(folder: Path) -> str:

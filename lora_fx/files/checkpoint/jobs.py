@@ -65,7 +65,7 @@ class OpenFiles:
 
     def __init__(self, target: Path) -> None:
         self.path = target
-        self.target = RawBytes(target, "w+")
+        self.target = RawBytes(target, "x+")
         self._sources: dict[Path, RawBytes] = {}
 
     def source(self, file: RawFile) -> RawBytes:

@@ -4,6 +4,7 @@ With the journal a merge that was killed can be finished, and finished by nothin
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import MergeError
-from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
-from lora_fx.files.atomic import settle, sync_file, write_synced
+from lora_fx.files.atomic import locked, settle, sync_file, write_synced
 from lora_fx.files.checkpoint.basefiles import CONFIG, BaseCheckpoint, read_object
 from lora_fx.files.checkpoint.report import MergedTensor
 from lora_fx.text import listing
@@ -35,16 +35,31 @@ def part_of(path: Path) -> Path:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a small file: the old one or the new one is there, whole."""
-    write_synced(part_of(path), content)
+    write_synced(fresh_part_of(path), content)
     settle(part_of(path), path)
+
+
+def fresh_part_of(path: Path) -> Path:
+    """Return where a file is written before it is whole; what was there is gone, and no link of that name followed."""
+    part_of(path).unlink(missing_ok=True)
+    return part_of(path)
 
 
 def carry(source: Path, target: Path) -> None:
     """Copy a file byte by byte; what a link points to is copied, not the link."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, part_of(target))
+    with source.open("rb") as read, fresh_part_of(target).open("xb") as written:
+        shutil.copyfileobj(read, written)
     sync_file(part_of(target))
     settle(part_of(target), target)
+
+
+def folder_in(folder: Path, name: str) -> Path:
+    """Return the place of a file in a folder, its own folder made; OSError where a link leads out of it."""
+    place = folder / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.parent.resolve().is_relative_to(folder.resolve()):
+        raise NotADirectoryError(errno.ENOTDIR, "a link leads out of the directory", str(place.parent))
+    return place
 
 
 def check_folder(folder: Path) -> None:
@@ -68,7 +83,7 @@ def check_folder(folder: Path) -> None:
 def free_bytes(folder: Path) -> int:
     """Return how much may be written there: what is free, and what an interrupted run has left and will overwrite."""
     parent = _nearest(folder)
-    left = sum(path.stat().st_size for path in folder.glob(f"{OURS}.*.part")) if folder.is_dir() else 0
+    left = sum(path.lstat().st_size for path in folder.glob(f"{OURS}.*.part")) if folder.is_dir() else 0
     return shutil.disk_usage(parent).free + left
 
 
@@ -84,31 +99,30 @@ def _nearest(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other merges out of the directory; the lock of a process that was killed is gone with it.
+def entered(folder: Path) -> Iterator[None]:
+    """Make the directory and keep other merges out of it; where nothing was written, nothing stays.
 
     Raises:
-        MergeError: another process merges into it.
+        MergeError: another process merges into it, or something else lies there by now.
     """
-    path = folder / _LOCK
-    with path.open("wb") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows
+    made = [directory for directory in (folder, *folder.absolute().parents) if not directory.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder / _LOCK, wait=False):
+            check_folder(folder)
             yield
-        else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise MergeError(f"{folder}: another process is merging into it") from error
-            yield
-    path.unlink(missing_ok=True)
+    except BlockingIOError as error:
+        raise MergeError(f"{folder}: another process is merging into it") from error
+    finally:
+        with contextlib.suppress(OSError):
+            for directory in made:
+                directory.rmdir()
 
 
 # -- the journal
 
 
-def inputs_of(base: BaseCheckpoint, folders: Sequence[Path], options: dict[str, Any]) -> dict[str, Any]:
+def inputs_of(base: BaseCheckpoint, adapters: Sequence[tuple[Path, Path]], options: dict[str, Any]) -> dict[str, Any]:
     """Return what the result depends on: files of the base by size and time, headers and adapters by their hash."""
     names = [*base.shards, *filter(None, (base.index, CONFIG if base.config is not None else None))]
     stats = {name: (base.folder / name).stat() for name in names}
@@ -116,7 +130,7 @@ def inputs_of(base: BaseCheckpoint, folders: Sequence[Path], options: dict[str, 
         "format": FORMAT,
         "base": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         "headers": {name: file.sha256 for name, file in base.shards.items()},
-        "adapters": [[_sha256(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)] for folder in folders],
+        "adapters": [[_sha256(file) for file in files] for files in adapters],
         **options,
     }
 
@@ -149,7 +163,7 @@ class MergeJournal:
     def is_done(self, shard: str) -> bool:
         """Whether the file is written, and still has its size."""
         path = self.folder / shard
-        return shard in self.done and path.is_file() and path.stat().st_size == self.done[shard][0]
+        return shard in self.done and path.is_file() and path.lstat().st_size == self.done[shard][0]
 
     def tensors(self) -> Iterator[MergedTensor]:
         """Yield the report's rows, by file name."""

@@ -23,10 +23,12 @@ from lora_fx.files.checkpoint.outfolder import (
     MergeJournal,
     carry,
     check_folder,
+    entered,
+    folder_in,
     free_bytes,
+    fresh_part_of,
     inputs_of,
     is_read_only,
-    locked,
     open_journal,
     part_of,
     write_whole,
@@ -86,10 +88,11 @@ def merge_files(
     adapters = _read(adapter_dirs)
     plan = plan_merge(base, adapters, options.dtype)
     _warn_of_narrowed(plan)
-    inputs = inputs_of(base, [adapter.folder for adapter in adapters], asdict(options))
+    inputs = inputs_of(base, [adapter.files for adapter in adapters], asdict(options))
     merge = _Merge(plan, out, options, open_journal(out, inputs), progress)
     merge.check_space()
-    with _told(out), _one_thread_each() as number:
+    with _told(out), entered(out), _one_thread_each() as number:
+        merge.journal = open_journal(out, inputs)  # another merge may have been here since
         merge.run(number)
     return merge.report()
 
@@ -181,17 +184,15 @@ class _Merge:
 
     def run(self, workers: int) -> None:
         """Write all files; the one that makes the directory a checkpoint comes last."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out):
-            self.journal.write()
-            for name in self.base.carried:
-                carry(self.base.folder / name, self.out / name)
-            self._write_shards(workers)
-            if self.base.index is not None:
-                self._write_json(self.base.index, _index(self.plan))
-            if self.base.config is not None:
-                self._write_json(CONFIG, _config(self.plan, self.options))
-            self.journal.close()
+        self.journal.write()
+        for name in self.base.carried:
+            carry(self.base.folder / name, folder_in(self.out, name))
+        self._write_shards(workers)
+        if self.base.index is not None:
+            self._write_json(self.base.index, _index(self.plan))
+        if self.base.config is not None:
+            self._write_json(CONFIG, _config(self.plan, self.options))
+        self.journal.close()
 
     def _write_json(self, name: str, changed: dict[str, Any] | None) -> None:
         if changed is None:
@@ -206,7 +207,7 @@ class _Merge:
         with Workers(number) as workers, Syncing() as syncing:
             for name in todo:
                 shard = out_shard(self.plan, name)
-                with _abandoned_on_error(OpenFiles(part_of(self.out / name))) as files:
+                with _abandoned_on_error(OpenFiles(fresh_part_of(self.out / name))) as files:
                     sums = self._write_shard(shard, files, workers, syncing)
                     syncing.then(partial(self._finish, shard, files, sums))
 

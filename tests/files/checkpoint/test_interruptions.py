@@ -112,8 +112,61 @@ def test_leftovers_of_a_start_that_was_killed_do_not_hinder(tmp_path, base, adap
 
 def test_two_merges_into_one_directory_do_not_meet(tmp_path, base, adapter):
     (tmp_path / "out").mkdir()
-    with outfolder.locked(tmp_path / "out"), pytest.raises(MergeError, match="another process is merging into it"):
+    with outfolder.entered(tmp_path / "out"), pytest.raises(MergeError, match="another process is merging into it"):
         merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+def test_second_merge_that_waited_for_the_first_leaves_what_that_has_written(tmp_path, base, adapter, monkeypatch):
+    """Between its look at the directory and its lock the other one begins and ends."""
+    out, look = tmp_path / "out", streaming.open_journal
+
+    def looked(*args):
+        monkeypatch.setattr(streaming, "open_journal", look)
+        merge_checkpoint(base, adapter, out)
+        return look(*args)
+
+    monkeypatch.setattr(streaming, "open_journal", looked)
+    with pytest.raises(MergeError, match="is there already; nothing was written"):
+        merge_checkpoint(base, adapter, out, rounding="stochastic")
+    merge_checkpoint(base, adapter, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_links_that_bear_names_of_a_merge_are_not_followed(tmp_path, base, adapter):
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    out.mkdir()
+    victim.write_text("precious")
+    for name in ("model.safetensors", "config.json", "tokenizer.json", outfolder.JOURNAL):
+        outfolder.part_of(out / name).symlink_to(victim)
+    merge_checkpoint(base, adapter, out)
+    assert victim.read_text() == "precious"
+    merge_checkpoint(base, adapter, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_link_in_place_of_the_lock_is_an_error(tmp_path, base, adapter):
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    out.mkdir()
+    victim.write_text("precious")
+    (out / f"{outfolder.OURS}.lock").symlink_to(victim)
+    with pytest.raises(MergeError, match="cannot be finished"):
+        merge_checkpoint(base, adapter, out)
+    assert victim.read_text() == "precious"
+
+
+def test_folder_that_a_link_leads_out_of_is_not_written_into(tmp_path, base, adapter):
+    (base / "assets").mkdir()
+    (base / "assets" / "picture").write_text("new")
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(StopError):
+        merge_checkpoint(base, adapter, out, progress=stop_after(1))
+    (out / "assets" / "picture").unlink()
+    (out / "assets").rmdir()
+    (out / "assets").symlink_to(elsewhere)
+    with pytest.raises(MergeError, match="a link leads out of the directory"):
+        merge_checkpoint(base, adapter, out)
+    assert not list(elsewhere.iterdir())
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -205,3 +207,42 @@ def test_two_checkpoints_in_one_directory_are_ambiguous(tmp_path, sharded, adapt
     save_file(loaded(sharded), sharded / "model.safetensors")
     with pytest.raises(MergeError, match="which checkpoint is meant"):
         merge_checkpoint(sharded, adapter, tmp_path / "out")
+
+
+# -- what is carried along
+
+
+def linked(folder, name, target):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "generation_config.json"])
+def test_link_that_leaves_the_checkpoint_is_not_copied_along(tmp_path, base, adapter, name):
+    (tmp_path / "secret").write_text('{"password": "x"}')
+    linked(base, name, tmp_path / "secret")
+    with pytest.raises(MergeError, match="has what is not copied along") as caught:
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert caught.value.problems == ((name, f"is a link to {tmp_path / 'secret'}"),)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_within_a_checkpoint_and_those_of_a_cache_are_followed(tmp_path, base, adapter):
+    (base / "vocabulary.json").symlink_to("tokenizer.json")
+    merge_checkpoint(base, adapter, tmp_path / "plain")
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "1", tmp_path / "models--x" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in base.iterdir():
+        shutil.copy(path, blobs / path.name)
+        linked(snapshot, path.name, blobs / path.name)
+    merge_checkpoint(snapshot, adapter, tmp_path / "cached")
+    assert contents(tmp_path / "cached") == contents(tmp_path / "plain")
+
+
+def test_pipe_and_link_to_nowhere_are_not_copied_along(tmp_path, base, adapter):
+    os.mkfifo(base / "pipe")
+    linked(base, "lost", base / "nowhere")
+    with pytest.raises(MergeError, match="has what is not copied along") as caught:
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert caught.value.problems == (("lost", "is no file"), ("pipe", "is no file"))

@@ -1,0 +1,71 @@
+"""A process that ends between two of its steps on the disk, as a kill ends it: nothing is cleaned up."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count
+
+_STEPS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+KILLED = 77
+
+
+def killed_before(step: int, work: Callable[[], object]) -> bool:
+    """Do some work in a process of its own that ends before its so-manieth step; whether there were so many.
+
+    Steps are what changes the disk: a file opened for writing, a rename, a deletion, a folder made, a sync.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            _end_before(step)
+            work()
+        except BaseException as error:
+            print(repr(error), file=sys.__stderr__)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, KILLED), "the work itself fails"
+    return status == KILLED
+
+
+def kills(work: Callable[[], object], before: Callable[[], object], every: int = 1) -> Iterator[int]:
+    """Prepare, and do the work killed before a step; for each of its steps, or some of them.
+
+    Args:
+        work: what is killed.
+        before: brings the disk into the state in which it begins.
+        every: how many steps are gone on each time.
+    """
+    for step in count(0, every):
+        before()
+        if not killed_before(step, work):
+            return
+        yield step
+
+
+def _end_before(step: int) -> None:
+    left = [step]
+
+    def count_down() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(KILLED)
+
+    def seen(event: str, args: tuple[object, ...]) -> None:
+        if event in _STEPS or (event == "open" and isinstance(args[2], int) and args[2] & _WRITING):
+            count_down()
+
+    for name in ("fsync", "pwrite", "copy_file_range"):
+        setattr(os, name, _counted(getattr(os, name), count_down))
+    sys.addaudithook(seen)
+
+
+def _counted(function: Callable[..., object], count_down: Callable[[], None]) -> Callable[..., object]:
+    def counted(*args: object) -> object:
+        count_down()
+        return function(*args)
+
+    return counted
