@@ -7,6 +7,8 @@ from lora_fx.errors import SourceSpan
 from lora_fx.rules.tree import MOST_DEPTH, MOST_DIGITS, MOST_NODES, SourceText, YamlNode, add_pair, size_of, text_node
 from lora_fx.text import shortened
 
+_TOO_LARGE = 10**MOST_DIGITS
+
 
 def read_mapping(rules: Mapping[str, object], name: str) -> tuple[SourceText, YamlNode]:
     """Return the tree of rules given as a dict; positions are paths such as `rules[1].lora.r`."""
@@ -44,12 +46,12 @@ class _DictReader:
         return node
 
     def _scalar(self, value: object, path: str) -> YamlNode:
-        if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+        if isinstance(value, str):
+            return text_node(self.source, path, str(value))
+        if isinstance(value, int) and abs(value) >= _TOO_LARGE:
             what = f"an integer of more than {MOST_DIGITS} digits cannot stand in rules"
             self.source.problem(SourceSpan(path=path), what)
             return YamlNode(path)
-        if isinstance(value, str):
-            return text_node(self.source, path, str(value))
         for kind in (bool, int, float):
             if isinstance(value, kind):  # as its plain type: numpy's float64 is a float
                 return YamlNode(path, value=kind(value))

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from lora_fx.errors import SourceSpan
@@ -30,7 +30,7 @@ class LoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @property
     def scaling(self) -> float:
