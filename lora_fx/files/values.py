@@ -1,12 +1,14 @@
 """The values in a safetensors file: their dtypes, a few of them, and bytes that depend on nothing else."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from lora_fx.errors import RefusedError
 from lora_fx.files.fingerprint import sample_positions
 from lora_fx.files.safetensors import BITS, RawFile, RawTensor
 
@@ -15,6 +17,7 @@ FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F
 DTYPES = FLOATS | {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_HALF = re.compile(r"[\ud800-\udfff]")
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -31,12 +34,27 @@ def sample(file: RawFile, entry: RawTensor) -> list[float] | None:
     return [float(value) for value in torch.frombuffer(content, dtype=FLOATS[entry.dtype]).double()]
 
 
+def refuse_unwritable(names: Iterable[str]) -> None:
+    """Refuse names with half a character (a lone surrogate), which no file can hold.
+
+    Raises:
+        RefusedError: with all of them.
+    """
+    halves = [(name, "holds half a character") for name in names if not name.isascii() and _HALF.search(name)]
+    if halves:
+        raise RefusedError("names that no file can hold; nothing was written", halves, "rename these modules")
+
+
 def canonical_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file whose bytes depend on the content alone.
 
     The library writes metadata in the order of a randomly seeded table; the header is rewritten in sorted order,
     which has the same length.
+
+    Raises:
+        RefusedError: a name is not text that UTF-8 can hold.
     """
+    refuse_unwritable(tensors)
     content = safetensors_bytes(dict(tensors), dict(metadata))
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])

@@ -174,6 +174,15 @@ def test_adapters_of_odd_names_are_saved_and_loaded_bit_by_bit(tmp_path):
     assert len(lora_fx.inspect(loaded).sites) == 60
 
 
+@pytest.mark.parametrize("target", ["save", "merged", "kohya", "vllm", "peft"])
+def test_names_with_half_a_character_are_refused_before_anything_is_written(tmp_path, target):
+    tuned = lora_fx.apply(Layers(["a\ud800", "b"]), RULES, backend="modules")
+    path = tmp_path / ("k.safetensors" if target == "kohya" else "a")
+    with pytest.raises(lora_fx.RefusedError, match="no file can hold; nothing was written"):
+        lora_fx.save(tuned, path) if target == "save" else lora_fx.export(tuned, path, target)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", HIDDEN, ids=ascii)
 def test_errors_and_warnings_show_odd_names_and_keep_them_in_their_fields(name):
     path = f"layers.a{name}b"

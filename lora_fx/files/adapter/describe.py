@@ -26,6 +26,7 @@ from lora_fx.files.adapter.names import (
 )
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.fingerprint import sample_values
+from lora_fx.files.values import refuse_unwritable
 from lora_fx.models.quantised import dense
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import dotted
@@ -189,6 +190,7 @@ def _describe(
         "sites": {site.stem: site.note() for site in sites},
         "base": {used.path: sample_values(used.adapter.base_weight) for used in group},
     }
+    refuse_unwritable(tensors)
     header = header_text(content, tensors)
     return Described(name, tensors, config, {"format": "pt", METADATA_KEY: header})
 
