@@ -16,7 +16,7 @@ from lora_fx.text import shortened
 EXPRESSION_PREFIX = "re:"
 
 
-MOST_NAME = 10_000
+MOST_NAME = 2_000
 """Of a name that is matched; no model has such names."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import re
 
 import pytest
@@ -185,6 +186,17 @@ def test_states_follow_the_length_of_a_pattern_and_not_the_numbers_in_its_ranges
 def test_classes_accept_what_any_of_their_ranges_accepts(ranges):
     pattern, reference = NamePattern(f"[{ranges}]"), re.compile(f"[{ranges}]")
     assert [pattern.matches(chr(i)) for i in range(200)] == [bool(reference.fullmatch(chr(i))) for i in range(200)]
+
+
+@pytest.mark.parametrize("pattern", ["re:(.*a){100}.{50}", "re:.*(a.{30}){10}"])
+def test_work_follows_the_length_of_a_name(pattern):
+    draw = random.Random(0)
+    name = "".join(draw.choice("ab") for _ in range(1_600))
+    automata = [Automaton(automaton_of(pattern).expression) for _ in range(2)]
+    for automaton, length in zip(automata, (800, 1_600)):
+        automaton.matches(name[:length])
+    assert 0 < automata[1].work <= 2.6 * automata[0].work
+    assert automata[1].work <= 1_600 * len(automata[1]._steps)
 
 
 def test_a_name_that_no_model_has_is_refused_in_few_words():
