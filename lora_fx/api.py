@@ -180,7 +180,7 @@ def load(
     return twin
 
 
-def diff(a: Comparable, b: Comparable, example_inputs: object = None) -> GraphDiff:
+def diff(a: Comparable, b: Comparable, example_inputs: object = None, *, trust: bool = False) -> GraphDiff:
     """Return how two graphs differ, grouped by site; falsy if they do not.  Values of weights are not compared.
 
     Args:
@@ -189,22 +189,24 @@ def diff(a: Comparable, b: Comparable, example_inputs: object = None) -> GraphDi
         b: the same, of any of these kinds; both stay unchanged.
         example_inputs: as for `plan`; shows the blocks of models that hold no graphs yet, which are otherwise compared
             module by module.
+        trust: that reading a `.pt2` file may run code of whoever wrote it; without it such a file is refused.
 
     Raises:
-        LoraFxError: a file cannot be read.
+        LoraFxError: a file cannot be read, or is a program and not trusted.
         CaptureError: a model refuses the example inputs.
     """
-    return graph_diff(a, b, example_inputs)
+    return graph_diff(a, b, example_inputs, trust)
 
 
-def graph(model: Comparable, example_inputs: object = None) -> Graph:
+def graph(model: Comparable, example_inputs: object = None, *, trust: bool = False) -> Graph:
     """Return the graph of a model as data that can be saved, read back without torch, and given to `diff`.
 
     Args:
         model: as for `diff`.
         example_inputs: as for `diff`.
+        trust: as for `diff`.
     """
-    return graph_of(model, example_inputs)
+    return graph_of(model, example_inputs, trust)
 
 
 def deltas(tuned: nn.Module) -> Deltas:

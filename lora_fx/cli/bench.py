@@ -4,7 +4,7 @@ import re
 
 import click
 
-from lora_fx.cli.options import format_option, output_option, progress_option, rules_argument, rules_of
+from lora_fx.cli.options import format_option, output_option, progress_option, rules_argument, rules_of, trust_option
 from lora_fx.cli.output import progress_bar, write
 
 _SIZES = re.compile(r"(\d+)[x×](\d+)")
@@ -22,6 +22,7 @@ _SIZES = re.compile(r"(\d+)[x×](\d+)")
 @format_option("text", "json", "html")
 @output_option
 @progress_option
+@trust_option
 def command(
     model: str,
     rules: str,
@@ -34,6 +35,7 @@ def command(
     form: str,
     output: str,
     no_progress: bool,
+    trust: bool,
 ) -> None:
     """Measure a training step of MODEL with adapters by RULES.
 
@@ -47,7 +49,7 @@ def command(
     from lora_fx.bench.run import DTYPES, BenchOptions, bench
     from lora_fx.cli.models.runnable import runnable
 
-    built, inputs = runnable(model, sizes)
+    built, inputs = runnable(model, sizes, trust)
     options = BenchOptions(peer, 0 if no_time else rounds, threads, None if dtype is None else DTYPES[dtype])
     with progress_bar("measuring", no_progress) as progress:
         report = bench(built, read, inputs, options, progress)

@@ -2,7 +2,7 @@
 
 import click
 
-from lora_fx.cli.options import FORMATS, STANDARD, complete_rules, format_option, output_option, rules_of
+from lora_fx.cli.options import FORMATS, STANDARD, complete_rules, format_option, output_option, rules_of, trust_option
 from lora_fx.cli.output import write
 from lora_fx.cli.rendering import plan_diff_as
 from lora_fx.cli.saved import SavedFileError, read_text
@@ -26,9 +26,17 @@ _JSON = (".json", STANDARD)
 @click.option("--stat", is_flag=True, help="Show only what has changed how much.")
 @click.option("--exit-code", is_flag=True, help="Exit 1 if there is a difference, as git diff does.")
 @output_option
+@trust_option
 @click.pass_context
 def command(
-    context: click.Context, a: str, others: tuple[str, ...], form: str, stat: bool, exit_code: bool, output: str
+    context: click.Context,
+    a: str,
+    others: tuple[str, ...],
+    form: str,
+    stat: bool,
+    exit_code: bool,
+    output: str,
+    trust: bool,
 ) -> None:
     """Show how two graphs, or two plans, differ.
 
@@ -43,14 +51,14 @@ def command(
     if not others:
         from lora_fx.cli.models.spec import graph_text
 
-        write(graph_text(a), output, "json")
+        write(graph_text(a, trust), output, "json")
         return
-    diff = _difference(a, others)
+    diff = _difference(a, others, trust)
     write(_shown(diff, form, stat), output, form)
     context.exit(DIFFERS if diff and exit_code else 0)
 
 
-def _difference(a: str, others: tuple[str, ...]) -> GraphDiff | PlanDiff:
+def _difference(a: str, others: tuple[str, ...], trust: bool) -> GraphDiff | PlanDiff:
     rules = tuple(operand for operand in others if _is_rules(operand))
     if len(others) > 2 or (len(others) == 2 and len(rules) != 2):
         raise click.UsageError("give two models, or a model and one or two rule files")
@@ -58,13 +66,13 @@ def _difference(a: str, others: tuple[str, ...]) -> GraphDiff | PlanDiff:
         read = [rules_of(name) for name in rules]  # a misspelt rule is an error before torch is imported
         from lora_fx.cli.models.spec import compared_by_rules
 
-        return compared_by_rules(a, read)
+        return compared_by_rules(a, read, trust)
     (b,) = others
     if a.endswith(_JSON) and b.endswith(_JSON):
         return _of_saved(a, b)
     from lora_fx.cli.models.spec import compared
 
-    return compared(_saved_graph(a), _saved_graph(b))
+    return compared(_saved_graph(a), _saved_graph(b), trust)
 
 
 def _is_rules(operand: str) -> bool:

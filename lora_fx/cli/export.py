@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.options import model_argument
+from lora_fx.cli.options import model_argument, trust_option
 from lora_fx.cli.output import show
 
 
@@ -15,7 +15,10 @@ from lora_fx.cli.output import show
 @click.option("-o", "--output", required=True, type=click.Path(), help="File or directory to write.")
 @click.option("--verify", is_flag=True, help="Load it in its own client, and compare what both compute.")
 @click.option("--set", "options", metavar="KEY=VALUE", multiple=True, help="Option of the target; may be repeated.")
-def command(model: str, adapter: str, target: str, output: str, verify: bool, options: tuple[str, ...]) -> None:
+@trust_option
+def command(
+    model: str, adapter: str, target: str, output: str, verify: bool, options: tuple[str, ...], trust: bool
+) -> None:
     """Write MODEL with the ADAPTER of a directory for another program: whole, or not at all.
 
     MODEL needs its weights here.  The inputs that --verify compares on, and that some targets need, are those which the
@@ -27,7 +30,7 @@ def command(model: str, adapter: str, target: str, output: str, verify: bool, op
     from lora_fx.exporters import target_named
 
     target_named(target)
-    built, inputs = load_model(model, weights=True)
+    built, inputs = load_model(model, weights=True, trust=trust)
     tuned = load(built, adapter).eval()
     show(str(export(tuned, output, target, inputs, verify, **given)))
 

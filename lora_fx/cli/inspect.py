@@ -2,7 +2,7 @@
 
 import click
 
-from lora_fx.cli.options import format_option, output_option
+from lora_fx.cli.options import format_option, output_option, trust_option
 from lora_fx.cli.output import write
 from lora_fx.cli.verbs import DIFFERS, text_of
 from lora_fx.errors import AdapterMismatchError, RefusedError
@@ -13,8 +13,9 @@ from lora_fx.errors import AdapterMismatchError, RefusedError
 @click.argument("model", required=False)
 @format_option("text", "json")
 @output_option
+@trust_option
 @click.pass_context
-def command(context: click.Context, adapter: str, model: str | None, form: str, output: str) -> None:
+def command(context: click.Context, adapter: str, model: str | None, form: str, output: str, trust: bool) -> None:
     """Show what is in an adapter's directory.
 
     With MODEL, check that it fits, too (exit 1 if it does not).
@@ -30,7 +31,7 @@ def command(context: click.Context, adapter: str, model: str | None, form: str, 
         from lora_fx.cli.models.spec import check_fit
 
         try:
-            click.echo(check_fit(adapter, model), err=form == "json")
+            click.echo(check_fit(adapter, model, trust), err=form == "json")
         except (AdapterMismatchError, RefusedError) as error:
             click.echo(f"lora-fx: {text_of(error)}", err=True)
             context.exit(DIFFERS)

@@ -25,6 +25,7 @@ def complete_rules(context: click.Context, parameter: click.Parameter, incomplet
 model_argument = click.argument("model", type=click.Path())
 _OUTPUT = "File to write; - is the standard output."
 output_option = click.option("-o", "--output", type=click.Path(), default=STANDARD, help=_OUTPUT)
+trust_option = click.option("--trust", is_flag=True, help="Read a .pt2 file, which can run any code that is in it.")
 progress_option = click.option("--no-progress", is_flag=True, help="Show no progress bar.")
 
 

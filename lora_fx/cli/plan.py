@@ -12,6 +12,7 @@ from lora_fx.cli.options import (
     output_option,
     rules_argument,
     rules_of,
+    trust_option,
 )
 from lora_fx.cli.output import terminal_width, write
 from lora_fx.cli.rendering import plan_as, plan_diff_as
@@ -29,6 +30,7 @@ from lora_fx.planning.plan import Plan
 @click.option("--stat", is_flag=True, help="Show only the sums, by rule.")
 @click.option("--expect", metavar="FILE", help="Compare with a saved plan; exit 1 and show what differs.")
 @output_option
+@trust_option
 @click.pass_context
 def command(
     context: click.Context,
@@ -39,6 +41,7 @@ def command(
     stat: bool,
     expect: str | None,
     output: str,
+    trust: bool,
 ) -> None:
     """Show what RULES would do to MODEL, and why.
 
@@ -46,7 +49,7 @@ def command(
     was saved with --format json; RULES are left out then.
     """
     expected = None if expect is None else read_plan(expect)
-    current = planned(model, rules)
+    current = planned(model, rules, trust)
     if expected is not None:
         diff = plan_diff(expected, current, (str(expect), f"{current.model} · {current.source}"))
         write(plan_diff_as(diff, form, stat), output, form)
@@ -55,7 +58,7 @@ def command(
     write(plan_as(current, form, not everything, stat, width), output, form)
 
 
-def planned(model: str, rules: str | None) -> Plan:
+def planned(model: str, rules: str | None, trust: bool) -> Plan:
     """Return the plan of a model by rules, or a saved one."""
     if rules is None:
         if not model.endswith(".json") and model != "-":
@@ -67,5 +70,5 @@ def planned(model: str, rules: str | None) -> Plan:
     from lora_fx.api import plan
     from lora_fx.cli.models.spec import load_model
 
-    built, inputs = load_model(model)
+    built, inputs = load_model(model, trust=trust)
     return plan(built, read, inputs)

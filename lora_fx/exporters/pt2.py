@@ -26,6 +26,7 @@ from lora_fx.exporters.program import (
 )
 from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
+from lora_fx.graphdiff.programs import load_program
 from lora_fx.models.code import refuse_odd_paths
 from lora_fx.models.samples import Sample
 from lora_fx.models.ties import tied_names
@@ -41,11 +42,16 @@ _KEEP = {"always_keep_tensor_constants": True}
 
 
 def _write(
-    tuned: nn.Module, path: Path, sample: Sample, compile: bool = False, program: str | Path | None = None
+    tuned: nn.Module,
+    path: Path,
+    sample: Sample,
+    compile: bool = False,
+    program: str | Path | None = None,
+    trust: bool = False,
 ) -> None:
     parts = base_graph_parts(tuned)
     if path.suffix == VALUES:
-        _write_values_for(parts, path, program)
+        _write_values_for(parts, path, program, trust)
         return
     if path.suffix != ".pt2":
         raise ExportError("pt2", f"{path.name} does not end in .pt2, or in {VALUES} for an adapter alone")
@@ -93,13 +99,13 @@ def _write_values(path: Path, values: Mapping[str, Tensor], kept: Mapping[str, s
     save_file(dict(sorted(named.items())), path)
 
 
-def _write_values_for(parts: BaseGraphParts, path: Path, program: str | Path | None) -> None:
+def _write_values_for(parts: BaseGraphParts, path: Path, program: str | Path | None, trust: bool) -> None:
     """Write an adapter for a program that another one was exported with, if it fits."""
     if program is None or len(parts.adapters) > 1:
         what = "a program to go with" if program is None else "one adapter, not several"
         raise ExportError("pt2", f"a {VALUES} file needs {what}", advice="program='model.pt2'")
     main = Path(program)
-    state = torch.export.load(main).state_dict
+    state = load_program(main, trust).state_dict  # as its compiled form, which is native code, is trusted below
     values = next(iter(parts.adapters.values()))
     fitted = {name: _fitted(value, state.get(name), parts.rank_axes.get(name)) for name, value in values.items()}
     problems = [(name, _misfit(values[name], state.get(name))) for name, value in fitted.items() if value is None]
@@ -154,7 +160,8 @@ TARGET = Target(
     expresses=EVERY_FEATURE,
     options={
         "compile": f"also compile it with AOTInductor, to `model{COMPILED}` (False); needs a C++ compiler",
-        "program": f"for a path that ends in {VALUES}: the program that the adapter is for",
+        "program": f"for a path that ends in {VALUES}: the program that the adapter is for, which is run: with trust",
+        "trust": "that reading `program`, and its compiled form, may run any code that is in them (False)",
     },
     verify_options=("program",),
 )

@@ -36,7 +36,7 @@ from lora_fx.regions.survey import survey, unchanged_modes
 Comparable: TypeAlias = nn.Module | ExportedProgram | Graph | str | os.PathLike[str]
 
 
-def graph_diff(a: Comparable, b: Comparable, example_inputs: object = None) -> GraphDiff:
+def graph_diff(a: Comparable, b: Comparable, example_inputs: object = None, trust: bool = False) -> GraphDiff:
     """Return how the graphs of two models differ, grouped by site; both models stay unchanged.
 
     Blocks that either model runs as graphs are compared statement by statement; what lies outside of them is compared
@@ -46,6 +46,7 @@ def graph_diff(a: Comparable, b: Comparable, example_inputs: object = None) -> G
         a: a model, an exported program, a graph, or a `.pt2` or `.json` file.
         b: what it is compared with.
         example_inputs: as for `lora_fx.plan`; for models neither of which runs as graphs.
+        trust: that reading a `.pt2` file may run code.
     """
     if (
         isinstance(a, nn.Module)
@@ -53,15 +54,15 @@ def graph_diff(a: Comparable, b: Comparable, example_inputs: object = None) -> G
         and not all(isinstance(side, fx.GraphModule) for side in (a, b))
     ):
         return compare(*_pair(a, b, example_inputs))
-    return compare(graph_of(a, example_inputs), graph_of(b, example_inputs))
+    return compare(graph_of(a, example_inputs, trust), graph_of(b, example_inputs, trust))
 
 
-def graph_of(model: Comparable, example_inputs: object = None) -> Graph:
+def graph_of(model: Comparable, example_inputs: object = None, trust: bool = False) -> Graph:
     """Return the graph of a model, of an exported program, or of a `.pt2` or `.json` file; nothing is changed.
 
     Raises:
         GraphFileError: a file holds no graph.
-        ProgramFileError: a file holds no exported program that this torch can read.
+        ProgramFileError: a file is a program and not trusted, or holds none that this torch can read.
     """
     if isinstance(model, Graph):
         return model
@@ -70,7 +71,7 @@ def graph_of(model: Comparable, example_inputs: object = None) -> Graph:
     if isinstance(model, nn.Module):
         return _graph(_Blocks(model), {} if isinstance(model, fx.GraphModule) else _own_captures(model, example_inputs))
     path = Path(model)
-    return graph_of_program(load_program(path), path.name) if path.suffix == ".pt2" else Graph.load(path)
+    return graph_of_program(load_program(path, trust), path.name) if path.suffix == ".pt2" else Graph.load(path)
 
 
 def _pair(a: nn.Module, b: nn.Module, example_inputs: object) -> tuple[Graph, Graph]:

@@ -14,18 +14,33 @@ from lora_fx.graphdiff.costs import totals
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.models.code import UncompiledGraph
 from lora_fx.models.torch_internals import deepcopy
+from lora_fx.sources import is_regular
 
 
 class ProgramFileError(LoraFxError):
-    """A file is not an exported program that this torch can read."""
+    """A file is not an exported program that this torch can read, or was not said to be trusted."""
 
 
-def load_program(path: Path) -> ExportedProgram:
+_WHY = """
+  pickles  torch unpickles the example inputs, and weights and constants that are not plain tensors
+  sizes    torch evaluates the sizes that are not fixed as Python expressions
+  if you trust whoever wrote it: trust=True, or --trust on the command line"""
+
+
+def load_program(path: Path, trust: bool) -> ExportedProgram:
     """Return the program of a `.pt2` file.
 
+    Args:
+        path: of the file.
+        trust: that reading it may run code, as it may with torch.export.load (torch 2.13).
+
     Raises:
-        ProgramFileError: it holds none, or one that this torch cannot read.
+        ProgramFileError: it is not trusted; it holds none, or one that this torch cannot read.
     """
+    if not is_regular(path):
+        raise ProgramFileError(f"{path}: no such file")
+    if not trust:
+        raise ProgramFileError(f"{path}: is a program, and reading it can run any code that is in it{_WHY}")
     try:
         with warnings.catch_warnings():  # torch 2.9, of how it reads the file itself
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)

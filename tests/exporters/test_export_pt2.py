@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, LoraFxError
 from lora_fx.exporters import export
 from lora_fx.exporters import pt2 as target
 from lora_fx.models.samples import Sample
@@ -69,7 +69,7 @@ def test_another_adapter_is_put_into_the_same_program_whatever_its_scaling_and_a
     folder: Path, tmp_path: Path
 ):
     other, sample = adapted(rules("layer.1.**.{query,value}", r=3, alpha=30), 2), call_encoder(4, 5)
-    export(other, tmp_path / "other.safetensors", "pt2", sample, program=folder / "model.pt2")
+    export(other, tmp_path / "other.safetensors", "pt2", sample, program=folder / "model.pt2", trust=True)
     module = torch.export.load(folder / "model.pt2").module()
     module.load_state_dict(load_file(folder / "model.base.safetensors"), strict=False)
     before = module(**sample.kwargs)
@@ -81,13 +81,20 @@ def test_another_adapter_is_put_into_the_same_program_whatever_its_scaling_and_a
 def test_adapter_that_the_program_has_no_room_for_is_refused(folder: Path, tmp_path: Path):
     other = adapted(rules(["layer.0.output", "embeddings"], r=3))
     with pytest.raises(ExportError, match="not a program for this adapter") as caught:
-        export(other, tmp_path / "other.safetensors", "pt2", call_encoder(), program=folder / "model.pt2")
+        export(other, tmp_path / "other.safetensors", "pt2", call_encoder(), program=folder / "model.pt2", trust=True)
     assert dict(caught.value.facts) == {
         "embeddings.lora_A.default.weight": "the program has no such parameter",
         "embeddings.lora_B.default.weight": "the program has no such parameter",
         "layer.0.output.lora_A.default.weight": "is [3, 64], in the program [2, 64]",
         "layer.0.output.lora_B.default.weight": "is [16, 3], in the program [16, 2]",
     }
+
+
+def test_program_of_an_adapter_alone_is_read_with_trust_only(folder: Path, tmp_path: Path):
+    other = adapted(rules("layer.1.**.{query,value}", r=3, alpha=30), 2)
+    with pytest.raises(LoraFxError, match="is a program, and reading it can run any code"):
+        export(other, tmp_path / "other.safetensors", "pt2", call_encoder(), program=folder / "model.pt2")
+    assert not (tmp_path / "other.safetensors").exists()
 
 
 def test_adapter_alone_needs_a_program(tmp_path: Path):

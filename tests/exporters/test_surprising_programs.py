@@ -169,10 +169,13 @@ def test_half_precision_runs_with_the_dtype_that_the_graph_was_made_with(half, t
 
 
 @pytest.mark.parametrize(
-    ("target", "graph", "adapter", "option"),
-    [("onnx", "model.onnx", "x.onnx_adapter", "graph"), ("pt2", "model.pt2", "x.safetensors", "program")],
+    ("target", "graph", "adapter", "option", "more"),
+    [
+        ("onnx", "model.onnx", "x.onnx_adapter", "graph", {}),
+        ("pt2", "model.pt2", "x.safetensors", "program", {"trust": True}),
+    ],
 )
-def test_values_of_another_dtype_than_the_graphs_are_refused(target, graph, adapter, option, tmp_path):
+def test_values_of_another_dtype_than_the_graphs_are_refused(target, graph, adapter, option, more, tmp_path):
     """onnxruntime raises when it runs, and AOTInductor computes something else."""
     for name in target_named(target).needs:
         pytest.importorskip(name)
@@ -180,7 +183,7 @@ def test_values_of_another_dtype_than_the_graphs_are_refused(target, graph, adap
     lora_fx.export(tuned_of(Alike().eval(), chosen, None), tmp_path / "made" / graph, target, (X,))
     half = tuned_of(Alike().eval().half(), chosen, None)
     with pytest.raises(ExportError, match=r"c\.weight +is float16, in the (graph|program) float32"):
-        lora_fx.export(half, tmp_path / adapter, target, (X.half(),), **{option: tmp_path / "made" / graph})
+        lora_fx.export(half, tmp_path / adapter, target, (X.half(),), **{option: tmp_path / "made" / graph}, **more)
 
 
 # -- torch.export and AOTInductor
@@ -204,5 +207,5 @@ def test_tied_weight_has_the_name_that_aotinductor_has_kept(tmp_path):
     chosen = written(rule("mid"), train=["words", "head"])
     tuned = tuned_of(Tied().eval(), chosen, sample.args)
     verified(tuned, tmp_path / "model.pt2", "pt2", sample, compile=True)
-    verified(tuned, tmp_path / "other.safetensors", "pt2", sample, program=tmp_path / "model.pt2")
+    verified(tuned, tmp_path / "other.safetensors", "pt2", sample, program=tmp_path / "model.pt2", trust=True)
     assert sum("weight" in key and "lora" not in key for key in load_file(tmp_path / "other.safetensors")) == 1

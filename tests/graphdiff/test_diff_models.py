@@ -104,16 +104,43 @@ def test_two_exported_programs_and_their_files(tmp_path):
     diff = lora_fx.diff(*programs)
     assert {c.path for c in diff.changes} >= {"fc1"}
     assert diff.parameters[1] - diff.parameters[0] == 4 * (16 + 32)
-    files = lora_fx.diff(tmp_path / "a.pt2", tmp_path / "b.pt2")
+    files = lora_fx.diff(tmp_path / "a.pt2", tmp_path / "b.pt2", trust=True)
     assert (files.a, files.b) == ("a.pt2", "b.pt2")
     assert files.changes == diff.changes
-    assert not lora_fx.diff(programs[0], tmp_path / "a.pt2")
+    assert not lora_fx.diff(programs[0], tmp_path / "a.pt2", trust=True)
+
+
+class Harmless:
+    """No plain tensor: torch unpickles it, and would make it."""
+
+    made = 0
+
+    def __reduce__(self):
+        return Harmless.make, ()
+
+    @staticmethod
+    def make():
+        Harmless.made += 1
+        return torch.zeros(2)
+
+
+def test_a_program_is_read_by_those_who_trust_it_only(tmp_path):
+    """What is in a .pt2 file runs when torch reads it: the example inputs are a pickle."""
+    model, inputs = zoo.Mlp().eval(), (zoo.features(2, 3),)
+    program = torch.export.export(model, inputs)
+    program.example_inputs = ((Harmless(),), {})
+    torch.export.save(program, tmp_path / "a.pt2")
+    for read in (lambda: lora_fx.graph(tmp_path / "a.pt2"), lambda: lora_fx.diff(model, str(tmp_path / "a.pt2"))):
+        with pytest.raises(LoraFxError, match=r"a\.pt2: is a program, and reading it can run any code") as caught:
+            read()
+        assert "trust=True" in str(caught.value)
+    assert Harmless.made == 0
 
 
 def test_a_file_that_is_no_program_is_an_error_of_ours(tmp_path):
     (tmp_path / "broken.pt2").write_bytes(b"nothing")
     with pytest.raises(LoraFxError, match=r"broken\.pt2: cannot be read"):
-        lora_fx.graph(tmp_path / "broken.pt2")
+        lora_fx.graph(tmp_path / "broken.pt2", trust=True)
     with pytest.raises(LoraFxError, match="missing"):
         lora_fx.graph(tmp_path / "missing.json")
 

@@ -13,7 +13,7 @@ from lora_fx.models.samples import Sample
 SEED = 0
 
 
-def runnable(spec: str, tokens: tuple[int, int] | None = None) -> tuple[nn.Module, object]:
+def runnable(spec: str, tokens: tuple[int, int] | None = None, trust: bool = False) -> tuple[nn.Module, object]:
     """Return (model, example inputs or None) for what the user wrote as MODEL, with values.
 
     A directory of transformers needs its configuration only: the values of weights do not change what a step costs.
@@ -26,13 +26,13 @@ def runnable(spec: str, tokens: tuple[int, int] | None = None) -> tuple[nn.Modul
         ModelSpecError: says what is wrong with the text, the file, or what the factory returned.
         RefusedError: token ids are given to a model that takes none.
     """
-    model, inputs = _loaded(spec)
+    model, inputs = _loaded(spec, trust)
     return model, inputs if tokens is None else token_sample(model, *tokens)
 
 
-def _loaded(spec: str) -> tuple[nn.Module, object]:
+def _loaded(spec: str, trust: bool) -> tuple[nn.Module, object]:
     if not spec.startswith("hf:"):
-        return load_model(spec, weights=True)
+        return load_model(spec, weights=True, trust=trust)
     blank, inputs = load_model(spec)
     kind: Any = type(blank)
     with torch.random.fork_rng(devices=[]):

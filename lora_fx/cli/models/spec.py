@@ -19,6 +19,7 @@ from lora_fx.files.adapter.restore import fitted
 from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_of
+from lora_fx.graphdiff.programs import load_program
 from lora_fx.models.code import module_of
 from lora_fx.models.samples import call, samples_for
 from lora_fx.rules.ruleset import RuleSet
@@ -27,7 +28,7 @@ from lora_fx.text import count
 FORMS = "package.module:factory, file.py:factory, hf:DIRECTORY, a .pt2 or a .safetensors file"
 
 
-def load_model(spec: str, weights: bool = False) -> tuple[nn.Module, object]:
+def load_model(spec: str, weights: bool = False, trust: bool = False) -> tuple[nn.Module, object]:
     """Return (model, example inputs or None) for what the user wrote as MODEL.
 
     `package.module:factory` and `file.py:factory` execute that code; the factory is called without arguments, and
@@ -38,12 +39,13 @@ def load_model(spec: str, weights: bool = False) -> tuple[nn.Module, object]:
         spec: the text.
         weights: with values, for evaluation.  Without them the factory is called on the meta device, and
             `hf:DIRECTORY` needs the configuration only.
+        trust: that reading a `.pt2` file may run code.
 
     Raises:
         ModelSpecError: says what is wrong with the text, the file, or what the factory returned.
     """
     if spec.endswith(".pt2"):
-        return _of_program(spec)
+        return _of_program(spec, trust)
     if spec.endswith((".safetensors", ".index.json")) and weights:
         raise ModelSpecError(f"'{spec}' has names and weights only, and no model: give hf:DIRECTORY or a factory")
     if spec.endswith((".safetensors", INDEX_SUFFIX)):
@@ -59,49 +61,47 @@ def load_model(spec: str, weights: bool = False) -> tuple[nn.Module, object]:
     return (model.eval() if weights else model), inputs
 
 
-def check_fit(adapter: str, spec: str) -> str:
+def check_fit(adapter: str, spec: str, trust: bool) -> str:
     """Return a line that says that an adapter's directory fits a model.
 
     Raises:
         AdapterMismatchError, RefusedError: it does not; all reasons.
         AdapterFileError: its files are damaged.
     """
-    model, inputs = load_model(spec)
+    model, inputs = load_model(spec, trust=trust)
     _, _, decisions = fitted(adapter, model, samples_for(model, inputs))
     sites = len(decisions.adapted)
     return f"fits {type(model).__name__}: {count(sites, 'site')} with the names and shapes of the adapter"
 
 
-def compared(a: str | Graph, b: str | Graph) -> GraphDiff:
+def compared(a: str | Graph, b: str | Graph, trust: bool) -> GraphDiff:
     """Return how two models differ, each given as MODEL or as a graph."""
-    first, second = map(_comparable, (a, b))
-    return diff(first[0], second[0], first[1] if first[1] is not None else second[1])
+    first, second = (_comparable(side, trust) for side in (a, b))
+    return diff(first[0], second[0], first[1] if first[1] is not None else second[1], trust=trust)
 
 
-def compared_by_rules(spec: str, rules: Sequence[RuleSet]) -> GraphDiff:
+def compared_by_rules(spec: str, rules: Sequence[RuleSet], trust: bool) -> GraphDiff:
     """Return what rules change in a model's graph; of two rule sets, how the two adapted models differ."""
-    model, inputs = load_model(spec)
+    model, inputs = load_model(spec, trust=trust)
     *before, after = [model, *(apply(model, read, inputs) for read in rules)]
     return diff(before[-1], after, inputs)
 
 
-def graph_text(spec: str) -> str:
+def graph_text(spec: str, trust: bool) -> str:
     """Return a model's graph as JSON."""
-    return graph_of(*_comparable(spec)).to_json()
+    return graph_of(*_comparable(spec, trust), trust).to_json()
 
 
-def _comparable(spec: str | Graph) -> tuple[Comparable, object]:
+def _comparable(spec: str | Graph, trust: bool) -> tuple[Comparable, object]:
     """Return (what `diff` takes, example inputs or None); a `.pt2` file is read there."""
     if isinstance(spec, str) and not spec.endswith(".pt2"):
-        return load_model(spec)
+        return load_model(spec, trust=trust)
     return spec, None
 
 
-def _of_program(path: str) -> tuple[nn.Module, object]:
+def _of_program(path: str, trust: bool) -> tuple[nn.Module, object]:
     """Return the module of a file that `torch.export.save` wrote, and the inputs that it was exported with."""
-    if not Path(path).is_file():
-        raise ModelSpecError(f"{path}: no such file")
-    program = torch.export.load(path)
+    program = load_program(Path(path), trust)
     given = program.example_inputs
     return module_of(program), call(*given[0], **given[1]) if given else None
 
