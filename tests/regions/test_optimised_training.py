@@ -111,7 +111,7 @@ def test_demo_learns_the_same_with_and_without_passes():
         sentiment = pytest.importorskip("sentiment")
     finally:
         sys.path.pop(0)
-    training, _ = sentiment.read_reviews(800, 10)
+    training, _ = sentiment.read_reviews(400, 10)
     example = [lora_fx.call(**inputs) for inputs, _ in training.batches(16)[:2]]
     rules = {"version": 1, "rules": [{"match": {"name": "**.layer.**", "op": "linear"}, "lora": {"r": 8}}]}
     found = []
@@ -123,7 +123,7 @@ def test_demo_learns_the_same_with_and_without_passes():
         tuned = lora_fx.apply(model, rules, example, optimise=optimise).train()
         optimizer = torch.optim.AdamW(lora_fx.parameters(tuned), lr=2e-4)
         found.append([])
-        for inputs, labels in training.batches(8) * 2:
+        for inputs, labels in training.batches(4) * 2:
             loss = F.cross_entropy(tuned(**inputs).logits, labels)
             optimizer.zero_grad()
             loss.backward()
