@@ -52,7 +52,7 @@ def capture_times() -> None:
 def guard_time() -> None:
     tuned = lora_fx.apply(llama(2, 32), RULES, inputs(10))
     calls: list[tuple[nn.Module, tuple[object, ...], dict[str, object]]] = []
-    path, block, region = next(each for each in regions(tuned) if each[2].block.programs)
+    path, block, region = next(region for region in regions(tuned) if region[2].block.programs)
     hook = block.register_forward_pre_hook(lambda m, a, k: calls.append((m, a, k)), with_kwargs=True)
     with torch.no_grad():
         sample = inputs(10)

@@ -31,8 +31,8 @@ def step(tokens: int, width: int, rank: int, merged: bool) -> Callable[[], None]
     term = Term(Facts(1e-3, merged=merged), weight, None, first, second)
 
     def both() -> None:
-        for each in (x, first, second):
-            each.grad = None
+        for tensor in (x, first, second):
+            tensor.grad = None
         adapted((term,), x)[0].backward(slope)
 
     return both

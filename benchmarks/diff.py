@@ -66,13 +66,13 @@ def main() -> None:
     forms(diff)
     for nodes in (12_500, 25_000, 50_000, 100_000):
         a, b = (decoder(nodes // 100, adapted=adapted) for adapted in (False, True))
-        found = timed(f"synthetic pair of {len(a.nodes):,} nodes, adapted in every layer", lambda: compare(a, b))  # noqa: B023
-        assert len(found.changes) == 2 * (nodes // 100)
+        compared = timed(f"synthetic pair of {len(a.nodes):,} nodes, adapted in every layer", lambda: compare(a, b))  # noqa: B023
+        assert len(compared.changes) == 2 * (nodes // 100)
     a = decoder(500)
     b = scattered(a, 500)
-    found = timed(f"synthetic pair of {len(a.nodes):,} nodes, 500 edits all over", lambda: compare(a, b))
-    print(f"  {len(found.comparison.edits)} edits reported")
-    forms(found)
+    compared = timed(f"synthetic pair of {len(a.nodes):,} nodes, 500 edits all over", lambda: compare(a, b))
+    print(f"  {len(compared.comparison.edits)} edits reported")
+    forms(compared)
     started = time.perf_counter()
     deltas = lora_fx.deltas(tuned)
     print(f"deltas of {len(deltas.sites)} adapters {time.perf_counter() - started:40.2f} s")

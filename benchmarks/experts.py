@@ -50,7 +50,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         angles = torch.arange(x.shape[1])[:, None] * torch.logspace(0, -4, self.width // 2).repeat(2)
         result = self.layer(
-            x, position_embeddings=tuple(each[None].to(x.dtype) for each in (angles.cos(), angles.sin()))
+            x, position_embeddings=tuple(part[None].to(x.dtype) for part in (angles.cos(), angles.sin()))
         )
         return result if isinstance(result, Tensor) else result[0]
 
@@ -149,11 +149,11 @@ def main() -> None:
         tuned = adapted(base, x)
         ratios = [measure(tuned, x) / measure(base, x) for measure in (flops, saved_bytes)]
         ratios += [saved_bytes(tuned, x, True) / saved_bytes(base, x, True), peak_bytes(tuned, x) / peak_bytes(base, x)]
-        line = case.text() + "  ".join(f"{each:7.3f}" for each in ratios)
+        line = case.text() + "  ".join(f"{ratio:7.3f}" for ratio in ratios)
         if options.rounds:
             timing = times(base, case.base(), tuned, x, options.rounds)
-            found = (timing.ratios["adapted"], timing.control)
-            line += "".join(f"  {each.ratio:.3f} ({each.processor:.3f})" for each in found)
+            adapted_and_control = (timing.ratios["adapted"], timing.control)
+            line += "".join(f"  {ratio.ratio:.3f} ({ratio.processor:.3f})" for ratio in adapted_and_control)
         print(line, flush=True)
 
 

@@ -49,8 +49,8 @@ def main() -> None:
     for what, inputs in (("without inputs", None), ("with inputs", (torch.zeros(2, 16, dtype=torch.long),))):
         seconds, plan = plan_gpt3(inputs)
         graphs = sum(site.backend == "graph" for site in plan.adapted)
-        found = f"{plan.trainable:,} trainable, {graphs} sites in graphs"
-        print(f"plan of GPT-3 175B on meta, {what}: {seconds:.1f} s, {found}")
+        summary = f"{plan.trainable:,} trainable, {graphs} sites in graphs"
+        print(f"plan of GPT-3 175B on meta, {what}: {seconds:.1f} s, {summary}")
     with torch.device("meta"):
         classifier = gpt2_classifier()
     rules = {"version": 1, "rules": [{"match": {"name": "**"}, "lora": {"r": 16, "alpha": 16}}]}

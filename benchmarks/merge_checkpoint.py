@@ -85,7 +85,7 @@ def weight(rows: int, columns: int) -> Tensor:
 
 
 def bytes_of(tensors: dict[str, Tensor]) -> int:
-    return sum(each.nbytes for each in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def write_adapter(folder: Path, sites: list[tuple[str, int, int]]) -> int:
@@ -145,11 +145,11 @@ def measure_time(base: Path, adapter: Path, work: Path, pairs: int) -> None:
 def measure_memory(base: Path, adapter: Path, work: Path, adapter_bytes: int) -> None:
     command = [sys.executable, "-c", MEASURED, str(base), str(adapter), str(work / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    content = json.loads(done.stdout)
     shutil.rmtree(work / "out")
-    above, own = (found["highest"] - found["idle"]) / 1024, adapter_bytes / 2**20
+    above, own = (content["highest"] - content["idle"]) / 1024, adapter_bytes / 2**20
     print(
-        f"highest RSS: {above:.0f} MiB above the idle process ({found['idle'] / 1024:.0f} MiB), of which the adapter "
+        f"highest RSS: {above:.0f} MiB above the idle process ({content['idle'] / 1024:.0f} MiB), of which the adapter "
         f"takes {own:.0f} MiB: {above - own:.0f} MiB"
     )
 

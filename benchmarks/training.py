@@ -185,11 +185,11 @@ def lines(options: argparse.Namespace) -> Iterator[Line]:
                     yield Line(model.name, adapted, dropout, dtype, bench(base, rules, sample, how))
 
 
-def table(found: Sequence[Line]) -> str:
+def table(drawn: Sequence[Line]) -> str:
     """Return the lines as a table in Markdown, under what they were measured on."""
-    rows = [HEADS, ("---",) * len(HEADS), *(line.cells() for line in found)]
+    rows = [HEADS, ("---",) * len(HEADS), *(line.cells() for line in drawn)]
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{_where(found[0].report)}\n\n{body}"
+    return f"{_where(drawn[0].report)}\n\n{body}"
 
 
 def _where(report: BenchReport) -> str:
@@ -227,13 +227,13 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
-    found = list(lines(options))
-    text = table(found)
+    rows = list(lines(options))
+    text = table(rows)
     if options.write is not None:
         page = options.write.read_text(encoding="utf-8")
         options.write.write_text(written(page, text), encoding="utf-8")
     if options.json is not None:
-        options.json.write_text(json.dumps([line.to_dict() for line in found], indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps([line.to_dict() for line in rows], indent=1) + "\n", encoding="utf-8")
     print(text)
 
 

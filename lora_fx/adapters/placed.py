@@ -45,13 +45,13 @@ class Placed:
 
 def placed_in(model: nn.Module) -> list[Placed]:
     """Return every adapted model that is in this one, or that this one is a part of; none if nothing is adapted."""
-    found: dict[int, tuple[ModelRecord, Counter[tuple[str, str]]]] = {}
+    by_record: dict[int, tuple[ModelRecord, Counter[tuple[str, str]]]] = {}
     for path, adapter in all_attached(model):
         record = adapter.spec.record
-        _, prefixes = found.setdefault(id(record), (record, Counter()))
+        _, prefixes = by_record.setdefault(id(record), (record, Counter()))
         prefixes[_prefixes(without_wrappers(path), without_wrappers(adapter.spec.path))] += 1
     # a module that bears two names may stand first under another one here: what most say counts
-    return [Placed(record, *prefixes.most_common(1)[0][0]) for record, prefixes in found.values()]
+    return [Placed(record, *prefixes.most_common(1)[0][0]) for record, prefixes in by_record.values()]
 
 
 def base_in(places: Iterable[Placed]) -> dict[str, Tensor]:

@@ -68,11 +68,11 @@ def diffusers(base: nn.Module, file: Path, component: str, call: Call) -> Both:
 
     model: Any = base
     pipeline: Any = diffusers.StableDiffusionXLPipeline
-    found, alphas, metadata = pipeline.lora_state_dict(str(file), return_lora_metadata=True)
+    tensors, alphas, metadata = pipeline.lora_state_dict(str(file), return_lora_metadata=True)
     if component.startswith("text_encoder"):
-        pipeline.load_lora_into_text_encoder(found, alphas, model, prefix=component, metadata=metadata)
+        pipeline.load_lora_into_text_encoder(tensors, alphas, model, prefix=component, metadata=metadata)
     else:
-        model.load_lora_adapter(found, prefix=component, network_alphas=alphas, metadata=metadata)
+        model.load_lora_adapter(tensors, prefix=component, network_alphas=alphas, metadata=metadata)
     adapted = outputs(model, call)
     switch_off = model.disable_adapters if component.startswith("text_encoder") else model.disable_lora
     switch_off()
@@ -85,13 +85,13 @@ def lycoris(base: nn.Module, file: Path, call: Call) -> Both:
     from safetensors.torch import load_file
 
     before = outputs(base, call)
-    found = load_file(file)
-    network, _ = create_network_from_weights(1.0, str(file), None, None, base, found)
-    names = {key.split(".")[0] for key in found}
+    tensors = load_file(file)
+    network, _ = create_network_from_weights(1.0, str(file), None, None, base, tensors)
+    names = {key.split(".")[0] for key in tensors}
     if {layer.lora_name for layer in network.unet_loras} != names:
         raise ValueError(f"LyCORIS reads {len(network.unet_loras)} of {len(names)} layers")
     network.apply_to(None, base, apply_text_encoder=False, apply_unet=True)
-    network.load_state_dict(found, strict=False)
+    network.load_state_dict(tensors, strict=False)
     network.eval()
     return before, outputs(base, call)
 

@@ -58,11 +58,11 @@ def _component_of(tuned: nn.Module) -> str:
         ExportError: it is neither; diffusers passes over a file for another component without a word.
     """
     name = original_class(tuned).__name__
-    found = next((component for part, component in _COMPONENTS.items() if part in name), None)
-    if found is None:
+    known = next((component for part, component in _COMPONENTS.items() if part in name), None)
+    if known is None:
         advice = "give component='controlnet', or what it is"
         raise ExportError("diffusers", f"what pipelines call a {name} is not known", advice=advice)
-    return found
+    return known
 
 
 def write(tuned: nn.Module, path: Path, component: str = "") -> None:

@@ -131,20 +131,20 @@ class Rebinding:
     def _reaching(self, value: Any, name: str) -> set[int]:
         """Return by identity which of the value and of what it holds must be made again: all that leads to a module."""
         holders: dict[int, set[int]] = {id(value): set()}
-        waiting, found = [value], list[int]()
+        waiting, holding = [value], list[int]()
         while waiting:
             whole = waiting.pop()
             self._kept.append(whole)
-            found += [id(whole)] if self._is_replaced(whole) else []
+            holding += [id(whole)] if self._is_replaced(whole) else []
             if isinstance(whole, FunctionType):
                 self._look_at_globals(whole, name)
             for part in _parts(whole):
                 waiting += [] if id(part) in holders else [part]
                 holders.setdefault(id(part), set()).add(id(whole))
         reached: set[int] = set()
-        while found:  # closures may hold each other: what holds one of them is found after all of them
-            part = found.pop()
-            found += () if part in reached else holders[part]
+        while holding:  # closures may hold each other: what holds one of them is found after all of them
+            part = holding.pop()
+            holding += () if part in reached else holders[part]
             reached.add(part)
         return reached
 

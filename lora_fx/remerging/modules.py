@@ -157,7 +157,7 @@ def _unfit(module: nn.Module) -> str | None:
 
 def _made_up(convolutions: Sequence[Convolution], weight: Tensor, width: int) -> Calls:
     """Return calls of a linear with so many columns, or of the convolution that has a weight of this size."""
-    base = next((each for each in convolutions if each.weight.numel() * each.groups == weight.numel()), None)
+    base = next((conv for conv in convolutions if conv.weight.numel() * conv.groups == weight.numel()), None)
     if base is None:
         return [((made_up_rows(rows, (width,), weight),), {}) for rows in _ROWS]
     spans = [d * (k - 1) for d, k in zip(base.dilation, base.kernel_size, strict=True)]

@@ -126,15 +126,15 @@ def test_layers_decide_at_every_call(more: dict[str, object], expected: bool):
 def terms(dtype: torch.dtype, merged: tuple[bool, ...], in_out: bool = False) -> list[Term]:
     """Return layers of different sizes on one x, the same each time but for how they are computed."""
     torch.manual_seed(1)
-    found = []
-    for number, each in enumerate(merged):
+    made = []
+    for number, is_merged in enumerate(merged):
         out, r = OUT + 8 * number, R + number
         weight, bias = torch.randn(out, M, dtype=dtype), torch.randn(out, dtype=dtype)
         A, B = torch.randn(r, M, dtype=dtype), torch.randn(out, r, dtype=dtype)
         weight = weight.t().contiguous() if in_out else weight
-        facts = Facts(1.5, in_out, merged=each)
-        found.append(Term(facts, weight, bias, A.requires_grad_(), B.requires_grad_()))
-    return found
+        facts = Facts(1.5, in_out, merged=is_merged)
+        made.append(Term(facts, weight, bias, A.requires_grad_(), B.requires_grad_()))
+    return made
 
 
 def step(given: list[Term], dtype: torch.dtype, create_graph: bool = False) -> list[Tensor]:
@@ -142,12 +142,12 @@ def step(given: list[Term], dtype: torch.dtype, create_graph: bool = False) -> l
     torch.manual_seed(2)
     x = torch.randn(2, N // 2, M, dtype=dtype, requires_grad=True)
     results = adapted(given, x)
-    loss = sum((each**3).mean() for each in results)
+    loss = sum((result**3).mean() for result in results)
     wanted = [x, *(tensor for term in given for tensor in (term.A, term.B))]
-    found = torch.autograd.grad(loss, wanted, create_graph=create_graph)
+    gradients = torch.autograd.grad(loss, wanted, create_graph=create_graph)
     if create_graph:
-        return list(torch.autograd.grad(sum((each**2).sum() for each in found), wanted))
-    return [*results, *found]
+        return list(torch.autograd.grad(sum((gradient**2).sum() for gradient in gradients), wanted))
+    return [*results, *gradients]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -156,8 +156,8 @@ def step(given: list[Term], dtype: torch.dtype, create_graph: bool = False) -> l
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 def test_values_and_gradients_are_those_of_the_factors(dtype, in_out, merged, twice):
     expected = step(terms(dtype, (False,) * len(merged), in_out), dtype, twice)
-    found = step(terms(dtype, merged, in_out), dtype, twice)
-    for one, other in zip(found, expected, strict=True):
+    gradients = step(terms(dtype, merged, in_out), dtype, twice)
+    for one, other in zip(gradients, expected, strict=True):
         assert (one - other).abs().max() <= TOLERANCES[dtype] * other.abs().max()
 
 
@@ -204,9 +204,9 @@ def test_a_model_of_merged_layers_computes_what_it_computes_without(monkeypatch,
     expected, apart = slopes(), counters.flops(slopes)
     monkeypatch.setattr(contraction, "GAIN", 0.0)
     monkeypatch.setattr(contraction, "FEWEST", 0)
-    found, merged = slopes(), counters.flops(slopes)
+    gradients, merged = slopes(), counters.flops(slopes)
     assert merged < apart
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(gradients, expected, strict=True):
         assert (one - other).abs().max() <= TOLERANCES[torch.float32] * other.abs().max()
 
 

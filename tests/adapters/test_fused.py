@@ -59,8 +59,8 @@ def adapted(
 
 def tensors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Return A, B and, for DoRA, m."""
-    found = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
-    return found | (
+    tensors = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
+    return tensors | (
         {"m": layer.lora_magnitude_vector["default"].weight} if hasattr(layer, "lora_magnitude_vector") else {}
     )
 
@@ -93,22 +93,25 @@ def assert_is_reference(layer: nn.Module, x: Tensor, slope: bool = True) -> None
     y = layer(x)
     assert "_Adapted" in type(y.grad_fn).__name__, "the fused function is what is examined"
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    wanted = {name: each for name, each in tensors_of(layer).items() if each.requires_grad}
-    found = torch.autograd.grad(y, [*wanted.values(), *([x] if slope else [])], cotangent)
+    wanted = {name: tensor for name, tensor in tensors_of(layer).items() if tensor.requires_grad}
+    gradients = torch.autograd.grad(y, [*wanted.values(), *([x] if slope else [])], cotangent)
 
     torch.manual_seed(3)
     seed = masks.new_seed(x) if hasattr(layer, "lora_dropout") else None
     wide_x = x.detach().double().requires_grad_(slope)
-    wide = {name: each.detach().double().requires_grad_(each.requires_grad) for name, each in tensors_of(layer).items()}
+    wide = {
+        name: tensor.detach().double().requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors_of(layer).items()
+    }
     expected_y = reference(layer, wide_x, seed, wide)
     sources = [wide[name] for name in wanted] + ([wide_x] if slope else [])
     expected = torch.autograd.grad(expected_y, sources, cotangent.double())
-    for name, one, other in zip(["y", *wanted, "x"], (y, *found), (expected_y, *expected), strict=False):
+    for name, one, other in zip(["y", *wanted, "x"], (y, *gradients), (expected_y, *expected), strict=False):
         assert one.shape == other.shape
         scale = float(other.detach().abs().max()) if other.numel() else 1.0
         largest = float((one.detach().double() - other.detach()).abs().max()) if other.numel() else 0.0
         assert largest <= EXACT[x.dtype] * max(scale, 1e-3), f"{name} differs by {largest} of {scale}"
-    assert [each.dtype for each in found[: len(wanted)]] == [each.dtype for each in wanted.values()]
+    assert [tensor.dtype for tensor in gradients[: len(wanted)]] == [tensor.dtype for tensor in wanted.values()]
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -127,8 +130,8 @@ def test_value_and_gradients_are_those_of_the_formula(shape: str, kind: str, p: 
 def test_value_and_gradients_are_right_in_every_dtype(kind: str, options: dict[str, Any], dtype: Any, factors: str):
     layer = adapted(kind, dtype, **options)
     if factors != "float32":
-        for each in (*layer.lora_A.modules(), *layer.lora_B.modules()):
-            each.to(dtype)
+        for module in (*layer.lora_A.modules(), *layer.lora_B.modules()):
+            module.to(dtype)
     assert_is_reference(layer, SHAPES["3-D"]())
 
 
@@ -139,9 +142,9 @@ def test_value_and_gradients_are_right_in_every_dtype(kind: str, options: dict[s
 @pytest.mark.parametrize("slope", [True, False], ids=["x with gradient", "first layer"])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(slope: bool, frozen: tuple[str, ...], options: Any):
     layer = adapted(**options)
-    for name, each in tensors_of(layer).items():
-        each.requires_grad_(name not in frozen)
-    if slope or any(each.requires_grad for each in tensors_of(layer).values()):
+    for name, tensor in tensors_of(layer).items():
+        tensor.requires_grad_(name not in frozen)
+    if slope or any(tensor.requires_grad for tensor in tensors_of(layer).values()):
         assert_is_reference(layer, SHAPES["3-D"](), slope)
 
 
@@ -149,7 +152,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(slope: bool, froz
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"dora": True}], ids=["plain", "dropout", "dora"])
 def test_gradcheck_and_gradgradcheck(kind: str, options: dict[str, Any]):
     layer = adapted(kind, **options)
-    names, values = list(tensors_of(layer)), [each.detach().clone() for each in tensors_of(layer).values()]
+    names, values = list(tensors_of(layer)), [tensor.detach().clone() for tensor in tensors_of(layer).values()]
     norms = None if "m" not in names else row_norms(rows_of(layer), values[0], values[1], SCALING)
 
     def run(x: Tensor, *given: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ def test_gradcheck_and_gradgradcheck(kind: str, options: dict[str, Any]):
         term = terms.Term(facts, layer.get_parameter("weight"), layer.bias, tensors["A"], tensors["B"], scale)
         return forward.adapted((term,), x)[0]
 
-    given = [each.requires_grad_() for each in (torch.randn(2, 2, IN, dtype=torch.float64), *values)]
+    given = [value.requires_grad_() for value in (torch.randn(2, 2, IN, dtype=torch.float64), *values)]
     assert torch.autograd.gradcheck(run, given)
     assert torch.autograd.gradgradcheck(run, given)
 
@@ -175,7 +178,7 @@ def test_zero_b_is_the_layer_alone_bit_by_bit(kind: str, dtype: torch.dtype, opt
     y, alone = layer(x), layer.base_forward(x)
     assert torch.equal(y, alone)
     cotangent = torch.randn_like(y)
-    slopes = [torch.autograd.grad(each, x, cotangent)[0] for each in (y, alone)]
+    slopes = [torch.autograd.grad(result, x, cotangent)[0] for result in (y, alone)]
     assert torch.equal(*slopes)
     with torch.no_grad():
         assert torch.equal(layer(x), alone)
@@ -193,10 +196,10 @@ class Widest(TorchDispatchMode):
     numbers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and found.dtype == torch.float32:
-            self.numbers = max(self.numbers, found.numel())
-        return found
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
+            self.numbers = max(self.numbers, result.numel())
+        return result
 
 
 def test_a_bfloat16_base_with_float32_adapters_casts_the_factors_and_not_x():
@@ -204,8 +207,8 @@ def test_a_bfloat16_base_with_float32_adapters_casts_the_factors_and_not_x():
     factors = tensors_of(layer)
     with Widest() as widest:
         slopes = torch.autograd.grad(layer(x).sum(), [x, *factors.values()])
-    assert widest.numbers == max(each.numel() for each in factors.values()) < x.numel(), "only gradients of factors"
-    assert [each.dtype for each in slopes] == [torch.bfloat16, torch.float32, torch.float32]
+    assert widest.numbers == max(factor.numel() for factor in factors.values()) < x.numel(), "only gradients of factors"
+    assert [gradient.dtype for gradient in slopes] == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_a_float16_base_with_float32_adapters_multiplies_in_float32_whose_range_gradients_need():
@@ -218,7 +221,7 @@ def test_a_float16_base_with_float32_adapters_multiplies_in_float32_whose_range_
 def penalty(run: Callable[[Tensor], Tensor], x: Tensor, trained: list[Tensor]) -> list[Tensor]:
     """Return gradients, and the gradients of their squared norm."""
     first = torch.autograd.grad(run(x).square().sum(), [x, *trained], create_graph=True)
-    return [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), [x, *trained])]
+    return [*first, *torch.autograd.grad(sum(gradient.square().sum() for gradient in first), [x, *trained])]
 
 
 @pytest.mark.parametrize("calls", [1, 2], ids=["once", "called twice"])
@@ -231,18 +234,20 @@ def test_gradient_penalty_is_that_of_the_formula(calls: int, dora: bool):
         return step if calls == 1 else lambda x: step(F.pad(step(x), (0, IN - OUT)))  # A is in the history of x then
 
     trained = list(tensors_of(layer).values())
-    found = penalty(repeated(layer), x, trained)
+    gradients = penalty(repeated(layer), x, trained)
     expected = penalty(repeated(lambda x: reference(layer, x, None, tensors_of(layer))), x, trained)
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(gradients, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_two_backward_calls_add_up():
     layer = adapted(dropout=0.5)
     loss = layer(torch.randn(4, IN, dtype=torch.float64)).square().sum()
     loss.backward(retain_graph=True)
-    once = [each.grad.clone() for each in tensors_of(layer).values()]
+    once = [tensor.grad.clone() for tensor in tensors_of(layer).values()]
     loss.backward()
-    assert all(torch.equal(each.grad, 2 * first) for each, first in zip(tensors_of(layer).values(), once, strict=True))
+    assert all(
+        torch.equal(tensor.grad, 2 * first) for tensor, first in zip(tensors_of(layer).values(), once, strict=True)
+    )
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
 
@@ -253,11 +258,11 @@ def test_output_may_be_changed_in_place():
             layer, x = adapted(**options), SHAPES[shape]().double()
             torch.manual_seed(3)
             F.relu(layer(x), inplace=True).sum().backward()
-            found = [each.grad.clone() for each in tensors_of(layer).values()]
+            gradients = [tensor.grad.clone() for tensor in tensors_of(layer).values()]
             layer.zero_grad()
             torch.manual_seed(3)
             F.relu(layer(x)).sum().backward()
-            assert all(torch.equal(a, b.grad) for a, b in zip(found, tensors_of(layer).values(), strict=True))
+            assert all(torch.equal(a, b.grad) for a, b in zip(gradients, tensors_of(layer).values(), strict=True))
 
 
 def test_change_in_place_before_the_backward_pass_is_an_error():
@@ -275,8 +280,8 @@ def test_what_is_saved_is_x_once_and_r_numbers_a_row():
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    own = {each.untyped_storage().data_ptr() for each in layer.parameters()}
-    sizes = sorted(each.numel() for each in saved if each.untyped_storage().data_ptr() not in own)
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    sizes = sorted(tensor.numel() for tensor in saved if tensor.untyped_storage().data_ptr() not in own)
     assert sizes == [50 * RANK, 50 * IN]
 
 
@@ -299,9 +304,9 @@ def dense_norms(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 def test_factored_norms_are_those_of_the_sum(dtype: torch.dtype):
     W, A, B = (torch.randn(shape, dtype=dtype) for shape in ((50, 40), (4, 40), (50, 4)))
     W[0], W[1], B[1], B[2] = 0, 0, 0, 0
-    found, expected = row_norms_factored(W, A, B, SCALING), dense_norms(W, A, B)
-    assert float(((found - expected).abs() / expected.clamp_min(1e-30)).max()) < 1e-6
-    assert found[1] == 0
+    norms, expected = row_norms_factored(W, A, B, SCALING), dense_norms(W, A, B)
+    assert float(((norms - expected).abs() / expected.clamp_min(1e-30)).max()) < 1e-6
+    assert norms[1] == 0
     zero = row_norms_factored(W, A, 0 * B, SCALING)
     assert torch.equal(zero, row_norms(W, A, 0 * B, SCALING))
 
@@ -311,9 +316,9 @@ def test_norm_of_a_row_that_the_adapter_nearly_cancels_is_finite_and_not_zero():
     for apart in (0.0, 1e-7, 1e-5, 1e-3, 1e-1):
         W = -SCALING * (B @ A) * (1 + apart)
         lengths = torch.linalg.vector_norm(W, dim=1)
-        found = row_norms_factored(W, A, B, SCALING)
-        assert bool((found > 0).all())
-        assert float(((found - dense_norms(W, A, B)).abs() / lengths).max()) < 2e-3, (
+        norms = row_norms_factored(W, A, B, SCALING)
+        assert bool((norms > 0).all())
+        assert float(((norms - dense_norms(W, A, B)).abs() / lengths).max()) < 2e-3, (
             "root of the rounding of W's square"
         )
 
@@ -326,8 +331,8 @@ def test_dora_of_a_row_of_zeros_is_that_row_with_finite_gradients():
     x = torch.randn(4, IN)
     assert torch.equal(tuned(x), base(x))
     tuned(x).square().sum().backward()
-    assert all(bool(each.grad.isfinite().all()) for each in lora_fx.parameters(tuned))
-    assert all(bool(each.isfinite().all()) for each in lora_fx.merge(tuned).parameters())
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in lora_fx.parameters(tuned))
+    assert all(bool(parameter.isfinite().all()) for parameter in lora_fx.merge(tuned).parameters())
 
 
 def test_dora_step_is_that_of_peft():
@@ -338,16 +343,16 @@ def test_dora_step_is_that_of_peft():
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
     ours = lora_fx.apply(base, zoo.rules(["0", "2"], r=RANK, alpha=ALPHA, dora=True), backend="modules")
     zoo.randomise_(ours)
-    mine = {name: each for name, each in ours.named_parameters() if each.requires_grad}
-    other = {name.removeprefix("base_model.model."): each for name, each in theirs.named_parameters()}
+    mine = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    other = {name.removeprefix("base_model.model."): parameter for name, parameter in theirs.named_parameters()}
     with torch.no_grad():
-        for name, each in mine.items():
-            other[name].copy_(each)
+        for name, parameter in mine.items():
+            other[name].copy_(parameter)
     x = torch.randn(8, IN)
     losses = [model(x).square().sum() for model in (ours, theirs)]
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
     assert len(mine) == 6
-    for name, each in mine.items():
-        torch.testing.assert_close(each.grad, other[name].grad, rtol=1e-5, atol=1e-5)
+    for name, parameter in mine.items():
+        torch.testing.assert_close(parameter.grad, other[name].grad, rtol=1e-5, atol=1e-5)

@@ -41,9 +41,9 @@ def test_transformations_of_torch_func():
         torch.func.grad(lambda x: layer(x).square().sum())(x),
         torch.func.grad(lambda x: plain(layer, x).square().sum())(x),
     )
-    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)["lora_A.default.weight"]
-    for row, each in zip(found, x, strict=True):
-        close(row, torch.autograd.grad(plain(layer, each).square().sum(), tensors_of(layer)["A"])[0])
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)["lora_A.default.weight"]
+    for gradient, row in zip(gradients, x, strict=True):
+        close(gradient, torch.autograd.grad(plain(layer, row).square().sum(), tensors_of(layer)["A"])[0])
     (slope,) = torch.autograd.grad(loss(parameters, x), tensors_of(layer)["B"])  # no transformation: fused
     close(slope, torch.autograd.grad(plain(layer, x).square().sum(), tensors_of(layer)["B"])[0])
 
@@ -61,8 +61,8 @@ def test_many_gradients_at_once(options: dict[str, Any]):
 def test_forward_mode():
     layer, x, tangent = adapted(), *torch.randn(2, 4, IN, dtype=torch.float64)
     with forward_ad.dual_level():
-        found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
-    close(found, torch.func.jvp(lambda x: plain(layer, x), (x,), (tangent,))[1])
+        result = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    close(result, torch.func.jvp(lambda x: plain(layer, x), (x,), (tangent,))[1])
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")  # deprecated, and still used
@@ -86,8 +86,8 @@ def test_compiled_layer_is_one_graph_with_the_same_gradients(backend: str):
     torch._dynamo.reset()
     layer, x = adapted(dora=True), torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
     sources = [x, *tensors_of(layer).values()]
-    found = torch.autograd.grad(torch.compile(layer, backend=backend, fullgraph=True)(x).square().sum(), sources)
-    close(found, torch.autograd.grad(plain(layer, x).square().sum(), sources))
+    gradients = torch.autograd.grad(torch.compile(layer, backend=backend, fullgraph=True)(x).square().sum(), sources)
+    close(gradients, torch.autograd.grad(plain(layer, x).square().sum(), sources))
 
 
 def gradients(layer: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -102,7 +102,7 @@ def leaf_gradients(layer: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Te
     torch.manual_seed(3)
     layer.zero_grad()
     run(x).float().square().sum().backward()
-    return [x.grad, *(each.grad for each in tensors_of(layer).values())]
+    return [x.grad, *(tensor.grad for tensor in tensors_of(layer).values())]
 
 
 def saving_products(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
@@ -120,8 +120,8 @@ def test_checkpoints_of_all_kinds_give_the_same_gradients(dora: bool):
     quiet = adapted(dora=dora)
     body = nn.Sequential(quiet, nn.Tanh())
     contexts = functools.partial(create_selective_checkpoint_contexts, saving_products)
-    found = gradients(quiet, lambda x: checkpoint(body, x, use_reentrant=False, context_fn=contexts))
-    close(found, gradients(quiet, body))
+    slopes = gradients(quiet, lambda x: checkpoint(body, x, use_reentrant=False, context_fn=contexts))
+    close(slopes, gradients(quiet, body))
 
 
 def test_saved_tensors_may_be_kept_elsewhere():
@@ -151,7 +151,7 @@ def test_autocast_gives_the_dtype_of_autocast_and_a_backward_inside_of_it_works(
     loss = layer(x).square().sum()
     with torch.autocast("cpu", torch.bfloat16):
         loss.backward()
-    close([x.grad, *(each.grad for each in tensors_of(layer).values())], expected, 1e-5)
+    close([x.grad, *(tensor.grad for tensor in tensors_of(layer).values())], expected, 1e-5)
 
 
 def test_hooks_on_factors_and_dropout_fire():
@@ -190,11 +190,11 @@ def test_step_in_the_backward_pass_is_a_step_after_it():
         parameter.data.sub_(0.1 * parameter.grad)
 
     layer, twin = adapted(), adapted()
-    for each in tensors_of(layer).values():
-        each.register_post_accumulate_grad_hook(step)
+    for tensor in tensors_of(layer).values():
+        tensor.register_post_accumulate_grad_hook(step)
     x = torch.randn(4, IN, dtype=torch.float64)
-    for each in (layer, twin):
-        each(x).square().sum().backward()
+    for module in (layer, twin):
+        module(x).square().sum().backward()
     for mine, theirs in zip(tensors_of(layer).values(), tensors_of(twin).values(), strict=True):
         close(mine, theirs - 0.1 * theirs.grad)
 
@@ -218,14 +218,14 @@ def test_copy_of_a_model_in_training_goes_on_alike(move: Callable[[nn.Module], n
     x = torch.randn(4, IN)
     model(x).sum().backward()
     twin = move(model)
-    found = []
-    for each in (model, twin):
+    results = []
+    for either in (model, twin):
         torch.manual_seed(7)
-        each.zero_grad()
-        loss = each(x).square().sum()
+        either.zero_grad()
+        loss = either(x).square().sum()
         loss.backward()
-        found.append([loss.detach(), *(p.grad for p in lora_fx.parameters(each))])
-    assert all(map(torch.equal, *found))
+        results.append([loss.detach(), *(p.grad for p in lora_fx.parameters(either))])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"dropout": 0.5}], ids=["lora", "dora", "dropout"])

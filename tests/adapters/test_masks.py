@@ -49,33 +49,33 @@ def test_share_that_is_kept_is_the_one_that_is_scaled_by(seed: int, p: float):
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_entries_are_independent_along_rows_and_columns(seed: int, p: float):
-    found = standard(seed, p)
+    drawn = standard(seed, p)
     for lag in (*range(1, 17), 32, 64, 256):  # eight entries of 8 bits come from one word
-        assert error(found[:, lag:] * found[:, :-lag]) < BOUND
-        assert error(found[lag:] * found[:-lag]) < BOUND
+        assert error(drawn[:, lag:] * drawn[:, :-lag]) < BOUND
+        assert error(drawn[lag:] * drawn[:-lag]) < BOUND
     for down, right in itertools.product((1, 2, 8, 64), (1, 3, 4, 8, 64)):
-        assert error(found[down:, right:] * found[:-down, :-right]) < BOUND
-        assert error(found[down:, :-right] * found[:-down, right:]) < BOUND
-    assert error((found * found.t()).triu(1)[0:]) < BOUND, "rows and columns are hashed alike"
+        assert error(drawn[down:, right:] * drawn[:-down, :-right]) < BOUND
+        assert error(drawn[down:, :-right] * drawn[:-down, right:]) < BOUND
+    assert error((drawn * drawn.t()).triu(1)[0:]) < BOUND, "rows and columns are hashed alike"
 
 
 @pytest.mark.parametrize("p", [0.5, 0.3])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_corners_of_rectangles_are_independent(seed: int, p: float):
     """The hash begins with a sum of a row's word and a column's: one corner follows from the three others there."""
-    found = standard(seed, p)
+    drawn = standard(seed, p)
     for down, right in itertools.product((1, 2, 3, 8, 128), (1, 4, 8, 16, 128)):
-        top, bottom = found[:-down], found[down:]
+        top, bottom = drawn[:-down], drawn[down:]
         assert error(top[:, :-right] * top[:, right:] * bottom[:, :-right] * bottom[:, right:]) < BOUND
 
 
 @pytest.mark.parametrize("p", P)
 def test_sums_of_rows_and_of_columns_vary_as_they_should(p: float):
-    found = standard(SEEDS[3], p)
+    drawn = standard(SEEDS[3], p)
     for dim in (0, 1):
-        sums = found.sum(dim) / SIZE**0.5
+        sums = drawn.sum(dim) / SIZE**0.5
         assert abs(float(sums.square().mean()) - 1) < BOUND * (2 / SIZE) ** 0.5
-    assert float(torch.linalg.matrix_norm(found, 2)) < 1.1 * 2 * SIZE**0.5, "no pattern of low rank"
+    assert float(torch.linalg.matrix_norm(drawn, 2)) < 1.1 * 2 * SIZE**0.5, "no pattern of low rank"
 
 
 @pytest.mark.parametrize("p", [0.5, 0.1])
@@ -138,10 +138,10 @@ def test_probability_is_never_further_off_than_two_percent():
 @pytest.mark.parametrize("rows", [0, 1, 2, 5])
 def test_any_size_has_a_mask_of_zeros_and_ones(rows: int, columns: int, p: float):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        found = mask(5, p, rows, columns, dtype)
-        assert (found.shape, found.dtype) == ((rows, columns), dtype)
-        assert bool(((found == 0) | (found == 1)).all())
-        assert found.is_contiguous()
+        drawn = mask(5, p, rows, columns, dtype)
+        assert (drawn.shape, drawn.dtype) == ((rows, columns), dtype)
+        assert bool(((drawn == 0) | (drawn == 1)).all())
+        assert drawn.is_contiguous()
 
 
 def test_columns_at_the_edge_are_dropped_as_often_as_others():
@@ -163,13 +163,13 @@ def test_parts_of_a_mask_are_those_of_the_whole(rows: int, monkeypatch):
     parts = list(masks.kept_in_parts(torch.tensor(5), rows, 30, 0.3, torch.float32))
     assert len(parts) == max(1, -(-rows // 64))
     whole = masks.kept(torch.tensor(5), rows, 30, 0.3, torch.float32)
-    assert torch.equal(torch.cat([each for _, each in parts]), whole)
-    assert all(torch.equal(whole[which], each) for which, each in parts)
+    assert torch.equal(torch.cat([part for _, part in parts]), whole)
+    assert all(torch.equal(whole[which], part) for which, part in parts)
 
 
 def test_golden_mask():
     """What a seed stands for is the same on every machine and in every version, or checkpoints would differ."""
-    rows = ["".join(str(int(each)) for each in row) for row in mask(2026, 0.5, 4, 16)]
+    rows = ["".join(str(int(bit)) for bit in row) for row in mask(2026, 0.5, 4, 16)]
     assert rows == GOLDEN
 
 
@@ -208,16 +208,16 @@ def test_expectation_of_dropout_is_what_came_in(p: float):
 
 def test_each_call_drops_others_and_manual_seed_repeats_a_step():
     tuned, x = layer(0.5), torch.ones(8, 16, dtype=torch.float64)
-    found = []
+    runs = []
     for seed in (7, 7, 8):
         torch.manual_seed(seed)
         tuned.zero_grad()
         results = [tuned(x), tuned(x)]
-        sum(each.square().sum() for each in results).backward()
-        found.append([*results, *(p.grad.clone() for p in lora_fx.parameters(tuned))])
+        sum(result.square().sum() for result in results).backward()
+        runs.append([*results, *(p.grad.clone() for p in lora_fx.parameters(tuned))])
         assert not torch.equal(*results)
-    assert all(map(torch.equal, found[0], found[1]))
-    assert not any(map(torch.equal, found[0], found[2]))
+    assert all(map(torch.equal, runs[0], runs[1]))
+    assert not any(map(torch.equal, runs[0], runs[2]))
 
 
 def test_backward_pass_drops_what_the_forward_pass_dropped():
@@ -231,7 +231,7 @@ def test_layers_of_one_model_drop_independently():
     torch.manual_seed(0)
     model = nn.Sequential(layer(0.5)[0], layer(0.5)[0])
     x = torch.ones(500, 16, dtype=torch.float64)
-    first, second = (each(x).detach() / 2 for each in model)
+    first, second = (module(x).detach() / 2 for module in model)
     assert error((2 * first - 1) * (2 * second - 1)) < BOUND
 
 
@@ -250,7 +250,7 @@ def test_checkpoints_on_one_input_that_share_run_again_with_what_they_dropped(re
     """As cross-attention of several layers on what one encoder gives: the first has drawn for all."""
     blocks = [nn.Sequential(layer(0.5, share_dropout=True)[0], nn.Dropout(0.5)) for _ in range(3)]
     x = torch.ones(20, 16, dtype=torch.float64, requires_grad=True)
-    results = [checkpoint(each, x, use_reentrant=reentrant) for each in blocks]
+    results = [checkpoint(block, x, use_reentrant=reentrant) for block in blocks]
     sum(results).sum().backward()
     for block, result in zip(blocks, results, strict=True):
         kept = (result.detach() != 0).double()  # by the adapter's dropout and by the other; B A = 1
@@ -270,9 +270,9 @@ def test_probability_near_one_falls_back_on_torch():
         assert not masks.is_possible(p)
         tuned[0].lora_dropout["default"].p = p
         torch.manual_seed(3)
-        found = tuned(x)
+        result = tuned(x)
         torch.manual_seed(3)
-        assert torch.equal(found, F.dropout(x, p))
+        assert torch.equal(result, F.dropout(x, p))
 
 
 def test_statistics_notice_a_bad_mask():

@@ -85,8 +85,10 @@ def untied(tuned: nn.Module) -> tuple[nn.Module, list[Tensor]]:
     leaves = []
     for call, block in enumerate(model.blocks):
         for layer in ("up", "down"):
-            A, B = (getattr(tuned.block, layer).get_submodule(f"lora_{each}.default.{call}").weight for each in "AB")
-            A, B = (each.detach().clone().requires_grad_() for each in (A, B))
+            A, B = (
+                getattr(tuned.block, layer).get_submodule(f"lora_{factor}.default.{call}").weight for factor in "AB"
+            )
+            A, B = (factor.detach().clone().requires_grad_() for factor in (A, B))
             leaves += [A, B]
             linear = getattr(block, layer)
             weight = linear.weight
@@ -124,13 +126,13 @@ def test_each_adapter_learns_its_own_call(backend: str):
     weights = torch.arange(result.numel()).cos()
     wanted = torch.autograd.grad((expected * weights).sum(), leaves)
     (result * weights).sum().backward()
-    found = [
-        getattr(tuned.block, layer).get_submodule(f"lora_{each}.default.{call}").weight.grad
+    gradients = [
+        getattr(tuned.block, layer).get_submodule(f"lora_{factor}.default.{call}").weight.grad
         for call in range(CALLS)
         for layer in ("up", "down")
-        for each in "AB"
+        for factor in "AB"
     ]
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(gradients, wanted, strict=True):
         assert other.abs().max() > 0
         assert relative(one, other) <= 5e-5
 
@@ -270,7 +272,7 @@ def test_albert_gets_an_adapter_for_every_layer(backend: str, tmp_path):
     result = run(tuned, words(9), grad=True)
     result.square().sum().backward()
     gradients = [factor.grad for factor in factors(tuned).values()]
-    assert all(each is not None and each.abs().max() > 0 for each in gradients)
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
     assert relative(result, run(base, words(9))) > 1e-2
     lora_fx.save(tuned, tmp_path)
     assert torch.equal(run(lora_fx.load(albert(), tmp_path, words()), words(9)), run(tuned, words(9)))
@@ -288,7 +290,7 @@ def test_albert_equals_one_whose_layers_are_copies():
         for name, module in layer.named_modules():
             if name.endswith(("query", "value", "ffn")):
                 source = tuned.encoder.albert_layer_groups[0].get_submodule(name)
-                A, B = (source.get_submodule(f"lora_{each}.default.{call}").weight for each in "AB")
+                A, B = (source.get_submodule(f"lora_{factor}.default.{call}").weight for factor in "AB")
                 module.weight = nn.Parameter(module.weight + SCALING * B @ A)
         dense.append(layer)
     plain.encoder.albert_layer_groups = nn.ModuleList(dense)

@@ -82,7 +82,7 @@ class Operands:
 
     @property
     def wanting(self) -> tuple[Tensor, ...]:
-        return tuple(each for each in (self.x, self.rows, self.columns) if each.requires_grad)
+        return tuple(tensor for tensor in (self.x, self.rows, self.columns) if tensor.requires_grad)
 
 
 @products
@@ -91,7 +91,7 @@ def test_product_and_gradients_are_those_of_the_whole_weight(product: Product, w
     given = Operands.random(wants=wants)
     one, other = product(given.shown, given.x), product(given.whole, given.x)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    gradients = (torch.autograd.grad(each.sin().sum(), given.wanting) for each in (one, other))
+    gradients = (torch.autograd.grad(result.sin().sum(), given.wanting) for result in (one, other))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
@@ -99,30 +99,30 @@ def test_product_and_gradients_are_those_of_the_whole_weight(product: Product, w
 @products
 def test_product_can_be_differentiated_twice(product: Product):
     given = Operands.random()
-    found = []
+    slopes = []
     for weight in (given.shown, given.whole):
         first = torch.autograd.grad(product(weight, given.x).sin().sum(), given.wanting, create_graph=True)
-        found.append(torch.autograd.grad(sum(each.sin().sum() for each in first), given.wanting))
-    for a, b in zip(*found, strict=True):
+        slopes.append(torch.autograd.grad(sum(gradient.sin().sum() for gradient in first), given.wanting))
+    for a, b in zip(*slopes, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
 @products
 def test_half_precision_base_with_float32_factors_is_right_within_rounding(product: Product):
     given = Operands.random(torch.bfloat16)
-    found, expected = product(given.shown, given.x), product(given.whole, given.x.float())
-    assert found.dtype == torch.bfloat16
-    assert (found.float() - expected).abs().max() <= 0.02 * expected.abs().max()
-    gradients = (torch.autograd.grad(each.sum(), given.wanting) for each in (found, expected))
+    result, expected = product(given.shown, given.x), product(given.whole, given.x.float())
+    assert result.dtype == torch.bfloat16
+    assert (result.float() - expected).abs().max() <= 0.02 * expected.abs().max()
+    gradients = (torch.autograd.grad(either.sum(), given.wanting) for either in (result, expected))
     for a, b in zip(*gradients, strict=True):
         assert (a.float() - b.float()).abs().max() <= 0.02 * b.abs().max()
 
 
 def kept(run: Callable[[], Tensor]) -> list[Tensor]:
-    found: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         run()
-    return found
+    return saved
 
 
 def test_rows_that_are_a_product_are_not_kept_but_their_factors_which_are_kept_anyway():
@@ -130,7 +130,7 @@ def test_rows_that_are_a_product_are_not_kept_but_their_factors_which_are_kept_a
     gate, up = given.x.exp(), given.x.sin()
     entering = gate * up
     member = given.shown[torch.tensor(1)]
-    memory = {each.untyped_storage()._cdata for each in kept(lambda: F.linear(entering, member))}
+    memory = {tensor.untyped_storage()._cdata for tensor in kept(lambda: F.linear(entering, member))}
     assert entering.untyped_storage()._cdata not in memory
     assert {gate.untyped_storage()._cdata, up.untyped_storage()._cdata} <= memory
 
@@ -142,8 +142,8 @@ def test_rows_that_were_changed_in_place_since_are_kept_themselves():
     with torch.no_grad():
         gate.zero_()  # a gradient through the product itself would be an error of torch from here on
     products = F.linear(entering, given.shown[torch.tensor(1)]), F.linear(entering.detach(), given.whole[1])
-    found, expected = (torch.autograd.grad(each.sum(), given.columns)[0] for each in products)
-    torch.testing.assert_close(found, expected)
+    gradients, expected = (torch.autograd.grad(result.sum(), given.columns)[0] for result in products)
+    torch.testing.assert_close(gradients, expected)
 
 
 def test_gated_experts_can_be_checkpointed_and_offloaded():
@@ -153,12 +153,12 @@ def test_gated_experts_can_be_checkpointed_and_offloaded():
         return gated(given.shown, x)
 
     expected = torch.autograd.grad(run(given.x).sum(), given.wanting)
-    found = [torch.autograd.grad(checkpoint(run, given.x, use_reentrant=False).sum(), given.wanting)]
+    runs = [torch.autograd.grad(checkpoint(run, given.x, use_reentrant=False).sum(), given.wanting)]
     with torch.autograd.graph.save_on_cpu():
         result = run(given.x).sum()
-    found.append(torch.autograd.grad(result, given.wanting))
-    for each in found:
-        for a, b in zip(each, expected, strict=True):
+    runs.append(torch.autograd.grad(result, given.wanting))
+    for gradients in runs:
+        for a, b in zip(gradients, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -198,8 +198,8 @@ def test_implementations_of_experts_agree(implementation: str):
     given = small(implementation)
     x = given.input().requires_grad_()
     results = []
-    for each in (given, small("eager")):
-        tuned = lora_fx.apply(each.base(), experts.RULES, (x[:, :8].detach(),))
+    for specimen in (given, small("eager")):
+        tuned = lora_fx.apply(specimen.base(), experts.RULES, (x[:, :8].detach(),))
         randomise_(tuned)
         tuned(x).square().sum().backward()
         results.append([tuned(x), *(p.grad for p in lora_fx.parameters(tuned))])

@@ -47,9 +47,9 @@ def tuned(shared: bool, backend: str = "auto") -> nn.Module:
     adapted = lora_fx.apply(
         model, {"version": 1, "rules": [{"match": {"name": "**"}, "lora": lora}]}, (torch.randn(2, 16),), backend
     )
-    for _, found in all_attached(adapted):
-        nn.init.eye_(found.lora_A.weight)
-        nn.init.eye_(found.lora_B.weight)
+    for _, adapter in all_attached(adapted):
+        nn.init.eye_(adapter.lora_A.weight)
+        nn.init.eye_(adapter.lora_B.weight)
     return adapted.train()
 
 
@@ -107,7 +107,7 @@ def test_plan_and_file_say_that_dropout_is_shared(tmp_path):
         {"match": {"name": "**"}, "lora": {"dropout": 0.5, "share_dropout": True}}]}))  # fmt: skip
     lora_fx.save(adapted, tmp_path)
     loaded = lora_fx.load(zeros(), tmp_path)
-    assert {found.spec.lora.share_dropout for _, found in all_attached(loaded)} == {True}
+    assert {adapter.spec.lora.share_dropout for _, adapter in all_attached(loaded)} == {True}
 
 
 @both

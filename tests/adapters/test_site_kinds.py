@@ -36,7 +36,7 @@ HALF = 0.06
 """In bfloat16, with 8 bits: the base's own products round to 0.004, a few of them in a row to more."""
 DROPOUT, DRAWS = 0.25, 60
 every = pytest.mark.parametrize("kind, backend", crossed(KINDS))
-each = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
 @functools.cache
@@ -60,11 +60,11 @@ def assert_starts_as_its_base(kind: Kind, tuned: nn.Module, dtype: torch.dtype) 
     base, sample = kind.build(dtype).requires_grad_(False), kind.sample(dtype)
     for training in (False, True):
         for grad in (False, True):
-            found, expected = run(tuned, sample, training, grad), run(base, sample, training, grad)
+            result, expected = run(tuned, sample, training, grad), run(base, sample, training, grad)
             if kind.fused and grad and not training:
-                assert relative(found, expected) <= (2**-7 if dtype == torch.bfloat16 else 1e-6)
+                assert relative(result, expected) <= (2**-7 if dtype == torch.bfloat16 else 1e-6)
             else:
-                assert torch.equal(found, expected), (training, grad)
+                assert torch.equal(result, expected), (training, grad)
 
 
 def gradients(result: Tensor, tuned: nn.Module) -> list[Tensor]:
@@ -78,16 +78,16 @@ def test_adapted_model_starts_bit_equal_to_its_base(kind: Kind, backend: str):
     assert_starts_as_its_base(kind, started(kind, backend), torch.float32)
 
 
-@each
+@every_kind
 def test_adapted_model_in_bfloat16_starts_bit_equal_to_its_base(kind: Kind):
     assert_starts_as_its_base(kind, started(kind, "modules", torch.bfloat16), torch.bfloat16)
 
 
-@each
+@every_kind
 def test_plan_tells_what_is_adapted(kind: Kind):
     plan = record_in(started(kind)).plan
-    found = {site.site.weight: ("bank " if site.site.is_banked else "") + site.site.layout for site in plan.adapted}
-    assert found == dict(kind.weights)
+    layouts = {site.site.weight: ("bank " if site.site.is_banked else "") + site.site.layout for site in plan.adapted}
+    assert layouts == dict(kind.weights)
 
 
 @every
@@ -97,9 +97,9 @@ def test_output_and_gradients_are_those_of_the_dense_weights(kind: Kind, backend
     assert relative(result, expected) <= CLOSE[torch.float32]
     assert relative(run(tuned, sample, grad=False), expected) <= CLOSE[torch.float32]
     assert relative(expected, run(kind.build(), sample)) > 1e-2, "the adapter has an effect at all"
-    for found, wanted in zip(gradients(result, tuned), gradients(expected, tuned), strict=True):
+    for slope, wanted in zip(gradients(result, tuned), gradients(expected, tuned), strict=True):
         assert wanted.abs().max() > 0
-        assert relative(found, wanted) <= CLOSE[torch.float32] * 5
+        assert relative(slope, wanted) <= CLOSE[torch.float32] * 5
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.double], ids=lambda kind: kind.name)
@@ -107,11 +107,11 @@ def test_output_and_gradients_in_float64_are_exact(kind: Kind):
     tuned, sample = trained(kind, "modules", torch.float64), kind.sample(torch.float64)
     result, expected = run(tuned, sample, grad=True), reference(kind, tuned, sample)
     assert relative(result, expected) <= CLOSE[torch.float64]
-    for found, wanted in zip(gradients(result, tuned), gradients(expected, tuned), strict=True):
-        assert relative(found, wanted) <= CLOSE[torch.float64] * 5
+    for slope, wanted in zip(gradients(result, tuned), gradients(expected, tuned), strict=True):
+        assert relative(slope, wanted) <= CLOSE[torch.float64] * 5
 
 
-@each
+@every_kind
 def test_output_in_bfloat16_is_that_of_the_dense_weights_within_its_rounding(kind: Kind):
     tuned, sample = trained(kind, "modules", torch.bfloat16), kind.sample(torch.bfloat16)
     assert all(factor.dtype == torch.float32 for factor in factors(tuned).values())
@@ -120,14 +120,14 @@ def test_output_in_bfloat16_is_that_of_the_dense_weights_within_its_rounding(kin
     assert relative(result, reference(kind, tuned, sample)) <= HALF
 
 
-@each
+@every_kind
 def test_merged_model_is_plain_and_computes_the_same(kind: Kind):
     tuned, sample, base = trained(kind), kind.sample(), kind.build()
     merged = lora_fx.merge(tuned)
     assert relative(run(merged, sample), run(tuned, sample)) <= CLOSE[torch.float32]
     assert list(merged.state_dict()) == list(base.state_dict())
-    assert [type(each) for each in merged.modules()] == [type(each) for each in base.modules()]
-    assert all(type(each) is nn.Parameter for each in merged.parameters())
+    assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+    assert all(type(parameter) is nn.Parameter for parameter in merged.parameters())
     state = merged.state_dict()
     for name, weight in dense_weights(kind, tuned).items():
         assert relative(state[name], weight) <= 1e-6
@@ -136,7 +136,7 @@ def test_merged_model_is_plain_and_computes_the_same(kind: Kind):
         assert all(torch.equal(state[name], base.state_dict()[name]) for name in untouched)
 
 
-@each
+@every_kind
 def test_merged_model_in_bfloat16_is_rounded_once(kind: Kind):
     tuned = trained(kind, "modules", torch.bfloat16)
     state = lora_fx.merge(tuned).state_dict()
@@ -150,7 +150,7 @@ def test_removing_gives_the_base_back_bit_by_bit(kind: Kind, backend: str):
     tuned, base, sample = trained(kind, backend), kind.build(), kind.sample()
     removed = lora_fx.remove(tuned)
     assert same_values(removed, base)
-    assert [type(each) for each in removed.modules()] == [type(each) for each in base.modules()]
+    assert [type(module) for module in removed.modules()] == [type(module) for module in base.modules()]
     for training in (False, True):
         assert torch.equal(run(removed, sample, training), run(base, sample, training))
 
@@ -163,7 +163,7 @@ def test_disabled_model_computes_what_its_base_computes(kind: Kind, backend: str
             assert torch.equal(run(tuned, sample, training), run(base, sample, training))
 
 
-@each
+@every_kind
 def test_base_keys_stay_and_factors_stand_beside_them(kind: Kind):
     tuned = started(kind)
     base = kind.build().state_dict()
@@ -231,7 +231,7 @@ def test_weight_that_is_changed_before_it_multiplies_has_no_dropout(kind: Kind):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@each
+@every_kind
 def test_every_crossing(kind: Kind, backend: str, dtype: torch.dtype, dropout: float):
     tuned, sample = kind.adapted(backend, dtype, dropout), kind.sample(dtype)
     assert_starts_as_its_base(kind, tuned, dtype)

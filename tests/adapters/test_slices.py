@@ -49,7 +49,7 @@ class Sliced:
 
     def sample(self, dtype: torch.dtype = torch.float32) -> Sample:
         torch.manual_seed(1)
-        args = (each.to(dtype) if each.is_floating_point() else each for each in self.inputs())
+        args = (argument.to(dtype) if argument.is_floating_point() else argument for argument in self.inputs())
         return lora_fx.call(*args)
 
     def rules(self, dropout: float = 0.0, **more: Any) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class RawFused(nn.Module):
         self.w = nn.Parameter(torch.randn(8, 12))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [x @ each for each in self.w.chunk(3, dim=1)]
+        return [x @ part for part in self.w.chunk(3, dim=1)]
 
 
 def tokens() -> tuple[Tensor]:
@@ -150,11 +150,11 @@ SLICED = [
            {"of": ["gate", "up"], "adapt": ["gate", "up"]}, run_of(0, 4, 4, 8)),
     Sliced("raw parameter", RawFused, tokens, "w", "in_out", QKV, run_of(0, 4, 8, 12)),
 ]  # fmt: skip
-each = pytest.mark.parametrize("sliced", SLICED, ids=lambda sliced: sliced.name)
+every_kind = pytest.mark.parametrize("sliced", SLICED, ids=lambda sliced: sliced.name)
 both = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@each
+@every_kind
 @both
 def test_sliced_model_starts_bit_equal_to_its_base(sliced: Sliced, backend: str):
     tuned = lora_fx.apply(sliced.build(), sliced.rules(dropout=0.2), sliced.sample(), backend=backend)
@@ -164,7 +164,7 @@ def test_sliced_model_starts_bit_equal_to_its_base(sliced: Sliced, backend: str)
             assert torch.equal(run(tuned, sample, training, grad), run(base, sample, training, grad))
 
 
-@each
+@every_kind
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 @both
 def test_output_and_gradients_are_those_of_the_dense_weight(
@@ -176,14 +176,14 @@ def test_output_and_gradients_are_those_of_the_dense_weight(
     assert relative(expected, run(sliced.build(dtype), sliced.sample(dtype))) > 1e-3
     loss = torch.arange(result.numel(), dtype=dtype).cos()
     ours, theirs = (
-        torch.autograd.grad((each * loss).sum(), list(factors(tuned).values())) for each in (result, expected)
+        torch.autograd.grad((output * loss).sum(), list(factors(tuned).values())) for output in (result, expected)
     )
-    for found, wanted in zip(ours, theirs, strict=True):
+    for gradient, wanted in zip(ours, theirs, strict=True):
         assert wanted.abs().max() > 0
-        assert relative(found, wanted) <= 5 * allowed
+        assert relative(gradient, wanted) <= 5 * allowed
 
 
-@each
+@every_kind
 def test_rows_outside_of_the_adapted_parts_stay_as_they_are_to_the_bit(sliced: Sliced):
     tuned = sliced.trained()
     before, after = (dict(model.named_parameters())[sliced.weight] for model in (sliced.build(), lora_fx.merge(tuned)))
@@ -195,7 +195,7 @@ def test_rows_outside_of_the_adapted_parts_stay_as_they_are_to_the_bit(sliced: S
     assert relative(after - before, sliced.delta(A, B, before.shape)) <= 1e-5
 
 
-@each
+@every_kind
 def test_factors_hold_nothing_for_the_other_rows(sliced: Sliced):
     tuned = sliced.trained()
     plan = lora_fx.plan(sliced.build(), sliced.rules(), sliced.sample())
@@ -205,7 +205,7 @@ def test_factors_hold_nothing_for_the_other_rows(sliced: Sliced):
     assert plan.trainable == A.numel() + B.numel()
 
 
-@each
+@every_kind
 def test_saving_removing_and_merging_are_exact(sliced: Sliced, tmp_path):
     tuned, sample = sliced.trained("auto", dropout=0.2), sliced.sample()
     lora_fx.save(tuned, tmp_path)

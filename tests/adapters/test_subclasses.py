@@ -96,7 +96,7 @@ RECURRENT = [
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["with inputs", "without inputs"])
-@pytest.mark.parametrize("name, make, args, reason", REFUSED, ids=[each[0] for each in REFUSED])
+@pytest.mark.parametrize("name, make, args, reason", REFUSED, ids=[kind[0] for kind in REFUSED])
 def test_layer_is_refused_by_name_with_the_reason_and_a_way_out(
     name: str, make: Callable[[], nn.Module], args: tuple[Tensor, ...], reason: str, given: bool
 ):
@@ -114,7 +114,7 @@ def test_layer_is_refused_by_name_with_the_reason_and_a_way_out(
     assert reason in str(caught.value)
 
 
-@pytest.mark.parametrize("name, make, number", RECURRENT, ids=[each[0] for each in RECURRENT])
+@pytest.mark.parametrize("name, make, number", RECURRENT, ids=[kind[0] for kind in RECURRENT])
 def test_every_matrix_of_a_recurrent_layer_is_refused(name: str, make: Callable[[], nn.Module], number: int):
     args = (ROWS[0][0],) if name.endswith("Cell") else ROWS
     for given in (args, None):
@@ -222,7 +222,7 @@ def test_forward_of_a_subclass_runs_in_the_graph_of_its_block(kind: Kind):
     in_modules = lora_fx.apply(model, rules("0.layer"), args, backend="modules")
     in_modules.load_state_dict(tuned.state_dict())
     for training in (False, True):
-        results = [run(each, lora_fx.call(*args), training, grad=training) for each in (tuned, in_modules)]
+        results = [run(model, lora_fx.call(*args), training, grad=training) for model in (tuned, in_modules)]
         assert torch.equal(*results)
     assert lora_fx.inspect(tuned).regions[0].hits > 0
 

@@ -122,11 +122,11 @@ def test_counting_leaves_the_graphs_of_an_adapted_model_in_use():
     base = FrozenBase.of(zoo.Encoder(), (zoo.tokens(2, 5),))
     ours = base.adapted(OURS, rules("**.{query,value}", r=2))
     ours.step()
-    before = [each.misses for each in lora_fx.inspect(ours.model).regions]
+    before = [region.misses for region in lora_fx.inspect(ours.model).regions]
     counters.counted(ours.step, ours.forward, ours.own())
     after = lora_fx.inspect(ours.model).regions
-    assert [each.misses for each in after] == before
-    assert all(each.hits for each in after)
+    assert [region.misses for region in after] == before
+    assert all(region.hits for region in after)
     with FlopCounterMode(display=False):
         ours.step()
     assert "a global module hook" in lora_fx.inspect(ours.model).regions[0].misses
@@ -176,10 +176,10 @@ def test_formula_of_a_model_is_the_lower_bound_and_the_sum_over_sites():
     base = FrozenBase.of(zoo.Encoder(), sample)
     lower, ours = base.frozen(LB), base.adapted(OURS, rules("**.layer.**", r=R))
     plan = lora_fx.plan(base.model, rules("**.layer.**", r=R), sample)
-    sites = [Linear(10, inputs, outputs, R) for outputs, inputs in (each.shape for each in plan.adapted)]
+    sites = [Linear(10, inputs, outputs, R) for outputs, inputs in (site.shape for site in plan.adapted)]
     assert len(sites) == 18
-    for each in (lower, ours):
-        each.step()
+    for model in (lower, ours):
+        model.step()
     expected = counters.flops(lower.step) + sum(site.adapter().total for site in sites)
     assert counters.flops(ours.step) == expected
 
@@ -197,7 +197,7 @@ def test_lower_bound_goes_back_through_every_layer_and_trains_nothing():
     lower.step()
     assert base.embedding == "embed"
     assert len(seen) == 10
-    assert all(each.grad is None for each in lower.model.parameters())
+    assert all(parameter.grad is None for parameter in lower.model.parameters())
 
 
 def test_first_floating_input_takes_the_gradient():
@@ -216,8 +216,8 @@ def test_subjects_share_the_storage_of_the_base_and_leave_the_model_alone():
     full.step()
     for subject in (base.frozen(LB), base.adapted(OURS, "attention"), full):
         assert subject.model.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
-    assert all(each.grad is None for each in model.parameters())
-    assert all(each.grad is not None for name, each in full.model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is not None for name, parameter in full.model.named_parameters())
 
 
 def test_second_factors_are_not_zero():
@@ -228,10 +228,10 @@ def test_second_factors_are_not_zero():
 
 def test_another_dtype_is_that_of_weights_and_inputs():
     base = FrozenBase.of(zoo.Mlp(), (zoo.features(2, 3),), torch.bfloat16)
-    assert {each.dtype for each in base.model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.bfloat16}
     assert base.sample.args[0].dtype == torch.bfloat16
     ours = base.adapted(OURS, rules("**", r=2))
-    assert {each.dtype for each in lora_fx.parameters(ours.model)} == {torch.float32}
+    assert {parameter.dtype for parameter in lora_fx.parameters(ours.model)} == {torch.float32}
 
 
 def test_loss_is_the_models_own_or_of_its_first_floating_tensor():

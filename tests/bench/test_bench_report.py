@@ -34,18 +34,18 @@ def rounds_of(wall: list[list[float]], processor: list[list[float]] | None = Non
 
 def test_every_subject_is_first_and_last_equally_often():
     rounds = [order(number, 3) for number in range(6)]
-    assert all(sorted(each) == [0, 1, 2] for each in rounds)
+    assert all(sorted(turn) == [0, 1, 2] for turn in rounds)
     for place in (0, -1):
-        assert sorted(each[place] for each in rounds) == [0, 0, 1, 1, 2, 2]
+        assert sorted(turn[place] for turn in rounds) == [0, 0, 1, 1, 2, 2]
 
 
 def test_every_step_runs_once_in_a_round_after_the_warm_ups():
     ran: list[str] = []
     told: list[tuple[int, int]] = []
     steps = {name: (lambda name=name: ran.append(name)) for name in "ab"}
-    found = timed(steps, rounds=3, warm_ups=1, progress=lambda *each: told.append(each))
+    times = timed(steps, rounds=3, warm_ups=1, progress=lambda *event: told.append(event))
     assert ran == ["a", "b", "a", "b", "b", "a", "b", "a"]
-    assert found.wall.shape == found.processor.shape == (3, 2)
+    assert times.wall.shape == times.processor.shape == (3, 2)
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -68,8 +68,8 @@ def test_disturbed_rounds_are_left_out_and_counted():
 
 
 def test_sleeping_is_seen_as_a_disturbance():
-    found = timed({"busy": lambda: sum(range(20_000)), "sleeping": lambda: time.sleep(0.02)}, rounds=1, warm_ups=0)
-    assert list(found.calm()) == [False]
+    times = timed({"busy": lambda: sum(range(20_000)), "sleeping": lambda: time.sleep(0.02)}, rounds=1, warm_ups=0)
+    assert list(times.calm()) == [False]
 
 
 def test_rounds_of_another_device_are_not_judged_by_the_processors_time():
@@ -138,22 +138,22 @@ def test_void_run_is_printed_as_void_with_its_numbers():
 
 
 def test_json_of_a_report_has_these_keys():
-    found = json.loads(report_of().to_json())
-    assert list(found) == ["schema_version", "setting", "machine", "subjects", "timing", "parity"]
-    assert found["schema_version"] == 1
-    assert list(found["setting"]) == [
+    content = json.loads(report_of().to_json())
+    assert list(content) == ["schema_version", "setting", "machine", "subjects", "timing", "parity"]
+    assert content["schema_version"] == 1
+    assert list(content["setting"]) == [
         "model", "rules", "sites", "in_graphs", "trainable", "dtype", "inputs", "tokens", "notes",
     ]  # fmt: skip
-    assert list(found["machine"]) == ["device", "processor", "cores", "threads", "system", "python", "torch"]
-    assert [each["name"] for each in found["subjects"]] == [LB, OURS, PEFT]
-    assert list(found["subjects"][0]) == ["name", "counts", "time"]
-    assert found["subjects"][1]["counts"] == {
+    assert list(content["machine"]) == ["device", "processor", "cores", "threads", "system", "python", "torch"]
+    assert [subject["name"] for subject in content["subjects"]] == [LB, OURS, PEFT]
+    assert list(content["subjects"][0]) == ["name", "counts", "time"]
+    assert content["subjects"][1]["counts"] == {
         "flops": 2_100_000, "saved_bytes": 1100, "peak_bytes": 5000, "aten_calls": 20,
     }  # fmt: skip
     ratio = ["ratio", "low", "high", "least", "processor", "seconds"]
-    assert list(found["subjects"][1]["time"]) == list(found["timing"]["control"]) == ratio
-    assert list(found["timing"]) == ["rounds", "discarded", "control", "void", "excess_removed"]
-    assert found["timing"]["excess_removed"] == pytest.approx(0.8)
+    assert list(content["subjects"][1]["time"]) == list(content["timing"]["control"]) == ratio
+    assert list(content["timing"]) == ["rounds", "discarded", "control", "void", "excess_removed"]
+    assert content["timing"]["excess_removed"] == pytest.approx(0.8)
 
 
 def test_excess_is_only_told_where_peft_takes_more_than_the_lower_bound():
@@ -161,9 +161,9 @@ def test_excess_is_only_told_where_peft_takes_more_than_the_lower_bound():
 
 
 def test_pictures_show_every_subject_with_its_interval():
-    found = dict(panels(report_of([1.0, 1.0, 1.02, 1.1], [1.0, 1.0, 1.04, 1.1])))
-    assert list(found) == ["time", "FLOPs", "saved", "peak", "aten calls"]
-    first = found["time"][0]
+    shown = dict(panels(report_of([1.0, 1.0, 1.02, 1.1], [1.0, 1.0, 1.04, 1.1])))
+    assert list(shown) == ["time", "FLOPs", "saved", "peak", "aten calls"]
+    first = shown["time"][0]
     assert (first.name, first.low, first.high) == (OURS, 1.02, 1.04)
     page = report_html(report_of())
     assert page.count("<svg") == 5
@@ -190,9 +190,9 @@ def test_collections_look_at_new_things_only_and_at_all_afterwards():
 
 def test_counts_of_a_model_by_rules():
     model, inputs = small()
-    before = {name: each.clone() for name, each in model.state_dict().items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     told: list[tuple[int, int]] = []
-    report = bench(model, "attention", inputs, BenchOptions(rounds=0), lambda *each: told.append(each))
+    report = bench(model, "attention", inputs, BenchOptions(rounds=0), lambda *event: told.append(event))
     again = bench(model, "attention", inputs, BenchOptions(rounds=0))
     assert list(report.counts) == [LB, OURS, MODULES, FULL]
     assert report.counts == again.counts
@@ -201,7 +201,7 @@ def test_counts_of_a_model_by_rules():
     assert (report.setting.sites, report.setting.tokens, report.setting.trainable) == (6, 10, 6 * 8 * 32)
     assert report.setting.notes == ()
     assert told == [(number, 5) for number in range(1, 6)]
-    assert all(torch.equal(each, model.state_dict()[name]) for name, each in before.items())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     flops, *_ = report.relative(OURS)
     assert flops > 1
 
@@ -253,9 +253,9 @@ def test_counts_of_the_command_line_are_the_same_each_time(tiny):
     words = ("bench", tiny, "all-linear", "--no-time", "--format", "json", "--dtype", "bfloat16", "--no-progress")
     first, second = run(*words), run(*words)
     assert first.stdout == second.stdout
-    found = json.loads(first.stdout)
-    assert found["timing"] is None
-    assert found["setting"]["dtype"] == "bfloat16"
+    content = json.loads(first.stdout)
+    assert content["timing"] is None
+    assert content["setting"]["dtype"] == "bfloat16"
     assert first.stderr == ""
 
 

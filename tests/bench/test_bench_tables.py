@@ -70,8 +70,8 @@ def test_page_of_the_documentation_has_the_marks():
 
 
 def test_fused_weight_is_compared_whole_and_its_slices_without_peft():
-    found = list(training.MODELS["gpt2"].configs(["qv", "all16"]))
-    assert [(name, peer) for name, _, peer in found] == [
+    configurations = list(training.MODELS["gpt2"].configs(["qv", "all16"]))
+    assert [(name, peer) for name, _, peer in configurations] == [
         ("c_attn r8", "peft"), ("q,v r8 (slices)", None), ("all r16", "peft"),
     ]  # fmt: skip
 
@@ -81,17 +81,17 @@ def test_rules_of_the_table_adapt_the_blocks_and_nothing_else(name: str):
     model = training.MODELS[name]
     with torch.device("meta"):
         base = model.base(training.Sizes(layers=1, width=64, whole=False))
-    found = {}
+    sites = {}
     for adapted, rule, _ in model.configs(["qv", "all8"]):
         plan = lora_fx.plan(base, {"version": 1, "rules": [rule]})
-        found[adapted] = len(plan.adapted)
+        sites[adapted] = len(plan.adapted)
     expected = {
         "gpt2": {"c_attn r8": 1, "q,v r8 (slices)": 1, "all r8": 4},
         "bert": {"q,v r8": 2, "all r8": 6},
         "vit": {"q,v r8": 2, "all r8": 6},
         "llama": {"q,v r8": 2, "all r8": 7},
     }
-    assert found == expected[name]
+    assert sites == expected[name]
 
 
 def test_decoding_is_measured_in_every_form(capsys):

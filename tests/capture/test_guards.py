@@ -47,9 +47,9 @@ class Layer(nn.Module):
 )
 def test_call_that_does_not_fit_is_told_why(args, kwargs, expected):
     module = Layer()
-    found = captured(module, x())
+    graph = captured(module, x())
     with torch.no_grad():
-        assert reason(module, found, *args, **kwargs) == expected
+        assert reason(module, graph, *args, **kwargs) == expected
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_call_that_does_not_fit_is_told_why(args, kwargs, expected):
 )
 def test_constants_and_structure_are_guarded(first, second, expected):
     module = Layer()
-    found = captured(module, x(), **first)
+    graph = captured(module, x(), **first)
     with torch.no_grad():
-        assert reason(module, found, x(), **first) is None
-        assert reason(module, found, x(), **second) == expected
+        assert reason(module, graph, x(), **first) is None
+        assert reason(module, graph, x(), **second) == expected
 
 
 def test_one_tensor_given_twice_is_another_call_than_two_tensors():
@@ -85,8 +85,8 @@ def test_one_tensor_given_twice_is_another_call_than_two_tensors():
 def test_grad_mode_is_guarded_only_where_the_forward_asks_for_it_or_changes_it():
     asks = Block(lambda self, x: self.first(x) if torch.is_grad_enabled() else self.second(x))
     with torch.no_grad():
-        found = captured(asks, x())
-    assert reason(asks, found, x()) == "grad mode"
+        graph = captured(asks, x())
+    assert reason(asks, graph, x()) == "grad mode"
 
     class Stops(Block):
         def forward(self, x):
@@ -102,9 +102,9 @@ def test_grad_mode_is_guarded_only_where_the_forward_asks_for_it_or_changes_it()
 
 def test_autocast_attributes_classes_and_hooks_are_guarded():
     module = Layer()
-    found = captured(module, x())
-    classes = {path: type(module.get_submodule(path)) for path in found.dependencies.inlined}
-    guard = compile_guard(found, classes)
+    graph = captured(module, x())
+    classes = {path: type(module.get_submodule(path)) for path in graph.dependencies.inlined}
+    guard = compile_guard(graph, classes)
 
     def told() -> str | None:
         result = guard.match(module, (x(),), {})
@@ -138,11 +138,11 @@ def test_layout_is_guarded_only_where_the_forward_asks_for_it():
 
 def test_attribute_that_appears_later_is_guarded():
     module = Block(lambda self, x: self.first(x) * getattr(self, "gain", 1))
-    found = captured(module, x())
+    graph = captured(module, x())
     with torch.no_grad():
-        assert reason(module, found, x()) is None
+        assert reason(module, graph, x()) is None
         module.gain = 2
-        assert reason(module, found, x()) == "gain now exists"
+        assert reason(module, graph, x()) == "gain now exists"
 
 
 # -- structure
@@ -187,7 +187,7 @@ def test_parameter_that_has_become_none_or_has_gone_is_a_miss():
 
 
 def test_arguments_that_cannot_be_copied_are_told_before_anybody_copies_them():
-    for argument in ((each for each in ()), threading.Lock(), lambda value: value):
+    for argument in ((item for item in ()), threading.Lock(), lambda value: value):
         with pytest.raises(NotCaptured, match="argument argument 1 is of type"):
             refuse_opaque(flatten((x(), argument), {}))
     refuse_opaque(flatten((x(), {"scale": 2}, Colour.RED, torch.tanh), {"flag": None}))
@@ -195,10 +195,10 @@ def test_arguments_that_cannot_be_copied_are_told_before_anybody_copies_them():
 
 def test_enum_and_function_arguments_are_guarded_by_identity():
     module = Block(lambda self, x, finish, colour: finish(self.first(x)) if colour is Colour.RED else x)
-    found = capture(module, (x(), torch.tanh, Colour.RED), {})
-    assert reason(module, found, x(), torch.tanh, Colour.RED) is None
-    assert reason(module, found, x(), torch.sigmoid, Colour.RED) == "argument 1 is another object"
-    assert reason(module, found, x(), torch.tanh, Colour.BLUE) == "argument 2 is another object"
+    graph = capture(module, (x(), torch.tanh, Colour.RED), {})
+    assert reason(module, graph, x(), torch.tanh, Colour.RED) is None
+    assert reason(module, graph, x(), torch.sigmoid, Colour.RED) == "argument 1 is another object"
+    assert reason(module, graph, x(), torch.tanh, Colour.BLUE) == "argument 2 is another object"
 
 
 class Kind(enum.StrEnum):

@@ -57,15 +57,15 @@ SAFE = {
 
 @pytest.mark.parametrize("name", SAFE)
 def test_straight_line_code_is_traced_and_right_for_any_input(name):
-    each = module(SAFE[name]).eval()
-    program = make_program(capture_symbolically(each), each)
+    safe = module(SAFE[name]).eval()
+    program = make_program(capture_symbolically(safe), safe)
     count = 2 if name == "two inputs" else 1
     for batch, length in ((2, 3), (1, 1), (5, 9)):
         inputs = tuple(zoo.features(batch, length, 8) for _ in range(count))
         if count == 2:
             inputs = (inputs[0], inputs[1].clone())
-        assert isinstance(program.guard.match(each, inputs, {}), tuple)
-        assert torch.equal(program.function(each, *inputs), each(*inputs))
+        assert isinstance(program.guard.match(safe, inputs, {}), tuple)
+        assert torch.equal(program.function(safe, *inputs), safe(*inputs))
 
 
 def none_default(self, x, mask=None):

@@ -51,9 +51,9 @@ def imported_by(*words: str) -> set[str]:
 
 @pytest.mark.parametrize("words", [("lint", "attention"), ("--help",), ("plan", "--help"), ("schema",)])
 def test_lint_help_and_schema_import_no_torch(words):
-    found = imported_by(*words)
-    assert "lora_fx.cli" in found
-    assert not found & {"torch", "numpy", "networkx", "safetensors"}
+    modules = imported_by(*words)
+    assert "lora_fx.cli" in modules
+    assert not modules & {"torch", "numpy", "networkx", "safetensors"}
 
 
 def test_misspelt_rule_file_is_reported_before_torch_is_imported():

@@ -100,11 +100,11 @@ def gradients(tuned: nn.Module, result: Tensor) -> dict[str, Tensor]:
     return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
 
 
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], allowed: float = 1e-5) -> None:
-    assert list(found) == list(expected)
+def assert_same_gradients(result: dict[str, Tensor], expected: dict[str, Tensor], allowed: float = 1e-5) -> None:
+    assert list(result) == list(expected)
     for name, wanted in expected.items():
         assert wanted.abs().max() > 0, name
-        assert relative(found[name], wanted) <= allowed, name
+        assert relative(result[name], wanted) <= allowed, name
 
 
 # -- copies
@@ -188,9 +188,9 @@ def test_compiled_model_is_one_graph_with_the_same_output_and_gradients(backend:
     tuned = trained(backend)
     compiled = torch.compile(tuned, backend="eager", fullgraph=True)
     for shape in ((2, 5), (3, 7)):
-        expected, found = run(tuned, given(*shape), grad=True), run(compiled, given(*shape), grad=True)
-        assert relative(found, expected) <= 1e-5
-        assert_same_gradients(gradients(tuned, found), gradients(tuned, expected), 5e-5)
+        expected, result = run(tuned, given(*shape), grad=True), run(compiled, given(*shape), grad=True)
+        assert relative(result, expected) <= 1e-5
+        assert_same_gradients(gradients(tuned, result), gradients(tuned, expected), 5e-5)
         if torch.torch_version.TorchVersion(torch.__version__) >= "2.10":  # 2.9 cannot compile its own fused attention
             assert relative(run(compiled, given(*shape)), expected) <= 1e-5
 
@@ -240,13 +240,13 @@ def test_checkpointed_blocks_have_the_same_gradients(backend: str, reentrant: bo
     tuned = lora_fx.apply(model, rules(dropout=0.2), given(), backend=backend)
     tuned.load_state_dict(plain.state_dict())
     results = []
-    for each in (plain, tuned):
-        each.train()
+    for either in (plain, tuned):
+        either.train()
         torch.manual_seed(5)
         x = given().args[0].requires_grad_()
-        result = each(x)
+        result = either(x)
         result.square().sum().backward()
-        results.append((result.detach(), {name: factor.grad for name, factor in factors(each).items()}, x.grad))
+        results.append((result.detach(), {name: factor.grad for name, factor in factors(either).items()}, x.grad))
     (one, ones, input_one), (other, others, input_other) = results
     assert torch.equal(one, other)
     assert_same_gradients(others, ones)
@@ -339,29 +339,29 @@ def test_vmap_over_samples_is_right(backend: str):
     tuned = trained(backend)
     batch = torch.stack([given(2, 5).args[0], 2 * given(2, 5).args[0]])
     mapped = torch.func.vmap(tuned)(batch)
-    for found, x in zip(mapped, batch, strict=True):
-        assert relative(found.flatten(), run(tuned, lora_fx.call(x))) <= 1e-5
+    for gradient, x in zip(mapped, batch, strict=True):
+        assert relative(gradient.flatten(), run(tuned, lora_fx.call(x))) <= 1e-5
 
 
 @both
 def test_functional_call_with_other_factors_is_right(backend: str):
     tuned = trained(backend)
     doubled = {name: 2 * factor.detach() for name, factor in factors(tuned).items()}
-    found = functional_call(tuned, doubled, given().args).flatten()
+    result = functional_call(tuned, doubled, given().args).flatten()
     other = copy.deepcopy(tuned)
     with torch.no_grad():
         for factor in factors(other).values():
             factor.mul_(2)
-    assert relative(found, run(other, given())) <= 1e-5
+    assert relative(result, run(other, given())) <= 1e-5
 
 
 @both
 def test_functional_gradients_are_those_of_backward(backend: str):
     tuned = trained(backend)
     values = {name: factor.detach() for name, factor in factors(tuned).items()}
-    found = torch.func.grad(lambda factors: functional_call(tuned, factors, given().args).square().sum())(values)
+    gradients = torch.func.grad(lambda factors: functional_call(tuned, factors, given().args).square().sum())(values)
     run(tuned, given(), grad=True).square().sum().backward()
-    assert_same_gradients(found, {name: factor.grad for name, factor in factors(tuned).items()}, 5e-5)
+    assert_same_gradients(gradients, {name: factor.grad for name, factor in factors(tuned).items()}, 5e-5)
 
 
 def test_other_weights_and_dtypes_follow_the_model():

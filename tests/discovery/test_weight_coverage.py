@@ -54,22 +54,22 @@ def planned(model: nn.Module, inputs: Inputs) -> lora_fx.Plan:
 
 def missing(plan: lora_fx.Plan, uses: Iterable[tuple[Names, set[str]]]) -> dict[str, set[str]]:
     """Return the weights that multiply and that the plan neither adapts nor refuses with a reason, with the kernels."""
-    explained = {name for each in plan.sites if _is_explained(each) for name in _weights_of(each)}
-    found: dict[str, set[str]] = {}
+    explained = {name for site in plan.sites if _is_explained(site) for name in _weights_of(site)}
+    missed: dict[str, set[str]] = {}
     for names, kernels in uses:
         if not names & explained:
-            found.setdefault(" = ".join(sorted(names)), set()).update(kernels)
-    return found
+            missed.setdefault(" = ".join(sorted(names)), set()).update(kernels)
+    return missed
 
 
-def _is_explained(each: Any) -> bool:
-    return each.decision == "adapt" or (each.decision == "refuse" and bool(each.reason))
+def _is_explained(site: Any) -> bool:
+    return site.decision == "adapt" or (site.decision == "refuse" and bool(site.reason))
 
 
-def _weights_of(each: Any) -> set[str]:
+def _weights_of(site: Any) -> set[str]:
     """Return every name of a site's weight: its own, and that which each alias of its module gives it."""
-    last = each.site.weight.rpartition(".")[2]
-    return {each.site.weight, *each.site.aliases, *(f"{alias}.{last}" for alias in each.site.aliases)}
+    last = site.site.weight.rpartition(".")[2]
+    return {site.site.weight, *site.site.aliases, *(f"{alias}.{last}" for alias in site.site.aliases)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +84,7 @@ def test_plan_names_every_weight_that_multiplies(name: str):
     assert missing(planned(model, inputs), counted(model, inputs)) == {}
 
 
-@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda each: each.name)
+@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda specimen: specimen.name)
 def test_plan_names_every_weight_that_multiplies_in_small_models(specimen: zoo.Specimen):
     model = specimen.build()
     uses = list(counted(model, specimen.inputs))
@@ -174,17 +174,17 @@ def test_weights_of_layers_that_are_joined_before_they_multiply_are_used():
 
 
 def test_tied_weight_counts_for_each_module_that_multiplies_by_it():
-    found = {name for names, _ in counted(zoo.Gpt(), lambda *shape: ((zoo.tokens(*shape),), {})) for name in names}
-    assert {"wte.weight", "lm_head.weight"} <= found
+    weights = {name for names, _ in counted(zoo.Gpt(), lambda *shape: ((zoo.tokens(*shape),), {})) for name in names}
+    assert {"wte.weight", "lm_head.weight"} <= weights
 
 
 def test_fused_layer_counts_by_the_matrices_that_its_kernel_gets():
     model = zoo.encoder_stack().eval()
     with torch.no_grad():
-        found = multiplying_weights(model, lambda: model(zoo.features(2, 6)))
+        result = multiplying_weights(model, lambda: model(zoo.features(2, 6)))
     names = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
     kernels = {"_transformer_encoder_layer_fwd"}
-    assert found == {frozenset({f"layers.{n}.{name}"}): kernels for n in range(2) for name in names}
+    assert result == {frozenset({f"layers.{n}.{name}"}): kernels for n in range(2) for name in names}
 
 
 @pytest.mark.parametrize("lost", sorted(HIDDEN))
@@ -192,7 +192,7 @@ def test_plan_without_one_of_the_weights_is_found_incomplete(lost: str):
     model = Hidden()
     plan = planned(model, hidden_inputs)
     for broken in (
-        tuple(each for each in plan.sites if each.site.weight != lost),
+        tuple(site for site in plan.sites if site.site.weight != lost),
         tuple(dataclasses.replace(e, decision="keep") if e.site.weight == lost else e for e in plan.sites),
         tuple(dataclasses.replace(e, decision="refuse", reason="") if e.site.weight == lost else e for e in plan.sites),
     ):

@@ -61,7 +61,7 @@ class Visit:
 
     def shown(self) -> list[str]:
         """The paths of the entries that are shown."""
-        return [each.inner_text() for each in self.page.locator("details[data-k]:not(.hidden) > summary b").all()]
+        return [row.inner_text() for row in self.page.locator("details[data-k]:not(.hidden) > summary b").all()]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -71,8 +71,8 @@ def test_page_has_no_errors_asks_for_nothing_and_is_accessible(browser, pages, n
     PICTURES.mkdir(parents=True, exist_ok=True)
     visit.page.screenshot(path=PICTURES / f"{name}-{scheme}.png")
     visit.page.locator("#open").click()
-    found = axe.Axe().run(visit.page).response["violations"]
-    assert [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")] == []
+    violations = axe.Axe().run(visit.page).response["violations"]
+    assert [(v["id"], v["nodes"][0]["html"]) for v in violations if v["impact"] in ("serious", "critical")] == []
     assert (visit.complaints, visit.asked) == ([], [(pages / f"{name}.html").as_uri()])
 
 

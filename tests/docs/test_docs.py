@@ -95,8 +95,8 @@ def test_every_error_has_a_heading_that_messages_link_to():
 
 
 def errors_of(kind: type[LoraFxError]) -> list[type[LoraFxError]]:
-    ours = [each for each in kind.__subclasses__() if each.__module__.startswith("lora_fx.")]
-    return [kind, *(each for sub in ours for each in errors_of(sub))]
+    ours = [subclass for subclass in kind.__subclasses__() if subclass.__module__.startswith("lora_fx.")]
+    return [kind, *(error for sub in ours for error in errors_of(sub))]
 
 
 def test_newcomer_has_an_adapted_model_of_their_own_after_twelve_lines():

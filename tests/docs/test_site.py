@@ -88,8 +88,8 @@ def test_search_finds_fused_qkv(browser, site):
     visit.page.keyboard.press("/")
     visit.page.wait_for_timeout(500)
     visit.page.keyboard.type("fused qkv", delay=20)
-    found = visit.page.locator("a[href*='recipes/'][href*='#fused-qkv']").first
-    found.wait_for(state="attached", timeout=20_000)
+    link = visit.page.locator("a[href*='recipes/'][href*='#fused-qkv']").first
+    link.wait_for(state="attached", timeout=20_000)
     assert (visit.complaints, visit.foreign) == ([], [])
 
 
@@ -125,5 +125,9 @@ def test_page_of_a_plan_stands_alone_and_is_accessible(browser, tmp_path):
 
 
 def serious(result) -> list[str]:
-    found = result.response["violations"]
-    return [f"{each['id']}: {each['help']}" for each in found if each["impact"] in ("serious", "critical")]
+    violations = result.response["violations"]
+    return [
+        f"{violation['id']}: {violation['help']}"
+        for violation in violations
+        if violation["impact"] in ("serious", "critical")
+    ]

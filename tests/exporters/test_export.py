@@ -154,18 +154,18 @@ WRONG = Target(
 
 @pytest.fixture
 def entries(monkeypatch):
-    found = [
+    entry_points = [
         EntryPoint(name, f"tests.exporters.test_export:{name.upper()}", registry.GROUP)
         for name in ("mine", "half", "wrong")
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: found)
+    monkeypatch.setattr(registry, "entry_points", lambda group: entry_points)
 
 
 def test_failed_write_leaves_what_was_there(entries, tuned, tmp_path):
     (tmp_path / "x").write_text("before")
     with pytest.raises(ExportError, match="No space left"):
         lora_fx.export(tuned, tmp_path / "x", "half")
-    assert [each.name for each in tmp_path.iterdir()] == ["x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_text() == "before"
 
 
@@ -181,7 +181,7 @@ def test_directory_with_other_files_is_left_alone(tuned, tmp_path):
     with pytest.raises(ExportError, match="holds other files") as caught:
         lora_fx.export(tuned, tmp_path, "merged")
     assert caught.value.facts == (("model-00001-of-00002.safetensors",),)
-    assert [each.name for each in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]
 
 
 def test_same_export_again_replaces_the_first(tuned, tmp_path):
@@ -267,11 +267,11 @@ def mixed() -> nn.Module:
 def test_kohya_has_one_alpha_for_all_layers(tmp_path):
     model = mixed()
     lora_fx.export(model, tmp_path / "x.safetensors", "kohya")
-    found = load_file(tmp_path / "x.safetensors")
-    assert found["lora_unet_fc1.alpha"] == 7
-    assert found["lora_unet_fc2.alpha"] == 7
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert tensors["lora_unet_fc1.alpha"] == 7
+    assert tensors["lora_unet_fc2.alpha"] == 7
     for path, rank in (("fc1", 2), ("fc2", 4)):
-        up, down = found[f"lora_unet_{path}.lora_up.weight"], found[f"lora_unet_{path}.lora_down.weight"]
+        up, down = tensors[f"lora_unet_{path}.lora_up.weight"], tensors[f"lora_unet_{path}.lora_down.weight"]
         assert up.shape[1] == rank
         torch.testing.assert_close(up @ down * (7 / rank), delta(model, path))
 
@@ -286,22 +286,22 @@ def test_kohya_refuses_names_that_two_modules_get(tmp_path):
 def test_diffusers_writes_ranks_as_alphas_into_the_metadata_since_it_takes_them_for_that_without(tmp_path):
     diffusers.write(mixed(), tmp_path, "transformer")
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
-        found = json.loads(file.metadata()["lora_adapter_metadata"])
+        content = json.loads(file.metadata()["lora_adapter_metadata"])
         keys = set(file.keys())
-    assert (found["transformer.r"], found["transformer.lora_alpha"]) == (2, 2)
-    assert found["transformer.alpha_pattern"] == found["transformer.rank_pattern"] == {"^fc2": 4}
+    assert (content["transformer.r"], content["transformer.lora_alpha"]) == (2, 2)
+    assert content["transformer.alpha_pattern"] == content["transformer.rank_pattern"] == {"^fc2": 4}
     assert "transformer.fc1.lora_A.weight" in keys
 
 
 def test_mlx_has_one_rank_and_one_scale_and_the_same_deltas(tmp_path):
     model = mixed()
     mlx.write(model, tmp_path)
-    found = load_file(tmp_path / "adapters.safetensors")
+    tensors = load_file(tmp_path / "adapters.safetensors")
     config = json.loads((tmp_path / "adapter_config.json").read_text())["lora_parameters"]
     assert (config["rank"], config["scale"], config["keys"]) == (4, 3.5, ["fc1", "fc2"])
     for path in ("fc1", "fc2"):
-        assert 4 in found[f"{path}.lora_a"].shape
-        theirs = (found[f"{path}.lora_a"] @ found[f"{path}.lora_b"]).mT * config["scale"]
+        assert 4 in tensors[f"{path}.lora_a"].shape
+        theirs = (tensors[f"{path}.lora_a"] @ tensors[f"{path}.lora_b"]).mT * config["scale"]
         torch.testing.assert_close(theirs, delta(model, path))
 
 
@@ -310,9 +310,9 @@ def test_vllm_bakes_all_scalings_into_one_on_request(tmp_path):
     lora_fx.export(model, tmp_path / "x", "vllm", bake=True)
     config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["alpha_pattern"], config["rank_pattern"]) == (4, 14.0, {}, {})
-    found = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / "x" / "adapter_model.safetensors")
     for path in ("fc1", "fc2"):
-        A, B = (found[f"base_model.model.{path}.lora_{factor}.weight"] for factor in "AB")
+        A, B = (tensors[f"base_model.model.{path}.lora_{factor}.weight"] for factor in "AB")
         torch.testing.assert_close(B @ A * (14 / 4), delta(model, path))
 
 
@@ -333,8 +333,8 @@ def test_peft_refuses_raw_parameters_of_the_root(tmp_path):
 def test_parts_of_a_fused_weight_become_more_ranks_with_zeros_elsewhere(name, tmp_path):
     model, _ = specimen("slices")
     lora_fx.export(model, tmp_path / "x", name)
-    found = load_file(tmp_path / "x" if name == "kohya" else tmp_path / "x" / "adapter_model.safetensors")
-    (B,) = (value for key, value in found.items() if key.endswith(("lora_B.weight", "lora_up.weight")))
+    tensors = load_file(tmp_path / "x" if name == "kohya" else tmp_path / "x" / "adapter_model.safetensors")
+    (B,) = (value for key, value in tensors.items() if key.endswith(("lora_B.weight", "lora_up.weight")))
     assert B.shape == (24, 6)
     assert not B[8:16].any()
     assert isinstance(model.get_submodule("qkv"), nn.Linear)

@@ -56,12 +56,12 @@ def test_from_pretrained_loads_merged_weights(peer, tmp_path):
     assert (tmp_path / "x" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("feature", [each for each in FEATURES if each != "calls"])
+@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature != "calls"])
 def test_merged_weights_hold_every_feature(feature, tmp_path):
     assert verified(*specimen(feature), "merged", tmp_path / "x.safetensors") < LIMIT
 
 
-@pytest.mark.parametrize("feature", [each for each in FEATURES if each != "calls"])
+@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature != "calls"])
 def test_peft_computes_the_same_for_every_feature(feature, tmp_path):
     assert verified(*specimen(feature), "peft", tmp_path / "x") < LIMIT
 
@@ -169,11 +169,11 @@ def without_alpha(path: Path) -> None:
 
 def with_two_alphas(path: Path) -> None:
     """Say the same in another way: twice the alpha, half of B, in one layer."""
-    found = load_file(path)
-    name = next(key.removesuffix(".alpha") for key in found if key.endswith("to_q.alpha"))
-    found[f"{name}.alpha"] *= 2
-    found[f"{name}.lora_up.weight"] /= 2
-    save_file(found, path)
+    tensors = load_file(path)
+    name = next(key.removesuffix(".alpha") for key in tensors if key.endswith("to_q.alpha"))
+    tensors[f"{name}.alpha"] *= 2
+    tensors[f"{name}.lora_up.weight"] /= 2
+    save_file(tensors, path)
 
 
 def without_pattern(path: Path) -> None:
@@ -183,9 +183,9 @@ def without_pattern(path: Path) -> None:
 
 def with_another_scale(path: Path) -> None:
     file = path / "adapter_config.json"
-    found = json.loads(file.read_text())
-    found["lora_parameters"]["scale"] = 1.0
-    file.write_text(json.dumps(found))
+    content = json.loads(file.read_text())
+    content["lora_parameters"]["scale"] = 1.0
+    file.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(

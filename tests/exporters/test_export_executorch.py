@@ -23,15 +23,15 @@ from tests.support.zoo import call_encoder, randomise_, rules
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-def assert_verified(found: Exported) -> None:
-    assert found.difference is not None
-    assert found.difference <= found.tolerance
-    assert found.effect >= EFFECT
+def assert_verified(exported: Exported) -> None:
+    assert exported.difference is not None
+    assert exported.difference <= exported.tolerance
+    assert exported.effect >= EFFECT
 
 
 def test_adapters_of_several_ranks_and_scalings_with_rslora_dora_and_modules_trained_whole(tmp_path: Path):
-    found = export(adapted(MIXED), tmp_path / "model.pte", "executorch", call_encoder(3, 7), verify=True)
-    assert_verified(found)
+    exported = export(adapted(MIXED), tmp_path / "model.pte", "executorch", call_encoder(3, 7), verify=True)
+    assert_verified(exported)
 
 
 @each((LLAMA, BERT, VIT, DIT))
@@ -68,8 +68,8 @@ def test_methods_share_their_weights_and_take_smaller_inputs(tmp_path: Path):
     assert sorted(program.method_names) == ["base", "forward"]
     x = torch.randn(3, 512)
     with torch.no_grad():
-        (found,) = program.load_method("forward").execute([x])
-        torch.testing.assert_close(found, tuned(x), rtol=CLOSE, atol=CLOSE)
+        (result,) = program.load_method("forward").execute([x])
+        torch.testing.assert_close(result, tuned(x), rtol=CLOSE, atol=CLOSE)
         with lora_fx.disabled(tuned):
-            (found,) = program.load_method("base").execute([x])
-            torch.testing.assert_close(found, tuned(x), rtol=CLOSE, atol=CLOSE)
+            (result,) = program.load_method("base").execute([x])
+            torch.testing.assert_close(result, tuned(x), rtol=CLOSE, atol=CLOSE)

@@ -47,23 +47,23 @@ def in_llama_cpp(kind: str, tuned: nn.Module, folder: Path) -> Exported:
     return export(tuned, folder / "adapter.gguf", "gguf", Sample((), prompts()), verify=True, base=base)
 
 
-def assert_computes_the_same(found: Exported) -> None:
-    assert found.difference is not None
-    assert found.difference <= LOGITS
-    assert found.effect >= EFFECT
+def assert_computes_the_same(exported: Exported) -> None:
+    assert exported.difference is not None
+    assert exported.difference <= LOGITS
+    assert exported.effect >= EFFECT
 
 
 def written(tuned: nn.Module, folder: Path) -> tuple[float, dict[str, np.ndarray]]:
     """Return alpha and the tensors of the file, as numpy has them."""
     export(tuned, folder / "adapter.gguf", "gguf")
     reader = gguf.GGUFReader(folder / "adapter.gguf")
-    tensors = {each.name: np.array(each.data) for each in reader.tensors}
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     return float(reader.fields["adapter.lora.alpha"].contents()), tensors
 
 
 def test_every_linear_head_and_embedding_of_llama_with_several_ranks_alphas_and_rslora(tmp_path: Path):
-    found = in_llama_cpp("Llama", adapted("Llama", NARROW, LINEARS, ENDS), tmp_path)
-    assert_computes_the_same(found)
+    exported = in_llama_cpp("Llama", adapted("Llama", NARROW, LINEARS, ENDS), tmp_path)
+    assert_computes_the_same(exported)
 
 
 @pytest.mark.slow
@@ -128,8 +128,8 @@ def test_alpha_is_that_of_most_sites_and_the_rest_of_a_scaling_is_in_B(tmp_path:
 def test_file_says_what_it_is(tmp_path: Path):
     written(adapted("Qwen2", LINEARS), tmp_path)
     fields = gguf.GGUFReader(tmp_path / "adapter.gguf").fields
-    found = {name: fields[name].contents() for name in ("general.architecture", "general.type", "adapter.type")}
-    assert found == {"general.architecture": "qwen2", "general.type": "adapter", "adapter.type": "lora"}
+    content = {name: fields[name].contents() for name in ("general.architecture", "general.type", "adapter.type")}
+    assert content == {"general.architecture": "qwen2", "general.type": "adapter", "adapter.type": "lora"}
 
 
 REFUSED = {
@@ -166,5 +166,5 @@ def test_verifying_needs_the_base_as_gguf(tmp_path: Path):
 def test_padding_is_no_part_of_a_prompt():
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     given = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
-    found = target._prompts(language_model("Llama"), Sample((), given))
-    assert found == [[5, 6, 7], [8, 9], [5, 6], [8]]
+    result = target._prompts(language_model("Llama"), Sample((), given))
+    assert result == [[5, 6, 7], [8, 9], [5, 6], [8]]

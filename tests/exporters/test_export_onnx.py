@@ -35,10 +35,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder with the graph and the adapters of `adapted(MIXED)`."""
     made = tmp_path_factory.mktemp("onnx")
-    found = export(adapted(MIXED), made / "model.onnx", "onnx", call_encoder(3, 7), verify=True)
-    assert found.difference is not None
-    assert found.difference <= CLOSE
-    assert found.effect >= EFFECT
+    exported = export(adapted(MIXED), made / "model.onnx", "onnx", call_encoder(3, 7), verify=True)
+    assert exported.difference is not None
+    assert exported.difference <= CLOSE
+    assert exported.effect >= EFFECT
     return made
 
 
@@ -68,7 +68,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def test_adapters_lie_beside_the_graph(folder: Path):
-    assert sorted(each.name for each in folder.iterdir()) == ["default.onnx_adapter", "model.onnx", "top.onnx_adapter"]
+    assert sorted(path.name for path in folder.iterdir()) == ["default.onnx_adapter", "model.onnx", "top.onnx_adapter"]
 
 
 def test_base_and_adapters_at_every_size(folder: Path):
@@ -83,14 +83,14 @@ def test_base_and_adapters_at_every_size(folder: Path):
 
 def test_graph_names_what_goes_in_and_comes_out_and_every_A_and_B(folder: Path):
     graph = onnx.load(folder / "model.onnx").graph
-    names = [each.name for each in graph.input]
+    names = [value.name for value in graph.input]
     assert names[:2] == ["input_ids", "attention_mask"]
-    assert [each.name for each in graph.output] == ["output"]
+    assert [value.name for value in graph.output] == ["output"]
     factors = {name for name in names if "lora_" in name}
     assert "layer.1.attention.query.lora_A.weight" in factors
     assert "pooler.0.lora_magnitude_vector.weight" in factors
     assert {"classifier.weight", "classifier.bias"} <= set(names)
-    assert set(names[2:]) <= {each.name for each in graph.initializer}, "all of them are optional"
+    assert set(names[2:]) <= {value.name for value in graph.initializer}, "all of them are optional"
 
 
 def test_other_adapters_are_switched_in_on_the_same_graph_whatever_their_rank_and_scaling(folder: Path, tmp_path: Path):
@@ -108,9 +108,9 @@ def test_other_adapters_are_switched_in_on_the_same_graph_whatever_their_rank_an
 def test_adapter_alone_is_verified_with_its_graph(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(target, "run_client", lambda name, client: client())
     other, path = adapted(rules("layer.*.attention.key"), 4), tmp_path / "keys.onnx_adapter"
-    found = export(other, path, "onnx", call_encoder(), verify=True, graph=folder / "model.onnx")
-    assert found.difference is not None
-    assert found.difference <= CLOSE < EFFECT <= found.effect
+    exported = export(other, path, "onnx", call_encoder(), verify=True, graph=folder / "model.onnx")
+    assert exported.difference is not None
+    assert exported.difference <= CLOSE < EFFECT <= exported.effect
 
 
 def test_adapter_of_a_site_that_the_graph_has_no_input_for_is_refused(folder: Path, tmp_path: Path):
@@ -155,7 +155,7 @@ def test_what_torch_optimises_by_default_loses_the_adapters_and_ours_does_not(tm
     for optimize in (True, False):
         export(tuned, tmp_path / f"{optimize}.onnx", "onnx", sample, optimize=optimize)
         graph = onnx.load(tmp_path / f"{optimize}.onnx").graph
-        kept[optimize] = sorted(each.name for each in graph.input if ".lora_" in each.name)
+        kept[optimize] = sorted(value.name for value in graph.input if ".lora_" in value.name)
     assert kept == {key: ["0.lora_A.weight", "0.lora_B.weight"] for key in (True, False)}
 
 
@@ -187,9 +187,9 @@ def test_graph_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval())
     tuned = lora_fx.apply(traced, rules("**", alpha=3))
     randomise_(tuned)
-    found = export(tuned, tmp_path / "model.onnx", "onnx", Sample((torch.randn(3, 8),)), verify=True)
-    assert found.difference is not None
-    assert found.difference <= CLOSE < EFFECT <= found.effect
+    exported = export(tuned, tmp_path / "model.onnx", "onnx", Sample((torch.randn(3, 8),)), verify=True)
+    assert exported.difference is not None
+    assert exported.difference <= CLOSE < EFFECT <= exported.effect
 
 
 KINDS_TESTED = (
@@ -199,10 +199,10 @@ KINDS_TESTED = (
 )  # fmt: skip
 
 
-def assert_verified(found: Exported) -> None:
-    assert found.difference is not None
-    assert found.difference <= found.tolerance
-    assert found.effect >= EFFECT
+def assert_verified(exported: Exported) -> None:
+    assert exported.difference is not None
+    assert exported.difference <= exported.tolerance
+    assert exported.effect >= EFFECT
 
 
 @pytest.mark.slow
@@ -240,8 +240,8 @@ def test_adapter_of_the_demo(tmp_path: Path):
     mask = torch.ones_like(ids)
     mask[-1, -4:] = 0
     sample = Sample((), {"input_ids": ids, "attention_mask": mask})
-    found = export(tuned, tmp_path / "model.onnx", "onnx", sample, verify=True)
-    assert found.difference is not None
-    assert found.difference <= CLOSE < EFFECT <= found.effect
+    exported = export(tuned, tmp_path / "model.onnx", "onnx", sample, verify=True)
+    assert exported.difference is not None
+    assert exported.difference <= CLOSE < EFFECT <= exported.effect
     note = json.loads(onnx.load(tmp_path / "model.onnx").metadata_props[0].value)
     assert len(note["inputs"]) == 2 * 12 + 2

@@ -31,10 +31,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder with the program of `adapted(MIXED)` and its values."""
     made = tmp_path_factory.mktemp("pt2")
-    found = export(adapted(MIXED), made / "model.pt2", "pt2", call_encoder(3, 7), verify=True)
-    assert found.difference is not None
-    assert found.difference <= CLOSE
-    assert found.effect >= EFFECT
+    exported = export(adapted(MIXED), made / "model.pt2", "pt2", call_encoder(3, 7), verify=True)
+    assert exported.difference is not None
+    assert exported.difference <= CLOSE
+    assert exported.effect >= EFFECT
     return made
 
 
@@ -44,7 +44,7 @@ def distance(module: Any, tuned: nn.Module, sample: Sample) -> float:
 
 
 def test_values_lie_beside_the_program(folder: Path):
-    names = sorted(each.name for each in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir())
     assert names == ["default.safetensors", "model.base.safetensors", "model.pt2", "top.safetensors"]
     top = load_file(folder / "top.safetensors")
     assert sorted(top)[:2] == [
@@ -112,10 +112,10 @@ def test_file_holds_neither_the_example_nor_where_it_was_made(folder: Path):
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_program_that_aotinductor_has_compiled(tmp_path: Path):
-    found = export(adapted(MIXED), tmp_path / "model.pt2", "pt2", call_encoder(3, 7), verify=True, compile=True)
+    exported = export(adapted(MIXED), tmp_path / "model.pt2", "pt2", call_encoder(3, 7), verify=True, compile=True)
     assert (tmp_path / "model.aoti.pt2").exists()
-    assert found.difference is not None
-    assert found.difference <= CLOSE < EFFECT <= found.effect
+    assert exported.difference is not None
+    assert exported.difference <= CLOSE < EFFECT <= exported.effect
 
 
 @pytest.mark.slow
@@ -124,14 +124,14 @@ def test_program_that_aotinductor_has_compiled(tmp_path: Path):
 def test_real_architectures(peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(target, "run_client", lambda name, client: client())
     sample = Sample((), peer.inputs(3, 7))
-    found = export(adapted_peer(peer, "modules"), tmp_path / "model.pt2", "pt2", sample, verify=True)
-    assert_verified(found)
+    exported = export(adapted_peer(peer, "modules"), tmp_path / "model.pt2", "pt2", sample, verify=True)
+    assert_verified(exported)
 
 
-def assert_verified(found: Any) -> None:
-    assert found.difference is not None
-    assert found.difference <= found.tolerance
-    assert found.effect >= EFFECT
+def assert_verified(exported: Any) -> None:
+    assert exported.difference is not None
+    assert exported.difference <= exported.tolerance
+    assert exported.effect >= EFFECT
 
 
 UNTRACEABLE = ("loop over experts", "eager")

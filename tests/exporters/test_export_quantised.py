@@ -84,7 +84,7 @@ def test_quantising_again_is_done_on_request_and_tells_its_cost(kind):
     assert is_quantised(again[0].weight)
     model, costs = merged_and_requantised(tuned, lambda module: quantize_(module, KINDS[kind]))
     assert torch.equal(out(model), out(again))
-    assert [each.path for each in costs] == ["0", "2"]
+    assert [cost.path for cost in costs] == ["0", "2"]
     exact = lora_fx.merge(tuned)[0].weight
     assert costs[0].largest == float((model[0].weight.dequantize() - exact).abs().max()) > 0
     assert 0 < costs[0].share < 0.5

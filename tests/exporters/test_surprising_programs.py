@@ -38,9 +38,9 @@ def verified(tuned: nn.Module, path: Path, target: str, sample: Sample, **option
     """Export, and hold what the real client computes to what ours does; skip where it is not installed."""
     for name in target_named(target).needs:
         pytest.importorskip(name)
-    found = lora_fx.export(tuned, path, target, sample, verify=True, **options)
-    assert found.difference is not None
-    assert found.difference <= found.tolerance < EFFECT <= found.effect
+    exported = lora_fx.export(tuned, path, target, sample, verify=True, **options)
+    assert exported.difference is not None
+    assert exported.difference <= exported.tolerance < EFFECT <= exported.effect
 
 
 class Alike(nn.Module):

@@ -45,9 +45,9 @@ def exported(tuned: nn.Module, path: Path, target: str, sample: Sample, **option
     return lora_fx.export(tuned, path, target, sample, verify=True, **options)
 
 
-def assert_right(found: exporters.Exported) -> None:
-    assert found.difference is not None
-    assert found.difference <= found.tolerance < EFFECT <= found.effect
+def assert_right(exported: exporters.Exported) -> None:
+    assert exported.difference is not None
+    assert exported.difference <= exported.tolerance < EFFECT <= exported.effect
 
 
 # -- an alpha of 0 is a scale of 0 in PEFT, and of 1 in llama.cpp and LyCORIS
@@ -83,9 +83,9 @@ def test_alpha_0_is_an_adapter_without_effect_in_llama_cpp(alphas, tmp_path):
 
     write_base("Llama", language_model("Llama"), tmp_path / "base.gguf")
     tuned = with_alpha_0(tmp_path / "peft", language_model("Llama"), alphas)
-    found = exported(tuned, tmp_path / "x.gguf", "gguf", Sample((), prompts()), base=tmp_path / "base.gguf")
-    assert found.difference is not None
-    assert found.difference <= found.tolerance < found.effect
+    export = exported(tuned, tmp_path / "x.gguf", "gguf", Sample((), prompts()), base=tmp_path / "base.gguf")
+    assert export.difference is not None
+    assert export.difference <= export.tolerance < export.effect
 
 
 def test_lycoris_takes_alpha_0_for_1_and_keeps_the_scale_that_it_was_made_with():

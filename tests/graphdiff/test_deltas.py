@@ -27,13 +27,13 @@ def trained(**lora: object):
 def test_deltas_are_those_of_the_whole_matrix():
     model, tuned = trained(r=4, alpha=12)
     merged = lora_fx.merge(tuned)
-    for each in lora_fx.deltas(tuned).sites:
-        weight = model.get_submodule(each.path).weight.double()
-        delta = merged.get_submodule(each.path).weight.double() - weight
-        assert each.norm == pytest.approx(delta.norm().item(), rel=1e-4)
-        assert each.weight_norm == pytest.approx(weight.norm().item(), rel=1e-5)
-        assert each.singular_values == pytest.approx(torch.linalg.svdvals(delta)[:4].tolist(), rel=1e-4)
-        assert each.ratio == pytest.approx(each.norm / each.weight_norm)
+    for site in lora_fx.deltas(tuned).sites:
+        weight = model.get_submodule(site.path).weight.double()
+        delta = merged.get_submodule(site.path).weight.double() - weight
+        assert site.norm == pytest.approx(delta.norm().item(), rel=1e-4)
+        assert site.weight_norm == pytest.approx(weight.norm().item(), rel=1e-5)
+        assert site.singular_values == pytest.approx(torch.linalg.svdvals(delta)[:4].tolist(), rel=1e-4)
+        assert site.ratio == pytest.approx(site.norm / site.weight_norm)
 
 
 def test_singular_values_never_need_the_large_matrix():
@@ -45,19 +45,20 @@ def test_singular_values_never_need_the_large_matrix():
 
 def test_effective_rank_counts_the_directions_that_are_used():
     _, tuned = trained(r=4)
-    for found in (found for name, found in tuned.named_parameters() if "c_attn.lora_A" in name):
-        found.data[1:] = 0
-    used = {each.path.split(".")[-1]: each.effective_rank for each in lora_fx.deltas(tuned).sites}
+    for name, parameter in tuned.named_parameters():
+        if "c_attn.lora_A" in name:
+            parameter.data[1:] = 0
+    used = {site.path.split(".")[-1]: site.effective_rank for site in lora_fx.deltas(tuned).sites}
     assert used["c_attn"] == pytest.approx(1, abs=1e-6)
     assert 1 < used["c_fc"] <= 4
 
 
 def test_untrained_adapters_change_nothing_and_say_so():
     model = zoo.Mlp()
-    found = lora_fx.deltas(lora_fx.apply(model, rules("fc1")))
-    (site,) = found.sites
+    deltas = lora_fx.deltas(lora_fx.apply(model, rules("fc1")))
+    (site,) = deltas.sites
     assert (site.norm, site.ratio, site.effective_rank) == (0, 0, 0)
-    for form in (str(found), found.to_svg(), found.to_html(), found.to_json()):
+    for form in (str(deltas), deltas.to_svg(), deltas.to_html(), deltas.to_json()):
         assert "fc1" in form
 
 

@@ -19,7 +19,7 @@ def pair(specimen: zoo.Specimen, **lora: object) -> tuple[nn.Module, nn.Module]:
     return model, lora_fx.apply(model, rules(specimen.rule, **lora), specimen.sample())
 
 
-@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda each: each.name)
+@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda specimen: specimen.name)
 def test_adapted_model_differs_from_its_base_at_the_adapted_sites_and_nowhere_else(specimen):
     model, tuned = pair(specimen)
     diff = lora_fx.diff(model, tuned)
@@ -29,7 +29,7 @@ def test_adapted_model_differs_from_its_base_at_the_adapted_sites_and_nowhere_el
     assert diff.parameters[1] - diff.parameters[0] == lora_fx.inspect(tuned).trainable
 
 
-@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda each: each.name)
+@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda specimen: specimen.name)
 def test_equal_graphs_give_an_empty_diff(specimen):
     model, tuned = pair(specimen)
     for a, b in ((model, model), (tuned, tuned), (model, lora_fx.merge(tuned)), (model, lora_fx.remove(tuned))):

@@ -80,8 +80,8 @@ def test_models_stay_in_their_modes():
     model, tuned = encoder()
     model.train()
     lora_fx.diff(model, tuned)
-    assert all(each.training for each in model.modules())
-    assert not any(each.training for each in tuned.modules())
+    assert all(module.training for module in model.modules())
+    assert not any(module.training for module in tuned.modules())
 
 
 def test_names_of_nodes_do_not_count():
@@ -98,7 +98,7 @@ def test_names_of_nodes_do_not_count():
 def test_two_exported_programs_and_their_files(tmp_path):
     model, inputs = zoo.Mlp().eval(), (zoo.features(2, 3),)
     tuned = lora_fx.apply(model, rules("fc1"), inputs)
-    programs = [torch.export.export(each, inputs) for each in (model, tuned)]
+    programs = [torch.export.export(either, inputs) for either in (model, tuned)]
     for program, name in zip(programs, ("a.pt2", "b.pt2")):
         torch.export.save(program, tmp_path / name)
     diff = lora_fx.diff(*programs)
@@ -205,4 +205,4 @@ def test_whether_a_base_is_frozen_or_in_train_mode_is_no_difference():
     diff = lora_fx.diff(model, tuned)
     assert {c.path.split(".")[-1] for c in diff.changes} == {"linear1", "linear2"}
     assert len(diff.changes) == 4
-    assert all(each.requires_grad for each in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -20,7 +20,7 @@ COMPARED = ("path", "op", "name", "code", "inputs", "region", "weights")
 
 
 def facts(graph: Graph) -> list[tuple[object, ...]]:
-    return [tuple(getattr(each, name) for name in COMPARED) for each in graph.nodes]
+    return [tuple(getattr(statement, name) for name in COMPARED) for statement in graph.nodes]
 
 
 @given(graphs())
@@ -43,8 +43,8 @@ def test_the_reported_edits_turn_a_into_b(pair):
     a, b = pair
     made = compare(a, b).applied_to(a)
     assert facts(made) == facts(b)
-    assert {name: made.weights[name] for each in b.nodes for name in each.weights} == {
-        name: b.weights[name] for each in b.nodes for name in each.weights
+    assert {name: made.weights[name] for statement in b.nodes for name in statement.weights} == {
+        name: b.weights[name] for statement in b.nodes for name in statement.weights
     }
 
 
@@ -73,9 +73,9 @@ def test_an_empty_diff_means_isomorphic_graphs(pair):
 
 def as_networkx(graph: Graph) -> networkx.MultiDiGraph:
     made = networkx.MultiDiGraph()
-    for position, each in enumerate(graph.nodes):
-        made.add_node(position, code=each.code)
-        made.add_edges_from((source, position) for source in each.inputs)
+    for position, statement in enumerate(graph.nodes):
+        made.add_node(position, code=statement.code)
+        made.add_edges_from((source, position) for source in statement.inputs)
     return made
 
 
@@ -110,25 +110,25 @@ def test_every_form_can_be_made_of_every_diff(pair):
 @given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_common_subsequence_is_a_longest_one(a, b):
-    found = common_subsequence(a, b)
-    assert all(a[i] == b[j] for i, j in found)
-    assert all(i < k and j < m for (i, j), (k, m) in itertools.pairwise(found))
+    common = common_subsequence(a, b)
+    assert all(a[i] == b[j] for i, j in common)
+    assert all(i < k and j < m for (i, j), (k, m) in itertools.pairwise(common))
     lengths = {(i, j): 0 for i in range(-1, len(a)) for j in range(-1, len(b))}
     for i in range(len(a)):
         for j in range(len(b)):
             lengths[i, j] = max(lengths[i - 1, j], lengths[i, j - 1], lengths[i - 1, j - 1] + (a[i] == b[j]))
-    assert len(found) == lengths[len(a) - 1, len(b) - 1]
+    assert len(common) == lengths[len(a) - 1, len(b) - 1]
 
 
 @given(st.lists(st.integers(0, 50), unique=True, max_size=20))
 @settings(max_examples=200, deadline=None)
 def test_increasing_is_a_longest_increasing_subsequence(values):
-    found = increasing(values)
-    assert [values[i] for i in found] == sorted(values[i] for i in found)
+    longest = increasing(values)
+    assert [values[i] for i in longest] == sorted(values[i] for i in longest)
     best: list[int] = []
     for i, value in enumerate(values):
         best.append(1 + max((best[k] for k in range(i) if values[k] < value), default=0))
-    assert len(found) == max(best, default=0)
+    assert len(longest) == max(best, default=0)
 
 
 def test_blocks_of_a_renamed_module_are_found_as_moved():
@@ -138,7 +138,7 @@ def test_blocks_of_a_renamed_module_are_found_as_moved():
                             weights=tuple(w.replace("layers", "model.h") for w in n.weights))
         for n in a.nodes
     )  # fmt: skip
-    weights = {name.replace("layers", "model.h"): each for name, each in a.weights.items()}
+    weights = {name.replace("layers", "model.h"): weight for name, weight in a.weights.items()}
     b = dataclasses.replace(a, nodes=nodes, weights=weights)
     diff = compare(a, b)
     assert all(edit.before is not None and edit.after is not None for edit in diff.comparison.edits)

@@ -90,7 +90,7 @@ def test_mermaid_stays_within_the_limits_of_github(modules, edges):
     names = [f"part_{k:x}_of_a_large_model.{kind}" for k in range(modules) for kind in "abcdefgh"]
     x = Statement("", "input", "x", "")
     nodes = [Statement(name, name, "y", f"{name}($0)", (k,)) for k, name in enumerate(names)]
-    other = [replace(each, code=f"{each.code} + 1") if each.op.endswith(".c") else each for each in nodes]
+    other = [replace(node, code=f"{node.code} + 1") if node.op.endswith(".c") else node for node in nodes]
     chart = compare(Graph("A", (x, *nodes)), Graph("B", (x, *other))).to_mermaid()
     assert len(chart) <= 50_000
     assert chart.count("-->") <= 500
@@ -113,11 +113,11 @@ def side_by_side(graphs: list[Graph]) -> Graph:
     nodes, weights = [], {}
     for k, graph in enumerate(graphs):
         start = len(nodes)
-        for each in graph.nodes:
-            inputs = tuple(start + i for i in each.inputs)
-            path, names = each.path.replace("layers.0", f"layers.{k}"), tuple(f"{k}.{w}" for w in each.weights)
-            nodes.append(replace(each, path=path, region=f"layers.{k}", inputs=inputs, weights=names))
-        weights |= {f"{k}.{name}": each for name, each in graph.weights.items()}
+        for node in graph.nodes:
+            inputs = tuple(start + i for i in node.inputs)
+            path, names = node.path.replace("layers.0", f"layers.{k}"), tuple(f"{k}.{w}" for w in node.weights)
+            nodes.append(replace(node, path=path, region=f"layers.{k}", inputs=inputs, weights=names))
+        weights |= {f"{k}.{name}": weight for name, weight in graph.weights.items()}
     return Graph("Many", tuple(nodes), weights)
 
 
@@ -134,8 +134,8 @@ def test_dot_and_graphml_have_every_statement_once(diff):
 
 def test_blocks_of_a_whole_graph_are_found_by_their_numbers():
     diff = compare(decoder(8, nodes=20), decoder(8, adapted=True, nodes=20))
-    found = {tuple(block.paths): block.changed for block in blocks_of(diff.comparison)}
-    assert found == {("",): False, ("layers.0",): True, tuple(f"layers.{k}" for k in range(1, 8)): True}
+    changed = {tuple(block.paths): block.changed for block in blocks_of(diff.comparison)}
+    assert changed == {("",): False, ("layers.0",): True, tuple(f"layers.{k}" for k in range(1, 8)): True}
 
 
 def test_boxes_stand_below_what_they_are_computed_from_and_never_on_each_other(diff):

@@ -81,13 +81,13 @@ def keys(file: Path) -> set[str]:
 
 @each((BERT, VIT), slow=(LLAMA,))
 def test_training_gives_the_losses_and_the_adapter_of_the_module_backend(peer: Peer, tmp_path):
-    found = []
+    runs = []
     for backend in ("auto", "modules"):
         tuned = adapted(peer, backend, random=False, dropout=0.1)
         done = trainer(peer, tmp_path / backend, tuned, save_strategy="no")
         done.train()
-        found.append((losses(done), list(lora_fx.parameters(tuned))))
-    (ours, one), (theirs, other) = found
+        runs.append((losses(done), list(lora_fx.parameters(tuned))))
+    (ours, one), (theirs, other) = runs
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert list(ours) == list(range(1, STEPS + 1))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -102,11 +102,11 @@ def resumed_as_uninterrupted(peer: Peer, folder: Path, *make: type[TrainerCallba
     def model() -> nn.Module:
         return adapted(peer, random=False, optimise=False)
 
-    whole = trainer(peer, folder / "whole", model(), *(each() for each in make))
+    whole = trainer(peer, folder / "whole", model(), *(make_model() for make_model in make))
     whole.train()
-    first = trainer(peer, folder / "part", model(), Interrupt(4), *(each() for each in make))
+    first = trainer(peer, folder / "part", model(), Interrupt(4), *(make_model() for make_model in make))
     first.train()
-    second = trainer(peer, folder / "part", model(), *(each() for each in make))
+    second = trainer(peer, folder / "part", model(), *(make_model() for make_model in make))
     second.train(resume_from_checkpoint=str(folder / "part" / "checkpoint-4"))
     assert list(losses(first)) == [1, 2, 3, 4]
     assert losses(second) == losses(whole)
@@ -203,8 +203,8 @@ def test_columns_of_a_model_whose_root_is_a_region_are_not_dropped(tmp_path):
             self.mlp = zoo.Mlp()
 
         def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            found = self.mlp(x)
-            return {"loss": (found - labels).square().mean(), "found": found}
+            result = self.mlp(x)
+            return {"loss": (result - labels).square().mean(), "found": result}
 
     data = [{"x": zoo.features(1, 1)[0, 0], "labels": torch.zeros(16)} for _ in range(6)]
     tuned = lora_fx.apply(Regression(), zoo.rules("**"), (zoo.features(2, 3)[:, 0], torch.zeros(2, 16)))

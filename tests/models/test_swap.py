@@ -32,11 +32,11 @@ def test_swapped_module_keeps_class_name_and_survives_copies(make, duplicate):
     expected = 2 * module(x)
     swap(module, Doubling)
     other = duplicate(module)
-    for each in (module, other):
-        assert torch.equal(each(x), expected)
-        assert isinstance(each, original)
-        assert type(each).__name__ == original.__name__
-        assert original_class(each) is original
+    for model in (module, other):
+        assert torch.equal(model(x), expected)
+        assert isinstance(model, original)
+        assert type(model).__name__ == original.__name__
+        assert original_class(model) is original
     assert type(other) is type(module) is swapped_class(original, Doubling)
     unswap(module)
     assert type(module) is original

@@ -38,7 +38,7 @@ def exported_dynamic() -> fx.GraphModule:
     return torch.export.export(zoo.Mlp().eval(), (zoo.features(2, 3),), dynamic_shapes=sizes).module()
 
 
-GRAPHS = pytest.mark.parametrize("make", [traced, exported, exported_dynamic], ids=lambda each: each.__name__)
+GRAPHS = pytest.mark.parametrize("make", [traced, exported, exported_dynamic], ids=lambda function: function.__name__)
 X = zoo.features(2, 3)
 
 
@@ -230,7 +230,7 @@ def test_merge_alone_folds_and_its_journal_counts_every_edit():
     assert result.journal.count("erase node") == 8
     assert result.journal.count("set weight") == 2
     torch.testing.assert_close(result.graph_module(X), tuned(X), rtol=1e-5, atol=1e-5)
-    assert any(found is not None for found in map(attached, tuned.modules())), "the input stays adapted"
+    assert any(adapter is not None for adapter in map(attached, tuned.modules())), "the input stays adapted"
 
 
 def test_remove_undoes_inject():
@@ -254,10 +254,12 @@ def test_pass_that_has_nothing_to_do_modifies_nothing():
     assert not result.modified
 
 
-@pytest.mark.parametrize(("each", "error"), [(Merge(), MergeError), (Remove(), RefusedError)], ids=["merge", "remove"])
-def test_merge_and_remove_refuse_a_graph_without_adapter(each, error):
+@pytest.mark.parametrize(
+    ("graph_pass", "error"), [(Merge(), MergeError), (Remove(), RefusedError)], ids=["merge", "remove"]
+)
+def test_merge_and_remove_refuse_a_graph_without_adapter(graph_pass, error):
     with pytest.raises(error, match="no adapter"):
-        passes.run(traced(), [each])
+        passes.run(traced(), [graph_pass])
 
 
 def test_injecting_twice_is_refused_and_leaves_the_graph_as_it_is():
@@ -353,7 +355,7 @@ def broken_use(tuned: fx.GraphModule) -> None:
         (broken_call, "2 calls in the graph, 1 of them adapted"),
         (broken_use, "the adapted output is not used"),
     ],
-    ids=lambda each: each.__name__ if callable(each) else "",
+    ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_verify_finds_what_is_broken(spoil, told):
     tuned = lora_fx.apply(traced(), rules("**"))
@@ -368,7 +370,7 @@ def test_every_invariant_has_a_case_above():
     assert len(INVARIANTS) == 7
 
 
-@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda each: each.name)
+@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda specimen: specimen.name)
 def test_every_adapted_model_verifies(specimen):
     for backend in ("auto", "modules"):
         verify(lora_fx.apply(specimen.build(), rules(specimen.rule), specimen.sample(), backend=backend))

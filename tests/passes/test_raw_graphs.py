@@ -85,10 +85,10 @@ def adapted(graph_module: fx.GraphModule, **lora: object) -> fx.GraphModule:
 def with_dense_deltas(graph_module: fx.GraphModule, tuned: fx.GraphModule) -> fx.GraphModule:
     """Return the graph module with W + ΔW in the place of every adapted weight."""
     dense = copy.deepcopy(graph_module)
-    for path, found in all_attached(tuned):
-        owner = dense.get_submodule(owner_path(path, found))
-        weight = owner._parameters[found.spec.parameter]
-        owner._parameters[found.spec.parameter] = nn.Parameter(weight + found.delta(), requires_grad=False)
+    for path, adapter in all_attached(tuned):
+        owner = dense.get_submodule(owner_path(path, adapter))
+        weight = owner._parameters[adapter.spec.parameter]
+        owner._parameters[adapter.spec.parameter] = nn.Parameter(weight + adapter.delta(), requires_grad=False)
     return dense
 
 
@@ -126,7 +126,7 @@ def test_gradients_reach_both_factors_of_every_site(graph_module):
     tuned = adapted(graph_module)
     randomise_(tuned)
     tuned(IDS).square().sum().backward()
-    assert all(bool(each.grad.any()) for each in lora_fx.parameters(tuned))
+    assert all(bool(parameter.grad.any()) for parameter in lora_fx.parameters(tuned))
 
 
 def test_merging_and_removing_leave_the_graph_as_it_was(graph_module):
@@ -189,7 +189,7 @@ def test_half_precision_graph_gets_float32_factors():
     half = fx.symbolic_trace(Everything().bfloat16())
     tuned = adapted(half, dropout=0.1)
     assert torch.equal(tuned.eval()(IDS), half(IDS))
-    assert {each.dtype for each in lora_fx.parameters(tuned)} == {torch.float32}
+    assert {parameter.dtype for parameter in lora_fx.parameters(tuned)} == {torch.float32}
     assert torch.equal(lora_fx.remove(tuned)(IDS), half(IDS))
 
 
@@ -304,8 +304,8 @@ def test_weights_that_are_changed_before_they_multiply_are_adapted_in_a_graph_as
     assert not torch.allclose(tuned(x), graph(x), atol=1e-2)
     torch.testing.assert_close(tuned(x), other(x))
     torch.testing.assert_close(lora_fx.merge(tuned)(x), tuned(x), rtol=1e-4, atol=1e-4)
-    for found, wanted in zip(
+    for gradients, wanted in zip(
         *(torch.autograd.grad(m(x).cos().sum(), [*lora_fx.parameters(m)]) for m in (tuned, other))
     ):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-4)
     assert torch.equal(lora_fx.remove(tuned)(x), graph(x))

@@ -72,9 +72,9 @@ def test_command_line_explains_a_model_of_a_file(tmp_path):
         "def make():\n    return nn.Sequential(nn.Linear(4, 8), nn.Embedding(3, 4, max_norm=1.0))\n"
     )
     (tmp_path / "rules.yaml").write_text('version: 1\nrules:\n  - match: {name: "**"}\n')
-    found = CliRunner().invoke(main, ["explain", f"{tmp_path}/mine.py:make", "1", f"{tmp_path}/rules.yaml"])
-    assert found.exit_code == 0
-    assert "refuse: max_norm rescales the rows" in found.output
+    shown = CliRunner().invoke(main, ["explain", f"{tmp_path}/mine.py:make", "1", f"{tmp_path}/rules.yaml"])
+    assert shown.exit_code == 0
+    assert "refuse: max_norm rescales the rows" in shown.output
     lost = CliRunner().invoke(main, ["explain", f"{tmp_path}/mine.py:make", "7", f"{tmp_path}/rules.yaml"])
     assert lost.exit_code == 2
     assert "the model has nothing called 7" in lost.output

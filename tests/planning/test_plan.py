@@ -57,11 +57,11 @@ def test_plan_as_text_without_folding_has_a_line_for_each_site():
 
 def test_every_site_has_a_decision_and_a_reason():
     plan = lora_fx.plan(zoo.Gpt(), CHOSEN, (zoo.tokens(2, 6),))
-    found = {site.path: (site.decision, site.reason, site.rule) for site in plan.sites}
-    assert found["h.0.c_attn"] == ("adapt", "attention", "attention")
-    assert found["h.1.c_fc"] == ("adapt", "wide", "wide")
-    assert found["h.1.c_proj"] == ("keep", "no rule", None)
-    assert found["lm_head"] == ("skip", "tied to the token embedding", "head")
+    decisions = {site.path: (site.decision, site.reason, site.rule) for site in plan.sites}
+    assert decisions["h.0.c_attn"] == ("adapt", "attention", "attention")
+    assert decisions["h.1.c_fc"] == ("adapt", "wide", "wide")
+    assert decisions["h.1.c_proj"] == ("keep", "no rule", None)
+    assert decisions["lm_head"] == ("skip", "tied to the token embedding", "head")
     assert plan.unmatched_rules == ("absent", "again")
     assert "rule 'again' also matches 2 sites decided before it by 'attention', 'wide'" in plan.notes
 
@@ -133,8 +133,8 @@ def test_every_rule_that_matches_nothing_is_named_at_once():
     }
     with pytest.raises(NoMatchError) as caught:
         lora_fx.plan(zoo.Encoder(), chosen)
-    found = {each.rule: (each.found, each.expected) for each in caught.value.unmatched}
-    assert found == {"bad": (0, "at least one"), "few": (3, "exactly 7"), "shape": (0, "at least one")}
+    numbers = {missed.rule: (missed.found, missed.expected) for missed in caught.value.unmatched}
+    assert numbers == {"bad": (0, "at least one"), "few": (3, "exactly 7"), "shape": (0, "at least one")}
     golden("no_match.txt", str(caught.value))
 
 

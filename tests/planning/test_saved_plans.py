@@ -125,13 +125,13 @@ OTHER_FACTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fact", "value", "told", "found"), OTHER_FACTS, ids=[each[0] for each in OTHER_FACTS])
+@pytest.mark.parametrize(("fact", "value", "told", "there"), OTHER_FACTS, ids=[fact[0] for fact in OTHER_FACTS])
 def test_a_plan_that_says_of_a_site_what_the_model_does_not_is_refused_with_the_facts(
-    model, saved, fact, value, told, found
+    model, saved, fact, value, told, there
 ):
     document = json.loads(saved)
     site = document["sites"][position(saved, FC)]
-    told, found = (told, found) if fact != "bias" else (f"bias {not site['bias']}", f"bias {site['bias']}")
+    told, there = (told, there) if fact != "bias" else (f"bias {not site['bias']}", f"bias {site['bias']}")
     site[fact] = not site["bias"] if fact == "bias" else value
     plan = lora_fx.Plan.from_json(json.dumps(document))
     with pytest.raises(StalePlanError) as caught:
@@ -139,7 +139,7 @@ def test_a_plan_that_says_of_a_site_what_the_model_does_not_is_refused_with_the_
     path, planned, actual = caught.value.differences[0]
     assert path == FC
     assert planned.startswith(told[:60])
-    assert actual.startswith(found[:60])
+    assert actual.startswith(there[:60])
 
 
 def with_trainable(document: dict) -> str:

@@ -36,32 +36,32 @@ ALL = each_of((LLAMA, BERT, GPT2, VIT), slow=(T5,))
 
 
 def programs(tuned: nn.Module) -> list[Program]:
-    return [each for _, _, region in regions(tuned) for each in region.block.programs]
+    return [program for _, _, region in regions(tuned) for program in region.block.programs]
 
 
 def fast_passes(tuned: nn.Module) -> set[str]:
     """Return the names of the passes of all fast programs that are proven."""
-    return {name for each in programs(tuned) for name in each.optimised}
+    return {name for program in programs(tuned) for name in program.optimised}
 
 
 def trained(model: nn.Module, call: Callable[[nn.Module], Tensor], again: bool = False) -> Run:
     """Return the result of a step and all gradients; `again`, those of their squared norm too."""
     torch.manual_seed(5)
     result = call(model)
-    wanted = [each for each in model.parameters() if each.requires_grad]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     first = torch.autograd.grad(result.float().square().mean(), wanted, create_graph=again, allow_unused=True)
-    found = [result.detach(), *first]
+    tensors = [result.detach(), *first]
     if again:
-        norm = sum(each.square().sum() for each in first if each is not None)
-        found += torch.autograd.grad(norm, wanted, allow_unused=True)
-    return found
+        norm = sum(gradient.square().sum() for gradient in first if gradient is not None)
+        tensors += torch.autograd.grad(norm, wanted, allow_unused=True)
+    return tensors
 
 
-def assert_equal_but_for_rounding(found: Run, expected: Run, values: float = 1e-6, slopes: float = 1e-5) -> None:
+def assert_equal_but_for_rounding(result: Run, expected: Run, values: float = 1e-6, slopes: float = 1e-5) -> None:
     """Assert that results, and gradients in units of the largest, are those of another run."""
-    assert [each is None for each in found] == [each is None for each in expected]
-    largest = max(float(each.detach().abs().max()) for each in expected[1:] if each is not None)
-    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+    assert [tensor is None for tensor in result] == [tensor is None for tensor in expected]
+    largest = max(float(tensor.detach().abs().max()) for tensor in expected[1:] if tensor is not None)
+    for number, (one, other) in enumerate(zip(result, expected, strict=True)):
         if one is not None:
             difference = float((one - other).detach().abs().max())
             assert difference <= (
@@ -74,20 +74,20 @@ def assert_equal_but_for_rounding(found: Run, expected: Run, values: float = 1e-
 def test_fast_programs_are_proven_and_give_the_results_and_gradients_of_the_module_backend(peer: Peer, p: float):
     fast, modules = adapted(peer, dropout=p), adapted(peer, "modules", dropout=p)
     for shape in ((3, 7), (2, 5), (3, 7)):
-        runs = [trained(each.train(), lambda model, s=shape: peer.call(model, *s)) for each in (fast, modules)]
+        runs = [trained(tuned.train(), lambda model, s=shape: peer.call(model, *s)) for tuned in (fast, modules)]
         assert_equal_but_for_rounding(*runs, values=1e-5 if peer is T5 else 1e-6)  # its scores are not scaled
     assert fast_passes(fast) >= ({"recompute"} if peer is GPT2 else {"stack", "recompute"})
-    assert not [each.why_not_fast for each in programs(fast) if each.why_not_fast]
+    assert not [program.why_not_fast for program in programs(fast) if program.why_not_fast]
 
 
 @ALL
 def test_fast_programs_keep_fewer_bytes(peer: Peer):
-    found = []
+    sizes = []
     for optimise in (True, False):
         tuned = adapted(peer, optimise=optimise).train()
         peer.call(tuned)
-        found.append(saved_bytes(lambda model=tuned: peer.call(model), [*tuned.parameters(), *tuned.buffers()]))
-    assert found[0] < found[1]
+        sizes.append(saved_bytes(lambda model=tuned: peer.call(model), [*tuned.parameters(), *tuned.buffers()]))
+    assert sizes[0] < sizes[1]
 
 
 @pytest.mark.parametrize(("dtype", "part"), [(torch.float32, 0.88), (torch.bfloat16, 0.78)], ids=str)
@@ -99,12 +99,12 @@ def test_adapted_llama_keeps_fewer_bytes_than_its_frozen_base(dtype: torch.dtype
     rules = {"version": 1, "rules": [{"match": {"name": "**.layers.**", "op": "linear"}, "lora": {"r": 2}}]}
     tuned = lora_fx.apply(base, rules, {"inputs_embeds": given, "use_cache": False}).train()
     frozen = copy.deepcopy(base).requires_grad_(False)
-    found = []
+    kept = []
     for model in (tuned, frozen):
         model(inputs_embeds=given, use_cache=False)
         own = [*model.parameters(), *model.buffers()]
-        found.append(saved_bytes(lambda m=model: m(inputs_embeds=given, use_cache=False), own))
-    assert found[0] < part * found[1], "norms in float32 of a half-precision stream are made from that again"
+        kept.append(saved_bytes(lambda m=model: m(inputs_embeds=given, use_cache=False), own))
+    assert kept[0] < part * kept[1], "norms in float32 of a half-precision stream are made from that again"
 
 
 class ThinProducts(TorchDispatchMode):
@@ -112,30 +112,30 @@ class ThinProducts(TorchDispatchMode):
 
     def __init__(self, rows: int) -> None:
         super().__init__()
-        self.rows, self.found = rows, 0
+        self.rows, self.number = rows, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.mm.default and args[0].shape[0] <= 8 and args[1].shape[1] == self.rows:
-            self.found += 1
+            self.number += 1
         return func(*args, **(kwargs or {}))
 
 
 def test_siblings_share_one_product_by_a():
-    found = {}
+    products = {}
     for optimise in (True, False):
         tuned = adapted(LLAMA, optimise=optimise)
         LLAMA.call(tuned)
         with ThinProducts(21) as count:
             LLAMA.call(tuned)
-        found[optimise] = count.found
-    assert found == {True: 2 * 4 + 1, False: 2 * 7 + 1}, "q, k and v; o; gate and up; down; and the head"
+        products[optimise] = count.number
+    assert products == {True: 2 * 4 + 1, False: 2 * 7 + 1}, "q, k and v; o; gate and up; down; and the head"
 
 
 @ALL
 def test_without_optimisation_every_bit_is_that_of_the_module_backend(peer: Peer):
     plain, modules = adapted(peer, optimise=False, dropout=0.1), adapted(peer, "modules", dropout=0.1)
-    assert_same(*(trained(each.train(), peer.call) for each in (plain, modules)))
-    assert all(each.fast is None for each in programs(plain))
+    assert_same(*(trained(model.train(), peer.call) for model in (plain, modules)))
+    assert all(program.fast is None for program in programs(plain))
 
 
 def test_unknown_optimisations_are_an_error_that_lists_those_there_are():
@@ -170,8 +170,8 @@ class Tower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         beside = []
-        for each in self.blocks:
-            x = each(x)
+        for block in self.blocks:
+            x = block(x)
             if isinstance(x, tuple):
                 beside.append(x[1])
                 x = x[0]
@@ -255,19 +255,19 @@ def towers(
     base, rules = Tower(block(forward)), rules or zoo.rules(r=4, **lora)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = lora_fx.apply(base, rules, (X,)), lora_fx.apply(base, rules, backend="modules")
-    for each in found:
-        zoo.randomise_(each)
-    return found[0].train(), found[1].train()
+        pair = lora_fx.apply(base, rules, (X,)), lora_fx.apply(base, rules, backend="modules")
+    for model in pair:
+        zoo.randomise_(model)
+    return pair[0].train(), pair[1].train()
 
 
 def assert_agree(pair: tuple[nn.Module, nn.Module], call: Callable[[nn.Module], Tensor] = lambda m: m(X)) -> None:
     for again in (False, True):
-        assert_equal_but_for_rounding(*(trained(each, call, again) for each in pair))
+        assert_equal_but_for_rounding(*(trained(model, call, again) for model in pair))
     with torch.no_grad():
-        torch.testing.assert_close(*(each.eval()(X) for each in pair), rtol=1e-6, atol=1e-6)
-    for each in pair:
-        each.train()
+        torch.testing.assert_close(*(model.eval()(X) for model in pair), rtol=1e-6, atol=1e-6)
+    for model in pair:
+        model.train()
 
 
 @pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}], ids=["plain", "dropout", "dora"])
@@ -307,11 +307,11 @@ def input_changed_after_the_norm(self: Any, x: Tensor) -> Tensor:
 def test_what_cannot_be_trained_without_graphs_cannot_with_them_and_runs_without_gradients(forward: Any):
     pair = towers(forward)
     with torch.no_grad():
-        torch.testing.assert_close(*(each(X) for each in pair), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(*(model(X) for model in pair), rtol=1e-6, atol=1e-6)
     assert "recompute" not in fast_passes(pair[0])
-    for each in pair:
+    for tower in pair:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            trained(each, lambda model: model(X.clone().requires_grad_()))
+            trained(tower, lambda model: model(X.clone().requires_grad_()))
 
 
 def test_siblings_of_other_ranks_dropouts_and_kinds():
@@ -325,8 +325,8 @@ def test_siblings_of_other_ranks_dropouts_and_kinds():
 def test_siblings_of_which_some_are_frozen_or_of_another_dtype():
     for change in ("freeze A", "freeze B", "freeze q", "double"):
         pair = towers(ordinary, dropout=0.1)
-        for each in pair:
-            q = each.blocks[0].q
+        for model in pair:
+            q = model.blocks[0].q
             factors = {"freeze A": [q.lora_A], "freeze B": [q.lora_B]}.get(change, [q.lora_A, q.lora_B])
             for factor in factors:
                 factor.double() if change == "double" else factor.requires_grad_(False)
@@ -335,8 +335,8 @@ def test_siblings_of_which_some_are_frozen_or_of_another_dtype():
 
 def test_siblings_that_share_a_factor():
     pair = towers(ordinary)
-    for each in pair:
-        for inner in each.blocks:
+    for model in pair:
+        for inner in model.blocks:
             inner.k.lora_A["default"].weight = inner.q.lora_A["default"].weight
     assert_agree(pair)
 
@@ -369,18 +369,18 @@ def test_blocks_under_checkpoints(reentrant: bool):
             model.zero_grad()
             torch.manual_seed(5)
             x = X.clone().requires_grad_()
-            for each in model.blocks:
-                x = checkpoint(each, x, use_reentrant=reentrant)
+            for block in model.blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant)
             x.square().mean().backward()
-        found, expected = ([None, *(p.grad for p in lora_fx.parameters(model))] for model in pair)
-        assert_equal_but_for_rounding(found, expected)
+        gradients, expected = ([None, *(p.grad for p in lora_fx.parameters(model))] for model in pair)
+        assert_equal_but_for_rounding(gradients, expected)
 
 
 def test_blocks_under_autocast():
     pair = towers(ordinary, dropout=0.1)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
-            runs = [trained(each, lambda model: model(X)) for each in pair]
+            runs = [trained(tower, lambda model: model(X)) for tower in pair]
         assert_equal_but_for_rounding(*runs, values=0.02, slopes=0.05)
 
 
@@ -388,12 +388,12 @@ def test_blocks_under_transformations_of_torch_func():
     tuned, modules = towers(ordinary)
 
     def slopes(model: nn.Module) -> dict[str, Tensor]:
-        values = {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
+        values = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
         def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
             return torch.func.functional_call(model, values, (x,)).square().mean()
 
         return torch.func.vmap(torch.func.grad(loss), (None, 0))(values, X)
 
-    found, expected = slopes(tuned), slopes(modules)
-    assert_equal_but_for_rounding([None, *found.values()], [None, *expected.values()])
+    gradients, expected = slopes(tuned), slopes(modules)
+    assert_equal_but_for_rounding([None, *gradients.values()], [None, *expected.values()])

@@ -68,9 +68,9 @@ def test_fast_program_that_is_wrong_is_given_up_with_the_reason(spoil: Spoil, mo
     monkeypatch.setattr(program, "_optimised", wrong)
     for peer in (LLAMA, BERT):  # a norm before the layers, and one after them
         tuned, modules = adapted(peer, fresh=True), adapted(peer, "modules")
-        assert_equal_but_for_rounding(*(trained(each.train(), peer.call) for each in (tuned, modules)))
+        assert_equal_but_for_rounding(*(trained(model.train(), peer.call) for model in (tuned, modules)))
         assert not fast_passes(tuned)
-        reasons = {each.why_not_fast for each in programs(tuned) if each.why_not_fast}
+        reasons = {program.why_not_fast for program in programs(tuned) if program.why_not_fast}
         assert reasons
         assert all(reason.startswith(WRONG[spoil]) for reason in reasons), reasons
 
@@ -79,27 +79,27 @@ def losses(model: nn.Module, steps: int) -> Tensor:
     """Train a classifier on random words, whose label is whether the first two are in order; return all losses."""
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(lora_fx.parameters(model), lr=3e-3)
-    found = []
+    values = []
     for _ in range(steps):
         words = torch.randint(3, 60, (8, 6 + int(torch.randint(0, 3, ()))))
         loss = F.cross_entropy(model.train()(words)[0], (words[:, 0] < words[:, 1]).long())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(loss.detach())
-    return torch.stack(found)
+        values.append(loss.detach())
+    return torch.stack(values)
 
 
 def test_sixty_steps_have_the_losses_of_sixty_steps_without_passes():
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    found = [losses(adapted(BERT, random=False, optimise=optimise, **quiet), 60) for optimise in (True, False)]
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    assert found[0][-10:].mean() < 0.9 * found[0][:10].mean()
+    runs = [losses(adapted(BERT, random=False, optimise=optimise, **quiet), 60) for optimise in (True, False)]
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
+    assert runs[0][-10:].mean() < 0.9 * runs[0][:10].mean()
 
 
 def test_sixty_steps_with_dropout_drop_the_same():
-    found = [losses(adapted(BERT, random=False, dropout=0.1, optimise=optimise), 60) for optimise in (True, False)]
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    runs = [losses(adapted(BERT, random=False, dropout=0.1, optimise=optimise), 60) for optimise in (True, False)]
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_demo_learns_the_same_with_and_without_passes():
     training, _ = sentiment.read_reviews(400, 10)
     example = [lora_fx.call(**inputs) for inputs, _ in training.batches(16)[:2]]
     rules = {"version": 1, "rules": [{"match": {"name": "**.layer.**", "op": "linear"}, "lora": {"r": 8}}]}
-    found = []
+    runs = []
     for optimise in (True, False):
         model = sentiment.fresh_model().double()
         for module in model.modules():
@@ -122,15 +122,15 @@ def test_demo_learns_the_same_with_and_without_passes():
                 module.p = 0.0
         tuned = lora_fx.apply(model, rules, example, optimise=optimise).train()
         optimizer = torch.optim.AdamW(lora_fx.parameters(tuned), lr=2e-4)
-        found.append([])
+        runs.append([])
         for inputs, labels in training.batches(4) * 2:
             loss = F.cross_entropy(tuned(**inputs).logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            found[-1].append(loss.item())
-    assert len(found[0]) == 200
-    torch.testing.assert_close(*torch.tensor(found), rtol=1e-6, atol=1e-6)
+            runs[-1].append(loss.item())
+    assert len(runs[0]) == 200
+    torch.testing.assert_close(*torch.tensor(runs), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -152,25 +152,25 @@ def test_sharded_model_has_the_gradients_of_one_that_is_not(tmp_path: Path):
             tuned.zero_grad()
             result = LLAMA.call(tuned)
             result.float().square().mean().backward()
-        found = [result.detach(), *(p.grad.full_tensor() for p in tuned.parameters() if p.requires_grad)]
+        sharded = [result.detach(), *(p.grad.full_tensor() for p in tuned.parameters() if p.requires_grad)]
     finally:
         dist.destroy_process_group()
-    assert_equal_but_for_rounding(found, expected)
+    assert_equal_but_for_rounding(sharded, expected)
 
 
 def test_keys_and_values_that_a_block_leaves_in_a_cache_are_those_without_passes():
-    found = []
+    runs = []
     for optimise in (True, False):
         model = adapted(LLAMA, optimise=optimise).train()
         result = model(**LLAMA.inputs(3, 7), use_cache=True)
         result.past_key_values.layers[1].values.square().sum().backward()
-        slopes = [each.grad for each in lora_fx.parameters(model)]
+        slopes = [parameter.grad for parameter in lora_fx.parameters(model)]
         kept = torch.cat(
             [
-                each.detach().flatten()
+                tensor.detach().flatten()
                 for layer in result.past_key_values.layers
-                for each in tensors([layer.keys, layer.values])
+                for tensor in tensors([layer.keys, layer.values])
             ]
         )
-        found.append([kept, *slopes])
-    assert_equal_but_for_rounding(*found)
+        runs.append([kept, *slopes])
+    assert_equal_but_for_rounding(*runs)

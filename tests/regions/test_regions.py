@@ -114,8 +114,8 @@ def test_gradients_in_eval_mode_use_the_training_graph_where_nothing_depends_on_
 def test_changed_attribute_misses_and_is_never_stale():
     model = zoo.Encoder().eval()
     tuned = lora_fx.apply(model, rules("**.query"), zoo.call_encoder())
-    for each in (model, tuned):
-        each.layer[1].attention.heads = 2
+    for either in (model, tuned):
+        either.layer[1].attention.heads = 2
     call = zoo.call_encoder()
     with torch.no_grad():
         for _ in range(2):
@@ -175,8 +175,8 @@ def test_hook_on_an_inner_module_fires():
 def test_hook_on_an_adapted_linear_fires_and_its_result_counts():
     model = zoo.Encoder().eval()
     tuned = lora_fx.apply(model, rules("**.query"), zoo.call_encoder())
-    for each in (model, tuned):
-        each.layer[0].attention.query.register_forward_hook(lambda module, args, out: 3 * out)
+    for either in (model, tuned):
+        either.layer[0].attention.query.register_forward_hook(lambda module, args, out: 3 * out)
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(tuned(**zoo.call_encoder().kwargs), model(**zoo.call_encoder().kwargs))
@@ -186,9 +186,9 @@ def test_replaced_submodule_is_used():
     model = zoo.Encoder().eval()
     tuned = lora_fx.apply(model, rules("**.query"), zoo.call_encoder())
     new = nn.Linear(16, 16)
-    for each in (model, tuned):
-        each.layer[0].attention.dense = new
-        each.layer[1].attention.query = new
+    for either in (model, tuned):
+        either.layer[0].attention.dense = new
+        either.layer[1].attention.query = new
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(tuned(**zoo.call_encoder().kwargs), model(**zoo.call_encoder().kwargs))
@@ -280,9 +280,9 @@ def test_compiled_adapted_model_has_no_more_graph_breaks_than_its_base():
     tuned = lora_fx.apply(model, rules("**.query", init="random"), zoo.call_encoder())
     call = zoo.call_encoder()
     breaks = []
-    for each in (model, tuned):
+    for either in (model, tuned):
         torch._dynamo.reset()
-        explained = torch._dynamo.explain(each)(**call.kwargs)
+        explained = torch._dynamo.explain(either)(**call.kwargs)
         breaks.append(explained.graph_break_count)
     assert breaks[1] <= breaks[0]
     torch._dynamo.reset()

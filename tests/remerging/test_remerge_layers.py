@@ -60,7 +60,7 @@ def test_layer_becomes_a_plain_linear_in_a_model_of_the_same_structure(make):
     plain = result.model
     while not isinstance(plain[2], nn.Linear):  # PEFT's layer stands in a model of its own
         plain[2] = plain[2].get_base_model()[0]
-    assert [type(each) for each in plain] == [nn.Linear, nn.GELU, nn.Linear, nn.ReLU, nn.Linear]
+    assert [type(module) for module in plain] == [nn.Linear, nn.GELU, nn.Linear, nn.ReLU, nn.Linear]
     assert names(plain) == {f"{index}.{name}" for index in (0, 2, 4) for name in ("weight", "bias")}
     assert_equal(plain, model)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
@@ -125,7 +125,7 @@ def test_linears_that_lycoris_took_over_become_plain_linears(bypass):
     result = remerged(model.eval())
     print(f"{len(result.folded)} folded")
     assert result.folded == ("0", "2", "4")
-    assert all("forward" not in vars(each) for each in result.model.modules())
+    assert all("forward" not in vars(module) for module in result.model.modules())
     assert_equal(result.model, model)
     network.restore()
     with torch.no_grad():
@@ -151,10 +151,7 @@ def test_parametrization_of_lycoris_becomes_a_parameter():
 @pytest.mark.parametrize(
     ("make", "sites"),
     [
-        *(
-            (lambda each=each: foreign.Stacked(each), ["q", "k", "v"])
-            for each in ("chunk", "split", "narrow", "slices")
-        ),
+        *((lambda way=way: foreign.Stacked(way), ["q", "k", "v"]) for way in ("chunk", "split", "narrow", "slices")),
         (foreign.StackedAtTheCall, ["q", "v"]),
         (foreign.FusedProjection, ["qkv"]),
         (foreign.AddedToAPart, ["qkv"]),

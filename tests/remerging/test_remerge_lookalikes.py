@@ -54,7 +54,7 @@ LOOKALIKES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "reason"), LOOKALIKES, ids=lambda each: getattr(each, "__name__", ""))
+@pytest.mark.parametrize(("make", "reason"), LOOKALIKES, ids=lambda value: getattr(value, "__name__", ""))
 def test_lookalike_in_a_graph_is_left_alone_with_its_reason(make, reason):
     graph = fx.symbolic_trace(randomised(make()))
     before = str(graph.graph)
@@ -67,7 +67,7 @@ def test_lookalike_in_a_graph_is_left_alone_with_its_reason(make, reason):
 
 
 @pytest.mark.parametrize(
-    "make", [make for make, _ in LOOKALIKES if make is not foreign.NotThin], ids=lambda each: each.__name__
+    "make", [make for make, _ in LOOKALIKES if make is not foreign.NotThin], ids=lambda kind: kind.__name__
 )
 def test_lookalike_in_a_model_is_left_alone(make):
     model = randomised(nn.Sequential(make()))

@@ -64,7 +64,7 @@ def test_good_file_means_what_it_says(written):
     assert third.slices.parts == (Slice("q", 2048), Slice("kv", 1024))
     assert third.expect.accepts(0)
     assert (head.lora, head.skip) == (None, "tied to the token embedding")
-    assert [each.pattern.text for each in rules.train] == ["classifier", "**.norm*"]
+    assert [trained.pattern.text for trained in rules.train] == ["classifier", "**.norm*"]
     assert str(first.span) == "rules.yaml:4"
 
 
@@ -161,9 +161,9 @@ def test_what_is_neither_path_nor_rules_is_an_error(given, message):
     ids=["empty", "comment", "binary", "encoding", "latin-1", "utf-16", "control", "quote", "tab", "documents", "tag", "deep", "alias", "list", "text"],
 )  # fmt: skip
 def test_file_that_holds_no_rules_is_a_clear_error(content, expected, written):
-    found = problems(content, written)
+    messages = problems(content, written)
     if expected is not None:
-        assert found[0] == expected
+        assert messages[0] == expected
 
 
 def test_very_deep_file_is_a_clear_error_whoever_sees_it_first(written):
@@ -200,8 +200,8 @@ def test_huge_file_is_refused_without_reading_it(tmp_path, monkeypatch):
 def test_alias_bomb_is_refused(written):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
-    found = problems("\n".join(lines), written)
-    assert found[0][2] == "has more than 100,000 entries, aliases counted each time and long texts as several"
+    messages = problems("\n".join(lines), written)
+    assert messages[0][2] == "has more than 100,000 entries, aliases counted each time and long texts as several"
 
 
 # -- rules that are wrong
@@ -277,8 +277,8 @@ def test_names_that_no_adapter_can_bear_are_those_of_torch():
 
 
 def test_lora_beside_skip_is_an_error(written):
-    found = problems(RULE + "    skip: because\n    lora: {r: 2}\n", written)
-    assert found == [(5, 11, "a rule that skips cannot have 'lora'")]
+    messages = problems(RULE + "    skip: because\n    lora: {r: 2}\n", written)
+    assert messages == [(5, 11, "a rule that skips cannot have 'lora'")]
 
 
 def test_names_are_unique(written):

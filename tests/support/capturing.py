@@ -60,19 +60,19 @@ def agrees(module: nn.Module, *calls: tuple) -> None:
             torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
-def reason(module: nn.Module, found: Captured, *args, **kwargs) -> str | None:
-    guard = compile_guard(found, {path: type(module.get_submodule(path)) for path in found.dependencies.inlined})
+def reason(module: nn.Module, graph: Captured, *args, **kwargs) -> str | None:
+    guard = compile_guard(graph, {path: type(module.get_submodule(path)) for path in graph.dependencies.inlined})
     result = guard.match(module, args, kwargs)
     return guard.reasons[result] if isinstance(result, int) else None
 
 
 def told_after(module: nn.Module, change) -> str | None:
     """Return why a graph of the module does not fit any more after a change; before it, it fits."""
-    found = captured(module, x())
+    graph = captured(module, x())
     with torch.no_grad():
-        assert reason(module, found, x()) is None
+        assert reason(module, graph, x()) is None
         change()
-        return reason(module, found, x())
+        return reason(module, graph, x())
 
 
 def put(module: object, name: str, value: object):

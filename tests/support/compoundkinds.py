@@ -27,8 +27,8 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         call = {
-            name: each.to(q.dtype) if isinstance(each, Tensor) and each.dtype != torch.bool else each
-            for name, each in self.call.items()
+            name: value.to(q.dtype) if isinstance(value, Tensor) and value.dtype != torch.bool else value
+            for name, value in self.call.items()
         }
         return self.attention(q, k, v, **call) if self.cross else self.attention(q, q, q, **call)
 
@@ -184,7 +184,7 @@ def _ids() -> dict[str, Tensor]:
 
 
 def _real(name: str, make: Callable[[str], nn.Module], implementation: str) -> Kind:
-    bank = {f"layers.0.mlp.experts.{each}": "bank out_in" for each in ("gate_up_proj", "down_proj")}
+    bank = {f"layers.0.mlp.experts.{name}": "bank out_in" for name in ("gate_up_proj", "down_proj")}
     return Kind(
         f"{name}, {implementation}",
         lambda: make(implementation),
@@ -204,7 +204,7 @@ EXPERTS = [
     Kind("all experts at once", Together, lambda: (torch.randn(5, 6),), {"up": "bank in_out", "down": "bank in_out"}, raw=True),
     *(
         _real(name, make, implementation)
-        for name, make in (("Mixtral", lambda each: MixtralModel(_mixtral(each))), ("Qwen2-MoE", lambda each: Qwen2MoeModel(_qwen(each))))
+        for name, make in (("Mixtral", lambda implementation: MixtralModel(_mixtral(implementation))), ("Qwen2-MoE", lambda implementation: Qwen2MoeModel(_qwen(implementation))))
         for implementation in ("eager", "batched_mm", "grouped_mm")
     ),
 ]  # fmt: skip

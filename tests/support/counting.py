@@ -54,7 +54,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.found: dict[Names, set[str]] = {}
+        self.multiplying: dict[Names, set[str]] = {}
         self.called: list[nn.Module] = []
         self.owners: dict[str, nn.Module] = {}
         self.neutral = {_memory(buffer) for buffer in model.buffers()}
@@ -79,22 +79,26 @@ class Counter(TorchDispatchMode):
 
     def _derive(self, operands: list[Tensor], result: Any) -> None:
         """What comes from weights, and from indices, buffers and numbers, is a weight."""
-        telling = [each for each in operands if each.is_floating_point() and each.dim() and not self._neutral(each)]
-        sources = [self.weights.get(_memory(each)) for each in telling]
+        telling = [
+            argument
+            for argument in operands
+            if argument.is_floating_point() and argument.dim() and not self._neutral(argument)
+        ]
+        sources = [self.weights.get(_memory(operand)) for operand in telling]
         if sources and all(sources):
             for made in _tensors(result):
                 if _memory(made) not in self.weights and made.is_floating_point():
-                    self.weights[_memory(made)] = frozenset.union(*(each for each in sources if each))
+                    self.weights[_memory(made)] = frozenset.union(*(source for source in sources if source))
                     self.kept.append(made)  # or another tensor gets its memory
 
     def _neutral(self, tensor: Tensor) -> bool:
         return _memory(tensor) in self.neutral
 
     def _count(self, name: str, factors: list[Tensor]) -> None:
-        for each in factors:
-            names = self.weights.get(_memory(each))
-            if names is not None and not (name in FUSED and each.dim() < 2):
-                self.found.setdefault(self._narrowed(names), set()).add(name)
+        for factor in factors:
+            names = self.weights.get(_memory(factor))
+            if names is not None and not (name in FUSED and factor.dim() < 2):
+                self.multiplying.setdefault(self._narrowed(names), set()).add(name)
 
     def _narrowed(self, names: Names) -> Names:
         """Of a tied weight, the names in the module that is being called, if it is there."""
@@ -120,11 +124,11 @@ def multiplying_weights(model: nn.Module, call: Callable[[], object]) -> dict[Na
     counter = Counter(model)
     with _calls(counter.called), counter:
         call()
-    return counter.found
+    return counter.multiplying
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [each for each in tree_leaves(value) if isinstance(each, Tensor)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _memory(tensor: Tensor) -> int:

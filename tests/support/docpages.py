@@ -92,9 +92,9 @@ def with_keys(page: str) -> str:
 
 def _table(name: str) -> str:
     rows = ["| key | means | example |", "|---|---|---|"]
-    for key, each in vars(keys)[name].keys.items():
-        needed = " Required." if each.required else ""
-        rows.append(f"| `{key}` | {each.about}{needed} | `{each.example}` |")
+    for key, row in vars(keys)[name].keys.items():
+        needed = " Required." if row.required else ""
+        rows.append(f"| `{key}` | {row.about}{needed} | `{row.example}` |")
     return "\n".join(rows)
 
 
@@ -102,15 +102,15 @@ def _capabilities() -> str:
     """Return what each target of ours writes and takes, and the table of what each expresses."""
     from lora_fx.exporters import BUILT_IN, FEATURES, names, target_named
 
-    found = [target_named(name) for name in names() if name in BUILT_IN]
+    targets = [target_named(name) for name in names() if name in BUILT_IN]
     rows = ["| target | writes | verified in | needs | options |", "|---|---|---|---|---|"]
-    for each in found:
-        options = "<br>".join(f"`{key}`: {about}" for key, about in each.options.items())
-        extra = f"`lora-fx[{each.extra}]`" if each.extra else ""
-        rows.append(f"| `{each.name}` | {each.writes} | {each.client} | {extra} | {options} |")
-    rows += ["", f"| | {' | '.join(f'`{each.name}`' for each in found)} |", f"|---|{'---|' * len(found)}"]
+    for target in targets:
+        options = "<br>".join(f"`{key}`: {about}" for key, about in target.options.items())
+        extra = f"`lora-fx[{target.extra}]`" if target.extra else ""
+        rows.append(f"| `{target.name}` | {target.writes} | {target.client} | {extra} | {options} |")
+    rows += ["", f"| | {' | '.join(f'`{target.name}`' for target in targets)} |", f"|---|{'---|' * len(targets)}"]
     for feature, words in FEATURES.items():
-        rows.append(f"| {words} | {' | '.join(_SIGNS[each.expresses[feature]] for each in found)} |")
+        rows.append(f"| {words} | {' | '.join(_SIGNS[target.expresses[feature]] for target in targets)} |")
     return "\n".join([*rows, "", "✓ as it is, = in an exact equivalent, ✗ refused with the reason."])
 
 

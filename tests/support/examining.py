@@ -61,19 +61,19 @@ def examine(
         warnings.simplefilter("ignore")
         args, kwargs = inputs(2, 10)
         tuned = lora_fx.apply(model, rules, lora_fx.call(*args, **kwargs))
-        found, calls = _new_findings(model, tuned), _calls(model, inputs)
+        findings, calls = _new_findings(model, tuned), _calls(model, inputs)
         for call in calls:
-            _beside_base(found, call, tuned, model, tensors)
+            _beside_base(findings, call, tuned, model, tensors)
         modules = lora_fx.apply(model, rules, lora_fx.call(*args, **kwargs), backend="modules")
         randomise_(tuned)
         modules.load_state_dict(tuned.state_dict())
         for call in calls:
-            _beside_modules(found, call, tuned, modules, tensors)
+            _beside_modules(findings, call, tuned, modules, tensors)
         merged, removed = lora_fx.merge(tuned), lora_fx.remove(tuned)
         for call in calls:
-            _beside_merged(found, call, tuned, merged, tensors)
-            _beside_removed(found, call, model, removed, tensors)
-    return found
+            _beside_merged(findings, call, tuned, merged, tensors)
+            _beside_removed(findings, call, model, removed, tensors)
+    return findings
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _new_findings(model: nn.Module, tuned: nn.Module) -> Findings:
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     blocks = {path for path in linears if _in_block(model, path)}
     sites = lora_fx.inspect(tuned).sites
-    weights = {dotted(path, "weight" if found.spec.path_is_owner else "") for path, found in all_attached(tuned)}
+    weights = {dotted(path, "weight" if adapter.spec.path_is_owner else "") for path, adapter in all_attached(tuned)}
     graphs = sum(site.backend == "graph" for site in sites)
     return Findings(linears, blocks, {site.path for site in sites}, set(blocks), weights, graphs)
 
@@ -140,19 +140,21 @@ def _in_block(model: nn.Module, path: str) -> bool:
     return any(isinstance(owner, (nn.ModuleList, nn.Sequential)) for owner in owners)
 
 
-def _beside_base(found: Findings, call: Call, tuned: nn.Module, base: nn.Module, tensors: Tensors) -> None:
+def _beside_base(findings: Findings, call: Call, tuned: nn.Module, base: nn.Module, tensors: Tensors) -> None:
     expected = tensors(call.of(base))
     before = _counts(tuned)
     result = tensors(call.of(tuned))
-    found.in_graphs &= _answered(tuned, before)
+    findings.in_graphs &= _answered(tuned, before)
     if call.grad and not all(map(_same, result, expected)):
-        with _wanting_gradients(base, found.weights):
+        with _wanting_gradients(base, findings.weights):
             expected = tensors(call.of(base))
     fused = call.grad and not call.training and any(isinstance(m, nn.TransformerEncoderLayer) for m in base.modules())
     for index, (one, other) in enumerate(zip(result, expected, strict=True)):
         rounding = 1e-5 if one.dtype == torch.float32 else 0.05
         if not (_same(one, other) or (fused and torch.allclose(one, other, atol=rounding))):
-            found.wrong.append(f"{call.name}: output {index} beside the base, off by {(one - other).abs().max():.2g}")
+            findings.wrong.append(
+                f"{call.name}: output {index} beside the base, off by {(one - other).abs().max():.2g}"
+            )
 
 
 @contextlib.contextmanager
@@ -162,13 +164,13 @@ def _wanting_gradients(base: nn.Module, weights: set[str]) -> Iterator[None]:
     torch picks kernels by that: another for attention whose mask needs some, as T5's position bias then does.
     """
     parameters = [base.get_parameter(name) for name in weights]
-    for each in parameters:
-        each.requires_grad_(True)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     try:
         yield
     finally:
-        for each in parameters:
-            each.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -185,55 +187,55 @@ def _counts(tuned: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _answered(tuned: nn.Module, before: dict[str, tuple[int, int]]) -> set[str]:
     """Return the linears of the regions that were hit since, and not missed."""
-    found: set[str] = set()
+    answered: set[str] = set()
     for path, _, region in regions(tuned):
         hits, misses = before[path]
         if region.hits > hits and sum(region.misses.values()) == misses:
             inside = [program.computes for program in region.block.programs if not program.static]
-            found |= {dotted(path, each) for each in frozenset.intersection(*inside)} if inside else set()
-    return found
+            answered |= {dotted(path, inner) for inner in frozenset.intersection(*inside)} if inside else set()
+    return answered
 
 
-def _beside_modules(found: Findings, call: Call, tuned: nn.Module, modules: nn.Module, tensors: Tensors) -> None:
+def _beside_modules(findings: Findings, call: Call, tuned: nn.Module, modules: nn.Module, tensors: Tensors) -> None:
     gradients = []
     results = []
     for model in (tuned, modules):
         model.zero_grad()
         outputs = tensors(call.of(model))
-        if call.grad and any(each.requires_grad for each in outputs):
+        if call.grad and any(tensor.requires_grad for tensor in outputs):
             # every second number: the mean square of all that a norm returns is constant, its gradient mere rounding
-            halves = [each.nan_to_num().float().flatten()[::2] for each in outputs if each.requires_grad]
-            sum(each.square().mean() for each in halves).backward()
+            halves = [tensor.nan_to_num().float().flatten()[::2] for tensor in outputs if tensor.requires_grad]
+            sum(tensor.square().mean() for tensor in halves).backward()
         results.append(outputs)
         gradients.append([p.grad for p in lora_fx.parameters(model)])
     for index, (one, other) in enumerate(zip(*results, strict=True)):
         if _far(one, other):
-            found.wrong.append(f"{call.name}: output {index} beside modules")
+            findings.wrong.append(f"{call.name}: output {index} beside modules")
     # optimised graphs sum gradients in another order, and a half-precision base rounds each sum
-    tolerance = 0.1 if any(each.dtype != torch.float32 for each in modules.parameters()) else 1e-4
+    tolerance = 0.1 if any(parameter.dtype != torch.float32 for parameter in modules.parameters()) else 1e-4
     # those that are zero but for rounding (of q and k at a single position) count by the largest
-    least = 0.1 * max((each.norm().item() for each in gradients[1] if each is not None), default=0.0)
+    least = 0.1 * max((gradient.norm().item() for gradient in gradients[1] if gradient is not None), default=0.0)
     for index, (one, other) in enumerate(zip(*gradients, strict=True)):
         if (one is None) != (other is None) or (one is not None and _apart(one, other, tolerance, least)):
-            found.wrong.append(f"{call.name}: gradient {index} beside modules")
+            findings.wrong.append(f"{call.name}: gradient {index} beside modules")
 
 
-def _beside_merged(found: Findings, call: Call, tuned: nn.Module, merged: nn.Module, tensors: Tensors) -> None:
+def _beside_merged(findings: Findings, call: Call, tuned: nn.Module, merged: nn.Module, tensors: Tensors) -> None:
     """Half precision rounds every merged weight once more, and a row may be routed to another expert by that.
 
     Single values may then be far off, all together are not.
     """
-    half = any(each.dtype != torch.float32 for each in merged.parameters())
+    half = any(parameter.dtype != torch.float32 for parameter in merged.parameters())
     for index, (one, other) in enumerate(zip(tensors(call.of(tuned)), tensors(call.of(merged)), strict=True)):
         a, b = _numbers(one).double(), _numbers(other).double()
         if _far(one, other, 1e-4) and not (half and (a - b).norm() <= 0.2 * b.norm()):
-            found.wrong.append(f"{call.name}: output {index} beside the merged model")
+            findings.wrong.append(f"{call.name}: output {index} beside the merged model")
 
 
-def _beside_removed(found: Findings, call: Call, base: nn.Module, removed: nn.Module, tensors: Tensors) -> None:
+def _beside_removed(findings: Findings, call: Call, base: nn.Module, removed: nn.Module, tensors: Tensors) -> None:
     for index, (one, other) in enumerate(zip(tensors(call.of(removed)), tensors(call.of(base)), strict=True)):
         if not _same(one, other):
-            found.wrong.append(f"{call.name}: output {index} after remove")
+            findings.wrong.append(f"{call.name}: output {index} after remove")
 
 
 def _apart(one: Tensor, other: Tensor, tolerance: float, least: float) -> bool:

@@ -56,8 +56,8 @@ class Fused(nn.Module):
 
 def rule(name: str, *, slices: Any = None, match: Any = None, **lora: Any) -> dict[str, Any]:
     extra = {"per_call": True} if lora.pop("per_call", False) else {}
-    found = {"match": {"name": name, **(match or {})}, "lora": {"r": 3, "alpha": 5, **lora}, **extra}
-    return found | ({"slices": slices} if slices else {})
+    rule = {"match": {"name": name, **(match or {})}, "lora": {"r": 3, "alpha": 5, **lora}, **extra}
+    return rule | ({"slices": slices} if slices else {})
 
 
 def written(*given: dict[str, Any], train: list[str] | None = None) -> dict[str, Any]:

@@ -236,7 +236,7 @@ class RandomModule:
         steps = [Step(f"{call}", call.arguments, call.mode, seed=index) for index, call in enumerate(self.calls)]
         return Trial(
             self.make,
-            lambda: [each.arguments() for each in self.samples],
+            lambda: [sample.arguments() for sample in self.samples],
             steps,
             rule="**",
             regions=self.regions,

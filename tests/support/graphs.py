@@ -53,7 +53,7 @@ def edited(generator: random.Random, graph: Graph, edits: int) -> Graph:
 
 def inserted(graph: Graph, position: int, new: Statement) -> Graph:
     """Return the graph with a node between; what used the one before it uses it instead, here and there."""
-    rest = [replace(each, inputs=tuple(i + (i >= position) for i in each.inputs)) for each in graph.nodes[position:]]
+    rest = [replace(node, inputs=tuple(i + (i >= position) for i in node.inputs)) for node in graph.nodes[position:]]
     if rest and rest[0].inputs:
         rest[0] = replace(rest[0], inputs=(position, *rest[0].inputs[1:]))
     return replace(graph, nodes=(*graph.nodes[:position], new, *rest))
@@ -63,13 +63,13 @@ def dropped(graph: Graph, position: int) -> Graph:
     """Return the graph without a node; its users use what it used."""
     source = graph.nodes[position].inputs[0] if graph.nodes[position].inputs else 0
     to = lambda i: source if i == position else i - (i > position)  # noqa: E731
-    rest = tuple(replace(each, inputs=tuple(map(to, each.inputs))) for each in graph.nodes[position + 1 :])
+    rest = tuple(replace(node, inputs=tuple(map(to, node.inputs))) for node in graph.nodes[position + 1 :])
     return replace(graph, nodes=(*graph.nodes[:position], *rest))
 
 
 def renamed(graph: Graph) -> Graph:
     """Return the graph as torch.fx might have named it: that is, with its results in another region of names."""
-    return replace(graph, nodes=tuple(replace(each, value=f"float32 [{k}]") for k, each in enumerate(graph.nodes)))
+    return replace(graph, nodes=tuple(replace(node, value=f"float32 [{k}]") for k, node in enumerate(graph.nodes)))
 
 
 @st.composite
@@ -91,16 +91,18 @@ def decoder(
     layers: int, width: int = 64, adapted: bool = False, nodes: int = 100, ranks: tuple[int, ...] = (8,)
 ) -> Graph:
     """Return a decoder's graph with `nodes` statements a layer, LoRA on q and v; one graph as a whole, no regions."""
-    found, weights = [Statement("", INPUT, "input_ids", "")], {}
+    statements, weights = [Statement("", INPUT, "input_ids", "")], {}
     for layer in range(layers):
         r = ranks[layer % len(ranks)]
         for k in range(nodes):
-            path, before = f"layers.{layer}", len(found) - 1
+            path, before = f"layers.{layer}", len(statements) - 1
             name = {0: "self_attn.q_proj", 1: "self_attn.k_proj", 2: "self_attn.v_proj"}.get(k)
             if name is None:
                 module = f"{path}.mlp" if k > nodes // 2 else f"{path}.self_attn"
                 second = max(0, before - 3)
-                found.append(Statement(module, f"op{k % 17}", f"op{k % 17}", f"op{k % 17}($0, $1)", (before, second)))
+                statements.append(
+                    Statement(module, f"op{k % 17}", f"op{k % 17}", f"op{k % 17}($0, $1)", (before, second))
+                )
                 continue
             base, low = f"{path}.{name}", f"self.{path}.{name}.lora_"
             read = {f"{base}.weight": Weight((width, width), "float32")}
@@ -111,7 +113,9 @@ def decoder(
                 read |= {f"{base}.lora_B.default.weight": Weight((width, r), "float32")}
             weights |= read
             name = base.rpartition(".")[2]
-            found.append(Statement(base, "Linear", name, code, (before,), weights=tuple(read), rule=rule, flops=flops))
-    found.append(Statement("", RETURN, "", "return $0", (len(found) - 1,)))
-    total = sum(each.parameters for each in weights.values())
-    return Graph("Decoder", tuple(found), weights, total, sum(each.bytes for each in weights.values()))
+            statements.append(
+                Statement(base, "Linear", name, code, (before,), weights=tuple(read), rule=rule, flops=flops)
+            )
+    statements.append(Statement("", RETURN, "", "return $0", (len(statements) - 1,)))
+    total = sum(weight.parameters for weight in weights.values())
+    return Graph("Decoder", tuple(statements), weights, total, sum(weight.bytes for weight in weights.values()))

@@ -59,9 +59,9 @@ class Trace:
         """Return the first difference to the other trace; gradients may be off by the last digits."""
         for name, fact in self.facts.items():
             tolerance = GRADIENT_TOLERANCE if "gradient" in name else 0.0
-            found = None if name in apart_from else difference(fact, other.facts[name], name, tolerance)
-            if found is not None:
-                return found
+            reason = None if name in apart_from else difference(fact, other.facts[name], name, tolerance)
+            if reason is not None:
+                return reason
         return None
 
 
@@ -74,7 +74,7 @@ def run(model: nn.Module, step: Step, outside: Callable[[], object] = lambda: No
     leaves: list[Tensor] = []
     if step.mode.inputs_want_gradients:
         args, kwargs = _wanting_gradients((args, kwargs), leaves)
-    given = tuple(each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor))
+    given = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     trace = Trace()
     model.zero_grad()
     with torch.set_grad_enabled(step.mode.grad), warnings.catch_warnings():
@@ -112,8 +112,8 @@ def _wanting_gradients(call: Any, leaves: list[Tensor]) -> Any:
 
 
 def _backward(result: Any) -> None:
-    wanted = [each for each in _tensors(result) if each.requires_grad]
-    loss = sum((each.abs() if each.is_complex() else each).double().square().sum() for each in wanted)
+    wanted = [tensor for tensor in _tensors(result) if tensor.requires_grad]
+    loss = sum((tensor.abs() if tensor.is_complex() else tensor).double().square().sum() for tensor in wanted)
     if isinstance(loss, Tensor):
         loss.backward()
 
@@ -203,18 +203,18 @@ def _judge(trial: Trial) -> Verdict:
     modules = lora_fx.apply(model, plan, backend="modules")
     after = (portrait_of_state(model), luck_outside_of_torch())
     silent = difference(after, before, "after apply")
-    twins = [copy.deepcopy(each) for each in (graph, modules)]
+    twins = [copy.deepcopy(model) for model in (graph, modules)]
     trial.sabotage(graph)
     base = trial.make().requires_grad_(False)
-    expected, found = record(base, trial), record(graph, trial)
-    if any(isinstance(trace.facts["result"], str) for trace in found.traces):
+    expected, by_graphs = record(base, trial), record(graph, trial)
+    if any(isinstance(trace.facts["result"], str) for trace in by_graphs.traces):
         expected = record(modules, trial)  # an error in a backward that the frozen base has not got
-    silent = silent or first_difference(found, expected, trial, "B = 0 beside the base", ("gradient of adapter",))
+    silent = silent or first_difference(by_graphs, expected, trial, "B = 0 beside the base", ("gradient of adapter",))
     for twin in twins:
         randomise_(twin)
     graphs, plain = (record(twin, trial) for twin in twins)
     silent = silent or first_difference(graphs, plain, trial, "graph beside modules")
-    return Verdict(silent, found.hits, found.calls, _reasons(plan, graph, trial))
+    return Verdict(silent, by_graphs.hits, by_graphs.calls, _reasons(plan, graph, trial))
 
 
 @dataclass
@@ -230,25 +230,25 @@ class Recording:
 def record(model: nn.Module, trial: Trial) -> Recording:
     """Make every call of a trial, from the beginning."""
     trial.reset()
-    found = Recording()
+    recording = Recording()
     made: set[tuple[str, str]] = set()
     for step in trial.steps:
         hits, misses = _counts(model, trial)
-        found.traces.append(run(model, step, trial.outside))
+        recording.traces.append(run(model, step, trial.outside))
         if (step.name, step.mode.name) in made:
             hits_now, misses_now = _counts(model, trial)
-            found.calls += 1
-            found.hits += hits_now > hits and misses_now == misses
+            recording.calls += 1
+            recording.hits += hits_now > hits and misses_now == misses
         made.add((step.name, step.mode.name))
     trial.after(model)
-    found.state = portrait_of_state(model)
-    return found
+    recording.state = portrait_of_state(model)
+    return recording
 
 
 def _counts(model: nn.Module, trial: Trial) -> tuple[int, int]:
     """Return hits and misses of the regions that are meant; a graph of one linear inside them does not count."""
-    found = [region for path, _, region in regions(model) if path in trial.regions]
-    return sum(region.hits for region in found), sum(sum(region.misses.values()) for region in found)
+    judged = [region for path, _, region in regions(model) if path in trial.regions]
+    return sum(region.hits for region in judged), sum(sum(region.misses.values()) for region in judged)
 
 
 def first_difference(
@@ -256,11 +256,11 @@ def first_difference(
 ) -> str | None:
     """Return the first call that left something else behind, and what."""
     for number, (a, b, step) in enumerate(zip(one.traces, other.traces, trial.steps, strict=True)):
-        found = a.difference(b, apart_from)
-        if found is not None:
-            return f"{what}, call {number} ({step.name}, {step.mode.name}): {found}"
-    found = difference(one.state, other.state, "state")
-    return None if found is None else f"{what}, after the calls: {found}"
+        reason = a.difference(b, apart_from)
+        if reason is not None:
+            return f"{what}, call {number} ({step.name}, {step.mode.name}): {reason}"
+    reason = difference(one.state, other.state, "state")
+    return None if reason is None else f"{what}, after the calls: {reason}"
 
 
 def _reasons(plan: lora_fx.Plan, tuned: nn.Module, trial: Trial) -> tuple[str, ...]:
@@ -269,4 +269,4 @@ def _reasons(plan: lora_fx.Plan, tuned: nn.Module, trial: Trial) -> tuple[str, .
     reports = [region for region in lora_fx.inspect(tuned).regions if region.path in trial.regions]
     failures = [failure for region in reports for failure in region.failures]
     misses = [miss for region in reports for miss in region.misses]
-    return tuple(dict.fromkeys(each for each in (*planned, *failures, *misses) if each))
+    return tuple(dict.fromkeys(reason for reason in (*planned, *failures, *misses) if reason))

@@ -85,8 +85,8 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.randn(number, width, inner) * 0.3)
 
     def forward(self, x: Tensor) -> Tensor:
-        each = torch.einsum("bi,eoi->ebo", x, self.up).tanh()
-        return torch.einsum("ebi,eoi->bo", each, self.down)
+        by_expert = torch.einsum("bi,eoi->ebo", x, self.up).tanh()
+        return torch.einsum("ebi,eoi->bo", by_expert, self.down)
 
 
 class Stored(nn.Module):
@@ -149,8 +149,8 @@ def built(kind: Any, **settings: Any) -> nn.Module:
 def computed(model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
     """Return the output, or the logits in it."""
     with torch.no_grad():
-        found = model(*inputs)
-    return getattr(found, "logits", found)
+        result = model(*inputs)
+    return getattr(result, "logits", result)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -46,23 +46,23 @@ def convolution(dims: int, **settings: Any) -> nn.Module:
 
 
 def _convolutions() -> list[Kind]:
-    found = []
+    kinds = []
     for dims in (1, 2, 3):
         for name, settings in _SETTINGS.items():
             # built inside of a Sequential, so that the site has a path
             make = lambda dims=dims, settings=settings: nn.Sequential(convolution(dims, **settings))  # noqa: E731
             inputs = lambda dims=dims: (torch.randn(2, 4, *_SIZES[dims]),)  # noqa: E731
-            found.append(
+            kinds.append(
                 Kind(
                     f"conv{dims}d {name}", make, inputs, {"0.weight": "out_in"}, linear=True, quick=name in _QUICK[dims]
                 )
             )
     kernels = {"kernel_size": (3, 2), "stride": (1, 2), "padding": (0, 1), "padding_mode": "circular"}
-    found.append(
+    kinds.append(
         Kind("conv2d uneven", lambda: nn.Sequential(convolution(2, **kernels)), lambda: (torch.randn(2, 4, 7, 8),),
              {"0.weight": "out_in"}, linear=True)
     )  # fmt: skip
-    return found
+    return kinds
 
 
 class Shared(nn.Module):

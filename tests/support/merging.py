@@ -31,7 +31,7 @@ def write_base(folder: Path, *shards: Tensors, config: Mapping[str, object] | No
         save_file(tensors, folder / name, {"format": "pt"})
     if len(shards) > 1:
         placed = {key: name for name, tensors in zip(names, shards) for key in tensors}
-        size = sum(each.nbytes for tensors in shards for each in tensors.values())
+        size = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": placed}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(
@@ -61,10 +61,10 @@ def delta(adapter: Tensors, path: str, scaling: float = 1.5) -> Tensor:
 
 def loaded(folder: Path) -> Tensors:
     """Return all tensors of a directory, read by the library."""
-    found: Tensors = {}
+    tensors: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -90,11 +90,11 @@ def in_memory(tensors, adapter, *paths, scaling=1.5):
     return merged
 
 
-def assert_same(found, expected):
-    assert sorted(found) == sorted(expected)
+def assert_same(result, expected):
+    assert sorted(result) == sorted(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert result[name].dtype == tensor.dtype, name
+        assert torch.equal(result[name], tensor), name
 
 
 def failing(number):

@@ -232,9 +232,9 @@ def gradients(tuned: nn.Module, result: Tensor) -> list[Tensor]:
     """Return the gradients of all adapter parameters for a loss on the result; all of them have one."""
     tuned.zero_grad()
     result.float().square().mean().backward()
-    found = [parameter.grad for parameter in lora_fx.parameters(tuned)]
-    assert all(gradient is not None for gradient in found)
-    return [gradient.clone() for gradient in found if gradient is not None]
+    gradients = [parameter.grad for parameter in lora_fx.parameters(tuned)]
+    assert all(gradient is not None for gradient in gradients)
+    return [gradient.clone() for gradient in gradients if gradient is not None]
 
 
 def counts(tuned: nn.Module) -> tuple[int, int]:

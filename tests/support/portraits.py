@@ -74,8 +74,8 @@ def _picture(value: Tensor, arguments: tuple[Tensor, ...]) -> Picture:
         kind="Tensor" if isinstance(value, nn.Parameter) else type(value).__name__,
         value=value.detach().clone(),
         stride=value.stride(),
-        is_argument=tuple(index for index, each in enumerate(arguments) if each is value),
-        on_memory_of=tuple(index for index, each in enumerate(arguments) if _memory(each) == _memory(value)),
+        is_argument=tuple(index for index, argument in enumerate(arguments) if argument is value),
+        on_memory_of=tuple(index for index, argument in enumerate(arguments) if _memory(argument) == _memory(value)),
     )
 
 
@@ -109,9 +109,9 @@ def difference(one: Any, other: Any, where: str = "", tolerance: float = 0.0) ->
         return difference(list(one.items()), list(other.items()), where, tolerance)
     if isinstance(one, (tuple, list)) and len(one) == len(other):
         for index, (a, b) in enumerate(zip(one, other)):
-            found = difference(a, b, "", tolerance)
-            if found is not None:
-                return f"{where}[{_short(index, a)}]{found}"
+            reason = difference(a, b, "", tolerance)
+            if reason is not None:
+                return f"{where}[{_short(index, a)}]{reason}"
         return None
     return None if one == other or one != one else f"{where}: {_short(one)} instead of {_short(other)}"
 

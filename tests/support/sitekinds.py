@@ -50,7 +50,9 @@ class Kind:
         torch.manual_seed(1)
         given = self.inputs()
         args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
-        return lora_fx.call(*(_cast(each, dtype) for each in args), **{k: _cast(v, dtype) for k, v in kwargs.items()})
+        return lora_fx.call(
+            *(_cast(argument, dtype) for argument in args), **{k: _cast(v, dtype) for k, v in kwargs.items()}
+        )
 
     def rules(self, dropout: float = 0.0, **more: Any) -> dict[str, Any]:
         names = sorted(name.removesuffix(".weight") for name in self.weights)
@@ -63,7 +65,7 @@ class Kind:
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (tuple, list)):
-        return type(value)(_cast(each, dtype) for each in value)
+        return type(value)(_cast(argument, dtype) for argument in value)
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -88,7 +90,7 @@ def flat(result: Any) -> Tensor:
         return result.flatten()
     if isinstance(result, dict):
         result = list(result.values())
-    return torch.cat([flat(each) for each in result if each is not None])
+    return torch.cat([flat(part) for part in result if part is not None])
 
 
 def randomise_(tuned: nn.Module, scale: float = 0.4) -> None:
@@ -100,7 +102,9 @@ def randomise_(tuned: nn.Module, scale: float = 0.4) -> None:
 
 
 def factors(tuned: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: each for name, each in tuned.named_parameters() if ".lora_" in f".{name}".replace("_lora.", ".")}
+    return {
+        name: parameter for name, parameter in tuned.named_parameters() if ".lora_" in f".{name}".replace("_lora.", ".")
+    }
 
 
 def factors_of(tuned: nn.Module, weight: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -108,8 +112,8 @@ def factors_of(tuned: nn.Module, weight: str) -> tuple[nn.Parameter, nn.Paramete
     owner, _, name = weight.rpartition(".")
     parameters = dict(tuned.named_parameters())
     beside = f"{owner}." if owner else ""
-    found = {key for key in parameters if key.startswith(f"{beside}{name}_lora.")}
-    stem = f"{beside}{name}_lora." if found else beside
+    beside_it = {key for key in parameters if key.startswith(f"{beside}{name}_lora.")}
+    stem = f"{beside}{name}_lora." if beside_it else beside
     return parameters[f"{stem}lora_A.default.weight"], parameters[f"{stem}lora_B.default.weight"]
 
 
@@ -126,12 +130,12 @@ def dense_delta(A: Tensor, B: Tensor, layout: str, stored: Iterable[int], scalin
 def dense_weights(kind: Kind, tuned: nn.Module) -> dict[str, Tensor]:
     """Return W + scaling · B A for every adapted weight, with a graph back to A and B."""
     plain = {name: p.detach() for name, p in kind.build().to(_dtype(tuned)).named_parameters(remove_duplicate=False)}
-    found = {}
+    weights = {}
     for name, layout in kind.weights.items():
         A, B = factors_of(tuned, name)
         wide = torch.promote_types(A.dtype, plain[name].dtype)
-        found[name] = plain[name].to(wide) + dense_delta(A.to(wide), B.to(wide), layout, plain[name].shape)
-    return found
+        weights[name] = plain[name].to(wide) + dense_delta(A.to(wide), B.to(wide), layout, plain[name].shape)
+    return weights
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -148,9 +152,9 @@ def reference(kind: Kind, tuned: nn.Module, sample: Sample, training: bool = Fal
     return flat(functional_call(model, weights, args, kwargs, tie_weights=False))
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(result: Tensor, expected: Tensor) -> float:
     """Return the greatest difference, in units of the greatest value expected."""
-    difference = (found.detach().double() - expected.detach().double()).abs().max()
+    difference = (result.detach().double() - expected.detach().double()).abs().max()
     return float(difference / expected.detach().double().abs().max().clamp_min(1e-30))
 
 

@@ -102,7 +102,7 @@ class GptBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, t, c = x.size()
         q, k, v = self.c_attn(self.ln_1(x)).split(self.width, dim=2)
-        q, k, v = (each.view(b, t, self.heads, c // self.heads).transpose(1, 2) for each in (q, k, v))
+        q, k, v = (part.view(b, t, self.heads, c // self.heads).transpose(1, 2) for part in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.c_proj(y.transpose(1, 2).contiguous().view(b, t, c))
         return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x))))
@@ -293,8 +293,8 @@ SHAPES = ((2, 6), (3, 9), (1, 6), (4, 1), (5, 7))
 def rules(name: str | list[str] = "**", train: list[str] | None = None, **lora: Any) -> dict[str, Any]:
     """Return rules with one rule; for all linears if no name is given."""
     match = {"name": name, "op": "linear"} if name == "**" else {"name": name}
-    found: dict[str, Any] = {"version": 1, "rules": [{"match": match, "lora": {"r": 4, **lora}}]}
-    return found | ({"train": train} if train else {})
+    content: dict[str, Any] = {"version": 1, "rules": [{"match": match, "lora": {"r": 4, **lora}}]}
+    return content | ({"train": train} if train else {})
 
 
 def randomise_(tuned: nn.Module, seed: int = 1) -> None:

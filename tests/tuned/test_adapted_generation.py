@@ -47,10 +47,10 @@ def test_generated_tokens_are_those_of_the_module_backend_and_of_the_merged_mode
     merged = lora_fx.merge(graph)
     for way in ways:
         for batch in (1, 2):
-            found = generated(graph, batch, **WAYS[way])
-            assert found.shape[1] >= NEW
-            assert torch.equal(found, generated(modules, batch, **WAYS[way])), (way, batch)
-            assert torch.equal(found, generated(merged, batch, **WAYS[way])), (way, batch)
+            result = generated(graph, batch, **WAYS[way])
+            assert result.shape[1] >= NEW
+            assert torch.equal(result, generated(modules, batch, **WAYS[way])), (way, batch)
+            assert torch.equal(result, generated(merged, batch, **WAYS[way])), (way, batch)
 
 
 @each((LLAMA,), slow=(T5,))

@@ -306,21 +306,21 @@ def differs(peer: Peer, model: nn.Module, shape: tuple[int, int], expected: dict
 
 def in_threads(wrong, number: int = 4, turns: int = 12) -> list[object]:
     """Return what went wrong: (thread, turn) for each wrong result, or the exception that was raised."""
-    found: list[object] = []
+    results: list[object] = []
 
     def work(start: int) -> None:
         try:
             torch.set_num_threads(1)
-            found.extend((start, turn) for turn in range(turns) if wrong(start + turn))
+            results.extend((start, turn) for turn in range(turns) if wrong(start + turn))
         except Exception as error:
-            found.append(error)
+            results.append(error)
 
     threads = [threading.Thread(target=work, args=(start,)) for start in range(number)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found
+    return results
 
 
 def test_threads_with_caches_of_their_own_generate_right_tokens():

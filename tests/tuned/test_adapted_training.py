@@ -42,12 +42,12 @@ class Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.number: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in ("silu", "gelu", "relu", "native_layer_norm", "native_group_norm"):
-            self.found[name] += 1
+            self.number[name] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -69,7 +69,7 @@ def trained(peer: Peer, model: nn.Module) -> tuple[Tensor, list[Tensor], Counter
     with Operations() as operations:
         result = model.train()(**given)[0]
         slopes = gradients(model, result)
-    return result, slopes, operations.found
+    return result, slopes, operations.number
 
 
 @each(QUICK, slow=LARGE)
@@ -80,13 +80,13 @@ def test_checkpointed_blocks_are_recomputed_and_gradients_stay_the_same(peer: Pe
     for model in (graph, modules):
         checkpoint_blocks(peer, model, reentrant)
     for _ in range(2):
-        *ours, found = trained(peer, graph)
+        *ours, operations = trained(peer, graph)
         *_, wanted = trained(peer, modules)
         assert_close(ours, expected)
         assert sum(wanted.values()) > sum(without.values())
-        assert not wanted - found
+        assert not wanted - operations
         # UNet: what an optimised block outside of the checkpoints makes again
-        assert sum((found - wanted).values()) <= 1
+        assert sum((operations - wanted).values()) <= 1
 
 
 @each(QUICK, slow=(T5,))
@@ -154,7 +154,7 @@ def test_what_a_block_checkpoints_inside_itself_is_still_recomputed(reentrant: b
         with Operations() as operations:
             result = model.train()(zoo.features(4, 5).requires_grad_())[0]
             results.append((result, gradients(model, result)))
-        assert operations.found == {"native_layer_norm": 4, "gelu": 4}
+        assert operations.number == {"native_layer_norm": 4, "gelu": 4}
     assert_close(*results)
 
 
@@ -236,11 +236,11 @@ def test_result_that_is_kept_survives_later_calls():
 def test_count_of_operations_sees_a_recomputed_block():
     block = nn.Sequential(nn.LayerNorm(4), nn.GELU())
     x = torch.randn(2, 4, requires_grad=True)
-    found = []
+    numbers = []
     for run in (block, partial(checkpoint, block, use_reentrant=False)):
         with Operations() as operations:
             run(x).sum().backward()
-        found.append(dict(operations.found))
-    assert found == [{"native_layer_norm": 1, "gelu": 1}, {"native_layer_norm": 2, "gelu": 1}], (
+        numbers.append(dict(operations.number))
+    assert numbers == [{"native_layer_norm": 1, "gelu": 1}, {"native_layer_norm": 2, "gelu": 1}], (
         "what is last is not needed"
     )

@@ -35,7 +35,7 @@ def same_state(before: dict[str, object], after: dict[str, object]) -> bool:
     return equal and before["classes"] == after["classes"] and before["flags"] == after["flags"]
 
 
-@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda each: each.name)
+@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda specimen: specimen.name)
 @pytest.mark.parametrize("training", [False, True])
 def test_callers_model_is_untouched(specimen, training):
     model = specimen.build().train(training)
@@ -246,7 +246,7 @@ def test_unknown_backend_is_an_error():
 
 
 def test_graph_backend_refuses_sites_that_are_in_no_graph():
-    specimen = next(each for each in zoo.ZOO if each.name == "branching")
+    specimen = next(specimen for specimen in zoo.ZOO if specimen.name == "branching")
     with pytest.raises(CaptureError) as caught:
         lora_fx.apply(specimen.build(), rules("**"), specimen.sample(), backend="graph")
     refused = dict(caught.value.failures)
@@ -292,7 +292,7 @@ def test_stale_plan_is_refused_and_every_difference_named():
     plan = lora_fx.plan(zoo.Encoder(width=16, layers=2), rules("**.query"))
     with pytest.raises(StalePlanError) as caught:
         lora_fx.apply(zoo.Encoder(width=32, layers=1), plan)
-    differences = {path: (planned, found) for path, planned, found in caught.value.differences}
+    differences = {path: (planned, difference) for path, planned, difference in caught.value.differences}
     assert differences["layer.0.attention.query"] == ("Linear 16 → 16", "Linear 32 → 32")
     assert differences["layer.1.attention.query"] == ("Linear 16 → 16", "nothing")
 
@@ -321,7 +321,7 @@ def test_plan_read_from_json_needs_the_inputs_again():
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
-@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda each: each.name)
+@pytest.mark.parametrize("specimen", zoo.ZOO, ids=lambda specimen: specimen.name)
 def test_copies_of_an_adapted_model_compute_the_same_with_weights_of_their_own(specimen, duplicate):
     tuned = lora_fx.apply(specimen.build(), rules(specimen.rule, init="random"), specimen.sample()).eval()
     other = duplicate(tuned)
@@ -380,7 +380,7 @@ def test_merging_what_is_not_finite_changes_nothing_and_names_the_site():
     assert torch.equal(tuned.fc1.weight, before)
 
 
-@pytest.mark.parametrize("function", [lora_fx.merge, lora_fx.remove, lora_fx.inspect], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("function", [lora_fx.merge, lora_fx.remove, lora_fx.inspect], ids=lambda kind: kind.__name__)
 def test_functions_of_adapted_models_refuse_a_plain_one(function):
     with pytest.raises(RefusedError, match="the model is not adapted"):
         function(zoo.Mlp())

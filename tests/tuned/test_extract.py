@@ -91,7 +91,7 @@ def test_extracted_adapter_can_be_saved_loaded_and_merged(tmp_path):
 def test_both_models_stay_as_they_are():
     base = zoo.Mlp()
     tuned = changed(base, 2, "fc1")
-    before = [copy.deepcopy(each.state_dict()) for each in (base, tuned)]
+    before = [copy.deepcopy(model.state_dict()) for model in (base, tuned)]
     lora_fx.extract(tuned, base)
     for model, values in zip((base, tuned), before, strict=True):
         assert all(torch.equal(model.state_dict()[name], value) for name, value in values.items())

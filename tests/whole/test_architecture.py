@@ -145,11 +145,11 @@ def test_files_stay_short(path):
 
 
 def functions() -> list[tuple[str, ast.FunctionDef]]:
-    found = []
+    results = []
     for path in files():
         tree = tree_of(path)
-        found += [(f"{module_of(path)}.{n.name}", n) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    return found
+        results += [(f"{module_of(path)}.{n.name}", n) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    return results
 
 
 def length(function: ast.FunctionDef) -> int:

@@ -305,7 +305,7 @@ SOME = {"version": 1, "rules": [{"match": {"name": "**.first"}, "lora": {"r": 2,
 
 
 @pytest.mark.parametrize("given", [(rows(),), None], ids=["inputs", "no inputs"])
-@pytest.mark.parametrize("situation", SITUATIONS, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("situation", SITUATIONS, ids=lambda kind: kind.__name__)
 def test_twin_is_one_model_whatever_is_tied_or_read(situation: Callable[[Blocks], None], given, tmp_path):
     def model() -> Blocks:
         torch.manual_seed(0)
@@ -320,8 +320,8 @@ def test_twin_is_one_model_whatever_is_tied_or_read(situation: Callable[[Blocks]
     assert_close(merged(x), expected)
     assert_close(tuned.train()(x), expected)
     inputs = [rows().requires_grad_() for _ in range(2)]
-    for each, given_x in zip((tuned.eval(), merged), inputs, strict=True):
-        each(given_x).square().sum().backward()
+    for network, given_x in zip((tuned.eval(), merged), inputs, strict=True):
+        network(given_x).square().sum().backward()
     assert_close(inputs[0].grad, inputs[1].grad)
     assert all(parameter.grad is not None for parameter in lora_fx.parameters(tuned))
     with lora_fx.disabled(tuned):

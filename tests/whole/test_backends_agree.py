@@ -13,7 +13,7 @@ import lora_fx
 from tests.support.rounding import assert_same_sums
 from tests.support.zoo import SHAPES, ZOO, Specimen, randomise_, rules
 
-specimens = pytest.mark.parametrize("specimen", ZOO, ids=lambda each: each.name)
+specimens = pytest.mark.parametrize("specimen", ZOO, ids=lambda specimen: specimen.name)
 # torch's fused encoder layer rounds differently from its slow path at other shapes; which of them runs depends on
 # whether gradients are wanted, so train mode compares in grad mode and eval mode without, as they are used
 MODES = ((False, False), (True, True))

@@ -134,5 +134,5 @@ def test_random_modules_are_varied():
         "torch.rand_like", ".detach()", "bfloat16", "for layer in self.layers", "x.is_contiguous()", "self.config",
         "torch.cat", ".chunk(", "einsum", "return {", "return (", "extra", "pair",
     )  # fmt: skip
-    assert [each for each in wanted if each not in text] == []
+    assert [part for part in wanted if part not in text] == []
     assert len(set(sources)) > 100

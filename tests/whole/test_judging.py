@@ -153,7 +153,7 @@ def test_honest_graph_is_found_right():
         (raises, "result: ValueError"),
         (without_adapter, "graph beside modules"),
     ],
-    ids=lambda each: each.__name__ if callable(each) else "",
+    ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_wrong_graph_is_found_and_placed(wrong, where):
     verdict = judge(trial(sabotage=instead_of_every_graph(wrong)))

@@ -29,17 +29,19 @@ def findings(name: str, dtype: torch.dtype, every_kind: bool = False) -> Finding
 
 
 def check(name: str, dtype: torch.dtype) -> None:
-    found = findings(name, dtype)
-    assert found.wrong == []
-    assert found.linears <= found.adapted
+    outcome = findings(name, dtype)
+    assert outcome.wrong == []
+    assert outcome.linears <= outcome.adapted
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in QUICK])
 def test_architecture_is_right_at_other_sizes_and_its_blocks_run_in_graphs(name: str):
     check(name, torch.float32)
-    found = findings(name, torch.float32)
+    outcome = findings(name, torch.float32)
     without_kernel = name == "nn.TransformerEncoder" and OLD  # torch 2.9 cannot run its fused layer on fake tensors
-    assert found.in_blocks - found.in_graphs == NEVER_CALLED.get(name, found.in_blocks if without_kernel else set())
+    assert outcome.in_blocks - outcome.in_graphs == NEVER_CALLED.get(
+        name, outcome.in_blocks if without_kernel else set()
+    )
 
 
 @pytest.mark.slow
@@ -51,7 +53,9 @@ def test_every_architecture_is_right_at_other_sizes(name: str):
 @pytest.mark.slow
 def test_ninety_eight_percent_of_the_linears_in_blocks_run_in_graphs():
     every = [findings(name, torch.float32) for name in NAMES]
-    in_blocks, in_graphs = (sum(len(getattr(each, what)) for each in every) for what in ("in_blocks", "in_graphs"))
+    in_blocks, in_graphs = (
+        sum(len(getattr(outcome, what)) for outcome in every) for what in ("in_blocks", "in_graphs")
+    )
     print(f"{in_graphs} of {in_blocks} linears in blocks ran in graphs at every call")
     assert in_graphs >= 0.98 * in_blocks
 
@@ -60,10 +64,10 @@ def test_ninety_eight_percent_of_the_linears_in_blocks_run_in_graphs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_is_right_with_adapters_of_every_kind(name: str, dtype: torch.dtype):
-    found = findings(name, dtype, every_kind=True)
-    print(f"{name}, {dtype}: {len(found.adapted)} sites adapted, {found.graph_sites} of them in graphs")
-    assert found.wrong == []
-    assert found.linears <= found.adapted
+    outcome = findings(name, dtype, every_kind=True)
+    print(f"{name}, {dtype}: {len(outcome.adapted)} sites adapted, {outcome.graph_sites} of them in graphs")
+    assert outcome.wrong == []
+    assert outcome.linears <= outcome.adapted
 
 
 class Wrong(nn.Module):
@@ -92,6 +96,6 @@ def test_examination_finds_a_graph_that_computes_something_else(monkeypatch):
 
     for place in (install, region):  # graphs of the base, and those captured later
         monkeypatch.setattr(place, "make_program", sabotaged)
-    found = examine(Wrong().eval(), lambda batch, length: ((zoo.features(batch, length),), {}), lambda out: [out])
-    assert found.wrong
-    assert all("(4, 12)" in each for each in found.wrong)
+    outcome = examine(Wrong().eval(), lambda batch, length: ((zoo.features(batch, length),), {}), lambda out: [out])
+    assert outcome.wrong
+    assert all("(4, 12)" in wrong for wrong in outcome.wrong)

@@ -23,5 +23,5 @@ class MakesAttributes:
 
 def test_tensors_are_found_in_objects_that_make_their_attributes():
     tensors = [torch.zeros(1) for _ in range(20)]
-    found = tensors_in([*map(MakesAttributes, tensors)])
-    assert [id(tensor) for tensor in found] == [id(tensor) for tensor in tensors]
+    tensors_found = tensors_in([*map(MakesAttributes, tensors)])
+    assert [id(tensor) for tensor in tensors_found] == [id(tensor) for tensor in tensors]

@@ -198,9 +198,9 @@ def test_child_that_cannot_be_captured_stays_one_call_and_says_why():
             return self.counter(self.fc(x))
 
     module = Parent()
-    found = captured(module, x())
-    assert found.dependencies.retreats == {"counter": "the forward writes counter.calls to the module"}
-    assert [node.target for node in found.graph.nodes if node.op == "call_module"] == ["fc", "counter"]
+    graph = captured(module, x())
+    assert graph.dependencies.retreats == {"counter": "the forward writes counter.calls to the module"}
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["fc", "counter"]
     assert "calls" not in vars(module.counter)
 
 

@@ -55,9 +55,9 @@ def saved(tmp_path):
 X = zoo.tokens(3, 7)
 
 
-def logits(each: nn.Module) -> torch.Tensor:
+def logits(network: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return each(X)
+        return network(X)
 
 
 # -- what is written

@@ -64,9 +64,9 @@ PEFT_CASES = {
 }
 
 
-def jitter(each: nn.Module) -> None:
+def jitter(network: nn.Module) -> None:
     with torch.no_grad():
-        for parameter in each.parameters():
+        for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 

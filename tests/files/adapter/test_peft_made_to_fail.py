@@ -139,10 +139,10 @@ def test_raw_parameter_named_weight_that_another_module_reads_makes_peft_fail(tm
     base = built(GateReader)
     wanted = computed(in_ours(base, tmp_path, rules("gate"), Loop.inputs), Loop.inputs)
     try:
-        found = computed(from_file_in_peft(base, tmp_path), Loop.inputs)
+        result = computed(from_file_in_peft(base, tmp_path), Loop.inputs)
     except (ValueError, AttributeError):
         return
-    assert distance(found, wanted) < OUTPUT
+    assert distance(result, wanted) < OUTPUT
 
 
 def test_linear_that_the_examples_do_not_reach_is_written_for_peft(tmp_path):

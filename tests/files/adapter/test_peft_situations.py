@@ -118,9 +118,9 @@ def test_04_attention_of_torch_as_a_target(tmp_path):
     twice = peft_model.merge_and_unload().mha.out_proj.weight - base.mha.out_proj.weight
     torch.testing.assert_close(twice, 2 * delta, rtol=0, atol=1e-6)
     tuned = ours_is_right(base, rules("mha.*"), SEQUENCE)
-    found = next(found for _, found in all_attached(tuned) if found.owner is tuned.mha.out_proj)
+    adapter = next(adapter for _, adapter in all_attached(tuned) if adapter.owner is tuned.mha.out_proj)
     once = lora_fx.merge(tuned).mha.out_proj.weight - base.mha.out_proj.weight
-    torch.testing.assert_close(once, found.delta(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(once, adapter.delta(), rtol=0, atol=1e-6)
     read = lora_fx.load(base, tmp_path)  # what PEFT has trained with the delta added twice is read as it was trained
     assert distance(computed(read, (SEQUENCE,)), trained) < OUTPUT
 

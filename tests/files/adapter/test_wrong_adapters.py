@@ -158,7 +158,7 @@ WRONG_FILES = {
 }
 
 
-@pytest.mark.parametrize("spoil", WRONG_FILES, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("spoil", WRONG_FILES, ids=lambda edit: edit.__name__)
 def test_wrong_file_is_a_clear_error_and_model_and_files_stay(spoil, saved):
     spoil(saved)
     base = model()

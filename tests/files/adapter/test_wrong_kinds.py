@@ -261,10 +261,10 @@ def test_no_flipped_bit_is_read_as_something_else(seed, saved):
         flipped[where] ^= 1 << draw.randrange(8)
         (saved / WEIGHTS_FILE).write_bytes(flipped)
         try:
-            found = lora_fx.load(model, saved)
+            again = lora_fx.load(model, saved)
         except (AdapterFileError, AdapterMismatchError):
             continue
-        assert torch.equal(computed(found, Mix.inputs), wanted), f"bit flipped in byte {where}"
+        assert torch.equal(computed(again, Mix.inputs), wanted), f"bit flipped in byte {where}"
 
 
 ODD_NOTES = {

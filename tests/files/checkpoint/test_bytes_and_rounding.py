@@ -68,13 +68,13 @@ def test_out_dtype_is_that_of_all_floats_rounded_once_and_config_says_so(tmp_pat
     merge_checkpoint(base, adapter, tmp_path / "out", out_dtype=dtype)
     kind = getattr(torch, dtype)
     exact = in_memory(tensors, both, Q, UP)
-    expected = {name: each.to(kind) if each.is_floating_point() else each for name, each in exact.items()}
+    expected = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in exact.items()}
     assert_same(loaded(tmp_path / "out"), expected)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["torch_dtype"], written["text_config"]) == (dtype, {"dtype": dtype, "hidden_size": 48})
     if shards == 2:
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == sum(each.nbytes for each in expected.values())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
 
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -92,7 +92,7 @@ def test_tensors_of_changed_files_begin_at_multiples_of_their_size(tmp_path, ada
 @pytest.mark.parametrize(
     ("value", "dtype"),
     [
-        *((each, dtype) for each in (1.00123, -0.3337, -5.1e-8, 0.0, 1.0, 60001.0) for dtype in HALVES),
+        *((value, dtype) for value in (1.00123, -0.3337, -5.1e-8, 0.0, 1.0, 60001.0) for dtype in HALVES),
         (3e-39, torch.bfloat16),  # below the normal numbers
         (3e-9, torch.float16),
     ],
@@ -101,11 +101,11 @@ def test_stochastic_rounding_gives_one_of_the_two_neighbours_and_is_right_in_the
     wide = torch.full((1 << 16,), value)
     out = torch.empty_like(wide, dtype=dtype)
     round_into(wide, out, Noise(0, "w"), 0)
-    found = out.double().unique()
+    values = out.double().unique()
     nearest = torch.tensor(value).to(dtype).double()
-    assert nearest in found
-    assert len(found) == (1 if nearest == torch.tensor(value).double() else 2)
-    gap = float(found.max() - found.min())
+    assert nearest in values
+    assert len(values) == (1 if nearest == torch.tensor(value).double() else 2)
+    gap = float(values.max() - values.min())
     assert abs(float(out.double().mean()) - float(wide[0].double())) <= 4 * gap / 2 / 2**8
 
 
@@ -134,7 +134,7 @@ def test_what_overflows_stays_infinite_under_stochastic_rounding():
 
 def test_small_delta_is_lost_to_the_nearest_and_survives_stochastic_rounding(tmp_path):
     before = {"fc.weight": torch.ones(256, 256, dtype=torch.bfloat16)}
-    adapter = {key: each.abs() * 0.01 for key, each in factors("fc", 256, 256).items()}
+    adapter = {key: tensor.abs() * 0.01 for key, tensor in factors("fc", 256, 256).items()}
     base, folder = write_base(tmp_path / "base", before), write_adapter(tmp_path / "adapter", adapter)
     (nearest,) = merge_checkpoint(base, folder, tmp_path / "a").tensors
     (stochastic,) = merge_checkpoint(base, folder, tmp_path / "b", rounding="stochastic").tensors
@@ -181,9 +181,9 @@ def test_tiles_have_the_bits_of_one_product(tmp_path, shape, rank, stored):
         tmp_path / "adapter", adapter, r=rank, lora_alpha=3 * rank, fan_in_fan_out=stored == "in_out"
     )
     merge_checkpoint(write_base(tmp_path / "base", tensors), folder, tmp_path / "out")
-    found = loaded(tmp_path / "out")["fc.weight"]
+    merged = loaded(tmp_path / "out")["fc.weight"]
     expected = in_memory({"fc.weight": before}, adapter, "fc", scaling=3.0)["fc.weight"]
-    assert torch.equal(found if stored == "out_in" else found.t(), expected)
+    assert torch.equal(merged if stored == "out_in" else merged.t(), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -55,9 +55,9 @@ def test_shards_keep_their_names_and_index_and_config_and_tokenizer_are_copied(t
 def test_only_the_bytes_of_adapted_tensors_differ(tmp_path, base, both):
     adapter = write_adapter(tmp_path / "adapter", factors(UP, 96, 48))
     merge_checkpoint(base, adapter, tmp_path / "out")
-    before, after = (contents(each)["model.safetensors"] for each in (base, tmp_path / "out"))
+    before, after = (contents(folder)["model.safetensors"] for folder in (base, tmp_path / "out"))
     file = read_raw(base / "model.safetensors")
-    start, end = (file.data_start + each for each in file.tensors[f"{UP}.weight"][2:])
+    start, end = (file.data_start + size for size in file.tensors[f"{UP}.weight"][2:])
     assert (after[:start], after[end:]) == (before[:start], before[end:])
     assert after[start:end] != before[start:end]
 
@@ -87,9 +87,9 @@ def test_transformers_loads_what_was_merged_as_the_model_that_lora_fx_merges(tmp
     zoo.randomise_(tuned, 1)
     lora_fx.save(tuned, tmp_path / "adapter")
     report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert [each.how for each in report.tensors] == 6 * ["merged"]
-    found, expected = LlamaForCausalLM.from_pretrained(tmp_path / "out"), lora_fx.merge(tuned)
-    assert_same(found.state_dict(), expected.state_dict())
+    assert [row.how for row in report.tensors] == 6 * ["merged"]
+    loaded_model, expected = LlamaForCausalLM.from_pretrained(tmp_path / "out"), lora_fx.merge(tuned)
+    assert_same(loaded_model.state_dict(), expected.state_dict())
 
 
 def test_ranks_alphas_and_scalings_are_those_of_each_site(tmp_path, base):
@@ -111,17 +111,17 @@ def test_several_adapters_are_added_before_the_one_rounding(tmp_path, base, both
     exact = before[f"{Q}.weight"].float() + (delta(both, Q) + delta(second, Q))
     assert torch.equal(after[f"{Q}.weight"], exact.to(torch.bfloat16))
     assert torch.equal(after[f"{UP}.weight"], in_memory(before, both, UP)[f"{UP}.weight"])
-    assert {each.name: len(each.adapters) for each in report.tensors} == {f"{Q}.weight": 2, f"{UP}.weight": 1}
+    assert {row.name: len(row.adapters) for row in report.tensors} == {f"{Q}.weight": 2, f"{UP}.weight": 1}
 
 
 def test_dora_scales_each_output_to_its_length(tmp_path, base, both):
     lengths = {path: torch.rand(both[f"{PREFIX}{path}.lora_B.weight"].shape[0]) + 0.5 for path in (Q, UP)}
-    tensors = both | {f"{PREFIX}{path}.lora_magnitude_vector": each for path, each in lengths.items()}
+    tensors = both | {f"{PREFIX}{path}.lora_magnitude_vector": length for path, length in lengths.items()}
     merge_checkpoint(base, write_adapter(tmp_path / "adapter", tensors, use_dora=True), tmp_path / "out")
     before, after = loaded(base), loaded(tmp_path / "out")
-    for path, each in lengths.items():
+    for path, length in lengths.items():
         A, B = (both[f"{PREFIX}{path}.lora_{name}.weight"] for name in "AB")
-        assert torch.equal(after[f"{path}.weight"], merged_dora_weight(before[f"{path}.weight"], A, B, 1.5, each))
+        assert torch.equal(after[f"{path}.weight"], merged_dora_weight(before[f"{path}.weight"], A, B, 1.5, length))
 
 
 def test_dora_on_weights_whose_outputs_lie_in_several_tiles(tmp_path, monkeypatch):
@@ -130,16 +130,16 @@ def test_dora_on_weights_whose_outputs_lie_in_several_tiles(tmp_path, monkeypatc
     before = {"a.weight": weight(48, 200, dtype=torch.float32), "b.weight": weight(40, 200, dtype=torch.float32)}
     adapter = {**factors("a", 200, 48), **factors("b", 40, 200)}
     lengths = {"a": torch.rand(200) + 0.5, "b": torch.rand(40) + 0.5}
-    tensors = adapter | {f"{PREFIX}{path}.lora_magnitude_vector": each for path, each in lengths.items()}
+    tensors = adapter | {f"{PREFIX}{path}.lora_magnitude_vector": length for path, length in lengths.items()}
     folder = write_adapter(tmp_path / "adapter", tensors, use_dora=True, fan_in_fan_out=True)
     merge_checkpoint(write_base(tmp_path / "base", before), folder, tmp_path / "out")
     after = loaded(tmp_path / "out")
-    for path, each in lengths.items():
+    for path, length in lengths.items():
         A, B = (adapter[f"{PREFIX}{path}.lora_{name}.weight"] for name in "AB")
         stored = before[f"{path}.weight"].t() if path == "a" else before[f"{path}.weight"]
-        expected = merged_dora_weight(stored, A, B, 1.5, each)
-        found = after[f"{path}.weight"].t() if path == "a" else after[f"{path}.weight"]
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        expected = merged_dora_weight(stored, A, B, 1.5, length)
+        merged_weight = after[f"{path}.weight"].t() if path == "a" else after[f"{path}.weight"]
+        torch.testing.assert_close(merged_weight, expected, rtol=1e-6, atol=0)
 
 
 def test_trained_bias_and_whole_modules_replace_the_bases_and_are_rounded_to_its_dtype(tmp_path):
@@ -151,7 +151,7 @@ def test_trained_bias_and_whole_modules_replace_the_bases_and_are_rounded_to_its
     after = loaded(tmp_path / "out")
     assert torch.equal(after[f"{Q}.bias"], bias.to(torch.bfloat16))
     assert torch.equal(after[f"{NORM}.weight"], norm.to(torch.bfloat16))
-    assert sorted(each.how for each in report.tensors) == ["merged", "replaced", "replaced"]
+    assert sorted(row.how for row in report.tensors) == ["merged", "replaced", "replaced"]
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -162,13 +162,13 @@ def test_new_head_that_the_base_has_not_is_added_in_its_own_dtype(tmp_path, shar
     adapter = factors(Q, 48, 48) | {f"{PREFIX}score.weight": head}
     folder = write_adapter(tmp_path / "adapter", adapter, modules_to_save=["score"])
     report = merge_checkpoint(write_base(tmp_path / "base", *parts), folder, tmp_path / "out")
-    expected = {name: each for part in parts for name, each in part.items()} | {"score.weight": head}
+    expected = {name: tensor for part in parts for name, tensor in part.items()} | {"score.weight": head}
     assert_same(loaded(tmp_path / "out"), in_memory(expected, adapter, Q))
-    assert [each.name for each in report.tensors if each.how == "added"] == ["score.weight"]
+    assert [row.name for row in report.tensors if row.how == "added"] == ["score.weight"]
     if shards == 2:
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
         assert index["weight_map"]["score.weight"] == "model-00002-of-00002.safetensors"
-        assert index["metadata"]["total_size"] == sum(each.nbytes for each in expected.values())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
 
 
 EVERY_KIND = {"version": 1, "rules": [{"match": {"name": "**", "op": list(OPS)}, "lora": {"r": 4}}]}
@@ -195,9 +195,9 @@ def test_sites_of_every_kind_are_merged_as_in_memory(tmp_path):
     tuned = lora_fx.apply(model, EVERY_KIND, inputs, backend="modules")
     zoo.randomise_(tuned, 1)
     lora_fx.save(tuned, tmp_path / "adapter")
-    base = write_base(tmp_path / "base", {name: each.clone() for name, each in model.state_dict().items()})
+    base = write_base(tmp_path / "base", {name: value.clone() for name, value in model.state_dict().items()})
     report = merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
-    assert sorted(each.name for each in report.tensors) == [
+    assert sorted(row.name for row in report.tensors) == [
         "conv.weight", "embed.weight", "out.weight", "raw", "square.weight",
     ]  # fmt: skip
     assert_same(loaded(tmp_path / "out"), lora_fx.merge(tuned).state_dict())
@@ -264,6 +264,6 @@ def test_what_lora_fx_noted_of_a_square_weight_decides(tmp_path):
     tuned = lora_fx.apply(model, zoo.rules("fc1"), backend="modules")
     zoo.randomise_(tuned, 1)
     lora_fx.save(tuned, tmp_path / "adapter")
-    state = {name: each.clone() for name, each in model.state_dict().items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     merge_checkpoint(write_base(tmp_path / "base", state), tmp_path / "adapter", tmp_path / "out")
     assert_same(loaded(tmp_path / "out"), lora_fx.merge(tuned).state_dict())

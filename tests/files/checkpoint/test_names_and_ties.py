@@ -76,7 +76,7 @@ def test_other_shapes_are_told(tmp_path, base):
 def test_adapter_that_was_trained_on_another_base_is_told(tmp_path):
     model = zoo.Mlp()
     lora_fx.save(lora_fx.apply(model, zoo.rules("fc1"), backend="modules"), tmp_path / "adapter")
-    other = {name: each + 1 for name, each in model.state_dict().items()}
+    other = {name: value + 1 for name, value in model.state_dict().items()}
     with pytest.raises(AdapterMismatchError, match="is another base") as caught:
         merge_checkpoint(write_base(tmp_path / "base", other), tmp_path / "adapter", tmp_path / "out")
     assert [key for key, *_ in caught.value.mismatches] == ["fc1.weight"]

@@ -22,7 +22,9 @@ from tests.support.merging import (
 @pytest.mark.parametrize("out_dtype", [None, "float32"])
 def test_progress_ends_with_all_bytes(tmp_path, sharded, adapter, out_dtype):
     told = []
-    merge_checkpoint(sharded, adapter, tmp_path / "out", out_dtype=out_dtype, progress=lambda *each: told.append(each))
+    merge_checkpoint(
+        sharded, adapter, tmp_path / "out", out_dtype=out_dtype, progress=lambda *event: told.append(event)
+    )
     total = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert told[-1][:2] == (total, total)
     assert [done for done, *_ in told] == sorted(done for done, *_ in told)
@@ -50,7 +52,7 @@ def test_command_gives_json_and_takes_several_adapters(tmp_path, base, adapter):
     second = write_adapter(tmp_path / "second", factors(Q, 48, 48))
     result = run("merge", base, adapter, second, "-o", tmp_path / "out", "--format", "json", "--no-progress")
     assert result.exit_code == 0, result.output
-    assert [len(each["adapters"]) for each in json.loads(result.stdout)["tensors"]] in ([2, 1], [1, 2])
+    assert [len(row["adapters"]) for row in json.loads(result.stdout)["tensors"]] in ([2, 1], [1, 2])
     assert result.stderr == ""
 
 

@@ -46,7 +46,7 @@ def test_weight_of_integers_is_refused_by_its_name(tmp_path):
 
 def test_merge_that_would_not_be_finite_names_the_tensor_and_leaves_no_checkpoint(tmp_path):
     before = {"fc.weight": torch.full((48, 32), 6e4, dtype=torch.float16)}
-    adapter = {key: each.abs() * 1e3 for key, each in factors("fc", 48, 32).items()}
+    adapter = {key: tensor.abs() * 1e3 for key, tensor in factors("fc", 48, 32).items()}
     base = write_base(tmp_path / "base", before)
     with pytest.raises(MergeError, match="NaN or infinite") as caught:
         merge_checkpoint(base, write_adapter(tmp_path / "adapter", adapter), tmp_path / "out")

@@ -16,8 +16,8 @@ from tests.support.hazards import arguments, changed, control, modes, outside, r
 from tests.support.hazards.base import Hazard
 
 HAZARDS: list[type[Hazard]] = [
-    each
+    value
     for module in (control, modes, written, changed, replaced, outside, arguments, tensors)
-    for each in vars(module).values()
-    if isinstance(each, type) and issubclass(each, Hazard) and each is not Hazard
+    for value in vars(module).values()
+    if isinstance(value, type) and issubclass(value, Hazard) and value is not Hazard
 ]

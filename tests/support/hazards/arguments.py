@@ -26,8 +26,8 @@ class DictOfTensors(Hazard):
 class DictInAnotherOrder(Hazard):
     def forward(self, batch):
         result = 0
-        for index, each in enumerate(batch.values()):
-            result = result + self.first(each) * (index + 1)
+        for index, value in enumerate(batch.values()):
+            result = result + self.first(value) * (index + 1)
         return result
 
     def a(self):
@@ -51,7 +51,7 @@ class WritesDictArgument(Hazard):
 
 class ListOfTensors(Hazard):
     def forward(self, parts):
-        return torch.cat([self.first(each) for each in parts], 1)
+        return torch.cat([self.first(part) for part in parts], 1)
 
     def a(self):
         return ([values(2, 5, 8), values(2, 3, 8)],), {}
@@ -149,7 +149,7 @@ class NestedArguments(Hazard):
 
 class GeneratorArgument(Hazard):
     def forward(self, parts):
-        return sum(self.first(each) for each in parts)
+        return sum(self.first(part) for part in parts)
 
     def a(self):
         return ((values(2, 5, 8), values(2, 5, 8, seed=4)),), {}
@@ -190,7 +190,7 @@ class NumberArgument(Hazard):
 
 class StarArguments(Hazard):
     def forward(self, *tensors, **options):
-        y = sum(self.first(each) for each in tensors)
+        y = sum(self.first(tensor) for tensor in tensors)
         return y * options.get("scale", 1) + len(options)
 
     def a(self):

@@ -45,7 +45,7 @@ class GivenOrNone(Hazard):
 
 class OneOrMany(Hazard):
     def forward(self, x):
-        return self.first(x) if isinstance(x, torch.Tensor) else sum(self.second(each) for each in x)
+        return self.first(x) if isinstance(x, torch.Tensor) else sum(self.second(row) for row in x)
 
     def b(self):
         return ([values(3, 7, 8), values(3, 7, 8, seed=4)],), {}

@@ -127,7 +127,7 @@ class BackwardHookIsAdded(Hazard):
 
 
 def _doubled(module, gradients, _):
-    return tuple(each if each is None else each * 2 for each in gradients)
+    return tuple(gradient if gradient is None else gradient * 2 for gradient in gradients)
 
 
 class ForwardIsReplaced(Hazard):
