@@ -214,7 +214,7 @@ class _AdapterReader:
             yield missing[0], "is missing"
             return
         lora_a, lora_b = (self.tensors[key] for key in keys)
-        if not lora_a.numel() or not _multiply(lora_a, lora_b):
+        if not (lora_a.numel() and lora_b.numel()) or not _multiply(lora_a, lora_b):
             yield path, f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)} do not multiply"
         elif self.config.use_dora != (magnitude_key(path) in self.tensors):
             yield magnitude_key(path), "is missing" if self.config.use_dora else "is there without use_dora"
