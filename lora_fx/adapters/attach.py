@@ -149,7 +149,7 @@ def spec_of(planned: PlannedSite, record: ModelRecord, model: nn.Module) -> Adap
 
 
 def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
-    """Add freshly initialised factors to the owner of a base weight; no key of the owner changes.
+    """Add freshly initialised factors to the owner of a base weight, and return them; no key of the owner changes.
 
     Adds `lora_A.<adapter>.weight` [r, in] and `lora_B.<adapter>.weight` [out, r] to the owner, or, for a raw parameter,
     to a module `<parameter>_lora` in it; where the rule asks for it a parameterless `lora_dropout.<adapter>` and, for

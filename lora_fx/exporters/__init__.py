@@ -52,7 +52,7 @@ class Exported:
 def export(
     tuned: nn.Module, path: Path, target: str, sample: Sample | None = None, verify: bool = False, **options: Any
 ) -> Exported:
-    """Write the adapted model for a target, whole or not at all; the model stays unchanged.
+    """Write the adapted model for a target, whole or not at all, and return what was written; the model stays as it is.
 
     Raises:
         ExportError: names every site that cannot be expressed, an extra that is not installed, an unknown option, or

@@ -46,7 +46,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def peft(base: nn.Module, folder: Path, others: list[str], call: Call) -> Both:
-    """Load adapters in PEFT; what it misses or finds unexpected in the file is an error here."""
+    """Return what PEFT computes with adapters; what it misses or finds unexpected in the file is an error here."""
     import peft
 
     with warnings.catch_warnings():
@@ -63,7 +63,7 @@ def peft(base: nn.Module, folder: Path, others: list[str], call: Call) -> Both:
 
 
 def diffusers(base: nn.Module, file: Path, component: str, call: Call) -> Both:
-    """Load an adapter as pipelines of diffusers do: file, metadata, then the model's own load_lora_adapter."""
+    """Return what diffusers computes, loading as its pipelines do: metadata, then the model's own load_lora_adapter."""
     import diffusers
 
     model: Any = base
@@ -80,7 +80,7 @@ def diffusers(base: nn.Module, file: Path, component: str, call: Call) -> Both:
 
 
 def lycoris(base: nn.Module, file: Path, call: Call) -> Both:
-    """Load a file of kohya's format in LyCORIS, by the names of the modules."""
+    """Return what LyCORIS computes with a file of kohya's format, read by the names of the modules."""
     from lycoris.kohya import create_network_from_weights
     from safetensors.torch import load_file
 
@@ -97,7 +97,7 @@ def lycoris(base: nn.Module, file: Path, call: Call) -> Both:
 
 
 def mlx(base: Path, adapter: Path, ids: Tensor) -> Both:
-    """Load a model of transformers and an adapter in mlx-lm, on the CPU; the outputs are the logits.
+    """Return the logits of a model of transformers and an adapter in mlx-lm, on the CPU.
 
     mlx-lm says nothing of factors that the file lacks; here they are an error.
     """
@@ -166,7 +166,7 @@ def _next_words(server: Any, prompt: list[int], words: int, scale: float) -> dic
 
 
 def from_pretrained(kind: Any, path: Path, call: Call) -> list[Tensor]:
-    """Load merged weights by the class's own from_pretrained; what it misses or has no place for is an error here."""
+    """Return outputs of merged weights, loaded by from_pretrained; what it misses or cannot place is an error."""
     model, info = kind.from_pretrained(path, output_loading_info=True)
     wrong = {what: list(names) for what, names in info.items() if names}
     if wrong:
@@ -175,7 +175,7 @@ def from_pretrained(kind: Any, path: Path, call: Call) -> list[Tensor]:
 
 
 def plain(model: nn.Module, file: Path, call: Call) -> list[Tensor]:
-    """Load merged weights into a plain model, where nothing may be missing or left over."""
+    """Return outputs of merged weights in a plain model, where nothing may be missing or left over."""
     from safetensors.torch import load_file
 
     model.load_state_dict(load_file(file), strict=True)
@@ -183,7 +183,7 @@ def plain(model: nn.Module, file: Path, call: Call) -> list[Tensor]:
 
 
 def onnx(graph: Path, adapters: list[Path], inputs: dict[str, Tensor]) -> Both:
-    """Run a graph in onnxruntime without adapters, and with all of its adapter files."""
+    """Return outputs of a graph in onnxruntime without adapters, and with all of its adapter files."""
     import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
@@ -205,7 +205,7 @@ def onnx(graph: Path, adapters: list[Path], inputs: dict[str, Tensor]) -> Both:
 
 
 def executorch(program: Path, inputs: list[Tensor]) -> Both:
-    """Run both methods of a program in ExecuTorch's portable runtime."""
+    """Return outputs of both methods of a program in ExecuTorch's portable runtime."""
     from executorch.runtime import Runtime  # type: ignore[import-untyped]
 
     loaded = Runtime.get().load_program(str(program))
@@ -219,7 +219,7 @@ def executorch(program: Path, inputs: list[Tensor]) -> Both:
 
 
 def pt2(programs: list[Path], base: Path, adapters: list[Path], call: Call) -> list[Both]:
-    """Load programs, as torch.export saved them or as compiled; put in the base's values, then all adapters'."""
+    """Return outputs of programs, saved by torch.export or compiled, with the base's values, then all adapters'."""
     from safetensors.torch import load_file
 
     values = {name: value for path in adapters for name, value in load_file(path).items()}

@@ -65,6 +65,7 @@ class AdaptedPart(Swapped, nn.Module):
     """Mixin for a model inside of an adapted one."""
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Raise RefusedError."""
         raise RefusedError(
             "save_pretrained of a part of an adapted model would write a base that is read without its adapters",
             advice="lora_fx.save the whole model, or save_pretrained the part of lora_fx.merge(model)",
@@ -132,6 +133,7 @@ class AdaptedPretrained(AdaptedModel, AdaptedTokens):
     """Mixin for an adapted model of transformers."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the class's own forward does; RefusedError for `adapter_names`."""
         if "adapter_names" in kwargs:
             raise RefusedError(
                 "adapter_names chooses among adapters of PEFT, and this model has one of lora_fx",

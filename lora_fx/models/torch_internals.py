@@ -185,7 +185,7 @@ def constant_of(size: torch.SymInt | torch.SymFloat | torch.SymBool) -> int | fl
 
 
 def write_expression(graph: fx.Graph, expression: sympy.Expr, nodes: dict[sympy.Symbol, fx.Node]) -> fx.Node:
-    """Write the expression into the graph as nodes; `nodes` holds one for each of its symbols."""
+    """Write the expression into the graph and return its node; `nodes` holds one for each of its symbols."""
     tracer = fx.proxy.GraphAppendingTracer(graph)
     values = {symbol: fx.Proxy(node, tracer) for symbol, node in nodes.items()}
     result = sympy_interp(_Written, values, expression)

@@ -71,7 +71,7 @@ def apply_pass(step: Pass, editor: Editor) -> None:
 
 
 def rewrite(graph_module: fx.GraphModule, *passes: Pass) -> Journal:
-    """Run passes on a graph module, in place, as `apply_pass` does; lint and recompile it once, at the end."""
+    """Run passes in place, as `apply_pass` does, lint and recompile once, at the end; return what they have changed."""
     editor = Editor(graph_module)
     for step in passes:
         apply_pass(step, editor)

@@ -57,7 +57,7 @@ class Editor:
 
     @contextlib.contextmanager
     def writing_after(self, node: fx.Node, site: str) -> "Iterator[Writer]":
-        """Write nodes after `node`, in the order of writing; they inherit its place in the module tree."""
+        """Yield what writes nodes after `node`, in the order of writing; they inherit its place in the module tree."""
         following, writer = node.next, Writer(self.graph)
         with self.graph.inserting_before(following):  # inserting_after would put successive nodes in reverse
             yield writer
@@ -140,7 +140,7 @@ class Writer:
         return fx.Proxy(node, self._tracer)
 
     def attribute(self, path: str) -> fx.Proxy:
-        """Write a read of the parameter at the path."""
+        """Write a read of the parameter at the path, and return it."""
         return self.proxy(self.graph.get_attr(path))
 
     def module(self, path: str) -> Callable[..., Any]:

@@ -98,7 +98,7 @@ def check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:
 
 
 def check_refusals(plan: Plan) -> None:
-    """Raise if nothing can be adapted or a rule's every match is refused; warn where only some are."""
+    """Raise RefusedError if nothing can be adapted or a rule's every match is refused; warn where only some are."""
     refused = [(site.path, site.reason) for site in plan.refused]
     effective = {site.rule for site in plan.adapted}
     without_effect = dict.fromkeys(str(site.rule) for site in plan.refused if site.rule not in effective)

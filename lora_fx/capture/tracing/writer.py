@@ -58,7 +58,7 @@ class GraphWriter:
                     self.owned.setdefault(id(value), f"{path}.{name}".lstrip("."))
 
     def input(self, name: str, stand_in: Any) -> fx.Node:
-        """Add an input, also in the middle of a capture; symbolic sizes of a fake become available to expressions."""
+        """Add an input, also amid a capture; return its node; symbolic sizes of a fake are then at hand."""
         first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
         with self.graph.inserting_before(first) if first is not None else contextlib.nullcontext():
             node = self.graph.placeholder(name)
