@@ -182,7 +182,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@both
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.slow), "modules"])
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_model_is_one_graph_with_the_same_output_and_gradients(backend: str):
     tuned = trained(backend)

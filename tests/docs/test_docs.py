@@ -17,7 +17,11 @@ from tests.support.pictures import FOLDER, pictures
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=IDS)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.stem in ("tutorial", "recipes") else path for path in PAGES],
+    ids=IDS,
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_code_runs_and_prints_what_the_page_shows(path):
     text = path.read_text(encoding="utf-8")

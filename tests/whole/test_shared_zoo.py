@@ -34,7 +34,9 @@ def check(name: str, dtype: torch.dtype) -> None:
     assert outcome.linears <= outcome.adapted
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name in QUICK])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "mamba")) for name in NAMES if name in QUICK]
+)
 def test_architecture_is_right_at_other_sizes_and_its_blocks_run_in_graphs(name: str):
     check(name, torch.float32)
     outcome = findings(name, torch.float32)
