@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,10 +84,22 @@ def _module(path: str, tensors: Mapping[str, RawTensor]) -> nn.Module:
     dtype = DTYPES.get(weight.dtype, torch.float32)
     dtype = dtype if dtype.is_floating_point else torch.float32
     if _EMBEDDING.search(path.rpartition(".")[2]):
-        return nn.Embedding(rows, columns, device="meta", dtype=dtype)
+        return _blank(nn.Embedding, rows, columns, dtype=dtype)
     if bias is not None and bias.shape == (columns,) != (rows,):
         rows, columns = columns, rows
-    return nn.Linear(columns, rows, bias is not None, device="meta", dtype=dtype)
+    return _blank(nn.Linear, columns, rows, bias=bias is not None, dtype=dtype)
+
+
+_BLANK: dict[type[nn.Module], Any] = {
+    kind: type(kind.__name__, (kind,), {"reset_parameters": lambda self: None}) for kind in (nn.Linear, nn.Embedding)
+}
+
+
+def _blank(kind: type[nn.Module], *sizes: int, **options: Any) -> nn.Module:
+    """Return a layer without values, and without the time that torch takes to make some up."""
+    module: nn.Module = _BLANK[kind](*sizes, device="meta", **options)
+    module.__class__ = kind
+    return module
 
 
 def _place(module: nn.Module, name: str, tensor: RawTensor) -> None:

@@ -61,10 +61,23 @@ class BaseCheckpoint:
         return len(shape) == 2 and (shape[0] in sizes if sizes else _NAMED.fullmatch(key) is not None)
 
     @functools.cached_property
-    def token_weights(self) -> tuple[str, ...]:
-        """The keys of the token weights that the checkpoint holds."""
-        located = ((key, self.find(key)) for key in self.keys())
-        return tuple(key for key, where in located if where is not None and self.is_token_weight(key, where[1].shape))
+    def token_weights(self) -> dict[str, tuple[RawFile, RawTensor]]:
+        """The token weights that the checkpoint holds, by their keys."""
+        located = {key: (file, entry) for file in self.shards.values() for key, entry in file.tensors.items()}
+        return {key: where for key, where in located.items() if self.is_token_weight(key, where[1].shape)}
+
+    @functools.cached_property
+    def token_names(self) -> str:
+        """The first of their keys, for people."""
+        return listing(self.token_weights)
+
+    @functools.cached_property
+    def token_shapes(self) -> dict[tuple[int, ...], list[tuple[RawFile, RawTensor]]]:
+        """The token weights by their shapes."""
+        shapes: dict[tuple[int, ...], list[tuple[RawFile, RawTensor]]] = {}
+        for where in self.token_weights.values():
+            shapes.setdefault(where[1].shape, []).append(where)
+        return shapes
 
     def keys(self) -> Iterator[str]:
         """Yield the names of all tensors, file by file."""

@@ -84,7 +84,7 @@ def _unmatched(names: Sequence[str], base: BaseCheckpoint) -> AdapterMismatchErr
 def _reason(name: str, base: BaseCheckpoint, compared: int) -> str:
     """Return why a key is not there, as far as its neighbours show."""
     module = name.removesuffix(".weight")
-    if _of_experts(module, base):
+    if compared and _of_experts(module, base):
         return "has one tensor per expert, which transformers fuses when it loads them; load the model and merge that"
     if base.find(f"{module}.weight_v") or base.find(f"{module}.parametrizations.weight.original0"):
         return "has a parametrized weight"

@@ -7,7 +7,6 @@ from typing import Any
 
 from lora_fx.files.checkpoint.basefiles import BaseCheckpoint, sections_of
 from lora_fx.files.safetensors import RawFile, RawTensor
-from lora_fx.text import listing
 
 _FLAG = "tie_word_embeddings"
 _WITH_HEAD = re.compile(r"LMHead|CausalLM|ConditionalGeneration|MaskedLM|PreTraining")
@@ -26,11 +25,10 @@ def shared_weight(base: BaseCheckpoint, shape: tuple[int, ...]) -> tuple[RawFile
     if not may_be_tied(base):
         says = f"{_FLAG} is false" if base.config is not None else "there is no config.json to say that it is tied"
         return f"is not there, and {says}"
-    embeddings = base.token_weights
-    fitting = [located for key in embeddings if (located := base.find(key)) is not None and located[1].shape == shape]
+    fitting = base.token_shapes.get(shape, [])
     if len(fitting) == 1:
         return fitting[0]
-    return f"is not there, and {listing(embeddings) or 'no embedding'} could be tied to it"
+    return f"is not there, and {base.token_names or 'no embedding'} could be tied to it"
 
 
 def refusals(base: BaseCheckpoint, changed: Collection[str], ensured: bool) -> Iterator[tuple[str, str]]:
