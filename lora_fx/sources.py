@@ -104,6 +104,22 @@ def read_stream(stream: IO[bytes], most: int) -> bytes:
     return content
 
 
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Check that a file or folder could be there, whatever is.
+
+    Raises:
+        UnreadableError: no file can have such a path: it is too long, a circle of links, or has a NUL in it.
+    """
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UnreadableError(f"cannot be reached: {_reason(path, error)}") from error
+    except ValueError as error:
+        raise UnreadableError("is no path of a file") from error
+
+
 def is_regular(path: str | os.PathLike[str]) -> bool:
     """Whether there is a regular file, or a link to one; never an exception, whatever the path."""
     try:

@@ -18,6 +18,7 @@ from lora_fx.files.atomic import files_in
 from lora_fx.files.replacing import staged
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
+from lora_fx.sources import UnreadableError, check_path
 from lora_fx.text import listing
 from lora_fx.tuned.build import record_in
 
@@ -92,10 +93,13 @@ def _staged(target: str, path: Path) -> Iterator[Path]:
             raise ExportError(target, f"{old} holds other files", facts, "choose another path")
 
     try:
+        check_path(path)
         with staged(path, refuse_mixing) as stage:
             yield stage
     except OSError as error:
         raise ExportError(target, f"{path} cannot be written: {error.strerror or error}") from error
+    except UnreadableError as error:
+        raise ExportError(target, f"{path} {error}") from error
 
 
 def _check(tuned: nn.Module, chosen: Target, sample: Sample | None, verify: bool, options: dict[str, Any]) -> None:

@@ -71,6 +71,15 @@ def settle(part: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+def place_in(folder: Path, name: str | Path) -> Path:
+    """Return the place of a file in a folder, its own folder made; OSError where a link leads out of it."""
+    place = folder / name
+    if not place.parent.resolve().is_relative_to(folder.resolve()):
+        raise NotADirectoryError(errno.ENOTDIR, "a link leads out of the directory", str(place.parent))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def files_in(folder: Path) -> set[Path]:
     """Return the files below a folder, relative to it."""
     return {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}

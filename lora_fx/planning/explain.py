@@ -1,8 +1,9 @@
 """Why a site is adapted or not: what each rule says of it, in their order.  Pure data; no torch here."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
-from lora_fx.errors import MOST_SHOWN
+from lora_fx.errors import LONGEST_NAME, MOST_SHOWN, LoraFxError
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory, PlannedSite
 from lora_fx.planning.sites import Site
@@ -15,7 +16,7 @@ Contraction = Callable[[PlannedSite], str]
 """Tells in which order a site's products are taken; empty where there is nothing to tell."""
 
 
-class UnknownPathError(ValueError):
+class UnknownPathError(LoraFxError, ValueError):
     """There is nothing at a path."""
 
 
@@ -39,24 +40,27 @@ def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contrac
 
 
 def _matched(plan: Plan, path: str) -> list[PlannedSite]:
-    pattern = NamePattern(path if _is_glob(path) else glob_of(path))
-    return [planned for planned in plan.sites if any(map(pattern.matches, planned.site.paths))]
+    pattern = _pattern(path)
+    return [planned for planned in plan.sites if pattern and any(map(pattern.matches, planned.site.paths))]
 
 
-def _is_glob(path: str) -> bool:
-    """Whether a path is to be taken as a pattern: it has signs of one, and can be read."""
-    try:
-        return path != glob_of(path) and bool(NamePattern(path))
-    except PatternError:
-        return False
+def _pattern(path: str) -> NamePattern | None:
+    """Return what a path means: a glob if it can be read as one, else the name alone; None if no name is like it."""
+    for text in (path, glob_of(path)):
+        with contextlib.suppress(PatternError):
+            return NamePattern(text)
+    return None
 
 
 def _unknown(inventory: Inventory, path: str) -> str:
     if path in dict(inventory.modules):
         return f"{path} is a module without a weight that multiplies an activation"
     names = [name for site in inventory.sites for name in site.paths]
-    near = nearest_names(NamePattern(path if _is_glob(path) else glob_of(path)), names)
-    return f"the model has nothing called {path}" + (f"; nearest: {listing(near, 3)}" if near else "")
+    pattern = _pattern(path)
+    near = nearest_names(pattern, names) if pattern else ()
+    return f"the model has nothing called {shortened(path, LONGEST_NAME)}" + (
+        f"; nearest: {listing(near, 3)}" if near else ""
+    )
 
 
 def _explained(planned: PlannedSite, rules: RuleSet, contraction: str) -> str:

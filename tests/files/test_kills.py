@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.errors import AdapterFileError
+from lora_fx.errors import AdapterFileError, ExportError
 from lora_fx.files.adapter.folder import file_in
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.adapter.read import read_adapters
@@ -135,7 +135,38 @@ def test_save_follows_no_link_that_bears_a_name_of_its_own(tmp_path):
     assert (victim / "file").read_text() == "precious"
 
 
+@pytest.mark.parametrize("planted", [True, False], ids=["hidden folder", "adapter's own folder"])
+def test_save_writes_nothing_where_a_link_leads_out_of_the_folder(tmp_path, planted):
+    folder, elsewhere = tmp_path / "adapter", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (folder / "other").symlink_to(elsewhere)
+    if planted:
+        (folder / ".lora-fx-save" / "other").mkdir(parents=True)
+        (folder / ".lora-fx-save" / "other" / CONFIG_FILE).write_text("of somebody else")
+    with pytest.raises(AdapterFileError, match="a link leads out"):
+        lora_fx.save(adapted(2, 1, ["default"] if planted else ["default", "other"]), folder)
+    assert not list(elsewhere.iterdir())
+
+
+def test_save_takes_nothing_but_adapters_from_what_a_killed_save_has_left(tmp_path):
+    (tmp_path / ".lora-fx-save").mkdir()
+    (tmp_path / ".lora-fx-save" / "notes.txt").write_text("of somebody else")
+    (tmp_path / "notes.txt").write_text("precious")
+    lora_fx.save(adapted(2, 1), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*PAIR, "notes.txt"])
+
+
 # -- exports
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "\ud800", "circle"], ids=["long", "NUL", "half", "circle"])
+def test_paths_that_no_export_can_have_are_refused(tmp_path, path):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(ExportError):
+        lora_fx.export(adapted(2, 1), tmp_path / path, "merged")
+    assert [left.name for left in tmp_path.iterdir()] == ["circle"]
 
 
 def accept(new: Path, old: Path) -> None:

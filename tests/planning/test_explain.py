@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 from click.testing import CliRunner
+from torch import nn
 
 import lora_fx
 from lora_fx.cli import main
+from lora_fx.errors import LoraFxError
 from lora_fx.planning.explain import UnknownPathError
 from tests.support import zoo
 
@@ -78,3 +80,14 @@ def test_command_line_explains_a_model_of_a_file(tmp_path):
     lost = CliRunner().invoke(main, ["explain", f"{tmp_path}/mine.py:make", "7", f"{tmp_path}/rules.yaml"])
     assert lost.exit_code == 2
     assert "the model has nothing called 7" in lost.output
+
+
+@pytest.mark.parametrize(
+    "path", ["", "a..b", ".", "\x1b[31m", "[", "{" * 50, "x" * 5000], ids=lambda path: ascii(path[:9])
+)
+def test_paths_that_no_site_can_have_are_unknown_and_shown_in_one_short_line(path):
+    with pytest.raises(UnknownPathError) as error:
+        lora_fx.explain(nn.Sequential(nn.Linear(2, 2)), path, "attention")
+    assert isinstance(error.value, LoraFxError)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400

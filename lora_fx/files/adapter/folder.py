@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_fx.files.adapter.names import CONFIG_FILE
-from lora_fx.files.atomic import files_in, locked, sync_folder, write_synced
+from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
+from lora_fx.files.atomic import files_in, locked, place_in, sync_folder, write_synced
 
 _MOVED = ".lora-fx-save"
 _LOCK = f"{_MOVED}.lock"
@@ -39,7 +39,7 @@ def replace_files(folder: Path, files: Mapping[Path, bytes]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in files:
-        if (folder / name).is_dir():
+        if place_in(folder, name).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
     with locked(folder / _LOCK, wait=True):
         _end_what_was_killed(folder)
@@ -71,16 +71,20 @@ def _end_what_was_killed(folder: Path) -> None:
 
 
 def _move(folder: Path) -> None:
-    """Give the files in the hidden folder their names; a configuration, by which the others are found, comes last."""
+    """Give the files in the hidden folder their names; a configuration, by which the others are found, comes last.
+
+    What was planted there goes: another file, and a link that would lead a file out of the folder is an OSError.
+    """
     moved = folder / _MOVED
-    names = sorted(files_in(moved), key=lambda name: (name.name == CONFIG_FILE, -len(name.parts), name))
+    ours = (name for name in files_in(moved) if name.name in (CONFIG_FILE, WEIGHTS_FILE))
+    names = sorted(ours, key=lambda name: (name.name == CONFIG_FILE, -len(name.parts), name))
+    places = {name: place_in(folder, name) for name in names}
     for name in reversed(names):
         if name.name == CONFIG_FILE:
-            (folder / name).unlink(missing_ok=True)
+            places[name].unlink(missing_ok=True)
     sync_folder(folder)
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(moved / name, folder / name)
-        sync_folder((folder / name).parent)
+        os.replace(moved / name, places[name])
+        sync_folder(places[name].parent)
     shutil.rmtree(moved, ignore_errors=True)
     sync_folder(folder)

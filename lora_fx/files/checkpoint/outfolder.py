@@ -4,7 +4,6 @@ With the journal a merge that was killed can be finished, and finished by nothin
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -51,15 +50,6 @@ def carry(source: Path, target: Path) -> None:
         shutil.copyfileobj(read, written)
     sync_file(part_of(target))
     settle(part_of(target), target)
-
-
-def folder_in(folder: Path, name: str) -> Path:
-    """Return the place of a file in a folder, its own folder made; OSError where a link leads out of it."""
-    place = folder / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.parent.resolve().is_relative_to(folder.resolve()):
-        raise NotADirectoryError(errno.ENOTDIR, "a link leads out of the directory", str(place.parent))
-    return place
 
 
 def check_folder(folder: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lora_fx.errors import MergeError
+from lora_fx.errors import LONGEST_NAME, MergeError
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
-from lora_fx.files.atomic import settle
+from lora_fx.files.atomic import place_in, settle
 from lora_fx.files.checkpoint import tied
 from lora_fx.files.checkpoint.basefiles import CONFIG, BaseCheckpoint, read_checkpoint, read_object
 from lora_fx.files.checkpoint.jobs import Job, OpenFiles, Workers, jobs, report_rows
@@ -24,7 +24,6 @@ from lora_fx.files.checkpoint.outfolder import (
     carry,
     check_folder,
     entered,
-    folder_in,
     free_bytes,
     fresh_part_of,
     inputs_of,
@@ -41,6 +40,8 @@ from lora_fx.files.checkpoint.sites import plan_merge
 from lora_fx.files.checkpoint.tiles import Sums
 from lora_fx.files.values import DTYPES
 from lora_fx.models.dtypes import warn_of_narrowed_file
+from lora_fx.sources import UnreadableError, check_path
+from lora_fx.text import shortened
 
 AnyPath = str | os.PathLike[str]
 Progress = Callable[[int, int, str], object]
@@ -82,6 +83,11 @@ def merge_files(
     """Write a merged checkpoint; see `lora_fx.merge_checkpoint`."""
     options.check()
     out = Path(out_dir)
+    for path in (base_dir, out):
+        try:
+            check_path(path)
+        except UnreadableError as error:
+            raise MergeError(f"{shortened(os.fspath(path), LONGEST_NAME)}: {error}; nothing was written") from error
     base = read_checkpoint(Path(base_dir))
     _refuse_overlap(base.folder, out)
     check_folder(out)
@@ -186,7 +192,7 @@ class _Merge:
         """Write all files; the one that makes the directory a checkpoint comes last."""
         self.journal.write()
         for name in self.base.carried:
-            carry(self.base.folder / name, folder_in(self.out, name))
+            carry(self.base.folder / name, place_in(self.out, name))
         self._write_shards(workers)
         if self.base.index is not None:
             self._write_json(self.base.index, _index(self.plan))

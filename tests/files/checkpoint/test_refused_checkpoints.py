@@ -28,6 +28,17 @@ from tests.support.merging import (
 # -- refusals
 
 
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "\ud800", "circle"], ids=["long", "NUL", "half", "circle"])
+def test_paths_that_no_folder_can_have_are_refused(tmp_path, base, adapter, path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("circle", "circle")
+    for given, out in ((base, path), (path, "out")):
+        with pytest.raises(MergeError, match="nothing was written") as error:
+            merge_checkpoint(given, adapter, out)
+        assert len(str(error.value)) < 400
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_quantised_base_is_refused_by_its_configuration(tmp_path, adapter, nested):
     quantised = {"quantization_config": {"quant_method": "gptq"}}
