@@ -123,7 +123,7 @@ def _spoil_header(draw: random.Random, header: dict[str, Any]) -> None:
         at = draw.randrange(len(shape) + 1)
         shape[at : at + draw.randint(0, 1)] = [draw.choice(SIZES)] * draw.choice((1, 1, 1, 60))
     elif what < 0.5:
-        entry["data_offsets"] = draw.choice(([0, draw.choice(SIZES)], [0], "ab", {}, entry["data_offsets"][::-1]))
+        entry["data_offsets"] = draw.choice(([0, draw.choice(SIZES)], [0], "ab", {}, list(entry["data_offsets"])[::-1]))
     elif what < 0.75:
         header[draw.choice(NAMES)] = header.pop(name)
     elif what < 0.85:
