@@ -38,6 +38,7 @@ def nobody_is_asked(monkeypatch):
         ({"parts": [{"auto_map": {"AutoModel": "modeling.Other"}}]}, "parts.0.auto_map"),
         ({"attn_implementation": "someone/kernel"}, "attn_implementation"),
         ({"_attn_implementation": "paged|someone/kernel@main:part"}, "_attn_implementation"),
+        ({"_attn_implementation_internal": "someone/kernel"}, "_attn_implementation_internal"),
         ({"attn_implementation": {"text_config": "someone/kernel"}}, "attn_implementation"),
         ({"experts_implementation": "someone/kernel"}, "experts_implementation"),
     ],
@@ -93,6 +94,24 @@ def test_configuration_that_is_none_is_an_error_that_names_the_directory(tmp_pat
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelSpecError, match=str(tmp_path)):
         from_transformers(str(tmp_path), weights=False)
+
+
+def test_part_that_a_configuration_names_by_a_hub_is_not_fetched(tmp_path, monkeypatch):
+    tried = []
+
+    def resolve(host, *_, **__):
+        tried.append(host)
+        raise OSError("there is no network")
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    changes = {
+        "model_type": "vitmatte", "architectures": ["VitMatteForImageMatting"],
+        "backbone": "someone/model", "use_pretrained_backbone": True, "use_timm_backbone": False,
+    }  # fmt: skip
+    with pytest.raises(ModelSpecError, match="cannot make this model"):
+        from_transformers(_directory(tmp_path, **changes), weights=False)
+    assert not tried
 
 
 def test_directory_with_an_adapter_gives_no_other_model_than_the_one_that_lies_there(tmp_path):

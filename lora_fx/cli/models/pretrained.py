@@ -1,5 +1,6 @@
 """hf:DIRECTORY: a model of transformers from a directory of the machine; no code that it names is fetched or run."""
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,15 +47,28 @@ def from_transformers(directory: str, weights: bool) -> nn.Module:
         why = "transformers would load the base that its adapter_config.json names, and the adapter"
         raise ModelSpecError(f"{directory} holds an adapter: {why}\n  give the directory of the base alone")
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        kind = _class_of(config, transformers)
-        return _with_weights(kind, directory) if weights else _without_weights(kind, config)
+        with _offline():
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            kind = _class_of(config, transformers)
+            return _with_weights(kind, directory) if weights else _without_weights(kind, config)
     except LoraFxError:
         raise
     except Exception as error:  # a configuration that transformers does not understand fails in any way
         text = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {text[0][:300] if text else ''}"
         raise ModelSpecError(f"{directory}: transformers cannot make this model: {what}") from error
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Keep transformers from the network: a configuration may name a part (a `backbone`) that it would fetch."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _refuse_code(file: Path, content: Any) -> None:
@@ -72,7 +86,7 @@ def _named_code(path: str, content: Any) -> Iterator[tuple[str, str]]:
         here = f"{path}.{key}" if path else str(key)
         if key == "auto_map" and value:
             yield here, "names Python files that define the model"
-        elif str(key).endswith("_implementation"):
+        elif "_implementation" in str(key):
             for name in value.values() if isinstance(value, dict) else (value,):
                 if isinstance(name, str) and ("/" in name or _comes_from_hub(name)):
                     yield here, f"{name[:60]!r} is a kernel that is fetched from a hub"
