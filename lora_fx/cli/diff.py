@@ -13,7 +13,8 @@ from lora_fx.planning.diff import PlanDiff, plan_diff
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.reading import PlanFileError
 from lora_fx.planning.rows import fold_rows
-from lora_fx.sources import UnreadableError, parse_json
+from lora_fx.sources.document import parse_json
+from lora_fx.sources.regular import UnreadableError
 from lora_fx.text import columns
 
 _JSON = (".json", STANDARD)

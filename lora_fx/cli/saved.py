@@ -5,7 +5,8 @@ import sys
 from lora_fx.errors import LONGEST_NAME, LoraFxError
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.reading import PlanFileError
-from lora_fx.sources import MOST_JSON_BYTES, UnreadableError, read_bytes, read_stream
+from lora_fx.sources.document import MOST_JSON_BYTES
+from lora_fx.sources.regular import UnreadableError, read_bytes, read_stream
 from lora_fx.text import shortened
 
 

@@ -18,7 +18,7 @@ from lora_fx.files.atomic import files_in
 from lora_fx.files.replacing import staged
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
-from lora_fx.sources import UnreadableError, check_path
+from lora_fx.sources.regular import UnreadableError, check_path
 from lora_fx.text import listing
 from lora_fx.tuned.build import record_in
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lora_fx.errors import MergeError
-from lora_fx.sources import UnreadableError, open_regular, parse_json
+from lora_fx.sources.document import parse_json
+from lora_fx.sources.regular import UnreadableError, open_regular
 
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,

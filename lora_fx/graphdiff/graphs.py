@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import LONGEST_NAME, LoraFxError
-from lora_fx.sources import MOST, MOST_JSON_BYTES, UnreadableError, parse_json, read_bytes, structured
+from lora_fx.sources.document import MOST_JSON_BYTES, parse_json
+from lora_fx.sources.regular import UnreadableError, read_bytes
+from lora_fx.sources.structure import MOST, structured
 from lora_fx.text import json_text, shortened
 
 SCHEMA_VERSION = 1

@@ -14,7 +14,7 @@ from lora_fx.graphdiff.costs import totals
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.models.code import UncompiledGraph
 from lora_fx.models.torch_internals import deepcopy
-from lora_fx.sources import is_regular
+from lora_fx.sources.regular import is_regular
 
 
 class ProgramFileError(LoraFxError):

@@ -9,7 +9,9 @@ from lora_fx.planning.planned import PlannedSite
 from lora_fx.rules.keys import MOST_DIMENSIONS, OPS
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import LoRAConfig, Slices
-from lora_fx.sources import MOST, UnreadableError, parse_json, structured
+from lora_fx.sources.document import parse_json
+from lora_fx.sources.regular import UnreadableError
+from lora_fx.sources.structure import MOST, structured
 from lora_fx.text import shortened
 
 SCHEMA_VERSION = 1

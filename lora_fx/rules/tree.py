@@ -16,7 +16,7 @@ from typing import IO, Any
 import yaml
 
 from lora_fx.errors import MOST_SHOWN, Problem, RuleError, SourceSpan
-from lora_fx.sources import UnreadableError, read_bytes, read_stream
+from lora_fx.sources.regular import UnreadableError, read_bytes, read_stream
 from lora_fx.text import shortened
 
 MOST_BYTES = 1024 * 1024

@@ -11,7 +11,7 @@ import networkx as nx
 import lora_fx
 
 PACKAGE = Path(lora_fx.__file__).parent
-ROOT_FILES = {"__init__", "__main__", "api", "errors", "sources", "text"}
+ROOT_FILES = {"__init__", "__main__", "api", "errors", "text"}
 ORDER = [
     ["text", "sources"],
     ["errors"],

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.sources import UnreadableError, is_regular, read_json
+from lora_fx.sources.document import read_json
+from lora_fx.sources.regular import UnreadableError, is_regular
 from lora_fx.text import columns, listing
 
 _MOST_BYTES = 16 * 1024 * 1024

@@ -8,7 +8,8 @@ from typing import Any
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.names import CONFIG_FILE, ends_of, full_match, has_end
 from lora_fx.files.adapter.patterns import Patterns
-from lora_fx.sources import UnreadableError, is_regular, read_json
+from lora_fx.sources.document import read_json
+from lora_fx.sources.regular import UnreadableError, is_regular
 from lora_fx.text import listing
 
 Fact = tuple[str, str]

@@ -13,7 +13,7 @@ from lora_fx.planning.sites import Layout
 from lora_fx.rules.keys import OPS, is_adapter_name
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import LoRAConfig, Slices
-from lora_fx.sources import parse_json
+from lora_fx.sources.document import parse_json
 
 FORMAT_VERSION = 1
 HASH = "sha256"

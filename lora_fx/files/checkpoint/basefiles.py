@@ -12,7 +12,8 @@ from typing import Any
 from lora_fx.errors import MergeError
 from lora_fx.files.adapter.names import CONFIG_FILE as ADAPTER_CONFIG
 from lora_fx.files.safetensors import RawFile, RawTensor, read_raw
-from lora_fx.sources import UnreadableError, is_inside, is_regular, read_json
+from lora_fx.sources.document import read_json
+from lora_fx.sources.regular import UnreadableError, is_inside, is_regular
 from lora_fx.text import listing, shortened
 
 CONFIG = "config.json"

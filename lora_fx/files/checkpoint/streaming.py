@@ -40,7 +40,7 @@ from lora_fx.files.checkpoint.sites import plan_merge
 from lora_fx.files.checkpoint.tiles import Sums
 from lora_fx.files.values import DTYPES
 from lora_fx.models.dtypes import warn_of_narrowed_file
-from lora_fx.sources import UnreadableError, check_path
+from lora_fx.sources.regular import UnreadableError, check_path
 from lora_fx.text import shortened
 
 AnyPath = str | os.PathLike[str]

@@ -7,16 +7,8 @@ import time
 
 import pytest
 
-from lora_fx.sources import (
-    UnreadableError,
-    is_inside,
-    is_regular,
-    open_regular,
-    parse_json,
-    read_bytes,
-    read_json,
-    read_stream,
-)
+from lora_fx.sources.document import parse_json, read_json
+from lora_fx.sources.regular import UnreadableError, is_inside, is_regular, open_regular, read_bytes, read_stream
 
 
 def test_a_regular_file_is_read_and_so_is_a_link_to_one(tmp_path):
@@ -73,7 +65,7 @@ def test_a_file_that_becomes_a_pipe_between_look_and_open_is_refused_too(tmp_pat
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_bytes(b"1")
     looked_at = os.stat(tmp_path / "file")
-    monkeypatch.setattr("lora_fx.sources.os.stat", lambda path: looked_at)
+    monkeypatch.setattr("lora_fx.sources.regular.os.stat", lambda path: looked_at)
     with pytest.raises(UnreadableError, match="is a pipe"):
         open_regular(tmp_path / "pipe")
 
