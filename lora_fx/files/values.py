@@ -1,7 +1,6 @@
 """The values in a safetensors file: their dtypes, a few of them, and bytes that depend on nothing else."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor
 from lora_fx.errors import RefusedError
 from lora_fx.files.fingerprint import sample_positions
 from lora_fx.files.safetensors import BITS, RawFile, RawTensor
+from lora_fx.sources.regular import SURROGATE
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """What can be merged into; everything else is only copied."""
 DTYPES = FLOATS | {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_HALF = re.compile(r"[\ud800-\udfff]")
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -40,7 +39,7 @@ def refuse_unwritable(names: Iterable[str]) -> None:
     Raises:
         RefusedError: with all of them.
     """
-    halves = [(name, "holds half a character") for name in names if not name.isascii() and _HALF.search(name)]
+    halves = [(name, "holds half a character") for name in names if not name.isascii() and SURROGATE.search(name)]
     if halves:
         raise RefusedError("names that no file can hold; nothing was written", halves, "rename these modules")
 

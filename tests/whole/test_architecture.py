@@ -29,7 +29,7 @@ TESTS = Path(__file__).parents[1]
 NO_TORCH = {"text", "sources", "errors", "rules", "planning", "cli", "__main__"}
 
 
-def test_six_files_and_the_folders_of_the_pipeline_stand_at_the_root():
+def test_five_files_and_the_folders_of_the_pipeline_stand_at_the_root():
     assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_FILES
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders == set(RANK) - ROOT_FILES
