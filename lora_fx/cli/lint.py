@@ -5,7 +5,7 @@ import click
 from lora_fx.cli.options import rules_argument, rules_of
 from lora_fx.cli.verbs import DIFFERS
 from lora_fx.errors import RuleError
-from lora_fx.text import count
+from lora_fx.text import count, visible
 
 
 @click.command("lint")
@@ -25,5 +25,5 @@ def command(context: click.Context, rules: tuple[str, ...]) -> None:
             continue
         for warning in warnings:
             click.echo(f"warning: {warning}", err=True)
-        click.echo(f"{name}: {count(len(read.rules), 'rule')}, no problem")
+        click.echo(f"{visible(name)}: {count(len(read.rules), 'rule')}, no problem")
     context.exit(DIFFERS if failed else 0)

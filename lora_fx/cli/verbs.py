@@ -23,7 +23,7 @@ class Misuse(click.UsageError):
 
     def show(self, file: IO[Any] | None = None) -> None:
         path = self.ctx.command_path if self.ctx is not None else "lora-fx"
-        click.echo(f"lora-fx: {self.format_message()} (see {path} --help)", err=True)
+        click.echo(f"lora-fx: {visible(self.format_message())} (see {path} --help)", err=True)
 
 
 @contextlib.contextmanager

@@ -213,3 +213,30 @@ def test_names_with_the_signs_of_patterns_are_explained_and_extracted_as_names(n
     with torch.no_grad():
         other.layers[name].weight.add_(1)
     assert [site.path for site in lora_fx.inspect(lora_fx.extract(other, model, r=1)).sites] == [f"layers.{name}"]
+
+
+def test_rule_named_with_what_is_not_seen_heads_a_diff_in_one_line():
+    model = nn.Sequential(nn.Linear(2, 2))
+    rules = [{"name": "\x1b]0;t\x07\nb", "match": {"name": "**"}, "lora": {"r": 1}}]
+    text = str(lora_fx.diff(model, lora_fx.apply(model, {"version": 1, "rules": rules})))
+    assert "\\x1b]0;t\\x07\\nb" in text
+    assert hidden_in(text) <= {"\n"}
+
+
+def test_what_the_command_line_says_of_names_classes_and_folders_is_seen(tmp_path):
+    torch.manual_seed(0)
+    odd = tmp_path / "\x1b]0;t\x07"
+    model = nn.Sequential(nn.Linear(2, 2))
+    lora_fx.save(lora_fx.apply(model, RULES), tmp_path / "adapter")
+    lora_fx.export(lora_fx.apply(model, RULES), tmp_path / "base", "merged")
+    factory = tmp_path / "factory.py"
+    factory.write_text(f"from torch import nn\nmade = type({odd.name!r}, (nn.Sequential,), {{}})(nn.Linear(2, 2))\n")
+    calls = [
+        (odd.name,), ("plan", "--" + odd.name), ("bench", "a:b", "attention", "--tokens", odd.name),
+        ("inspect", str(tmp_path / "adapter"), f"{factory}:made"), ("merge", str(tmp_path / "base"),
+        str(tmp_path / "adapter"), "-o", str(odd)),
+    ]  # fmt: skip
+    for call in calls:
+        output = run(*call).output
+        assert "\\x1b]0;t\\x07" in output
+        assert hidden_in(output) <= {"\n"}

@@ -23,7 +23,7 @@ from lora_fx.graphdiff.programs import load_program
 from lora_fx.models.code import module_of
 from lora_fx.models.samples import call, samples_for
 from lora_fx.rules.ruleset import RuleSet
-from lora_fx.text import count
+from lora_fx.text import count, visible
 
 FORMS = "package.module:factory, file.py:factory, hf:DIRECTORY, a .pt2 or a .safetensors file"
 
@@ -71,7 +71,7 @@ def check_fit(adapter: str, spec: str, trust: bool) -> str:
     model, inputs = load_model(spec, trust=trust)
     _, _, decisions = fitted(adapter, model, samples_for(model, inputs))
     sites = len(decisions.adapted)
-    return f"fits {type(model).__name__}: {count(sites, 'site')} with the names and shapes of the adapter"
+    return f"fits {visible(type(model).__name__)}: {count(sites, 'site')} with the names and shapes of the adapter"
 
 
 def compared(a: str | Graph, b: str | Graph, trust: bool) -> GraphDiff:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_fx.text import columns, count, json_text
+from lora_fx.text import columns, count, json_text, visible
 
 _MOST_SHOWN = 5
 
@@ -67,7 +67,7 @@ class MergeReport:
         """Return a summary with the tensors of which rounding took the most, or with all."""
         ways = Counter(tensor.how for tensor in self.tensors)
         parts = [f"{number:,} {how}" for how, number in sorted(ways.items())]
-        lines = [f"{self.folder}: {', '.join([*parts, f'{self.untouched:,} untouched'])}"]
+        lines = [f"{visible(str(self.folder))}: {', '.join([*parts, f'{self.untouched:,} untouched'])}"]
         lines += [columns([tensor.row() for tensor in self._shown(everything)])] if self.tensors else []
         if self.untied:
             lines.append("  config.json: tie_word_embeddings is false now, since head and embedding differ")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from lora_fx.graphdiff.changes import GraphDifference, SiteChange
 from lora_fx.planning.rows import fold_rows
-from lora_fx.text import count, scaled, thousands
+from lora_fx.text import count, scaled, thousands, visible
 
 
 def diff_text(diff: GraphDifference) -> str:
@@ -45,7 +45,7 @@ _PATH_NUMBER = re.compile(r"\d+")
 
 def _hunk(changes: Sequence[SiteChange]) -> list[str]:
     change = changes[0]
-    facts = " · ".join(filter(None, (sites_text(changes), change.note, cost_text(change, len(changes)))))
+    facts = " · ".join(filter(None, (sites_text(changes), visible(change.note), cost_text(change, len(changes)))))
     return [f"@@ {facts} @@", *(f"-    {text}" for text in change.removed), *(f"+    {text}" for text in change.added)]
 
 
