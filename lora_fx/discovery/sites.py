@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import HOME, is_adapted
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse
 from lora_fx.errors import RefusedError
+from lora_fx.models.code import refuse_odd_names
 from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_shape
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
@@ -46,7 +47,10 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
 
 
 def refuse_unfit(model: nn.Module) -> None:
-    """Raise RefusedError for a model that cannot be adapted at all: lazy, adapted already, scripted or compiled."""
+    """Raise RefusedError for a model that cannot be adapted at all.
+
+    It is lazy, adapted already, scripted, compiled, or has a GraphModule whose names Python misreads.
+    """
     if is_adapted(model):
         raise RefusedError(
             "the model is adapted already", advice="lora_fx.remove(model) or lora_fx.merge(model) gives one that is not"
@@ -65,6 +69,9 @@ def refuse_unfit(model: nn.Module) -> None:
             "merge_and_unload() folds them in; lora_fx.load reads their files",
         )
     refuse_lazy(model)
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):  # its code calls another module than its graph says: torch.fx's doing
+            refuse_odd_names(module.graph)
 
 
 def uses_in(plan: Plan) -> Uses | None:

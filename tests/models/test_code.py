@@ -122,6 +122,26 @@ def test_graph_of_ones_own_is_not_compiled_with_a_name_that_would_not_stay_itsel
     assert ascii(f"layers.{name}") in dict(refused.value.refusals)
 
 
+@pytest.mark.parametrize("backend", ["auto", "modules"])
+def test_graph_module_whose_code_calls_another_module_than_its_graph_says_is_refused(backend):
+    traced, x = fx.symbolic_trace(Calls("\ufb01")), torch.randn(2, 4)
+    assert torch.equal(traced(x), traced.get_submodule("layers.fi")(x))  # seen with torch 2.13: findings/
+    with pytest.raises(RefusedError, match="do not stay names"):
+        lora_fx.apply(traced, RULES, (x,), backend=backend)
+
+
+class Calls(nn.Module):
+    """Calls one of two layers, whose names Python takes for one."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.layers = nn.ModuleDict({"\ufb01": nn.Linear(4, 4), "fi": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.layers[self.name](x) + 0 * self.layers["fi"](x)
+
+
 def _graph(op, target, args=(), kwargs=None):
     graph = fx.Graph()
     x = graph.placeholder("x")
