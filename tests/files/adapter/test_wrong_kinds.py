@@ -269,6 +269,7 @@ def test_no_flipped_bit_is_read_as_something_else(seed, saved):
 
 ODD_NOTES = {
     "op": "sideways",
+    "init": "by hand",
     "layout": "diagonal",
     "read": "yes",
     "parameter": 7,
