@@ -33,7 +33,7 @@ def pytest_collection_finish():
 
 def pytest_terminal_summary(terminalreporter):
     """Show what long random runs have measured."""
-    for report in (each for kind in ("passed", "failed") for each in terminalreporter.getreports(kind)):
+    for report in (report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)):
         for name, value in report.user_properties:
             if name == "figures" and report.when == "call":
                 terminalreporter.write_line(f"{report.nodeid.split('::')[-1]}: {value}")

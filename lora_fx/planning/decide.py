@@ -199,10 +199,10 @@ def _otherwise_decided(plan: Plan, inventory: Inventory) -> list[tuple[str, str,
     anew = decide(read_rules(plan.rules), inventory, strict=False)
     decided = {planned.path: _doing(planned) for planned in anew.sites}
     states = ((old.path, _doing(old), decided[old.path]) for old in plan.sites)
-    found = [state for state in states if state[1] != state[2]]
+    changed = [state for state in states if state[1] != state[2]]
     sums = (("fingerprint", plan.fingerprint, anew.fingerprint), ("parameters", plan.total, anew.total))
     modules = (("train", *(", ".join(part.path for part in which.train) for which in (plan, anew))),)
-    return found + [(what, str(old), str(new)) for what, old, new in (*sums, *modules) if old != new]
+    return changed + [(what, str(old), str(new)) for what, old, new in (*sums, *modules) if old != new]
 
 
 def _doing(planned: PlannedSite) -> str:

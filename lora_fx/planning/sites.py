@@ -99,17 +99,17 @@ def differences(planned: Iterable[Site], present: Iterable[Site]) -> list[tuple[
     Where name, operation and shape are the same, the facts that differ are named.
     """
     before, after = ({site.path: site for site in sites} for sites in (planned, present))
-    found = []
+    differences = []
     for path in before | after:
         old, new = before.get(path), after.get(path)
         if old is None or new is None or _identity(old) != _identity(new):
-            found.append(
+            differences.append(
                 (path, "nothing" if old is None else _identity(old), "nothing" if new is None else _identity(new))
             )
         elif other := [name for name in _RELIED_ON if getattr(old, name) != getattr(new, name)]:
             facts = (", ".join(f"{name} {getattr(site, name)!r}" for name in other) for site in (old, new))
-            found.append((path, *map(shortened, facts)))  # type: ignore[arg-type]
-    return found
+            differences.append((path, *map(shortened, facts)))  # type: ignore[arg-type]
+    return differences
 
 
 def _identity(site: Site) -> str:

@@ -92,7 +92,7 @@ class NodeReader:
         if all(holds(value, bound) for _, bound, holds in bounds):
             return value
         too_large = [(words, bound, holds) for words, bound, holds in bounds if holds is operator.le and value > bound]
-        told = too_large or [each for each in bounds if each[2] is not operator.le]
+        told = too_large or [bound for bound in bounds if bound[2] is not operator.le]
         allowed = " and ".join(f"{words} {bound}" for words, bound, _ in told)
         self.problem(node.span, f"{what} must be {allowed}, found {value}")
         return None

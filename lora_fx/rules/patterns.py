@@ -78,15 +78,15 @@ def _parsed(text: str) -> Expression:
 
 def _compiled(text: str) -> _Compiled:
     """Return the pattern that a text stands for; PatternError where it is not one, or is too large."""
-    found = _known.get(text)
-    if found is None:
-        found = _Compiled(text)
-        _sizes["states"] += found.states
+    compiled = _known.get(text)
+    if compiled is None:
+        compiled = _Compiled(text)
+        _sizes["states"] += compiled.states
         if _sizes["states"] > _MOST_KNOWN:
             _known.clear()
-            _sizes["states"] = found.states
-        _known[text] = found
-    return found
+            _sizes["states"] = compiled.states
+        _known[text] = compiled
+    return compiled
 
 
 def automaton_of(text: str) -> Automaton:

@@ -46,11 +46,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if not name.startswith(".")}
 
 
-def pairs(found: dict[str, bytes]) -> dict[str, tuple[bytes, bytes]]:
+def pairs(held: dict[str, bytes]) -> dict[str, tuple[bytes, bytes]]:
     """Return configuration and weights by folder, where both are there."""
-    folders = {str(Path(name).parent) for name in found}
+    folders = {str(Path(name).parent) for name in held}
     keys = {folder: [str(Path(folder) / name) for name in PAIR] for folder in folders}
-    return {folder: (found[a], found[b]) for folder, (a, b) in keys.items() if a in found and b in found}
+    return {folder: (held[a], held[b]) for folder, (a, b) in keys.items() if a in held and b in held}
 
 
 def read(folder: Path) -> list[dict[str, torch.Tensor]] | None:
@@ -97,15 +97,15 @@ def test_save_killed_before_any_step_leaves_the_old_adapter_or_the_new_one(tmp_p
 
     seen = []
     for _ in kills(lambda: lora_fx.save(new, folder), before, every):
-        found = files(folder) if folder.exists() else {}
-        for place, pair in pairs(found).items():
+        left = files(folder) if folder.exists() else {}
+        for place, pair in pairs(left).items():
             assert pair in [pairs(whole)[place] for whole in expected]
         now = read(folder)
-        assert now is None or any(same(now, each) for each in known)
+        assert now is None or any(same(now, adapter) for adapter in known)
         seen.append("none" if now is None else "old" if same(now, known[0]) else "new")
         if there != "nothing":
             assert now is not None
-            assert found["optimizer.pt"] == b"of somebody else"
+            assert left["optimizer.pt"] == b"of somebody else"
             lora_fx.save(new, folder)
             assert files(folder) == expected[1] | {"optimizer.pt": b"of somebody else"}
             assert not [name for name in contents(folder) if name.startswith(".")]
@@ -243,12 +243,12 @@ def test_adapter_export_killed_before_any_step_is_whole_or_not_there(tmp_path):
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(tmp_path / "old", path)
 
-    found = [
+    left = [
         files(path) if path.exists() else {} for _ in kills(lambda: lora_fx.export(adapted(7, 7), path, "peft"), before)
     ]
-    assert all(each in ({}, *whole.values()) for each in found)
-    assert whole["old"] in found
-    assert {} in found
+    assert all(state in ({}, *whole.values()) for state in left)
+    assert whole["old"] in left
+    assert {} in left
 
 
 # -- a merge of files

@@ -37,9 +37,9 @@ def run(case: Callable[[int], bool], seeds: range) -> str:
             error.add_note(f"seed {seed}")
             raise
         slowest = max(slowest, (time.perf_counter() - start, seed))
-    each = 1000 * (time.perf_counter() - begun) / len(seeds)
+    milliseconds = 1000 * (time.perf_counter() - begun) / len(seeds)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return (
-        f"{len(seeds):,} cases, {read:,} of them read, {each:.2f} ms each; slowest {slowest[0]:.3f} s (seed {slowest[1]}); "
+        f"{len(seeds):,} cases, {read:,} of them read, {milliseconds:.2f} ms each; slowest {slowest[0]:.3f} s (seed {slowest[1]}); "
         f"memory + {grown:.0f} MiB"
     )

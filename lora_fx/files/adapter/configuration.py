@@ -312,4 +312,4 @@ def _targets(value: Any) -> str | Names:
 
 
 def _token_rows(rows: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-    return {name: tuple(each or ()) for name, each in rows.items()} if isinstance(rows, dict) else tuple(rows)
+    return {name: tuple(indices or ()) for name, indices in rows.items()} if isinstance(rows, dict) else tuple(rows)

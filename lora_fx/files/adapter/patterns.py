@@ -53,7 +53,7 @@ class Patterns(Generic[Number]):
     def _add(self, number: int, key: str) -> None:
         plain = _PLAIN.fullmatch(key)
         if plain is not None:
-            texts = re.sub(r"\\(.)|\.", lambda found: found[1] or "\0", plain[2], flags=re.DOTALL).split("\0")
+            texts = re.sub(r"\\(.)|\.", lambda sign: sign[1] or "\0", plain[2], flags=re.DOTALL).split("\0")
             ends = accumulate(texts, lambda end, text: end + 1 + len(text), initial=-1)
             pieces = tuple((end + 1, end + 1 + len(text)) for end, text in zip(ends, texts, strict=False))
             forms = self._plain.setdefault(pieces[-1][1], {})
@@ -86,15 +86,15 @@ class Patterns(Generic[Number]):
         if name not in self._found:
             begun = time.process_time()
             self._seconds += _SECONDS_PER_NAME
-            found = [*self._plain_ones(name)]
+            numbers = [*self._plain_ones(name)]
             for number, expression in self._expressions.items():
                 left = self._seconds - (time.process_time() - begun)
                 if expression.matches(name, left):
-                    found.append(number)
+                    numbers.append(number)
             self._seconds -= time.process_time() - begun
             if self._seconds < 0:
                 raise _too_slow(f"{len(self._keys):,} entries", name)
-            self._found[name] = tuple(sorted(found))
+            self._found[name] = tuple(sorted(numbers))
         return self._found[name]
 
     def _plain_ones(self, name: str) -> Iterator[int]:

@@ -179,8 +179,8 @@ class _AdapterReader:
     def _owners(self) -> dict[str, str]:
         """Paths of the modules trained whole, by the key of each tensor that belongs to one."""
         names = self.config.modules_to_save
-        found = {key: module_to_save(key.removeprefix(PREFIX), names) for key in self.tensors}
-        return {key: owner for key, owner in found.items() if owner and split_factor_key(key) is None}
+        owners = {key: module_to_save(key.removeprefix(PREFIX), names) for key in self.tensors}
+        return {key: owner for key, owner in owners.items() if owner and split_factor_key(key) is None}
 
     def _trained(self) -> dict[str, str]:
         """Return the owners that were trained; others are there because PEFT looks at the ends of names."""

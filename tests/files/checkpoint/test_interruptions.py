@@ -50,7 +50,7 @@ def stop_after(calls):
 @pytest.mark.parametrize("options", [{}, {"rounding": "stochastic", "out_dtype": "float16"}], ids=["plain", "cast"])
 def test_merge_stopped_anywhere_is_continued_to_the_same_bytes(tmp_path, sharded, adapter, options):
     told = []
-    whole = merge_checkpoint(sharded, adapter, tmp_path / "whole", **options, progress=lambda *each: told.append(each))
+    whole = merge_checkpoint(sharded, adapter, tmp_path / "whole", **options, progress=lambda *step: told.append(step))
     assert len(told) > 5
     for calls in range(len(told)):
         out = tmp_path / f"out{calls}"
@@ -244,7 +244,7 @@ print(kills, "kills,", finished, "finished between them")
 @pytest.mark.slow
 def test_merge_killed_at_twenty_random_moments_gives_the_same_bytes(tmp_path):
     shards = [{f"layers.{n}.fc.weight": weight(1024, 2048), f"layers.{n}.norm": weight(1024)} for n in range(12)]
-    adapter = {key: each for n in range(12) for key, each in factors(f"layers.{n}.fc", 1024, 2048).items()}
+    adapter = {key: tensor for n in range(12) for key, tensor in factors(f"layers.{n}.fc", 1024, 2048).items()}
     paths = write_base(tmp_path / "base", *shards), write_adapter(tmp_path / "adapter", adapter)
     command = [sys.executable, "-c", KILLED, *map(str, paths), str(tmp_path / "whole"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -274,10 +274,10 @@ print(status("VmHWM") - idle)
 def test_memory_stays_below_64_mib_whatever_the_shape(tmp_path, shape, rounding):
     """A quarter of a gigabyte in one tensor; the adapter is half precision, so that its upcast would show."""
     tensors = {"fc.weight": torch.zeros(shape, dtype=torch.bfloat16), "other": torch.zeros(1 << 26, dtype=torch.uint8)}
-    adapter = {key: each.bfloat16() for key, each in factors("fc", *shape, r=1 if 16 in shape else 64).items()}
+    adapter = {key: tensor.bfloat16() for key, tensor in factors("fc", *shape, r=1 if 16 in shape else 64).items()}
     base = write_base(tmp_path / "base", tensors)
     folder = write_adapter(tmp_path / "adapter", adapter, r=1 if 16 in shape else 64)
-    own = sum(each.nbytes for each in adapter.values())
+    own = sum(tensor.nbytes for tensor in adapter.values())
     command = [sys.executable, "-c", MEMORY, str(base), str(folder), str(tmp_path / "out"), rounding]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert int(done.stdout) * 1024 - own <= 64 << 20
