@@ -18,6 +18,8 @@ SCHEMA_VERSION = 1
 INPUT, RETURN = "input", "return"
 _REFERENCE = re.compile(r"\$(\$|[0-9]+)")
 _DTYPE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,40}")
+MOST_INPUTS = 100_000
+"""And 20 for each node: a comparison holds some 400 bytes for an input, and no model has more."""
 _BITS = re.compile(r"\d+")
 
 
@@ -176,6 +178,9 @@ def _check(graph: Graph) -> None:
     for name, weight in graph.weights.items():
         if math.prod(weight.shape) >= MOST or not _DTYPE.fullmatch(weight.dtype):
             raise UnreadableError(f"the weight {shortened(name)!r} has no shape or no dtype of a tensor")
+    edges, most = sum(len(node.inputs) for node in graph.nodes), MOST_INPUTS + 20 * len(graph.nodes)
+    if edges > most:
+        raise UnreadableError(f"the nodes have {edges:,} inputs together; at most {most:,} are read of so many nodes")
     for position, node in enumerate(graph.nodes):
         where = f"node {position} ({shortened(node.path or node.op)})"
         if not all(source < position for source in node.inputs):

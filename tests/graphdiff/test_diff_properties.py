@@ -182,3 +182,9 @@ def test_a_file_that_holds_no_graph_is_refused(text, said, tmp_path):
     (tmp_path / "graph.json").write_text(text)
     with pytest.raises(GraphFileError, match=said):
         Graph.load(tmp_path / "graph.json")
+
+
+def test_a_file_whose_nodes_have_more_inputs_than_any_model_is_refused():
+    nodes = (Statement("", "input", "x", ""), Statement("", "cat", "y", "cat($0)", (0,) * 200_000))
+    with pytest.raises(GraphFileError, match="200,000 inputs together; at most 100,040"):
+        Graph.from_json(Graph("A", nodes).to_json())
