@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.options import model_argument, trust_option
-from lora_fx.cli.output import write
+from lora_fx.text import visible
 
 
 @click.command("export", short_help="Write an adapted model for another program.")
@@ -32,7 +32,7 @@ def command(
     target_named(target)
     built, inputs = load_model(model, weights=True, trust=trust)
     tuned = load(built, adapter).eval()
-    write(str(export(tuned, output, target, inputs, verify, **given)))
+    click.echo(visible(str(export(tuned, output, target, inputs, verify, **given)), kept="\n"))  # paths are not wrapped
 
 
 def _read(options: tuple[str, ...]) -> dict[str, Any]:

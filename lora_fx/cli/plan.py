@@ -1,6 +1,7 @@
 """`lora-fx plan`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,11 +16,10 @@ from lora_fx.cli.options import (
     trust_option,
 )
 from lora_fx.cli.output import terminal_width, write
-from lora_fx.cli.rendering import plan_as, plan_diff_as
-from lora_fx.cli.saved import read_plan
 from lora_fx.cli.verbs import DIFFERS
-from lora_fx.planning.diff import plan_diff
-from lora_fx.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from lora_fx.planning.plan import Plan
 
 
 @click.command("plan")
@@ -48,6 +48,10 @@ def command(
     Every weight that multiplies is listed with what would be done to it; nothing is changed.  MODEL may be a plan that
     was saved with --format json; RULES are left out then.
     """
+    from lora_fx.cli.rendering import plan_as, plan_diff_as
+    from lora_fx.cli.saved import read_plan
+    from lora_fx.planning.diff import plan_diff
+
     expected = None if expect is None else read_plan(expect)
     current = planned(model, rules, trust)
     if expected is not None:
@@ -58,8 +62,10 @@ def command(
     write(plan_as(current, form, not everything, stat, width), output, form)
 
 
-def planned(model: str, rules: str | None, trust: bool) -> Plan:
+def planned(model: str, rules: str | None, trust: bool) -> "Plan":
     """Return the plan of a model by rules, or a saved one."""
+    from lora_fx.cli.saved import read_plan
+
     if rules is None:
         if not model.endswith(".json") and model != "-":
             raise click.UsageError("RULES are missing: a file, or one of the shipped ones; or give a saved plan.json")

@@ -247,7 +247,7 @@ def test_configuration_claims_the_layers_that_peft_would_adapt(settings, tmp_pat
         theirs = LoraConfig(**setting)
         written = {key: sorted(value) if isinstance(value, set) else value for key, value in theirs.to_dict().items()}
         (tmp_path / "adapter_config.json").write_text(json.dumps(written))
-        ours = read_configuration(tmp_path)
+        ours = read_configuration(tmp_path / "adapter_config.json")
         expected = [path for path in PATHS if check_target_module_exists(theirs, path)]
         assert [path for path in PATHS if ours.claims(path)] == expected, setting
         chosen |= set(expected)
