@@ -4,7 +4,7 @@ Each carries fields, not only a text, and reads alike: the first line says what 
 aligned under it, all of them; the last line says what to do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_fx.text import caret, columns, count, shortened, visible
@@ -24,7 +24,7 @@ class LoraFxError(Exception):
     """
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(visible(arg, kept="\n\t") if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*_visible(args))
         self.add_note(f"  see docs: {self.anchor()}")
 
     @classmethod
@@ -43,6 +43,11 @@ def _restore(kind: type[LoraFxError], args: tuple[object, ...], fields: dict[str
     return error
 
 
+def _visible(args: Sequence[object]) -> Iterator[object]:
+    """Yield what an exception is made of, with texts as they may be shown."""
+    return (visible(arg, kept="\n\t") if isinstance(arg, str) else arg for arg in args)
+
+
 def _message(headline: str, facts: Sequence[Sequence[str]] = (), advice: str = "") -> str:
     shown = [[shortened(cell, LONGEST_FACT) for cell in fact] for fact in facts[:MOST_SHOWN]]
     more = f"  … and {len(facts) - MOST_SHOWN:,} more" if len(facts) > MOST_SHOWN else ""
@@ -53,7 +58,7 @@ class LoraFxWarning(UserWarning):
     """Something that works but is probably not meant."""
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(visible(arg, kept="\n\t") if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*_visible(args))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from lora_fx.errors import RefusedError
 from lora_fx.models.tensors import attribute_at
 
 _ALIAS = "lora_fx_alias_"
+_WITH_PATH = ("call_module", "get_attr")
+"""Nodes whose target is a dotted path of the module."""
 
 
 def is_plain(name: str) -> bool:
@@ -86,7 +88,7 @@ def _refuse(names: Iterable[str]) -> None:
 
 def _odd_names(node: fx.Node, paths: bool) -> Iterator[str]:
     target = str(node.target)
-    if paths and node.op in ("call_module", "get_attr") and not stays_itself(target):
+    if paths and node.op in _WITH_PATH and not stays_itself(target):
         yield target
     if node.op in ("placeholder", "call_method") and not is_plain(target.lstrip("*")):
         yield target
@@ -120,10 +122,10 @@ def compiled(graph: fx.Graph, title: str) -> Callable[..., Any]:
         RefusedError: the name of a method or argument cannot be written.
     """
     aliases: dict[str, str] = {}
-    if not all(stays_itself(str(node.target)) for node in graph.nodes if node.op in ("call_module", "get_attr")):
+    if not all(stays_itself(str(node.target)) for node in graph.nodes if node.op in _WITH_PATH):
         graph = copy.deepcopy(graph)
         for node in graph.nodes:
-            if node.op in ("call_module", "get_attr"):
+            if node.op in _WITH_PATH:
                 alias = f"{_ALIAS}{len(aliases)}"
                 aliases[alias], node.target = str(node.target), alias
     refuse_odd_names(graph)

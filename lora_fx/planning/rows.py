@@ -11,7 +11,8 @@ from lora_fx.text import columns, visible
 
 _PASSES = {"fuse": "fused", "stack": "stacked with siblings", "recompute": "with inputs made again instead of kept"}
 SYMBOLS = {"adapt": "+", "train": "+", "keep": "·", "skip": "·", "refuse": "!"}
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+"""A number among the names of a path, such as that of a layer."""
 
 
 def rows_of(sites: Sequence[PlannedSite], fold: bool = True) -> list[tuple[str, ...]]:
@@ -56,7 +57,7 @@ def fold_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Return the rows with those that differ only in one number of the path as one, `h.{0..11}.attn`, made visible."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for path, *rest in rows:
-        groups.setdefault((_NUMBER.sub("#", path), *rest), []).append(path)
+        groups.setdefault((NUMBER.sub("#", path), *rest), []).append(path)
     folded: list[tuple[str, ...]] = []
     for (template, *rest), paths in groups.items():
         one = _ranged(template, paths)
@@ -66,7 +67,7 @@ def fold_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 def _ranged(template: str, paths: Sequence[str]) -> str:
     """Return `h.{0..11}.attn  ×12`; "" where the paths are not exactly the product of the ranges of their numbers."""
-    columns_of_numbers = zip(*map(_NUMBER.findall, paths), strict=True)
+    columns_of_numbers = zip(*map(NUMBER.findall, paths), strict=True)
     numbers = [set(map(int, column)) for column in columns_of_numbers]
     full = math.prod(map(len, numbers)) == len(paths) > 1
     if not full or any(max(values) - min(values) + 1 != len(values) for values in numbers):

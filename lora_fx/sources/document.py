@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lora_fx.sources.regular import SURROGATE, UnreadableError, read_bytes
@@ -56,4 +55,4 @@ def read_json(path: str | os.PathLike[str], most: int = MOST_JSON_BYTES) -> Any:
     Raises:
         UnreadableError: as `open_regular` and `parse_json`.
     """
-    return parse_json(read_bytes(Path(path), most))
+    return parse_json(read_bytes(path, most))

@@ -1,4 +1,4 @@
-"""Rules, plans and graphs of others: whatever is changed in one, it is read, or refused by an error of ours."""
+"""Rules, plans, graphs, adapters and checkpoints of others: whatever is changed in one, it is read, or refused by an error of ours."""
 
 from __future__ import annotations
 
@@ -9,22 +9,30 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import campaigns, readings
+from tests.support import campaigns, readings, spoiled
 
 ROOT = Path(__file__).parents[2]
-CASES = {"rules": readings.rules_case, "plans": readings.plan_case, "graphs": readings.graph_case}
-SHORT = {"rules": 1500, "plans": 300, "graphs": 300}
-LONG = {"rules": 100_000, "plans": 20_000, "graphs": 20_000}
+CASES = {
+    "rules": readings.rules_case,
+    "plans": readings.plan_case,
+    "graphs": readings.graph_case,
+    "adapters": spoiled.adapter_case,
+    "checkpoints": spoiled.checkpoint_case,
+}
+SHORT = {"rules": 1500, "plans": 300, "graphs": 300, "adapters": 200, "checkpoints": 80}
+LONG = {"rules": 100_000, "plans": 20_000, "graphs": 20_000, "adapters": 200_000, "checkpoints": 20_000}
+with_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="some of the files are pipes")
+KINDS = [pytest.param(what, marks=with_pipes) if what in ("adapters", "checkpoints") else what for what in CASES]
 
 
-@pytest.mark.parametrize("what", CASES)
+@pytest.mark.parametrize("what", KINDS)
 def test_changed_files_are_read_or_refused_in_our_words(what):
     campaigns.run(CASES[what], range(10**9, 10**9 + SHORT[what]))
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("part", range(campaigns.PARTS))
-@pytest.mark.parametrize("what", CASES)
+@pytest.mark.parametrize("what", KINDS)
 def test_many_changed_files_are_read_or_refused_in_our_words(what, part, record_property):
     record_property("figures", campaigns.run(CASES[what], campaigns.long_run(part, LONG[what])))
 

@@ -51,7 +51,13 @@ def from_transformers(directory: str, weights: bool) -> nn.Module:
         with _offline():
             config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             kind = _class_of(config, transformers)
-            return _with_weights(kind, directory) if weights else _without_weights(kind, config)
+            if kind is not None:
+                return _with_weights(kind, directory) if weights else kind(config)
+            bare: Any = transformers.AutoModel
+            if weights:
+                return _with_weights(bare, directory, trust_remote_code=False)
+            made: nn.Module = bare.from_config(config, trust_remote_code=False)
+            return made
     except LoraFxError:
         raise
     except Exception as error:  # a configuration that transformers does not understand fails in any way
@@ -110,25 +116,13 @@ def _class_of(config: Any, transformers: Any) -> Any:
     return None
 
 
-def _without_weights(kind: Any, config: Any) -> nn.Module:
-    import transformers
-
-    bare: Any = transformers.AutoModel
-    model: nn.Module = bare.from_config(config, trust_remote_code=False) if kind is None else kind(config)
-    return model
-
-
-def _with_weights(kind: Any, directory: str) -> nn.Module:
-    import transformers
-
-    loader: Any = transformers.AutoModel if kind is None else kind
-    code = {} if kind is not None else {"trust_remote_code": False}
-    model, loading = loader.from_pretrained(directory, local_files_only=True, output_loading_info=True, **code)
+def _with_weights(loader: Any, directory: str, **options: Any) -> nn.Module:
+    model: nn.Module
+    model, loading = loader.from_pretrained(directory, local_files_only=True, output_loading_info=True, **options)
     if loading["missing_keys"]:
         missing = listing(sorted(loading["missing_keys"]))
         raise ModelSpecError(
             f"{directory} lacks {missing}: from_pretrained makes up random values for them; "
             "where the model should not have them, give file.py:factory, which builds it without"
         )
-    made: nn.Module = model
-    return made
+    return model

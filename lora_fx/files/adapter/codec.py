@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached
 from lora_fx.adapters.factors.kinds import Convolution, ConvolutionA, SlicedB
+from lora_fx.files.adapter.site import members_of
 from lora_fx.planning.sites import CONVOLUTIONS, Layout, Site
 
 
@@ -145,5 +146,5 @@ def decode(adapter: Attached, A: Tensor, B: Tensor) -> None:
 def _matrices(A: Tensor, B: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Return a file's factors as [.., ranks, in] and [.., out, ranks]: what `encoded` was given."""
     if form.bank is not None:
-        A, B = A.reshape(form.bank, -1, A.shape[1]), B.reshape(B.shape[0], -1, form.bank).permute(2, 0, 1)
+        B, A = members_of(B, A, form.bank)
     return (B.mT, A.mT) if form.flipped else (A, B)

@@ -60,9 +60,7 @@ class SavedSite:
         """Return B [.., out, ranks] and A [.., ranks, in], of which the product is ΔW / scaling; a bank has members."""
         A, B = self.lora_A.flatten(1), self.lora_B.flatten(1)
         members = A.shape[0] // self.rank
-        if members > 1 and B.shape[1] == A.shape[0]:  # as `codec` writes a bank
-            return B.reshape(B.shape[0], -1, members).permute(2, 0, 1), A.reshape(members, -1, A.shape[1])
-        return B, A
+        return members_of(B, A, members) if members > 1 and B.shape[1] == A.shape[0] else (B, A)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is written of the site, by its keys."""
@@ -80,3 +78,10 @@ class SavedSite:
         values = {name: getattr(self, name) for name in NOTED}
         extra = {name: value for name, value in values.items() if value != defaults[name]}
         return asdict(self.lora) | {"path": self.path, "op": self.op, "rule": self.rule} | extra
+
+
+def members_of(B: Tensor, A: Tensor, members: int) -> tuple[Tensor, Tensor]:
+    """Return a bank's factors as B [members, out, r] and A [members, r, in], of a file's [out, r · members] and
+    [members · r, in].
+    """
+    return B.reshape(B.shape[0], -1, members).permute(2, 0, 1), A.reshape(members, -1, A.shape[1])

@@ -4,15 +4,14 @@ Facts to look at, not a verdict: an adapter can do harm with none of them, and n
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
 from lora_fx.graphdiff.deltas.spectra import DeltaRow
+from lora_fx.planning.rows import NUMBER
 from lora_fx.text import columns, count, json_text
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 _FEWEST = 4
 """How many sites of a kind are needed to say what is usual for it."""
 _FAR = 3.5
@@ -119,7 +118,7 @@ def audit_of(adapter: str, rows: Sequence[DeltaRow], whole: int = 0) -> Audit:
 
 
 def _kind(row: DeltaRow) -> tuple[str, int | None]:
-    return _NUMBER.sub("#", row.path), row.call
+    return NUMBER.sub("#", row.path), row.call
 
 
 def _audited(row: DeltaRow, total: float, norms: Sequence[float], least: float) -> AuditedSite:
@@ -132,7 +131,7 @@ def _audited(row: DeltaRow, total: float, norms: Sequence[float], least: float) 
         times = math.exp(own - middle)
         z = 0.6745 * (own - middle) / spread
     return AuditedSite(
-        path=row.path if row.call is None else f"{row.path} call {row.call}",
+        path=row.name,
         r=row.r,
         effective_rank=row.effective_rank,
         norm=row.norm,

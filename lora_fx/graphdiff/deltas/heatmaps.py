@@ -1,13 +1,12 @@
 """Deltas as pictures: heatmaps by layer and site, and singular values.  The numbers stand in the cells."""
 
-import re
 from collections.abc import Callable, Sequence
 
 from lora_fx.graphdiff.deltas.spectra import DeltaRow, ratio_text
 from lora_fx.planning.render.page import DARK, entry, escape, page, scrolled, searchable
+from lora_fx.planning.rows import NUMBER
 from lora_fx.text import count
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 STYLE = """
 :root,svg{--heat:#8fbbe8}@media(prefers-color-scheme:dark){:root:not([data-theme=light]){--heat:#2f5f94}}
 :root[data-theme=dark]{--heat:#2f5f94}
@@ -30,16 +29,16 @@ def places_of(paths: Sequence[str]) -> list[tuple[str, str]]:
     """Return (layer, site) of each path: the number in it that takes most values is the layer's."""
     values: dict[tuple[str, int], set[str]] = {}
     for path in paths:
-        for position, number in enumerate(_NUMBER.findall(path)):
-            values.setdefault((_NUMBER.sub("#", path), position), set()).add(number)
+        for position, number in enumerate(NUMBER.findall(path)):
+            values.setdefault((NUMBER.sub("#", path), position), set()).add(number)
     return [_place(path, values) for path in paths]
 
 
 def _place(path: str, values: dict[tuple[str, int], set[str]]) -> tuple[str, str]:
-    matches = list(_NUMBER.finditer(path))
+    matches = list(NUMBER.finditer(path))
     if not matches:
         return "", path
-    template = _NUMBER.sub("#", path)
+    template = NUMBER.sub("#", path)
     chosen = max(range(len(matches)), key=lambda position: (len(values[template, position]), -position))
     match = matches[chosen]
     return path[: match.end()], path[match.end() :].lstrip(".") or path

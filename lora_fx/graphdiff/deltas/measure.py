@@ -43,9 +43,8 @@ class Deltas:
 
 
 def _cells(row: DeltaRow) -> tuple[str, ...]:
-    path = row.path if row.call is None else f"{row.path} call {row.call}"
     values = row.singular_values or (0.0,)
-    return (path, str(row.r), f"{row.effective_rank:.1f}", f"{row.norm:.3g}", ratio_text(row),
+    return (row.name, str(row.r), f"{row.effective_rank:.1f}", f"{row.norm:.3g}", ratio_text(row),
             f"{values[0]:.3g}", f"{values[-1]:.3g}")  # fmt: skip
 
 

@@ -24,6 +24,11 @@ class DeltaRow:
     """Number of the call that it serves, where every call of the site has an adapter of its own."""
 
     @property
+    def name(self) -> str:
+        """The path, with the number of the call if it serves one."""
+        return self.path if self.call is None else f"{self.path} call {self.call}"
+
+    @property
     def ratio(self) -> float | None:
         """‖ΔW‖ / ‖W‖."""
         return self.norm / self.weight_norm if self.weight_norm else None
