@@ -178,9 +178,9 @@ def test_collections_look_at_new_things_only_and_at_all_afterwards():
     with frozen_heap():
         frozen = gc.get_freeze_count()
         assert frozen > 10_000
-        with frozen_heap():
-            assert gc.get_freeze_count() >= frozen
-        assert gc.get_freeze_count() >= frozen
+        with frozen_heap():  # a frozen object may still die when nothing refers to it
+            assert gc.get_freeze_count() > 0.9 * frozen
+        assert gc.get_freeze_count() > 0.9 * frozen
     assert gc.get_freeze_count() < frozen / 10  # Python 3.12 keeps a few hundred immortal ones apart
     gc.freeze()
 
