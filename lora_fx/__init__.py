@@ -41,24 +41,33 @@ if TYPE_CHECKING:
     from lora_fx.errors import RuleError as RuleError
     from lora_fx.errors import StalePlanError as StalePlanError
     from lora_fx.exporters import Exported as Exported
+    from lora_fx.files.checkpoint.report import MergedTensor as MergedTensor
     from lora_fx.files.checkpoint.report import MergeReport as MergeReport
     from lora_fx.graphdiff.deltas.audit import Audit as Audit
+    from lora_fx.graphdiff.deltas.audit import AuditedSite as AuditedSite
     from lora_fx.graphdiff.deltas.measure import Deltas as Deltas
     from lora_fx.graphdiff.diff import GraphDiff as GraphDiff
     from lora_fx.graphdiff.graphs import Graph as Graph
     from lora_fx.models.samples import call as call
     from lora_fx.planning.plan import Plan as Plan
+    from lora_fx.planning.planned import PlannedSite as PlannedSite
+    from lora_fx.remerging.graph import Remerge as Remerge
+    from lora_fx.remerging.whole import RemergeResult as RemergeResult
     from lora_fx.remerging.whole import remerge as remerge
+    from lora_fx.remerging.whole import remerged as remerged
     from lora_fx.rules.ruleset import LoRAConfig as LoRAConfig
     from lora_fx.rules.ruleset import RuleSet as RuleSet
+    from lora_fx.tuned.extract import ExtractReport as ExtractReport
+    from lora_fx.tuned.extract import extracted as extracted
     from lora_fx.tuned.report import Report as Report
+    from lora_fx.tuned.requantise import merged_and_requantised as merged_and_requantised
 
 _HOMES = {
     "lora_fx.api": (
         "apply audit deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters "
         "plan remove save"
     ),
-    "lora_fx.files.checkpoint.report": "MergeReport",
+    "lora_fx.files.checkpoint.report": "MergeReport MergedTensor",
     "lora_fx.errors": (
         "AdapterFileError AdapterMismatchError CaptureError ExportError InvariantError LoraFxError LoraFxWarning "
         "MergeError NoMatchError RefusedError RuleError StalePlanError"
@@ -66,11 +75,15 @@ _HOMES = {
     "lora_fx.exporters": "Exported",
     "lora_fx.graphdiff.diff": "GraphDiff",
     "lora_fx.graphdiff.graphs": "Graph",
-    "lora_fx.graphdiff.deltas.audit": "Audit",
+    "lora_fx.graphdiff.deltas.audit": "Audit AuditedSite",
     "lora_fx.graphdiff.deltas.measure": "Deltas",
     "lora_fx.planning.plan": "Plan",
-    "lora_fx.remerging.whole": "remerge",
+    "lora_fx.planning.planned": "PlannedSite",
+    "lora_fx.remerging.graph": "Remerge",
+    "lora_fx.remerging.whole": "RemergeResult remerge remerged",
+    "lora_fx.tuned.extract": "ExtractReport extracted",
     "lora_fx.tuned.report": "Report",
+    "lora_fx.tuned.requantise": "merged_and_requantised",
     "lora_fx.rules.ruleset": "LoRAConfig RuleSet",
     "lora_fx.models.samples": "call",
 }

@@ -3,3 +3,9 @@
 `run.bench` measures a model by rules and returns a `report.Report`; the command line's verb and the project's own table
 are made of it.
 """
+
+from lora_fx.bench.analytic import Linear
+from lora_fx.bench.report import BenchReport
+from lora_fx.bench.run import BenchOptions, bench
+
+__all__ = ["BenchOptions", "BenchReport", "Linear", "bench"]

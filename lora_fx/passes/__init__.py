@@ -6,5 +6,11 @@ A pass has a `name`, says what it `requires`, does its work in `run` through one
 
 from lora_fx.passes.contract import Pass, PassResult, apply_pass, run
 from lora_fx.passes.editor import Editor, Journal
+from lora_fx.passes.inject import Inject
+from lora_fx.passes.merge import Merge
+from lora_fx.passes.remove import Remove
+from lora_fx.passes.verify import Verify, verify
 
-__all__ = ["Editor", "Journal", "Pass", "PassResult", "apply_pass", "run"]
+__all__ = [
+    "Editor", "Inject", "Journal", "Merge", "Pass", "PassResult", "Remove", "Verify", "apply_pass", "run", "verify",
+]  # fmt: skip
