@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,9 @@ from lora_fx.bench.run import DTYPES, BenchOptions, bench
 from lora_fx.bench.subjects import OURS, PEFT
 from lora_fx.models.samples import Sample
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.support.performance import renewed, written
+
 BLOCKS = {"name": "**.{h,layer,layers}.*.**", "op": "linear"}
 QUERY_VALUE = {"name": "**.{q_proj,v_proj,query,value}"}
 FUSED = {"name": "**.c_attn"}
@@ -34,7 +36,6 @@ SLICES = {"slices": {"of": ["q", "k", "v"], "adapt": ["q", "v"]}}
 CONFIGS = ("qv", "all8", "all16")
 VARIANTS = {"dora8": ("all r8, DoRA", {"dora": True}), "shared8": ("all r8, share_dropout", {"share_dropout": True})}
 """Others, by name: what the table calls them, and what their rules hold besides."""
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 HEADS = (
     "model", "adapted", "dropout", "dtype", "lora_fx / LB", "PEFT / LB", "excess removed", "saved / LB", "saved / PEFT",
     "FLOPs / LB", "aten calls / LB", "PEFT's", "A/A",
@@ -46,7 +47,8 @@ class Sizes:
     """How large the models are."""
 
     layers: int
-    width: int
+    width: int | None
+    """None: each model's own."""
     whole: bool
     """All layers, and the head."""
 
@@ -65,11 +67,13 @@ class Model:
     """Tokens of one row of the batch."""
     fused: bool = False
     """Whether q, k and v are one weight."""
+    own_width: int = 768
+    """Of the model of that name."""
 
     def base(self, sizes: Sizes) -> nn.Module:
         """Return the model with random weights, the same each time."""
         torch.manual_seed(0)
-        config = self.config(self.depth if sizes.whole else sizes.layers, sizes.width)
+        config = self.config(self.depth if sizes.whole else sizes.layers, sizes.width or self.own_width)
         if sizes.whole:
             return self.whole(config)
         return self.bare(config, add_pooling_layer=False) if self.bare in _POOLED else self.bare(config)
@@ -132,12 +136,21 @@ def _llama(layers: int, width: int) -> Any:
     )  # fmt: skip
 
 
+def _qwen(layers: int, width: int) -> Any:
+    return transformers.Qwen2Config(
+        num_hidden_layers=layers, hidden_size=width, num_attention_heads=width // 64, num_key_value_heads=2,
+        intermediate_size=38 * width // 7, vocab_size=151936, max_position_embeddings=2048, tie_word_embeddings=True,
+        use_cache=False,
+    )  # fmt: skip
+
+
 _POOLED = (transformers.BertModel, transformers.ViTModel)
 MODELS = {
     "gpt2": Model("GPT-2 124M", _gpt2, transformers.GPT2Model, transformers.GPT2LMHeadModel, 12, 256, fused=True),
     "bert": Model("BERT-base", _bert, transformers.BertModel, transformers.BertForMaskedLM, 12, 128),
     "vit": Model("ViT-B/16", _vit, transformers.ViTModel, transformers.ViTForImageClassification, 12, 128),
     "llama": Model("Llama 160M", _llama, transformers.LlamaModel, transformers.LlamaForCausalLM, 12, 256),
+    "qwen": Model("Qwen2-0.5B", _qwen, transformers.Qwen2Model, transformers.Qwen2ForCausalLM, 24, 128, own_width=896),
 }
 
 
@@ -155,9 +168,12 @@ class Line:
         ours, compared = self.report.relative(OURS), PEFT in self.report.counts
         counts, timing = self.report.counts, self.report.timing
         theirs = f"{counts[OURS].saved_bytes / counts[PEFT].saved_bytes:.3f}" if compared else ""
+        if self.report.void:  # what no attempt could measure is not told
+            timing = None
         times = [timing.ratios[name].text() if timing and name in timing.ratios else "" for name in (OURS, PEFT)]
-        removed = f"{100 * excess:.0f} %" if (excess := self.report.excess_removed) is not None else ""
-        control = f"{timing.control.ratio:.3f}{' void' if timing.void else ''}" if timing else ""
+        excess = self.report.excess_removed if timing else None
+        removed = f"{100 * excess:.0f} %" if excess is not None else ""
+        control = f"{timing.control.ratio:.3f}" if timing else "void" if self.report.void else ""
         calls = f"{self.report.relative(PEFT)[3]:.3f}" if compared else ""
         return (
             self.model, self.adapted, f"{self.dropout:g}", self.dtype, *times, removed, f"{ours[1]:.3f}", theirs,
@@ -181,7 +197,7 @@ def lines(options: argparse.Namespace) -> Iterator[Line]:
                 rules = {"version": 1, "rules": [{**rule, "lora": {**rule["lora"], "dropout": dropout}}]}
                 for dtype in options.dtype:
                     print(f"{model.name}, {adapted}, dropout {dropout:g}, {dtype}", file=sys.stderr, flush=True)
-                    how = BenchOptions(peer, rounds, options.threads, DTYPES[dtype], others=False)
+                    how = BenchOptions(peer, rounds, options.threads, DTYPES[dtype], False, options.attempts)
                     yield Line(model.name, adapted, dropout, dtype, bench(base, rules, sample, how))
 
 
@@ -189,36 +205,29 @@ def table(drawn: Sequence[Line]) -> str:
     """Return the lines as a table in Markdown, under what they were measured on."""
     rows = [HEADS, ("---",) * len(HEADS), *(line.cells() for line in drawn)]
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{_where(drawn[0].report)}\n\n{body}"
+    return f"{where(drawn[0].report)}\n\n{body}"
 
 
-def _where(report: BenchReport) -> str:
+def where(report: BenchReport) -> str:
     machine, timing = report.machine, report.timing
     rounds = f", {timing.rounds} rounds" if timing is not None else ", counted only"
     threads = f"{machine.threads} thread{'s' if machine.threads > 1 else ''}"
     return f"{machine.processor}, {threads}, torch {machine.torch}{rounds}."
 
 
-def written(page: str, text: str) -> str:
-    """Return the page with the text between its two marks."""
-    marks = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not marks.search(page):
-        raise SystemExit(f"the page has no {BEGIN} … {END}")
-    return marks.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", page)
-
-
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    asked.add_argument("--models", nargs="+", choices=MODELS, default=["gpt2", "bert", "vit", "llama"])
     asked.add_argument("--configs", nargs="+", choices=(*CONFIGS, *VARIANTS), default=list(CONFIGS))
     asked.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     asked.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     asked.add_argument("--rounds", type=int, default=10)
+    asked.add_argument("--attempts", type=int, default=10, help="how often a void run is repeated")
     asked.add_argument("--threads", type=int, default=1)
     asked.add_argument("--steps", choices=("all", "counters"), default="all", help="counters: no times")
     asked.add_argument("--layers", type=int, default=2)
     asked.add_argument("--full-depth", action="store_true", help="all layers, and the head")
-    asked.add_argument("--width", type=int, default=768, help="another one makes another model: to try the command")
+    asked.add_argument("--width", type=int, help="another one makes another model: to try the command")
     asked.add_argument("--tokens", type=int, default=512)
     asked.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
@@ -231,7 +240,7 @@ def main(words: Sequence[str] | None = None) -> None:
     text = table(rows)
     if options.write is not None:
         page = options.write.read_text(encoding="utf-8")
-        options.write.write_text(written(page, text), encoding="utf-8")
+        options.write.write_text(renewed(written(page, "table", text)), encoding="utf-8")
     if options.json is not None:
         options.json.write_text(json.dumps([line.to_dict() for line in rows], indent=1) + "\n", encoding="utf-8")
     print(text)

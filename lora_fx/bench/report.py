@@ -36,11 +36,16 @@ class BenchReport:
 
     @property
     def excess_removed(self) -> float | None:
-        """Share of PEFT's time above LB that lora_fx saves; None where PEFT takes none."""
+        """Share of PEFT's time above LB that lora_fx saves; None where that time is not above the noise.
+
+        It is where even the low end of PEFT's interval is further above LB than the interval is wide.
+        """
         if self.timing is None or PEFT not in self.timing.ratios:
             return None
-        theirs, ours = (self.timing.ratios[name].ratio - 1 for name in (PEFT, OURS))
-        return (theirs - ours) / theirs if theirs > 0 else None
+        theirs, ours = (self.timing.ratios[name] for name in (PEFT, OURS))
+        if theirs.low - 1 <= theirs.high - theirs.low:
+            return None
+        return (theirs.ratio - ours.ratio) / (theirs.ratio - 1)
 
     def __str__(self) -> str:
         rows = [("", *(TIME_HEADS if self.timing is not None else ()), *HEADS)]

@@ -80,6 +80,15 @@ class Timing:
     """Why the run says nothing; empty if it does say something."""
 
 
+def fit(measure: Callable[[], Timing], attempts: int) -> Timing:
+    """Return the first timing of so many that is not void, or else the last."""
+    for left in reversed(range(attempts)):
+        timing = measure()
+        if not timing.void or not left:
+            return timing
+    raise ValueError(f"attempts is {attempts}; it must be at least 1")
+
+
 def timed(
     steps: Mapping[str, Work],
     rounds: int,

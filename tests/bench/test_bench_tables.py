@@ -7,11 +7,14 @@ import json
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
 import lora_fx
 from lora_fx.bench import counters
+from lora_fx.bench.timing import Rounds, Timing, fit, summarised
+from tests.support import performance
 from tests.support.docpages import ROOT
 
 pytest.importorskip("transformers")
@@ -30,6 +33,7 @@ def benchmark(name: str) -> ModuleType:
     return module
 
 
+sys.path.append(str(ROOT / "benchmarks"))  # peaks imports training
 training, decode = benchmark("training"), benchmark("decode")
 
 
@@ -39,9 +43,11 @@ def _quick_collections():
         yield
 
 
-def test_table_is_counted_written_into_the_page_and_as_json(tmp_path, capsys):
+def test_table_is_counted_written_into_the_page_and_as_json(tmp_path, capsys, monkeypatch):
     page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
-    page.write_text("# Before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n")
+    marks = "\n".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->" for name in ("summary", "tables", "table"))
+    page.write_text(f"# Before\n{marks}\nafter\n")
+    monkeypatch.setattr(training, "renewed", lambda text: text)  # its sentences are about the whole table
     training.main(["--models", "llama", "--steps", "counters", *SMALL, "--write", str(page), "--json", str(numbers)])
     head, _, row = capsys.readouterr().out.splitlines()[2:]
     assert head.startswith("| model | adapted | dropout | dtype | lora_fx / LB | PEFT / LB | excess removed |")
@@ -52,7 +58,7 @@ def test_table_is_counted_written_into_the_page_and_as_json(tmp_path, capsys):
     assert cells[9] == f"{1 + adapters / (linears + attention + angles):.4f}" == "1.0444"
     text = page.read_text()
     assert row in text
-    assert "old" not in text
+    assert "old" not in text.partition("<!-- table:begin -->")[2]
     assert text.startswith("# Before\n")
     assert text.endswith("<!-- table:end -->\nafter\n")
     (line,) = json.loads(numbers.read_text())
@@ -61,12 +67,54 @@ def test_table_is_counted_written_into_the_page_and_as_json(tmp_path, capsys):
 
 def test_page_without_marks_is_refused():
     with pytest.raises(SystemExit, match="table:begin"):
-        training.written("# A page", "table")
+        training.written("# A page", "table", "new")
 
 
-def test_page_of_the_documentation_has_the_marks():
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert "\nnew\n" in training.written(page, "new")
+@pytest.mark.parametrize("path", performance.pages(), ids=lambda path: path.name)
+def test_sentences_pictures_and_figures_follow_from_the_table_of_measurements(path):
+    wanted = performance.pages()[path]
+    assert path.read_text(encoding="utf-8") == wanted, "python -m tests.support.performance renews them"
+
+
+def test_table_of_the_page_tells_no_time_of_a_void_run():
+    page = performance.PAGE.read_text(encoding="utf-8")
+    assert "void" not in "".join(line for line in page.splitlines() if line.strip().startswith("|"))
+
+
+def test_void_run_is_repeated_until_it_is_none_or_all_attempts_are_used():
+    timings = iter([timing(control=1.02), timing(control=1.02), timing(control=1.0), timing(control=1.02)])
+    assert fit(lambda: next(timings), 3).void == ""
+    assert fit(lambda: next(timings), 1).void.startswith("two copies of the lower bound differ")
+    with pytest.raises(ValueError, match="attempts is 0"):
+        fit(lambda: next(timings), 0)
+
+
+def timing(control: float) -> Timing:
+    """Return what a few rounds give in which the two copies of the lower bound differ by so much."""
+    spent = np.array([[1.0, control, 1.1]] * 4)
+    return summarised(Rounds(("LB", "LB again", "lora_fx"), spent, spent), "LB", "LB again")
+
+
+def test_peaks_are_counted_beside_the_frozen_base(capsys):
+    words = [
+        "--models",
+        "llama",
+        "--layers",
+        "1",
+        "--width",
+        "64",
+        "--tokens",
+        "16",
+        "--dtype",
+        "float32",
+        "--dropout",
+        "0.1",
+    ]
+    benchmark("peaks").main(words)
+    head, _, row = capsys.readouterr().out.splitlines()
+    assert head == "| model | dtype | dropout | frozen base | lora_fx | PEFT | full |"
+    ours, peft, full = (float(cell) for cell in row.strip("| ").split(" | ")[4:])
+    assert 1 < ours < peft < full
 
 
 def test_fused_weight_is_compared_whole_and_its_slices_without_peft():
@@ -90,6 +138,7 @@ def test_rules_of_the_table_adapt_the_blocks_and_nothing_else(name: str):
         "bert": {"q,v r8": 2, "all r8": 6},
         "vit": {"q,v r8": 2, "all r8": 6},
         "llama": {"q,v r8": 2, "all r8": 7},
+        "qwen": {"q,v r8": 2, "all r8": 7},
     }
     assert sites == expected[name]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 import lora_fx
 from lora_fx.cli.output import painted
+from tests.support.performance import DARK
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 _ESCAPE = re.compile(r"\x1b\[(\d+)m")
@@ -36,7 +38,7 @@ def terminal(command: str, text: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         f'role="img" aria-label="{escape(command)}" font-family="ui-monospace, Menlo, Consolas, monospace" '
-        f'font-size="12" fill="#1f2328">\n<rect width="100%" height="100%" rx="8" fill="#f6f8fa"/>\n'
+        f'font-size="12" fill="#1f2328">\n{DARK}\n<rect width="100%" height="100%" rx="8" fill="#f6f8fa"/>\n'
         + "\n".join(rows)
         + "\n</svg>\n"
     )
@@ -49,6 +51,18 @@ def _spans(line: str) -> Iterator[str]:
             style = f' fill="{_COLOURS[part]}"' if part in _COLOURS else ' font-weight="bold"' if part == "1" else ""
         elif part:
             yield f"<tspan{style}>{escape(part)}</tspan>"
+
+
+def narrow(text: str) -> str:
+    """Return a plan with each row on two lines, for a picture that fits on a phone."""
+    lines = []
+    for line in text.splitlines():
+        path, *cells = re.split(r" {2,}(?!×)", line.strip())
+        if line.startswith("  ") and len(cells) > 1:
+            lines += [f"  {path}", f"      {'  '.join(cells)}"]
+        else:
+            lines += textwrap.wrap(line, 48) or [""]
+    return "\n".join(lines)
 
 
 def pictures() -> dict[str, str]:
@@ -64,6 +78,7 @@ def pictures() -> dict[str, str]:
     diff = lora_fx.diff(model, lora_fx.apply(model, plan))
     return {
         "plan.svg": terminal("lora-fx plan model.py:llama attention", str(plan)),
+        "plan-narrow.svg": terminal("lora-fx plan model.py:llama attention", narrow(str(plan))),
         "block.svg": diff.to_svg() + "\n",
         "diff.svg": terminal("lora-fx diff model.py:llama attention", str(diff)),
     }
