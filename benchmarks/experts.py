@@ -21,9 +21,11 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, Mi
 
 import lora_fx
 from lora_fx.bench import counters
-from lora_fx.bench.timing import Timing, summarised, timed
+from lora_fx.bench.timing import Timing, fit, summarised, timed
 
 EXPERTS, TOP, RANK = 8, 2, 8
+ATTEMPTS = 10
+"""How often a void run is repeated."""
 RULES = {"version": 1, "rules": [{"match": {"name": "**.experts.{gate_up,down}_proj"}, "lora": {"r": RANK}}]}
 
 
@@ -122,7 +124,7 @@ def times(base: nn.Module, again: nn.Module, tuned: nn.Module, x: Tensor, rounds
     """Return the paired ratios to the base, by wall clock and by the time of the processor."""
     models = {"base": base, "again": again, "adapted": tuned}
     steps = {name: functools.partial(step, model, x) for name, model in models.items()}
-    return summarised(timed(steps, rounds), "base", "again")
+    return fit(lambda: summarised(timed(steps, rounds), "base", "again"), ATTEMPTS)
 
 
 def cases() -> Iterator[Case]:

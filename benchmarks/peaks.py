@@ -17,6 +17,7 @@ import training
 from lora_fx.bench.run import DTYPES, BenchOptions, bench
 from lora_fx.bench.subjects import FULL, LB, OURS, PEFT
 from lora_fx.text import scaled
+from tests.support.performance import written
 
 HEADS = ("model", "dtype", "dropout", "frozen base", "lora_fx", "PEFT", "full")
 
@@ -42,7 +43,7 @@ def rows(options: argparse.Namespace) -> list[tuple[str, ...]]:
 def main(words: Sequence[str] | None = None) -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--models", nargs="+", choices=training.MODELS, default=["bert", "llama", "qwen"])
-    asked.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    asked.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     asked.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     asked.add_argument("--tokens", type=int, default=512)
     asked.add_argument("--layers", type=int, help="only so many, and no head: to try the command")
@@ -52,7 +53,7 @@ def main(words: Sequence[str] | None = None) -> None:
     text = "\n".join(f"| {' | '.join(row)} |" for row in (HEADS, ("---",) * len(HEADS), *rows(options)))
     if options.write is not None:
         page = options.write.read_text(encoding="utf-8")
-        options.write.write_text(training.written(page, "peaks", text), encoding="utf-8")
+        options.write.write_text(written(page, "peaks", text), encoding="utf-8")
     print(text)
 
 

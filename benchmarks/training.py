@@ -27,7 +27,7 @@ from lora_fx.bench.subjects import OURS, PEFT
 from lora_fx.models.samples import Sample
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.support.performance import renewed, written
+from tests.support.performance import renewed, short_name, with_measurements
 
 BLOCKS = {"name": "**.{h,layer,layers}.*.**", "op": "linear"}
 QUERY_VALUE = {"name": "**.{q_proj,v_proj,query,value}"}
@@ -37,8 +37,8 @@ CONFIGS = ("qv", "all8", "all16")
 VARIANTS = {"dora8": ("all r8, DoRA", {"dora": True}), "shared8": ("all r8, share_dropout", {"share_dropout": True})}
 """Others, by name: what the table calls them, and what their rules hold besides."""
 HEADS = (
-    "model", "adapted", "dropout", "dtype", "lora_fx / LB", "PEFT / LB", "excess removed", "saved / LB", "saved / PEFT",
-    "FLOPs / LB", "aten calls / LB", "PEFT's", "A/A",
+    "processor", "model", "adapted", "dropout", "dtype", "lora_fx / LB", "PEFT / LB", "excess removed",
+    "saved / LB", "saved / PEFT", "FLOPs / LB", "aten calls / LB", "PEFT's", "A/A",
 )  # fmt: skip
 
 
@@ -176,7 +176,8 @@ class Line:
         control = f"{timing.control.ratio:.3f}" if timing else "void" if self.report.void else ""
         calls = f"{self.report.relative(PEFT)[3]:.3f}" if compared else ""
         return (
-            self.model, self.adapted, f"{self.dropout:g}", self.dtype, *times, removed, f"{ours[1]:.3f}", theirs,
+            short_name(self.report.machine.processor), self.model, self.adapted, f"{self.dropout:g}", self.dtype,
+            *times, removed, f"{ours[1]:.3f}", theirs,
             f"{ours[0]:.4f}", f"{ours[3]:.3f}", calls, control,
         )  # fmt: skip
 
@@ -202,10 +203,9 @@ def lines(options: argparse.Namespace) -> Iterator[Line]:
 
 
 def table(drawn: Sequence[Line]) -> str:
-    """Return the lines as a table in Markdown, under what they were measured on."""
+    """Return the lines as a table in Markdown."""
     rows = [HEADS, ("---",) * len(HEADS), *(line.cells() for line in drawn)]
-    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{where(drawn[0].report)}\n\n{body}"
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def where(report: BenchReport) -> str:
@@ -230,7 +230,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     asked.add_argument("--width", type=int, help="another one makes another model: to try the command")
     asked.add_argument("--tokens", type=int, default=512)
     asked.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
+    asked.add_argument("--write", type=Path, metavar="PAGE", help="renew the lines of this processor there")
     return asked.parse_args(words)
 
 
@@ -240,10 +240,10 @@ def main(words: Sequence[str] | None = None) -> None:
     text = table(rows)
     if options.write is not None:
         page = options.write.read_text(encoding="utf-8")
-        options.write.write_text(renewed(written(page, "table", text)), encoding="utf-8")
+        options.write.write_text(renewed(with_measurements(page, text)), encoding="utf-8")
     if options.json is not None:
         options.json.write_text(json.dumps([line.to_dict() for line in rows], indent=1) + "\n", encoding="utf-8")
-    print(text)
+    print(text, where(rows[0].report), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import lora_fx
 from lora_fx.errors import LoraFxError, RuleError
 from tests.support.clitools import run
 from tests.support.docpages import PAGES, ROOT, blocks_of, differences, with_keys
@@ -108,6 +109,26 @@ def test_newcomer_has_an_adapted_model_of_their_own_after_twelve_lines():
     first = next(block for block in blocks_of(tutorial) if block.language == "python")
     assert "lora_fx.apply(model" in first.text
     assert len(first.text.strip().splitlines()) <= 12
+
+
+def test_all_of_lora_fx_and_the_reference_have_all_of_it():
+    told = (ROOT / "docs" / "all-of-lora-fx.md").read_text(encoding="utf-8")
+    listed = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    functions = [name for name in lora_fx.__all__ if name.islower()]
+    assert [name for name in functions if f"lora_fx.{name}(" not in told] == []
+    names = [name for name in lora_fx.__all__ if not name.endswith(("Error", "Warning"))]
+    assert [name for name in names if f"::: lora_fx.{name}\n" not in listed] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=IDS)
+def test_code_of_a_page_is_at_most_88_columns_wide_and_imports_nothing_internal(path):
+    blocks = [
+        block for block in blocks_of(path.read_text(encoding="utf-8")) if block.language not in ("text", "console")
+    ]
+    assert [line for block in blocks for line in block.text.splitlines() if len(line) > 88] == []
+    code = "\n".join(block.text for block in blocks if block.language == "python")
+    imported = set(re.findall(r"^from (lora_fx[\w.]*) import", code, re.MULTILINE))
+    assert imported <= {"lora_fx", "lora_fx.bench", "lora_fx.integrations", "lora_fx.passes"}
 
 
 def test_every_page_is_in_the_navigation():

@@ -1,6 +1,6 @@
 """The built documentation in a browser: nothing fails, nothing is asked of other machines, search finds, axe is content.
 
-Needs chromium and the extra `browser`; left out where either is missing.
+Needs chromium and the extra `browser`; left out where either is missing.  Screenshots are kept in build/pictures.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not in
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "build" / "pictures"
+SCREENS = [
+    *((path, width, scheme) for path in ("", "tutorial/", "performance/") for width in (1280, 390) for scheme in ("light", "dark")),
+    ("coming-from-peft/", 390, "light"), ("cli/", 390, "dark"), ("errors/", 1280, "light"), ("reference/api/", 1280, "dark"),
+]  # fmt: skip
 PAGES = ["", "tutorial/", "recipes/", "rules/", "errors/", "cli/", "reference/api/"]
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
@@ -37,9 +42,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 class Visit:
     """A page in the browser, with what it has complained of and asked for."""
 
-    def __init__(self, browser, home: str) -> None:
+    def __init__(self, browser, home: str, width: int = 1280, scheme: str = "light") -> None:
         self.home, self.complaints, self.foreign = home, [], []
-        self.page = browser.new_page()
+        self.page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 1000})
         self.page.on("console", lambda said: self._complain(said.text) if said.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self._complain(str(error)))
         self.page.on("request", lambda asked: self._asked(asked.url))
@@ -101,11 +106,47 @@ def test_links_of_error_messages_lead_to_headings(browser, site, path):
     assert visit.page.locator(f"h2{anchors[path]}, h2:has({anchors[path]})").count() == 1
 
 
-@pytest.mark.parametrize("path", ["", "tutorial/", "errors/"])
-def test_axe_finds_no_serious_fault_in_what_we_have_written(browser, site, path):
-    visit = Visit(browser, site)
+CUT = """() => [...document.querySelectorAll("article :is(table, pre > code, img, p, h1, h2, h3)")]
+    .filter(part => {
+        if (!part.getClientRects().length) return false
+        for (let frame = part; frame && frame.tagName != "ARTICLE"; frame = frame.parentElement)
+            if (["auto", "scroll"].includes(getComputedStyle(frame).overflowX)) return false
+        return part.getBoundingClientRect().right > document.documentElement.clientWidth + 1
+    })
+    .map(part => part.outerHTML.slice(0, 80))"""
+"""What is wider than the screen and in no frame that scrolls."""
+
+
+@pytest.mark.parametrize(("path", "width", "scheme"), SCREENS)
+def test_page_cuts_nothing_and_is_accessible_on_every_screen(browser, site, request, path, width, scheme):
+    visit = Visit(browser, site, width, scheme)
     visit.open(path)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    builder = request.node.callspec.params["site"]
+    visit.page.screenshot(
+        path=PICTURES / f"{builder}-{path.strip('/').replace('/', '-') or 'landing'}-{width}-{scheme}.png"
+    )
+    assert visit.page.evaluate(CUT) == []
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
     assert serious(axe.Axe().run(visit.page, context="article")) == []
+
+
+def test_what_is_cut_off_is_found(browser, site):
+    visit = Visit(browser, site, 390)
+    visit.open("")
+    visit.page.evaluate("document.querySelector('article p').style.width = '900px'")
+    assert len(visit.page.evaluate(CUT)) == 1
+
+
+def test_tables_of_training_steps_fit_on_a_phone_without_scrolling(browser, site):
+    visit = Visit(browser, site, 390)
+    visit.open("performance/")
+    wide = """() => [...document.querySelectorAll("article table")]
+        .filter(table => table.rows[0].innerText.includes("excess removed") && table.rows[0].cells.length < 8)
+        .map(table => [table.offsetWidth, table.closest(".md-typeset__scrollwrap, article").clientWidth])"""
+    sizes = visit.page.evaluate(wide)
+    assert len(sizes) >= 4
+    assert [(own, frame) for own, frame in sizes if own > frame] == []
 
 
 def test_page_of_a_plan_stands_alone_and_is_accessible(browser, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -24,6 +24,7 @@ Interval = tuple[float, float, float]
 class Row:
     """One line of the table: ratios are to LB, intervals are (median, low, high)."""
 
+    processor: str
     model: str
     adapted: str
     dropout: float
@@ -36,7 +37,8 @@ class Row:
 
     @property
     def setting(self) -> str:
-        return f"{self.dtype}, dropout {self.dropout:g}" if self.dropout else f"{self.dtype}, no dropout"
+        dropout = f"dropout {self.dropout:g}" if self.dropout else "no dropout"
+        return f"{self.processor}, {self.dtype}, {dropout}".removeprefix(", ")
 
 
 def rows_of(page: str) -> list[Row]:
@@ -46,9 +48,9 @@ def rows_of(page: str) -> list[Row]:
 
 
 def _row(cells: list[str]) -> Row:
-    model, adapted, dropout, dtype, ours, peft, removed, saved, over = cells[:9]
+    processor, model, adapted, dropout, dtype, ours, peft, removed, saved, over = cells[:10]
     return Row(
-        model, adapted, float(dropout), dtype, _interval(ours), _interval(peft), removed, float(saved),
+        processor, model, adapted, float(dropout), dtype, _interval(ours), _interval(peft), removed, float(saved),
         float(over) if over else None,
     )  # fmt: skip
 
@@ -56,6 +58,20 @@ def _row(cells: list[str]) -> Row:
 def _interval(cell: str) -> Interval | None:
     numbers = [float(number) for number in re.findall(r"[\d.]+", cell)]
     return (numbers[0], numbers[1], numbers[2]) if numbers else None
+
+
+def short_name(processor: str) -> str:
+    """Return a processor's name as the table has it: `Intel Xeon`, `AMD EPYC`."""
+    return re.sub(r"\((R|TM)\)|\bProcessor\b.*|\bCPU\b.*|@.*|\b\d+\S*", "", processor).strip()
+
+
+def with_measurements(page: str, table: str) -> str:
+    """Return the page with the lines of a table in place of those of the same processors; others stay."""
+    head, dashes, *new = table.splitlines()
+    measured = {line.split("|")[1].strip() for line in new}
+    lines = [line.strip() for line in _between(page, "table").splitlines() if line.strip().startswith("|")]
+    kept = [line for line in lines[2:] if line.split("|")[1].strip() not in measured]
+    return written(page, "table", "\n".join([head, dashes, *new, *kept]))
 
 
 # -- marks
@@ -102,24 +118,26 @@ def _range(values: Iterable[float]) -> str:
     return f"{known[0]:.2f} to {known[-1]:.2f}"
 
 
-def _times(rows: Iterable[Row]) -> tuple[str, str]:
-    both = [(row.ours, row.peft) for row in rows if row.ours and row.peft]
-    return _range(ours[0] for ours, _ in both), _range(peft[0] for _, peft in both)
-
-
 def sentences(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield what the table says of adapters on all linear layers, in four sentences."""
-    plain, dropped, half = (
-        [row for row in rows if (row.adapted, row.dtype, row.dropout) == (SHOWN, dtype, dropout)]
-        for dtype, dropout in (("float32", 0), ("float32", 0.1), ("bfloat16", 0))
+    """Yield what the table says of adapters on all linear layers: times by processor, and bytes."""
+    shown = [row for row in rows if row.adapted == SHOWN]
+    for what, dtype, dropout in (
+        ("With rank 8 on all linear layers a step takes", "float32", 0),
+        ("With dropout 0.1 it takes", "float32", 0.1),
+        ("On a bfloat16 base it takes", "bfloat16", 0),
+    ):
+        timed = [row for row in shown if (row.dtype, row.dropout) == (dtype, dropout) and row.ours and row.peft]
+        told = [
+            f"**{_range(row.ours[0] for row in group)}** on {processor}, where PEFT takes "
+            f"{_range(row.peft[0] for row in group)}"
+            for processor in dict.fromkeys(row.processor for row in timed)
+            if (group := [row for row in timed if row.processor == processor])
+        ]
+        yield f"* {what} {', and '.join(told)}{'' if dropout or dtype != 'float32' else ' (frozen base: 1)'}."
+    kept, kept_dropped = (
+        _range(row.saved_over_peft or 1 for row in shown if row.dtype == "float32" and row.dropout == dropout)
+        for dropout in (0, 0.1)
     )
-    ours, peft = _times(plain)
-    yield f"* With rank 8 on all linear layers a step takes **{ours}** of the frozen base's time; PEFT's takes {peft}."
-    ours, peft = _times(dropped)
-    yield f"* With dropout 0.1 it takes **{ours}**; PEFT's takes {peft}."
-    ours, peft = _times(half)
-    yield f"* On a bfloat16 base it takes **{ours}**; PEFT's takes {peft}."
-    kept, kept_dropped = (_range(row.saved_over_peft or 1 for row in group) for group in (plain, dropped))
     yield f"* Between the passes **{kept}** of the bytes are kept that PEFT keeps, with dropout {kept_dropped}."
 
 
@@ -136,14 +154,14 @@ def figures(rows: Sequence[Row]) -> Iterator[str]:
         yield f"<div markdown>\n**{figure}**\n{text}\n</div>"
 
 
-def _order(row: Row) -> tuple[bool, float]:
-    return row.dtype != "float32", row.dropout
+def _order(row: Row) -> tuple[str, bool, float]:
+    return row.processor, row.dtype != "float32", row.dropout
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
     """Yield one small table for each dtype and dropout."""
     for setting in dict.fromkeys(row.setting for row in sorted(rows, key=_order)):
-        yield f"**{setting[0].upper()}{setting[1:]}**\n"
+        yield f"**{setting}**\n"
         yield "| adapted | lora_fx | PEFT | excess removed | kept |\n|---|---|---|---|---|"
         for row in rows:
             if row.setting == setting:
@@ -161,8 +179,15 @@ def charts(rows: Sequence[Row]) -> dict[str, str]:
     chosen = [row for row in rows if row.adapted == SHOWN]
     return {
         "performance-time.svg": _chart("Time of a training step, over the frozen base's", chosen, _time_marks),
-        "performance-kept.svg": _chart("Bytes kept between the passes, over the frozen base's", chosen, _kept_marks),
+        "performance-kept.svg": _chart(
+            "Bytes kept between the passes, over the frozen base's", _unique(chosen), _kept_marks
+        ),
     }
+
+
+def _unique(rows: Iterable[Row]) -> list[Row]:
+    """Return a row for each model and setting whatever the processor: bytes are the same on all."""
+    return list({(row.model, row.dtype, row.dropout): replace(row, processor="") for row in rows}.values())
 
 
 def _time_marks(row: Row) -> list[tuple[str, Interval]]:
