@@ -30,6 +30,7 @@ from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
+from lora_fx.rules.short import Target, rules_or_short
 from lora_fx.tuned import build, requantise, undo
 from lora_fx.tuned import extract as extraction
 from lora_fx.tuned.report import Report, report
@@ -38,7 +39,15 @@ Rules: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet
 ChosenBackend: TypeAlias = Literal["auto", "graph", "modules"]
 
 
-def plan(model: nn.Module, rules: Rules, example_inputs: object = None) -> Plan:
+def plan(
+    model: nn.Module,
+    rules: Rules | None = None,
+    example_inputs: object = None,
+    *,
+    target: Target | None = None,
+    r: int | None = None,
+    alpha: float | None = None,
+) -> Plan:
     """Return what `apply` would do to every site of the model, and why; nothing is changed.
 
     Needs no weights: a model on the meta device will do.
@@ -48,6 +57,10 @@ def plan(model: nn.Module, rules: Rules, example_inputs: object = None) -> Plan:
         rules: path of a YAML file, name of a shipped one (`attention`), a dict, or a RuleSet.
         example_inputs: a tuple (positional), a dict (keyword), a `lora_fx.call(...)`, or a list of these; shows which
             parts run as graphs, and how often each weight is used.
+        target: in place of rules: the name of a shipped file, or a glob, or several; one without a dot and a wildcard
+            (`q_proj`) means modules of that name anywhere.  None: `attention`.
+        r: rank at every site, in place of the shipped file's.
+        alpha: None is 2 · r.
 
     Raises:
         RuleError: the rules cannot be read; names every problem with line and column.
@@ -55,7 +68,7 @@ def plan(model: nn.Module, rules: Rules, example_inputs: object = None) -> Plan:
         CaptureError: the model refuses the example inputs.
         RefusedError: the model is adapted already, compiled, or cannot be copied.
     """
-    read = read_rules(rules)
+    read = read_rules(rules_or_short(rules, target, r, alpha))
     seen = observed(model, samples_for(model, example_inputs))
     return seen.planned(decide(read, seen.inventory))
 
@@ -79,10 +92,14 @@ def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = 
 
 def apply(
     model: nn.Module,
-    rules_or_plan: Rules | Plan,
+    rules_or_plan: Rules | Plan | None = None,
     example_inputs: object = None,
     backend: ChosenBackend = "auto",
     optimise: bool | Sequence[str] = True,
+    *,
+    target: Target | None = None,
+    r: int | None = None,
+    alpha: float | None = None,
 ) -> nn.Module:
     """Return an adapted twin of the model; the model itself stays unchanged, and no weight is copied.
 
@@ -99,6 +116,7 @@ def apply(
         optimise: whether graphs are made cheaper to train by "stack" (siblings share one product by A) and "recompute"
             (inputs that are cheap to make are not kept), or the names of those that are wanted.  "stack" sums in
             another order: a call that fits no graph may then differ by rounding from one that does.
+        target: in place of rules, as for `plan`, as are `r` and `alpha`: `apply(model, r=8, target="attention")`.
 
     Raises:
         StalePlanError: the plan was made for another model.
@@ -107,7 +125,7 @@ def apply(
         RuleError, NoMatchError: as `plan`.
     """
     passes = build.optimisations(optimise)
-    plan = _planned(model, rules_or_plan, example_inputs, backend)
+    plan = _planned(model, rules_or_short(rules_or_plan, target, r, alpha), example_inputs, backend)
     build.check_refusals(plan)
     twin = take_over(build.build(model, plan))
     build.install_graphs(twin, plan, passes)
@@ -253,7 +271,7 @@ def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) ->
     Args:
         tuned: an adapted model.
         requantize: quantises a module in place; is given each merged layer whose weight was quantised.  A LoraFxWarning
-            says how much of the adapter that takes; `lora_fx.tuned.requantise.merged_and_requantised` returns it.
+            says how much of the adapter that takes; `lora_fx.merged_and_requantised` returns it.
 
     Raises:
         MergeError: a merged weight would not be finite; names every such site, and nothing is merged.

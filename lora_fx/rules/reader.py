@@ -27,7 +27,7 @@ def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -
     if isinstance(rules, RuleSet):
         return rules
     if isinstance(rules, Mapping):
-        source, root = read_mapping(rules, "rules")
+        source, root = read_mapping({"version": 1, **rules}, "rules")  # only files need to say it
         return _RuleReader(source).read(root)
     if not isinstance(rules, (str, os.PathLike)):
         kind = type(rules).__name__
