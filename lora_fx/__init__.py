@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lora_fx import errors as errors
     from lora_fx import passes as passes
+    from lora_fx.api import adapter_state as adapter_state
     from lora_fx.api import apply as apply
     from lora_fx.api import audit as audit
     from lora_fx.api import deltas as deltas
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from lora_fx.api import graph as graph
     from lora_fx.api import inspect as inspect
     from lora_fx.api import load as load
+    from lora_fx.api import load_adapter_state as load_adapter_state
     from lora_fx.api import merge as merge
     from lora_fx.api import merge_checkpoint as merge_checkpoint
     from lora_fx.api import parameters as parameters
     from lora_fx.api import plan as plan
+    from lora_fx.api import print_trainable as print_trainable
     from lora_fx.api import remove as remove
     from lora_fx.api import save as save
     from lora_fx.errors import AdapterFileError as AdapterFileError
@@ -64,8 +67,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "lora_fx.api": (
-        "apply audit deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters "
-        "plan remove save"
+        "adapter_state apply audit deltas diff disabled explain export extract graph inspect load load_adapter_state "
+        "merge merge_checkpoint parameters plan print_trainable remove save"
     ),
     "lora_fx.files.checkpoint.report": "MergeReport MergedTensor",
     "lora_fx.errors": (

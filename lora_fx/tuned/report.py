@@ -67,7 +67,13 @@ class Report:
         lines = [f"{self.model} · {count(len(self.sites), 'adapted site')}", "", columns(rows)]
         if self.regions:
             lines += ["", columns([_region_row(region) for region in self.regions])]
-        return "\n".join([*lines, "", f"Trainable: {thousands(self.trainable)} of {thousands(self.total)} parameters."])
+        return "\n".join([*lines, "", f"{self.sums.capitalize()}."])
+
+    @property
+    def sums(self) -> str:
+        """How many parameters are trained, of how many."""
+        share = f" ({100 * self.trainable / self.total:.2g} %)" if self.total else ""
+        return f"trainable: {thousands(self.trainable)} of {thousands(self.total)} parameters{share}"
 
     def to_json(self) -> str:
         return json_text({"schema_version": 1, **asdict(self)}, indent=1)

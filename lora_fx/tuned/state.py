@@ -1,0 +1,65 @@
+"""What is trained as a state dict, for checkpoints of one's own."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters.placed import is_trained, placed_in
+from lora_fx.errors import AdapterMismatchError
+from lora_fx.models.tensors import get_tensor
+from lora_fx.tuned.build import trainable
+
+
+def adapter_state(tuned: nn.Module) -> dict[str, Tensor]:
+    """Return what is trained by its names in the model, with the buffers of modules that are trained whole.
+
+    Every tensor stands there once, under its first name, and shares its memory with the model.
+
+    Raises:
+        RefusedError: the model is not adapted.
+    """
+    wanted, places = {id(parameter) for parameter in trainable(tuned)}, placed_in(tuned)
+    state = {name: parameter.detach() for name, parameter in tuned.named_parameters() if id(parameter) in wanted}
+    lasting = tuned.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in tuned.named_buffers() if name in lasting and is_trained(name, places)}
+    return state | buffers
+
+
+def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy such a state into an adapted model, in place; nothing is written unless all of it fits.
+
+    Raises:
+        AdapterMismatchError: names every tensor that is missing, too much, of another shape, of more bits, or
+            not finite.
+        RefusedError: the model is not adapted.
+    """
+    own = adapter_state(tuned)
+    pairs = ((name, _differs(own.get(name), state.get(name))) for name in {**own, **state})
+    if wrong := [(name, *differs) for name, differs in pairs if differs is not None]:
+        advice = "give the state of a model that was adapted by the same rules; nothing was loaded"
+        raise AdapterMismatchError("the state does not fit this adapted model", wrong, advice)
+    with torch.no_grad():
+        for name, value in state.items():
+            tensor = get_tensor(tuned, name)
+            assert tensor is not None
+            tensor.copy_(value)
+
+
+def _differs(own: Tensor | None, given: Tensor | None) -> tuple[str, str] | None:
+    """Return (what is given, what the model has) where one cannot be copied into the other without loss."""
+    if own is None or given is None or not isinstance(given, Tensor):
+        return _told(given), _told(own)
+    narrower = torch.promote_types(own.dtype, given.dtype) != own.dtype
+    if own.is_meta or given.is_meta or narrower or own.shape != given.shape or type(own) is not type(given.detach()):
+        return _told(given), _told(own)
+    if given.is_floating_point() and not bool(torch.isfinite(given).all()):
+        return "NaN or infinite values", _told(own)
+    return None
+
+
+def _told(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return "has none" if tensor is None else f"a {type(tensor).__name__}"
+    kind = "" if type(tensor.detach()) is Tensor else f" {type(tensor).__name__}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device.type}{kind}"
