@@ -49,7 +49,7 @@ def short_rules(target: Target | None = None, r: int | None = None, alpha: float
     file = read_rules(wanted) if isinstance(wanted, str) and wanted in shipped.names() else None
     globs = ["**"] if file else [wanted] if isinstance(wanted, str) else [*wanted]
     rules = [{"name": str(glob), "match": {"name": _anywhere(glob)}, "lora": lora} for glob in globs]
-    read = replace(read_rules({"rules": rules}), source=_SOURCE)
+    read = replace(read_rules({"rules": rules}), source=f"target={','.join(map(str, globs))}")
     if file is None:
         return read
     checked = read.rules[0].lora
