@@ -151,7 +151,7 @@ def parameters(tuned: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def print_trainable(tuned: nn.Module) -> None:
-    """Print how many parameters are trained, of how many: `trainable: 8,192 of 228,416 parameters (3.6 %)`."""
+    """Write to stdout how many parameters are trained, of how many: `trainable: 8,192 of 228,416 parameters (3.6 %)`."""
     print(inspect(tuned).sums)
 
 
@@ -168,7 +168,7 @@ def adapter_state(tuned: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state(tuned: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Copy what `adapter_state` has returned into a model adapted alike, in place, or nothing of it.
+    """Write what `adapter_state` has returned into a model adapted alike, in place, or nothing of it.
 
     Raises:
         AdapterMismatchError: names every tensor that is missing, too much, of another shape, of more bits than the
