@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lora_fx import errors as errors
     from lora_fx import passes as passes
-    from lora_fx.api import adapter_state as adapter_state
     from lora_fx.api import apply as apply
     from lora_fx.api import audit as audit
     from lora_fx.api import deltas as deltas
@@ -23,12 +22,10 @@ if TYPE_CHECKING:
     from lora_fx.api import graph as graph
     from lora_fx.api import inspect as inspect
     from lora_fx.api import load as load
-    from lora_fx.api import load_adapter_state as load_adapter_state
     from lora_fx.api import merge as merge
     from lora_fx.api import merge_checkpoint as merge_checkpoint
     from lora_fx.api import parameters as parameters
     from lora_fx.api import plan as plan
-    from lora_fx.api import print_trainable as print_trainable
     from lora_fx.api import remove as remove
     from lora_fx.api import save as save
     from lora_fx.errors import AdapterFileError as AdapterFileError
@@ -63,12 +60,15 @@ if TYPE_CHECKING:
     from lora_fx.tuned.extract import ExtractReport as ExtractReport
     from lora_fx.tuned.extract import extracted as extracted
     from lora_fx.tuned.report import Report as Report
+    from lora_fx.tuned.report import print_trainable as print_trainable
     from lora_fx.tuned.requantise import merged_and_requantised as merged_and_requantised
+    from lora_fx.tuned.state import adapter_state as adapter_state
+    from lora_fx.tuned.state import load_adapter_state as load_adapter_state
 
 _HOMES = {
     "lora_fx.api": (
-        "adapter_state apply audit deltas diff disabled explain export extract graph inspect load load_adapter_state "
-        "merge merge_checkpoint parameters plan print_trainable remove save"
+        "apply audit deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters "
+        "plan remove save"
     ),
     "lora_fx.files.checkpoint.report": "MergeReport MergedTensor",
     "lora_fx.errors": (
@@ -85,7 +85,8 @@ _HOMES = {
     "lora_fx.remerging.graph": "Remerge",
     "lora_fx.remerging.whole": "RemergeResult remerge remerged",
     "lora_fx.tuned.extract": "ExtractReport extracted",
-    "lora_fx.tuned.report": "Report",
+    "lora_fx.tuned.report": "Report print_trainable",
+    "lora_fx.tuned.state": "adapter_state load_adapter_state",
     "lora_fx.tuned.requantise": "merged_and_requantised",
     "lora_fx.rules.ruleset": "LoRAConfig RuleSet",
     "lora_fx.models.samples": "call",

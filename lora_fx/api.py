@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx import exporters
 from lora_fx.adapters.attach import with_values
@@ -31,7 +31,7 @@ from lora_fx.planning.plan import Plan
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.rules.short import Target, rules_or_short
-from lora_fx.tuned import build, requantise, state, undo
+from lora_fx.tuned import build, requantise, undo
 from lora_fx.tuned import extract as extraction
 from lora_fx.tuned.report import Report, report
 
@@ -148,34 +148,6 @@ def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: obje
 def parameters(tuned: nn.Module) -> Iterator[nn.Parameter]:
     """Return an iterator over what is trained: adapter parameters, trained biases, modules under `train:`."""
     return build.trainable(seen_through(tuned))
-
-
-def print_trainable(tuned: nn.Module) -> None:
-    """Write to stdout how many parameters are trained, of how many: `trainable: 8,192 of 228,416 parameters (3.6 %)`."""
-    print(inspect(tuned).sums)
-
-
-def adapter_state(tuned: nn.Module) -> dict[str, Tensor]:
-    """Return what is trained as a state dict, for a checkpoint of one's own; it shares its memory with the model.
-
-    Its names are those of `tuned.state_dict()`: adapters, trained biases, and the modules under `train:` with their
-    buffers.  `save` writes files that others read; this is for `torch.save` beside an optimizer's state.
-
-    Raises:
-        RefusedError: the model is not adapted.
-    """
-    return state.adapter_state(seen_through(tuned))
-
-
-def load_adapter_state(tuned: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Write what `adapter_state` has returned into a model adapted alike, in place, or nothing of it.
-
-    Raises:
-        AdapterMismatchError: names every tensor that is missing, too much, of another shape, of more bits than the
-            model's, or not finite.
-        RefusedError: the model is not adapted.
-    """
-    state.load_adapter_state(seen_through(tuned), saved)
 
 
 def inspect(tuned: nn.Module) -> Report:

@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import STATE, Attached, all_attached
 from lora_fx.adapters.placed import placed_in
+from lora_fx.models.wrappers import seen_through
 from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.region import Region
 from lora_fx.text import columns, count, json_text, thousands
@@ -77,6 +78,11 @@ class Report:
 
     def to_json(self) -> str:
         return json_text({"schema_version": 1, **asdict(self)}, indent=1)
+
+
+def print_trainable(tuned: nn.Module) -> None:
+    """Write how many parameters are trained to stdout: `trainable: 8,192 of 228,416 parameters (3.6 %)`."""
+    print(report(seen_through(tuned)).sums)
 
 
 def _region_row(region: RegionReport) -> tuple[str, ...]:

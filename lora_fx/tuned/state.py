@@ -8,17 +8,21 @@ from torch import Tensor, nn
 from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.models.tensors import get_tensor
+from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.build import trainable
 
 
 def adapter_state(tuned: nn.Module) -> dict[str, Tensor]:
-    """Return what is trained by its names in the model, with the buffers of modules that are trained whole.
+    """Return what is trained as a state dict, for a checkpoint of one's own; it shares its memory with the model.
 
-    Every tensor stands there once, under its first name, and shares its memory with the model.
+    Its names are those of `tuned.state_dict()`: adapters, trained biases, and the modules under `train:` with their
+    buffers, each tensor once.  `save` writes files that others read; this is for `torch.save` beside an optimizer's
+    state.
 
     Raises:
         RefusedError: the model is not adapted.
     """
+    tuned = seen_through(tuned)
     wanted, places = {id(parameter) for parameter in trainable(tuned)}, placed_in(tuned)
     state = {name: parameter.detach() for name, parameter in tuned.named_parameters() if id(parameter) in wanted}
     lasting = tuned.state_dict(keep_vars=True)
@@ -27,13 +31,14 @@ def adapter_state(tuned: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy such a state into an adapted model, in place; nothing is written unless all of it fits.
+    """Write what `adapter_state` has returned into a model adapted alike, in place: all of it or nothing.
 
     Raises:
-        AdapterMismatchError: names every tensor that is missing, too much, of another shape, of more bits, or
-            not finite.
+        AdapterMismatchError: names every tensor that is missing, too much, of another shape, of more bits than the
+            model's, or not finite.
         RefusedError: the model is not adapted.
     """
+    tuned = seen_through(tuned)
     own = adapter_state(tuned)
     pairs = ((name, _differs(own.get(name), state.get(name))) for name in {**own, **state})
     if wrong := [(name, *differs) for name, differs in pairs if differs is not None]:
