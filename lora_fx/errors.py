@@ -25,11 +25,11 @@ class LoraFxError(Exception):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*_visible(args))
-        self.add_note(f"  see docs: {self.anchor()}")
+        self.add_note(f"  see: lora-fx help {type(self).__name__}")
 
     @classmethod
     def anchor(cls) -> str:
-        """Return the heading of the documentation that explains it: `errors#ruleerror`."""
+        """Return the heading of the documentation that explains it, as `lora-fx help` does: `errors#ruleerror`."""
         return f"errors#{cls.__name__.lower()}"
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -5,7 +5,8 @@ are made of it.
 """
 
 from lora_fx.bench.analytic import Linear
+from lora_fx.bench.counters import saved_bytes
 from lora_fx.bench.report import BenchReport
 from lora_fx.bench.run import BenchOptions, bench
 
-__all__ = ["BenchOptions", "BenchReport", "Linear", "bench"]
+__all__ = ["BenchOptions", "BenchReport", "Linear", "bench", "saved_bytes"]

@@ -1,4 +1,4 @@
-"""The command line.  Needs the extra `cli`; help, linting, the schema and what works on JSON files import no torch.
+"""The command line.  Help, linting, the schema and what works on JSON files import no torch.
 
 A verb is a module of this package with a `command`, and a line in `VERBS`; it is imported when it is called.
 
@@ -10,11 +10,12 @@ import sys
 try:
     import click
 except ImportError:  # pragma: no cover
-    sys.exit("lora-fx: the command line needs click: pip install 'lora-fx[cli]'")
+    print("lora-fx: the command line needs click: pip install click", file=sys.stderr)
+    sys.exit(2)
 
 from lora_fx.cli.verbs import Verbs
 
-VERBS = ("plan", "explain", "diff", "lint", "inspect", "audit", "export", "merge", "bench", "doctor", "schema")
+VERBS = ("plan", "explain", "diff", "lint", "inspect", "audit", "export", "merge", "bench", "doctor", "schema", "help")
 
 _EPILOG = """\b
 MODEL is one of

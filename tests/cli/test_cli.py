@@ -167,6 +167,39 @@ def test_error_of_the_users_code_is_one_line_and_debug_shows_the_traceback(tmp_p
     assert "Traceback" in run("--debug", "plan", f"{tmp_path / 'bad.py'}:f", "attention").stderr
 
 
+@pytest.mark.parametrize(
+    "words", [("help",), ("help", "RuleError"), ("help", "ruleerror"), ("help", "errors#ruleerror")]
+)
+def test_errors_are_explained_offline(words):
+    told = run(*words)
+    assert told.exit_code == 0
+    assert "RuleError" in told.stdout
+    assert ("    RuleError: 2 problems in mine.yaml" in told.stdout) == (len(words) == 2)
+
+
+def test_error_ends_with_the_command_that_explains_it(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    told = run("plan", str(tmp_path / "plan.json"))
+    assert told.exit_code == 2, told.exception
+    *_, last = told.stderr.splitlines()
+    program, *words = last.partition("see: ")[2].split()
+    assert program == "lora-fx"
+    assert run(*words).stdout.startswith(f"{words[1]}\n\n")
+
+
+def test_help_of_a_verb_is_its_own_and_an_unknown_name_gets_what_is_near():
+    assert run("help", "lint").stdout == run("lint", "--help").stdout
+    wrong = run("help", "RuelError")
+    assert (wrong.exit_code, "did you mean RuleError" in wrong.stderr) == (2, True)
+
+
+def test_explanations_are_plain_text():
+    from lora_fx.cli.help import plain, sections
+
+    assert plain("See [Rules](rules.md).\n\n```python\nx = 1\n```\n") == "See Rules.\n\n    x = 1"
+    assert not [text for text in sections().values() if "```" in text or "](" in text]
+
+
 def test_schema_is_the_shipped_one():
     assert run("schema").stdout == (ROOT / "rules" / "lora-fx.schema.json").read_text()
 

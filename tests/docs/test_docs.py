@@ -99,7 +99,7 @@ def test_every_error_has_a_heading_that_messages_link_to():
     headings = {f"errors#{line[3:].lower()}" for line in page.splitlines() if line.startswith("## ")}
     missing = [kind.__name__ for kind in errors_of(LoraFxError) if kind.anchor() not in headings]
     assert missing == []
-    assert RuleError("rules", []).__notes__ == ["  see docs: errors#ruleerror"]
+    assert RuleError("rules", []).__notes__ == ["  see: lora-fx help RuleError"]
 
 
 def errors_of(kind: type[LoraFxError]) -> list[type[LoraFxError]]:
