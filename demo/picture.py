@@ -9,12 +9,14 @@ COLOURS = {"lora_fx": "#1d7a50", "PEFT": "#a3541d"}
 _WIDTH, _HEIGHT, _LEFT, _TOP, _LINE = 720, 240, 48, 44, 19
 
 
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Return for each step the mean of the last 20 losses."""
+    return [sum(losses[max(0, k - 19) : k + 1]) / min(20, k + 1) for k in range(len(losses))]
+
+
 def picture(losses: Mapping[str, Sequence[float]], table: str) -> str:
     """Return the picture: a curve for each run, each point the mean of its last 20 losses."""
-    curves = {
-        name: [sum(run[max(0, k - 19) : k + 1]) / min(20, k + 1) for k in range(len(run))]
-        for name, run in losses.items()
-    }
+    curves = {name: smoothed(run) for name, run in losses.items()}
     top = max(max(curve) for curve in curves.values())
     height = _TOP + _HEIGHT + 40 + _LINE * len(table.splitlines())
     drawn = [
@@ -30,9 +32,8 @@ def picture(losses: Mapping[str, Sequence[float]], table: str) -> str:
         drawn.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{top * (1 - k / 4):.2f}</text>')
     for number, (name, curve) in enumerate(curves.items()):
         width = (_WIDTH - _LEFT - 16) / max(1, len(curve) - 1)
-        points = " ".join(
-            f"{_LEFT + width * k:.1f},{_TOP + _HEIGHT * (1 - value / top):.1f}" for k, value in enumerate(curve)
-        )
+        at = [(_LEFT + width * k, _TOP + _HEIGHT * (1 - value / top)) for k, value in enumerate(curve)]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         colour = COLOURS[name]
         drawn.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         drawn.append(f'<text x="{_WIDTH - 160 + 72 * number}" y="22" fill="{colour}" font-weight="bold">{name}</text>')

@@ -23,8 +23,10 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "build" / "pictures"
 SCREENS = [
-    *((path, width, scheme) for path in ("", "tutorial/", "performance/") for width in (1280, 390) for scheme in ("light", "dark")),
-    ("coming-from-peft/", 390, "light"), ("cli/", 390, "dark"), ("errors/", 1280, "light"), ("reference/api/", 1280, "dark"),
+    *(("mkdocs", path, width, scheme) for path in ("", "tutorial/", "performance/") for width in (1280, 390)
+      for scheme in ("light", "dark")),
+    ("mkdocs", "coming-from-peft/", 390, "light"), ("mkdocs", "cli/", 390, "dark"), ("mkdocs", "reference/api/", 1280, "dark"),
+    ("zensical", "", 390, "dark"), ("zensical", "performance/", 390, "light"), ("zensical", "errors/", 1280, "dark"),
 ]  # fmt: skip
 PAGES = ["", "tutorial/", "recipes/", "rules/", "errors/", "cli/", "reference/api/"]
 pytestmark = [
@@ -61,7 +63,10 @@ class Visit:
         self.page.wait_for_load_state("networkidle")
 
 
-@pytest.fixture(scope="module", params=["mkdocs", "zensical"])
+BUILDERS = pytest.mark.parametrize("site", ["mkdocs", "zensical"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def site(request, tmp_path_factory):
     """The address at which the site is served, as one of the two builds it from the same sources."""
     pytest.importorskip(request.param)
@@ -80,6 +85,7 @@ def site(request, tmp_path_factory):
     server.server_close()
 
 
+@BUILDERS
 def test_pages_complain_of_nothing_and_ask_nothing_of_other_machines(browser, site):
     visit = Visit(browser, site)
     for path in PAGES:
@@ -87,6 +93,7 @@ def test_pages_complain_of_nothing_and_ask_nothing_of_other_machines(browser, si
     assert (visit.complaints, visit.foreign) == ([], [])
 
 
+@BUILDERS
 def test_search_finds_fused_qkv(browser, site):
     visit = Visit(browser, site)
     visit.open("")
@@ -98,6 +105,7 @@ def test_search_finds_fused_qkv(browser, site):
     assert (visit.complaints, visit.foreign) == ([], [])
 
 
+@BUILDERS
 @pytest.mark.parametrize("path", ["errors/", "recipes/"])
 def test_links_of_error_messages_lead_to_headings(browser, site, path):
     visit = Visit(browser, site)
@@ -117,7 +125,7 @@ CUT = """() => [...document.querySelectorAll("article :is(table, pre > code, img
 """What is wider than the screen and in no frame that scrolls."""
 
 
-@pytest.mark.parametrize(("path", "width", "scheme"), SCREENS)
+@pytest.mark.parametrize(("site", "path", "width", "scheme"), SCREENS, indirect=["site"])
 def test_page_cuts_nothing_and_is_accessible_on_every_screen(browser, site, request, path, width, scheme):
     visit = Visit(browser, site, width, scheme)
     visit.open(path)
@@ -131,6 +139,7 @@ def test_page_cuts_nothing_and_is_accessible_on_every_screen(browser, site, requ
     assert serious(axe.Axe().run(visit.page, context="article")) == []
 
 
+@BUILDERS
 def test_what_is_cut_off_is_found(browser, site):
     visit = Visit(browser, site, 390)
     visit.open("")
@@ -138,6 +147,7 @@ def test_what_is_cut_off_is_found(browser, site):
     assert len(visit.page.evaluate(CUT)) == 1
 
 
+@BUILDERS
 def test_tables_of_training_steps_fit_on_a_phone_without_scrolling(browser, site):
     visit = Visit(browser, site, 390)
     visit.open("performance/")

@@ -1,8 +1,9 @@
 """Runs the code of the documentation, and writes its outputs: `python -m tests.support.docpages` brings them up to date.
 
 In a page, ```python blocks run one after another in one namespace; a ```text block behind one is what it prints.
-```console blocks show `$ lora-fx …` commands with the beginning of what they print.  `<!-- keys: TABLE -->` is followed
-by the table of the rule file's keys, `<!-- targets -->` by those of export targets.
+A ```yaml block behind the name of a file and a colon is that file.  ```console blocks show `$ lora-fx …` commands with
+the beginning of what they print.  `<!-- keys: TABLE -->` is followed by the table of the rule file's keys,
+`<!-- targets -->` by those of export targets.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _KEYS = re.compile(r"<!-- keys: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 _TARGETS = re.compile(r"<!-- targets -->\n.*?<!-- end -->", re.DOTALL)
+_NAMED = re.compile(r"`([\w-]+\.yaml)`:\n\n```yaml\n\Z")
 _SIGNS = {"yes": "✓", "exact equivalent": "=", "refused": "✗"}
 
 
@@ -50,6 +52,8 @@ def differences(page: str) -> Iterator[tuple[Block, str]]:
                 printed = _printed(block.text, scope)
             elif block.language == "text" and block.text != printed:
                 yield block, printed
+            elif block.language == "yaml" and (named := _NAMED.search(page[: block.start])):
+                Path(named[1]).write_text(block.text, encoding="utf-8")
             elif block.language == "console":
                 shown = _console(block.text)
                 if shown != block.text:
