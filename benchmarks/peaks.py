@@ -42,7 +42,7 @@ def rows(options: argparse.Namespace) -> list[tuple[str, ...]]:
 
 def main(words: Sequence[str] | None = None) -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--models", nargs="+", choices=training.MODELS, default=["bert", "llama", "qwen"])
+    asked.add_argument("--models", nargs="+", choices=training.MODELS, default=["bert", "llama"])
     asked.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     asked.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     asked.add_argument("--tokens", type=int, default=512)
