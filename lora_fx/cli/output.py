@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,17 +10,16 @@ from typing import Any
 
 import click
 
+from lora_fx.planning.render.notebook import MARKED
 from lora_fx.text import visible, wrapped
 
-_COLOURS: tuple[tuple[re.Pattern[str], dict[str, Any]], ...] = (
-    (re.compile(r"^(\+\+\+|---) .*", re.MULTILINE), {"bold": True}),
-    (re.compile(r"^@@ .* @@$", re.MULTILINE), {"fg": "cyan"}),
-    (re.compile(r"^\+(?!\+\+ ).*", re.MULTILINE), {"fg": "green"}),
-    (re.compile(r"^-(?!-- ).*", re.MULTILINE), {"fg": "red"}),
-    (re.compile(r"(?<=  )\+ r=.*?(?=  |$)", re.MULTILINE), {"fg": "green"}),
-    (re.compile(r"(?<=  )! refused.*", re.MULTILINE), {"fg": "red"}),
-    (re.compile(r"(?<=  )· skipped.*", re.MULTILINE), {"fg": "yellow"}),
-)
+_STYLES: dict[str, dict[str, Any]] = {
+    "title": {"bold": True},
+    "place": {"fg": "cyan"},
+    "added": {"fg": "green"},
+    "removed": {"fg": "red"},
+    "skipped": {"fg": "yellow"},
+}
 
 
 def terminal_width() -> int | None:
@@ -68,7 +66,7 @@ def show(text: str) -> None:
 
 def painted(text: str) -> str:
     """Return the text with what is added in green, what is taken away or refused in red, skipped in yellow."""
-    for pattern, style in _COLOURS:
-        start, end = click.style("\0", **style).split("\0")
+    for pattern, kind in MARKED:
+        start, end = click.style("\0", **_STYLES[kind]).split("\0")
         text = pattern.sub(rf"{start}\g<0>{end}", text)
     return text

@@ -14,11 +14,12 @@ from lora_fx.graphdiff.render.html import diff_html
 from lora_fx.graphdiff.render.mermaid import diff_mermaid
 from lora_fx.graphdiff.render.svg import diff_svg
 from lora_fx.graphdiff.render.text import diff_text
+from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import json_text
 
 
 @dataclass(frozen=True, slots=True)
-class GraphDiff(GraphDifference):
+class GraphDiff(GraphDifference, InNotebook):
     """How two graphs differ; falsy if they do not.  Values of weights are not compared."""
 
     def __str__(self) -> str:

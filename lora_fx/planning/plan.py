@@ -58,7 +58,7 @@ class Decisions:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan(Decisions):
+class Plan(Decisions, InNotebook):
     """What `apply` will do to every site of a model, and why: printable, countable, serialisable."""
 
     regions: tuple[PlannedRegion, ...] = ()

@@ -7,6 +7,7 @@ from torch import fx, nn
 from lora_fx.adapters.attach import STATE, Attached, all_attached
 from lora_fx.adapters.placed import placed_in
 from lora_fx.models.wrappers import seen_through
+from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.region import Region
 from lora_fx.text import columns, count, json_text, thousands
@@ -49,7 +50,7 @@ class RegionReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(InNotebook):
     """What `inspect` returns."""
 
     model: str

@@ -343,7 +343,7 @@ def test_inspect_of_a_damaged_adapter_ends_with_2(adapter, damage):
     (config.write_text("{") if damage == "config" else None)
     result = run("inspect", adapter)
     assert result.exit_code == 2
-    assert "errors#adapterfileerror" in result.stderr
+    assert "lora-fx help AdapterFileError" in result.stderr
 
 
 # -- doctor, completion, speed

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from lora_fx.graphdiff.deltas.spectra import DeltaRow
+from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.planning.rows import NUMBER
 from lora_fx.text import columns, count, json_text
 
@@ -48,7 +49,7 @@ class AuditedSite:
 
 
 @dataclass(frozen=True, slots=True)
-class Audit:
+class Audit(InNotebook):
     """What `lora_fx.audit` returns; the sites with the most energy come first."""
 
     adapter: str

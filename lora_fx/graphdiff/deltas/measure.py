@@ -13,12 +13,13 @@ from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import RefusedError
 from lora_fx.graphdiff.deltas.heatmaps import deltas_html, deltas_svg
 from lora_fx.graphdiff.deltas.spectra import DeltaRow, ratio_text
+from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import columns, count, json_text
 from lora_fx.tuned.build import record_in
 
 
 @dataclass(frozen=True, slots=True)
-class Deltas:
+class Deltas(InNotebook):
     """What `lora_fx.deltas` returns."""
 
     model: str

@@ -1,0 +1,45 @@
+"""What plans, diffs and reports look like in a notebook: their text, in colours and in a frame that scrolls."""
+
+import re
+
+from lora_fx.planning.render.page import escape
+from lora_fx.text import count
+
+MOST_LINES = 300
+MARKED: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^(\+\+\+|---) .*", re.MULTILINE), "title"),
+    (re.compile(r"^@@ .* @@$", re.MULTILINE), "place"),
+    (re.compile(r"^\+(?!\+\+ ).*", re.MULTILINE), "added"),
+    (re.compile(r"^-(?!-- ).*", re.MULTILINE), "removed"),
+    (re.compile(r"(?<=  )\+ r=.*?(?=  |$)", re.MULTILINE), "added"),
+    (re.compile(r"(?<=  )! refused.*", re.MULTILINE), "removed"),
+    (re.compile(r"(?<=  )· skipped.*", re.MULTILINE), "skipped"),
+)
+"""What stands out in the texts of plans and diffs, on terminals too, and as what."""
+_STYLES = {
+    "title": "font-weight:bold",
+    "place": "color:light-dark(#00606f, #76e3ea)",
+    "added": "color:light-dark(#1b6e1b, #6fdd8b)",
+    "removed": "color:light-dark(#b00020, #ff8182)",
+    "skipped": "color:light-dark(#8a6100, #eac54f)",
+}
+
+
+class InNotebook:
+    """Shows an object's text in a notebook, at most MOST_LINES of it; `print` has all."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        return notebook(str(self))
+
+
+def notebook(text: str) -> str:
+    """Return HTML of a text: one element that needs no script and no style sheet."""
+    lines = text.splitlines()
+    shown = escape("\n".join(lines[:MOST_LINES]), "\n")
+    for pattern, kind in MARKED:
+        shown = pattern.sub(rf'<span style="{_STYLES[kind]}">\g<0></span>', shown)
+    left = len(lines) - MOST_LINES
+    more = f"\n<i>… {count(left, 'line')} more: print it</i>" if left > 0 else ""
+    return f'<pre style="overflow-x:auto;line-height:1.35">{shown}{more}</pre>'
