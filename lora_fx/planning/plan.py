@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from lora_fx.planning.planned import PlannedRegion, PlannedSite, TrainedModule, dead_notes, rank_notes
 from lora_fx.planning.reading import SCHEMA_VERSION, read_plan
+from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.planning.rows import region_lines, rows_of, table, training_lines
 from lora_fx.text import columns, count, json_text, thousands, wrapped
 
