@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,16 @@ from typing import Any
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Categories of characters that are not seen but do something: controls, marks that turn the direction, half ones."""
+MARKED: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^(\+\+\+|---) .*", re.MULTILINE), "title"),
+    (re.compile(r"^@@ .* @@$", re.MULTILINE), "place"),
+    (re.compile(r"^\+(?!\+\+ ).*", re.MULTILINE), "added"),
+    (re.compile(r"^-(?!-- ).*", re.MULTILINE), "removed"),
+    (re.compile(r"(?<=  )\+ r=.*?(?=  |$)", re.MULTILINE), "added"),
+    (re.compile(r"(?<=  )! refused.*", re.MULTILINE), "removed"),
+    (re.compile(r"(?<=  )· skipped.*", re.MULTILINE), "skipped"),
+)
+"""What stands out in the texts of plans and diffs, on terminals too, and as what."""
 
 
 def visible(text: str, kept: str = "") -> str:

@@ -10,8 +10,7 @@ from typing import Any
 
 import click
 
-from lora_fx.planning.render.notebook import MARKED
-from lora_fx.text import visible, wrapped
+from lora_fx.text import MARKED, visible, wrapped
 
 _STYLES: dict[str, dict[str, Any]] = {
     "title": {"bold": True},

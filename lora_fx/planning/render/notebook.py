@@ -1,21 +1,9 @@
 """What plans, diffs and reports look like in a notebook: their text, in colours and in a frame that scrolls."""
 
-import re
-
 from lora_fx.planning.render.page import escape
-from lora_fx.text import count
+from lora_fx.text import MARKED, count
 
 MOST_LINES = 300
-MARKED: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"^(\+\+\+|---) .*", re.MULTILINE), "title"),
-    (re.compile(r"^@@ .* @@$", re.MULTILINE), "place"),
-    (re.compile(r"^\+(?!\+\+ ).*", re.MULTILINE), "added"),
-    (re.compile(r"^-(?!-- ).*", re.MULTILINE), "removed"),
-    (re.compile(r"(?<=  )\+ r=.*?(?=  |$)", re.MULTILINE), "added"),
-    (re.compile(r"(?<=  )! refused.*", re.MULTILINE), "removed"),
-    (re.compile(r"(?<=  )· skipped.*", re.MULTILINE), "skipped"),
-)
-"""What stands out in the texts of plans and diffs, on terminals too, and as what."""
 _STYLES = {
     "title": "font-weight:bold",
     "place": "color:light-dark(#00606f, #76e3ea)",
