@@ -53,7 +53,7 @@ docs: $(VENV)/extra-docs
 
 # in a browser, where there is one
 site-test: $(VENV)/extra-docs $(VENV)/extra-test $(VENV)/extra-browser
-	$(BIN)/python -m pytest -rs tests/docs/test_site.py
+	$(BIN)/python -m pytest -n auto -rs tests/docs/test_site.py
 
 pictures: $(VENV)/extra-test
 	$(BIN)/python -m tests.support.pictures
