@@ -69,6 +69,7 @@ def test_plan_of_a_target_can_be_saved_and_applied(model):
         ({"r": True}, "r must be an integer"),
         ({"target": []}, "rules is an empty list"),
         ({"target": [3]}, "name must be a string"),
+        ({"target": 3}, "name must be a string"),
         ({"target": "a.[", "r": 2}, "a.["),
     ],
 )
