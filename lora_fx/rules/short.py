@@ -47,7 +47,7 @@ def short_rules(target: Target | None = None, r: int | None = None, alpha: float
     scale = 2 * r if alpha is None and isinstance(r, int) else alpha
     lora = {name: value for name, value in (("r", r), ("alpha", scale)) if value is not None}
     file = read_rules(wanted) if isinstance(wanted, str) and wanted in shipped.names() else None
-    globs: list[object] = ["**"] if file else [*wanted] if isinstance(wanted, (list, tuple, set)) else [wanted]
+    globs: list[object] = ["**"] if file else [*wanted] if isinstance(wanted, (list, tuple)) else [wanted]
     rules = [{"name": str(glob), "match": {"name": _anywhere(glob)}, "lora": lora} for glob in globs]
     read = replace(read_rules({"rules": rules}), source=f"target={','.join(map(str, globs))}")
     if file is None:
