@@ -49,13 +49,15 @@ def test_table_is_counted_written_into_the_page_and_as_json(tmp_path, capsys, mo
     page.write_text(f"# Before\n{marks}\nafter\n")
     monkeypatch.setattr(training, "renewed", lambda text: text)  # its sentences are about the whole table
     training.main(["--models", "llama", "--steps", "counters", *SMALL, "--write", str(page), "--json", str(numbers)])
-    head, _, row = capsys.readouterr().out.splitlines()[2:]
-    assert head.startswith("| model | adapted | dropout | dtype | lora_fx / LB | PEFT / LB | excess removed |")
+    head, _, row, *_ = capsys.readouterr().out.splitlines()
+    assert head.startswith(
+        "| processor | model | adapted | dropout | dtype | lora_fx / LB | PEFT / LB | excess removed |"
+    )
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[:7] == ["Llama 160M", "q,v r8", "0", "float32", "", "", ""]
+    assert cells[1:8] == ["Llama 160M", "q,v r8", "0", "float32", "", "", ""]
     linears, attention, angles = 4 * 16 * (4 * 64 * 64 + 3 * 64 * 256), 7 * 2 * 16 * 16 * 64, 2 * 32 * 16
     adapters = 2 * 6 * 16 * 8 * (64 + 64)
-    assert cells[9] == f"{1 + adapters / (linears + attention + angles):.4f}" == "1.0444"
+    assert cells[10] == f"{1 + adapters / (linears + attention + angles):.4f}" == "1.0444"
     text = page.read_text()
     assert row in text
     assert "old" not in text.partition("<!-- table:begin -->")[2]
@@ -67,7 +69,7 @@ def test_table_is_counted_written_into_the_page_and_as_json(tmp_path, capsys, mo
 
 def test_page_without_marks_is_refused():
     with pytest.raises(SystemExit, match="table:begin"):
-        training.written("# A page", "table", "new")
+        performance.written("# A page", "table", "new")
 
 
 @pytest.mark.parametrize("path", performance.pages(), ids=lambda path: path.name)
