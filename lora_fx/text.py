@@ -115,6 +115,12 @@ def thousands(number: int) -> str:
     return f"{number:,}"
 
 
+def share_of_parameters(trained: int, total: int) -> str:
+    """Return `74,498 of 22,713,986 parameters (0.33 %)`."""
+    share = 100 * trained / total if total else 0.0
+    return f"{thousands(trained)} of {thousands(total)} parameters ({share:.2g} %)"
+
+
 def scaled(number: int, unit: str) -> str:
     """Return `512 B`, `3.24 kB`, `1.5 GB`."""
     for prefix, factor in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):

@@ -13,7 +13,7 @@ from lora_fx.bench.facts import device_of, machine_of, setting_of
 from lora_fx.bench.peer import check_parity, peft_subject, require_peft
 from lora_fx.bench.report import BenchReport
 from lora_fx.bench.subjects import AGAIN, LB, MODULES, OURS, PEFT, FrozenBase, Subject, copy_adapters
-from lora_fx.bench.timing import Progress, fit, summarised, timed
+from lora_fx.bench.timing import Progress, Timing, fit, summarised, timed
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.tuned import report
@@ -78,11 +78,12 @@ def bench(
         if wanted.rounds:
             steps = {subject.name: subject.step for subject in subjects}
             device = device_of(base.model).type
-            told: Progress = lambda k, _: done(len(subjects) + k, jobs)  # noqa: E731
-            timing = fit(
-                lambda: summarised(timed(steps, wanted.rounds, device=device, progress=told), LB, AGAIN),
-                wanted.attempts,
-            )
+
+            def measured() -> Timing:
+                rounds = timed(steps, wanted.rounds, device=device, progress=lambda k, _: done(len(subjects) + k, jobs))
+                return summarised(rounds, LB, AGAIN)
+
+            timing = fit(measured, wanted.attempts)
     counts.pop(AGAIN)
     setting = setting_of(base, ours, read.source, before)
     return BenchReport(setting, machine_of(base.model, wanted.threads), counts, timing, parity)

@@ -82,11 +82,13 @@ class Timing:
 
 def fit(measure: Callable[[], Timing], attempts: int) -> Timing:
     """Return the first timing of so many that is not void, or else the last."""
-    for left in reversed(range(attempts)):
-        timing = measure()
-        if not timing.void or not left:
-            return timing
-    raise ValueError(f"attempts is {attempts}; it must be at least 1")
+    if attempts < 1:
+        raise ValueError(f"attempts is {attempts}; it must be at least 1")
+    timing = measure()
+    for _ in range(attempts - 1):
+        if timing.void:
+            timing = measure()
+    return timing
 
 
 def timed(

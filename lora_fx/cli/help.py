@@ -1,15 +1,11 @@
 """`lora-fx help`: the documentation's word on an error, without a network."""
 
 import re
-from pathlib import Path
 
 import click
 
+from lora_fx.sources.packaged import packaged
 from lora_fx.text import nearest
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-_PAGES = (_PACKAGE / "pages" / "errors.md", _PACKAGE.parent / "docs" / "errors.md")
-"""In a wheel; in a checkout."""
 
 
 @click.command("help", short_help="Explain an error, or a verb.")
@@ -38,7 +34,7 @@ def command(context: click.Context, name: str | None) -> None:
 
 def sections() -> dict[str, str]:
     """Return what the page says of each error, as plain text."""
-    page = next(path for path in _PAGES if path.is_file()).read_text(encoding="utf-8")
+    page = packaged("pages/errors.md", "docs/errors.md").read_text(encoding="utf-8")
     parts = re.split(r"^## (.+)\n", page, flags=re.MULTILINE)[1:]
     return {title.strip(): plain(text) for title, text in zip(parts[::2], parts[1::2], strict=True)}
 

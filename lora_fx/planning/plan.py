@@ -8,7 +8,7 @@ from lora_fx.planning.planned import PlannedRegion, PlannedSite, TrainedModule, 
 from lora_fx.planning.reading import SCHEMA_VERSION, read_plan
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.planning.rows import region_lines, rows_of, table, training_lines
-from lora_fx.text import columns, count, json_text, thousands, wrapped
+from lora_fx.text import columns, count, json_text, share_of_parameters, wrapped
 
 _DOES = {"adapt": "adapted", "train": "trained", "keep": "kept", "skip": "skipped", "refuse": "refused"}
 
@@ -86,10 +86,9 @@ class Plan(Decisions, InNotebook):
         """How many sites are adapted, trained whole, kept and refused, and how much is trained."""
         sites = Counter(site.decision for site in self.sites)
         whole = f"{sites['train']} to train whole, " if sites["train"] else ""
-        share = 100 * self.trainable / self.total if self.total else 0.0
         return (
             f"{sites['adapt']} to adapt, {whole}{sites['keep'] + sites['skip']} to keep, {sites['refuse']} refused.  "
-            f"Trainable: {thousands(self.trainable)} of {thousands(self.total)} parameters ({share:.2g} %)."
+            f"Trainable: {share_of_parameters(self.trainable, self.total)}."
         )
 
     def __str__(self) -> str:

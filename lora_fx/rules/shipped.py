@@ -3,14 +3,12 @@
 import os
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_FOLDERS = (_PACKAGE / "shipped_rules", _PACKAGE.parent / "rules")
-"""In a wheel; in a checkout."""
+from lora_fx.sources.packaged import packaged
 
 
 def folder() -> Path:
     """Return where the shipped rule files are."""
-    return next((path for path in _FOLDERS if path.is_dir()), _FOLDERS[0])
+    return packaged("shipped_rules", "rules")
 
 
 def names() -> tuple[str, ...]:

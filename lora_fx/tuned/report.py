@@ -10,7 +10,7 @@ from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.region import Region
-from lora_fx.text import columns, count, json_text, thousands
+from lora_fx.text import columns, count, json_text, share_of_parameters, thousands
 from lora_fx.tuned.build import record_in, trainable
 
 
@@ -69,13 +69,7 @@ class Report(InNotebook):
         lines = [f"{self.model} · {count(len(self.sites), 'adapted site')}", "", columns(rows)]
         if self.regions:
             lines += ["", columns([_region_row(region) for region in self.regions])]
-        return "\n".join([*lines, "", f"{self.sums.capitalize()}."])
-
-    @property
-    def sums(self) -> str:
-        """How many parameters are trained, of how many."""
-        share = f" ({100 * self.trainable / self.total:.2g} %)" if self.total else ""
-        return f"trainable: {thousands(self.trainable)} of {thousands(self.total)} parameters{share}"
+        return "\n".join([*lines, "", f"Trainable: {share_of_parameters(self.trainable, self.total)}."])
 
     def to_json(self) -> str:
         return json_text({"schema_version": 1, **asdict(self)}, indent=1)
@@ -83,7 +77,8 @@ class Report(InNotebook):
 
 def print_trainable(tuned: nn.Module) -> None:
     """Write how many parameters are trained to stdout: `trainable: 8,192 of 228,416 parameters (3.6 %)`."""
-    print(report(seen_through(tuned)).sums)
+    told = report(seen_through(tuned))
+    print(f"trainable: {share_of_parameters(told.trainable, told.total)}")
 
 
 def _region_row(region: RegionReport) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.errors import AdapterMismatchError
-from lora_fx.models.tensors import get_tensor
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.build import trainable
 
@@ -38,7 +37,6 @@ def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor]) -> None:
             model's, or not finite.
         RefusedError: the model is not adapted.
     """
-    tuned = seen_through(tuned)
     own = adapter_state(tuned)
     pairs = ((name, _differs(own.get(name), state.get(name))) for name in {**own, **state})
     if wrong := [(name, *differs) for name, differs in pairs if differs is not None]:
@@ -46,9 +44,7 @@ def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise AdapterMismatchError("the state does not fit this adapted model", wrong, advice)
     with torch.no_grad():
         for name, value in state.items():
-            tensor = get_tensor(tuned, name)
-            assert tensor is not None
-            tensor.copy_(value)
+            own[name].copy_(value)  # it is the model's own memory
 
 
 def _differs(own: Tensor | None, given: Tensor | None) -> tuple[str, str] | None:

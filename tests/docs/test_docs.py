@@ -97,7 +97,7 @@ def test_every_error_has_a_heading_that_messages_link_to():
         importlib.import_module(f"lora_fx.{module}")
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     headings = {f"errors#{line[3:].lower()}" for line in page.splitlines() if line.startswith("## ")}
-    missing = [kind.__name__ for kind in errors_of(LoraFxError) if kind.anchor() not in headings]
+    missing = [kind.__name__ for kind in errors_of(LoraFxError) if f"errors#{kind.__name__.lower()}" not in headings]
     assert missing == []
     assert RuleError("rules", []).__notes__ == ["  see: lora-fx help RuleError"]
 
