@@ -2,7 +2,6 @@
 
 import click
 
-from lora_fx.cli.health import Health, HealthCheck, installed, trouble
 from lora_fx.cli.options import format_option, output_option
 from lora_fx.cli.output import write
 from lora_fx.cli.verbs import DIFFERS
@@ -18,6 +17,8 @@ def command(context: click.Context, quick: bool, form: str, output: str) -> None
 
     What the extras need is listed, and a tiny model is adapted, trained, saved and merged (exit 1 if that fails).
     """
+    from lora_fx.cli.health import Health, HealthCheck, installed, trouble
+
     checks: tuple[HealthCheck, ...] = ()
     if not quick:
         from lora_fx.cli.models.selftest import tried

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-from lora_fx.rules.ruleset import RuleSet
+if TYPE_CHECKING:
+    from lora_fx.rules.ruleset import RuleSet  # help, which needs no rules, imports this file too
 
 F = TypeVar("F", bound=Callable[..., Any])
 FORMATS = ("text", "json", "mermaid", "dot", "html")
@@ -39,7 +40,7 @@ def format_option(*forms: str) -> Callable[[F], F]:
     return click.option("--format", "form", type=click.Choice(forms), default="text", show_default=True)
 
 
-def rules_of(name: str) -> RuleSet:
+def rules_of(name: str) -> "RuleSet":
     """Return the rules of a file, of a shipped one by its name, or of the standard input.
 
     Raises:

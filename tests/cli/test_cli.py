@@ -56,6 +56,22 @@ def test_lint_help_and_schema_import_no_torch(words):
     assert not modules & {"torch", "numpy", "networkx", "safetensors"}
 
 
+def test_help_imports_click_and_of_ours_only_the_verbs_and_what_they_show():
+    """What a shell waits for is what is imported: counted here, as seconds are another machine's."""
+    modules = imported_by("--help")
+    foreign = {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names) - {"__main__", "_distutils_hack"}
+    assert foreign == {"lora_fx", "click"}
+    ours = {name.split(".")[1] for name in modules if name.startswith("lora_fx.")}
+    assert ours == {"cli", "errors", "sources", "text"}
+    assert len(modules) < 200
+
+
+def test_lint_imports_no_more_than_help_and_the_rules():
+    more = imported_by("lint", "attention") - imported_by("--help")
+    assert {name.split(".")[0] for name in more if "cython" not in name} <= {"lora_fx", "yaml", *sys.stdlib_module_names}
+    assert {name.split(".")[1] for name in more if name.startswith("lora_fx.")} == {"rules", "sources"}
+
+
 def test_misspelt_rule_file_is_reported_before_torch_is_imported():
     assert "torch" not in imported_by("plan", "any:thing", "atention")
 
