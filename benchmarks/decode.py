@@ -8,12 +8,14 @@ values, and takes its time.  Calls are repeated within a measurement, as one alo
 from __future__ import annotations
 
 import argparse
+import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -22,11 +24,19 @@ from lora_fx.bench.peer import peft_model
 from lora_fx.bench.subjects import SPREAD, copy_adapters
 from lora_fx.bench.timing import Timing, fit, summarised, timed
 from lora_fx.models.samples import Sample
-from lora_fx.text import columns
+from tests.support.performance import told
 
 RANK = 8
 RULES = {"version": 1, "rules": [{"match": {"name": "**", "op": "linear"}, "lora": {"r": RANK}}]}
 BASE, AGAIN = "module", "module again"
+FORMS = {
+    "modules": "modules",
+    "graph": "a graph around it",
+    "whole": "a GraphModule",
+    "PEFT": "PEFT",
+    "merged": "merged",
+}
+"""Names of the forms, and what the table calls them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +53,14 @@ class Case:
         modules = self._adapted("modules")
         copy_adapters(tuned, modules)
         yield from ((name, self._call(self.model)) for name in (BASE, AGAIN))
+        yield "modules", self._call(modules)
+        yield "graph", self._call(tuned)
         if isinstance(self.model, nn.Sequential):
-            yield from self._of_one_linear(tuned)
-        yield "lora_fx, modules", self._call(modules)
-        yield "lora_fx, graph", self._call(tuned)
+            whole = lora_fx.apply(fx.symbolic_trace(self.model), RULES, self.sample)
+            copy_adapters(tuned, whole)
+            yield "whole", self._call(whole)
         yield "PEFT", self._call(peft_model(self.model, modules).eval())
         yield "merged", self._call(lora_fx.merge(tuned))
-
-    def _of_one_linear(self, tuned: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
-        layer, (x,) = self.model.get_submodule("0"), self.sample.args
-        weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
-        yield "F.linear", lambda: F.linear(x, weight, bias)
-        whole = lora_fx.apply(fx.symbolic_trace(self.model), RULES, self.sample)
-        copy_adapters(tuned, whole)
-        yield "lora_fx, GraphModule", self._call(whole)
 
     def _adapted(self, backend: lora_fx.api.ChosenBackend) -> nn.Module:
         tuned = lora_fx.apply(self.model, RULES, self.sample, backend)
@@ -74,7 +78,7 @@ def linear(width: int, rows: int) -> Case:
     """Return one linear layer, square."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, width)).eval().requires_grad_(False)
-    return Case(f"linear {width}", model, lora_fx.call(torch.randn(rows, width)))
+    return Case(f"linear, width {width}", model, lora_fx.call(torch.randn(rows, width)))
 
 
 def llama(width: int, rows: int) -> Case:
@@ -85,7 +89,7 @@ def llama(width: int, rows: int) -> Case:
         vocab_size=1000, use_cache=False,
     )  # fmt: skip
     model = LlamaModel(config).eval().requires_grad_(False)
-    return Case(f"llama {width}", model, lora_fx.call(input_ids=torch.randint(0, 1000, (rows, 1))))
+    return Case(f"Llama layer, width {width}", model, lora_fx.call(input_ids=torch.randint(0, 1000, (rows, 1))))
 
 
 def measured(case: Case, rounds: int, milliseconds: float, attempts: int) -> Timing:
@@ -124,16 +128,24 @@ def main(words: Sequence[str] | None = None) -> None:
     asked.add_argument("--linear", type=int, nargs="*", default=[768, 2048], help="widths")
     asked.add_argument("--llama", type=int, nargs="*", default=[512], help="widths")
     asked.add_argument("--milliseconds", type=float, default=20, help="of one measurement of the base")
+    asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
     options = asked.parse_args(words)
     torch.set_num_threads(1)
-    cases = [make(width, rows) for make, widths in ((linear, options.linear), (llama, options.llama))
-             for width in widths for rows in options.rows]  # fmt: skip
-    for case in cases:
-        timing = measured(case, options.rounds, options.milliseconds, options.attempts)
-        rows = [(name, ratio.text(), f"{ratio.least:.3f}") for name, ratio in timing.ratios.items()]
-        first = next(iter((*case.sample.args, *case.sample.kwargs.values())))
-        print(f"{case.name}, {len(first)} rows; A/A {timing.control.text()}{' VOID' if timing.void else ''}")
-        print(columns([("", "time [95 %]", "min/min"), *rows]), flush=True)
+    table = [("model", "rows", *FORMS.values(), "A/A")]
+    for make, widths in ((linear, options.linear), (llama, options.llama)):
+        for width, rows in itertools.product(widths, options.rows):
+            case = make(width, rows)
+            timing = measured(case, options.rounds, options.milliseconds, options.attempts)
+            table.append((case.name, str(rows), *_cells(timing)))
+            print(*table[-1], sep="  ", file=sys.stderr, flush=True)
+    told(options.write, "decode", table)
+
+
+def _cells(timing: Timing) -> Iterator[str]:
+    """Yield the medians, and the control; no time of a void run is told."""
+    for form in FORMS:
+        yield f"{timing.ratios[form].ratio:.3f}" if form in timing.ratios and not timing.void else ""
+    yield "void" if timing.void else f"{timing.control.ratio:.3f}"
 
 
 if __name__ == "__main__":

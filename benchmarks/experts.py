@@ -1,6 +1,6 @@
 """What adapters on routed experts cost: `python benchmarks/experts.py` prints it; times are of this machine.
 
-A Mixtral block of experts with its router, and a whole decoder layer: 8 experts, top-2, hidden size 512, rank 8 on both
+A block of experts with its router, and a whole decoder layer, of Mixtral's and of Qwen3-MoE's shape, rank 8 on both
 banks.  The base is the same model frozen, with gradients to its input, so that the backward pass goes through it too.
 Time is the median of paired ratios, beside that of the base over itself, as `lora_fx.bench` measures; saved bytes count
 every storage that autograd keeps for the backward pass once, weights and adapters apart; FLOPs are those of both
@@ -11,30 +11,51 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig
+from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeSparseMoeBlock
 
 import lora_fx
 from lora_fx.bench import counters
+from lora_fx.bench.peer import peft_model
 from lora_fx.bench.timing import Timing, fit, summarised, timed
+from tests.support.performance import told
 
-EXPERTS, TOP, RANK = 8, 2, 8
+RANK = 8
 ATTEMPTS = 10
 """How often a void run is repeated."""
 RULES = {"version": 1, "rules": [{"match": {"name": "**.experts.{gate_up,down}_proj"}, "lora": {"r": RANK}}]}
+HEADS = ("model", "experts run by", "lora_fx", "PEFT", "kept", "by PEFT", "peak", "of PEFT", "FLOPs", "A/A")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model's experts."""
+
+    name: str
+    experts: int
+    top: int
+    intermediate: int
+    hidden: int = 512
+
+
+MIXTRAL, QWEN3 = Shape("Mixtral", 8, 2, 1792), Shape("Qwen3-MoE", 32, 4, 256)
 
 
 class Block(nn.Module):
     """The router and the experts."""
 
-    def __init__(self, config: MixtralConfig) -> None:
+    def __init__(self, config: MixtralConfig | Qwen3MoeConfig) -> None:
         super().__init__()
-        self.mlp = MixtralSparseMoeBlock(config)
+        mixtral = isinstance(config, MixtralConfig)
+        self.mlp = MixtralSparseMoeBlock(config) if mixtral else Qwen3MoeSparseMoeBlock(config)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.mlp(x)
@@ -44,9 +65,10 @@ class Block(nn.Module):
 class Layer(nn.Module):
     """A whole decoder layer."""
 
-    def __init__(self, config: MixtralConfig) -> None:
+    def __init__(self, config: MixtralConfig | Qwen3MoeConfig) -> None:
         super().__init__()
-        self.layer = MixtralDecoderLayer(config, 0)
+        mixtral = isinstance(config, MixtralConfig)
+        self.layer = MixtralDecoderLayer(config, 0) if mixtral else Qwen3MoeDecoderLayer(config, 0)
         self.width = config.head_dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,19 +85,23 @@ class Case:
 
     kind: type[nn.Module]
     implementation: str
-    intermediate: int
-    tokens: int
+    shape: Shape = MIXTRAL
+    tokens: int = 512
     dtype: torch.dtype = torch.float32
-    hidden: int = 512
 
     def base(self) -> nn.Module:
         """Return the frozen model, with random weights."""
         torch.manual_seed(0)
-        config = MixtralConfig(
-            hidden_size=self.hidden, intermediate_size=self.intermediate, num_local_experts=EXPERTS,
-            num_experts_per_tok=TOP, num_attention_heads=8, num_key_value_heads=8, head_dim=self.hidden // 8,
-            num_hidden_layers=1, attn_implementation="sdpa", experts_implementation=self.implementation,
-        )  # fmt: skip
+        shape, heads = self.shape, 8
+        sizes = {
+            "hidden_size": shape.hidden, "num_experts_per_tok": shape.top, "num_attention_heads": heads,
+            "num_key_value_heads": heads, "head_dim": shape.hidden // heads, "num_hidden_layers": 1,
+            "attn_implementation": "sdpa", "experts_implementation": self.implementation,
+        }  # fmt: skip
+        if shape.name == MIXTRAL.name:
+            config = MixtralConfig(intermediate_size=shape.intermediate, num_local_experts=shape.experts, **sizes)
+        else:
+            config = Qwen3MoeConfig(moe_intermediate_size=shape.intermediate, num_experts=shape.experts, **sizes)
         config._attn_implementation, config._experts_implementation = "sdpa", self.implementation
         model = self.kind(config)
         for parameter in model.parameters():
@@ -83,11 +109,10 @@ class Case:
         return model.to(self.dtype).requires_grad_(False)
 
     def input(self) -> Tensor:
-        return torch.randn(1, self.tokens, self.hidden, generator=torch.Generator().manual_seed(1)).to(self.dtype)
+        return torch.randn(1, self.tokens, self.shape.hidden, generator=torch.Generator().manual_seed(1)).to(self.dtype)
 
-    def text(self) -> str:
-        what = f"{self.kind.__name__.lower():5} {self.implementation:10} {self.intermediate:5} {self.tokens:6}"
-        return f"{what}  {str(self.dtype).removeprefix('torch.'):8}"
+    def name(self) -> str:
+        return f"{self.shape.name}, {self.kind.__name__.lower()}"
 
 
 def adapted(base: nn.Module, sample: Tensor) -> nn.Module:
@@ -120,43 +145,50 @@ def peak_bytes(model: nn.Module, x: Tensor) -> int:
     return counters.tallied(lambda: step(model, x)).peak
 
 
-def times(base: nn.Module, again: nn.Module, tuned: nn.Module, x: Tensor, rounds: int) -> Timing:
-    """Return the paired ratios to the base, by wall clock and by the time of the processor."""
-    models = {"base": base, "again": again, "adapted": tuned}
+def times(models: dict[str, nn.Module], x: Tensor, rounds: int) -> Timing:
+    """Return the paired ratios to the first model, by wall clock and by the time of the processor."""
     steps = {name: functools.partial(step, model, x) for name, model in models.items()}
     return fit(lambda: summarised(timed(steps, rounds), "base", "again"), ATTEMPTS)
 
 
-def cases() -> Iterator[Case]:
-    for kind in (Block, Layer):
-        for intermediate in (1792, 1024):
-            for tokens in (512, 2048):
-                for implementation in ("eager", "grouped_mm"):
-                    yield Case(kind, implementation, intermediate, tokens)
-        yield Case(kind, "batched_mm", 1792, 16)
-    yield Case(Layer, "grouped_mm", 1792, 512, torch.bfloat16)
+def line(case: Case, rounds: int) -> tuple[str, ...]:
+    """Return a line of the table: times, bytes and FLOPs over the base's."""
+    x, base = case.input(), case.base()
+    tuned = adapted(base, x)
+    models = {"base": base, "again": case.base(), "lora_fx": tuned, "PEFT": peft_model(base, tuned)}
+    timing = times(models, x, rounds) if rounds else None
+    spent = [f"{timing.ratios[name].ratio:.2f}" if timing and not timing.void else "" for name in ("lora_fx", "PEFT")]
+    bytes_ = [
+        f"{measure(models[name], x) / measure(base, x):.2f}"
+        for measure in (saved_bytes, peak_bytes)
+        for name in ("lora_fx", "PEFT")
+    ]
+    control = ("void" if timing.void else f"{timing.control.ratio:.3f}") if timing else ""
+    return (case.name(), case.implementation, *spent, *bytes_, f"{flops(tuned, x) / flops(base, x):.2f}", control)
 
 
-def main() -> None:
+def cases(tokens: int, dtype: torch.dtype) -> Iterator[Case]:
+    for shape in (MIXTRAL, QWEN3):
+        for kind in (Block, Layer):
+            for implementation in ("eager", "grouped_mm"):
+                yield Case(kind, implementation, shape, tokens, dtype)
+
+
+def main(words: Sequence[str] | None = None) -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--rounds", type=int, default=20, help="0: no times")
-    asked.add_argument("--only", default="", help="words of the cases to measure: `Block eager`")
-    options = asked.parse_args()
+    asked.add_argument("--rounds", type=int, default=10, help="0: no times")
+    asked.add_argument("--tokens", type=int, default=512)
+    asked.add_argument("--dtype", type=functools.partial(getattr, torch), default=torch.float32)
+    asked.add_argument("--only", default="", help="words of the cases to measure: `Mixtral block eager`")
+    asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
+    options = asked.parse_args(words)
     torch.set_num_threads(1)
-    print("model experts     inner  tokens  dtype      FLOPs   saved  +weights  peak    time  (cpu)   base/base (cpu)")
-    for case in cases():
-        if not all(word.lower() in case.text() for word in options.only.split()):
-            continue
-        x, base = case.input(), case.base()
-        tuned = adapted(base, x)
-        ratios = [measure(tuned, x) / measure(base, x) for measure in (flops, saved_bytes)]
-        ratios += [saved_bytes(tuned, x, True) / saved_bytes(base, x, True), peak_bytes(tuned, x) / peak_bytes(base, x)]
-        line = case.text() + "  ".join(f"{ratio:7.3f}" for ratio in ratios)
-        if options.rounds:
-            timing = times(base, case.base(), tuned, x, options.rounds)
-            adapted_and_control = (timing.ratios["adapted"], timing.control)
-            line += "".join(f"  {ratio.ratio:.3f} ({ratio.processor:.3f})" for ratio in adapted_and_control)
-        print(line, flush=True)
+    rows = [HEADS]
+    for case in cases(options.tokens, options.dtype):
+        if all(word.lower() in f"{case.name()} {case.implementation}".lower() for word in options.only.split()):
+            rows.append(line(case, options.rounds))
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
+    told(options.write, "experts", rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import training
 from lora_fx.bench.run import DTYPES, BenchOptions, bench
 from lora_fx.bench.subjects import FULL, LB, OURS, PEFT
 from lora_fx.text import scaled
-from tests.support.performance import written
+from tests.support.performance import told
 
 HEADS = ("model", "dtype", "dropout", "frozen base", "lora_fx", "PEFT", "full")
 
@@ -50,11 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
     asked.add_argument("--width", type=int, help="another one: to try the command")
     asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
     options = asked.parse_args(words)
-    text = "\n".join(f"| {' | '.join(row)} |" for row in (HEADS, ("---",) * len(HEADS), *rows(options)))
-    if options.write is not None:
-        page = options.write.read_text(encoding="utf-8")
-        options.write.write_text(written(page, "peaks", text), encoding="utf-8")
-    print(text)
+    told(options.write, "peaks", [HEADS, *rows(options)])
 
 
 if __name__ == "__main__":

@@ -177,11 +177,11 @@ implementations = pytest.mark.parametrize("implementation", ["eager", "grouped_m
 
 
 def case(implementation: str, kind: type[nn.Module] = experts.Block):
-    return experts.Case(kind, implementation, 1792, tokens=128)
+    return experts.Case(kind, implementation, tokens=128)
 
 
 def small(implementation: str):
-    return experts.Case(experts.Block, implementation, 224, tokens=12, hidden=64)
+    return experts.Case(experts.Block, implementation, experts.Shape("Mixtral", 8, 2, 224, 64), tokens=12)
 
 
 @implementations

@@ -147,17 +147,33 @@ def test_rules_of_the_table_adapt_the_blocks_and_nothing_else(name: str):
 
 def test_decoding_is_measured_in_every_form(capsys):
     decode.main(["--rounds", "1", "--rows", "2", "--linear", "16", "--llama", "64", "--milliseconds", "0.1"])
-    first, second = capsys.readouterr().out.split("llama 64, 2 rows")
-    assert first.startswith("linear 16, 2 rows; A/A ")
-    names = [line.split("  ")[1] for line in first.splitlines()[2:]]
-    assert names == [
-        "module",
-        "F.linear",
-        "lora_fx, GraphModule",
-        "lora_fx, modules",
-        "lora_fx, graph",
-        "PEFT",
-        "merged",
+    head, _, first, second = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert head == ["model", "rows", "modules", "a graph around it", "a GraphModule", "PEFT", "merged", "A/A"]
+    assert first[:2] == ["linear, width 16", "2"]
+    assert second[:2] == ["Llama layer, width 64", "2"]
+    assert second[4] == "", "a model that branches is no GraphModule"
+
+
+def test_experts_are_counted_beside_the_frozen_base_and_peft(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- experts:begin -->\nold\n<!-- experts:end -->\n")
+    words = ["--rounds", "0", "--tokens", "16", "--only", "qwen block eager", "--write", str(page)]
+    benchmark("experts").main(words)
+    head, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert row[:2] == ["Qwen3-MoE, block", "eager"]
+    ours, peft = (float(row[head.index(name)]) for name in ("kept", "by PEFT"))
+    assert 1 < ours < peft
+    assert "| Qwen3-MoE, block | eager |" in page.read_text()
+
+
+def test_measured_again_a_run_takes_the_place_of_its_line_and_void_ones_none():
+    head = "| processor | model | adapted | dropout | dtype | time | A/A |\n| --- |"
+    old = ["| A | m | q,v r8 | 0 | float32 | 1.1 | 1 |", "| B | m | all r8 | 0 | float32 | 1.2 | 1 |"]
+    page = performance.written("<!-- table:begin -->\n<!-- table:end -->", "table", "\n".join([head, *old]))
+    new = [
+        "| A | m | all r8 | 0 | float32 | 1.3 | 1 |",
+        "| A | m | q,v r8 | 0 | float32 | 1.4 | 1 |",
+        "| B | m | all r8 | 0 | float32 |  | void |",
     ]
-    assert "lora_fx, graph" in second
-    assert "GraphModule" not in second
+    lines = performance.with_measurements(page, "\n".join([head, *new])).splitlines()
+    assert [line for line in lines if line.startswith("| ")][2:] == [new[1], new[0], old[1]]

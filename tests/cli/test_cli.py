@@ -68,7 +68,11 @@ def test_help_imports_click_and_of_ours_only_the_verbs_and_what_they_show():
 
 def test_lint_imports_no_more_than_help_and_the_rules():
     more = imported_by("lint", "attention") - imported_by("--help")
-    assert {name.split(".")[0] for name in more if "cython" not in name} <= {"lora_fx", "yaml", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in more if "cython" not in name} <= {
+        "lora_fx",
+        "yaml",
+        *sys.stdlib_module_names,
+    }
     assert {name.split(".")[1] for name in more if name.startswith("lora_fx.")} == {"rules", "sources"}
 
 

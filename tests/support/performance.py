@@ -16,6 +16,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE, LANDING = DOCS / "performance.md", DOCS / "index.md"
 SHOWN = "all r8"
 """Which adapters the sentences and pictures are about."""
+ADAPTED = ("c_attn r8", "q,v r8 (slices)", "q,v r8", "all r8", "all r16")
+"""The order of lines of one model."""
 OURS, PEFT = "#1d7a50", "#a3541d"
 Interval = tuple[float, float, float]
 
@@ -66,12 +68,29 @@ def short_name(processor: str) -> str:
 
 
 def with_measurements(page: str, table: str) -> str:
-    """Return the page with the lines of a table in place of those of the same processors; others stay."""
+    """Return the page with the lines of a table in place of those of the same run; others stay, void ones are left out.
+
+    A run is a processor with a model, its adapters, dropout and dtype.
+    """
     head, dashes, *new = table.splitlines()
-    measured = {line.split("|")[1].strip() for line in new}
-    lines = [line.strip() for line in _between(page, "table").splitlines() if line.strip().startswith("|")]
-    kept = [line for line in lines[2:] if line.split("|")[1].strip() not in measured]
-    return written(page, "table", "\n".join([head, dashes, *new, *kept]))
+    old = [line.strip() for line in _between(page, "table").splitlines() if line.strip().startswith("|")][2:]
+    runs = {_run(line): line for line in (*old, *(line for line in new if "| void |" not in line))}
+    ranks = [list(dict.fromkeys(run[place] for run in runs)) for place in range(5)]
+    ranks[2] = [*ADAPTED, *(name for name in ranks[2] if name not in ADAPTED)]
+    ordered = sorted(runs, key=lambda run: [rank.index(cell) for rank, cell in zip(ranks, run, strict=True)])
+    return written(page, "table", "\n".join([head, dashes, *(runs[run] for run in ordered)]))
+
+
+def _run(line: str) -> tuple[str, ...]:
+    return tuple(cell.strip() for cell in line.strip("|").split("|")[:5])
+
+
+def told(page: Path | None, name: str, rows: Sequence[Sequence[str]]) -> None:
+    """Write rows as a table to the standard output, and between the marks of a page where one is given."""
+    text = "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    if page is not None:
+        page.write_text(written(page.read_text(encoding="utf-8"), name, text), encoding="utf-8")
+    print(text)
 
 
 # -- marks
