@@ -1,8 +1,8 @@
 """A GraphDiff as SVG: the blocks that differ, each kind once.  Signs and outlines say what colours say."""
 
 from lora_fx.graphdiff.changes import GraphDifference
-from lora_fx.graphdiff.render.blocks import SYMBOLS, Block, Box, blocks_of, boxes_of
-from lora_fx.graphdiff.render.layout import HEIGHT, ROW, WIDTH, BoxLayout, layered
+from lora_fx.graphdiff.render.blocks import SAME, SYMBOLS, Block, Box, blocks_of, boxes_of
+from lora_fx.graphdiff.render.layout import HEIGHT, WIDTH, BoxLayout, Piece, layered
 from lora_fx.graphdiff.render.text import folded
 from lora_fx.planning.render.page import DARK, escape
 
@@ -53,17 +53,20 @@ def drawing(block: Block) -> tuple[str, BoxLayout]:
     """Return the boxes and lines of a block, and where they stand."""
     boxes, edges = boxes_of(block)
     layout = layered(len(boxes), edges)
-    lines = [_edge(layout, *edge, status) for edge, status in edges.items()]
+    ordered = sorted(edges, key=lambda edge: edges[edge] != SAME)  # what differs lies above what does not
+    lines = [_edge(layout.lines[edge], edges[edge], upwards=edge[0] > edge[1]) for edge in ordered]
     return "".join([*lines, *(_box(box, *layout.corners[i]) for i, box in enumerate(boxes))]), layout
 
 
-def _edge(layout: BoxLayout, source: int, target: int, status: str) -> str:
-    (x, y), (u, v) = layout.corners[source], layout.corners[target]
-    x, u, y = x + WIDTH / 2, u + WIDTH / 2, y + HEIGHT
-    far = abs(v - y) > ROW  # past boxes on its way: to the side
-    bend, side = (abs(v - y) / 4, WIDTH * 0.85) if far else (16.0, 0.0)
-    curve = f"C{x + side:g} {y + bend:g} {u + side:g} {v - bend:g} {u:g} {v:g}"
-    return f'<path class="edge {status}" d="M{x:g} {y:g}{curve}"/>'
+def _edge(line: list[Piece], status: str, upwards: bool) -> str:
+    """Return a line; all go down, and one that does not ends with an arrow."""
+    (x, y, end), *rest = line
+    path = f"M{x:g} {y:g}" + (f"V{end:g}" if end != y else "")
+    for u, v, w in rest:
+        middle = (end + v) / 2  # both handles at this height: the bend stays in the space between the rows
+        path += f"C{x:g} {middle:g} {u:g} {middle:g} {u:g} {v:g}" + (f"V{w:g}" if w != v else "")
+        x, end = u, w
+    return f'<path class="edge {status}" d="{path}{"m-4 7l4-7l4 7" if upwards else ""}"/>'
 
 
 def _box(box: Box, x: float, y: float) -> str:
