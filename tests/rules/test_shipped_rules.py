@@ -70,3 +70,56 @@ def test_wheel_holds_the_shipped_rules_the_pages_the_type_marker_and_no_tests(tm
     assert "lora_fx/pages/errors.md" in held
     assert not any(name.startswith(("tests/", "demo/")) for name in held)
     assert wheel.stat().st_size < 1_000_000
+
+
+def _whisper():
+    from transformers import WhisperConfig, WhisperModel
+
+    return WhisperModel(
+        WhisperConfig(
+            d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            decoder_start_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def _mamba():
+    from transformers import MambaConfig, MambaModel
+
+    return MambaModel(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4))
+
+
+def _flux():
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=False, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+
+
+def _sd3():
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, out_channels=16,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "library"),
+    [("whisper", _whisper, "transformers"), ("mamba", _mamba, "transformers"), ("flux", _flux, "diffusers"),
+     ("sd3", _sd3, "diffusers")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_models_of_the_tests_have_the_names_that_their_library_gives_them(name, make, library):
+    pytest.importorskip(library)
+    import torch
+
+    with torch.device("meta"):
+        model = make()
+    linears = ((path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    assert {path: list(module.weight.shape) for path, module in linears} == MODELS[name]
