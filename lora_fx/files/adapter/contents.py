@@ -84,10 +84,13 @@ class Contents:
         facts += [("base values", noted), ("beyond plain LoRA", listing(self.features) if self.features else "nothing")]
         return facts + ([("saved with it", listing(self.others))] if self.others else [])
 
+    def document(self) -> dict[str, object]:
+        """Return the contents as JSON has them."""
+        return {"schema_version": 1, **asdict(self), "parameters": self.parameters}
+
     def to_json(self) -> str:
         """Return the contents as JSON."""
-        document = {"schema_version": 1, **asdict(self), "parameters": self.parameters}
-        return json_text(document, indent=1)
+        return json_text(self.document(), indent=1)
 
 
 def contents_of(directory: str | os.PathLike[str]) -> Contents:

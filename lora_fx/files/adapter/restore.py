@@ -163,11 +163,20 @@ def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch
 
 
 def _other_base(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
-    known = {saved.path: sites[saved.path].weight for saved in file.sites if saved.path in sites}
+    usable = {path: site for path, site in sites.items() if site.refusal is None}  # others may have no weight to look at
+    known = {saved.path: usable[saved.path].weight for saved in file.sites if saved.path in usable}
     weights = {path: weight for path, name in known.items() if (weight := get_tensor(model, name)) is not None}
     for path, weight in weights.items():
         if not same_values(file.header.base.get(path), sample_values(weight)):
             yield known[path], "trained on other values", "is another base, or was changed since"
+
+
+def compared_values(files: Sequence[AdapterFile], decisions: Decisions, model: nn.Module) -> int:
+    """Return of how many base weights a file notes values that the model has too."""
+    sites = {path: planned.site for planned in decisions.adapted for path in planned.site.paths}
+    noted = (saved.path for file in files for saved in file.sites if file.header.base.get(saved.path))
+    weights = (get_tensor(model, name) for name in {sites[path].weight for path in noted if path in sites})
+    return sum(weight is not None and sample_values(weight) is not None for weight in weights)
 
 
 def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site], model: nn.Module) -> None:
