@@ -15,6 +15,7 @@ from lora_fx.text import columns, listing
 
 _MOST_BYTES = 16 * 1024 * 1024
 """Of a configuration."""
+NEEDED = "needs transformers: pip install 'lora-fx[hf]'"
 
 
 class ModelSpecError(LoraFxError):
@@ -34,16 +35,12 @@ def from_transformers(directory: str, weights: bool) -> nn.Module:
     """
     file = Path(directory, "config.json")
     if not is_regular(file):
-        raise ModelSpecError(f"{file} does not exist; hf: takes a directory, not a name of a hub")
+        raise ModelSpecError(f"{file} does not exist; hf: takes a directory, or ORG/NAME of the hub")
     try:
         import transformers
     except ImportError as error:
-        raise ModelSpecError("hf: needs transformers: pip install 'lora-fx[hf]'") from error
-    try:
-        content = read_json(file, _MOST_BYTES)
-    except UnreadableError as error:
-        raise ModelSpecError(f"{file}: {error}") from error
-    _refuse_code(file, content)
+        raise ModelSpecError(f"hf: {NEEDED}") from error
+    check_configuration(file)
     if weights and Path(directory, "adapter_config.json").exists():
         why = "transformers would load the base that its adapter_config.json names, and the adapter"
         raise ModelSpecError(f"{directory} holds an adapter: {why}\n  give the directory of the base alone")
@@ -64,6 +61,15 @@ def from_transformers(directory: str, weights: bool) -> nn.Module:
         text = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {text[0][:300] if text else ''}"
         raise ModelSpecError(f"{directory}: transformers cannot make this model: {what}") from error
+
+
+def check_configuration(file: Path) -> None:
+    """Raise a ModelSpecError for a configuration that cannot be read, or that names code."""
+    try:
+        content = read_json(file, _MOST_BYTES)
+    except UnreadableError as error:
+        raise ModelSpecError(f"{file}: {error}") from error
+    _refuse_code(file, content)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""MODEL on the command line: a factory in a package or a file, a directory of transformers, or a file of weights."""
+"""MODEL on the command line: a factory in a package or a file, a model of transformers, or a file of weights."""
 
 import contextlib
 import importlib
@@ -14,18 +14,17 @@ from torch import nn
 
 from lora_fx.api import apply, diff
 from lora_fx.cli.models.checkpoint import INDEX_SUFFIX, checkpoint_model
+from lora_fx.cli.models.hub import directory_of
 from lora_fx.cli.models.pretrained import ModelSpecError, from_transformers
-from lora_fx.files.adapter.restore import fitted
 from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_of
 from lora_fx.graphdiff.programs import load_program
 from lora_fx.models.code import module_of
-from lora_fx.models.samples import call, samples_for
+from lora_fx.models.samples import call
 from lora_fx.rules.ruleset import RuleSet
-from lora_fx.text import count, visible
 
-FORMS = "package.module:factory, file.py:factory, hf:DIRECTORY, a .pt2 or a .safetensors file"
+FORMS = "package.module:factory, file.py:factory, hf:DIRECTORY, hf:ORG/NAME, a .pt2 or a .safetensors file"
 
 
 def load_model(spec: str, weights: bool = False, trust: bool = False) -> tuple[nn.Module, object]:
@@ -38,7 +37,7 @@ def load_model(spec: str, weights: bool = False, trust: bool = False) -> tuple[n
     Args:
         spec: the text.
         weights: with values, for evaluation.  Without them the factory is called on the meta device, and
-            `hf:DIRECTORY` needs the configuration only.
+            `hf:DIRECTORY` and `hf:ORG/NAME@REVISION` need the configuration only.
         trust: that reading a `.pt2` file may run code.
 
     Raises:
@@ -53,25 +52,14 @@ def load_model(spec: str, weights: bool = False, trust: bool = False) -> tuple[n
     scheme, _, rest = spec.partition(":")
     if not scheme or not rest:
         raise ModelSpecError(f"'{spec}' is not a model: write {FORMS}")
+    if scheme == "hf":
+        rest = directory_of(rest, weights)
     with contextlib.nullcontext() if weights else torch.device("meta"):
         made = from_transformers(rest, weights) if scheme == "hf" else _called(scheme, rest)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ModelSpecError(f"'{spec}' gives an object of type {type(model).__name__}, not a torch.nn.Module")
     return (model.eval() if weights else model), inputs
-
-
-def check_fit(adapter: str, spec: str, trust: bool) -> str:
-    """Return a line that says that an adapter's directory fits a model.
-
-    Raises:
-        AdapterMismatchError, RefusedError: it does not; all reasons.
-        AdapterFileError: its files are damaged.
-    """
-    model, inputs = load_model(spec, trust=trust)
-    _, _, decisions = fitted(adapter, model, samples_for(model, inputs))
-    sites = len(decisions.adapted)
-    return f"fits {visible(type(model).__name__)}: {count(sites, 'site')} with the names and shapes of the adapter"
 
 
 def compared(a: str | Graph, b: str | Graph, trust: bool) -> GraphDiff:
