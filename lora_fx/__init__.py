@@ -57,6 +57,11 @@ if TYPE_CHECKING:
     from lora_fx.remerging.whole import remerged as remerged
     from lora_fx.rules.ruleset import LoRAConfig as LoRAConfig
     from lora_fx.rules.ruleset import RuleSet as RuleSet
+    from lora_fx.training.history import RecordedSite as RecordedSite
+    from lora_fx.training.history import RecordedStep as RecordedStep
+    from lora_fx.training.record import TrainingRecord as TrainingRecord
+    from lora_fx.training.record import read_record as read_record
+    from lora_fx.training.recorder import Recorder as Recorder
     from lora_fx.tuned.extract import ExtractReport as ExtractReport
     from lora_fx.tuned.extract import extracted as extracted
     from lora_fx.tuned.report import Report as Report
@@ -84,6 +89,9 @@ _HOMES = {
     "lora_fx.planning.planned": "PlannedSite",
     "lora_fx.remerging.graph": "Remerge",
     "lora_fx.remerging.whole": "RemergeResult remerge remerged",
+    "lora_fx.training.history": "RecordedSite RecordedStep",
+    "lora_fx.training.record": "TrainingRecord read_record",
+    "lora_fx.training.recorder": "Recorder",
     "lora_fx.tuned.extract": "ExtractReport extracted",
     "lora_fx.tuned.report": "Report print_trainable",
     "lora_fx.tuned.state": "adapter_state load_adapter_state",

@@ -15,7 +15,10 @@ except ImportError:  # pragma: no cover
 
 from lora_fx.cli.verbs import Verbs
 
-VERBS = ("plan", "explain", "diff", "lint", "inspect", "audit", "export", "merge", "bench", "doctor", "schema", "help")
+VERBS = (
+    "plan", "explain", "diff", "lint", "inspect", "audit", "export", "merge", "bench", "watch", "doctor", "schema",
+    "help",
+)  # fmt: skip
 
 _EPILOG = """\b
 MODEL is one of

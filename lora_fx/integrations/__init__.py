@@ -1,5 +1,6 @@
 """Parts for other libraries: nothing else of lora_fx needs them.
 
 pretrained    what trainers call on an adapted transformers model
-trainer       adapter-only checkpoints of the transformers Trainer for other models; needs transformers
+trainer       callbacks of the transformers Trainer: checkpoints of other models, records; needs transformers
+lightning     callbacks of Lightning: adapter-only checkpoints, records; needs lightning
 """

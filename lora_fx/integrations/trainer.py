@@ -1,17 +1,20 @@
-"""Adapter-only checkpoints of the transformers Trainer, for models that are not transformers'.
+"""Callbacks of the transformers Trainer: adapter-only checkpoints for models of any kind, and records of training.
 
-    trainer = Trainer(tuned, arguments, train_dataset=data, callbacks=[AdapterCheckpoints()])
+    callbacks = [AdapterCheckpoints(), RecordTraining("run.jsonl")]
+    trainer = Trainer(tuned, arguments, train_dataset=data, callbacks=callbacks)
 
 An adapted transformers model writes such checkpoints by itself (`integrations.pretrained`); of any other module the
 Trainer writes the whole state dict.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_fx.integrations.pretrained import write_checkpoint
+from lora_fx.training.recorder import Recorder
 
 
 class AdapterCheckpoints(TrainerCallback):
@@ -23,3 +26,34 @@ class AdapterCheckpoints(TrainerCallback):
         """Write the adapter into the checkpoint that the Trainer has just written."""
         if state.is_world_process_zero:
             write_checkpoint(model, Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
+
+
+class RecordTraining(TrainerCallback):
+    """Writes a record of the training, as `lora_fx.Recorder` does: a line whenever the Trainer logs a loss.
+
+    So `logging_steps` says how often.  The loss is the one that is logged: the mean over the steps since the last log,
+    of all processes.  By default the Trainer logs in place of a loss that is NaN or infinite the mean of those before
+    (`logging_nan_inf_filter`); ‖ΔW‖, which is not filtered, shows it even then.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        self._recorder: Recorder | None = None
+        self._logged = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Look at the model and at a file of an earlier part; both must fit, or the training does not begin."""
+        self._recorder = Recorder(model, self.path, every=1)
+        self._logged = state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Write a line for a loss that is logged, and one without for the last step if none was."""
+        over = state.global_step - self._logged
+        if self._recorder is None or over < 1 or not {"loss", "train_loss"} & (logs or {}).keys():
+            return  # of an evaluation, or the user's own
+        self._recorder.step(logs.get("loss"), state.global_step, over)
+        self._logged = state.global_step

@@ -93,7 +93,7 @@ def test_version_stands_in_the_changelog():
 
 
 def test_every_error_has_a_heading_that_messages_link_to():
-    for module in ("cli.saved", "graphdiff.graphs", "graphdiff.programs", "cli.models.spec"):
+    for module in ("cli.saved", "graphdiff.graphs", "graphdiff.programs", "cli.models.spec", "training.lines"):
         importlib.import_module(f"lora_fx.{module}")
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     headings = {f"errors#{line[3:].lower()}" for line in page.splitlines() if line.startswith("## ")}
@@ -131,7 +131,8 @@ def test_code_of_a_page_is_at_most_88_columns_wide_and_imports_nothing_internal(
     assert [line for block in blocks for line in block.text.splitlines() if len(line) > 88] == []
     code = "\n".join(block.text for block in blocks if block.language == "python")
     imported = set(re.findall(r"^from (lora_fx[\w.]*) import", code, re.MULTILINE))
-    assert imported <= {"lora_fx", "lora_fx.bench", "lora_fx.integrations", "lora_fx.passes"}
+    parts = {"lora_fx.integrations.lightning", "lora_fx.integrations.trainer"}
+    assert imported <= {"lora_fx", "lora_fx.bench", "lora_fx.passes"} | parts
 
 
 def test_page_for_users_of_peft_has_every_key_and_method_of_it():

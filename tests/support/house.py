@@ -25,6 +25,7 @@ ORDER = [
     ["discovery"],
     ["tuned"],
     ["graphdiff", "files", "remerging"],
+    ["training"],
     ["exporters", "integrations"],
     ["api"],
     ["bench"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from html import escape
@@ -21,6 +22,7 @@ from lora_fx.cli.output import painted
 from tests.support.performance import DARK
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
+RECORD = Path(__file__).parents[1] / "golden" / "run.jsonl"
 _ESCAPE = re.compile(r"\x1b\[(\d+)m")
 _COLOURS = {"31": "#b00020", "32": "#1b6e1b", "33": "#8a6100", "36": "#00606f"}
 _WIDTH, _HEIGHT, _MARGIN = 7.25, 18, 16
@@ -81,10 +83,38 @@ def pictures() -> dict[str, str]:
         "plan-narrow.svg": terminal("lora-fx plan model.py:llama attention", narrow(str(plan))),
         "block.svg": diff.to_svg() + "\n",
         "diff.svg": terminal("lora-fx diff model.py:llama attention", str(diff)),
+        "training.svg": lora_fx.read_record(RECORD).to_svg() + "\n",
     }
 
 
+def record_run() -> None:
+    """Write the record that is drawn, of a training of a few seconds: `python -m tests.support.pictures record`.
+
+    It is kept, since its last digits are not the same on every machine.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=128, vocab_size=64
+    )
+    tuned = lora_fx.apply(LlamaForCausalLM(config), r=8, target="all-linear", backend="modules")
+    optimizer = torch.optim.AdamW(lora_fx.parameters(tuned), lr=4e-3)
+    RECORD.unlink(missing_ok=True)
+    with lora_fx.Recorder(tuned, RECORD, every=5) as recorder:
+        for _ in range(300):
+            start, step = torch.randint(0, 61, (16, 1)), torch.randint(1, 4, (16, 1))
+            ids = (start + step * torch.arange(24)) % 61  # count on: by one, by two or by three
+            loss = tuned(ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss)
+
+
 def main() -> None:
+    if sys.argv[1:] == ["record"]:
+        record_run()
     FOLDER.mkdir(exist_ok=True)
     for name, text in pictures().items():
         (FOLDER / name).write_text(text, encoding="utf-8")

@@ -17,7 +17,16 @@ NEEDS = {
 
 
 def test_there_is_an_example_of_each_kind():
-    kinds = ["decoder", "diffusion", "graph_module", "merge_checkpoint", "own_model", "several_rules", "vision"]
+    kinds = [
+        "decoder",
+        "diffusion",
+        "graph_module",
+        "merge_checkpoint",
+        "own_model",
+        "several_rules",
+        "vision",
+        "watch_training",
+    ]
     assert [path.stem for path in EXAMPLES] == kinds
 
 

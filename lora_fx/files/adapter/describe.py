@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from lora_fx.models.quantised import dense
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import dotted
 from lora_fx.models.wrappers import module_at, without_wrappers
+from lora_fx.sources.installed import own_version
 from lora_fx.tuned.build import record_in, whole_record_in
 
 
@@ -181,7 +181,7 @@ def _describe(
     tensors = dict(sorted({**tensors, **_module_tensors(tuned, [*trained, *claimed])}.items()))
     config = _config(tuned, sites, trained, beyond)
     content = {
-        "lora_fx": _version(),
+        "lora_fx": own_version(),
         "adapter": name,
         "others": others,
         "trained": list(trained),
@@ -204,13 +204,6 @@ def _refuse_mixed_dora(name: str, group: Sequence[_UsedAdapter]) -> None:
             plain,
             "give the plain sites an adapter of their own (`adapter:` in the rules)",
         )
-
-
-def _version() -> str:
-    try:
-        return version("lora-fx")
-    except PackageNotFoundError:  # a checkout on sys.path that was never installed
-        return "unknown"
 
 
 def _module_tensors(tuned: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Deltas as pictures: heatmaps by layer and site, and singular values.  The numbers stand in the cells."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from lora_fx.graphdiff.deltas.spectra import DeltaRow, ratio_text
 from lora_fx.planning.render.page import DARK, entry, escape, page, scrolled, searchable
@@ -44,43 +45,82 @@ def _place(path: str, values: dict[tuple[str, int], set[str]]) -> tuple[str, str
     return path[: match.end()], path[match.end() :].lstrip(".") or path
 
 
-def _heatmap(rows: Sequence[DeltaRow], title: str, shown: Shown) -> tuple[str, float, float]:
-    """Return a heatmap as SVG elements, its width and its height in pixels."""
-    places = places_of([row.path for row in rows])
-    layers, sites = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
-    values = [shown(row) for row in rows]
-    most = max((value for value, _ in values if value is not None), default=0.0) or 1.0
-    left = 12 + _LETTER * max(len(layer) for layer in layers)
-    widths = [max(_CELL, _LETTER * len(site) + 12) for site in sites]
-    lefts = [left + sum(widths[:k]) for k in range(len(sites))]
+@dataclass(frozen=True, slots=True)
+class HeatCell:
+    """One cell of a heatmap."""
+
+    row: str
+    column: str
+    value: float | None
+    """By which it is shaded, from 0 to the largest of the map; None for not at all."""
+    text: str
+    said: str
+    """What is told of it under the pointer."""
+
+
+def heatmap(cells: Sequence[HeatCell], title: str, narrowest: int = _CELL) -> tuple[str, float, float]:
+    """Return a heatmap as SVG elements, its width and its height in pixels.
+
+    Args:
+        cells: rows and columns stand in the order in which they occur first.
+        title: of the map.
+        narrowest: width of a column, in pixels, if the name of it is not wider.
+    """
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*((c.row, c.column) for c in cells), strict=True))
+    most = max((cell.value for cell in cells if cell.value is not None), default=0.0) or 1.0
+    left = 12 + _LETTER * max(len(row) for row in rows)
+    widths = [max(narrowest, _LETTER * len(column) + 12) for column in columns]
+    lefts = [left + sum(widths[:k]) for k in range(len(columns))]
     parts = [f'<text class="title" x="4" y="16">{escape(title)}</text>']
-    parts += [f'<text x="{x:g}" y="38">{escape(site)}</text>' for site, x in zip(sites, lefts, strict=True)]
-    parts += [f'<text x="4" y="{60 + k * _ROW}">{escape(layer)}</text>' for k, layer in enumerate(layers)]
-    for (layer, site), row, (value, text) in zip(places, rows, values, strict=True):
-        column = sites.index(site)
-        corner = lefts[column], 46 + layers.index(layer) * _ROW
-        shade = 0.06 + 0.94 * (value or 0.0) / most
-        parts.append(_cell(corner, widths[column] - 2, shade, text, f"{row.path}: {title} {text}"))
-    return "".join(parts), left + sum(widths) + 4, 52.0 + len(layers) * _ROW
+    parts += [f'<text x="{x:g}" y="38">{escape(column)}</text>' for column, x in zip(columns, lefts, strict=True)]
+    parts += [f'<text x="4" y="{60 + k * _ROW}">{escape(row)}</text>' for k, row in enumerate(rows)]
+    across, down = ({name: k for k, name in enumerate(names)} for names in (columns, rows))
+    for cell in cells:
+        column = across[cell.column]
+        corner = lefts[column], 46 + down[cell.row] * _ROW
+        shade = 0.06 + 0.94 * (cell.value or 0.0) / most
+        parts.append(_drawn(corner, widths[column] - 2, shade, cell.text, cell.said))
+    return "".join(parts), left + sum(widths) + 4, 52.0 + len(rows) * _ROW
 
 
-def _cell(corner: tuple[float, float], width: float, shade: float, text: str, said: str) -> str:
+def _drawn(corner: tuple[float, float], width: float, shade: float, text: str, said: str) -> str:
     x, y = corner
     rect = f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{_ROW - 2}" fill-opacity="{shade:.2f}"/>'
     return f'<g><title>{escape(said)}</title>{rect}<text x="{x + 4:g}" y="{y + 14:g}">{escape(text)}</text></g>'
 
 
-def deltas_svg(model: str, rows: Sequence[DeltaRow]) -> str:
-    """Return all heatmaps of a model's adapters, one below the other."""
+def _heatmap(rows: Sequence[DeltaRow], title: str, shown: Shown) -> tuple[str, float, float]:
+    """Return a heatmap of adapters by layer and site."""
+    cells = []
+    for row, (layer, site) in zip(rows, places_of([row.path for row in rows]), strict=True):
+        value, text = shown(row)
+        cells.append(HeatCell(layer, site, value, text, f"{row.path}: {title} {text}"))
+    return heatmap(cells, title)
+
+
+def stacked_svg(drawings: Sequence[tuple[str, float, float]], title: str, style: str) -> str:
+    """Return drawings, each with its width and height, one below the other as one picture, light and dark."""
     parts, width, top = [], 300.0, 8.0
-    for title, shown in MAPS if rows else ():
-        drawn, wide, high = _heatmap(rows, title, shown)
+    for drawn, wide, high in drawings:
         parts.append(f'<g transform="translate(0 {top:g})">{drawn}</g>')
         width, top = max(width, wide), top + high + 24
     dark = f"@media(prefers-color-scheme:dark){{svg{{--heat:#2f5f94;background:#16191d;{DARK}}}}}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {top:g}" width="{width:g}" class="heat"'
-    title = escape(f"adapters of {model}")
-    return f'{head} role="img"><title>{title}</title><style>{STYLE}{dark}</style>{"".join(parts)}</svg>'
+    return f'{head} role="img"><title>{escape(title)}</title><style>{style}{dark}</style>{"".join(parts)}</svg>'
+
+
+def drawing(drawn: tuple[str, float, float], label: str) -> str:
+    """Return SVG elements of a width and a height as a picture in a page; `label` is what screen readers say."""
+    inside, width, height = drawn
+    return (
+        f'<svg class="heat" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
+        f'aria-label="{escape(label)}">{inside}</svg>'
+    )
+
+
+def deltas_svg(model: str, rows: Sequence[DeltaRow]) -> str:
+    """Return all heatmaps of a model's adapters, one below the other."""
+    return stacked_svg([_heatmap(rows, *shown) for shown in MAPS if rows], f"adapters of {model}", STYLE)
 
 
 def deltas_html(model: str, rows: Sequence[DeltaRow]) -> str:
@@ -96,11 +136,7 @@ def deltas_html(model: str, rows: Sequence[DeltaRow]) -> str:
 
 
 def _figure(rows: Sequence[DeltaRow], title: str, shown: Shown) -> str:
-    drawn, width, height = _heatmap(rows, title, shown)
-    svg = (
-        f'<svg class="heat" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
-        f'aria-label="heatmap of {escape(title)}; the tables below have the numbers">{drawn}</svg>'
-    )
+    svg = drawing(_heatmap(rows, title, shown), f"heatmap of {title}; the tables below have the numbers")
     return entry(title, scrolled(svg, f"heatmap of {title}"))
 
 
