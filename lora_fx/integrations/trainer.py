@@ -11,14 +11,27 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_fx.integrations.pretrained import write_checkpoint
 from lora_fx.training.recorder import Recorder
 
+_IGNORED = "_keys_to_ignore_on_save"
+
 
 class AdapterCheckpoints(TrainerCallback):
     """Lets a Trainer's checkpoints hold what is trained, and the buffers, but nothing of the frozen base."""
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Let the Trainer load a checkpoint that lacks the base into a model that is not transformers'.
+
+        It asks the model for this attribute as soon as a key is missing, and fails where there is none.
+        """
+        if isinstance(model, nn.Module) and getattr(model, _IGNORED, _IGNORED) is _IGNORED:
+            setattr(model, _IGNORED, None)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -72,8 +72,9 @@ class Recorder:
         self._add(loss, mean_of)
         before = self.reached
         self.reached = before + 1 if step is None else int(step)
+        before = min(before, self.reached - 1)  # it may go back to a checkpoint
         self._pending = True
-        if self.reached // self.every > before // self.every:  # the number may go on by more than one
+        if self.reached // self.every > before // self.every:  # and go on by more than one
             self.write()
 
     def _add(self, loss: Tensor | float | None, mean_of: int) -> None:

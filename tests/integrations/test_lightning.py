@@ -66,8 +66,9 @@ def test_record_ends_where_a_training_failed(tmp_path):
 
 
 def checkpointed(module: nn.Module, folder: Path, *callbacks: Any, resumed: Path | None = None, **options: Any) -> Any:
-    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
-    return fitted(module, folder, saving, *callbacks, ckpt_path=resumed, **options)
+    """Train for three epochs; a checkpoint is written at the end of each, as within one Lightning begins the data anew."""
+    saving = ModelCheckpoint(folder, "{step}", every_n_epochs=1, save_top_k=-1)
+    return fitted(module, folder, saving, *callbacks, ckpt_path=resumed, batches=4, **{"max_epochs": 3, **options})
 
 
 @pytest.mark.parametrize("kind", [Holding, Itself])
@@ -85,7 +86,7 @@ def test_checkpoint_holds_what_is_trained_and_nothing_of_the_base(tmp_path, kind
 def test_training_that_resumes_goes_on_as_if_uninterrupted(tmp_path, kind):
     whole, first, second = (kind.make(adam=True) for _ in range(3))
     checkpointed(whole, tmp_path / "whole", LightningAdapterCheckpoints())
-    checkpointed(first, tmp_path / "part", LightningAdapterCheckpoints(), max_steps=4)
+    checkpointed(first, tmp_path / "part", LightningAdapterCheckpoints(), max_epochs=1)
     checkpointed(second, tmp_path / "part", LightningAdapterCheckpoints(), resumed=tmp_path / "part" / "step=4.ckpt")
     expected = list(lora_fx.parameters(whole))
     assert all(map(torch.equal, lora_fx.parameters(second), expected))
@@ -105,7 +106,7 @@ def test_resumed_training_without_the_state_of_its_optimizer_would_be_found(tmp_
 
 
 def test_another_base_is_refused_before_anything_is_trained(tmp_path):
-    checkpointed(Holding.make(), tmp_path, LightningAdapterCheckpoints(), max_steps=4)
+    checkpointed(Holding.make(), tmp_path, LightningAdapterCheckpoints(), max_epochs=1)
     other = runs.base()
     other[1].up.weight.data.mul_(1.5)
     module = Holding(runs.adapted(other))
@@ -116,7 +117,7 @@ def test_another_base_is_refused_before_anything_is_trained(tmp_path):
 
 
 def test_adapters_that_do_not_fit_are_refused_all_or_nothing(tmp_path):
-    checkpointed(Holding.make(), tmp_path, LightningAdapterCheckpoints(), max_steps=4)
+    checkpointed(Holding.make(), tmp_path, LightningAdapterCheckpoints(), max_epochs=1)
     module = Holding(runs.adapted(rules=runs.zoo.rules("*.{up,down}", r=3)))
     with pytest.raises(RuntimeError, match="size mismatch"):
         checkpointed(module, tmp_path, LightningAdapterCheckpoints(), resumed=tmp_path / "step=4.ckpt")
@@ -130,7 +131,7 @@ def test_adapters_that_do_not_fit_are_refused_all_or_nothing(tmp_path):
 
 
 def test_a_checkpoint_without_base_is_not_read_by_a_trainer_that_does_not_know_of_it(tmp_path):
-    checkpointed(Holding.make(), tmp_path, LightningAdapterCheckpoints(), max_steps=4)
+    checkpointed(Holding.make(), tmp_path, LightningAdapterCheckpoints(), max_epochs=1)
     with pytest.raises(RuntimeError, match="Missing key"):
         checkpointed(Holding.make(), tmp_path, resumed=tmp_path / "step=4.ckpt")
 
@@ -158,7 +159,7 @@ def test_the_reference_model_of_a_twin_is_left_out_and_what_is_foreign_is_kept(t
     module.reference = model.requires_grad_(False)  # shares its memory with the twin
     module.teacher = nn.Linear(6, 6).requires_grad_(False)
     module.register_buffer("seen", torch.ones(1))
-    checkpointed(module, tmp_path, LightningAdapterCheckpoints(), max_steps=4)
+    checkpointed(module, tmp_path, LightningAdapterCheckpoints(), max_epochs=1)
     kept = keys(tmp_path / "step=4.ckpt")
     assert {name for name in kept if "lora_" not in name} == {"teacher.weight", "teacher.bias", "seen"}
 
@@ -176,6 +177,6 @@ def test_ways_of_saving_that_would_write_the_base_are_refused(tmp_path):
 
 def test_module_reads_state_dicts_as_before_after_the_training(tmp_path):
     module = Holding.make()
-    checkpointed(module, tmp_path, LightningAdapterCheckpoints(), max_steps=4)
+    checkpointed(module, tmp_path, LightningAdapterCheckpoints(), max_epochs=1)
     with pytest.raises(RuntimeError, match="Missing key"):
         module.load_state_dict(torch.load(tmp_path / "step=4.ckpt", weights_only=True)["state_dict"])

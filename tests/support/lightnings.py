@@ -77,14 +77,20 @@ def by_hand(model: nn.Module) -> Stepping:
     return ByHand(model)
 
 
-def fitted(module: nn.Module, folder: Path, *callbacks: Any, ckpt_path: Path | None = None, **options: Any) -> Any:
-    """Return the Trainer that has trained the module on the batches of the plain loop."""
-    x, y = (torch.cat(parts) for parts in zip(*runs.batches(), strict=True))
+def fitted(
+    module: nn.Module,
+    folder: Path,
+    *callbacks: Any,
+    ckpt_path: Path | None = None,
+    batches: int = runs.STEPS,
+    **options: Any,
+) -> Any:
+    """Return the Trainer that has trained the module on the batches of the plain loop, or on fewer."""
+    x, y = (torch.cat(parts) for parts in zip(*runs.batches(batches), strict=True))
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4)
-    given = {"max_epochs": 1, "max_steps": runs.STEPS, **options}
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks],
-        default_root_dir=folder, **given,
+        default_root_dir=folder, **{"max_epochs": 1, **options},
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer

@@ -19,7 +19,7 @@ def read(path, number: int = 40, layers: int = 4):
 def test_summary_tells_losses_layers_and_what_is_not_trained(tmp_path):
     lines = str(read(tmp_path)).splitlines()
     assert lines[0] == "Llama · 8 sites in 4 layers · step 400 · 40 lines"
-    assert lines[2].startswith("  loss  first 1.96, last 0.11, lowest 0.11 (step 400), smoothed 0.2")
+    assert lines[2].startswith("  loss  first 1.96, last 0.11, lowest 0.11 (step 400), smoothed 0.18")
     assert "  moved most layers.3, least layers.0" in lines
     assert lines[-1] == "  not trained, ΔW is 0: layers.0.q_proj"
     assert sum("layers." in line for line in lines) == 6
