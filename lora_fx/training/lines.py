@@ -35,7 +35,7 @@ class RecordFileError(LoraFxError):
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class RecordHeader:
     """The first line."""
 
     schema_version: int
@@ -81,7 +81,7 @@ class RecordLines:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self.header: Header | None = None
+        self.header: RecordHeader | None = None
         self.size = 0
         """Bytes of whole lines that have been read."""
         self.cut = False
@@ -152,8 +152,8 @@ def is_beginning(content: bytes) -> bool:
     return content.startswith(BEGINNING) or BEGINNING.startswith(content)
 
 
-def _header(line: bytes) -> Header:
-    header = structured(Header, parse_json(line), "header")
+def _header(line: bytes) -> RecordHeader:
+    header = structured(RecordHeader, parse_json(line), "header")
     if header.schema_version != SCHEMA_VERSION or header.kind != KIND:
         raise UnreadableError(f"is not of schema version {SCHEMA_VERSION}, which this lora_fx reads")
     if not header.sites:

@@ -99,6 +99,7 @@ def _path(points: Sequence[Point], scale: _Scale) -> str:
 def _axes(scale: _Scale) -> str:
     bottom = _TOP + _HIGH
     parts = [f'<path class="axis" d="M{_LEFT:g} {_TOP:g}V{bottom:g}H{_LEFT + _WIDE:g}"/>']
+    parts.append(f'<text class="tick" x="{_LEFT - 6:g}" y="{bottom + 18:g}">step</text>')
     for loss in ticks(scale.low, scale.high):
         parts.append(f'<text class="tick" x="{_LEFT - 6:g}" y="{scale.y(loss) + 4:.1f}">{loss:.4g}</text>')
     for step in ticks(scale.first, scale.last, 8):
