@@ -16,7 +16,7 @@ from lora_fx.training.record import TrainingRecord, recorded
 _CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 
 
-@click.command("watch")
+@click.command("watch", short_help="Show what a training run did, or does.")
 @click.argument("run", type=click.Path())
 @format_option("text", "json", "svg", "html")
 @output_option
