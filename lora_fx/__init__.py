@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lora_fx.models.samples import call as call
     from lora_fx.planning.plan import Plan as Plan
     from lora_fx.planning.planned import PlannedSite as PlannedSite
+    from lora_fx.progress.steps import Progress as Progress
     from lora_fx.remerging.graph import Remerge as Remerge
     from lora_fx.remerging.whole import RemergeResult as RemergeResult
     from lora_fx.remerging.whole import remerge as remerge
@@ -87,6 +88,7 @@ _HOMES = {
     "lora_fx.graphdiff.deltas.measure": "Deltas",
     "lora_fx.planning.plan": "Plan",
     "lora_fx.planning.planned": "PlannedSite",
+    "lora_fx.progress.steps": "Progress",
     "lora_fx.remerging.graph": "Remerge",
     "lora_fx.remerging.whole": "RemergeResult remerge remerged",
     "lora_fx.training.history": "RecordedSite RecordedStep",

@@ -11,7 +11,7 @@ from torch import nn
 from lora_fx import exporters
 from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.fused.contraction import contraction_teller
-from lora_fx.discovery.study import observed, renewed
+from lora_fx.discovery.study import observed, planned_for
 from lora_fx.files.adapter import peftfiles, restore, write
 from lora_fx.files.adapter.read import read_adapters
 from lora_fx.files.checkpoint import streaming
@@ -28,6 +28,7 @@ from lora_fx.models.wrappers import seen_through
 from lora_fx.planning import explain as explaining
 from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
+from lora_fx.progress.steps import ShowProgress, counting, running
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.rules.short import Target, rules_or_short
@@ -47,6 +48,7 @@ def plan(
     target: Target | None = None,
     r: int | None = None,
     alpha: float | None = None,
+    progress: ShowProgress = None,
 ) -> Plan:
     """Return what `apply` would do to every site of the model, and why; nothing is changed.
 
@@ -61,6 +63,8 @@ def plan(
             (`q_proj`) means modules of that name anywhere.  None: `attention`.
         r: rank at every site, in place of the shipped file's.
         alpha: None is 2 · r.
+        progress: what shows how far it is.  None: a line on a terminal, once it takes over two seconds; True: always;
+            False: never; or a function that is called with (done, total, what).
 
     Raises:
         RuleError: the rules cannot be read; names every problem with line and column.
@@ -69,15 +73,18 @@ def plan(
         RefusedError: the model is adapted already, compiled, or cannot be copied.
     """
     read = read_rules(rules_or_short(rules, target, r, alpha))
-    seen = observed(model, samples_for(model, example_inputs))
-    return seen.planned(decide(read, seen.inventory))
+    with running("plan", progress, 5):
+        seen = observed(model, samples_for(model, example_inputs))
+        return seen.planned(decide(read, seen.inventory))
 
 
-def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = None) -> str:
+def explain(
+    model: nn.Module, path: str, rules: Rules, example_inputs: object = None, *, progress: ShowProgress = None
+) -> str:
     """Return as text why the sites at a path are adapted by the rules or not: what each rule says, and the facts.
 
     Args:
-        model: as for `plan`, as are `rules` and `example_inputs`; nothing is changed.
+        model: as for `plan`, as are `rules`, `example_inputs` and `progress`; nothing is changed.
         path: name of a site, one of its aliases, a glob, or a module with sites in it.
 
     Raises:
@@ -85,8 +92,9 @@ def explain(model: nn.Module, path: str, rules: Rules, example_inputs: object = 
         RuleError, CaptureError, RefusedError: as `plan`; a rule that matches nothing is not an error here.
     """
     read = read_rules(rules)
-    seen = observed(model, samples_for(model, example_inputs))
-    plan = seen.planned(decide(read, seen.inventory, strict=False))
+    with running("explain", progress, 5):
+        seen = observed(model, samples_for(model, example_inputs))
+        plan = seen.planned(decide(read, seen.inventory, strict=False))
     return explaining.explain(plan, read, seen.inventory, path, contraction_teller(model))
 
 
@@ -100,6 +108,7 @@ def apply(
     target: Target | None = None,
     r: int | None = None,
     alpha: float | None = None,
+    progress: ShowProgress = None,
 ) -> nn.Module:
     """Return an adapted twin of the model; the model itself stays unchanged, and no weight is copied.
 
@@ -116,7 +125,7 @@ def apply(
         optimise: whether graphs are made cheaper to train by "stack" (siblings share one product by A) and "recompute"
             (inputs that are cheap to make are not kept), or the names of those that are wanted.  "stack" sums in
             another order: a call that fits no graph may then differ by rounding from one that does.
-        target: in place of rules, as for `plan`, as are `r` and `alpha`: `apply(model, r=8, target="attention")`.
+        target: in place of rules, as for `plan`, as are `r`, `alpha` and `progress`: `apply(model, r=8, target="*")`.
 
     Raises:
         StalePlanError: the plan was made for another model.
@@ -125,24 +134,14 @@ def apply(
         RuleError, NoMatchError: as `plan`.
     """
     passes = build.optimisations(optimise)
-    plan = _planned(model, rules_or_short(rules_or_plan, target, r, alpha), example_inputs, backend)
-    build.check_refusals(plan)
-    twin = take_over(build.build(model, plan))
-    build.install_graphs(twin, plan, passes)
-    build.check_backend(twin, plan, backend)
-    return twin
-
-
-def _planned(model: nn.Module, rules_or_plan: Rules | Plan, example_inputs: object, backend: str) -> Plan:
-    """Return a plan that fits the model, with graphs where they are wanted."""
-    if backend not in ("auto", "graph", "modules"):
-        raise ValueError(f"backend is {backend!r}; it must be 'auto', 'graph' or 'modules'")
-    wanted = rules_or_plan if isinstance(rules_or_plan, Plan) else read_rules(rules_or_plan)
-    tried = samples_for(model, example_inputs)
-    if isinstance(wanted, Plan):
-        return renewed(model, wanted, tried, backend)
-    seen = observed(model, tried)
-    return seen.planned(decide(wanted, seen.inventory), backend)
+    wanted = rules_or_short(rules_or_plan, target, r, alpha)
+    with running("apply", progress, 11):
+        plan = planned_for(model, wanted, example_inputs, backend)
+        build.check_refusals(plan)
+        twin = take_over(build.build(model, plan))
+        build.install_graphs(twin, plan, passes)
+        build.check_backend(twin, plan, backend)
+        return twin
 
 
 def parameters(tuned: nn.Module) -> Iterator[nn.Parameter]:
@@ -177,11 +176,13 @@ def load(
     directory: str | os.PathLike[str],
     example_inputs: object = None,
     optimise: bool | Sequence[str] = True,
+    *,
+    progress: ShowProgress = None,
 ) -> nn.Module:
     """Return an adapted twin of the model with the adapters of a directory; the model itself stays unchanged.
 
     Reads what `save` and PEFT write.  Files and model are checked against each other before anything is made.
-    `example_inputs` and `optimise` are as for `apply`.
+    `example_inputs`, `optimise` and `progress` are as for `apply`.
 
     Raises:
         AdapterFileError: missing, damaged or contradictory files.
@@ -189,16 +190,19 @@ def load(
         RefusedError: a site that cannot be adapted.
     """
     passes = build.optimisations(optimise)
-    files, seen, decisions = restore.fitted(directory, model, samples_for(model, example_inputs))
-    plan = seen.planned(decisions)
-    twin = take_over(build.build(model, plan))
-    restore.fill(twin, files)
-    peftfiles.refuse_beyond_peft(twin, files)
-    build.install_graphs(twin, plan, passes)
-    return twin
+    with running("load", progress, 13):
+        files, seen, decisions = restore.fitted(directory, model, samples_for(model, example_inputs))
+        plan = seen.planned(decisions)
+        twin = take_over(build.build(model, plan))
+        restore.fill(twin, files)
+        peftfiles.refuse_beyond_peft(twin, files)
+        build.install_graphs(twin, plan, passes)
+        return twin
 
 
-def diff(a: Comparable, b: Comparable, example_inputs: object = None, *, trust: bool = False) -> GraphDiff:
+def diff(
+    a: Comparable, b: Comparable, example_inputs: object = None, *, trust: bool = False, progress: ShowProgress = None
+) -> GraphDiff:
     """Return how two graphs differ, grouped by site; falsy if they do not.  Values of weights are not compared.
 
     Args:
@@ -208,12 +212,14 @@ def diff(a: Comparable, b: Comparable, example_inputs: object = None, *, trust: 
         example_inputs: as for `plan`; shows the blocks of models that hold no graphs yet, which are otherwise compared
             module by module.
         trust: that reading a `.pt2` file may run code of whoever wrote it; without it such a file is refused.
+        progress: as for `plan`.
 
     Raises:
         LoraFxError: a file cannot be read, or is a program and not trusted.
         CaptureError: a model refuses the example inputs.
     """
-    return graph_diff(a, b, example_inputs, trust)
+    with running("diff", progress, None):
+        return graph_diff(a, b, example_inputs, trust)
 
 
 def graph(model: Comparable, example_inputs: object = None, *, trust: bool = False) -> Graph:
@@ -261,7 +267,9 @@ def audit(adapter: nn.Module | str | os.PathLike[str]) -> Audit:
     return audit_of(os.fspath(adapter), rows, sum(tensor.numel() for tensor in saved.modules.values()))
 
 
-def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) -> nn.Module:
+def merge(
+    tuned: nn.Module, *, requantize: requantise.Quantise | None = None, progress: ShowProgress = None
+) -> nn.Module:
     """Return a plain model of the original class with every adapter folded in; the adapted model stays unchanged.
 
     W' = W + scaling · B A, accumulated in float32 and rounded once, in a new parameter: what shares the base weight
@@ -272,14 +280,16 @@ def merge(tuned: nn.Module, *, requantize: requantise.Quantise | None = None) ->
         tuned: an adapted model.
         requantize: quantises a module in place; is given each merged layer whose weight was quantised.  A LoraFxWarning
             says how much of the adapter that takes; `lora_fx.merged_and_requantised` returns it.
+        progress: as for `plan`.
 
     Raises:
         MergeError: a merged weight would not be finite; names every such site, and nothing is merged.
     """
     tuned = with_values(seen_through(tuned))
-    if requantize is None:
-        return undo.merged(tuned)
-    model, costs = requantise.merged_and_requantised(tuned, requantize)
+    with running("merge", progress, 2 if requantize is None else 4):
+        if requantize is None:
+            return undo.merged(tuned)
+        model, costs = requantise.merged_and_requantised(tuned, requantize)
     requantise.warn_of_costs(costs)
     return model
 
@@ -295,6 +305,8 @@ def export(
     target: str,
     example_inputs: object = None,
     verify: bool = False,
+    *,
+    progress: ShowProgress = None,
     **options: Any,
 ) -> exporters.Exported:
     """Write the adapted model in the format of another program, whole or not at all; the model stays unchanged.
@@ -309,6 +321,7 @@ def export(
         example_inputs: as for `plan`, of which the first counts; needed by `verify`, and by targets that run the model.
         verify: whether to load what was written in the target's own client, in a subprocess, and to compare the outputs
             there with ours.
+        progress: as for `plan`.
         **options: of the target.
 
     Raises:
@@ -317,7 +330,8 @@ def export(
     """
     tuned = with_values(seen_through(tuned))
     given = samples_for(tuned, example_inputs).items
-    return exporters.export(tuned, Path(path), target, given[0] if given else None, verify, **options)
+    with running("export", progress, 10 if verify else 6):
+        return exporters.export(tuned, Path(path), target, given[0] if given else None, verify, **options)
 
 
 def merge_checkpoint(
@@ -328,7 +342,7 @@ def merge_checkpoint(
     out_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     rounding: Rounding = "nearest",
     seed: int = 0,
-    progress: streaming.Progress | None = None,
+    progress: ShowProgress = None,
 ) -> MergeReport:
     """Write a checkpoint with adapters folded in and return what was done to each tensor; no model is made.
 
@@ -344,7 +358,7 @@ def merge_checkpoint(
         out_dtype: of all floating point tensors; None keeps each one's own.
         rounding: "nearest", or "stochastic", whose mean is the exact value.
         seed: of the stochastic rounding; the same seed gives the same bytes.
-        progress: is called again and again with (bytes written, bytes in all, name of the tensor).
+        progress: as for `plan`; a function is called with (bytes written, bytes in all, name of the tensor).
 
     Raises:
         AdapterFileError: missing or damaged adapter files.
@@ -354,10 +368,13 @@ def merge_checkpoint(
     """
     adapters = [adapter_dir] if isinstance(adapter_dir, (str, os.PathLike)) else list(adapter_dir)
     options = streaming.MergeOptions(out_dtype, rounding, seed)
-    return streaming.merge_files(base_dir, adapters, out_dir, options, progress)
+    with counting("merge", progress) as written:
+        return streaming.merge_files(base_dir, adapters, out_dir, options, written)
 
 
-def extract(tuned_full: nn.Module, base: nn.Module, r: int = 8, rules: Rules | None = None) -> nn.Module:
+def extract(
+    tuned_full: nn.Module, base: nn.Module, r: int = 8, rules: Rules | None = None, *, progress: ShowProgress = None
+) -> nn.Module:
     """Return an adapted twin of the base that is as near to the tuned model as its rank allows; both stay unchanged.
 
     At each linear whose weight differs, B A is the truncated singular value decomposition of W_tuned - W_base, the
@@ -371,11 +388,13 @@ def extract(tuned_full: nn.Module, base: nn.Module, r: int = 8, rules: Rules | N
         base: the model before.
         r: rank at every site, without `rules`.
         rules: which sites get which rank and scaling; `bias: true` and `train:` take over more of the tuned model.
+        progress: as for `plan`.
 
     Raises:
         RefusedError: two architectures, no difference, values that are not finite, rules with DoRA or slices.
         RuleError, NoMatchError: as `plan`.
     """
-    twin, report = extraction.extracted(tuned_full, base, r, rules)
+    with running("extract", progress, 5):
+        twin, report = extraction.extracted(tuned_full, base, r, rules)
     extraction.warn_of_losses(report)
     return take_over(twin)

@@ -65,7 +65,7 @@ def caret(source_line: str, line: int, column: int, length: int = 1) -> str:
     )
     shown = before + marked + after
     lead = "".join("\t" if character == "\t" else " " * _width(character) for character in before)
-    return f"{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {lead}{'^' * max(1, sum(map(_width, marked)))}"
+    return f"{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {lead}{'^' * max(1, cells(marked))}"
 
 
 def _around(line: str, column: int) -> tuple[str, int]:
@@ -81,6 +81,11 @@ def _width(character: str) -> int:
     if unicodedata.combining(character) or unicodedata.category(character) == "Cf":
         return 0
     return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
+
+
+def cells(text: str) -> int:
+    """Return how many cells of a terminal a text takes."""
+    return sum(map(_width, text))
 
 
 def nearest(word: str, known: Iterable[str], most: int = 3) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
+from lora_fx.progress.steps import step
 from lora_fx.text import dotted
 
 
@@ -17,10 +18,12 @@ def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
     in_graph = {path for path, _ in all_attached(twin)}
     kernels, in_code = read_by_kernels(twin), read_in_graph(twin)
     owners: dict[str, list[PlannedSite]] = {}
-    for planned in plan.adapted:
-        if planned.path not in in_graph:
-            attach(twin.get_submodule(planned.site.owner), spec_of(planned, record, twin))
-            owners.setdefault(planned.site.owner, []).append(planned)
+    with step("adapting", len(plan.adapted), "sites") as doing:
+        for planned in plan.adapted:
+            if planned.path not in in_graph:
+                attach(twin.get_submodule(planned.site.owner), spec_of(planned, record, twin))
+                owners.setdefault(planned.site.owner, []).append(planned)
+            doing.advance(planned.path)
     for path, sites in owners.items():
         read = [
             planned

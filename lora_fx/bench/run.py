@@ -1,7 +1,7 @@
 """Measure a model by rules: first that all compute the same, then what can be counted, then time."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from lora_fx.bench.facts import device_of, machine_of, setting_of
 from lora_fx.bench.peer import check_parity, peft_subject, require_peft
 from lora_fx.bench.report import BenchReport
 from lora_fx.bench.subjects import AGAIN, LB, MODULES, OURS, PEFT, FrozenBase, Subject, copy_adapters
-from lora_fx.bench.timing import Progress, Timing, fit, summarised, timed
+from lora_fx.bench.timing import fit, summarised, timed
+from lora_fx.progress.steps import ShowProgress, running, step
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.tuned import report
@@ -46,7 +47,7 @@ def bench(
     rules: Rules,
     example_inputs: object = None,
     options: BenchOptions | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress = None,
 ) -> BenchReport:
     """Return what a training step of the model with adapters by the rules costs; the model stays unchanged.
 
@@ -55,7 +56,7 @@ def bench(
         rules: as for `lora_fx.plan`.
         example_inputs: as for `lora_fx.plan`; of several the first is measured.  None: those of the model's class.
         options: how to measure.
-        progress: called with what is done, and how much there is to do.
+        progress: as for `lora_fx.plan`; nothing is shown but between steps, so that nothing runs beside them.
 
     Raises:
         LoraFxError: PEFT is asked for and not installed.
@@ -65,25 +66,20 @@ def bench(
     wanted = options or BenchOptions()
     if wanted.peer is not None:
         require_peft()
-    read, done = read_rules(rules), progress or (lambda done, total: None)
-    with _settled(wanted.threads), frozen_heap():
+    read = read_rules(rules)
+    with running("bench", progress, 6 + wanted.rounds, clock=False), _settled(wanted.threads), frozen_heap():
         base = FrozenBase.of(model, example_inputs, wanted.dtype)
-        ours = base.adapted(OURS, read)
-        subjects = list(_subjects(base, ours, read, wanted))
-        parity = next((check_parity(ours, peer) for peer in subjects if peer.name == PEFT), None)
-        before = _warm(ours)
-        jobs = len(subjects) + wanted.rounds
-        counts = {subject.name: _counted(subject, done, number, jobs) for number, subject in enumerate(subjects, 1)}
+        with step("adapting", None):
+            ours = base.adapted(OURS, read)
+            subjects = list(_subjects(base, ours, read, wanted))
+            parity = next((check_parity(ours, peer) for peer in subjects if peer.name == PEFT), None)
+            before = _warm(ours)
+        counts = _counted(subjects)
         timing = None
         if wanted.rounds:
             steps = {subject.name: subject.step for subject in subjects}
             device = device_of(base.model).type
-
-            def measured() -> Timing:
-                rounds = timed(steps, wanted.rounds, device=device, progress=lambda k, _: done(len(subjects) + k, jobs))
-                return summarised(rounds, LB, AGAIN)
-
-            timing = fit(measured, wanted.attempts)
+            timing = fit(lambda: summarised(timed(steps, wanted.rounds, device=device), LB, AGAIN), wanted.attempts)
     counts.pop(AGAIN)
     setting = setting_of(base, ours, read.source, before)
     return BenchReport(setting, machine_of(base.model, wanted.threads), counts, timing, parity)
@@ -108,10 +104,14 @@ def _subjects(base: FrozenBase, ours: Subject, rules: RuleSet, options: BenchOpt
         yield base.full()
 
 
-def _counted(subject: Subject, progress: Progress, number: int, jobs: int) -> Counts:
-    subject.step()  # what a first step makes for all others is not a step's own
-    counts = counted(subject.step, subject.forward, subject.own())
-    progress(number, jobs)
+def _counted(subjects: Sequence[Subject]) -> dict[str, Counts]:
+    """Return what a step of each costs, by name."""
+    counts = {}
+    with step("counting", len(subjects), "subjects", share=5) as doing:
+        for subject in subjects:
+            subject.step()  # what a first step makes for all others is not a step's own
+            counts[subject.name] = counted(subject.step, subject.forward, subject.own())
+            doing.advance(subject.name)
     return counts
 
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_fx.bench.counters import Work, frozen_heap, no_collection
+from lora_fx.progress.steps import step
 
 WARM_UPS = 3
 CONTENDED = 1.15
@@ -23,8 +24,6 @@ FIT = 0.01
 RESAMPLES, SEED = 2000, 0
 
 Spent = NDArray[np.float64]
-Progress = Callable[[int, int], None]
-"""Called with the rounds that are done, and their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,6 @@ def timed(
     rounds: int,
     warm_ups: int = WARM_UPS,
     device: str = "cpu",
-    progress: Progress | None = None,
 ) -> Rounds:
     """Return the times of the steps, each run once per round.
 
@@ -105,20 +103,18 @@ def timed(
         rounds: at least 1.
         warm_ups: rounds that are run before and not timed.
         device: type of the device that does the work; it is waited for before a clock is read.
-        progress: called after every round.
     """
     names = tuple(steps)
     spent = np.zeros((2, rounds, len(names)))
     for _ in range(warm_ups):
-        for step in steps.values():
-            step()
-    with frozen_heap():
+        for work in steps.values():
+            work()
+    with frozen_heap(), step("timing", rounds, "rounds", share=rounds) as doing:
         for number in range(rounds):
             with no_collection():
                 for index in order(number, len(names)):
                     spent[:, number, index] = _clocked(steps[names[index]], device)
-            if progress is not None:
-                progress(number + 1, rounds)
+            doing.advance()
     return Rounds(names, spent[0], spent[1], device == "cpu")
 
 

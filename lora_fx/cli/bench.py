@@ -4,8 +4,16 @@ import re
 
 import click
 
-from lora_fx.cli.options import format_option, output_option, progress_option, rules_argument, rules_of, trust_option
-from lora_fx.cli.output import progress_bar, write
+from lora_fx.cli.options import (
+    format_option,
+    output_option,
+    progress_option,
+    rules_argument,
+    rules_of,
+    trust_option,
+    watched,
+)
+from lora_fx.cli.output import write
 
 _SIZES = re.compile(r"(\d+)[x×](\d+)")
 
@@ -51,8 +59,7 @@ def command(
 
     built, inputs = runnable(model, sizes, trust)
     options = BenchOptions(peer, 0 if no_time else rounds, threads, None if dtype is None else DTYPES[dtype])
-    with progress_bar("measuring", no_progress) as progress:
-        report = bench(built, read, inputs, options, progress)
+    report = bench(built, read, inputs, options, watched(no_progress))
     forms = {"json": report.to_json, "html": lambda: report_html(report), "text": report.__str__}
     write(forms[form](), output, form)
 

@@ -2,7 +2,15 @@
 
 import click
 
-from lora_fx.cli.options import FORMATS, complete_rules, format_option, output_option, trust_option
+from lora_fx.cli.options import (
+    FORMATS,
+    complete_rules,
+    format_option,
+    output_option,
+    progress_option,
+    trust_option,
+    watched,
+)
 from lora_fx.cli.output import write
 from lora_fx.cli.verbs import DIFFERS
 
@@ -14,6 +22,7 @@ from lora_fx.cli.verbs import DIFFERS
 @click.option("--stat", is_flag=True, help="Show only what has changed how much.")
 @click.option("--exit-code", is_flag=True, help="Exit 1 if there is a difference, as git diff does.")
 @output_option
+@progress_option
 @trust_option
 @click.pass_context
 def command(
@@ -24,6 +33,7 @@ def command(
     stat: bool,
     exit_code: bool,
     output: str,
+    no_progress: bool,
     trust: bool,
 ) -> None:
     """Show how two graphs, or two plans, differ.
@@ -43,6 +53,6 @@ def command(
         return
     from lora_fx.cli.differences import difference, shown
 
-    diff = difference(a, others, trust)
+    diff = difference(a, others, trust, watched(no_progress))
     write(shown(diff, form, stat), output, form)
     context.exit(DIFFERS if diff and exit_code else 0)

@@ -18,7 +18,7 @@ from lora_fx.text import columns
 _JSON = (".json", STANDARD)
 
 
-def difference(a: str, others: tuple[str, ...], trust: bool) -> GraphDiff | PlanDiff:
+def difference(a: str, others: tuple[str, ...], trust: bool, progress: bool | None) -> GraphDiff | PlanDiff:
     """Return how what the operands of `lora-fx diff` name differs."""
     rules = tuple(operand for operand in others if _is_rules(operand))
     if len(others) > 2 or (len(others) == 2 and len(rules) != 2):
@@ -27,13 +27,13 @@ def difference(a: str, others: tuple[str, ...], trust: bool) -> GraphDiff | Plan
         read = [rules_of(name) for name in rules]  # a misspelt rule is an error before torch is imported
         from lora_fx.cli.models.spec import compared_by_rules
 
-        return compared_by_rules(a, read, trust)
+        return compared_by_rules(a, read, trust, progress)
     (b,) = others
     if a.endswith(_JSON) and b.endswith(_JSON):
         return _of_saved(a, b)
     from lora_fx.cli.models.spec import compared
 
-    return compared(_saved_graph(a), _saved_graph(b), trust)
+    return compared(_saved_graph(a), _saved_graph(b), trust, progress)
 
 
 def _is_rules(operand: str) -> bool:

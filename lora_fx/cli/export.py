@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.options import model_argument, trust_option
+from lora_fx.cli.options import model_argument, progress_option, trust_option, watched
 from lora_fx.text import visible
 
 
@@ -15,9 +15,17 @@ from lora_fx.text import visible
 @click.option("-o", "--output", required=True, type=click.Path(), help="File or directory to write.")
 @click.option("--verify", is_flag=True, help="Load it in its own client, and compare what both compute.")
 @click.option("--set", "options", metavar="KEY=VALUE", multiple=True, help="Option of the target; may be repeated.")
+@progress_option
 @trust_option
 def command(
-    model: str, adapter: str, target: str, output: str, verify: bool, options: tuple[str, ...], trust: bool
+    model: str,
+    adapter: str,
+    target: str,
+    output: str,
+    verify: bool,
+    options: tuple[str, ...],
+    no_progress: bool,
+    trust: bool,
 ) -> None:
     """Write MODEL with the ADAPTER of a directory for another program: whole, or not at all.
 
@@ -31,8 +39,10 @@ def command(
 
     target_named(target)
     built, inputs = load_model(model, weights=True, trust=trust)
-    tuned = load(built, adapter).eval()
-    click.echo(visible(str(export(tuned, output, target, inputs, verify, **given)), kept="\n"))  # paths are not wrapped
+    progress = watched(no_progress)
+    tuned = load(built, adapter, progress=progress).eval()
+    done = export(tuned, output, target, inputs, verify, progress=progress, **given)
+    click.echo(visible(str(done), kept="\n"))  # paths are not wrapped
 
 
 def _read(options: tuple[str, ...]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """`lora-fx merge`."""
 
+from typing import Any
+
 import click
 
-from lora_fx.cli.options import format_option, progress_option
-from lora_fx.cli.output import progress_bar, show
+from lora_fx.cli.options import format_option, progress_option, watched
+from lora_fx.cli.output import show
 
 
 @click.command("merge")
@@ -31,8 +33,8 @@ def command(
 
     BASE and ADAPTERS are directories and stay unchanged; the directory given by -o is written, in bounded memory.
     """
-    from lora_fx.files.checkpoint.streaming import MergeOptions, merge_files
+    from lora_fx.api import merge_checkpoint
 
-    with progress_bar("merging", no_progress) as progress:
-        report = merge_files(base, adapters, output, MergeOptions(out_dtype, rounding, seed), progress)
+    how: Any = {"out_dtype": out_dtype, "rounding": rounding, "seed": seed}
+    report = merge_checkpoint(base, adapters, output, **how, progress=watched(no_progress))
     show(report.to_json() if form == "json" else report.text(everything))

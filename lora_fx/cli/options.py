@@ -27,7 +27,12 @@ model_argument = click.argument("model", type=click.Path())
 _OUTPUT = "File to write; - is the standard output."
 output_option = click.option("-o", "--output", type=click.Path(), default=STANDARD, help=_OUTPUT)
 trust_option = click.option("--trust", is_flag=True, help="Read a .pt2 file, which can run any code that is in it.")
-progress_option = click.option("--no-progress", is_flag=True, help="Show no progress bar.")
+progress_option = click.option("--no-progress", is_flag=True, help="Do not show how far it is.")
+
+
+def watched(no_progress: bool) -> bool | None:
+    """Return the `progress` of a call: None, which shows it on a terminal, or False."""
+    return False if no_progress else None
 
 
 def rules_argument(required: bool = True, many: bool = False) -> Callable[[F], F]:

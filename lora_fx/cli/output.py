@@ -1,10 +1,8 @@
 """Where text goes: to a file, to a terminal within its width and in colours."""
 
-import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +41,6 @@ def write(text: str, output: str = "-", form: str = "text") -> None:
         click.echo(text)
     else:
         Path(output).write_text(text + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def progress_bar(label: str, hidden: bool) -> Iterator[Callable[..., None]]:
-    """Show a bar on the standard error; yield what is called with (done, total, …) after each step."""
-    with click.progressbar(length=1, label=label, hidden=hidden, file=sys.stderr) as bar:
-
-        def progress(done: int, total: int, *about: object) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        yield progress
 
 
 def show(text: str) -> None:

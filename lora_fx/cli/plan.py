@@ -11,9 +11,11 @@ from lora_fx.cli.options import (
     format_option,
     model_argument,
     output_option,
+    progress_option,
     rules_argument,
     rules_of,
     trust_option,
+    watched,
 )
 from lora_fx.cli.output import terminal_width, write
 from lora_fx.cli.verbs import DIFFERS
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--stat", is_flag=True, help="Show only the sums, by rule.")
 @click.option("--expect", metavar="FILE", help="Compare with a saved plan; exit 1 and show what differs.")
 @output_option
+@progress_option
 @trust_option
 @click.pass_context
 def command(
@@ -41,6 +44,7 @@ def command(
     stat: bool,
     expect: str | None,
     output: str,
+    no_progress: bool,
     trust: bool,
 ) -> None:
     """Show what RULES would do to MODEL, and why.
@@ -53,7 +57,7 @@ def command(
     from lora_fx.planning.diff import plan_diff
 
     expected = None if expect is None else read_plan(expect)
-    current = planned(model, rules, trust)
+    current = planned(model, rules, trust, watched(no_progress))
     if expected is not None:
         diff = plan_diff(expected, current, (str(expect), f"{current.model} · {current.source}"))
         write(plan_diff_as(diff, form, stat), output, form)
@@ -62,7 +66,7 @@ def command(
     write(plan_as(current, form, not everything, stat, width), output, form)
 
 
-def planned(model: str, rules: str | None, trust: bool) -> "Plan":
+def planned(model: str, rules: str | None, trust: bool, progress: bool | None) -> "Plan":
     """Return the plan of a model by rules, or a saved one."""
     from lora_fx.cli.saved import read_plan
 
@@ -77,4 +81,4 @@ def planned(model: str, rules: str | None, trust: bool) -> "Plan":
     from lora_fx.cli.models.spec import load_model
 
     built, inputs = load_model(model, trust=trust)
-    return plan(built, read, inputs)
+    return plan(built, read, inputs, progress=progress)

@@ -5,6 +5,7 @@ import warnings
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -16,13 +17,15 @@ from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse, weight
 from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.code import UncompiledGraph
 from lora_fx.models.layers import has_unknown_weights
-from lora_fx.models.samples import Sample, Samples, candidates
+from lora_fx.models.samples import Sample, Samples, candidates, samples_for
 from lora_fx.models.tensors import dotted
-from lora_fx.planning.decide import check_used, on_modules, still_fitting
+from lora_fx.planning.decide import check_used, decide, on_modules, still_fitting
 from lora_fx.planning.plan import Decisions, Plan
 from lora_fx.planning.planned import DEAD, NOT_RUN, Inventory, PlannedRegion, PlannedSite
+from lora_fx.progress.steps import step
 from lora_fx.regions.program import OPTIMISATIONS, foreseen
 from lora_fx.regions.survey import Survey, survey, survey_symbolically, trial_twin
+from lora_fx.rules.reader import read_rules
 
 _MORE_WITH_INPUTS = "no example_inputs: only straight-line blocks are graphs; with inputs more of them would be"
 
@@ -60,7 +63,7 @@ class Observed:
 
     def _with_captures(self, decisions: Decisions, notes: tuple[str, ...]) -> Plan:
         """Return the plan with the graphs that are captured; without samples, those that are provably safe to trace."""
-        with trial_twin(self.model) as twin:
+        with trial_twin(self.model) as twin, step(total=4, share=4):
             wanted = [site.path for site in decisions.adapted]
             captured = survey(twin, self.samples, wanted) if self.samples else survey_symbolically(twin, wanted)
         passes = foreseen_passes(captured, decisions, self.model)
@@ -90,8 +93,9 @@ def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | 
     runs = not isinstance(model, fx.GraphModule)
     if samples and runs:
         attempts = (_shown_by(model, replace(tried, items=items)) for items in candidates(model, tried))
-        first = next(attempts)
-        uses, samples, note = first if first[1] else next((other for other in attempts if other[1]), first)
+        with step(total=None):
+            first = next(attempts)
+            uses, samples, note = first if first[1] else next((other for other in attempts if other[1]), first)
     if uses is None and runs and (samples or not note) and any(map(has_unknown_weights, model.modules())):
         uses = _symbolic_uses(model)
     if known:
@@ -137,8 +141,11 @@ def _unwatched(model: nn.Module, tried: Samples, unwatched: Exception) -> tuple[
 
 def _watched_uses(model: nn.Module, samples: Sequence[Sample]) -> Uses:
     """Return what all samples show: the calls of the first, and every weight that any of them uses, or reads."""
-    with _trial_in_inference(model) as twin:
-        shown = [weight_uses(twin, sample.args, sample.kwargs) for sample in samples]
+    shown = []
+    with _trial_in_inference(model) as twin, step("watching a run", len(samples), "samples") as doing:
+        for sample in samples:
+            shown.append(weight_uses(twin, sample.args, sample.kwargs))
+            doing.advance()
     weights = ChainMap(*(uses.weights for uses in shown))
     read = {name for uses in shown for name, use in uses.weights.items() if use.outside}
     calls = dict(ChainMap(*(uses.calls for uses in shown)))
@@ -193,6 +200,25 @@ def renewed(model: nn.Module, plan: Plan, tried: Samples, backend: str = "auto")
         seen = observed(model, tried)
         check_used(decisions, seen.inventory)
     return seen.planned(decisions, backend)
+
+
+def planned_for(model: nn.Module, rules_or_plan: Any, example_inputs: object, backend: str) -> Plan:
+    """Return a plan that fits the model, by rules or renewed, with graphs where the backend wants them.
+
+    The arguments are those of `lora_fx.apply`.
+
+    Raises:
+        ValueError: there is no such backend.
+        LoraFxError: as `renewed`, `observed` and `decide`.
+    """
+    if backend not in ("auto", "graph", "modules"):
+        raise ValueError(f"backend is {backend!r}; it must be 'auto', 'graph' or 'modules'")
+    wanted = rules_or_plan if isinstance(rules_or_plan, Plan) else read_rules(rules_or_plan)
+    tried = samples_for(model, example_inputs)
+    if isinstance(wanted, Plan):
+        return renewed(model, wanted, tried, backend)
+    seen = observed(model, tried)
+    return seen.planned(decide(wanted, seen.inventory), backend)
 
 
 def foreseen_passes(captured: Survey, decisions: Decisions, model: nn.Module) -> dict[str, set[str]]:

@@ -18,6 +18,7 @@ from lora_fx.files.atomic import files_in
 from lora_fx.files.replacing import staged
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
+from lora_fx.progress.steps import step
 from lora_fx.sources.regular import UnreadableError, check_path
 from lora_fx.text import listing
 from lora_fx.tuned.build import record_in
@@ -60,15 +61,18 @@ def export(
             the difference that verifying has found; nothing is written then.
     """
     chosen, path = target_named(target), Path(path).absolute()
-    _check(tuned, chosen, sample, verify, options)
+    with step("checking"):
+        _check(tuned, chosen, sample, verify, options)
     still = make_twin(tuned, freeze=False).eval()
     given = {**options, "sample": sample} if chosen.needs_sample else options
     with _staged(target, path) as stage:
-        chosen.write(still, stage, **given)
+        with step("writing", total=None, share=5):
+            chosen.write(still, stage, **given)
         if not verify or sample is None:
             return Exported(target, path)
         kept = {name: value for name, value in options.items() if name in chosen.verify_options}
-        return _verified(chosen, still, stage, path, sample, kept)
+        with step("verifying", total=4, share=4):
+            return _verified(chosen, still, stage, path, sample, kept)
 
 
 @contextlib.contextmanager
@@ -133,10 +137,12 @@ def _verified(
     chosen: Target, tuned: nn.Module, stage: Path, path: Path, sample: Sample, options: dict[str, Any]
 ) -> Exported:
     assert chosen.verify is not None
-    base, adapted = outputs_of_both(tuned, sample)
+    with step("running the model"):
+        base, adapted = outputs_of_both(tuned, sample)
     effect = largest_difference(chosen.name, adapted, base)
     tolerance = _tolerance(chosen, tuned, [*adapted, *base])
-    difference = chosen.verify(tuned, stage, sample, **options)
+    with step(f"running {chosen.client}", share=3):
+        difference = chosen.verify(tuned, stage, sample, **options)
     if not difference <= tolerance:
         raise ExportError(
             chosen.name,

@@ -35,6 +35,7 @@ from lora_fx.exporters.target import Target
 from lora_fx.files.fingerprint import same_values
 from lora_fx.models.samples import Sample
 from lora_fx.models.ties import tied_names
+from lora_fx.progress.steps import step
 
 ADAPTER_SUFFIX = ".onnx_adapter"
 NOTE = "lora_fx"
@@ -54,7 +55,7 @@ def _write(
     model = _converted(parts, sample)
     lifted = _lift(model, parts)
     if optimize:
-        with quiet():  # the adapters have no values at this time, so none is folded
+        with step("optimising"), quiet():  # the adapters have no values at this time, so none is folded
             importlib.import_module("onnxscript.optimizer").optimize_ir(model)
     _give_defaults(model, lifted, parts)
     _save(model, path)
@@ -73,7 +74,7 @@ def short(name: str) -> str:
 def _converted(parts: BaseGraphParts, sample: Sample) -> Any:
     """Return the model as onnx_ir holds it, unoptimised: what optimises renames or folds the adapters' initializers."""
     program = exported("onnx", parts.model, sample)
-    with converting("onnx", "torch.onnx cannot convert the model", EXPERTS):
+    with step("converting"), converting("onnx", "torch.onnx cannot convert the model", EXPERTS):
         made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
     assert made is not None
     model: Any = made.model

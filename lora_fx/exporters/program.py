@@ -17,6 +17,7 @@ from lora_fx.exporters.running import call_with, without_and_with
 from lora_fx.exporters.target import FEATURES, Ability, Refusal
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import Swapped, swap
+from lora_fx.progress.steps import step
 from lora_fx.text import listing
 
 EVERY_FEATURE: dict[str, Ability] = {
@@ -95,7 +96,7 @@ def exported(target: str, model: nn.Module, sample: Sample, bounded: bool = Fals
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for _, tensor in named_tensors((args, kwargs)):
         shapes[tensor] = {axis: _dynamic(size, bounded) for axis, size in enumerate(tensor.shape)}
-    with torch.no_grad(), converting(target, "torch.export cannot trace the model", EXPERTS):
+    with torch.no_grad(), step("tracing"), converting(target, "torch.export cannot trace the model", EXPERTS):
         dynamic = shapes.dynamic_shapes(model, args, kwargs)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
     _warn_of_ones(target, args, kwargs)

@@ -31,6 +31,7 @@ from lora_fx.models.code import refuse_odd_paths
 from lora_fx.models.samples import Sample
 from lora_fx.models.ties import tied_names
 from lora_fx.models.torch_internals import aot_inductor
+from lora_fx.progress.steps import step
 
 VALUES = ".safetensors"
 BASE, COMPILED = ".base.safetensors", ".aoti.pt2"
@@ -78,7 +79,7 @@ def _forget_sources(program: ExportedProgram) -> None:
 def _compile(program: ExportedProgram, path: Path) -> None:
     """Write the program as AOTInductor compiles it; needs a C++ compiler."""
     advice = "it needs a C++ compiler; leave out compile"
-    with torch.no_grad(), converting("pt2", "AOTInductor cannot compile the model", advice):
+    with torch.no_grad(), step("compiling"), converting("pt2", "AOTInductor cannot compile the model", advice):
         aot_inductor().aoti_compile_and_package(program, package_path=str(path), inductor_configs=_KEEP)
 
 

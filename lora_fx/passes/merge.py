@@ -15,6 +15,7 @@ from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.remove import erase_lora_nodes
 from lora_fx.passes.sites import site_calls
+from lora_fx.progress.steps import step
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +91,20 @@ def check_mergeable(model: torch.nn.Module) -> None:
     """Raise MergeError, naming every site, if a merge would give NaN or infinite weights or has nothing to merge."""
     if not is_adapted(model):
         raise MergeError("the model has no adapter to merge")
-    bad = []
-    for path, adapter in all_attached(model):
-        if adapter.call is not None:
-            bad.append((path, "each call has an adapter of its own, and the one weight cannot hold them all"))
-        elif adapter.lora_A.weight.is_meta:
-            bad.append((path, "on the meta device: no values to merge"))
-        elif not torch.isfinite(folded(adapter)).all():
-            bad.append((path, "the merged weight has NaN or infinite values"))
+    bad: list[tuple[str, str]] = []
+    sites = list(all_attached(model))
+    with step("checking", len(sites), "weights") as doing:
+        for path, adapter in sites:
+            if (problem := _not_mergeable(adapter)) is not None:
+                bad.append((path, problem))
+            doing.advance(path)
     if bad:
         raise MergeError("merging would spoil the model; nothing was merged", list(dict.fromkeys(bad)))
+
+
+def _not_mergeable(adapter: Attached) -> str | None:
+    if adapter.call is not None:
+        return "each call has an adapter of its own, and the one weight cannot hold them all"
+    if adapter.lora_A.weight.is_meta:
+        return "on the meta device: no values to merge"
+    return None if torch.isfinite(folded(adapter)).all() else "the merged weight has NaN or infinite values"

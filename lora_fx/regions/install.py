@@ -26,11 +26,11 @@ def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()
         passes: names of the optimisations that programs get (`program.OPTIMISATIONS`).
     """
     blocks: dict[tuple[Any, ...], BlockPrograms] = {}
-    for path in paths:
+    for number, path in enumerate(paths):
         module = model.get_submodule(path)
         block = blocks.setdefault(structure_of(module), BlockPrograms(passes))
         swap(module, GuardedRegion)
-        module.__dict__[REGION] = Region(path, block)
+        module.__dict__[REGION] = Region(path, block, number)
 
 
 def uninstall(module: nn.Module) -> None:

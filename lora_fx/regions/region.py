@@ -23,6 +23,7 @@ from lora_fx.capture.generalise import generalise
 from lora_fx.capture.tracing.recording import OtherShape
 from lora_fx.errors import LoraFxWarning
 from lora_fx.models.layers import has_hooks
+from lora_fx.progress.steps import block_called
 from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
 from lora_fx.regions.program import Program, make_program
 from lora_fx.regions.sizes import Sizes
@@ -86,6 +87,8 @@ class Region:
 
     path: str
     block: BlockPrograms
+    number: int = 0
+    """Its place among the regions that were installed with it, in the order in which a run mostly meets them."""
     enabled: bool = True
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
@@ -97,10 +100,10 @@ class Region:
     """Whether what a program computes is compared with the forward, call by call."""
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return (self.path, self.block, self.enabled, self.hits, self.misses, self.capturing)
+        return (self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.path, self.block, self.enabled, self.hits, self.misses, self.capturing = state
+        self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing = state
         self.captures, self.mine, self.checking = 0, [], False
 
     # -- a call
@@ -135,6 +138,7 @@ class Region:
         """Run the module's own forward; if worth while, prove or capture a graph for such calls afterwards."""
         if not self.enabled:
             return call.by_forward()
+        block_called(self.number, self.path)
         self.misses[self._why(call)] += 1
         noted = self.block.sizes.noted(call.args, call.kwargs)
         if not self._may_capture(call) or not self.block.lock.acquire(blocking=False):

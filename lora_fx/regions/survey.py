@@ -17,6 +17,7 @@ from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
+from lora_fx.progress.steps import step
 from lora_fx.regions.candidates import block_regions, inner_regions, structure_of
 from lora_fx.regions.checking import with_noise
 from lora_fx.regions.install import (
@@ -73,16 +74,18 @@ def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> 
     failures: dict[str, str] = {}
     tried = dict.fromkeys(block_regions(twin, sites))
     new = list(tried)
-    while new:
-        install(twin, new)
-        _learn_sizes(twin, samples)
-        run_modes(twin, samples)
-        smaller = (*_retreat(twin, sites, failures), *_inside_leaves(twin, sites))
-        new = [path for path in dict.fromkeys(smaller) if path not in tried]
-        tried |= dict.fromkeys(new)
+    with step(total=None, share=3):
+        while new:
+            install(twin, new)
+            with step(total=4):
+                _learn_sizes(twin, samples)
+                run_modes(twin, samples, "capturing", share=3)
+            smaller = (*_retreat(twin, sites, failures), *_inside_leaves(twin, sites))
+            new = [path for path in dict.fromkeys(smaller) if path not in tried]
+            tried |= dict.fromkeys(new)
     if not is_meta(twin):
         with checked_hits(twin):
-            run_variants(twin, samples)
+            run_variants(twin, samples, "comparing")
     structures = {path: structure_of(module) for path, module, _ in regions(twin)}
     seconds = {structures[path]: region.block.seconds for path, _, region in regions(twin)}
     covered = frozenset(in_graphs(twin))
@@ -95,7 +98,7 @@ def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
     for region in twin_regions:
         region.capturing = False
     made_up = itertools.islice(variants(twin, samples[0]), 1 if is_meta(twin) else None)
-    run_modes(twin, (*samples, *made_up), may_fail=True, modes=MODES[:1])
+    run_modes(twin, (*samples, *made_up), "learning sizes", may_fail=True, modes=MODES[:1])
     for region in twin_regions:
         region.capturing = True
         region.misses.clear()
@@ -115,17 +118,19 @@ def survey_symbolically(twin: nn.Module, sites: Sequence[str]) -> Survey:
     structures: dict[str, tuple[Any, ...]] = {}
     failures: dict[str, str] = {}
     waiting = [path for path in block_regions(twin, sites) if path not in sites]
-    while waiting:
-        path = waiting.pop(0)
-        structure = structure_of(twin.get_submodule(path))
-        try:
-            if structure not in library:
-                library[structure] = [(capture_symbolically(twin.get_submodule(path)), False)]
-            structures[path] = structure
-        except NotCaptured as reason:
-            failures[path] = str(reason)
-            waiting += inner_regions(twin, path, sites)
-        waiting = [path for path in waiting if path not in sites]  # nothing shows that a linear alone is called
+    with step("tracing", None) as doing:
+        while waiting:
+            path = waiting.pop(0)
+            doing.advance(path)
+            structure = structure_of(twin.get_submodule(path))
+            try:
+                if structure not in library:
+                    library[structure] = [(capture_symbolically(twin.get_submodule(path)), False)]
+                structures[path] = structure
+            except NotCaptured as reason:
+                failures[path] = str(reason)
+                waiting += inner_regions(twin, path, sites)
+            waiting = [path for path in waiting if path not in sites]  # nothing shows that a linear alone is called
     install(twin, structures)
     stock(twin, library, structures, {})
     return Survey(failures, library, structures, frozenset(in_graphs(twin)), {})
@@ -156,8 +161,9 @@ def _retreat(twin: nn.Module, sites: Sequence[str], failures: dict[str, str]) ->
 def prove(twin: nn.Module, samples: Sequence[Sample]) -> None:
     """Let every sample, and what is made up from them, run in eval and in train mode; a model on meta runs nothing."""
     if samples and not is_meta(twin):
-        run_modes(twin, samples)
-        run_variants(twin, samples)
+        with step(total=4, share=4):
+            run_modes(twin, samples, "proving")
+            run_variants(twin, samples, "proving", share=3)
 
 
 def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
@@ -170,10 +176,17 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
         return []
     with_noise(twin)
     waiting = [(path, adapter.lora_B.weight) for path, adapter in all_attached(twin)]
-    with unchanged_modes(twin), unchanged_random(twin), warnings.catch_warnings(), torch.enable_grad():
+    with (
+        unchanged_modes(twin),
+        unchanged_random(twin),
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+        step("looking for gradients", len(samples)) as doing,
+    ):
         warnings.simplefilter("ignore")
         twin.eval()
         for sample in samples:
+            doing.advance()
             try:
                 given = tensors_in(twin(*sample.args, **sample.kwargs))
                 sums = [tensor.float().sum() for tensor in given if tensor.requires_grad]
@@ -187,16 +200,20 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
     return list(dict.fromkeys(path for path, _ in waiting))
 
 
-def run_variants(model: nn.Module, samples: Sequence[Sample]) -> None:
-    """Run what is made up from the samples, in eval and in train mode; what the model refuses does not count."""
+def run_variants(model: nn.Module, samples: Sequence[Sample], what: str, share: float = 1.0) -> None:
+    """Run what is made up from the samples, in eval and in train mode; what the model refuses does not count.
+
+    `what` and `share` are for who waits, as for `run_modes`.
+    """
     made_up = tuple(variants(model, samples[0]))
-    run_modes(model, made_up, may_fail=True)
+    run_modes(model, made_up, f"{what} at other sizes", may_fail=True, share=share)
     if any(
         program.captured.dependencies.asks_grad_mode
         for _, _, region in regions(model)
         for program in region.block.programs
     ):
-        run_modes(model, (*samples, *made_up), may_fail=True, modes=_EVAL_WITH_GRADIENTS)
+        again = f"{what} with gradients in eval mode"
+        run_modes(model, (*samples, *made_up), again, may_fail=True, modes=_EVAL_WITH_GRADIENTS)
 
 
 @contextlib.contextmanager
@@ -215,12 +232,29 @@ def checked_hits(model: nn.Module) -> Iterator[None]:
 def run_modes(
     model: nn.Module,
     samples: Sequence[Sample],
+    what: str = "",
     may_fail: bool = False,
     modes: Sequence[tuple[bool, bool]] = MODES,
+    share: float = 1.0,
 ) -> None:
-    """Run every sample in every mode; random state and modes are as before afterwards."""
-    with unchanged_modes(model), unchanged_random(model), warnings.catch_warnings():
+    """Run every sample in every mode; random state and modes are as before afterwards.
+
+    Args:
+        model: with regions, or without.
+        samples: to run.
+        what: that is for, for who waits; and `share`, how much of it this is.
+        may_fail: whether a sample that the model refuses does not count.
+        modes: (training, grad mode) of the runs.
+    """
+    blocks = sum(1 for _ in regions(model)) or 1
+    with (
+        unchanged_modes(model),
+        unchanged_random(model),
+        warnings.catch_warnings(),
+        step(what, len(modes) * len(samples) * blocks, "calls of blocks", share, calls=True) as doing,
+    ):
         warnings.simplefilter("ignore")  # of the model, about runs that the user has not asked for
+        done = 0
         for training, grad in modes:
             model.train(training)
             for sample in samples:
@@ -228,6 +262,8 @@ def run_modes(
                     if training or may_fail:  # some models refuse to train on such a batch; the user will not either
                         stack.enter_context(contextlib.suppress(Exception))
                     model(*sample.args, **sample.kwargs)
+                done += blocks
+                doing.reach(done)
 
 
 @contextlib.contextmanager

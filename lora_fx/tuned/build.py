@@ -18,6 +18,7 @@ from lora_fx.passes.contract import rewrite
 from lora_fx.passes.inject import Inject
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import NOT_RUN
+from lora_fx.progress.steps import step
 from lora_fx.regions.install import in_graphs, install, stock, without_graph
 from lora_fx.regions.program import OPTIMISATIONS
 from lora_fx.regions.survey import prove, trial_twin, without_gradient
@@ -60,10 +61,12 @@ def install_graphs(twin: nn.Module, plan: Plan, passes: tuple[str, ...]) -> None
     if not isinstance(plan.capture, Study):
         return
     survey, samples = plan.capture.survey, plan.capture.samples
-    install(twin, survey.graphs, passes)
-    stock(twin, survey.library, survey.structures, survey.seconds)
+    with step("making graphs"):
+        install(twin, survey.graphs, passes)
+        stock(twin, survey.library, survey.structures, survey.seconds)
     if samples:
-        with trial_twin(twin, freeze=False) as copy:  # what is proven on it holds for the twin: they share their kinds
+        # what is proven on a copy holds for the twin: they share their kinds
+        with trial_twin(twin, freeze=False) as copy, step(total=5, share=4):
             prove(copy, samples)
             idle = without_gradient(copy, samples)
         called = {site.path for site in plan.adapted if site.calls != 0}

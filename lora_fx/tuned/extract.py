@@ -20,6 +20,7 @@ from lora_fx.models.twin import is_meta
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
+from lora_fx.progress.steps import step
 from lora_fx.rules.patterns import glob_of
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
@@ -76,10 +77,15 @@ def extracted(
     differing = _differing(tuned_full, base)
     plan = _plan(base, r, rules, differing)
     twin = build(base, plan)
-    sites = tuple(_fill(path, adapter, tuned_full, base) for path, adapter in all_attached(twin))
+    sites: list[ExtractedSite] = []
+    attached = list(all_attached(twin))
+    with step("decomposing", len(attached), "differences", share=4) as doing:
+        for path, adapter in attached:
+            sites.append(_fill(path, adapter, tuned_full, base))
+            doing.advance(path)
     _take_over_trained(twin, tuned_full)
     lost = tuple((name, norm) for name, norm in differing.items() if name not in _taken(twin))
-    return twin, ExtractReport(sites, lost)
+    return twin, ExtractReport(tuple(sites), lost)
 
 
 def warn_of_losses(report: ExtractReport) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import all_attached, owner_path
 from lora_fx.errors import LoraFxWarning, MergeError
 from lora_fx.models.quantised import dense, is_quantised
+from lora_fx.progress.steps import step
 from lora_fx.text import columns
 from lora_fx.tuned.undo import merged
 
@@ -38,11 +39,13 @@ def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Mod
         raise MergeError("no adapted weight is quantised: there is nothing to quantise again")
     model = merged(tuned)
     costs = []
-    for path, adapter in sites:
-        owner, name = owner_path(path, adapter), adapter.spec.parameter
-        exact = model.get_parameter(f"{owner}.{name}".lstrip(".")).detach()
-        again = _quantised_again(model, owner, name, quantise)
-        costs.append(_cost(path, dense(adapter.base_weight), exact, dense(again)))
+    with step("quantising", len(sites), "weights") as doing:
+        for path, adapter in sites:
+            owner, name = owner_path(path, adapter), adapter.spec.parameter
+            exact = model.get_parameter(f"{owner}.{name}".lstrip(".")).detach()
+            again = _quantised_again(model, owner, name, quantise)
+            costs.append(_cost(path, dense(adapter.base_weight), exact, dense(again)))
+            doing.advance(path)
     return model, costs
 
 

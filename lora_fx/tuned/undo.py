@@ -23,6 +23,7 @@ from lora_fx.passes.editor import Editor
 from lora_fx.passes.merge import Merge, check_mergeable, folded
 from lora_fx.passes.remove import Remove, erase_lora_nodes
 from lora_fx.passes.sites import lora_nodes
+from lora_fx.progress.steps import step
 from lora_fx.regions.install import regions, uninstall
 from lora_fx.tuned.build import places_in, record_in
 
@@ -49,8 +50,11 @@ def merged(tuned: nn.Module) -> nn.Module:
     places = placed_in(tuned)
     check_mergeable(tuned)
     twin = _plain_twin(tuned, Merge())
-    for owner in adapted_owners(twin):
-        _merge_module(owner)
+    owners = adapted_owners(twin)
+    with step("merging", len(owners), "layers") as doing:
+        for owner in owners:
+            _merge_module(owner)
+            doing.advance()
     _untie(tuned, twin)
     base = set(map(without_wrappers, base_in(places)))
     names = [name for name, _ in twin.named_parameters(remove_duplicate=False) if without_wrappers(name) in base]

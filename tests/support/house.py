@@ -14,7 +14,7 @@ PACKAGE = Path(lora_fx.__file__).parent
 ROOT_FILES = {"__init__", "__main__", "api", "errors", "text"}
 ORDER = [
     ["text", "sources"],
-    ["errors"],
+    ["errors", "progress"],
     ["rules"],
     ["planning"],
     ["models"],

@@ -26,7 +26,7 @@ from tests.support.house import (
 )
 
 TESTS = Path(__file__).parents[1]
-NO_TORCH = {"text", "sources", "errors", "rules", "planning", "cli", "__main__"}
+NO_TORCH = {"text", "sources", "errors", "progress", "rules", "planning", "cli", "__main__"}
 
 
 def test_five_files_and_the_folders_of_the_pipeline_stand_at_the_root():

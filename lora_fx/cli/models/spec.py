@@ -62,17 +62,18 @@ def load_model(spec: str, weights: bool = False, trust: bool = False) -> tuple[n
     return (model.eval() if weights else model), inputs
 
 
-def compared(a: str | Graph, b: str | Graph, trust: bool) -> GraphDiff:
+def compared(a: str | Graph, b: str | Graph, trust: bool, progress: bool | None = None) -> GraphDiff:
     """Return how two models differ, each given as MODEL or as a graph."""
     first, second = (_comparable(side, trust) for side in (a, b))
-    return diff(first[0], second[0], first[1] if first[1] is not None else second[1], trust=trust)
+    inputs = first[1] if first[1] is not None else second[1]
+    return diff(first[0], second[0], inputs, trust=trust, progress=progress)
 
 
-def compared_by_rules(spec: str, rules: Sequence[RuleSet], trust: bool) -> GraphDiff:
+def compared_by_rules(spec: str, rules: Sequence[RuleSet], trust: bool, progress: bool | None = None) -> GraphDiff:
     """Return what rules change in a model's graph; of two rule sets, how the two adapted models differ."""
     model, inputs = load_model(spec, trust=trust)
-    *before, after = [model, *(apply(model, read, inputs) for read in rules)]
-    return diff(before[-1], after, inputs)
+    *before, after = [model, *(apply(model, read, inputs, progress=progress) for read in rules)]
+    return diff(before[-1], after, inputs, progress=progress)
 
 
 def graph_text(spec: str, trust: bool) -> str:

@@ -24,6 +24,7 @@ from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.plan import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, trained_whole
 from lora_fx.planning.sites import Site
+from lora_fx.progress.steps import step
 from lora_fx.rules.ruleset import Slices
 
 Mismatch = tuple[str, str, str]
@@ -40,7 +41,8 @@ def fitted(
         AdapterFileError: missing, damaged or contradictory files.
         AdapterMismatchError, RefusedError, CaptureError: as `decisions_in` and `observed`.
     """
-    files = resolved(read_adapters(directory), model)
+    with step("reading"):
+        files = resolved(read_adapters(directory), model)
     peftfiles.warn_of_missing(files[0], model)
     seen = observed(model, tried, uses_in_files(files, model))
     return files, seen, decisions_in(files, seen.inventory, model)
@@ -224,11 +226,12 @@ def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
         for site, adapter in all_attached(tuned)
         for path in {site, adapter.spec.path, without_wrappers(site)}
     }
-    with torch.no_grad():
+    with torch.no_grad(), step("filling", sum(len(file.sites) for file in files), "sites") as doing:
         for file in files:
             for saved in file.sites:
                 adapter = places.get((saved.path, saved.call))
                 _fill_site(adapter or _under_another_name(tuned, saved.path, saved.call), saved)
+                doing.advance(saved.path)
             _untie(tuned, file.modules)
             for name, tensor in file.modules.items():
                 _copy(get_tensor(tuned, name), tensor)

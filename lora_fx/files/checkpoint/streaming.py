@@ -5,7 +5,7 @@ import errno
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,12 +40,11 @@ from lora_fx.files.checkpoint.sites import plan_merge
 from lora_fx.files.checkpoint.tiles import Sums
 from lora_fx.files.values import DTYPES
 from lora_fx.models.dtypes import warn_of_narrowed_file
+from lora_fx.progress.steps import Progress
 from lora_fx.sources.regular import UnreadableError, check_path
 from lora_fx.text import shortened
 
 AnyPath = str | os.PathLike[str]
-Progress = Callable[[int, int, str], object]
-"""Is called with (bytes written, bytes in all, name of the tensor or file)."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MOST_WORKERS = 4
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -78,7 +77,7 @@ def merge_files(
     adapter_dirs: Sequence[AnyPath],
     out_dir: AnyPath,
     options: MergeOptions,
-    progress: Progress | None,
+    progress: Progress,
 ) -> MergeReport:
     """Write a merged checkpoint; see `lora_fx.merge_checkpoint`."""
     options.check()
@@ -162,7 +161,7 @@ class _Merge:
     out: Path
     options: MergeOptions
     journal: MergeJournal
-    progress: Progress | None
+    progress: Progress
     written: int = 0
     total: int = field(init=False)
 
@@ -239,8 +238,7 @@ class _Merge:
 
     def _tell(self, size: int, name: str) -> None:
         self.written += size
-        if self.progress is not None:
-            self.progress(self.written, self.total, name)
+        self.progress(self.written, self.total, name)
 
     def report(self) -> MergeReport:
         return MergeReport(
