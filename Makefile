@@ -45,6 +45,7 @@ lint: $(VENV)/extra-lint $(VENV)/extra-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --quiet .
 
 # both must build it: mkdocs is what the site is written for, zensical what it can move to
 docs: $(VENV)/extra-docs
