@@ -18,7 +18,7 @@ from lora_fx.capture.tracing.copies import copied_module
 from lora_fx.capture.tracing.recording import Records
 from lora_fx.models.swap import Swapped, take_off
 from lora_fx.models.torch_internals import pytree
-from lora_fx.regions.gradients import Run, gradients_differ, values_differ
+from lora_fx.regions.gradients import Run, gradients_differ, shaken, values_differ
 from lora_fx.regions.program import Program
 
 REGION = "lora_fx_region"
@@ -124,7 +124,7 @@ class Replay:
             return "it draws other random numbers"
         precision = self._precision(theirs[0])
         different = values_differ(mine[0], theirs[0], precision)
-        return different or self._run(lambda: gradients_differ(mine, theirs, precision))
+        return different or self._run(lambda: gradients_differ(mine, theirs, precision, self._shaken))
 
     def _both_with_noise(self, function: Callable[..., Any], match: Match) -> tuple[Run, Run, bool]:
         """Run a program's code and the forward on copies with other factors; say whether both draw alike."""
@@ -144,6 +144,14 @@ class Replay:
             (expected, (theirs.args, theirs.kwargs), theirs.module),
             alike,
         )
+
+    def _shaken(self) -> Run:
+        """Run the forward with noise as factors, on inputs that are rounded otherwise."""
+        args, kwargs = copied((self.call.args, self.call.kwargs), shaken)
+        module = stand_in(self._before)
+        with_noise(module)
+        self.random.restore()
+        return module.forward(*args, **kwargs), (args, kwargs), module
 
     def _precision(self, result: Any) -> torch.dtype:
         """Return the coarsest dtype in which the call rounds."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.regions import program
+from lora_fx.regions.gradients import gradients_differ
 from tests.regions.test_optimised import assert_equal_but_for_rounding, fast_passes, programs, trained
 from tests.support.peers import BERT, LLAMA, adapted, tensors
 
@@ -73,6 +74,41 @@ def test_fast_program_that_is_wrong_is_given_up_with_the_reason(spoil: Spoil, mo
         reasons = {program.why_not_fast for program in programs(tuned) if program.why_not_fast}
         assert reasons
         assert all(reason.startswith(WRONG[spoil]) for reason in reasons), reasons
+
+
+def test_gradient_that_is_only_rounding_gives_no_fast_program_up():
+    """With one key the softmax is 1, and the gradient of the query nothing but rounding."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100
+    )
+    torch.manual_seed(0)
+    words = torch.randint(0, 100, (2, 16))
+    sample = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    tuned = lora_fx.apply(transformers.LlamaForCausalLM(config).eval(), r=4, target="all-linear", example_inputs=sample)
+    assert fast_passes(tuned)
+    assert {program.why_not_fast for program in programs(tuned)} == {""}
+
+
+def gradients(scale: float, error: float) -> tuple[Any, Any, nn.Module]:
+    """Return a run in which the gradient of a weight is `scale` everywhere, or `scale + error`."""
+    module = nn.Linear(4, 1, bias=False)
+    x = torch.full((1, 4), scale + error)
+    return module(x), (x,), module
+
+
+@pytest.mark.parametrize(("error", "noise", "expected"), [
+    (1e-6, 1e-6, None),
+    (1e-6, 1e-8, "the gradient of weight differs"),
+    (1e-6, 0.0, "the gradient of weight differs"),
+    (1e-12, 0.0, None),
+])  # fmt: skip
+def test_gradients_may_differ_as_far_as_rounding_moves_them(error: float, noise: float, expected: str | None):
+    def differ(*shaken: Any) -> str | None:
+        return gradients_differ(gradients(1e-7, error), gradients(1e-7, 0.0), None, *shaken)
+
+    assert differ(lambda: gradients(1e-7, noise)) == expected
+    assert differ() == (None if error < 1e-9 else "the gradient of weight differs")
 
 
 def losses(model: nn.Module, steps: int) -> Tensor:
