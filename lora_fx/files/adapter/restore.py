@@ -165,7 +165,8 @@ def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch
 
 
 def _other_base(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
-    usable = {path: site for path, site in sites.items() if site.refusal is None}  # others may have no weight to look at
+    # of a site that is refused there may be no weight to look at
+    usable = {path: site for path, site in sites.items() if site.refusal is None}
     known = {saved.path: usable[saved.path].weight for saved in file.sites if saved.path in usable}
     weights = {path: weight for path, name in known.items() if (weight := get_tensor(model, name)) is not None}
     for path, weight in weights.items():
