@@ -25,7 +25,7 @@ MODEL is one of
   package.module:factory  calls it; executes that code
   file.py:factory         the same
   hf:DIRECTORY            needs config.json only
-  hf:ORG/NAME@REVISION    the same, of the Hugging Face hub
+  hf:ORG/NAME@REVISION    the same, of the hub
   model.pt2               runs what is in it: --trust
   model.safetensors       names and shapes only
   plan.json               a saved plan
