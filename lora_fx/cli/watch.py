@@ -4,14 +4,17 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_fx.cli.options import format_option, output_option
 from lora_fx.cli.output import write
 from lora_fx.text import visible
-from lora_fx.training.lines import RecordLines
-from lora_fx.training.record import TrainingRecord, recorded
+
+if TYPE_CHECKING:
+    from lora_fx.training.lines import RecordLines
+    from lora_fx.training.record import TrainingRecord
 
 _CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 
@@ -27,6 +30,9 @@ def command(run: str, form: str, output: str, follow: bool, seconds: float) -> N
 
     RUN is the file that lora_fx.Recorder, or a callback of the Trainer or of Lightning, writes.
     """
+    from lora_fx.training.lines import RecordLines
+    from lora_fx.training.record import recorded
+
     lines = RecordLines(run)
     try:
         if follow and not os.path.exists(run):
@@ -42,7 +48,7 @@ def command(run: str, form: str, output: str, follow: bool, seconds: float) -> N
         click.echo(err=True)  # this is how it is meant to end
 
 
-def _show(record: TrainingRecord, form: str, output: str) -> None:
+def _show(record: "TrainingRecord", form: str, output: str) -> None:
     forms: dict[str, Callable[[], str]] = {
         "text": record.__str__,
         "json": record.to_json,
@@ -52,8 +58,10 @@ def _show(record: TrainingRecord, form: str, output: str) -> None:
     write(forms[form](), output, form)
 
 
-def show_growth(lines: RecordLines, seconds: float, show: Callable[[TrainingRecord], None]) -> None:
+def show_growth(lines: "RecordLines", seconds: float, show: "Callable[[TrainingRecord], None]") -> None:
     """Show a record whenever it has grown: on a terminal in place of what is there, else below it."""
+    from lora_fx.training.record import recorded
+
     seen = lines.size
     while True:
         time.sleep(seconds)
