@@ -31,9 +31,10 @@ from lora_fx.adapters.fused.eligible import term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
+from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output
-from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap
+from lora_fx.models.swap import MADE_BY, original_class, swap
 from lora_fx.models.tensors import dotted
 from lora_fx.models.torch_internals import in_backward, transformation
 
@@ -42,7 +43,7 @@ from lora_fx.models.torch_internals import in_backward, transformation
 def reading(names: tuple[str, ...]) -> type:
     """Return the mixin for a module that shows the parameters of these names with their adapters."""
     body: dict[str, Any] = {name: property(_reader(name)) for name in names}
-    return type("AdaptedWeights", (Swapped, nn.Module), {**body, READS: names, MADE_BY: (reading, (names,))})
+    return type("AdaptedWeights", (ShowsAdapters,), {**body, READS: names, MADE_BY: (reading, (names,))})
 
 
 def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
@@ -94,7 +95,7 @@ def effective_weight(adapter: Attached, base: Tensor) -> Tensor:
     return base + (scale - 1) * base + scale * delta
 
 
-class AdaptedLayer(Swapped, nn.Module):
+class AdaptedLayer(ShowsAdapters):
     """Mixin for an adapted layer that is called; its class keeps the name, the keys and the attributes it had."""
 
     lora_A: Any  # nn.ModuleDict of LoRAFactor; nn.Module's own annotations would call it a Tensor

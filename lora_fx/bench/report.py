@@ -7,6 +7,7 @@ from lora_fx.bench.counters import Counts
 from lora_fx.bench.facts import MachineFacts, Setting
 from lora_fx.bench.subjects import LB, OURS, PEFT
 from lora_fx.bench.timing import Timing
+from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import columns, count, json_text, scaled
 
 HEADS = ("FLOPs", "saved", "peak", "aten calls")
@@ -14,7 +15,7 @@ TIME_HEADS = ("time [95 %]", "min/min", "processor")
 
 
 @dataclass(frozen=True, slots=True)
-class BenchReport:
+class BenchReport(InNotebook):
     """What `bench` returns: what a step costs, by subject; all ratios are to the lower bound LB."""
 
     setting: Setting

@@ -18,6 +18,7 @@ from lora_fx.files.atomic import files_in
 from lora_fx.files.replacing import staged
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
+from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.progress.steps import step
 from lora_fx.sources.regular import UnreadableError, check_path
 from lora_fx.text import listing
@@ -31,7 +32,7 @@ _ROUNDING = {torch.float64: 1.0, torch.float32: 1.0, torch.float16: 200.0, torch
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
+class Exported(InNotebook):
     """What an export has written, and what verifying it has shown."""
 
     target: str

@@ -18,6 +18,7 @@ from lora_fx.models.ties import mark_untied, tied_names
 from lora_fx.models.torch_internals import pytree
 from lora_fx.models.twin import make_twin
 from lora_fx.passes.contract import run
+from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.regions.survey import unchanged_random
 from lora_fx.remerging.algebra.operations import NotLinear
 from lora_fx.remerging.algebra.running import close
@@ -29,7 +30,7 @@ from lora_fx.tuned.undo import merged
 
 
 @dataclass(frozen=True, slots=True)
-class RemergeResult:
+class RemergeResult(InNotebook):
     """A model without LoRAs, where they went, and what looked like one and is left alone."""
 
     model: nn.Module

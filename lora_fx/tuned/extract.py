@@ -20,11 +20,12 @@ from lora_fx.models.twin import is_meta
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
+from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.progress.steps import step
 from lora_fx.rules.patterns import glob_of
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
-from lora_fx.text import columns
+from lora_fx.text import columns, count
 from lora_fx.tuned.build import build, check_refusals
 
 Rules: TypeAlias = "Mapping[str, object] | str | os.PathLike[str] | RuleSet | None"
@@ -43,7 +44,7 @@ class ExtractedSite:
 
 
 @dataclass(frozen=True, slots=True)
-class ExtractReport:
+class ExtractReport(InNotebook):
     """What an extracted adapter has of the difference between two models, and what it lacks."""
 
     sites: tuple[ExtractedSite, ...]
@@ -59,7 +60,8 @@ class ExtractReport:
     def __str__(self) -> str:
         rows = [(site.path, f"r={site.r}", f"retained {site.retained:.4f}") for site in self.sites]
         rows += [(name, "", f"lost, ‖Δ‖ = {norm:.3g}") for name, norm in self.lost]
-        return columns(rows)
+        kept = f"retained {self.retained:.4f} in all"
+        return f"{count(len(self.sites), 'site')} · {kept} · {count(len(self.lost), 'tensor')} lost\n\n{columns(rows)}"
 
 
 def extracted(

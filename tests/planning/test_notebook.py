@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import lora_fx
+from lora_fx import Exported, MergeReport
 from lora_fx.planning.render.notebook import MOST_LINES, notebook
 
 MODEL = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -24,6 +26,10 @@ def shown_objects() -> dict[str, object]:
         "report": lora_fx.inspect(tuned),
         "deltas": lora_fx.deltas(tuned),
         "audit": lora_fx.audit(tuned),
+        "extract": lora_fx.extracted(lora_fx.merge(tuned), MODEL, 2)[1],
+        "remerge": lora_fx.remerged(tuned),
+        "merge": MergeReport("out", (), 3, (), (), False),
+        "export": Exported("peft", Path("adapter"), 1e-7, 1e-6, 0.5),
     }
 
 
@@ -31,7 +37,7 @@ def text_of(page: str) -> str:
     return html.unescape(re.sub(r"<[^>]*>", "", page))
 
 
-@pytest.mark.parametrize("name", ["plan", "diff", "report", "deltas", "audit"])
+@pytest.mark.parametrize("name", ["plan", "diff", "report", "deltas", "audit", "extract", "remerge", "merge", "export"])
 def test_object_shows_its_whole_text_in_one_element(name):
     torch.manual_seed(0)
     thing = shown_objects()[name]

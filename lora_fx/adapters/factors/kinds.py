@@ -46,6 +46,9 @@ class ConvolutionA(LoRAFactor):
     def matrix(self) -> Tensor:
         return self.weight.flatten(1)
 
+    def _sizes(self) -> tuple[int, int]:
+        return self.weight.shape[1:].numel(), self.weight.shape[0]
+
 
 class ConvolutionB(LoRAFactor):
     """B of a convolution: [out, r, 1…]."""
@@ -60,6 +63,9 @@ class ConvolutionB(LoRAFactor):
     @property
     def matrix(self) -> Tensor:
         return self.weight.flatten(1)
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.weight.shape[1:].numel(), self.weight.shape[0]
 
 
 class EmbeddingA(LoRAFactor):

@@ -38,7 +38,13 @@ class LoRAFactor(nn.Module):
         return self.weight
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[-1]} → {self.weight.shape[-2]}"
+        scaling = "" if self.spec is None else f", scaling={self.spec.scaling:g}"
+        inputs, outputs = self._sizes()
+        return f"{inputs} → {outputs}{scaling}"
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return the columns and rows of the matrix."""
+        return self.weight.shape[-1], self.weight.shape[-2]
 
 
 TensorMap = Callable[[Tensor], Tensor]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import columns, count, json_text, visible
 
 _MOST_SHOWN = 5
@@ -45,7 +46,7 @@ class MergedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeReport:
+class MergeReport(InNotebook):
     """What `merge_checkpoint` wrote; `str()` gives a summary."""
 
     folder: str
