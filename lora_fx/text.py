@@ -122,8 +122,13 @@ def thousands(number: int) -> str:
 
 def share_of_parameters(trained: int, total: int) -> str:
     """Return `74,498 of 22,713,986 parameters (0.33 %)`."""
-    share = 100 * trained / total if total else 0.0
-    return f"{thousands(trained)} of {thousands(total)} parameters ({share:.2g} %)"
+    return f"{thousands(trained)} of {thousands(total)} parameters ({percent(trained, total)})"
+
+
+def percent(part: int, whole: int) -> str:
+    """Return `0.33 %`, of two digits below 100 %; of nothing any share is `0 %`."""
+    share = 100 * part / whole if whole else 0.0
+    return f"{share:.2g} %" if share < 99.5 else f"{share:.0f} %"
 
 
 def scaled(number: int, unit: str) -> str:

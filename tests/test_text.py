@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.text import caret, columns, count, listing, nearest
+from lora_fx.text import caret, columns, count, listing, nearest, percent
 
 
 def test_columns_are_aligned_without_trailing_blanks():
@@ -33,3 +33,10 @@ def test_words():
     assert (count(1, "site"), count(1200, "site")) == ("1 site", "1,200 sites")
     assert listing("abc", most=2) == "a, b … and 1 more"
     assert nearest("alhpa", ["alpha", "r"]) == ("alpha",)
+
+
+def test_shares_have_two_digits_and_no_exponents():
+    assert [percent(part, 1000) for part in (0, 1, 123, 994, 999, 1000, 2500)] == [
+        "0 %", "0.1 %", "12 %", "99 %", "100 %", "100 %", "250 %",
+    ]  # fmt: skip
+    assert percent(3, 0) == "0 %"

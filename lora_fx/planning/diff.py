@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
-from lora_fx.planning.rows import fold_rows, row_of
+from lora_fx.planning.rows import fold_groups, row_of
 from lora_fx.text import columns, count, json_text, thousands
 
 
@@ -42,7 +42,11 @@ class PlanDiff:
 
     def folded(self) -> list[tuple[str, ...]]:
         """Return (path, before, after) with repeated blocks as one; what is not there is an empty text."""
-        return fold_rows([(site.path, _joined(site.before), _joined(site.after)) for site in self.differences])
+        return [row for row, _ in self.groups()]
+
+    def groups(self) -> list[tuple[tuple[str, ...], list[str]]]:
+        """Return the rows of `folded`, each with the paths that it stands for."""
+        return fold_groups([(site.path, _joined(site.before), _joined(site.after)) for site in self.differences])
 
     def stat(self) -> str:
         """Return the sums: how many sites differ, and what becomes of the number of trained parameters."""

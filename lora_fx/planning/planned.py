@@ -113,8 +113,13 @@ def trained_whole(site: Site, trained: Iterable[TrainedModule]) -> PlannedSite |
     """Return the planned site of a weight in a module that is trained whole; None for any other weight."""
     for module in trained:
         if any(f"{path}.".startswith(f"{module.path}.") for path in site.paths):
-            return PlannedSite(site, "train", f"under train: {module.pattern}")
+            return PlannedSite(site, "train", train_reason(module.pattern))
     return None
+
+
+def train_reason(pattern: str) -> str:
+    """Return why a site is trained whole: the pattern under `train:` that matches a module around it."""
+    return f"under train: {pattern}"
 
 
 @dataclass(frozen=True, slots=True)

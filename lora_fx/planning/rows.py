@@ -55,13 +55,19 @@ def _lora_text(lora: LoRAConfig) -> str:
 
 def fold_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Return the rows with those that differ only in one number of the path as one, `h.{0..11}.attn`, made visible."""
+    return [row for row, _ in fold_groups(rows)]
+
+
+def fold_groups(rows: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """Return (row, paths) as `fold_rows` folds them: each row with the paths, as given, that it stands for."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for path, *rest in rows:
         groups.setdefault((NUMBER.sub("#", path), *rest), []).append(path)
-    folded: list[tuple[str, ...]] = []
+    folded: list[tuple[tuple[str, ...], list[str]]] = []
     for (template, *rest), paths in groups.items():
         one = _ranged(template, paths)
-        folded += [tuple(map(visible, (name, *rest))) for name in ([one] if one else paths)]
+        parts = [(one, paths)] if one else [(path, [path]) for path in paths]
+        folded += [(tuple(map(visible, (name, *rest))), behind) for name, behind in parts]
     return folded
 
 

@@ -159,20 +159,61 @@ def test_tables_of_training_steps_fit_on_a_phone_without_scrolling(browser, site
     assert [(own, frame) for own, frame in sizes if own > frame] == []
 
 
-def test_page_of_a_plan_stands_alone_and_is_accessible(browser, tmp_path):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_of_a_plan_stands_alone_and_is_accessible(browser, tmp_path, width, scheme):
+    visit = plan_page(browser, tmp_path, width, scheme)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    visit.page.screenshot(path=PICTURES / f"plan-page-{width}-{scheme}.png", full_page=True)
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert serious(axe.Axe().run(visit.page)) == []
+    visit.page.locator("#open").click()
+    reasons = visit.page.locator("summary b").all()
+    assert len(reasons) >= 2
+    assert all(part.bounding_box()["x"] >= 0 and _right(part) <= width for part in reasons)
+    assert serious(axe.Axe().run(visit.page)) == []
+    assert (visit.complaints, visit.foreign) == ([], [])
+
+
+def test_search_in_the_page_of_a_plan_unfolds_what_it_finds_and_hides_the_rest(browser, tmp_path):
+    visit = plan_page(browser, tmp_path)
+    rows = visit.page.locator("tr[data-k]")
+    everything = rows.count()
+    left_alone = visit.page.locator("tr[data-k]", has_text="k_proj")
+    assert not left_alone.is_visible()
+    visit.page.keyboard.press("/")
+    visit.page.keyboard.type("layers.1.k_proj")
+    shown = [row.inner_text().split()[0] for row in rows.all() if row.is_visible()]
+    assert shown == ["layers.{0..2}.k_proj"]
+    assert (
+        visit.page.locator("#found").inner_text() == f"1 of {visit.page.locator('[data-k]').count()} entries, 1 paths"
+    )
+    assert not visit.page.locator(".bars").is_visible()
+    visit.page.keyboard.press("Escape")
+    assert visit.page.locator(".bars").is_visible()
+    assert visit.page.locator("tr[data-k]:not(.hidden)").count() == everything
+
+
+def plan_page(browser, folder: Path, width: int = 1280, scheme: str = "light") -> Visit:
+    """Return a visit to the page of a plan, as a file."""
     import lora_fx
     from lora_fx.planning.render.html import plan_html
     from tests.support.clitools import small
 
     model, inputs = small()
-    (tmp_path / "plan.html").write_text(plan_html(lora_fx.plan(model, "attention", inputs)), encoding="utf-8")
-    visit = Visit(browser, tmp_path.as_uri() + "/")
+    chosen = {"version": 1, "train": ["embed"], "rules": [
+        {"name": "qv", "match": {"name": "**.{q,v}_proj"}, "lora": {"r": 2}},
+        {"name": "head", "match": {"name": "lm_head"}, "skip": "it is tied to the embedding, as the card of the model says"},
+    ]}  # fmt: skip
+    (folder / "plan.html").write_text(plan_html(lora_fx.plan(model, chosen, inputs)), encoding="utf-8")
+    visit = Visit(browser, folder.as_uri() + "/", width, scheme)
     visit.open("plan.html")
-    rows = visit.page.locator("tr.kept")
-    assert rows.first.is_visible()
-    visit.page.check("#only")
-    assert not rows.first.is_visible()
-    assert (visit.complaints, visit.foreign, serious(axe.Axe().run(visit.page))) == ([], [], [])
+    return visit
+
+
+def _right(part) -> float:
+    box = part.bounding_box()
+    return box["x"] + box["width"]
 
 
 def serious(result) -> list[str]:

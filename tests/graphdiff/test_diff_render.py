@@ -13,10 +13,10 @@ import pytest
 import lora_fx
 from lora_fx.graphdiff.diff import compare
 from lora_fx.graphdiff.graphs import Graph, Statement
-from lora_fx.graphdiff.render import html as html_page
 from lora_fx.graphdiff.render.blocks import blocks_of, boxes_of
 from lora_fx.graphdiff.render.layout import HEIGHT, WIDTH, layered
 from lora_fx.graphdiff.render.mermaid import fits
+from lora_fx.planning.render import page as page_file
 from tests.support import zoo
 from tests.support.graphs import decoder
 from tests.support.htmlpages import Page
@@ -101,7 +101,7 @@ def test_mermaid_stays_within_the_limits_of_github(modules, edges):
 def test_page_stays_small_and_says_what_it_leaves_out(monkeypatch):
     a, b = (side_by_side([decoder(1, nodes=20 + k, adapted=adapted) for k in range(40)]) for adapted in (False, True))
     assert "more left out" not in compare(a, b).to_html()
-    monkeypatch.setattr(html_page, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(page_file, "MOST_BYTES", 100_000)
     text = compare(a, b).to_html()
     assert len(text.encode()) < 120_000
     assert "more left out" in text

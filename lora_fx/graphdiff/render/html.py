@@ -1,23 +1,23 @@
 """A GraphDiff as one HTML page: the changes by site, then a picture and the statements of each kind of block."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from lora_fx.graphdiff.changes import GraphDifference, SiteChange
 from lora_fx.graphdiff.render.blocks import SAME, Block, Step, blocks_of
 from lora_fx.graphdiff.render.svg import STYLE, drawing, title_of
 from lora_fx.graphdiff.render.text import cost_text, groups_of, signed, sites_text, size_text, sums_text
-from lora_fx.planning.render.page import entry, escape, page, preformatted, scrolled, searchable
+from lora_fx.planning.render.page import KEYS, Entries, entry, escape, page, preformatted, scrolled
 from lora_fx.text import count, thousands, visible
 
-MOST_BYTES = 1_800_000
-"""Size of the page above which entries are left out; it says how many."""
-_MOST_PATHS = 20_000
+_LEGEND = (
+    f"{KEYS} Tab goes from box to box.  Signs: + only on the second side, - only on the first, "
+    "± on both and different, ↷ elsewhere in the order."
+)
 
 
 def diff_html(diff: GraphDifference) -> str:
     """Return the page."""
-    entries = _Entries()
+    entries = Entries()
     changes = [entries.add(_hunk(group), [change.path for change in group]) for group in groups_of(diff.changes)]
     blocks = blocks_of(diff.compared)
     blocks.sort(key=lambda block: not block.changed)
@@ -26,29 +26,7 @@ def diff_html(diff: GraphDifference) -> str:
         f"<section><h2>What differs, by site</h2>{''.join(changes) or '<p>Nothing.</p>'}</section>"
         f"<section><h2>Blocks</h2>{''.join(pictures)}</section>"
     )
-    if entries.left_out:
-        left_out = f"{thousands(entries.left_out)} more left out to keep the page small"
-        main += f"<p>{left_out}: the text and the JSON form have them.</p>"
-    return page(f"{diff.a} → {diff.b}", _sums(diff), main, STYLE, entries.paths)
-
-
-@dataclass(slots=True)
-class _Entries:
-    """What can be searched, as long as there is room for it."""
-
-    size: int = 0
-    left_out: int = 0
-    paths: list[list[str]] = field(default_factory=list)
-
-    def add(self, body: str, paths: list[str]) -> str:
-        """Return the entry, with its number in it; nothing if the page is full."""
-        length = len(body.encode()) + sum(map(len, paths[:_MOST_PATHS]))
-        if self.size + length > MOST_BYTES:
-            self.left_out += 1
-            return ""
-        self.size += length
-        self.paths.append(paths[:_MOST_PATHS])
-        return searchable(body, len(self.paths) - 1)
+    return page(f"{diff.a} → {diff.b}", _sums(diff), main + entries.told(), STYLE, entries.paths, _LEGEND)
 
 
 def _sums(diff: GraphDifference) -> str:
