@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lora_fx.exporters import Exported as Exported
     from lora_fx.files.checkpoint.report import MergedTensor as MergedTensor
     from lora_fx.files.checkpoint.report import MergeReport as MergeReport
+    from lora_fx.files.rulefile import draft_rules as draft_rules
     from lora_fx.graphdiff.deltas.audit import Audit as Audit
     from lora_fx.graphdiff.deltas.audit import AuditedSite as AuditedSite
     from lora_fx.graphdiff.deltas.measure import Deltas as Deltas
@@ -77,6 +78,7 @@ _HOMES = {
         "plan remove save"
     ),
     "lora_fx.files.checkpoint.report": "MergeReport MergedTensor",
+    "lora_fx.files.rulefile": "draft_rules",
     "lora_fx.errors": (
         "AdapterFileError AdapterMismatchError CaptureError ExportError InvariantError LoraFxError LoraFxWarning "
         "MergeError NoMatchError RefusedError RuleError StalePlanError"

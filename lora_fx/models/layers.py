@@ -228,6 +228,18 @@ def site_shape(stored: tuple[int, ...], op: str, layout: Layout) -> tuple[int, .
     return (*stored[:-2], stored[-1], stored[-2])
 
 
+def norms_in(model: nn.Module) -> list[str]:
+    """Return the paths of normalisations with parameters: modules called so that own vectors and hold nothing else."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if "norm" in original_class(module).__name__.lower()
+        and not module._modules
+        and (own := [parameter for parameter in module._parameters.values() if parameter is not None])
+        and all(parameter.dim() <= 1 for parameter in own)
+    ]
+
+
 def has_unknown_weights(module: nn.Module) -> bool:
     """Whether the module itself owns a matrix of which its class does not tell whether it multiplies anything."""
     if is_layer(module) or raw_kinds(module) or isinstance(module, nn.utils.parametrize.ParametrizationList):

@@ -1,7 +1,7 @@
 """What can be adapted, as data: a site is a weight that multiplies an activation.  No torch here."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -85,9 +85,13 @@ class Site:
 
     def text(self) -> str:
         """Return `Linear 768 → 3072`; of a bank, `Experts 8 × 768 → 3072`."""
-        *bank, out_features = self.shape[: 1 + self.is_banked]
-        sizes = (*bank, *self.shape[1 + self.is_banked :])
-        return f"{self.classes[0]} {' × '.join(map(str, sizes))} → {out_features}"
+        return weight_text(self.classes[0], [*map(str, self.shape)], self.is_banked)
+
+
+def weight_text(kind: str, sizes: Sequence[str], is_banked: bool) -> str:
+    """Return the class and the sizes of a weight, [.., out, in]: `Linear 768 → 3072`, `Experts 8 × 768 → 3072`."""
+    *bank, out_features = sizes[: 1 + is_banked]
+    return f"{kind} {' × '.join((*bank, *sizes[1 + is_banked :]))} → {out_features}"
 
 
 _RELIED_ON = tuple(fact.name for fact in fields(Site) if fact.name not in ("path", "dtype"))

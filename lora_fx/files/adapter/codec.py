@@ -14,6 +14,7 @@ For example, a weight [24, 8] of q, k and v (8 rows each), of which q and v are 
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached
 from lora_fx.adapters.factors.kinds import Convolution, ConvolutionA, SlicedB
 from lora_fx.files.adapter.site import members_of
+from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS, Layout, Site
 
 
@@ -60,6 +62,13 @@ def form_of(site: Site, owner: nn.Module) -> Form:
         return Form(site.op, None, out_features, site.shape[1:], owner.groups, False)
     bank, stored = (site.bank, banked_layout(owner)) if site.is_banked else (None, "out_in")
     return Form(site.op, bank, out_features, (in_features,), 1, bool(site.parameter) and site.layout != stored)
+
+
+def numbers_in_file(planned: PlannedSite, owner: nn.Module) -> int:
+    """Return how many numbers a file holds for the factors of a planned site; zeros between parts count too."""
+    assert planned.lora is not None
+    parts = 1 if planned.slices is None else len(planned.slices.adapt)
+    return sum(map(prod, form_of(planned.site, owner).shapes(planned.lora.r * parts)))
 
 
 def banked_layout(owner: nn.Module) -> Layout:
