@@ -7,13 +7,15 @@ from typing import Any
 
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import columns, count, json_text, listing
-from lora_fx.training.curves import chart, smoothed, sparkline
+from lora_fx.training.curves import chart, picked, smoothed, sparkline
 from lora_fx.training.history import History, is_finite, words
 from lora_fx.training.lines import RecordLines
 from lora_fx.training.picture import record_html, record_svg
 
 _WIDTH, _HEIGHT, _SPARK = 56, 6, 24
 _MOST_LAYERS = 12
+_MOST_LINES = 10 * _SPARK
+"""Of which curves of norms are made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class TrainingRecord(InNotebook, History):
         return [f"  loss  {', '.join(told)}", "", *(f"  {line}".rstrip() for line in drawn)]
 
     def _layers(self) -> list[str]:
-        over = [self.layer_norms(line) for line in self.steps]
+        over = [self.layer_norms(self.steps[k]) for k in picked(len(self.steps), _MOST_LINES)]
         rows = [
             (layer, words(over[-1][k]), sparkline([norms[k] for norms in over], _SPARK))
             for k, layer in enumerate(self.layers)

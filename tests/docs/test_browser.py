@@ -15,6 +15,7 @@ from lora_fx.graphdiff.diff import compare
 from tests.conftest import CHROMIUM
 from tests.support import zoo
 from tests.support.graphs import decoder
+from tests.support.pictures import RECORD
 
 pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -30,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Files: the diff of a model of 12 layers, its adapters, and the diff of a decoder of 96 layers."""
+    """Files: the diff of a model of 12 layers, its adapters, a training run, and the diff of a decoder of 96 layers."""
     folder = tmp_path_factory.mktemp("pages")
     model = zoo.Gpt(layers=12).eval()
     chosen = {"version": 1, "rules": [
@@ -42,6 +43,7 @@ def pages(tmp_path_factory):
         parameter.data.normal_(0, 0.1)
     large = compare(decoder(96, nodes=110), decoder(96, adapted=True, nodes=110, ranks=tuple(range(1, 97))))
     texts = {"diff": lora_fx.diff(model, tuned).to_html(), "deltas": lora_fx.deltas(tuned).to_html()}
+    texts["training"] = lora_fx.read_record(RECORD).to_html()
     for name, text in (texts | {"large": large.to_html()}).items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return folder
@@ -65,7 +67,7 @@ class Visit:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["diff", "deltas"])
+@pytest.mark.parametrize("name", ["diff", "deltas", "training"])
 def test_page_has_no_errors_asks_for_nothing_and_is_accessible(browser, pages, name, scheme):
     visit = Visit(browser, pages / f"{name}.html", scheme)
     PICTURES.mkdir(parents=True, exist_ok=True)
