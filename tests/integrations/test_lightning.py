@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lora_fx
 from lora_fx.errors import RefusedError
@@ -180,3 +180,45 @@ def test_module_reads_state_dicts_as_before_after_the_training(tmp_path):
     checkpointed(module, tmp_path, LightningAdapterCheckpoints(), max_epochs=1)
     with pytest.raises(RuntimeError, match="Missing key"):
         module.load_state_dict(torch.load(tmp_path / "step=4.ckpt", weights_only=True)["state_dict"])
+
+
+# -- what Lightning itself does
+
+
+class Counting(Callback):
+    """Notes (epoch, number of the batch, first value of it) of each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append((trainer.current_epoch, batch_idx, batch[0][0, 0].item()))
+
+
+def seen(module: nn.Module, folder: Path, resumed: Path | None = None, **options: Any) -> list[tuple[int, int, float]]:
+    """Train, and return what `Counting` has noted."""
+    counting = Counting()
+    checkpointed(module, folder, counting, resumed=resumed, **options)
+    return counting.seen
+
+
+def test_lightning_saves_the_base_where_weights_only_are_asked_for(tmp_path):
+    trainer = fitted(Holding.make(), tmp_path, LightningAdapterCheckpoints(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "all.ckpt", weights_only=True)
+    assert "model.0.up.weight" in keys(tmp_path / "all.ckpt")
+
+
+def test_lightning_begins_the_data_anew_when_it_resumes_within_an_epoch(tmp_path):
+    whole = seen(Holding.make(), tmp_path, max_epochs=1)
+    halfway = ModelCheckpoint(tmp_path, "half", every_n_train_steps=2, save_top_k=1)
+    fitted(Holding.make(), tmp_path, halfway, batches=4, max_steps=2)
+    resumed = seen(Holding.make(), tmp_path, tmp_path / "half.ckpt", max_epochs=1)
+    assert [number for _, number, _ in resumed] == [2, 3]
+    assert [value for *_, value in resumed] == [value for *_, value in whole[:2]]
+
+
+def test_lightning_with_max_steps_resumes_an_ended_epoch_with_one_batch_too_much(tmp_path):
+    seen(Holding.make(), tmp_path)
+    path = tmp_path / "step=4.ckpt"
+    assert [step[:2] for step in seen(Holding.make(), tmp_path / "a", path)][:2] == [(1, 0), (1, 1)]
+    assert [step[:2] for step in seen(Holding.make(), tmp_path / "b", path, max_steps=12)][:2] == [(0, 4), (1, 0)]

@@ -82,6 +82,19 @@ def test_trainer_that_goes_on_appends_to_its_record(tmp_path):
     )
 
 
+def test_a_trainer_alone_cannot_load_a_checkpoint_without_base_into_a_model_that_is_not_transformers(tmp_path):
+    class Bare(AdapterCheckpoints):
+        def on_init_end(self, *_: Any, **__: Any) -> None:
+            """Leave the model as it is."""
+
+    options = {"save_strategy": "steps", "save_steps": 4}
+    trainer(runs.adapted(), tmp_path, Bare(), **options).train()
+    with pytest.raises(AttributeError, match="_keys_to_ignore_on_save"):
+        trainer(runs.adapted(), tmp_path, Bare(), **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
+
+
 def test_new_training_into_the_file_of_an_old_one_does_not_begin(tmp_path):
     trainer(runs.adapted(), tmp_path, RecordTraining(tmp_path / "run.jsonl")).train()
     tuned = runs.adapted()
