@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lora_fx.graphdiff.deltas.heatmaps import STYLE as HEAT
 from lora_fx.graphdiff.deltas.heatmaps import HeatCell, drawing, heatmap, stacked_svg
-from lora_fx.planning.render.page import entry, escape, page, scrolled, searchable
+from lora_fx.planning.render.page import Entries, entry, escape, page, scrolled
 from lora_fx.text import count
 from lora_fx.training.curves import Point, picked, smoothed, thinned, ticks
 from lora_fx.training.history import History, RecordedSite, is_finite, words
@@ -47,12 +47,17 @@ def record_html(history: History, text: str) -> str:
     by_layer: dict[str, list[int]] = {}
     for position, site in enumerate(history.sites):
         by_layer.setdefault(site.layer, []).append(position)
-    tables = "".join(_table(history, k, layer, chosen) for k, (layer, chosen) in enumerate(by_layer.items()))
+    entries = Entries()
+    tables = "".join(
+        entries.add(_table(history, layer, chosen, opened=k == 0), [history.sites[place].path for place in chosen])
+        for k, (layer, chosen) in enumerate(by_layer.items())
+    )
     void = "".join(f"<p><b>{escape(warning)}</b></p>" for warning in history.warnings())
-    main = f"<section><h2>Over the steps</h2>{figures}</section><section><h2>Sites</h2>{tables}</section>"
+    main = (
+        f"<section><h2>Over the steps</h2>{figures}</section><section><h2>Sites</h2>{tables}{entries.told()}</section>"
+    )
     header = f'<p class="sums">{escape(text)}</p>{void}'
-    paths = ([history.sites[position].path for position in chosen] for chosen in by_layer.values())
-    return page(f"Training of {history.model}", header, main, STYLE, paths)
+    return page(f"Training of {history.model}", header, main, STYLE, entries.paths)
 
 
 def _panels(history: History) -> list[Drawn]:
@@ -139,7 +144,7 @@ def _norms(history: History) -> Drawn:
     return heatmap(cells, NORMS, _CELL)
 
 
-def _table(history: History, number: int, layer: str, chosen: Sequence[int]) -> str:
+def _table(history: History, layer: str, chosen: Sequence[int], opened: bool) -> str:
     names = ("site", "rule", "r", "scaling", "‖ΔW‖", "over the steps")
     head = "".join(f'<th scope="col"{" class=n" if k in (2, 3, 4) else ""}>{name}</th>' for k, name in enumerate(names))
     lines = [history.steps[position] for position in picked(len(history.steps), 60)]
@@ -147,7 +152,7 @@ def _table(history: History, number: int, layer: str, chosen: Sequence[int]) -> 
     body = scrolled(f"<table><tr>{head}</tr>{rows}</table>", f"sites of {layer}")
     last = dict(zip(history.layers, history.layer_norms(history.steps[-1]), strict=True)) if history.steps else {}
     facts = f"{count(len(chosen), 'site')}, ‖ΔW‖ {words(last.get(layer, 0.0))}"
-    return searchable(entry(layer, body, facts, opened=number == 0), number)
+    return entry(layer, body, facts, opened)
 
 
 def _row(site: RecordedSite, points: Sequence[Point]) -> str:

@@ -85,6 +85,12 @@ def test_page_is_well_formed_has_every_site_and_asks_nobody_for_anything(tmp_pat
     assert text.count("0: not trained") == 1
 
 
+def test_page_of_very_many_sites_stays_small_and_says_what_it_leaves_out(tmp_path):
+    text = read(tmp_path, number=3, layers=3000).to_html()
+    assert len(text.encode()) < 5_000_000
+    assert re.search(r"\d more left out to keep the page small", text)
+
+
 def test_names_cannot_break_out_of_a_page_or_a_picture(tmp_path):
     path = runs.made_up(tmp_path / "run.jsonl")
     path.write_bytes(path.read_bytes().replace(b"layers.1.q_proj", b"<script>&\\u001b[2J").replace(b"Llama", b"<b>"))
