@@ -44,8 +44,8 @@ class History:
     model: str
     lora_fx: str
     """Version that began the file."""
-    sites: tuple[RecordedSite, ...]
-    steps: tuple[RecordedStep, ...]
+    sites: tuple[RecordedSite, ...] = field(repr=False)
+    steps: tuple[RecordedStep, ...] = field(repr=False)
     """In rising order.  Where a run went back to a checkpoint, what it did after is in place of what was before."""
     replaced: int = 0
     """Number of lines of steps that were made again after a run went back."""

@@ -100,6 +100,10 @@ def test_names_cannot_break_out_of_a_page_or_a_picture(tmp_path):
     assert "\x1b" not in record.to_html() + record.to_svg() + record._repr_html_()
 
 
+def test_a_record_among_other_values_is_one_short_line(tmp_path):
+    assert len(repr(read(tmp_path))) < 300
+
+
 def test_a_notebook_shows_the_summary(tmp_path):
     record = read(tmp_path)
     assert "moved most layers.3" in record._repr_html_()
