@@ -26,9 +26,10 @@ SCREENS = [
     *(("mkdocs", path, width, scheme) for path in ("", "tutorial/", "performance/") for width in (1280, 390)
       for scheme in ("light", "dark")),
     ("mkdocs", "coming-from-peft/", 390, "light"), ("mkdocs", "cli/", 390, "dark"), ("mkdocs", "reference/api/", 1280, "dark"),
+    ("mkdocs", "watching/", 390, "light"),
     ("zensical", "", 390, "dark"), ("zensical", "performance/", 390, "light"), ("zensical", "errors/", 1280, "dark"),
 ]  # fmt: skip
-PAGES = ["", "tutorial/", "recipes/", "rules/", "errors/", "cli/", "reference/api/"]
+PAGES = ["", "tutorial/", "watching/", "recipes/", "rules/", "errors/", "cli/", "reference/api/"]
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
