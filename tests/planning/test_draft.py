@@ -259,3 +259,27 @@ def test_many_names_are_told_by_their_ends():
 def test_quoted_text_is_read_back_as_it_was(text):
     assert yaml.safe_load(quoted(text)) == text
     assert quoted(text).isprintable()
+
+
+def test_layers_of_a_detection_head_are_in_no_block(tmp_path):
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList(Mlp() for _ in range(2)), "box": nn.ModuleList([nn.Linear(16, 16)] * 2)}
+    )
+    assert active(checked(model, tmp_path)) == ["layers.*.{fc1,fc2}"]
+
+
+def test_experts_can_be_left_out(tmp_path):
+    kind, config = CONFIGS["mixtral"]()
+    text = checked(kind(config), tmp_path)
+    part = next(part for part in parts_of(text) if part.name == "attention")
+    assert "experts" not in switched_on(text, part).split("- name: attention")[1].split("lora:")[0]
+    kind, config = transformers.JambaForCausalLM, transformers.JambaConfig(
+        **SMALL, num_experts=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+        use_mamba_kernels=False,
+    )  # fmt: skip
+    assert "shared-linears" in names_of(checked(kind(config), tmp_path))
+
+
+def test_numbers_at_the_beginning_of_an_end_are_not_all_that_is_told():
+    chosen = [f"part{chr(97 + k)}.to_out.0" for k in range(20)]
+    assert covering(chosen, []) == ("**.to_out.0",)

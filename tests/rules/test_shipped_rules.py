@@ -90,6 +90,27 @@ def _mamba():
     return MambaModel(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4))
 
 
+def _deepseek():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+            q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, vocab_size=64,
+            first_k_dense_replace=1,
+        )
+    )  # fmt: skip
+
+
+def _modernbert():
+    from transformers import ModernBertConfig, ModernBertForSequenceClassification
+
+    return ModernBertForSequenceClassification(
+        ModernBertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                         vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+    )  # fmt: skip
+
+
 def _flux():
     from diffusers import FluxTransformer2DModel
 
@@ -111,8 +132,8 @@ def _sd3():
 
 @pytest.mark.parametrize(
     ("name", "make", "library"),
-    [("whisper", _whisper, "transformers"), ("mamba", _mamba, "transformers"), ("flux", _flux, "diffusers"),
-     ("sd3", _sd3, "diffusers")],
+    [("whisper", _whisper, "transformers"), ("mamba", _mamba, "transformers"), ("deepseek", _deepseek, "transformers"),
+     ("modernbert", _modernbert, "transformers"), ("flux", _flux, "diffusers"), ("sd3", _sd3, "diffusers")],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_models_of_the_tests_have_the_names_that_their_library_gives_them(name, make, library):

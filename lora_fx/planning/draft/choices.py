@@ -16,6 +16,7 @@ IN_THIRDS = ("c_attn", "qkv", "Wqkv", "in_proj", "in_proj_weight")
 
 `qkv_proj` and `query_key_value` may have unequal parts, or those of each head together.
 """
+_SHARED = "All layers of the rule above but the experts."
 _EVERYWHERE = "All linear layers but the head, those outside of the blocks too."
 
 
@@ -98,10 +99,12 @@ def instead(ground: Ground, taken: Offer) -> Iterator[Offer]:
     attention = [one for one in ground.usable if one.role == "attention"]
     feed_forward = [one for one in ground.usable if one.role in ("MLP", "experts")]
     everywhere = [one for one in ground.usable if one.role in LINEAR]
+    shared = [one for one in taken.sites if one.role != "experts"]
     offered = (
         _query_and_value(ground, attention),
         ground.choice("attention", "All projections of the attention.", attention, fitted(attention, qkvo)),
         ground.choice("mlp", "The feed-forward layers alone.", feed_forward, fitted(feed_forward, mlp)),
+        ground.choice("shared-linears", _SHARED, shared, fitted(shared, linear)),
         ground.choice("all-linears", _EVERYWHERE, everywhere, fitted(everywhere, linear)),
     )
     seen = {_extent(taken)}

@@ -82,13 +82,13 @@ def _one_column(names: Sequence[Segments], columns: Sequence[Part]) -> Iterator[
 
 
 def _by_ends(wanted: Sequence[Segments], rest: Sequence[Segments]) -> Iterator[Glob]:
-    """Yield globs of the shortest ends of names that no other name has."""
+    """Yield globs of the shortest ends of names that no other name has, and that do not begin with a number."""
     ends: dict[int, set[Segments]] = {}
     found: dict[Glob, None] = {}
     for segments in wanted:
         for length in range(1, len(segments) + 1):
             taken = ends.setdefault(length, {other[-length:] for other in rest})
-            if segments[-length:] not in taken:
+            if segments[-length:] not in taken and not _NUMBER.fullmatch(segments[-length]):
                 found[Glob(tuple((segment,) for segment in segments[-length:]), deep=True)] = None
                 break
         else:  # the end of a longer name

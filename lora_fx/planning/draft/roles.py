@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,7 @@ from lora_fx.planning.sites import CONVOLUTIONS, Site
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import LoRAConfig, Rule
 
-Role = Literal["attention", "MLP", "experts", "router", "linear", "convolution", "head", "embedding"]
+Role = Literal["attention", "MLP", "experts", "router", "linear", "parameter", "convolution", "head", "embedding"]
 LINEAR: tuple[Role, ...] = ("attention", "MLP", "experts", "linear")
 """Roles of what is adapted where people say "all linear layers"."""
 
@@ -54,11 +53,7 @@ def _is_head(site: Site) -> bool:
 def found_in(sites: Sequence[Site]) -> tuple[Found, ...]:
     """Return each site with its role."""
     routers = _routers(sites)
-    often = Counter((template(site.path), site.text()) for site in sites)
-    return tuple(
-        Found(site, _role(site, routers), _holds_number(site.path) or often[template(site.path), site.text()] > 1)
-        for site in sites
-    )
+    return tuple(Found(site, _role(site, routers), _is_in_block(site.path)) for site in sites)
 
 
 def _role(site: Site, routers: Collection[str]) -> Role:
@@ -74,10 +69,12 @@ def _role(site: Site, routers: Collection[str]) -> Role:
         return "router"
     if site.op == "attention" or is_adapted_by("qkvo", site):
         return "attention"
-    return "MLP" if is_adapted_by("mlp", site) else "linear"
+    if is_adapted_by("mlp", site):
+        return "MLP"
+    return "parameter" if site.parameter and site.refusal else "linear"
 
 
-def _holds_number(path: str) -> bool:
+def _is_in_block(path: str) -> bool:
     """Whether a number stands in a name, with something behind it: that of a block."""
     return "*" in template(path).split(".")[:-1]
 

@@ -1,6 +1,6 @@
 """The table of a draft: what multiplies in the model, what it is for, how often it is there."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 
 from lora_fx.planning.draft.covering import covering, template
@@ -41,18 +41,28 @@ def _folded(found: Sequence[Found], sign: Say, note: Say, shape: Say) -> list[tu
         about = ", ".join(filter(None, (why, _about(members))))
         key = (mark, role, name.rpartition(".")[0], _weight(members), str(len(members)), about)
         siblings.setdefault(key, []).append(members)
-    return [row for key, parts in siblings.items() for row in _rows(key, parts)]
+    by_template: dict[str, list[str]] = {}
+    for one in found:
+        by_template.setdefault(template(one.site.path), []).append(one.site.path)
+    return [row for key, parts in siblings.items() for row in _rows(key, parts, by_template)]
 
 
-def _rows(key: Row, parts: Sequence[list[Found]]) -> Iterator[tuple[int, Row]]:
-    """Yield (parameters, row) for siblings: one row if one glob tells them."""
+def _rows(
+    key: Row, parts: Sequence[list[Found]], by_template: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[int, Row]]:
+    """Yield (parameters, row) for siblings: one row if one glob tells them, and nothing else that is alike."""
     mark, role, _, weight, _, about = key
     joined = [one for members in parts for one in members]
-    names = covering([one.site.path for one in joined], ())
-    for members in [joined] if len(names) == 1 else parts:
-        name = covering([one.site.path for one in members], ())[0]
+    for members in [joined] if len(_names(joined, by_template)) == 1 else parts:
+        exact = _names(members, by_template)
+        name = exact[0] if len(exact) == 1 else covering([one.site.path for one in members], ())[0]
         size = sum(prod(one.site.shape) for one in members)
         yield size, (mark, role, name, f"×{len(members)}", weight, thousands(size), about)
+
+
+def _names(members: Sequence[Found], by_template: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    own = {one.site.path: template(one.site.path) for one in members}
+    return covering([*own], [path for alike in {*own.values()} for path in by_template[alike] if path not in own])
 
 
 def _largest(rows: Sequence[tuple[int, Row]]) -> list[Row]:
