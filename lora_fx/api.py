@@ -73,7 +73,7 @@ def plan(
         RefusedError: the model is adapted already, compiled, or cannot be copied.
     """
     read = read_rules(rules_or_short(rules, target, r, alpha))
-    with running("plan", progress, 5):
+    with running("plan", progress, 21):
         seen = observed(model, samples_for(model, example_inputs))
         return seen.planned(decide(read, seen.inventory))
 
@@ -92,7 +92,7 @@ def explain(
         RuleError, CaptureError, RefusedError: as `plan`; a rule that matches nothing is not an error here.
     """
     read = read_rules(rules)
-    with running("explain", progress, 5):
+    with running("explain", progress, 21):
         seen = observed(model, samples_for(model, example_inputs))
         plan = seen.planned(decide(read, seen.inventory, strict=False))
     return explaining.explain(plan, read, seen.inventory, path, contraction_teller(model))
@@ -135,7 +135,7 @@ def apply(
     """
     passes = build.optimisations(optimise)
     wanted = rules_or_short(rules_or_plan, target, r, alpha)
-    with running("apply", progress, 11):
+    with running("apply", progress, 27):
         plan = planned_for(model, wanted, example_inputs, backend)
         build.check_refusals(plan)
         twin = take_over(build.build(model, plan))
@@ -190,7 +190,7 @@ def load(
         RefusedError: a site that cannot be adapted.
     """
     passes = build.optimisations(optimise)
-    with running("load", progress, 13):
+    with running("load", progress, 29):
         files, seen, decisions = restore.fitted(directory, model, samples_for(model, example_inputs))
         plan = seen.planned(decisions)
         twin = take_over(build.build(model, plan))
@@ -218,7 +218,7 @@ def diff(
         LoraFxError: a file cannot be read, or is a program and not trusted.
         CaptureError: a model refuses the example inputs.
     """
-    with running("diff", progress, None):
+    with running("diff", progress, 2):
         return graph_diff(a, b, example_inputs, trust)
 
 

@@ -22,12 +22,16 @@ from lora_fx.models.tensors import dotted
 from lora_fx.planning.decide import check_used, decide, on_modules, still_fitting
 from lora_fx.planning.plan import Decisions, Plan
 from lora_fx.planning.planned import DEAD, NOT_RUN, Inventory, PlannedRegion, PlannedSite
-from lora_fx.progress.steps import step
+from lora_fx.progress.steps import left_out, step
 from lora_fx.regions.program import OPTIMISATIONS, foreseen
 from lora_fx.regions.survey import Survey, survey, survey_symbolically, trial_twin
 from lora_fx.rules.reader import read_rules
 
 _MORE_WITH_INPUTS = "no example_inputs: only straight-line blocks are graphs; with inputs more of them would be"
+
+
+CAPTURING = 20
+"""The share of a call that capturing takes, where running the samples takes 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class Observed:
         The model stays unchanged.
         """
         if backend == "modules":
+            left_out(CAPTURING)
             return on_modules(decisions)
         if (in_graph := self.inventory.in_graph) is not None:
             return on_modules(decisions, in_graph, "inside a module that the graph calls as a whole")
@@ -63,7 +68,7 @@ class Observed:
 
     def _with_captures(self, decisions: Decisions, notes: tuple[str, ...]) -> Plan:
         """Return the plan with the graphs that are captured; without samples, those that are provably safe to trace."""
-        with trial_twin(self.model) as twin, step(total=4, share=4):
+        with trial_twin(self.model) as twin, step(total=10, share=CAPTURING):
             wanted = [site.path for site in decisions.adapted]
             captured = survey(twin, self.samples, wanted) if self.samples else survey_symbolically(twin, wanted)
         passes = foreseen_passes(captured, decisions, self.model)
@@ -190,6 +195,7 @@ def renewed(model: nn.Module, plan: Plan, tried: Samples, backend: str = "auto")
     decisions = still_fitting(plan, seen.inventory)
     if backend != "modules" and not tried.given:
         if plan.capture is not None:
+            left_out(1 + CAPTURING)
             return plan
         if plan.regions:
             raise CaptureError(

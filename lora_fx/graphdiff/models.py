@@ -18,7 +18,7 @@ from lora_fx.capture.captured import Captured, NotCaptured, capture
 from lora_fx.capture.reads.dependencies import AttributePath
 from lora_fx.capture.reads.frozen import Freezer, Frozen, OfType, Unfreezable
 from lora_fx.capture.tracing.inputs import TensorInput
-from lora_fx.discovery.study import observed
+from lora_fx.discovery.study import CAPTURING, observed
 from lora_fx.graphdiff.canonical import Statements, adapted_graph, describe_spec, placed, statements_of
 from lora_fx.graphdiff.costs import called_flops, totals, weights_in
 from lora_fx.graphdiff.diff import GraphDiff, compare
@@ -29,6 +29,7 @@ from lora_fx.models.samples import samples_for
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import attribute_at, dotted
 from lora_fx.models.twin import make_twin
+from lora_fx.progress.steps import step
 from lora_fx.regions.candidates import structure_of
 from lora_fx.regions.install import regions
 from lora_fx.regions.survey import survey, unchanged_modes
@@ -101,8 +102,10 @@ def _own_captures(model: nn.Module, example_inputs: object) -> dict[str, Capture
 
 
 def _surveyed(model: nn.Module, example_inputs: object) -> dict[str, Captured]:
-    seen = observed(model, samples_for(model, example_inputs))
-    study = survey(make_twin(model), seen.samples, [site.path for site in seen.inventory.sites])
+    with step(total=1 + CAPTURING):
+        seen = observed(model, samples_for(model, example_inputs))
+        with step(total=10, share=CAPTURING):
+            study = survey(make_twin(model), seen.samples, [site.path for site in seen.inventory.sites])
     programs = {path: study.library.get(study.structures[path], []) for path in study.graphs}
     return {path: known[0][0] for path, known in programs.items() if known}
 

@@ -14,7 +14,7 @@ from lora_fx.progress.terminal import shown
 
 PARTS = 1000
 """What a call counts in that has no unit of its own: its thousandths."""
-_LIKELY = 0.75
+_LIKELY = 0.9
 """The share of what is left that a step takes in one whose number of steps is not known."""
 
 
@@ -85,8 +85,8 @@ class _Listener:
 class _ToldStage(Stage):
     """A step of a call that somebody listens to: a share of it, from `_low` to `_high`."""
 
-    __slots__ = ("_at", "_doing", "_high", "_listener", "_low", "_mark", "_parent", "_token", "_what", "done", "total",
-                 "unit")  # fmt: skip
+    __slots__ = ("_at", "_doing", "_high", "_left", "_listener", "_low", "_mark", "_parent", "_token", "_what", "done",
+                 "total", "unit")  # fmt: skip
 
     def __init__(
         self, parent: "_ToldStage | _Listener", what: str, total: int | None, unit: str, share: float, calls: bool
@@ -95,6 +95,7 @@ class _ToldStage(Stage):
         self._listener: _Listener = parent if isinstance(parent, _Listener) else parent._listener
         self._low, self._high = (0.0, 1.0) if isinstance(parent, _Listener) else parent._next(share)
         self._at, self._what, self._doing = self._low, what, ""
+        self._left = float(total or 0)
         self.done, self.total, self.unit = 0, total, unit
         self._mark = 0 if calls else -1
         self._token: Token[Stage | None] | None = None
@@ -125,6 +126,10 @@ class _ToldStage(Stage):
         if self._mark >= 0:
             self._count(self._mark + number, doing)
 
+    def leave_out(self, share: float) -> None:
+        """Let the steps that are left share what is left."""
+        self._left = max(self._left - share, 0.0)
+
     def _count(self, done: int, doing: str) -> None:
         self.done, self._doing = max(self.done, done), doing
         if self.total is None:
@@ -136,9 +141,9 @@ class _ToldStage(Stage):
 
     def _next(self, share: float) -> tuple[float, float]:
         """Return from where to where the next step inside of this one goes."""
-        if self.total is None:
-            return self._at, self._at + (self._high - self._at) * _LIKELY
-        return self._at, min(self._high, self._at + (self._high - self._low) * share / max(self.total, 1))
+        part = _LIKELY if self.total is None else 1.0 if share >= self._left else share / self._left
+        self.leave_out(share)
+        return self._at, self._at + (self._high - self._at) * part
 
     def _tell(self) -> None:
         if not self._what:
@@ -159,6 +164,13 @@ def step(what: str = "", total: int | None = 1, unit: str = "", share: float = 1
     """
     current = _CURRENT.get()
     return _ToldStage(current, what, total, unit, share, calls) if isinstance(current, _ToldStage) else _SILENT
+
+
+def left_out(share: float) -> None:
+    """Note that a step of so many shares of the step at hand is not needed this time."""
+    current = _CURRENT.get()
+    if isinstance(current, _ToldStage):
+        current.leave_out(share)
 
 
 def block_called(number: int, path: str) -> None:

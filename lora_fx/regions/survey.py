@@ -74,12 +74,12 @@ def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> 
     failures: dict[str, str] = {}
     tried = dict.fromkeys(block_regions(twin, sites))
     new = list(tried)
-    with step(total=None, share=3):
+    with step(total=None, share=9):
         while new:
             install(twin, new)
-            with step(total=4):
+            with step(total=9):
                 _learn_sizes(twin, samples)
-                run_modes(twin, samples, "capturing", share=3)
+                run_modes(twin, samples, "capturing", share=8)
             smaller = (*_retreat(twin, sites, failures), *_inside_leaves(twin, sites))
             new = [path for path in dict.fromkeys(smaller) if path not in tried]
             tried |= dict.fromkeys(new)
@@ -186,7 +186,6 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
         warnings.simplefilter("ignore")
         twin.eval()
         for sample in samples:
-            doing.advance()
             try:
                 given = tensors_in(twin(*sample.args, **sample.kwargs))
                 sums = [tensor.float().sum() for tensor in given if tensor.requires_grad]
@@ -194,6 +193,7 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
                     torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
             except Exception:  # a model for inference alone, or outputs on several devices: nothing can be said
                 return []
+            doing.advance()
             waiting = [(path, factor) for path, factor in waiting if factor.grad is None]
             if not waiting:
                 break
