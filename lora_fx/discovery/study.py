@@ -20,7 +20,8 @@ from lora_fx.models.layers import has_unknown_weights
 from lora_fx.models.samples import Sample, Samples, candidates, samples_for
 from lora_fx.models.tensors import dotted
 from lora_fx.planning.decide import check_used, decide, on_modules, still_fitting
-from lora_fx.planning.plan import Decisions, Plan
+from lora_fx.planning.decisions import Decisions
+from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import DEAD, NOT_RUN, Inventory, PlannedRegion, PlannedSite
 from lora_fx.progress.steps import left_out, step
 from lora_fx.regions.program import OPTIMISATIONS, foreseen

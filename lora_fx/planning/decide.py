@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_fx.errors import MOST_SHOWN, NoMatchError, StalePlanError, Unmatched
-from lora_fx.planning.plan import Decisions, Plan
+from lora_fx.planning.decisions import Decisions
+from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, dead_notes, rank_notes, trained_whole
 from lora_fx.planning.sites import CONVOLUTIONS, Site, differences
 from lora_fx.rules.patterns import NamePattern, nearest_names

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
+from lora_fx.planning.render.changes import changes_html
 from lora_fx.planning.rows import fold_groups, row_of
 from lora_fx.text import columns, count, json_text, thousands
 
@@ -56,6 +57,10 @@ class PlanDiff:
 
     def to_json(self) -> str:
         return json_text({"schema_version": 1, **asdict(self)}, indent=1)
+
+    def to_html(self) -> str:
+        """Return one page that needs nothing else: each site with what was and what will be done."""
+        return changes_html(self.a, self.b, self.groups(), self.stat())
 
 
 def _joined(state: tuple[str, str] | None) -> str:

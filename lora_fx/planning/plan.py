@@ -1,61 +1,18 @@
 """What `apply` will do to a model, and why: printable, countable, serialisable.  Pure data; no torch here."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from lora_fx.planning.planned import PlannedRegion, PlannedSite, TrainedModule, dead_notes, rank_notes
+from lora_fx.planning.decisions import Decisions
+from lora_fx.planning.planned import PlannedRegion, PlannedSite
 from lora_fx.planning.reading import SCHEMA_VERSION, read_plan
+from lora_fx.planning.render.html import decisions_html
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.planning.rows import region_lines, rows_of, table, training_lines
 from lora_fx.text import columns, count, json_text, share_of_parameters, wrapped
 
 _DOES = {"adapt": "adapted", "train": "trained", "keep": "kept", "skip": "skipped", "refuse": "refused"}
-
-
-@dataclass(frozen=True, slots=True)
-class Decisions:
-    """What rules, or the files of an adapter, want of every site of a model; how it is computed is still open."""
-
-    model: str
-    """The model's class name."""
-    source: str
-    """Where it comes from: the rule file, or the directory of the adapter."""
-    sites: tuple[PlannedSite, ...]
-    train: tuple[TrainedModule, ...]
-    total: int
-    """Number of parameters of the model as given."""
-    fingerprint: str
-    notes: tuple[str, ...] = ()
-    unmatched_rules: tuple[str, ...] = ()
-    """Rules with `expect: any` (or 0) that decide no site here."""
-    rules: dict[str, object] = field(default_factory=dict, compare=False)
-
-    @property
-    def adapted(self) -> tuple[PlannedSite, ...]:
-        return tuple(site for site in self.sites if site.decision == "adapt")
-
-    @property
-    def refused(self) -> tuple[PlannedSite, ...]:
-        return tuple(site for site in self.sites if site.decision == "refuse")
-
-    @property
-    def cautions(self) -> tuple[str, ...]:
-        """What `apply` warns of, each also a note: ranks that save nothing, sites that are never used."""
-        return (*rank_notes(self.sites), *dead_notes(self.sites))
-
-    @property
-    def trainable(self) -> int:
-        """Number of parameters that will be trained: adapters and the modules under `train:`."""
-        return sum(site.trainable for site in self.sites) + sum(module.parameters for module in self.train)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return the plan itself: it never changes, and every copy of an adapted block would copy it all."""
-        return self
-
-    def decided(self) -> dict[str, Any]:
-        """Return the fields of the decisions; of a plan, without what a study has added."""
-        return {part.name: getattr(self, part.name) for part in fields(Decisions)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +72,13 @@ class Plan(Decisions, InNotebook):
             trainable = sum(site.trainable for site in sites)
             rows.append((rule, count(len(sites), "site"), does, count(trainable, "parameter") if trainable else ""))
         return "\n".join([self.header, "", columns(rows), *self._modules(), "", self.sums])
+
+    def to_html(self, fold: bool = True) -> str:
+        """Return one page that needs nothing else: sums, parameters by site, sites by what is done and why.
+
+        It can be searched and folded; repeated sites are one line if `fold`.
+        """
+        return decisions_html(self, self.regions, fold)
 
     def _modules(self) -> list[str]:
         return [f"  train whole: {module.path}, {count(module.parameters, 'parameter')}" for module in self.train]

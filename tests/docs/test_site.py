@@ -198,7 +198,6 @@ def test_search_in_the_page_of_a_plan_unfolds_what_it_finds_and_hides_the_rest(b
 def plan_page(browser, folder: Path, width: int = 1280, scheme: str = "light") -> Visit:
     """Return a visit to the page of a plan, as a file."""
     import lora_fx
-    from lora_fx.planning.render.html import plan_html
     from tests.support.clitools import small
 
     model, inputs = small()
@@ -206,7 +205,7 @@ def plan_page(browser, folder: Path, width: int = 1280, scheme: str = "light") -
         {"name": "qv", "match": {"name": "**.{q,v}_proj"}, "lora": {"r": 2}},
         {"name": "head", "match": {"name": "lm_head"}, "skip": "it is tied to the embedding, as the card of the model says"},
     ]}  # fmt: skip
-    (folder / "plan.html").write_text(plan_html(lora_fx.plan(model, chosen, inputs)), encoding="utf-8")
+    (folder / "plan.html").write_text(lora_fx.plan(model, chosen, inputs).to_html(), encoding="utf-8")
     visit = Visit(browser, folder.as_uri() + "/", width, scheme)
     visit.open("plan.html")
     return visit

@@ -13,7 +13,6 @@ from lora_fx.planning.diff import plan_diff
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory
 from lora_fx.planning.render import page as page_file
-from lora_fx.planning.render.html import plan_diff_html, plan_html
 from lora_fx.planning.sites import Site
 from lora_fx.rules.reader import read_rules
 from tests.support.htmlpages import Page
@@ -71,7 +70,7 @@ def sections_of(text: str) -> dict[str, str]:
 
 
 def test_page_says_of_every_kind_of_site_what_is_done_and_why():
-    sections = sections_of(plan_html(llama(4)))
+    sections = sections_of(llama(4).to_html())
     assert list(sections) == ["Trainable parameters", "Adapted", "Trained whole", "Refused", "Left alone", "Notes"]
     assert "attention 8 sites · 2,048 parameters to train" in sections["Adapted"]
     assert "layers.{0..3}.q_proj ×4 Linear 16 → 16 + r=8 alpha=16 module 1,024" in sections["Adapted"]
@@ -84,7 +83,7 @@ def test_page_says_of_every_kind_of_site_what_is_done_and_why():
 
 
 def test_head_of_the_page_has_the_sums():
-    head = read(re.search(r"<header>.*?</header>", plan_html(llama(4)), re.DOTALL)[0])
+    head = read(re.search(r"<header>.*?</header>", llama(4).to_html(), re.DOTALL)[0])
     assert "Trainable: 2,064 of 1,000,000 parameters (0.21 %)." in head
     for line in ("adapted 8 sites, 0 in graphs 2,048", "trained whole 1 module 16", "left alone 5 sites 0",
                  "refused 4 sites 0"):  # fmt: skip
@@ -92,7 +91,7 @@ def test_head_of_the_page_has_the_sums():
 
 
 def test_bars_are_the_numbers_of_trained_parameters_the_largest_first():
-    bars = re.search(r'<table class="bars".*?</table>', plan_html(llama(4)), re.DOTALL)[0]
+    bars = re.search(r'<table class="bars".*?</table>', llama(4).to_html(), re.DOTALL)[0]
     rows = re.findall(r"<tr>(.*?)</tr>", bars)
     assert [read(row) for row in rows] == [
         "layers.{0..3}.q_proj ×4 1,024 50 %", "layers.{0..3}.v_proj ×4 1,024 50 %", "train: norm 16 0.78 %",
@@ -104,7 +103,7 @@ def test_many_bars_end_with_the_sum_of_the_rest():
     rules = [{"name": f"r{k}", "match": {"name": f"part{k}x.q_proj"}, "lora": {"r": k + 1}} for k in range(40)]
     sites = tuple(linear(f"part{k}x.q_proj", 64) for k in range(40))
     plan = on_modules(decide(read_rules({"version": 1, "rules": rules}), Inventory("M", sites, (), 10**6)))
-    bars = re.search(r'<table class="bars".*?</table>', plan_html(plan), re.DOTALL)[0]
+    bars = re.search(r'<table class="bars".*?</table>', plan.to_html(), re.DOTALL)[0]
     rows = [read(row) for row in re.findall(r"<tr>(.*?)</tr>", bars)]
     assert len(rows) == 25
     assert rows[0].startswith("part39x.q_proj 5,120 ")
@@ -113,12 +112,12 @@ def test_many_bars_end_with_the_sum_of_the_rest():
 
 def test_plan_that_trains_nothing_has_no_bars():
     content = {"version": 1, "rules": [{"match": {"name": "**"}, "skip": "not now"}]}
-    assert "Trainable parameters" not in sections_of(plan_html(llama(2, content)))
+    assert "Trainable parameters" not in sections_of(llama(2, content).to_html())
 
 
 def test_every_path_leads_to_one_entry_though_blocks_are_folded():
     plan = llama(126)
-    entries = entries_of(plan_html(plan))
+    entries = entries_of(plan.to_html())
     assert len(entries) < 12
     leading = [path for _, paths in entries for path in paths]
     assert sorted(leading) == sorted(["norm", *(path for site in plan.sites for path in site.site.paths)])
@@ -129,8 +128,8 @@ def test_every_path_leads_to_one_entry_though_blocks_are_folded():
 
 
 def test_page_of_a_large_model_is_small_and_an_unfolded_one_stays_moderate():
-    assert len(plan_html(llama(126)).encode()) < 60_000
-    text = plan_html(llama(5_000), fold=False)
+    assert len(llama(126).to_html().encode()) < 60_000
+    text = llama(5_000).to_html(fold=False)
     Page(text)
     assert len(text.encode()) < page_file.MOST_BYTES + 40_000
     assert "more left out to keep the page small" in text
@@ -138,7 +137,7 @@ def test_page_of_a_large_model_is_small_and_an_unfolded_one_stays_moderate():
 
 
 def test_repeated_blocks_are_shown_one_by_one_if_asked():
-    rows = [text for text, _ in entries_of(plan_html(llama(3), fold=False))]
+    rows = [text for text, _ in entries_of(llama(3).to_html(fold=False))]
     assert sum(text.startswith("layers.") for text in rows) == 12
 
 
@@ -146,7 +145,7 @@ def test_every_page_says_its_own_signs_and_keys():
     plan, other = llama(2), llama(2, ONE_RULE)
     legends = [
         read(re.search(r"<footer.*?</footer>", text, re.DOTALL)[0])
-        for text in (plan_html(plan), plan_diff_html(plan_diff(plan, other)))
+        for text in (plan.to_html(), plan_diff(plan, other).to_html())
     ]
     assert all(legend.startswith("Keys: / search") and "box" not in legend for legend in legends)
     assert legends[0] != legends[1]
@@ -156,7 +155,7 @@ def test_difference_shows_both_sides_of_each_kind_of_site():
     other = llama(
         4, {**RULES, "rules": [RULES["rules"][0], {"name": "a", "match": {"name": "**.q_proj"}, "lora": {"r": 4}}]}
     )
-    entries = entries_of(plan_diff_html(plan_diff(llama(4), other)))
+    entries = entries_of(plan_diff(llama(4), other).to_html())
     shown = {text.split()[0]: (text, paths) for text, paths in entries}
     text, paths = shown["layers.{0..3}.q_proj"]
     assert "- Linear 16 → 16 + r=8 alpha=16" in text
@@ -166,10 +165,10 @@ def test_difference_shows_both_sides_of_each_kind_of_site():
 
 
 def test_equal_plans_have_a_page_that_says_so():
-    assert "No difference." in plan_diff_html(plan_diff(llama(1), llama(1)))
+    assert "No difference." in plan_diff(llama(1), llama(1)).to_html()
 
 
-@pytest.mark.parametrize("make", [plan_html, lambda plan: plan_diff_html(plan_diff(plan, llama(1)))])
+@pytest.mark.parametrize("make", [Plan.to_html, lambda plan: plan_diff(plan, llama(1)).to_html()])
 def test_page_asks_nobody_for_anything_and_names_stay_text(make):
     evil = '</script><script>alert(1)</script><b a="'
     sites = (linear(f"{evil}.q_proj"), linear(f"x\x1b.{evil}.k_proj", refusal=evil))

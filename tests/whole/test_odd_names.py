@@ -16,7 +16,6 @@ from lora_fx.errors import LoraFxError, LoraFxWarning, RuleError
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.planning.diff import plan_diff
 from lora_fx.planning.explain import UnknownPathError
-from lora_fx.planning.render.html import plan_diff_html, plan_html
 from lora_fx.planning.render.tree import diff_tree, plan_tree, tree_dot, tree_mermaid
 from tests.support.clitools import run
 
@@ -96,12 +95,12 @@ def every_text(names: list[str], folder) -> dict[str, str]:
         "whole plan": plan.text(fold=False),
         "narrow plan": plan.text(width=60),
         "plan.stat": plan.stat(),
-        "plan.html": plan_html(plan),
+        "plan.html": plan.to_html(),
         "plan.mermaid": tree_mermaid(plan_tree(plan)),
         "plan.dot": tree_dot(plan_tree(plan)),
         "plan.json": plan.to_json(),
         "plan diff": str(changed),
-        "plan diff.html": plan_diff_html(changed),
+        "plan diff.html": changed.to_html(),
         "plan diff.json": changed.to_json(),
         "plan diff.mermaid": tree_mermaid(diff_tree(changed)),
         "plan diff.dot": tree_dot(diff_tree(changed)),

@@ -21,7 +21,7 @@ from lora_fx.files.fingerprint import same_values, sample_values
 from lora_fx.models.samples import Samples
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.wrappers import without_wrappers
-from lora_fx.planning.plan import Decisions
+from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, trained_whole
 from lora_fx.planning.sites import Site
 from lora_fx.progress.steps import step

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from lora_fx.planning.decide import decide
-from lora_fx.planning.plan import Decisions
+from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.rules.reader import read_rules

@@ -1,18 +1,16 @@
-"""A Plan, or the difference of two, as one HTML page that needs nothing else and can be read without scripts."""
+"""A plan as one HTML page that needs nothing else and can be read without scripts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lora_fx.planning.diff import PlanDiff
-from lora_fx.planning.plan import Plan
-from lora_fx.planning.planned import Decision, PlannedSite, TrainedModule, train_reason
-from lora_fx.planning.render.page import KEYS, Entries, entry, escape, page, preformatted
+from lora_fx.planning.decisions import Decisions
+from lora_fx.planning.planned import Decision, PlannedRegion, PlannedSite, TrainedModule, train_reason
+from lora_fx.planning.render.page import KEYS, Entries, entry, escape, page
 from lora_fx.planning.rows import fold_groups, region_lines, row_of, training_lines
 from lora_fx.text import count, listing, percent, share_of_parameters, thousands, visible
 
 _MOST_BARS = 24
 _LEGEND = f"{KEYS}  Signs: × that many sites alike, or calls; + is trained."
-_DIFF_LEGEND = f"{KEYS}  Signs: - only in the first plan, + only in the second, × that many sites alike."
 _STYLE = """
 summary b{font-family:inherit}
 .plan,.bars{width:100%}.plan td,.plan th,.bars td,.bars th{font-size:13px;vertical-align:top}
@@ -32,12 +30,12 @@ section li{margin:4px 0;overflow-wrap:anywhere}
 _HEADS = ("site", "weight", "calls", "what is done", "backend", "trained")
 
 
-def plan_html(plan: Plan, fold: bool = True) -> str:
+def decisions_html(plan: Decisions, regions: Sequence[PlannedRegion], fold: bool = True) -> str:
     """Return the plan as a page: sums, parameters by site, sites by what is done and why; repeated ones once if `fold`.
 
     Where there is no room for all, sites that stay as they are are left out first.
     """
-    sections = _Sections(plan, Entries(), fold)
+    sections = _Sections(plan, regions, Entries(), fold)
     refused = sections.of("Refused", "refuse")
     notes = sections.notes()
     trained = sections.of("Trained whole", "train")
@@ -47,28 +45,10 @@ def plan_html(plan: Plan, fold: bool = True) -> str:
     return page(f"{plan.model} · {plan.source}", _sums(plan), main, _STYLE, sections.entries.paths, _LEGEND)
 
 
-def plan_diff_html(diff: PlanDiff) -> str:
-    """Return the difference of two plans as a page: each site with what was and what will be done."""
-    entries = Entries()
-    changes = [entries.add(_change(row), paths) for row, paths in diff.groups()]
-    body = "".join(changes) if diff else "<p>No difference.</p>"
-    main = f"<section><h2>What differs, by site</h2>{body}{entries.told()}</section>"
-    header = f'<p class="sums">{escape(diff.stat())}</p>'
-    return page(f"{diff.a} → {diff.b}", header, main, "", entries.paths, _DIFF_LEGEND)
-
-
-def _change(row: Sequence[str]) -> str:
-    path, before, after = row
-    lines = [(kind, sign, text) for kind, sign, text in (("d", "-", before), ("a", "+", after)) if text]
-    body = "".join(f'<span class="{kind}">{sign}    {escape(text)}</span>' for kind, sign, text in lines)
-    facts = "" if before and after else "only in the second" if after else "only in the first"
-    return entry(path, preformatted(body, f"lines of {path}"), facts or None)
-
-
 # -- the head of a plan's page
 
 
-def _sums(plan: Plan) -> str:
+def _sums(plan: Decisions) -> str:
     by_adapters = sum(site.trainable for site in plan.adapted)
     whole = sum(module.parameters for module in plan.train)
     decided = [site.decision for site in plan.sites]
@@ -89,7 +69,7 @@ def _sums(plan: Plan) -> str:
     return f'<p class="sums">{sums}</p><table>{head}{lines}</table>'
 
 
-def _bars(plan: Plan) -> str:
+def _bars(plan: Decisions) -> str:
     """Return a bar for each kind of site that is trained, the largest first; after the first ones their sum."""
     trained = {site.path: site.trainable for site in plan.adapted}
     trained |= {f"train: {module.path}": module.parameters for module in plan.train}
@@ -118,7 +98,8 @@ def _bars(plan: Plan) -> str:
 class _Sections:
     """The parts of a plan's page, which share its room: those asked for first get it."""
 
-    plan: Plan
+    plan: Decisions
+    regions: Sequence[PlannedRegion]
     entries: Entries
     fold: bool
 
@@ -172,7 +153,7 @@ class _Sections:
     def notes(self) -> str:
         """Return what has to be known besides."""
         plan = self.plan
-        lines = [*region_lines(plan.regions), *training_lines(plan.adapted), *plan.notes]
+        lines = [*region_lines(self.regions), *training_lines(plan.adapted), *plan.notes]
         items = "".join(self.entries.add(f"<li>{escape(line.strip())}</li>", []) for line in lines)
         return f"<section><h2>Notes</h2><ul>{items}</ul></section>" if items else ""
 
