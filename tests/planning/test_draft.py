@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 import lora_fx
@@ -20,6 +21,7 @@ from lora_fx.rules.lint import lint
 from lora_fx.rules.patterns import NamePattern
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.writing import quoted
+from lora_fx.text import scaled
 from tests.support.compoundkinds import ATTENTION, EXPERTS
 from tests.support.drafts import parts_of, switched_on
 from tests.support.zoo import ZOO, Encoder, Gpt, Mlp
@@ -283,3 +285,46 @@ def test_experts_can_be_left_out(tmp_path):
 def test_numbers_at_the_beginning_of_an_end_are_not_all_that_is_told():
     chosen = [f"part{chr(97 + k)}.to_out.0" for k in range(20)]
     assert covering(chosen, []) == ("**.to_out.0",)
+
+
+def _saved_numbers(folder) -> int:
+    return sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
+
+
+def _grouped() -> nn.Module:
+    return nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(32, 32, 3, groups=2)}) for _ in range(2))
+
+
+@pytest.mark.parametrize("make", [Gpt, Encoder, _grouped, lambda: CONFIGS["llama"]()[0](CONFIGS["llama"]()[1])])
+def test_bytes_are_those_of_the_file_that_is_saved(make, tmp_path):
+    model = make()
+    text = lora_fx.draft_rules(model)
+    lines = text.splitlines()
+    for part in parts_of(text):
+        if part.said is None:
+            continue
+        rules = yaml.safe_load(switched_on(text, part))["rules"]
+        only = {"rules": [rule for rule in rules if rule["name"] not in ("linears", "convolutions")]}
+        lora_fx.save(lora_fx.apply(model, only, backend="modules"), tmp_path / part.name)
+        said = next(lines[at] for at in range(part.lines[0], 0, -1) if " in float32" in lines[at])
+        assert f", {scaled(4 * _saved_numbers(tmp_path / part.name), 'B')} in float32" in said, part.name
+
+
+class _Moe(nn.Module):
+    """Experts as modules of a list, and the linear that chooses among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.attn = nn.Linear(32, 8), nn.ModuleDict({"q_proj": nn.Linear(32, 32)})
+        self.experts = nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(32, 32)}) for _ in range(8))
+
+
+def test_experts_in_a_list_are_told_as_such_and_the_router_is_offered(tmp_path):
+    text = checked(nn.ModuleDict({"layers": nn.ModuleList(_Moe() for _ in range(2))}), tmp_path)
+    assert active(text) == ["layers.*.attn.q_proj", "layers.*.experts.*.w1"]
+    rows = {tuple(line.split()[1:5]) for line in text.splitlines() if line.startswith("##   ")}
+    assert {("+", "experts", "layers.*.experts.*.w1", "×16"), ("·", "router", "layers.*.gate", "×2")} <= rows
+    assert {"query-value", "routers"} <= {*names_of(text)}
+    assert "FLOPs" not in next(
+        line for line in text.splitlines() if " in float32" in line
+    )  # not one row for each expert

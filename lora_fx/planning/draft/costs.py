@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from lora_fx.planning.decide import decide
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite
-from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.writing import Written
 from lora_fx.text import scaled, share_of_parameters
@@ -20,20 +19,21 @@ def decided(rules: Sequence[Mapping[str, Written]], inventory: Inventory) -> Dec
     return decide(read_rules({"rules": list(rules)}), inventory)
 
 
-def cost(decisions: Decisions, stored: Stored) -> str:
-    """Return `884,736 of 124,439,808 parameters (0.71 %), 3.54 MB in float32, +1.6 % FLOPs in its layers`."""
+def cost(decisions: Decisions, stored: Stored, same_rows: bool) -> str:
+    """Return `884,736 of 124,439,808 parameters (0.71 %), 3.54 MB in float32, +1.6 % FLOPs in these layers`.
+
+    Args:
+        decisions: of the rules.
+        stored: how many numbers a file has of each site.
+        same_rows: whether all sites meet the same rows, so that their FLOPs can be added.
+    """
     size = _BYTES * sum(map(stored, decisions.adapted))
     parts = [share_of_parameters(decisions.trainable, decisions.total), f"{scaled(size, 'B')} in float32"]
-    return ", ".join(filter(None, (*parts, _more_flops(decisions.adapted))))
+    return ", ".join(filter(None, (*parts, _more_flops(decisions.adapted) if same_rows else "")))
 
 
 def _more_flops(adapted: Sequence[PlannedSite]) -> str:
-    """Return how much longer a forward of the adapted layers is: r (in + out) products to in · out in each row.
-
-    Empty where layers do not have the same rows: convolutions, experts, lookups.
-    """
-    if any(one.site.is_banked or one.op in (*CONVOLUTIONS, "embedding", "experts") for one in adapted):
-        return ""
+    """Return how much longer a forward of the adapted layers is: r (in + out) products to in · out in each row."""
     calls = [one.calls or 1 for one in adapted]
     more = sum(number * one.trainable for number, one in zip(calls, adapted, strict=True))
     base = sum(number * one.shape[0] * one.shape[1] for number, one in zip(calls, adapted, strict=True))

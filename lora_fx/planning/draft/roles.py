@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from lora_fx.rules.ruleset import LoRAConfig, Rule
 Role = Literal["attention", "MLP", "experts", "router", "linear", "parameter", "convolution", "head", "embedding"]
 LINEAR: tuple[Role, ...] = ("attention", "MLP", "experts", "linear")
 """Roles of what is adapted where people say "all linear layers"."""
+_ONE_EXPERT = re.compile(r"expert[^.]*\.[0-9]+\.", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def _role(site: Site, routers: Collection[str]) -> Role:
         return "embedding"
     if site.op in CONVOLUTIONS:
         return "convolution"
-    if site.is_banked or site.op == "experts":
+    if site.is_banked or site.op == "experts" or _ONE_EXPERT.search(site.path):
         return "experts"
     if _is_head(site):
         return "head"

@@ -105,7 +105,8 @@ def _dora(ground: Ground, rule: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _said(choice: Offer, ground: Ground, stored: Stored) -> Iterator[str]:
     yield from _remarks(choice.about, "  ")
-    yield from _remarks(cost(decided(choice.rules, ground.inventory), stored), "  ")
+    same_rows = all(one.role not in ("experts", "convolution", "embedding") for one in choice.sites)
+    yield from _remarks(cost(decided(choice.rules, ground.inventory), stored, same_rows), "  ")
 
 
 def _offered(ground: Ground, chosen: Offer, stored: Stored) -> Iterator[str]:
