@@ -72,7 +72,8 @@ def planned(model: str, rules: str | None, trust: bool, progress: bool | None) -
 
     if rules is None:
         if not model.endswith(".json") and model != "-":
-            raise click.UsageError("RULES are missing: a file, or one of the shipped ones; or give a saved plan.json")
+            forms = "a file (lora-fx init MODEL writes a first one), a shipped name, or a saved plan.json as MODEL"
+            raise click.UsageError(f"RULES are missing: {forms}")
         return read_plan(model)
     if Path(model).suffix == ".json" and not model.endswith(".index.json"):
         raise click.UsageError(f"{model} is a saved plan, which has its rules already; leave out '{rules}'")

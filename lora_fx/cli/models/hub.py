@@ -126,7 +126,7 @@ def _reason(hub: Any, model: HubModel, file: str, error: Exception) -> tuple[str
 def _cached(hub: Any, model: HubModel) -> str:
     """Return what the cache has of a model, or which other models it has."""
     try:
-        found = hub.scan_cache_dir()
+        found = hub.scan_cache_dir(hub.constants.HF_HUB_CACHE)
     except (hub.errors.CacheNotFound, OSError, ValueError):
         return "nothing"
     models = {repo.repo_id: repo for repo in found.repos if repo.repo_type == "model"}
