@@ -33,7 +33,8 @@ _NOTE = "lora_fx"
 class LightningRecorder(Callback):
     """Writes a record of the training, as `lora_fx.Recorder` does: the loss that `training_step` returns.
 
-    With `accumulate_grad_batches` the loss of a step is the mean over its batches.  In manual optimisation it is what
+    With `accumulate_grad_batches` the loss of a step is the mean over its batches, of which the last step of an epoch
+    may have fewer.  In manual optimisation it is what
     `training_step` returns for the last batch before the step, if it returns a loss.
     """
 
@@ -42,24 +43,31 @@ class LightningRecorder(Callback):
         self.path, self.every = path, every
         self._recorder: Recorder | None = None
         self._loss: Tensor | float | None = None
+        self._batches = 0
         self._step = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the model and at a file of an earlier part; both must fit, or the training does not begin."""
         self._recorder = Recorder(pl_module, self.path, self.every)
-        self._loss, self._step = None, trainer.global_step
+        self._start_step(trainer)
+
+    def _start_step(self, trainer: Any) -> None:
+        self._loss, self._batches, self._step = None, 0, trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note the loss, and write a line if it is time."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, (Tensor, float, int)):
             loss = None
-        if self._loss is not None and loss is not None and pl_module.automatic_optimization:
-            loss = self._loss + loss  # each is divided by the number of batches
-        self._loss = loss if loss is not None else self._loss
+        if loss is not None and pl_module.automatic_optimization:
+            whole = loss * trainer.accumulate_grad_batches  # by which each is divided, however many there are
+            self._loss = whole if self._loss is None else self._loss + whole
+            self._batches += 1
+        elif loss is not None:
+            self._loss, self._batches = loss, 1
         if self._recorder is not None and trainer.global_step > self._step:
-            self._recorder.step(self._loss, trainer.global_step)
-            self._loss, self._step = None, trainer.global_step
+            self._recorder.step(None if self._loss is None else self._loss / self._batches, trainer.global_step)
+            self._start_step(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last step."""

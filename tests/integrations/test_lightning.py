@@ -45,6 +45,16 @@ def test_batches_whose_gradients_are_summed_are_one_step_with_their_mean_loss(tm
     assert record.steps[0].loss == pytest.approx(first, rel=1e-5)
 
 
+def test_the_last_step_of_an_epoch_with_fewer_batches_has_the_mean_loss_of_those(tmp_path):
+    class Numbered(Holding):
+        def training_step(self, batch: Any, number: int) -> Tensor:
+            return super().training_step(batch, number) * 0 + number
+
+    path = tmp_path / "run.jsonl"
+    fitted(Numbered(runs.adapted()), tmp_path, LightningRecorder(path, every=1), accumulate_grad_batches=5)
+    assert lora_fx.read_record(path).losses() == [(1, 2.0), (2, 7.0), (3, 10.5)]
+
+
 def test_optimisation_by_hand_is_recorded_too(tmp_path):
     fitted(by_hand(runs.adapted()), tmp_path, LightningRecorder(tmp_path / "run.jsonl", every=5))
     assert_alike(lora_fx.read_record(tmp_path / "run.jsonl"), plain(tmp_path / "plain.jsonl"))
