@@ -1,12 +1,15 @@
 """Records a training run, line by line, while it runs."""
 
+import operator
 import os
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import RefusedError
+from lora_fx.sources.structure import MOST
 from lora_fx.training.history import RecordedStep
 from lora_fx.training.lines import RecordFileError
 from lora_fx.training.norms import are_sharded, are_untrained, norms_of, watched_in
@@ -66,12 +69,14 @@ class Recorder:
             mean_of: number of steps of which the loss is the mean.
 
         Raises:
-            RefusedError: the loss is more than one number, or the adapters have no values here any more.
+            RefusedError: the loss is not one real number, or the adapters have no values here any more.
             RecordFileError: the file cannot be written, or something else has written to it.
+            TypeError, ValueError: `loss`, `step` or `mean_of` is no such number; nothing is noted.
         """
-        self._add(loss, mean_of)
         before = self.reached
-        self.reached = before + 1 if step is None else int(step)
+        reached = before + 1 if step is None else _whole("step", step, 0)
+        self._add(loss, _whole("mean_of", mean_of, 1))
+        self.reached = reached
         before = min(before, self.reached - 1)  # it may go back to a checkpoint
         self._pending = True
         if self.reached // self.every > before // self.every:  # and go on by more than one
@@ -81,10 +86,14 @@ class Recorder:
         if loss is None:
             return
         if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise RefusedError(f"the loss has {loss.numel():,} values", advice="give the one that is trained on")
+            if loss.numel() != 1 or loss.is_complex() or loss.is_meta:
+                kind = "is complex" if loss.is_complex() else "is on the meta device"
+                what = kind if loss.numel() == 1 else f"has {loss.numel():,} values"
+                raise RefusedError(f"the loss {what}", advice="give the one that is trained on")
             loss = loss.detach().reshape(())
             loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)  # it may be changed in place
+        else:
+            loss = float(loss)
         loss = loss if mean_of == 1 else loss * mean_of
         self._sum = loss if self._sum is None else self._sum + loss
         self._losses += mean_of
@@ -113,6 +122,14 @@ class Recorder:
                 self.write()
             except Exception as failed:  # not in the place of the error that ended the run
                 error.add_note(f"the last line of {self._output.name} was not written: {failed}")
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    """Return a number that the file can hold, also one of numpy or a tensor."""
+    whole = operator.index(value)
+    if not least <= whole < MOST:
+        raise ValueError(f"{name} is {whole}; it must be a whole number from {least} on, below {MOST:,}")
+    return whole
 
 
 def _writes() -> bool:

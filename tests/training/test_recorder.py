@@ -273,3 +273,29 @@ def test_only_rank_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     recorder.step(1.0)
     assert (tmp_path / "run.jsonl").exists()
+
+
+WRONG = [
+    (("a word",), "could not convert"),
+    ((1j,), "real number"),
+    ((torch.tensor(1j),), "the loss is complex"),
+    ((torch.tensor(1.0, device="meta"),), "the loss is on the meta device"),
+    ((torch.ones(2),), "the loss has 2 values"),
+    ((1.0, -5), "step is -5"),
+    ((1.0, 10**20), "step is 1000"),
+    ((1.0, 2.7), "integer"),
+    ((1.0, "7"), "integer"),
+    ((1.0, 7, 0), "mean_of is 0"),
+    ((1.0, 7, -1), "mean_of is -1"),
+    ((1.0, 7, 2.5), "integer"),
+]
+
+
+@pytest.mark.parametrize(("given", "told"), WRONG)
+def test_what_no_record_can_hold_is_refused_and_leaves_no_trace(tmp_path, given, told):
+    recorder = lora_fx.Recorder(runs.adapted(), tmp_path / "run.jsonl", every=1)
+    recorder.step(2.0)
+    with pytest.raises((RefusedError, TypeError, ValueError), match=told):
+        recorder.step(*given)
+    recorder.step(4.0, torch.tensor(2))
+    assert lora_fx.read_record(tmp_path / "run.jsonl").losses() == [(1, 2.0), (2, 4.0)]
