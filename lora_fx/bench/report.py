@@ -14,7 +14,7 @@ HEADS = ("FLOPs", "saved", "peak", "aten calls")
 TIME_HEADS = ("time [95 %]", "min/min", "processor")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class BenchReport(InNotebook):
     """What `bench` returns: what a step costs, by subject; all ratios are to the lower bound LB."""
 
@@ -74,7 +74,8 @@ class BenchReport(InNotebook):
             yield from (f"{ratio:.3f}" for ratio in self.relative(name))
 
     def remarks(self) -> Iterator[str]:
-        """Yield what stands under the table: the control, what was left out, parity, notes."""
+        """Yield what stands under the table: what LB is, the control, what was left out, parity, notes."""
+        yield "LB: the frozen base with the gradient of its input; the rows below it are multiples of it"
         if self.timing is not None:
             left_out = f"{self.timing.discarded} of {count(self.timing.rounds, 'round')} disturbed and left out"
             yield f"A/A control {self.timing.control.text()}; {left_out}"

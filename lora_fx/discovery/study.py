@@ -28,6 +28,7 @@ from lora_fx.regions.program import OPTIMISATIONS, foreseen
 from lora_fx.regions.survey import Survey, survey, survey_symbolically, trial_twin
 from lora_fx.rules.reader import read_rules
 
+_ON_META = "; this is the meta device: with values it may run, and more of it as graphs"
 _MORE_WITH_INPUTS = "no example_inputs: only straight-line blocks are graphs; with inputs more of them would be"
 
 
@@ -142,7 +143,7 @@ def _unwatched(model: nn.Module, tried: Samples, unwatched: Exception) -> tuple[
             raise CaptureError(
                 "the model refuses the example inputs", [("(root)", reason)], "check example_inputs"
             ) from error
-        return (), f"{NOT_RUN}: {reason}"
+        return (), f"{NOT_RUN}: {reason}{_ON_META if tried.on_meta else ''}"
 
 
 def _watched_uses(model: nn.Module, samples: Sequence[Sample]) -> Uses:

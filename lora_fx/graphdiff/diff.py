@@ -13,14 +13,17 @@ from lora_fx.graphdiff.render.dot import diff_dot, diff_graphml
 from lora_fx.graphdiff.render.html import diff_html
 from lora_fx.graphdiff.render.mermaid import diff_mermaid
 from lora_fx.graphdiff.render.svg import diff_svg
-from lora_fx.graphdiff.render.text import diff_text
+from lora_fx.graphdiff.render.text import diff_text, sums_text
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import json_text
 
 
-@dataclass(frozen=True, slots=True)
-class GraphDiff(GraphDifference, InNotebook):
+@dataclass(frozen=True, slots=True, repr=False)
+class GraphDiff(InNotebook, GraphDifference):
     """How two graphs differ; falsy if they do not.  Values of weights are not compared."""
+
+    def _heading(self) -> str:
+        return f"{self.a} → {self.b} · {sums_text(self)}"
 
     def __str__(self) -> str:
         return diff_text(self)

@@ -84,8 +84,8 @@ class Graph:
     """A model's graph, as far as it is known: blocks statement by statement, the rest module by module."""
 
     name: str
-    nodes: tuple[Statement, ...]
-    weights: Mapping[str, Weight] = field(default_factory=dict)
+    nodes: tuple[Statement, ...] = field(repr=False)
+    weights: Mapping[str, Weight] = field(default_factory=dict, repr=False)
     """Those that the nodes read."""
     parameters: int = 0
     """Number of parameters of the whole model."""

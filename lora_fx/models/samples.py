@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_fx.errors import CaptureError
 from lora_fx.models.torch_internals import pytree
 from lora_fx.models.twin import is_meta
+from lora_fx.models.wrappers import check_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,7 @@ def samples_for(model: nn.Module, example_inputs: object) -> Samples:
         CaptureError: as `samples_of`.
         TypeError: the model is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the model must be a torch.nn.Module, found {type(model).__name__}")
+    check_module(model)
     samples = next(_made_up(model), ()) if example_inputs is None else samples_of(example_inputs)
     on_meta = is_meta(model)
     return Samples(tuple(map(_on_meta, samples)) if on_meta else samples, example_inputs is not None, on_meta)

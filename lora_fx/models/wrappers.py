@@ -17,12 +17,24 @@ _PARALLEL = {
 """By the module that defines the class: the name of the child that is the model."""
 
 
+def check_module(model: object) -> None:
+    """Do nothing for a module.
+
+    Raises:
+        TypeError: it is something else, such as the path of an adapter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, found {type(model).__name__}")
+
+
 def seen_through(model: nn.Module) -> nn.Module:
     """Return the model inside of torch.compile, DataParallel, DDP and checkpoint wrappers; any other as it is.
 
     Raises:
         RefusedError: it is inside of PEFT or of FSDP1, which hold its parameters in their own way.
+        TypeError: it is no module.
     """
+    check_module(model)
     home = type(model).__module__
     if home.startswith("peft."):
         raise RefusedError(

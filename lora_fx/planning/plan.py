@@ -15,8 +15,8 @@ from lora_fx.text import columns, count, json_text, share_of_parameters, wrapped
 _DOES = {"adapt": "adapted", "train": "trained", "keep": "kept", "skip": "skipped", "refuse": "refused"}
 
 
-@dataclass(frozen=True, slots=True)
-class Plan(Decisions, InNotebook):
+@dataclass(frozen=True, slots=True, repr=False)
+class Plan(InNotebook, Decisions):
     """What `apply` will do to every site of a model, and why: printable, countable, serialisable."""
 
     regions: tuple[PlannedRegion, ...] = ()
@@ -47,6 +47,9 @@ class Plan(Decisions, InNotebook):
             f"{sites['adapt']} to adapt, {whole}{sites['keep'] + sites['skip']} to keep, {sites['refuse']} refused.  "
             f"Trainable: {share_of_parameters(self.trainable, self.total)}."
         )
+
+    def _heading(self) -> str:
+        return self.header
 
     def __str__(self) -> str:
         return self.text()

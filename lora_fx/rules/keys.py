@@ -211,7 +211,11 @@ TOP = Table(
             'train: ["classifier"]',
             ("modules_to_save",),
         ),
-    }
+    },
+    {
+        **{spelling: f"defaults.{name}" for name, key in LORA.keys.items() for spelling in (name, *key.foreign)},
+        **dict.fromkeys(("target_modules", "targets"), "rules[0].match.name"),
+    },
 )
 
 

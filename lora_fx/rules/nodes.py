@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from lora_fx.errors import SourceSpan
 from lora_fx.rules.automaton import MOST_STATES
 from lora_fx.rules.globs import PatternError
 from lora_fx.rules.keys import Schema, Table
-from lora_fx.rules.patterns import NamePattern
+from lora_fx.rules.patterns import EXPRESSION_PREFIX, NamePattern
 from lora_fx.rules.tree import SourceText, YamlNode
 from lora_fx.text import nearest, shortened
 
@@ -20,6 +21,8 @@ T = TypeVar("T")
 MOST_STATES_TOGETHER = 6 * MOST_STATES
 """Of all patterns of one file, each counted with at least its length."""
 _LONGEST_WORD, _MOST_COMPARED = 100, 20
+_LIKE_EXPRESSION = re.compile(r"\.[*+]|[()|^$\\]")
+"""What is in regular expressions, and in no glob that is wrong for another reason."""
 _BOUNDS = (
     ("minimum", "at least", operator.ge),
     ("exclusiveMinimum", "above", operator.gt),
@@ -138,7 +141,9 @@ class NodeReader:
                 self.problem(node.span, f"the patterns need more than {MOST_STATES_TOGETHER:,} states together")
             return pattern
         except PatternError as error:
-            self.problem(_within(node, error), f"{what} '{shortened(value)}': {error}")
+            meant = not value.startswith(EXPRESSION_PREFIX) and _LIKE_EXPRESSION.search(value) is not None
+            hint = f"names are globs; before a regular expression write {EXPRESSION_PREFIX}" if meant else ""
+            self.problem(_within(node, error), f"{what} '{shortened(value)}': {error}", hint)
             return None
 
 

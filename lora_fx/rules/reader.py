@@ -17,6 +17,8 @@ from lora_fx.rules.slices import read_slices
 from lora_fx.rules.tree import YamlNode, read_file
 from lora_fx.text import nearest, shortened
 
+_OF_PEFT = "its r, lora_alpha, target_modules are r=…, alpha=…, target=[…] here; the rest: page Coming from PEFT"
+
 
 def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -> RuleSet:
     """Return the rules of a file, of a shipped file by its name, or of a dict; a RuleSet as it is.
@@ -30,8 +32,9 @@ def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -
         source, root = read_mapping({"version": 1, **rules}, "rules")  # only files need to say it
         return _RuleReader(source).read(root)
     if not isinstance(rules, (str, os.PathLike)):
-        kind = type(rules).__name__
-        raise RuleError("rules", [Problem(f"rules must be a path, a shipped name, a dict or a RuleSet, not {kind}")])
+        what = f"rules must be a path, a shipped name, a dict or a RuleSet, not {type(rules).__name__}"
+        hint = _OF_PEFT if type(rules).__module__.startswith("peft.") else ""
+        raise RuleError("rules", [Problem(what, hint=hint)])
     name = os.fsdecode(rules)
     if not name or "\n" in name:
         what = "the path of the rules is empty" if not name else "this is the text of rules, not the path of a file"

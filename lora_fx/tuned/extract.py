@@ -43,7 +43,7 @@ class ExtractedSite:
     """Σ of the r largest σ² / Σ of all σ²; 1 if the weights do not differ."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ExtractReport(InNotebook):
     """What an extracted adapter has of the difference between two models, and what it lacks."""
 

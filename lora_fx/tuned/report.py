@@ -8,9 +8,10 @@ from lora_fx.adapters.attach import STATE, Attached, all_attached
 from lora_fx.adapters.placed import placed_in
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.render.notebook import InNotebook
+from lora_fx.planning.rows import fold_rows
 from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.region import Region
-from lora_fx.text import columns, count, json_text, share_of_parameters, thousands
+from lora_fx.text import columns, count, json_text, share_of_parameters
 from lora_fx.tuned.build import record_in, trainable
 
 
@@ -49,7 +50,7 @@ class RegionReport:
     """Why it was not done to a graph after all."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report(InNotebook):
     """What `inspect` returns."""
 
@@ -62,13 +63,10 @@ class Report(InNotebook):
     """Number of parameters of the adapted model, adapters included."""
 
     def __str__(self) -> str:
-        rows = [
-            (s.path, f"r={s.r} scaling={s.scaling:g}", s.backend, s.rule, f"{thousands(s.parameters)} parameters")
-            for s in self.sites
-        ]
-        lines = [f"{self.model} · {count(len(self.sites), 'adapted site')}", "", columns(rows)]
+        rows = [_site_row(site) for site in self.sites]
+        lines = [f"{self.model} · {count(len(self.sites), 'adapted site')}", "", columns(fold_rows(rows))]
         if self.regions:
-            lines += ["", columns([_region_row(region) for region in self.regions])]
+            lines += ["", columns(fold_rows([_region_row(region) for region in self.regions]))]
         return "\n".join([*lines, "", f"Trainable: {share_of_parameters(self.trainable, self.total)}."])
 
     def to_json(self) -> str:
@@ -81,10 +79,15 @@ def print_trainable(tuned: nn.Module) -> None:
     print(f"trainable: {share_of_parameters(told.trainable, told.total)}")
 
 
+def _site_row(site: AdaptedSite) -> tuple[str, ...]:
+    own = f"{count(site.parameters, 'parameter')} per site"
+    return (site.path, f"r={site.r} scaling={site.scaling:g}", site.backend, site.rule, own)
+
+
 def _region_row(region: RegionReport) -> tuple[str, ...]:
     misses = ", ".join(f"{number} × {reason}" for reason, number in region.misses.items())
     graphs = count(region.graphs, "graph") if region.graphs else f"no graph: {'; '.join(region.failures)}"
-    hits = f"{region.hits} hits"
+    hits = count(region.hits, "hit")
     learnt = f"{count(len(region.guards), 'guard')}, {region.seconds:.1f} s"
     done = ", ".join(region.optimised) or "; ".join(f"not optimised: {reason}" for reason in region.given_up)
     return (region.path or "(root)", graphs, learnt, hits, f"misses: {misses}" if misses else "no misses", done)

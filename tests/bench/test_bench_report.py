@@ -123,6 +123,7 @@ def test_report_as_text():
         "  lora_fx  1.020 [1.020, 1.020]  1.020    1.020      1.050    1.100  1.250  2.000\n"
         "  PEFT     1.100 [1.100, 1.100]  1.100    1.100      1.050    2.000  2.000  3.000\n"
         "\n"
+        "  LB: the frozen base with the gradient of its input; the rows below it are multiples of it\n"
         "  A/A control 1.000 [1.000, 1.000]; 0 of 1 round disturbed and left out\n"
         "  of the time that PEFT takes above LB, lora_fx takes 20 %\n"
         "  outputs and gradients of lora_fx and PEFT differ by 1.0e-07 of the largest value\n"

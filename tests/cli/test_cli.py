@@ -166,6 +166,8 @@ def test_rule_that_matches_nothing_ends_with_1(model_file):
     [
         ("nonsense", "'nonsense' is not a model: write package.module:factory, file.py:factory, hf:DIRECTORY"),
         (":f", "':f' is not a model: write package.module:factory"),
+        ("org/name", "did you mean hf:org/name?"),
+        ("models.py", "name the function in it that makes the model: models.py:NAME"),
         ("nowhere.at.all:f", "there is no module 'nowhere.at.all'"),
         ("missing.py:f", "missing.py: no such file"),
         ("hf:./nowhere", "nowhere/config.json does not exist"),

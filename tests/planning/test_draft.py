@@ -138,6 +138,14 @@ def test_draft_leaves_out_what_is_narrower_than_the_rank_and_says_so(tmp_path):
     assert "narrower than r = 16" in text
 
 
+def test_draft_for_a_convolutional_model_offers_its_linear_layers_and_no_shared_ones(tmp_path):
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(16, 5)]
+    text = checked(nn.Sequential(*layers), tmp_path)
+    assert "shared-linears" not in names_of(text)
+    assert "All layers.  What is narrower than r is left out." in text
+    assert "The linear layers alone." in text
+
+
 def test_draft_lowers_the_rank_where_all_is_narrow(tmp_path):
     text = checked(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), tmp_path)
     assert yaml.safe_load(text)["rules"][0]["lora"] == {"r": 4, "alpha": 8}

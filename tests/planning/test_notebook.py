@@ -48,6 +48,13 @@ def test_object_shows_its_whole_text_in_one_element(name):
     assert "<script" not in page
 
 
+@pytest.mark.parametrize("name", ["plan", "diff", "report", "deltas", "audit", "extract", "merge"])
+def test_object_whose_name_is_typed_in_a_console_is_one_line(name):
+    thing = shown_objects()[name]
+    assert re.fullmatch(r"<\w+: [^\n]{3,200}>", repr(thing))
+    assert type(thing).__name__ in repr(thing)
+
+
 def test_what_is_added_stands_out():
     assert re.search(r'<span style="color:[^"]*">\+ r=2 alpha=4</span>', shown_objects()["plan"]._repr_html_())
 

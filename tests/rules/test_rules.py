@@ -319,7 +319,29 @@ def test_foreign_and_misspelt_keys_get_a_hint(key, hint, written):
         read_rules(written(RULE + f"    lora: {{{key}: 3}}\n"))
 
 
+@pytest.mark.parametrize("name", [r".*\.(q|v)_proj", ".*_proj$"])
+def test_regular_expression_in_place_of_a_glob_gets_a_hint(name):
+    with pytest.raises(RuleError, match=r"before a regular expression write re:"):
+        read_rules({"rules": [{"match": {"name": name}}]})
+
+
+def test_wrong_glob_is_not_taken_for_a_regular_expression():
+    with pytest.raises(RuleError, match=r"empty segment\n  see: "):
+        read_rules({"rules": [{"match": {"name": "a..q_proj"}}]})
+
+
 # -- rules as a dict
+
+
+def test_keys_of_peft_in_place_of_rules_get_a_hint():
+    with pytest.raises(RuleError, match=r"'defaults\.r'[^$]*'defaults\.alpha'[^$]*'rules\[0\]\.match\.name'"):
+        read_rules({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]})
+
+
+def test_configuration_of_peft_in_place_of_rules_gets_a_hint():
+    peft = pytest.importorskip("peft")
+    with pytest.raises(RuleError, match=r"not LoraConfig\n  its r, lora_alpha, target_modules are r=…"):
+        read_rules(peft.LoraConfig(r=8))
 
 
 def test_problem_in_a_dict_is_reported_with_its_path():

@@ -384,3 +384,12 @@ def test_merging_what_is_not_finite_changes_nothing_and_names_the_site():
 def test_functions_of_adapted_models_refuse_a_plain_one(function):
     with pytest.raises(RefusedError, match="the model is not adapted"):
         function(zoo.Mlp())
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, found str"):
+        function("adapter")
+
+
+def test_report_shows_repeated_blocks_as_one():
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(12)))
+    text = str(lora_fx.inspect(lora_fx.apply(blocks, rules("*.0"), backend="modules")))
+    assert "{0..11}.0  ×12" in text
+    assert len(text.splitlines()) == 5

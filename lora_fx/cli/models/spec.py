@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from lora_fx.models.samples import call
 from lora_fx.rules.ruleset import RuleSet
 
 FORMS = "package.module:factory, file.py:factory, hf:DIRECTORY, hf:ORG/NAME, a .pt2 or a .safetensors file"
+
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 def load_model(spec: str, weights: bool = False, trust: bool = False) -> tuple[nn.Module, object]:
@@ -51,7 +54,7 @@ def load_model(spec: str, weights: bool = False, trust: bool = False) -> tuple[n
         return checkpoint_model(spec), None
     scheme, _, rest = spec.partition(":")
     if not scheme or not rest:
-        raise ModelSpecError(f"'{spec}' is not a model: write {FORMS}")
+        raise ModelSpecError(f"'{spec}' is not a model: write {FORMS}{_meant(spec)}")
     if scheme == "hf":
         rest = directory_of(rest, weights)
     with contextlib.nullcontext() if weights else torch.device("meta"):
@@ -120,6 +123,15 @@ def _module_of_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _meant(spec: str) -> str:
+    """Return a line that tells which form of MODEL a text without one looks like; "" if it looks like none."""
+    if Path(spec).suffix == ".py":
+        return f"\n  name the function in it that makes the model: {spec}:NAME"
+    if (Path(spec) / "config.json").is_file() or _ON_HUB.fullmatch(spec):
+        return f"\n  did you mean hf:{spec}?"
+    return ""
 
 
 def _called(home: str, name: str) -> Any:

@@ -45,7 +45,7 @@ class MergedTensor:
         return (self.name, size, self.dtype, self.how, f"‖Δ‖/‖W‖ {self.relative_delta:.2g}", survived)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class MergeReport(InNotebook):
     """What `merge_checkpoint` wrote; `str()` gives a summary."""
 

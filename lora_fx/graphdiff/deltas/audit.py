@@ -48,7 +48,7 @@ class AuditedSite:
         return self.z is not None and abs(self.z) > _FAR
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Audit(InNotebook):
     """What `lora_fx.audit` returns; the sites with the most energy come first."""
 

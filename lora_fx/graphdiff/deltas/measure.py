@@ -18,7 +18,7 @@ from lora_fx.text import columns, count, json_text
 from lora_fx.tuned.build import record_in
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Deltas(InNotebook):
     """What `lora_fx.deltas` returns."""
 

@@ -18,6 +18,7 @@ IN_THIRDS = ("c_attn", "qkv", "Wqkv", "in_proj", "in_proj_weight")
 """
 _SHARED = "All layers of the rule above but the experts."
 _EVERYWHERE = "All linear layers but the head, those outside of the blocks too."
+_ALONE = "The linear layers alone."
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Ground:
     def choice(self, name: str, about: str, chosen: Sequence[Found], lora: LoRAConfig) -> Offer | None:
         """Return one rule for all of these that are wide enough for its rank; None if there are none."""
         wide = tuple(one for one in chosen if one.narrow >= lora.r)
+        about += "  What is narrower than r is left out." if len(wide) < len(chosen) else ""
         return Offer(about, (self.rule(name, wide, lora),), wide) if wide else None
 
 
@@ -80,12 +82,13 @@ def active(ground: Ground) -> Offer | None:
     """
     lora = usual("all-linear")
     layers = (*LINEAR, "convolution")
+    but_head = " but the head" if any(one.role == "head" for one in ground.found) else ""
     stages = (
         ("linears", "All linear layers of the blocks and not the head: the usual choice (QLoRA, arXiv:2305.14314).",
          [one for one in ground.usable if one.role in LINEAR and one.in_block]),
         ("convolutions", "All convolutions of the blocks.",
          [one for one in ground.usable if one.role == "convolution" and one.in_block]),
-        ("layers", "All layers but the head.", [one for one in ground.usable if one.role in layers]),
+        ("layers", f"All layers{but_head}.", [one for one in ground.usable if one.role in layers]),
         ("weights", "All that can be adapted.", ground.usable),
     )  # fmt: skip
     offered = (ground.choice(name, about, chosen, fitted(chosen, lora)) for name, about, chosen in stages)
@@ -99,13 +102,15 @@ def instead(ground: Ground, taken: Offer) -> Iterator[Offer]:
     attention = [one for one in ground.usable if one.role == "attention"]
     feed_forward = [one for one in ground.usable if one.role in ("MLP", "experts")]
     everywhere = [one for one in ground.usable if one.role in LINEAR]
+    linears = _EVERYWHERE if any(one.role in LINEAR for one in taken.sites) else _ALONE
     shared = [one for one in taken.sites if one.role != "experts"]
+    shared = shared if len(shared) < len(taken.sites) else []
     offered = (
         _query_and_value(ground, attention),
         ground.choice("attention", "All projections of the attention.", attention, fitted(attention, qkvo)),
         ground.choice("mlp", "The feed-forward layers alone.", feed_forward, fitted(feed_forward, mlp)),
         ground.choice("shared-linears", _SHARED, shared, fitted(shared, linear)),
-        ground.choice("all-linears", _EVERYWHERE, everywhere, fitted(everywhere, linear)),
+        ground.choice("all-linears", linears, everywhere, fitted(everywhere, linear)),
     )
     seen = {_extent(taken)}
     for choice in filter(None, offered):

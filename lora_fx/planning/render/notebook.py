@@ -1,9 +1,11 @@
-"""What plans, diffs and reports look like in a notebook: their text, in colours and in a frame that scrolls."""
+"""What plans, diffs and reports look like in a notebook (their text, in colours and in a frame that scrolls) and in a
+console, where their names are typed: one line."""
 
 from lora_fx.planning.render.page import escape
-from lora_fx.text import MARKED, count
+from lora_fx.text import MARKED, count, shortened
 
 MOST_LINES = 300
+_LONGEST_HEADING = 200
 _STYLES = {
     "title": "font-weight:bold",
     "place": "color:light-dark(#00606f, #76e3ea)",
@@ -14,12 +16,22 @@ _STYLES = {
 
 
 class InNotebook:
-    """Shows an object's text in a notebook, at most MOST_LINES of it; `print` has all."""
+    """Shows an object's text in a notebook, at most MOST_LINES of it, and its heading as `repr`; `print` has all.
+
+    Dataclasses say `repr=False` to get this one: that of thousands of sites fills screens of a traceback.
+    """
 
     __slots__ = ()
 
     def _repr_html_(self) -> str:
         return notebook(str(self))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {shortened(self._heading(), _LONGEST_HEADING)}>"
+
+    def _heading(self) -> str:
+        """Return what stands for the whole in one line; the first line of its text unless a class knows better."""
+        return str(self).partition("\n")[0]
 
 
 def notebook(text: str) -> str:
