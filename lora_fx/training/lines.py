@@ -135,7 +135,7 @@ class RecordLines:
         if self.header is None:
             if not is_beginning(line):
                 raise UnreadableError("is no record of a training run")
-            self.header = _header(line)
+            self.header = header_of(line)
             return
         try:
             step = _step(parse_json(line), len(self.header.sites))
@@ -152,7 +152,14 @@ def is_beginning(content: bytes) -> bool:
     return content.startswith(BEGINNING) or BEGINNING.startswith(content)
 
 
-def _header(line: bytes) -> RecordHeader:
+def header_of(line: bytes) -> RecordHeader:
+    """Return the header that the first line of a file holds.
+
+    Raises:
+        UnreadableError: it holds none, or one that is too large.
+    """
+    if len(line) > MOST_LINE_BYTES:
+        raise UnreadableError(f"line 1 has more than {MOST_LINE_BYTES:,} bytes")
     header = structured(RecordHeader, parse_json(line), "header")
     if header.schema_version != SCHEMA_VERSION or header.kind != KIND:
         raise UnreadableError(f"is not of schema version {SCHEMA_VERSION}, which this lora_fx reads")

@@ -10,7 +10,15 @@ from lora_fx.sources.installed import own_version
 from lora_fx.sources.regular import UnreadableError, check_path, is_regular, open_regular
 from lora_fx.text import shortened
 from lora_fx.training.history import RecordedSite, RecordedStep
-from lora_fx.training.lines import MOST_LINE_BYTES, RecordFileError, RecordLines, header_line, is_beginning, step_line
+from lora_fx.training.lines import (
+    MOST_LINE_BYTES,
+    RecordFileError,
+    RecordLines,
+    header_line,
+    header_of,
+    is_beginning,
+    step_line,
+)
 
 _MOST_NAMED = 8
 
@@ -31,6 +39,11 @@ class RecordOutput:
         self._size: int | None = None
         """Bytes that this process has left; None before it has written."""
         self._check_place()
+        self._header = header_line(self.model, own_version(), self.sites)
+        try:
+            header_of(self._header)
+        except UnreadableError as error:
+            raise RecordFileError(f"{self.name}: the record of this model could not be read again: {error}") from error
         self.last = self._past()[0]
         """The last line of a run that goes on."""
 
@@ -99,7 +112,7 @@ class RecordOutput:
                 f"{self.name}: has {found:,} bytes, and this run has left {self._size:,}: something else writes to it"
                 "\n  give each run a file of its own"
             )
-        head = b"" if self._size else header_line(self.model, own_version(), self.sites)
+        head = b"" if self._size else self._header
         try:
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
             self._size = _written(self.path, self._size, head + step_line(line))

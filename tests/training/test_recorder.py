@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 import lora_fx
 from lora_fx.errors import RefusedError
 from lora_fx.graphdiff.deltas.measure import singular_values
+from lora_fx.training.lines import RecordFileError
 from lora_fx.training.norms import norms_of, product_square, watched_in
 from tests.adapters.test_site_kinds import every_kind
 from tests.support import runs, zoo
@@ -299,3 +300,11 @@ def test_what_no_record_can_hold_is_refused_and_leaves_no_trace(tmp_path, given,
         recorder.step(*given)
     recorder.step(4.0, torch.tensor(2))
     assert lora_fx.read_record(tmp_path / "run.jsonl").losses() == [(1, 2.0), (2, 4.0)]
+
+
+def test_model_whose_names_nobody_could_read_again_is_refused_before_the_training(tmp_path):
+    model = nn.Sequential()
+    model.add_module("half\ud800", nn.Linear(4, 4))
+    with pytest.raises(RecordFileError, match="could not be read again: holds half a character"):
+        lora_fx.Recorder(lora_fx.apply(model, r=2, target="*"), tmp_path / "run.jsonl")
+    assert not any(tmp_path.iterdir())
