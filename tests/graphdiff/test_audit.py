@@ -105,3 +105,27 @@ def test_command_shows_the_most_energetic_sites_all_that_stand_out_and_no_verdic
     assert "  … 11 sites more with less energy" in lines
     assert lines[-1].startswith("Facts, not a verdict")
     assert json.loads(run("audit", str(tmp_path / "a"), "--format", "json").output)["sites"][0]["energy"] > 0
+
+
+def test_grouped_convolution_of_a_file_is_audited_as_that_of_the_model(tmp_path):
+    torch.manual_seed(0)
+    tuned = lora_fx.apply(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), rules("0", r=2))
+    nn.init.normal_(tuned[0].lora_B["default"].weight)
+    lora_fx.save(tuned, tmp_path)
+    (own,), (filed,) = lora_fx.audit(tuned).sites, lora_fx.audit(tmp_path).sites
+    weight = lora_fx.merge(tuned)[0].weight - tuned[0].get_parameter("weight")
+    assert filed.norm == pytest.approx(own.norm) == pytest.approx(float(weight.detach().norm()), rel=1e-5)
+    assert filed.effective_rank == pytest.approx(own.effective_rank)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_grouped_convolution_of_peft_which_mixes_groups_is_audited(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 1, groups=2)), config)
+    theirs.save_pretrained(tmp_path)
+    layer = theirs.base_model.model[0]
+    x = torch.eye(4).reshape(4, 4, 1, 1)  # of each channel what the adapter makes of it
+    delta = layer.lora_B["default"](layer.lora_A["default"](x)).flatten(1)
+    assert lora_fx.audit(tmp_path).sites[0].norm == pytest.approx(float(delta.detach().norm()), rel=1e-5)

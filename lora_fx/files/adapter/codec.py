@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached
 from lora_fx.adapters.factors.kinds import Convolution, ConvolutionA, SlicedB
-from lora_fx.files.adapter.site import members_of
+from lora_fx.files.adapter.site import blocks_of_groups, first_block, members_of
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS, Layout, Site
 
@@ -85,24 +85,13 @@ def encoded(adapter: Attached) -> tuple[Tensor, Tensor]:
     """Return the factors A and B of an adapter as a file holds them."""
     A: Tensor = adapter.lora_A.weight
     if isinstance(adapter.lora_A, ConvolutionA):
-        return _blocks(A, adapter.lora_A.groups), adapter.lora_B.weight
+        return blocks_of_groups(A, adapter.lora_A.groups), adapter.lora_B.weight
     B, form = adapter.lora_B.matrix, form_of(adapter.spec.site, adapter.owner)
     if form.flipped:
         A, B = B.mT, A.mT
     if form.bank is not None:
         return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     return A, B
-
-
-def _blocks(filters: Tensor, groups: int) -> Tensor:
-    """Return filters [r, in / g, …] as [g · r, in, …], each group's in its own channels."""
-    if groups == 1:
-        return filters
-    r, channels = filters.shape[:2]
-    whole = filters.new_zeros(groups, r, groups, channels, *filters.shape[2:])
-    for group in range(groups):
-        whole[group, :, group] = filters
-    return whole.flatten(0, 1).flatten(1, 2)
 
 
 def misfit(form: Form, parts: tuple[tuple[int, ...], ...], A: Tensor, B: Tensor) -> str | None:
@@ -114,7 +103,7 @@ def misfit(form: Form, parts: tuple[tuple[int, ...], ...], A: Tensor, B: Tensor)
         A: as the file holds it.
         B: as the file holds it.
     """
-    if form.groups > 1 and not torch.equal(_blocks(_first_block(A, form.groups), form.groups), A):
+    if form.groups > 1 and not torch.equal(blocks_of_groups(first_block(A, form.groups), form.groups), A):
         return mixes_groups(form.groups)
     if parts:
         _, whole = _matrices(A, B, form)
@@ -134,15 +123,10 @@ def mixes_groups(groups: int) -> str:
     )
 
 
-def _first_block(A: Tensor, groups: int) -> Tensor:
-    rows, channels = A.shape[0] // groups, A.shape[1] // groups
-    return A[:rows, :channels]
-
-
 def decode(adapter: Attached, A: Tensor, B: Tensor) -> None:
     """Copy the factors of a file into an adapter, in place; there must be no `misfit`."""
     if isinstance(adapter.lora_A, ConvolutionA):
-        A = _first_block(A, adapter.lora_A.groups)
+        A = first_block(A, adapter.lora_A.groups)
     else:
         A, B = _matrices(A, B, form_of(adapter.spec.site, adapter.owner))
     if isinstance(adapter.lora_B, SlicedB):

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_fx.files.adapter.names import bias_key, factor_key, factor_names, magnitude_key
@@ -58,6 +59,9 @@ class SavedSite:
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return B [.., out, ranks] and A [.., ranks, in], of which the product is ΔW / scaling; a bank has members."""
+        groups = self.lora_A.shape[0] // max(1, self.lora_B.shape[1]) if self.lora_A.dim() > 2 else 1
+        if groups > 1:
+            return _of_groups(self.lora_B, self.lora_A, groups)
         A, B = self.lora_A.flatten(1), self.lora_B.flatten(1)
         members = A.shape[0] // self.rank
         return members_of(B, A, members) if members > 1 and B.shape[1] == A.shape[0] else (B, A)
@@ -85,3 +89,29 @@ def members_of(B: Tensor, A: Tensor, members: int) -> tuple[Tensor, Tensor]:
     [members · r, in].
     """
     return B.reshape(B.shape[0], -1, members).permute(2, 0, 1), A.reshape(members, -1, A.shape[1])
+
+
+def blocks_of_groups(filters: Tensor, groups: int) -> Tensor:
+    """Return filters [r, in / g, …] as [g · r, in, …], each group's in its own channels."""
+    if groups == 1:
+        return filters
+    r, channels = filters.shape[:2]
+    whole = filters.new_zeros(groups, r, groups, channels, *filters.shape[2:])
+    for group in range(groups):
+        whole[group, :, group] = filters
+    return whole.flatten(0, 1).flatten(1, 2)
+
+
+def first_block(A: Tensor, groups: int) -> Tensor:
+    """Return the filters [r, in / g, …] of which a file's [g · r, in, …] has a block for each group."""
+    rows, channels = A.shape[0] // groups, A.shape[1] // groups
+    return A[:rows, :channels]
+
+
+def _of_groups(B: Tensor, A: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return B and A as matrices; of PEFT's, whose A reads the channels of all groups, B with its blocks apart."""
+    filters = first_block(A, groups)
+    if torch.equal(blocks_of_groups(filters, groups), A):
+        return B.flatten(1), filters.flatten(1)
+    apart: Tensor = torch.block_diag(*B.flatten(1).chunk(groups))  # type: ignore[no-untyped-call]
+    return apart, A.flatten(1)
