@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fx
 from lora_fx.discovery.study import observed
@@ -336,3 +337,28 @@ def test_experts_in_a_list_are_told_as_such_and_the_router_is_offered(tmp_path):
     assert "FLOPs" not in next(
         line for line in text.splitlines() if " in float32" in line
     )  # not one row for each expert
+
+
+def test_flops_are_those_that_torch_counts_for_parts_of_fused_weights_too():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c_attn, self.o_proj = nn.Linear(64, 192), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.o_proj(self.c_attn(x)[..., -64:])
+
+    model = nn.Sequential(Block(), Block())
+
+    def flops(run: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run(torch.ones(5, 64))
+        return counter.get_total_flops()
+
+    text = lora_fx.draft_rules(model)
+    said = re.findall(r"[+]([0-9.]+) % FLOPs in these layers", text)
+    parts = {"of": ["q", "k", "v"], "adapt": ["q", "v"]}
+    offers = [("*.c_attn", 8, {"slices": parts}, 2 * 2 * 5 * 64 * 192), ("*.*", 16, {}, flops(model))]
+    for name, r, more, base in offers:
+        tuned = lora_fx.apply(model, {"rules": [{"match": {"name": name}, "lora": {"r": r}, **more}]})
+        assert f"{100 * (flops(tuned) - flops(model)) / base:.0f}" in said

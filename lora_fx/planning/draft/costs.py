@@ -29,13 +29,16 @@ def cost(decisions: Decisions, stored: Stored, same_rows: bool) -> str:
     """
     size = _BYTES * sum(map(stored, decisions.adapted))
     parts = [share_of_parameters(decisions.trainable, decisions.total), f"{scaled(size, 'B')} in float32"]
-    return ", ".join(filter(None, (*parts, _more_flops(decisions.adapted) if same_rows else "")))
+    return ", ".join(filter(None, (*parts, _more_flops(decisions.adapted, stored) if same_rows else "")))
 
 
-def _more_flops(adapted: Sequence[PlannedSite]) -> str:
-    """Return how much longer a forward of the adapted layers is: r (in + out) products to in · out in each row."""
+def _more_flops(adapted: Sequence[PlannedSite], stored: Stored) -> str:
+    """Return how much longer a forward of the adapted layers is: r (in + out) products to in · out in each row.
+
+    The zeros that are stored between parts of a fused weight are multiplied too.
+    """
     calls = [one.calls or 1 for one in adapted]
-    more = sum(number * one.trainable for number, one in zip(calls, adapted, strict=True))
+    more = sum(number * stored(one) for number, one in zip(calls, adapted, strict=True))
     base = sum(number * one.shape[0] * one.shape[1] for number, one in zip(calls, adapted, strict=True))
     share = 100 * more / base if base else 0.0
     return f"+{share:.{1 if share < 10 else 0}f} % FLOPs in these layers" if base else ""
