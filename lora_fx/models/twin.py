@@ -3,6 +3,7 @@
 The caller's model keeps its flags, values and behaviour; no weight is copied.
 """
 
+import types
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +26,7 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
         RefusedError: if the model has uninitialised (lazy) parameters or cannot be copied; says which part.
     """
     refuse_lazy(model)
+    _refuse_slots(model)
     memo: dict[int, object] = {id(p): _alias(p, freeze) for p in model.parameters()}
     memo |= {id(t): t.detach() for t in _computed_tensors(model)}
     memo |= {id(kept): kept for kept in _kept_by_hooks(model)}
@@ -71,6 +73,23 @@ def refuse_lazy(model: nn.Module) -> None:
             [(name, "not initialised") for name in lazy],
             "call the model once, so that its lazy modules learn their sizes",
         )
+
+
+def _refuse_slots(model: nn.Module) -> None:
+    """Raise RefusedError, naming each, if modules keep attributes in slots: a copy, torch's too, comes without them."""
+    known = {kind: _slots_of(kind) for kind in set(map(type, model.modules()))}
+    slots = [(path, name) for path, module in model.named_modules() for name in known[type(module)]]
+    if slots:
+        raise RefusedError(
+            "modules keep attributes in __slots__, which copies of a module do not have",
+            [(path or "(root)", name) for path, name in slots],
+            "leave __slots__ out of the class",
+        )
+
+
+def _slots_of(kind: type) -> tuple[str, ...]:
+    descriptors = (value for base in kind.__mro__ for value in vars(base).values())
+    return tuple(value.__name__ for value in descriptors if isinstance(value, types.MemberDescriptorType))
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:

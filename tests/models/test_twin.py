@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+import lora_fx
+from lora_fx.errors import RefusedError
 from lora_fx.models.twin import make_twin
 from tests.support import zoo
 
@@ -69,3 +73,24 @@ def test_list_that_a_function_writes_to_is_one_list_in_the_twin():
     assert torch.equal(twin(x), layer(x) + 2)
     assert torch.equal(twin(x), layer(x) + 3)
     assert len(calls) == 1
+
+
+class Scaled(nn.Module):
+    __slots__ = ("gain",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gain = nn.Linear(4, 4), 3.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.gain
+
+
+@pytest.mark.parametrize("backend", ["auto", "modules"])
+def test_modules_with_slots_are_refused_by_name_before_anything_runs(backend: str):
+    model, rules = nn.Sequential(Scaled(), Scaled()), {"rules": [{"match": {"name": "**"}, "lora": {"r": 2}}]}
+    with pytest.raises(AttributeError, match="gain"):
+        copy.deepcopy(model)(torch.ones(4))  # torch's own copies lose them: there is nothing to follow
+    with pytest.raises(RefusedError, match="leave __slots__ out") as caught:
+        lora_fx.apply(model, rules, (torch.ones(2, 4),), backend=backend)
+    assert caught.value.refusals == (("0", "gain"), ("1", "gain"))
