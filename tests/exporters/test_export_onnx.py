@@ -244,4 +244,4 @@ def test_adapter_of_the_demo(tmp_path: Path):
     assert exported.difference is not None
     assert exported.difference <= CLOSE < EFFECT <= exported.effect
     note = json.loads(onnx.load(tmp_path / "model.onnx").metadata_props[0].value)
-    assert len(note["inputs"]) == 2 * 12 + 2
+    assert len(note["inputs"]) == 2 * 36 + 2
