@@ -34,8 +34,8 @@ class LightningRecorder(Callback):
     """Writes a record of the training, as `lora_fx.Recorder` does: the loss that `training_step` returns.
 
     With `accumulate_grad_batches` the loss of a step is the mean over its batches, of which the last step of an epoch
-    may have fewer.  In manual optimisation it is what
-    `training_step` returns for the last batch before the step, if it returns a loss.
+    may have fewer.  In manual optimisation it is what `training_step` returns for the last batch before the step, if it
+    returns a loss.
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int = 10) -> None:
