@@ -27,7 +27,7 @@ from lora_fx.bench.subjects import OURS, PEFT
 from lora_fx.models.samples import Sample
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.support.performance import renewed, short_name, with_measurements
+from tests.support.performance import markdown, renewed, short_name, with_measurements
 
 BLOCKS = {"name": "**.{h,layer,layers}.*.**", "op": "linear"}
 QUERY_VALUE = {"name": "**.{q_proj,v_proj,query,value}"}
@@ -204,8 +204,7 @@ def lines(options: argparse.Namespace) -> Iterator[Line]:
 
 def table(drawn: Sequence[Line]) -> str:
     """Return the lines as a table in Markdown."""
-    rows = [HEADS, ("---",) * len(HEADS), *(line.cells() for line in drawn)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown([HEADS, *(line.cells() for line in drawn)])
 
 
 def _where(report: BenchReport) -> str:

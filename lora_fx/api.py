@@ -11,7 +11,7 @@ from torch import nn
 from lora_fx import exporters
 from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.fused.contraction import contraction_teller
-from lora_fx.discovery.study import observed, planned_for
+from lora_fx.discovery.study import CAPTURING, observed, planned_for
 from lora_fx.files.adapter import peftfiles, restore, write
 from lora_fx.files.adapter.read import read_adapters
 from lora_fx.files.checkpoint import streaming
@@ -73,7 +73,7 @@ def plan(
         RefusedError: the model is adapted already, compiled, or cannot be copied.
     """
     read = read_rules(rules_or_short(rules, target, r, alpha))
-    with running("plan", progress, 21):
+    with running("plan", progress, 1 + CAPTURING):
         seen = observed(model, samples_for(model, example_inputs))
         return seen.planned(decide(read, seen.inventory))
 
@@ -92,7 +92,7 @@ def explain(
         RuleError, CaptureError, RefusedError: as `plan`; a rule that matches nothing is not an error here.
     """
     read = read_rules(rules)
-    with running("explain", progress, 21):
+    with running("explain", progress, 1 + CAPTURING):
         seen = observed(model, samples_for(model, example_inputs))
         plan = seen.planned(decide(read, seen.inventory, strict=False))
     return explaining.explain(plan, read, seen.inventory, path, contraction_teller(model))
@@ -135,7 +135,7 @@ def apply(
     """
     passes = build.optimisations(optimise)
     wanted = rules_or_short(rules_or_plan, target, r, alpha)
-    with running("apply", progress, 27):
+    with running("apply", progress, 7 + CAPTURING):
         plan = planned_for(model, wanted, example_inputs, backend)
         build.check_refusals(plan)
         twin = take_over(build.build(model, plan))
@@ -190,7 +190,7 @@ def load(
         RefusedError: a site that cannot be adapted.
     """
     passes = build.optimisations(optimise)
-    with running("load", progress, 29):
+    with running("load", progress, 9 + CAPTURING):
         files, seen, decisions = restore.fitted(directory, model, samples_for(model, example_inputs))
         plan = seen.planned(decisions)
         twin = take_over(build.build(model, plan))

@@ -1,16 +1,11 @@
 """`lora-fx inspect`."""
 
-from typing import TYPE_CHECKING
-
 import click
 
 from lora_fx.cli.options import format_option, output_option, trust_option
 from lora_fx.cli.output import write
 from lora_fx.cli.verbs import DIFFERS
 from lora_fx.text import json_text
-
-if TYPE_CHECKING:
-    from lora_fx.cli.models.fit import Fit
 
 
 @click.command("inspect")
@@ -42,11 +37,8 @@ def command(
 
         fit = fit_of(adapter, model, trust, weights)
     if form == "json":
-        write(json_text(contents.document() | _verdict(fit), indent=1), output, form)
+        verdict = {} if fit is None else fit.document()
+        write(json_text(contents.document() | verdict, indent=1), output, form)
     else:
-        write("\n".join([str(contents), *([] if fit is None else [str(fit)])]), output, form)
+        write(str(contents) if fit is None else f"{contents}\n{fit}", output, form)
     context.exit(DIFFERS if fit is not None and fit.reasons else 0)
-
-
-def _verdict(fit: "Fit | None") -> dict[str, object]:
-    return {} if fit is None else fit.document()

@@ -18,7 +18,7 @@ from lora_fx.capture.tracing.copies import copied_module
 from lora_fx.capture.tracing.recording import Records
 from lora_fx.models.swap import Swapped, take_off
 from lora_fx.models.torch_internals import pytree
-from lora_fx.regions.gradients import Run, gradients_differ, shaken, values_differ
+from lora_fx.regions.gradients import Run, gradients_differ, rounded_otherwise, values_differ
 from lora_fx.regions.program import Program
 
 REGION = "lora_fx_region"
@@ -47,6 +47,10 @@ class RunsGraphs(Swapped, nn.Module):
     """Base of the mixin for the module of a region."""
 
 
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().clone().requires_grad_(value.requires_grad)
+
+
 class Replay:
     """A call kept so that it can be made again: copies of module, arguments and random state as they were before it."""
 
@@ -59,10 +63,10 @@ class Replay:
         self.ambient = ambient_state(devices)
         self.random = RandomState(self.ambient.devices)
 
-    def _again(self) -> ModuleCall:
+    def _again(self, copy: Callable[[Tensor], Tensor] = _copy) -> ModuleCall:
         """Return the call with a copy of the module and of the arguments: a forward may write to both."""
         module = stand_in(self._before)
-        return ModuleCall(module, module.forward, *copied((self.call.args, self.call.kwargs), _copy))
+        return ModuleCall(module, module.forward, *copied((self.call.args, self.call.kwargs), copy))
 
     def difference(self, program: Program, match: Match, answer: Any) -> str | None:
         """Return how the program differs from the forward, which gave `answer`; None if not at all.
@@ -147,11 +151,10 @@ class Replay:
 
     def _shaken(self) -> Run:
         """Run the forward with noise as factors, on inputs that are rounded otherwise."""
-        args, kwargs = copied((self.call.args, self.call.kwargs), shaken)
-        module = stand_in(self._before)
-        with_noise(module)
+        call = self._again(rounded_otherwise)
+        with_noise(call.module)
         self.random.restore()
-        return module.forward(*args, **kwargs), (args, kwargs), module
+        return call.by_forward(), (call.args, call.kwargs), call.module
 
     def _precision(self, result: Any) -> torch.dtype:
         """Return the coarsest dtype in which the call rounds."""
@@ -229,10 +232,6 @@ def _tensor_difference(one: Any, other: Tensor) -> str | None:
         return "the result differs"
     largest = (one.double() - other.double())[~same].abs().max().item()
     return f"the result differs by up to {largest:.2g}"
-
-
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def stand_in(module: nn.Module) -> nn.Module:

@@ -14,8 +14,6 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, tor
 """Of the largest value: gradients that are summed up in another order round differently."""
 _MASKED = 1e4
 """Values of this size are those of masks."""
-
-
 _OF_NOISE = 8
 """How many times what rounding does to a gradient two of them may differ by, where that is more than the tolerance."""
 
@@ -46,7 +44,7 @@ def gradients_differ(
     return f"the gradient of {next(iter(far))} differs" if far else None
 
 
-def shaken(value: Tensor) -> Tensor:
+def rounded_otherwise(value: Tensor) -> Tensor:
     """Return a copy of floating-point values, about every second one greater by one unit in its last place.
 
     Of masks, whose values are infinite or nearly so, nothing changes.

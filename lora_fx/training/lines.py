@@ -62,8 +62,11 @@ def step_line(line: RecordedStep) -> bytes:
 
 
 def _spelt(value: float, digits: int) -> float | str:
-    if abs(value) < _LARGEST:
-        return float(f"{value:.{digits}g}")
+    return float(f"{value:.{digits}g}") if abs(value) < _LARGEST else name_of(value)
+
+
+def name_of(value: float) -> str:
+    """Return the string that stands for a number that is not finite, or counts as such."""
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 

@@ -9,7 +9,7 @@ from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import columns, count, json_text, listing
 from lora_fx.training.curves import chart, picked, smoothed, sparkline
 from lora_fx.training.history import History, is_finite, words
-from lora_fx.training.lines import RecordLines
+from lora_fx.training.lines import RecordLines, name_of
 from lora_fx.training.picture import record_html, record_svg
 
 _WIDTH, _HEIGHT, _SPARK = 56, 6, 24
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return name_of(value)
     return value if isinstance(value, (str, int, float, type(None))) else [_plain(item) for item in value]
 
 

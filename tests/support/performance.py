@@ -85,9 +85,14 @@ def _run(line: str) -> tuple[str, ...]:
     return tuple(cell.strip() for cell in line.strip("|").split("|")[:5])
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as a table in Markdown, of which the first is the head."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
 def told(page: Path | None, name: str, rows: Sequence[Sequence[str]]) -> None:
     """Write rows as a table to the standard output, and between the marks of a page where one is given."""
-    text = "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    text = markdown(rows)
     if page is not None:
         page.write_text(written(page.read_text(encoding="utf-8"), name, text), encoding="utf-8")
     print(text)

@@ -18,7 +18,19 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class ConvolutionA(LoRAFactor):
+class FilterFactor(LoRAFactor):
+    """A factor of a convolution, held as filters [out, in, …]."""
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.flatten(1)
+
+    def _sizes(self) -> tuple[int, int]:
+        rows, columns = self.matrix.shape
+        return columns, rows
+
+
+class ConvolutionA(FilterFactor):
     """A of a convolution: r filters [r, in / groups, kernel…], which every group of channels meets.
 
     Stride, padding, its mode and dilation are the base layer's.
@@ -42,15 +54,8 @@ class ConvolutionA(LoRAFactor):
         convolve = _CONVOLVE[weight.dim() - 2]
         return convolve(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
-    @property
-    def matrix(self) -> Tensor:
-        return self.weight.flatten(1)
 
-    def _sizes(self) -> tuple[int, int]:
-        return self.weight.shape[1:].numel(), self.weight.shape[0]
-
-
-class ConvolutionB(LoRAFactor):
+class ConvolutionB(FilterFactor):
     """B of a convolution: [out, r, 1…]."""
 
     def __init__(self, weight: Tensor, groups: int) -> None:
@@ -59,13 +64,6 @@ class ConvolutionB(LoRAFactor):
 
     def forward(self, x: Tensor) -> Tensor:
         return _CONVOLVE[self.weight.dim() - 2](x, self.weight, None, 1, 0, 1, self.groups)
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.weight.flatten(1)
-
-    def _sizes(self) -> tuple[int, int]:
-        return self.weight.shape[1:].numel(), self.weight.shape[0]
 
 
 class EmbeddingA(LoRAFactor):
