@@ -19,6 +19,7 @@ ORDER = [
     ["planning"],
     ["models"],
     ["adapters"],
+    ["liveness"],
     ["capture"],
     ["passes"],
     ["regions"],
