@@ -251,6 +251,24 @@ def packing() -> Callable[..., Any] | None:
     return None if hooks is None else hooks[0]
 
 
+def moves_tensors(pack: Callable[..., Any] | None) -> bool:
+    """Whether a hook on what autograd keeps is one of torch's own, which make it again or keep it elsewhere.
+
+    To ask autograd early for what such a hook was given would undo that.
+    """
+    return pack is not None and pack.__module__.startswith("torch.")
+
+
+def hook_on_saved(node: Any, name: str) -> Callable[..., Any] | None:
+    """Return the hook that gives a node of autograd the tensor of that name back; None if the node has it itself.
+
+    Raises:
+        AttributeError: the node keeps nothing of that name, or torch does not tell (before 2.13).
+    """
+    hook: Callable[..., Any] | None = getattr(node, f"_raw_saved_{name}").unpack_hook
+    return hook
+
+
 def checkpointing() -> Callable[..., Any] | None:
     """Return the hook of the checkpoint that is at work; each has its own.  None outside, and in a reentrant one."""
     pack = packing()

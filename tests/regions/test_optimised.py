@@ -279,13 +279,6 @@ def test_block_computes_what_it_computes_by_modules_gradients_of_gradients_inclu
     assert fast_passes(pair[0]) >= {"recompute"} if forward is not input_of_the_norm_changed_before else {"stack"}
 
 
-def input_changed_between_siblings(self: Any, x: Tensor) -> Tensor:
-    h = self.norm(x)
-    q = self.q(h)
-    h.mul_(1.5)
-    return self.end(x, q, h)
-
-
 def input_changed_through_a_view(self: Any, x: Tensor) -> Tensor:
     h = self.norm(x).clone()
     row, q = h.view(-1), self.q(h)
@@ -301,9 +294,7 @@ def input_changed_after_the_norm(self: Any, x: Tensor) -> Tensor:
     return x + y
 
 
-@pytest.mark.parametrize(
-    "forward", [input_changed_between_siblings, input_changed_through_a_view, input_changed_after_the_norm]
-)
+@pytest.mark.parametrize("forward", [input_changed_through_a_view, input_changed_after_the_norm])
 def test_what_cannot_be_trained_without_graphs_cannot_with_them_and_runs_without_gradients(forward: Any):
     pair = towers(forward)
     with torch.no_grad():

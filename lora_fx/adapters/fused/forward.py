@@ -1,8 +1,8 @@
 """base + scaling · B A dropout(x) for one or more frozen linears on the same x, as one differentiable operation.
 
-What it saves for the backward pass is x (once for all layers), A x, and references to the weights; nothing is cast,
-scaled, masked or added in a tensor of its own that outlives the call.  Of several layers on one x the A products are
-one product, with all A below each other, and so are their gradients.
+What it saves for the backward pass is x (once for all layers; nothing where x is a norm's output), A x, and references
+to the weights; nothing is cast, scaled, masked or added in a tensor of its own that outlives the call.  Of several
+layers on one x the A products are one product, with all A below each other, and so are their gradients.
 
 Forward, for layer i:    hᵢ = Aᵢ dropout(x)ᵀ              yᵢ = x Wᵢᵀ + bᵢ, then += scalingᵢ · hᵢᵀ Bᵢᵀ in place
 Backward:                zᵢ = scalingᵢ · Bᵢᵀ dyᵢᵀ         dBᵢᵀ = scalingᵢ · hᵢ dyᵢ        dAᵢ = zᵢ dropout(x)
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.fused.backward import Backward, differentiable
+from lora_fx.adapters.fused.origin import origin
 from lora_fx.adapters.fused.terms import (
     Group,
     Produce,
@@ -119,15 +120,17 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, terms: Sequence[Term], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         results, inner, unscaled = _forward(group, x, terms)
-        ctx.group, ctx.given = group, len(tensors)
-        ctx.save_for_backward(*tensors, *inner, *unscaled)
+        made_of, ctx.make = origin(tensors[0]) if group.produce is None else (tensors[:1], None)
+        ctx.group, ctx.made_of, ctx.given = group, len(made_of), len(tensors)
+        ctx.save_for_backward(*made_of, *tensors[1:], *inner, *unscaled)
         ctx.set_materialize_grads(False)
         return (*results, x) if group.shows else tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, group = ctx.saved_tensors, ctx.group
-        tensors, kept_ones = saved[: ctx.given], saved[ctx.given :]
+        x = saved[0] if ctx.make is None else ctx.make(*saved[: ctx.made_of])
+        tensors, kept_ones = (x, *saved[ctx.made_of :][: ctx.given - 1]), saved[ctx.made_of + ctx.given - 1 :]
         needs = ctx.needs_input_grad[3:]
         device = tensors[0].device.type
         cast = autocast_dtype(device) is not None  # what the forward saved has been cast: products keep their dtypes

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.products import Call
-from lora_fx.models.torch_internals import packing
+from lora_fx.models.torch_internals import moves_tensors, packing
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def source(x: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
     Where x is a product, and autograd keeps its factors anyway, these; else x itself.
     """
     node = x.grad_fn
-    if type(node).__name__ == "MulBackward0" and not _hooks_may_move_tensors():
+    if type(node).__name__ == "MulBackward0" and not moves_tensors(packing()):
         with contextlib.suppress(RuntimeError):  # changed in place since, so no longer what was multiplied
             factors = (node._saved_self, node._saved_other)  # type: ignore[union-attr]
             if all(factor is not None and factor.shape == x.shape and factor.dtype == x.dtype for factor in factors):
@@ -64,12 +64,6 @@ def source(x: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
 
 def _itself(x: Tensor) -> Tensor:
     return x
-
-
-def _hooks_may_move_tensors() -> bool:
-    """Whether torch recomputes or offloads what autograd keeps, so that asking for it early would undo that."""
-    pack = packing()
-    return pack is not None and pack.__module__.startswith("torch.")
 
 
 def routed_product(
