@@ -36,6 +36,7 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -55,6 +56,19 @@ shape_guard_names: dict[str, Any] = dict(SYMPY_INTERP)
 def global_hook_tables() -> tuple[dict[int, Callable[..., Any]], ...]:
     """Return torch's tables of hooks that fire for every module."""
     return (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+
+
+@contextlib.contextmanager
+def without_function_mode(mode: TorchFunctionMode) -> Iterator[None]:
+    """Take the mode off this thread for a while, with those that were entered after it."""
+    above = []
+    while not above or above[-1] is not mode:
+        above.append(_pop_mode())
+    try:
+        yield
+    finally:
+        for taken in reversed(above):
+            _push_mode(taken)
 
 
 def in_backward() -> bool:

@@ -3,6 +3,7 @@
 Both run on stand-ins, copies of the block, so that a comparison leaves no trace in the user's model.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from lora_fx.models.swap import Swapped, take_off
 from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.gradients import Run, gradients_differ, rounded_otherwise, values_differ
 from lora_fx.regions.program import Program
+from lora_fx.regions.thin import ThinLinears
 
 REGION = "lora_fx_region"
 """Attribute of a module that is a region."""
@@ -54,8 +56,9 @@ def _copy(value: Tensor) -> Tensor:
 class Replay:
     """A call kept so that it can be made again: copies of module, arguments and random state as they were before it."""
 
-    def __init__(self, call: ModuleCall) -> None:
-        self._given = call
+    def __init__(self, call: ModuleCall, thin: bool = False) -> None:
+        """Keep a call; `thin` if large products are thin in it (`ThinLinears`), and are to be so again."""
+        self._given, self._thin = call, thin
         self._before = stand_in(call.module)
         args, kwargs = copied((call.args, call.kwargs), _copy)
         self.call = ModuleCall(call.module, call.forward, args, kwargs)
@@ -176,7 +179,7 @@ class Replay:
 
     def _run(self, work: Any) -> Any:
         def run() -> Any:
-            with self.ambient.active():
+            with self.ambient.active(), ThinLinears() if self._thin else contextlib.nullcontext():
                 return work()
 
         return in_clean_thread(run)

@@ -27,6 +27,7 @@ from lora_fx.progress.steps import block_called
 from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
 from lora_fx.regions.program import Program, make_program
 from lora_fx.regions.sizes import Sizes
+from lora_fx.regions.thin import ThinLinears
 
 MOST_GRAPHS = 16
 """How many graphs one region may capture; after that it warns and stays with those it has."""
@@ -43,6 +44,9 @@ class GuardedRegion(RunsGraphs):
         if torch.compiler.is_compiling():  # torch.compile and torch.export trace the Python forward with its adapters
             return super().forward(*args, **kwargs)
         region: Region = self.__dict__[REGION]
+        if region.thin is not None and not region.thin.paused and not region.settled(self, args, kwargs):
+            with region.thin.whole():
+                return self.forward(*args, **kwargs)
         hit = region.find(self, args, kwargs)
         if hit is not None and not (region.checking or hit[0].may_give_up or hit[0].wants_proof):
             return hit[0].run(self, hit[1])  # most calls end here, and none of them pays for a ModuleCall
@@ -98,13 +102,15 @@ class Region:
     capturing: bool = True
     checking: bool = False
     """Whether what a program computes is compared with the forward, call by call."""
+    thin: ThinLinears | None = None
+    """While the model only runs to show its calls: what keeps large products from being computed."""
 
     def __getstate__(self) -> tuple[Any, ...]:
         return (self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing = state
-        self.captures, self.mine, self.checking = 0, [], False
+        self.captures, self.mine, self.checking, self.thin = 0, [], False, None
 
     # -- a call
 
@@ -123,6 +129,20 @@ class Region:
             if type(inputs) is tuple and program.ones_of(inputs) in program.ones:
                 return self._hit(program, inputs)
         return None
+
+    def settled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether nothing is to be learnt from the values of such a call: a program that fits it has been proven.
+
+        At most, that is, for which of its kind's modules it stands: a number that the program uses as an index.
+        """
+        if not self.capturing or not self.enabled:
+            return True
+        for program in self.block.programs:
+            inputs = program.guard.match_unproven(module, args, kwargs)
+            if type(inputs) is tuple and program.verified and not program.wants_proof:
+                ones = program.ones_of(inputs)
+                return (not ones or ones in program.ones) and not (self.checking and program.checks < MOST_CHECKS)
+        return False
 
     def _hit(self, program: Program, inputs: tuple[Tensor, ...]) -> tuple[Program, tuple[Tensor, ...]]:
         self.hits += 1
@@ -160,7 +180,7 @@ class Region:
     def _kept(self, call: ModuleCall) -> Replay | None:
         """Return the call as it was before the forward; None if it cannot be kept, with the reason noted."""
         try:
-            return Replay(call)
+            return Replay(call, self.thin is not None and not self.thin.paused)
         except Exception as error:  # whatever a user's __deepcopy__ raises
             text = f"the call cannot be made twice: {type(error).__name__}: {error}"
             self._note_failure(call, text[:200])

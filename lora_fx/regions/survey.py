@@ -31,7 +31,8 @@ from lora_fx.regions.install import (
     stock,
     uninstall,
 )
-from lora_fx.regions.variants import variants
+from lora_fx.regions.thin import ThinLinears
+from lora_fx.regions.variants import shrunk, variants
 
 MODES = ((False, False), (True, True))
 """(training, grad mode) of the runs: as in inference, and as in training."""
@@ -79,17 +80,32 @@ def survey(twin: nn.Module, samples: Sequence[Sample], sites: Sequence[str]) -> 
             install(twin, new)
             with step(total=9):
                 _learn_sizes(twin, samples)
-                run_modes(twin, samples, "capturing", share=8)
+                _capture(twin, samples)
             smaller = (*_retreat(twin, sites, failures), *_inside_leaves(twin, sites))
             new = [path for path in dict.fromkeys(smaller) if path not in tried]
             tried |= dict.fromkeys(new)
     if not is_meta(twin):
-        with checked_hits(twin):
-            run_variants(twin, samples, "comparing")
+        with checked_hits(twin), step(total=10):
+            run_modes(twin, samples, "comparing")
+            run_variants(twin, samples, "comparing", share=9)
     structures = {path: structure_of(module) for path, module, _ in regions(twin)}
     seconds = {structures[path]: region.block.seconds for path, _, region in regions(twin)}
     covered = frozenset(in_graphs(twin))
     return Survey(failures, library_of(twin), structures, covered, seconds)
+
+
+def _capture(twin: nn.Module, samples: Sequence[Sample]) -> None:
+    """Let the regions capture the samples' calls: made small, unless the model refuses that or leaves a region out.
+
+    Which it may do for values, so nothing is thin then.
+    """
+    with step(total=8, share=8):
+        if not is_meta(twin):
+            with contextlib.suppress(Exception):  # of the model, for a size that the user has not given
+                run_modes(twin, [shrunk(sample) for sample in samples], "capturing", share=7)
+                if all(region.misses for _, _, region in regions(twin)):
+                    return
+        run_modes(twin, samples, "capturing", thin=False)
 
 
 def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
@@ -162,42 +178,52 @@ def prove(twin: nn.Module, samples: Sequence[Sample]) -> None:
     """Let every sample, and what is made up from them, run in eval and in train mode; a model on meta runs nothing."""
     if samples and not is_meta(twin):
         with step(total=4, share=4):
+            small = [shrunk(sample) for sample in samples]
+            run_modes(twin, small, "proving", may_fail=True)
+            run_variants(twin, samples, "proving", share=2)
             run_modes(twin, samples, "proving")
-            run_variants(twin, samples, "proving", share=3)
 
 
 def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
     """Return the sites whose adapter gets no gradient from anything that the samples give in eval mode.
 
-    One forward and one backward for each sample, until all have one.  The twin is used up: its adapters hold noise and
-    gradients.  A model that cannot run so, or runs on the meta device, is not judged.
+    One forward and one backward for each sample, until all have one; of samples made small first, since how gradients
+    come to an adapter hardly ever depends on sizes.  The twin is used up: its adapters hold noise and gradients.  A
+    model that cannot run so, or runs on the meta device, is not judged.
     """
     if is_meta(twin):
         return []
     with_noise(twin)
-    waiting = [(path, adapter.lora_B.weight) for path, adapter in all_attached(twin)]
+    waiting = {path: adapter.lora_B.weight for path, adapter in all_attached(twin)}
     with (
         unchanged_modes(twin),
         unchanged_random(twin),
         warnings.catch_warnings(),
         torch.enable_grad(),
-        step("looking for gradients", len(samples)) as doing,
+        step("looking for gradients", 2 * len(samples)) as doing,
     ):
         warnings.simplefilter("ignore")
         twin.eval()
-        for sample in samples:
-            try:
-                given = tensors_in(twin(*sample.args, **sample.kwargs))
-                sums = [tensor.float().sum() for tensor in given if tensor.requires_grad]
-                if sums:
-                    torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
-            except Exception:  # a model for inference alone, or outputs on several devices: nothing can be said
-                return []
+        for sample, small in (*((shrunk(sample), True) for sample in samples), *((sample, False) for sample in samples)):
+            if not _sends_gradients(twin, sample, thin=small) and not small:
+                return []  # a model for inference alone, or outputs on several devices: nothing can be said
             doing.advance()
-            waiting = [(path, factor) for path, factor in waiting if factor.grad is None]
+            waiting = {path: factor for path, factor in waiting.items() if factor.grad is None}
             if not waiting:
                 break
-    return list(dict.fromkeys(path for path, _ in waiting))
+    return list(waiting)
+
+
+def _sends_gradients(twin: nn.Module, sample: Sample, thin: bool) -> bool:
+    """Run the sample forward and backward; return whether that can be done."""
+    try:
+        given = tensors_in(_run(twin, sample, thin))
+        sums = [tensor.float().sum() for tensor in given if tensor.requires_grad]
+        if sums:
+            torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception:  # whatever the model raises
+        return False
+    return True
 
 
 def run_variants(model: nn.Module, samples: Sequence[Sample], what: str, share: float = 1.0) -> None:
@@ -236,8 +262,11 @@ def run_modes(
     may_fail: bool = False,
     modes: Sequence[tuple[bool, bool]] = MODES,
     share: float = 1.0,
+    thin: bool = True,
 ) -> None:
     """Run every sample in every mode; random state and modes are as before afterwards.
+
+    The runs are for what blocks are called with, not for results.
 
     Args:
         model: with regions, or without.
@@ -245,6 +274,7 @@ def run_modes(
         what: that is for, for who waits; and `share`, how much of it this is.
         may_fail: whether a sample that the model refuses does not count.
         modes: (training, grad mode) of the runs.
+        thin: whether large linears may be thin where nothing is learnt from their values.
     """
     blocks = sum(1 for _ in regions(model)) or 1
     with (
@@ -261,9 +291,31 @@ def run_modes(
                 with torch.set_grad_enabled(grad), contextlib.ExitStack() as stack:
                     if training or may_fail:  # some models refuse to train on such a batch; the user will not either
                         stack.enter_context(contextlib.suppress(Exception))
-                    model(*sample.args, **sample.kwargs)
+                    _run(model, sample, thin)
                 done += blocks
                 doing.reach(done)
+
+
+def _run(model: nn.Module, sample: Sample, thin: bool) -> Any:
+    """Return what a model makes of a sample, with large linears thin if that works."""
+    if thin and not is_meta(model):
+        with contextlib.suppress(Exception), _thin(model):  # an error may be for values that nobody needs
+            return model(*sample.args, **sample.kwargs)
+    return model(*sample.args, **sample.kwargs)
+
+
+@contextlib.contextmanager
+def _thin(model: nn.Module) -> Iterator[None]:
+    """Let large linears be thin for a while, but in regions that still learn from the call."""
+    inside = [region for _, _, region in regions(model)]
+    with ThinLinears() as thin:
+        for region in inside:
+            region.thin = thin
+        try:
+            yield
+        finally:
+            for region in inside:
+                region.thin = None
 
 
 @contextlib.contextmanager

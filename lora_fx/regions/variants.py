@@ -25,11 +25,17 @@ def variants(model: nn.Module, sample: Sample) -> Iterator[Sample]:
     sizes = _sizes_of(sample)
     if sizes is None:
         return
-    few, short = min(sizes.batch, _FEW) if sizes.batch > 1 else _FEW, sizes.shorter()
-    yield from _incomplete(model, sizes.resized(sample, few, short))
-    for rows in (few, 1):
+    short = sizes.shorter()
+    yield from _incomplete(model, sizes.resized(sample, sizes.few(), short))
+    for rows in (sizes.few(), 1):
         for lengths in (short, *_with_ones(short)):
             yield from _masked(sizes.resized(sample, rows, lengths))
+
+
+def shrunk(sample: Sample) -> Sample:
+    """Return the sample with few rows and short sequences; itself where its sizes tell nothing."""
+    sizes = _sizes_of(sample)
+    return sample if sizes is None else sizes.resized(sample, sizes.few(), sizes.shorter())
 
 
 def _with_ones(lengths: dict[int, int]) -> Iterator[dict[int, int]]:
@@ -47,6 +53,10 @@ class _Sizes:
     batch: int
     lengths: frozenset[int]
     """Second dimensions that are lengths of sequences."""
+
+    def few(self) -> int:
+        """Return a small number of rows, at least 2."""
+        return min(self.batch, _FEW) if self.batch > 1 else _FEW
 
     def shorter(self) -> dict[int, int]:
         """Return a small length for each, other than it: at least 2, and other lengths stay other lengths."""
