@@ -61,14 +61,14 @@ def global_hook_tables() -> tuple[dict[int, Callable[..., Any]], ...]:
 @contextlib.contextmanager
 def without_function_mode(mode: TorchFunctionMode) -> Iterator[None]:
     """Take the mode off this thread for a while, with those that were entered after it."""
-    above = []
+    above: list[TorchFunctionMode] = []
     while not above or above[-1] is not mode:
-        above.append(_pop_mode())
+        above.append(_pop_mode())  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         for taken in reversed(above):
-            _push_mode(taken)
+            _push_mode(taken)  # type: ignore[no-untyped-call]
 
 
 def in_backward() -> bool:

@@ -56,8 +56,8 @@ def _copy(value: Tensor) -> Tensor:
 class Replay:
     """A call kept so that it can be made again: copies of module, arguments and random state as they were before it."""
 
-    def __init__(self, call: ModuleCall, thin: bool = False) -> None:
-        """Keep a call; `thin` if large products are thin in it (`ThinLinears`), and are to be so again."""
+    def __init__(self, call: ModuleCall, thin: ThinLinears | None = None) -> None:
+        """Keep a call; `thin` if large products are thin in it, and are to be so again."""
         self._given, self._thin = call, thin
         self._before = stand_in(call.module)
         args, kwargs = copied((call.args, call.kwargs), _copy)
@@ -179,7 +179,7 @@ class Replay:
 
     def _run(self, work: Any) -> Any:
         def run() -> Any:
-            with self.ambient.active(), ThinLinears() if self._thin else contextlib.nullcontext():
+            with self.ambient.active(), ThinLinears(self._thin.purpose) if self._thin else contextlib.nullcontext():
                 return work()
 
         return in_clean_thread(run)

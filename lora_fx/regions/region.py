@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.capture.calls.ambient import RandomState, ambient_state
-from lora_fx.capture.calls.arguments import flatten
+from lora_fx.capture.calls.arguments import flatten, is_constant
 from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.capture.calls.reasons import reason_of
 from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture
@@ -27,7 +27,7 @@ from lora_fx.progress.steps import block_called
 from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
 from lora_fx.regions.program import Program, make_program
 from lora_fx.regions.sizes import Sizes
-from lora_fx.regions.thin import ThinLinears
+from lora_fx.regions.thin import Purpose, ThinLinears
 
 MOST_GRAPHS = 16
 """How many graphs one region may capture; after that it warns and stays with those it has."""
@@ -44,9 +44,8 @@ class GuardedRegion(RunsGraphs):
         if torch.compiler.is_compiling():  # torch.compile and torch.export trace the Python forward with its adapters
             return super().forward(*args, **kwargs)
         region: Region = self.__dict__[REGION]
-        if region.thin is not None and not region.thin.paused and not region.settled(self, args, kwargs):
-            with region.thin.whole():
-                return self.forward(*args, **kwargs)
+        if region.thin is not None and not region.thin.paused:
+            return region.show(ModuleCall(self, super().forward, args, kwargs))
         hit = region.find(self, args, kwargs)
         if hit is not None and not (region.checking or hit[0].may_give_up or hit[0].wants_proof):
             return hit[0].run(self, hit[1])  # most calls end here, and none of them pays for a ModuleCall
@@ -130,19 +129,41 @@ class Region:
                 return self._hit(program, inputs)
         return None
 
-    def settled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether nothing is to be learnt from the values of such a call: a program that fits it has been proven.
+    def show(self, call: ModuleCall) -> Any:
+        """Answer a call in a run that shows what blocks are called with: computed as far as it teaches anything."""
+        assert self.thin is not None
+        if not self.capturing:
+            shapes = tuple(leaf.value.shape for leaf in flatten(call.args, call.kwargs).tensors())
+            return self.thin.once((id(self.block), _signature(call), shapes), lambda: self.miss(call))
+        program, inputs = self._settled(call)
+        if program is None:
+            with self.thin.whole():
+                return call.module.forward(*call.args, **call.kwargs)
+        key = (id(program), *map(_facts_of, inputs))
+        hit = self.find(call.module, call.args, call.kwargs)
+        if hit is not None:
+            return self.thin.once(key, lambda: hit[0].run(call.module, hit[1]))
+        if program.verified and self.thin.purpose is Purpose.PROVE:
+            return self.miss(call)
+        self._keep(program)  # on the meta device there is nothing to compare
+        return self.thin.once(key, call.by_forward)
 
-        At most, that is, for which of its kind's modules it stands: a number that the program uses as an index.
+    def _settled(self, call: ModuleCall) -> tuple[Program | None, tuple[Any, ...]]:
+        """Return the program that fits a call, and its inputs, if nothing of it is to be compared or proven any more.
+
+        But, at most, which of the kind's modules it stands for: a number that the program uses as an index.
         """
-        if not self.capturing or not self.enabled:
-            return True
         for program in self.block.programs:
-            inputs = program.guard.match_unproven(module, args, kwargs)
-            if type(inputs) is tuple and program.verified and not program.wants_proof:
+            inputs = call.matched(program.guard.match_unproven)
+            if isinstance(inputs, int):
+                continue
+            if any(isinstance(value, Tensor) and value.is_meta for value in inputs):
+                return program, inputs
+            if program.verified and not program.wants_proof and not program.may_give_up:
+                compared = not self.checking or program.checks >= MOST_CHECKS
                 ones = program.ones_of(inputs)
-                return (not ones or ones in program.ones) and not (self.checking and program.checks < MOST_CHECKS)
-        return False
+                return (program, inputs) if compared and (not ones or ones in program.ones) else (None, ())
+        return None, ()
 
     def _hit(self, program: Program, inputs: tuple[Tensor, ...]) -> tuple[Program, tuple[Tensor, ...]]:
         self.hits += 1
@@ -180,7 +201,7 @@ class Region:
     def _kept(self, call: ModuleCall) -> Replay | None:
         """Return the call as it was before the forward; None if it cannot be kept, with the reason noted."""
         try:
-            return Replay(call, self.thin is not None and not self.thin.paused)
+            return Replay(call, None if self.thin is None or self.thin.paused else self.thin)
         except Exception as error:  # whatever a user's __deepcopy__ raises
             text = f"the call cannot be made twice: {type(error).__name__}: {error}"
             self._note_failure(call, text[:200])
@@ -337,6 +358,13 @@ def _signature(call: ModuleCall) -> tuple[object, ...]:
     # what fails at a size of 1 may be captured at others
     ones = tuple(tuple(size == 1 for size in leaf.value.shape) for leaf in flat.tensors())
     return (flat.shape_free(), ones, call.module.training, around)
+
+
+def _facts_of(value: Any) -> object:
+    """Return what of a program's input decides on the shapes, dtypes and gradients of its results."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.dtype, value.requires_grad)
+    return value if is_constant(value) else type(value)
 
 
 def region_of(module: nn.Module) -> Region | None:

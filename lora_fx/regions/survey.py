@@ -31,7 +31,7 @@ from lora_fx.regions.install import (
     stock,
     uninstall,
 )
-from lora_fx.regions.thin import ThinLinears
+from lora_fx.regions.thin import Purpose, ThinLinears
 from lora_fx.regions.variants import shrunk, variants
 
 MODES = ((False, False), (True, True))
@@ -103,9 +103,9 @@ def _capture(twin: nn.Module, samples: Sequence[Sample]) -> None:
         if not is_meta(twin):
             with contextlib.suppress(Exception):  # of the model, for a size that the user has not given
                 run_modes(twin, [shrunk(sample) for sample in samples], "capturing", share=7)
-                if all(region.misses for _, _, region in regions(twin)):
+                if all(region.mine or region.misses for _, _, region in regions(twin)):
                     return
-        run_modes(twin, samples, "capturing", thin=False)
+        run_modes(twin, samples, "capturing", purpose=Purpose.RESULT)
 
 
 def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
@@ -179,9 +179,9 @@ def prove(twin: nn.Module, samples: Sequence[Sample]) -> None:
     if samples and not is_meta(twin):
         with step(total=4, share=4):
             small = [shrunk(sample) for sample in samples]
-            run_modes(twin, small, "proving", may_fail=True)
-            run_variants(twin, samples, "proving", share=2)
-            run_modes(twin, samples, "proving")
+            run_modes(twin, small, "proving", may_fail=True, purpose=Purpose.PROVE)
+            run_variants(twin, samples, "proving", share=2, purpose=Purpose.PROVE)
+            run_modes(twin, samples, "proving", purpose=Purpose.PROVE)
 
 
 def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
@@ -204,8 +204,12 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
     ):
         warnings.simplefilter("ignore")
         twin.eval()
-        for sample, small in (*((shrunk(sample), True) for sample in samples), *((sample, False) for sample in samples)):
-            if not _sends_gradients(twin, sample, thin=small) and not small:
+        for sample, small in (
+            *((shrunk(sample), True) for sample in samples),
+            *((sample, False) for sample in samples),
+        ):
+            sends = _sends_gradients(twin, sample, Purpose.FLOW if small else Purpose.RESULT)
+            if not sends and not small:
                 return []  # a model for inference alone, or outputs on several devices: nothing can be said
             doing.advance()
             waiting = {path: factor for path, factor in waiting.items() if factor.grad is None}
@@ -214,10 +218,10 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
     return list(waiting)
 
 
-def _sends_gradients(twin: nn.Module, sample: Sample, thin: bool) -> bool:
+def _sends_gradients(twin: nn.Module, sample: Sample, purpose: Purpose) -> bool:
     """Run the sample forward and backward; return whether that can be done."""
     try:
-        given = tensors_in(_run(twin, sample, thin))
+        given = tensors_in(_run(twin, sample, purpose))
         sums = [tensor.float().sum() for tensor in given if tensor.requires_grad]
         if sums:
             torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
@@ -226,20 +230,22 @@ def _sends_gradients(twin: nn.Module, sample: Sample, thin: bool) -> bool:
     return True
 
 
-def run_variants(model: nn.Module, samples: Sequence[Sample], what: str, share: float = 1.0) -> None:
+def run_variants(
+    model: nn.Module, samples: Sequence[Sample], what: str, share: float = 1.0, purpose: Purpose = Purpose.SHOW
+) -> None:
     """Run what is made up from the samples, in eval and in train mode; what the model refuses does not count.
 
-    `what` and `share` are for who waits, as for `run_modes`.
+    `what`, `share` and `purpose` are those of `run_modes`.
     """
     made_up = tuple(variants(model, samples[0]))
-    run_modes(model, made_up, f"{what} at other sizes", may_fail=True, share=share)
+    run_modes(model, made_up, f"{what} at other sizes", may_fail=True, share=share, purpose=purpose)
     if any(
         program.captured.dependencies.asks_grad_mode
         for _, _, region in regions(model)
         for program in region.block.programs
     ):
         again = f"{what} with gradients in eval mode"
-        run_modes(model, (*samples, *made_up), again, may_fail=True, modes=_EVAL_WITH_GRADIENTS)
+        run_modes(model, (*samples, *made_up), again, may_fail=True, modes=_EVAL_WITH_GRADIENTS, purpose=purpose)
 
 
 @contextlib.contextmanager
@@ -262,11 +268,9 @@ def run_modes(
     may_fail: bool = False,
     modes: Sequence[tuple[bool, bool]] = MODES,
     share: float = 1.0,
-    thin: bool = True,
+    purpose: Purpose = Purpose.SHOW,
 ) -> None:
     """Run every sample in every mode; random state and modes are as before afterwards.
-
-    The runs are for what blocks are called with, not for results.
 
     Args:
         model: with regions, or without.
@@ -274,7 +278,7 @@ def run_modes(
         what: that is for, for who waits; and `share`, how much of it this is.
         may_fail: whether a sample that the model refuses does not count.
         modes: (training, grad mode) of the runs.
-        thin: whether large linears may be thin where nothing is learnt from their values.
+        purpose: what for; what is not needed for it is not computed.
     """
     blocks = sum(1 for _ in regions(model)) or 1
     with (
@@ -291,24 +295,24 @@ def run_modes(
                 with torch.set_grad_enabled(grad), contextlib.ExitStack() as stack:
                     if training or may_fail:  # some models refuse to train on such a batch; the user will not either
                         stack.enter_context(contextlib.suppress(Exception))
-                    _run(model, sample, thin)
+                    _run(model, sample, purpose)
                 done += blocks
                 doing.reach(done)
 
 
-def _run(model: nn.Module, sample: Sample, thin: bool) -> Any:
-    """Return what a model makes of a sample, with large linears thin if that works."""
-    if thin and not is_meta(model):
-        with contextlib.suppress(Exception), _thin(model):  # an error may be for values that nobody needs
+def _run(model: nn.Module, sample: Sample, purpose: Purpose) -> Any:
+    """Return what a model makes of a sample; but for the purpose of a result, its values may be any."""
+    if purpose is not Purpose.RESULT:
+        with contextlib.suppress(Exception), _thin(model, purpose):  # an error may be for values that nobody needs
             return model(*sample.args, **sample.kwargs)
     return model(*sample.args, **sample.kwargs)
 
 
 @contextlib.contextmanager
-def _thin(model: nn.Module) -> Iterator[None]:
+def _thin(model: nn.Module, purpose: Purpose) -> Iterator[None]:
     """Let large linears be thin for a while, but in regions that still learn from the call."""
     inside = [region for _, _, region in regions(model)]
-    with ThinLinears() as thin:
+    with ThinLinears(purpose) as thin:
         for region in inside:
             region.thin = thin
         try:

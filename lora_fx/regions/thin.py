@@ -1,9 +1,11 @@
-"""Thin linears: while a model runs only to show what its blocks are called with, no large product is computed whole.
+"""Runs that only show what a model's blocks are called with: what nobody learns from is not computed.
 
-Shapes, dtypes, strides, errors and the path of gradients are those of the real product; the values are those of its
-first few input features.  A block of which something is still to be compared or captured computes all of it.
+Large products are thin: shapes, dtypes, strides, errors and the path of gradients are those of the real product, the
+values those of its first few input features.  A call that has been answered in the same run, of the same kind of block
+with the same facts, is answered alike.  A block of which something is still to be compared or captured computes all.
 """
 
+import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lora_fx.models.torch_internals import without_function_mode
+from lora_fx.models.torch_internals import pytree, without_function_mode
 
 _FEATURES = 4
 """How many of its input's features a thin linear multiplies: enough for values that differ from row to row."""
@@ -21,12 +23,34 @@ SMALLEST = 1 << 18
 """Entries that a weight has at the least for its product to become thin; less is not worth a thought."""
 
 
-class ThinLinears(TorchFunctionMode):
-    """Lets products of rows by a large weight take only the first few features of the rows, in this thread."""
+class Purpose(enum.Enum):
+    """What for a model is run on a sample."""
 
-    def __init__(self) -> None:
+    RESULT = "its result: everything is computed"
+    SHOW = "what its blocks are called with: of blocks of one kind the first are compared with their graphs"
+    PROVE = "the same, and every block is compared"
+    FLOW = "where gradients come to: they pass through every block"
+
+
+class ThinLinears(TorchFunctionMode):
+    """Lets products of rows by a large weight take only the first few features of the rows, in this thread.
+
+    What a run is for decides on what else is left out.
+    """
+
+    def __init__(self, purpose: Purpose) -> None:
         super().__init__()
         self.paused = False
+        self.purpose = purpose
+        self._answers: dict[Any, Any] = {}
+
+    def once(self, key: object, answer: Callable[[], Any]) -> Any:
+        """Return the answer, or a copy of the one that was given to the key before."""
+        if self.purpose is Purpose.FLOW:
+            return answer()
+        if key not in self._answers:
+            self._answers[key] = answer()
+        return pytree.tree_map_only(Tensor, torch.clone, self._answers[key])
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
