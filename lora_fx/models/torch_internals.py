@@ -36,7 +36,7 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -56,6 +56,11 @@ shape_guard_names: dict[str, Any] = dict(SYMPY_INTERP)
 def global_hook_tables() -> tuple[dict[int, Callable[..., Any]], ...]:
     """Return torch's tables of hooks that fire for every module."""
     return (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """Return the modes that see torch functions in this thread."""
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -179,7 +179,7 @@ def prove(twin: nn.Module, samples: Sequence[Sample]) -> None:
     if samples and not is_meta(twin):
         with step(total=4, share=4):
             small = [shrunk(sample) for sample in samples]
-            run_modes(twin, small, "proving", may_fail=True, purpose=Purpose.PROVE)
+            run_modes(twin, small, "proving at small sizes", may_fail=True, purpose=Purpose.PROVE)
             run_variants(twin, samples, "proving", share=2, purpose=Purpose.PROVE)
             run_modes(twin, samples, "proving", purpose=Purpose.PROVE)
 

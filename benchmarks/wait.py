@@ -1,0 +1,144 @@
+"""How long a user waits before the first step: `python benchmarks/wait.py`; times are of this machine.
+
+Seconds of processor time of a forward of the example inputs, of `plan` and `apply`, of the module backend and of PEFT's
+`get_peft_model`; and how often the model ran, whole and only to show what its blocks are called with.  Each model
+is made in a process of its own, after a small one of the same class, so that imports are not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import lora_fx
+from lora_fx.models.samples import Sample
+from lora_fx.models.torch_internals import function_modes
+from lora_fx.regions.thin import ThinLinears
+from tests.support.performance import told
+
+T = TypeVar("T")
+HEAD = ("model", "inputs", "forward", "plan", "apply", "over forward", "modules", "PEFT", "runs whole", "shows")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model and what it is adapted with."""
+
+    name: str
+    kind: type[Any]
+    config: Any
+    inputs: tuple[int, int] | None
+    """Rows and tokens; None: none are given."""
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def model(self, small: bool = False) -> nn.Module:
+        """Return the model with random weights; its class counts its runs."""
+        torch.manual_seed(0)
+        config = type(self.config)(**{**self.config.to_dict(), **({"num_hidden_layers": 2} if small else {})})
+        counted = type(self.kind.__name__, (Counted, self.kind), {"__module__": self.kind.__module__})
+        with torch.device("meta" if self.device == "meta" else "cpu"):
+            return counted(config).to(self.dtype).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+    def sample(self) -> Sample | None:
+        if self.inputs is None:
+            return None
+        ids = torch.randint(0, 1000, self.inputs)
+        return lora_fx.call(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+class Counted(nn.Module):
+    """Mixin that counts the runs of a model and of its twins."""
+
+    whole = 0
+    shown = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(mode, ThinLinears) for mode in function_modes()):
+            Counted.shown += 1
+        else:
+            Counted.whole += 1
+        return super().forward(*args, **kwargs)
+
+
+QWEN = Qwen2Config(
+    hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
+    vocab_size=151936, tie_word_embeddings=True,
+)  # fmt: skip
+LARGE = LlamaConfig(
+    hidden_size=16384, num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8,
+    intermediate_size=53248, vocab_size=128256,
+)  # fmt: skip
+CASES = (
+    Case("BERT-base, float32", BertModel, BertConfig(), (4, 128)),
+    Case("Qwen2 0.5B, bfloat16", Qwen2ForCausalLM, QWEN, (2, 128), torch.bfloat16),
+    Case("Qwen2 0.5B, bfloat16", Qwen2ForCausalLM, QWEN, None, torch.bfloat16),
+    Case("Llama 405B, meta device", LlamaForCausalLM, LARGE, None, torch.bfloat16, "meta"),
+)
+
+
+def seconds(work: Callable[[], T]) -> tuple[float, T]:
+    """Return the processor time of all threads that the work takes, and its result."""
+    started = time.process_time()
+    result = work()
+    return time.process_time() - started, result
+
+
+def measured(case: Case) -> Iterator[str]:
+    """Yield the cells of one line."""
+    sample = case.sample()
+    lora_fx.apply(case.model(small=True), r=8, target="all-linear", example_inputs=sample)
+    model = case.model()
+    forward = 0.0
+    if sample is not None:
+        with torch.no_grad():
+            forward = min(seconds(lambda: model(*sample.args, **sample.kwargs))[0] for _ in range(3))
+    Counted.whole = Counted.shown = 0
+    plan_time, plan = seconds(lambda: lora_fx.plan(model, r=8, target="all-linear", example_inputs=sample))
+    apply_time, _ = seconds(lambda: lora_fx.apply(model, plan))
+    whole, shown = Counted.whole, Counted.shown
+    modules, _ = seconds(lambda: lora_fx.apply(model, r=8, target="all-linear", backend="modules"))
+    peer, _ = seconds(lambda: get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")))
+    yield case.name
+    yield "x".join(map(str, case.inputs)) if case.inputs else "none"
+    yield f"{forward:.2f} s" if forward else ""
+    yield f"{plan_time:.2f} s"
+    yield f"{apply_time:.2f} s"
+    yield f"{(plan_time + apply_time) / forward:.1f}" if forward else ""
+    yield f"{modules:.2f} s"
+    yield f"{peer:.2f} s"
+    yield str(whole)
+    yield str(shown)
+
+
+def line(number: int) -> tuple[str, ...]:
+    torch.set_num_threads(1)
+    return tuple(measured(CASES[number]))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)))
+    asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
+    options = asked.parse_args(words)
+    table = [HEAD]
+    for number in options.cases:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            table.append(pool.apply(line, (number,)))
+        print(*table[-1], sep="  ", file=sys.stderr, flush=True)
+    told(options.write, "wait", table)
+
+
+if __name__ == "__main__":
+    main()
