@@ -122,9 +122,9 @@ def apply(
         example_inputs: as for `plan`; with a Plan made from inputs in this process they are known already.
         backend: "auto" runs blocks as guarded graphs where that is proven right and replaces modules elsewhere;
             "graph" refuses what is in no graph; "modules" captures nothing.
-        optimise: whether graphs are made cheaper to train by "stack" (siblings share one product by A) and "recompute"
-            (inputs that are cheap to make are not kept), or the names of those that are wanted.  "stack" sums in
-            another order: a call that fits no graph may then differ by rounding from one that does.
+        optimise: whether graphs are cheaper to train by "stack" (siblings share one product by A) and "recompute"
+            (inputs that are cheap to make are not kept), or names, "loss" too (logits that only a loss reads are never
+            whole).  "stack" sums in another order: a call that fits no graph may differ by rounding from one that does.
         target: in place of rules, as for `plan`, as are `r`, `alpha` and `progress`: `apply(model, r=8, target="*")`.
 
     Raises:

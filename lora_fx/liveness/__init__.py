@@ -3,8 +3,11 @@
 sources   what such rows come from: `take(rows)` and `whole()`
 rows      the tensor itself
 rowwise   the operations through which it stays so
+head      logits, which a linear makes of rows
+crossentropy  their loss, chunk by chunk
 """
 
-from lora_fx.liveness import rowwise
+from lora_fx.liveness import crossentropy, rowwise
 
 rowwise.install()
+crossentropy.install()

@@ -138,10 +138,10 @@ class _Edge(torch.autograd.Function):
         return make()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
         wanted = [tensor for tensor in ctx.wanted if tensor is not None]
         with torch.enable_grad():
             made = ctx.value.source.whole()
-        gradients = iter(torch.autograd.grad(made, wanted, gradient, allow_unused=True))
+        gradients = iter(torch.autograd.grad(made, wanted, gradient, create_graph=again, allow_unused=True))
         return (None, None, *(None if tensor is None else next(gradients) for tensor in ctx.wanted))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.liveness.rows import LazyRows, handles, lazy
-from lora_fx.liveness.sources import Derived, Step
+from lora_fx.liveness.sources import Cast, Derived, Step
 
 _Functions = tuple[Callable[..., Any], ...]
 _CASTS: _Functions = (Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double)
@@ -52,13 +52,10 @@ def _cast(function: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs.keys() - {"dtype", "device", "non_blocking"}:
             return NotImplemented
 
-        def step(tensor: Tensor) -> Tensor:
-            cast: Tensor = function(tensor, *args, **kwargs)
-            return cast
-
-        dtype = step(torch.empty(0, dtype=rows.dtype, device=rows.device)).dtype
+        dtype = function(torch.empty(0, dtype=rows.dtype, device=rows.device), *args, **kwargs).dtype
         if dtype == rows.dtype:
             return rows
+        step = Cast(dtype)
         return _derived(rows, rows.shape, step, step=step, dtype=dtype) if dtype.is_floating_point else NotImplemented
 
     return handler

@@ -12,6 +12,20 @@ Step = Callable[[Tensor], Tensor]
 """Makes rows of rows, each of its own row alone."""
 
 
+class Cast:
+    """The step to another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows.to(self.dtype)
+
+    def widens(self, dtype: torch.dtype) -> bool:
+        """Whether every number of another dtype is one of this."""
+        return torch.promote_types(self.dtype, dtype) is self.dtype
+
+
 class RowSource:
     """Base of what a LazyRows can come from.
 

@@ -17,6 +17,7 @@ from lora_fx.capture.calls.objects import copied, is_plain_object, objects_diffe
 from lora_fx.capture.guards import Match
 from lora_fx.capture.tracing.copies import copied_module
 from lora_fx.capture.tracing.recording import Records
+from lora_fx.liveness.heads import uninstall
 from lora_fx.models.swap import Swapped, take_off
 from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.gradients import Run, gradients_differ, rounded_otherwise, values_differ
@@ -241,6 +242,7 @@ def stand_in(module: nn.Module) -> nn.Module:
     """Return a copy of a block that shares its parameters, has buffers of its own, and runs no graphs."""
     duplicate = copied_module(module)
     for inner in duplicate.modules():
+        uninstall(inner)
         if inner.__dict__.pop(REGION, None) is not None:
             take_off(inner, RunsGraphs)
     return duplicate

@@ -11,6 +11,7 @@ from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.placed import Placed, is_trained, placed_in
 from lora_fx.discovery.study import Study
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
+from lora_fx.liveness.heads import put_outermost
 from lora_fx.models.tensors import get_tensor
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import module_at
@@ -23,6 +24,7 @@ from lora_fx.regions.install import in_graphs, install, stock, without_graph
 from lora_fx.regions.program import OPTIMISATIONS
 from lora_fx.regions.survey import prove, trial_twin, without_gradient
 from lora_fx.text import listing
+from lora_fx.tuned.heads import LIVENESS, install_late
 
 
 def build(model: nn.Module, plan: Plan) -> nn.Module:
@@ -45,11 +47,10 @@ def optimisations(optimise: bool | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: there is no such optimisation; the message lists those that exist.
     """
+    known = (*OPTIMISATIONS, *LIVENESS)
     wanted = (OPTIMISATIONS if optimise else ()) if isinstance(optimise, bool) else tuple(optimise)
-    if isinstance(optimise, str) or not set(wanted) <= set(OPTIMISATIONS):
-        raise ValueError(
-            f"optimise is {optimise!r}; it must be True, False, or names out of {', '.join(OPTIMISATIONS)}"
-        )
+    if isinstance(optimise, str) or not set(wanted) <= set(known):
+        raise ValueError(f"optimise is {optimise!r}; it must be True, False, or names out of {', '.join(known)}")
     return wanted
 
 
@@ -59,10 +60,13 @@ def install_graphs(twin: nn.Module, plan: Plan, passes: tuple[str, ...]) -> None
     A copy runs: nothing that a forward leaves behind in its model shows in the twin.
     """
     if not isinstance(plan.capture, Study):
+        install_late(twin, (), (), passes)
         return
     survey, samples = plan.capture.survey, plan.capture.samples
+    graphs = install_late(twin, samples, survey.graphs, passes)
     with step("making graphs"):
-        install(twin, survey.graphs, passes)
+        install(twin, graphs, passes)
+        put_outermost(twin)
         stock(twin, survey.library, survey.structures, survey.seconds)
     if samples:
         # what is proven on a copy holds for the twin: they share their kinds

@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import STATE, Attached, all_attached
 from lora_fx.adapters.placed import placed_in
+from lora_fx.liveness.heads import late_modules
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.planning.rows import fold_rows
@@ -13,6 +14,7 @@ from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.region import Region
 from lora_fx.text import columns, count, json_text, share_of_parameters
 from lora_fx.tuned.build import record_in, trainable
+from lora_fx.tuned.heads import late_refusals
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,20 @@ class RegionReport:
     """Why it was not done to a graph after all."""
 
 
+@dataclass(frozen=True, slots=True)
+class LateReport:
+    """One module that computes its output when it is asked for, or why a model that was to has none."""
+
+    path: str
+    optimisation: str
+    calls: int
+    """How often its output was left for later."""
+    otherwise: dict[str, int]
+    """How often it was not, by reason."""
+    refused: str = ""
+    """Why it never is; of the whole model where the path is empty."""
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Report(InNotebook):
     """What `inspect` returns."""
@@ -61,12 +77,16 @@ class Report(InNotebook):
     trainable: int
     total: int
     """Number of parameters of the adapted model, adapters included."""
+    late: tuple[LateReport, ...] = ()
+    """What is computed only when it is asked for: of the optimisations "loss" and "liveness"."""
 
     def __str__(self) -> str:
         rows = [_site_row(site) for site in self.sites]
         lines = [f"{self.model} · {count(len(self.sites), 'adapted site')}", "", columns(fold_rows(rows))]
         if self.regions:
             lines += ["", columns(fold_rows([_region_row(region) for region in self.regions]))]
+        if self.late:
+            lines += ["", columns([_late_row(late) for late in self.late])]
         return "\n".join([*lines, "", f"Trainable: {share_of_parameters(self.trainable, self.total)}."])
 
     def to_json(self) -> str:
@@ -93,6 +113,20 @@ def _region_row(region: RegionReport) -> tuple[str, ...]:
     return (region.path or "(root)", graphs, learnt, hits, f"misses: {misses}" if misses else "no misses", done)
 
 
+def _late_row(late: LateReport) -> tuple[str, ...]:
+    if late.refused:
+        return (late.path or "(root)", f"no {late.optimisation}: {late.refused}", "", "")
+    others = ", ".join(f"{number} × {reason}" for reason, number in late.otherwise.items())
+    done = f"{count(late.calls, 'call')} left for later"
+    return (late.path, late.optimisation, done, f"others: {others}" if others else "")
+
+
+def _late(tuned: nn.Module) -> tuple[LateReport, ...]:
+    there = [LateReport(s.path, s.what, s.calls, dict(s.otherwise)) for _, s in late_modules(tuned)]
+    refused = [LateReport(path, "loss", 0, {}, reason) for path, reason in late_refusals(tuned).items()]
+    return (*there, *refused)
+
+
 def report(tuned: nn.Module) -> Report:
     """Return the report of an adapted model; RefusedError if it is not adapted."""
     record, places = record_in(tuned), placed_in(tuned)
@@ -102,7 +136,7 @@ def report(tuned: nn.Module) -> Report:
     ran = tuple(_region(region) for _, _, region in regions(tuned))
     total = sum(p.numel() for p in tuned.parameters())
     trained = sum(p.numel() for p in trainable(tuned))
-    return Report(record.plan.model, sites, ran, whole, trained, total)
+    return Report(record.plan.model, sites, ran, whole, trained, total, _late(tuned))
 
 
 def _site(tuned: nn.Module, path: str, attached: Attached, covered: set[str]) -> AdaptedSite:

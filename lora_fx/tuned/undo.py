@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import STATE, adapted_owners, attached_to, detach
 from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
 from lora_fx.adapters.placed import Placed, base_in, placed_in
+from lora_fx.liveness.heads import late_modules
 from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
@@ -26,6 +27,7 @@ from lora_fx.passes.sites import lora_nodes
 from lora_fx.progress.steps import step
 from lora_fx.regions.install import regions, uninstall
 from lora_fx.tuned.build import places_in, record_in
+from lora_fx.tuned.heads import uninstall_late
 
 
 def removed(tuned: nn.Module) -> nn.Module:
@@ -89,6 +91,7 @@ def _plain_twin(tuned: nn.Module, step: Merge | Remove) -> nn.Module:
     _drop_hooks(twin)
     for _, module, _ in list(regions(twin)):
         uninstall(module)
+    uninstall_late(twin)
     if isinstance(twin, fx.GraphModule) and next(lora_nodes(twin), None) is not None:
         rewrite(twin, step)
     return twin
@@ -144,6 +147,9 @@ def disabled(tuned: nn.Module) -> Iterator[None]:
         for _, _, region in regions(tuned):
             stack.callback(setattr, region, "enabled", region.enabled)
             region.enabled = False
+        for _, late in late_modules(tuned):
+            stack.callback(setattr, late, "enabled", late.enabled)
+            late.enabled = False
         if isinstance(tuned, fx.GraphModule):
             stack.callback(setattr, tuned, "graph", tuned.graph)
             shell = fx.GraphModule(tuned, deepcopy(tuned.graph))

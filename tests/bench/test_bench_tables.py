@@ -119,6 +119,18 @@ def test_peaks_are_counted_beside_the_frozen_base(capsys):
     assert 1 < ours < peft < full
 
 
+def test_logits_that_are_never_whole_are_counted_beside_those_that_are(capsys):
+    words = ["--rounds", "0", "--width", "112", "--tokens", "48", "--large", "3000", "--small", "300"]
+    benchmark("loss").main(words)
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head == "| vocabulary | labelled | what | time | peak | saved | FLOPs |"
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[:2] for row in cells[::4]] == [["3,000", "100%"], ["300", "30%"], ["300", "50%"], ["300", "100%"]]
+    plain, late, peft = (tuple(map(float, row[4:])) for row in cells[1:4])
+    assert all(own < other for own, other in zip(late, plain, strict=True))
+    assert all(own < other for own, other in zip(plain[:2], peft[:2], strict=True))
+
+
 def test_fused_weight_is_compared_whole_and_its_slices_without_peft():
     configurations = list(training.MODELS["gpt2"].configs(["qv", "all16"]))
     assert [(name, peer) for name, _, peer in configurations] == [

@@ -1,0 +1,99 @@
+"""What a step costs whose logits are never whole: `python benchmarks/loss.py` prints the table of docs/performance.md.
+
+A Llama of two layers, as wide as Qwen2-0.5B, 512 tokens, rank 8 on all linear layers of the blocks, with a vocabulary
+of 151,936 and every token labelled, and with one of 32,000 and 30, 50 and 100 % of them.  Ratios are to LB, the frozen
+base with the gradient of its input, whose logits are whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import training
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_fx
+from lora_fx.bench.counters import counted
+from lora_fx.bench.peer import peft_subject
+from lora_fx.bench.subjects import AGAIN, LB, OURS, PEFT, FrozenBase, Subject, copy_adapters
+from lora_fx.bench.timing import fit, summarised, timed
+from lora_fx.text import scaled
+from tests.support.performance import told
+
+HEADS = ("vocabulary", "labelled", "what", "time", "peak", "saved", "FLOPs")
+BOTH, LATE = "stack, recompute", "with loss"
+
+
+def base_of(vocabulary: int, labelled: float, options: argparse.Namespace) -> FrozenBase:
+    """Return a base of that vocabulary, with inputs of which that share is labelled."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=options.width, intermediate_size=options.width * 38 // 7, num_hidden_layers=2,
+        num_attention_heads=14, num_key_value_heads=2, vocab_size=vocabulary, use_cache=False,
+    )  # fmt: skip
+    ids = torch.randint(0, vocabulary, (1, options.tokens))
+    labels = ids.clone()
+    labels[0, : round(options.tokens * (1 - labelled))] = -100
+    return FrozenBase.of(LlamaForCausalLM(config), {"input_ids": ids, "labels": labels})
+
+
+def subjects_of(base: FrozenBase) -> Iterator[Subject]:
+    rules = {"version": 1, "rules": [{"match": training.BLOCKS, "lora": {"r": 8, "alpha": 16}}]}
+    yield from (base.frozen(LB), base.frozen(AGAIN))
+    ours = base.adapted(OURS, rules)
+    yield Subject(BOTH, ours.model, ours.sample, ours.leaf)
+    names = ["stack", "recompute", "loss"]
+    tuned = lora_fx.apply(base.model, rules, base.sample, optimise=names)
+    copy_adapters(ours.model, tuned)
+    yield base.subject(LATE, tuned)
+    yield peft_subject(base, ours.model)
+
+
+def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    """Yield the lines of the table."""
+    settings = [(options.large, 1.0), *((options.small, share) for share in (0.3, 0.5, 1.0))]
+    for vocabulary, labelled in settings:
+        print(f"{vocabulary}, {labelled:.0%} labelled", file=sys.stderr, flush=True)
+        subjects = {subject.name: subject for subject in subjects_of(base_of(vocabulary, labelled, options))}
+        for subject in subjects.values():
+            subject.step()
+            subject.step()
+        counts = {name: counted(s.step, s.forward, s.own()) for name, s in subjects.items() if name != AGAIN}
+        ratios = {}
+        if options.rounds:
+            steps = {name: subject.step for name, subject in subjects.items()}
+            timing = fit(lambda steps=steps: summarised(timed(steps, options.rounds), LB, AGAIN), options.attempts)
+            print(f"A/A {timing.control.text()} {timing.void}", file=sys.stderr, flush=True)
+            ratios = {} if timing.void else timing.ratios
+        held = counts[LB]
+        where = (f"{vocabulary:,}", f"{labelled:.0%}")
+        spent = f"{ratios[LB].seconds:.2f} s" if ratios else ""
+        sizes = (scaled(held.peak_bytes, "B"), scaled(held.saved_bytes, "B"), scaled(held.flops, "FLOP"))
+        yield (*where, "frozen base", spent, *sizes)
+        for name in (BOTH, LATE, PEFT):
+            mine = counts[name]
+            over = (mine.peak_bytes / held.peak_bytes, mine.saved_bytes / held.saved_bytes, mine.flops / held.flops)
+            yield (*where, name, ratios[name].text() if ratios else "", *(f"{value:.3f}" for value in over))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--rounds", type=int, default=10, help="of timing; 0 counts only")
+    asked.add_argument("--attempts", type=int, default=1)
+    asked.add_argument("--threads", type=int, default=2)
+    asked.add_argument("--tokens", type=int, default=512)
+    asked.add_argument("--width", type=int, default=896)
+    asked.add_argument("--large", type=int, default=151_936, help="vocabulary")
+    asked.add_argument("--small", type=int, default=32_000, help="vocabulary")
+    asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
+    options = asked.parse_args(words)
+    torch.set_num_threads(options.threads)
+    told(options.write, "loss", [HEADS, *rows(options)])
+
+
+if __name__ == "__main__":
+    main()
