@@ -30,6 +30,7 @@ from lora_fx.adapters.factors.lora import add_low_rank, as_rows
 from lora_fx.adapters.fused.eligible import term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
+from lora_fx.adapters.rawweight.known_experts import BANKS, experts_output, interface_of
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
 from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.errors import RefusedError
@@ -39,11 +40,20 @@ from lora_fx.models.tensors import dotted
 from lora_fx.models.torch_internals import in_backward, transformation
 
 
+class AdaptedExperts(ShowsAdapters):
+    """Mixin for routed experts whose forward is a known one: both banks and their adapters are one operation."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = None if torch.compiler.is_compiling() else experts_output(self, args, kwargs)
+        return super().forward(*args, **kwargs) if result is None else result
+
+
 @functools.cache
-def reading(names: tuple[str, ...]) -> type:
+def reading(names: tuple[str, ...], are_experts: bool = False) -> type:
     """Return the mixin for a module that shows the parameters of these names with their adapters."""
     body: dict[str, Any] = {name: property(_reader(name)) for name in names}
-    return type("AdaptedWeights", (ShowsAdapters,), {**body, READS: names, MADE_BY: (reading, (names,))})
+    kind = AdaptedExperts if are_experts else ShowsAdapters
+    return type("AdaptedWeights", (kind,), {**body, READS: names, MADE_BY: (reading, (names, are_experts))})
 
 
 def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
@@ -197,7 +207,8 @@ def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:
         kernel: whether torch's fused kernels read its weights in eval mode.
     """
     names = tuple(reads)
-    swap(owner, reading(names) if names else AdaptedLayer)
+    are_experts = set(names) == set(BANKS) and interface_of(original_class(owner)) is not None
+    swap(owner, reading(names, are_experts) if names else AdaptedLayer)
     active, called = next(attached_to(owner)).spec.adapter, 0 if has_call_factors(owner) else None
     owner.__dict__[STATE] = AdapterState(active, kernel, called)
 

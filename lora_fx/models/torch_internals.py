@@ -261,6 +261,8 @@ DisableTorchFunctionSubclass: Any = torch._C.DisableTorchFunctionSubclass
 OpOverload = torch._ops.OpOverload
 tensor_without_memory: Any = Tensor._make_wrapper_subclass
 """Makes an instance of a subclass of Tensor that has sizes and no memory."""
+grouped_mm: Callable[..., Tensor] = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+"""Products of groups of rows with a matrix each; torch 2.9 has it by its private name."""
 unsafe_view: Any = torch.ops.aten._unsafe_view.default
 
 

@@ -1,4 +1,4 @@
-"""Adapted experts: only what rows are routed to is computed, and little more is kept than the frozen model keeps."""
+"""Adapted experts: only what rows are routed to is computed, and less is kept than the frozen model keeps."""
 
 from __future__ import annotations
 
@@ -211,15 +211,13 @@ def test_implementations_of_experts_agree(implementation: str):
 @pytest.mark.parametrize(
     "kind", [experts.Block, pytest.param(experts.Layer, marks=pytest.mark.slow)], ids=lambda kind: kind.__name__
 )
-def test_adapted_experts_compute_and_keep_at_most_fifteen_percent_more_than_frozen_ones(
-    implementation: str, kind: type[nn.Module]
-):
+def test_adapted_experts_compute_little_more_than_frozen_ones_and_keep_less(implementation: str, kind: type[nn.Module]):
     given = case(implementation, kind=kind)
     base, x = given.base(), given.input()
     tuned = experts.adapted(base, x)
     assert experts.flops(tuned, x) <= 1.05 * experts.flops(base, x)
-    assert experts.saved_bytes(tuned, x) <= 1.15 * experts.saved_bytes(base, x)
-    assert experts.saved_bytes(tuned, x, weights=True) <= 1.15 * experts.saved_bytes(base, x, weights=True)
+    assert experts.saved_bytes(tuned, x) <= (0.7 if kind is experts.Block else 0.95) * experts.saved_bytes(base, x)
+    assert experts.saved_bytes(tuned, x, weights=True) <= experts.saved_bytes(base, x, weights=True)
     assert experts.peak_bytes(tuned, x) <= 1.3 * experts.peak_bytes(base, x)  # of which the gradients are a sixth here
 
 

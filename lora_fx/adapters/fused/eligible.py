@@ -69,22 +69,22 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         return None
     kind: Any = type(layer)
     layout = _layout_of(kind)
-    if layout is None or not _is_plain(x):
+    if layout is None or not is_plain(x):
         return None
     parameters = layer._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    plain = _is_plain(weight)
+    plain = is_plain(weight)
     cast = autocast_dtype(x.device.type)
     if not (plain or (cast is None and is_quantised(weight))) or weight.requires_grad:
         return None
     if product_dtype(x) != (cast or weight.dtype) or not (
-        bias is None or (_is_plain(bias) and bias.dtype == weight.dtype)
+        bias is None or (is_plain(bias) and bias.dtype == weight.dtype)
     ):
         return None
     modules = layer._modules
     A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
     p = dropout_of(modules.get("lora_dropout"), adapter)
-    if p is None or not _are_plain_factors(A, B):
+    if p is None or not are_plain_factors(A, B):
         return None
     first, second, spec = A._parameters["weight"], B._parameters["weight"], A.spec
     sliced = type(B) is SlicedB
@@ -106,15 +106,17 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
     return Term(facts, weight, bias, first, second, scale)
 
 
-def _is_plain(tensor: Any) -> bool:
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor or parameter of torch's own classes, of a dtype in which products are fused."""
     return type(tensor) in _PLAIN and tensor.dtype in _FLOATS and tensor.layout is torch.strided
 
 
-def _are_plain_factors(A: Any, B: Any) -> bool:
+def are_plain_factors(A: Any, B: Any) -> bool:
+    """Whether two factors of an adapter are multiplied by, and nothing else happens when they are called."""
     if type(A) is not LoRAFactor or type(B) not in (LoRAFactor, SlicedB) or has_hooks(A) or has_hooks(B):
         return False
     first, second = A._parameters.get("weight"), B._parameters.get("weight")
-    return _is_plain(first) and _is_plain(second) and first.dtype == second.dtype  # type: ignore[union-attr]
+    return is_plain(first) and is_plain(second) and first.dtype == second.dtype  # type: ignore[union-attr]
 
 
 def dropout_of(holder: Any, adapter: str) -> float | None:
