@@ -254,38 +254,43 @@ class _Backward:
     def run(self, gradient: Tensor, kept: Tensors, h1: Tensor, h2: Tensor, weights: Tensor) -> Tensor:
         """Fill in the gradients of x and the factors; return that of the sorted weights."""
         of_weights = torch.empty_like(weights)
-        for experts, rows, part in self.routing.parts(self.banks.up.shape[1]):
+        parts = list(self.routing.parts(self.banks.up.shape[1]))
+        longest = max(rows.stop - rows.start for _, rows, _ in parts)
+        wide, inner = (self.x.new_empty(longest, columns) for columns in self.banks.down.shape[1:])  # for all parts
+        for experts, rows, part in parts:
             both = kept[0][rows] if self.facts.grouped else _below(kept[experts])
-            of_both = self._down(
-                part, gradient.index_select(0, part.tokens), both, h2[:, rows], weights[rows], of_weights[rows]
-            )
-            self._up(part, of_both, h1[:, rows])
+            room = wide[: rows.stop - rows.start]
+            g = torch.index_select(gradient, 0, part.tokens, out=room)
+            of_both = self._down(part, g, both, h2[:, rows], weights[rows], of_weights[rows], inner[: len(room)])
+            self._up(part, of_both, h1[:, rows], room)
         return of_weights
 
-    def _down(self, part: Routing, g: Tensor, both: Tensor, h2: Tensor, weights: Tensor, of_weights: Tensor) -> Tensor:
+    def _down(
+        self, part: Routing, g: Tensor, both: Tensor, h2: Tensor, weights: Tensor, of_weights: Tensor, room: Tensor
+    ) -> Tensor:
         """Return the gradient of u; note those of the weights, A₂ and B₂."""
         with torch.enable_grad():
             source = both.detach().requires_grad_()
             made = self.facts.gate(source)
         m, narrow = made.detach(), weights.to(h2.dtype)
-        p, z = self._through(part, g, self.banks.down, self.banks.A2, self.banks.B2, self.facts.scalings[1])
+        p, z = self._through(part, g, self.banks.down, self.banks.A2, self.banks.B2, self.facts.scalings[1], room)
         self._sum(part, h2 * (narrow * self.facts.scalings[1]), g, self.of_factors[3])
         self._sum(part, z.mul_(narrow), m, self.of_factors[2])
         torch.sum(p * m, 1, out=of_weights)
         (of_both,) = torch.autograd.grad(made, source, p.mul_(weights.unsqueeze(-1)))
         return of_both
 
-    def _up(self, part: Routing, of_both: Tensor, h1: Tensor) -> None:
+    def _up(self, part: Routing, of_both: Tensor, h1: Tensor, room: Tensor) -> None:
         """Note the gradients of x, A₁ and B₁."""
         if self.of_x is None:
             z = self._inner(part, of_both, self.banks.B1, self.facts.scalings[0])
         else:
             of_rows, z = self._through(
-                part, of_both, self.banks.up, self.banks.A1, self.banks.B1, self.facts.scalings[0]
+                part, of_both, self.banks.up, self.banks.A1, self.banks.B1, self.facts.scalings[0], room
             )
             self.of_x.index_add_(0, part.tokens, of_rows)
         self._sum(part, h1 * self.facts.scalings[0], of_both, self.of_factors[1])
-        self._sum(part, z, self.x.index_select(0, part.tokens), self.of_factors[0])
+        self._sum(part, z, torch.index_select(self.x, 0, part.tokens, out=room), self.of_factors[0])
 
     @staticmethod
     def _inner(part: Routing, g: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -300,11 +305,10 @@ class _Backward:
         return z
 
     def _through(
-        self, part: Routing, g: Tensor, bank: Tensor, A: Tensor, B: Tensor, scaling: float
+        self, part: Routing, g: Tensor, bank: Tensor, A: Tensor, B: Tensor, scaling: float, total: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return g W + zᵀ A [rows, in] and z."""
+        """Return g W + zᵀ A [rows, in], which is put into the total, and z."""
         z = self._inner(part, g, B, scaling)
-        total = g.new_empty(g.shape[0], bank.shape[2])
         for left, inner, result, weight, first in zip(
             g.split_with_sizes(part.counts), z.t().split_with_sizes(part.counts), total.split_with_sizes(part.counts),
             part.of_each(bank), part.of_each(A), strict=True,
