@@ -24,7 +24,7 @@ from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import DEAD, NOT_RUN, Inventory, PlannedRegion, PlannedSite
 from lora_fx.progress.steps import left_out, step
-from lora_fx.regions.program import OPTIMISATIONS, foreseen
+from lora_fx.regions.program import USUAL, foreseen
 from lora_fx.regions.survey import Survey, survey, survey_symbolically, trial_twin
 from lora_fx.rules.reader import read_rules
 
@@ -258,7 +258,7 @@ def _with_backend(site: PlannedSite, captured: Survey, passes: Mapping[str, set[
         site,
         backend="graph" if in_graph else "module",
         backend_reason="" if in_graph else _reason(site, captured),
-        passes=tuple(name for name in ("fuse", *OPTIMISATIONS) if name in does),
+        passes=tuple(name for name in ("fuse", *USUAL) if name in does),
     )
 
 

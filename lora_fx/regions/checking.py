@@ -132,6 +132,7 @@ class Replay:
             return "it draws other random numbers"
         precision = self._precision(theirs[0])
         different = values_differ(mine[0], theirs[0], precision)
+        precision = torch.bfloat16 if program.rounds_gradients else precision
         return different or self._run(lambda: gradients_differ(mine, theirs, precision, self._shaken))
 
     def _both_with_noise(self, function: Callable[..., Any], match: Match) -> tuple[Run, Run, bool]:

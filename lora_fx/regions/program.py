@@ -20,13 +20,17 @@ from lora_fx.models.torch_internals import checkpointing, in_backward
 from lora_fx.passes.contract import Pass, apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
+from lora_fx.passes.halve import HALVE, Halve
 from lora_fx.passes.inline import Inline, inlined
 from lora_fx.passes.recompute import Recompute, is_making
 from lora_fx.passes.stack import Stack
 
-_OPTIMISATIONS: tuple[Pass, ...] = (Stack(), Recompute())
+_USUAL: tuple[Pass, ...] = (Stack(), Recompute())
+_OPTIMISATIONS: tuple[Pass, ...] = (*_USUAL, Halve())
+USUAL = tuple(optimisation.name for optimisation in _USUAL)
+"""What is done to programs to make training cheaper."""
 OPTIMISATIONS = tuple(optimisation.name for optimisation in _OPTIMISATIONS)
-"""What can be done to programs to make training cheaper, in this order."""
+"""What can be done, in this order; the others by their names only."""
 
 
 @dataclass(slots=True)
@@ -72,6 +76,11 @@ class Program:
     def optimised(self) -> tuple[str, ...]:
         """Names of the optimisations that its fast code has, once that is proven."""
         return self.fast_passes if self.fast_proven else ()
+
+    @property
+    def rounds_gradients(self) -> bool:
+        """Whether gradients of the fast code are those of values that were rounded to bfloat16."""
+        return HALVE in self.fast_passes
 
     @property
     def wants_proof(self) -> bool:
@@ -156,7 +165,7 @@ def foreseen(captured: Captured, module: nn.Module, paths: frozenset[str]) -> di
     """Return which optimisations a graph will have at the layers of these paths, once they are adapted."""
     graph_module = UncompiledGraph(module, copy.deepcopy(captured.graph))
     editor = Editor(graph_module)
-    passes: tuple[Pass, ...] = (Flatten(paths), Inline(), *_OPTIMISATIONS)
+    passes: tuple[Pass, ...] = (Flatten(paths), Inline(), *_USUAL)
     for graph_pass in passes:
         apply_pass(graph_pass, editor)
     optimisations: dict[str, set[str]] = {}

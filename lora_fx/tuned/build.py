@@ -16,12 +16,13 @@ from lora_fx.models.tensors import get_tensor
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import module_at
 from lora_fx.passes.contract import rewrite
+from lora_fx.passes.halve import HALVE
 from lora_fx.passes.inject import Inject
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import NOT_RUN
 from lora_fx.progress.steps import step
 from lora_fx.regions.install import in_graphs, install, stock, without_graph
-from lora_fx.regions.program import OPTIMISATIONS
+from lora_fx.regions.program import OPTIMISATIONS, USUAL
 from lora_fx.regions.survey import prove, trial_twin, without_gradient
 from lora_fx.text import listing
 from lora_fx.tuned.heads import LIVENESS, install_late
@@ -48,9 +49,11 @@ def optimisations(optimise: bool | Sequence[str]) -> tuple[str, ...]:
         ValueError: there is no such optimisation; the message lists those that exist.
     """
     known = (*OPTIMISATIONS, *LIVENESS)
-    wanted = (OPTIMISATIONS if optimise else ()) if isinstance(optimise, bool) else tuple(optimise)
+    wanted = (USUAL if optimise else ()) if isinstance(optimise, bool) else tuple(optimise)
     if isinstance(optimise, str) or not set(wanted) <= set(known):
         raise ValueError(f"optimise is {optimise!r}; it must be True, False, or names out of {', '.join(known)}")
+    if HALVE in wanted and "recompute" not in wanted:
+        raise ValueError('"halve" is about what "recompute" keeps: name both')
     return wanted
 
 

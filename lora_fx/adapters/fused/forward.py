@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.fused.backward import Backward, differentiable
-from lora_fx.adapters.fused.origin import origin
+from lora_fx.adapters.fused.origin import kept_of
 from lora_fx.adapters.fused.terms import (
     Group,
     Produce,
@@ -39,6 +39,7 @@ from lora_fx.adapters.fused.terms import (
     cast_as_products,
     inner_products,
 )
+from lora_fx.errors import RefusedError
 from lora_fx.models.torch_internals import is_batched, unsafe_view
 
 
@@ -71,7 +72,12 @@ def _flat(term: Term, x: Tensor) -> Tensor | None:
 
 
 def adapted_from(
-    terms: Sequence[Term], x: Tensor, produce: Produce | None, inputs: Sequence[Tensor], shows: bool
+    terms: Sequence[Term],
+    x: Tensor,
+    produce: Produce | None,
+    inputs: Sequence[Tensor],
+    shows: bool,
+    halved: tuple[bool, ...] = (),
 ) -> tuple[Tensor, ...]:
     """Return the results of all terms on x, and x last if it `shows`; x is made again for gradients, and not kept.
 
@@ -81,9 +87,10 @@ def adapted_from(
         produce: differentiable, draws nothing and writes nothing in place; None: the one input is x.
         inputs: what x is made of.
         shows: whether x is wanted as well.
+        halved: which of the inputs are kept in bfloat16, if they are in float32.
     """
     with_x = shows and any(tensor.requires_grad for tensor in inputs)  # else x gets no gradient, and none is asked for
-    group = Group(tuple(term.facts for term in terms), bundled(terms), produce, len(inputs), with_x)
+    group = Group(tuple(term.facts for term in terms), bundled(terms), produce, len(inputs), with_x, halved)
     tensors = list(inputs)
     for term in terms:
         tensors += term[1:]  # type: ignore[arg-type]
@@ -120,17 +127,23 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, terms: Sequence[Term], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         results, inner, unscaled = _forward(group, x, terms)
-        made_of, ctx.make = origin(tensors[0]) if group.produce is None else (tensors[:1], None)
-        ctx.group, ctx.made_of, ctx.given = group, len(made_of), len(tensors)
-        ctx.save_for_backward(*made_of, *tensors[1:], *inner, *unscaled)
+        inputs, others = tensors[: group.inputs], tensors[group.inputs :]
+        kept, ctx.restore = kept_of(inputs, group.produce is not None, group.halved)
+        ctx.group, ctx.kept, ctx.others = group, len(kept), len(others)
+        ctx.save_for_backward(*kept, *others, *inner, *unscaled)
         ctx.set_materialize_grads(False)
         return (*results, x) if group.shows else tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, group = ctx.saved_tensors, ctx.group
-        x = saved[0] if ctx.make is None else ctx.make(*saved[: ctx.made_of])
-        tensors, kept_ones = (x, *saved[ctx.made_of :][: ctx.given - 1]), saved[ctx.made_of + ctx.given - 1 :]
+        inputs = saved[: ctx.kept] if ctx.restore is None else ctx.restore(*saved[: ctx.kept])
+        tensors, kept_ones = (*inputs, *saved[ctx.kept :][: ctx.others]), saved[ctx.kept + ctx.others :]
+        if any(group.halved) and torch.is_grad_enabled():
+            raise RefusedError(
+                "gradients of gradients need the inputs that were kept in bfloat16",
+                advice='leave "halve" out of `optimise`',
+            )
         needs = ctx.needs_input_grad[3:]
         device = tensors[0].device.type
         cast = autocast_dtype(device) is not None  # what the forward saved has been cast: products keep their dtypes

@@ -1,4 +1,4 @@
-"""What an input is made of that autograd keeps anyway: a norm's output need not be kept beside the norm's input.
+"""What is kept of the inputs: of a norm's output the norm's input, which autograd keeps anyway; of some, a half.
 
 Of a norm inside of a graph `recompute` knows; this one stands before the layers, in another block or in no graph at
 all, as where a block ends with its norm (BERT).
@@ -6,7 +6,7 @@ all, as where a block ends with its norm (BERT).
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,34 @@ from lora_fx.models.torch_internals import hook_on_saved, moves_tensors, packing
 
 Made = tuple[tuple[Tensor | None, ...], Callable[..., Tensor] | None]
 _EXACT = (torch.float32, torch.float64)
+
+
+def kept_of(
+    inputs: Sequence[Tensor], is_made: bool, halved: Sequence[bool]
+) -> tuple[tuple[Tensor | None, ...], Callable[..., tuple[Tensor, ...]] | None]:
+    """Return (tensors, function): what is kept of the inputs, and what gives them back, None where these are they.
+
+    Args:
+        inputs: of the layers, or, where x `is_made`, of what makes it.
+        is_made: whether x is made again from the inputs.
+        halved: which inputs are kept in bfloat16, if they are in float32; () for none.
+    """
+    if any(halved):
+        which = tuple(half and x.dtype is torch.float32 for half, x in zip(halved, inputs, strict=True))
+        kept = tuple(x.to(torch.bfloat16) if half else x for half, x in zip(which, inputs, strict=True))
+        return kept, functools.partial(_widened, which)
+    if is_made:
+        return tuple(inputs), None
+    of_x, make = origin(inputs[0])
+    return of_x, None if make is None else functools.partial(_alone, make)
+
+
+def _widened(which: Sequence[bool], *kept: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.float() if half else x for half, x in zip(which, kept, strict=True))
+
+
+def _alone(make: Callable[..., Tensor], *kept: Tensor) -> tuple[Tensor, ...]:
+    return (make(*kept),)
 
 
 def origin(x: Tensor) -> Made:

@@ -4,6 +4,7 @@ A layer that must go operation by operation (see `fusing`) does so here too, and
 of the layers, as if each had been called alone.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,7 +64,9 @@ def _under_autocast(produce: Produce, device: str, dtype: torch.dtype) -> Produc
     return as_then
 
 
-def making(produce: Produce, layers: int, shows: bool, name: str) -> Callable[..., tuple[Tensor, ...]]:
+def making(
+    produce: Produce, layers: int, shows: bool, name: str, halved: frozenset[int] = frozenset()
+) -> Callable[..., tuple[Tensor, ...]]:
     """Return a function of layers and inputs: what the layers compute from x = produce(*inputs), which is not kept.
 
     Args:
@@ -71,11 +74,13 @@ def making(produce: Produce, layers: int, shows: bool, name: str) -> Callable[..
         layers: how many of the arguments are layers; the rest are the inputs.
         shows: whether x is the last result.
         name: of the function, for graphs.
+        halved: which of the inputs are kept in bfloat16 where they are tensors in float32.
     """
 
     def adapted_making(*arguments: Any) -> tuple[Tensor, ...]:
         called, given = arguments[:layers], arguments[layers:]
         make, inputs = _of_tensors(produce, given)
+        half = tuple(number in halved for number, value in enumerate(given) if isinstance(value, Tensor))
         cast = autocast_dtype(inputs[0].device.type)
         if cast is not None and shows:  # others want it as it was before the cast
             x = make(*inputs)
@@ -85,11 +90,12 @@ def making(produce: Produce, layers: int, shows: bool, name: str) -> Callable[..
             x = make(*inputs)
         terms = _terms(called, x)
         if len(terms) == layers:
-            return adapted_from(terms, x, make, inputs, shows)
+            return adapted_from(terms, x, make, inputs, shows, half if halved else ())
         x = make(*inputs)
         results = _apart(terms, called, x)
         return (*results, x) if shows else results
 
     adapted_making.__name__ = adapted_making.__qualname__ = name
     adapted_making.makes = layers  # type: ignore[attr-defined]  # by which passes know it
+    adapted_making.halving = functools.partial(making, produce, layers, shows, name)  # type: ignore[attr-defined]
     return adapted_making

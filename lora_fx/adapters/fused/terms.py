@@ -100,6 +100,8 @@ class Group(NamedTuple):
     inputs: int
     shows: bool
     """Whether x is a result too, for others that use it; only where it is made."""
+    halved: tuple[bool, ...] = ()
+    """Of the inputs that x is made from: whether they are kept in bfloat16, where they are in float32; () for none."""
 
     def parted(self, tensors: Sequence[Any]) -> tuple[list[Tensor], list[Term]]:
         """Return the inputs and the terms out of one flat list of tensors."""
