@@ -123,8 +123,8 @@ def apply(
         backend: "auto" runs blocks as guarded graphs where that is proven right and replaces modules elsewhere;
             "graph" refuses what is in no graph; "modules" captures nothing.
         optimise: whether graphs are cheaper to train by "stack" (siblings share one product by A) and "recompute"
-            (inputs that are cheap to make are not kept), or names, "loss" (logits that only a loss reads are never whole)
-            and "halve" (activations' inputs are kept in bfloat16) too.  "stack" may differ by rounding in calls in no graph.
+            (inputs that are cheap to make are not kept), or names, also "loss" (logits that only a loss reads are never
+            whole) and "halve" (activations are kept in bfloat16).  "stack" may change the rounding of calls in a graph.
         target: in place of rules, as for `plan`, as are `r`, `alpha` and `progress`: `apply(model, r=8, target="*")`.
 
     Raises:
