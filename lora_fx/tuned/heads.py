@@ -88,7 +88,13 @@ def _found(copy: nn.Module, samples: Sequence[Sample]) -> dict[str, str]:
     for sample in samples:
         for path, reason in _run(copy, sample).items():
             found[path] = found.get(path, reason) and reason
-    return found if samples else dict.fromkeys(tried, "")
+    if not samples:
+        return dict.fromkeys(tried, "")
+    # of the one that the model names, why it was not late is of interest
+    named = _named_by_the_model(copy) if not found else {}
+    return found or {
+        p: next(iter(m.__dict__[LATE].otherwise), "") for p, m in named.items() if m.__dict__[LATE].otherwise
+    }
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
