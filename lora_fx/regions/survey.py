@@ -105,7 +105,7 @@ def _capture(twin: nn.Module, samples: Sequence[Sample]) -> None:
                 run_modes(twin, [shrunk(sample) for sample in samples], "capturing", share=7)
                 if all(region.mine or region.misses for _, _, region in regions(twin)):
                     return
-        run_modes(twin, samples, "capturing", purpose=Purpose.RESULT)
+        run_modes(twin, samples, "capturing", purpose=Purpose.SHOW if is_meta(twin) else Purpose.RESULT)
 
 
 def _learn_sizes(twin: nn.Module, samples: Sequence[Sample]) -> None:
