@@ -179,7 +179,9 @@ def main(words: Sequence[str] | None = None) -> None:
     asked.add_argument("--rounds", type=int, default=10, help="0: no times")
     asked.add_argument("--tokens", type=int, default=512)
     asked.add_argument("--dtype", type=functools.partial(getattr, torch), default=torch.float32)
-    asked.add_argument("--only", default="", help="words of the cases to measure: `Mixtral block eager`")
+    asked.add_argument(
+        "--only", default="", help="words of the cases to measure: `Mixtral block eager`; the page keeps the others"
+    )
     asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
     options = asked.parse_args(words)
     torch.set_num_threads(1)
@@ -188,7 +190,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if all(word.lower() in f"{case.name()} {case.implementation}".lower() for word in options.only.split()):
             rows.append(line(case, options.rounds))
             print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
-    told(options.write, "experts", rows)
+    told(options.write, "experts", rows, keys=2)
 
 
 if __name__ == "__main__":

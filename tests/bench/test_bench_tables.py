@@ -67,6 +67,19 @@ def test_table_is_counted_written_into_the_page_and_as_json(tmp_path, capsys, mo
     assert (line["model"], line["adapted"], line["timing"]) == ("Llama 160M", "q,v r8", None)
 
 
+def test_rows_of_other_names_stay_in_the_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    head = ("model", "run by", "time")
+    old = performance.markdown([head, ("one", "eager", "1"), ("one", "grouped", "2"), ("two", "eager", "3")])
+    page.write_text(f"<!-- some:begin -->\n{old}\n<!-- some:end -->\n", encoding="utf-8")
+    performance.told(page, "some", [head, ("one", "grouped", "4"), ("three", "eager", "5")], keys=2)
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["| one | eager | 1 |", "| one | grouped | 4 |", "| two | eager | 3 |", "| three | eager | 5 |"]
+    assert "two" not in capsys.readouterr().out
+    performance.told(page, "some", [head, ("three", "eager", "5")])
+    assert "two" not in page.read_text(encoding="utf-8")
+
+
 def test_page_without_marks_is_refused():
     with pytest.raises(SystemExit, match="table:begin"):
         performance.written("# A page", "table", "new")

@@ -90,12 +90,24 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
-def told(page: Path | None, name: str, rows: Sequence[Sequence[str]]) -> None:
-    """Write rows as a table to the standard output, and between the marks of a page where one is given."""
-    text = markdown(rows)
+def told(page: Path | None, name: str, rows: Sequence[Sequence[str]], keys: int = 0) -> None:
+    """Write rows as a table to the standard output, and between the marks of a page where one is given.
+
+    With `keys`, the first cells of a row are its name, and rows of the page that have another name stay.
+    """
     if page is not None:
-        page.write_text(written(page.read_text(encoding="utf-8"), name, text), encoding="utf-8")
-    print(text)
+        text = page.read_text(encoding="utf-8")
+        whole = _beside(_between(text, name), rows, keys) if keys else rows
+        page.write_text(written(text, name, markdown(whole)), encoding="utf-8")
+    print(markdown(rows))
+
+
+def _beside(old: str, rows: Sequence[Sequence[str]], keys: int) -> list[Sequence[str]]:
+    """Return the rows in place of those of an old table that have their names, and the new ones behind them."""
+    lines = [line.strip() for line in old.splitlines() if line.strip().startswith("|")][2:]
+    known = [tuple(cell.strip() for cell in line[1:-1].split("|")) for line in lines]
+    named = {tuple(row[:keys]): row for row in (*known, *rows[1:])}
+    return [rows[0], *named.values()]
 
 
 # -- marks
