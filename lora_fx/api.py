@@ -124,7 +124,7 @@ def apply(
             "graph" refuses what is in no graph; "modules" captures nothing.
         optimise: whether graphs are cheaper to train by "stack" (siblings share one product by A) and "recompute"
             (inputs that are cheap to make are not kept), or names, also "loss" (logits that only a loss reads are never
-            whole) and "halve" (activations are kept in bfloat16).  "stack" may change the rounding of calls in a graph.
+            whole), "halve" (activations kept in bfloat16), "compile" (by torch.compile).  Calls may differ by rounding.
         target: in place of rules, as for `plan`, as are `r`, `alpha` and `progress`: `apply(model, r=8, target="*")`.
 
     Raises:

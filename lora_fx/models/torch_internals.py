@@ -109,6 +109,37 @@ def aot_inductor() -> Any:
 _T = TypeVar("_T")
 
 
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Let torch.compile, when it is first given this tensor, make code for every size of one dimension."""
+    torch._dynamo.mark_dynamic(tensor, dim)
+
+
+CompilerError: type[Exception] = torch._dynamo.exc.TorchDynamoException
+"""What torch.compile raises where it can make no code; nothing has been computed then."""
+
+
+def inductor(graph_module: fx.GraphModule, example_inputs: Any) -> Any:
+    """Return the code that torch.compile's own backend makes of a graph.
+
+    Random numbers are drawn by torch's own generators, as without a compiler.
+    """
+    compile_fx = importlib.import_module("torch._inductor.compile_fx").compile_fx
+    return compile_fx(graph_module, example_inputs, config_patches={"fallback_random": True})
+
+
+def keeping_what_is_saved(backend: Callable[[], _T]) -> _T:
+    """Return what a backend makes in torch.compile, whose backward pass may then be made more than once.
+
+    Else its memory is used again by the first one (donated buffers), and torch refuses `retain_graph=True`.
+    """
+    with torch._functorch.config.patch(donated_buffer=False):
+        made = backend()
+    facts = getattr(torch._guards.TracingContext.try_get(), "fw_metadata", None)
+    if facts is not None:
+        facts.bw_donated_idxs = []  # torch 2.13 leaves None, and takes that for some
+    return made
+
+
 def deepcopy(value: _T, memo: dict[int, Any] | None = None) -> _T:
     """Return a deep copy; torch 2.13 warns, when a graph of torch.export is copied, of a class that it made itself."""
     with warnings.catch_warnings():

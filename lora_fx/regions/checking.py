@@ -85,12 +85,17 @@ class Replay:
 
         return self._without_trace(compared)
 
-    def fast_difference(self, program: Program, match: Match) -> str | None:
-        """Return how the fast code of a program differs from the forward, gradients included, but for rounding.
+    def fast_difference(self, function: Callable[..., Any], match: Match, halves: bool = False) -> str | None:
+        """Return how other code of a program differs from the forward, gradients included, but for rounding.
 
         Both run on copies, with factors that show in the adapters; random state is left as it was.
+
+        Args:
+            function: called with the module and the graph's inputs.
+            match: of the program.
+            halves: whether gradients are those of values that were rounded to bfloat16.
         """
-        return self._without_trace(lambda _: self._fast_differs(program, match))
+        return self._without_trace(lambda _: self._fast_differs(function, match, halves))
 
     def _without_trace(self, compared: Callable[[RandomState], str | None]) -> str | None:
         """Return what a comparison finds, or its failure; it is given the random state, which is restored after it."""
@@ -125,14 +130,13 @@ class Replay:
         program.proven_with_noise = reason is None
         return None if reason is None else f"with other adapters, {reason}"
 
-    def _fast_differs(self, program: Program, match: Match) -> str | None:
-        assert program.fast is not None
-        mine, theirs, alike = self._both_with_noise(program.fast, match)
+    def _fast_differs(self, function: Callable[..., Any], match: Match, halves: bool) -> str | None:
+        mine, theirs, alike = self._both_with_noise(function, match)
         if not alike:
             return "it draws other random numbers"
         precision = self._precision(theirs[0])
         different = values_differ(mine[0], theirs[0], precision)
-        precision = torch.bfloat16 if program.rounds_gradients else precision
+        precision = torch.bfloat16 if halves else precision
         return different or self._run(lambda: gradients_differ(mine, theirs, precision, self._shaken))
 
     def _both_with_noise(self, function: Callable[..., Any], match: Match) -> tuple[Run, Run, bool]:
@@ -258,4 +262,4 @@ def with_noise(duplicate: nn.Module) -> None:
     for _, adapter in all_attached(duplicate):
         for factor in (adapter.lora_A, adapter.lora_B):
             noise = torch.randn(factor.weight.shape, generator=generator, dtype=torch.float32) * _NOISE
-            factor.weight = nn.Parameter(noise.to(factor.weight))
+            factor.weight = nn.Parameter(noise.to(factor.weight), factor.weight.requires_grad)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import ITSELF, attached
@@ -16,20 +15,22 @@ from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.recording import of_shape
 from lora_fx.models.code import UncompiledGraph, compiled
 from lora_fx.models.tensors import attribute_at
-from lora_fx.models.torch_internals import checkpointing, in_backward
 from lora_fx.passes.contract import Pass, apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
 from lora_fx.passes.halve import HALVE, Halve
 from lora_fx.passes.inline import Inline, inlined
+from lora_fx.passes.lift import Lifted, Unfit, lifted
 from lora_fx.passes.recompute import Recompute, is_making
 from lora_fx.passes.stack import Stack
+from lora_fx.regions.compiling import Compiling, compiling_of, may_be_fast
 
 _USUAL: tuple[Pass, ...] = (Stack(), Recompute())
 _OPTIMISATIONS: tuple[Pass, ...] = (*_USUAL, Halve())
 USUAL = tuple(optimisation.name for optimisation in _USUAL)
 """What is done to programs to make training cheaper."""
-OPTIMISATIONS = tuple(optimisation.name for optimisation in _OPTIMISATIONS)
+COMPILE = "compile"
+OPTIMISATIONS = (*(optimisation.name for optimisation in _OPTIMISATIONS), COMPILE)
 """What can be done, in this order; the others by their names only."""
 
 
@@ -63,6 +64,9 @@ class Program:
     """Whether results and gradients of the fast code have been compared with the forward's."""
     why_not_fast: str = ""
     """Why the fast code was given up."""
+    compiling: Compiling | None = None
+    """Its code by torch.compile, which is made at the first call of each kind; None where there can be none."""
+    why_not_compiled: str = ""
     ones: set[frozenset[str]] = field(default_factory=set)
     """Sets of symbolic sizes for which it has been proven right when they are 1."""
 
@@ -74,8 +78,15 @@ class Program:
 
     @property
     def optimised(self) -> tuple[str, ...]:
-        """Names of the optimisations that its fast code has, once that is proven."""
-        return self.fast_passes if self.fast_proven else ()
+        """Names of the optimisations that its code for calls with gradients has, once that is proven."""
+        is_compiled = self.compiling is not None and any(self.compiling.codes.values())
+        return (*(self.fast_passes if self.fast_proven else ()), *((COMPILE,) if is_compiled else ()))
+
+    @property
+    def given_up(self) -> tuple[str, ...]:
+        """Why an optimisation that was asked for is not done, or not to every call."""
+        reasons = (self.why_not_compiled, *(self.compiling.reasons if self.compiling is not None else ()))
+        return (*filter(None, (self.why_not_fast,)), *(f"not compiled: {reason}" for reason in filter(None, reasons)))
 
     @property
     def rounds_gradients(self) -> bool:
@@ -113,16 +124,6 @@ class Program:
         return tuple(attribute_at(module, str(place)) for place in self.captured.parameters)
 
 
-def may_be_fast() -> bool:
-    """Whether a call may keep other tensors for its gradients than the forward does.
-
-    Not while torch checkpoints: it runs the block again in the backward pass, perhaps by its own forward, and must find
-    the same tensors.
-    """
-    # a block that is run again in the backward pass: what for, once more
-    return torch.is_grad_enabled() and not in_backward() and checkpointing() is None
-
-
 def make_program(captured: Captured, module: nn.Module, passes: Collection[str] = (), static: bool = False) -> Program:
     """Return the program of a captured graph on a module: the adapters that the module holds are injected.
 
@@ -140,6 +141,8 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     graph_module = UncompiledGraph(module, copy.deepcopy(captured.graph))
     bypassed = _bypassed(graph_module)
     seen_into = {str(node.target) for node in inlined(graph_module)} if passes else set()
+    if COMPILE in passes:
+        seen_into |= _dropouts(graph_module)
     apply_pass(Flatten(), Editor(graph_module))
     if is_plain_layer(module) and attached(module) is not None:
         bypassed.add("")
@@ -153,7 +156,27 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     computes = bypassed | set(_weights_read(graph, module))
     function = compiled(graph, _title(module))
     fast, fast_passes = (None, ()) if checks else _optimised(graph_module, module, passes)
-    return Program(captured, guard, graph, function, fast, fast_passes, checks, frozenset(computes), static)
+    program = Program(captured, guard, graph, function, fast, fast_passes, checks, frozenset(computes), static)
+    if COMPILE in passes:
+        try:
+            program.compiling = compiling_of(_lifted(graph_module, module, captured), captured)
+        except Unfit as reason:
+            program.why_not_compiled = str(reason)
+    return program
+
+
+def _lifted(graph_module: fx.GraphModule, module: nn.Module, captured: Captured) -> Lifted:
+    """Return the graph for a compiler: siblings share a product, and what to make again is the compiler's choice."""
+    copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
+    for step in (Inline(), Stack()):
+        apply_pass(step, Editor(copied))
+    return lifted(copied, captured)
+
+
+def _dropouts(graph_module: fx.GraphModule) -> set[str]:
+    """Return the paths of the dropouts that the graph calls."""
+    targets = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    return {path for path in targets if type(graph_module.get_submodule(path)) is nn.Dropout}
 
 
 def _title(module: nn.Module) -> str:

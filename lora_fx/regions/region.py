@@ -25,6 +25,8 @@ from lora_fx.errors import LoraFxWarning
 from lora_fx.models.layers import has_hooks
 from lora_fx.progress.steps import block_called
 from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
+from lora_fx.regions.compiled import UNCOMPILED, compiled_answer
+from lora_fx.regions.compiling import may_be_compiled
 from lora_fx.regions.program import Program, make_program
 from lora_fx.regions.sizes import Sizes
 from lora_fx.regions.thin import Purpose, ThinLinears
@@ -47,6 +49,11 @@ class GuardedRegion(RunsGraphs):
         if region.thin is not None and not region.thin.paused:
             return region.show(ModuleCall(self, super().forward, args, kwargs))
         hit = region.find(self, args, kwargs)
+        if hit is not None and hit[0].compiling is not None and not region.checking and may_be_compiled():
+            call = ModuleCall(self, super().forward, args, kwargs)
+            answer = compiled_answer(call, *hit, region.block, region.path)
+            if answer is not UNCOMPILED:
+                return answer
         if hit is not None and not (region.checking or hit[0].may_give_up or hit[0].wants_proof):
             return hit[0].run(self, hit[1])  # most calls end here, and none of them pays for a ModuleCall
         call = ModuleCall(self, super().forward, args, kwargs)
@@ -75,6 +82,8 @@ class BlockPrograms:
     seconds: float = 0.0
     """Time spent capturing and checking."""
     lock: Any = field(default_factory=threading.Lock)
+    warned: bool = False
+    """Whether it was said that torch.compile cannot make code for them."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockPrograms":
         return self  # programs do not change; a copy of the model runs the same ones
@@ -229,7 +238,9 @@ class Region:
         """Let the program run its fast code from now on, if that is found to be the forward but for rounding."""
         replay = self._kept(call)
         if replay is not None:
-            program.decide(replay.fast_difference(program, program.guard.match_ones))
+            assert program.fast is not None
+            match = program.guard.match_ones
+            program.decide(replay.fast_difference(program.fast, match, program.rounds_gradients))
 
     def attempt(self, call: ModuleCall, program: Program, inputs: tuple[Any, ...]) -> Any:
         """Return what the program computes; where a submodule returns another shape than it relies on, the forward."""

@@ -21,6 +21,7 @@ from lora_fx.passes.inject import Inject
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import NOT_RUN
 from lora_fx.progress.steps import step
+from lora_fx.regions.compiling import without_compiling
 from lora_fx.regions.install import in_graphs, install, stock, without_graph
 from lora_fx.regions.program import OPTIMISATIONS, USUAL
 from lora_fx.regions.survey import prove, trial_twin, without_gradient
@@ -73,7 +74,7 @@ def install_graphs(twin: nn.Module, plan: Plan, passes: tuple[str, ...]) -> None
         stock(twin, survey.library, survey.structures, survey.seconds)
     if samples:
         # what is proven on a copy holds for the twin: they share their kinds
-        with trial_twin(twin, freeze=False) as copy, step(total=5, share=4):
+        with trial_twin(twin, freeze=False) as copy, step(total=5, share=4), without_compiling():
             prove(copy, samples)
             idle = without_gradient(copy, samples)
         called = {site.path for site in plan.adapted if site.calls != 0}

@@ -47,7 +47,7 @@ class RegionReport:
     guards: tuple[str, ...]
     """What the guards of its graphs check, in the order of checking."""
     optimised: tuple[str, ...] = ()
-    """What made its graphs cheaper to train and has been compared with the forward: "stack", "recompute"."""
+    """What made its graphs cheaper to train and has been compared with the forward: "stack", "recompute", "compile"."""
     given_up: tuple[str, ...] = ()
     """Why it was not done to a graph after all."""
 
@@ -165,5 +165,5 @@ def _region(region: Region) -> RegionReport:
         failures=tuple(dict.fromkeys(region.block.failures.values())),
         guards=tuple(dict.fromkeys(reason for program in programs for reason in program.guard.reasons)),
         optimised=tuple(dict.fromkeys(name for program in programs for name in program.optimised)),
-        given_up=tuple(dict.fromkeys(why for program in programs if (why := program.why_not_fast))),
+        given_up=tuple(dict.fromkeys(why for program in programs for why in program.given_up)),
     )

@@ -45,8 +45,7 @@ class Row:
 
 def rows_of(page: str) -> list[Row]:
     """Return the lines of the table of measurements, between its marks."""
-    lines = [line.strip() for line in _between(page, "table").splitlines() if line.strip().startswith("|")]
-    return [_row([cell.strip() for cell in line.strip("|").split("|")]) for line in lines[2:]]
+    return [_row(list(cells)) for cells in rows_between(page, "table")]
 
 
 def _row(cells: list[str]) -> Row:
@@ -111,6 +110,12 @@ def _beside(old: str, rows: Sequence[Sequence[str]], keys: int) -> list[Sequence
 
 
 # -- marks
+
+
+def rows_between(page: str, name: str) -> list[tuple[str, ...]]:
+    """Return the lines of the table between the marks of a page, without its head."""
+    lines = [line.strip() for line in _between(page, name).splitlines() if line.strip().startswith("|")]
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines[2:]]
 
 
 def _marks(name: str) -> re.Pattern[str]:

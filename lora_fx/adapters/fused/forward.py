@@ -97,11 +97,11 @@ def adapted_from(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         made = _Adapted.apply(group, terms, x, *tensors)  # type: ignore[no-untyped-call]
         return (*made, x) if shows and not with_x else tuple(made)
-    results = _forward(group, x, terms)[0]
+    results = outputs_of(group, x, terms)[0]
     return (*results, x) if shows else tuple(results)
 
 
-def _forward(
+def outputs_of(
     group: Group, x: Tensor, terms: Sequence[Term]
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """Return all y, all h (of merged terms none), and what DoRA keeps: y before its scale and without the bias."""
@@ -126,7 +126,7 @@ def _forward(
 class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, terms: Sequence[Term], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        results, inner, unscaled = _forward(group, x, terms)
+        results, inner, unscaled = outputs_of(group, x, terms)
         inputs, others = tensors[: group.inputs], tensors[group.inputs :]
         kept, ctx.restore = kept_of(inputs, group.produce is not None, group.halved)
         ctx.group, ctx.kept, ctx.others = group, len(kept), len(others)
