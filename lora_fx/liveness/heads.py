@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,13 +45,15 @@ class LateState:
     """What has been given, while it is watched; else None."""
     given: Tensor | None = None
     """An input that it was given, while it is watched."""
+    weight: Tensor | None = None
+    """The module's own, as it was found; None in a copy."""
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.path, self.what, self.enabled, self.calls, self.otherwise
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.path, self.what, self.enabled, self.calls, self.otherwise = state
-        self.made = self.given = None
+        self.made = self.given = self.weight = None
 
 
 class ComputesLate(Swapped, nn.Module):
@@ -85,6 +88,7 @@ def install(module: nn.Module, mixin: type, state: LateState) -> None:
     """Let a module compute its output late, in place."""
     swap(module, mixin)
     module.__dict__[LATE] = state
+    state.weight = module._parameters.get("weight")
 
 
 def put_outermost(model: nn.Module) -> None:
@@ -154,6 +158,8 @@ def _obstacle(head: Any) -> str:
         return "its weight is quantised"
     if type(weight) is not nn.Parameter or not (bias is None or type(bias) is nn.Parameter):
         return f"its weight is a {type(weight).__name__}"  # of FSDP, which takes it away after the call
+    if head.__dict__[LATE].weight is not weight and dist.is_available() and dist.is_initialized():
+        return "its weight was replaced, perhaps by one that is sharded after the call"  # by FSDP2
     if weight.requires_grad or (bias is not None and bias.requires_grad and STATE not in head.__dict__):
         return "its own weight is trained"
     if not weight.is_floating_point():

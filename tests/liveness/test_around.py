@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.liveness.heads import late_modules, late_source
 from lora_fx.liveness.rows import LazyRows
-from tests.liveness.test_heads import adapted, assert_alike, batch, llama, llamas
+from tests.liveness.test_heads import adapted, assert_alike, batch, llama, llamas, only_state
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -93,3 +93,21 @@ def test_a_weight_that_is_no_plain_parameter_is_not_read_later():
         head._parameters["weight"] = before
     assert isinstance(reason, str)
     assert "its weight is a Tensor" in reason
+
+
+def test_under_fsdp2_which_takes_weights_away_after_a_call_the_logits_are_whole(tmp_path: Path):
+    sharding = pytest.importorskip("torch.distributed.fsdp")
+    tuned = adapted(llama())
+    expected = tuned(**batch()).loss.detach()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        sharding.fully_shard(tuned, mesh=mesh, reshard_after_forward=True)
+        outputs = tuned(**batch())
+        outputs.loss.backward()
+        torch.testing.assert_close(outputs.loss.detach(), expected, rtol=1e-5, atol=1e-6)
+        assert type(outputs.logits) is Tensor
+        assert all(p.grad is not None for p in lora_fx.parameters(tuned))
+        assert any("sharded" in reason for reason in only_state(tuned).otherwise)
+    finally:
+        dist.destroy_process_group()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx.bench.counters import tallied
 from lora_fx.errors import RefusedError
 from lora_fx.liveness import crossentropy
 from lora_fx.liveness.head import HeadSource
@@ -247,3 +248,15 @@ def test_autocast_gives_the_loss_the_dtype_that_torch_gives_it():
             losses = [F.cross_entropy(t.view(-1, CLASSES), head.labels.view(-1)) for t in (head.eager(), head.late())]
         assert losses[0].dtype == losses[1].dtype
         torch.testing.assert_close(*losses, **TOLERANCES[torch.bfloat16])
+
+
+def test_one_chunk_of_logits_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(crossentropy, "CHUNK_ROWS", 8)
+    x, weight = torch.randn(64, 4, requires_grad=True), torch.randn(3000, 4)
+    labels = torch.randint(0, 3000, (64,))
+
+    def step() -> None:
+        logits = lazy(HeadSource(x, lambda rows: F.linear(rows, weight), (), 3000, torch.float32))
+        F.cross_entropy(logits, labels).backward()
+
+    assert tallied(step).peak < 1.2 * 8 * 3000 * 4
