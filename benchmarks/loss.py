@@ -100,7 +100,8 @@ def main(words: Sequence[str] | None = None) -> None:
     asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
     options = asked.parse_args(words)
     torch.set_num_threads(options.threads)
-    told(options.write, "loss", [HEADS, *rows(options)])
+    lines = [HEADS, *rows(options)]
+    told(options.write, "loss", lines if options.rounds else [(*line[:3], *line[4:]) for line in lines])
 
 
 if __name__ == "__main__":
