@@ -123,8 +123,8 @@ def apply(
         backend: "auto" runs blocks as guarded graphs where that is proven right and replaces modules elsewhere;
             "graph" refuses what is in no graph; "modules" captures nothing.
         optimise: whether graphs are cheaper to train by "stack" (siblings share one product by A) and "recompute"
-            (inputs that are cheap to make are not kept), or names, also "loss" (logits that only a loss reads are never
-            whole), "halve" (activations kept in bfloat16), "compile" (by torch.compile).  Calls may differ by rounding.
+            (cheap inputs are not kept), or names, also "loss" (logits that only a loss reads are never whole), "halve"
+            (activations in bfloat16), "compile" (torch.compile), "liveness" (no padding).  Calls may round otherwise.
         target: in place of rules, as for `plan`, as are `r`, `alpha` and `progress`: `apply(model, r=8, target="*")`.
 
     Raises:

@@ -18,6 +18,7 @@ from lora_fx.capture.captured import Captured
 from lora_fx.capture.reads.dependencies import AttributePath
 from lora_fx.capture.reads.frozen import Freezer, Frozen, Inside, OfType
 from lora_fx.capture.tracing.inputs import NumberInput, TensorInput, size_name
+from lora_fx.liveness.rows import LazyRows
 from lora_fx.models.code import attribute
 from lora_fx.models.torch_internals import global_hook_tables, shape_guard_names
 
@@ -102,7 +103,7 @@ class _GuardWriter:
     def __init__(self, captured: Captured, classes: Mapping[str, type]) -> None:
         self.captured = captured
         self.classes = classes
-        self.names: dict[str, Any] = {**shape_guard_names, "Plain": (Tensor, nn.Parameter), "torch": torch}
+        self.names: dict[str, Any] = {**shape_guard_names, "Plain": (Tensor, nn.Parameter, LazyRows), "torch": torch}
         self.module_names: dict[str, str] = {}
         self.object_names: dict[AttributePath, str] = {}
         self.lines: list[str] = []

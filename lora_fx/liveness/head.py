@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import RefusedError
-from lora_fx.liveness.rows import take
+from lora_fx.liveness.rows import LazyRows, take, whole
 from lora_fx.liveness.sources import RowSource, leaves_of
 from lora_fx.models.torch_internals import any_autocast_enabled
 
@@ -44,7 +44,10 @@ class HeadSource(RowSource):
         return self._computed(lambda: take(self.x, rows))
 
     def whole(self) -> Tensor:
-        return self._computed(lambda: self.x)
+        return self._computed(lambda: whole(self.x) if type(self.x) is LazyRows else self.x)
+
+    def unreachable(self) -> Tensor | None:
+        return self.x.lazy_value.source.unreachable() if type(self.x) is LazyRows else None
 
     def input_rows(self, rows: Tensor | None) -> Tensor:
         """Return rows of x, [len(rows), in], differentiable; None: all."""

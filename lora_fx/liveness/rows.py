@@ -51,6 +51,7 @@ class LazyRows(Tensor):
     """A tensor [*rows, features] of which nothing need have been computed; see `lazy`."""
 
     lazy_value: LazyValue
+    lazy_adopted: Tensor | None = None
 
     @staticmethod
     def __new__(cls, value: LazyValue) -> "LazyRows":
@@ -65,8 +66,13 @@ class LazyRows(Tensor):
         if func in _METADATA:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            if type(value) is LazyRows and not (value.lazy_value.is_whole or is_adopted(value)):
+                result = value.lazy_value.source.through(func, args, kwargs)
+                if result is not NotImplemented:
+                    return result
         first = args[0] if args else None
-        if type(first) is LazyRows and not first.lazy_value.is_whole and func in HANDLERS:
+        if func in HANDLERS and type(first) is LazyRows and not (first.lazy_value.is_whole or is_adopted(first)):
             result = HANDLERS[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -96,7 +102,18 @@ def _lazy(value: LazyValue) -> LazyRows:
 
 def whole(rows: LazyRows) -> Tensor:
     """Return the tensor as a plain one with all its rows, differentiable; the same one each time."""
-    return rows.lazy_value.whole()
+    if not is_adopted(rows):
+        return rows.lazy_value.whole()
+    if rows.lazy_adopted is None:
+        rows.lazy_adopted = _Adopted.apply(rows)  # type: ignore[no-untyped-call]
+    return rows.lazy_adopted
+
+
+def is_adopted(rows: LazyRows) -> bool:
+    """Whether a gradient is wanted of the tensor itself: an autograd function of somebody's has returned it."""
+    with DisableTorchFunctionSubclass():
+        wanted = rows.requires_grad
+    return wanted and not any(tensor.requires_grad for tensor in rows.lazy_value.source.inputs)
 
 
 def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
@@ -124,9 +141,21 @@ def _check_gradients_pass(arguments: Any) -> None:
     taken = [leaf for leaf in pytree.tree_leaves(arguments) if type(leaf) is LazyRows and leaf.lazy_value.taken]
     if taken:
         raise RefusedError(
-            "the gradient of logits is asked for, of which a loss has used single rows: it is never computed",
+            "the gradient of logits or hidden states is asked for, single rows of which have been used",
             advice='ask before the loss is computed, or apply without "loss" and "liveness" in `optimise`',
         )
+
+
+class _Adopted(torch.autograd.Function):
+    """The value of a tensor whose history is its own, and not that of what it is made of."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: LazyRows) -> Tensor:
+        return rows.lazy_value.whole().detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class _Edge(torch.autograd.Function):
@@ -141,7 +170,5 @@ class _Edge(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         again = torch.is_grad_enabled()
         wanted = [tensor for tensor in ctx.wanted if tensor is not None]
-        with torch.enable_grad():
-            made = ctx.value.source.whole()
-        gradients = iter(torch.autograd.grad(made, wanted, gradient, create_graph=again, allow_unused=True))
+        gradients = iter(ctx.value.source.passed_on(gradient, wanted, again))
         return (None, None, *(None if tensor is None else next(gradients) for tensor in ctx.wanted))

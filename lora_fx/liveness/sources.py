@@ -1,6 +1,6 @@
 """What rows that are computed later come from: two questions, `take(rows)` and `whole()`, whoever answers them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,38 @@ class RowSource:
     def whole(self) -> Tensor:
         """Return all of it, in its shape, differentiable in `inputs`; asked for once, with gradients enabled."""
         raise NotImplementedError
+
+    def through(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Return what a torch function gives of a tensor of these rows, lazy or not, without having all of them.
+
+        NotImplemented, as here, leaves it to what is known of all sources.
+        """
+        return NotImplemented
+
+    def unreachable(self) -> Tensor | None:
+        """Return which rows are no function of `inputs` though they may have a gradient, bools [*rows]; None: none."""
+        return None
+
+    def passed_on(self, gradient: Tensor, wanted: Sequence[Tensor], again: bool) -> Sequence[Tensor | None]:
+        """Return what a gradient of all of it is for those of `inputs` that are wanted, where torch saw none of it.
+
+        Args:
+            gradient: of the whole.
+            wanted: those of the inputs.
+            again: whether the result is to be differentiable.
+
+        Raises:
+            RefusedError: a row has a gradient that cannot be passed on.
+        """
+        rows = self.unreachable()
+        if rows is not None and bool(gradient[rows].any()):
+            raise RefusedError(
+                "code that torch does not show has used rows of padding, whose gradient is not computed",
+                advice='apply without "liveness" in `optimise`',
+            )
+        with torch.enable_grad():
+            made = self.whole()
+        return torch.autograd.grad(made, wanted, gradient, create_graph=again, allow_unused=True)
 
     def steps(self) -> "Steps":
         """Return what can be computed row by row, from the first source on; see `Steps`."""
@@ -167,6 +199,12 @@ class Derived(RowSource):
             )
         made = self.operation(before)
         return made.detach() if self.cut else made
+
+    def unreachable(self) -> Tensor | None:
+        rows = self.parent.source.unreachable()
+        if rows is None:
+            return None
+        return rows.reshape(self.shape[:-1]) if self.rows is None else rows.reshape(-1)[self.rows]
 
     def steps(self) -> Steps:
         rows = None if self.rows is None else self.rows.reshape(-1)

@@ -22,7 +22,8 @@ _SERIES = frozenset(
 _REPEATABLE = _CASTS | _KEEP_NOTHING | _KEEP_OPERANDS | _KEEP_RESULT
 _QUIET = (
     _REPEATABLE | VIEWS
-    | {"size", "getitem", "cat", "stack", "linear", "matmul", "mm", "bmm", "softmax", "getattr", "mod", "floordiv"}
+    | {"size", "getitem", "cat", "stack", "linear", "matmul", "mm", "bmm", "softmax", "getattr", "mod", "floordiv",
+     "packed_rows", "unpacked_rows", "whole_size", "reshaped_rows"}
 )  # fmt: skip
 _DUNDERS = {"__mul__": "mul", "__rmul__": "mul", "__add__": "add", "__radd__": "add", "__sub__": "sub",
             "__truediv__": "div", "__pow__": "pow", "__neg__": "neg", "truediv": "div"}  # fmt: skip

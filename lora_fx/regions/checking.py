@@ -67,7 +67,7 @@ class Replay:
         self.ambient = ambient_state(devices)
         self.random = RandomState(self.ambient.devices)
 
-    def _again(self, copy: Callable[[Tensor], Tensor] = _copy) -> ModuleCall:
+    def again(self, copy: Callable[[Tensor], Tensor] = _copy) -> ModuleCall:
         """Return the call with a copy of the module and of the arguments: a forward may write to both."""
         module = stand_in(self._before)
         return ModuleCall(module, module.forward, *copied((self.call.args, self.call.kwargs), copy))
@@ -83,7 +83,7 @@ class Replay:
             reason = self._differs_from_answer(program, match, answer, after)
             return reason or self._differs_with_noise(program, match)
 
-        return self._without_trace(compared)
+        return self.without_trace(compared)
 
     def fast_difference(self, function: Callable[..., Any], match: Match, halves: bool = False) -> str | None:
         """Return how other code of a program differs from the forward, gradients included, but for rounding.
@@ -95,9 +95,9 @@ class Replay:
             match: of the program.
             halves: whether gradients are those of values that were rounded to bfloat16.
         """
-        return self._without_trace(lambda _: self._fast_differs(function, match, halves))
+        return self.without_trace(lambda _: self._fast_differs(function, match, halves))
 
-    def _without_trace(self, compared: Callable[[RandomState], str | None]) -> str | None:
+    def without_trace(self, compared: Callable[[RandomState], str | None]) -> str | None:
         """Return what a comparison finds, or its failure; it is given the random state, which is restored after it."""
         after = RandomState(self.ambient.devices)
         try:
@@ -108,12 +108,12 @@ class Replay:
             after.restore()
 
     def _differs_from_answer(self, program: Program, match: Match, answer: Any, after: RandomState) -> str | None:
-        mine = self._again()
+        mine = self.again()
         inputs = match(self.call.module, mine.args, mine.kwargs)
         if isinstance(inputs, int):
             return f"its own guard refuses it: {program.guard.reasons[inputs]}"
         self.random.restore()
-        result = self._run(lambda: _detached(program.function(mine.module, *inputs)))
+        result = self.run(lambda: _detached(program.function(mine.module, *inputs)))
         if RandomState(self.ambient.devices) != after:
             return "it draws other random numbers"
         return difference(result, answer) or _left_behind_differs(mine, self._given)
@@ -123,34 +123,34 @@ class Replay:
         module = self.call.module
         if program.proven_with_noise or not is_adapted(module) or any(p.is_meta for p in module.parameters()):
             return None
-        mine, theirs, _ = self._both_with_noise(program.function, match)
+        mine, theirs, _ = self.both_with_noise(program.function, match)
         reason = difference(_detached(mine[0]), _detached(theirs[0]))
         if reason is None and self.ambient.grad:
-            reason = self._run(lambda: gradients_differ(mine, theirs))  # a backward runs in the thread that asks for it
+            reason = self.run(lambda: gradients_differ(mine, theirs))  # a backward runs in the thread that asks for it
         program.proven_with_noise = reason is None
         return None if reason is None else f"with other adapters, {reason}"
 
     def _fast_differs(self, function: Callable[..., Any], match: Match, halves: bool) -> str | None:
-        mine, theirs, alike = self._both_with_noise(function, match)
+        mine, theirs, alike = self.both_with_noise(function, match)
         if not alike:
             return "it draws other random numbers"
-        precision = self._precision(theirs[0])
+        precision = self.precision(theirs[0])
         different = values_differ(mine[0], theirs[0], precision)
         precision = torch.bfloat16 if halves else precision
-        return different or self._run(lambda: gradients_differ(mine, theirs, precision, self._shaken))
+        return different or self.run(lambda: gradients_differ(mine, theirs, precision, self.shaken))
 
-    def _both_with_noise(self, function: Callable[..., Any], match: Match) -> tuple[Run, Run, bool]:
+    def both_with_noise(self, function: Callable[..., Any], match: Match) -> tuple[Run, Run, bool]:
         """Run a program's code and the forward on copies with other factors; say whether both draw alike."""
-        mine, theirs = self._again(), self._again()
+        mine, theirs = self.again(), self.again()
         with_noise(mine.module)
         with_noise(theirs.module)
         inputs = match(self.call.module, mine.args, mine.kwargs)
         assert not isinstance(inputs, int)
         self.random.restore()
-        expected = self._run(theirs.by_forward)
+        expected = self.run(theirs.by_forward)
         drawn = RandomState(self.ambient.devices)
         self.random.restore()
-        result = self._run(lambda: function(mine.module, *inputs))
+        result = self.run(lambda: function(mine.module, *inputs))
         alike = RandomState(self.ambient.devices) == drawn
         return (
             (result, (mine.args, mine.kwargs), mine.module),
@@ -158,14 +158,14 @@ class Replay:
             alike,
         )
 
-    def _shaken(self) -> Run:
+    def shaken(self) -> Run:
         """Run the forward with noise as factors, on inputs that are rounded otherwise."""
-        call = self._again(rounded_otherwise)
+        call = self.again(rounded_otherwise)
         with_noise(call.module)
         self.random.restore()
         return call.by_forward(), (call.args, call.kwargs), call.module
 
-    def _precision(self, result: Any) -> torch.dtype:
+    def precision(self, result: Any) -> torch.dtype:
         """Return the coarsest dtype in which the call rounds."""
         tensors = (*tensors_in((result, self.call.args, self.call.kwargs)), *self.call.module.parameters())
         dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
@@ -175,15 +175,15 @@ class Replay:
     def recorded(self) -> Records:
         """Make the call again and return what the module's submodules return; nothing else comes of it."""
         after = RandomState(self.ambient.devices)
-        call, records = self._again(), Records()
+        call, records = self.again(), Records()
         self.random.restore()
         try:
-            records.hooked(call.module, lambda: self._run(call.by_forward))
+            records.hooked(call.module, lambda: self.run(call.by_forward))
         finally:
             after.restore()
         return records
 
-    def _run(self, work: Any) -> Any:
+    def run(self, work: Any) -> Any:
         def run() -> Any:
             with self.ambient.active(), ThinLinears(self._thin.purpose) if self._thin else contextlib.nullcontext():
                 return work()

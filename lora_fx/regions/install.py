@@ -9,10 +9,11 @@ from torch import nn
 from lora_fx.capture.captured import Captured
 from lora_fx.models.swap import swap, take_off
 from lora_fx.models.tensors import dotted
+from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.candidates import structure_of
 from lora_fx.regions.checking import REGION
 from lora_fx.regions.program import make_program
-from lora_fx.regions.region import BlockPrograms, GuardedRegion, Region, region_of
+from lora_fx.regions.region import GuardedRegion, Region, region_of
 
 
 def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()) -> None:

@@ -21,9 +21,11 @@ from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plai
 from lora_fx.passes.halve import HALVE, Halve
 from lora_fx.passes.inline import Inline, inlined
 from lora_fx.passes.lift import Lifted, Unfit, lifted
+from lora_fx.passes.pack import NotPacked, Pack
 from lora_fx.passes.recompute import Recompute, is_making
 from lora_fx.passes.stack import Stack
 from lora_fx.regions.compiling import Compiling, compiling_of, may_be_fast
+from lora_fx.regions.packing import Packed
 
 _USUAL: tuple[Pass, ...] = (Stack(), Recompute())
 _OPTIMISATIONS: tuple[Pass, ...] = (*_USUAL, Halve())
@@ -32,6 +34,9 @@ USUAL = tuple(optimisation.name for optimisation in _USUAL)
 COMPILE = "compile"
 OPTIMISATIONS = (*(optimisation.name for optimisation in _OPTIMISATIONS), COMPILE)
 """What can be done, in this order; the others by their names only."""
+LIVENESS = "liveness"
+OPT_IN = (LIVENESS,)
+"""What is done besides, to programs for calls with padding, where it is asked for by name."""
 
 
 @dataclass(slots=True)
@@ -48,6 +53,10 @@ class Program:
     there is nothing to gain."""
     fast_passes: tuple[str, ...]
     """The optimisations that found something to do in the fast code."""
+    packed: Packed | None
+    """Its code for calls with gradients in which a mask says that rows are padding; None if it has none."""
+    why_not_packed: str
+    """Why it has none, or why it was given up."""
     may_give_up: bool
     """Whether the code checks on the way that a submodule returns what it relies on (`OtherShape`)."""
     computes: frozenset[str]
@@ -80,13 +89,25 @@ class Program:
     def optimised(self) -> tuple[str, ...]:
         """Names of the optimisations that its code for calls with gradients has, once that is proven."""
         is_compiled = self.compiling is not None and any(self.compiling.codes.values())
-        return (*(self.fast_passes if self.fast_proven else ()), *((COMPILE,) if is_compiled else ()))
+        packs = self.packed is not None and self.packed.proven
+        more = ((COMPILE, is_compiled), (LIVENESS, packs))
+        return (*(self.fast_passes if self.fast_proven else ()), *(name for name, holds in more if holds))
 
     @property
     def given_up(self) -> tuple[str, ...]:
         """Why an optimisation that was asked for is not done, or not to every call."""
         reasons = (self.why_not_compiled, *(self.compiling.reasons if self.compiling is not None else ()))
         return (*filter(None, (self.why_not_fast,)), *(f"not compiled: {reason}" for reason in filter(None, reasons)))
+
+    @property
+    def may_pack(self) -> bool:
+        """Whether it has code for packed rows that may answer a call now, or be proven on it."""
+        return self.packed is not None and may_be_fast()
+
+    @property
+    def wants_care(self) -> bool:
+        """Whether there is more to do for a call than to run its code."""
+        return self.may_give_up or self.wants_proof or self.may_pack
 
     @property
     def rounds_gradients(self) -> bool:
@@ -103,6 +124,13 @@ class Program:
         self.fast_proven = difference is None
         if difference is not None:
             self.fast, self.why_not_fast = None, difference
+
+    def decide_packed(self, difference: str | None) -> None:
+        """Take the code for packed rows as proven, or give it up for a difference that was found."""
+        if self.packed is not None and difference is None:
+            self.packed.proven = True
+        else:
+            self.packed, self.why_not_packed = None, difference or ""
 
     def give_up(self) -> None:
         """Forget all that was proven, so that the program answers no call any more."""
@@ -156,7 +184,10 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     computes = bypassed | set(_weights_read(graph, module))
     function = compiled(graph, _title(module))
     fast, fast_passes = (None, ()) if checks else _optimised(graph_module, module, passes)
-    program = Program(captured, guard, graph, function, fast, fast_passes, checks, frozenset(computes), static)
+    packed, why = (None, "") if checks or LIVENESS not in passes else _packed(graph_module, module, passes, captured)
+    program = Program(
+        captured, guard, graph, function, fast, fast_passes, packed, why, checks, frozenset(computes), static
+    )
     if COMPILE in passes:
         try:
             program.compiling = compiling_of(_lifted(graph_module, module, captured), captured)
@@ -202,6 +233,22 @@ def foreseen(captured: Captured, module: nn.Module, paths: frozenset[str]) -> di
     return optimisations
 
 
+def _packed(
+    graph_module: fx.GraphModule, module: nn.Module, passes: Collection[str], captured: Captured
+) -> tuple[Packed | None, str]:
+    """Return the code of a copy of the graph on packed rows, optimised as well; or None, and why there is none."""
+    copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
+    apply_pass(Inline(), Editor(copied))
+    pack = Pack(captured)
+    try:
+        apply_pass(pack, Editor(copied))
+    except NotPacked as reason:
+        return None, str(reason)
+    function, _ = _optimise(copied, module, passes)
+    assert pack.packing is not None
+    return Packed(function or compiled(copied.graph, _title(module)), pack.packing), ""
+
+
 def _optimised(
     graph_module: fx.GraphModule, module: nn.Module, passes: Collection[str]
 ) -> tuple[Callable[..., Any] | None, tuple[str, ...]]:
@@ -211,6 +258,12 @@ def _optimised(
     """
     copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
     apply_pass(Inline(), Editor(copied))
+    return _optimise(copied, module, passes)
+
+
+def _optimise(
+    copied: fx.GraphModule, module: nn.Module, passes: Collection[str]
+) -> tuple[Callable[..., Any] | None, tuple[str, ...]]:
     effective = []
     for step in _OPTIMISATIONS:
         if step.name in passes:

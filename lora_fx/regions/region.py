@@ -4,7 +4,6 @@ A call that fits none runs the module's own forward (with its adapters), is coun
 for the next time.  So a capture can cost time but never correctness.
 """
 
-import threading
 import time
 import warnings
 from collections import Counter
@@ -22,13 +21,18 @@ from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture
 from lora_fx.capture.generalise import generalise
 from lora_fx.capture.tracing.recording import OtherShape
 from lora_fx.errors import LoraFxWarning
+from lora_fx.liveness.rows import LazyRows, whole
 from lora_fx.models.layers import has_hooks
+from lora_fx.models.torch_internals import pytree
+from lora_fx.passes.pack import NOTHING_MIXED
 from lora_fx.progress.steps import block_called
+from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
 from lora_fx.regions.compiled import UNCOMPILED, compiled_answer
 from lora_fx.regions.compiling import may_be_compiled
+from lora_fx.regions.packing import PackedCall, RowTally, is_packed, may_be_packed
+from lora_fx.regions.packproof import rows_to_run
 from lora_fx.regions.program import Program, make_program
-from lora_fx.regions.sizes import Sizes
 from lora_fx.regions.thin import Purpose, ThinLinears
 
 MOST_GRAPHS = 16
@@ -37,6 +41,8 @@ MOST_STATIC = 4
 """How many of them may be for one size each, of a forward that loops over a size or so."""
 MOST_CHECKS = 3
 """How often a program is compared with the forward at other sizes while a model is surveyed."""
+Hit = tuple[Program, tuple[Any, ...]]
+"""A program that fits a call, and its inputs."""
 
 
 class GuardedRegion(RunsGraphs):
@@ -49,48 +55,23 @@ class GuardedRegion(RunsGraphs):
         if region.thin is not None and not region.thin.paused:
             return region.show(ModuleCall(self, super().forward, args, kwargs))
         hit = region.find(self, args, kwargs)
-        if hit is not None and hit[0].compiling is not None and not region.checking and may_be_compiled():
+        late = any(type(x) is LazyRows for x in ((*args, *kwargs.values()) if hit is None else hit[1]))
+        if (
+            hit is not None
+            and hit[0].compiling is not None
+            and hit[0].packed is None
+            and not late
+            and not region.checking
+            and may_be_compiled()
+        ):
             call = ModuleCall(self, super().forward, args, kwargs)
             answer = compiled_answer(call, *hit, region.block, region.path)
             if answer is not UNCOMPILED:
                 return answer
-        if hit is not None and not (region.checking or hit[0].may_give_up or hit[0].wants_proof):
+        if hit is not None and not (late or region.checking or hit[0].wants_care):
             return hit[0].run(self, hit[1])  # most calls end here, and none of them pays for a ModuleCall
         call = ModuleCall(self, super().forward, args, kwargs)
-        if hit is None:
-            return region.miss(call)
-        program, inputs = hit
-        if region.checking and program.checks < MOST_CHECKS:
-            return region.check(call, program)
-        if program.may_give_up:
-            return region.attempt(call, program, inputs)
-        if program.wants_proof:
-            region.prove_fast(call, program)
-        return program.run(self, inputs)
-
-
-@dataclass(slots=True)
-class BlockPrograms:
-    """What identical blocks share: their programs, and the calls that could not be captured."""
-
-    passes: tuple[str, ...] = ()
-    """Names of what is done to programs to make training cheaper."""
-    programs: list[Program] = field(default_factory=list)
-    failures: dict[tuple[object, ...], str] = field(default_factory=dict)
-    """Reason for each signature of a call that cannot be captured."""
-    sizes: Sizes = field(default_factory=Sizes)
-    seconds: float = 0.0
-    """Time spent capturing and checking."""
-    lock: Any = field(default_factory=threading.Lock)
-    warned: bool = False
-    """Whether it was said that torch.compile cannot make code for them."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "BlockPrograms":
-        return self  # programs do not change; a copy of the model runs the same ones
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # the next process captures code itself, with its torch and its classes
-        return (BlockPrograms, (self.passes,))
+        return region.meet_late(call, hit) if late else region.meet(call, hit)
 
 
 @dataclass(slots=True)
@@ -112,19 +93,48 @@ class Region:
     """Whether what a program computes is compared with the forward, call by call."""
     thin: ThinLinears | None = None
     """While the model only runs to show its calls: what keeps large products from being computed."""
+    tally: RowTally = field(default_factory=RowTally)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return (self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing = state
-        self.captures, self.mine, self.checking, self.thin = 0, [], False, None
+        self.captures, self.mine, self.checking, self.thin, self.tally = 0, [], False, None, RowTally()
 
     # -- a call
 
-    def find(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Program, tuple[Tensor, ...]] | None:
+    def meet(self, call: ModuleCall, hit: Hit | None) -> Any:
+        """Return what a call gives: by a program that fits it, once that is proven, or by the forward."""
+        if hit is None:
+            return self.miss(call)
+        program, inputs = hit
+        if self.checking and program.checks < MOST_CHECKS:
+            return self.check(call, program)
+        if program.may_give_up:
+            return self.attempt(call, program, inputs)
+        if program.wants_proof:
+            self.prove_fast(call, program)
+        packed, rows = program.packed, rows_to_run(self._kept, self.tally, call, program, inputs)
+        if rows is None or packed is None:
+            return program.run(call.module, inputs)
+        return packed.run(PackedCall(packed, program.function, call.module, inputs, rows, self.tally))
+
+    def meet_late(self, call: ModuleCall, hit: Hit | None) -> Any:
+        """Return what a call gives among whose arguments are tensors that are not computed yet."""
+        if hit is not None:
+            program, inputs = hit
+            if program.why_not_packed == NOTHING_MIXED:
+                return call.by_forward()
+            packed = program.packed if program.may_pack and may_be_packed(call.module) else None
+            rows = packed.rows(call.module, inputs) if packed is not None and is_packed(packed, inputs) else None
+            if packed is not None and packed.proven and rows is not None:
+                return packed.run(PackedCall(packed, program.function, call.module, inputs, rows, self.tally))
+        args, kwargs = pytree.tree_map_only(LazyRows, whole, (call.args, call.kwargs))
+        call = ModuleCall(call.module, call.forward, args, kwargs)
+        return self.meet(call, self.find(call.module, args, kwargs))
+
+    def find(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hit | None:
         """Return a proven program that fits the call, and its inputs: at sizes of 1 too."""
         if not self.enabled:
             return None
@@ -174,7 +184,7 @@ class Region:
                 return (program, inputs) if compared and (not ones or ones in program.ones) else (None, ())
         return None, ()
 
-    def _hit(self, program: Program, inputs: tuple[Tensor, ...]) -> tuple[Program, tuple[Tensor, ...]]:
+    def _hit(self, program: Program, inputs: tuple[Tensor, ...]) -> Hit:
         self.hits += 1
         if not self.mine or self.mine[0] is not program:
             self._keep(program)

@@ -1,5 +1,6 @@
 """What an adapted model is made of, read off the model itself; so it also works after torch.load."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from torch import fx, nn
@@ -8,6 +9,7 @@ from lora_fx.adapters.attach import STATE, Attached, all_attached
 from lora_fx.adapters.placed import placed_in
 from lora_fx.liveness.heads import late_modules
 from lora_fx.models.wrappers import seen_through
+from lora_fx.passes.pack import NOTHING_MIXED
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.planning.rows import fold_rows
 from lora_fx.regions.install import in_graphs, regions
@@ -47,7 +49,7 @@ class RegionReport:
     guards: tuple[str, ...]
     """What the guards of its graphs check, in the order of checking."""
     optimised: tuple[str, ...] = ()
-    """What made its graphs cheaper to train and has been compared with the forward: "stack", "recompute", "compile"."""
+    """What made its graphs cheaper to train and was compared with the forward: "stack", "compile", "liveness", …"""
     given_up: tuple[str, ...] = ()
     """Why it was not done to a graph after all."""
 
@@ -109,7 +111,7 @@ def _region_row(region: RegionReport) -> tuple[str, ...]:
     graphs = count(region.graphs, "graph") if region.graphs else f"no graph: {'; '.join(region.failures)}"
     hits = count(region.hits, "hit")
     learnt = f"{count(len(region.guards), 'guard')}, {region.seconds:.1f} s"
-    done = ", ".join(region.optimised) or "; ".join(f"not optimised: {reason}" for reason in region.given_up)
+    done = "; ".join(filter(None, (", ".join(region.optimised), *(f"not optimised: {why}" for why in region.given_up))))
     return (region.path or "(root)", graphs, learnt, hits, f"misses: {misses}" if misses else "no misses", done)
 
 
@@ -165,5 +167,15 @@ def _region(region: Region) -> RegionReport:
         failures=tuple(dict.fromkeys(region.block.failures.values())),
         guards=tuple(dict.fromkeys(reason for program in programs for reason in program.guard.reasons)),
         optimised=tuple(dict.fromkeys(name for program in programs for name in program.optimised)),
-        given_up=tuple(dict.fromkeys(why for program in programs for why in program.given_up)),
+        given_up=tuple(dict.fromkeys((*(why for program in programs for why in program.given_up), *_packing(region)))),
     )
+
+
+def _packing(region: Region) -> Iterator[str]:
+    """Yield why a region computes rows of padding, where it was asked not to."""
+    programs = region.block.programs
+    if region.tally.stopped:
+        yield f"liveness: {region.tally.why}"
+    elif not any(program.packed for program in programs):
+        reasons = dict.fromkeys(program.why_not_packed for program in programs if program.why_not_packed)
+        yield from (f"liveness: {reason}" for reason in reasons if reason != NOTHING_MIXED)

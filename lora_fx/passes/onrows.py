@@ -1,0 +1,44 @@
+"""What graphs on packed rows call in the place of what asks for sizes, reshapes, drops out or returns."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.liveness.padding import Rows, packed_rows, unpacked_rows
+
+
+def whole_size(x: Tensor, rows: Rows, asked: int | str | None) -> Any:
+    """Return the size that x has with all its rows; stands in graphs."""
+    shape = torch.Size((rows.batch, rows.length, *x.shape[2:]))
+    if asked == "numel":
+        return shape.numel()
+    if asked == "is_contiguous":
+        return True
+    return shape if asked is None else shape[asked]  # type: ignore[index]
+
+
+def reshaped_rows(x: Tensor, rows: Rows, sizes: tuple[int, ...]) -> Tensor:
+    """Return packed rows, each in another shape; stands in graphs."""
+    return x.reshape(1, rows.count, *sizes)
+
+
+def dropped_by(x: Tensor, rows: Rows, layer: Any) -> Tensor:
+    """Return packed rows after a dropout layer, which draws as for all rows; stands in graphs."""
+    if not layer.training or layer.p == 0:
+        return x
+    return packed_rows(layer(unpacked_rows(x, rows)), rows)
+
+
+def dropped(rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return packed rows after torch's dropout, which draws as for all rows; stands in graphs."""
+    p = args[0] if args else kwargs.get("p", 0.5)
+    training = args[1] if len(args) > 1 else kwargs.get("training", True)
+    if not training or p == 0:
+        return x
+    return packed_rows(torch.nn.functional.dropout(unpacked_rows(x, rows), *args, **kwargs), rows)
+
+
+def shown_rows(x: Tensor, call: Any, leaf: int) -> Any:
+    """Return packed rows as the caller of the block shall see them; stands in graphs."""
+    return call.show(x, leaf)
