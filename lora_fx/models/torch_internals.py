@@ -130,9 +130,10 @@ def inductor(graph_module: fx.GraphModule, example_inputs: Any) -> Any:
 def keeping_what_is_saved(backend: Callable[[], _T]) -> _T:
     """Return what a backend makes in torch.compile, whose backward pass may then be made more than once.
 
-    Else its memory is used again by the first one (donated buffers), and torch refuses `retain_graph=True`.
+    Else its memory is used again by the first one (donated buffers), and torch refuses `retain_graph=True`.  What our
+    operators read in the backward pass may be made again for them, which torch would rather keep.
     """
-    with torch._functorch.config.patch(donated_buffer=False):
+    with torch._functorch.config.patch(donated_buffer=False, ban_recompute_materialized_backward=False):
         made = backend()
     facts = getattr(torch._guards.TracingContext.try_get(), "fw_metadata", None)
     if facts is not None:
