@@ -25,6 +25,7 @@ from lora_fx.errors import RefusedError
 from lora_fx.liveness.head import HeadSource, without_autocast
 from lora_fx.liveness.rows import LazyRows, handles
 from lora_fx.liveness.sources import Cast, Step
+from lora_fx.models.torch_internals import checkpointing, in_backward
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 26
 """A chunk has so many rows at the least, for products of few rows are slow, and about so many bytes of logits.
@@ -52,7 +53,8 @@ def cross_entropy(
 ) -> Any:
     """Return what torch's function of that name returns, but for rounding; NotImplemented for what it must do itself.
 
-    It must for labels that are probabilities, classes in another dimension than the last, logits that no head makes.
+    It must for labels that are probabilities, classes in another dimension than the last, logits that no head makes or
+    whose adapter has changed since, what it refuses, and where a checkpoint runs it again, maybe with all logits.
     """
     steps = input.lazy_value.source.steps()
     plain = type(target) is Tensor and target.dtype is torch.int64 and target.device == input.device
@@ -62,25 +64,39 @@ def cross_entropy(
         return NotImplemented
     if weight is not None and (type(weight) is not Tensor or weight.requires_grad):
         return NotImplemented
-    input.lazy_value.note_taken()
+    if weight is not None and not _fits(weight, input):
+        return NotImplemented
+    if steps.source.is_outdated or not 0 <= label_smoothing <= 1 or checkpointing() is not None or in_backward():
+        return NotImplemented
     labelled = (target != ignore_index).nonzero().flatten()
     chosen = None if len(labelled) == len(target) else labelled
     labels = target if chosen is None else target[chosen]
+    if len(labels) and not (labels.min() >= 0 and labels.max() < input.shape[-1]):
+        return NotImplemented
+    differentiable = input.requires_grad and torch.is_grad_enabled()
+    if differentiable:
+        input.lazy_value.note_taken()
     exact = torch.float64 if input.dtype is torch.float64 else torch.float32
     weight = None if weight is None else weight.to(exact)
     loss = Loss(steps.source, steps.steps, labels, weight, label_smoothing, exact, reduction != "none")
     x = steps.source.input_rows(steps.then(chosen, None).rows)
-    if not input.requires_grad:
+    if not differentiable:
         x = x.detach()
     dtype = torch.float32 if autocast_dtype(input.device.type) is not None and exact is torch.float32 else input.dtype
     with without_autocast(input.device):
-        parameters = steps.source.parameters if input.requires_grad else [p.detach() for p in steps.source.parameters]
+        parameters = steps.source.parameters if differentiable else [p.detach() for p in steps.source.parameters]
         losses: Tensor = _CrossEntropy.apply(loss, x, *parameters)  # type: ignore[no-untyped-call]
         if reduction == "mean":
             losses = losses / (len(labels) if weight is None else weight[labels].sum())
         if reduction == "none" and chosen is not None:
             losses = losses.new_zeros(len(target)).index_copy(0, chosen, losses)
         return losses.to(dtype)
+
+
+def _fits(weight: Tensor, logits: Tensor) -> bool:
+    """Whether torch's own function takes these weights of classes."""
+    cast = autocast_dtype(logits.device.type) is not None
+    return weight.shape == logits.shape[-1:] and (cast or weight.dtype is logits.dtype)
 
 
 class Loss(NamedTuple):

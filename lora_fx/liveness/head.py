@@ -24,6 +24,7 @@ class HeadSource(RowSource):
         parameters: Sequence[Tensor],
         features: int,
         dtype: torch.dtype,
+        frozen: Sequence[Tensor] = (),
     ) -> None:
         """Note what is to be computed, with the parameters as they are now.
 
@@ -33,12 +34,14 @@ class HeadSource(RowSource):
             parameters: that may require a gradient, and that an optimiser may change in place: copies are kept.
             features: of the result.
             dtype: of the result.
+            frozen: what else the function reads; refused once it has been written to.
         """
         self.x, self.function, self.parameters = x, function, tuple(parameters)
         self.shape, self.dtype, self.device = torch.Size((*x.shape[:-1], features)), dtype, x.device
         self.inputs = (*leaves_of(x), *self.parameters)
         self._copies = tuple(t.detach().clone() if t.is_leaf else t.detach() for t in self.parameters)
-        self._versions = tuple(tensor._version for tensor in self.inputs)
+        self._frozen = tuple(frozen)
+        self._versions = tuple(map(_version, (*self.inputs, *self._frozen)))
 
     def take(self, rows: Tensor) -> Tensor:
         return self._computed(lambda: take(self.x, rows))
@@ -67,17 +70,39 @@ class HeadSource(RowSource):
 
     @property
     def is_outdated(self) -> bool:
-        """Whether a parameter has been changed since the forward."""
-        start = len(self.inputs) - len(self.parameters)
-        return self._versions[start:] != tuple(tensor._version for tensor in self.parameters)
+        """Whether a parameter has been changed since the forward: also by one that does not count what it writes.
+
+        As fused optimisers do, and those that write to `parameter.data`.
+        """
+        start, end = len(self.inputs) - len(self.parameters), len(self.inputs)
+        if self._versions[start:end] != tuple(map(_version, self.parameters)):
+            return True
+        return any(t.is_leaf and not _same_bits(t, copy) for t, copy in zip(self.parameters, self._copies, strict=True))
 
     def _check_input(self) -> None:
-        leaves = self.inputs[: len(self.inputs) - len(self.parameters)]
-        if self._versions[: len(leaves)] != tuple(tensor._version for tensor in leaves):
+        number = len(self.inputs) - len(self.parameters)
+        if self._versions[:number] != tuple(map(_version, self.inputs[:number])):
             raise RefusedError(
                 "logits are asked for after the hidden states that they are made of were written to",
                 advice='ask before, or apply without "loss" and "liveness" in `optimise`',
             )
+        if self._versions[len(self.inputs) :] != tuple(map(_version, self._frozen)):
+            raise RefusedError(
+                "logits are asked for after the weight of the head that makes them was written to",
+                advice='ask before, or apply without "loss" and "liveness" in `optimise`',
+            )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _same_bits(tensor: Tensor, copy: Tensor) -> bool:
+    """Whether a tensor is its copy still, NaN included."""
+    if tensor.dtype != copy.dtype or tensor.device != copy.device or tensor.shape != copy.shape:
+        return False
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[copy.element_size()]
+    return torch.equal(tensor.detach().view(bits), copy.view(bits))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -172,19 +172,27 @@ def _obstacle(head: Any) -> str:
 def _of_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> HeadSource:
     if autocast_dtype(x.device.type) is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = weight.detach(), None if bias is None else bias.detach()  # a new `data` is not seen
+    frozen = [weight] if bias is None else [weight, bias]
 
     def function(rows: Tensor) -> Tensor:
         return F.linear(rows.to(dtype), weight, bias)
 
-    return HeadSource(x, function, (), weight.shape[0], dtype)
+    return HeadSource(x, function, (), weight.shape[0], dtype, frozen)
 
 
 def _of_adapted(x: Tensor, term: Any, dtype: torch.dtype) -> HeadSource:
     term = term._replace(facts=term.facts._replace(merged=False))
     names = [name for name in _TRAINED if getattr(term, name) is not None and getattr(term, name).requires_grad]
+    others = {"weight": term.weight} | {name: getattr(term, name) for name in _TRAINED if name not in names}
+    frozen = {
+        name: tensor.detach() for name, tensor in others.items() if tensor is not None
+    }  # a new `data` is not seen
+    term = term._replace(**frozen)
 
     def function(rows: Tensor, *trained: Tensor) -> Tensor:
         there = term._replace(**dict(zip(names, trained, strict=True)))
         return adapted((there,), rows.to(dtype))[0]
 
-    return HeadSource(x, function, [getattr(term, name) for name in names], term.weight.shape[0], dtype)
+    trained = [getattr(term, name) for name in names]
+    return HeadSource(x, function, trained, term.weight.shape[0], dtype, list(frozen.values()))

@@ -64,6 +64,7 @@ class LazyRows(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
+            args, kwargs = pytree.tree_map_only(LazyRows, _known, (args, kwargs))
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         for value in (*args, *kwargs.values()):
@@ -102,6 +103,9 @@ def _lazy(value: LazyValue) -> LazyRows:
 
 def whole(rows: LazyRows) -> Tensor:
     """Return the tensor as a plain one with all its rows, differentiable; the same one each time."""
+    if _is_written(rows):
+        with DisableTorchFunctionSubclass():
+            return rows.view_as(rows)
     if not is_adopted(rows):
         return rows.lazy_value.whole()
     if rows.lazy_adopted is None:
@@ -114,6 +118,18 @@ def is_adopted(rows: LazyRows) -> bool:
     with DisableTorchFunctionSubclass():
         wanted = rows.requires_grad
     return wanted and not any(tensor.requires_grad for tensor in rows.lazy_value.source.inputs)
+
+
+def _is_written(rows: LazyRows) -> bool:
+    """Whether an autograd function has said that it wrote to the tensor, whose history is its own from then on."""
+    with DisableTorchFunctionSubclass():
+        return not rows.is_inference() and rows._version > 0
+
+
+def _known(rows: LazyRows) -> Tensor:
+    """Return the tensor that answers questions about this one."""
+    made = rows.lazy_value.made
+    return rows if made is None or _is_written(rows) else made
 
 
 def take(tensor: Tensor, rows: Tensor | None) -> Tensor:

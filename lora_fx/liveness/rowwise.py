@@ -115,7 +115,7 @@ def _reshaped(function: Callable[..., Tensor]) -> Callable[..., Any]:
 def _chosen(rows: LazyRows, index: Any) -> Any:
     """Index the row dimensions."""
     places = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(place, (list, range, LazyRows)) for place in places):
+    if not all(place is None or place is Ellipsis or type(place) in (int, bool, slice, Tensor) for place in places):
         return NotImplemented
     dims = len(rows.shape) - 1
     used = sum(_dimensions(place) for place in places)

@@ -75,8 +75,12 @@ class RowSource:
                 advice='apply without "liveness" in `optimise`',
             )
         with torch.enable_grad():
-            made = self.whole()
+            made = self.again()
         return torch.autograd.grad(made, wanted, gradient, create_graph=again, allow_unused=True)
+
+    def again(self) -> Tensor:
+        """Return what `whole` does, with a history of its own."""
+        return self.whole()
 
     def steps(self) -> "Steps":
         """Return what can be computed row by row, from the first source on; see `Steps`."""
@@ -125,7 +129,9 @@ class LazyValue:
     def whole(self) -> Tensor:
         """Return all of it, differentiable, the same tensor each time."""
         if self.made is None:
-            with torch.inference_mode(False), torch.enable_grad():
+            # what it keeps is not kept by a checkpoint that is around its first reader: the next one finds it made
+            hooks = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+            with torch.inference_mode(False), torch.enable_grad(), hooks:
                 self.made = self.source.whole()
             self.version = self.made._version
         return self.made
@@ -206,9 +212,19 @@ class Derived(RowSource):
             return None
         return rows.reshape(self.shape[:-1]) if self.rows is None else rows.reshape(-1)[self.rows]
 
+    def again(self) -> Tensor:
+        if any(value.is_changed for value in self.parent.chain()):
+            return self.whole()
+        made = self.operation(self.parent.source.again())
+        return made.detach() if self.cut else made
+
     def steps(self) -> Steps:
         rows = None if self.rows is None else self.rows.reshape(-1)
         return self.parent.source.steps().then(rows, self.step)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def leaves_of(x: Any) -> tuple[Tensor, ...]:

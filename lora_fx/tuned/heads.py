@@ -155,7 +155,8 @@ def _difference(head: Any) -> str:
         state.enabled, before = late, state.calls
         rows = x.clone().requires_grad_()
         with torch.enable_grad():
-            logits = head(rows).float()
+            logits = head(rows)
+            logits = logits if logits.dtype is torch.float64 else logits.float()
             loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.to(x.device), label_smoothing=0.1)
         if late and state.calls == before:
             return next(iter(state.otherwise), "the call was not late")

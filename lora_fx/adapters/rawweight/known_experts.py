@@ -96,7 +96,9 @@ def _implementation(owner: nn.Module) -> bool | None:
     """Return whether the known forward would multiply all experts at once; None if it is not a known one."""
     interface = interface_of(original_class(owner))
     values = owner.__dict__
-    if interface is None or any(values.get(name) is not value for name, value in _FLAGS.items()):
+    if interface is None or "_apply_gate" in values:  # of this module alone
+        return None
+    if any(values.get(name) is not value for name, value in _FLAGS.items()):
         return None
     if values.get("num_experts") != owner._parameters["gate_up_proj"].shape[0]:  # type: ignore[union-attr]
         return None
