@@ -245,9 +245,17 @@ def with_another_activation(tuned: Any) -> None:
     tuned.experts.act_fn = nn.RReLU()
 
 
+def with_a_gate_of_its_own(tuned: Any) -> None:
+    tuned.experts._apply_gate = lambda both: both.chunk(2, dim=-1)[1]
+
+
 @pytest.mark.parametrize(
-    "change", [with_hook, with_hook_on_a_factor, with_trained_bank, with_other_implementation, with_another_activation]
-)
+    "change",
+    [
+        with_hook, with_hook_on_a_factor, with_trained_bank, with_other_implementation, with_another_activation,
+        with_a_gate_of_its_own,
+    ],
+)  # fmt: skip
 def test_what_is_not_plain_goes_the_way_of_its_own_forward(change: Callable[[Any], None]):
     tuned = adapted()
     assert is_one_operation(tuned(*given()))

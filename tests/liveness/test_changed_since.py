@@ -91,3 +91,12 @@ def test_a_checkpointed_loss_whose_logits_are_read_meanwhile() -> None:
     loss = torch.utils.checkpoint.checkpoint(loss_of, late, use_reentrant=False)  # type: ignore[no-untyped-call]
     assert torch.equal(late.argmax(-1), eager.argmax(-1))
     loss.backward()
+
+
+def test_shape_and_flags_are_those_of_what_was_made() -> None:
+    late, _, _, _ = _logits()
+    late.unsqueeze_(0)
+    assert late.shape == (1, 6, 9)
+    apart = _logits()[0].detach()
+    apart.requires_grad_()
+    assert apart.requires_grad
