@@ -102,6 +102,37 @@ def test_real_rows_and_gradients_are_those_of_the_forward_and_padding_is_not_com
     assert "liveness" in lora_fx.inspect(packs).regions[0].optimised
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_with_ignored_labels_do_not_ask_for_padding(weighted: bool, smoothing: float) -> None:
+    packs, plain = pair(bert("BertForMaskedLM"), padded())
+    labels = padded()["input_ids"].where(padded()["attention_mask"].bool(), -100).flatten()
+    weight = torch.linspace(1, 2, ENCODER["vocab_size"], dtype=torch.float64) if weighted else None
+
+    def loss(outputs: Any) -> Tensor:
+        logits = outputs.logits.view(-1, ENCODER["vocab_size"])
+        return nn.functional.cross_entropy(logits, labels, weight, label_smoothing=smoothing)
+
+    assert_same_step(packs, plain, loss, **padded())
+    assert packed_calls(packs) == [1, 1, 1]
+    assert asked(packs) == 0
+
+
+def test_losses_of_every_row_ask_for_padding_and_get_it() -> None:
+    packs, plain = pair(bert("BertForMaskedLM"), padded())
+    labels = padded()["input_ids"].flatten()
+    for reduction in ("none", "sum"):
+        assert_same_step(
+            packs,
+            plain,
+            lambda outputs, how=reduction: nn.functional.cross_entropy(
+                outputs.logits.view(-1, ENCODER["vocab_size"]), labels, reduction=how
+            ).sum(),
+            **padded(),
+        )
+    assert asked(packs) > 0
+
+
 def test_left_padding_is_left_out_too() -> None:
     inputs = padded(left=True)
     packs, plain = pair(llama(), inputs)
