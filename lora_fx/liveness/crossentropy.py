@@ -64,12 +64,8 @@ def cross_entropy(
 ) -> Any:
     """Return what torch's function of that name returns, but for rounding; NotImplemented for what it must do itself.
 
-<<<<<<< HEAD
-    It must for labels that are probabilities, classes in another dimension than the last, logits that no head makes or
-    whose adapter has changed since, what it refuses, and where a checkpoint runs it again, maybe with all logits.
-=======
-    It must for labels that are probabilities, and for classes in another dimension than the last.
->>>>>>> d640447 (benchmarks/padding.py; a loss with ignored labels does not ask for padding; what holds on a GPU)
+    It must for labels that are probabilities, and for classes in another dimension than the last; and for logits of a
+    head that has changed since, and while torch checkpoints.
     """
     steps = input.lazy_value.source.steps()
     plain = type(target) is Tensor and target.dtype is torch.int64 and target.device == input.device
@@ -79,16 +75,14 @@ def cross_entropy(
         return NotImplemented
     if weight is not None and (type(weight) is not Tensor or weight.requires_grad):
         return NotImplemented
-<<<<<<< HEAD
     if weight is not None and not _fits(weight, input):
         return NotImplemented
-    if steps.source.is_outdated or not 0 <= label_smoothing <= 1 or checkpointing() is not None or in_backward():
+    if not 0 <= label_smoothing <= 1 or checkpointing() is not None or in_backward():
         return NotImplemented
-=======
     if not isinstance(steps.source, HeadSource):
         return _of_labelled(input, target, weight, ignore_index, reduction, label_smoothing)
-    input.lazy_value.note_taken()
->>>>>>> d640447 (benchmarks/padding.py; a loss with ignored labels does not ask for padding; what holds on a GPU)
+    if steps.source.is_outdated:
+        return NotImplemented
     labelled = (target != ignore_index).nonzero().flatten()
     chosen = None if len(labelled) == len(target) else labelled
     labels = target if chosen is None else target[chosen]
