@@ -93,6 +93,9 @@ def through(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         known = _known_at_padding(func, name, args, kwargs)
         if known is not NotImplemented:
             return known
+    if name in ("view", "reshape") and packed_in(args[0]) is not None:
+        like = torch.empty(late[0].shape, dtype=late[0].dtype, device="meta")
+        return args[0] if func(like, *args[1:], **kwargs).shape == like.shape else NotImplemented
     if name not in ENTRY_BY_ENTRY and not _is_row_by_row(name, args, kwargs):
         return NotImplemented
     return _computed(func, args, kwargs, late[0].call.rows, name in ("linear", "layer_norm", "rms_norm"))

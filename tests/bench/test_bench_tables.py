@@ -144,6 +144,18 @@ def test_logits_that_are_never_whole_are_counted_beside_those_that_are(capsys):
     assert all(own < other for own, other in zip(plain[:2], peft[:2], strict=True))
 
 
+def test_padding_that_is_left_out_is_counted_beside_what_computes_it(capsys):
+    words = ["--rounds", "0", "--width", "128", "--shape", "4", "16", "--models", "bert", "--shares", "0.53", "1.0"]
+    benchmark("padding").main(words)
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head == "| model | real | what | FLOPs | saved | peak |"
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[:2] for row in cells[::4]] == [["BERT-base", "53%"], ["BERT-base", "100%"]]
+    plain, live, _ = (tuple(map(float, row[3:])) for row in cells[1:4])
+    assert all(own < other for own, other in zip(live, plain, strict=True))
+    assert cells[5][3:] == cells[6][3:]  # without padding it is what runs today
+
+
 def test_fused_weight_is_compared_whole_and_its_slices_without_peft():
     configurations = list(training.MODELS["gpt2"].configs(["qv", "all16"]))
     assert [(name, peer) for name, _, peer in configurations] == [
