@@ -1,8 +1,8 @@
 """What a step costs that leaves out padding: `python benchmarks/padding.py` prints the table of docs/performance.md.
 
 BERT-base (8 × 128 tokens) and a Llama of 160 million parameters (4 × 256), of two layers and no head, rank 8 on all
-linear layers of the blocks; 53, 69, 77 and 100 % of the tokens are real, in rows of several lengths, and the loss is a mean of
-squares of theirs.  Ratios are to LB, the frozen base with the gradient of its input, which computes all of them.
+linear layers of the blocks; 53, 69, 77 and 100 % of the tokens are real, in rows of several lengths, and the loss is
+a mean of squares of theirs.  Ratios are to LB, the frozen base with the gradient of its input, which computes all.
 """
 
 from __future__ import annotations
