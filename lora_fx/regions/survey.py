@@ -194,7 +194,7 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
     if is_meta(twin):
         return []
     with_noise(twin)
-    waiting = {path: adapter.lora_B.weight for path, adapter in all_attached(twin)}
+    waiting = [(path, adapter.lora_B.weight) for path, adapter in all_attached(twin)]  # a path may have one a call
     with (
         unchanged_modes(twin),
         unchanged_random(twin),
@@ -212,10 +212,10 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
             if not sends and not small:
                 return []  # a model for inference alone, or outputs on several devices: nothing can be said
             doing.advance()
-            waiting = {path: factor for path, factor in waiting.items() if factor.grad is None}
+            waiting = [(path, factor) for path, factor in waiting if factor.grad is None]
             if not waiting:
                 break
-    return list(waiting)
+    return list(dict.fromkeys(path for path, _ in waiting))
 
 
 def _sends_gradients(twin: nn.Module, sample: Sample, purpose: Purpose) -> bool:

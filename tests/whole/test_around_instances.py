@@ -261,3 +261,18 @@ class CutOff(nn.Module):
 def test_apply_says_which_adapters_no_gradient_reaches():
     with pytest.warns(lora_fx.LoraFxWarning, match="no gradient reaches the adapters of b "):
         lora_fx.apply(CutOff(), RULES, (given(),))
+
+
+class FirstCallCutOff(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x).detach() + self.a(x + 1)
+
+
+def test_apply_says_so_of_one_call_whose_adapter_no_gradient_reaches():
+    rules = {"version": 1, "rules": [{"match": {"name": "a"}, "lora": {"r": 2}, "per_call": True}]}
+    with pytest.warns(lora_fx.LoraFxWarning, match="no gradient reaches the adapters of a "):
+        lora_fx.apply(FirstCallCutOff(), rules, (torch.randn(2, 6),))
