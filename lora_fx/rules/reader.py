@@ -17,7 +17,7 @@ from lora_fx.rules.slices import read_slices
 from lora_fx.rules.tree import YamlNode, read_file
 from lora_fx.text import nearest, shortened
 
-_OF_PEFT = "its r, lora_alpha, target_modules are r=…, alpha=…, target=[…] here; the rest: page Coming from PEFT"
+_OF_PEFT = "lora_fx.rules_from_peft(config, model) makes rules of it"
 
 
 def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -> RuleSet:

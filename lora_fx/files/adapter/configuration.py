@@ -59,20 +59,23 @@ class Configuration:
         """Return the rank of a site that patterns call so."""
         return self.rank_pattern.value(name, self.r)
 
-    def claims(self, path: str) -> bool:
-        """Whether PEFT would adapt a layer at that path; no where only a slow expression could tell."""
-        if self._leaves_out(path):
+    def claims(self, path: str, match: Callable[[str, str, bool], bool] = full_match) -> bool:
+        """Whether PEFT would adapt a layer at that path.
+
+        `match` tells whether an expression is a whole name; the default says no where only a slow one could tell.
+        """
+        if self._leaves_out(path, match):
             return False
         if isinstance(self.target_modules, str):
-            return full_match(self.target_modules, path, otherwise=False)
+            return match(self.target_modules, path, False)
         is_in_layer = not self.layers or self._layer_of(path) in self.layers or path in self.target_modules
         return is_in_layer and has_end(path, self.target_modules)
 
-    def _leaves_out(self, path: str) -> bool:
+    def _leaves_out(self, path: str, match: Callable[[str, str, bool], bool]) -> bool:
         if any(f".{name}." in f".{path}." for name in self.modules_to_save):
             return True
         if isinstance(self.excluded, str):
-            return full_match(self.excluded, path, otherwise=True)
+            return match(self.excluded, path, True)
         return has_end(path, self.excluded)
 
     def _layer_of(self, path: str) -> int | None:
@@ -104,29 +107,42 @@ def read_configuration(path: Path) -> Configuration:
         AdapterFileError: it is missing, not JSON, of another kind, holds values of wrong types, or asks for what would
             be silently wrong if it were read as plain LoRA.
     """
-    config = _read_json(path)
+    return configuration_of(read_json_of(path), str(path))
+
+
+def configuration_of(config: Mapping[str, Any], source: str) -> Configuration:
+    """Return what a mapping says of an adapter, in PEFT's words; `source` is what errors call it.
+
+    Raises:
+        AdapterFileError: as `read_configuration`.
+    """
+    if config.get("peft_type") != "LORA":
+        raise _not_lora(source, config.get("peft_type"))
     ranks, alphas = (Patterns[Any](_table(config.get(key))) for key in _PATTERNS)
     wrong = [*_wrong_values(config), *_wrong_patterns(config, ranks, alphas)]
     if wrong:
-        raise AdapterFileError(str(path), "holds what no configuration can hold", wrong)
+        raise AdapterFileError(source, "holds what no configuration can hold", wrong)
     refused = list(_refused(config))
     if refused:
-        raise AdapterFileError(str(path), "asks for what lora_fx does not read", refused)
+        raise AdapterFileError(source, "asks for what lora_fx does not read", refused)
     return _configuration(config, ranks, alphas)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_of(path: Path) -> dict[str, Any]:
+    """Return what the JSON of a configuration holds, not yet checked; AdapterFileError if there is none."""
     _must_exist(path)
     try:
         config = read_json(path, _MOST_BYTES)
     except UnreadableError as error:
         raise AdapterFileError(str(path), str(error), advice="it may be cut off") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterFileError(
-            str(path), "is not the configuration of a LoRA adapter", [("peft_type", f"{kind!r:.60}")]
-        )
+    if not isinstance(config, dict):
+        raise _not_lora(str(path), type(config).__name__)
     return config
+
+
+def _not_lora(source: str, kind: object) -> AdapterFileError:
+    facts = [("peft_type", f"{kind!r:.60}")]
+    return AdapterFileError(source, "is not the configuration of a LoRA adapter", facts)
 
 
 def _must_exist(path: Path) -> None:

@@ -70,6 +70,10 @@ class Patterns(Generic[Number]):
         fitting = self._fitting(name)
         return self._values[fitting[0]] if fitting else default
 
+    def items(self) -> list[tuple[str, Number]]:
+        """Return the keys and their values, in the order in which they count."""
+        return list(zip(self._keys, self._values, strict=True))
+
     def idle(self, names: Iterable[str]) -> list[str]:
         """Return the keys that mean none of the names."""
         used = {number for name in names for number in self._fitting(name)}
@@ -106,6 +110,30 @@ class Patterns(Generic[Number]):
 
 def _too_slow(what: str, name: str) -> AdapterFileError:
     return AdapterFileError(CONFIG_FILE, "has patterns that take too long to match", [(f"{what:.80}", f"{name:.80}")])
+
+
+def plain_name(key: str) -> tuple[str, bool] | None:
+    """Return the name that a key is, and whether it means that name alone and not its ends; None for an expression."""
+    plain = _PLAIN.fullmatch(key)
+    return None if plain is None else (re.sub(r"\\(.)", r"\1", plain[2], flags=re.DOTALL), bool(plain[1]))
+
+
+def whole_match(expression: str, name: str, otherwise: bool = False) -> bool:
+    """Whether an expression is the whole name, as `re.fullmatch` says it.
+
+    Raises:
+        AdapterFileError: it takes too long.
+        PatternError: it is not an expression.
+    """
+    return _whole(expression).matches(name, _SECONDS)
+
+
+@functools.lru_cache(maxsize=16)
+def _whole(expression: str) -> "_Expression":
+    try:
+        return _Linear(NamePattern(EXPRESSION_PREFIX + expression))
+    except PatternError as error:
+        return _Backtracking.of(rf"(?:{expression})\Z", error)
 
 
 class _Expression(Protocol):
