@@ -193,7 +193,7 @@ def load(
     with running("load", progress, 9 + CAPTURING):
         files, seen, decisions = restore.fitted(directory, model, samples_for(model, example_inputs))
         plan = seen.planned(decisions)
-        twin = take_over(build.build(model, plan))
+        twin = take_over(build.build(model, plan, start=False))
         restore.fill(twin, files)
         peftfiles.refuse_beyond_peft(twin, files)
         build.install_graphs(twin, plan, passes)

@@ -20,6 +20,7 @@ from lora_fx.adapters.factors.kinds import (
     TokenDropout,
 )
 from lora_fx.adapters.factors.lora import LoRAFactor, as_rows, low_rank_weight
+from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.adapters.factors.spec import AdapterSpec, ModelRecord
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.views import WeightView
@@ -29,6 +30,7 @@ from lora_fx.models.tensors import dotted, get_tensor
 from lora_fx.models.twin import make_twin
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
+from lora_fx.rules.inits import is_moved
 
 CHILDREN = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 STATE = "lora_fx_state"
@@ -203,6 +205,8 @@ def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAF
         B = ConvolutionB(empty(rows, spec.rank, *(1 for _ in inner[1:])), owner.groups)
     else:
         values = empty(*bank, spec.rank, math.prod(inner))
+        if is_moved(spec.lora.init):  # its values come when all adapters are there: `starting`
+            return MovedA(empty(spec.lora.r, *inner).zero_(), spec), MovedB(empty(rows, spec.lora.r).zero_())
         if spec.site.op == "embedding" and isinstance(owner, nn.Embedding):
             A = EmbeddingA(values, spec, owner)
         else:

@@ -99,7 +99,7 @@ def effective_weight(adapter: Attached, base: Tensor) -> Tensor:
     if adapter.magnitude is None:
         return base + delta
     rows = as_rows(base, adapter.spec.site.layout)
-    norms = row_norms(rows, adapter.lora_A.weight, adapter.lora_B.matrix, adapter.spec.scaling)
+    norms = row_norms(rows, adapter.lora_A.matrix, adapter.lora_B.matrix, adapter.spec.scaling)
     outputs = 1 if adapter.spec.site.layout == "out_in" else 0
     scale = stretch(adapter.magnitude.weight, norms).to(base.dtype).unsqueeze(outputs)
     return base + (scale - 1) * base + scale * delta
@@ -139,7 +139,7 @@ class AdaptedLayer(ShowsAdapters):
                 self.lora_magnitude_vector[name],
                 weight=as_rows(self._parameters["weight"], A.spec.site.layout),
                 bias=self.bias,
-                lora_A=A.weight,
+                lora_A=A.matrix,
                 lora_B=B.matrix,
             )
         one_hot = A.spec.site.op == "embedding"

@@ -96,8 +96,8 @@ def _base_values(fresh: Attached, names: dict[int, str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _fill(twin: Attached, tuned: Attached) -> None:
-    twin.lora_A.weight.copy_(tuned.lora_A.weight)
-    twin.lora_B.weight.copy_((tuned.lora_B.matrix * tuned.spec.scaling).reshape(twin.lora_B.weight.shape))
+    twin.lora_A.weight.copy_(tuned.lora_A.plain)
+    twin.lora_B.weight.copy_((tuned.lora_B.plain * tuned.spec.scaling).reshape(twin.lora_B.weight.shape))
     if twin.magnitude is not None and tuned.magnitude is not None:
         twin.magnitude.weight.copy_(tuned.magnitude.weight)
 

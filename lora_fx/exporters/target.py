@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_fx.adapters.attach import Attached, all_attached, owner_path
 from lora_fx.planning.sites import CONVOLUTIONS
+from lora_fx.rules.inits import pairs_of
 from lora_fx.tuned.build import record_in
 
 Refusal = tuple[str, str]
@@ -80,7 +81,7 @@ class Target:
 # -- what an adapted model has of them
 
 _SEVERAL: dict[str, Callable[[Attached], Hashable]] = {
-    "ranks": lambda adapter: adapter.spec.lora.r,
+    "ranks": lambda adapter: adapter.spec.lora.r * pairs_of(adapter.spec.lora.init),
     "alphas": lambda adapter: adapter.spec.scaling,
     "adapters": lambda adapter: adapter.spec.adapter,
 }

@@ -28,6 +28,7 @@ from torch.fx.node import map_arg
 
 from lora_fx.adapters.attach import HOME, Attached, attached
 from lora_fx.adapters.factors.kinds import SlicedB
+from lora_fx.adapters.factors.moved import MovedFactor
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.products import COPIES, VIEWS, Call, name_of, product
 from lora_fx.adapters.rawweight.views import WeightView
@@ -231,9 +232,11 @@ def _write_product(editor: Editor, use: GraphUse, adapter: Attached, home: str) 
 def _low_rank(write: Writer, use: GraphUse, adapter: Attached, home: str) -> Factored:
     """Return the low-rank weight with proxies for its factors."""
     spec, path_of_b = adapter.spec, dotted(home, "lora_B", adapter.spec.adapter)
-    A = write.attribute(dotted(home, "lora_A", spec.adapter, "weight"))
-    is_whole = not isinstance(adapter.lora_B, SlicedB)
-    B = write.attribute(dotted(path_of_b, "weight")) if is_whole else write.module(path_of_b)()
+    path_of_a = dotted(home, "lora_A", spec.adapter)
+    A, B = (
+        write.module(path)() if isinstance(factor, (SlicedB, MovedFactor)) else write.attribute(dotted(path, "weight"))
+        for path, factor in ((path_of_a, adapter.lora_A), (path_of_b, adapter.lora_B))
+    )
     return Factored.of(use.view, A, B, spec.site.layout, spec.rank, spec.scaling)
 
 

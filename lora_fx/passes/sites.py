@@ -49,7 +49,7 @@ def lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
         MergeError: where the nodes around a lora_A are no longer those that `inject` wrote.
     """
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_module":
+        if node.op != "call_module" or not node.args:  # without x: read as a matrix, for a raw parameter
             continue
         factor = graph_module.get_submodule(str(node.target))
         if isinstance(factor, LoRAFactor) and factor.spec is not None:

@@ -7,7 +7,15 @@ from dataclasses import replace
 from lora_fx.errors import MOST_SHOWN, NoMatchError, StalePlanError, Unmatched
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.plan import Plan
-from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, dead_notes, rank_notes, trained_whole
+from lora_fx.planning.planned import (
+    Inventory,
+    PlannedSite,
+    TrainedModule,
+    dead_notes,
+    rank_notes,
+    trained_whole,
+    unfit_for_init,
+)
 from lora_fx.planning.sites import CONVOLUTIONS, Site, differences
 from lora_fx.rules.patterns import NamePattern, nearest_names
 from lora_fx.rules.reader import read_rules
@@ -79,6 +87,8 @@ def _unsupported(rule: Rule, site: Site) -> str | None:
             return str(problem)
     if rule.lora.dora and (site.op != "linear" or site.parameter or rule.slices is not None or rule.per_call):
         return "DoRA is for whole linear layers, not for this kind of site; leave out `dora`"
+    if unfit := unfit_for_init(site, rule.lora, rule.slices is not None, rule.per_call and site.calls != 1):
+        return unfit
     if rule.per_call and site.calls is None:
         return "per_call needs example_inputs: without them nothing shows how often it is called"
     if rule.per_call and site.calls != 1 and (site.read or site.parameter):

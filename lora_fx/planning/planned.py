@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_fx.planning.sites import Backend, Site
+from lora_fx.planning.sites import CONVOLUTIONS, Backend, Site
+from lora_fx.rules.inits import is_moved
 from lora_fx.rules.ruleset import LoRAConfig, Slices, are_neighbours
 from lora_fx.text import listing
 
@@ -98,6 +99,27 @@ class PlannedSite:
         calls = (self.calls or 1) if self.per_call else 1
         extra = out_features * (self.lora.dora + (self.lora.bias and self.site.bias))
         return self.site.bank * calls * self.lora.r * (len(parts) * in_features + rows) + extra
+
+
+def unfit_for_init(site: Site, lora: LoRAConfig, sliced: bool, per_call: bool) -> str | None:
+    """Return why the first values of an adapter cannot be made at a site as its `init` wants; None if they can."""
+    if not is_moved(lora.init):
+        return None
+    if site.op in (*CONVOLUTIONS, "embedding") or site.is_banked or sliced or per_call:
+        return f"init {lora.init} is for one whole matrix, not for {_not_whole(site, sliced, per_call)}"
+    if lora.dora:
+        return f"init {lora.init} and DoRA are not combined; leave out one"
+    if lora.scaling <= 0:
+        return f"init {lora.init} needs a scaling above 0, not {lora.scaling:g}"
+    if lora.r > (least := min(site.features)):
+        return f"init {lora.init}: its weight has {least} singular values, fewer than r={lora.r}"
+    return None
+
+
+def _not_whole(site: Site, sliced: bool, per_call: bool) -> str:
+    if sliced or per_call:
+        return "slices" if sliced else "an adapter for each call"
+    return "a bank of matrices" if site.is_banked else site.op
 
 
 @dataclass(frozen=True, slots=True)

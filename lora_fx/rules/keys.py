@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_fx.rules.inits import FAST_PISSA, INITS
+
 OPS = ("linear", "matmul", "embedding", "conv1d", "conv2d", "conv3d", "attention", "experts")
-INITS = ("kaiming", "gaussian", "orthogonal", "random")
 LORA_DEFAULTS: dict[str, Any] = {"r": 8, "alpha": 16, "dropout": 0.0, "init": INITS[0], "adapter": "default"}
 
 _MODULE_NAMES = """
@@ -104,9 +105,10 @@ LORA = Table(
             "share_dropout: true",
         ),
         "init": Key(
-            {"enum": list(INITS)},
-            f"First values: `{INITS[0]}` (default), `gaussian` or `orthogonal` A with B zero; `random` for tests.",
-            "init: gaussian",
+            {"anyOf": [{"enum": list(INITS)}, {"type": "string", "pattern": FAST_PISSA}]},
+            f"First values: `{INITS[0]}` (default), `gaussian` or `orthogonal` A with B zero; parts of the weight by "
+            "`pissa`, `pissa_niter_N` (fast, N iterations) or `olora`; `random` for tests.",
+            "init: pissa",
             ("init_lora_weights",),
         ),
         "rslora": Key(

@@ -74,7 +74,7 @@ class NodeReader:
         A schema has `enum`, or `type` with `minimum`, `exclusiveMinimum`, `exclusiveMaximum` or `maximum`.
         """
         if "enum" in schema:
-            return self._choice(node, what, schema["enum"])
+            return self.choice(node, what, schema["enum"])
         if schema["type"] != "boolean":
             return self._number(node, what, schema)
         if isinstance(node.value, bool):
@@ -100,7 +100,8 @@ class NodeReader:
         self.problem(node.span, f"{what} must be {allowed}, found {value}")
         return None
 
-    def _choice(self, node: YamlNode, what: str, allowed: Sequence[str]) -> str | None:
+    def choice(self, node: YamlNode, what: str, allowed: Sequence[str]) -> str | None:
+        """Return a string that is one of those allowed."""
         value = self.text(node, what)
         if not value or value in allowed:
             return value or None

@@ -10,6 +10,7 @@ from lora_fx.errors import Problem, RuleError
 from lora_fx.rules import keys, shipped
 from lora_fx.rules.dicts import read_mapping
 from lora_fx.rules.globs import PatternError
+from lora_fx.rules.inits import INITS, is_init
 from lora_fx.rules.nodes import NodeReader, number_hint
 from lora_fx.rules.patterns import DIMENSION_FORMS, Dimension, ShapePattern, parse_dimension
 from lora_fx.rules.ruleset import Expect, LoRAConfig, Match, Rule, RuleSet, TrainPattern
@@ -180,8 +181,9 @@ class _RuleReader(NodeReader):
     def _lora(self, node: YamlNode, what: str, defaults: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of a LoRAConfig on top of the defaults."""
         given = self.mapping(node, what if what == "defaults" else f"lora of {what}", keys.LORA)
+        own = {"adapter": self._adapter, "init": self._init}
         values = {
-            key: self._adapter(value) if key == "adapter" else self.typed(value, key, keys.LORA.keys[key].schema)
+            key: own[key](value) if key in own else self.typed(value, key, keys.LORA.keys[key].schema)
             for key, value in given.items()
         }
         return defaults | {key: value for key, value in values.items() if value is not None}
@@ -194,6 +196,9 @@ class _RuleReader(NodeReader):
             problem = f"adapter '{shortened(value)}' must be a name of letters, digits and _, a letter first"
             self.problem(node.span, problem, "such as `style`")
         return value
+
+    def _init(self, node: YamlNode) -> str | None:
+        return str(node.value) if is_init(node.value) else self.choice(node, "init", (*INITS, "pissa_niter_4"))
 
 
 def _pattern_in(match: YamlNode) -> YamlNode:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.adapters.factors.lora import LoRAFactor
+from lora_fx.adapters.factors.moved import MovedFactor
 from lora_fx.adapters.placed import placed_in
 from lora_fx.errors import RefusedError
 from lora_fx.graphdiff.deltas.heatmaps import places_of
@@ -132,8 +133,12 @@ def are_sharded(watched: Watched) -> bool:
 
 
 def are_untrained(watched: Watched) -> bool:
-    """Whether every B is 0, as `apply` leaves it; of sharded ones the part that this process holds."""
-    weights = [adapter.lora_B.weight.detach() for adapter in watched.adapters]
+    """Whether every B is as `apply` leaves it, 0 or its start; of sharded ones the part that this process holds."""
+    factors = [adapter.lora_B for adapter in watched.adapters]
+    moved = [factor for factor in factors if isinstance(factor, MovedFactor)]
+    if any(_is_sharded(factor.weight) or not torch.equal(factor.weight, factor.start) for factor in moved):
+        return False
+    weights = [factor.weight.detach() for factor in factors if factor not in moved]
     mine = [weight.to_local() if _is_sharded(weight) else weight for weight in weights]  # type: ignore[attr-defined]
     return not any(bool(weight.any()) for weight in mine)
 

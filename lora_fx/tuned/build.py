@@ -9,6 +9,7 @@ from lora_fx.adapters.adapt import adapt_sites, own_what_is_trained
 from lora_fx.adapters.attach import all_attached, record_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.placed import Placed, is_trained, placed_in
+from lora_fx.adapters.starting import start_from_weights
 from lora_fx.discovery.study import Study
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
 from lora_fx.liveness.heads import put_outermost
@@ -29,10 +30,11 @@ from lora_fx.text import listing
 from lora_fx.tuned.heads import LIVENESS, install_late
 
 
-def build(model: nn.Module, plan: Plan) -> nn.Module:
+def build(model: nn.Module, plan: Plan, start: bool = True) -> nn.Module:
     """Return an adapted twin of the model as the plan says, with every site on the module backend.
 
-    A GraphModule's own graph is rewritten; the model itself stays unchanged.
+    A GraphModule's own graph is rewritten; the model itself stays unchanged.  Without `start`, adapters that begin at
+    parts of their weights have no values yet: they will be read from a file.
     """
     record = record_of(plan, model)
     twin = make_twin(model)
@@ -40,6 +42,8 @@ def build(model: nn.Module, plan: Plan) -> nn.Module:
         rewrite(twin, Inject(plan, record))
     adapt_sites(twin, plan, record)
     own_what_is_trained(model, twin, record)
+    if start:
+        start_from_weights(twin)
     return twin
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapters.attach import all_attached
 from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.models.wrappers import seen_through
@@ -14,9 +15,9 @@ from lora_fx.tuned.build import trainable
 def adapter_state(tuned: nn.Module) -> dict[str, Tensor]:
     """Return what is trained as a state dict, for a checkpoint of one's own; it shares its memory with the model.
 
-    Its names are those of `tuned.state_dict()`: adapters, trained biases, and the modules under `train:` with their
-    buffers, each tensor once.  `save` writes files that others read; this is for `torch.save` beside an optimizer's
-    state.
+    Its names are those of `tuned.state_dict()`: adapters, where PiSSA and its kin started, trained biases, and the
+    modules under `train:` with their buffers, each tensor once.  `save` writes files that others read; this is for
+    `torch.save` beside an optimizer's state.
 
     Raises:
         RefusedError: the model is not adapted.
@@ -25,8 +26,10 @@ def adapter_state(tuned: nn.Module) -> dict[str, Tensor]:
     wanted, places = {id(parameter) for parameter in trainable(tuned)}, placed_in(tuned)
     state = {name: parameter.detach() for name, parameter in tuned.named_parameters() if id(parameter) in wanted}
     lasting = tuned.state_dict(keep_vars=True)
-    buffers = {name: buffer for name, buffer in tuned.named_buffers() if name in lasting and is_trained(name, places)}
-    return state | buffers
+    factors = [factor for _, adapter in all_attached(tuned) for factor in (adapter.lora_A, adapter.lora_B)]
+    starts = {id(buffer) for factor in factors for buffer in factor.buffers()}
+    kept = {name: buffer for name, buffer in tuned.named_buffers() if name in lasting}
+    return state | {name: b for name, b in kept.items() if id(b) in starts or is_trained(name, places)}
 
 
 def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -115,6 +115,10 @@ class SlicedB(LoRAFactor):
         return F.linear(x if x.dtype == matrix.dtype else x.to(matrix.dtype), matrix)
 
     @property
+    def plain(self) -> Tensor:
+        return self.matrix
+
+    @property
     def matrix(self) -> Tensor:
         *bank, _, r = self.weight.shape
         whole = self.weight.new_zeros(*bank, self.out_features, self.parts, r)

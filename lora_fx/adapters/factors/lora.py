@@ -37,6 +37,11 @@ class LoRAFactor(nn.Module):
         """The factor as a matrix: A [r, in], B [out, r]; for a bank of experts one for each, [bank, .., ..]."""
         return self.weight
 
+    @property
+    def plain(self) -> Tensor:
+        """The factor as files hold it: of moved ones not the matrix, whose parts have been subtracted."""
+        return self.weight
+
     def extra_repr(self) -> str:
         scaling = "" if self.spec is None else f", scaling={self.spec.scaling:g}"
         inputs, outputs = self._sizes()

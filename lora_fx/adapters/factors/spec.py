@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.sites import Site
+from lora_fx.rules.inits import pairs_of
 from lora_fx.rules.ruleset import LoRAConfig, Slices
 
 
@@ -73,5 +74,5 @@ class AdapterSpec:
 
     @property
     def rank(self) -> int:
-        """Inner dimension of B A: r for each part."""
-        return self.lora.r * max(1, len(self.parts))
+        """Inner dimension of the product: r for each part; 2r where B₀ A₀ is taken away from B A (see `moved`)."""
+        return self.lora.r * max(1, len(self.parts)) * pairs_of(self.lora.init)

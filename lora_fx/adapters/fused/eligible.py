@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.factors.dora import DoRAMagnitude
 from lora_fx.adapters.factors.kinds import SlicedB
 from lora_fx.adapters.factors.lora import LoRAFactor, as_rows
+from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.adapters.fused.contraction import merges
 from lora_fx.adapters.fused.masks import is_possible, new_seed, shared_seed
 from lora_fx.adapters.fused.terms import Facts, Term, autocast_dtype, product_dtype
@@ -31,6 +32,7 @@ from lora_fx.planning.planned import FUSED_DTYPES, obstacle_to_fusing
 
 _layout_of = functools.cache(linear_layout)
 _FLOATS = {getattr(torch, name): name for name in FUSED_DTYPES}
+_FACTORS = frozenset(((LoRAFactor, LoRAFactor), (LoRAFactor, SlicedB), (MovedA, MovedB)))
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _RECORDERS = frozenset(("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor"))
 """Modes that record operations one by one, to be run again: what they return must not be changed in place.
@@ -87,6 +89,8 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
     if p is None or not are_plain_factors(A, B):
         return None
     first, second, spec = A._parameters["weight"], B._parameters["weight"], A.spec
+    if type(A) is MovedA:
+        first, second = A.matrix, B.matrix
     sliced = type(B) is SlicedB
     are_runs = not sliced or B.runs is not None
     if obstacle_to_fusing(spec.site, are_runs, spec.calls > 0, _FLOATS[weight.dtype]):
@@ -113,10 +117,10 @@ def is_plain(tensor: Any) -> bool:
 
 def are_plain_factors(A: Any, B: Any) -> bool:
     """Whether two factors of an adapter are multiplied by, and nothing else happens when they are called."""
-    if type(A) is not LoRAFactor or type(B) not in (LoRAFactor, SlicedB) or has_hooks(A) or has_hooks(B):
+    if (type(A), type(B)) not in _FACTORS or has_hooks(A) or has_hooks(B):
         return False
     first, second = A._parameters.get("weight"), B._parameters.get("weight")
-    return is_plain(first) and is_plain(second) and first.dtype == second.dtype  # type: ignore[union-attr]
+    return is_plain(first) and is_plain(second) and first.dtype == second.dtype
 
 
 def dropout_of(holder: Any, adapter: str) -> float | None:

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached
 from lora_fx.adapters.factors.kinds import Convolution, ConvolutionA, SlicedB
+from lora_fx.adapters.factors.moved import MovedA, MovedB, take_plain
 from lora_fx.files.adapter.site import blocks_of_groups, first_block, members_of
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS, Layout, Site
+from lora_fx.rules.inits import pairs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ def numbers_in_file(planned: PlannedSite, owner: nn.Module) -> int:
     """Return how many numbers a file holds for the factors of a planned site; zeros between parts count too."""
     assert planned.lora is not None
     parts = 1 if planned.slices is None else len(planned.slices.adapt)
-    return sum(map(prod, form_of(planned.site, owner).shapes(planned.lora.r * parts)))
+    ranks = planned.lora.r * parts * pairs_of(planned.lora.init)
+    return sum(map(prod, form_of(planned.site, owner).shapes(ranks)))
 
 
 def banked_layout(owner: nn.Module) -> Layout:
@@ -83,10 +86,10 @@ def has_other_border(owner: nn.Module) -> bool:
 
 def encoded(adapter: Attached) -> tuple[Tensor, Tensor]:
     """Return the factors A and B of an adapter as a file holds them."""
-    A: Tensor = adapter.lora_A.weight
+    A = adapter.lora_A.plain
     if isinstance(adapter.lora_A, ConvolutionA):
         return blocks_of_groups(A, adapter.lora_A.groups), adapter.lora_B.weight
-    B, form = adapter.lora_B.matrix, form_of(adapter.spec.site, adapter.owner)
+    B, form = adapter.lora_B.plain, form_of(adapter.spec.site, adapter.owner)
     if form.flipped:
         A, B = B.mT, A.mT
     if form.bank is not None:
@@ -129,6 +132,9 @@ def decode(adapter: Attached, A: Tensor, B: Tensor) -> None:
         A = first_block(A, adapter.lora_A.groups)
     else:
         A, B = _matrices(A, B, form_of(adapter.spec.site, adapter.owner))
+    if isinstance(adapter.lora_A, MovedA) and isinstance(adapter.lora_B, MovedB):
+        take_plain(adapter.lora_A, adapter.lora_B, A, B)
+        return
     if isinstance(adapter.lora_B, SlicedB):
         B = adapter.lora_B.blocks_of(B.to(adapter.lora_B.rows.device))
     with torch.no_grad():

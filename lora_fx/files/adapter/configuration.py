@@ -52,6 +52,8 @@ class Configuration:
     """What stands before the number of a layer; none stands for anything."""
     lora_bias: bool = False
     """Whether lora_B has a bias."""
+    init: str = "kaiming"
+    """How the first values were made, where they are parts of the weight: PEFT trains on what is left of it."""
     token_rows: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
     """`trainable_token_indices`: of the one embedding, or by ends of paths."""
 
@@ -260,6 +262,8 @@ def _wrong_patterns(config: Mapping[str, Any], *tables: Patterns[Any]) -> Iterat
 
 # -- meaning
 
+_ON_RESIDUAL = ("pissa", "olora")
+"""What is left of the base is found again from the base itself, as PEFT finds it when it loads such a file."""
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _KNOWN = frozenset(
     {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
@@ -290,9 +294,14 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
     for key, value in config.items():
         if value is True and key not in _KNOWN and key not in _REFUSED_SETTINGS:
             yield f"{key:.80}", "is true, and not known to this lora_fx: what it changes would be lost"
-    init = config.get("init_lora_weights", True)
-    if init not in _HARMLESS_INITS:
-        yield "init_lora_weights", f"{init!r:.60} changes the base weights; convert it to plain LoRA with PEFT"
+    init = _init_of(config)
+    if init not in (*_HARMLESS_INITS, *_ON_RESIDUAL):
+        why = "drawn anew at each load" if str(init).startswith("pissa_niter_") else "made from more than its weights"
+        yield (
+            "init_lora_weights",
+            f"{init!r:.60}: it was trained on what is left of the base after taking away parts, {why}; convert it "
+            "with PEFT's path_initial_model_for_weight_conversion, or, if the model is that rest, put true there",
+        )
     if config.get("bias", "none") == "all":
         yield "bias", "'all' changes biases that belong to no adapted site"
 
@@ -319,8 +328,15 @@ def _configuration(config: Mapping[str, Any], ranks: Patterns[int], alphas: Patt
         layers=frozenset([layers] if isinstance(layers, int) else layers or ()),
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
         lora_bias=bool(config.get("lora_bias")),
+        init=str(init) if (init := _init_of(config)) in _ON_RESIDUAL else "kaiming",
         token_rows=_token_rows(config.get("trainable_token_indices") or ()),
     )
+
+
+def _init_of(config: Mapping[str, Any]) -> object:
+    """Return `init_lora_weights`, in small letters as PEFT takes it; the default where it is not given."""
+    init = config.get("init_lora_weights", True)
+    return init.lower() if isinstance(init, str) else init
 
 
 def _targets(value: Any) -> str | Names:

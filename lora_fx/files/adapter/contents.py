@@ -25,6 +25,7 @@ from lora_fx.files.adapter.names import (
 from lora_fx.files.adapter.noted import Header, noted_in
 from lora_fx.files.safetensors import RawFile, read_raw
 from lora_fx.planning.rows import fold_rows
+from lora_fx.rules.inits import is_moved
 from lora_fx.text import columns, count, json_text, listing, thousands, visible
 
 
@@ -176,6 +177,7 @@ def _features(config: Configuration, header: Header) -> list[str]:
         "an adapter for each call": any(site.get("calls") for site in sites),
         "modules trained whole": bool(config.modules_to_save),
         "a bias of lora_B": config.lora_bias,
+        f"started at parts of the base ({config.init})": is_moved(config.init),
         "rows of an embedding": bool(config.token_rows),
     }
     return [name for name, there in features.items() if there]

@@ -30,6 +30,7 @@ from lora_fx.models.quantised import dense
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import dotted
 from lora_fx.models.wrappers import module_at, without_wrappers
+from lora_fx.rules.inits import pairs_of
 from lora_fx.sources.installed import own_version
 from lora_fx.tuned.build import record_in, whole_record_in
 
@@ -154,7 +155,7 @@ def _saved(used: _UsedAdapter, group: Sequence[_UsedAdapter]) -> SavedSite:
         slices=None if spec.slices is None else spec.slices.to_dict(),
         call=adapter.call,
         calls=spec.calls,
-        file_ranks=max(1, len(spec.parts)) * groups,
+        file_ranks=max(1, len(spec.parts)) * groups * pairs_of(spec.lora.init),
     )
 
 

@@ -10,7 +10,8 @@ from lora_fx.errors import AdapterFileError, RuleError
 from lora_fx.files.adapter.configuration import is_number, is_share, is_whole
 from lora_fx.files.adapter.names import METADATA_KEY
 from lora_fx.planning.sites import Layout
-from lora_fx.rules.keys import INITS, OPS, is_adapter_name
+from lora_fx.rules.inits import is_init
+from lora_fx.rules.keys import OPS, is_adapter_name
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import LoRAConfig, Slices
 from lora_fx.sources.document import parse_json
@@ -151,7 +152,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "calls": lambda value: is_whole(value, least=0),
     "file_ranks": is_whole,
     "op": lambda value: value in (*OPS, "other"),
-    "init": lambda value: value in INITS,
+    "init": is_init,
     "layout": lambda value: value in get_args(Layout),
     "slices": _are_slices,
     **{name: lambda value: isinstance(value, bool) for name in ("rslora", "dora", "bias", "read", "share_dropout")},

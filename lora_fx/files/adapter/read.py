@@ -297,6 +297,7 @@ class _AdapterReader:
             r=self.config.rank_at(pattern_name(path)),
             alpha=self.config.alpha_at(pattern_name(path)),
             dropout=self.config.lora_dropout,
+            init=self.config.init,
             rslora=self.config.use_rslora,
             dora=self.config.use_dora,
             bias=self._bias_key(path) in self.tensors or added_bias_key(path) in self.tensors,

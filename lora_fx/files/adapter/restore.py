@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, attached_to
+from lora_fx.adapters.starting import start_from_weight
 from lora_fx.discovery.study import Observed, observed
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
@@ -22,9 +23,10 @@ from lora_fx.models.samples import Samples
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.decisions import Decisions
-from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, trained_whole
+from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, trained_whole, unfit_for_init
 from lora_fx.planning.sites import Site
 from lora_fx.progress.steps import step
+from lora_fx.rules.inits import pairs_of
 from lora_fx.rules.ruleset import Slices
 
 Mismatch = tuple[str, str, str]
@@ -125,7 +127,8 @@ def _other_factors(saved: SavedSite, site: Site, form: Form) -> Iterator[Mismatc
     except ValueError as error:
         yield saved.path, "its slices", str(error)
         return
-    if saved.noted and saved.file_ranks != max(1, len(parts)) * form.groups:
+    ranks = max(1, len(parts)) * form.groups * pairs_of(saved.lora.init)
+    if saved.noted and saved.file_ranks != ranks:
         yield saved.path, f"has {saved.file_ranks} · r ranks", f"{len(parts)} parts, {form.groups} groups"
     elif (problem := misfit(form, parts, saved.lora_A, saved.lora_B)) is not None:
         yield saved.path, "in the file", problem
@@ -201,7 +204,7 @@ def _refusal(saved: SavedSite, site: Site, model: nn.Module) -> str | None:
             "PEFT trains it without the padding_mode and dilation of the convolution, so what was trained is "
             "not a change of its weight alone"
         )
-    return site.refusal
+    return site.refusal or unfit_for_init(site, saved.lora, saved.slices is not None, saved.calls > 0)
 
 
 def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None, trained: Sequence[TrainedModule]) -> PlannedSite:
@@ -265,6 +268,8 @@ def _under_another_name(tuned: nn.Module, path: str, call: int | None) -> Attach
 
 
 def _fill_site(adapter: Attached, saved: SavedSite) -> None:
+    if saved.on_residual:
+        start_from_weight(adapter)  # as PEFT does when it loads such a file
     decode(adapter, saved.lora_A, saved.lora_B)
     if saved.magnitude is not None:
         assert adapter.magnitude is not None

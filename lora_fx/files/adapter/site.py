@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.names import bias_key, factor_key, factor_names, magnitude_key
 from lora_fx.files.adapter.noted import NOTED
 from lora_fx.planning.sites import Layout
+from lora_fx.rules.inits import is_moved
 from lora_fx.rules.ruleset import LoRAConfig
 
 
@@ -45,7 +47,7 @@ class SavedSite:
     """The call that the adapter serves, where each has its own, and how many there are."""
     calls: int = 0
     file_ranks: int = 1
-    """How many times r the configuration's rank is: for parts of the weight, and groups of a convolution."""
+    """How many times r the configuration's rank is: of parts of the weight, groups of a convolution, moved adapters."""
 
     @property
     def name(self) -> str:
@@ -57,8 +59,24 @@ class SavedSite:
         """The rank by the configuration."""
         return self.lora.r * self.file_ranks
 
+    @property
+    def on_residual(self) -> bool:
+        """Whether PEFT trained it on what is left of the base after taking away parts of it: B A alone is no ΔW."""
+        return not self.noted and is_moved(self.lora.init)
+
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """Return B [.., out, ranks] and A [.., ranks, in], of which the product is ΔW / scaling; a bank has members."""
+        """Return B [.., out, ranks] and A [.., ranks, in], of which the product is ΔW / scaling; a bank has members.
+
+        Raises:
+            AdapterFileError: what the factors add to the base depends on the base itself.
+        """
+        if self.on_residual:
+            raise AdapterFileError(
+                "adapter_config.json",
+                f"has factors by `{self.lora.init}`, trained on what is left of the base after taking them away",
+                [(self.path, "B A is not what it adds to the base")],
+                "load it onto its base with lora_fx.load, and save it from there",
+            )
         groups = self.lora_A.shape[0] // max(1, self.lora_B.shape[1]) if self.lora_A.dim() > 2 else 1
         if groups > 1:
             return _of_groups(self.lora_B, self.lora_A, groups)

@@ -110,6 +110,7 @@ class _Planner:
             self._place_value(name, Value(tensor, label), prefix, is_site=False)
         trained = [(path, "trains rows of it alone") for path in adapter.rows]
         trained += [(site.path, "lora_B has a bias") for site in sites if site.added_bias is not None]
+        trained += [(site.path, f"{site.lora.init}: is for a rest of the base") for site in sites if site.on_residual]
         self.refusals += [(path, f"{what}; load the model and use lora_fx.merge") for path, what in trained]
         for name, tensor in adapter.loose.items():
             self._place_value(name, Value(tensor, label), prefix, is_site=True)

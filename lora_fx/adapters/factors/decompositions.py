@@ -1,0 +1,50 @@
+"""First values of A and B that are parts of a weight W [out, in]; W stays unchanged.
+
+pissa   scaling · B A = the r largest singular parts of W, each value's root in A and in B
+        Meng et al. 2024, arXiv:2404.02948, §3; fast: by Halko's randomised SVD, §4
+olora   B A = the first r columns and rows of W = Q R
+        Büyükakyüz 2024, arXiv:2406.01775, §2.1; it does not divide by the scaling
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_fx.rules.inits import iterations_of
+
+Factors = tuple[Tensor, Tensor]
+"""A [r, in] and B [out, r]."""
+
+
+def decomposed(init: str, weight: Tensor, r: int, scaling: float) -> Factors:
+    """Return A and B by the scheme of that name, in float32 (float64 for a float64 weight).
+
+    Args:
+        init: one of `rules.inits.DECOMPOSED`, or a fast PiSSA, which draws from torch's global generator.
+        weight: [out, in].
+        r: at most its smaller side.
+        scaling: by which B A will be multiplied; above 0.
+    """
+    with torch.no_grad():
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        if init == "olora":
+            q, rest = torch.linalg.qr(wide)
+            return rest[:r].contiguous(), q[:, :r].contiguous()
+        return in_halves(largest_parts(wide, r, iterations_of(init)), scaling)
+
+
+def largest_parts(matrix: Tensor, r: int, iterations: int | None = None) -> Sequence[Tensor]:
+    """Return U [out, r], S [r] and Vᵀ [r, in] of the r largest singular values, by so many iterations or exactly."""
+    if iterations is None:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left[:, :r], values[:r], right[:r]
+    left, values, right = torch.svd_lowrank(matrix, r, niter=iterations)
+    return left, values, right.t()
+
+
+def in_halves(parts: Sequence[Tensor], scaling: float) -> Factors:
+    """Return A and B of which scaling · B A is U diag(S) Vᵀ, each with the roots of S."""
+    left, values, right = parts
+    roots = (values / scaling).sqrt()
+    return roots.unsqueeze(1) * right, left * roots

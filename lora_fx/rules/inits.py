@@ -1,0 +1,35 @@
+"""How the first values of A and B are made, by name; what each scheme needs and does is stated here alone."""
+
+import re
+
+FRESH = ("kaiming", "gaussian", "orthogonal", "random")
+"""Drawn, without a look at the weight."""
+DECOMPOSED = ("pissa", "olora")
+"""Parts of the weight."""
+INITS = (*FRESH, *DECOMPOSED)
+FAST_PISSA = r"^pissa_niter_[1-9][0-9]?$"
+"""PiSSA by a randomised SVD with so many subspace iterations."""
+
+
+def is_init(name: object) -> bool:
+    """Whether there is a scheme of that name."""
+    return isinstance(name, str) and (name in INITS or re.fullmatch(FAST_PISSA, name) is not None)
+
+
+def iterations_of(init: str) -> int | None:
+    """Return the subspace iterations of a fast PiSSA; None for any other scheme.
+
+    >>> iterations_of("pissa_niter_16"), iterations_of("pissa")
+    (16, None)
+    """
+    return int(init.rpartition("_")[2]) if re.fullmatch(FAST_PISSA, init) else None
+
+
+def is_moved(init: str) -> bool:
+    """Whether A and B start at A₀ and B₀ ≠ 0, and scaling · B₀ A₀ is taken away: the model starts at its base."""
+    return init in DECOMPOSED or iterations_of(init) is not None
+
+
+def pairs_of(init: str) -> int:
+    """Return of how many pairs of factors the product is made: B A, and where it is moved B₀ A₀."""
+    return 2 if is_moved(init) else 1
