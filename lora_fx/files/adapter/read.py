@@ -42,6 +42,7 @@ from lora_fx.files.fingerprint import sample_values
 from lora_fx.files.safetensors import read_raw
 from lora_fx.files.values import DTYPES
 from lora_fx.models.wrappers import without_wrappers
+from lora_fx.rules.inits import is_moved
 from lora_fx.rules.ruleset import LoRAConfig
 
 
@@ -304,7 +305,10 @@ class _AdapterReader:
         )
 
     def _must_agree(self, site: SavedSite) -> None:
-        """The configuration, which other tools read, must scale as the header says."""
+        """The configuration, which other tools read, must scale as the header says, and mean the base itself."""
+        if is_moved(self.config.init):
+            facts = [("init_lora_weights", self.config.init), ("written by save", "true")]
+            raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE}, by which the base is another", facts)
         scaling, configured = site.lora.scaling, self._lora_of_config(site.name)
         if site.rank != configured.r or abs(configured.scaling - scaling) > 1e-6 * abs(scaling):
             facts = [

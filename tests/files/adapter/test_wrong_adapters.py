@@ -129,6 +129,10 @@ def pissa(folder) -> None:
     reconfigure(folder, init_lora_weights="pissa")
 
 
+def corda(folder) -> None:
+    reconfigure(folder, init_lora_weights="corda")
+
+
 def replicated(folder) -> None:
     reconfigure(folder, layer_replication=[[0, 2], [1, 3]])
 
@@ -153,7 +157,8 @@ WRONG_FILES = {
     infinite: "has NaN or infinite values",
     wrong_bias: "query.base_layer.bias  has shape [3], not [16]",
     do_not_multiply: "lora_A [4, 16] and lora_B [16, 5] do not multiply",
-    pissa: "'pissa' changes the base weights",
+    pissa: "contradicts adapter_config.json, by which the base is another",
+    corda: "'corda': it was trained on what is left of the base",
     replicated: "layer replication: the model has other layers",
 }
 
