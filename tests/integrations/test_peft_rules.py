@@ -242,3 +242,9 @@ def test_model_stays_unchanged_and_needs_no_weights():
     rules = lora_fx.rules_from_peft({"target_modules": ["query"]}, model)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert [name for rule in rules["rules"] for name in rule["match"]["name"]] == ["**.query"]
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_first_values_that_are_parts_of_the_weight_have_the_same_names(init):
+    rules = lora_fx.rules_from_peft(peft.LoraConfig(**Q, init_lora_weights=init), llama())
+    assert rules["defaults"]["init"] == init
