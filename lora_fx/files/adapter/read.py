@@ -307,8 +307,8 @@ class _AdapterReader:
     def _must_agree(self, site: SavedSite) -> None:
         """The configuration, which other tools read, must scale as the header says, and mean the base itself."""
         if is_moved(self.config.init):
-            facts = [("init_lora_weights", self.config.init), ("written by save", "true")]
-            raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE}, by which the base is another", facts)
+            of_peft = [("init_lora_weights", self.config.init), ("written by save", "true")]
+            raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE}, by which the base is another", of_peft)
         scaling, configured = site.lora.scaling, self._lora_of_config(site.name)
         if site.rank != configured.r or abs(configured.scaling - scaling) > 1e-6 * abs(scaling):
             facts = [
