@@ -1,7 +1,7 @@
 """Put an adapter's modules beside a base weight, find them again, and take them away."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.adapters.factors.spec import AdapterSpec, ModelRecord
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.views import WeightView
+from lora_fx.adapters.selection import Selection, Switch
 from lora_fx.models.offload import computing_device, keep_loaded, offloading_hook, stored_weight
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import dotted, get_tensor
@@ -52,14 +53,21 @@ class AdapterState:
     their own.
     """
 
-    active: str | None
-    """Name of the adapter that the forward uses; None while it is disabled."""
+    switch: Switch
+    """What the model uses of its adapters."""
     dense: bool = False
     """Whether torch's fused kernels read the weights in eval mode: they get a plain tensor there."""
     called: int | None = None
     """How often it has been called in this forward; None unless each call has an adapter of its own."""
     within: bool = False
     """Whether a forward of the whole model is running, for which calls are counted."""
+
+
+class AdapterDict(nn.ModuleDict):
+    """Modules by the name of their adapter, which may be that of an attribute of ModuleDict, as `train` is."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules[name] = module  # type: ignore[assignment]
 
 
 class AdapterHome(nn.Module):
@@ -114,16 +122,23 @@ class Attached:
         """The bias of the layer if the rule trains it."""
         return self.owner._parameters.get("bias") if self.spec.lora.bias and self.spec.path_is_owner else None
 
-    def low_rank(self) -> Factored:
-        """Return the low-rank part of the weight as it is stored."""
-        spec, view = self.spec, WeightView.of(tuple(self.stored_shape), self.spec.site.is_banked)
-        return Factored.of(view, self.lora_A.matrix, self.lora_B.matrix, spec.site.layout, spec.rank, spec.scaling)
-
     def delta(self) -> Tensor:
         """Return ΔW = scaling · B A in float32 (float64 for float64 factors), in the shape of the base weight."""
         delta = low_rank_weight(self.lora_A.matrix, self.lora_B.matrix, self.spec.scaling)
         stored = delta.transpose(-1, -2) if self.spec.site.layout == "in_out" else delta
         return stored.reshape(self.stored_shape)
+
+
+def low_rank_of(used: Sequence[tuple[Attached, float]]) -> Factored:
+    """Return Σ weight · scaling · B A of adapters beside one weight, as it is stored."""
+    first, spec = used[0][0], used[0][0].spec
+    view = WeightView.of(tuple(first.stored_shape), spec.site.is_banked)
+    A, B, rank, scaling = first.lora_A.matrix, first.lora_B.matrix, spec.rank, spec.scaling * used[0][1]
+    if len(used) > 1:
+        A = torch.cat([one.lora_A.matrix for one, _ in used], dim=-2)
+        B = torch.cat([one.lora_B.matrix * (one.spec.scaling * share) for one, share in used], dim=-1)
+        rank, scaling = A.shape[-2], 1.0
+    return Factored.of(view, A, B, spec.site.layout, rank, scaling)
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:
@@ -137,7 +152,8 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
 def record_of(plan: Plan, model: nn.Module) -> ModelRecord:
     """Return the record that all adapters of the plan share; `model` tells which parameters were trained before."""
     trained = frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
-    return ModelRecord(replace(plan, capture=None), trained)
+    names = (site.lora.adapter for site in plan.adapted if site.lora is not None)
+    return ModelRecord(replace(plan, capture=None), trained, Switch(Selection.of(names)))
 
 
 def spec_of(planned: PlannedSite, record: ModelRecord, model: nn.Module) -> AdapterSpec:
@@ -160,32 +176,43 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
     """
     weight = owner._parameters[spec.parameter]
     assert weight is not None
-    home = _home(owner, spec)
+    home, name = _home(owner, spec), spec.adapter
     pairs = [_factors(owner, weight, spec) for _ in range(max(1, spec.calls))]
     first, second = zip(*pairs, strict=True)
-    home.lora_A = nn.ModuleDict({spec.adapter: CallFactors(first) if spec.calls else first[0]})
-    home.lora_B = nn.ModuleDict({spec.adapter: CallFactors(second) if spec.calls else second[0]})
+    _holder(home, "lora_A")[name] = CallFactors(first) if spec.calls else first[0]
+    _holder(home, "lora_B")[name] = CallFactors(second) if spec.calls else second[0]
     if spec.lora.dropout:
         kind = TokenDropout if spec.site.op == "embedding" else nn.Dropout
-        home.lora_dropout = nn.ModuleDict({spec.adapter: kind(spec.lora.dropout)})
+        _holder(home, "lora_dropout")[name] = kind(spec.lora.dropout)
     if spec.lora.dora:
         values = stored_weight(owner, spec.parameter).to(first[0].weight.device)
         norms = row_norms(as_rows(values, spec.site.layout), first[0].weight, second[0].matrix, spec.scaling)
-        magnitude = DoRAMagnitude(norms.to(adapter_dtype(weight)), spec.scaling)
-        home.lora_magnitude_vector = nn.ModuleDict({spec.adapter: magnitude})
-    for name in CHILDREN:
-        if name in home._modules:
-            home._modules[name].train(owner.training)  # type: ignore[union-attr]
+        _holder(home, "lora_magnitude_vector")[name] = DoRAMagnitude(norms.to(adapter_dtype(weight)), spec.scaling)
+    for child in CHILDREN:
+        if child in home._modules:
+            home._modules[child].train(owner.training)  # type: ignore[union-attr]
     return [adapter for adapter in attached_to(owner) if adapter.spec is spec]
 
 
 def _home(owner: nn.Module, spec: AdapterSpec) -> nn.Module:
     if spec.parameter == "weight":
         return owner
+    home = owner._modules.get(spec.parameter + HOME)
+    if isinstance(home, AdapterHome):
+        return home
     home = AdapterHome(spec.parameter)
     home.train(owner.training)
     owner.add_module(spec.parameter + HOME, home)
     return home
+
+
+def _holder(home: nn.Module, child: str) -> nn.ModuleDict:
+    """Return what holds one kind of module for each adapter at a site, made now if need be."""
+    holder = home._modules.get(child)
+    if not isinstance(holder, nn.ModuleDict):
+        holder = AdapterDict()
+        home.add_module(child, holder)
+    return holder
 
 
 def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAFactor, LoRAFactor]:
@@ -241,13 +268,22 @@ def _attached(owner: nn.Module, home: nn.Module, name: str, factor: nn.Module | 
 
 
 def attached(owner: nn.Module, parameter: str = "weight") -> Attached | None:
-    """Return the adapter beside one weight of the module (its first call's, if each has its own), or None."""
+    """Return the first adapter beside one weight of the module (its first call's, if each has its own), or None."""
     return next((adapter for adapter in attached_to(owner) if adapter.spec.parameter == parameter), None)
+
+
+def in_use(owner: nn.Module, parameter: str = "weight") -> list[tuple[Attached, float]]:
+    """Return the adapters that the call which begins uses at one weight of the module, each with its weight."""
+    state: AdapterState | None = owner.__dict__.get(STATE)
+    if state is None:
+        return []
+    found = {one.spec.adapter: one for one in attached_to(owner) if one.spec.parameter == parameter and not one.call}
+    return [(found[name], share) for name, share in state.switch.for_call().at(found)]
 
 
 def _partners(home: nn.Module, adapter: str) -> tuple[nn.Module, nn.Module | None, DoRAMagnitude | None]:
     holders = [home._modules.get(name) for name in CHILDREN[1:]]  # torch.compile cannot read a `:=` in here
-    lora_b, dropout, magnitude = (None if holder is None else holder._modules[adapter] for holder in holders)
+    lora_b, dropout, magnitude = (None if holder is None else holder._modules.get(adapter) for holder in holders)
     assert lora_b is not None
     assert magnitude is None or isinstance(magnitude, DoRAMagnitude)
     return lora_b, dropout, magnitude

@@ -7,7 +7,7 @@ with it is right.
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,10 @@ from lora_fx.adapters.attach import (
     STATE,
     AdapterState,
     Attached,
-    attached,
     attached_to,
     has_call_factors,
+    in_use,
+    low_rank_of,
     shown_parameters,
 )
 from lora_fx.adapters.factors.dora import row_norms, stretch
@@ -32,6 +33,7 @@ from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
 from lora_fx.adapters.rawweight.known_experts import BANKS, experts_output, interface_of
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
+from lora_fx.adapters.selection import Chosen, Switch
 from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output
@@ -59,11 +61,10 @@ def reading(names: tuple[str, ...], are_experts: bool = False) -> type:
 def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
     def read(owner: nn.Module) -> Tensor | None:
         base = owner._parameters[name]
-        adapter = attached(owner, name)
-        state = owner.__dict__.get(STATE)
-        if adapter is None or base is None or state is None or state.active is None or _wants_parameter():
+        if base is None or _wants_parameter():
             return base
-        return shown(adapter, base)
+        used = in_use(owner, name)
+        return shown(used, base) if used else base
 
     return read
 
@@ -82,19 +83,46 @@ def _wants_parameter() -> bool:
     return str(frame.f_globals.get("__name__", "")).startswith(_HANDLERS)
 
 
-def shown(adapter: Attached, base: Tensor) -> Tensor:
-    """Return the adapted weight as it is read: a LoRAWeight, or a plain tensor for those who need one."""
-    owner = adapter.owner
+Used = Sequence[tuple[Attached, float]]
+"""Adapters beside one weight that are used, each with its weight."""
+
+
+def shown(used: Used, base: Tensor) -> Tensor:
+    """Return the adapted weight as it is read: a LoRAWeight, or a plain tensor for those who need one.
+
+    Raises:
+        RefusedError: several adapters are used and one has dropout: of each, the input would have to be dropped apart.
+    """
+    owner = used[0][0].owner
     fused = owner.__dict__[STATE].dense and not owner.training and not torch.is_grad_enabled()
     wrapped = torch.compiler.is_compiling() or transformation() is not None
-    if adapter.magnitude is not None or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
-        return effective_weight(adapter, base)
-    dropout = adapter.dropout if adapter.dropout is not None and adapter.dropout.training else None
-    return LoRAWeight(Part(base, adapter.low_rank(), dropout, is_called=not shown_parameters(owner)))
+    is_dora = any(adapter.magnitude is not None for adapter, _ in used)
+    if is_dora or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
+        return effective_weight(used, base)
+    dropouts = [adapter.dropout for adapter, _ in used if adapter.dropout is not None and adapter.dropout.training]
+    if dropouts and len(used) > 1:
+        facts = [(one.spec.path, f"{one.spec.adapter}, dropout {one.spec.lora.dropout:g}") for one, _ in used]
+        advice = "use one adapter, or call eval()"
+        raise RefusedError("a weight that is read has one input for several adapters with dropout", facts, advice)
+    return LoRAWeight(
+        Part(base, low_rank_of(used), dropouts[0] if dropouts else None, is_called=not shown_parameters(owner))
+    )
 
 
-def effective_weight(adapter: Attached, base: Tensor) -> Tensor:
-    """Return W + scaling · B A (DoRA: m · V / ‖V‖) in W's dtype, through which gradients reach the adapter."""
+def effective_weight(used: Used, base: Tensor) -> Tensor:
+    """Return W + Σ weight · ΔW in W's dtype, through which gradients reach the adapters (DoRA: m · V / ‖V‖)."""
+    whole = base
+    for adapter, share in used:
+        whole = _changed(adapter, base) if share == 1 and whole is base else _added(whole, adapter, share, base)
+    return whole
+
+
+def _added(whole: Tensor, adapter: Attached, share: float, base: Tensor) -> Tensor:
+    plain = adapter.magnitude is None
+    return whole + share * (adapter.delta().to(base.dtype) if plain else _changed(adapter, base) - base)
+
+
+def _changed(adapter: Attached, base: Tensor) -> Tensor:
     delta = adapter.delta().to(base.dtype)
     if adapter.magnitude is None:
         return base + delta
@@ -119,36 +147,53 @@ class AdaptedLayer(ShowsAdapters):
         return self.adapted_forward(input)
 
     def adapted_forward(self, input: Tensor) -> Tensor:
-        """Return what the module computes with the adapter that is active."""
-        name = self.__dict__[STATE].active
-        if name is None:
+        """Return what the module computes with the adapters that are used."""
+        chosen = self.chosen_adapters()
+        if not chosen:
             return self.base_forward(input)
-        term = self.adapted_term(input)
+        term = term_of(self, chosen, input)
         if term is not None:
             return adapted((term,), input)[0]
         base = self.base_forward(input)
-        A, B, dropout, magnitude = self.lora_A[name], self.lora_B[name], None, None
+        calls = [len(self.lora_A[name]) for name, _ in chosen if type(self.lora_A[name]) is CallFactors]
+        number = _next_call(self, min(calls)) if calls else 0
+        result = base
+        for name, share in chosen:
+            result = self._added(result, base, input, name, share, number)
+        return result
+
+    def _added(self, result: Tensor, base: Tensor, input: Tensor, name: str, share: float, number: int) -> Tensor:
+        """Return a result with one more adapter in it, operation by operation."""
+        A, B, dropout = self.lora_A[name], self.lora_B[name], None
+        magnitude: Callable[[Tensor, Tensor], Tensor] | None = None
         if type(A) is CallFactors:
-            number = _next_call(self, len(A))
             A, B = A[number], B[number]
         lora = A.spec.lora
         if lora.dropout:
             dropout = self.lora_dropout[name]
         if lora.dora:
-            magnitude = functools.partial(
+            whole = functools.partial(
                 self.lora_magnitude_vector[name],
                 weight=as_rows(self._parameters["weight"], A.spec.site.layout),
                 bias=self.bias,
                 lora_A=A.matrix,
                 lora_B=B.matrix,
             )
+            alone = result is base and share == 1
+            magnitude = whole if alone else lambda onto, delta: whole(base, delta, onto=onto, share=share)
+        scaling = lora.scaling if lora.dora else lora.scaling * share
         one_hot = A.spec.site.op == "embedding"
-        return add_low_rank(base, input, A, B, dropout, magnitude, lora.scaling, A.spec.mixed, one_hot)
+        return add_low_rank(result, input, A, B, dropout, magnitude, scaling, A.spec.mixed, one_hot)
 
     def adapted_term(self, input: Tensor) -> Term | None:
-        """Return the layer with its active adapter as a term of a fused product with the input, if it can be one."""
-        name = self.__dict__[STATE].active
-        return None if name is None else term_of(self, name, input)
+        """Return the layer with its adapters as a term of a fused product with the input, if it can be one."""
+        chosen = self.chosen_adapters()
+        return term_of(self, chosen, input) if chosen else None
+
+    def chosen_adapters(self) -> Chosen:
+        """Return which of its adapters the call that begins uses."""
+        switch: Switch = self.__dict__[STATE].switch
+        return switch.for_call().at(self.lora_A._modules)
 
     @property
     def lora_fx_layer(self) -> nn.Module:
@@ -209,15 +254,8 @@ def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:
     names = tuple(reads)
     are_experts = set(names) == set(BANKS) and interface_of(original_class(owner)) is not None
     swap(owner, reading(names, are_experts) if names else AdaptedLayer)
-    active, called = next(attached_to(owner)).spec.adapter, 0 if has_call_factors(owner) else None
-    owner.__dict__[STATE] = AdapterState(active, kernel, called)
-
-
-def set_active(owner: nn.Module, adapter: str | None) -> str | None:
-    """Switch the module to the adapter of that name, or off with None; return what was active."""
-    before: AdapterState = owner.__dict__[STATE]
-    owner.__dict__[STATE] = replace(before, active=adapter)
-    return before.active
+    switch, called = next(attached_to(owner)).spec.record.switch, 0 if has_call_factors(owner) else None
+    owner.__dict__[STATE] = AdapterState(switch, kernel, called)
 
 
 _KERNELS = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAttention: ("out_proj", "")}

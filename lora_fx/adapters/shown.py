@@ -5,17 +5,24 @@ itself are left out.  Numbers of the plan alone, so it is fast, and the same on 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from lora_fx.adapters.attach import CHILDREN, STATE, AdapterHome, Attached, attached_to
+from lora_fx.adapters.attach import CHILDREN, STATE, AdapterHome, AdapterState, Attached, attached_to
 from lora_fx.models.swap import Swapped
 from lora_fx.text import visible
 
 
 class ShowsAdapters(Swapped, nn.Module):
     """Mixin for a module with adapters: its class shows it as ever, and they stand among its facts."""
+
+    def _replicate_for_data_parallel(self) -> Any:  # other threads will run the replica
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        state: AdapterState = self.__dict__[STATE]
+        replica.__dict__[STATE] = replace(state, switch=state.switch.fixed())
+        return replica
 
     def __repr__(self) -> str:
         facts = list(adapter_facts(self))
@@ -42,7 +49,7 @@ def adapter_facts(owner: nn.Module) -> Iterator[str]:
     state = owner.__dict__.get(STATE)
     for adapter in attached_to(owner):
         if not adapter.call:  # the first of several calls speaks for all
-            off = state is not None and state.active is None
+            off = state is not None and not state.switch.now().at((adapter.spec.adapter,))
             yield visible(f"{_facts_of(adapter)}{' (off)' if off else ''}")
 
 

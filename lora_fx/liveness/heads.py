@@ -14,6 +14,7 @@ from lora_fx.adapters.fused.eligible import dropout_of, is_watched, term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import autocast_dtype, product_dtype
 from lora_fx.adapters.layers import AdaptedLayer
+from lora_fx.adapters.selection import is_off
 from lora_fx.liveness.head import HeadSource
 from lora_fx.liveness.rows import LazyRows, lazy
 from lora_fx.liveness.sources import LazyValue
@@ -67,7 +68,7 @@ class LateHead(ComputesLate):
         if torch.compiler.is_compiling():
             return super().forward(input)
         state: LateState = self.__dict__[LATE]
-        source = late_source(self, input) if state.enabled else "it is switched off"
+        source = late_source(self, input) if state.enabled and not is_off(state) else "it is switched off"
         if isinstance(source, str):
             state.otherwise[source] += 1
             return super().forward(input)
@@ -133,11 +134,11 @@ def late_source(head: Any, x: Tensor) -> HeadSource | str:
     # what is asked now holds for all rows, however few are computed at once
     like = torch.empty((1, x.shape[-1]), dtype=x.dtype, device=x.device)
     dtype = product_dtype(like)
-    adapter = head.__dict__[STATE].active if STATE in head.__dict__ else None
-    if adapter is None:
+    chosen = head.chosen_adapters() if isinstance(head, AdaptedLayer) else ()
+    if not chosen:
         source = _of_frozen(x, weight, bias, dtype)
     else:
-        term = term_of(head, adapter, like)
+        term = term_of(head, chosen, like)
         if term is None:
             return "its adapter is computed operation by operation"
         source = _of_adapted(x, term, dtype)
@@ -164,8 +165,8 @@ def _obstacle(head: Any) -> str:
         return "its own weight is trained"
     if not weight.is_floating_point():
         return "its weight has no floating-point numbers"
-    adapter = head.__dict__[STATE].active if isinstance(head, AdaptedLayer) else None
-    dropped = adapter is not None and dropout_of(head._modules.get("lora_dropout"), adapter) != 0
+    chosen = head.chosen_adapters() if isinstance(head, AdaptedLayer) else ()
+    dropped = any(dropout_of(head._modules.get("lora_dropout"), name) != 0 for name, _ in chosen)
     return "its adapter has dropout" if dropped else ""
 
 

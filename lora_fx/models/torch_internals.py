@@ -15,6 +15,7 @@ import operator
 import re
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = ["DispatchMode", "FakeTensor", "enter_autocast", "exit_autocast", "pytree"]
 
@@ -326,6 +328,26 @@ def checkpointing() -> Callable[..., Any] | None:
     """Return the hook of the checkpoint that is at work; each has its own.  None outside, and in a reentrant one."""
     pack = packing()
     return pack if pack is not None and pack.__module__ == "torch.utils.checkpoint" else None
+
+
+def checkpointed_call() -> object | None:
+    """Return what stands for the checkpointed call that runs now, the same object when it is made again; else None."""
+    pack = checkpointing()
+    if pack is not None:
+        held = (cell.cell_contents for cell in pack.__closure__ or ())
+        frames = (content() if isinstance(content, weakref.ref) else content for content in held)
+        return next((frame for frame in frames if type(frame).__name__ == "_CheckpointFrame"), None)
+    if torch.is_grad_enabled() and not in_backward():
+        return None
+    here = inspect.currentframe()  # a reentrant one: an autograd function, whose node holds what it needs
+    while here is not None:
+        if here.f_code in _REENTRANT:
+            return here.f_locals["ctx"]  # type: ignore[no-any-return]
+        here = here.f_back
+    return None
+
+
+_REENTRANT = (CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__)
 
 
 def in_forward_ad() -> bool:

@@ -158,6 +158,6 @@ def _state_of(module: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
     modes: list[Any] = []
     for each in module.modules():
         state = each.__dict__.get(STATE)
-        modes.append((each.training, None if state is None else state.active))
+        modes.append((each.training, None if state is None else state.switch.now()))
         found += each._parameters.values()
     return modes + [(id(tensor), tensor._version) for tensor in found if tensor is not None]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapters.selection import is_off
 from lora_fx.capture.calls.ambient import RandomState, ambient_state
 from lora_fx.capture.calls.arguments import flatten, is_constant
 from lora_fx.capture.calls.objects import tensors_in
@@ -136,7 +137,7 @@ class Region:
 
     def find(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hit | None:
         """Return a proven program that fits the call, and its inputs: at sizes of 1 too."""
-        if not self.enabled:
+        if not self.enabled or is_off(self):
             return None
         for program in (*self.mine, *self.block.programs):
             inputs = program.guard.match(module, args, kwargs)
@@ -196,7 +197,7 @@ class Region:
 
     def miss(self, call: ModuleCall) -> Any:
         """Run the module's own forward; if worth while, prove or capture a graph for such calls afterwards."""
-        if not self.enabled:
+        if not self.enabled or is_off(self):
             return call.by_forward()
         block_called(self.number, self.path)
         self.misses[self._why(call)] += 1

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import STATE, adapted_owners, attached_to, detach
-from lora_fx.adapters.layers import count_calls_anew, set_active, stop_counting
+from lora_fx.adapters.attach import adapted_owners, attached_to, detach
+from lora_fx.adapters.layers import count_calls_anew, stop_counting
 from lora_fx.adapters.placed import Placed, base_in, placed_in
+from lora_fx.adapters.selection import Selection, switched_off
 from lora_fx.liveness.heads import late_modules
 from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.offload import keep_loaded
@@ -141,15 +142,10 @@ def disabled(tuned: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(uncompiled_if_stale())
         stack.enter_context(borrowed(tuned, base_in(places)))
-        for owner in adapted_owners(tuned):
-            if STATE in owner.__dict__:
-                stack.callback(set_active, owner, set_active(owner, None))
-        for _, _, region in regions(tuned):
-            stack.callback(setattr, region, "enabled", region.enabled)
-            region.enabled = False
-        for _, late in late_modules(tuned):
-            stack.callback(setattr, late, "enabled", late.enabled)
-            late.enabled = False
+        for place in places:
+            stack.enter_context(place.record.switch.chosen_here(Selection()))
+        others = (*(region for _, _, region in regions(tuned)), *(late for _, late in late_modules(tuned)))
+        stack.enter_context(switched_off(others))
         if isinstance(tuned, fx.GraphModule):
             stack.callback(setattr, tuned, "graph", tuned.graph)
             shell = fx.GraphModule(tuned, deepcopy(tuned.graph))

@@ -114,10 +114,10 @@ def test_nobody_is_merged_on_a_device_where_it_was_not_measured():
 )
 def test_layers_decide_at_every_call(more: dict[str, object], expected: bool):
     layer = lora_fx.apply(nn.Sequential(nn.Linear(M, OUT)), rules("**", r=R, **more))[0]
-    assert term_of(layer, "default", torch.randn(N, M)).facts.merged == expected
-    assert not term_of(layer, "default", torch.randn(3, M)).facts.merged
+    assert term_of(layer, (("default", 1.0),), torch.randn(N, M)).facts.merged == expected
+    assert not term_of(layer, (("default", 1.0),), torch.randn(3, M)).facts.merged
     with torch.no_grad():
-        assert not term_of(layer, "default", torch.randn(N, M)).facts.merged
+        assert not term_of(layer, (("default", 1.0),), torch.randn(N, M)).facts.merged
 
 
 # -- what is computed
@@ -186,7 +186,7 @@ def test_adapters_that_are_zero_change_no_bit(dtype: torch.dtype, in_out: bool):
 def test_a_large_layer_starts_bit_equal_to_its_base():
     base = nn.Linear(192, 320)
     tuned, x = lora_fx.apply(nn.Sequential(base), rules("**", r=64)), torch.randn(512, 192)
-    assert term_of(tuned[0], "default", x).facts.merged
+    assert term_of(tuned[0], (("default", 1.0),), x).facts.merged
     assert torch.equal(tuned(x), base(x))
 
 

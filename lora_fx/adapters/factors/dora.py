@@ -20,15 +20,26 @@ class DoRAMagnitude(nn.Module):
         self.scaling = scaling
 
     def forward(
-        self, base: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+        self,
+        base: Tensor,
+        delta: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        onto: Tensor | None = None,
+        share: float = 1.0,
     ) -> Tensor:
         """Return m/‖V‖ · (W x + delta) + bias, given base = W x + bias and delta = scaling · B A x.
 
-        Written so that it equals `base` bit by bit while B = 0 and m = ‖W‖.  Dropout reaches `delta` alone.
+        Written so that it equals `base` bit by bit while B = 0 and m = ‖W‖.  Dropout reaches `delta` alone.  Beside
+        other adapters, `share` times what it adds to `base` is added to what they have made of it, `onto`.
         """
         scale = self.scale(weight, lora_A, lora_B).to(base.dtype)
         plain = base if bias is None else base - bias
-        return base + (scale - 1) * plain + scale * delta
+        if onto is None:
+            return base + (scale - 1) * plain + scale * delta
+        return onto + share * ((scale - 1) * plain + scale * delta)
 
     def scale(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """Return m/‖V‖ [out] for a weight [out, in]."""

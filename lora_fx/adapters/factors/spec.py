@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lora_fx.adapters.selection import Switch
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.sites import Site
 from lora_fx.rules.inits import pairs_of
@@ -21,6 +22,8 @@ class ModelRecord:
     """By which the model was adapted, without captured graphs."""
     requires_grad: frozenset[str]
     """Names of the base parameters that required a gradient in the caller's model."""
+    switch: Switch
+    """What the model uses of its adapters."""
     base: dict[str, Tensor] = field(default_factory=dict)
     """Values of the caller's model for what the adapted model has of its own: trained parameters and buffers."""
 

@@ -6,7 +6,8 @@ transformation or a compiler around it) is computed operation by operation inste
 """
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ from lora_fx.adapters.factors.dora import DoRAMagnitude
 from lora_fx.adapters.factors.kinds import SlicedB
 from lora_fx.adapters.factors.lora import LoRAFactor, as_rows
 from lora_fx.adapters.factors.moved import MovedA, MovedB
+from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.fused.contraction import merges
 from lora_fx.adapters.fused.masks import is_possible, new_seed, shared_seed
 from lora_fx.adapters.fused.terms import Facts, Term, autocast_dtype, product_dtype
+from lora_fx.adapters.selection import Chosen
 from lora_fx.models.layers import has_hooks, linear_layout
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.torch_internals import (
@@ -53,18 +56,31 @@ def is_watched() -> bool:
     )
 
 
-def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
-    """Return an adapted layer as a term of a fused product with x; None if it must go operation by operation.
+class _Factors(NamedTuple):
+    """The factors of one adapter, or of several below each other."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    p: float
+    runs: Any
+    """Of a factor B in parts; empty for a whole one."""
+    spec: AdapterSpec
+    magnitude: DoRAMagnitude | None
+
+
+def term_of(layer: Any, chosen: Chosen, x: Tensor) -> Term | None:
+    """Return a layer with adapters as a term of a fused product with x; None if it must go operation by operation.
 
     With dropout, the seed of its mask is drawn here.
 
     >>> import lora_fx
     >>> rules = {"version": 1, "rules": [{"match": {"name": "*"}, "lora": {"r": 2, "alpha": 4}}]}
     >>> layer = lora_fx.apply(nn.Sequential(nn.Linear(3, 5)), rules)[0]
-    >>> term = term_of(layer, "default", torch.zeros(1, 3))
+    >>> term = term_of(layer, (("default", 1.0),), torch.zeros(1, 3))
     >>> list(term.weight.shape), list(term.A.shape), list(term.B.shape), term.facts.scaling
     ([5, 3], [2, 3], [5, 2], 2.0)
-    >>> term_of(layer, "default", torch.zeros(1, 3, dtype=torch.float64)) is None
+    >>> term_of(layer, (("default", 1.0),), torch.zeros(1, 3, dtype=torch.float64)) is None
     True
     """
     if is_watched():  # first: a compiler follows these lines too
@@ -83,9 +99,28 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         bias is None or (is_plain(bias) and bias.dtype == weight.dtype)
     ):
         return None
+    found = [_factors_of(layer, name, share, weight.dtype) for name, share in chosen]
+    factors = _joined(found)
+    if factors is None:
+        return None
+    first, second, scaling, p, runs, spec, magnitude = factors
+    scale = None
+    if magnitude is not None:
+        whole = layer._modules["lora_B"]._modules[chosen[0][0]].matrix
+        scale = magnitude.scale(as_rows(weight, spec.site.layout), first, whole)
+    if cast is not None:
+        weight, bias = weight.to(cast), None if bias is None else bias.to(cast)
+        first, second = first.to(cast), second.to(cast)
+    seed = _seed(layer, spec.lora.share_dropout, x, p)
+    merged = plain and not runs and merges(x, weight, first, second, p > 0, scale is not None)
+    return Term(Facts(scaling, layout == "in_out", p, seed, merged, runs), weight, bias, first, second, scale)
+
+
+def _factors_of(layer: Any, name: str, share: float, dtype: torch.dtype) -> _Factors | None:
+    """Return the factors of one adapter of a layer; None if more happens there than two products."""
     modules = layer._modules
-    A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
-    p = dropout_of(modules.get("lora_dropout"), adapter)
+    A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    p = dropout_of(modules.get("lora_dropout"), name)
     if p is None or not are_plain_factors(A, B):
         return None
     first, second, spec = A._parameters["weight"], B._parameters["weight"], A.spec
@@ -93,21 +128,25 @@ def term_of(layer: Any, adapter: str, x: Tensor) -> Term | None:
         first, second = A.matrix, B.matrix
     sliced = type(B) is SlicedB
     are_runs = not sliced or B.runs is not None
-    if obstacle_to_fusing(spec.site, are_runs, spec.calls > 0, _FLOATS[weight.dtype]):
+    if obstacle_to_fusing(spec.site, are_runs, spec.calls > 0, _FLOATS[dtype]):
         return None
-    scale = None
-    if spec.lora.dora:
-        magnitude = modules["lora_magnitude_vector"]._modules[adapter]
-        if type(magnitude) is not DoRAMagnitude or has_hooks(magnitude):
-            return None
-        scale = magnitude.scale(as_rows(weight, spec.site.layout), first, B.matrix)
-    if cast is not None:
-        weight, bias, first, second = (None if t is None else t.to(cast) for t in (weight, bias, first, second))
-    seed = _seed(layer, spec.lora.share_dropout, x, p)
-    runs = B.runs if sliced else ()
-    merged = plain and not runs and merges(x, weight, first, second, p > 0, scale is not None)
-    facts = Facts(spec.lora.scaling, layout == "in_out", p, seed, merged, runs)
-    return Term(facts, weight, bias, first, second, scale)
+    magnitude = modules["lora_magnitude_vector"]._modules[name] if spec.lora.dora else None
+    if spec.lora.dora and (share != 1 or type(magnitude) is not DoRAMagnitude or has_hooks(magnitude)):
+        return None
+    return _Factors(first, second, spec.lora.scaling * share, p, B.runs if sliced else (), spec, magnitude)
+
+
+def _joined(found: Sequence[_Factors | None]) -> _Factors | None:
+    """Return the factors of one adapter, or of several as one: all A below each other; None if they do not join."""
+    if len(found) == 1:
+        return found[0]
+    several = [factors for factors in found if factors is not None]
+    if len(several) < len(found) or any(one.p or one.runs or one.magnitude is not None for one in several):
+        return None
+    if len({one.A.dtype for one in several}) > 1:
+        return None
+    A, B = torch.cat([one.A for one in several]), torch.cat([one.B * one.scaling for one in several], dim=1)
+    return _Factors(A, B, 1.0, 0.0, (), several[0].spec, None)
 
 
 def is_plain(tensor: Any) -> bool:
@@ -127,7 +166,9 @@ def dropout_of(holder: Any, adapter: str) -> float | None:
     """Return the probability of an adapter's dropout as it is now; None if it is not a known dropout."""
     if holder is None:
         return 0.0
-    dropout = holder._modules[adapter]
+    dropout = holder._modules.get(adapter)
+    if dropout is None:
+        return 0.0
     if type(dropout) is not nn.Dropout or has_hooks(dropout):
         return None
     if not dropout.training:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import STATE, Attached, attached_to
+from lora_fx.adapters.attach import STATE, Attached, in_use
 from lora_fx.adapters.fused.eligible import are_plain_factors, is_plain, is_watched
 from lora_fx.adapters.rawweight.experts import Banks, ExpertFacts, Routing, routed_experts
 from lora_fx.models.layers import has_hooks
@@ -39,12 +39,12 @@ _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 def experts_output(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return what a module of routed experts computes with its adapters; None if its own forward must run."""
     state = owner.__dict__.get(STATE)
-    if state is None or state.active is None or not torch.is_grad_enabled() or len(args) != 3 or kwargs:
+    if state is None or not torch.is_grad_enabled() or len(args) != 3 or kwargs:
         return None
     if is_watched() or any_autocast_enabled():
         return None
     grouped = _implementation(owner)
-    banks = None if grouped is None else _banks(owner, state.active)
+    banks = None if grouped is None else _banks(owner)
     if banks is None or not _fit(args, banks[0], bool(grouped)):
         return None
     x, index, weights = args
@@ -68,17 +68,19 @@ def _fit(args: tuple[Any, ...], banks: Banks, grouped: bool) -> bool:
     return alike and near and known and x.dim() == index.dim() == 2 and index.shape == weights.shape
 
 
-def _banks(owner: nn.Module, adapter: str) -> tuple[Banks, tuple[float, float]] | None:
+def _banks(owner: nn.Module) -> tuple[Banks, tuple[float, float]] | None:
     """Return the banks and factors, and the scalings; None where one is trained, or its adapter not a plain one."""
-    found = {one.spec.parameter: one for one in attached_to(owner) if one.spec.adapter == adapter}
+    used = [in_use(owner, name) for name in BANKS]
     weights = [owner._parameters.get(name) for name in BANKS]
-    if set(found) != set(BANKS) or not all(map(is_plain, weights)) or not all(map(_is_plain_adapter, found.values())):
+    if any(len(ones) != 1 for ones in used) or not all(map(is_plain, weights)):
+        return None
+    if not all(_is_plain_adapter(ones[0][0]) for ones in used):
         return None
     if any(weight.requires_grad for weight in weights):  # type: ignore[union-attr]
         return None
-    up, down = (found[name] for name in BANKS)
+    (up, up_share), (down, down_share) = used[0][0], used[1][0]
     factors = [factor.weight for one in (up, down) for factor in (one.lora_A, one.lora_B)]
-    return Banks(*weights, *factors), (up.spec.scaling, down.spec.scaling)  # type: ignore[arg-type]
+    return Banks(*weights, *factors), (up.spec.scaling * up_share, down.spec.scaling * down_share)  # type: ignore[arg-type]
 
 
 def _is_plain_adapter(adapter: Attached) -> bool:

@@ -1,0 +1,107 @@
+"""Which adapters of a model are used, and how much of each: by every thread, or by one thread for a while."""
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from lora_fx.models.torch_internals import checkpointed_call, in_backward
+
+Chosen = tuple[tuple[str, float], ...]
+"""Adapters by name, each with its weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a forward uses of a model's adapters: W + Σ weight · ΔW of each; with none, the base."""
+
+    weights: Chosen = ()
+    """Each adapter at most once, none with the weight 0."""
+
+    @staticmethod
+    def of(names: Iterable[str]) -> "Selection":
+        """Return the selection of these adapters, each as it was trained."""
+        return Selection(tuple((name, 1.0) for name in dict.fromkeys(names)))
+
+    def at(self, names: Collection[str]) -> Chosen:
+        """Return what is used at a site that holds adapters of these names."""
+        return tuple(pair for pair in self.weights if pair[0] in names)
+
+    def __str__(self) -> str:
+        shown = (name if weight == 1 else f"{weight:g} · {name}" for name, weight in self.weights)
+        return " + ".join(shown) or "the base"
+
+
+class Switch:
+    """What a model uses; one object, shared by all its adapters, and one of its own in a copy of the model."""
+
+    def __init__(self, everywhere: Selection) -> None:
+        self.everywhere = everywhere
+        """What threads use that have nothing else chosen."""
+        self.first: Selection | None = None
+        """What was used before anything else was chosen; None as long as nothing was."""
+
+    def now(self) -> Selection:
+        """Return what this thread uses."""
+        if self.first is None or torch.compiler.is_compiling():
+            return self.everywhere
+        return (_HERE.get() or {}).get(self, self.everywhere)
+
+    def for_call(self) -> Selection:
+        """Return what the call that begins uses: what this thread uses, or, if it is made again, what it used before.
+
+        A forward that is made again in the backward pass (checkpointing) may be in another thread, and after the choice
+        has changed.
+        """
+        if self.first is None or torch.compiler.is_compiling():
+            return self.everywhere
+        chosen, call = self.now(), checkpointed_call()
+        if call is None:
+            return chosen
+        kept: dict[Switch, Selection] = getattr(call, _KEPT, {})
+        if self not in kept:
+            setattr(call, _KEPT, {**kept, self: self.first if in_backward() else chosen})
+        return getattr(call, _KEPT)[self]  # type: ignore[no-any-return]
+
+    def choose(self, selection: Selection) -> None:
+        """Let every thread use this that has nothing else chosen."""
+        self.first = self.first or self.everywhere
+        self.everywhere = selection
+
+    @contextlib.contextmanager
+    def chosen_here(self, selection: Selection) -> Iterator[None]:
+        """Let this thread, and no other, use this for a while."""
+        self.first = self.first or self.everywhere
+        token = _HERE.set({**(_HERE.get() or {}), self: selection})
+        try:
+            yield
+        finally:
+            _HERE.reset(token)
+
+    def fixed(self) -> "Switch":
+        """Return a switch of its own for what this thread uses, for a copy that other threads run."""
+        return Switch(self.now())
+
+
+@contextlib.contextmanager
+def switched_off(things: Iterable[object]) -> Iterator[None]:
+    """Let this thread, and no other, do without these objects for a while: they ask `is_off`."""
+    token = _OFF.set(_OFF.get() | {id(thing) for thing in things})
+    try:
+        yield
+    finally:
+        _OFF.reset(token)
+
+
+def is_off(thing: object) -> bool:
+    """Whether this thread does without the object."""
+    return id(thing) in _OFF.get()
+
+
+_OFF: ContextVar[frozenset[int]] = ContextVar("lora_fx_switched_off", default=frozenset())
+_HERE: ContextVar[Mapping[Switch, Selection] | None] = ContextVar("lora_fx_selections", default=None)
+"""What this thread uses of which models."""
+_KEPT = "lora_fx_selections"
+"""Attribute of a checkpointed call: what it used of which models, for when it is made again."""
