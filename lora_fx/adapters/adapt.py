@@ -2,7 +2,7 @@
 
 from torch import fx, nn
 
-from lora_fx.adapters.attach import all_attached, attach, spec_of
+from lora_fx.adapters.attach import SWITCH, all_attached, attach, spec_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import adapt, count_calls_anew, read_by_kernels, stop_counting
 from lora_fx.adapters.placed import is_trained, placed_in
@@ -15,12 +15,14 @@ from lora_fx.text import dotted
 
 def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
     """Adapt every site of a plan that has no adapter yet on the module that owns it, in place."""
-    in_graph = {path for path, _ in all_attached(twin)}
+    twin.__dict__[SWITCH] = record.switch
+    known = {(path, adapter.spec.adapter) for path, adapter in all_attached(twin)}
     kernels, in_code = read_by_kernels(twin), read_in_graph(twin)
     owners: dict[str, list[PlannedSite]] = {}
     with step("adapting", len(plan.adapted), "sites") as doing:
         for planned in plan.adapted:
-            if planned.path not in in_graph:
+            assert planned.lora is not None
+            if (planned.path, planned.lora.adapter) not in known:
                 attach(twin.get_submodule(planned.site.owner), spec_of(planned, record, twin))
                 owners.setdefault(planned.site.owner, []).append(planned)
             doing.advance(planned.path)
@@ -32,7 +34,8 @@ def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
         ]
         names = [planned.site.weight.rpartition(".")[2] for planned in read]
         adapt(twin.get_submodule(path), names, path in kernels)
-    if any(adapter.call is not None for _, adapter in all_attached(twin)):
+    counts = count_calls_anew in twin._forward_pre_hooks.values()
+    if not counts and any(adapter.call is not None for _, adapter in all_attached(twin)):
         twin.register_forward_pre_hook(count_calls_anew)
         twin.register_forward_hook(stop_counting, always_call=True)
 

@@ -24,7 +24,7 @@ from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.adapters.factors.spec import AdapterSpec, ModelRecord
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.views import WeightView
-from lora_fx.adapters.selection import Selection, Switch
+from lora_fx.adapters.selection import Switch
 from lora_fx.models.offload import computing_device, keep_loaded, offloading_hook, stored_weight
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import dotted, get_tensor
@@ -36,6 +36,8 @@ from lora_fx.rules.inits import is_moved
 CHILDREN = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 STATE = "lora_fx_state"
 """Attribute of an adapted module: its AdapterState."""
+SWITCH = "lora_fx_switch"
+"""Attribute of an adapted model: its Switch, for whoever does not want to look through all its modules."""
 READS = "lora_fx_reads"
 """Attribute of a class whose instances show these parameters with their adapters."""
 ITSELF = "lora_fx_layer"
@@ -153,7 +155,7 @@ def record_of(plan: Plan, model: nn.Module) -> ModelRecord:
     """Return the record that all adapters of the plan share; `model` tells which parameters were trained before."""
     trained = frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
     names = (site.lora.adapter for site in plan.adapted if site.lora is not None)
-    return ModelRecord(replace(plan, capture=None), trained, Switch(Selection.of(names)))
+    return ModelRecord(replace(plan, capture=None), trained, Switch(names))
 
 
 def spec_of(planned: PlannedSite, record: ModelRecord, model: nn.Module) -> AdapterSpec:
@@ -336,8 +338,8 @@ def with_values(tuned: nn.Module) -> nn.Module:
 
 
 def adapted_owners(model: nn.Module) -> list[nn.Module]:
-    """Return every module that owns an adapted weight, in model order."""
-    return list(dict.fromkeys(adapter.owner for _, adapter in all_attached(model)))
+    """Return every module that owns a weight which is adapted, or was until its last adapter was dropped."""
+    return [module for module in model.modules() if STATE in module.__dict__ or next(attached_to(module), None)]
 
 
 def owner_path(path: str, adapter: Attached) -> str:
@@ -352,6 +354,15 @@ def detach(owner: nn.Module) -> None:
     for name, child in list(owner._modules.items()):
         if name in CHILDREN or isinstance(child, AdapterHome):
             del owner._modules[name]
+
+
+def holders_of(owner: nn.Module) -> Iterator[nn.ModuleDict]:
+    """Yield what holds the modules of the adapters beside the weights of a module, each by the adapter's name."""
+    for home in (owner, *(child for child in owner._modules.values() if isinstance(child, AdapterHome))):
+        for child in CHILDREN:
+            holder = home._modules.get(child)
+            if isinstance(holder, AdapterDict):
+                yield holder
 
 
 def is_adapted(model: nn.Module) -> bool:

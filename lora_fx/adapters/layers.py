@@ -37,7 +37,7 @@ from lora_fx.adapters.selection import Chosen, Switch
 from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output
-from lora_fx.models.swap import MADE_BY, original_class, swap
+from lora_fx.models.swap import MADE_BY, original_class, swap, take_off
 from lora_fx.models.tensors import dotted
 from lora_fx.models.torch_internals import in_backward, transformation
 
@@ -251,9 +251,12 @@ def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:
         reads: names of the adapted parameters that code reads; where it is none, the module is called.
         kernel: whether torch's fused kernels read its weights in eval mode.
     """
-    names = tuple(reads)
+    shown_now = shown_parameters(owner)
+    names = (*shown_now, *(name for name in reads if name not in shown_now))
     are_experts = set(names) == set(BANKS) and interface_of(original_class(owner)) is not None
-    swap(owner, reading(names, are_experts) if names else AdaptedLayer)
+    if STATE not in owner.__dict__ or names != shown_now:
+        take_off(owner, ShowsAdapters)
+        swap(owner, reading(names, are_experts) if names else AdaptedLayer)
     switch, called = next(attached_to(owner)).spec.record.switch, 0 if has_call_factors(owner) else None
     owner.__dict__[STATE] = AdapterState(switch, kernel, called)
 

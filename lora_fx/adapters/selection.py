@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_fx.errors import RefusedError
 from lora_fx.models.torch_internals import checkpointed_call, in_backward
 
 Chosen = tuple[tuple[str, float], ...]
@@ -37,8 +38,10 @@ class Selection:
 class Switch:
     """What a model uses; one object, shared by all its adapters, and one of its own in a copy of the model."""
 
-    def __init__(self, everywhere: Selection) -> None:
-        self.everywhere = everywhere
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(dict.fromkeys(names))
+        """Of the adapters that the model has."""
+        self.everywhere = Selection.of(self.names)
         """What threads use that have nothing else chosen."""
         self.first: Selection | None = None
         """What was used before anything else was chosen; None as long as nothing was."""
@@ -47,7 +50,15 @@ class Switch:
         """Return what this thread uses."""
         if self.first is None or torch.compiler.is_compiling():
             return self.everywhere
-        return (_HERE.get() or {}).get(self, self.everywhere)
+        chosen = (_HERE.get() or {}).get(self, self.everywhere)
+        gone = [name for name, _ in chosen.weights if name not in self.names]
+        if gone:
+            raise RefusedError(
+                "adapters that this thread uses were dropped or renamed meanwhile",
+                [(name, "is no longer there") for name in gone],
+                "leave the context of `lora_fx.use` before",
+            )
+        return chosen
 
     def for_call(self) -> Selection:
         """Return what the call that begins uses: what this thread uses, or, if it is made again, what it used before.
@@ -80,9 +91,17 @@ class Switch:
         finally:
             _HERE.reset(token)
 
+    def renamed(self, names: Mapping[str, str | None]) -> None:
+        """Call adapters otherwise, or, where the new name is None, forget them; what is used stays so."""
+        pairs = [(names.get(name, name), weight) for name, weight in self.everywhere.weights]
+        self.names = tuple(new for name in self.names if (new := names.get(name, name)) is not None)
+        self.everywhere = Selection(tuple((name, weight) for name, weight in pairs if name is not None))
+
     def fixed(self) -> "Switch":
         """Return a switch of its own for what this thread uses, for a copy that other threads run."""
-        return Switch(self.now())
+        switch = Switch(self.names)
+        switch.everywhere = self.now()
+        return switch
 
 
 @contextlib.contextmanager

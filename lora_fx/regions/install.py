@@ -1,7 +1,7 @@
 """Put regions on a model and take them off; identical blocks share what they learn."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -118,3 +118,22 @@ def stock(
         for captured, static in library.get(structures[path], []):
             with contextlib.suppress(AttributeError):  # it reads what a forward makes first: then it is captured later
                 region.block.programs.append(make_program(captured, module, region.block.passes, static))
+
+
+def remade(model: nn.Module, owners: Collection[int]) -> None:
+    """Write the graphs of regions anew after these layers, by their id, have got their first adapter; in place.
+
+    Blocks that have become unlike go apart.  Nothing is captured; what is written is proven when it is first called.
+    """
+    blocks: dict[tuple[Any, ...], BlockPrograms] = {}
+    for _, module, region in regions(model):
+        if not any(id(inner) in owners for inner in module.modules()):
+            continue
+        key = (id(region.block), structure_of(module))
+        if key not in blocks:
+            old, block = region.block, BlockPrograms(region.block.passes, sizes=region.block.sizes)
+            for program in old.programs:
+                block.programs.append(make_program(program.captured, module, old.passes, program.static))
+            blocks[key] = block
+        region.block = blocks[key]
+        region.mine = []

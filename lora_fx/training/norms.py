@@ -1,8 +1,4 @@
-"""‖ΔW‖ of every adapter of a model, while it is trained: no base weight is read, and no product B A is formed.
-
-‖B A‖² = Σ (A Aᵀ) ∘ (Bᵀ B), a sum over r × r products, in float64.  Its rounding is at most about 1e-8 · ‖A‖ ‖B‖ in
-‖B A‖, which is nothing unless the columns of B A cancel each other; `lora_fx.deltas` has no such limit.
-"""
+"""‖ΔW‖ of every adapter of a model, while it is trained: no base weight is read, and no product B A is formed."""
 
 from dataclasses import dataclass
 
@@ -10,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
-from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.adapters.factors.moved import MovedFactor
+from lora_fx.adapters.norms import is_sharded, product_square, wide_matrices
 from lora_fx.adapters.placed import placed_in
 from lora_fx.errors import RefusedError
 from lora_fx.graphdiff.deltas.heatmaps import places_of
-from lora_fx.models.tensors import borrowed
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.training.history import RecordedSite
 from lora_fx.tuned.build import record_in
@@ -101,57 +96,24 @@ def norms_of(watched: Watched) -> list[float]:
     """
     refuse_unreadable(watched)
     with torch.no_grad():
-        squares = [product_square(*_matrices(adapter)) for adapter in watched.adapters]
+        squares = [product_square(*wide_matrices(adapter)) for adapter in watched.adapters]
         device = squares[0].device
         roots = torch.stack([square.to(device) for square in squares]).clamp_min(0).sqrt().tolist()
     return [abs(site.scaling) * root for site, root in zip(watched.sites, roots, strict=True)]
 
 
-def _matrices(adapter: Attached) -> tuple[Tensor, Tensor]:
-    """Return B and A as plain matrices in float64, gathered where they are sharded."""
-    return _wide(_whole(adapter.lora_B)), _wide(_whole(adapter.lora_A))
-
-
-def _whole(factor: LoRAFactor) -> Tensor:
-    weight = factor.weight.detach()
-    if not _is_sharded(weight):
-        return factor.matrix.detach()
-    gathered: Tensor = weight.full_tensor()  # type: ignore[attr-defined]
-    with borrowed(factor, {"weight": gathered}):
-        return factor.matrix.detach()
-
-
-def _is_sharded(weight: Tensor) -> bool:
-    """Whether it is a DTensor, of a module that not every torch has."""
-    return type(weight).__module__.startswith("torch.distributed")
-
-
 def are_sharded(watched: Watched) -> bool:
     """Whether processes hold parts of the adapters, and must read them together."""
     weights = (factor.weight.detach() for each in watched.adapters for factor in (each.lora_A, each.lora_B))
-    return any(map(_is_sharded, weights))
+    return any(map(is_sharded, weights))
 
 
 def are_untrained(watched: Watched) -> bool:
     """Whether every B is as `apply` leaves it, 0 or its start; of sharded ones the part that this process holds."""
     factors = [adapter.lora_B for adapter in watched.adapters]
     moved = [factor for factor in factors if isinstance(factor, MovedFactor)]
-    if any(_is_sharded(factor.weight) or not torch.equal(factor.weight, factor.start) for factor in moved):
+    if any(is_sharded(factor.weight) or not torch.equal(factor.weight, factor.start) for factor in moved):
         return False
     weights = [factor.weight.detach() for factor in factors if factor not in moved]
-    mine = [weight.to_local() if _is_sharded(weight) else weight for weight in weights]  # type: ignore[attr-defined]
+    mine = [weight.to_local() if is_sharded(weight) else weight for weight in weights]  # type: ignore[attr-defined]
     return not any(bool(weight.any()) for weight in mine)
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()  # Apple's GPUs know no float64
-
-
-def product_square(B: Tensor, A: Tensor) -> Tensor:
-    """Return ‖B A‖², Frobenius, without B A; of a bank the sum over its members.
-
-    Args:
-        B: [.., out, r].
-        A: [.., r, in].
-    """
-    return ((A @ A.transpose(-1, -2)) * (B.transpose(-1, -2) @ B)).sum()

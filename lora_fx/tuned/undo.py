@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import adapted_owners, attached_to, detach
+from lora_fx.adapters.attach import SWITCH, adapted_owners, attached_to, detach
 from lora_fx.adapters.layers import count_calls_anew, stop_counting
 from lora_fx.adapters.placed import Placed, base_in, placed_in
 from lora_fx.adapters.selection import Selection, switched_off
@@ -129,6 +129,7 @@ def _flagged(twin: nn.Module, tuned: nn.Module, places: Sequence[Placed]) -> nn.
         if not flags and without_wrappers(name) in trained:
             held.append(name)
     own_parameters(twin, held, requires_grad=True)
+    twin.__dict__.pop(SWITCH, None)
     for module in twin.modules():
         unswap(module)
     with_class_forwards(twin)

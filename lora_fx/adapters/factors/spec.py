@@ -24,6 +24,8 @@ class ModelRecord:
     """Names of the base parameters that required a gradient in the caller's model."""
     switch: Switch
     """What the model uses of its adapters."""
+    added: dict[str, Plan] = field(default_factory=dict)
+    """By which adapters were added to it later, by their name."""
     base: dict[str, Tensor] = field(default_factory=dict)
     """Values of the caller's model for what the adapted model has of its own: trained parameters and buffers."""
 

@@ -1,0 +1,136 @@
+"""Several adapters on one model: more of them beside those that are there, fewer, or other names; in place."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import fx, nn
+
+from lora_fx.adapters.adapt import adapt_sites, trained_parameters
+from lora_fx.adapters.attach import STATE, Attached, adapted_owners, all_attached, attached_to, holders_of
+from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.adapters.selection import Switch
+from lora_fx.errors import RefusedError
+from lora_fx.models.wrappers import seen_through
+from lora_fx.planning.plan import Plan
+from lora_fx.regions.install import remade
+from lora_fx.rules.keys import is_adapter_name
+from lora_fx.tuned.build import whole_record_in
+from lora_fx.tuned.switching import switches_in
+
+
+def adapters_called(tuned: nn.Module, name: str) -> Iterator[tuple[str, Attached]]:
+    """Yield (path of the site, adapter) for every adapter of this name."""
+    return ((path, adapter) for path, adapter in all_attached(tuned) if adapter.spec.adapter == name)
+
+
+def drop(tuned: nn.Module, adapter: str) -> None:
+    """Take an adapter and its parameters away from a model, in place; nothing of another adapter changes.
+
+    Where it was in use, what is left of the selection is.
+
+    Raises:
+        ValueError: there is none of this name.
+        RefusedError: it is the only one, or has trained modules or biases of the model itself.
+    """
+    tuned = seen_through(tuned)
+    switches = _known(tuned, adapter)
+    if all(switch.names == (adapter,) for switch in switches):
+        raise RefusedError(f"'{adapter}' is the only adapter", advice="lora_fx.remove returns the base model")
+    refuse_whole(tuned, f"'{adapter}' cannot be dropped")
+    for owner in adapted_owners(tuned):
+        for holder in holders_of(owner):
+            holder._modules.pop(adapter, None)
+    for switch in switches:
+        switch.renamed({adapter: None})
+    whole_record_in(tuned).added.pop(adapter, None)
+
+
+def rename(tuned: nn.Module, adapter: str, name: str) -> None:
+    """Give an adapter of a model another name, in place: its keys change with it, its values and its use do not.
+
+    Raises:
+        ValueError: there is none of this name, or the new one cannot be a name, or is another adapter's.
+    """
+    tuned = seen_through(tuned)
+    switches = _known(tuned, adapter)
+    if name == adapter:
+        return
+    refuse_name(name, [known for switch in switches for known in switch.names])
+    record = whole_record_in(tuned)
+    for owner in adapted_owners(tuned):
+        for one in attached_to(owner):
+            if one.spec.adapter == adapter:
+                one.spec.lora = replace(one.spec.lora, adapter=name)
+        for holder in holders_of(owner):
+            items = [(name if key == adapter else key, module) for key, module in holder._modules.items()]
+            holder._modules.clear()
+            holder._modules.update(items)
+    for switch in switches:
+        switch.renamed({adapter: name})
+    if adapter in record.added:
+        record.added[name] = record.added.pop(adapter)
+
+
+def _known(tuned: nn.Module, adapter: str) -> list[Switch]:
+    """Return the switches of a model that know the adapter.
+
+    Raises:
+        ValueError: none does.
+        RefusedError: the model is a GraphModule, whose graph has its adapters node by node.
+    """
+    refuse_graph(tuned)
+    switches = switches_in(tuned)
+    if not any(adapter in switch.names for switch in switches):
+        known = ", ".join(dict.fromkeys(name for switch in switches for name in switch.names))
+        raise ValueError(f"no adapter is called '{adapter}'; there are {known}")
+    return [switch for switch in switches if adapter in switch.names]
+
+
+def refuse_name(name: str, known: list[str]) -> None:
+    """Raise ValueError for what cannot be a new adapter's name."""
+    if not is_adapter_name(name):
+        raise ValueError(f"an adapter cannot be called {name!r}: letters, digits and _, a letter first")
+    if name in known:
+        raise ValueError(f"there is an adapter called '{name}' already; drop or rename it, or take another name")
+
+
+def refuse_graph(tuned: nn.Module) -> None:
+    """Raise RefusedError for a GraphModule, in whose own graph adapters stand node by node."""
+    if isinstance(tuned, fx.GraphModule) and any(STATE not in one.owner.__dict__ for _, one in all_attached(tuned)):
+        raise RefusedError(
+            "the graph of a GraphModule has one adapter at each site, node by node",
+            advice="adapt the model that the graph was made from",
+        )
+
+
+def refuse_whole(tuned: nn.Module, what: str) -> None:
+    """Raise RefusedError where modules or biases of the model itself are trained: they are no adapter's own."""
+    whole = trained_parameters(tuned)
+    if whole:
+        raise RefusedError(
+            f"{what}: parameters of the model itself are trained, and belong to all adapters",
+            [(name, "is trained whole") for name in whole],
+        )
+
+
+def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord) -> None:
+    """Put the adapters of a plan beside those that a model has, in place; they are not used until they are chosen.
+
+    What runs as graphs goes on doing so: graphs of blocks with new sites are written anew, and nothing is captured.
+    """
+    names = tuple(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
+    before = {id(owner) for owner in adapted_owners(tuned)}
+    record.switch.names = (*record.switch.names, *names)
+    record.added |= dict.fromkeys(names, replace(plan, capture=None))
+    try:
+        adapt_sites(tuned, plan, record)
+        remade(tuned, {id(owner) for owner in adapted_owners(tuned)} - before)
+    except BaseException:
+        for owner in adapted_owners(tuned):
+            for holder in holders_of(owner):
+                for name in names:
+                    holder._modules.pop(name, None)
+        record.switch.names = tuple(name for name in record.switch.names if name not in names)
+        for name in names:
+            record.added.pop(name, None)
+        raise

@@ -1,0 +1,124 @@
+"""Which of its adapters a model uses: chosen for every thread, or for one thread and a while."""
+
+import contextlib
+import dis
+import inspect
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import TypeAlias
+
+from torch import nn
+
+from lora_fx.adapters.attach import SWITCH
+from lora_fx.adapters.selection import Selection, Switch
+from lora_fx.models.wrappers import seen_through
+from lora_fx.tuned.build import places_in
+
+Adapters: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
+"""One adapter, several, several with weights, or none."""
+
+
+class Use(AbstractContextManager[None]):
+    """What `use` returns: nothing to be kept, or, in a `with` statement, the end of the choice."""
+
+    def __init__(self, choices: Sequence[tuple[Switch, Selection]], for_a_while: bool) -> None:
+        self._choices = tuple(choices)
+        self._before = None if for_a_while else tuple(switch.everywhere for switch, _ in choices)
+        self._open: contextlib.ExitStack | None = None
+        if not for_a_while:
+            for switch, selection in choices:
+                switch.choose(selection)
+
+    def __enter__(self) -> None:
+        if self._open is not None:
+            raise RuntimeError("this choice of adapters holds already; call lora_fx.use once more")
+        if self._before is not None:  # it was made before it was known that it is for a while
+            for (switch, _), before in zip(self._choices, self._before, strict=True):
+                switch.choose(before)
+        with contextlib.ExitStack() as stack:
+            for switch, selection in self._choices:
+                stack.enter_context(switch.chosen_here(selection))
+            self._open = stack.pop_all()
+
+    def __exit__(self, *raised: object) -> None:
+        assert self._open is not None
+        self._open.close()
+
+
+def use(tuned: nn.Module, adapters: Adapters) -> Use:
+    """Let an adapted model use these adapters from now on, in all threads; in a `with`, in this thread until its end.
+
+    The model computes W + Σ weight · ΔW at each site, over the adapters that are there; weights stay as they are, and
+    nothing is captured or compiled again.  What `apply` or `load` has made uses all it has until something else is
+    chosen.
+
+    >>> lora_fx.use(tuned, "a")  # doctest: +SKIP
+    >>> with lora_fx.use(tuned, {"a": 0.7, "b": -0.3}):  # doctest: +SKIP
+    ...     tuned(x)
+
+    Args:
+        tuned: an adapted model, changed in place.
+        adapters: a name; several names; a dict of weights, factors of ΔW without a unit; or None for the base alone.
+
+    Raises:
+        ValueError: a name that no site has, or a weight that is not a finite number; nothing is changed.
+        RefusedError: the model is not adapted; or it has modules or biases that are trained whole, which belong to all
+            of its adapters.
+    """
+    caller = inspect.currentframe()
+    caller = None if caller is None else caller.f_back
+    switches = switches_in(seen_through(tuned))
+    known = list(dict.fromkeys(name for switch in switches for name in switch.names))
+    selection = selection_of(known, adapters)
+    return Use([(switch, selection) for switch in switches], caller is not None and _opens_a_block(caller))
+
+
+_WITH = {dis.opmap[name] for name in ("BEFORE_WITH",) if name in dis.opmap}
+
+
+def _opens_a_block(caller: FrameType) -> bool:
+    """Whether the result of the call that runs now is what a `with` statement enters.
+
+    Then other threads must not see the choice even for the moment until it is entered.
+    """
+    code, place = caller.f_code.co_code, caller.f_lasti + 2
+    while place < len(code) and not code[place]:  # a call's cache
+        place += 2
+    return place < len(code) and code[place] in _WITH
+
+
+def switches_in(tuned: nn.Module) -> list[Switch]:
+    """Return the switches of an adapted model, or of all that a model holds.
+
+    Raises:
+        RefusedError: the model is not adapted.
+    """
+    known: Switch | None = tuned.__dict__.get(SWITCH)
+    return [place.record.switch for place in places_in(tuned)] if known is None else [known]
+
+
+def selection_of(known: Collection[str], adapters: Adapters) -> Selection:
+    """Return the selection of these adapters, each of which must be known."""
+    if adapters is None:
+        weights: dict[str, float] = {}
+    elif isinstance(adapters, str):
+        weights = {adapters: 1.0}
+    elif isinstance(adapters, Mapping):
+        weights = dict(adapters)
+    else:
+        weights = dict.fromkeys(adapters, 1.0)
+        if len(weights) < len(list(adapters)):
+            raise ValueError(f"an adapter is named twice: {', '.join(adapters)}; give a dict of weights instead")
+    unknown = [name for name in weights if name not in known]
+    if unknown:
+        raise ValueError(f"no adapter is called {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+    bad = [name for name, weight in weights.items() if not _is_number(weight)]
+    if bad:
+        raise ValueError(f"weights must be finite numbers: {', '.join(f'{name}: {weights[name]!r}' for name in bad)}")
+    return Selection(tuple((name, float(weight)) for name, weight in weights.items() if weight))
+
+
+def _is_number(weight: object) -> bool:
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
