@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lora_fx.errors import RuleError as RuleError
     from lora_fx.errors import StalePlanError as StalePlanError
     from lora_fx.exporters import Exported as Exported
+    from lora_fx.files.adapter.adding import add as add
     from lora_fx.files.checkpoint.report import MergedTensor as MergedTensor
     from lora_fx.files.checkpoint.report import MergeReport as MergeReport
     from lora_fx.files.rulefile import draft_rules as draft_rules
@@ -67,17 +68,24 @@ if TYPE_CHECKING:
     from lora_fx.training.recorder import Recorder as Recorder
     from lora_fx.tuned.extract import ExtractReport as ExtractReport
     from lora_fx.tuned.extract import extracted as extracted
+    from lora_fx.tuned.listing import AdapterList as AdapterList
+    from lora_fx.tuned.listing import ListedAdapter as ListedAdapter
+    from lora_fx.tuned.listing import list_adapters as list_adapters
     from lora_fx.tuned.report import Report as Report
     from lora_fx.tuned.report import print_trainable as print_trainable
     from lora_fx.tuned.requantise import merged_and_requantised as merged_and_requantised
+    from lora_fx.tuned.several import drop as drop
+    from lora_fx.tuned.several import rename as rename
     from lora_fx.tuned.state import adapter_state as adapter_state
     from lora_fx.tuned.state import load_adapter_state as load_adapter_state
+    from lora_fx.tuned.switching import use as use
 
 _HOMES = {
     "lora_fx.api": (
         "apply audit deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters "
         "plan remove save"
     ),
+    "lora_fx.files.adapter.adding": "add",
     "lora_fx.files.checkpoint.report": "MergeReport MergedTensor",
     "lora_fx.files.rulefile": "draft_rules",
     "lora_fx.errors": (
@@ -99,7 +107,10 @@ _HOMES = {
     "lora_fx.training.record": "TrainingRecord read_record",
     "lora_fx.training.recorder": "Recorder",
     "lora_fx.tuned.extract": "ExtractReport extracted",
+    "lora_fx.tuned.listing": "AdapterList ListedAdapter list_adapters",
     "lora_fx.tuned.report": "Report print_trainable",
+    "lora_fx.tuned.several": "drop rename",
+    "lora_fx.tuned.switching": "use",
     "lora_fx.tuned.state": "adapter_state load_adapter_state",
     "lora_fx.tuned.requantise": "merged_and_requantised",
     "lora_fx.rules.ruleset": "LoRAConfig RuleSet",

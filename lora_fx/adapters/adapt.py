@@ -53,6 +53,7 @@ def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) 
     record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
     record.base |= {name: parameter.detach() for name in names if (parameter := get_tensor(model, name)) is not None}
     own_parameters(twin, names, requires_grad=True)
+    record.switch.whole = tuple(names)
 
 
 def trained_parameters(twin: nn.Module) -> list[str]:

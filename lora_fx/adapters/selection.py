@@ -43,6 +43,8 @@ class Switch:
         """Of the adapters that the model has."""
         self.everywhere = Selection.of(self.names)
         """What threads use that have nothing else chosen."""
+        self.whole: tuple[str, ...] = ()
+        """Names of the model's own parameters that are trained: they belong to no adapter alone."""
         self.first: Selection | None = None
         """What was used before anything else was chosen; None as long as nothing was."""
 
@@ -100,7 +102,7 @@ class Switch:
     def fixed(self) -> "Switch":
         """Return a switch of its own for what this thread uses, for a copy that other threads run."""
         switch = Switch(self.names)
-        switch.everywhere = self.now()
+        switch.everywhere, switch.whole = self.now(), self.whole
         return switch
 
 

@@ -334,9 +334,7 @@ def checkpointed_call() -> object | None:
     """Return what stands for the checkpointed call that runs now, the same object when it is made again; else None."""
     pack = checkpointing()
     if pack is not None:
-        held = (cell.cell_contents for cell in pack.__closure__ or ())
-        frames = (content() if isinstance(content, weakref.ref) else content for content in held)
-        return next((frame for frame in frames if type(frame).__name__ == "_CheckpointFrame"), None)
+        return next((held for held in _held_by(pack) if type(held).__name__ == "_CheckpointFrame"), None)
     if torch.is_grad_enabled() and not in_backward():
         return None
     here = inspect.currentframe()  # a reentrant one: an autograd function, whose node holds what it needs
@@ -345,6 +343,15 @@ def checkpointed_call() -> object | None:
             return here.f_locals["ctx"]  # type: ignore[no-any-return]
         here = here.f_back
     return None
+
+
+def _held_by(function: Callable[..., Any]) -> Iterator[object]:
+    """Yield what the closure of a function holds, and of functions in it theirs: torch wraps some."""
+    for cell in function.__closure__ or ():
+        held = cell.cell_contents
+        yield held() if isinstance(held, weakref.ref) else held
+        if inspect.isfunction(held):
+            yield from _held_by(held)
 
 
 _REENTRANT = (CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__)

@@ -1,11 +1,12 @@
 """merge: base + scaling · B A x → a plain linear with W' = W + scaling · B A, a new Parameter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import Attached, all_attached, detach, is_adapted, owner_path
+from lora_fx.adapters.attach import STATE, Attached, all_attached, attached_to, detach, in_use, is_adapted, owner_path
 from lora_fx.adapters.factors.dora import merged_dora_weight
 from lora_fx.adapters.factors.lora import as_rows, folded_weight
 from lora_fx.errors import InvariantError, MergeError
@@ -35,7 +36,7 @@ class Merge(Pass):
         sites = list(all_attached(editor.graph_module))
         _keep_other_readers(editor, [path for path, adapter in sites if adapter.spec.path_is_owner])
         for path, adapter in sites:
-            weight, owner = folded(adapter), owner_path(path, adapter)
+            weight, owner = folded([(adapter, 1.0)]), owner_path(path, adapter)
             name = dotted(owner, adapter.spec.parameter)
             editor.change_modules(owner, detach, path)
             editor.set_tensor(name, nn.Parameter(weight, name in adapter.spec.record.requires_grad), path)
@@ -72,39 +73,66 @@ def _keep_other_readers(editor: Editor, paths: list[str]) -> None:
         raise MergeError("merging would change more than the adapted sites; nothing was merged", nameless)
 
 
-def folded(adapter: Attached) -> Tensor:
-    """Return W + scaling · B A (DoRA: m · V / ‖V‖) of one adapter, as W is stored: a new tensor without gradient.
+def used_at(owner: nn.Module) -> dict[str, list[tuple[Attached, float]]]:
+    """Return the adapters that this thread uses beside the weights of a module, with their weights; in a graph all."""
+    names = dict.fromkeys(adapter.spec.parameter for adapter in attached_to(owner))
+    if STATE not in owner.__dict__:
+        return {name: [(one, 1.0) for one in attached_to(owner) if one.spec.parameter == name] for name in names}
+    return {name: used for name in names if (used := in_use(owner, name))}
 
-    Of a quantised W it is a plain tensor: the numbers that W stands for, plus the delta.
+
+def folded(used: Sequence[tuple[Attached, float]]) -> Tensor:
+    """Return W + Σ weight · ΔW of adapters beside one weight, as W is stored: a new tensor without gradient.
+
+    ΔW is scaling · B A (DoRA: m · V / ‖V‖ - W).  Accumulated in float32 (float64 for float64) and rounded once.  Of a
+    quantised W it is a plain tensor: the numbers that W stands for, plus the change.
     """
     with torch.no_grad():
-        weight = dense(adapter.base_weight)
-        if adapter.magnitude is None:
-            return folded_weight(weight, adapter.delta())
-        factors = (adapter.lora_A.weight, adapter.lora_B.weight, adapter.spec.scaling, adapter.magnitude.weight)
-        merged = merged_dora_weight(as_rows(weight, adapter.spec.site.layout), *factors)
-        stored: Tensor = as_rows(merged, adapter.spec.site.layout)
-        return stored.contiguous()
+        weight = dense(used[0][0].base_weight)
+        if len(used) == 1 and used[0][1] == 1:
+            return _alone(used[0][0], weight)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        total = wide
+        for adapter, share in used:
+            change = adapter.delta() if adapter.magnitude is None else _alone(adapter, wide) - wide
+            total = total + share * change
+        return total.to(weight.dtype)
+
+
+def _alone(adapter: Attached, weight: Tensor) -> Tensor:
+    """Return the weight with one adapter in it."""
+    if adapter.magnitude is None:
+        return folded_weight(weight, adapter.delta())
+    factors = (adapter.lora_A.weight, adapter.lora_B.weight, adapter.spec.scaling, adapter.magnitude.weight)
+    merged = merged_dora_weight(as_rows(weight, adapter.spec.site.layout), *factors)
+    stored: Tensor = as_rows(merged, adapter.spec.site.layout)
+    return stored.contiguous()
 
 
 def check_mergeable(model: torch.nn.Module) -> None:
     """Raise MergeError, naming every site, if a merge would give NaN or infinite weights or has nothing to merge."""
     if not is_adapted(model):
         raise MergeError("the model has no adapter to merge")
+    sites = [
+        (path if used[0][0].spec.path_is_owner else dotted(path, used[0][0].spec.parameter), used)
+        for path, owner in model.named_modules()
+        for used in used_at(owner).values()
+    ]
+    if not sites:
+        raise MergeError("no adapter is in use, so there is nothing to merge", advice="lora_fx.remove gives the base")
     bad: list[tuple[str, str]] = []
-    sites = list(all_attached(model))
     with step("checking", len(sites), "weights") as doing:
-        for path, adapter in sites:
-            if (problem := _not_mergeable(adapter)) is not None:
+        for path, used in sites:
+            if (problem := _not_mergeable(used)) is not None:
                 bad.append((path, problem))
             doing.advance(path)
     if bad:
         raise MergeError("merging would spoil the model; nothing was merged", list(dict.fromkeys(bad)))
 
 
-def _not_mergeable(adapter: Attached) -> str | None:
-    if adapter.call is not None:
+def _not_mergeable(used: Sequence[tuple[Attached, float]]) -> str | None:
+    if any(adapter.call is not None for adapter, _ in used):
         return "each call has an adapter of its own, and the one weight cannot hold them all"
-    if adapter.lora_A.weight.is_meta:
+    if any(adapter.lora_A.weight.is_meta for adapter, _ in used):
         return "on the meta device: no values to merge"
-    return None if torch.isfinite(folded(adapter)).all() else "the merged weight has NaN or infinite values"
+    return None if torch.isfinite(folded(used)).all() else "the merged weight has NaN or infinite values"

@@ -133,7 +133,8 @@ def remade(model: nn.Module, owners: Collection[int]) -> None:
         if key not in blocks:
             old, block = region.block, BlockPrograms(region.block.passes, sizes=region.block.sizes)
             for program in old.programs:
-                block.programs.append(make_program(program.captured, module, old.passes, program.static))
+                with contextlib.suppress(AttributeError):  # as in `stock`
+                    block.programs.append(make_program(program.captured, module, old.passes, program.static))
             blocks[key] = block
         region.block = blocks[key]
         region.mine = []

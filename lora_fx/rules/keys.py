@@ -13,18 +13,6 @@ from lora_fx.rules.inits import FAST_PISSA, INITS
 OPS = ("linear", "matmul", "embedding", "conv1d", "conv2d", "conv3d", "attention", "experts")
 LORA_DEFAULTS: dict[str, Any] = {"r": 8, "alpha": 16, "dropout": 0.0, "init": INITS[0], "adapter": "default"}
 
-_MODULE_NAMES = """
-add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches eval extra_repr
-float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys load_state_dict modules mtia
-named_buffers named_children named_modules named_parameters parameters pop register_backward_hook register_buffer
-register_forward_hook register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
-register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
-register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory
-state_dict to to_empty train training type update values xpu zero_grad T_destination
-"""
-MODULE_NAMES = tuple(_MODULE_NAMES.split())
-"""No adapter can bear the name of an attribute of torch's nn.ModuleDict, which holds the adapters of a site."""
-
 Schema = dict[str, Any]
 COUNT: Schema = {"type": "integer", "minimum": 0}
 FLAG: Schema = {"type": "boolean"}
@@ -120,7 +108,7 @@ LORA = Table(
         "dora": Key(FLAG, "Train a magnitude for each output too (DoRA).", "dora: true", ("use_dora",)),
         "bias": Key(FLAG, "Train the site's own bias too, saved with the adapter.", "bias: true"),
         "adapter": Key(
-            {"type": "string", "pattern": _ADAPTER, "not": {"enum": list(MODULE_NAMES)}},
+            {"type": "string", "pattern": _ADAPTER},
             f"Name of the adapter that the site belongs to, default `{LORA_DEFAULTS['adapter']}`.",
             "adapter: style",
             ("adapter_name",),
@@ -222,5 +210,5 @@ TOP = Table(
 
 
 def is_adapter_name(name: str) -> bool:
-    """Whether an adapter can bear the name: letters, digits and _, a letter first, and free in torch."""
-    return re.fullmatch(_ADAPTER, name) is not None and name not in MODULE_NAMES
+    """Whether an adapter can bear the name: letters, digits and _, a letter first."""
+    return re.fullmatch(_ADAPTER, name) is not None

@@ -190,9 +190,7 @@ class _RuleReader(NodeReader):
 
     def _adapter(self, node: YamlNode) -> str | None:
         value = self.text(node, "adapter")
-        if value in keys.MODULE_NAMES:
-            self.problem(node.span, f"adapter '{value}' cannot be so called: torch needs the name", "such as `style`")
-        elif value and not keys.is_adapter_name(value):
+        if value and not keys.is_adapter_name(value):
             problem = f"adapter '{shortened(value)}' must be a name of letters, digits and _, a letter first"
             self.problem(node.span, problem, "such as `style`")
         return value

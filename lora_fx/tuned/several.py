@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from torch import fx, nn
+from torch import nn
 
 from lora_fx.adapters.adapt import adapt_sites, trained_parameters
-from lora_fx.adapters.attach import STATE, Attached, adapted_owners, all_attached, attached_to, holders_of
+from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.selection import Switch
 from lora_fx.errors import RefusedError
@@ -15,7 +15,7 @@ from lora_fx.planning.plan import Plan
 from lora_fx.regions.install import remade
 from lora_fx.rules.keys import is_adapter_name
 from lora_fx.tuned.build import whole_record_in
-from lora_fx.tuned.switching import switches_in
+from lora_fx.tuned.switching import refuse_graph, switches_in
 
 
 def adapters_called(tuned: nn.Module, name: str) -> Iterator[tuple[str, Attached]]:
@@ -92,15 +92,6 @@ def refuse_name(name: str, known: list[str]) -> None:
         raise ValueError(f"an adapter cannot be called {name!r}: letters, digits and _, a letter first")
     if name in known:
         raise ValueError(f"there is an adapter called '{name}' already; drop or rename it, or take another name")
-
-
-def refuse_graph(tuned: nn.Module) -> None:
-    """Raise RefusedError for a GraphModule, in whose own graph adapters stand node by node."""
-    if isinstance(tuned, fx.GraphModule) and any(STATE not in one.owner.__dict__ for _, one in all_attached(tuned)):
-        raise RefusedError(
-            "the graph of a GraphModule has one adapter at each site, node by node",
-            advice="adapt the model that the graph was made from",
-        )
 
 
 def refuse_whole(tuned: nn.Module, what: str) -> None:

@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager
 from types import FrameType
 from typing import TypeAlias
 
-from torch import nn
+from torch import fx, nn
 
-from lora_fx.adapters.attach import SWITCH
+from lora_fx.adapters.attach import STATE, SWITCH, all_attached
 from lora_fx.adapters.selection import Selection, Switch
+from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.build import places_in
 
@@ -69,10 +70,34 @@ def use(tuned: nn.Module, adapters: Adapters) -> Use:
     """
     caller = inspect.currentframe()
     caller = None if caller is None else caller.f_back
-    switches = switches_in(seen_through(tuned))
+    tuned = seen_through(tuned)
+    refuse_graph(tuned)
+    switches = switches_in(tuned)
     known = list(dict.fromkeys(name for switch in switches for name in switch.names))
     selection = selection_of(known, adapters)
+    _refuse_whole(switches, selection)
     return Use([(switch, selection) for switch in switches], caller is not None and _opens_a_block(caller))
+
+
+def refuse_graph(tuned: nn.Module) -> None:
+    """Raise RefusedError for a GraphModule, in whose own graph adapters stand node by node."""
+    if isinstance(tuned, fx.GraphModule) and any(STATE not in one.owner.__dict__ for _, one in all_attached(tuned)):
+        raise RefusedError(
+            "the graph of a GraphModule has one adapter at each site, node by node",
+            advice="adapt the model that the graph was made from",
+        )
+
+
+def _refuse_whole(switches: Sequence[Switch], selection: Selection) -> None:
+    facts = [
+        (name, "is trained whole")
+        for switch in switches
+        if selection.at(switch.names) != Selection.of(switch.names).weights
+        for name in switch.whole
+    ]
+    if facts:
+        advice = "lora_fx.disabled gives the base; for several tasks, leave them out of the rules"
+        raise RefusedError("parameters of the model itself are trained, and belong to all its adapters", facts, advice)
 
 
 _WITH = {dis.opmap[name] for name in ("BEFORE_WITH",) if name in dis.opmap}

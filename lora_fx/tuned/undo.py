@@ -22,7 +22,7 @@ from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.editor import Editor
-from lora_fx.passes.merge import Merge, check_mergeable, folded
+from lora_fx.passes.merge import Merge, check_mergeable, folded, used_at
 from lora_fx.passes.remove import Remove, erase_lora_nodes
 from lora_fx.passes.sites import lora_nodes
 from lora_fx.progress.steps import step
@@ -69,7 +69,7 @@ def merged(tuned: nn.Module) -> nn.Module:
 
 def _merge_module(owner: nn.Module) -> None:
     """Fold the adapters of one module into its weights."""
-    weights = {adapter.spec.parameter: folded(adapter) for adapter in attached_to(owner)}
+    weights = {name: folded(used) for name, used in used_at(owner).items()}
     if any(is_quantised(adapter.base_weight) for adapter in attached_to(owner)):
         forget_quantisation(owner)
     keep_loaded(owner)

@@ -1,7 +1,7 @@
 """AdapterFile + model → an adapted model; everything is checked against the model before anything is made."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -218,8 +218,8 @@ def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None, trained: S
     return PlannedSite(site, "adapt", reason, saved_site.rule or None, saved_site.lora, slices, per_call)
 
 
-def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
-    """Copy the saved values into a freshly adapted model, in place.
+def fill(tuned: nn.Module, files: Sequence[AdapterFile], names: Collection[str] = ()) -> None:
+    """Copy the saved values into a freshly adapted model, in place; into the adapters of these names, if there are any.
 
     Raises:
         RefusedError: weights on the meta device, where the values would be lost.
@@ -228,6 +228,7 @@ def fill(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
     places = {
         (path, adapter.call): adapter
         for site, adapter in all_attached(tuned)
+        if not names or adapter.spec.adapter in names
         for path in {site, adapter.spec.path, without_wrappers(site)}
     }
     with torch.no_grad(), step("filling", sum(len(file.sites) for file in files), "sites") as doing:

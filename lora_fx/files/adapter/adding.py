@@ -1,0 +1,126 @@
+"""Adapters from rules, files or other models beside those that a model has; and other values for one of them."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from torch import nn
+
+from lora_fx.adapters.attach import with_values
+from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.discovery.sites import take_inventory, uses_in
+from lora_fx.errors import RefusedError
+from lora_fx.files.adapter import peftfiles, write
+from lora_fx.files.adapter.read import AdapterFile, read_adapters
+from lora_fx.files.adapter.resolve import resolved
+from lora_fx.files.adapter.restore import decisions_in, fill
+from lora_fx.models.wrappers import seen_through
+from lora_fx.planning.decide import decide, on_modules
+from lora_fx.planning.decisions import Decisions
+from lora_fx.planning.plan import Plan
+from lora_fx.rules.reader import read_rules
+from lora_fx.rules.ruleset import RuleSet
+from lora_fx.tuned.build import check_refusals, whole_record_in
+from lora_fx.tuned.several import adapters_called, attach_more, drop, refuse_name
+from lora_fx.tuned.switching import refuse_graph
+from lora_fx.tuned.undo import removed
+
+Source: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet | nn.Module
+"""Rules, the directory of an adapter, or an adapted model."""
+
+
+def add(tuned: nn.Module, source: Source, *, adapter: str | None = None, trainable: bool = True) -> None:
+    """Put one more adapter on an adapted model, in place, beside those that are there.
+
+    It is not used before `lora_fx.use` says so; base weights and other adapters stay as they are, and nothing is
+    captured again.  All sites or none get it.
+
+    Args:
+        tuned: an adapted model.
+        source: rules as for `plan` (the adapter starts as `apply` starts it), the directory of a saved adapter, or
+            another adapted model with one adapter, whose values are copied.
+        adapter: its name; None takes that of the rules or the file.
+        trainable: whether its parameters require a gradient.
+
+    Raises:
+        ValueError: the name is taken or cannot be one, or the source has several adapters and one name is given.
+        RuleError, NoMatchError, RefusedError: as `apply`; also for modules that are trained whole (`train:`, biases).
+        AdapterFileError, AdapterMismatchError: as `load`; also for an adapter of another base.
+    """
+    tuned = seen_through(tuned)
+    refuse_graph(tuned)
+    record = whole_record_in(tuned)
+    if isinstance(source, nn.Module):
+        with tempfile.TemporaryDirectory() as folder:
+            write.save(with_values(seen_through(source)), folder)
+            _add_files(tuned, record, folder, adapter, trainable)
+    elif _is_directory(source):
+        _add_files(tuned, record, source, adapter, trainable)  # type: ignore[arg-type]
+    else:
+        inventory = take_inventory(removed(tuned), uses_in(record.plan))
+        plan = _named(on_modules(decide(read_rules(source), inventory)), adapter)
+        check_refusals(plan)
+        _refuse_whole(plan)
+        _attach(tuned, record, plan, [], trainable)
+
+
+def _is_directory(source: object) -> bool:
+    if not isinstance(source, str | os.PathLike):
+        return False
+    return os.path.isdir(source)
+
+
+def _add_files(
+    tuned: nn.Module, record: ModelRecord, folder: str | os.PathLike[str], adapter: str | None, trainable: bool
+) -> None:
+    base = removed(tuned)
+    files = resolved(read_adapters(folder), base)
+    peftfiles.warn_of_missing(files[0], base)
+    plan = _named(_decided(files, record, base), adapter)
+    _refuse_whole(plan)
+    _attach(tuned, record, plan, files, trainable)
+
+
+def _decided(files: Sequence[AdapterFile], record: ModelRecord, base: nn.Module) -> Plan:
+    decisions: Decisions = decisions_in(files, take_inventory(base, uses_in(record.plan)), base)
+    return on_modules(decisions)
+
+
+def _named(plan: Plan, name: str | None) -> Plan:
+    """Return the plan with its adapter under this name."""
+    names = list(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
+    if name is None:
+        return plan
+    if len(names) > 1:
+        raise ValueError(f"there are several adapters in it ({', '.join(names)}), and one name: leave `adapter` out")
+    sites = (site if site.lora is None else replace(site, lora=replace(site.lora, adapter=name)) for site in plan.sites)
+    return replace(plan, sites=tuple(sites))
+
+
+def _refuse_whole(plan: Plan) -> None:
+    biases = [(site.path, "its bias is trained") for site in plan.adapted if site.lora is not None and site.lora.bias]
+    facts = [*((module.path, "is trained whole") for module in plan.train), *biases]
+    if facts:
+        advice = "apply or load it first; adapters are added to it"
+        raise RefusedError("an adapter that is added cannot train parameters of the model itself", facts, advice)
+
+
+def _attach(tuned: nn.Module, record: ModelRecord, plan: Plan, files: Sequence[AdapterFile], trainable: bool) -> None:
+    names = list(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
+    for name in names:
+        refuse_name(name, list(record.switch.names))
+    attach_more(tuned, plan, record)
+    try:
+        if files:
+            fill(tuned, files, names)
+            peftfiles.refuse_beyond_peft(tuned, files)
+    except BaseException:
+        for name in names:
+            drop(tuned, name)
+        raise
+    for name in names:
+        for _, one in adapters_called(tuned, name):
+            for parameter in one.parameters():
+                parameter.requires_grad_(trainable)

@@ -1,0 +1,101 @@
+"""What adapters a model has."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_fx.adapters.attach import Attached, all_attached, with_values
+from lora_fx.adapters.norms import product_square, wide_matrices
+from lora_fx.models.wrappers import seen_through
+from lora_fx.planning.render.notebook import InNotebook
+from lora_fx.text import columns, count
+from lora_fx.tuned.switching import switches_in
+
+
+@dataclass(frozen=True, slots=True)
+class ListedAdapter:
+    """One adapter of a model."""
+
+    name: str
+    sites: int
+    parameters: int
+    weight: float
+    """Factor of ΔW in this thread; 0 if it is not used."""
+    dtype: str
+    norm: float | None
+    """‖ΔW‖ over all its sites (Frobenius, of DoRA without its magnitude); None on the meta device."""
+    trainable: bool
+    """Whether any of its parameters requires a gradient."""
+
+    @property
+    def active(self) -> bool:
+        """Whether this thread uses it."""
+        return self.weight != 0
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AdapterList(InNotebook):
+    """What `list_adapters` returns: a sequence of `ListedAdapter`; `print` shows a table."""
+
+    adapters: tuple[ListedAdapter, ...]
+
+    def __iter__(self) -> Iterator[ListedAdapter]:
+        return iter(self.adapters)
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def __getitem__(self, name: str | int) -> ListedAdapter:
+        if isinstance(name, int):
+            return self.adapters[name]
+        found = {adapter.name: adapter for adapter in self.adapters}
+        return found[name]
+
+    def __str__(self) -> str:
+        return columns([_row(adapter) for adapter in self.adapters])
+
+
+def _row(adapter: ListedAdapter) -> tuple[str, ...]:
+    used = "not used" if not adapter.active else "used" if adapter.weight == 1 else f"used, {adapter.weight:g} of it"
+    norm = "no values" if adapter.norm is None else f"‖ΔW‖ {adapter.norm:.4g}"
+    sizes = count(adapter.sites, "site"), count(adapter.parameters, "parameter")
+    return (adapter.name, used, *sizes, adapter.dtype, norm, "" if adapter.trainable else "frozen")
+
+
+def list_adapters(tuned: nn.Module) -> AdapterList:
+    """Return what adapters the model has: sites, parameters, what this thread uses, dtype and ‖ΔW‖ of each.
+
+    Raises:
+        RefusedError: the model is not adapted.
+    """
+    tuned = seen_through(tuned)
+    used = {name: weight for switch in switches_in(tuned) for name, weight in switch.now().weights}
+    groups: dict[str, list[tuple[str, Attached]]] = {}
+    for path, adapter in all_attached(with_values(tuned)):
+        groups.setdefault(adapter.spec.adapter, []).append((path, adapter))
+    return AdapterList(tuple(_listed(name, group, used.get(name, 0.0)) for name, group in groups.items()))
+
+
+def _listed(name: str, group: list[tuple[str, Attached]], weight: float) -> ListedAdapter:
+    parameters = [parameter for _, adapter in group for parameter in adapter.parameters()]
+    dtypes = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in parameters)
+    return ListedAdapter(
+        name=name,
+        sites=len({path for path, _ in group}),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        weight=weight,
+        dtype=", ".join(dtypes),
+        norm=_norm([adapter for _, adapter in group]),
+        trainable=any(parameter.requires_grad for parameter in parameters),
+    )
+
+
+def _norm(group: list[Attached]) -> float | None:
+    if any(adapter.lora_A.weight.is_meta for adapter in group):
+        return None
+    with torch.no_grad():
+        squares = [float(product_square(*wide_matrices(one))) * one.spec.scaling**2 for one in group]
+    return math.sqrt(max(sum(squares), 0.0))

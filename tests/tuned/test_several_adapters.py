@@ -1,0 +1,402 @@
+"""Several adapters on one model: added, chosen, weighted, dropped, renamed; each as if it were alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_fx
+from lora_fx.regions.install import regions
+
+BOTH = {"version": 1, "rules": [{"match": {"name": "**.{q,k}"}, "lora": {"r": 2, "alpha": 4, "init": "random"}}]}
+WIDE = {"version": 1, "rules": [{"match": {"name": "**.{k,out}"}, "lora": {"r": 3, "alpha": 3, "init": "random"}}]}
+DORA = {"version": 1, "rules": [{"match": {"name": "**.q"}, "lora": {"r": 2, "dora": True, "init": "random"}}]}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(torch.tanh(self.q(x) * self.k(x)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.checkpoints = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
+        return x
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def given() -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+
+
+BACKENDS = pytest.mark.parametrize("inputs", [None, (given(),)], ids=["modules", "graphs"])
+
+
+def alone(rules: Any, name: str, inputs: Any = None) -> nn.Module:
+    """Return a model with this adapter only, with the values that `two` has it with."""
+    torch.manual_seed(7 if name == "a" else 8)
+    return lora_fx.apply(model(), rules, inputs, backend="auto" if inputs else "modules")
+
+
+def two(inputs: Any = None) -> nn.Module:
+    """Return a model with "a", which is used, and "b", which is not."""
+    tuned = alone(BOTH, "a", inputs)
+    lora_fx.rename(tuned, "default", "a")
+    lora_fx.add(tuned, alone(WIDE, "b"), adapter="b")
+    return tuned
+
+
+def values(tuned: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+
+
+def factors(tuned: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the factors of one adapter, by the path of their site and A or B."""
+    parts = ((key.split(f".{name}."), value) for key, value in tuned.state_dict().items() if f".{name}." in key)
+    return {part[0]: value for part, value in parts}
+
+
+@BACKENDS
+def test_an_added_adapter_changes_nothing_until_it_is_used(inputs):
+    tuned = alone(BOTH, "a", inputs)
+    expected, before = tuned(given()), values(tuned)
+    lora_fx.add(tuned, alone(WIDE, "b"), adapter="b")
+    assert torch.equal(tuned(given()), expected)
+    assert all(torch.equal(values(tuned)[name], tensor) for name, tensor in before.items())
+
+
+@BACKENDS
+def test_each_adapter_computes_what_it_computes_alone(inputs):
+    tuned = two(inputs)
+    for rules, name in ((BOTH, "a"), (WIDE, "b")):
+        lora_fx.use(tuned, name)
+        assert torch.equal(tuned(given()), alone(rules, name, inputs)(given()))
+
+
+@BACKENDS
+def test_without_an_adapter_it_computes_what_the_base_computes(inputs):
+    tuned = two(inputs)
+    lora_fx.use(tuned, None)
+    assert torch.equal(tuned(given()), model()(given()))
+
+
+@BACKENDS
+@pytest.mark.parametrize("chosen", [["a", "b"], {"a": 0.5, "b": -2.0}, {"b": 0.25}])
+def test_several_adapters_add_their_weighted_changes(inputs, chosen):
+    tuned = two(inputs)
+    lora_fx.use(tuned, chosen)
+    expected = model()
+    weights = chosen if isinstance(chosen, dict) else dict.fromkeys(chosen, 1.0)
+    for name, weight in weights.items():
+        for path, factor in factors(tuned, name).items():
+            if path.endswith("lora_A"):
+                B = factors(tuned, name)[path.replace("lora_A", "lora_B")]
+                layer = expected.get_submodule(path.removesuffix(".lora_A"))
+                layer.weight.data += weight * {"a": 2.0, "b": 1.0}[name] * B @ factor
+    assert torch.allclose(tuned(given()), expected(given()), atol=1e-6)
+
+
+def test_dora_is_mixed_as_the_weights_say():
+    tuned = alone(BOTH, "a")
+    lora_fx.add(tuned, alone(DORA, "b"), adapter="d")
+    base, plain = model().blocks[0].q, copy.deepcopy(tuned.blocks[0].q)
+    x = given()
+    lora_fx.use(tuned, {"default": 1.0})
+    with_plain = tuned.blocks[0].q(x)
+    lora_fx.use(tuned, "d")
+    with_dora = tuned.blocks[0].q(x)
+    lora_fx.use(tuned, {"default": 0.5, "d": 0.25})
+    expected = base(x) + 0.5 * (with_plain - base(x)) + 0.25 * (with_dora - base(x))
+    assert torch.allclose(tuned.blocks[0].q(x), expected, atol=1e-6)
+    assert type(plain).__name__ == "Linear"
+
+
+@BACKENDS
+def test_two_hundred_changes_leave_every_bit_as_it_was(inputs):
+    tuned = two(inputs)
+    expected, before = tuned(given()), values(tuned)
+    for number in range(200):
+        lora_fx.use(tuned, (["a"], ["b"], None, {"a": 0.3, "b": 0.7})[number % 4])
+    lora_fx.use(tuned, "a")
+    assert torch.equal(tuned(given()), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in values(tuned).items())
+
+
+def test_adding_and_using_captures_nothing():
+    tuned = two((given(),))
+    for chosen in ("a", "b", None, ["a", "b"]):
+        lora_fx.use(tuned, chosen)
+        tuned(given())
+    found = [region for _, _, region in regions(tuned)]
+    assert len(found) == 3
+    assert sum(region.captures for region in found) == 0
+    assert all(region.block.programs for region in found)
+    before = sum(region.hits for region in found)
+    tuned(given())
+    assert sum(region.hits for region in found) == before + 3
+
+
+@BACKENDS
+def test_training_one_adapter_leaves_the_other_and_the_base_alone(inputs):
+    tuned = two(inputs)
+    lora_fx.use(tuned, "b")
+    before = values(tuned)
+    tuned(given()).square().sum().backward()
+    moved = {name for name, parameter in tuned.named_parameters() if parameter.grad is not None}
+    assert moved == {name for name in before if ".b.weight" in name}
+
+
+@BACKENDS
+def test_gradients_of_mixed_adapters_are_those_of_the_formula(inputs):
+    tuned = two(inputs)
+    lora_fx.use(tuned, {"a": 0.5, "b": 2.0})
+    tuned(given()).square().sum().backward()
+    step = 1e-3
+    name, parameter = next((n, p) for n, p in tuned.named_parameters() if n.endswith("1.k.lora_B.b.weight"))
+    gradient = parameter.grad[2, 1].item()
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter[2, 1] += sign * step
+            losses.append(tuned.double()(given().double()).square().sum().item())
+            parameter[2, 1] -= sign * step
+    assert name
+    assert gradient == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-3)
+
+
+def test_a_choice_in_a_with_statement_ends_with_it_and_other_threads_do_not_see_it():
+    tuned = two()
+    expected = {name: (lora_fx.use(tuned, name), tuned(given()))[1] for name in ("a", "b")}
+    lora_fx.use(tuned, "a")
+    seen: list[bool] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            seen.append(torch.equal(tuned(given()), expected["a"]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(300):
+        with lora_fx.use(tuned, "b"):
+            assert torch.equal(tuned(given()), expected["b"])
+        with lora_fx.disabled(tuned):
+            assert torch.equal(tuned(given()), model()(given()))
+    stop.set()
+    watcher.join()
+    assert seen
+    assert all(seen)
+    assert torch.equal(tuned(given()), expected["a"])
+
+
+def test_choices_nest_and_a_context_is_entered_once():
+    tuned = two()
+    with lora_fx.use(tuned, "b"), lora_fx.use(tuned, None):
+        assert torch.equal(tuned(given()), model()(given()))
+    choice = lora_fx.use(tuned, "b")
+    with choice, pytest.raises(RuntimeError, match="holds already"):
+        choice.__enter__()
+    assert lora_fx.list_adapters(tuned)["a"].active  # as before `choice` was made
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_block_that_is_run_again_in_the_backward_pass_uses_what_it_used_before(reentrant):
+    tuned = two()
+    layer = tuned.blocks[0]
+
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        tuned.zero_grad()
+        x = given().requires_grad_()
+        with lora_fx.use(tuned, "b"):
+            y = checkpoint(layer, x, use_reentrant=reentrant) if checkpointed else layer(x)
+        y.square().sum().backward()  # after the choice has ended
+        return [x.grad, *(p.grad for _, p in sorted(layer.named_parameters()) if p.grad is not None)]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) == 5
+    # a reentrant checkpoint computes its forward without gradients, whose products round otherwise
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, again, strict=True))
+
+
+def test_copies_and_pickles_keep_their_adapters_and_choose_for_themselves(tmp_path):
+    tuned = two((given(),))
+    lora_fx.use(tuned, "b")
+    expected = tuned(given())
+    twin, read = copy.deepcopy(tuned), pickle.loads(pickle.dumps(tuned))
+    lora_fx.use(tuned, "a")
+    assert torch.equal(twin(given()), expected)
+    assert torch.equal(read(given()), expected)
+    lora_fx.use(twin, None)
+    assert torch.equal(read(given()), expected)
+
+
+@BACKENDS
+def test_a_dropped_adapter_is_gone_and_the_other_as_before(inputs):
+    tuned = two(inputs)
+    expected = tuned(given())
+    lora_fx.drop(tuned, "b")
+    assert torch.equal(tuned(given()), expected)
+    assert not any(".b." in name for name in tuned.state_dict())
+    base = lora_fx.remove(tuned)
+    assert set(base.state_dict()) == set(model().state_dict())
+    assert [type(module) for module in base.modules()] == [type(module) for module in model().modules()]
+
+
+def test_an_adapter_that_is_dropped_while_used_leaves_the_rest_in_use():
+    tuned = two()
+    lora_fx.use(tuned, ["a", "b"])
+    lora_fx.drop(tuned, "a")
+    assert torch.equal(tuned(given()), alone(WIDE, "b")(given()))
+
+
+def test_the_only_adapter_is_not_dropped():
+    with pytest.raises(lora_fx.RefusedError, match=r"only adapter.*\n.*lora_fx.remove"):
+        lora_fx.drop(alone(BOTH, "a"), "default")
+
+
+@pytest.mark.parametrize("name", ["train", "weight", "forward"])
+def test_adapters_bear_names_that_modules_have_for_something_else(name, tmp_path):
+    tuned = two((given(),))
+    lora_fx.rename(tuned, "b", name)
+    lora_fx.use(tuned, name)
+    assert torch.equal(tuned(given()), alone(WIDE, "b")(given()))
+    tuned.train().eval()
+    twin = copy.deepcopy(tuned)
+    twin.load_state_dict(tuned.state_dict())
+    assert torch.equal(twin(given()), tuned(given()))
+
+
+def test_adapters_are_listed_with_what_is_used_of_them():
+    tuned = two()
+    lora_fx.use(tuned, {"a": 0.5})
+    a, b = lora_fx.list_adapters(tuned)
+    assert (a.name, a.sites, a.weight, a.active, a.dtype) == ("a", 6, 0.5, True, "float32")
+    assert (b.name, b.sites, b.parameters, b.active) == ("b", 6, 6 * 2 * 3 * 6, False)
+    norms = [float(torch.linalg.norm(B @ A)) for A, B in pairs(tuned, "b")]
+    assert b.norm == pytest.approx(sum(norm**2 for norm in norms) ** 0.5)
+    assert "used, 0.5 of it" in str(lora_fx.list_adapters(tuned))
+
+
+def pairs(tuned: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
+    found = factors(tuned, name)
+    return [(A, found[path.replace("lora_A", "lora_B")]) for path, A in found.items() if path.endswith("lora_A")]
+
+
+def test_an_adapter_from_rules_starts_as_apply_starts_it_and_may_be_frozen():
+    tuned = alone(BOTH, "a")
+    rules = {"version": 1, "rules": [{"match": {"name": "**.out"}, "lora": {"r": 2}}]}
+    lora_fx.add(tuned, rules, adapter="new", trainable=False)
+    assert not lora_fx.list_adapters(tuned)["new"].trainable
+    lora_fx.use(tuned, "new")
+    assert torch.equal(tuned(given()), model()(given()))
+
+
+def test_an_adapter_from_a_directory_is_the_one_that_was_saved(tmp_path):
+    lora_fx.save(alone(WIDE, "b"), tmp_path / "b")
+    tuned = alone(BOTH, "a", (given(),))
+    lora_fx.add(tuned, tmp_path / "b", adapter="b")
+    lora_fx.use(tuned, "b")
+    assert torch.equal(tuned(given()), alone(WIDE, "b")(given()))
+
+
+def test_nothing_is_changed_by_an_adapter_that_does_not_fit(tmp_path):
+    lora_fx.save(alone(WIDE, "b"), tmp_path / "b")
+    with torch.no_grad():
+        other = model()
+        other.blocks[0].out.weight += 1
+    tuned = lora_fx.apply(other, BOTH, backend="modules")
+    before = values(tuned)
+    with pytest.raises(lora_fx.AdapterMismatchError, match="another base"):
+        lora_fx.add(tuned, tmp_path / "b", adapter="b")
+    assert list(values(tuned)) == list(before)
+    assert len(lora_fx.list_adapters(tuned)) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ("c", "no adapter is called 'c'; there are a, b"),
+        ({"a": float("nan")}, "weights must be finite numbers: a: nan"),
+        ({"a": "1"}, "weights must be finite numbers: a: '1'"),
+        (["a", "a"], "an adapter is named twice"),
+    ],
+)
+def test_a_choice_that_cannot_be_changes_nothing(chosen, message):
+    tuned = two()
+    with pytest.raises(ValueError, match=message):
+        lora_fx.use(tuned, chosen)
+    assert lora_fx.list_adapters(tuned)["a"].weight == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a", "there is an adapter called 'a' already"), ("a.b", "cannot be called")]
+)
+def test_names_that_are_taken_or_none_are_refused(name, message):
+    tuned = two()
+    with pytest.raises(ValueError, match=message):
+        lora_fx.rename(tuned, "b", name)
+    with pytest.raises(ValueError, match=message):
+        lora_fx.add(tuned, BOTH, adapter=name)
+
+
+def test_modules_that_are_trained_whole_belong_to_all_adapters():
+    tuned = lora_fx.apply(model(), {**BOTH, "train": ["blocks.0.out"]}, backend="modules")
+    lora_fx.add(tuned, {"version": 1, "rules": [{"match": {"name": "**.k"}, "lora": {"r": 2}}]}, adapter="b")
+    with pytest.raises(lora_fx.RefusedError, match=r"belong to all its adapters\n.*blocks.0.out.weight"):
+        lora_fx.use(tuned, "b")
+
+
+@BACKENDS
+@pytest.mark.parametrize("chosen", ["b", ["a", "b"], {"a": 0.5, "b": -1.0}])
+def test_a_merge_folds_what_is_in_use(inputs, chosen):
+    tuned = two(inputs)
+    lora_fx.use(tuned, chosen)
+    merged = lora_fx.merge(tuned)
+    assert set(merged.state_dict()) == set(model().state_dict())
+    assert torch.allclose(merged(given()), tuned(given()), atol=1e-6)
+    if chosen == "b":
+        assert torch.equal(merged.blocks[0].q.weight, model().blocks[0].q.weight)
+
+
+def test_five_adapters_in_bfloat16_are_rounded_once():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16))
+    rules = {"version": 1, "rules": [{"match": {"name": "0"}, "lora": {"r": 2, "init": "random"}}]}
+    tuned = lora_fx.apply(layer, rules, backend="modules")
+    for number in range(4):
+        lora_fx.add(tuned, rules, adapter=f"a{number}")
+    lora_fx.use(tuned, [adapter.name for adapter in lora_fx.list_adapters(tuned)])
+    exact = layer[0].weight.double()
+    for A, B in (pair for one in lora_fx.list_adapters(tuned) for pair in pairs(tuned, one.name)):
+        exact = exact + 8.0 * B.double() @ A.double()
+    half_a_step = torch.ldexp(torch.ones(()), torch.frexp(exact).exponent - 9)  # bfloat16 has 8 bits
+    error = (lora_fx.merge(tuned)[0].weight.double() - exact).abs()
+    assert (error <= half_a_step * (1 + 1e-4)).all()
+
+
+def test_without_an_adapter_in_use_there_is_nothing_to_merge():
+    tuned = two()
+    lora_fx.use(tuned, None)
+    with pytest.raises(lora_fx.MergeError, match=r"no adapter is in use.*\n.*lora_fx.remove"):
+        lora_fx.merge(tuned)
