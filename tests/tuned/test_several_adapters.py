@@ -5,76 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx.regions.install import regions
-
-BOTH = {"version": 1, "rules": [{"match": {"name": "**.{q,k}"}, "lora": {"r": 2, "alpha": 4, "init": "random"}}]}
-WIDE = {"version": 1, "rules": [{"match": {"name": "**.{k,out}"}, "lora": {"r": 3, "alpha": 3, "init": "random"}}]}
-DORA = {"version": 1, "rules": [{"match": {"name": "**.q"}, "lora": {"r": 2, "dora": True, "init": "random"}}]}
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.out = (nn.Linear(6, 6) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(torch.tanh(self.q(x) * self.k(x)))
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.checkpoints = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
-        return x
-
-
-def model() -> Model:
-    torch.manual_seed(0)
-    return Model()
-
-
-def given() -> Tensor:
-    return torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-
-
-BACKENDS = pytest.mark.parametrize("inputs", [None, (given(),)], ids=["modules", "graphs"])
-
-
-def alone(rules: Any, name: str, inputs: Any = None) -> nn.Module:
-    """Return a model with this adapter only, with the values that `two` has it with."""
-    torch.manual_seed(7 if name == "a" else 8)
-    return lora_fx.apply(model(), rules, inputs, backend="auto" if inputs else "modules")
-
-
-def two(inputs: Any = None) -> nn.Module:
-    """Return a model with "a", which is used, and "b", which is not."""
-    tuned = alone(BOTH, "a", inputs)
-    lora_fx.rename(tuned, "default", "a")
-    lora_fx.add(tuned, alone(WIDE, "b"), adapter="b")
-    return tuned
-
-
-def values(tuned: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
-
-
-def factors(tuned: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return the factors of one adapter, by the path of their site and A or B."""
-    parts = ((key.split(f".{name}."), value) for key, value in tuned.state_dict().items() if f".{name}." in key)
-    return {part[0]: value for part, value in parts}
+from tests.support.twoadapters import BACKENDS, BOTH, DORA, WIDE, alone, factors, given, model, pairs, two, values
 
 
 @BACKENDS
@@ -298,11 +237,6 @@ def test_adapters_are_listed_with_what_is_used_of_them():
     assert "used, 0.5 of it" in str(lora_fx.list_adapters(tuned))
 
 
-def pairs(tuned: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
-    found = factors(tuned, name)
-    return [(A, found[path.replace("lora_A", "lora_B")]) for path, A in found.items() if path.endswith("lora_A")]
-
-
 def test_an_adapter_from_rules_starts_as_apply_starts_it_and_may_be_frozen():
     tuned = alone(BOTH, "a")
     rules = {"version": 1, "rules": [{"match": {"name": "**.out"}, "lora": {"r": 2}}]}
@@ -365,38 +299,3 @@ def test_modules_that_are_trained_whole_belong_to_all_adapters():
     lora_fx.add(tuned, {"version": 1, "rules": [{"match": {"name": "**.k"}, "lora": {"r": 2}}]}, adapter="b")
     with pytest.raises(lora_fx.RefusedError, match=r"belong to all its adapters\n.*blocks.0.out.weight"):
         lora_fx.use(tuned, "b")
-
-
-@BACKENDS
-@pytest.mark.parametrize("chosen", ["b", ["a", "b"], {"a": 0.5, "b": -1.0}])
-def test_a_merge_folds_what_is_in_use(inputs, chosen):
-    tuned = two(inputs)
-    lora_fx.use(tuned, chosen)
-    merged = lora_fx.merge(tuned)
-    assert set(merged.state_dict()) == set(model().state_dict())
-    assert torch.allclose(merged(given()), tuned(given()), atol=1e-6)
-    if chosen == "b":
-        assert torch.equal(merged.blocks[0].q.weight, model().blocks[0].q.weight)
-
-
-def test_five_adapters_in_bfloat16_are_rounded_once():
-    torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16))
-    rules = {"version": 1, "rules": [{"match": {"name": "0"}, "lora": {"r": 2, "init": "random"}}]}
-    tuned = lora_fx.apply(layer, rules, backend="modules")
-    for number in range(4):
-        lora_fx.add(tuned, rules, adapter=f"a{number}")
-    lora_fx.use(tuned, [adapter.name for adapter in lora_fx.list_adapters(tuned)])
-    exact = layer[0].weight.double()
-    for A, B in (pair for one in lora_fx.list_adapters(tuned) for pair in pairs(tuned, one.name)):
-        exact = exact + 8.0 * B.double() @ A.double()
-    half_a_step = torch.ldexp(torch.ones(()), torch.frexp(exact).exponent - 9)  # bfloat16 has 8 bits
-    error = (lora_fx.merge(tuned)[0].weight.double() - exact).abs()
-    assert (error <= half_a_step * (1 + 1e-4)).all()
-
-
-def test_without_an_adapter_in_use_there_is_nothing_to_merge():
-    tuned = two()
-    lora_fx.use(tuned, None)
-    with pytest.raises(lora_fx.MergeError, match=r"no adapter is in use.*\n.*lora_fx.remove"):
-        lora_fx.merge(tuned)
