@@ -1,5 +1,7 @@
 """Where adapters start that are made from more than random numbers: parts of their weights."""
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
@@ -11,9 +13,12 @@ from lora_fx.models.quantised import dense
 from lora_fx.progress.steps import step
 
 
-def start_from_weights(twin: nn.Module) -> None:
-    """Give every moved adapter its first values, parts of its weight, in place; on the meta device there are none."""
-    moved = [(path, adapter) for path, adapter in all_attached(twin) if is_moved(adapter)]
+def start_from_weights(twin: nn.Module, names: Collection[str]) -> None:
+    """Give every moved adapter of these names its first values, parts of its weight, in place.
+
+    On the meta device there are none.
+    """
+    moved = [(path, one) for path, one in all_attached(twin) if is_moved(one) and one.spec.adapter in names]
     if moved:
         with step("decomposing", len(moved), "weights") as doing:
             for path, adapter in moved:

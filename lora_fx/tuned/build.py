@@ -43,7 +43,7 @@ def build(model: nn.Module, plan: Plan, start: bool = True) -> nn.Module:
     adapt_sites(twin, plan, record)
     own_what_is_trained(model, twin, record)
     if start:
-        start_from_weights(twin)
+        start_from_weights(twin, record.switch.names)
     return twin
 
 

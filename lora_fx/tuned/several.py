@@ -9,6 +9,7 @@ from lora_fx.adapters.adapt import adapt_sites, trained_parameters
 from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.selection import Switch
+from lora_fx.adapters.starting import start_from_weights
 from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.plan import Plan
@@ -104,10 +105,11 @@ def refuse_whole(tuned: nn.Module, what: str) -> None:
         )
 
 
-def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord) -> None:
+def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) -> None:
     """Put the adapters of a plan beside those that a model has, in place; they are not used until they are chosen.
 
     What runs as graphs goes on doing so: graphs of blocks with new sites are written anew, and nothing is captured.
+    `start` says whether those that begin as parts of their weights do so: not where values from a file will come.
     """
     names = tuple(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
     before = {id(owner) for owner in adapted_owners(tuned)}
@@ -115,6 +117,8 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord) -> None:
     record.added |= dict.fromkeys(names, replace(plan, capture=None))
     try:
         adapt_sites(tuned, plan, record)
+        if start:
+            start_from_weights(tuned, names)
         remade(tuned, {id(owner) for owner in adapted_owners(tuned)} - before)
     except BaseException:
         for owner in adapted_owners(tuned):

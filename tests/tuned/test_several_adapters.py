@@ -299,3 +299,12 @@ def test_modules_that_are_trained_whole_belong_to_all_adapters():
     lora_fx.add(tuned, {"version": 1, "rules": [{"match": {"name": "**.k"}, "lora": {"r": 2}}]}, adapter="b")
     with pytest.raises(lora_fx.RefusedError, match=r"belong to all its adapters\n.*blocks.0.out.weight"):
         lora_fx.use(tuned, "b")
+
+
+def test_an_added_adapter_that_starts_as_a_part_of_its_weight_starts_at_the_base():
+    tuned = alone(BOTH, "a")
+    rules = {"version": 1, "rules": [{"match": {"name": "**.out"}, "lora": {"r": 2, "init": "pissa"}}]}
+    lora_fx.add(tuned, rules, adapter="parts")
+    assert all(A.any() and B.any() for A, B in pairs(tuned, "parts"))
+    lora_fx.use(tuned, "parts")
+    assert torch.equal(tuned(given()), model()(given()))

@@ -111,7 +111,7 @@ def _attach(tuned: nn.Module, record: ModelRecord, plan: Plan, files: Sequence[A
     names = list(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
     for name in names:
         refuse_name(name, list(record.switch.names))
-    attach_more(tuned, plan, record)
+    attach_more(tuned, plan, record, start=not files)
     try:
         if files:
             fill(tuned, files, names)
