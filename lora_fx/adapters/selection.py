@@ -1,9 +1,11 @@
 """Which adapters of a model are used, and how much of each: by every thread, or by one thread for a while."""
 
 import contextlib
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,11 +49,16 @@ class Switch:
         """Names of the model's own parameters that are trained: they belong to no adapter alone."""
         self.first: Selection | None = None
         """What was used before anything else was chosen; None as long as nothing was."""
+        self.is_open = False
+        """Whether some thread has something else chosen for a while; compiled code must ask then."""
+        self._opened = 0
 
     def now(self) -> Selection:
         """Return what this thread uses."""
-        if self.first is None or torch.compiler.is_compiling():
+        if self.first is None:
             return self.everywhere
+        if torch.compiler.is_compiling():
+            return _asked_outside(self) if self.is_open else self.everywhere
         chosen = (_HERE.get() or {}).get(self, self.everywhere)
         gone = [name for name, _ in chosen.weights if name not in self.names]
         if gone:
@@ -69,7 +76,7 @@ class Switch:
         has changed.
         """
         if self.first is None or torch.compiler.is_compiling():
-            return self.everywhere
+            return self.now()
         chosen, call = self.now(), checkpointed_call()
         if call is None:
             return chosen
@@ -88,10 +95,20 @@ class Switch:
         """Let this thread, and no other, use this for a while."""
         self.first = self.first or self.everywhere
         token = _HERE.set({**(_HERE.get() or {}), self: selection})
+        self._count(1)
         try:
             yield
         finally:
+            self._count(-1)
             _HERE.reset(token)
+
+    def _count(self, by: int) -> None:
+        with _COUNTING:
+            self._opened += by
+            self.is_open = self._opened > 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "is_open": False, "_opened": 0}  # a copy is nobody's yet
 
     def renamed(self, names: Mapping[str, str | None]) -> None:
         """Call adapters otherwise, or, where the new name is None, forget them; what is used stays so."""
@@ -104,6 +121,15 @@ class Switch:
         switch = Switch(self.names)
         switch.everywhere, switch.whole = self.now(), self.whole
         return switch
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _asked_outside(switch: Switch) -> Selection:
+    """Return what this thread uses, in the middle of code that torch.compile makes: it cannot see threads."""
+    return switch.now()
+
+
+_COUNTING = threading.Lock()
 
 
 @contextlib.contextmanager

@@ -49,15 +49,22 @@ class Use(AbstractContextManager[None]):
 
 
 def use(tuned: nn.Module, adapters: Adapters) -> Use:
-    """Let an adapted model use these adapters from now on, in all threads; in a `with`, in this thread until its end.
+    """Let a model use these adapters, in place: from now on and in all threads; in a `with`, here until its end.
 
     The model computes W + Σ weight · ΔW at each site, over the adapters that are there; weights stay as they are, and
     nothing is captured or compiled again.  What `apply` or `load` has made uses all it has until something else is
     chosen.
 
-    >>> lora_fx.use(tuned, "a")  # doctest: +SKIP
-    >>> with lora_fx.use(tuned, {"a": 0.7, "b": -0.3}):  # doctest: +SKIP
-    ...     tuned(x)
+    >>> import lora_fx
+    >>> rules = {"version": 1, "rules": [{"match": {"name": "*"}, "lora": {"r": 2}}]}
+    >>> tuned = lora_fx.apply(nn.Sequential(nn.Linear(3, 5)), rules)
+    >>> lora_fx.add(tuned, rules, adapter="b")
+    >>> choice = lora_fx.use(tuned, "b")
+    >>> with lora_fx.use(tuned, {"default": 0.7, "b": -0.3}):
+    ...     print(lora_fx.list_adapters(tuned)["default"].weight)
+    0.7
+    >>> [adapter.name for adapter in lora_fx.list_adapters(tuned) if adapter.active]
+    ['b']
 
     Args:
         tuned: an adapted model, changed in place.
