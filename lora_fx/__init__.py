@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     from lora_fx.graphdiff.deltas.measure import Deltas as Deltas
     from lora_fx.graphdiff.diff import GraphDiff as GraphDiff
     from lora_fx.graphdiff.graphs import Graph as Graph
+    from lora_fx.integrations.frompeft import from_peft as from_peft
     from lora_fx.integrations.peftrules import rules_from_peft as rules_from_peft
+    from lora_fx.integrations.topeft import to_peft as to_peft
     from lora_fx.models.samples import call as call
     from lora_fx.planning.plan import Plan as Plan
     from lora_fx.planning.planned import PlannedSite as PlannedSite
@@ -97,6 +99,8 @@ _HOMES = {
     "lora_fx.graphdiff.graphs": "Graph",
     "lora_fx.graphdiff.deltas.audit": "Audit AuditedSite",
     "lora_fx.graphdiff.deltas.measure": "Deltas",
+    "lora_fx.integrations.frompeft": "from_peft",
+    "lora_fx.integrations.topeft": "to_peft",
     "lora_fx.integrations.peftrules": "rules_from_peft",
     "lora_fx.planning.plan": "Plan",
     "lora_fx.planning.planned": "PlannedSite",

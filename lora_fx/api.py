@@ -12,7 +12,7 @@ from lora_fx import exporters
 from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.fused.contraction import contraction_teller
 from lora_fx.discovery.study import CAPTURING, observed, planned_for
-from lora_fx.files.adapter import peftfiles, restore, write
+from lora_fx.files.adapter import restore, write
 from lora_fx.files.adapter.read import read_adapters
 from lora_fx.files.checkpoint import streaming
 from lora_fx.files.checkpoint.report import MergeReport
@@ -22,6 +22,7 @@ from lora_fx.graphdiff.deltas.measure import Deltas, delta_row, deltas_of
 from lora_fx.graphdiff.diff import GraphDiff
 from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_diff, graph_of
+from lora_fx.integrations.loaded import twin_of
 from lora_fx.integrations.pretrained import take_over
 from lora_fx.models.samples import samples_for
 from lora_fx.models.wrappers import seen_through
@@ -191,13 +192,7 @@ def load(
     """
     passes = build.optimisations(optimise)
     with running("load", progress, 9 + CAPTURING):
-        files, seen, decisions = restore.fitted(directory, model, samples_for(model, example_inputs))
-        plan = seen.planned(decisions)
-        twin = take_over(build.build(model, plan, start=False))
-        restore.fill(twin, files)
-        peftfiles.refuse_beyond_peft(twin, files)
-        build.install_graphs(twin, plan, passes)
-        return twin
+        return twin_of(model, *restore.fitted(directory, model, samples_for(model, example_inputs)), passes)
 
 
 def diff(

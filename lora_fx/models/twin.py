@@ -4,7 +4,7 @@ The caller's model keeps its flags, values and behaviour; no weight is copied.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,34 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
     Raises:
         RefusedError: if the model has uninitialised (lazy) parameters or cannot be copied; says which part.
     """
+    return twin_without(model, list(model.modules()), lambda _: None, freeze)
+
+
+def twin_without(
+    model: nn.Module, modules: Sequence[nn.Module], under: Callable[[nn.Module], nn.Module | None], freeze: bool
+) -> nn.Module:
+    """Return a twin as `make_twin` does, without the layers that something has put around others.
+
+    Args:
+        model: stays unchanged.
+        modules: all of it, each before those inside of it; the model is not asked for them.
+        under: returns what a layer is put around, and stands in its place in the twin; None for a module that stays.
+        freeze: as for `make_twin`.
+
+    Raises:
+        RefusedError: as `make_twin`.
+    """
     refuse_lazy(model)
     _refuse_slots(model)
-    memo: dict[int, object] = {id(p): _alias(p, freeze) for p in model.parameters()}
-    memo |= {id(t): t.detach() for t in _computed_tensors(model)}
-    memo |= {id(kept): kept for kept in _kept_by_hooks(model)}
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    memo: dict[int, object] = {id(p): _alias(p, freeze) for p in parameters}
+    memo |= {id(t): t.detach() for t in _computed_tensors(modules)}
+    memo |= {id(kept): kept for kept in _kept_by_hooks(modules)}
     try:
-        twin = deepcopy(model, memo)
+        for layer in reversed(modules):  # those inside of others first
+            if (base := under(layer)) is not None:
+                memo[id(layer)] = deepcopy(base, memo)
+        twin: nn.Module = deepcopy(model, memo)
     except Exception as error:
         parts = list(_uncopyable_parts(model)) or [("(root)", f"{type(error).__name__}: {error}")]
         raise RefusedError(
@@ -44,9 +65,9 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
     return twin
 
 
-def _kept_by_hooks(model: nn.Module) -> Iterator[object]:
+def _kept_by_hooks(modules: Sequence[nn.Module]) -> Iterator[object]:
     """Yield the tables in which accelerate's hooks keep offloaded weights: they serve both models."""
-    for module in model.modules():
+    for module in modules:
         for hook in accelerate_hooks(module):
             tables = (getattr(hook, "weights_map", None), getattr(hook, "tied_params_map", None))
             yield from (table for table in tables if table is not None)
@@ -92,9 +113,9 @@ def _slots_of(kind: type) -> tuple[str, ...]:
     return tuple(value.__name__ for value in descriptors if isinstance(value, types.MemberDescriptorType))
 
 
-def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
+def _computed_tensors(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
     """Yield plain tensor attributes that autograd computed (weight_norm's weight): deepcopy refuses them."""
-    for module in model.modules():
+    for module in modules:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 yield value

@@ -57,6 +57,9 @@ def test_imports_of_a_page_are_found():
 @pytest.mark.parametrize("path", PAGES, ids=IDS)
 def test_tables_of_keys_are_up_to_date(path):
     text = path.read_text(encoding="utf-8")
+    if "<!-- rows of PEFT -->" in text:
+        pytest.importorskip("peft")
+        pytest.importorskip("transformers")
     assert with_keys(text) == text
 
 

@@ -3,7 +3,7 @@
 In a page, ```python blocks run one after another in one namespace; a ```text block behind one is what it prints.
 A ```yaml block behind the name of a file and a colon is that file.  ```console blocks show `$ lora-fx …` commands with
 the beginning of what they print.  `<!-- keys: TABLE -->` is followed by the table of the rule file's keys,
-`<!-- targets -->` by those of export targets.
+`<!-- targets -->` by those of export targets, `<!-- rows of PEFT -->` by what becomes of its own list of test models.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _KEYS = re.compile(r"<!-- keys: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 _TARGETS = re.compile(r"<!-- targets -->\n.*?<!-- end -->", re.DOTALL)
+_ROWS = re.compile(r"<!-- rows of PEFT -->\n.*?<!-- end -->", re.DOTALL)
 _NAMED = re.compile(r"`([\w-]+\.yaml)`:\n\n```yaml\n\Z")
 _SIGNS = {"yes": "✓", "exact equivalent": "=", "refused": "✗"}
 
@@ -89,8 +90,12 @@ def _console(text: str) -> str:
 
 
 def with_keys(page: str) -> str:
-    """Return the page with the tables of keys as the rules' own table has them, and that of export targets."""
+    """Return the page with its tables as rules, export targets and rows of PEFT have them."""
     page = _TARGETS.sub(lambda _: f"<!-- targets -->\n\n{_capabilities()}\n\n<!-- end -->", page)
+    if _ROWS.search(page):
+        from tests.support.peftrows import table
+
+        page = _ROWS.sub(lambda _: f"<!-- rows of PEFT -->\n\n{table()}\n\n<!-- end -->", page)
     return _KEYS.sub(lambda match: f"<!-- keys: {match[1]} -->\n\n{_table(match[1])}\n\n<!-- end -->", page)
 
 

@@ -7,7 +7,7 @@ The facts of the list (which model, which settings) are those of `tests/test_cus
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -75,7 +75,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         torch.tensor([[0, 10], [3, 7], [10, 5]]),
         emb=nn.Embedding(100, 5),
         conv1d=Conv1D(1, 5),
-        relu=nn.ReLU(),
+        tanh=nn.Tanh(),
         flat=nn.Flatten(),
         lin0=nn.Linear(2, 2),
     ),
@@ -99,16 +99,19 @@ class Row:
     settings: dict[str, Any]
     """Of `peft.LoraConfig`."""
     refused: str = ""
-    """The words with which it is refused here; empty where it loads, saves and agrees."""
-    about: str = field(default="", kw_only=True)
+    """The words with which it is refused here; empty where it loads and agrees."""
+    saved_for: str = "PEFT"
+    """Who reads what is saved of it again."""
 
 
-def _row(name: str, model: str, *targets: str, refused: str = "", **settings: Any) -> Row:
-    return Row(name, model, {"target_modules": list(targets), **settings}, refused)
+def _row(name: str, model: str, *targets: str, refused: str = "", saved_for: str = "PEFT", **settings: Any) -> Row:
+    return Row(name, model, {"target_modules": list(targets), **settings}, refused, saved_for)
 
 
-GROUPED = "lora_A reads the channels of all"
-BLOCKS = "BD-LoRA"
+GROUPED = "its lora_A reads the channels of all {} groups of the convolution"
+DORA = "DoRA is for whole linear layers"
+BLOCKS = "BD-LoRA: a factor holds only the blocks of its diagonal"
+OURS = "lora_fx"
 ROWS = (
     Row("Vanilla MLP 1 LoRA", "MLP", {"target_modules": "lin0"}),
     _row("Vanilla MLP 2 LoRA", "MLP", "lin0"),
@@ -118,7 +121,14 @@ ROWS = (
     _row("Vanilla MLP 6 LoRA", "MLP", "lin0", lora_alpha=4, lora_dropout=0.1),
     _row("Vanilla MLP 7 LoRA with DoRA", "MLP", "lin0", use_dora=True),
     _row("Vanilla MLP 8 LoRA with DoRA", "MLP", "lin0", "lin1", use_dora=True),
-    _row("Vanilla MLP 1 LoRA with KaSA", "MLP", "lin0", kasa_config=peft.KasaConfig(), r=4, refused="KaSA"),
+    _row(
+        "Vanilla MLP 1 LoRA with KaSA",
+        "MLP",
+        "lin0",
+        kasa_config=peft.KasaConfig(),
+        r=4,
+        refused="KaSA: it changes the base weights",
+    ),
     _row("Vanilla MLP 1 LoRA with MiCA", "MLP", "lin0", init_lora_weights="mica", r=4),
     Row("Vanilla MLP 9 LoRA with DoRA", "MLP", {"target_modules": "lin1", "use_dora": True, "lora_alpha": 32}),
     *(
@@ -133,8 +143,8 @@ ROWS = (
     _row("Embedding + transformers Conv1D 2 LoRA", "EmbConv1D", "emb"),
     _row("Embedding + transformers Conv1D 3 LoRA", "EmbConv1D", "emb", "conv1d"),
     _row("Embedding + transformers Conv1D 1 DoRA", "EmbConv1D", "conv1d", use_dora=True),
-    _row("Embedding + transformers Conv1D 2 DoRA", "EmbConv1D", "emb", use_dora=True),
-    _row("Embedding + transformers Conv1D 3 DoRA", "EmbConv1D", "emb", "conv1d", use_dora=True),
+    _row("Embedding + transformers Conv1D 2 DoRA", "EmbConv1D", "emb", use_dora=True, refused=DORA),
+    _row("Embedding + transformers Conv1D 3 DoRA", "EmbConv1D", "emb", "conv1d", use_dora=True, refused=DORA),
     _row(
         "Embedding + transformers Conv1D 1 LoRA trainable_tokens",
         "EmbConv1D",
@@ -142,24 +152,24 @@ ROWS = (
         trainable_token_indices={"emb": [0, 10]},
     ),
     _row("Conv1d LoRA", "Conv1d", "conv1d"),
-    _row("Conv1d LoRA with DoRA", "Conv1d", "conv1d", use_dora=True),
+    _row("Conv1d LoRA with DoRA", "Conv1d", "conv1d", use_dora=True, refused=DORA),
     _row("Conv2d 1 LoRA", "Conv2d", "conv2d"),
     _row("Conv2d 2 LoRA", "Conv2d", "conv2d", "lin0"),
-    _row("Conv2d 1 LoRA with DoRA", "Conv2d", "conv2d", use_dora=True),
-    _row("Conv2d 2 LoRA with DoRA", "Conv2d", "conv2d", "lin0", use_dora=True),
-    _row("Conv2d Groups LoRA", "Conv2dGroups", "conv2d"),
-    _row("Conv2d Groups2 LoRA", "Conv2dGroups2", "conv2d"),
-    _row("Conv2d Groups LoRA with DoRA", "Conv2dGroups", "conv2d", use_dora=True),
-    _row("Conv2d Groups2 LoRA with DoRA", "Conv2dGroups2", "conv2d", use_dora=True),
+    _row("Conv2d 1 LoRA with DoRA", "Conv2d", "conv2d", use_dora=True, refused=DORA),
+    _row("Conv2d 2 LoRA with DoRA", "Conv2d", "conv2d", "lin0", use_dora=True, refused=DORA),
+    _row("Conv2d Groups LoRA", "Conv2dGroups", "conv2d", refused=GROUPED.format(8)),
+    _row("Conv2d Groups2 LoRA", "Conv2dGroups2", "conv2d", refused=GROUPED.format(2)),
+    _row("Conv2d Groups LoRA with DoRA", "Conv2dGroups", "conv2d", use_dora=True, refused=GROUPED.format(8)),
+    _row("Conv2d Groups2 LoRA with DoRA", "Conv2dGroups2", "conv2d", use_dora=True, refused=GROUPED.format(2)),
     _row("Conv3d 1 LoRA", "Conv3d", "conv3d"),
     _row("Conv3d 2 LoRA", "Conv3d", "conv3d", "lin0"),
-    _row("Conv3d 1 LoRA with DoRA", "Conv3d", "conv3d", use_dora=True),
-    _row("Conv3d 2 LoRA with DoRA", "Conv3d", "conv3d", "lin0", use_dora=True),
+    _row("Conv3d 1 LoRA with DoRA", "Conv3d", "conv3d", use_dora=True, refused=DORA),
+    _row("Conv3d 2 LoRA with DoRA", "Conv3d", "conv3d", "lin0", use_dora=True, refused=DORA),
     _row("Vanilla MLP 1 LoRA with lora_b bias", "MLP", "lin0", "lin1", lora_bias=True, lora_alpha=32),
     _row("Conv2d 1 LoRA with lora_b bias", "Conv2d", "conv2d", lora_bias=True, lora_alpha=32),
     _row("Conv3d 1 LoRA with lora_b bias", "Conv3d", "conv3d", lora_bias=True, lora_alpha=32),
-    _row("MHA 1 LoRA", "MHA", "mha"),
-    _row("MHA 2 LoRA", "MHA", "mha", "lin0"),
+    _row("MHA 1 LoRA", "MHA", "mha", saved_for=OURS),
+    _row("MHA 2 LoRA", "MHA", "mha", "lin0", saved_for=OURS),
     Row("MLP 1 using nn.Parameter LoRA", "MlpUsingParameters", {"target_parameters": ["lin0.weight"]}),
     _row("MLP 2 using nn.Parameter LoRA", "MLP", "lin0", target_parameters=["lin1.weight"]),
     _row("Vanilla MLP 1 LoRA with Monteclora", "MLP", "lin0", monteclora_config=peft.MontecloraConfig(num_samples=2)),
@@ -188,3 +198,13 @@ ROWS = (
         refused=BLOCKS,
     ),
 )
+
+
+def table(rows: tuple[Row, ...] = ROWS) -> str:
+    """Return the table of the documentation: what becomes of each row."""
+    lines = ["| row of PEFT's list | here |", "|---|---|"]
+    for row in rows:
+        done = "loads, saves, agrees" if row.saved_for == "PEFT" else "loads and agrees; saved for lora_fx alone"
+        lines.append(f"| {row.name} | {f'refused: {row.refused}' if row.refused else done} |")
+    agreeing = sum(not row.refused for row in rows)
+    return "\n".join([*lines, "", f"{agreeing} of {len(rows)} load and agree."])

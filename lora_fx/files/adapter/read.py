@@ -92,13 +92,24 @@ def _read(root: Path, *names: str) -> AdapterFile:
     config = read_configuration(configuration)
     tensors, metadata = _read_tensors(weights)
     header = read_header(weights, metadata, tensors)
-    if header is None:  # of a model in wrappers, as torch.compile and FSDP put them around layers
-        tensors = {key: tensor for key, tensor in tensors.items() if not is_of_training(key)}
+    if header is None:
         tensors = _without_wrappers(weights, tensors)
     return _AdapterReader(root.joinpath(*names), (weights, configuration), config, tensors, header).read()
 
 
+def adapter_in_memory(source: str, config: Configuration, tensors: dict[str, Tensor]) -> AdapterFile:
+    """Return an adapter of PEFT's that is in no file, checked in itself; `source` is what errors call it.
+
+    Raises:
+        AdapterFileError: tensors and configuration contradict each other.
+    """
+    path = Path(source)
+    return _AdapterReader(path, (path, path), config, _without_wrappers(path, tensors), None).read()
+
+
 def _without_wrappers(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what counts of PEFT's tensors, of a model in wrappers as torch.compile and FSDP put them around layers."""
+    tensors = {key: tensor for key, tensor in tensors.items() if not is_of_training(key)}
     names = {key: without_wrappers(key) for key in tensors}
     if len(set(names.values())) < len(names):
         twice = [(key, name) for key, name in names.items() if key != name and name in tensors]

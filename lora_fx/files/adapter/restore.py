@@ -44,7 +44,15 @@ def fitted(
         AdapterMismatchError, RefusedError, CaptureError: as `decisions_in` and `observed`.
     """
     with step("reading"):
-        files = resolved(read_adapters(directory), model)
+        read = read_adapters(directory)
+    return fitted_files(read, model, tried)
+
+
+def fitted_files(
+    read: Sequence[AdapterFile], model: nn.Module, tried: Samples
+) -> tuple[list[AdapterFile], Observed, Decisions]:
+    """Return the same as `fitted` of adapters that have been read."""
+    files = resolved(read, model)
     peftfiles.warn_of_missing(files[0], model)
     seen = observed(model, tried, uses_in_files(files, model))
     return files, seen, decisions_in(files, seen.inventory, model)

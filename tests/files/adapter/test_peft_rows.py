@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,15 +18,14 @@ from torch import Tensor, nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft import KasaConfig, LoraConfig, MontecloraConfig, VeloraConfig
-from peft.tuners.lora.config import BdLoraConfig
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx.errors import AdapterFileError, AdapterMismatchError, RefusedError
 from lora_fx.files.adapter.configuration import read_configuration
 from tests.support.kinds import EFFECT, computed, distance, from_file_in_peft, in_peft
+from tests.support.peftrows import MODELS, ROWS, Row
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,149 +35,22 @@ def eps(tensor: Tensor) -> float:
     return 500 * torch.finfo(tensor.dtype).eps
 
 
-class Times(nn.Module):
-    """A linear that stores its weight as [in, out]."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.ones(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mha, self.lin0 = nn.MultiheadAttention(10, 2), nn.Linear(10, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin0(self.mha(x, x, x)[0])
-
-
-def chain(**layers: nn.Module) -> nn.Module:
-    return nn.Sequential(OrderedDict(layers))
-
-
-def convolution(name: str, conv: nn.Module, outputs: int, *sizes: int) -> nn.Module:
-    """Return a convolution over an input of [batch, channels, sizes…], and a linear behind it."""
-    shape = nn.Unflatten(1, (conv.in_channels, *sizes))
-    return chain(view=shape, **{name: conv}, relu=nn.ReLU(), flat=nn.Flatten(), lin0=nn.Linear(outputs, 2))
-
-
-def mlp(kind: Callable[[int, int], nn.Module]) -> nn.Module:
-    return chain(lin0=kind(10, 20), relu=nn.ReLU(), drop=nn.Dropout(0.5), lin1=kind(20, 2))
-
-
-def tokens() -> nn.Module:
-    layers = {"emb": nn.Embedding(100, 5), "conv1d": Conv1D(1, 5), "tanh": nn.Tanh(), "flat": nn.Flatten()}
-    return chain(**layers, lin0=nn.Linear(10, 2))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "MLP": (lambda: mlp(nn.Linear), 10),
-    "MLP of parameters": (lambda: mlp(Times), 10),
-    "embedding": (tokens, 10),
-    "Conv1d": (lambda: convolution("conv1d", nn.Conv1d(1, 1, 2), 9, 10), 10),
-    "Conv2d": (lambda: convolution("conv2d", nn.Conv2d(5, 10, 3), 10, 3, 3), 45),
-    "Conv3d": (lambda: convolution("conv3d", nn.Conv3d(5, 10, 3), 10, 3, 3, 3), 135),
-    "8 groups": (lambda: convolution("conv2d", nn.Conv2d(16, 16, 3, groups=8), 16, 3, 3), 144),
-    "2 groups": (lambda: convolution("conv2d", nn.Conv2d(16, 32, 3, padding=1, groups=2), 128, 2, 2), 64),
-    "attention": (Attention, 10),
-}
-"""The model of each kind, and how many numbers (or ids) one input has."""
-
-
-def case(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tuple[Tensor]]:
+def case(row: Row) -> tuple[nn.Module, tuple[Tensor, ...]]:
     torch.manual_seed(0)
-    make, width = MODELS[kind]
-    x = torch.randint(0, 100, (9, width)) if kind == "embedding" else torch.randn(9, width, dtype=dtype)
-    return make().to(dtype).eval(), (x,)
-
-
-def on(*names: str, **settings: Any) -> dict[str, Any]:
-    return {"target_modules": list(names), **settings}
-
-
-def velora(start: str) -> VeloraConfig:
-    return VeloraConfig(num_groups=2, init_type=start)
-
-
-DORA, BIAS = {"use_dora": True}, {"lora_bias": True, "lora_alpha": 32}
-Row = tuple[str, dict[str, Any]]
-READ: dict[str, Row] = {
-    "an expression": ("MLP", {"target_modules": "lin0"}),
-    "the first": ("MLP", on("lin0")),
-    "the second": ("MLP", on("lin1")),
-    "both": ("MLP", on("lin0", "lin1")),
-    "the second trained whole": ("MLP", on("lin0", modules_to_save=["lin1"])),
-    "alpha and dropout": ("MLP", on("lin0", lora_alpha=4, lora_dropout=0.1)),
-    "DoRA of the first": ("MLP", on("lin0", **DORA)),
-    "DoRA of both": ("MLP", on("lin0", "lin1", **DORA)),
-    "DoRA with an alpha": ("MLP", {"target_modules": "lin1", **DORA, "lora_alpha": 32}),
-    "MiCA": ("MLP", on("lin0", init_lora_weights="mica", r=4)),
-    "VeLoRA, random": ("MLP", on("lin0", velora_config=velora("random"))),
-    "VeLoRA, averages": ("MLP", on("lin0", "lin1", velora_config=velora("batch_average"))),
-    "VeLoRA, the first average": ("MLP", on("lin0", velora_config=velora("batch_average_once"))),
-    "MonteCLoRA": ("MLP", on("lin0", monteclora_config=MontecloraConfig(num_samples=2))),
-    "bias of B": ("MLP", on("lin0", "lin1", **BIAS)),
-    "bias of B in Conv2d": ("Conv2d", on("conv2d", **BIAS)),
-    "bias of B in Conv3d": ("Conv3d", on("conv3d", **BIAS)),
-    "Conv1D": ("embedding", on("conv1d")),
-    "embedding": ("embedding", on("emb")),
-    "embedding and Conv1D": ("embedding", on("emb", "conv1d")),
-    "DoRA of Conv1D": ("embedding", on("conv1d", **DORA)),
-    "rows of the embedding": ("embedding", on("conv1d", trainable_token_indices={"emb": [0, 10]})),
-    "Conv1d": ("Conv1d", on("conv1d")),
-    "Conv2d": ("Conv2d", on("conv2d")),
-    "Conv2d and linear": ("Conv2d", on("conv2d", "lin0")),
-    "Conv3d": ("Conv3d", on("conv3d")),
-    "Conv3d and linear": ("Conv3d", on("conv3d", "lin0")),
-    "attention": ("attention", on("mha")),
-    "attention and linear": ("attention", on("mha", "lin0")),
-    "parameter": ("MLP of parameters", {"target_parameters": ["lin0.weight"]}),
-    "module and parameter": ("MLP", on("lin0", target_parameters=["lin1.weight"])),
-}
-
-MIXES = (
-    AdapterMismatchError,
-    r"conv2d +file in the file +model its lora_A reads the channels of all \d groups of the ",
-)
-BLOCKS = (AdapterFileError, "use_bdlora +BD-LoRA: a factor holds only the blocks of its diagonal")
-A, B = {"target_modules_bd_a": ["lin0"]}, {"target_modules_bd_b": ["lin1"], "nblocks": 2}
-
-
-def linears_alone(name: str) -> tuple[type[Exception], str]:
-    return RefusedError, f"{name} +DoRA is for whole linear layers, not for this kind of site"
-
-
-REFUSED: dict[str, tuple[str, dict[str, Any], tuple[type[Exception], str]]] = {
-    "KaSA": ("MLP", on("lin0", kasa_config=KasaConfig(), r=4), (AdapterFileError, "KaSA: it changes the base weights")),
-    "DoRA of an embedding": ("embedding", on("emb", **DORA), linears_alone("emb")),
-    "DoRA of embedding and Conv1D": ("embedding", on("emb", "conv1d", **DORA), linears_alone("emb")),
-    "DoRA of Conv1d": ("Conv1d", on("conv1d", **DORA), linears_alone("conv1d")),
-    "DoRA of Conv2d": ("Conv2d", on("conv2d", **DORA), linears_alone("conv2d")),
-    "DoRA of Conv2d and linear": ("Conv2d", on("conv2d", "lin0", **DORA), linears_alone("conv2d")),
-    "DoRA of Conv3d": ("Conv3d", on("conv3d", **DORA), linears_alone("conv3d")),
-    "DoRA of Conv3d and linear": ("Conv3d", on("conv3d", "lin0", **DORA), linears_alone("conv3d")),
-    "8 groups": ("8 groups", on("conv2d"), MIXES),
-    "2 groups": ("2 groups", on("conv2d"), MIXES),
-    "DoRA of 8 groups": ("8 groups", on("conv2d", **DORA), MIXES),
-    "DoRA of 2 groups": ("2 groups", on("conv2d", **DORA), MIXES),
-    "BD-LoRA, A": ("MLP", on("lin0", "lin1", use_bdlora=BdLoraConfig(**A, match_strict=False)), BLOCKS),
-    "BD-LoRA, B": ("MLP", on("lin0", "lin1", use_bdlora=BdLoraConfig(**B, match_strict=False)), BLOCKS),
-    "BD-LoRA, both": ("MLP", on("lin0", "lin1", use_bdlora=BdLoraConfig(**A, **B)), BLOCKS),
-}
+    model = MODELS[row.model]().eval()
+    if row.settings.get("init_lora_weights") == "mica":  # which wants float32
+        return model, model.inputs
+    return model.double(), tuple(x.double() if x.is_floating_point() else x for x in model.inputs)
 
 
 def test_rows_are_46():
-    assert len(READ) + len(REFUSED) == 46
+    assert len({row.name for row in ROWS}) == 46
 
 
-@pytest.mark.parametrize(("kind", "settings"), READ.values(), ids=READ)
-def test_row_is_the_same_here_and_back_in_peft(kind, settings, tmp_path):
-    base, inputs = case(kind, torch.float32 if "init_lora_weights" in settings else torch.float64)  # MiCA wants that
-    theirs = in_peft(base, tmp_path / "theirs", **settings)
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.refused], ids=lambda row: row.name)
+def test_row_is_the_same_here_and_back_in_peft(row, tmp_path):
+    base, inputs = case(row)
+    theirs = in_peft(base, tmp_path / "theirs", **row.settings)
     wanted = computed(theirs, inputs)
     assert distance(computed(base, inputs), wanted) > EFFECT
     ours = lora_fx.load(base, tmp_path / "theirs", lora_fx.call(*inputs))
@@ -192,20 +62,21 @@ def test_row_is_the_same_here_and_back_in_peft(kind, settings, tmp_path):
     lora_fx.save(ours, tmp_path / "ours")
     again = lora_fx.load(base, tmp_path / "ours")
     assert torch.equal(computed(again, inputs), computed(ours, inputs))
-    if kind == "attention":  # PEFT adds the product of out_proj twice, which was trained so; of once it knows nothing
+    if (
+        row.saved_for != "PEFT"
+    ):  # PEFT adds the product of out_proj twice, which was trained so; of once it knows nothing
         with pytest.raises(ValueError, match=r"only lora_fx can read this adapter, since at mha\.out_proj"):
             from_file_in_peft(base, tmp_path / "ours")
     else:
         assert distance(computed(from_file_in_peft(base, tmp_path / "ours"), inputs), wanted) < eps(wanted)
 
 
-@pytest.mark.parametrize(("kind", "settings", "refusal"), REFUSED.values(), ids=REFUSED)
-def test_row_is_refused_by_name_before_anything_is_changed(kind, settings, refusal, tmp_path):
-    base, inputs = case(kind)
-    in_peft(base, tmp_path, **settings)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.refused], ids=lambda row: row.name)
+def test_row_is_refused_by_name_before_anything_is_changed(row, tmp_path):
+    base, inputs = case(row)
+    in_peft(base, tmp_path, **row.settings)
     before, classes = copy.deepcopy(base.state_dict()), [type(module) for module in base.modules()]
-    error, words = refusal
-    with pytest.raises(error, match=words):
+    with pytest.raises((AdapterFileError, AdapterMismatchError, RefusedError), match=row.refused):
         lora_fx.load(base, tmp_path, lora_fx.call(*inputs))
     assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
     assert [type(module) for module in base.modules()] == classes

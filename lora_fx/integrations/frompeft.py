@@ -1,0 +1,155 @@
+"""from_peft: a model that PEFT has adapted → a twin of its base with the same adapter."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_fx.discovery.study import CAPTURING
+from lora_fx.errors import RefusedError
+from lora_fx.files.adapter import restore
+from lora_fx.files.adapter.configuration import configuration_of
+from lora_fx.files.adapter.read import AdapterFile, adapter_in_memory
+from lora_fx.integrations.loaded import twin_of
+from lora_fx.integrations.peftlibrary import peft_library
+from lora_fx.integrations.peftsettings import settings_of
+from lora_fx.models.overrides import accelerate_hooks
+from lora_fx.models.samples import samples_for
+from lora_fx.models.twin import twin_without
+from lora_fx.models.wrappers import holds_peft
+from lora_fx.progress.steps import ShowProgress, running
+from lora_fx.rules.keys import is_adapter_name
+from lora_fx.text import listing
+from lora_fx.tuned import build
+
+
+def from_peft(
+    peft_model: nn.Module,
+    example_inputs: object = None,
+    optimise: bool | Sequence[str] = True,
+    *,
+    adapter: str | None = None,
+    progress: ShowProgress = None,
+) -> nn.Module:
+    """Return an adapted twin of the base of a `peft.PeftModel`, with the values of its adapter; the PeftModel stays.
+
+    The twin computes what the PeftModel computes.  Its base shares the memory of PEFT's; its adapter has memory of its
+    own, and PEFT's name.  What PEFT trains whole is trained whole here.
+
+    Args:
+        peft_model: a PeftModel with LoRA.
+        example_inputs: as for `plan`, of the base; as are `optimise` for `apply` and `progress`.
+        adapter: which adapter, where there are several; the active one by default.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        TypeError: it is no PeftModel.
+        RefusedError: what has no counterpart here, by its name: merged or switched off adapters, several active ones,
+            hooks on PEFT's layers; nothing has been made then.
+        AdapterFileError, AdapterMismatchError: as `load`; another method than LoRA.
+    """
+    passes = build.optimisations(optimise)
+    check_peft_model(peft_model)
+    name = _adapter_in(peft_model, adapter)
+    with running("from_peft", progress, 9 + CAPTURING):
+        file, base = _file_of(peft_model, name), _base_of(peft_model)
+        fitted = restore.fitted_files([file], base, samples_for(base, example_inputs))
+        return twin_of(base, *fitted, passes)
+
+
+def check_peft_model(model: object) -> None:
+    """Do nothing for a PeftModel.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        TypeError: it is something else.
+    """
+    if not isinstance(model, peft_library("from_peft").PeftModel):
+        raise TypeError(f"the model must be a peft.PeftModel, found {type(model).__name__}")
+
+
+def _adapter_in(model: Any, wanted: str | None) -> str:
+    """Return the name of the adapter that is asked for.
+
+    Raises:
+        RefusedError: it is not clear which, or the model does not compute with it alone.
+    """
+    names, active = [*model.peft_config], [*model.active_adapters]
+    if wanted is not None and wanted not in names:
+        raise RefusedError("the PeftModel has no such adapter", [("asked for", wanted), ("there are", listing(names))])
+    name = active[0] if wanted is None and len(active) == 1 else wanted
+    if name is None or (wanted is None and len(names) > 1):
+        facts = [(other, "is active" if other in active else "is there") for other in names]
+        raise RefusedError("the PeftModel has several adapters", facts, 'name one: from_peft(model, adapter="…")')
+    problems = [*_problems(model, name)]
+    if problems:
+        raise RefusedError("the PeftModel does not stand as it was adapted", problems)
+    return name
+
+
+def _problems(model: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Yield what keeps a PeftModel from being its base with the adapter and nothing else."""
+    if not is_adapter_name(name):
+        yield name, "is no name of an adapter here: letters, digits and _, a letter first"
+    layers = peft_library("from_peft").tuners.tuners_utils.BaseTunerLayer
+    for path, layer in model.named_modules():
+        if not isinstance(layer, layers):
+            continue
+        if layer.merged:
+            yield path, "its adapter is merged into the base; unmerge_adapter() takes it out"
+        if layer.disable_adapters:
+            yield path, "its adapter is switched off; enable_adapter_layers() switches it on"
+        hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+        if any(hooks) and not accelerate_hooks(layer):
+            yield path, "has a hook, which PEFT's layer takes with it; put it on the twin"
+
+
+def _file_of(model: Any, name: str) -> AdapterFile:
+    """Return the adapter of that name as its file would hold it.
+
+    Raises:
+        AdapterFileError: a method that is not plain LoRA.
+    """
+    settings, _ = settings_of(model.peft_config[name])
+    # what a first value has changed in the base is in the base at hand
+    config = configuration_of(settings | {"init_lora_weights": True}, f"adapter '{name}' of the PeftModel")
+    tensors: dict[str, Tensor] = peft_library("from_peft").get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False
+    )
+    file = adapter_in_memory(name, config, {key: tensor.detach() for key, tensor in tensors.items()})
+    sites = tuple(replace(site, lora=replace(site.lora, adapter=name)) for site in file.sites)
+    return replace(file, sites=sites, header=replace(file.header, adapter=name))
+
+
+def _base_of(model: Any) -> nn.Module:
+    """Return the base without anything of PEFT's, on shared memory; the PeftModel stays as it is.
+
+    The model's own walk over its modules is of no use: PEFT's attention makes new parameters at every walk.
+
+    Raises:
+        RefusedError: the base cannot be copied, or refers to PEFT's layers otherwise than as its modules.
+    """
+    inner: nn.Module = model.base_model.model
+    base = twin_without(inner, list(_inside(inner)), _under, freeze=False)
+    base.__dict__.pop("peft_config", None)
+    left = [(path, "is a layer of PEFT") for path in holds_peft(base)]
+    if left:
+        raise RefusedError("the base refers to its own layers in a way that PEFT's cannot be taken out of", left)
+    return base
+
+
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _inside(child)
+
+
+def _under(module: nn.Module) -> nn.Module | None:
+    """Return what PEFT has put a layer around; None for a module that is not PEFT's."""
+    peft = peft_library("from_peft")
+    if isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper):
+        original: nn.Module = module.original_module
+        return original
+    return module._modules["base_layer"] if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) else None

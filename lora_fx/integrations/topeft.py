@@ -1,0 +1,99 @@
+"""to_peft: an adapted model → a PeftModel on its base, with the same values."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import all_attached, owner_path, with_values
+from lora_fx.errors import AdapterFileError, RefusedError
+from lora_fx.files.adapter.describe import Described, beyond_peft, describe
+from lora_fx.files.adapter.names import PREFIX
+from lora_fx.integrations.peftlibrary import peft_library
+from lora_fx.models.tensors import own_parameters
+from lora_fx.models.wrappers import seen_through
+from lora_fx.tuned.undo import removed
+
+_BIAS = ".base_layer.bias"
+
+
+def to_peft(tuned: nn.Module) -> nn.Module:
+    """Return a `peft.PeftModel` on the base, with the values of the model's adapters; the adapted model itself stays.
+
+    It computes what the model computes, in the same mode (train or eval), and its adapters can be trained.  Its base
+    shares the memory of the model's, but for what PEFT trains there.
+
+    Args:
+        tuned: an adapted model.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        RefusedError: what PEFT cannot have, or would compute otherwise, by the name of each site; nothing is made.
+    """
+    peft = peft_library("to_peft")
+    tuned = with_values(seen_through(tuned))
+    _refuse(tuned)
+    described = describe(tuned)
+    base = removed(tuned)
+    own_parameters(base, _trained_biases(described), requires_grad=False)
+    modes = [(module, module.training) for module in base.modules()]
+    model: nn.Module = _adapted(peft, base, described)
+    model.train(tuned.training)
+    for module, mode in modes:
+        module.training = mode
+    return model
+
+
+def _refuse(tuned: nn.Module) -> None:
+    problems = list(beyond_peft(tuned))
+    for path, adapter in all_attached(tuned):
+        if not owner_path(path, adapter):
+            problems.append((path, "PEFT cannot adapt what the model itself owns, only what a module in it does"))
+        if adapter.lora_A.weight.is_meta:
+            problems.append((path, "is on the meta device and has no values"))
+    try:
+        describe(tuned)
+    except AdapterFileError as error:  # DoRA and plain LoRA in one adapter
+        problems += [
+            (path, f"is {kind} beside others that are not, for which PEFT has one switch") for path, kind in error.facts
+        ]
+    if problems:
+        raise RefusedError("PEFT cannot have these, or would compute something else with them", problems)
+
+
+def _trained_biases(described: Sequence[Described]) -> list[str]:
+    keys = dict.fromkeys(key for adapter in described for key in adapter.tensors if key.endswith(_BIAS))
+    return [f"{key.removeprefix(PREFIX).removesuffix(_BIAS)}.bias" for key in keys]
+
+
+def _adapted(peft: Any, base: nn.Module, described: Sequence[Described]) -> Any:
+    """Return the base in a PeftModel with all adapters, active together as they are here."""
+    model: Any = None
+    for adapter in described:
+        config = peft.LoraConfig(**{**adapter.config, "inference_mode": False})
+        if model is None:
+            model = peft.get_peft_model(base, config, adapter_name=adapter.name)
+        else:
+            model.add_adapter(adapter.name, config)
+        _fill(peft, model, adapter)
+    names = [adapter.name for adapter in described]
+    model.base_model.set_adapter(names if len(names) > 1 else names[0])
+    return model
+
+
+def _fill(peft: Any, model: Any, adapter: Described) -> None:
+    """Put the values of an adapter into PEFT's, which must be just those.
+
+    Raises:
+        RefusedError: PEFT has made other tensors of the configuration.
+    """
+    with torch.no_grad():
+        result = peft.set_peft_model_state_dict(model, dict(adapter.tensors), adapter_name=adapter.name)
+    held: Mapping[str, Tensor] = peft.get_peft_model_state_dict(
+        model, adapter_name=adapter.name, save_embedding_layers=False
+    )
+    unlike = [(key, "PEFT has no such tensor") for key in result.unexpected_keys]
+    unlike += [(key, "PEFT has one more") for key in held.keys() - adapter.tensors.keys()]
+    if unlike:
+        raise RefusedError("PEFT makes something else of this adapter", unlike)
