@@ -35,17 +35,26 @@ def settings_of(config: object) -> tuple[Settings, str]:
     if isinstance(config, (str, os.PathLike)):
         path = Path(config)
         file = path / CONFIG_FILE if path.is_dir() else path
-        return read_json_of(file), str(file)
+        return _settings(read_json_of(file)), str(file)
     is_of_peft = any(kind.__name__ == "PeftConfigMixin" for kind in type(config).__mro__)
     given = config.to_dict() if is_of_peft else config  # type: ignore[attr-defined]
     if not isinstance(given, Mapping):
         what = f"a configuration must be a peft.LoraConfig, a dict or a path, not {type(config).__name__}"
         raise RuleError("config", [Problem(what)])
-    return {"peft_type": "LORA"} | {key: _plain(value) for key, value in given.items()}, type(config).__name__
+    return _settings({"peft_type": "LORA", **given}), type(config).__name__
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    """Return settings as JSON has them, with sets of names in their order: PEFT's own changes from run to run."""
+    settings = {key: _plain(value) for key, value in given.items()}
+    named = {key: value for key in _SETS if isinstance(value := settings.get(key), list)}
+    return settings | {key: sorted(names, key=str) for key, names in named.items()}
+
+
+_SETS = ("target_modules", "exclude_modules", "target_parameters")
 
 
 def _plain(value: object) -> object:
-    """Return a value as JSON has it: PEFT keeps names in sets."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value
