@@ -10,6 +10,7 @@ from lora_fx.discovery.study import CAPTURING
 from lora_fx.errors import RefusedError
 from lora_fx.files.adapter import restore
 from lora_fx.files.adapter.configuration import configuration_of
+from lora_fx.files.adapter.names import PREFIX
 from lora_fx.files.adapter.read import AdapterFile, adapter_in_memory
 from lora_fx.integrations.loaded import twin_of
 from lora_fx.integrations.peftlibrary import peft_library
@@ -20,6 +21,7 @@ from lora_fx.models.twin import twin_without
 from lora_fx.models.wrappers import holds_peft
 from lora_fx.progress.steps import ShowProgress, running
 from lora_fx.rules.keys import is_adapter_name
+from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.text import listing
 from lora_fx.tuned import build
 
@@ -32,25 +34,26 @@ def from_peft(
     adapter: str | None = None,
     progress: ShowProgress = None,
 ) -> nn.Module:
-    """Return an adapted twin of the base of a `peft.PeftModel`, with the values of its adapter; the PeftModel stays.
+    """Return an adapted twin of the base that PEFT holds, with the values of PEFT's adapter; the model given stays.
 
-    The twin computes what the PeftModel computes.  Its base shares the memory of PEFT's; its adapter has memory of its
-    own, and PEFT's name.  What PEFT trains whole is trained whole here.
+    The twin computes what the given model computes.  Its base shares the memory of PEFT's; its adapter has memory of
+    its own, and PEFT's name.  What PEFT trains whole is trained whole here.
 
     Args:
-        peft_model: a PeftModel with LoRA.
+        peft_model: a `peft.PeftModel` with LoRA, or a model with LoRA layers of PEFT's, as `add_adapter` of
+            transformers and diffusers makes it.
         example_inputs: as for `plan`, of the base; as are `optimise` for `apply` and `progress`.
         adapter: which adapter, where there are several; the active one by default.
 
     Raises:
         ImportError: PEFT is not installed.
-        TypeError: it is no PeftModel.
-        RefusedError: what has no counterpart here, by its name: merged or switched off adapters, several active ones,
-            hooks on PEFT's layers; nothing has been made then.
+        TypeError: PEFT has no layer in it.
+        RefusedError: what has no counterpart here, by its name: merged, switched off or rescaled adapters,
+            several active ones, hooks on PEFT's layers; nothing has been made then.
         AdapterFileError, AdapterMismatchError: as `load`; another method than LoRA.
     """
     passes = build.optimisations(optimise)
-    check_peft_model(peft_model)
+    _check_model(peft_model)
     name = _adapter_in(peft_model, adapter)
     with running("from_peft", progress, 9 + CAPTURING):
         file, base = _file_of(peft_model, name), _base_of(peft_model)
@@ -58,15 +61,27 @@ def from_peft(
         return twin_of(base, *fitted, passes)
 
 
-def check_peft_model(model: object) -> None:
-    """Do nothing for a PeftModel.
+def _check_model(model: object) -> None:
+    """Do nothing for a model that holds adapters of PEFT.
 
     Raises:
         ImportError: PEFT is not installed.
         TypeError: it is something else.
     """
-    if not isinstance(model, peft_library("from_peft").PeftModel):
-        raise TypeError(f"the model must be a peft.PeftModel, found {type(model).__name__}")
+    peft_library("from_peft")
+    if not isinstance(model, nn.Module) or not holds_peft(model):
+        raise TypeError(f"the model must be a peft.PeftModel or hold PEFT's layers, found {type(model).__name__}")
+
+
+def _inner(model: Any) -> Any:
+    """Return the model that PEFT has put its layers into: it may be inside of a PeftModel, or bear them by itself."""
+    peft = peft_library("from_peft")
+    return model.base_model.model if isinstance(model, (peft.PeftModel, peft.PeftMixedModel)) else model
+
+
+def _layers(model: Any) -> list[tuple[str, Any]]:
+    kind = peft_library("from_peft").tuners.tuners_utils.BaseTunerLayer
+    return [(path, layer) for path, layer in _inner(model).named_modules() if isinstance(layer, kind)]
 
 
 def _adapter_in(model: Any, wanted: str | None) -> str:
@@ -75,27 +90,26 @@ def _adapter_in(model: Any, wanted: str | None) -> str:
     Raises:
         RefusedError: it is not clear which, or the model does not compute with it alone.
     """
-    names, active = [*model.peft_config], [*model.active_adapters]
+    names = [*_inner(model).peft_config]
+    active = {name for _, layer in _layers(model) for name in layer.active_adapters}
     if wanted is not None and wanted not in names:
-        raise RefusedError("the PeftModel has no such adapter", [("asked for", wanted), ("there are", listing(names))])
-    name = active[0] if wanted is None and len(active) == 1 else wanted
-    if name is None or (wanted is None and len(names) > 1):
-        facts = [(other, "is active" if other in active else "is there") for other in names]
-        raise RefusedError("the PeftModel has several adapters", facts, 'name one: from_peft(model, adapter="…")')
+        raise RefusedError("the model has no such adapter", [("asked for", wanted), ("there are", listing(names))])
+    if wanted is None and (len(names) > 1 or not active):
+        facts = [(name, "is active" if name in active else "is there") for name in names]
+        raise RefusedError("the model has several adapters", facts, 'name one: from_peft(model, adapter="…")')
+    name = names[0] if wanted is None else wanted
     problems = [*_problems(model, name)]
     if problems:
-        raise RefusedError("the PeftModel does not stand as it was adapted", problems)
+        raise RefusedError("the model does not stand as PEFT has adapted it", problems)
     return name
 
 
 def _problems(model: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Yield what keeps a PeftModel from being its base with the adapter and nothing else."""
+    """Yield what keeps a model of PEFT's from being its base with the adapter and nothing else."""
     if not is_adapter_name(name):
         yield name, "is no name of an adapter here: letters, digits and _, a letter first"
-    layers = peft_library("from_peft").tuners.tuners_utils.BaseTunerLayer
-    for path, layer in model.named_modules():
-        if not isinstance(layer, layers):
-            continue
+    scaled = peft_library("from_peft").tuners.lora.LoraLayer
+    for path, layer in _layers(model):
         if layer.merged:
             yield path, "its adapter is merged into the base; unmerge_adapter() takes it out"
         if layer.disable_adapters:
@@ -103,6 +117,10 @@ def _problems(model: Any, name: str) -> Iterator[tuple[str, str]]:
         hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
         if any(hooks) and not accelerate_hooks(layer):
             yield path, "has a hook, which PEFT's layer takes with it; put it on the twin"
+        if isinstance(layer, scaled) and name in layer.scaling:
+            lora = LoRAConfig(layer.r[name], layer.lora_alpha[name], rslora=layer.use_rslora[name])
+            if abs(layer.scaling[name] - lora.scaling) > 1e-6 * abs(lora.scaling):
+                yield path, f"is scaled by {layer.scaling[name]:g}, and alpha says {lora.scaling:g}; set that back"
 
 
 def _file_of(model: Any, name: str) -> AdapterFile:
@@ -111,13 +129,14 @@ def _file_of(model: Any, name: str) -> AdapterFile:
     Raises:
         AdapterFileError: a method that is not plain LoRA.
     """
-    settings, _ = settings_of(model.peft_config[name])
+    settings, _ = settings_of(_inner(model).peft_config[name])
     # what a first value has changed in the base is in the base at hand
-    config = configuration_of(settings | {"init_lora_weights": True}, f"adapter '{name}' of the PeftModel")
+    config = configuration_of(settings | {"init_lora_weights": True}, f"adapter '{name}' of the model")
     tensors: dict[str, Tensor] = peft_library("from_peft").get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False
     )
-    file = adapter_in_memory(name, config, {key: tensor.detach() for key, tensor in tensors.items()})
+    keyed = {f"{PREFIX}{key.removeprefix(PREFIX)}": tensor.detach() for key, tensor in tensors.items()}
+    file = adapter_in_memory(name, config, keyed)
     sites = tuple(replace(site, lora=replace(site.lora, adapter=name)) for site in file.sites)
     return replace(file, sites=sites, header=replace(file.header, adapter=name))
 
@@ -130,9 +149,13 @@ def _base_of(model: Any) -> nn.Module:
     Raises:
         RefusedError: the base cannot be copied, or refers to PEFT's layers otherwise than as its modules.
     """
-    inner: nn.Module = model.base_model.model
+    inner: nn.Module = _inner(model)
     base = twin_without(inner, list(_inside(inner)), _under, freeze=False)
-    base.__dict__.pop("peft_config", None)
+    for name in (
+        "peft_config",
+        "_hf_peft_config_loaded",
+    ):  # of transformers: on the instance
+        base.__dict__.pop(name, None)
     left = [(path, "is a layer of PEFT") for path in holds_peft(base)]
     if left:
         raise RefusedError("the base refers to its own layers in a way that PEFT's cannot be taken out of", left)

@@ -182,6 +182,21 @@ def test_first_value_that_changes_the_base_is_in_the_base():
     assert_close(logits(lora_fx.from_peft(theirs)), logits(theirs))
 
 
+def test_model_that_bears_adapters_by_itself_is_the_same_here():
+    theirs = llama()
+    theirs.add_adapter(peft.LoraConfig(**Q), "style")
+    with_values(theirs)
+    expected, before = logits(theirs), values(theirs)
+    tuned = lora_fx.from_peft(theirs)
+    assert is_same(theirs, before)
+    assert_close(logits(tuned), expected)
+    assert_close(logits(lora_fx.to_peft(tuned)), expected)
+    assert {site.adapter for site in lora_fx.inspect(tuned).sites} == {"style"}
+    base = lora_fx.remove(tuned)
+    assert not base._hf_peft_config_loaded
+    base.add_adapter(peft.LoraConfig(**Q))
+
+
 def several() -> Any:
     theirs = in_peft(llama(), "a", **Q)
     theirs.add_adapter("b", peft.LoraConfig(target_modules=["o_proj"]))
@@ -228,7 +243,14 @@ def hooked() -> Any:
     return theirs
 
 
+def rescaled() -> Any:
+    theirs = in_peft(llama(), **Q)
+    theirs.base_model.model.model.layers[1].self_attn.v_proj.scale_layer(0.5)
+    return theirs
+
+
 STANDS_OTHERWISE = {
+    r"layers\.1\.self_attn\.v_proj +is scaled by 0\.5, and alpha says 1": rescaled,
     "q_proj +its adapter is merged into the base": merged,
     "its adapter is switched off": switched_off,
     r"layers\.1\.self_attn\.q_proj +has a hook": hooked,
@@ -252,7 +274,7 @@ def test_another_method_is_refused_by_name():
 
 
 def test_what_is_not_in_peft_is_refused():
-    with pytest.raises(TypeError, match=r"must be a peft\.PeftModel, found LlamaForCausalLM"):
+    with pytest.raises(TypeError, match=r"must be a peft\.PeftModel or hold PEFT's layers, found LlamaForCausalLM"):
         lora_fx.from_peft(llama())
     with pytest.raises(RefusedError, match="not adapted"):
         lora_fx.to_peft(llama())
