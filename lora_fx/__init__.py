@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from lora_fx.tuned.report import Report as Report
     from lora_fx.tuned.report import print_trainable as print_trainable
     from lora_fx.tuned.requantise import merged_and_requantised as merged_and_requantised
+    from lora_fx.tuned.rows import rows as rows
     from lora_fx.tuned.several import drop as drop
     from lora_fx.tuned.several import rename as rename
     from lora_fx.tuned.state import adapter_state as adapter_state
@@ -113,6 +114,7 @@ _HOMES = {
     "lora_fx.tuned.extract": "ExtractReport extracted",
     "lora_fx.tuned.listing": "AdapterList ListedAdapter list_adapters",
     "lora_fx.tuned.report": "Report print_trainable",
+    "lora_fx.tuned.rows": "rows",
     "lora_fx.tuned.several": "drop rename",
     "lora_fx.tuned.switching": "use",
     "lora_fx.tuned.state": "adapter_state load_adapter_state",

@@ -28,11 +28,12 @@ from lora_fx.adapters.attach import (
 from lora_fx.adapters.factors.dora import row_norms, stretch
 from lora_fx.adapters.factors.kinds import CallFactors
 from lora_fx.adapters.factors.lora import add_low_rank, as_rows
-from lora_fx.adapters.fused.eligible import term_of
+from lora_fx.adapters.fused.eligible import row_factors, term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
 from lora_fx.adapters.rawweight.known_experts import BANKS, experts_output, interface_of
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
+from lora_fx.adapters.rows import Rows, with_plain_rows, with_rows
 from lora_fx.adapters.selection import Chosen, Switch
 from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.errors import RefusedError
@@ -148,6 +149,9 @@ class AdaptedLayer(ShowsAdapters):
 
     def adapted_forward(self, input: Tensor) -> Tensor:
         """Return what the module computes with the adapters that are used."""
+        rows = self.chosen_rows()
+        if rows is not None:
+            return self._row_by_row(rows, input)
         chosen = self.chosen_adapters()
         if not chosen:
             return self.base_forward(input)
@@ -187,8 +191,33 @@ class AdaptedLayer(ShowsAdapters):
 
     def adapted_term(self, input: Tensor) -> Term | None:
         """Return the layer with its adapters as a term of a fused product with the input, if it can be one."""
+        if self.chosen_rows() is not None:
+            return None
         chosen = self.chosen_adapters()
         return term_of(self, chosen, input) if chosen else None
+
+    def chosen_rows(self) -> Rows | None:
+        """Return the adapters of the rows of the batch, if each has its own."""
+        switch: Switch = self.__dict__[STATE].switch
+        return switch.for_call().rows
+
+    def _row_by_row(self, rows: Rows, input: Tensor) -> Tensor:
+        base = self.base_forward(input)
+        if rows.seen is not None:
+            rows.seen.note(self, input)
+            return base
+        owners = rows.among(frozenset(self.lora_A._modules))
+        if owners.names == (None,):
+            return base
+        layout = rows.layout_of(self, next(iter(attached_to(self))).spec.path, input)
+        factors = row_factors(self, owners.names, input)
+        if factors is not None:
+            return with_plain_rows(base, input, layout, owners, rows.stacked(self, owners, factors))
+        calls = [len(A) for name, A in self.lora_A.items() if name in owners.names and type(A) is CallFactors]
+        number = _next_call(self, min(calls)) if calls else 0
+        return with_rows(
+            base, input, layout, owners, lambda onto, x, name: self._added(onto, onto, x, name, 1.0, number)
+        )
 
     def chosen_adapters(self) -> Chosen:
         """Return which of its adapters the call that begins uses."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_fx.adapters.rows import Rows
 from lora_fx.errors import RefusedError
 from lora_fx.models.torch_internals import checkpointed_call, in_backward
 
@@ -22,17 +23,39 @@ class Selection:
 
     weights: Chosen = ()
     """Each adapter at most once, none with the weight 0."""
+    rows: Rows | None = None
+    """Instead of all that: the adapters of a batch, row by row."""
 
     @staticmethod
     def of(names: Iterable[str]) -> "Selection":
         """Return the selection of these adapters, each as it was trained."""
         return Selection(tuple((name, 1.0) for name in dict.fromkeys(names)))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters in it."""
+        if self.rows is not None:
+            return tuple(name for name in dict.fromkeys(self.rows.names) if name is not None)
+        return tuple(name for name, _ in self.weights)
+
     def at(self, names: Collection[str]) -> Chosen:
-        """Return what is used at a site that holds adapters of these names."""
+        """Return what is used at a site that holds adapters of these names.
+
+        Raises:
+            RefusedError: each row has an adapter of its own, and this is a place where all have the same weight.
+        """
+        mixed = [] if self.rows is None else [name for name in dict.fromkeys(self.rows.names) if name in names]
+        if mixed:
+            raise RefusedError(
+                "code reads an adapted weight itself, and cannot use another one for each row",
+                [(str(name), "is used for some rows") for name in mixed],
+                "keep these sites out of the rules of what is used in `lora_fx.rows`",
+            )
         return tuple(pair for pair in self.weights if pair[0] in names)
 
     def __str__(self) -> str:
+        if self.rows is not None:
+            return f"an adapter for each of {len(self.rows.names)} rows"
         shown = (name if weight == 1 else f"{weight:g} · {name}" for name, weight in self.weights)
         return " + ".join(shown) or "the base"
 
@@ -60,7 +83,7 @@ class Switch:
         if torch.compiler.is_compiling():
             return _asked_outside(self) if self.is_open else self.everywhere
         chosen = (_HERE.get() or {}).get(self, self.everywhere)
-        gone = [name for name, _ in chosen.weights if name not in self.names]
+        gone = [name for name in chosen.names if name not in self.names]
         if gone:
             raise RefusedError(
                 "adapters that this thread uses were dropped or renamed meanwhile",
@@ -130,6 +153,11 @@ def _asked_outside(switch: Switch) -> Selection:
 
 
 _COUNTING = threading.Lock()
+
+
+def by_rows() -> bool:
+    """Whether this thread uses an adapter for each row of some model."""
+    return any(selection.rows is not None for selection in (_HERE.get() or {}).values())
 
 
 @contextlib.contextmanager

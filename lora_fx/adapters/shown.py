@@ -49,7 +49,7 @@ def adapter_facts(owner: nn.Module) -> Iterator[str]:
     state = owner.__dict__.get(STATE)
     for adapter in attached_to(owner):
         if not adapter.call:  # the first of several calls speaks for all
-            off = state is not None and not state.switch.now().at((adapter.spec.adapter,))
+            off = state is not None and adapter.spec.adapter not in state.switch.now().names
             yield visible(f"{_facts_of(adapter)}{' (off)' if off else ''}")
 
 

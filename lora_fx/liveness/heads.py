@@ -165,6 +165,8 @@ def _obstacle(head: Any) -> str:
         return "its own weight is trained"
     if not weight.is_floating_point():
         return "its weight has no floating-point numbers"
+    if isinstance(head, AdaptedLayer) and head.chosen_rows() is not None:
+        return "each row has an adapter of its own"
     chosen = head.chosen_adapters() if isinstance(head, AdaptedLayer) else ()
     dropped = any(dropout_of(head._modules.get("lora_dropout"), name) != 0 for name, _ in chosen)
     return "its adapter has dropout" if dropped else ""

@@ -4,7 +4,7 @@ import contextlib
 import dis
 import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import TypeAlias
@@ -143,13 +143,18 @@ def selection_of(known: Collection[str], adapters: Adapters) -> Selection:
         weights = dict.fromkeys(adapters, 1.0)
         if len(weights) < len(list(adapters)):
             raise ValueError(f"an adapter is named twice: {', '.join(adapters)}; give a dict of weights instead")
-    unknown = [name for name in weights if name not in known]
-    if unknown:
-        raise ValueError(f"no adapter is called {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+    refuse_unknown(weights, known)
     bad = [name for name, weight in weights.items() if not _is_number(weight)]
     if bad:
         raise ValueError(f"weights must be finite numbers: {', '.join(f'{name}: {weights[name]!r}' for name in bad)}")
     return Selection(tuple((name, float(weight)) for name, weight in weights.items() if weight))
+
+
+def refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise ValueError for names that no adapter has."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no adapter is called {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
 
 
 def _is_number(weight: object) -> bool:

@@ -20,6 +20,7 @@ from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.fused.contraction import merges
 from lora_fx.adapters.fused.masks import is_possible, new_seed, shared_seed
 from lora_fx.adapters.fused.terms import Facts, Term, autocast_dtype, product_dtype
+from lora_fx.adapters.rows import Plain
 from lora_fx.adapters.selection import Chosen
 from lora_fx.models.layers import has_hooks, linear_layout
 from lora_fx.models.quantised import is_quantised
@@ -114,6 +115,22 @@ def term_of(layer: Any, chosen: Chosen, x: Tensor) -> Term | None:
     seed = _seed(layer, spec.lora.share_dropout, x, p)
     merged = plain and not runs and merges(x, weight, first, second, p > 0, scale is not None)
     return Term(Facts(scaling, layout == "in_out", p, seed, merged, runs), weight, bias, first, second, scale)
+
+
+def row_factors(layer: Any, names: Sequence[str | None], x: Tensor) -> dict[str, Plain] | None:
+    """Return the factors of a linear layer's adapters of these names; None if more happens there than two products."""
+    kind: Any = type(layer)
+    if _layout_of(kind) is None or not x.is_floating_point():
+        return None
+    weight = layer._parameters["weight"]
+    dtype = weight.dtype if weight.dtype in _FLOATS else x.dtype
+    found: dict[str, Plain] = {}
+    for name in filter(None, names):
+        factors = _factors_of(layer, name, 1.0, dtype) if dtype in _FLOATS else None
+        if factors is None or factors.p or factors.runs or factors.magnitude is not None:
+            return None
+        found[name] = Plain(factors.A, factors.B, factors.scaling)
+    return found if len({one.A.dtype for one in found.values()}) == 1 else None
 
 
 def _factors_of(layer: Any, name: str, share: float, dtype: torch.dtype) -> _Factors | None:
