@@ -33,7 +33,7 @@ from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
 from lora_fx.adapters.rawweight.known_experts import BANKS, experts_output, interface_of
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
-from lora_fx.adapters.rows import Rows, with_plain_rows, with_rows
+from lora_fx.adapters.rows import AdapterRows, with_plain_rows, with_rows
 from lora_fx.adapters.selection import Chosen, Switch
 from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.errors import RefusedError
@@ -196,12 +196,12 @@ class AdaptedLayer(ShowsAdapters):
         chosen = self.chosen_adapters()
         return term_of(self, chosen, input) if chosen else None
 
-    def chosen_rows(self) -> Rows | None:
+    def chosen_rows(self) -> AdapterRows | None:
         """Return the adapters of the rows of the batch, if each has its own."""
         switch: Switch = self.__dict__[STATE].switch
         return switch.for_call().rows
 
-    def _row_by_row(self, rows: Rows, input: Tensor) -> Tensor:
+    def _row_by_row(self, rows: AdapterRows, input: Tensor) -> Tensor:
         base = self.base_forward(input)
         if rows.seen is not None:
             rows.seen.note(self, input)

@@ -82,7 +82,7 @@ class Plain(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Rows:
+class AdapterRows:
     """The adapters of a batch, row by row."""
 
     names: tuple[str | None, ...]
@@ -184,6 +184,9 @@ def _selected(rows: Tensor, numbers: Tensor) -> Tensor:
     return rows.index_select(0, numbers)
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 class Seen:
     """Inputs of adapted layers in a run, by what tells their entries apart."""
 
@@ -193,7 +196,7 @@ class Seen:
 
     def note(self, layer: nn.Module, x: Tensor) -> None:
         """Note an input of a layer."""
-        dims = x.dim() if isinstance(layer, nn.Embedding) else 1 if hasattr(layer, "kernel_size") else x.dim() - 1
+        dims = x.dim() if isinstance(layer, nn.Embedding) else 1 if isinstance(layer, _CONVOLUTIONS) else x.dim() - 1
         self.inputs.setdefault(layer, []).append((x.shape, [_sums(x, dim) for dim in range(dims)]))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.adapters.rows import Rows
+from lora_fx.adapters.rows import AdapterRows
 from lora_fx.errors import RefusedError
 from lora_fx.models.torch_internals import checkpointed_call, in_backward
 
@@ -23,7 +23,7 @@ class Selection:
 
     weights: Chosen = ()
     """Each adapter at most once, none with the weight 0."""
-    rows: Rows | None = None
+    rows: AdapterRows | None = None
     """Instead of all that: the adapters of a batch, row by row."""
 
     @staticmethod

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import attached_to
-from lora_fx.adapters.rows import LAYOUTS, Rows, Seen, are_alike, layouts_that_fit, tell_apart
+from lora_fx.adapters.rows import LAYOUTS, AdapterRows, Seen, are_alike, layouts_that_fit, tell_apart
 from lora_fx.adapters.selection import Selection, Switch
 from lora_fx.capture.calls.objects import copied, tensors_in
 from lora_fx.errors import RefusedError
@@ -45,7 +45,7 @@ def rows(tuned: nn.Module, adapters: Sequence[str | None]) -> Iterator[None]:
     known = [name for switch in switches for name in switch.names]
     refuse_unknown([name for name in dict.fromkeys(names) if name is not None], known)
     _refuse_whole(switches)
-    chosen = Selection(rows=Rows(names, tuned.__dict__.setdefault(SEEN_CALLS, set())))
+    chosen = Selection(rows=AdapterRows(names, tuned.__dict__.setdefault(SEEN_CALLS, set())))
     hook = tuned.register_forward_pre_hook(_looker(tuned, chosen, switches), with_kwargs=True, prepend=True)
     try:
         with contextlib.ExitStack() as stack:
@@ -120,7 +120,7 @@ def _inputs_of_a_run(
     seen = Seen()
     with contextlib.ExitStack() as stack:
         for switch in switches_in(twin):
-            stack.enter_context(switch.chosen_here(Selection(rows=Rows((None,), seen=seen))))
+            stack.enter_context(switch.chosen_here(Selection(rows=AdapterRows((None,), seen=seen))))
         stack.enter_context(torch.no_grad())
         for tensor in tensors_in((args, kwargs)):
             if tensor.dim() and tensor.shape[0] == batch:
