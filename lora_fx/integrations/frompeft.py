@@ -1,4 +1,4 @@
-"""from_peft: a model that PEFT has adapted → a twin of its base with the same adapter."""
+"""from_peft: a model that PEFT has adapted → a twin of its base with the same adapters."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_fx.discovery.study import CAPTURING
 from lora_fx.errors import RefusedError
 from lora_fx.files.adapter import restore
+from lora_fx.files.adapter.adding import add_adapter
 from lora_fx.files.adapter.configuration import configuration_of
 from lora_fx.files.adapter.names import PREFIX
 from lora_fx.files.adapter.read import AdapterFile, adapter_in_memory
@@ -24,6 +25,7 @@ from lora_fx.rules.keys import is_adapter_name
 from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.text import listing
 from lora_fx.tuned import build
+from lora_fx.tuned.switching import use
 
 
 def from_peft(
@@ -34,31 +36,42 @@ def from_peft(
     adapter: str | None = None,
     progress: ShowProgress = None,
 ) -> nn.Module:
-    """Return an adapted twin of the base that PEFT holds, with the values of PEFT's adapter; the model given stays.
+    """Return an adapted twin of the base that PEFT holds, with the values of PEFT's adapters; the model given stays.
 
-    The twin computes what the given model computes.  Its base shares the memory of PEFT's; its adapter has memory of
-    its own, and PEFT's name.  What PEFT trains whole is trained whole here.
+    The twin computes what the given model computes.  Its base shares the memory of PEFT's; its adapters have memory
+    of their own, and PEFT's names.  What PEFT trains whole is trained whole here.
 
     Args:
         peft_model: a `peft.PeftModel` with LoRA, or a model with LoRA layers of PEFT's, as `add_adapter` of
             transformers and diffusers makes it.
         example_inputs: as for `plan`, of the base; as are `optimise` for `apply` and `progress`.
-        adapter: which adapter, where there are several; the active one by default.
+        adapter: which adapter alone; by default all that there are, of which those are in use that PEFT has active.
 
     Raises:
         ImportError: PEFT is not installed.
         TypeError: PEFT has no layer in it.
         RefusedError: what has no counterpart here, by its name: merged, switched off or rescaled adapters,
-            several active ones, hooks on PEFT's layers; nothing has been made then.
+            hooks on PEFT's layers, several adapters that train parts of the model itself.
         AdapterFileError, AdapterMismatchError: as `load`; another method than LoRA.
     """
     passes = build.optimisations(optimise)
     _check_model(peft_model)
-    name = _adapter_in(peft_model, adapter)
+    names = _adapters_in(peft_model, adapter)
+    active = {adapter} if adapter is not None else _active(peft_model)
     with running("from_peft", progress, 9 + CAPTURING):
-        file, base = _file_of(peft_model, name), _base_of(peft_model)
-        fitted = restore.fitted_files([file], base, samples_for(base, example_inputs))
-        return twin_of(base, *fitted, passes)
+        files = sorted((_file_of(peft_model, name) for name in names), key=_is_adapter_alone)
+        base = _base_of(peft_model)
+        twin = twin_of(base, *restore.fitted_files(files[:1], base, samples_for(base, example_inputs)), passes)
+        for file in files[1:]:
+            add_adapter(twin, file)
+    if active != {*names} or len(files) > 1:
+        use(twin, [file.header.adapter for file in files if file.header.adapter in active])
+    return twin
+
+
+def _is_adapter_alone(file: AdapterFile) -> bool:
+    """Whether nothing of the model itself is trained with it; what is not can only be the first of several."""
+    return not (file.header.trained or file.rows or any(site.lora.bias for site in file.sites))
 
 
 def _check_model(model: object) -> None:
@@ -84,24 +97,24 @@ def _layers(model: Any) -> list[tuple[str, Any]]:
     return [(path, layer) for path, layer in _inner(model).named_modules() if isinstance(layer, kind)]
 
 
-def _adapter_in(model: Any, wanted: str | None) -> str:
-    """Return the name of the adapter that is asked for.
+def _active(model: Any) -> set[str]:
+    return {name for _, layer in _layers(model) for name in layer.active_adapters}
+
+
+def _adapters_in(model: Any, wanted: str | None) -> list[str]:
+    """Return the names of the adapters that are asked for.
 
     Raises:
-        RefusedError: it is not clear which, or the model does not compute with it alone.
+        RefusedError: there is none of that name, or the model does not compute with them alone.
     """
     names = [*_inner(model).peft_config]
-    active = {name for _, layer in _layers(model) for name in layer.active_adapters}
     if wanted is not None and wanted not in names:
         raise RefusedError("the model has no such adapter", [("asked for", wanted), ("there are", listing(names))])
-    if wanted is None and (len(names) > 1 or not active):
-        facts = [(name, "is active" if name in active else "is there") for name in names]
-        raise RefusedError("the model has several adapters", facts, 'name one: from_peft(model, adapter="…")')
-    name = names[0] if wanted is None else wanted
-    problems = [*_problems(model, name)]
+    names = names if wanted is None else [wanted]
+    problems = [*dict.fromkeys(problem for name in names for problem in _problems(model, name))]
     if problems:
         raise RefusedError("the model does not stand as PEFT has adapted it", problems)
-    return name
+    return names
 
 
 def _problems(model: Any, name: str) -> Iterator[tuple[str, str]]:

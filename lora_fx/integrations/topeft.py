@@ -13,6 +13,7 @@ from lora_fx.files.adapter.names import PREFIX
 from lora_fx.integrations.peftlibrary import peft_library
 from lora_fx.models.tensors import own_parameters
 from lora_fx.models.wrappers import seen_through
+from lora_fx.tuned.listing import list_adapters
 from lora_fx.tuned.undo import removed
 
 _BIAS = ".base_layer.bias"
@@ -34,15 +35,30 @@ def to_peft(tuned: nn.Module) -> nn.Module:
     peft = peft_library("to_peft")
     tuned = with_values(seen_through(tuned))
     _refuse(tuned)
+    used = _used(tuned)
     described = describe(tuned)
     base = removed(tuned)
     own_parameters(base, _trained_biases(described), requires_grad=False)
     modes = [(module, module.training) for module in base.modules()]
-    model: nn.Module = _adapted(peft, base, described)
+    model: nn.Module = _adapted(peft, base, described, used)
     model.train(tuned.training)
     for module, mode in modes:
         module.training = mode
     return model
+
+
+def _used(tuned: nn.Module) -> list[str]:
+    """Return the names of the adapters that the model uses.
+
+    Raises:
+        RefusedError: none, or one with a weight.
+    """
+    adapters = [*list_adapters(tuned)]
+    weighted = [(one.name, f"is used with the weight {one.weight:g}") for one in adapters if one.weight not in (0, 1)]
+    if weighted or not any(one.active for one in adapters):
+        facts = weighted or [(one.name, "is not in use") for one in adapters]
+        raise RefusedError("PEFT has an adapter active as it is, or not", facts, "choose by lora_fx.use before")
+    return [one.name for one in adapters if one.active]
 
 
 def _refuse(tuned: nn.Module) -> None:
@@ -67,19 +83,30 @@ def _trained_biases(described: Sequence[Described]) -> list[str]:
     return [f"{key.removeprefix(PREFIX).removesuffix(_BIAS)}.bias" for key in keys]
 
 
-def _adapted(peft: Any, base: nn.Module, described: Sequence[Described]) -> Any:
-    """Return the base in a PeftModel with all adapters, active together as they are here."""
+def _adapted(peft: Any, base: nn.Module, described: Sequence[Described], used: Sequence[str]) -> Any:
+    """Return the base in a PeftModel with all adapters, of which those are active that are in use."""
     model: Any = None
     for adapter in described:
         config = peft.LoraConfig(**{**adapter.config, "inference_mode": False})
         if model is None:
             model = peft.get_peft_model(base, config, adapter_name=adapter.name)
         else:
-            model.add_adapter(adapter.name, config)
+            _add(model, adapter.name, config)
         _fill(peft, model, adapter)
-    names = [adapter.name for adapter in described]
-    model.base_model.set_adapter(names if len(names) > 1 else names[0])
+    model.base_model.set_adapter(used if len(used) > 1 else used[0])
     return model
+
+
+def _add(model: Any, name: str, config: Any) -> None:
+    """Put one more adapter into a PeftModel.
+
+    Raises:
+        RefusedError: PEFT cannot have it beside those that are there.
+    """
+    try:
+        model.add_adapter(name, config)
+    except ValueError as error:
+        raise RefusedError(f"PEFT cannot have '{name}' beside the other adapters", advice=str(error)) from error
 
 
 def _fill(peft: Any, model: Any, adapter: Described) -> None:

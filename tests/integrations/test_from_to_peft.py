@@ -198,23 +198,68 @@ def test_model_that_bears_adapters_by_itself_is_the_same_here():
 
 
 def several() -> Any:
+    """Two adapters, of which one site has both; the second is active."""
     theirs = in_peft(llama(), "a", **Q)
-    theirs.add_adapter("b", peft.LoraConfig(target_modules=["o_proj"]))
+    theirs.add_adapter("b", peft.LoraConfig(target_modules=["o_proj", "v_proj"], r=3, lora_alpha=9))
     theirs.set_adapter("b")
     return with_values(theirs)
 
 
-def test_one_of_several_adapters_is_named():
+def active(theirs: Any, *names: str) -> Tensor:
+    """Return what the model makes with these adapters active."""
+    theirs.base_model.set_adapter([*names])
+    return logits(theirs)
+
+
+def test_all_adapters_come_along_and_those_are_in_use_that_are_active():
     theirs = several()
-    with pytest.raises(RefusedError, match=r'a +is there\n +b +is active\n +name one: from_peft\(model, adapter="…"\)'):
-        lora_fx.from_peft(theirs)
+    before = values(theirs)
+    tuned = lora_fx.from_peft(theirs)
+    assert is_same(theirs, before)
+    assert [(one.name, one.active) for one in lora_fx.list_adapters(tuned)] == [("a", False), ("b", True)]
+    assert_close(logits(tuned), active(theirs, "b"))
+    for names in (["a"], ["a", "b"]):
+        expected = active(theirs, *names)
+        with lora_fx.use(tuned, names):
+            assert_close(logits(tuned), expected)
+            assert_close(logits(lora_fx.to_peft(tuned)), expected)
+        assert_close(logits(lora_fx.from_peft(theirs)), expected)
+    back = lora_fx.to_peft(tuned)
+    assert [*back.peft_config] == ["a", "b"]
+    assert_close(logits(back), active(theirs, "b"))
+    assert_close(active(back, "a", "b"), active(theirs, "a", "b"))
+
+
+def test_one_of_several_adapters_can_be_named():
+    theirs = several()
     for name in ("a", "b"):
         tuned = lora_fx.from_peft(theirs, adapter=name)
-        theirs.set_adapter(name)
-        assert_close(logits(tuned), logits(theirs))
-        assert {site.adapter for site in lora_fx.inspect(tuned).sites} == {name}
+        assert [one.name for one in lora_fx.list_adapters(tuned)] == [name]
+        assert_close(logits(tuned), active(theirs, name))
     with pytest.raises(RefusedError, match=r"no such adapter\n  asked for +c\n  there are +a, b"):
         lora_fx.from_peft(theirs, adapter="c")
+
+
+def test_adapter_that_trains_parts_of_the_model_comes_before_the_others():
+    theirs = in_peft(llama(), "a", **Q)
+    theirs.add_adapter("b", peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["lm_head"]))
+    with_values(theirs)
+    expected = active(theirs, "a", "b")
+    assert_close(logits(lora_fx.from_peft(theirs)), expected)
+    active(theirs, "a")
+    with pytest.raises(RefusedError, match="belong to all its adapters"):
+        lora_fx.from_peft(theirs)
+    theirs.add_adapter("c", peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["norm"]))
+    with pytest.raises(RefusedError, match="cannot train parameters of the model itself"):
+        lora_fx.from_peft(theirs)
+
+
+def test_weighted_and_unused_adapters_are_refused_on_the_way_there():
+    tuned = lora_fx.from_peft(several())
+    for choice, words in (({"a": 0.5, "b": 1}, "a +is used with the weight 0.5"), (None, "b +is not in use")):
+        lora_fx.use(tuned, choice)
+        with pytest.raises(RefusedError, match=words):
+            lora_fx.to_peft(tuned)
 
 
 def test_adapters_of_several_names_go_there_together():
@@ -223,6 +268,12 @@ def test_adapters_of_several_names_go_there_together():
     back = lora_fx.to_peft(tuned)
     assert [*back.peft_config] == ["a", "b"]
     assert_close(logits(back), logits(tuned))
+
+
+def test_what_peft_cannot_have_beside_each_other_is_refused():
+    rules = {"rules": [each("**.q_proj", adapter="a", bias=True), each("**.v_proj", adapter="b", bias=True)]}
+    with pytest.raises(RefusedError, match=r"cannot have 'b' beside the other adapters\n +.*only 1 adapter with bias"):
+        lora_fx.to_peft(lora_fx.apply(with_biases(), rules))
 
 
 def merged() -> Any:

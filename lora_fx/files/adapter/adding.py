@@ -75,8 +75,19 @@ def _is_directory(source: object) -> bool:
 def _add_files(
     tuned: nn.Module, record: ModelRecord, folder: str | os.PathLike[str], adapter: str | None, trainable: bool
 ) -> None:
+    _add_read(tuned, record, read_adapters(folder), adapter, trainable)
+
+
+def add_adapter(tuned: nn.Module, file: AdapterFile) -> None:
+    """Put an adapter that has been read beside those of an adapted model, in place, as `add` does."""
+    _add_read(tuned, whole_record_in(tuned), [file], None, True)
+
+
+def _add_read(
+    tuned: nn.Module, record: ModelRecord, read: Sequence[AdapterFile], adapter: str | None, trainable: bool
+) -> None:
     base = removed(tuned)
-    files = resolved(read_adapters(folder), base)
+    files = resolved(read, base)
     peftfiles.warn_of_missing(files[0], base)
     plan = _named(_decided(files, record, base), adapter)
     _refuse_whole(plan)
