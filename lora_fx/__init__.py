@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lora_fx.api import plan as plan
     from lora_fx.api import remove as remove
     from lora_fx.api import save as save
+    from lora_fx.discovery.fromdata import plan_from_data as plan_from_data
     from lora_fx.errors import AdapterFileError as AdapterFileError
     from lora_fx.errors import AdapterMismatchError as AdapterMismatchError
     from lora_fx.errors import CaptureError as CaptureError
@@ -89,6 +90,7 @@ _HOMES = {
         "plan remove save"
     ),
     "lora_fx.files.adapter.adding": "add",
+    "lora_fx.discovery.fromdata": "plan_from_data",
     "lora_fx.files.checkpoint.report": "MergeReport MergedTensor",
     "lora_fx.files.rulefile": "draft_rules",
     "lora_fx.errors": (

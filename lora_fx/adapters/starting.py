@@ -1,50 +1,62 @@
-"""Where adapters start that are made from more than random numbers: parts of their weights."""
+"""Where adapters start that are made from more than random numbers: from parts of their weights, or from data."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
-from lora_fx.adapters.factors.decompositions import decomposed
+from lora_fx.adapters.factors.decompositions import Factors, decomposed
 from lora_fx.adapters.factors.lora import as_rows
-from lora_fx.adapters.factors.moved import MovedA, MovedB
+from lora_fx.adapters.factors.moved import MovedFactor
 from lora_fx.errors import RefusedError
 from lora_fx.models.quantised import dense
 from lora_fx.progress.steps import step
+from lora_fx.rules.inits import FRESH, FROM_DATA
 
 
-def start_from_weights(twin: nn.Module, names: Collection[str]) -> None:
-    """Give every moved adapter of these names its first values, parts of its weight, in place.
+def values_of(first_values: object) -> Mapping[str, Factors]:
+    """Return the A and B that a plan carries, by the paths of their sites."""
+    return first_values if isinstance(first_values, Mapping) else {}
 
-    On the meta device there are none.
+
+def start_adapters(twin: nn.Module, names: Collection[str], first_values: object = None) -> None:
+    """Give adapters of these names that start at parts of their weights, or at values from data, these, in place.
+
+    On the meta device nothing has values.
     """
-    moved = [(path, one) for path, one in all_attached(twin) if is_moved(one) and one.spec.adapter in names]
-    if moved:
-        with step("decomposing", len(moved), "weights") as doing:
-            for path, adapter in moved:
-                start_from_weight(adapter)
+    values = values_of(first_values)
+    made = [(path, a) for path, a in all_attached(twin) if a.spec.lora.init not in FRESH and a.spec.adapter in names]
+    if made:
+        with step("first values", len(made), "sites") as doing:
+            for path, adapter in made:
+                if adapter.spec.lora.init in FROM_DATA:
+                    begin_at(adapter, values[adapter.spec.path])
+                else:
+                    start_from_weight(adapter)
                 doing.advance(path)
 
 
-def is_moved(adapter: Attached) -> bool:
-    """Whether the adapter starts away from zero, and what it starts at is taken away again."""
-    return isinstance(adapter.lora_A, MovedA)
-
-
 def start_from_weight(adapter: Attached) -> None:
-    """Let a moved adapter start at parts of its weight, in place."""
-    spec, A, B = adapter.spec, adapter.lora_A, adapter.lora_B
-    if A.weight.is_meta:
+    """Let an adapter start at parts of its weight, in place."""
+    spec = adapter.spec
+    if adapter.lora_A.weight.is_meta:
         return
-    assert isinstance(A, MovedA)
-    assert isinstance(B, MovedB)
     weight = weight_of(adapter)
     if weight.shape != spec.site.features or not weight.is_floating_point():
         found = f"{weight.dtype} {list(weight.shape)} in place of {list(spec.site.features)}"
         raise RefusedError(f"init {spec.lora.init} needs the numbers of the weights", [(spec.path, found)])
-    first, second = decomposed(spec.lora.init, weight, spec.lora.r, spec.scaling)
-    A.begin(first)
-    B.begin(second)
+    begin_at(adapter, decomposed(spec.lora.init, weight, spec.lora.r, spec.scaling))
+
+
+def begin_at(adapter: Attached, values: Factors) -> None:
+    """Give the factors of an adapter their first values, in place; a moved one starts at them."""
+    for factor, value in zip((adapter.lora_A, adapter.lora_B), values, strict=True):
+        if isinstance(factor, MovedFactor):
+            factor.begin(value)
+        else:
+            with torch.no_grad():
+                factor.weight.copy_(value)
 
 
 def weight_of(adapter: Attached) -> Tensor:

@@ -224,7 +224,7 @@ def planned_for(model: nn.Module, rules_or_plan: Any, example_inputs: object, ba
     wanted = rules_or_plan if isinstance(rules_or_plan, Plan) else read_rules(rules_or_plan)
     tried = samples_for(model, example_inputs)
     if isinstance(wanted, Plan):
-        return renewed(model, wanted, tried, backend)
+        return replace(renewed(model, wanted, tried, backend), first_values=wanted.first_values)
     seen = observed(model, tried)
     return seen.planned(decide(wanted, seen.inventory), backend)
 

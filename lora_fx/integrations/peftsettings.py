@@ -12,7 +12,7 @@ from lora_fx.files.adapter.configuration import Configuration, configuration_of,
 from lora_fx.files.adapter.names import CONFIG_FILE
 from lora_fx.integrations.pefttargets import EMBEDDINGS, FUSED_IN_EXPERTS, HEADS_OF_TASKS
 from lora_fx.models.layers import raw_kinds
-from lora_fx.rules.inits import INITS, is_init
+from lora_fx.rules.inits import FROM_DATA, INITS, is_init
 
 Settings = dict[str, Any]
 _INITS: dict[object, str] = {True: "kaiming", None: "kaiming", False: "random"}
@@ -113,7 +113,7 @@ def checked(settings: Settings, source: str) -> Configuration:
 def _refused(settings: Settings) -> Iterator[tuple[str, str]]:
     yield from ((key, words) for key, words in _NO_RULE.items() if settings.get(key))
     init = settings.get("init_lora_weights", True)
-    if init not in _INITS and not is_init(init):
+    if init not in _INITS and (not is_init(init) or init in FROM_DATA):
         yield "init_lora_weights", f"{init!r:.60}: first values that are not here"
     targets = settings.get("target_modules")
     names = [] if isinstance(targets, str) else [name for name in targets or () if name.split(".")[-1] in EMBEDDINGS]

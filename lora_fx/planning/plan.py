@@ -22,6 +22,8 @@ class Plan(InNotebook, Decisions):
     regions: tuple[PlannedRegion, ...] = ()
     capture: object = field(default=None, compare=False, repr=False)
     """The graphs that were captured while planning; not part of the plan's JSON."""
+    first_values: object = field(default=None, compare=False, repr=False)
+    """A and B by site, as data made them (`lora_fx.plan_from_data`); not part of the plan's JSON."""
 
     @staticmethod
     def of(decisions: Decisions, **computed: Any) -> "Plan":

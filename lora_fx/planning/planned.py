@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_fx.planning.sites import CONVOLUTIONS, Backend, Site
-from lora_fx.rules.inits import is_moved
+from lora_fx.rules.inits import FRESH, FROM_INPUTS, ranks_needed
 from lora_fx.rules.ruleset import LoRAConfig, Slices, are_neighbours
 from lora_fx.text import listing
 
@@ -103,16 +103,19 @@ class PlannedSite:
 
 def unfit_for_init(site: Site, lora: LoRAConfig, sliced: bool, per_call: bool) -> str | None:
     """Return why the first values of an adapter cannot be made at a site as its `init` wants; None if they can."""
-    if not is_moved(lora.init):
+    if lora.init in FRESH:
         return None
     if site.op in (*CONVOLUTIONS, "embedding") or site.is_banked or sliced or per_call:
         return f"init {lora.init} is for one whole matrix, not for {_not_whole(site, sliced, per_call)}"
-    if lora.dora:
+    if lora.dora and lora.init != "eva":
         return f"init {lora.init} and DoRA are not combined; leave out one"
     if lora.scaling <= 0:
         return f"init {lora.init} needs a scaling above 0, not {lora.scaling:g}"
-    if lora.r > (least := min(site.features)):
-        return f"init {lora.init}: its weight has {least} singular values, fewer than r={lora.r}"
+    if lora.init in FROM_INPUTS and (site.op != "linear" or site.parameter or site.read):
+        return f"init {lora.init} is for layers that are called, whose inputs show; code reads this weight"
+    least, needed = min(site.features), ranks_needed(lora.init, lora.r)
+    if needed > least:
+        return f"init {lora.init} needs {needed} singular values for r={lora.r}, its weight has {least}"
     return None
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lora_fx.planning.planned import PlannedRegion, PlannedSite
-from lora_fx.rules.inits import is_moved
+from lora_fx.rules.inits import FRESH
 from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.text import columns, visible
 
@@ -51,7 +51,7 @@ def row_of(planned: PlannedSite) -> tuple[str, ...]:
 def _lora_text(lora: LoRAConfig) -> str:
     dropout = f" dropout={lora.dropout:g}{' shared' * lora.share_dropout}" if lora.dropout else ""
     switches = (("rslora", lora.rslora), ("dora", lora.dora), ("bias", lora.bias))
-    init = f" init={lora.init}" if is_moved(lora.init) else ""
+    init = f" init={lora.init}" if lora.init not in FRESH else ""
     return f"r={lora.r} alpha={lora.alpha:g}{dropout}{init}" + "".join(f" {name}" for name, on in switches if on)
 
 

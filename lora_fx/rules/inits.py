@@ -5,10 +5,15 @@ import re
 FRESH = ("kaiming", "gaussian", "orthogonal", "random")
 """Drawn, without a look at the weight."""
 DECOMPOSED = ("pissa", "olora")
-"""Parts of the weight."""
-INITS = (*FRESH, *DECOMPOSED)
+"""Parts of the weight; besides, `FAST_PISSA`."""
+FROM_INPUTS = ("eva", "corda", "corda_kpm")
+"""Made from what the layer is given on data."""
+FROM_DATA = (*FROM_INPUTS, "lora_ga", "loftq")
+"""Made from more than the weight: data, or the weight before it was quantised."""
+INITS = (*FRESH, *DECOMPOSED, *FROM_DATA)
 FAST_PISSA = r"^pissa_niter_[1-9][0-9]?$"
 """PiSSA by a randomised SVD with so many subspace iterations."""
+_MOVED = (*DECOMPOSED, "corda", "corda_kpm", "lora_ga")
 
 
 def is_init(name: object) -> bool:
@@ -27,9 +32,14 @@ def iterations_of(init: str) -> int | None:
 
 def is_moved(init: str) -> bool:
     """Whether A and B start at A₀ and B₀ ≠ 0, and scaling · B₀ A₀ is taken away: the model starts at its base."""
-    return init in DECOMPOSED or iterations_of(init) is not None
+    return init in _MOVED or iterations_of(init) is not None
 
 
 def pairs_of(init: str) -> int:
     """Return of how many pairs of factors the product is made: B A, and where it is moved B₀ A₀."""
     return 2 if is_moved(init) else 1
+
+
+def ranks_needed(init: str, r: int) -> int:
+    """Return how many singular values a weight must have for a scheme with rank r."""
+    return 0 if init in FRESH else 2 * r if init == "lora_ga" else r

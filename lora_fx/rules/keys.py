@@ -95,7 +95,8 @@ LORA = Table(
         "init": Key(
             {"anyOf": [{"enum": list(INITS)}, {"type": "string", "pattern": FAST_PISSA}]},
             f"First values: `{INITS[0]}` (default), `gaussian` or `orthogonal` A with B zero; parts of the weight by "
-            "`pissa`, `pissa_niter_N` (fast, N iterations) or `olora`; `random` for tests.",
+            "`pissa`, `pissa_niter_N` (fast, N iterations) or `olora`; from data by `eva`, `corda`, `corda_kpm`, "
+            "`lora_ga` or `loftq`; `random` for tests.",
             "init: pissa",
             ("init_lora_weights",),
         ),

@@ -9,7 +9,7 @@ from lora_fx.adapters.adapt import adapt_sites, own_what_is_trained
 from lora_fx.adapters.attach import all_attached, record_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.placed import Placed, is_trained, placed_in
-from lora_fx.adapters.starting import start_from_weights
+from lora_fx.adapters.starting import start_adapters, values_of
 from lora_fx.discovery.study import Study
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
 from lora_fx.liveness.heads import put_outermost
@@ -26,6 +26,7 @@ from lora_fx.regions.compiling import without_compiling
 from lora_fx.regions.install import in_graphs, install, stock, without_graph
 from lora_fx.regions.program import OPT_IN, OPTIMISATIONS, USUAL
 from lora_fx.regions.survey import prove, trial_twin, without_gradient
+from lora_fx.rules.inits import FROM_DATA
 from lora_fx.text import listing
 from lora_fx.tuned.heads import LIVENESS, install_late
 
@@ -43,7 +44,7 @@ def build(model: nn.Module, plan: Plan, start: bool = True) -> nn.Module:
     adapt_sites(twin, plan, record)
     own_what_is_trained(model, twin, record)
     if start:
-        start_from_weights(twin, record.switch.names)
+        start_adapters(twin, record.switch.names, plan.first_values)
     return twin
 
 
@@ -122,6 +123,11 @@ def check_refusals(plan: Plan) -> None:
         raise RefusedError(
             f"every site that rule {names} matches is refused", refused, "see lora_fx.plan(model, rules)"
         )
+    values = values_of(plan.first_values)
+    made = [(s.path, f"init {s.lora.init}") for s in plan.adapted if s.lora and s.lora.init in FROM_DATA]
+    if missing := [fact for fact in made if fact[0] not in values]:
+        advice = "plan = lora_fx.plan_from_data(model, rules, data), then lora_fx.apply(model, plan), in one process"
+        raise RefusedError("first values of adapters are made from data, and were not", missing, advice)
     if not plan.adapted:
         raise RefusedError("the rules adapt no site of this model", advice="see lora_fx.plan(model, rules)")
     if refused:

@@ -22,7 +22,7 @@ from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.progress.steps import step
-from lora_fx.rules.inits import is_moved
+from lora_fx.rules.inits import FRESH
 from lora_fx.rules.patterns import glob_of
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
@@ -175,7 +175,7 @@ def _all_that_differ(base: nn.Module, r: int, differing: dict[str, float]) -> Ma
 def _unfit(base: nn.Module, site: PlannedSite) -> str | None:
     if site.slices is not None or (site.lora is not None and site.lora.dora):
         return "only plain LoRAs are extracted: no dora, no slices"
-    if site.lora is not None and is_moved(site.lora.init):
+    if site.lora is not None and site.lora.init not in FRESH:
         return f"what is extracted has no first values: leave out `init: {site.lora.init}`"
     owner = dict(base.named_modules(remove_duplicate=False)).get(site.path)
     return None if isinstance(owner, nn.Linear) else f"op {site.op}: only linears are extracted"

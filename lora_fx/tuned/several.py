@@ -9,7 +9,7 @@ from lora_fx.adapters.adapt import adapt_sites, trained_parameters
 from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.selection import Switch
-from lora_fx.adapters.starting import start_from_weights
+from lora_fx.adapters.starting import start_adapters
 from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.plan import Plan
@@ -118,7 +118,7 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
     try:
         adapt_sites(tuned, plan, record)
         if start:
-            start_from_weights(tuned, names)
+            start_adapters(tuned, names)
         remade(tuned, {id(owner) for owner in adapted_owners(tuned)} - before)
     except BaseException:
         for owner in adapted_owners(tuned):

@@ -201,7 +201,7 @@ def test_the_plan_says_how_sites_start_and_which_cannot():
     assert {site.path: site.reason for site in plan.refused} == {
         "tokens": "init pissa is for one whole matrix, not for embedding",
         "conv": "init pissa is for one whole matrix, not for conv1d",
-        "small": "init pissa: its weight has 3 singular values, fewer than r=4",
+        "small": "init pissa needs 4 singular values for r=4, its weight has 3",
     }
     sliced = {**rules(name="fused")["rules"][0], "slices": {"of": ["q", "k"], "adapt": ["q"]}}
     with pytest.raises(RefusedError, match="one whole matrix, not for slices"):

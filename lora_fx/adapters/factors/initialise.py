@@ -19,7 +19,7 @@ def initialise(lora_A: Tensor, lora_B: Tensor, init: str, kind: Kind = "matrix")
         lora_B: [out, r], or with the same further dimensions.
         init: "kaiming" (A kaiming-uniform with a = √5, B zero: arXiv:2106.09685 as published), "gaussian" (A normal
             with standard deviation 1/r, B zero), "orthogonal" (rows of A orthonormal, B zero), "random" (as kaiming,
-            B too: for tests; the adapted model then differs from its base).
+            B too: for tests; the adapted model then differs from its base).  What data makes is zero until then.
         kind: "bank" for one matrix for each of several experts; "embedding" if the input is one-hot: then A is zero and
             B normal, as PEFT and loralib do it ("random" fills both).
     """
@@ -29,7 +29,7 @@ def initialise(lora_A: Tensor, lora_B: Tensor, init: str, kind: Kind = "matrix")
             (nn.init.normal_ if init == "random" else nn.init.zeros_)(lora_A)
             return
         for factor in lora_A if kind == "bank" else (lora_A,):
-            _INITIALISE_A[init](factor)
+            _INITIALISE_A.get(init, nn.init.zeros_)(factor)
         nn.init.zeros_(lora_B)
         if init == "random":
             for factor in lora_B if kind == "bank" else (lora_B,):

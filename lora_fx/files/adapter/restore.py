@@ -26,7 +26,7 @@ from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, trained_whole, unfit_for_init
 from lora_fx.planning.sites import Site
 from lora_fx.progress.steps import step
-from lora_fx.rules.inits import pairs_of
+from lora_fx.rules.inits import is_moved, pairs_of
 from lora_fx.rules.ruleset import Slices
 
 Mismatch = tuple[str, str, str]
@@ -212,7 +212,10 @@ def _refusal(saved: SavedSite, site: Site, model: nn.Module) -> str | None:
             "PEFT trains it without the padding_mode and dilation of the convolution, so what was trained is "
             "not a change of its weight alone"
         )
-    return site.refusal or unfit_for_init(site, saved.lora, saved.slices is not None, saved.calls > 0)
+    if site.refusal or (saved.noted and not is_moved(saved.lora.init)):
+        return site.refusal
+    lora = replace(saved.lora, init="pissa") if saved.noted else saved.lora  # whichever: its values are in the file
+    return unfit_for_init(site, lora, saved.slices is not None, saved.calls > 0)
 
 
 def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None, trained: Sequence[TrainedModule]) -> PlannedSite:

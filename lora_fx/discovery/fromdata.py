@@ -1,0 +1,254 @@
+"""plan_from_data: the first values of adapters, and EVA's ranks, from batches of data; the model stays unchanged."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters.factors.decompositions import Factors
+from lora_fx.adapters.factors.fromdata import Covariance, Directions, corda, eva, loftq, lora_ga
+from lora_fx.adapters.factors.lora import as_rows
+from lora_fx.discovery.redistributed import RHO, redistributed
+from lora_fx.discovery.study import CAPTURING, observed
+from lora_fx.errors import RefusedError
+from lora_fx.models.offload import stored_weight
+from lora_fx.models.quantised import dense
+from lora_fx.models.samples import Sample, samples_for, samples_of
+from lora_fx.planning.decide import decide
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import PlannedSite
+from lora_fx.progress.steps import ShowProgress, running, step
+from lora_fx.regions.survey import trial_twin
+from lora_fx.rules.inits import FROM_DATA, FROM_INPUTS
+from lora_fx.rules.reader import read_rules
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def plan_from_data(
+    model: nn.Module,
+    rules: Any,
+    data: Iterable[object] = (),
+    example_inputs: object = None,
+    *,
+    loss: Loss | None = None,
+    original: nn.Module | None = None,
+    progress: ShowProgress = None,
+) -> Plan:
+    """Return a plan whose adapters start at values from data, for `apply(model, plan)`; the model stays unchanged.
+
+    The rules say where, by `init: eva`, `corda`, `corda_kpm`, `lora_ga` or `loftq`; all other sites are planned as by
+    `plan`.  EVA gives ranks to the sites where they explain most: as many in all, at most twice as many at one; what
+    gets none is skipped.  The plan shows the ranks, and its `rules` have them.  A and B travel with the plan in this
+    process; its JSON has none.
+
+    Args:
+        model: as for `plan`, with values; a twin runs, in eval mode.
+        rules: as for `plan`.
+        data: batches, each as `example_inputs` are: a tuple, a dict, a `lora_fx.call(...)`; on the model's device.
+            Each is used once.  Where a batch has an `attention_mask` or `labels` of the input's rows, padding and rows
+            labelled -100 do not count for EVA and CorDA.
+        example_inputs: as for `plan`; None: the first batch.
+        loss: for `lora_ga`, a function of the model's output and the batch that gives a scalar; None: `output.loss`.
+        original: for `loftq`, the model before its weights were quantised; it stays unchanged.
+        progress: as for `plan`.
+
+    Raises:
+        RefusedError: no rule makes first values from data; data, loss or original that one needs are missing; a site
+            that the data does not reach, or with values that are not finite.  Names every such site.
+        RuleError, NoMatchError, CaptureError: as `plan`.
+    """
+    batches = [sample for batch in data for sample in samples_of(batch)]
+    given = (batches[:1] or None) if example_inputs is None else example_inputs
+    wanted = read_rules(rules)
+    with running("plan_from_data", progress, 3 + CAPTURING):
+        seen = observed(model, samples_for(model, given))
+        decisions = decide(wanted, seen.inventory)
+        sites = [site for site in decisions.adapted if site.lora is not None and site.lora.init in FROM_DATA]
+        if not sites:
+            advice = f"give sites an init out of {', '.join(FROM_DATA)}, or use lora_fx.plan"
+            refused = [(site.path, site.reason) for site in decisions.refused]
+            raise RefusedError("no site that is adapted has first values from data", refused, advice)
+        _check(sites, batches, original)
+        met = _inputs(model, [site for site in sites if _init(site) in FROM_INPUTS], batches)
+        if shared := redistributed(wanted, decisions, met):
+            decisions = decide(shared, seen.inventory, strict=False)
+        slopes = _gradients(model, [site for site in sites if _init(site) == "lora_ga"], batches, loss)
+        values = {
+            site.path: _values(site, model, met.get(site.path), slopes.get(site.path), original)
+            for site in decisions.adapted
+            if site.lora is not None and site.lora.init in FROM_DATA
+        }
+        _refuse_not_finite(values)
+        return replace(seen.planned(decisions), first_values=values)
+
+
+def _init(site: PlannedSite) -> str:
+    assert site.lora is not None
+    return site.lora.init
+
+
+def _check(sites: Sequence[PlannedSite], batches: Sequence[Sample], original: nn.Module | None) -> None:
+    lacking = [
+        (site.path, f"init {_init(site)} needs {what}")
+        for site in sites
+        for what, there in (("`original`", original is not None), ("`data`", bool(batches)))
+        if (_init(site) == "loftq") == (what == "`original`") and not there
+    ]
+    if lacking:
+        raise RefusedError("what first values are made from is not given", lacking)
+
+
+def _refuse_not_finite(values: Mapping[str, Factors]) -> None:
+    bad = [(path, "NaN or infinite") for path, pair in values.items() if not all(map(_is_finite, pair))]
+    if bad:
+        raise RefusedError("first values from this data are not finite", bad, "look for NaN and overflow in the model")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+# -- what the data shows
+
+
+def _inputs(
+    model: nn.Module, sites: Sequence[PlannedSite], batches: Sequence[Sample]
+) -> dict[str, Directions | Covariance]:
+    """Return what each site is given on the data, as its scheme needs it."""
+    met = {site.path: _statistic(site) for site in sites}
+    if not sites:
+        return {}
+    with trial_twin(model) as twin, torch.no_grad(), contextlib.ExitStack() as hooks:
+        twin.eval()
+        counting: list[Tensor | None] = [None]
+        for site in sites:
+            handle = twin.get_submodule(site.site.owner).register_forward_pre_hook(
+                _noting(site.path, met[site.path], counting), with_kwargs=True
+            )
+            hooks.callback(handle.remove)
+        with step("running the data", len(batches), "batches") as doing:
+            for batch in batches:
+                counting[0] = _rows_that_count(batch)
+                twin(*batch.args, **batch.kwargs)
+                doing.advance()
+    problems = [(site.path, reason) for site in sites if (reason := _too_little(site, met[site.path]))]
+    if problems:
+        raise RefusedError("the data does not show enough of these", problems, "give other data, or another init")
+    return met
+
+
+def _statistic(site: PlannedSite) -> Directions | Covariance:
+    assert site.lora is not None
+    most = min(round(site.lora.r * RHO), *site.site.features)
+    return Directions(most) if site.lora.init == "eva" else Covariance()
+
+
+def _too_little(site: PlannedSite, met: Directions | Covariance) -> str:
+    if not met.count:
+        return "never called"
+    assert site.lora is not None
+    needed = site.lora.r if isinstance(met, Directions) else 1
+    return f"called with {met.count} rows that count, fewer than r={needed}" if met.count < needed else ""
+
+
+def _noting(path: str, statistic: Directions | Covariance, counting: list[Tensor | None]) -> Callable[..., None]:
+    def note(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = next(iter((*args, *kwargs.values())))
+        rows, mask = x.detach().reshape(-1, x.shape[-1]), counting[0]
+        if mask is not None and mask.shape == x.shape[:-1]:
+            rows = rows[mask.reshape(-1).to(rows.device)]
+        if not _is_finite(rows):
+            raise RefusedError("the data makes NaN or infinite values", [(path, "is given them")])
+        statistic.add(rows)
+
+    return note
+
+
+def _rows_that_count(batch: Sample) -> Tensor | None:
+    """Return a mask of the rows that are neither padding nor ignored by the loss; None where nothing says so."""
+    mask, labels = batch.kwargs.get("attention_mask"), batch.kwargs.get("labels")
+    counts = mask.bool() if isinstance(mask, Tensor) else None
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        learnt = labels != -100
+        counts = learnt if counts is None or counts.shape != learnt.shape else counts & learnt
+    return counts
+
+
+def _gradients(
+    model: nn.Module, sites: Sequence[PlannedSite], batches: Sequence[Sample], loss: Loss | None
+) -> dict[str, Tensor]:
+    """Return the mean gradient of the loss for each site's weight, as it is stored."""
+    if not sites:
+        return {}
+    with trial_twin(model) as twin, torch.enable_grad(), step("gradients", len(batches), "batches") as doing:
+        twin.eval()
+        weights = {site.path: _parameter(twin, site) for site in sites}
+        for weight in weights.values():
+            weight.requires_grad_(True)  # the twin's own parameter: the caller's shares its memory alone
+        for batch in batches:
+            value = _loss_of(twin(*batch.args, **batch.kwargs), batch, loss)
+            value.backward()  # type: ignore[no-untyped-call]
+            doing.advance()
+        unreached = [(path, "no gradient reaches its weight") for path, w in weights.items() if w.grad is None]
+        if unreached:
+            raise RefusedError("the data does not show enough of these", unreached, "give other data, or another init")
+        return {path: w.grad.detach() / len(batches) for path, w in weights.items() if w.grad is not None}
+
+
+def _parameter(model: nn.Module, site: PlannedSite) -> nn.Parameter:
+    owner, name = model.get_submodule(site.site.owner), site.site.weight.rpartition(".")[2]
+    weight = owner._parameters[name]
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        raise RefusedError("LoRA-GA needs gradients of the weights", [(site.path, "its weight is quantised")])
+    return weight
+
+
+def _loss_of(output: Any, batch: Sample, loss: Loss | None) -> Tensor:
+    value = getattr(output, "loss", None) if loss is None else loss(output, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        found = f"{type(value).__name__}" + (f" {list(value.shape)}" if isinstance(value, Tensor) else "")
+        advice = "give loss=, a function of output and batch, or labels in the batches"
+        raise RefusedError("lora_ga needs a loss that is a scalar with a gradient", [("found", found)], advice)
+    return value
+
+
+# -- values
+
+
+@torch.no_grad()
+def _values(
+    site: PlannedSite,
+    model: nn.Module,
+    met: Directions | Covariance | None,
+    slope: Tensor | None,
+    original: nn.Module | None,
+) -> Factors:
+    """Return the first values of a site."""
+    lora, layout = site.lora, site.site.layout
+    assert lora is not None
+    if isinstance(met, Directions):
+        return eva(met, lora.r, site.site.features[0])
+    if slope is not None:
+        return lora_ga(as_rows(slope, layout), lora.r)
+    weight = _weight(model, site)
+    if isinstance(met, Covariance):
+        return corda(weight, met, lora.r, lora.scaling, lora.init == "corda_kpm")
+    assert original is not None
+    return loftq(_weight(original, site), weight, lora.r, lora.scaling)
+
+
+def _weight(model: nn.Module, site: PlannedSite) -> Tensor:
+    """Return the numbers of a site's weight [out, in]."""
+    try:
+        stored = stored_weight(model.get_submodule(site.site.owner), site.site.weight.rpartition(".")[2])
+    except (AttributeError, KeyError) as error:
+        raise RefusedError("`original` is another model", [(site.path, "is not in it")]) from error
+    weight: Tensor = as_rows(dense(stored).detach(), site.site.layout)
+    if weight.shape != site.site.features or not weight.is_floating_point():
+        found = f"{weight.dtype} {list(weight.shape)} in place of {list(site.site.features)}"
+        raise RefusedError("first values need the numbers of the weights", [(site.path, found)])
+    return weight
