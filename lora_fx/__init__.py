@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from lora_fx.rules.ruleset import RuleSet as RuleSet
     from lora_fx.training.history import RecordedSite as RecordedSite
     from lora_fx.training.history import RecordedStep as RecordedStep
+    from lora_fx.training.prefix import PrefixCache as PrefixCache
+    from lora_fx.training.prefix import cached_prefix as cached_prefix
     from lora_fx.training.record import TrainingRecord as TrainingRecord
     from lora_fx.training.record import read_record as read_record
     from lora_fx.training.recorder import Recorder as Recorder
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from lora_fx.tuned.listing import AdapterList as AdapterList
     from lora_fx.tuned.listing import ListedAdapter as ListedAdapter
     from lora_fx.tuned.listing import list_adapters as list_adapters
+    from lora_fx.tuned.report import PrefixReport as PrefixReport
     from lora_fx.tuned.report import Report as Report
     from lora_fx.tuned.report import print_trainable as print_trainable
     from lora_fx.tuned.requantise import merged_and_requantised as merged_and_requantised
@@ -111,11 +114,12 @@ _HOMES = {
     "lora_fx.remerging.graph": "Remerge",
     "lora_fx.remerging.whole": "RemergeResult remerge remerged",
     "lora_fx.training.history": "RecordedSite RecordedStep",
+    "lora_fx.training.prefix": "PrefixCache cached_prefix",
     "lora_fx.training.record": "TrainingRecord read_record",
     "lora_fx.training.recorder": "Recorder",
     "lora_fx.tuned.extract": "ExtractReport extracted",
     "lora_fx.tuned.listing": "AdapterList ListedAdapter list_adapters",
-    "lora_fx.tuned.report": "Report print_trainable",
+    "lora_fx.tuned.report": "PrefixReport Report print_trainable",
     "lora_fx.tuned.rows": "rows",
     "lora_fx.tuned.several": "drop rename",
     "lora_fx.tuned.switching": "use",

@@ -26,6 +26,8 @@ from lora_fx.regions.thin import ThinLinears
 
 REGION = "lora_fx_region"
 """Attribute of a module that is a region."""
+PREFIX = "lora_fx_prefix"
+"""Attribute of a region whose output is kept for data that comes again."""
 _NOISE = 0.02
 
 
@@ -248,6 +250,7 @@ def stand_in(module: nn.Module) -> nn.Module:
     duplicate = copied_module(module)
     for inner in duplicate.modules():
         uninstall(inner)
+        inner.__dict__.pop(PREFIX, None)
         if inner.__dict__.pop(REGION, None) is not None:
             take_off(inner, RunsGraphs)
     return duplicate

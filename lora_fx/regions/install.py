@@ -11,7 +11,7 @@ from lora_fx.models.swap import swap, take_off
 from lora_fx.models.tensors import dotted
 from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.candidates import structure_of
-from lora_fx.regions.checking import REGION
+from lora_fx.regions.checking import PREFIX, REGION, RunsGraphs
 from lora_fx.regions.program import make_program
 from lora_fx.regions.region import GuardedRegion, Region, region_of
 
@@ -36,8 +36,9 @@ def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()
 
 def uninstall(module: nn.Module) -> None:
     """Take the region off one module, in place."""
-    take_off(module, GuardedRegion)
+    take_off(module, RunsGraphs)
     module.__dict__.pop(REGION, None)
+    module.__dict__.pop(PREFIX, None)
 
 
 def regions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region]]:

@@ -1,6 +1,6 @@
 """What an adapted model is made of, read off the model itself; so it also works after torch.load."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import fx, nn
@@ -13,6 +13,8 @@ from lora_fx.passes.pack import NOTHING_MIXED
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.planning.rows import fold_rows
 from lora_fx.regions.install import in_graphs, regions
+from lora_fx.regions.prefix.blocks import kept_blocks
+from lora_fx.regions.prefix.state import Kept
 from lora_fx.regions.region import Region
 from lora_fx.text import columns, count, json_text, share_of_parameters
 from lora_fx.tuned.build import record_in, trainable
@@ -68,6 +70,39 @@ class LateReport:
     """Why it never is; of the whole model where the path is empty."""
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixReport:
+    """What is kept of the output of frozen blocks, and how often it was of use (`cached_prefix`)."""
+
+    blocks: tuple[str, ...]
+    hits: int
+    """Rows (sequences, images) of batches that were not computed."""
+    misses: int
+    """Rows that were computed, to be kept."""
+    kept: int
+    """How many outputs are in memory: of rows, or of whole calls where rows are not kept apart."""
+    bytes: int
+    left_out: int
+    """How many found no room."""
+    whole_calls: int
+    """Of the misses, those that can only be of use if the whole call comes again: their rows are not kept apart."""
+    asked: int
+    """How often something between two blocks was computed only because somebody asked for it."""
+    otherwise: dict[str, int]
+    """How often a block was computed as if nothing were kept, by reason."""
+
+    def __str__(self) -> str:
+        others = ", ".join(f"{number} × {reason}" for reason, number in self.otherwise.items())
+        row = (
+            " ".join(name for name, *_ in fold_rows([(path,) for path in self.blocks])),
+            f"kept: {count(self.kept, 'output')}, {self.bytes:,} B",
+            f"rows: {count(self.hits, 'hit')}, {self.misses} computed",
+            f"{self.left_out} found no room" if self.left_out else "",
+            f"others: {others}" if others else "",
+        )
+        return columns([tuple(filter(None, row))])
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Report(InNotebook):
     """What `inspect` returns."""
@@ -81,6 +116,8 @@ class Report(InNotebook):
     """Number of parameters of the adapted model, adapters included."""
     late: tuple[LateReport, ...] = ()
     """What is computed only when it is asked for: of the optimisations "loss" and "liveness"."""
+    prefix: PrefixReport | None = None
+    """What is kept of frozen blocks, inside of `cached_prefix`."""
 
     def __str__(self) -> str:
         rows = [_site_row(site) for site in self.sites]
@@ -89,6 +126,8 @@ class Report(InNotebook):
             lines += ["", columns(fold_rows([_region_row(region) for region in self.regions]))]
         if self.late:
             lines += ["", columns([_late_row(late) for late in self.late])]
+        if self.prefix:
+            lines += ["", str(self.prefix)]
         return "\n".join([*lines, "", f"Trainable: {share_of_parameters(self.trainable, self.total)}."])
 
     def to_json(self) -> str:
@@ -138,7 +177,28 @@ def report(tuned: nn.Module) -> Report:
     ran = tuple(_region(region) for _, _, region in regions(tuned))
     total = sum(p.numel() for p in tuned.parameters())
     trained = sum(p.numel() for p in trainable(tuned))
-    return Report(record.plan.model, sites, ran, whole, trained, total, _late(tuned))
+    return Report(record.plan.model, sites, ran, whole, trained, total, _late(tuned), prefix_report(tuned))
+
+
+def prefix_report(tuned: nn.Module) -> PrefixReport | None:
+    """Return what is kept of the frozen blocks of a model; None if nothing is to be."""
+    blocks = [(path, state.kept) for path, _, state in kept_blocks(tuned) if state.kept is not None]
+    return report_of(blocks[0][1], [path for path, _ in blocks]) if blocks else None
+
+
+def report_of(kept: Kept, paths: Sequence[str]) -> PrefixReport:
+    """Return the report of what is kept of the blocks at some paths."""
+    return PrefixReport(
+        blocks=tuple(paths),
+        hits=kept.hits,
+        misses=kept.misses,
+        kept=len(kept.entries),
+        bytes=kept.entries.bytes,
+        left_out=kept.entries.left_out,
+        whole_calls=kept.by_calls,
+        asked=kept.asked,
+        otherwise=dict(kept.bypassed),
+    )
 
 
 def _site(tuned: nn.Module, path: str, attached: Attached, covered: set[str]) -> AdaptedSite:
