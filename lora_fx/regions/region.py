@@ -200,7 +200,7 @@ class Region:
         if not self.enabled or is_off(self):
             return call.by_forward()
         block_called(self.number, self.path)
-        self.misses[self._why(call)] += 1
+        self.misses[self.why_missed(call)] += 1
         noted = self.block.sizes.noted(call.args, call.kwargs)
         if not self._may_capture(call) or not self.block.lock.acquire(blocking=False):
             result = call.by_forward()
@@ -263,7 +263,7 @@ class Region:
             self.misses["a submodule returns a tensor of another shape"] += 1
             return call.by_forward()
 
-    def _why(self, call: ModuleCall) -> str:
+    def why_missed(self, call: ModuleCall) -> str:
         programs = self.mine or self.block.programs
         if not programs:
             return self.block.failures.get(_signature(call), "not captured yet")

@@ -91,7 +91,7 @@ def modes_of(block: nn.Module, code: BlockCode) -> str:
 
 def _refusal(program: Program, nodes: list[fx.Node], layers: Iterable[str], block: nn.Module) -> str:
     if any(map(writes, nodes)) or any(isinstance(given, ObjectInput) for given in program.captured.inputs):
-        return "it writes in place, or to a cache (pass use_cache=False)"
+        return "it writes in place"
     if program.may_give_up:
         return "a part of it cannot be followed"
     for path in layers:

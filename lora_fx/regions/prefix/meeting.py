@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.fused.eligible import is_watched
 from lora_fx.capture.calls.ambient import RandomState
 from lora_fx.capture.calls.arguments import flatten, positional_names
-from lora_fx.capture.calls.objects import tensors_in
+from lora_fx.capture.calls.objects import is_plain_object, tensors_in
 from lora_fx.liveness.rows import LazyRows
 from lora_fx.models.layers import has_hooks
 from lora_fx.models.swap import original_class
@@ -67,20 +67,30 @@ def around(state: BlockState, call: ModuleCall) -> str:
     frozen = why_not_frozen(call.module)
     if frozen:
         return f"{state.path}: {frozen}"
-    for tensor in tensors_in((call.args, call.kwargs)):
-        if type(tensor) is LazyRows:
-            if not (isinstance(tensor.lazy_value.source, Waiting) or tensor.lazy_value.is_whole):
-                return "an argument is computed late"
-        elif not is_plain(tensor):
-            return f"argument {_name(call, tensor)} is no plain tensor"
-        elif tensor.requires_grad:
-            return f"argument {_name(call, tensor)} requires a gradient"
+    for leaf in flatten(call.args, call.kwargs).leaves:
+        reason = _reason_of(leaf.value)
+        if reason:
+            return f"argument {_name(call, leaf.value)} {reason}"
     return ""
 
 
-def _name(call: ModuleCall, tensor: Tensor) -> str:
+def _reason_of(value: object) -> str:
+    """Return why an argument cannot be known by its bytes; empty if it can."""
+    if type(value) is LazyRows:
+        known = isinstance(value.lazy_value.source, Waiting) or value.lazy_value.is_whole
+        return "" if known else "is computed late"
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            return "requires a gradient (as transformers' checkpointing wants it? disable_input_require_grads())"
+        return "" if is_plain(value) else "is no plain tensor"
+    if next(tensors_in(value), None) is not None or is_plain_object(value):
+        return f"is a {type(value).__name__} (of keys and values? pass use_cache=False)"
+    return ""
+
+
+def _name(call: ModuleCall, value: object) -> str:
     flat = flatten(call.args, call.kwargs, positional_names(original_class(call.module).forward)[1:])
-    return next((leaf.name for leaf in flat.tensors() if leaf.value is tensor), "in an object")
+    return next(leaf.name for leaf in flat.leaves if leaf.value is value)
 
 
 def region_at(module: nn.Module) -> Region:
@@ -96,7 +106,7 @@ def met(state: BlockState, call: ModuleCall) -> Meeting | str:
     if hit is None:
         if not region.enabled:
             return "graphs are switched off"
-        return next(iter(region.block.failures.values()), "no graph fits the call")
+        return region.why_missed(call)
     code = state.kept.code_of(hit[0], call.module)
     if code.refused:
         return code.refused
