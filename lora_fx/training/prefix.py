@@ -25,11 +25,17 @@ class PrefixCache:
     def __init__(self, kept: Kept, blocks: list[str]) -> None:
         self._kept = kept
         self._blocks = blocks
+        self._last: PrefixReport | None = None
 
     @property
     def report(self) -> PrefixReport:
         """Which blocks, hits, misses, bytes, and why calls went by: up to now, or to the end of the context."""
-        return report_of(self._kept, self._blocks)
+        return self._last or report_of(self._kept, self._blocks)
+
+    def _end(self) -> None:
+        """Let the report be what it is now, and nothing be kept any more."""
+        self._last = self.report
+        self.clear()
 
     def clear(self) -> None:
         """Forget what is in memory; counts, and files in the directory, stay."""
@@ -85,4 +91,4 @@ def cached_prefix(
         yield cache
     finally:
         leave(model, regions)
-        cache.clear()
+        cache._end()
