@@ -1,9 +1,9 @@
-"""What frozen blocks cost below the first adapter: `python benchmarks/prefix.py` prints the table of docs/performance.md.
+"""What blocks below the first adapter cost: `python benchmarks/prefix.py` prints the table of docs/performance.md.
 
-BERT-base (8 × 128 tokens) and a Llama of 160 million parameters (4 × 256), of four layers and no head; rank 8 on all linear
-layers of the upper two; the loss is a mean of squares.  Each way of training is counted in its first epoch and in its
-second, on the same rows in another order.  Ratios are to the step without `cached_prefix`; with checkpointing, to the
-checkpointed one as transformers sets it up, which asks for gradients of the embeddings.
+BERT-base (8 × 128 tokens) and a Llama of 160 million parameters (4 × 256), of four layers and no head; rank 8 on all
+linear layers of the upper two; the loss is a mean of squares.  Each way of training is counted in its second epoch, on
+the same rows in another order.  Ratios are to the step without `cached_prefix`; with checkpointing, to the step as
+transformers sets it up, which asks for gradients of the embeddings.
 """
 
 from __future__ import annotations
