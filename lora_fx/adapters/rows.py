@@ -3,6 +3,7 @@
 Where a layer's input has the batch is not guessed: it is seen before, in runs of the model (`tuned/rows.py`).
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -91,8 +92,6 @@ class AdapterRows:
     seen: "Seen | None" = None
     """While it is looked where the batch is: what has been seen."""
     owners: dict[frozenset[str], Owners] = field(default_factory=dict)
-    kept: dict[int, tuple[Any, Stacked]] = field(default_factory=dict)
-    """For each layer its stacked factors, and of which values they were made, as long as no gradients are computed."""
 
     def layout_of(self, layer: Any, path: str, x: Tensor) -> Layout:
         """Return where the batch is in a layer's input.
@@ -124,15 +123,30 @@ class AdapterRows:
             self.owners[held] = Owners(names, tuple(map(names.index, wanted)))
         return self.owners[held]
 
-    def stacked(self, layer: Any, owners: Owners, factors: dict[str, Plain]) -> Stacked:
-        """Return the factors for the names of the owners; without gradients they are kept until one of them changes."""
-        if torch.is_grad_enabled() or any(one.A.is_inference() or one.B.is_inference() for one in factors.values()):
-            return _stacked(owners, factors)
-        stamp = [(id(tensor), tensor._version, one.scaling) for one in factors.values() for tensor in (one.A, one.B)]
-        kept = self.kept.get(id(layer))
-        if kept is None or kept[0] != stamp:
-            kept = self.kept[id(layer)] = (stamp, _stacked(owners, factors))
-        return kept[1]
+
+def stacked(layer: nn.Module, owners: Owners, factors: dict[str, Plain]) -> Stacked:
+    """Return the factors for the names of the owners.
+
+    Without gradients those of a layer are kept, until one of them changes or others are asked for: a second copy of
+    the adapters' values, which goes with the layer.
+    """
+    tensors = [tensor for one in factors.values() for tensor in (one.A, one.B)]
+    if torch.is_grad_enabled() or any(not tensor.is_leaf or tensor.is_inference() for tensor in tensors):
+        return _stacked(owners, factors)
+    facts = (owners.names, [tensor._version for tensor in tensors], [one.scaling for one in factors.values()])
+    kept = _KEPT.get(layer)
+    if kept is None or kept[0] != facts or not _are(kept[1], tensors):
+        kept = _KEPT[layer] = (facts, [weakref.ref(tensor) for tensor in tensors], _stacked(owners, factors))
+    return kept[2]
+
+
+def _are(kept: Sequence["weakref.ref[Tensor]"], tensors: Sequence[Tensor]) -> bool:
+    return all(ref() is tensor for ref, tensor in zip(kept, tensors, strict=True))
+
+
+_KEPT: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[weakref.ref[Tensor]], Stacked]]"
+_KEPT = weakref.WeakKeyDictionary()
+"""For each layer: of what its stacked factors were made, and the factors."""
 
 
 def _stacked(owners: Owners, factors: dict[str, Plain]) -> Stacked:

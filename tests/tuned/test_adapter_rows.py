@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lora_fx
-from tests.support.twoadapters import BACKENDS, BOTH, DORA, alone, two
+from tests.support.twoadapters import BACKENDS, BOTH, DORA, WIDE, alone, two
 
 MIXED = ["b", None, "a", "a"]
 
@@ -266,3 +266,19 @@ def test_prompts_of_one_equal_token_are_told_apart():
     with lora_fx.rows(tuned, names):
         together = tuned(ids)
     assert_close(together, one_by_one(tuned, names, ids), atol=1e-6, rtol=1e-6)
+
+
+def test_values_that_change_between_calls_count():
+    tuned = two()
+    with lora_fx.rows(tuned, MIXED), torch.no_grad():
+        tuned(batch())
+        for name, parameter in tuned.named_parameters():
+            if name.endswith("lora_B.a.weight"):
+                parameter.mul_(-3)
+        together = tuned(batch())
+    assert_close(together, one_by_one(tuned, MIXED, batch()), atol=1e-6, rtol=1e-6)
+    lora_fx.drop(tuned, "a")
+    lora_fx.add(tuned, WIDE, adapter="a")
+    with lora_fx.rows(tuned, MIXED), torch.no_grad():
+        together = tuned(batch())
+    assert_close(together, one_by_one(tuned, MIXED, batch()), atol=1e-6, rtol=1e-6)
