@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lora_fx.discovery.sites import take_inventory
-from lora_fx.errors import RefusedError
+from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.files.adapter.configuration import Configuration
 from lora_fx.files.adapter.patterns import Patterns, plain_name
 from lora_fx.integrations.peftchoice import Chosen, choices, listed, saved_modules, targets_for
@@ -18,9 +19,11 @@ from lora_fx.integrations.pefttargets import ALL_LINEAR
 from lora_fx.models.wrappers import check_module
 from lora_fx.planning.decide import decide
 from lora_fx.planning.planned import Inventory
+from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.rules.globs import PatternError
 from lora_fx.rules.patterns import EXPRESSION_PREFIX, NamePattern, glob_of
 from lora_fx.rules.reader import read_rules
+from lora_fx.text import listing
 
 Given = str | os.PathLike[str] | Mapping[str, object] | object
 RuleDict = dict[str, Any]
@@ -216,6 +219,7 @@ def _for_model(config: Configuration, settings: Settings, model: nn.Module, by_m
     """Return rules for a model; `by_model` says whether the targets in the settings come from it."""
     lora, train, inventory = lora_of(config, settings), saved_modules(config, model), take_inventory(model)
     chosen = choices(config, inventory, model)
+    _warn_of_groups(chosen, inventory, model)
     try:
         rules = [] if by_model else _apart(_name_rules(config, settings))
     except _NeedsModelError:
@@ -225,6 +229,15 @@ def _for_model(config: Configuration, settings: Settings, model: nn.Module, by_m
         if decided == chosen:
             return _rule_file(lora, [rule for rule in rules if rule["name"] in used], train)
     return _rule_file(lora, listed(chosen, inventory, config), train)
+
+
+def _warn_of_groups(chosen: Chosen, inventory: Inventory, model: nn.Module) -> None:
+    """PEFT's A of a grouped convolution reads the channels of all groups, which no weight of the layer does."""
+    convolutions = [site for site in inventory.sites if site.path in chosen and site.op in CONVOLUTIONS]
+    grouped = [site.path for site in convolutions if getattr(model.get_submodule(site.owner), "groups", 1) > 1]
+    if grouped:
+        text = f"{listing(grouped)}: PEFT mixes the groups of the convolution; here each has r filters of its own"
+        warnings.warn(text, LoraFxWarning, stacklevel=4)
 
 
 def _decided(file: RuleDict, inventory: Inventory) -> tuple[Chosen, set[str | None]]:

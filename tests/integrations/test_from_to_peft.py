@@ -17,6 +17,7 @@ import peft
 
 import lora_fx
 from lora_fx.errors import AdapterFileError, AdapterMismatchError, RefusedError
+from tests.files.adapter.test_peft_forms import FORMS as IN_FILES_TOO
 from tests.support.around import IDS, IN_FILES, assert_close, filled, llama, logits
 from tests.support.peftkinds import Loop, each, mixtral
 from tests.support.peftrows import MODELS, ROWS, Row
@@ -108,6 +109,17 @@ def test_model_of_transformers_is_the_same_here_and_there(form):
     expected = theirs.generate(input_ids=IDS, **greedy)
     assert torch.equal(tuned.generate(input_ids=IDS, **greedy), expected)
     assert torch.equal(back.generate(input_ids=IDS, **greedy), expected)
+
+
+@pytest.mark.parametrize("form", IN_FILES_TOO)
+def test_what_files_hold_is_held_without_them(form):
+    settings = {key: value for key, value in IN_FILES_TOO[form].items() if key not in ("save", "tied")}
+    theirs = in_peft(llama(IN_FILES_TOO[form].get("tied", "ensure_weight_tying" in settings)), **settings)
+    before = values(theirs)
+    tuned = lora_fx.from_peft(theirs)
+    assert is_same(theirs, before)
+    assert_close(logits(tuned), logits(theirs))
+    assert_close(logits(lora_fx.to_peft(tuned)), logits(theirs))
 
 
 def test_banks_of_experts_are_the_same_here_and_there():

@@ -228,6 +228,13 @@ def test_module_under_two_names_is_refused():
         lora_fx.rules_from_peft({"target_modules": ["first"]}, model)
 
 
+def test_grouped_convolution_is_named_since_its_adapter_is_another():
+    model = MODELS["Conv2dGroups"]()
+    with pytest.warns(lora_fx.LoraFxWarning, match="conv2d: PEFT mixes the groups of the convolution"):
+        rules = lora_fx.rules_from_peft({"target_modules": ["conv2d"]}, model)
+    assert [*of_rules(model, rules)[0]] == ["conv2d.weight"]
+
+
 def test_what_is_no_configuration_is_refused(tmp_path):
     with pytest.raises(RuleError, match=r"must be a peft\.LoraConfig, a dict or a path, not int"):
         lora_fx.rules_from_peft(3)
