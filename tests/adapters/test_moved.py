@@ -239,3 +239,23 @@ def test_extracting_wants_no_first_values():
         other.a.weight += 0.1
     with pytest.raises(RefusedError, match="leave out `init: pissa`"):
         lora_fx.extract(other, base, r=4, rules=rules(name="a"))
+
+
+def test_beside_other_adapters_each_keeps_its_own_start():
+    base = Pair()
+    tuned = trained(lora_fx.apply(base, rules(), (X,)))
+    first = tuned(X)
+    lora_fx.add(tuned, rules("olora"), adapter="b")
+    assert torch.equal(tuned(X), first)
+    lora_fx.use(tuned, "b")
+    assert torch.equal(tuned(X), base(X))
+    second = trained(tuned)(X)
+    lora_fx.use(tuned, {"default": 0.7, "b": -0.3})
+    torch.testing.assert_close(lora_fx.merge(tuned)(X), tuned(X))
+    lora_fx.use(tuned, "default")
+    assert torch.equal(tuned(X), first)
+    with lora_fx.rows(tuned, ["default", None, "b", "b", "default"]):
+        mixed = tuned(X)
+    torch.testing.assert_close(mixed[[0, 4]], first[[0, 4]])
+    torch.testing.assert_close(mixed[[2, 3]], second[[2, 3]])
+    assert torch.equal(mixed[1], base(X)[1])

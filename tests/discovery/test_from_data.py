@@ -280,3 +280,11 @@ def test_a_singular_covariance_is_damped_until_it_can_be_inverted():
     torch.testing.assert_close(raised @ inverse, torch.eye(5), rtol=0, atol=1e-2)
     statistic.add(torch.zeros(2, 5))
     assert statistic.count == 2
+
+
+def test_an_adapter_that_is_added_needs_its_values_too():
+    base = Pair()
+    tuned = lora_fx.apply(base, rules("pissa"), DATA)
+    with pytest.raises(RefusedError, match="made from data, and were not"):
+        lora_fx.add(tuned, rules("eva"), adapter="b")
+    assert torch.equal(tuned(BATCHES[0]), base(BATCHES[0]))
