@@ -156,6 +156,19 @@ def test_padding_that_is_left_out_is_counted_beside_what_computes_it(capsys):
     assert cells[5][3:] == cells[6][3:]  # without padding it is what runs today
 
 
+def test_frozen_blocks_that_are_not_computed_again_are_counted_beside_those_that_are(capsys):
+    benchmark("prefix").main(["--rounds", "0", "--width", "128", "--shape", "4", "16", "--models", "llama"])
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head == "| model | what | FLOPs | saved | peak | rows not computed | kept |"
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[1] for row in cells[::2]] == [
+        "every epoch", "checkpointed, every epoch", "the same with cached_prefix, second epoch",
+    ]  # fmt: skip
+    kept, cut, both = (float(cells[row][2]) for row in (1, 3, 4))
+    assert kept < 0.8
+    assert both < cut < 0.8
+
+
 def test_fused_weight_is_compared_whole_and_its_slices_without_peft():
     configurations = list(training.MODELS["gpt2"].configs(["qv", "all16"]))
     assert [(name, peer) for name, _, peer in configurations] == [
