@@ -1,4 +1,4 @@
-"""Every test starts from the same random state, on as many threads as TEST_THREADS says: one, unless it is set."""
+"""Every test starts from the same random state, knows no graphs, and has as many threads as TEST_THREADS says, or one."""
 
 from __future__ import annotations
 
@@ -41,6 +41,9 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def _same_start():
+    from lora_fx.regions.known import KNOWN
+
+    KNOWN.clear()  # what other tests have captured
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))

@@ -14,6 +14,12 @@ from lora_fx.models.swap import original_class, unswapped
 from lora_fx.planning.sites import Layout
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_OF_TORCH: dict[type, tuple[Any, ...]] = {
+    **{kind: (kind.forward, kind._conv_forward) for kind in _CONVOLUTIONS},
+    nn.Linear: (nn.Linear.forward,),
+    nn.Embedding: (nn.Embedding.forward,),
+}
+"""What torch's own layers compute by; somebody may give such a class another forward later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +81,8 @@ _kind_of_others = _kind_of_class.dispatch(object)
 def has_own_forward(kind: type) -> bool:
     """Whether a class of layers computes something else than the class of torch that it extends."""
     original: Any = unswapped(kind)
-    base: Any = next((base for base in (*_CONVOLUTIONS, nn.Linear, nn.Embedding) if issubclass(original, base)), None)
-    names = ("forward", "_conv_forward") if base in _CONVOLUTIONS else ("forward",)
-    return base is not None and any(getattr(original, name) is not getattr(base, name) for name in names)
+    of_torch = next((functions for base, functions in _OF_TORCH.items() if issubclass(original, base)), ())
+    return any(getattr(original, function.__name__) is not function for function in of_torch)
 
 
 def linear_layout(kind: type) -> Layout | None:

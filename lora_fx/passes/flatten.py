@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
-from lora_fx.models.layers import has_hooks, kind_of
-from lora_fx.models.swap import original_class
+from lora_fx.models.layers import has_hooks, kind_of, linear_layout
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.sites import first_argument
@@ -61,7 +60,7 @@ def adapted_output(x: Tensor, layer: Any) -> Tensor:
 def is_bypassed(module: nn.Module) -> bool:
     """Whether a graph computes the module by itself: layers without hooks or tricks."""
     # F.linear with a weight that shows itself with the adapter is all that such a linear computes
-    shows_its_weight = "weight" in shown_parameters(module) and original_class(module).forward is nn.Linear.forward
+    shows_its_weight = "weight" in shown_parameters(module) and linear_layout(type(module)) == "out_in"
     return (shows_its_weight or is_plain_layer(module)) and not has_hooks(module)
 
 

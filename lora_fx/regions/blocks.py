@@ -4,6 +4,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_fx.capture.captured import Captured
 from lora_fx.regions.program import Program
 from lora_fx.regions.sizes import Sizes
 
@@ -17,6 +18,8 @@ class BlockPrograms:
     programs: list[Program] = field(default_factory=list)
     failures: dict[tuple[object, ...], str] = field(default_factory=dict)
     """Reason for each signature of a call that cannot be captured."""
+    recalled: dict[int, tuple[Captured, Program | None]] = field(default_factory=dict)
+    """Graphs of other models, by their ids, and their programs until these are used or found wrong."""
     sizes: Sizes = field(default_factory=Sizes)
     seconds: float = 0.0
     """Time spent capturing and checking."""

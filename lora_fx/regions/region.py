@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from lora_fx.adapters.selection import is_off
 from lora_fx.capture.calls.ambient import RandomState, ambient_state
 from lora_fx.capture.calls.arguments import flatten, is_constant
-from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.capture.calls.reasons import reason_of
-from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture
-from lora_fx.capture.generalise import generalise
+from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.tracing.recording import OtherShape
 from lora_fx.errors import LoraFxWarning
 from lora_fx.liveness.rows import LazyRows, whole
@@ -31,15 +29,15 @@ from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
 from lora_fx.regions.compiled import UNCOMPILED, compiled_answer
 from lora_fx.regions.compiling import may_be_compiled
+from lora_fx.regions.known import KNOWN, kind_of
+from lora_fx.regions.learning import capture_new, prove_waiting, recall
 from lora_fx.regions.packing import PackedCall, RowTally, is_packed, may_be_packed
 from lora_fx.regions.packproof import rows_to_run
-from lora_fx.regions.program import Program, make_program
+from lora_fx.regions.program import Program
 from lora_fx.regions.thin import Purpose, ThinLinears
 
 MOST_GRAPHS = 16
 """How many graphs one region may capture; after that it warns and stays with those it has."""
-MOST_STATIC = 4
-"""How many of them may be for one size each, of a forward that loops over a size or so."""
 MOST_CHECKS = 3
 """How often a program is compared with the forward at other sizes while a model is surveyed."""
 Hit = tuple[Program, tuple[Any, ...]]
@@ -242,6 +240,7 @@ class Region:
         if difference is not None:
             program.give_up()
             self.block.programs = [other for other in self.block.programs if other is not program]
+            KNOWN.forget(kind_of(call.module), program.captured)
             self._note_failure(replay.call, f"the graph is not the forward at other sizes: {difference}")
         return result
 
@@ -291,86 +290,21 @@ class Region:
             stacklevel=4,
         )
 
-    # -- learning
-
     def _learn(self, replay: Replay, result: Any) -> None:
-        """Prove a waiting program on this call, or capture a new one.
+        """Prove a waiting program on this call, recall one of another model, or capture a new one.
 
         An error of ours on the way is a reason to run without a graph, not the user's.
         """
         try:
-            if not self._proves_waiting(replay, result):
-                self._capture(replay, result)
+            program = prove_waiting(self.block, replay, result) or recall(self.block, replay, result)
+            if program is None:
+                self.captures += 1
+                program = capture_new(self.block, replay, result)
+            self._keep(program)
+        except NotCaptured as reason:
+            self._note_failure(replay.call, str(reason))
         except Exception as error:
             self._note_failure(replay.call, f"the capture failed: {reason_of(error)}")
-
-    def _proves_waiting(self, replay: Replay, result: Any) -> bool:
-        """Whether a program that fits the call has now been proven on it; one that is wrong is dropped."""
-        fitting = (p for p in self.block.programs if type(replay.call.matched(p.guard.match_unproven)) is tuple)
-        program = next(fitting, None)
-        if program is None or self._prove(program, replay, result):
-            return program is not None
-        if not program.verified:
-            self.block.programs.remove(program)
-        return False
-
-    def _prove(self, program: Program, replay: Replay, result: Any) -> bool:
-        match = program.guard.match_unproven
-        if replay.difference(program, match, result) is not None:
-            return False
-        inputs = replay.call.matched(match)
-        assert not isinstance(inputs, int)
-        program.guard.proven.add(program.parameters_of(replay.call.module))
-        ones = program.ones_of(inputs)
-        if ones:
-            program.ones.add(ones)
-        else:
-            program.verified = not any(isinstance(value, Tensor) and value.is_meta for value in inputs)
-        self._keep(program)
-        return True
-
-    def _capture(self, replay: Replay, result: Any) -> None:
-        call = replay.call
-        self.captures += 1
-        try:
-            captured, static = self._captured(replay)
-            program = make_program(captured, call.module, self.block.passes, static)
-            difference = replay.difference(program, program.guard.match, result)
-            if difference is not None:
-                raise NotCaptured(f"the graph is not the forward: {difference}")
-        except NotCaptured as reason:
-            self._note_failure(call, str(reason))
-            return
-        program.verified = not any(tensor.is_meta for tensor in tensors_in((call.args, call.kwargs)))
-        program = self._generalised(program, replay, result)
-        self.block.programs.append(program)
-        self._keep(program)
-
-    def _generalised(self, program: Program, replay: Replay, result: Any) -> Program:
-        """Return a program for both this one and one of an identical block, which it replaces; else this one."""
-        for other in self.block.programs:
-            captured = generalise(other.captured, program.captured)
-            if captured is None:
-                continue
-            both = make_program(captured, replay.call.module, self.block.passes)
-            if self._prove(both, replay, result):
-                values = tuple(other.captured.dependencies.read[place] for place in captured.parameters)
-                both.guard.proven.add(values)  # for these it is the other program, which has been proven
-                both.ones |= other.ones & program.ones
-                self.block.programs.remove(other)
-                return both
-        return program
-
-    def _captured(self, replay: Replay) -> tuple[Captured, bool]:
-        """Return a graph of the call, and whether it is for these sizes only though they are known to vary."""
-        call = replay.call
-        varying = self.block.sizes.varying(call.args, call.kwargs)
-        try:
-            return capture(call.module, call.args, call.kwargs, varying, replay.recorded), False
-        except BakesSize:
-            if not varying or sum(program.static for program in self.block.programs) >= MOST_STATIC:
-                raise
-        return capture(call.module, call.args, call.kwargs, frozenset(), replay.recorded), True
 
 
 def _signature(call: ModuleCall) -> tuple[object, ...]:

@@ -83,6 +83,8 @@ class _Sizes:
 
 def _with_size(tensor: Tensor, dim: int, size: int) -> Tensor:
     own = tensor.shape[dim]
+    if own == 0:  # nothing to repeat
+        return tensor.clone()
     if size <= own:
         return tensor.narrow(dim, 0, size).clone()
     return tensor.repeat_interleave(size, dim).narrow(dim, 0, size).clone()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx.errors import LoraFxWarning
+from lora_fx.regions import learning
 from lora_fx.regions import region as region_module
 from lora_fx.regions.install import regions
 from tests.support import zoo
@@ -338,7 +339,7 @@ def test_error_of_a_capture_is_a_reason_and_never_the_users(monkeypatch):
     def broken(captured, module, passes, static):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(region_module, "make_program", broken)
+    monkeypatch.setattr(learning, "make_program", broken)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tuned(**call.kwargs), lora_fx.remove(tuned)(**call.kwargs))
     assert "the capture failed: RuntimeError: broken on purpose" in lora_fx.inspect(tuned).regions[0].failures

@@ -10,8 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import lora_fx
 from lora_fx.models.torch_internals import function_modes
-from lora_fx.regions import region as region_module
-from lora_fx.regions import survey, thin
+from lora_fx.regions import learning, survey, thin
 from lora_fx.regions.install import regions
 from lora_fx.regions.thin import Purpose, ThinLinears
 from tests.support.zoo import ZOO, Specimen, rules
@@ -123,7 +122,7 @@ def test_blocks_of_one_kind_are_run_once_where_they_only_show_their_calls(monkey
 
 
 def test_wrong_graph_is_found_though_other_blocks_are_thin(monkeypatch: pytest.MonkeyPatch, all_thin: None):
-    make = region_module.make_program
+    make = learning.make_program
 
     def broken(*given: object, **named: object) -> object:
         program = make(*given, **named)
@@ -131,7 +130,7 @@ def test_wrong_graph_is_found_though_other_blocks_are_thin(monkeypatch: pytest.M
         program.function = lambda module, *inputs: function(module, *inputs) * 1.5
         return program
 
-    monkeypatch.setattr(region_module, "make_program", broken)
+    monkeypatch.setattr(learning, "make_program", broken)
     specimen = next(specimen for specimen in ZOO if specimen.name == "gpt")
     plan = lora_fx.plan(specimen.build(), rules(specimen.rule), specimen.sample())
     assert all("is not the forward" in region.reason for region in plan.regions if region.reason)

@@ -1,0 +1,131 @@
+"""How the blocks of one kind come to a program for a call: one that waits is proven, one is recalled, or captured."""
+
+from torch import Tensor
+
+from lora_fx.capture.calls.objects import tensors_in
+from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture
+from lora_fx.capture.generalise import generalise
+from lora_fx.capture.tracing.inputs import VaryingSizes
+from lora_fx.regions.blocks import BlockPrograms
+from lora_fx.regions.checking import Replay
+from lora_fx.regions.known import KNOWN, Known, kind_of
+from lora_fx.regions.program import Program, make_program
+
+MOST_STATIC = 4
+"""How many programs of a kind may be for one size each, of a forward that loops over a size or so."""
+
+
+def prove_waiting(block: BlockPrograms, replay: Replay, result: object) -> Program | None:
+    """Return the program that fits a call, now proven on it; one that is wrong is dropped."""
+    program = next((program for program in block.programs if _fits(program, replay)), None)
+    if program is None or _prove(program, replay, result):
+        return program
+    if not program.verified:
+        block.programs.remove(program)
+    return None
+
+
+def recall(block: BlockPrograms, replay: Replay, result: object) -> Program | None:
+    """Return a program for a call by a graph of such a block in another model, now proven on this call."""
+    call = replay.call
+    kind, varying = kind_of(call.module), block.sizes.varying(call.args, call.kwargs)
+    for known in KNOWN.of(kind):
+        # what was captured for sizes that vary otherwise turns others into constants
+        if known.varying != varying or (known.static and _has_most_static(block)):
+            continue
+        program = _candidate(block, known, replay)
+        if program is None or not _fits(program, replay):
+            continue
+        block.recalled[id(known.captured)] = (known.captured, None)
+        if _prove(program, replay, result):
+            block.programs.append(program)
+            return program
+        KNOWN.forget(kind, known.captured)
+    return None
+
+
+def capture_new(block: BlockPrograms, replay: Replay, result: object) -> Program:
+    """Return a program for a call, captured now and proven on it; the block has it, in the place of what it replaces.
+
+    Raises:
+        NotCaptured: with the reason.
+    """
+    call = replay.call
+    varying = block.sizes.varying(call.args, call.kwargs)
+    captured, static = _captured(block, replay, varying)
+    program = make_program(captured, call.module, block.passes, static)
+    difference = replay.difference(program, program.guard.match, result)
+    if difference is not None:
+        raise NotCaptured(f"the graph is not the forward: {difference}")
+    program.verified = not any(tensor.is_meta for tensor in tensors_in((call.args, call.kwargs)))
+    program, other = _generalised(block, program, replay, result)
+    if other is not None:
+        block.programs.remove(other)
+    block.programs.append(program)
+    known = Known(program.captured, program.static, varying)
+    KNOWN.learn(kind_of(call.module), known, None if other is None else other.captured)
+    return program
+
+
+def _fits(program: Program, replay: Replay) -> bool:
+    return type(replay.call.matched(program.guard.match_unproven)) is tuple
+
+
+def _prove(program: Program, replay: Replay, result: object) -> bool:
+    match = program.guard.match_unproven
+    if replay.difference(program, match, result) is not None:
+        return False
+    inputs = replay.call.matched(match)
+    assert not isinstance(inputs, int)
+    program.guard.proven.add(program.parameters_of(replay.call.module))
+    ones = program.ones_of(inputs)
+    if ones:
+        program.ones.add(ones)
+    else:
+        program.verified = not any(isinstance(value, Tensor) and value.is_meta for value in inputs)
+    return True
+
+
+def _candidate(block: BlockPrograms, known: Known, replay: Replay) -> Program | None:
+    """Return the program that a known graph is on this kind of block, made once; None if it has been tried."""
+    if any(program.captured is known.captured for program in block.programs):
+        return None
+    if id(known.captured) not in block.recalled:
+        try:
+            program = make_program(known.captured, replay.call.module, block.passes, known.static)
+        except AttributeError:  # it reads what a forward makes first
+            program = None
+        block.recalled[id(known.captured)] = (known.captured, program)
+    return block.recalled[id(known.captured)][1]
+
+
+def _captured(block: BlockPrograms, replay: Replay, varying: VaryingSizes) -> tuple[Captured, bool]:
+    """Return a graph of the call, and whether it is for these sizes only though they are known to vary."""
+    call = replay.call
+    try:
+        return capture(call.module, call.args, call.kwargs, varying, replay.recorded), False
+    except BakesSize:
+        if not varying or _has_most_static(block):
+            raise
+    return capture(call.module, call.args, call.kwargs, frozenset(), replay.recorded), True
+
+
+def _has_most_static(block: BlockPrograms) -> bool:
+    return sum(program.static for program in block.programs) >= MOST_STATIC
+
+
+def _generalised(
+    block: BlockPrograms, program: Program, replay: Replay, result: object
+) -> tuple[Program, Program | None]:
+    """Return a program for both this one and one of an identical block, and the latter; else this one."""
+    for other in block.programs:
+        captured = generalise(other.captured, program.captured)
+        if captured is None:
+            continue
+        both = make_program(captured, replay.call.module, block.passes)
+        if _prove(both, replay, result):
+            if other.verified:  # for these it is the other program, which has been proven
+                both.guard.proven.add(tuple(other.captured.dependencies.read[place] for place in captured.parameters))
+            both.ones |= other.ones & program.ones
+            return both, other
+    return program, None
