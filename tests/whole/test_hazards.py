@@ -88,13 +88,14 @@ def test_hazard_as_a_block_is_right_in_a_graph_or_says_why_it_runs_without(kind)
     check(kind, OUTCOMES.get(kind.__name__, "graph"), as_block=True)
 
 
-def turned(kind: type[nn.Module]) -> Trial:
-    """Return the trial of a hazard that is in its other state before it is planned for."""
+def turned(kind: type[nn.Module], made: list[nn.Module]) -> Trial:
+    """Return the trial of a hazard that is in its other state before it is planned for; note what is made for it."""
     trial, probe = trial_of(kind, False), kind()
 
     def make() -> nn.Module:
         probe.turn(to_b=False)  # a module is made in a world that has not changed yet
         module = kind()
+        made.append(module)
         module.turn(to_b=True)
         return module
 
@@ -102,17 +103,20 @@ def turned(kind: type[nn.Module]) -> Trial:
         probe.reset()
         probe.turn(to_b=True)
 
+    made.append(probe)
     return replace(trial, make=make, samples=lambda: [probe.a(), probe.b()], reset=reset)
 
 
 @by_name("kind", [kind for kind in HAZARDS if kind.__name__ not in REFUSED])
 def test_hazard_in_its_other_state_is_right_though_graphs_of_the_first_are_known(kind):
     judge(trial_of(kind, False))
+    made: list[nn.Module] = [kind()]
     try:
         with suppress(RefusedError):  # by name: hooks that cannot be copied
-            assert judge(turned(kind)).silent is None
+            assert judge(turned(kind, made)).silent is None
     finally:
-        kind().turn(to_b=False)
+        for module in made:
+            module.turn(to_b=False)
         kind().reset()
 
 

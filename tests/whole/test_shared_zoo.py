@@ -86,7 +86,7 @@ class Wrong(nn.Module):
 
 
 def test_examination_finds_a_graph_that_computes_something_else(monkeypatch):
-    from lora_fx.regions import install, program, region
+    from lora_fx.regions import install, learning, program
 
     real = program.make_program
 
@@ -96,7 +96,7 @@ def test_examination_finds_a_graph_that_computes_something_else(monkeypatch):
         made.function = lambda *inputs: function(*inputs) * (1 + (inputs[1].shape[0] == 4))
         return made
 
-    for place in (install, region):  # graphs of the base, and those captured later
+    for place in (install, learning):  # graphs of the base, and those captured later
         monkeypatch.setattr(place, "make_program", sabotaged)
     outcome = examine(Wrong().eval(), lambda batch, length: ((zoo.features(batch, length),), {}), lambda out: [out])
     assert outcome.wrong
