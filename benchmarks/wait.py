@@ -2,13 +2,16 @@
 
 Seconds of processor time of a forward of the example inputs, of `plan` and `apply`, of the module backend and of PEFT's
 `get_peft_model`; and how often the model ran, whole and only to show what its blocks are called with.  Each model
-is made in a process of its own, after a small one of the same class, so that imports are not measured.
+is made in a process of its own, after a small one of the same class, so that imports are not measured; what that one
+has captured is forgotten.  With `--next`, what is done for the first model of a class and for the next one: how often a
+block is captured, a graph compared with a forward, and the model run.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import multiprocessing
 import sys
 import time
@@ -25,11 +28,15 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Q
 import lora_fx
 from lora_fx.models.samples import Sample
 from lora_fx.models.torch_internals import function_modes
+from lora_fx.regions import learning
+from lora_fx.regions.checking import Replay
+from lora_fx.regions.known import KNOWN
 from lora_fx.regions.thin import ThinLinears
 from tests.support.performance import told
 
 T = TypeVar("T")
 HEAD = ("model", "inputs", "forward", "plan", "apply", "over forward", "modules", "PEFT", "runs whole", "shows")
+NEXT = ("model", "inputs", "which", "captures", "compared", "runs whole", "shows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +107,49 @@ def seconds(work: Callable[[], T]) -> tuple[float, T]:
     return time.process_time() - started, result
 
 
+def warm_up(case: Case, sample: Sample | None) -> None:
+    """Adapt a small model of the class, and forget its graphs."""
+    lora_fx.apply(case.model(small=True), r=8, target="all-linear", example_inputs=sample)
+    KNOWN.clear()
+
+
+def counted(where: Any, name: str) -> list[None]:
+    """Return a list that grows with every call of a function, from now on."""
+    calls: list[None] = []
+    function = getattr(where, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return function(*args, **kwargs)
+
+    setattr(where, name, counting)
+    return calls
+
+
+def compared(case: Case) -> Iterator[tuple[str, ...]]:
+    """Yield a line for the first model of a class and one for the next, whose weights are others."""
+    sample = case.sample()
+    warm_up(case, sample)
+    captures, proofs = counted(learning, "capture"), counted(Replay, "difference")
+    for which in ("first", "next"):
+        adapt = functools.partial(lora_fx.apply, case.model(), r=8, target="all-linear", example_inputs=sample)
+        Counted.whole = Counted.shown = 0
+        captures.clear()
+        proofs.clear()
+        time_taken, _ = seconds(adapt)
+        print(f"{case.name}, {which}: {time_taken:.2f} s of processor time", file=sys.stderr, flush=True)
+        numbers = (len(captures), len(proofs), Counted.whole, Counted.shown)
+        yield (case.name, named(case), which, *map(str, numbers))
+
+
+def named(case: Case) -> str:
+    return "x".join(map(str, case.inputs)) if case.inputs else "none"
+
+
 def measured(case: Case) -> Iterator[str]:
     """Yield the cells of one line."""
     sample = case.sample()
-    lora_fx.apply(case.model(small=True), r=8, target="all-linear", example_inputs=sample)
+    warm_up(case, sample)
     model = case.model()
     forward = 0.0
     if sample is not None:
@@ -116,7 +162,7 @@ def measured(case: Case) -> Iterator[str]:
     modules, _ = seconds(lambda: lora_fx.apply(model, r=8, target="all-linear", backend="modules"))
     peer, _ = seconds(lambda: get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")))
     yield case.name
-    yield "x".join(map(str, case.inputs)) if case.inputs else "none"
+    yield named(case)
     yield f"{forward:.2f} s" if forward else ""
     yield f"{plan_time:.2f} s"
     yield f"{apply_time:.2f} s"
@@ -132,17 +178,23 @@ def line(number: int) -> tuple[str, ...]:
     return tuple(measured(CASES[number]))
 
 
+def lines(number: int) -> list[tuple[str, ...]]:
+    torch.set_num_threads(1)
+    return list(compared(CASES[number]))
+
+
 def main(words: Sequence[str] | None = None) -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)))
     asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
+    asked.add_argument("--next", action="store_true", help="count what is done for the first model and for the next")
     options = asked.parse_args(words)
-    table = [HEAD]
+    table = [NEXT if options.next else HEAD]
     for number in options.cases:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            table.append(pool.apply(line, (number,)))
+            table += pool.apply(lines, (number,)) if options.next else [pool.apply(line, (number,))]
         print(*table[-1], sep="  ", file=sys.stderr, flush=True)
-    told(options.write, "wait", table)
+    told(options.write, "wait-next" if options.next else "wait", table)
 
 
 if __name__ == "__main__":
