@@ -6,7 +6,6 @@ with it is right.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,11 +32,12 @@ from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
 from lora_fx.adapters.rawweight.known_experts import BANKS, experts_output, interface_of
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
+from lora_fx.adapters.reads import take_over, wants_parameter
 from lora_fx.adapters.rows import AdapterRows, stacked, with_plain_rows, with_rows
 from lora_fx.adapters.selection import Chosen, Switch
 from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.errors import RefusedError
-from lora_fx.models.layers import base_output
+from lora_fx.models.layers import base_output, bias_of
 from lora_fx.models.swap import MADE_BY, original_class, swap, take_off
 from lora_fx.models.tensors import dotted
 from lora_fx.models.torch_internals import in_backward, transformation
@@ -54,7 +54,7 @@ class AdaptedExperts(ShowsAdapters):
 @functools.cache
 def reading(names: tuple[str, ...], are_experts: bool = False) -> type:
     """Return the mixin for a module that shows the parameters of these names with their adapters."""
-    body: dict[str, Any] = {name: property(_reader(name)) for name in names}
+    body: dict[str, Any] = {name: property(_reader(name), take_over(name)) for name in names}
     kind = AdaptedExperts if are_experts else ShowsAdapters
     return type("AdaptedWeights", (kind,), {**body, READS: names, MADE_BY: (reading, (names, are_experts))})
 
@@ -62,26 +62,12 @@ def reading(names: tuple[str, ...], are_experts: bool = False) -> type:
 def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
     def read(owner: nn.Module) -> Tensor | None:
         base = owner._parameters[name]
-        if base is None or _wants_parameter():
+        if base is None or wants_parameter():
             return base
         used = in_use(owner, name)
         return shown(used, base) if used else base
 
     return read
-
-
-_HANDLERS = ("torch.nn.modules.module", "torch.nn.utils.", "torch.fx.graph", "torch.distributed.", "accelerate.")
-"""Modules that read an attribute to move, copy, shard or return the parameter itself."""
-
-
-def _wants_parameter() -> bool:
-    """Whether the code that reads a weight handles parameters, and multiplies nothing by them."""
-    if torch.compiler.is_compiling():
-        return False
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_name == "__getattribute__":  # of a subclass, around ours
-        frame = frame.f_back
-    return str(frame.f_globals.get("__name__", "")).startswith(_HANDLERS)
 
 
 Used = Sequence[tuple[Attached, float]]
@@ -141,7 +127,7 @@ class AdaptedLayer(ShowsAdapters):
     lora_B: Any
     lora_dropout: Any
     lora_magnitude_vector: Any
-    weight: Any = property(_reader("weight"))
+    weight: Any = property(_reader("weight"), take_over("weight"))
     """For code that multiplies by it itself (tied heads, chunked losses): with the adapter, as a LoRAWeight."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -179,7 +165,7 @@ class AdaptedLayer(ShowsAdapters):
             whole = functools.partial(
                 self.lora_magnitude_vector[name],
                 weight=as_rows(self._parameters["weight"], A.spec.site.layout),
-                bias=self.bias,
+                bias=bias_of(self),
                 lora_A=A.matrix,
                 lora_B=B.matrix,
             )

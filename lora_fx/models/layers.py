@@ -98,7 +98,7 @@ def base_output(layer: nn.Module, input: Tensor) -> Tensor:
 
     The same kernels as in the forward of its class: the result is bit-equal to it.
     """
-    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    weight, bias = layer._parameters["weight"], bias_of(layer)
     assert weight is not None
     if isinstance(layer, nn.Linear):
         return F.linear(input, weight, bias)
@@ -111,6 +111,12 @@ def base_output(layer: nn.Module, input: Tensor) -> Tensor:
     assert bias is not None  # transformers' Conv1D
     rows = torch.addmm(bias, input.view(-1, input.size(-1)), weight)
     return rows.view(*input.size()[:-1], weight.shape[1])
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """Return the bias with which a layer computes now, if it has one; in a replica of nn.DataParallel it is no parameter."""
+    bias: Tensor | None = getattr(layer, "bias", None)
+    return bias
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from lora_fx.adapters.attach import Attached, attach, attached_to, is_adapted, record_of, shown_parameters, spec_of
 from lora_fx.adapters.factors.lora import add_low_rank, as_rows
@@ -33,6 +33,11 @@ class Inject(Pass):
     def requires(self, graph_module: fx.GraphModule) -> None:
         if is_adapted(graph_module):
             raise RefusedError("the model is adapted already", advice="lora_fx.remove or lora_fx.merge it before")
+        names = dict.fromkeys(site.lora.adapter for site in self.plan.adapted if site.lora is not None)
+        taken = [(name, "is an attribute of nn.ModuleDict") for name in names if hasattr(nn.ModuleDict, name)]
+        if taken:
+            advice = "give the adapter another name, or the model that the graph was made from"
+            raise RefusedError("the code of a GraphModule cannot name these adapters", taken, advice)
 
     def run(self, editor: Editor) -> None:
         record = self.record or record_of(self.plan, editor.graph_module)

@@ -22,7 +22,7 @@ from lora_fx.adapters.fused.masks import is_possible, new_seed, shared_seed
 from lora_fx.adapters.fused.terms import Facts, Term, autocast_dtype, product_dtype
 from lora_fx.adapters.rows import Plain
 from lora_fx.adapters.selection import Chosen
-from lora_fx.models.layers import has_hooks, linear_layout
+from lora_fx.models.layers import bias_of, has_hooks, linear_layout
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.torch_internals import (
     any_global_hook,
@@ -91,7 +91,7 @@ def term_of(layer: Any, chosen: Chosen, x: Tensor) -> Term | None:
     if layout is None or not is_plain(x):
         return None
     parameters = layer._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
+    weight, bias = parameters.get("weight"), bias_of(layer)
     plain = is_plain(weight)
     cast = autocast_dtype(x.device.type)
     if not (plain or (cast is None and is_quantised(weight))) or weight.requires_grad:
