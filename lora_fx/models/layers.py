@@ -114,7 +114,7 @@ def base_output(layer: nn.Module, input: Tensor) -> Tensor:
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:
-    """Return the bias with which a layer computes now, if it has one; in a replica of nn.DataParallel it is no parameter."""
+    """Return the bias with which a layer computes now; in a replica of nn.DataParallel it is no parameter."""
     bias: Tensor | None = getattr(layer, "bias", None)
     return bias
 
