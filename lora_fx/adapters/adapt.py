@@ -1,11 +1,14 @@
 """From a plan to a twin with adapters: own values for what will be trained, an adapter beside each weight."""
 
+from collections.abc import Collection
+
 from torch import fx, nn
 
 from lora_fx.adapters.attach import SWITCH, all_attached, attach, spec_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import adapt, count_calls_anew, read_by_kernels, stop_counting
 from lora_fx.adapters.placed import is_trained, placed_in
+from lora_fx.adapters.trained import choose_values
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
@@ -54,6 +57,19 @@ def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) 
     record.base |= {name: parameter.detach() for name in names if (parameter := get_tensor(model, name)) is not None}
     own_parameters(twin, names, requires_grad=True)
     record.switch.whole = tuple(names)
+    _choose_trained(twin, names, record)
+
+
+def _choose_trained(twin: nn.Module, names: Collection[str], record: ModelRecord) -> None:
+    """Let modules show their trained values only where the adapters are used that were trained with them."""
+    places, together = placed_in(twin), record.switch.names
+    buffers = (name for name, _ in twin.named_buffers(remove_duplicate=False) if is_trained(name, places))
+    biased = {dotted(path, "bias"): (one.spec.adapter,) for path, one in all_attached(twin) if one.spec.lora.bias}
+    for name in (*names, *buffers):
+        path, _, last = name.rpartition(".")
+        owner = twin.get_submodule(path)
+        if not isinstance(owner, fx.GraphModule):
+            choose_values(owner, record.switch, {last: record.base[name]}, {last: biased.get(name, together)})
 
 
 def trained_parameters(twin: nn.Module) -> list[str]:

@@ -1,5 +1,6 @@
 """Which adapters of a model are used, and how much of each: by every thread, or by one thread for a while."""
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -81,7 +82,7 @@ class Switch:
         if self.first is None:
             return self.everywhere
         if torch.compiler.is_compiling():
-            return _asked_outside(self) if self.is_open else self.everywhere
+            return self._compiled()
         chosen = (_HERE.get() or {}).get(self, self.everywhere)
         gone = [name for name in chosen.names if name not in self.names]
         if gone:
@@ -108,6 +109,13 @@ class Switch:
             setattr(call, _KEPT, {**kept, self: self.first if in_backward() else chosen})
         return getattr(call, _KEPT)[self]  # type: ignore[no-any-return]
 
+    def _compiled(self) -> Selection:
+        """Return what this thread uses, as far as a compiler can follow: it checks that at each call of its code."""
+        for switch, selection in _THREAD.chosen:
+            if switch is self:
+                return selection
+        return _asked_outside(self) if self.is_open else self.everywhere
+
     def choose(self, selection: Selection) -> None:
         """Let every thread use this that has nothing else chosen."""
         self.first = self.first or self.everywhere
@@ -117,12 +125,15 @@ class Switch:
     def chosen_here(self, selection: Selection) -> Iterator[None]:
         """Let this thread, and no other, use this for a while."""
         self.first = self.first or self.everywhere
-        token = _HERE.set({**(_HERE.get() or {}), self: selection})
+        token, before = _HERE.set({**(_HERE.get() or {}), self: selection}), _THREAD.chosen
+        if not _has_tasks():
+            _THREAD.chosen = ((self, selection), *(pair for pair in before if pair[0] is not self))
         self._count(1)
         try:
             yield
         finally:
             self._count(-1)
+            _THREAD.chosen = before
             _HERE.reset(token)
 
     def _count(self, by: int) -> None:
@@ -148,8 +159,29 @@ class Switch:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _asked_outside(switch: Switch) -> Selection:
-    """Return what this thread uses, in the middle of code that torch.compile makes: it cannot see threads."""
+    """Return what this thread uses, in the middle of code that torch.compile makes: it knows no context variables."""
     return switch.now()
+
+
+class _Thread(threading.local):
+    """What a thread uses, once more: for a compiler, which looks into a threading.local at each call of what it made.
+
+    A value of the class, in place of each thread's own, it would take for a constant.
+    """
+
+    def __init__(self) -> None:
+        self.chosen: tuple[tuple[Switch, Selection], ...] = ()
+
+
+_THREAD = _Thread()
+
+
+def _has_tasks() -> bool:
+    """Whether this thread runs tasks by turns, each of which has choices of its own."""
+    try:
+        return asyncio.get_running_loop() is not None
+    except RuntimeError:
+        return False
 
 
 _COUNTING = threading.Lock()

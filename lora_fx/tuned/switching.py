@@ -13,9 +13,12 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import STATE, SWITCH, all_attached
 from lora_fx.adapters.selection import Selection, Switch
+from lora_fx.adapters.trained import added_value, trained_owners
 from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
+from lora_fx.text import dotted
 from lora_fx.tuned.build import places_in
+from lora_fx.tuned.undo import show_base
 
 Adapters: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 """One adapter, several, several with weights, or none."""
@@ -82,7 +85,10 @@ def use(tuned: nn.Module, adapters: Adapters) -> Use:
     switches = switches_in(tuned)
     known = list(dict.fromkeys(name for switch in switches for name in switch.names))
     selection = selection_of(known, adapters)
-    _refuse_whole(switches, selection)
+    if any(switch.whole for switch in switches):
+        _refuse_whole(tuned, selection)
+    if not selection.weights:
+        show_base(tuned, places_in(tuned))
     return Use([(switch, selection) for switch in switches], caller is not None and _opens_a_block(caller))
 
 
@@ -95,16 +101,23 @@ def refuse_graph(tuned: nn.Module) -> None:
         )
 
 
-def _refuse_whole(switches: Sequence[Switch], selection: Selection) -> None:
-    facts = [
-        (name, "is trained whole")
-        for switch in switches
-        if selection.at(switch.names) != Selection.of(switch.names).weights
-        for name in switch.whole
-    ]
+def _refuse_whole(tuned: nn.Module, selection: Selection) -> None:
+    """Raise RefusedError where the selection asks for values of trained modules that there are not."""
+    facts = []
+    for path, owner, state in trained_owners(tuned):
+        chosen = dict(selection.at(state.switch.names))
+        for name, owners in state.owners.items():
+            shares = [chosen.get(adapter, 0.0) for adapter in owners or ()]
+            if len(set(shares)) > 1:
+                facts.append((dotted(path, name), f"was trained with {', '.join(owners or ())} together"))
+                continue
+            others = [chosen[one] for one in chosen if added_value(owner, one, name) is not None]
+            mixed = [share for share in (*shares[:1], *others) if share]
+            if owners is not None and name in owner._buffers and mixed not in ([], [1.0]):
+                facts.append((dotted(path, name), "is a buffer, and values of buffers are not mixed"))
     if facts:
-        advice = "lora_fx.disabled gives the base; for several tasks, leave them out of the rules"
-        raise RefusedError("parameters of the model itself are trained, and belong to all its adapters", facts, advice)
+        advice = "use these adapters alone, or together as they were trained"
+        raise RefusedError("modules that are trained whole have no such values", facts, advice)
 
 
 _WITH = {dis.opmap[name] for name in ("BEFORE_WITH",) if name in dis.opmap}

@@ -9,6 +9,7 @@ from lora_fx.adapters.attach import SWITCH, adapted_owners, attached_to, detach
 from lora_fx.adapters.layers import count_calls_anew, stop_counting
 from lora_fx.adapters.placed import Placed, base_in, placed_in
 from lora_fx.adapters.selection import Selection, switched_off
+from lora_fx.adapters.trained import choose_moved_buffers, forget, settle, trained_owners
 from lora_fx.liveness.heads import late_modules
 from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.offload import keep_loaded
@@ -26,7 +27,7 @@ from lora_fx.passes.merge import Merge, check_mergeable, folded, used_at
 from lora_fx.passes.remove import Remove, erase_lora_nodes
 from lora_fx.passes.sites import lora_nodes
 from lora_fx.progress.steps import step
-from lora_fx.regions.install import regions, uninstall
+from lora_fx.regions.install import regions, remade, uninstall
 from lora_fx.tuned.build import places_in, record_in
 from lora_fx.tuned.heads import uninstall_late
 
@@ -40,6 +41,8 @@ def removed(tuned: nn.Module) -> nn.Module:
     kept = {memory_of(parameter): parameter for parameter in twin.parameters()}
     for name, tensor in base_in(places).items():
         set_tensor(twin, name, _like(twin, name, tensor, kept))
+    for _, owner, _ in list(trained_owners(twin)):
+        forget(owner)
     return _flagged(twin, tuned, places)
 
 
@@ -53,6 +56,9 @@ def merged(tuned: nn.Module) -> nn.Module:
     places = placed_in(tuned)
     check_mergeable(tuned)
     twin = _plain_twin(tuned, Merge())
+    for place, copied in zip(places, placed_in(twin), strict=False):  # nothing is left of a GraphModule's
+        copied.record.switch.everywhere = place.record.switch.now()
+    settle(twin)
     owners = adapted_owners(twin)
     with step("merging", len(owners), "layers") as doing:
         for owner in owners:
@@ -136,13 +142,24 @@ def _flagged(twin: nn.Module, tuned: nn.Module, places: Sequence[Placed]) -> nn.
     return twin
 
 
+def show_base(tuned: nn.Module, places: Sequence[Placed]) -> dict[str, Tensor]:
+    """Let a model show the base's values where no adapter is used, in place; return those that it cannot show so.
+
+    They are a GraphModule's own.
+    """
+    changed = [owner for place in places for owner in choose_moved_buffers(tuned, place.record.switch, place.base())]
+    remade(tuned, set(map(id, changed)))
+    base = base_in(places)
+    return {name: base[name] for name in base if isinstance(tuned, fx.GraphModule) and "." not in name}
+
+
 @contextlib.contextmanager
 def disabled(tuned: nn.Module) -> Iterator[None]:
     """Let the adapted model compute what its base computes; the same object, until the block ends."""
     places = places_in(tuned)
     with contextlib.ExitStack() as stack:
         stack.enter_context(uncompiled_if_stale())
-        stack.enter_context(borrowed(tuned, base_in(places)))
+        stack.enter_context(borrowed(tuned, show_base(tuned, places)))
         for place in places:
             stack.enter_context(place.record.switch.chosen_here(Selection()))
         others = (*(region for _, _, region in regions(tuned)), *(late for _, late in late_modules(tuned)))

@@ -26,6 +26,7 @@ def close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's own, where code is compiled in parts
 @BACKENDS
 def test_compiled_code_follows_the_choice_of_the_thread_that_runs_it(inputs):
     torch.compiler.reset()

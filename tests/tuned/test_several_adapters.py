@@ -294,11 +294,25 @@ def test_names_that_are_taken_or_none_are_refused(name, message):
         lora_fx.add(tuned, BOTH, adapter=name)
 
 
-def test_modules_that_are_trained_whole_belong_to_all_adapters():
+def test_modules_that_are_trained_whole_belong_to_the_adapters_that_were_trained_with_them():
     tuned = lora_fx.apply(model(), {**BOTH, "train": ["blocks.0.out"]}, backend="modules")
     lora_fx.add(tuned, {"version": 1, "rules": [{"match": {"name": "**.k"}, "lora": {"r": 2}}]}, adapter="b")
-    with pytest.raises(lora_fx.RefusedError, match=r"belong to all its adapters\n.*blocks.0.out.weight"):
-        lora_fx.use(tuned, "b")
+    with torch.no_grad():
+        tuned.blocks[0].out.weight += 1
+    lora_fx.use(tuned, "b")
+    assert torch.equal(tuned(given()), model()(given()))
+    lora_fx.use(tuned, ["default", "b"])
+    assert torch.equal(tuned.blocks[0].out.weight, tuned.get_parameter("blocks.0.out.weight"))
+    with pytest.raises(lora_fx.RefusedError, match="cannot be dropped"):
+        lora_fx.drop(tuned, "default")
+
+
+def test_adapters_that_were_trained_with_one_module_are_used_together_or_not_at_all():
+    rules = [{"match": {"name": f"**.{name}"}, "lora": {"r": 2, "adapter": name}} for name in ("q", "k")]
+    tuned = lora_fx.apply(model(), {"version": 1, "rules": rules, "train": ["blocks.0.out"]}, backend="modules")
+    with pytest.raises(lora_fx.RefusedError, match=r"blocks.0.out.weight.*was trained with q, k together"):
+        lora_fx.use(tuned, "q")
+    lora_fx.use(tuned, ["q", "k"])
 
 
 def test_an_added_adapter_that_starts_as_a_part_of_its_weight_starts_at_the_base():

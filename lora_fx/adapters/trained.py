@@ -1,0 +1,204 @@
+"""What is trained of the model itself (modules under `train:`, biases), and which of its values a call computes with.
+
+The module's own table holds the values of the adapters that were trained with it, so no key of the base changes; the
+values of adapters that were added stand beside them, in `lora_trained.<adapter>.<name>`.  A call reads
+base + Σ weight · (value - base) over the adapters that are used; of one adapter that is its value itself, of none the
+base's.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lora_fx.adapters.reads import take_over, wants_parameter
+from lora_fx.adapters.selection import Selection, Switch
+from lora_fx.models.swap import MADE_BY, Swapped, swap, take_off
+from lora_fx.models.wrappers import inside, module_at
+
+TRAINED = "lora_fx_trained"
+"""Attribute of a module of which something is trained: its TrainedState."""
+VALUES = "lora_trained"
+"""Child of such a module: the values of adapters that were added, by their names."""
+_NAMES = "lora_fx_chosen"
+
+
+@dataclass(slots=True)
+class TrainedState:
+    """What a module has several values of."""
+
+    switch: Switch
+    base: dict[str, Tensor]
+    """The base's value of each such parameter or buffer."""
+    owners: dict[str, tuple[str, ...] | None]
+    """The adapters to which the module's own value belongs; None: to whatever is used, as buffers that have moved."""
+    spare: dict[str, Tensor] = field(default_factory=dict)
+    """Copies of the base's buffers, for calls in train mode: they write to them."""
+
+
+class ChoosesValues(Swapped, nn.Module):
+    """Mixin for a module of which something is trained: it shows the values of the adapters that are used."""
+
+    def _replicate_for_data_parallel(self) -> Any:  # other threads will run the replica
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        state: TrainedState = self.__dict__[TRAINED]
+        replica.__dict__[TRAINED] = TrainedState(state.switch.fixed(), state.base, state.owners, state.spare)
+        return replica
+
+
+@functools.cache
+def choosing(names: tuple[str, ...], are_flat: bool) -> type:
+    """Return the mixin for a module that shows the chosen values of these parameters and buffers.
+
+    Args:
+        names: of the parameters and buffers.
+        are_flat: whether it keeps them in a list besides, as LSTMs do.
+    """
+    body: dict[str, Any] = {name: property(_reader(name), take_over(name)) for name in names}
+    if are_flat:
+        body["_flat_weights"] = property(_flat_weights, lambda owner, value: None)
+    made_by = (choosing, (names, are_flat))
+    return type("ChosenValues", (ChoosesValues,), {**body, _NAMES: names, MADE_BY: made_by})
+
+
+def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
+    def read(owner: nn.Module) -> Tensor | None:
+        own = owner._parameters[name] if name in owner._parameters else owner._buffers[name]
+        state: TrainedState | None = owner.__dict__.get(TRAINED)
+        if own is None or state is None or wants_parameter():
+            return own
+        return value_of(owner, state, name, own, state.switch.for_call())
+
+    return read
+
+
+def _flat_weights(owner: Any) -> list[Tensor | None]:
+    return [getattr(owner, name, None) for name in owner._flat_weights_names]
+
+
+def value_of(owner: nn.Module, state: TrainedState, name: str, own: Tensor, selection: Selection) -> Tensor:
+    """Return what a module computes with as its parameter or buffer of that name."""
+    owners, used = state.owners[name], selection.weights
+    if owners is None:
+        return own if used or selection.rows is not None else _base_value(owner, state, name, own)
+    terms = []
+    is_mine = [share for adapter, share in used if adapter in owners]
+    if is_mine:
+        terms.append((own, is_mine[0]))
+    for adapter, share in used:
+        other = added_value(owner, adapter, name)
+        if other is not None:
+            terms.append((other, share))
+    if len(terms) == 1 and terms[0][1] == 1:
+        return terms[0][0]
+    base = total = _base_value(owner, state, name, own)
+    for value, share in terms:
+        total = total + share * (value - base)
+    return total
+
+
+def added_value(owner: nn.Module, adapter: str, name: str) -> Tensor | None:
+    """Return the value that an adapter which was added has of a parameter or buffer, if it has one."""
+    holder = owner._modules.get(VALUES)
+    values = None if holder is None else holder._modules.get(adapter)
+    if values is None:
+        return None
+    return values._parameters[name] if name in values._parameters else values._buffers.get(name)
+
+
+def _base_value(owner: nn.Module, state: TrainedState, name: str, own: Tensor) -> Tensor:
+    base = state.base[name]
+    if base.device != own.device or base.dtype != own.dtype:  # the adapted model was moved since
+        base = base.to(own.device, own.dtype)
+    if name not in owner._buffers or not owner.training:
+        return base
+    if name not in state.spare or state.spare[name].device != base.device:
+        state.spare[name] = base.clone()
+    return state.spare[name]
+
+
+def choose_values(
+    owner: nn.Module, switch: Switch, base: Mapping[str, Tensor], owners: Mapping[str, tuple[str, ...] | None]
+) -> None:
+    """Let a module show the values of the adapters that are used, in place; of what it did before, it goes on to.
+
+    Args:
+        owner: a module with parameters or buffers of these names.
+        switch: what the model uses.
+        base: the base's values, by name.
+        owners: the adapters to which the module's own values belong, by name.
+    """
+    state: TrainedState = owner.__dict__.setdefault(TRAINED, TrainedState(switch, {}, {}))
+    new = {name: base[name] for name in base if name not in state.base}
+    state.base |= new
+    state.owners |= {name: owners[name] for name in new}
+    names = tuple(state.base)
+    if names != getattr(type(owner), _NAMES, ()):
+        take_off(owner, ChoosesValues)
+        swap(owner, choosing(names, isinstance(owner, nn.RNNBase)))
+
+
+def trained_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedState]]:
+    """Yield (path, module, state) for every module that has several values of something."""
+    for path, module in model.named_modules():
+        state = module.__dict__.get(TRAINED)
+        if state is not None:
+            yield path, module, state
+
+
+def settle(model: nn.Module) -> None:
+    """Let a model's own values be those that are used, in place, for good: new tensors; other values are forgotten."""
+    made: dict[tuple[int, object], Tensor] = {}
+    for _, owner, state in list(trained_owners(model)):
+        for name, owners in state.owners.items():
+            table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+            own = table[name]
+            if own is None:
+                continue
+            with torch.no_grad():
+                value = value_of(owner, state, name, own, state.switch.now())
+            if value is not own:
+                is_parameter = isinstance(own, nn.Parameter)
+                value = value.detach().clone()
+                value = nn.Parameter(value, requires_grad=False) if is_parameter else value
+                table[name] = made.setdefault((id(own), owners), value)  # what is tied stays so
+        forget(owner)
+
+
+def forget(owner: nn.Module) -> None:
+    """Let a module have its own values alone, in place."""
+    take_off(owner, ChoosesValues)
+    owner.__dict__.pop(TRAINED, None)
+    owner._modules.pop(VALUES, None)
+    if isinstance(owner, nn.RNNBase):
+        owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
+
+
+def choose_moved_buffers(model: nn.Module, switch: Switch, base: Mapping[str, Tensor]) -> list[nn.Module]:
+    """Let modules show the base's buffers where no adapter is used, in place; return the modules that are changed.
+
+    Of each buffer that is, or may come to be, other than the base's: a persistent one of floating-point numbers (a
+    running mean) may move with every call in train mode, and a count with it.
+    """
+    found: dict[nn.Module, dict[str, Tensor]] = {}
+    for name, value in base.items():
+        path, _, last = name.rpartition(".")
+        owner = inside(module_at(model, path))
+        own = owner._buffers.get(last)
+        if own is None or isinstance(owner, fx.GraphModule) or last in getattr(type(owner), _NAMES, ()):
+            continue
+        lasting = last not in owner._non_persistent_buffers_set and (own.is_floating_point() or own.dim() == 0)
+        if lasting or not _are_equal(own, value):
+            found.setdefault(owner, {})[last] = value
+    for owner, values in found.items():
+        choose_values(owner, switch, values, dict.fromkeys(values))
+    return list(found)
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    if one.is_meta or other.is_meta or one.shape != other.shape:
+        return one.shape == other.shape
+    return torch.equal(one, other.to(one.device, one.dtype))
