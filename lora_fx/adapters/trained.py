@@ -38,6 +38,11 @@ class TrainedState:
     spare: dict[str, Tensor] = field(default_factory=dict)
     """Copies of the base's buffers, for calls in train mode: they write to them."""
 
+    def renamed(self, names: Mapping[str, str]) -> None:
+        """Call adapters otherwise."""
+        for name, owners in self.owners.items():
+            self.owners[name] = None if owners is None else tuple(names.get(owner, owner) for owner in owners)
+
 
 class ChoosesValues(Swapped, nn.Module):
     """Mixin for a module of which something is trained: it shows the values of the adapters that are used."""

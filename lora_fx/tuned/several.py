@@ -10,6 +10,7 @@ from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, atta
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.selection import Switch
 from lora_fx.adapters.starting import start_adapters
+from lora_fx.adapters.trained import trained_owners
 from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.plan import Plan
@@ -66,6 +67,8 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
             items = [(name if key == adapter else key, module) for key, module in holder._modules.items()]
             holder._modules.clear()
             holder._modules.update(items)
+    for _, _, state in trained_owners(tuned):
+        state.renamed({adapter: name})
     for switch in switches:
         switch.renamed({adapter: name})
     if adapter in record.added:

@@ -108,6 +108,13 @@ def test_what_is_used_in_part_is_between_the_base_and_what_was_trained():
     assert torch.allclose(merged(given()), expected, atol=1e-5)
 
 
+def test_what_was_trained_stays_with_an_adapter_that_is_renamed():
+    tuned = trained()
+    expected = tuned(given())
+    lora_fx.rename(tuned, "default", "a")
+    assert torch.equal(tuned(given()), expected)
+
+
 def test_statistics_are_not_mixed():
     tuned = trained()
     with pytest.raises(lora_fx.RefusedError, match=r"norm.running_mean.*values of buffers are not mixed"):
