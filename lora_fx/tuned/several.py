@@ -16,6 +16,7 @@ from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.plan import Plan
 from lora_fx.regions.install import remade
 from lora_fx.rules.keys import is_adapter_name
+from lora_fx.text import dotted
 from lora_fx.tuned.build import whole_record_in
 from lora_fx.tuned.switching import refuse_graph, switches_in
 
@@ -108,12 +109,22 @@ def refuse_whole(tuned: nn.Module, what: str) -> None:
         )
 
 
+def _refuse_trained(tuned: nn.Module, plan: Plan) -> None:
+    """Raise RefusedError for sites whose weights are trained whole: there, W is not the base's."""
+    values = {dotted(path, name) for path, _, state in trained_owners(tuned) for name in state.base}
+    facts = [(site.path, "is trained whole") for site in plan.adapted if site.site.weight in values]
+    if facts:
+        advice = "leave these sites out, or the module out of `train:`"
+        raise RefusedError("an adapter cannot stand beside a weight that another one trains whole", facts, advice)
+
+
 def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) -> None:
     """Put the adapters of a plan beside those that a model has, in place; they are not used until they are chosen.
 
     What runs as graphs goes on doing so: graphs of blocks with new sites are written anew, and nothing is captured.
     `start` says whether those that begin as parts of their weights do so: not where values from a file will come.
     """
+    _refuse_trained(tuned, plan)
     names = tuple(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
     before = {id(owner) for owner in adapted_owners(tuned)}
     record.switch.names = (*record.switch.names, *names)

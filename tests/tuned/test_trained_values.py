@@ -115,6 +115,14 @@ def test_what_was_trained_stays_with_an_adapter_that_is_renamed():
     assert torch.equal(tuned(given()), expected)
 
 
+def test_an_adapter_is_not_added_where_another_trains_the_weight():
+    tuned = trained()
+    rules = {"version": 1, "rules": [{"match": {"name": "head"}, "lora": {"r": 2}}]}
+    with pytest.raises(lora_fx.RefusedError, match=r"another one trains whole\n.*head"):
+        lora_fx.add(tuned, rules, adapter="b")
+    assert len(lora_fx.list_adapters(tuned)) == 1
+
+
 def test_statistics_are_not_mixed():
     tuned = trained()
     with pytest.raises(lora_fx.RefusedError, match=r"norm.running_mean.*values of buffers are not mixed"):
