@@ -34,7 +34,7 @@ class Inject(Pass):
         if is_adapted(graph_module):
             raise RefusedError("the model is adapted already", advice="lora_fx.remove or lora_fx.merge it before")
         names = dict.fromkeys(site.lora.adapter for site in self.plan.adapted if site.lora is not None)
-        taken = [(name, "is an attribute of nn.ModuleDict") for name in names if hasattr(nn.ModuleDict, name)]
+        taken = [(name, "is an attribute of nn.ModuleDict") for name in names if name in dir(nn.ModuleDict)]
         if taken:
             advice = "give the adapter another name, or the model that the graph was made from"
             raise RefusedError("the code of a GraphModule cannot name these adapters", taken, advice)
