@@ -141,9 +141,15 @@ def choose_values(
     state.base |= new
     state.owners |= {name: owners[name] for name in new}
     names = tuple(state.base)
-    if names != getattr(type(owner), _NAMES, ()):
+    if names != chosen_names(owner):
         take_off(owner, ChoosesValues)
         swap(owner, choosing(names, isinstance(owner, nn.RNNBase)))
+
+
+def chosen_names(owner: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters and buffers of which a module shows the value that is chosen."""
+    names: tuple[str, ...] = getattr(type(owner), _NAMES, ())
+    return names
 
 
 def trained_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedState]]:
@@ -193,7 +199,7 @@ def choose_moved_buffers(model: nn.Module, switch: Switch, base: Mapping[str, Te
         path, _, last = name.rpartition(".")
         owner = inside(module_at(model, path))
         own = owner._buffers.get(last)
-        if own is None or isinstance(owner, fx.GraphModule) or last in getattr(type(owner), _NAMES, ()):
+        if own is None or isinstance(owner, fx.GraphModule) or last in chosen_names(owner):
             continue
         lasting = last not in owner._non_persistent_buffers_set and (own.is_floating_point() or own.dim() == 0)
         if lasting or not _are_equal(own, value):

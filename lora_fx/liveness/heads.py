@@ -15,10 +15,11 @@ from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import autocast_dtype, product_dtype
 from lora_fx.adapters.layers import AdaptedLayer
 from lora_fx.adapters.selection import is_off
+from lora_fx.adapters.trained import chosen_names
 from lora_fx.liveness.head import HeadSource
 from lora_fx.liveness.rows import LazyRows, lazy
 from lora_fx.liveness.sources import LazyValue
-from lora_fx.models.layers import has_hooks, linear_layout
+from lora_fx.models.layers import bias_of, has_hooks, linear_layout
 from lora_fx.models.overrides import replaced_forward
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.swap import Swapped, swap, take_off
@@ -130,7 +131,7 @@ def late_source(head: Any, x: Tensor) -> HeadSource | str:
     reason = around_the_call(head, x) or _obstacle(head)
     if reason:
         return reason
-    weight, bias = head._parameters["weight"], head._parameters["bias"]
+    weight, bias = head._parameters["weight"], bias_of(head)
     # what is asked now holds for all rows, however few are computed at once
     like = torch.empty((1, x.shape[-1]), dtype=x.dtype, device=x.device)
     dtype = product_dtype(like)
@@ -151,6 +152,8 @@ def _obstacle(head: Any) -> str:
     """Return why a linear as it is now cannot be late."""
     if linear_layout(type(head)) != "out_in":
         return "it is no nn.Linear"
+    if "weight" in chosen_names(head):
+        return "its own weight is trained"
     if getattr(type(head), READS, ()):
         return "its weight is read with an adapter"
     parameters = head._parameters

@@ -148,7 +148,8 @@ def show_base(tuned: nn.Module, places: Sequence[Placed]) -> dict[str, Tensor]:
     They are a GraphModule's own.
     """
     changed = [owner for place in places for owner in choose_moved_buffers(tuned, place.record.switch, place.base())]
-    remade(tuned, set(map(id, changed)))
+    if changed:
+        remade(tuned, set(map(id, changed)))
     base = base_in(places)
     return {name: base[name] for name in base if isinstance(tuned, fx.GraphModule) and "." not in name}
 

@@ -176,3 +176,22 @@ def test_compiled_code_follows_what_is_used():
         assert torch.allclose(compiled(given()), base, atol=1e-6)
     assert not torch.allclose(base, expected)
     assert torch.allclose(compiled(given()), expected, atol=1e-6)
+
+
+def test_late_logits_have_the_bias_that_is_chosen():
+    torch.manual_seed(0)
+    caller = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 40))
+    rules = {"version": 1, "rules": [{"match": {"name": "*"}, "lora": {"r": 2, "bias": True}}]}
+    tuned = lora_fx.apply(caller, rules, (given(),), optimise=["loss"])
+    with torch.no_grad():
+        tuned[1].bias += 1
+    labels = torch.arange(4)
+    for name, expected in (("default", caller(given()) + 1), (None, caller(given()))):
+        lora_fx.use(tuned, name)
+        x = given().requires_grad_()
+        loss = nn.functional.cross_entropy(tuned(x), labels)
+        assert torch.allclose(loss, nn.functional.cross_entropy(expected, labels), atol=1e-5)
+        loss.backward()
+    with lora_fx.use(tuned, None):
+        logits = tuned(given().requires_grad_())
+    assert torch.allclose(logits + 0, caller(given()), atol=1e-5)  # read after the choice has ended
