@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lora_fx.api import parameters as parameters
     from lora_fx.api import plan as plan
     from lora_fx.api import remove as remove
-    from lora_fx.api import save as save
     from lora_fx.discovery.fromdata import plan_from_data as plan_from_data
     from lora_fx.errors import AdapterFileError as AdapterFileError
     from lora_fx.errors import AdapterMismatchError as AdapterMismatchError
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from lora_fx.errors import StalePlanError as StalePlanError
     from lora_fx.exporters import Exported as Exported
     from lora_fx.files.adapter.adding import add as add
+    from lora_fx.files.adapter.write import save as save
     from lora_fx.files.checkpoint.report import MergedTensor as MergedTensor
     from lora_fx.files.checkpoint.report import MergeReport as MergeReport
     from lora_fx.files.rulefile import draft_rules as draft_rules
@@ -90,10 +90,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "lora_fx.api": (
         "apply audit deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters "
-        "plan remove save"
+        "plan remove"
     ),
     "lora_fx.files.adapter.adding": "add",
     "lora_fx.discovery.fromdata": "plan_from_data",
+    "lora_fx.files.adapter.write": "save",
     "lora_fx.files.checkpoint.report": "MergeReport MergedTensor",
     "lora_fx.files.rulefile": "draft_rules",
     "lora_fx.errors": (

@@ -12,7 +12,7 @@ from lora_fx import exporters
 from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.fused.contraction import contraction_teller
 from lora_fx.discovery.study import CAPTURING, observed, planned_for
-from lora_fx.files.adapter import restore, write
+from lora_fx.files.adapter import restore
 from lora_fx.files.adapter.read import read_adapters
 from lora_fx.files.checkpoint import streaming
 from lora_fx.files.checkpoint.report import MergeReport
@@ -33,9 +33,10 @@ from lora_fx.progress.steps import ShowProgress, counting, running
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.rules.short import Target, rules_or_short
-from lora_fx.tuned import build, requantise, undo
+from lora_fx.tuned import build, requantise, switching, undo
 from lora_fx.tuned import extract as extraction
 from lora_fx.tuned.report import Report, report
+from lora_fx.tuned.switching import Adapters
 
 Rules: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet
 ChosenBackend: TypeAlias = Literal["auto", "graph", "modules"]
@@ -160,18 +161,6 @@ def disabled(tuned: nn.Module) -> AbstractContextManager[None]:
     return undo.disabled(seen_through(tuned))
 
 
-def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the model's adapters in PEFT's format; the model stays unchanged.
-
-    `adapter_config.json` and `adapter_model.safetensors` are complete or not there at all, and equal adapters are equal
-    bytes.
-
-    Raises:
-        AdapterFileError: the directory cannot be written, or the adapter has no values.
-    """
-    write.save(with_values(seen_through(tuned)), directory)
-
-
 def load(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -182,7 +171,9 @@ def load(
 ) -> nn.Module:
     """Return an adapted twin of the model with the adapters of a directory; the model itself stays unchanged.
 
-    Reads what `save` and PEFT write.  Files and model are checked against each other before anything is made.
+    Reads what `save` and PEFT write.  Files and model are checked against each other before anything is made.  Of
+    several adapters in the directory the first is in use, and those that share no weight with it or each other;
+    `lora_fx.use` chooses among all.
     `example_inputs`, `optimise` and `progress` are as for `apply`.
 
     Raises:
@@ -263,25 +254,32 @@ def audit(adapter: nn.Module | str | os.PathLike[str]) -> Audit:
 
 
 def merge(
-    tuned: nn.Module, *, requantize: requantise.Quantise | None = None, progress: ShowProgress = None
+    tuned: nn.Module,
+    *,
+    adapters: Adapters = None,
+    requantize: requantise.Quantise | None = None,
+    progress: ShowProgress = None,
 ) -> nn.Module:
-    """Return a plain model of the original class with every adapter folded in; the adapted model stays unchanged.
+    """Return a plain model of the original class with adapters folded in; the adapted model stays unchanged.
 
-    W' = W + scaling · B A, accumulated in float32 and rounded once, in a new parameter: what shares the base weight
-    keeps it.  The result needs no lora_fx.  Of a quantised weight W are the numbers that it stands for, and W' is a
-    plain parameter.
+    W' = W + Σ weight · scaling · B A, accumulated in float32 and rounded once, in a new parameter: what shares the base
+    weight keeps it.  The result needs no lora_fx.  Of a quantised weight W are the numbers that it stands for, and W'
+    is a plain parameter.
 
     Args:
         tuned: an adapted model.
+        adapters: as for `lora_fx.use`: a name, several, or a dict of weights; None folds what is in use.
         requantize: quantises a module in place; is given each merged layer whose weight was quantised.  A LoraFxWarning
             says how much of the adapter that takes; `lora_fx.merged_and_requantised` returns it.
         progress: as for `plan`.
 
     Raises:
         MergeError: a merged weight would not be finite; names every such site, and nothing is merged.
+        ValueError, RefusedError: as `lora_fx.use`.
     """
     tuned = with_values(seen_through(tuned))
-    with running("merge", progress, 2 if requantize is None else 4):
+    chosen = switching.chosen_for_a_while(tuned, adapters)
+    with chosen, running("merge", progress, 2 if requantize is None else 4):
         if requantize is None:
             return undo.merged(tuned)
         model, costs = requantise.merged_and_requantised(tuned, requantize)

@@ -150,8 +150,11 @@ class Switch:
         self.names = tuple(new for name in self.names if (new := names.get(name, name)) is not None)
         self.everywhere = Selection(tuple((name, weight) for name, weight in pairs if name is not None))
 
+    def __deepcopy__(self, _memo: object) -> "Switch":
+        return self.fixed()
+
     def fixed(self) -> "Switch":
-        """Return a switch of its own for what this thread uses, for a copy that other threads run."""
+        """Return a switch of its own for what this thread uses, for a copy, which other threads may run."""
         switch = Switch(self.names)
         switch.everywhere, switch.whole = self.now(), self.whole
         return switch

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lora_fx.discovery.study import Observed
-from lora_fx.files.adapter import peftfiles, restore
+from lora_fx.files.adapter import adding
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.integrations.pretrained import take_over
 from lora_fx.planning.decisions import Decisions
@@ -22,7 +22,6 @@ def twin_of(
     """
     plan = seen.planned(decisions)
     twin = take_over(build.build(model, plan, start=False))
-    restore.fill(twin, files)
-    peftfiles.refuse_beyond_peft(twin, files)
+    adding.fill_all(twin, files, seen.inventory)
     build.install_graphs(twin, plan, passes)
     return twin

@@ -185,7 +185,7 @@ def prove(twin: nn.Module, samples: Sequence[Sample]) -> None:
 
 
 def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
-    """Return the sites whose adapter gets no gradient from anything that the samples give in eval mode.
+    """Return the sites whose adapter is in use and gets no gradient from anything that the samples give in eval mode.
 
     One forward and one backward for each sample, until all have one; of samples made small first, since how gradients
     come to an adapter hardly ever depends on sizes.  The twin is used up: its adapters hold noise and gradients.  A
@@ -194,7 +194,8 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
     if is_meta(twin):
         return []
     with_noise(twin)
-    waiting = [(path, adapter.lora_B.weight) for path, adapter in all_attached(twin)]  # a path may have one a call
+    used = [(path, one) for path, one in all_attached(twin) if one.spec.record.switch.now().at((one.spec.adapter,))]
+    waiting = [(path, adapter.lora_B.weight) for path, adapter in used]  # a path may have one a call
     with (
         unchanged_modes(twin),
         unchanged_random(twin),

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import all_attached, owner_path
+from lora_fx.adapters.attach import owner_path
 from lora_fx.errors import LoraFxWarning, MergeError
 from lora_fx.models.quantised import dense, is_quantised
+from lora_fx.passes.merge import used_at
 from lora_fx.progress.steps import step
-from lora_fx.text import columns
+from lora_fx.text import columns, dotted
 from lora_fx.tuned.undo import merged
 
 Quantise = Callable[[nn.Module], object]
@@ -34,9 +35,14 @@ def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Mod
     Raises:
         MergeError: nothing was quantised, or the function does not quantise a merged layer.
     """
-    sites = [(path, adapter) for path, adapter in all_attached(tuned) if is_quantised(adapter.base_weight)]
+    sites = [
+        (path if used[0][0].spec.path_is_owner else dotted(path, used[0][0].spec.parameter), used[0][0])
+        for path, owner in tuned.named_modules()
+        for used in used_at(owner).values()
+        if is_quantised(used[0][0].base_weight)
+    ]
     if not sites:
-        raise MergeError("no adapted weight is quantised: there is nothing to quantise again")
+        raise MergeError("no weight whose adapters are in use is quantised: there is nothing to quantise again")
     model = merged(tuned)
     costs = []
     with step("quantising", len(sites), "weights") as doing:

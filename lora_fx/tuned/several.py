@@ -1,6 +1,6 @@
 """Several adapters on one model: more of them beside those that are there, fewer, or other names; in place."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -8,12 +8,14 @@ from torch import nn
 from lora_fx.adapters.adapt import adapt_sites, trained_parameters
 from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of
 from lora_fx.adapters.factors.spec import ModelRecord
-from lora_fx.adapters.selection import Switch
+from lora_fx.adapters.selection import Selection, Switch
 from lora_fx.adapters.starting import start_adapters
 from lora_fx.adapters.trained import trained_owners
 from lora_fx.errors import RefusedError
+from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import PlannedSite
 from lora_fx.regions.install import remade
 from lora_fx.rules.keys import is_adapter_name
 from lora_fx.text import dotted
@@ -36,16 +38,11 @@ def drop(tuned: nn.Module, adapter: str) -> None:
         RefusedError: it is the only one, or has trained modules or biases of the model itself.
     """
     tuned = seen_through(tuned)
-    switches = _known(tuned, adapter)
+    switches = known_switches(tuned, adapter)
     if all(switch.names == (adapter,) for switch in switches):
         raise RefusedError(f"'{adapter}' is the only adapter", advice="lora_fx.remove returns the base model")
     refuse_whole(tuned, f"'{adapter}' cannot be dropped")
-    for owner in adapted_owners(tuned):
-        for holder in holders_of(owner):
-            holder._modules.pop(adapter, None)
-    for switch in switches:
-        switch.renamed({adapter: None})
-    whole_record_in(tuned).added.pop(adapter, None)
+    take_off(tuned, whole_record_in(tuned), (adapter,))
 
 
 def rename(tuned: nn.Module, adapter: str, name: str) -> None:
@@ -55,7 +52,7 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
         ValueError: there is none of this name, or the new one cannot be a name, or is another adapter's.
     """
     tuned = seen_through(tuned)
-    switches = _known(tuned, adapter)
+    switches = known_switches(tuned, adapter)
     if name == adapter:
         return
     refuse_name(name, [known for switch in switches for known in switch.names])
@@ -76,7 +73,7 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
         record.added[name] = record.added.pop(adapter)
 
 
-def _known(tuned: nn.Module, adapter: str) -> list[Switch]:
+def known_switches(tuned: nn.Module, adapter: str) -> list[Switch]:
     """Return the switches of a model that know the adapter.
 
     Raises:
@@ -118,6 +115,52 @@ def _refuse_trained(tuned: nn.Module, plan: Plan) -> None:
         raise RefusedError("an adapter cannot stand beside a weight that another one trains whole", facts, advice)
 
 
+def refuse_biases_of_others(tuned: nn.Module, adapter: str) -> None:
+    """Raise RefusedError where another adapter's rules train biases of the model: what is left would lack them."""
+    others = [
+        (path, f"its bias is trained with '{one.spec.adapter}'")
+        for path, one in all_attached(tuned)
+        if one.spec.adapter != adapter and one.trained_bias is not None
+    ]
+    if others:
+        raise RefusedError(f"'{adapter}' alone would not be what was trained", others, "take all adapters together")
+
+
+def only(tuned: nn.Module, adapter: str) -> nn.Module:
+    """Return a twin with one of a model's adapters alone, in use as it was trained; the model stays unchanged.
+
+    Modules that are trained whole stay in it.
+
+    Raises:
+        ValueError: there is none of this name.
+        RefusedError: the rules of another one train biases of the model itself; it is a GraphModule with several.
+    """
+    if [switch.names for switch in switches_in(tuned)] != [(adapter,)]:
+        known_switches(tuned, adapter)
+    refuse_biases_of_others(tuned, adapter)
+    twin = make_twin(tuned, freeze=False)
+    record = whole_record_in(twin)
+    plan = _plan_of(twin, record, adapter)
+    take_off(twin, record, [name for name in record.switch.names if name != adapter])
+    record.plan, record.added, record.switch.everywhere = plan, {}, Selection.of([adapter])
+    return twin
+
+
+def _plan_of(tuned: nn.Module, record: ModelRecord, adapter: str) -> Plan:
+    """Return the plan by which a model would have got one of its adapters alone."""
+    plan = record.added.get(adapter, record.plan)
+    own = {one.spec.path: one.spec.lora for _, one in adapters_called(tuned, adapter)}
+    sites = tuple(
+        replace(site, lora=own[site.path])
+        if site.path in own
+        else PlannedSite(site.site, "keep", "of another adapter")
+        if site.decision == "adapt"
+        else site
+        for site in plan.sites
+    )
+    return replace(plan, sites=sites, train=record.plan.train)
+
+
 def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) -> None:
     """Put the adapters of a plan beside those that a model has, in place; they are not used until they are chosen.
 
@@ -135,11 +178,16 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
             start_adapters(tuned, names)
         remade(tuned, {id(owner) for owner in adapted_owners(tuned)} - before)
     except BaseException:
-        for owner in adapted_owners(tuned):
-            for holder in holders_of(owner):
-                for name in names:
-                    holder._modules.pop(name, None)
-        record.switch.names = tuple(name for name in record.switch.names if name not in names)
-        for name in names:
-            record.added.pop(name, None)
+        take_off(tuned, record, names)
         raise
+
+
+def take_off(tuned: nn.Module, record: ModelRecord, names: Collection[str]) -> None:
+    """Take adapters and their parameters away from a model, in place."""
+    for owner in adapted_owners(tuned):
+        for holder in holders_of(owner):
+            for name in names:
+                holder._modules.pop(name, None)
+    record.switch.renamed(dict.fromkeys(names))
+    for name in names:
+        record.added.pop(name, None)

@@ -92,6 +92,23 @@ def use(tuned: nn.Module, adapters: Adapters) -> Use:
     return Use([(switch, selection) for switch in switches], caller is not None and _opens_a_block(caller))
 
 
+def chosen_for_a_while(tuned: nn.Module, adapters: Adapters) -> AbstractContextManager[None]:
+    """Return a context in which this thread uses these adapters, as `use` says; None leaves what is in use.
+
+    Raises:
+        ValueError, RefusedError: as `use`; nothing where all adapters are meant as they are, which may be in a graph.
+    """
+    if adapters is None:
+        return contextlib.nullcontext()
+    switches = switches_in(tuned)
+    known = list(dict.fromkeys(name for switch in switches for name in switch.names))
+    selection = selection_of(known, adapters)
+    if selection != Selection.of(known):
+        refuse_graph(tuned)
+    _refuse_whole(switches, selection)
+    return Use([(switch, selection) for switch in switches], for_a_while=True)
+
+
 def refuse_graph(tuned: nn.Module) -> None:
     """Raise RefusedError for a GraphModule, in whose own graph adapters stand node by node."""
     if isinstance(tuned, fx.GraphModule) and any(STATE not in one.owner.__dict__ for _, one in all_attached(tuned)):

@@ -76,7 +76,7 @@ def merged(tuned: nn.Module) -> nn.Module:
 def _merge_module(owner: nn.Module) -> None:
     """Fold the adapters of one module into its weights."""
     weights = {name: folded(used) for name, used in used_at(owner).items()}
-    if any(is_quantised(adapter.base_weight) for adapter in attached_to(owner)):
+    if any(is_quantised(one.base_weight) for one in attached_to(owner) if one.spec.parameter in weights):
         forget_quantisation(owner)
     keep_loaded(owner)
     detach(owner)

@@ -15,15 +15,15 @@ from lora_fx.errors import RefusedError
 from lora_fx.files.adapter import peftfiles, write
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
-from lora_fx.files.adapter.restore import decisions_in, fill
+from lora_fx.files.adapter.restore import check, decided, fill, in_turn, name_of
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.decide import decide, on_modules
-from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import Inventory
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
-from lora_fx.tuned.build import check_refusals, whole_record_in
-from lora_fx.tuned.several import adapters_called, attach_more, drop, refuse_name
+from lora_fx.tuned.build import check_refusals, record_in, whole_record_in
+from lora_fx.tuned.several import adapters_called, attach_more, refuse_name, take_off
 from lora_fx.tuned.switching import refuse_graph
 from lora_fx.tuned.undo import removed
 
@@ -63,7 +63,7 @@ def add(tuned: nn.Module, source: Source, *, adapter: str | None = None, trainab
         plan = _named(on_modules(decide(read_rules(source), inventory)), adapter)
         check_refusals(plan)
         _refuse_whole(plan)
-        _attach(tuned, record, plan, [], trainable)
+        _attach(tuned, record, plan, None, trainable)
 
 
 def _is_directory(source: object) -> bool:
@@ -89,14 +89,50 @@ def _add_read(
     base = removed(tuned)
     files = resolved(read, base)
     peftfiles.warn_of_missing(files[0], base)
-    plan = _named(_decided(files, record, base), adapter)
-    _refuse_whole(plan)
-    _attach(tuned, record, plan, files, trainable)
+    inventory = take_inventory(base, uses_in(record.plan))
+    check(files, inventory, base)
+    _add_beside(tuned, record, files, inventory, adapter, trainable)
 
 
-def _decided(files: Sequence[AdapterFile], record: ModelRecord, base: nn.Module) -> Plan:
-    decisions: Decisions = decisions_in(files, take_inventory(base, uses_in(record.plan)), base)
-    return on_modules(decisions)
+def fill_all(twin: nn.Module, files: Sequence[AdapterFile], inventory: Inventory) -> None:
+    """Copy the values of all files into a twin that was adapted as `decisions_in` says, in place.
+
+    A file that shares weights with one before it becomes an adapter beside, which is not in use.
+    """
+    together, rest = in_turn(files, inventory)
+    fill(twin, together)
+    peftfiles.refuse_beyond_peft(twin, together)
+    record = record_in(twin)
+    plans = {name_of(file): replace(record.plan, rules=file.header.rules) for file in together[1:]}
+    record.added |= plans
+    if rest:
+        refuse_graph(twin)
+        _add_beside(twin, record, rest, inventory, None, True)
+
+
+def _add_beside(
+    tuned: nn.Module,
+    record: ModelRecord,
+    files: Sequence[AdapterFile],
+    inventory: Inventory,
+    adapter: str | None,
+    trainable: bool,
+) -> None:
+    """Add the adapters of files that fit, all or none."""
+    names = [name_of(file) for file in files] if adapter is None else [adapter]
+    if len(names) < len(files):
+        told = ", ".join(map(name_of, files))
+        raise ValueError(f"there are several adapters in it ({told}), and one name: leave `adapter` out")
+    plans = [_named(on_modules(decided([file], inventory)), adapter) for file in files]
+    for name, plan in zip(names, plans, strict=True):
+        refuse_name(name, list(record.switch.names))
+        _refuse_whole(plan)
+    try:
+        for plan, file in zip(plans, files, strict=True):
+            _attach(tuned, record, plan, file, trainable)
+    except BaseException:
+        take_off(tuned, record, [name for name in names if name in record.switch.names])
+        raise
 
 
 def _named(plan: Plan, name: str | None) -> Plan:
@@ -118,19 +154,14 @@ def _refuse_whole(plan: Plan) -> None:
         raise RefusedError("an adapter that is added cannot train parameters of the model itself", facts, advice)
 
 
-def _attach(tuned: nn.Module, record: ModelRecord, plan: Plan, files: Sequence[AdapterFile], trainable: bool) -> None:
+def _attach(tuned: nn.Module, record: ModelRecord, plan: Plan, file: AdapterFile | None, trainable: bool) -> None:
     names = list(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
     for name in names:
         refuse_name(name, list(record.switch.names))
-    attach_more(tuned, plan, record, start=not files)
-    try:
-        if files:
-            fill(tuned, files, names)
-            peftfiles.refuse_beyond_peft(tuned, files)
-    except BaseException:
-        for name in names:
-            drop(tuned, name)
-        raise
+    attach_more(tuned, plan, record, start=file is None)
+    if file is not None:
+        fill(tuned, [file], names[0])
+        peftfiles.refuse_beyond_peft(tuned, [file])
     for name in names:
         for _, one in adapters_called(tuned, name):
             for parameter in one.parameters():

@@ -33,6 +33,7 @@ from lora_fx.models.wrappers import module_at, without_wrappers
 from lora_fx.rules.inits import pairs_of
 from lora_fx.sources.installed import own_version
 from lora_fx.tuned.build import record_in, whole_record_in
+from lora_fx.tuned.several import refuse_biases_of_others
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,23 @@ class _UsedAdapter:
     """Why PEFT would compute something else with it; empty if it computes the same, or refuses it by itself."""
 
 
-def describe(tuned: nn.Module) -> list[Described]:
-    """Return what is to be written for every adapter of the model; the model stays unchanged.
+def describe(tuned: nn.Module, adapter: str | None = None) -> list[Described]:
+    """Return what is to be written for every adapter of the model, or for one of them; the model stays unchanged.
 
     The first carries the modules that are trained whole, and the names of the others.
+
+    Raises:
+        ValueError: no adapter has the name.
     """
     groups: dict[str, list[_UsedAdapter]] = {}
     for used in _used_adapters(tuned):
         groups.setdefault(used.adapter.spec.adapter, []).append(used)
     names = sorted(groups, key=lambda name: (name != "default", name))
+    if adapter is not None:
+        if adapter not in names:
+            raise ValueError(f"no adapter is called '{adapter}'; there are {', '.join(names)}")
+        refuse_biases_of_others(tuned, adapter)
+        names = [adapter]
     described = []
     for name in names:
         trained, others = (_trained(tuned), names[1:]) if name == names[0] else ([], [])
@@ -181,13 +190,15 @@ def _describe(
     claimed = _claimed_too(tuned) if trained and beyond is None else []  # PEFT fails where their tensors are missing
     tensors = dict(sorted({**tensors, **_module_tensors(tuned, [*trained, *claimed])}.items()))
     config = _config(tuned, sites, trained, beyond)
+    record = record_in(tuned)
+    plan = record.added.get(name, record.plan)
     content = {
         "lora_fx": own_version(),
         "adapter": name,
         "others": others,
         "trained": list(trained),
-        "model": record_in(tuned).plan.model,
-        "rules": record_in(tuned).plan.rules,
+        "model": record.plan.model,
+        "rules": plan.rules,
         "sites": {site.stem: site.note() for site in sites},
         "base": {used.path: sample_values(used.adapter.base_weight) for used in group},
     }

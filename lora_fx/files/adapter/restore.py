@@ -1,7 +1,7 @@
 """AdapterFile + model → an adapted model; everything is checked against the model before anything is made."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached, attached_to
 from lora_fx.adapters.starting import start_from_weight
 from lora_fx.discovery.study import Observed, observed
-from lora_fx.errors import AdapterMismatchError, RefusedError
+from lora_fx.errors import AdapterFileError, AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.codec import Form, decode, form_of, has_other_border, misfit
 from lora_fx.files.adapter.names import begins_in
@@ -61,16 +61,47 @@ def fitted_files(
 def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module) -> Decisions:
     """Return the decisions that adapt exactly the sites of the files.
 
+    A weight that several files adapt has the adapter of the first; `in_turn` says which files that leaves out.
+
     Raises:
         AdapterMismatchError: sites or modules that the model does not have, or has in other shapes; another base.
         RefusedError: a site that lora_fx cannot adapt.
     """
+    check(files, inventory, model)
+    return decided(in_turn(files, inventory)[0], inventory)
+
+
+def in_turn(files: Sequence[AdapterFile], inventory: Inventory) -> tuple[list[AdapterFile], list[AdapterFile]]:
+    """Return the first file with those that share no weight with it or each other, and the rest."""
+    sites, together, rest, taken = _by_name(inventory), [], [], set[str]()
+    for file in files:
+        own = {sites[saved.path].path for saved in file.sites}
+        (together if taken.isdisjoint(own) else rest).append(file)
+        taken |= own if taken.isdisjoint(own) else set()
+    return together, rest
+
+
+def check(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module) -> None:
+    """Raise what `decisions_in` raises of files that do not fit a model."""
     sites = _by_name(inventory)
     problems = [problem for file in files for problem in (*_mismatches(file, sites, model), *_twice(file, sites))]
     if problems:
         advice = f"{len(problems)} differences; give the model that the adapter was trained on"
         raise AdapterMismatchError("the adapter does not fit this model", problems, advice)
+    names = [name_of(file) for file in files]
+    if twice := [(name, "is the name of several") for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise AdapterFileError(str(files[0].folder), "has adapters of one name", twice)
     _refuse(files, sites, model)
+
+
+def name_of(file: AdapterFile) -> str:
+    """Return the name of the adapter in a file."""
+    return file.sites[0].lora.adapter
+
+
+def decided(files: Sequence[AdapterFile], inventory: Inventory) -> Decisions:
+    """Return the decisions that adapt the sites of files which share none."""
+    sites = _by_name(inventory)
     saved: dict[str, tuple[AdapterFile, SavedSite]] = {}
     for file in files:
         for saved_site in file.sites:
@@ -229,24 +260,29 @@ def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None, trained: S
     return PlannedSite(site, "adapt", reason, saved_site.rule or None, saved_site.lora, slices, per_call)
 
 
-def fill(tuned: nn.Module, files: Sequence[AdapterFile], names: Collection[str] = ()) -> None:
-    """Copy the saved values into a freshly adapted model, in place; into the adapters of these names, if there are any.
+def fill(tuned: nn.Module, files: Sequence[AdapterFile], adapter: str | None = None) -> None:
+    """Copy the saved values into a freshly adapted model, in place.
+
+    Args:
+        tuned: the model.
+        files: of adapters that it has.
+        adapter: what the model calls the only one, if not as its file does.
 
     Raises:
         RefusedError: weights on the meta device, where the values would be lost.
     """
     _refuse_meta(tuned, files)
     places = {
-        (path, adapter.call): adapter
-        for site, adapter in all_attached(tuned)
-        if not names or adapter.spec.adapter in names
-        for path in {site, adapter.spec.path, without_wrappers(site)}
+        (path, one.call, one.spec.adapter): one
+        for site, one in all_attached(tuned)
+        for path in {site, one.spec.path, without_wrappers(site)}
     }
     with torch.no_grad(), step("filling", sum(len(file.sites) for file in files), "sites") as doing:
         for file in files:
             for saved in file.sites:
-                adapter = places.get((saved.path, saved.call))
-                _fill_site(adapter or _under_another_name(tuned, saved.path, saved.call), saved)
+                name = adapter or saved.lora.adapter
+                place = places.get((saved.path, saved.call, name))
+                _fill_site(place or _under_another_name(tuned, saved.path, saved.call, name), saved)
                 doing.advance(saved.path)
             _untie(tuned, file.modules)
             for name, tensor in file.modules.items():
@@ -274,9 +310,10 @@ def _untie(tuned: nn.Module, values: Mapping[str, Tensor]) -> None:
             own_parameters(tuned, (name,), parameter.requires_grad)
 
 
-def _under_another_name(tuned: nn.Module, path: str, call: int | None) -> Attached:
+def _under_another_name(tuned: nn.Module, path: str, call: int | None, name: str) -> Attached:
     """Return the adapter of a shared module by another of its names, or of an attention by PEFT's."""
-    return next(adapter for adapter in attached_to(tuned.get_submodule(path)) if adapter.call == call)
+    found = attached_to(tuned.get_submodule(path))
+    return next(one for one in found if one.call == call and one.spec.adapter == name)
 
 
 def _fill_site(adapter: Attached, saved: SavedSite) -> None:

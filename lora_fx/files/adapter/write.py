@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.adapt import trained_parameters
-from lora_fx.adapters.attach import all_attached
+from lora_fx.adapters.attach import all_attached, with_values
 from lora_fx.adapters.placed import base_in, is_trained, placed_in
 from lora_fx.errors import AdapterFileError, LoraFxWarning
 from lora_fx.files.adapter.describe import Described, describe
@@ -18,22 +18,30 @@ from lora_fx.files.adapter.folder import replace_files
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.tensors import get_tensor
-from lora_fx.models.wrappers import without_wrappers
+from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.text import listing
 
 
-def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the model's adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+def save(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str | None = None) -> None:
+    """Write the model's adapters, or one of them, in PEFT's format; the model stays unchanged.
 
-    Equal adapters are written as equal bytes.  Existing files are replaced only when the new ones are complete, and
-    together: after a kill the directory holds the old adapter or the new one, or none that PEFT finds.  Other files of
-    the directory stay.  Further adapters go into directories of their names.
+    `adapter_config.json` and `adapter_model.safetensors` are complete or not there at all, and equal adapters are equal
+    bytes.  Existing files are replaced together: after a kill the directory holds the old adapter or the new one, or
+    none that PEFT finds.  Other files of the directory stay.  Of several adapters the first (`default`, or by name)
+    stands in the directory itself, the others in directories of their names.  What is in use (`lora_fx.use`) is not
+    written.
+
+    Args:
+        tuned: an adapted model.
+        directory: is made if it is missing.
+        adapter: name of the only one to write; None writes all.
 
     Raises:
-        RefusedError: the model is not adapted.
-        AdapterFileError: the values are on the meta device, or the directory cannot be written.
+        ValueError: no adapter has the name.
+        RefusedError: the model is not adapted; or another adapter's rules train biases of the model itself.
+        AdapterFileError: the directory cannot be written, or the adapter has no values.
     """
-    folder = Path(directory)
+    tuned, folder = with_values(seen_through(tuned)), Path(directory)
     _refuse_partitioned(tuned, folder)
     whole = ((name, get_tensor(tuned, name)) for name in trained_parameters(tuned))
     factors = ((path, p) for path, adapter in all_attached(tuned) for p in adapter.parameters())
@@ -41,7 +49,7 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str]) -> None:
     if lost:
         facts = [(name, "has no values") for name in [*lost][:8]]
         raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save", facts)
-    described = describe(tuned)
+    described = describe(tuned, adapter)
     _warn_of_moved_buffers(tuned)
     files: dict[Path, bytes] = {}
     for adapter in described:
