@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lora_fx.api import load as load
     from lora_fx.api import merge as merge
     from lora_fx.api import merge_checkpoint as merge_checkpoint
-    from lora_fx.api import parameters as parameters
     from lora_fx.api import plan as plan
     from lora_fx.api import remove as remove
     from lora_fx.discovery.fromdata import plan_from_data as plan_from_data
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from lora_fx.errors import StalePlanError as StalePlanError
     from lora_fx.exporters import Exported as Exported
     from lora_fx.files.adapter.adding import add as add
+    from lora_fx.files.adapter.swapping import swap as swap
     from lora_fx.files.adapter.write import save as save
     from lora_fx.files.checkpoint.report import MergedTensor as MergedTensor
     from lora_fx.files.checkpoint.report import MergeReport as MergeReport
@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from lora_fx.tuned.listing import AdapterList as AdapterList
     from lora_fx.tuned.listing import ListedAdapter as ListedAdapter
     from lora_fx.tuned.listing import list_adapters as list_adapters
+    from lora_fx.tuned.optimizing import param_groups as param_groups
+    from lora_fx.tuned.optimizing import parameters as parameters
     from lora_fx.tuned.report import PrefixReport as PrefixReport
     from lora_fx.tuned.report import Report as Report
     from lora_fx.tuned.report import print_trainable as print_trainable
@@ -89,11 +91,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "lora_fx.api": (
-        "apply audit deltas diff disabled explain export extract graph inspect load merge merge_checkpoint parameters "
-        "plan remove"
+        "apply audit deltas diff disabled explain export extract graph inspect load merge merge_checkpoint plan remove"
     ),
     "lora_fx.files.adapter.adding": "add",
     "lora_fx.discovery.fromdata": "plan_from_data",
+    "lora_fx.files.adapter.swapping": "swap",
     "lora_fx.files.adapter.write": "save",
     "lora_fx.files.checkpoint.report": "MergeReport MergedTensor",
     "lora_fx.files.rulefile": "draft_rules",
@@ -120,6 +122,7 @@ _HOMES = {
     "lora_fx.training.recorder": "Recorder",
     "lora_fx.tuned.extract": "ExtractReport extracted",
     "lora_fx.tuned.listing": "AdapterList ListedAdapter list_adapters",
+    "lora_fx.tuned.optimizing": "param_groups parameters",
     "lora_fx.tuned.report": "PrefixReport Report print_trainable",
     "lora_fx.tuned.rows": "rows",
     "lora_fx.tuned.several": "drop rename",

@@ -1,7 +1,7 @@
 """The public functions.  Each reads like a table of contents: what is checked, what is made, what comes back."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -36,6 +36,7 @@ from lora_fx.rules.short import Target, rules_or_short
 from lora_fx.tuned import build, requantise, switching, undo
 from lora_fx.tuned import extract as extraction
 from lora_fx.tuned.report import Report, report
+from lora_fx.tuned.several import only
 from lora_fx.tuned.switching import Adapters
 
 Rules: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet
@@ -144,11 +145,6 @@ def apply(
         build.install_graphs(twin, plan, passes)
         build.check_backend(twin, plan, backend)
         return twin
-
-
-def parameters(tuned: nn.Module) -> Iterator[nn.Parameter]:
-    """Return an iterator over what is trained: adapter parameters, trained biases, modules under `train:`."""
-    return build.trainable(seen_through(tuned))
 
 
 def inspect(tuned: nn.Module) -> Report:
@@ -299,6 +295,7 @@ def export(
     example_inputs: object = None,
     verify: bool = False,
     *,
+    adapter: str | None = None,
     progress: ShowProgress = None,
     **options: Any,
 ) -> exporters.Exported:
@@ -314,6 +311,8 @@ def export(
         example_inputs: as for `plan`, of which the first counts; needed by `verify`, and by targets that run the model.
         verify: whether to load what was written in the target's own client, in a subprocess, and to compare the outputs
             there with ours.
+        adapter: name of the only one to write; None writes all, of several at one weight where the target can; `merged`
+            folds what is in use.
         progress: as for `plan`.
         **options: of the target.
 
@@ -322,6 +321,7 @@ def export(
             has found; nothing is written then.
     """
     tuned = with_values(seen_through(tuned))
+    tuned = tuned if adapter is None else only(tuned, adapter)
     given = samples_for(tuned, example_inputs).items
     with running("export", progress, 10 if verify else 6):
         return exporters.export(tuned, Path(path), target, given[0] if given else None, verify, **options)

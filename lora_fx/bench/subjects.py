@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.api import ChosenBackend, Rules, apply, parameters
+from lora_fx.api import ChosenBackend, Rules, apply
 from lora_fx.capture.calls.objects import copied, tensors_in
 from lora_fx.errors import RefusedError
 from lora_fx.models.samples import Sample, dummy_samples, samples_of
 from lora_fx.models.twin import make_twin
+from lora_fx.tuned.optimizing import parameters
 
 LB, AGAIN, OURS, MODULES, PEFT, FULL = "LB", "LB again", "lora_fx", "lora_fx, modules", "PEFT", "full fine-tuning"
 SPREAD = 0.02

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.adapters.selection import Selection
 from lora_fx.errors import ExportError
 from lora_fx.exporters.registry import BUILT_IN, GROUP, names, target_named, targets
 from lora_fx.exporters.running import largest_difference, outputs_of_both
-from lora_fx.exporters.target import FEATURES, Ability, Refusal, Target
+from lora_fx.exporters.target import FEATURES, Ability, Refusal, Target, at_one_weight
 from lora_fx.files.atomic import files_in
 from lora_fx.files.replacing import staged
 from lora_fx.models.samples import Sample
@@ -23,6 +24,7 @@ from lora_fx.progress.steps import step
 from lora_fx.sources.regular import UnreadableError, check_path
 from lora_fx.text import listing
 from lora_fx.tuned.build import record_in
+from lora_fx.tuned.switching import switches_in
 
 __all__ = ["BUILT_IN", "FEATURES", "GROUP", "Ability", "Exported", "Refusal", "Target"]
 __all__ += ["export", "names", "target_named", "targets"]
@@ -65,6 +67,9 @@ def export(
     with step("checking"):
         _check(tuned, chosen, sample, verify, options)
     still = make_twin(tuned, freeze=False).eval()
+    if chosen.several != "in use":
+        for switch in switches_in(still):
+            switch.choose(Selection.of(switch.names))
     given = {**options, "sample": sample} if chosen.needs_sample else options
     with _staged(target, path) as stage:
         with step("writing", total=None, share=5):
@@ -115,6 +120,7 @@ def _check(tuned: nn.Module, chosen: Target, sample: Sample | None, verify: bool
         raise ExportError(chosen.name, f"there is no option {listing(unknown)}", known)
     if is_meta(tuned):
         raise ExportError(chosen.name, "the model is on the meta device and has no values to write")
+    _check_adapters(tuned, chosen)
     refusals = list(dict.fromkeys(chosen.refused(tuned)))
     if refusals:
         raise ExportError(chosen.name, "cannot express this adapter; nothing was written", refusals)
@@ -123,6 +129,23 @@ def _check(tuned: nn.Module, chosen: Target, sample: Sample | None, verify: bool
     if (verify or chosen.needs_sample) and sample is None:
         raise ExportError(chosen.name, "inputs are needed", advice="give example_inputs, as for lora_fx.plan")
     _check_installed(chosen, verify)
+
+
+def _check_adapters(tuned: nn.Module, chosen: Target) -> None:
+    """Refuse a choice that the target has to make: among adapters of one weight, or of some in use and some not."""
+    if chosen.several != "one":
+        return
+    advice = "name one, adapter=…; or fold what is in use: target='merged'"
+    if several := at_one_weight(tuned):
+        raise ExportError(chosen.name, "has one adapter for each weight", [*several.items()], advice)
+    idle = [
+        (name, "is not in use as it was trained")
+        for switch in switches_in(tuned)
+        for name in switch.names
+        if len(switch.names) > 1 and switch.now().at((name,)) != ((name, 1.0),)
+    ]
+    if idle:
+        raise ExportError(chosen.name, "would write all adapters of the model", idle, advice)
 
 
 def _check_installed(chosen: Target, verify: bool) -> None:

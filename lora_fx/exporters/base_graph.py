@@ -5,7 +5,7 @@ scaling is in B, parts are rows of zeros, and every adapter is called `default`;
 adapters of the same sites, and another adapter is other values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.adapters.placed import base_in, placed_in
+from lora_fx.errors import ExportError
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import get_tensor
 from lora_fx.planning.planned import PlannedSite
@@ -42,13 +43,18 @@ class BaseGraphParts:
 def base_graph_parts(tuned: nn.Module) -> BaseGraphParts:
     """Return the adapted model with its adapters as data; the model itself stays unchanged.
 
-    The scaling is in B [out, r]; an adapter of parts has r rows of A and columns of B for every part.
+    The scaling is in B [out, r]; an adapter of parts has r rows of A and columns of B for every part.  Of several
+    adapters at one weight all have the largest rank, with zeros, and the model holds the values of the last.
+
+    Raises:
+        ExportError: DoRA and plain LoRA at one weight.
     """
     adapted = list(_numbered(tuned))
+    _refuse_mixed(adapted)
+    slots = {adapter.spec.path: adapter for _, adapter in sorted(adapted, key=lambda pair: pair[1].spec.rank)}
     plan = record_in(tuned).plan
-    ranks = {adapter.spec.path: adapter.spec.rank for _, adapter in adapted}
     with torch.random.fork_rng(devices=[]):  # fresh factors draw numbers
-        sites = tuple(_plain(planned, ranks) for planned in plan.sites)
+        sites = tuple(_plain(planned, slots.get(planned.path)) for planned in plan.sites)
         model = build(removed(tuned), replace(plan, sites=sites)).eval()
     twins = dict(_numbered(model))
     adapters: dict[str, dict[str, Tensor]] = {name: {} for name in _names(tuned)}
@@ -59,7 +65,7 @@ def base_graph_parts(tuned: nn.Module) -> BaseGraphParts:
         twin = twins[key]
         base |= _base_values(twin, names)
         _fill(twin, adapter)
-        values = {names[id(parameter)]: parameter.detach() for parameter in twin.parameters()}
+        values = {names[id(parameter)]: parameter.detach().clone() for parameter in twin.parameters()}
         adapters[adapter.spec.adapter] |= values
         if adapter.spec.site.op not in CONVOLUTIONS and not adapter.spec.site.is_banked:
             axes |= {names[id(twin.lora_A.weight)]: 0, names[id(twin.lora_B.weight)]: 1}
@@ -77,13 +83,21 @@ def _names(tuned: nn.Module) -> list[str]:
     return sorted({adapter.spec.adapter for _, adapter in all_attached(tuned)}, key=lambda name: (name != NAME, name))
 
 
-def _plain(planned: PlannedSite, ranks: dict[str, int]) -> PlannedSite:
-    """Return the planned site with scaling 1, without dropout and parts."""
-    if planned.decision != "adapt" or planned.lora is None:
+def _plain(planned: PlannedSite, slot: Attached | None) -> PlannedSite:
+    """Return the planned site with scaling 1, without dropout and parts, of the rank of the adapter in it."""
+    if slot is None:
         return planned
-    r = ranks[planned.path]
-    plain = replace(planned.lora, r=r, alpha=r, rslora=False, dropout=0.0, init="kaiming", bias=False, adapter=NAME)
-    return replace(planned, lora=plain, slices=None)
+    spec, r = slot.spec, slot.spec.rank
+    plain = replace(spec.lora, r=r, alpha=r, rslora=False, dropout=0.0, init="kaiming", bias=False, adapter=NAME)
+    return replace(planned, site=spec.site, decision="adapt", lora=plain, slices=None, per_call=spec.calls > 0)
+
+
+def _refuse_mixed(adapted: Iterable[tuple[object, Attached]]) -> None:
+    kinds: dict[str, set[bool]] = {}
+    for _, adapter in adapted:
+        kinds.setdefault(adapter.spec.path, set()).add(adapter.magnitude is not None)
+    if mixed := [(path, "DoRA and plain LoRA") for path, found in kinds.items() if len(found) > 1]:
+        raise ExportError("graph", "one graph cannot have both kinds at one weight", mixed, "name one: adapter=…")
 
 
 def _base_values(fresh: Attached, names: dict[int, str]) -> dict[str, Tensor]:
@@ -96,8 +110,11 @@ def _base_values(fresh: Attached, names: dict[int, str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _fill(twin: Attached, tuned: Attached) -> None:
-    twin.lora_A.weight.copy_(tuned.lora_A.plain)
-    twin.lora_B.weight.copy_((tuned.lora_B.plain * tuned.spec.scaling).reshape(twin.lora_B.weight.shape))
+    rank, by_rank = tuned.spec.rank, 0 if tuned.spec.site.op in CONVOLUTIONS else -2
+    A, B = twin.lora_A.weight.zero_(), twin.lora_B.weight.zero_()
+    B = B.narrow(1 if tuned.spec.site.op in CONVOLUTIONS else -1, 0, rank)
+    A.narrow(by_rank, 0, rank).copy_(tuned.lora_A.plain)
+    B.copy_((tuned.lora_B.plain * tuned.spec.scaling).reshape(B.shape))
     if twin.magnitude is not None and tuned.magnitude is not None:
         twin.magnitude.weight.copy_(tuned.magnitude.weight)
 

@@ -92,5 +92,6 @@ TARGET = Target(
     write=write,
     verify=verify,
     extra="export",
+    several="in use",
     expresses=expressed({"calls"}),
 )

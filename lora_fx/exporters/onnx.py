@@ -31,11 +31,12 @@ from lora_fx.exporters.program import (
     quiet,
 )
 from lora_fx.exporters.running import run_client, worst_difference
-from lora_fx.exporters.target import Target
+from lora_fx.exporters.target import Target, at_one_weight
 from lora_fx.files.fingerprint import same_values
 from lora_fx.models.samples import Sample
 from lora_fx.models.ties import tied_names
 from lora_fx.progress.steps import step
+from lora_fx.tuned.several import only
 
 ADAPTER_SUFFIX = ".onnx_adapter"
 NOTE = "lora_fx"
@@ -225,6 +226,12 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, graph: str | Path | No
     alone = path.suffix == ADAPTER_SUFFIX
     files = [path] if alone else sorted(path.parent.glob(f"*{ADAPTER_SUFFIX}"))
     main = Path(graph) if alone and graph is not None else path
+    if at_one_weight(tuned):
+        return max(_difference(only(tuned, file.stem), main, [file], sample) for file in files)
+    return _difference(tuned, main, files, sample)
+
+
+def _difference(tuned: nn.Module, main: Path, files: list[Path], sample: Sample) -> float:
     client = partial(clients.onnx, main, files, input_tensors(tuned, sample))
     return worst_difference("onnx", plain_outputs_of_both(tuned, sample), run_client("onnx", client))
 
@@ -236,6 +243,7 @@ TARGET = Target(
     refused=nothing_refused,
     write=_write,
     verify=_verify,
+    several="each",
     extra="onnx",
     needs=("onnx", "onnxscript", "onnxruntime"),
     needs_sample=True,

@@ -56,6 +56,7 @@ TARGET = Target(
     refused=refused,
     write=save,
     verify=verify,
+    several="each",
     extra="export",
     verify_needs=("peft",),
     expresses=expressed({"calls"}, {"slices", "parameter", "experts", "adapters"}),

@@ -74,11 +74,22 @@ class Target:
     """Keyword arguments that `write` takes, with a sentence about each."""
     verify_options: tuple[str, ...] = ()
     """Those of them that `verify` takes too."""
+    several: Literal["one", "each", "in use"] = "one"
+    """Of several adapters at one weight it writes: only one, which must be named; each; or the sum that is in use."""
     tolerance: float = 1e-5
     """Above which max |Δ| is a failure, for a float32 model whose outputs are of order one."""
 
 
 # -- what an adapted model has of them
+
+
+def at_one_weight(tuned: nn.Module) -> dict[str, str]:
+    """Return the names of the adapters, `a, b`, by the path of each site that has several."""
+    names: dict[str, dict[str, None]] = {}
+    for path, adapter in all_attached(tuned):
+        names.setdefault(path, {})[adapter.spec.adapter] = None
+    return {path: ", ".join(found) for path, found in names.items() if len(found) > 1}
+
 
 _SEVERAL: dict[str, Callable[[Attached], Hashable]] = {
     "ranks": lambda adapter: adapter.spec.lora.r * pairs_of(adapter.spec.lora.init),

@@ -176,7 +176,7 @@ def report(tuned: nn.Module) -> Report:
     sites = tuple(_site(tuned, path, adapter, covered) for path, adapter in all_attached(tuned))
     ran = tuple(_region(region) for _, _, region in regions(tuned))
     total = sum(p.numel() for p in tuned.parameters())
-    trained = sum(p.numel() for p in trainable(tuned))
+    trained = sum(p.numel() for p in trainable(tuned) if p.requires_grad)
     return Report(record.plan.model, sites, ran, whole, trained, total, _late(tuned), prefix_report(tuned))
 
 

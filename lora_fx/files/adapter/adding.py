@@ -12,16 +12,19 @@ from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.discovery.sites import take_inventory, uses_in
 from lora_fx.errors import RefusedError
-from lora_fx.files.adapter import peftfiles, write
+from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, decided, fill, in_turn, name_of
+from lora_fx.files.adapter.swapping import from_file, refuse_more, write
+from lora_fx.files.adapter.write import save
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
+from lora_fx.text import listing
 from lora_fx.tuned.build import check_refusals, record_in, whole_record_in
 from lora_fx.tuned.several import adapters_called, attach_more, refuse_name, take_off
 from lora_fx.tuned.switching import refuse_graph
@@ -31,7 +34,14 @@ Source: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet | nn
 """Rules, the directory of an adapter, or an adapted model."""
 
 
-def add(tuned: nn.Module, source: Source, *, adapter: str | None = None, trainable: bool = True) -> None:
+def add(
+    tuned: nn.Module,
+    source: Source,
+    *,
+    adapter: str | None = None,
+    rank: int | None = None,
+    trainable: bool = True,
+) -> None:
     """Put one more adapter on an adapted model, in place, beside those that are there.
 
     It is not used before `lora_fx.use` says so; base weights and other adapters stay as they are, and nothing is
@@ -42,6 +52,8 @@ def add(tuned: nn.Module, source: Source, *, adapter: str | None = None, trainab
         source: rules as for `plan` (the adapter starts as `apply` starts it), the directory of a saved adapter, or
             another adapted model with one adapter, whose values are copied.
         adapter: its name; None takes that of the rules or the file.
+        rank: of every site of a saved adapter, filled up with zeros, so that `lora_fx.swap` has room for others.  None
+            leaves the ranks as they are.
         trainable: whether its parameters require a gradient.
 
     Raises:
@@ -54,15 +66,17 @@ def add(tuned: nn.Module, source: Source, *, adapter: str | None = None, trainab
     record = whole_record_in(tuned)
     if isinstance(source, nn.Module):
         with tempfile.TemporaryDirectory() as folder:
-            write.save(with_values(seen_through(source)), folder)
-            _add_files(tuned, record, folder, adapter, trainable)
+            save(with_values(seen_through(source)), folder)
+            _add_files(tuned, record, folder, adapter, rank, trainable)
     elif _is_directory(source):
-        _add_files(tuned, record, source, adapter, trainable)  # type: ignore[arg-type]
+        _add_files(tuned, record, source, adapter, rank, trainable)  # type: ignore[arg-type]
     else:
         inventory = take_inventory(removed(tuned), uses_in(record.plan))
         plan = _named(on_modules(decide(read_rules(source), inventory)), adapter)
         check_refusals(plan)
         _refuse_whole(plan)
+        if rank is not None:
+            raise ValueError("rank is for adapters of files and models; rules have ranks of their own")
         _attach(tuned, record, plan, None, trainable)
 
 
@@ -73,7 +87,12 @@ def _is_directory(source: object) -> bool:
 
 
 def _add_files(
-    tuned: nn.Module, record: ModelRecord, folder: str | os.PathLike[str], adapter: str | None, trainable: bool
+    tuned: nn.Module,
+    record: ModelRecord,
+    folder: str | os.PathLike[str],
+    adapter: str | None,
+    rank: int | None,
+    trainable: bool,
 ) -> None:
     _add_read(tuned, record, read_adapters(folder), adapter, trainable)
 
@@ -91,7 +110,7 @@ def _add_read(
     peftfiles.warn_of_missing(files[0], base)
     inventory = take_inventory(base, uses_in(record.plan))
     check(files, inventory, base)
-    _add_beside(tuned, record, files, inventory, adapter, trainable)
+    _add_beside(tuned, record, files, inventory, adapter, rank, trainable)
 
 
 def fill_all(twin: nn.Module, files: Sequence[AdapterFile], inventory: Inventory) -> None:
@@ -107,7 +126,7 @@ def fill_all(twin: nn.Module, files: Sequence[AdapterFile], inventory: Inventory
     record.added |= plans
     if rest:
         refuse_graph(twin)
-        _add_beside(twin, record, rest, inventory, None, True)
+        _add_beside(twin, record, rest, inventory, None, None, True)
 
 
 def _add_beside(
@@ -116,6 +135,7 @@ def _add_beside(
     files: Sequence[AdapterFile],
     inventory: Inventory,
     adapter: str | None,
+    rank: int | None,
     trainable: bool,
 ) -> None:
     """Add the adapters of files that fit, all or none."""
@@ -123,13 +143,13 @@ def _add_beside(
     if len(names) < len(files):
         told = ", ".join(map(name_of, files))
         raise ValueError(f"there are several adapters in it ({told}), and one name: leave `adapter` out")
-    plans = [_named(on_modules(decided([file], inventory)), adapter) for file in files]
+    plans = [_of_rank(_named(on_modules(decided([file], inventory)), adapter), rank) for file in files]
     for name, plan in zip(names, plans, strict=True):
         refuse_name(name, list(record.switch.names))
         _refuse_whole(plan)
     try:
         for plan, file in zip(plans, files, strict=True):
-            _attach(tuned, record, plan, file, trainable)
+            _attach(tuned, record, plan, file, trainable, padded=rank is not None)
     except BaseException:
         take_off(tuned, record, [name for name in names if name in record.switch.names])
         raise
@@ -154,13 +174,37 @@ def _refuse_whole(plan: Plan) -> None:
         raise RefusedError("an adapter that is added cannot train parameters of the model itself", facts, advice)
 
 
-def _attach(tuned: nn.Module, record: ModelRecord, plan: Plan, file: AdapterFile | None, trainable: bool) -> None:
+def _of_rank(plan: Plan, rank: int | None) -> Plan:
+    """Return the plan with this rank at every site, and the scalings as they are."""
+    loras = {site.path: site.lora for site in plan.sites if site.lora is not None}
+    if rank is None:
+        return plan
+    above = [f"{path} has rank {lora.r}" for path, lora in loras.items() if lora.r > rank]
+    if above:
+        raise ValueError(f"rank is {rank}, and {listing(above)}")
+    wide = {path: replace(lora, r=rank, alpha=lora.scaling * rank, rslora=False) for path, lora in loras.items()}
+    sites = (replace(site, lora=wide[site.path]) if site.path in wide else site for site in plan.sites)
+    return replace(plan, sites=tuple(sites))
+
+
+def _attach(
+    tuned: nn.Module,
+    record: ModelRecord,
+    plan: Plan,
+    file: AdapterFile | None,
+    trainable: bool,
+    padded: bool = False,
+) -> None:
     names = list(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
     for name in names:
         refuse_name(name, list(record.switch.names))
     attach_more(tuned, plan, record, start=file is None)
     if file is not None:
-        fill(tuned, [file], names[0])
+        if padded:
+            refuse_more(file)
+            write(from_file(list(adapters_called(tuned, names[0])), file))
+        else:
+            fill(tuned, [file], names[0])
         peftfiles.refuse_beyond_peft(tuned, [file])
     for name in names:
         for _, one in adapters_called(tuned, name):

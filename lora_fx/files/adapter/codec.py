@@ -128,10 +128,7 @@ def mixes_groups(groups: int) -> str:
 
 def decode(adapter: Attached, A: Tensor, B: Tensor) -> None:
     """Copy the factors of a file into an adapter, in place; there must be no `misfit`."""
-    if isinstance(adapter.lora_A, ConvolutionA):
-        A = first_block(A, adapter.lora_A.groups)
-    else:
-        A, B = _matrices(A, B, form_of(adapter.spec.site, adapter.owner))
+    A, B = as_plain(adapter, A, B)
     if isinstance(adapter.lora_A, MovedA) and isinstance(adapter.lora_B, MovedB):
         take_plain(adapter.lora_A, adapter.lora_B, A, B)
         return
@@ -140,6 +137,13 @@ def decode(adapter: Attached, A: Tensor, B: Tensor) -> None:
     with torch.no_grad():
         adapter.lora_A.weight.copy_(A)
         adapter.lora_B.weight.copy_(B)
+
+
+def as_plain(adapter: Attached, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of a file as an adapter's are by `plain`, of the file's rank."""
+    if isinstance(adapter.lora_A, ConvolutionA):
+        return first_block(A, adapter.lora_A.groups), B
+    return _matrices(A, B, form_of(adapter.spec.site, adapter.owner))
 
 
 def _matrices(A: Tensor, B: Tensor, form: Form) -> tuple[Tensor, Tensor]:

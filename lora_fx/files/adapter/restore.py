@@ -73,7 +73,9 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
 
 def in_turn(files: Sequence[AdapterFile], inventory: Inventory) -> tuple[list[AdapterFile], list[AdapterFile]]:
     """Return the first file with those that share no weight with it or each other, and the rest."""
-    sites, together, rest, taken = _by_name(inventory), [], [], set[str]()
+    sites, taken = _by_name(inventory), set[str]()
+    together: list[AdapterFile] = []
+    rest: list[AdapterFile] = []
     for file in files:
         own = {sites[saved.path].path for saved in file.sites}
         (together if taken.isdisjoint(own) else rest).append(file)
@@ -161,7 +163,7 @@ def _other_factors(saved: SavedSite, site: Site, form: Form) -> Iterator[Mismatc
         yield saved.path, *(texts if texts[0] != texts[1] else (_size_text(given), _size_text(expected)))
         return
     try:
-        slices = _slices(saved)
+        slices = slices_in(saved)
         parts = () if slices is None else slices.rows(site.features[0])
     except ValueError as error:
         yield saved.path, "its slices", str(error)
@@ -173,7 +175,8 @@ def _other_factors(saved: SavedSite, site: Site, form: Form) -> Iterator[Mismatc
         yield saved.path, "in the file", problem
 
 
-def _slices(saved: SavedSite) -> Slices | None:
+def slices_in(saved: SavedSite) -> Slices | None:
+    """Return the parts of the weight that a site of a file adapts; None for the whole."""
     return None if saved.slices is None else slices_of(saved.slices)
 
 
@@ -256,7 +259,7 @@ def _planned(site: Site, saved: tuple[AdapterFile, SavedSite] | None, trained: S
     per_call = saved_site.calls > 0
     if per_call:
         site = replace(site, calls=saved_site.calls)
-    reason, slices = f"from {file.folder.name}", _slices(saved_site)
+    reason, slices = f"from {file.folder.name}", slices_in(saved_site)
     return PlannedSite(site, "adapt", reason, saved_site.rule or None, saved_site.lora, slices, per_call)
 
 

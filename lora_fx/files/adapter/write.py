@@ -52,8 +52,8 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str | Non
     described = describe(tuned, adapter)
     _warn_of_moved_buffers(tuned)
     files: dict[Path, bytes] = {}
-    for adapter in described:
-        files |= files_of(adapter, Path() if adapter is described[0] else Path(adapter.name))
+    for one in described:
+        files |= files_of(one, Path() if one is described[0] else Path(one.name))
     write_adapter(folder, files)
 
 

@@ -1,0 +1,121 @@
+"""What an optimizer is given: the parameters that are trained, and groups of them with rates of their own."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from lora_fx.adapters.attach import all_attached
+from lora_fx.errors import RefusedError
+from lora_fx.models.wrappers import seen_through
+from lora_fx.tuned.build import trainable
+from lora_fx.tuned.several import adapters_called
+from lora_fx.tuned.switching import switches_in
+
+
+def parameters(tuned: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
+    """Return an iterator over what is trained, each once: adapter parameters, trained biases, modules under `train:`.
+
+    What requires no gradient (an adapter that was added with `trainable=False`) is left out.
+
+    Args:
+        tuned: an adapted model, which stays unchanged.
+        adapter: name of the only adapter whose parameters are meant; None means all.
+
+    Raises:
+        ValueError: no adapter has the name.
+        RefusedError: the model is not adapted; or it has several adapters, and modules that are trained whole, which
+            belong to all of them.
+    """
+    tuned = seen_through(tuned)
+    return (parameter for parameter in _of(tuned, adapter) if parameter.requires_grad)
+
+
+def _of(tuned: nn.Module, adapter: str | None) -> Iterator[nn.Parameter]:
+    if adapter is None:
+        return trainable(tuned)
+    switches = switches_in(tuned)
+    known = list(dict.fromkeys(name for switch in switches for name in switch.names))
+    if adapter not in known:
+        raise ValueError(f"no adapter is called '{adapter}'; there are {', '.join(known)}")
+    if known == [adapter]:
+        return trainable(tuned)
+    whole = [(name, "is trained whole") for switch in switches for name in switch.whole]
+    if whole:
+        raise RefusedError("parameters of the model itself belong to all its adapters", whole, "leave `adapter` out")
+    found = (parameter for _, one in adapters_called(tuned, adapter) for parameter in one.parameters())
+    return iter({id(parameter): parameter for parameter in found}.values())
+
+
+def param_groups(
+    tuned: nn.Module,
+    adapter: str | None = None,
+    *,
+    lr: float,
+    lora_plus: float | None = None,
+    lr_embedding: float = 1e-6,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Return parameter groups for a torch optimizer: each trained parameter once, the model stays unchanged.
+
+    >>> optimizer = torch.optim.AdamW(lora_fx.param_groups(tuned, lr=2e-4, lora_plus=16))  # doctest: +SKIP
+
+    Each group has `params`, `lr`, `weight_decay` and a `name`: "A", "B" and "embedding" of adapters, "rest" for trained
+    biases, DoRA's magnitudes and modules under `train:`; "B no decay" and the like hold what is not decayed.  An empty
+    group is left out.
+
+    Args:
+        tuned: an adapted model.
+        adapter: as for `parameters`.
+        lr: learning rate of all but what follows.
+        lora_plus: LoRA+: B learns at lora_plus · lr, and adapters of embeddings at `lr_embedding`, as in PEFT's
+            `create_loraplus_optimizer`; 16 is usual.  None: all at `lr`.
+        lr_embedding: learning rate of adapters of embeddings, A and B, with `lora_plus`.
+        weight_decay: of all but biases, magnitudes and the parameters of norms, which have none.
+
+    Raises:
+        ValueError: a rate is not a positive number, `weight_decay` is negative, or nothing requires a gradient.
+        ValueError, RefusedError: as `parameters`.
+
+    Source: Hayou et al. 2024, arXiv:2402.12354, §4.2 and §5.
+    """
+    _check_rates(lr, lora_plus, lr_embedding, weight_decay)
+    tuned = seen_through(tuned)
+    kinds, norms = _kinds(tuned), _norms(tuned)
+    rates = {"A": lr, "B": lr * (lora_plus or 1), "embedding": lr if lora_plus is None else lr_embedding, "rest": lr}
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter in parameters(tuned, adapter):
+        kind = kinds.get(id(parameter), "rest")
+        decays = parameter.dim() > 1 and id(parameter) not in norms
+        name = kind if decays or not weight_decay else f"{kind} no decay"
+        decay = weight_decay if decays else 0.0
+        group = {"params": [], "lr": rates[kind], "weight_decay": decay, "name": name}
+        groups.setdefault(name, group)["params"].append(parameter)
+    if not groups:
+        raise ValueError("nothing that is trained requires a gradient")
+    return list(groups.values())
+
+
+def _check_rates(lr: float, lora_plus: float | None, lr_embedding: float, weight_decay: float) -> None:
+    given = {"lr": lr, "lora_plus": 1.0 if lora_plus is None else lora_plus, "lr_embedding": lr_embedding}
+    wrong = [f"{name} is {value!r}" for name, value in given.items() if not 0 < value < math.inf]
+    wrong += [] if 0 <= weight_decay < math.inf else [f"weight_decay is {weight_decay!r}"]
+    if wrong:
+        raise ValueError(f"rates must be positive numbers: {', '.join(wrong)}")
+
+
+def _kinds(tuned: nn.Module) -> dict[int, str]:
+    """Return "A", "B" or "embedding" by the id of each factor."""
+    kinds: dict[int, str] = {}
+    for _, one in all_attached(tuned):
+        is_embedding = one.spec.site.op == "embedding"
+        kinds[id(one.lora_A.weight)] = "embedding" if is_embedding else "A"
+        kinds[id(one.lora_B.weight)] = "embedding" if is_embedding else "B"
+    return kinds
+
+
+def _norms(tuned: nn.Module) -> set[int]:
+    """Return the ids of the parameters of normalising modules: torch's own, and classes called so (`LlamaRMSNorm`)."""
+    found = (module for module in tuned.modules() if "norm" in type(module).__name__.lower())
+    return {id(parameter) for module in found for parameter in module._parameters.values() if parameter is not None}

@@ -1,0 +1,164 @@
+"""Other values for an adapter, in place: nothing is captured, and nothing changes if they do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_fx
+from lora_fx.regions.install import regions
+from tests.support.twoadapters import BACKENDS, DORA, WIDE, alone, factors, given, model, two, values
+
+
+def other(r: int = 3, alpha: float = 3.0, seed: int = 5, base: nn.Module | None = None, **lora) -> nn.Module:
+    torch.manual_seed(seed)
+    rule = {"match": {"name": "**.{k,out}"}, "lora": {"r": r, "alpha": alpha, "init": "random", **lora}}
+    return lora_fx.apply(base or model(), {"version": 1, "rules": [rule]}, backend="modules")
+
+
+@BACKENDS
+def test_a_swapped_adapter_computes_what_its_file_computes(inputs, tmp_path):
+    tuned, new = two(inputs), other()
+    lora_fx.save(new, tmp_path)
+    lora_fx.use(tuned, "b")
+    addresses = {name: tensor.data_ptr() for name, tensor in tuned.state_dict().items()}
+    before = {name: tensor for name, tensor in values(tuned).items() if ".b." not in name}
+    lora_fx.swap(tuned, tmp_path, adapter="b")
+    assert torch.equal(tuned(given()), alone_on(inputs, tmp_path)(given()))
+    assert {name: tensor.data_ptr() for name, tensor in tuned.state_dict().items()} == addresses
+    assert all(torch.equal(tuned.state_dict()[name], tensor) for name, tensor in before.items())
+    assert sum(region.captures for _, _, region in regions(tuned)) == 0
+
+
+def alone_on(inputs, folder):
+    return lora_fx.load(model(), folder, inputs)
+
+
+def test_a_lower_rank_is_filled_up_and_another_scaling_goes_into_b(tmp_path):
+    tuned, new = two(), other(r=2, alpha=5.0)
+    lora_fx.save(new, tmp_path)
+    lora_fx.swap(tuned, tmp_path, adapter="b")
+    lora_fx.use(tuned, "b")
+    assert torch.allclose(tuned(given()), new(given()), atol=1e-6)
+    B = factors(tuned, "b")["blocks.0.k.lora_B"]
+    assert torch.equal(B[:, 2], torch.zeros(6))
+    assert torch.equal(B[:, :2], new.blocks[0].k.lora_B["default"].weight * 2.5)
+
+
+def test_a_slot_may_have_room_for_higher_ranks(tmp_path):
+    tuned = two()
+    lora_fx.drop(tuned, "b")
+    source = other(r=2, alpha=5.0)
+    lora_fx.add(tuned, source, adapter="b", rank=5)
+    lora_fx.use(tuned, "b")
+    assert torch.allclose(tuned(given()), source(given()), atol=1e-6)
+    new = other(r=5, alpha=5.0, seed=6)
+    lora_fx.save(new, tmp_path)
+    lora_fx.swap(tuned, tmp_path, adapter="b")
+    assert torch.allclose(tuned(given()), new(given()), atol=1e-6)
+    with pytest.raises(ValueError, match="has rank 5"):
+        lora_fx.add(tuned, new, adapter="c", rank=4)
+    assert len(lora_fx.list_adapters(tuned)) == 2
+
+
+def test_a_state_is_swapped_in_as_it_is():
+    tuned, new = two(), other()
+    lora_fx.swap(tuned, lora_fx.adapter_state(new), adapter="b")
+    lora_fx.use(tuned, "b")
+    assert torch.equal(tuned(given()), new(given()))
+    lora_fx.swap(tuned, lora_fx.adapter_state(two()), adapter="b")
+    assert torch.equal(tuned(given()), alone(WIDE, "b")(given()))
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_state_costs_a_few_small_operations_for_each_tensor():
+    tuned, state = two(), lora_fx.adapter_state(other())
+    with Operations() as operations:
+        lora_fx.swap(tuned, state, adapter="b")
+    assert operations.number <= 6 * len(state)
+
+
+def spoiled(state, change):
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    change(state)
+    return state
+
+
+FIRST = "blocks.0.k.lora_A.default.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda state: state.pop(FIRST), "has none"),
+        (lambda state: state.update(more=torch.zeros(1)), "more"),
+        (lambda state: state[FIRST].fill_(float("nan")), "NaN"),
+        (lambda state: state.update({FIRST: torch.zeros(4, 6)}), r"float32 \[4, 6\]"),
+        (lambda state: state.update({FIRST: torch.zeros(3, 5)}), r"float32 \[3, 5\]"),
+        (lambda state: state.update({FIRST: torch.zeros(3, 6).double()}), "float64"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, told):
+    tuned = two()
+    before = values(tuned)
+    with pytest.raises(lora_fx.AdapterMismatchError, match=told):
+        lora_fx.swap(tuned, spoiled(lora_fx.adapter_state(other()), change), adapter="b")
+    assert all(torch.equal(tuned.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def moved_base() -> nn.Module:
+    base = model()
+    with torch.no_grad():
+        base.blocks[0].k.weight += 1
+    return base
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda: other(r=4), "rank 4"),
+        (lambda: other(dora=True), "DoRA"),
+        (lambda: alone(DORA, "b"), "has none"),
+        (lambda: other(base=moved_base()), "another base"),
+    ],
+)
+def test_a_file_that_does_not_fit_changes_nothing(made, told, tmp_path):
+    tuned = two()
+    lora_fx.save(made(), tmp_path)
+    before = values(tuned)
+    with pytest.raises(lora_fx.AdapterMismatchError, match=told):
+        lora_fx.swap(tuned, tmp_path, adapter="b")
+    assert all(torch.equal(tuned.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_biases_and_names_that_are_not_there_are_refused(tmp_path):
+    lora_fx.save(other(bias=True), tmp_path / "bias")
+    with pytest.raises(lora_fx.RefusedError, match="its bias is trained"):
+        lora_fx.swap(two(), tmp_path / "bias", adapter="b")
+    lora_fx.save(two(), tmp_path / "several")
+    tuned = two()
+    lora_fx.rename(tuned, "b", "c")
+    with pytest.raises(ValueError, match="none is called 'c'"):
+        lora_fx.swap(tuned, tmp_path / "several", adapter="c")
+    with pytest.raises(ValueError, match="no adapter is called 'd'"):
+        lora_fx.swap(two(), tmp_path / "several", adapter="d")
+
+
+def test_of_several_in_a_directory_the_one_of_the_name_is_taken(tmp_path):
+    source = two()
+    lora_fx.save(source, tmp_path)
+    tuned = two()
+    lora_fx.swap(tuned, lora_fx.adapter_state(other()), adapter="b")
+    lora_fx.swap(tuned, tmp_path, adapter="b")
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in tuned.state_dict().items())
