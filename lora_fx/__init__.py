@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from lora_fx.training.record import TrainingRecord as TrainingRecord
     from lora_fx.training.record import read_record as read_record
     from lora_fx.training.recorder import Recorder as Recorder
+    from lora_fx.tuned.combining import combine as combine
     from lora_fx.tuned.extract import ExtractReport as ExtractReport
     from lora_fx.tuned.extract import extracted as extracted
     from lora_fx.tuned.listing import AdapterList as AdapterList
@@ -120,6 +121,7 @@ _HOMES = {
     "lora_fx.training.prefix": "PrefixCache cached_prefix",
     "lora_fx.training.record": "TrainingRecord read_record",
     "lora_fx.training.recorder": "Recorder",
+    "lora_fx.tuned.combining": "combine",
     "lora_fx.tuned.extract": "ExtractReport extracted",
     "lora_fx.tuned.listing": "AdapterList ListedAdapter list_adapters",
     "lora_fx.tuned.optimizing": "param_groups parameters",

@@ -137,7 +137,10 @@ def _told(tensor: object) -> str:
 
 def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Whether all values are finite: a sum is not if one is not, and seldom otherwise."""
-    if all(bool(total.isfinite()) for total in [tensor.sum() for tensor in tensors.values()]):
+    totals: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors.values():
+        totals.setdefault((tensor.device, tensor.dtype), []).append(tensor.sum())
+    if all(bool(torch.stack(group).isfinite().all()) for group in totals.values()):
         return True
     return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 

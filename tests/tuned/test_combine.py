@@ -1,0 +1,167 @@
+"""One adapter out of several: exactly, nearly, and as PEFT does it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import lora_fx
+from tests.support.twoadapters import BACKENDS, BOTH, DORA, alone, factors, given, model, two, values
+
+WEIGHTS = {"a": 0.7, "b": -1.5}
+
+
+def rules(r: int, alpha: float, **lora):
+    rule = {"match": {"name": "**.{q,k}"}, "lora": {"r": r, "alpha": alpha, "init": "random", **lora}}
+    return {"version": 1, "rules": [rule]}
+
+
+def alike(r: int = 3):
+    """Return a model with "a" and "b" at the same sites, with other scalings."""
+    torch.manual_seed(1)
+    tuned = lora_fx.apply(model(), rules(r, 6), backend="modules")
+    lora_fx.rename(tuned, "default", "a")
+    lora_fx.add(tuned, rules(r, 3), adapter="b")
+    return tuned
+
+
+@BACKENDS
+def test_cat_computes_what_the_weighted_adapters_compute(inputs):
+    tuned = two(inputs)
+    before = values(tuned)
+    lora_fx.combine(tuned, WEIGHTS, adapter="ab")
+    assert [one.name for one in lora_fx.list_adapters(tuned) if one.active] == ["a"]
+    assert all(torch.equal(tuned.state_dict()[name], tensor) for name, tensor in before.items())
+    lora_fx.use(tuned, WEIGHTS)
+    expected = tuned(given())
+    lora_fx.use(tuned, "ab")
+    assert torch.equal(tuned(given()), expected)
+    ranks = {path: one.shape[0] for path, one in factors(tuned, "ab").items() if "lora_A" in path}
+    assert (ranks["blocks.0.q.lora_A"], ranks["blocks.0.k.lora_A"], ranks["blocks.0.out.lora_A"]) == (2, 5, 3)
+
+
+def test_svd_of_enough_rank_is_exact_and_of_less_the_nearest():
+    tuned = two()
+    lora_fx.combine(tuned, WEIGHTS, adapter="whole", method="svd", r=5)
+    lora_fx.combine(tuned, WEIGHTS, adapter="less", method="svd", r=2)
+    layer = tuned.blocks[0].k
+    exact = sum(
+        weight * scaling * layer.lora_B[name].weight @ layer.lora_A[name].weight
+        for name, weight, scaling in (("a", 0.7, 2.0), ("b", -1.5, 1.0))
+    )
+    whole, less = (layer.lora_B[name].weight @ layer.lora_A[name].weight for name in ("whole", "less"))
+    assert torch.allclose(whole, exact, atol=1e-6)
+    rest = torch.linalg.svdvals(exact)[2:].norm()
+    assert torch.allclose((less - exact).norm(), rest, atol=1e-6)
+
+
+METHODS = ["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+METHODS += ["ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]
+
+
+def in_peft(tuned, method, **options):
+    """Return ΔW of PEFT's combination of the same adapters at each site."""
+    peft = pytest.importorskip("peft")
+    config = {"r": 3, "target_modules": ["q", "k"]}
+    theirs = peft.get_peft_model(copy.deepcopy(model()), peft.LoraConfig(lora_alpha=6, **config), "a")
+    theirs.add_adapter("b", peft.LoraConfig(lora_alpha=3, **config))
+    for name in ("a", "b"):
+        for path, factor in factors(tuned, name).items():
+            theirs.base_model.model.get_parameter(f"{path}.{name}.weight").data.copy_(factor)
+    torch.manual_seed(4)
+    theirs.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "ab", combination_type=method, **options)
+    layers = {path: theirs.base_model.model.get_submodule(path) for path in ("blocks.0.q", "blocks.2.k")}
+    return {path: layer.get_delta_weight("ab").detach() for path, layer in layers.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_what_pefts_makes(method):
+    tuned = alike()
+    options = {} if method in ("cat", "linear", "svd") else {"density": 0.6}
+    ranks = {"r": 4} if method.endswith("svd") else {}
+    lora_fx.combine(tuned, WEIGHTS, adapter="ab", method=method, seed=4, **options, **ranks)
+    expected = in_peft(tuned, method, **options, **({"svd_rank": 4} if ranks else {}))
+    for path, delta in expected.items():
+        layer = tuned.get_submodule(path)
+        made = layer.lora_B["ab"].weight @ layer.lora_A["ab"].weight
+        assert torch.allclose(made, delta, atol=1e-5)
+        assert delta.abs().max() > 0.1
+
+
+def test_the_majority_may_be_counted():
+    tuned = alike()
+    lora_fx.combine(tuned, WEIGHTS, adapter="ab", method="ties", density=1.0, majority="frequency")
+    expected = in_peft(tuned, "ties", density=0.999, majority_sign_method="frequency")
+    assert set(factors(tuned, "ab")) == set(factors(tuned, "a"))
+    assert expected
+
+
+def test_the_same_seed_drops_the_same():
+    tuned = alike()
+    before = torch.random.get_rng_state()
+    for name, seed in (("x", 1), ("y", 1), ("z", 2)):
+        lora_fx.combine(tuned, WEIGHTS, adapter=name, method="dare_linear", density=0.5, seed=seed)
+    x, y, z = (factors(tuned, name)["blocks.0.q.lora_A"] for name in "xyz")
+    assert torch.equal(x, y)
+    assert not torch.equal(x, z)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_combined_adapter_is_saved_dropped_and_frozen_like_any(tmp_path):
+    tuned = two()
+    lora_fx.combine(tuned, ["a", "b"], adapter="ab", trainable=False)
+    assert not list(lora_fx.parameters(tuned, "ab"))
+    lora_fx.save(tuned, tmp_path, adapter="ab")
+    back = lora_fx.load(model(), tmp_path)
+    lora_fx.use(tuned, "ab")
+    assert torch.equal(back(given()), tuned(given()))
+    lora_fx.use(tuned, "a")
+    lora_fx.drop(tuned, "ab")
+    assert values(tuned).keys() == values(two()).keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"method": "mean"}, "must be one of cat, linear"),
+        ({"adapters": {"c": 1.0}}, "no adapter is called 'c'"),
+        ({"adapters": {"a": 0.0}}, "no adapter has a weight"),
+        ({"adapter": "a"}, "'a' already"),
+        ({"method": "ties"}, "density is None"),
+        ({"method": "ties", "density": 1.5}, r"density is 1\.5"),
+        ({"density": 0.5}, "prunes nothing"),
+        ({"r": 3}, "r is 3"),
+        ({"majority": "most"}, "majority is 'most'"),
+    ],
+)
+def test_what_cannot_be_meant_is_an_error(options, told):
+    tuned = alike()
+    before = values(tuned).keys()
+    with pytest.raises(ValueError, match=told):
+        lora_fx.combine(tuned, **{"adapters": WEIGHTS, "adapter": "ab", **options})
+    assert values(tuned).keys() == before
+
+
+def test_factors_that_cannot_be_summed_are_refused():
+    with pytest.raises(lora_fx.RefusedError, match="not all adapters have it"):
+        lora_fx.combine(two(), WEIGHTS, adapter="ab", method="linear")
+    tuned = alike()
+    lora_fx.add(tuned, rules(2, 2), adapter="c")
+    with pytest.raises(ValueError, match="equal ranks"):
+        lora_fx.combine(tuned, ["a", "c"], adapter="ac", method="linear")
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (DORA, "is DoRA"),
+        (rules(2, 2, slices={"of": ["x", "y"], "adapt": ["x"]}), "adapts slices"),
+    ],
+)
+def test_kinds_that_are_no_product_are_refused(made, told):
+    tuned = alone(BOTH, "a")
+    lora_fx.add(tuned, made, adapter="d")
+    with pytest.raises(lora_fx.RefusedError, match=told):
+        lora_fx.combine(tuned, ["default", "d"], adapter="x")
