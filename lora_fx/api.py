@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -241,12 +242,14 @@ def audit(adapter: nn.Module | str | os.PathLike[str]) -> Audit:
     if isinstance(adapter, nn.Module):
         trained = deltas(adapter)
         return audit_of(trained.model, trained.sites)
-    saved = read_adapters(adapter)[0]
+    files = read_adapters(adapter)
     rows = [
-        delta_row(site.path, site.rule, site.lora.r, site.lora.scaling, *site.matrices(), site.call)
-        for site in saved.sites
+        replace(row, adapter=site.lora.adapter if len(files) > 1 else "")
+        for file in files
+        for site in file.sites
+        for row in [delta_row(site.path, site.rule, site.lora.r, site.lora.scaling, *site.matrices(), site.call)]
     ]
-    return audit_of(os.fspath(adapter), rows, sum(tensor.numel() for tensor in saved.modules.values()))
+    return audit_of(os.fspath(adapter), rows, sum(tensor.numel() for tensor in files[0].modules.values()))
 
 
 def merge(
@@ -335,6 +338,7 @@ def merge_checkpoint(
     out_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     rounding: Rounding = "nearest",
     seed: int = 0,
+    adapter: str | None = None,
     progress: ShowProgress = None,
 ) -> MergeReport:
     """Write a checkpoint with adapters folded in and return what was done to each tensor; no model is made.
@@ -351,6 +355,7 @@ def merge_checkpoint(
         out_dtype: of all floating point tensors; None keeps each one's own.
         rounding: "nearest", or "stochastic", whose mean is the exact value.
         seed: of the stochastic rounding; the same seed gives the same bytes.
+        adapter: of each directory the one of this name; needed where it has several for one weight.
         progress: as for `plan`; a function is called with (bytes written, bytes in all, name of the tensor).
 
     Raises:
@@ -362,7 +367,7 @@ def merge_checkpoint(
     adapters = [adapter_dir] if isinstance(adapter_dir, (str, os.PathLike)) else list(adapter_dir)
     options = streaming.MergeOptions(out_dtype, rounding, seed)
     with counting("merge", progress) as written:
-        return streaming.merge_files(base_dir, adapters, out_dir, options, written)
+        return streaming.merge_files(base_dir, adapters, out_dir, options, written, adapter)
 
 
 def extract(

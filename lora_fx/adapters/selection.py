@@ -54,6 +54,10 @@ class Selection:
             )
         return tuple(pair for pair in self.weights if pair[0] in names)
 
+    def share(self, name: str) -> float:
+        """Return how much of an adapter is used, 0 if it is not; 1 if it is used for some rows."""
+        return float(name in self.names) if self.rows is not None else dict(self.weights).get(name, 0.0)
+
     def __str__(self) -> str:
         if self.rows is not None:
             return f"an adapter for each of {len(self.rows.names)} rows"
@@ -151,7 +155,10 @@ class Switch:
         self.everywhere = Selection(tuple((name, weight) for name, weight in pairs if name is not None))
 
     def __deepcopy__(self, _memo: object) -> "Switch":
-        return self.fixed()
+        switch = self.fixed()
+        if switch.everywhere.rows is not None:  # of one batch, which a copy outlives
+            switch.everywhere = self.everywhere
+        return switch
 
     def fixed(self) -> "Switch":
         """Return a switch of its own for what this thread uses, for a copy, which other threads may run."""

@@ -49,8 +49,9 @@ def adapter_facts(owner: nn.Module) -> Iterator[str]:
     state = owner.__dict__.get(STATE)
     for adapter in attached_to(owner):
         if not adapter.call:  # the first of several calls speaks for all
-            off = state is not None and adapter.spec.adapter not in state.switch.now().names
-            yield visible(f"{_facts_of(adapter)}{' (off)' if off else ''}")
+            share = 1.0 if state is None else state.switch.now().share(adapter.spec.adapter)
+            how = " (off)" if not share else "" if share == 1 else f" weight={share:g}"
+            yield visible(f"{_facts_of(adapter)}{how}")
 
 
 def _facts_of(adapter: Attached) -> str:

@@ -13,6 +13,7 @@ from lora_fx.text import visible
 @click.argument("adapter", type=click.Path())
 @click.option("--target", required=True, help="The format; an unknown one lists them all.")
 @click.option("-o", "--output", required=True, type=click.Path(), help="File or directory to write.")
+@click.option("--adapter", "name", help="Name of the only one to write, where the directory holds several.")
 @click.option("--verify", is_flag=True, help="Load it in its own client, and compare what both compute.")
 @click.option("--set", "options", metavar="KEY=VALUE", multiple=True, help="Option of the target; may be repeated.")
 @progress_option
@@ -22,6 +23,7 @@ def command(
     adapter: str,
     target: str,
     output: str,
+    name: str | None,
     verify: bool,
     options: tuple[str, ...],
     no_progress: bool,
@@ -41,7 +43,7 @@ def command(
     built, inputs = load_model(model, weights=True, trust=trust)
     progress = watched(no_progress)
     tuned = load(built, adapter, progress=progress).eval()
-    done = export(tuned, output, target, inputs, verify, progress=progress, **given)
+    done = export(tuned, output, target, inputs, verify, adapter=name, progress=progress, **given)
     click.echo(visible(str(done), kept="\n"))  # paths are not wrapped
 
 

@@ -15,6 +15,7 @@ from lora_fx.cli.output import show
 @click.option("--out-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: each tensor's own.")
 @click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
+@click.option("--adapter", help="Of each directory the one of this name, where it has several for one weight.")
 @format_option("text", "json")
 @click.option("--all", "everything", is_flag=True, help="Show every tensor, not only those that rounding hurt most.")
 @progress_option
@@ -25,6 +26,7 @@ def command(
     out_dtype: str | None,
     rounding: str,
     seed: int,
+    adapter: str | None,
     form: str,
     everything: bool,
     no_progress: bool,
@@ -35,6 +37,6 @@ def command(
     """
     from lora_fx.api import merge_checkpoint
 
-    how: Any = {"out_dtype": out_dtype, "rounding": rounding, "seed": seed}
+    how: Any = {"out_dtype": out_dtype, "rounding": rounding, "seed": seed, "adapter": adapter}
     report = merge_checkpoint(base, adapters, output, **how, progress=watched(no_progress))
     show(report.to_json() if form == "json" else report.text(everything))

@@ -142,7 +142,7 @@ def _check_adapters(tuned: nn.Module, chosen: Target) -> None:
         (name, "is not in use as it was trained")
         for switch in switches_in(tuned)
         for name in switch.names
-        if len(switch.names) > 1 and switch.now().at((name,)) != ((name, 1.0),)
+        if len(switch.names) > 1 and switch.now().share(name) != 1
     ]
     if idle:
         raise ExportError(chosen.name, "would write all adapters of the model", idle, advice)

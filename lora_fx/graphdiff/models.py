@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from lora_fx.adapters.attach import HOME, attached_to
+from lora_fx.adapters.attach import HOME, all_attached, attached_to
 from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.capture.calls.arguments import rebuild
 from lora_fx.capture.captured import Captured, NotCaptured, capture
@@ -212,6 +212,8 @@ def _graph(blocks: _Blocks, captures: Mapping[str, Captured]) -> Graph:
         nodes, weights = placed(statements_of(model.graph, model), model, "")
         covered = {""}
     for path, captured in captures.items():
+        if _has_several(model.get_submodule(path)):
+            continue  # a statement has one adapter: these blocks are shown module by module
         statements = blocks.statements(path, captured)
         if statements is not None:
             block, read = placed(statements, model.get_submodule(path), path)
@@ -230,14 +232,26 @@ def _modules(model: nn.Module, covered: Collection[str]) -> Iterator[tuple[State
     for path, module in model.named_modules():
         if not path or "lora_" in path or path.endswith(HOME) or _is_covered(path, covered):
             continue
-        adapters = list(attached_to(module))
+        adapters, several = list(attached_to(module)), _has_several(module)
         for adapter in adapters:
             own = adapter.home is adapter.owner
             name = path.rpartition(".")[2] if own else adapter.spec.parameter
-            code = f"{name}(x) + {name}.lora_B({name}.lora_A(x) * {adapter.spec.scaling})"
+            before = (
+                ""
+                if adapter is not adapters[0] and adapter.spec.parameter == adapters[0].spec.parameter
+                else f"{name}(x)"
+            )
+            of = f".{adapter.spec.adapter}" if several else ""
+            code = f"{before} + {name}.lora_B{of}({name}.lora_A{of}(x) * {adapter.spec.scaling})".lstrip()
             yield _statement(module, path, path if own else dotted(path, name), code, adapter.spec)
         if not adapters and next(module.children(), None) is None:
             yield _statement(module, path, path, _summary(path.rpartition(".")[2], module), None)
+
+
+def _has_several(block: nn.Module) -> bool:
+    """Whether a weight in the block has more than one adapter."""
+    names = {(id(one.owner), one.spec.parameter, one.spec.adapter) for _, one in all_attached(block)}
+    return len({name[:2] for name in names}) < len(names)
 
 
 def _is_covered(path: str, covered: Collection[str]) -> bool:

@@ -194,7 +194,7 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
     if is_meta(twin):
         return []
     with_noise(twin)
-    used = [(path, one) for path, one in all_attached(twin) if one.spec.record.switch.now().at((one.spec.adapter,))]
+    used = [(path, one) for path, one in all_attached(twin) if one.spec.record.switch.now().share(one.spec.adapter)]
     waiting = [(path, adapter.lora_B.weight) for path, adapter in used]  # a path may have one a call
     with (
         unchanged_modes(twin),

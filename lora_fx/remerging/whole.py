@@ -71,7 +71,8 @@ def remerged(model: nn.Module | torch.export.ExportedProgram, example_inputs: ob
     """Return what `remerge` returns, and a report; takes and raises the same, and warns of nothing."""
     module = module_of(model) if isinstance(model, torch.export.ExportedProgram) else model
     if _is_ours(module) and not isinstance(module, fx.GraphModule):
-        return RemergeResult(merged(module), tuple(path for path, _ in all_attached(module)), ())
+        used = (path for path, one in all_attached(module) if one.spec.record.switch.now().share(one.spec.adapter))
+        return RemergeResult(merged(module), tuple(dict.fromkeys(used)), ())
     samples = () if example_inputs is None else samples_of(example_inputs)
     result = _remerged(make_twin(module, freeze=False), _first_calls(module, samples))
     if len(tied_names(result.model)) < len(tied_names(module)):

@@ -168,7 +168,7 @@ def header_of(line: bytes) -> RecordHeader:
         raise UnreadableError(f"is not of schema version {SCHEMA_VERSION}, which this lora_fx reads")
     if not header.sites:
         raise UnreadableError("has no sites")
-    if len({(site.path, site.call) for site in header.sites}) < len(header.sites):
+    if len({(site.path, site.call, site.adapter) for site in header.sites}) < len(header.sites):
         raise UnreadableError("has a site twice")
     return header
 

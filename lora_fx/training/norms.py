@@ -41,8 +41,17 @@ def watched_in(tuned: nn.Module) -> Watched:
     paths = [without_wrappers(path) for path, _ in found]
     if len(places) == 1:
         paths = [places[0].recorded(path) or path for path in paths]
+    several = len({adapter.spec.adapter for _, adapter in found}) > 1
     sites = tuple(
-        RecordedSite(path, spec.rule, spec.lora.r, float(spec.scaling), layer or path, adapter.call)
+        RecordedSite(
+            path,
+            spec.rule,
+            spec.lora.r,
+            float(spec.scaling),
+            layer or path,
+            adapter.call,
+            spec.adapter if several else "",
+        )
         for path, (_, adapter), (layer, _) in zip(paths, found, places_of(paths), strict=True)
         if (spec := adapter.spec)
     )

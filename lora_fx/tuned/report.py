@@ -36,6 +36,8 @@ class AdaptedSite:
     """"graph" if a region's graph or the GraphModule's own computes it, else "module"."""
     call: int | None = None
     """The call that it serves, where each has an adapter of its own."""
+    weight: float = 1.0
+    """How much of ΔW this thread uses; 0 for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,8 @@ class Report(InNotebook):
     """What is kept of frozen blocks, inside of `cached_prefix`."""
 
     def __str__(self) -> str:
-        rows = [_site_row(site) for site in self.sites]
+        several = len({site.adapter for site in self.sites}) > 1
+        rows = [_site_row(site, several) for site in self.sites]
         lines = [f"{self.model} · {count(len(self.sites), 'adapted site')}", "", columns(fold_rows(rows))]
         if self.regions:
             lines += ["", columns(fold_rows([_region_row(region) for region in self.regions]))]
@@ -140,9 +143,11 @@ def print_trainable(tuned: nn.Module) -> None:
     print(f"trainable: {share_of_parameters(told.trainable, told.total)}")
 
 
-def _site_row(site: AdaptedSite) -> tuple[str, ...]:
+def _site_row(site: AdaptedSite, several: bool) -> tuple[str, ...]:
     own = f"{count(site.parameters, 'parameter')} per site"
-    return (site.path, f"r={site.r} scaling={site.scaling:g}", site.backend, site.rule, own)
+    used = "" if site.weight == 1 else " (off)" if not site.weight else f" weight={site.weight:g}"
+    names = (f"{site.adapter}{used}",) if several or used else ()
+    return (site.path, f"r={site.r} scaling={site.scaling:g}", *names, site.backend, site.rule, own)
 
 
 def _region_row(region: RegionReport) -> tuple[str, ...]:
@@ -213,6 +218,7 @@ def _site(tuned: nn.Module, path: str, attached: Attached, covered: set[str]) ->
         scaling=attached.spec.scaling,
         parameters=sum(p.numel() for p in attached.parameters()),
         backend="graph" if in_own_graph or path in covered else "module",
+        weight=attached.spec.record.switch.now().share(attached.spec.adapter),
     )
 
 

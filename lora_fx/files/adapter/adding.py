@@ -94,16 +94,21 @@ def _add_files(
     rank: int | None,
     trainable: bool,
 ) -> None:
-    _add_read(tuned, record, read_adapters(folder), adapter, trainable)
+    _add_read(tuned, record, read_adapters(folder), adapter, rank, trainable)
 
 
 def add_adapter(tuned: nn.Module, file: AdapterFile) -> None:
     """Put an adapter that has been read beside those of an adapted model, in place, as `add` does."""
-    _add_read(tuned, whole_record_in(tuned), [file], None, True)
+    _add_read(tuned, whole_record_in(tuned), [file], None, None, True)
 
 
 def _add_read(
-    tuned: nn.Module, record: ModelRecord, read: Sequence[AdapterFile], adapter: str | None, trainable: bool
+    tuned: nn.Module,
+    record: ModelRecord,
+    read: Sequence[AdapterFile],
+    adapter: str | None,
+    rank: int | None,
+    trainable: bool,
 ) -> None:
     base = removed(tuned)
     files = resolved(read, base)

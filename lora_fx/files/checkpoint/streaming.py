@@ -78,6 +78,7 @@ def merge_files(
     out_dir: AnyPath,
     options: MergeOptions,
     progress: Progress,
+    adapter: str | None = None,
 ) -> MergeReport:
     """Write a merged checkpoint; see `lora_fx.merge_checkpoint`."""
     options.check()
@@ -90,7 +91,7 @@ def merge_files(
     base = read_checkpoint(Path(base_dir))
     _refuse_overlap(base.folder, out)
     check_folder(out)
-    adapters = _read(adapter_dirs)
+    adapters = _read(adapter_dirs, adapter)
     plan = plan_merge(base, adapters, options.dtype)
     _warn_of_narrowed(plan)
     inputs = inputs_of(base, [adapter.files for adapter in adapters], asdict(options))
@@ -118,15 +119,32 @@ def _refuse_overlap(base: Path, out: Path) -> None:
         raise MergeError(f"{out}: is the base itself, in it or around it; nothing was written")
 
 
-def _read(folders: Sequence[AnyPath]) -> list[AdapterFile]:
+def _read(folders: Sequence[AnyPath], adapter: str | None) -> list[AdapterFile]:
     if not folders:
         raise MergeError("there is no adapter to merge")
-    files = [file for folder in folders for file in read_adapters(folder)]
+    files = [file for folder in folders for file in _of_folder(folder, adapter)]
     places = Counter(file.folder.resolve() for file in files)
     twice = sorted(str(place) for place, number in places.items() if number > 1)
     if twice:
         raise MergeError("an adapter is given twice", [(place, "would be added twice") for place in twice])
     return files
+
+
+def _of_folder(folder: AnyPath, adapter: str | None) -> list[AdapterFile]:
+    """Return the adapters of a directory that are merged: all where each weight has one, or the one of the name."""
+    files = {file.sites[0].lora.adapter: file for file in read_adapters(folder)}
+    if adapter is not None:
+        if adapter not in files:
+            raise MergeError(f"{folder}: no adapter is called '{adapter}'; there are {', '.join(files)}")
+        return [files[adapter]]
+    holders: dict[str, set[str]] = {}
+    for name, file in files.items():
+        for site in file.sites:
+            holders.setdefault(site.path, set()).add(name)
+    several = [(path, ", ".join(sorted(names))) for path, names in holders.items() if len(names) > 1]
+    if several:
+        raise MergeError(f"{folder}: has several adapters for one weight", several, "name one: adapter=…, --adapter")
+    return [*files.values()]
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def audit_of(adapter: str, rows: Sequence[DeltaRow], whole: int = 0) -> Audit:
         whole: number of parameters of modules that are trained whole.
     """
     total = sum(row.norm**2 for row in rows)
-    kinds: dict[tuple[str, int | None], list[float]] = {}
+    kinds: dict[tuple[str, int | None, str], list[float]] = {}
     for row in rows:
         kinds.setdefault(_kind(row), []).append(row.norm)
     least = _LEAST * max((row.norm for row in rows), default=0.0)
@@ -118,8 +118,8 @@ def audit_of(adapter: str, rows: Sequence[DeltaRow], whole: int = 0) -> Audit:
     return Audit(adapter, tuple(sorted(sites, key=lambda site: -site.energy)), whole)
 
 
-def _kind(row: DeltaRow) -> tuple[str, int | None]:
-    return NUMBER.sub("#", row.path), row.call
+def _kind(row: DeltaRow) -> tuple[str, int | None, str]:
+    return NUMBER.sub("#", row.path), row.call, row.adapter
 
 
 def _audited(row: DeltaRow, total: float, norms: Sequence[float], least: float) -> AuditedSite:

@@ -94,7 +94,8 @@ def _heatmap(rows: Sequence[DeltaRow], title: str, shown: Shown) -> tuple[str, f
     cells = []
     for row, (layer, site) in zip(rows, places_of([row.path for row in rows]), strict=True):
         value, text = shown(row)
-        cells.append(HeatCell(layer, site, value, text, f"{row.path}: {title} {text}"))
+        column = f"{site} ({row.adapter})" if row.adapter else site
+        cells.append(HeatCell(layer, column, value, text, f"{row.name}: {title} {text}"))
     return heatmap(cells, title)
 
 

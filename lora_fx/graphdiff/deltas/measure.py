@@ -57,15 +57,18 @@ def deltas_of(tuned: nn.Module) -> Deltas:
     """
     record = record_in(tuned)
     with torch.no_grad():
-        return Deltas(record.plan.model, tuple(_row(path, adapter) for path, adapter in all_attached(tuned)))
+        found = list(all_attached(tuned))
+        several = len({adapter.spec.adapter for _, adapter in found}) > 1
+        return Deltas(record.plan.model, tuple(_row(path, adapter, several) for path, adapter in found))
 
 
-def _row(path: str, adapter: Attached) -> DeltaRow:
+def _row(path: str, adapter: Attached, several: bool) -> DeltaRow:
     if adapter.lora_A.weight.is_meta:
         raise RefusedError("the adapters have no values", [(path, "its adapter is on the meta device")])
     B, A = adapter.lora_B.matrix, adapter.lora_A.matrix
     row = delta_row(path, adapter.spec.rule, adapter.spec.lora.r, adapter.spec.scaling, B, A, adapter.call)
-    return replace(row, weight_norm=_norm(adapter.base_weight))
+    name = adapter.spec.adapter if several else ""
+    return replace(row, weight_norm=_norm(adapter.base_weight), adapter=name)
 
 
 def delta_row(path: str, rule: str, r: int, scaling: float, B: Tensor, A: Tensor, call: int | None = None) -> DeltaRow:

@@ -22,11 +22,14 @@ class DeltaRow:
     """Of ΔW, the largest first; for a bank of matrices the mean over its members."""
     call: int | None = None
     """Number of the call that it serves, where every call of the site has an adapter of its own."""
+    adapter: str = ""
+    """Its name, where the model has several."""
 
     @property
     def name(self) -> str:
-        """The path, with the number of the call if it serves one."""
-        return self.path if self.call is None else f"{self.path} call {self.call}"
+        """The path, with the number of the call if it serves one, and the adapter's name if there are several."""
+        called = self.path if self.call is None else f"{self.path} call {self.call}"
+        return f"{called} ({self.adapter})" if self.adapter else called
 
     @property
     def ratio(self) -> float | None:
