@@ -122,6 +122,12 @@ def refuse_biases_of_others(tuned: nn.Module, adapter: str) -> None:
         for path, one in all_attached(tuned)
         if one.spec.adapter != adapter and one.trained_bias is not None
     ]
+    others += [
+        (dotted(path, name), "is trained with other adapters")
+        for path, _, state in trained_owners(tuned)
+        for name, owners in state.owners.items()
+        if owners and set(owners) != {adapter}
+    ]
     if others:
         raise RefusedError(f"'{adapter}' alone would not be what was trained", others, "take all adapters together")
 

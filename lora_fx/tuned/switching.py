@@ -105,7 +105,7 @@ def chosen_for_a_while(tuned: nn.Module, adapters: Adapters) -> AbstractContextM
     selection = selection_of(known, adapters)
     if selection != Selection.of(known):
         refuse_graph(tuned)
-    _refuse_whole(switches, selection)
+    _refuse_whole(tuned, selection)
     return Use([(switch, selection) for switch in switches], for_a_while=True)
 
 
