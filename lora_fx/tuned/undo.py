@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import SWITCH, adapted_owners, attached_to, detach
+from lora_fx.adapters.attach import SWITCH, AdapterDict, adapted_owners, attached_to, detach
 from lora_fx.adapters.layers import count_calls_anew, stop_counting
 from lora_fx.adapters.placed import Placed, base_in, placed_in
 from lora_fx.adapters.selection import Selection, switched_off
@@ -19,7 +19,7 @@ from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, memory_of, says_tied, tied_names
 from lora_fx.models.torch_internals import deepcopy, uncompiled_if_stale
-from lora_fx.models.twin import make_twin
+from lora_fx.models.twin import make_twin, twin_without
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.editor import Editor
@@ -94,7 +94,8 @@ def _untie(tuned: nn.Module, twin: nn.Module) -> None:
 
 def _plain_twin(tuned: nn.Module, step: Merge | Remove) -> nn.Module:
     """Return a twin without regions and, for a GraphModule, with its graph rewritten."""
-    twin = make_twin(tuned)
+    in_modules = isinstance(step, Remove) and not isinstance(tuned, fx.GraphModule)
+    twin = _without_factors(tuned) if in_modules else make_twin(tuned)
     _drop_hooks(twin)
     for _, module, _ in list(regions(twin)):
         uninstall(module)
@@ -102,6 +103,14 @@ def _plain_twin(tuned: nn.Module, step: Merge | Remove) -> nn.Module:
     if isinstance(twin, fx.GraphModule) and next(lora_nodes(twin), None) is not None:
         rewrite(twin, step)
     return twin
+
+
+def _without_factors(tuned: nn.Module) -> nn.Module:
+    """Return a twin in which what holds adapters is empty: to copy them takes longer than all else."""
+    inside = {id(m) for holder in tuned.modules() if isinstance(holder, AdapterDict) for m in holder.children()}
+    inside |= {id(m) for module in tuned.modules() if id(module) in inside for m in module.modules()}
+    modules = [module for module in tuned.modules() if id(module) not in inside]
+    return twin_without(tuned, modules, lambda m: AdapterDict() if isinstance(m, AdapterDict) else None, freeze=True)
 
 
 def _drop_hooks(twin: nn.Module) -> None:
