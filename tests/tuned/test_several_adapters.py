@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
+from lora_fx.discovery.sites import take_inventory, uses_in
 from lora_fx.regions.install import regions
+from lora_fx.tuned.build import whole_record_in
 from tests.support.twoadapters import BACKENDS, BOTH, DORA, WIDE, alone, factors, given, model, pairs, two, values
 
 
@@ -322,3 +324,11 @@ def test_an_added_adapter_that_starts_as_a_part_of_its_weight_starts_at_the_base
     assert all(A.any() and B.any() for A, B in pairs(tuned, "parts"))
     lora_fx.use(tuned, "parts")
     assert torch.equal(tuned(given()), model()(given()))
+
+
+def test_what_a_plan_knows_of_the_base_is_what_the_base_shows():
+    tuned = two((given(),))
+    plan = whole_record_in(tuned).plan
+    shown = take_inventory(lora_fx.remove(tuned), uses_in(plan))
+    assert tuple(planned.site for planned in plan.sites) == shown.sites
+    assert (plan.model, plan.total) == (shown.model, shown.total)

@@ -71,13 +71,20 @@ def add(
     elif _is_directory(source):
         _add_files(tuned, record, source, adapter, rank, trainable)  # type: ignore[arg-type]
     else:
-        inventory = take_inventory(removed(tuned), uses_in(record.plan))
-        plan = _named(on_modules(decide(read_rules(source), inventory)), adapter)
+        rules = read_rules(source)
+        plan = _named(on_modules(decide(rules, _inventory(tuned, record.plan, bool(rules.train)))), adapter)
         check_refusals(plan)
         _refuse_whole(plan)
         if rank is not None:
             raise ValueError("rank is for adapters of files and models; rules have ranks of their own")
         _attach(tuned, record, plan, None, trainable)
+
+
+def _inventory(tuned: nn.Module, plan: Plan, with_modules: bool) -> Inventory:
+    """Return the inventory of an adapted model's base: its plan has every site; modules are asked of the base."""
+    if with_modules:
+        return take_inventory(removed(tuned), uses_in(plan))
+    return Inventory(plan.model, tuple(planned.site for planned in plan.sites), (), plan.total)
 
 
 def _is_directory(source: object) -> bool:
