@@ -69,7 +69,9 @@ def describe(tuned: nn.Module, adapter: str | None = None) -> list[Described]:
     groups: dict[str, list[_UsedAdapter]] = {}
     for used in _used_adapters(tuned):
         groups.setdefault(used.adapter.spec.adapter, []).append(used)
-    names = sorted(groups, key=lambda name: (name != "default", name))
+    whole = _trained(tuned)
+    added = record_in(tuned).added if whole else {}  # what is trained whole goes with those that it was trained with
+    names = sorted(groups, key=lambda name: (name in added, name != "default", name))
     if adapter is not None:
         if adapter not in names:
             raise ValueError(f"no adapter is called '{adapter}'; there are {', '.join(names)}")
@@ -77,7 +79,7 @@ def describe(tuned: nn.Module, adapter: str | None = None) -> list[Described]:
         names = [adapter]
     described = []
     for name in names:
-        trained, others = (_trained(tuned), names[1:]) if name == names[0] else ([], [])
+        trained, others = (whole, names[1:]) if name == names[0] else ([], [])
         described.append(_describe(tuned, name, groups[name], trained, others))
     return described
 

@@ -126,3 +126,21 @@ def test_a_copy_uses_what_its_maker_used():
         expected = tuned(given())
     assert torch.equal(twin(given()), expected)
     assert not torch.equal(tuned(given()), expected)
+
+
+def test_modules_that_are_trained_whole_stay_with_the_adapter_that_trained_them(tmp_path):
+    rules = {
+        "version": 1,
+        "rules": [{"match": {"name": "**.q"}, "lora": {"r": 2, "adapter": "zeta"}}],
+        "train": ["blocks.0.out"],
+    }
+    tuned = lora_fx.apply(model(), rules, backend="modules")
+    with torch.no_grad():
+        tuned.blocks[0].out.weight.add_(1)
+    lora_fx.add(tuned, {"version": 1, "rules": [{"match": {"name": "**.q"}, "lora": {"r": 1}}]}, adapter="default")
+    lora_fx.save(tuned, tmp_path)
+    read = lora_fx.load(model(), tmp_path)
+    for name in ("zeta", "default"):
+        lora_fx.use(tuned, name)
+        lora_fx.use(read, name)
+        assert torch.equal(read(given()), tuned(given()))
