@@ -57,6 +57,9 @@ class AdapterList(InNotebook):
     def __str__(self) -> str:
         return columns([_row(adapter) for adapter in self.adapters])
 
+    def _heading(self) -> str:
+        return ", ".join(f"{one.name}{' (used)' * one.active}" for one in self.adapters)
+
 
 def _row(adapter: ListedAdapter) -> tuple[str, ...]:
     used = "not used" if not adapter.active else "used" if adapter.weight == 1 else f"used, {adapter.weight:g} of it"

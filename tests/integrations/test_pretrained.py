@@ -101,6 +101,22 @@ def test_adapters_of_peft_are_refused_on_a_twin(name):
         tuned(input_ids=IDS, adapter_names=["default"])
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("add_adapter", "lora_fx.add("),
+        ("load_adapter", "lora_fx.add("),
+        ("set_adapter", "lora_fx.use("),
+        ("delete_adapter", "lora_fx.drop("),
+        ("active_adapters", "lora_fx.list_adapters("),
+    ],
+)
+def test_refusal_of_a_method_for_peft_says_what_to_call_here(name, instead):
+    with pytest.raises(lora_fx.RefusedError) as refused:
+        getattr(adapted(), name)()
+    assert instead in str(refused.value)
+
+
 def test_plain_models_that_come_back_have_the_class_and_its_methods(tmp_path):
     tuned = adapted()
     for plain in (lora_fx.merge(tuned), lora_fx.remove(tuned)):

@@ -237,6 +237,8 @@ def test_adapters_are_listed_with_what_is_used_of_them():
     norms = [float(torch.linalg.norm(B @ A)) for A, B in pairs(tuned, "b")]
     assert b.norm == pytest.approx(sum(norm**2 for norm in norms) ** 0.5)
     assert "used, 0.5 of it" in str(lora_fx.list_adapters(tuned))
+    lora_fx.use(tuned, "b")
+    assert repr(lora_fx.list_adapters(tuned)) == "<AdapterList: a, b (used)>"
 
 
 def test_an_adapter_from_rules_starts_as_apply_starts_it_and_may_be_frozen():
