@@ -39,7 +39,8 @@ def seen_through(model: nn.Module) -> nn.Module:
     if home.startswith("peft."):
         raise RefusedError(
             "PEFT holds this model, and its own adapters with it",
-            advice="give the model itself (peft_model.unload() returns it without PEFT's adapters)",
+            advice="give the model itself (peft_model.unload() returns it without PEFT's adapters), "
+            "or lora_fx.from_peft(peft_model), a twin with them",
         )
     if home.startswith("torch.distributed.fsdp") and "_fsdp_wrapped_module" in model._modules:
         raise RefusedError(

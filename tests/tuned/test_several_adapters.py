@@ -250,6 +250,19 @@ def test_an_adapter_from_rules_starts_as_apply_starts_it_and_may_be_frozen():
     assert torch.equal(tuned(given()), model()(given()))
 
 
+def test_an_adapter_is_added_by_target_and_rank_as_apply_takes_them():
+    tuned = alone(BOTH, "a")
+    lora_fx.add(tuned, r=3, target=["q"], adapter="b")
+    assert {A.shape[0] for A, _ in pairs(tuned, "b")} == {3}
+    assert {path.split(".")[-2] for path in factors(tuned, "b")} == {"q"}
+    before = values(tuned)
+    with pytest.raises(lora_fx.RuleError, match="cannot stand beside rules"):
+        lora_fx.add(tuned, BOTH, r=3, adapter="c")
+    with pytest.raises(lora_fx.RuleError, match="nothing says what"):
+        lora_fx.add(tuned, adapter="c")
+    assert values(tuned).keys() == before.keys()
+
+
 def test_an_adapter_from_a_directory_is_the_one_that_was_saved(tmp_path):
     lora_fx.save(alone(WIDE, "b"), tmp_path / "b")
     tuned = alone(BOTH, "a", (given(),))

@@ -24,6 +24,7 @@ from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
+from lora_fx.rules.short import Target, rules_or_short
 from lora_fx.text import listing
 from lora_fx.tuned.build import check_refusals, record_in, whole_record_in
 from lora_fx.tuned.several import adapters_called, attach_more, refuse_name, take_off
@@ -36,9 +37,12 @@ Source: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet | nn
 
 def add(
     tuned: nn.Module,
-    source: Source,
+    source: Source | None = None,
     *,
     adapter: str | None = None,
+    target: Target | None = None,
+    r: int | None = None,
+    alpha: float | None = None,
     rank: int | None = None,
     trainable: bool = True,
 ) -> None:
@@ -52,6 +56,7 @@ def add(
         source: rules as for `plan` (the adapter starts as `apply` starts it), the directory of a saved adapter, or
             another adapted model with one adapter, whose values are copied.
         adapter: its name; None takes that of the rules or the file.
+        target: in place of a source, as for `apply`, as are `r` and `alpha`: `add(tuned, r=8, target="mlp")`.
         rank: of every site of a saved adapter, filled up with zeros, so that `lora_fx.swap` has room for others.  None
             leaves the ranks as they are.
         trainable: whether its parameters require a gradient.
@@ -64,14 +69,15 @@ def add(
     tuned = seen_through(tuned)
     refuse_graph(tuned)
     record = whole_record_in(tuned)
-    if isinstance(source, nn.Module):
+    given: Source = rules_or_short(source, target, r, alpha)
+    if isinstance(given, nn.Module):
         with tempfile.TemporaryDirectory() as folder:
-            save(with_values(seen_through(source)), folder)
+            save(with_values(seen_through(given)), folder)
             _add_files(tuned, record, folder, adapter, rank, trainable)
-    elif _is_directory(source):
-        _add_files(tuned, record, source, adapter, rank, trainable)  # type: ignore[arg-type]
+    elif _is_directory(given):
+        _add_files(tuned, record, given, adapter, rank, trainable)  # type: ignore[arg-type]
     else:
-        rules = read_rules(source)
+        rules = read_rules(given)
         plan = _named(on_modules(decide(rules, _inventory(tuned, record.plan, bool(rules.train)))), adapter)
         check_refusals(plan)
         _refuse_whole(plan)
