@@ -30,7 +30,7 @@ SETTINGS = ("151936:1", "32000:0.3", "32000:0.5", "32000:1")
 HEADS = ("vocabulary", "labelled", "what", "time", "peak", "saved", "FLOPs")
 TOKENS_SEEN = 24
 """By `plan`: its runs of the head take long, and graphs are for any number of tokens."""
-BOTH, LATE = "stack, recompute", "with loss"
+BOTH, LATE, ROWS = "stack, recompute", "with loss", "loss, liveness"
 
 
 def base_of(vocabulary: int, labelled: float, options: argparse.Namespace) -> FrozenBase:
@@ -55,9 +55,12 @@ def subjects_of(base: FrozenBase) -> Iterator[Subject]:
     for _, adapter in all_attached(ours):
         nn.init.normal_(adapter.lora_B.weight, std=SPREAD)
     late = lora_fx.apply(base.model, plan, optimise=["stack", "recompute", "loss"])
+    rows = lora_fx.apply(base.model, plan, optimise=["stack", "recompute", "loss", "liveness"])
     copy_adapters(ours, late)
+    copy_adapters(ours, rows)
     yield base.subject(BOTH, ours)
     yield base.subject(LATE, late)
+    yield base.subject(ROWS, rows)
     yield peft_subject(base, ours)
 
 
@@ -83,7 +86,7 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         spent = f"{ratios[LB].seconds:.2f} s" if ratios else ""
         sizes = (scaled(held.peak_bytes, "B"), scaled(held.saved_bytes, "B"), scaled(held.flops, "FLOP"))
         yield (*where, "frozen base", spent, *sizes)
-        for name in (BOTH, LATE, PEFT):
+        for name in (BOTH, LATE, ROWS, PEFT):
             mine = counts[name]
             over = (mine.peak_bytes / held.peak_bytes, mine.saved_bytes / held.saved_bytes, mine.flops / held.flops)
             yield (*where, name, ratios[name].text() if ratios else "", *(f"{value:.3f}" for value in over))

@@ -41,7 +41,7 @@ class HeadSource(RowSource):
         self.inputs = (*leaves_of(x), *self.parameters)
         self._copies = tuple(t.detach().clone() if t.is_leaf else t.detach() for t in self.parameters)
         self._frozen = tuple(frozen)
-        self._versions = tuple(map(_version, (*self.inputs, *self._frozen)))
+        self._versions = tuple(map(version_of, (*self.inputs, *self._frozen)))
 
     def take(self, rows: Tensor) -> Tensor:
         return self._computed(lambda: take(self.x, rows))
@@ -75,29 +75,30 @@ class HeadSource(RowSource):
         As fused optimisers do, and those that write to `parameter.data`.
         """
         start, end = len(self.inputs) - len(self.parameters), len(self.inputs)
-        if self._versions[start:end] != tuple(map(_version, self.parameters)):
+        if self._versions[start:end] != tuple(map(version_of, self.parameters)):
             return True
-        return any(t.is_leaf and not _same_bits(t, copy) for t, copy in zip(self.parameters, self._copies, strict=True))
+        return any(t.is_leaf and not same_bits(t, copy) for t, copy in zip(self.parameters, self._copies, strict=True))
 
     def _check_input(self) -> None:
         number = len(self.inputs) - len(self.parameters)
-        if self._versions[:number] != tuple(map(_version, self.inputs[:number])):
+        if self._versions[:number] != tuple(map(version_of, self.inputs[:number])):
             raise RefusedError(
                 "logits are asked for after the hidden states that they are made of were written to",
                 advice='ask before, or apply without "loss" and "liveness" in `optimise`',
             )
-        if self._versions[len(self.inputs) :] != tuple(map(_version, self._frozen)):
+        if self._versions[len(self.inputs) :] != tuple(map(version_of, self._frozen)):
             raise RefusedError(
                 "logits are asked for after the weight of the head that makes them was written to",
                 advice='ask before, or apply without "loss" and "liveness" in `optimise`',
             )
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor has been written to, as far as torch counts."""
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _same_bits(tensor: Tensor, copy: Tensor) -> bool:
+def same_bits(tensor: Tensor, copy: Tensor) -> bool:
     """Whether a tensor is its copy still, NaN included."""
     if tensor.dtype != copy.dtype or tensor.device != copy.device or tensor.shape != copy.shape:
         return False

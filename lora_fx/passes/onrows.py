@@ -1,5 +1,6 @@
 """What graphs on packed rows call in the place of what asks for sizes, reshapes, drops out or returns."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ def whole_size(x: Tensor, rows: Rows, asked: int | str | None) -> Any:
     return shape if asked is None else shape[asked]  # type: ignore[index]
 
 
-def reshaped_rows(x: Tensor, rows: Rows, sizes: tuple[int, ...]) -> Tensor:
-    """Return packed rows, each in another shape; stands in graphs."""
-    return x.reshape(1, rows.count, *sizes)
+def reshaped_rows(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return packed rows, each in another shape; `sizes` are those of the whole tensor; stands in graphs."""
+    return x.reshape(*x.shape[:2], *sizes[2:])
 
 
 def dropped_by(x: Tensor, rows: Rows, layer: Any) -> Tensor:

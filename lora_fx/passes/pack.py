@@ -140,7 +140,7 @@ class Reading:
         if not read or operation(node) in QUESTIONS:
             return FIXED
         if node.kwargs.get("inplace") or "out" in node.kwargs:
-            raise NotPacked(f"{_spoken(node)} writes in place")
+            raise NotPacked(f"{spoken(node)} writes in place")
         if node.op == "output":
             return ROWS
         if self._is_of_rows(node, read):
@@ -149,7 +149,15 @@ class Reading:
             return MIXED
         if is_known_module(node, self.graph_module):
             return MIXED
-        raise NotPacked(f"{_spoken(node)} may mix rows")
+        return self.of_unknown(node)
+
+    def of_unknown(self, node: fx.Node) -> str:
+        """Return the state of what is not known to keep rows apart, nor to be right with zeros among them.
+
+        Raises:
+            NotPacked: as here, where zeros would be among them.
+        """
+        raise NotPacked(f"{spoken(node)} may mix rows")
 
     def _is_of_rows(self, node: fx.Node, read: list[fx.Node]) -> bool:
         if operation(node) == "getitem" and operation(read[0]) in SPLITS:
@@ -225,7 +233,13 @@ class Reading:
         raise NotPacked("its attention has no mask that says what is padding")
 
 
-def _spoken(node: fx.Node) -> str:
+def sizes_of(node: fx.Node) -> Any:
+    """Return the sizes that a view is given, as a tuple or as one node."""
+    return node.args[1] if len(node.args) == 2 and not isinstance(node.args[1], int) else node.args[1:]
+
+
+def spoken(node: fx.Node) -> str:
+    """Return what reasons call a node."""
     return f"{node.target} ({node.name})" if node.op == "call_module" else operation(node) or str(node.target)
 
 
@@ -337,9 +351,8 @@ class _Rewriting:
         """Let what reshapes packed rows keep them packed, and a dropout draw for the whole tensor."""
         name = operation(node)
         if name in ("view", "reshape", "expand"):
-            sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
             with self.editor.writing_after(node, "") as write:
-                new = write.graph.call_function(reshaped_rows, (node.args[0], self.rows, tuple(sizes)[2:]))
+                new = write.graph.call_function(reshaped_rows, (node.args[0], sizes_of(node)))
         elif is_dropout(node, self.editor.graph_module):
             with self.editor.writing_after(node, "") as write:
                 if node.op == "call_module":
@@ -362,7 +375,7 @@ class _Rewriting:
             if state == FIXED or state is None:
                 continue
             if not self.reading.leads(source) or len(self.reading.shape(source) or ()) != 3:
-                raise NotPacked(f"it returns {_spoken(source)}, in which rows are mixed")
+                raise NotPacked(f"it returns {spoken(source)}, in which rows are mixed")
             packed = source if state == ROWS else self._made(source, packed_rows)
             with self.editor.writing_after(packed, "") as write:
                 shown = write.graph.call_function(shown_rows, (packed, self.call, places.index(source)))

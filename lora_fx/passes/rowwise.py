@@ -71,22 +71,23 @@ def keeps_rows_apart(node: fx.Node, dims: int) -> bool:
     if name in ENTRY_BY_ENTRY or name in ("view", "reshape", "unflatten", "flatten"):
         return True
     if name in ALONG_A_DIMENSION:
-        along = _argument(node, 1, "dim")
+        along = argument(node, 1, "dim")
         return _all_behind(along, dims)
     if name in SPLITS:
-        return _all_behind(_argument(node, 1 if name == "unbind" else 2, "dim", 0), dims)
+        return _all_behind(argument(node, 1 if name == "unbind" else 2, "dim", 0), dims)
     if name in ("layer_norm", "rms_norm"):
         return dims > 2
     if name in ("cat", "stack"):
-        return name == "cat" and _all_behind(_argument(node, 1, "dim", 0), dims)
+        return name == "cat" and _all_behind(argument(node, 1, "dim", 0), dims)
     if name == "getitem":
         return _leaves_first_two(node.args[1], dims)
     if name == "transpose":
         return _all_behind(node.args[1:3], dims)
-    return name == "unsqueeze" and _all_behind(_argument(node, 1, "dim"), dims + 1)
+    return name == "unsqueeze" and _all_behind(argument(node, 1, "dim"), dims + 1)
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Return an argument of a call by its position or its name."""
     return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
 
 

@@ -34,6 +34,24 @@ def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()
         module.__dict__[REGION] = Region(path, block, number)
 
 
+def mark_last(model: nn.Module) -> None:
+    """Let the last of each row of blocks, if it has code for it, compute its rows where they are asked for, in place.
+
+    A row of blocks are those whose paths differ in numbers only.
+    """
+    last: dict[str, tuple[nn.Module, Region]] = {}
+    found = [(module, region) for _, module, region in regions(model) if any(p.labelled for p in region.block.programs)]
+    for module, region in sorted(found, key=lambda pair: pair[1].number):
+        alike = ".".join("*" if part.isdigit() else part for part in region.path.split("."))
+        last[alike] = module, region
+    kinds = {id(region.block) for _, region in last.values()}
+    for module, region in last.values():
+        region.deferring.last = True
+        region.deferring.weights = tuple(map(id, module.parameters()))
+    for _, region in found:
+        region.deferring.wanted = id(region.block) in kinds
+
+
 def uninstall(module: nn.Module) -> None:
     """Take the region off one module, in place."""
     take_off(module, RunsGraphs)

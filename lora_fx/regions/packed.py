@@ -12,22 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fx.adapters.rawweight.products import name_of
 from lora_fx.capture.calls.ambient import AmbientState, RandomState, ambient_state
 from lora_fx.liveness.padding import Rows, packed_rows, unpacked_rows
 from lora_fx.liveness.rows import LazyRows, is_adopted, lazy
 from lora_fx.liveness.sources import RowSource
 from lora_fx.models.torch_internals import pytree
+from lora_fx.passes.rowwise import ENTRY_BY_ENTRY
 from lora_fx.regions.remaking import Remaking, Results, check_unchanged, remade
-
-ENTRY_BY_ENTRY = frozenset(
-    {"add", "sub", "rsub", "mul", "div", "true_divide", "neg", "pow", "square", "abs", "exp", "sqrt", "rsqrt",
-     "reciprocal", "tanh", "erf", "sigmoid", "relu", "gelu", "silu", "softplus", "clamp", "to", "type_as", "float",
-     "half", "bfloat16", "double", "contiguous", "clone"}
-)  # fmt: skip
-_ALONG_LAST = frozenset({"mean", "softmax", "log_softmax"})
-_DUNDERS = {"__mul__": "mul", "__rmul__": "mul", "__add__": "add", "__radd__": "add", "__sub__": "sub",
-            "__truediv__": "div", "__pow__": "pow", "__neg__": "neg", "__getitem__": "getitem"}  # fmt: skip
+from lora_fx.regions.rowfunctions import HAVE_WEIGHTS, is_all, keeps_rows, row_function
 
 
 class PackedRows(RowSource):
@@ -79,7 +71,7 @@ def shown(packed: Tensor, call: Remaking, leaf: int) -> Tensor:
 
 def through(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return what a torch function gives of packed rows, lazily or not; NotImplemented where it needs all rows."""
-    name = _DUNDERS.get(name_of(func), name_of(func))
+    name = row_function(func)
     if name == "getitem":
         return _chosen(*args) if len(args) == 2 else NotImplemented
     late = [packed for value in (*args, *kwargs.values()) if (packed := packed_in(value)) is not None]
@@ -96,21 +88,9 @@ def through(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if name in ("view", "reshape") and packed_in(args[0]) is not None:
         like = torch.empty(late[0].shape, dtype=late[0].dtype, device="meta")
         return args[0] if func(like, *args[1:], **kwargs).shape == like.shape else NotImplemented
-    if name not in ENTRY_BY_ENTRY and not _is_row_by_row(name, args, kwargs):
+    if not keeps_rows(name, args, kwargs) or (name not in ENTRY_BY_ENTRY and packed_in(args[0]) is None):
         return NotImplemented
-    return _computed(func, args, kwargs, late[0].call.rows, name in ("linear", "layer_norm", "rms_norm"))
-
-
-def _is_row_by_row(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    if packed_in(args[0]) is None:
-        return False
-    if name in _ALONG_LAST:
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        keeps = name != "mean" or kwargs.get("keepdim", args[2] if len(args) > 2 else False)
-        return bool(keeps) and dim in (-1, 2, [-1], [2], (-1,), (2,))
-    if name in ("layer_norm", "rms_norm"):
-        return len(args[1] if len(args) > 1 else kwargs["normalized_shape"]) == 1
-    return name == "linear"
+    return _computed(func, args, kwargs, late[0].call.rows, name in HAVE_WEIGHTS)
 
 
 def _computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any], rows: Rows, has_weights: bool) -> Any:
@@ -171,7 +151,7 @@ def _chosen(value: Any, index: Any) -> Any:
     """Return rows that are chosen, as a plain tensor, where they are fewer than all and none is padding."""
     packed = packed_in(value)
     places = index if isinstance(index, tuple) else (index,)
-    if packed is not None and len(places) <= 3 and all(_is_all(place) for place in places):
+    if packed is not None and len(places) <= 3 and all(is_all(place) for place in places):
         return value
     if packed is None or any(type(place) is LazyRows or place is None for place in places):
         return NotImplemented
@@ -186,10 +166,6 @@ def _chosen(value: Any, index: Any) -> Any:
         return NotImplemented
     value.lazy_value.note_taken()
     return packed.packed[0][at]
-
-
-def _is_all(place: Any) -> bool:
-    return isinstance(place, slice) and place in (slice(None), slice(0, None), slice(None, None, 1), slice(0, None, 1))
 
 
 def _dropped(packed: PackedRows, rows: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

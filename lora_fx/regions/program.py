@@ -20,11 +20,13 @@ from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
 from lora_fx.passes.halve import HALVE, Halve
 from lora_fx.passes.inline import Inline, inlined
+from lora_fx.passes.labels import labels_of
 from lora_fx.passes.lift import Lifted, Unfit, lifted
 from lora_fx.passes.pack import NotPacked, Pack
 from lora_fx.passes.recompute import Recompute, is_making
 from lora_fx.passes.stack import Stack
 from lora_fx.regions.compiling import Compiling, compiling_of, may_be_fast
+from lora_fx.regions.labelling import Labelled
 from lora_fx.regions.packing import Packed
 
 _USUAL: tuple[Pass, ...] = (Stack(), Recompute())
@@ -35,6 +37,8 @@ COMPILE = "compile"
 OPTIMISATIONS = (*(optimisation.name for optimisation in _OPTIMISATIONS), COMPILE)
 """What can be done, in this order; the others by their names only."""
 LIVENESS = "liveness"
+LOSS = "loss"
+"""The name by which heads compute single rows: with both, last blocks do too."""
 OPT_IN = (LIVENESS,)
 """What is done besides, to programs for calls with padding, where it is asked for by name."""
 
@@ -76,6 +80,9 @@ class Program:
     compiling: Compiling | None = None
     """Its code by torch.compile, which is made at the first call of each kind; None where there can be none."""
     why_not_compiled: str = ""
+    labelled: Labelled | None = None
+    """Its code for the rows that somebody asks for; None if it has none."""
+    why_not_labelled: str = ""
     ones: set[frozenset[str]] = field(default_factory=set)
     """Sets of symbolic sizes for which it has been proven right when they are 1."""
 
@@ -105,9 +112,19 @@ class Program:
         return self.packed is not None and may_be_fast()
 
     @property
+    def may_defer(self) -> bool:
+        """Whether it has code for rows that are asked for that may answer a call now, or be proven on it."""
+        return self.labelled is not None and may_be_fast()
+
+    @property
+    def labelled_proven(self) -> bool:
+        """Whether that code has been compared with the forward."""
+        return self.labelled is not None and self.labelled.proven
+
+    @property
     def wants_care(self) -> bool:
         """Whether there is more to do for a call than to run its code."""
-        return self.may_give_up or self.wants_proof or self.may_pack
+        return self.may_give_up or self.wants_proof or self.may_pack or self.may_defer
 
     @property
     def rounds_gradients(self) -> bool:
@@ -131,6 +148,13 @@ class Program:
             self.packed.proven = True
         else:
             self.packed, self.why_not_packed = None, difference or ""
+
+    def decide_labelled(self, difference: str | None) -> None:
+        """Take the code for rows that are asked for as proven, or give it up for a difference that was found."""
+        if self.labelled is not None and difference is None:
+            self.labelled.proven = True
+        else:
+            self.labelled, self.why_not_labelled = None, difference or ""
 
     def give_up(self) -> None:
         """Forget all that was proven, so that the program answers no call any more."""
@@ -188,6 +212,8 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     program = Program(
         captured, guard, graph, function, fast, fast_passes, packed, why, checks, frozenset(computes), static
     )
+    if {LIVENESS, LOSS} <= set(passes) and not checks:
+        program.labelled, program.why_not_labelled = _labelled(graph_module, module, passes, captured)
     if COMPILE in passes:
         try:
             program.compiling = compiling_of(_lifted(graph_module, module, captured), captured)
@@ -247,6 +273,21 @@ def _packed(
     function, _ = _optimise(copied, module, passes)
     assert pack.packing is not None
     return Packed(function or compiled(copied.graph, _title(module)), pack.packing), ""
+
+
+def _labelled(
+    graph_module: fx.GraphModule, module: nn.Module, passes: Collection[str], captured: Captured
+) -> tuple[Labelled | None, str]:
+    """Return the code of a copy of the graph for rows that are asked for; or None, and why there is none."""
+    copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
+    apply_pass(Inline(), Editor(copied))
+    try:
+        labels = labels_of(copied, captured, _title(module))
+    except NotPacked as reason:
+        return None, str(reason)
+    late = UncompiledGraph(module, labels.late)
+    function, _ = _optimise(late, module, passes)
+    return Labelled(labels, function or compiled(late.graph, _title(module))), ""
 
 
 def _optimised(

@@ -30,9 +30,10 @@ from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
 from lora_fx.regions.compiled import UNCOMPILED, compiled_answer
 from lora_fx.regions.compiling import may_be_compiled
 from lora_fx.regions.known import KNOWN, kind_of
+from lora_fx.regions.labelling import Deferring
+from lora_fx.regions.leavingout import answered, answered_late
 from lora_fx.regions.learning import capture_new, prove_waiting, recall
-from lora_fx.regions.packing import PackedCall, RowTally, is_packed, may_be_packed
-from lora_fx.regions.packproof import rows_to_run
+from lora_fx.regions.packing import RowTally
 from lora_fx.regions.program import Program
 from lora_fx.regions.thin import Purpose, ThinLinears
 
@@ -59,6 +60,7 @@ class GuardedRegion(RunsGraphs):
             hit is not None
             and hit[0].compiling is not None
             and hit[0].packed is None
+            and not (region.deferring.last and hit[0].labelled)
             and not late
             and not region.checking
             and may_be_compiled()
@@ -93,12 +95,15 @@ class Region:
     thin: ThinLinears | None = None
     """While the model only runs to show its calls: what keeps large products from being computed."""
     tally: RowTally = field(default_factory=RowTally)
+    deferring: Deferring = field(default_factory=Deferring)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return (self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing)
+        facts = (self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing)
+        return (*facts, self.deferring)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing = state
+        self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing = state[:7]
+        self.deferring = state[7]
         self.captures, self.mine, self.checking, self.thin, self.tally = 0, [], False, None, RowTally()
 
     # -- a call
@@ -114,10 +119,7 @@ class Region:
             return self.attempt(call, program, inputs)
         if program.wants_proof:
             self.prove_fast(call, program)
-        packed, rows = program.packed, rows_to_run(self._kept, self.tally, call, program, inputs)
-        if rows is None or packed is None:
-            return program.run(call.module, inputs)
-        return packed.run(PackedCall(packed, program.function, call.module, inputs, rows, self.tally))
+        return answered(self._kept, self.tally, self.deferring, call, program, inputs)
 
     def meet_late(self, call: ModuleCall, hit: Hit | None) -> Any:
         """Return what a call gives among whose arguments are tensors that are not computed yet."""
@@ -125,10 +127,9 @@ class Region:
             program, inputs = hit
             if program.why_not_packed == NOTHING_MIXED:
                 return call.by_forward()
-            packed = program.packed if program.may_pack and may_be_packed(call.module) else None
-            rows = packed.rows(call.module, inputs) if packed is not None and is_packed(packed, inputs) else None
-            if packed is not None and packed.proven and rows is not None:
-                return packed.run(PackedCall(packed, program.function, call.module, inputs, rows, self.tally))
+            answer = answered_late(self.tally, self.deferring, call, program, inputs)
+            if answer is not NotImplemented:
+                return answer
         args, kwargs = pytree.tree_map_only(LazyRows, whole, (call.args, call.kwargs))
         call = ModuleCall(call.module, call.forward, args, kwargs)
         return self.meet(call, self.find(call.module, args, kwargs))

@@ -1,7 +1,7 @@
 """What was computed on some rows and can be computed again on all of them, as long as nothing has changed."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_fx.capture.calls.ambient import AmbientState, RandomState
 from lora_fx.errors import RefusedError
+from lora_fx.liveness.head import same_bits, version_of
 from lora_fx.liveness.padding import Rows
 
 Results = dict["Remaking", list[Any]]
@@ -56,12 +57,32 @@ class Remaking:
                 waiting += [(parent, False) for parent in each.parents()]
 
 
-def check_unchanged(same: bool) -> None:
-    """Raise RefusedError unless what rows of padding are made of is as it was when the others were made."""
+def check_unchanged(same: bool, what: str = "rows of padding") -> None:
+    """Raise RefusedError unless what rows are made of is as it was when the others were made."""
     if not same:
         raise RefusedError(
-            "rows of padding are asked for, and the weights or inputs that they are made of have changed since",
+            f"{what} are asked for, and the weights or inputs that they are made of have changed since",
             advice='read the result before the optimiser\'s step, or apply without "liveness" in `optimise`',
+        )
+
+
+class Unchanged:
+    """Tensors as they are now: how often each has been written to, and of those that are trained, their values."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._held = [
+            (tensor, version_of(tensor), tensor.detach().clone() if tensor.requires_grad and tensor.is_leaf else None)
+            for tensor in tensors
+        ]
+
+    def check(self, what: str) -> None:
+        """Raise RefusedError if one of them has changed, also if torch did not count it, as with fused optimisers."""
+        check_unchanged(
+            all(
+                version_of(tensor) == version and (copy is None or same_bits(tensor, copy))
+                for tensor, version, copy in self._held
+            ),
+            what,
         )
 
 

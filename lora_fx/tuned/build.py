@@ -23,7 +23,7 @@ from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import NOT_RUN
 from lora_fx.progress.steps import step
 from lora_fx.regions.compiling import without_compiling
-from lora_fx.regions.install import in_graphs, install, stock, without_graph
+from lora_fx.regions.install import in_graphs, install, mark_last, stock, without_graph
 from lora_fx.regions.program import OPT_IN, OPTIMISATIONS, USUAL
 from lora_fx.regions.survey import prove, trial_twin, without_gradient
 from lora_fx.rules.inits import FROM_DATA
@@ -77,6 +77,7 @@ def install_graphs(twin: nn.Module, plan: Plan, passes: tuple[str, ...]) -> None
         install(twin, graphs, passes)
         put_outermost(twin)
         stock(twin, survey.library, survey.structures, survey.seconds)
+        mark_last(twin)
     if samples:
         # what is proven on a copy holds for the twin: they share their kinds
         with trial_twin(twin, freeze=False) as copy, step(total=5, share=4), without_compiling():

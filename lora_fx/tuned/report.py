@@ -53,7 +53,8 @@ class RegionReport:
     guards: tuple[str, ...]
     """What the guards of its graphs check, in the order of checking."""
     optimised: tuple[str, ...] = ()
-    """What made its graphs cheaper to train and was compared with the forward: "stack", "compile", "liveness", …"""
+    """What made its graphs cheaper to train and was compared with the forward: "stack", "compile", "liveness", …;
+    with "labels" its rows are computed for those who ask."""
     given_up: tuple[str, ...] = ()
     """Why it was not done to a graph after all."""
 
@@ -232,14 +233,24 @@ def _region(region: Region) -> RegionReport:
         seconds=region.block.seconds,
         failures=tuple(dict.fromkeys(region.block.failures.values())),
         guards=tuple(dict.fromkeys(reason for program in programs for reason in program.guard.reasons)),
-        optimised=tuple(dict.fromkeys(name for program in programs for name in program.optimised)),
-        given_up=tuple(dict.fromkeys((*(why for program in programs for why in program.given_up), *_packing(region)))),
+        optimised=tuple(dict.fromkeys((*(name for p in programs for name in p.optimised), *_labels(region)))),
+        given_up=tuple(dict.fromkeys((*(why for p in programs for why in p.given_up), *_left_out(region)))),
     )
 
 
-def _packing(region: Region) -> Iterator[str]:
-    """Yield why a region computes rows of padding, where it was asked not to."""
+def _labels(region: Region) -> Iterator[str]:
+    """Yield that a region computes rows where they are asked for, if it does."""
+    if region.deferring.last and any(program.labelled_proven for program in region.block.programs):
+        yield "labels"
+
+
+def _left_out(region: Region) -> Iterator[str]:
+    """Yield why a region computes rows of padding, or rows that nobody asks for, where it was asked not to."""
     programs = region.block.programs
+    if region.deferring.last and region.deferring.tally.stopped:
+        yield "labels: all rows are asked for"
+    mixing = (p.why_not_labelled for p in programs if p.why_not_labelled and p.why_not_packed != NOTHING_MIXED)
+    yield from (f"labels: {reason}" for reason in dict.fromkeys((*region.deferring.otherwise, *mixing)))
     if region.tally.stopped:
         yield f"liveness: {region.tally.why}"
     elif not any(program.packed for program in programs):

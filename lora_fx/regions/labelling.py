@@ -1,0 +1,192 @@
+"""Compute a last block's rows where they are asked for: by a loss, of the tokens that have a label."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import STATE
+from lora_fx.capture.calls.ambient import AmbientState, ambient_state
+from lora_fx.liveness.asked import Asked
+from lora_fx.liveness.padding import Rows, unpacked_rows
+from lora_fx.liveness.rows import LazyRows, lazy, whole
+from lora_fx.liveness.sources import leaves_of
+from lora_fx.models.torch_internals import pytree
+from lora_fx.passes.labels import Labels
+from lora_fx.regions.laterows import LateRows, Made
+from lora_fx.regions.packed import packed_in
+from lora_fx.regions.packing import RowTally, may_be_packed
+from lora_fx.regions.remaking import Unchanged, check_unchanged, remade
+
+
+@dataclass(slots=True)
+class Labelled:
+    """The code of a program that computes the rows that are asked for, and whether it has been proven."""
+
+    labels: Labels
+    function: Callable[..., Any]
+    """Called with the module, the graph's inputs and `Asked`: the rows of each result that is rows, [1, N, width]."""
+    proven: bool = False
+
+    def draws(self, module: nn.Module) -> bool:
+        """Whether a dropout of the block is on."""
+        dropouts: list[Any] = [module.get_submodule(path) for path in self.labels.dropouts]
+        return any(dropout.training and dropout.p for dropout in dropouts)
+
+
+@dataclass(slots=True)
+class Deferring:
+    """What a region knows of leaving its rows for later."""
+
+    last: bool = False
+    """Whether it is the last of its blocks, whose result a loss may meet."""
+    wanted: bool = False
+    """Whether it or another block of its kind is, so that the kind's code is to be proven."""
+    tally: RowTally = field(default_factory=RowTally)
+    weights: tuple[int, ...] = ()
+    """Identities of the module's own parameters as they were found; empty in a copy."""
+    otherwise: dict[str, None] = field(default_factory=dict)
+    """Why calls were not left for later."""
+
+    def __getstate__(self) -> tuple[bool, bool]:
+        return self.last, self.wanted
+
+    def __setstate__(self, state: tuple[bool, bool]) -> None:
+        self.last, self.wanted = state
+        self.tally, self.weights, self.otherwise = RowTally(), (), {}
+
+    def obstacle(self, labelled: Labelled, module: nn.Module, inputs: Sequence[Any]) -> str:
+        """Return why a call cannot be left for later; empty if it can."""
+        together = dist.is_available() and dist.is_initialized()
+        if together and (not self.weights or self.weights != tuple(map(id, module.parameters()))):
+            return "its weights were replaced, perhaps by some that are sharded after the call"  # by FSDP2
+        if not may_be_packed(module):
+            return "it has hooks, or something follows operations one by one"
+        if labelled.draws(module):
+            return "its dropout draws for all rows at once"
+        if not any(isinstance(value, Tensor) and value.requires_grad for value in (*inputs, *module.parameters())):
+            return "no gradient passes through it"
+        return ""
+
+
+class DeferredCall:
+    """One call of a block, to be made for the rows that are asked for."""
+
+    def __init__(
+        self,
+        labelled: Labelled,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        rows: Rows | None,
+        otherwise: Callable[[], Any],
+        tally: RowTally,
+    ) -> None:
+        """Note a call.
+
+        Args:
+            labelled: the code.
+            module: of the block.
+            inputs: of its graph.
+            rows: which of its hidden states there are, where they are packed; others are computed with all.
+            otherwise: makes the whole call, as without this.
+            tally: of the region.
+        """
+        self.labelled, self.module, self.inputs, self.rows = labelled, module, inputs, rows
+        self._otherwise, self._tally = otherwise, tally
+        self._modes = _modes_of(module)
+        given = [value for value in inputs if isinstance(value, Tensor)]
+        plain = [value for value in given if type(value) is not LazyRows]
+        self.device = given[0].device
+        self._unchanged = Unchanged([*plain, *module.parameters(), *module.buffers()])
+        sources = [*(leaf for value in given for leaf in leaves_of(value)), *module.parameters()]
+        self.sources = tuple({id(tensor): tensor for tensor in sources if tensor.requires_grad}.values())
+        self._ambient: AmbientState = ambient_state({self.device})
+        self._taken: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._whole: list[Any] | None = None
+        tally.packed += 1
+
+    def result(self) -> Any:
+        """Return what the block returns, in which no row has been computed."""
+        return self.labelled.labels.early(self.module, *self.inputs, self)
+
+    def show(self, number: int) -> Tensor:
+        """Return what stands for one of the results that are rows."""
+        return lazy(BlockRows(self, number))
+
+    def rows_of(self, number: int, asked: Asked) -> Tensor:
+        """Return rows of a result, [1, N, width]: for the second to ask, those of the first one or out of all."""
+        again = self._taken is None or torch.equal(self._taken[0], asked.rows.index)
+        there = self.rows is None or not bool((self.rows.places[asked.rows.index] < 0).any())
+        if self._whole is None and again and there:
+            return self._made(asked)[number]
+        return self.whole(number).flatten(0, 1).index_select(0, asked.rows.index).unsqueeze(0)
+
+    def _made(self, asked: Asked) -> tuple[Tensor, ...]:
+        if self._taken is None:
+            self._check()
+            inputs, at = list(self.inputs), self.labelled.labels.hidden
+            packed = packed_in(inputs[at])
+            with remade(self._ambient, None):
+                if packed is not None:
+                    inputs[at].lazy_value.note_taken()
+                    inputs[at] = unpacked_rows(packed.packed, packed.call.rows)
+                elif type(inputs[at]) is LazyRows:
+                    inputs[at] = whole(inputs[at])
+                self._taken = asked.rows.index, self.labelled.function(self.module, *inputs, asked)
+        return self._taken[1]
+
+    def whole(self, number: int) -> Tensor:
+        """Return all rows of a result."""
+        if self._whole is None:
+            self._check()
+            self._tally.asked += 1
+            with remade(self._ambient, None):
+                self._whole = pytree.tree_leaves(self._otherwise())
+        value = self._whole[self.labelled.labels.leaves[number].place]
+        return whole(value) if type(value) is LazyRows else value
+
+    def _check(self) -> None:
+        check_unchanged(_modes_of(self.module) == self._modes, "rows of a block")
+        self._unchanged.check("rows of a block")
+
+
+class BlockRows(LateRows):
+    """Rows of what a block returns."""
+
+    def __init__(self, call: DeferredCall, number: int) -> None:
+        self.call, self.number = call, number
+        leaf, labels = call.labelled.labels.leaves[number], call.labelled.labels
+        self.shape = torch.Size((*call.inputs[labels.hidden].shape[:2], leaf.width))
+        self.dtype, self.device, self.inputs = leaf.dtype, call.device, call.sources
+
+    def computed(self, asked: Asked, made: Made) -> Tensor:
+        return self.call.rows_of(self.number, asked)
+
+    def whole(self) -> Tensor:
+        return self.call.whole(self.number)
+
+    def unreachable(self) -> Tensor | None:
+        return None if self.call.rows is None else self.call.rows.dead
+
+
+def may_be_deferred(deferring: Deferring, labelled: Labelled, module: nn.Module, inputs: Sequence[Any]) -> bool:
+    """Whether a call may be left for later: of a last block, which nothing follows, and which draws nothing."""
+    if not deferring.last or deferring.tally.stopped:
+        return False
+    reason = deferring.obstacle(labelled, module, inputs)
+    if reason:
+        deferring.otherwise[reason] = None
+    return labelled.proven and not reason
+
+
+def _modes_of(module: nn.Module) -> list[Any]:
+    """Return what a block's result depends on besides tensors: modes, and which adapters are on."""
+    found: list[Any] = []
+    for each in module.modules():
+        state = each.__dict__.get(STATE)
+        found.append((each.training, None if state is None else state.active))
+        found += map(id, each._parameters.values())
+    return found

@@ -1,0 +1,59 @@
+"""Which code answers a call of a region: that for rows that are asked for, that for rows of real tokens, or for all."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lora_fx.liveness.padding import Rows
+from lora_fx.liveness.rows import LazyRows
+from lora_fx.regions.checking import ModuleCall, Replay
+from lora_fx.regions.labelling import DeferredCall, Deferring, may_be_deferred
+from lora_fx.regions.labelproof import prove_labelled
+from lora_fx.regions.packing import PackedCall, RowTally, is_packed, may_be_packed
+from lora_fx.regions.packproof import rows_to_run
+from lora_fx.regions.program import Program
+
+Inputs = tuple[Any, ...]
+
+
+def answered(
+    kept: Callable[[ModuleCall], Replay | None],
+    tally: RowTally,
+    deferring: Deferring,
+    call: ModuleCall,
+    program: Program,
+    inputs: Inputs,
+) -> Any:
+    """Return what a program gives of a call, of whose arguments all rows are there."""
+    labelled = program.labelled if program.may_defer and deferring.wanted else None
+    if labelled is not None and not labelled.proven and not labelled.draws(call.module) and may_be_packed(call.module):
+        prove_labelled(kept, call, program)
+    rows = rows_to_run(kept, tally, call, program, inputs)
+    return _run(tally, deferring, call.module, program, inputs, rows)
+
+
+def answered_late(tally: RowTally, deferring: Deferring, call: ModuleCall, program: Program, inputs: Inputs) -> Any:
+    """Return what a program gives of a call that has rows of hidden states only; NotImplemented if it needs all."""
+    packed = program.packed if program.may_pack and may_be_packed(call.module) else None
+    rows = packed.rows(call.module, inputs) if packed is not None and is_packed(packed, inputs) else None
+    if packed is None or not packed.proven or rows is None:
+        return NotImplemented
+    return _run(tally, deferring, call.module, program, inputs, rows)
+
+
+def _run(
+    tally: RowTally, deferring: Deferring, module: nn.Module, program: Program, inputs: Inputs, rows: Rows | None
+) -> Any:
+    def otherwise() -> Any:
+        packed = program.packed
+        if rows is None or packed is None:
+            return program.run(module, inputs)
+        return packed.run(PackedCall(packed, program.function, module, inputs, rows, tally))
+
+    labelled = program.labelled
+    if labelled is None or not program.may_defer or not may_be_deferred(deferring, labelled, module, inputs):
+        return otherwise()
+    given = inputs[labelled.labels.hidden]
+    left = rows if type(given) is LazyRows else None
+    return DeferredCall(labelled, module, inputs, left, otherwise, deferring.tally).result()
