@@ -74,8 +74,11 @@ def labels_of(graph_module: fx.GraphModule, captured: Captured, title: str) -> L
     if any(operation(node) == "dropout" and _may_drop(node) for node in nodes):
         raise NotPacked("its dropout draws for all rows at once")
     reading = _Reading(graph_module, captured)
-    writing = _Writing(reading, graph_module)
-    late, leaves = writing.late(), tuple(_leaves(reading))
+    leaves = tuple(_leaves(reading))
+    try:
+        late = _Writing(reading, graph_module).late()
+    except KeyError as missing:
+        raise NotPacked(f"{missing} is read in a way that cannot be followed") from None
     paths = tuple(str(n.target) for n in nodes if n.op == "call_module" and is_dropout(n, graph_module))
     hidden = reading.placeholders.index(reading.hidden)
     return Labels(compiled(_early(reading, leaves), title), late, leaves, hidden, paths)
@@ -154,7 +157,7 @@ class _Writing:
         self.module = graph_module
         self.axes = token_axes(reading)
         self.output = next(iter(reversed(graph_module.graph.nodes)))
-        self.whole_needed: set[fx.Node] = set()
+        self.whole_needed: set[fx.Node] = {reading.hidden}
         self.late_needed: set[fx.Node] = set()
         self.graph = fx.Graph()
         self.fixed: dict[fx.Node, fx.Node] = {}

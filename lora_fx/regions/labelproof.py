@@ -59,7 +59,7 @@ class _Proof:
 
     def _differs(self, asked: Asked, copy: Callable[[Tensor], Tensor], values_only: bool = False) -> str | None:
         replay = self.replay
-        theirs, mine = self._by_forward(asked, copy), replay.again(copy)
+        theirs, mine = self._by_forward(copy), replay.again(copy)
         with_noise(mine.module)
         inputs = self._inputs(mine)
         before = {name: buffer.clone() for name, buffer in mine.module.named_buffers()}
@@ -75,17 +75,17 @@ class _Proof:
         reason = reason or values_differ(ours[0], others[0], precision)
         if reason is None and not values_only:
             precision = torch.bfloat16 if self.program.rounds_gradients else precision
-            reason = replay.run(lambda: gradients_differ(ours, others, precision, lambda: self._shaken(asked)))
+            reason = replay.run(lambda: gradients_differ(ours, others, precision, lambda: self._shaken(asked, copy)))
         return None if reason is None else f"on the rows that are asked for {reason}"
 
-    def _by_forward(self, asked: Asked, copy: Callable[[Tensor], Tensor]) -> Run:
+    def _by_forward(self, copy: Callable[[Tensor], Tensor]) -> Run:
         call = self.replay.again(copy)
         with_noise(call.module)
         self.replay.random.restore()
         return self.replay.run(call.by_forward), (call.args, call.kwargs), call.module
 
-    def _shaken(self, asked: Asked) -> Run:
-        run = self._by_forward(asked, rounded_otherwise)
+    def _shaken(self, asked: Asked, copy: Callable[[Tensor], Tensor]) -> Run:
+        run = self._by_forward(lambda value: rounded_otherwise(copy(value)))
         return (self._rows(run[0], asked), *run[1:])
 
     def _rows(self, result: Any, asked: Asked) -> tuple[Tensor, ...]:
