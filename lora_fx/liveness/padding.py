@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LOW = -1000.0
+"""What is added to scores and as low as this is meant to forbid."""
 FEWEST = 0.1
 """The part of the rows that must be padding for packing to be worth its copies."""
 
@@ -142,6 +144,16 @@ def dead_keys(mask: Tensor, batch: int, length: int) -> Tensor | None:
     dead = ~some.any(1).expand(batch, length)
     helpless = ~allowed.any(-1).all(1).expand(batch, length)
     return dead & ~(helpless & ~dead).any(-1, keepdim=True)
+
+
+def soft_minimum(masks: Iterable[Tensor]) -> float | None:
+    """Return the least number in masks that is low as for padding, and yet not so low that a weight must be 0."""
+    lowest = [float(mask.min()) for mask in masks if mask.is_floating_point() and mask.numel() and _is_soft(mask)]
+    return min(lowest, default=None)
+
+
+def _is_soft(mask: Tensor) -> bool:
+    return bool(torch.finfo(mask.dtype).min / 2 < mask.min() <= _LOW)
 
 
 def _allowed(mask: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from lora_fx.adapters.attach import STATE
 from lora_fx.adapters.fused.eligible import is_watched
 from lora_fx.adapters.selection import by_rows
 from lora_fx.capture.calls.ambient import AmbientState, RandomState, ambient_state
-from lora_fx.liveness.padding import Remembered, Rows, packed_rows, rows_under, unpacked_rows
+from lora_fx.liveness.padding import Remembered, Rows, packed_rows, rows_under, soft_minimum, unpacked_rows
 from lora_fx.liveness.rows import LazyRows
 from lora_fx.models.torch_internals import pytree
 from lora_fx.passes.pack import Packing
@@ -30,6 +30,8 @@ class Packed:
     packing: Packing
     proven: bool = False
     found: Remembered = field(default_factory=Remembered)
+    soft: float | None = None
+    """The least number of a mask that was no padding, though it may have been meant as such."""
 
     def rows(self, module: nn.Module, inputs: tuple[Any, ...]) -> Rows | None:
         """Return the rows to run on: of hidden states that are packed theirs; None if all."""
@@ -38,12 +40,16 @@ class Packed:
         given = packed_in(hidden)
         masks = tuple(inputs[index] for index in packing.masks)
         batch, length = hidden.shape[:2]
-        own: Rows | None = self.found.of(
-            masks, (batch, length), lambda: rows_under(packing.mask_of(module, *inputs), batch, length)
-        )
+        own: Rows | None = self.found.of(masks, (batch, length), lambda: self._found(module, inputs, batch, length))
         if given is None:
             return own
         return given.call.rows if given.call.rows.drops_only_dead_of(own) else None
+
+    def _found(self, module: nn.Module, inputs: tuple[Any, ...], batch: int, length: int) -> Rows | None:
+        masks = self.packing.mask_of(module, *inputs)
+        rows = rows_under(masks, batch, length)
+        self.soft = soft_minimum(masks) if rows is None else self.soft
+        return rows
 
     def run(self, call: "PackedCall | ProvingCall") -> Any:
         """Return what the block returns, in which rows of padding have not been computed."""

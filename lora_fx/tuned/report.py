@@ -249,6 +249,8 @@ def _left_out(region: Region) -> Iterator[str]:
     programs = region.block.programs
     if region.deferring.last and region.deferring.tally.stopped:
         yield "labels: all rows are asked for"
+    for low in dict.fromkeys(p.packed.soft for p in programs if p.packed is not None and p.packed.soft is not None):
+        yield f"liveness: its mask is {low:.3g} at its least, and weights are sure to be 0 under -inf or finfo.min only"
     mixing = (p.why_not_labelled for p in programs if p.why_not_labelled and p.why_not_packed != NOTHING_MIXED)
     yield from (f"labels: {reason}" for reason in dict.fromkeys((*region.deferring.otherwise, *mixing)))
     if region.tally.stopped:

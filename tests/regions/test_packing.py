@@ -384,3 +384,15 @@ def test_a_cast_to_the_same_dtype_is_the_tensor_itself_also_when_it_is_written_t
     hidden = packs(**padded())[0]
     hidden.to(torch.float64).zero_()
     assert not hidden.any()
+
+
+@pytest.mark.parametrize("low", [-1e4, -1e9])
+def test_a_mask_under_which_weights_need_not_be_zero_is_no_padding_and_the_report_says_so(low: float) -> None:
+    mask = torch.zeros(BATCH, 1, 1, LENGTH, dtype=torch.float64).masked_fill(
+        padded()["attention_mask"][:, None, None] == 0, low
+    )
+    inputs = {"input_ids": padded()["input_ids"], "attention_mask": mask.expand(-1, 1, LENGTH, -1)}
+    packs, plain = pair(llama(), inputs)
+    assert_same_step(packs, plain, real, **inputs)
+    assert packed_calls(packs) == []
+    assert f"its mask is {low:.3g} at its least" in str(lora_fx.inspect(packs))
