@@ -1,6 +1,7 @@
 """Compute a last block's rows where they are asked for: by a loss, of the tokens that have a label."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import STATE
+from lora_fx.adapters.selection import Switch
 from lora_fx.capture.calls.ambient import AmbientState, ambient_state
 from lora_fx.liveness.asked import Asked
 from lora_fx.liveness.padding import Rows, unpacked_rows
@@ -61,15 +63,56 @@ class Deferring:
     def obstacle(self, labelled: Labelled, module: nn.Module, inputs: Sequence[Any]) -> str:
         """Return why a call cannot be left for later; empty if it can."""
         together = dist.is_available() and dist.is_initialized()
-        if together and (not self.weights or self.weights != tuple(map(id, module.parameters()))):
+        if together and (not self.weights or self.weights != _parameters_of(module)):
             return "its weights were replaced, perhaps by some that are sharded after the call"  # by FSDP2
         if not may_be_packed(module):
             return "it has hooks, or something follows operations one by one"
+        if not all(switch.now().weights for switch in switches_of(module)):
+            return "its adapters are not used"
         if labelled.draws(module):
             return "its dropout draws for all rows at once"
         if not any(isinstance(value, Tensor) and value.requires_grad for value in (*inputs, *module.parameters())):
             return "no gradient passes through it"
         return ""
+
+
+class Around:
+    """What a block's result depends on besides tensors and autocast: modes, parameters, which adapters are used."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modes = [(each, each.training) for each in module.modules()]
+        self._parameters = _parameters_of(module)
+        self._used = [(switch, switch.now()) for switch in switches_of(module)]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module has the parameters that it had."""
+        return _parameters_of(module) == self._parameters
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Set it up for a while: a loss may be computed after a `with lora_fx.use(…)` around the forward alone."""
+        others = [(each, each.training) for each, training in self._modes if each.training != training]
+        with contextlib.ExitStack() as stack:
+            for switch, used in self._used:
+                if switch.now() != used:
+                    stack.enter_context(switch.chosen_here(used))
+            try:
+                for each, training in others:
+                    each.training = not training
+                yield
+            finally:
+                for each, training in others:
+                    each.training = training
+
+
+def _parameters_of(module: nn.Module) -> tuple[int, ...]:
+    return tuple(map(id, module.parameters()))
+
+
+def switches_of(module: nn.Module) -> list[Switch]:
+    """Return what chooses among the adapters of a block, each once."""
+    states = (each.__dict__.get(STATE) for each in module.modules())
+    return list(dict.fromkeys(state.switch for state in states if state is not None))
 
 
 class DeferredCall:
@@ -96,7 +139,7 @@ class DeferredCall:
         """
         self.labelled, self.module, self.inputs, self.rows = labelled, module, inputs, rows
         self._otherwise, self._tally = otherwise, tally
-        self._modes = _modes_of(module)
+        self._around = Around(module)
         given = [value for value in inputs if isinstance(value, Tensor)]
         plain = [value for value in given if type(value) is not LazyRows]
         self.device = given[0].device
@@ -129,7 +172,7 @@ class DeferredCall:
             self._check()
             inputs, at = list(self.inputs), self.labelled.labels.hidden
             packed = packed_in(inputs[at])
-            with remade(self._ambient, None):
+            with remade(self._ambient, None), self._around.again():
                 if packed is not None:
                     inputs[at].lazy_value.note_taken()
                     inputs[at] = unpacked_rows(packed.packed, packed.call.rows)
@@ -143,13 +186,13 @@ class DeferredCall:
         if self._whole is None:
             self._check()
             self._tally.asked += 1
-            with remade(self._ambient, None):
+            with remade(self._ambient, None), self._around.again():
                 self._whole = pytree.tree_leaves(self._otherwise())
         value = self._whole[self.labelled.labels.leaves[number].place]
         return whole(value) if type(value) is LazyRows else value
 
     def _check(self) -> None:
-        check_unchanged(_modes_of(self.module) == self._modes, "rows of a block")
+        check_unchanged(self._around.holds(self.module), "rows of a block")
         self._unchanged.check("rows of a block")
 
 
@@ -180,13 +223,3 @@ def may_be_deferred(deferring: Deferring, labelled: Labelled, module: nn.Module,
     if reason:
         deferring.otherwise[reason] = None
     return labelled.proven and not reason
-
-
-def _modes_of(module: nn.Module) -> list[Any]:
-    """Return what a block's result depends on besides tensors: modes, and which adapters are on."""
-    found: list[Any] = []
-    for each in module.modules():
-        state = each.__dict__.get(STATE)
-        found.append((each.training, None if state is None else state.active))
-        found += map(id, each._parameters.values())
-    return found

@@ -321,3 +321,26 @@ def wrong_tokens(x: Tensor, asked: Any, dims: int, axis: int) -> Tensor:
     """Give every query the entry of the first token."""
     x = x[(None,) * (dims - x.dim())]
     return x.narrow(axis, 0, 1).expand(*x.shape[:axis], asked.tokens.shape[1], *x.shape[axis + 1 :])
+
+
+def test_a_loss_after_the_choice_of_an_adapter_has_ended_is_of_the_chosen_one() -> None:
+    late, plain = pair(llama(), labelled())
+    found = []
+    for model in (late, plain):
+        lora_fx.add(model, {"rules": [{"match": {"op": "linear"}, "lora": {"r": 2}}]}, adapter="b")
+        with lora_fx.use(model, {"default": 0.5}):
+            logits = model(input_ids=labelled()["input_ids"]).logits
+        model.eval()
+        loss = F.cross_entropy(logits.flatten(0, 1), labelled()["labels"].flatten())
+        found.append((loss.detach(), gradients(model, loss)[0]))
+        assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+    assert calls(late) == (1, 0)
+
+
+def test_the_base_alone_leaves_nothing_for_later() -> None:
+    late, plain = pair(llama(), labelled())
+    with lora_fx.disabled(late), lora_fx.disabled(plain):
+        ours, theirs = late(**labelled()), plain(**labelled())
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-12, atol=1e-12)
+    assert calls(late) == (0, 0)
