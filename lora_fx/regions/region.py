@@ -31,8 +31,8 @@ from lora_fx.regions.compiled import UNCOMPILED, compiled_answer
 from lora_fx.regions.compiling import may_be_compiled
 from lora_fx.regions.known import KNOWN, kind_of
 from lora_fx.regions.labelling import Deferring
-from lora_fx.regions.leavingout import answered, answered_late
 from lora_fx.regions.learning import capture_new, prove_waiting, recall
+from lora_fx.regions.leavingout import answered, answered_late
 from lora_fx.regions.packing import RowTally
 from lora_fx.regions.program import Program
 from lora_fx.regions.thin import Purpose, ThinLinears

@@ -83,6 +83,7 @@ def install_graphs(twin: nn.Module, plan: Plan, passes: tuple[str, ...]) -> None
         with trial_twin(twin, freeze=False) as copy, step(total=5, share=4), without_compiling():
             prove(copy, samples)
             idle = without_gradient(copy, samples)
+        mark_last(twin)  # programs that were known before are there only now
         called = {site.path for site in plan.adapted if site.calls != 0}
         if unreached := [path for path in idle if path in called]:
             warnings.warn(
