@@ -28,7 +28,7 @@ _PRODUCTS = ("matmul", "bmm", ATTENTION)
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class RowResult:
     """One of the results that are rows: its place among the leaves of all that is returned, and what is known of it."""
 
     place: int
@@ -44,7 +44,7 @@ class Labels:
     """Called with the module, the inputs and the call, whose `show` makes what stands for rows; gives the result."""
     late: fx.Graph
     """Of the inputs and `Asked`: the rows that are asked for of each of `leaves`, [1, N, width]."""
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[RowResult, ...]
     hidden: int
     """Which of the inputs are the hidden states."""
     dropouts: tuple[str, ...]
@@ -89,7 +89,7 @@ def _may_drop(dropout: fx.Node) -> bool:
     return argument(dropout, 1, "p", 0.5) != 0 and argument(dropout, 2, "training", True) is not False
 
 
-def _leaves(reading: Reading) -> Iterator[Leaf]:
+def _leaves(reading: Reading) -> Iterator[RowResult]:
     """Yield the results that are rows.
 
     Raises:
@@ -102,10 +102,10 @@ def _leaves(reading: Reading) -> Iterator[Leaf]:
         shape = reading.shape(node) or ()
         if not reading.leads(node) or len(shape) != 3 or not shape[2].isdigit():
             raise NotPacked(f"it returns {spoken(node)}, in which rows are mixed")
-        yield Leaf(place, int(shape[2]), node.meta["tensor"][1])
+        yield RowResult(place, int(shape[2]), node.meta["tensor"][1])
 
 
-def _early(reading: Reading, leaves: tuple[Leaf, ...]) -> fx.Graph:
+def _early(reading: Reading, leaves: tuple[RowResult, ...]) -> fx.Graph:
     """Return the graph of what a call gives at once: what hidden states do not decide, and what stands for rows."""
     old, graph, made = reading.graph_module.graph, fx.Graph(), dict[fx.Node, fx.Node]()
     output = next(iter(reversed(old.nodes)))

@@ -96,7 +96,7 @@ class _Proof:
     def _at_once(self, theirs: Run, module: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
         """Return what a call that is left for later gives, with rows of the forward, and what the forward gives."""
         leaves = pytree.tree_leaves(theirs[0])
-        shown = _Shown([leaves[leaf.place] for leaf in self.labelled.labels.leaves])
+        shown = _ForwardRows([leaves[leaf.place] for leaf in self.labelled.labels.leaves])
         mine = self.replay.run(lambda: self.labelled.labels.early(module, *inputs, shown))
         return _detached(mine), _detached(theirs[0])
 
@@ -105,7 +105,7 @@ def _detached(result: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
 
-class _Shown:
+class _ForwardRows:
     """Stands for a call: shows the forward's rows."""
 
     def __init__(self, rows: list[Tensor]) -> None:
