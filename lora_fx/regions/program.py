@@ -36,6 +36,7 @@ USUAL = tuple(optimisation.name for optimisation in _USUAL)
 COMPILE = "compile"
 OPTIMISATIONS = (*(optimisation.name for optimisation in _OPTIMISATIONS), COMPILE)
 """What can be done, in this order; the others by their names only."""
+_CALLS = "it calls a submodule as a whole, and checks what that returns"
 LIVENESS = "liveness"
 LOSS = "loss"
 """The name by which heads compute single rows: with both, last blocks do too."""
@@ -208,7 +209,9 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     computes = bypassed | set(_weights_read(graph, module))
     function = compiled(graph, _title(module))
     fast, fast_passes = (None, ()) if checks else _optimised(graph_module, module, passes)
-    packed, why = (None, "") if checks or LIVENESS not in passes else _packed(graph_module, module, passes, captured)
+    packed, why = None, _CALLS if checks and LIVENESS in passes else ""
+    if LIVENESS in passes and not checks:
+        packed, why = _packed(graph_module, module, passes, captured)
     program = Program(
         captured, guard, graph, function, fast, fast_passes, packed, why, checks, frozenset(computes), static
     )
