@@ -6,7 +6,6 @@ plain object that it holds, gets a dynamic subclass of its class that reports ca
 """
 
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any
@@ -20,8 +19,8 @@ from lora_fx.capture.calls.reasons import Untraceable
 from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
 from lora_fx.capture.reads.frozen import Freezer, OfType, Unfreezable
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
+from lora_fx.models.copying import copied_tree
 from lora_fx.models.swap import is_swapped, origin, swap, unswap
-from lora_fx.models.torch_internals import deepcopy
 
 _LISTENER = "_lora_fx_listener"
 _PATH = "_lora_fx_access"
@@ -240,13 +239,7 @@ def _as_seen(module: nn.Module) -> None:
 
 def copied_module(module: nn.Module) -> nn.Module:
     """Return a copy that shares parameters, hooks, and what lies outside (a model, a rotary table) with the module."""
-    memo = {id(kept): kept for kept in _shared(module)}
-    tables = [value for child in module.modules() for value in vars(child).values() if type(value) in _TABLES]
-    memo |= {id(table): type(table)() for table in tables if not table}  # of hooks, mostly: deepcopy is slow at them
-    return deepcopy(module, memo)
-
-
-_TABLES = (OrderedDict, dict, set)
+    return copied_tree(module, {id(kept): kept for kept in _shared(module)})
 
 
 def _shared(module: nn.Module) -> Iterator[object]:

@@ -1,0 +1,148 @@
+"""Copies of modules that are made at once are those that copy.deepcopy makes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import lora_fx
+from lora_fx.models.copying import _is_plain, copied_tree
+from tests.support.portraits import difference, portrait_of_state
+from tests.support.zoo import ZOO, Specimen, rules
+
+
+class Own(nn.Module):
+    """Copies itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.copies = nn.Linear(2, 2), 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Own:
+        made = Own()
+        made.inner, made.copies = copy.deepcopy(self.inner, memo), self.copies + 1
+        return made
+
+
+class Stateful(nn.Linear):
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "kept": "by itself"}
+
+
+class Delegating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def __getattr__(self, name: str) -> Any:
+        return (
+            super().__getattr__(name) if name in ("inner", "_modules") else getattr(super().__getattr__("inner"), name)
+        )
+
+
+class Holder(nn.Module):
+    """Holds what a copy must hold in the same way: shared objects, cycles, lists of modules, tensors, hooks."""
+
+    def __init__(self, *children: nn.Module) -> None:
+        super().__init__()
+        self.children_ = nn.ModuleList(children)
+        self.shared = {"a": [1, 2]}
+        self.again = self.shared
+        self.listed, self.named = [*children, self], {"first": children[0], "none": None}
+        self.tensor, self.tuple = torch.ones(3), (torch.zeros(2), "text")
+        self.empty: dict[str, int] = {}
+        self.empty_too = self.empty
+        self.register_buffer("buffer", torch.arange(3.0))
+        self.tied = children[0]
+        self.register_forward_hook(_hook)
+
+
+def _hook(module: nn.Module, args: Any, result: Any) -> None:
+    """Do nothing."""
+
+
+def plain() -> Holder:
+    return Holder(
+        nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2), nn.GELU()), nn.ModuleDict({"a": nn.LayerNorm(2)})
+    )
+
+
+def special() -> Holder:
+    normed = parametrizations.weight_norm(nn.Linear(2, 2))
+    return Holder(nn.Linear(2, 2), Own(), Stateful(2, 2), Delegating(), nn.MultiheadAttention(2, 1), normed)
+
+
+def check_structure(duplicate: nn.Module, model: nn.Module) -> None:
+    first, *_ = duplicate.children_
+    assert duplicate.again is duplicate.shared
+    assert duplicate.shared is not model.shared
+    assert duplicate.empty_too is duplicate.empty
+    assert duplicate.empty is not model.empty
+    assert duplicate.listed[0] is duplicate.tied is duplicate.named["first"] is first
+    assert duplicate.listed[-1] is duplicate
+    assert first is not model.tied
+    assert torch.equal(duplicate.tensor, model.tensor)
+    assert duplicate.tensor is not model.tensor
+    assert duplicate.tuple[1] == "text"
+    assert duplicate.tuple[0] is not model.tuple[0]
+    assert duplicate._forward_hooks is not model._forward_hooks
+    assert list(duplicate._forward_hooks.values()) == [_hook]
+
+
+@pytest.mark.parametrize("make", [plain, special])
+def test_copy_is_that_of_deepcopy(make: Callable[[], Holder]):
+    model = make()
+    mine, theirs = copied_tree(model, {}), copy.deepcopy(model)
+    check_structure(mine, model)
+    check_structure(theirs, model)
+    assert difference(portrait_of_state(mine), portrait_of_state(theirs), "state") is None
+    assert [list(vars(module)) for module in mine.modules()] == [list(vars(module)) for module in theirs.modules()]
+
+
+def test_only_modules_whose_classes_leave_it_to_python_are_copied_at_once():
+    assert all(map(_is_plain, plain().modules()))
+    assert [type(module).__name__ for module in special().children_ if not _is_plain(module)] == [
+        "Own", "Stateful", "Delegating", "MultiheadAttention", "ParametrizedLinear",
+    ]  # fmt: skip
+    layer = nn.Linear(2, 2)
+    layer.__deepcopy__ = lambda memo: "mine"
+    assert copied_tree(layer, {}) == "mine"
+
+
+def test_what_the_memo_says_stands_in_the_copy():
+    model = plain()
+    weight = nn.Parameter(torch.zeros(2, 2))
+    duplicate = copied_tree(model, {id(model.tied.weight): weight, id(model.buffer): model.buffer})
+    assert duplicate.tied.weight is weight
+    assert duplicate.listed[0].weight is weight
+    assert duplicate.buffer is model.buffer
+
+
+@pytest.mark.parametrize("specimen", ZOO, ids=lambda specimen: specimen.name)
+@pytest.mark.filterwarnings("ignore::lora_fx.LoraFxWarning")
+def test_copy_of_an_adapted_model_is_that_of_deepcopy(specimen: Specimen):
+    tuned = lora_fx.apply(specimen.build(), rules(specimen.rule), specimen.sample())
+    mine, theirs = copied_tree(tuned, {}), copy.deepcopy(tuned)
+    assert [(path, type(module)) for path, module in mine.named_modules()] == [
+        (path, type(module)) for path, module in theirs.named_modules()
+    ]
+    assert difference(portrait_of_state(mine), portrait_of_state(theirs), "state") is None
+    sample = specimen.sample(3, 6)
+    for one, other in zip(mine.modules(), theirs.modules(), strict=True):
+        assert list(vars(one)) == list(vars(other))
+    with torch.no_grad():
+        one, other = (model(*sample.args, **sample.kwargs) for model in (mine, theirs))
+    assert torch.equal(one[0] if isinstance(one, tuple) else one, other[0] if isinstance(other, tuple) else other)
+
+
+def test_what_cannot_be_copied_raises_as_in_deepcopy():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].generator = (number for number in range(3))
+    with pytest.raises(TypeError, match="generator"):
+        copied_tree(model, {})
