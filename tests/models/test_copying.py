@@ -68,9 +68,7 @@ def _hook(module: nn.Module, args: Any, result: Any) -> None:
 
 
 def plain() -> Holder:
-    return Holder(
-        nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2), nn.GELU()), nn.ModuleDict({"a": nn.LayerNorm(2)})
-    )
+    return Holder(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2), nn.GELU()), nn.ModuleDict({"a": nn.LayerNorm(2)}))
 
 
 def special() -> Holder:
