@@ -33,7 +33,7 @@ from lora_fx.adapters.fused.terms import Term
 from lora_fx.adapters.rawweight.known_experts import BANKS, experts_output, interface_of
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
 from lora_fx.adapters.reads import take_over, wants_parameter
-from lora_fx.adapters.rows import AdapterRows, stacked, with_plain_rows, with_rows
+from lora_fx.adapters.rows import AdapterRows, with_plain_rows, with_rows
 from lora_fx.adapters.selection import Chosen, Switch
 from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.errors import RefusedError
@@ -187,6 +187,7 @@ class AdaptedLayer(ShowsAdapters):
         switch: Switch = self.__dict__[STATE].switch
         return switch.for_call().rows
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _row_by_row(self, rows: AdapterRows, input: Tensor) -> Tensor:
         base = self.base_forward(input)
         if rows.seen is not None:
@@ -198,7 +199,7 @@ class AdaptedLayer(ShowsAdapters):
         layout = rows.layout_of(self, next(iter(attached_to(self))).spec.path, input)
         factors = row_factors(self, owners.names, input)
         if factors is not None:
-            return with_plain_rows(base, input, layout, owners, stacked(self, owners, factors))
+            return with_plain_rows(base, input, layout, owners, rows.stacked(self, owners, factors))
         calls = [len(A) for name, A in self.lora_A.items() if name in owners.names and type(A) is CallFactors]
         number = _next_call(self, min(calls)) if calls else 0
         return with_rows(

@@ -3,7 +3,6 @@
 Where a layer's input has the batch is not guessed: it is seen before, in runs of the model (`tuned/rows.py`).
 """
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,6 +27,8 @@ class Layout(NamedTuple):
     dim: int = 0
     is_major: bool = True
     """Whether the entries of one row are neighbours; else those of all rows are, again and again."""
+    is_sure: bool = True
+    """Whether it was seen in a tensor with several entries of each row; else it tells nothing of those."""
 
     def split(self, tensor: Tensor, batch: int) -> Tensor:
         """Return the tensor as [batch, entries of a row, …], a view where it can be one."""
@@ -37,6 +38,11 @@ class Layout(NamedTuple):
             return whole.movedim((self.dim, self.dim + 1), (0, 1))
         whole = tensor.unflatten(self.dim, (size // batch, batch))  # type: ignore[no-untyped-call]
         return whole.movedim((self.dim + 1, self.dim), (0, 1))
+
+    def agreed(self, other: "Layout") -> "Layout | None":
+        """Return what two layouts of one layer say together; None if they contradict each other."""
+        sure = self if self.is_sure else other
+        return sure if self.dim == other.dim and (self == other or not (self.is_sure and other.is_sure)) else None
 
     def joined(self, rows: Tensor) -> Tensor:
         """Return the tensor of which `split` has made these rows."""
@@ -92,6 +98,8 @@ class AdapterRows:
     seen: "Seen | None" = None
     """While it is looked where the batch is: what has been seen."""
     owners: dict[frozenset[str], Owners] = field(default_factory=dict)
+    factors: dict[nn.Module, "tuple[Any, list[Tensor], Stacked]"] = field(default_factory=dict)
+    """Of layers: of what their stacked factors were made, and these."""
 
     def layout_of(self, layer: Any, path: str, x: Tensor) -> Layout:
         """Return where the batch is in a layer's input.
@@ -113,7 +121,29 @@ class AdapterRows:
                 [(path, f"its input is {list(x.shape)}, with {x.shape[layout.dim]} along dimension {layout.dim}")],
                 "give a name, or None, for each row of the batch",
             )
+        if not layout.is_sure and x.shape[layout.dim] > batch:
+            self.seen_calls.clear()
+            raise RefusedError(
+                "which entries of a layer's input belong to which row is not known: there was one for each until now",
+                [(path, f"its input is {list(x.shape)}, with {x.shape[layout.dim] // batch} entries for each row")],
+                "make the call again: then it is looked up anew",
+            )
         return layout
+
+    def stacked(self, layer: nn.Module, owners: Owners, factors: dict[str, Plain]) -> Stacked:
+        """Return the factors of a layer for the names of the owners.
+
+        Without gradients they are kept, until one of them changes: a second copy of the adapters' values.  Not beyond
+        the context, since versions do not tell of what is written to `.data`, as averages of weights and optimisers do.
+        """
+        tensors = [tensor for one in factors.values() for tensor in (one.A, one.B)]
+        if torch.is_grad_enabled() or any(not tensor.is_leaf or tensor.is_inference() for tensor in tensors):
+            return _stacked(owners, factors)
+        facts = (owners.names, [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors])
+        kept = self.factors.get(layer)
+        if kept is None or kept[0] != facts:
+            kept = self.factors[layer] = (facts, tensors, _stacked(owners, factors))  # which holds what has these ids
+        return kept[-1]
 
     def among(self, held: frozenset[str]) -> Owners:
         """Return whose the rows are among the adapters that a layer has."""
@@ -122,31 +152,6 @@ class AdapterRows:
             names = tuple(dict.fromkeys(wanted))
             self.owners[held] = Owners(names, tuple(map(names.index, wanted)))
         return self.owners[held]
-
-
-def stacked(layer: nn.Module, owners: Owners, factors: dict[str, Plain]) -> Stacked:
-    """Return the factors for the names of the owners.
-
-    Without gradients those of a layer are kept, until one of them changes or others are asked for: a second copy of
-    the adapters' values, which goes with the layer.
-    """
-    tensors = [tensor for one in factors.values() for tensor in (one.A, one.B)]
-    if torch.is_grad_enabled() or any(not tensor.is_leaf or tensor.is_inference() for tensor in tensors):
-        return _stacked(owners, factors)
-    facts = (owners.names, [tensor._version for tensor in tensors], [one.scaling for one in factors.values()])
-    kept = _KEPT.get(layer)
-    if kept is None or kept[0] != facts or not _are(kept[1], tensors):
-        kept = _KEPT[layer] = (facts, [weakref.ref(tensor) for tensor in tensors], _stacked(owners, factors))
-    return kept[2]
-
-
-def _are(kept: Sequence["weakref.ref[Tensor]"], tensors: Sequence[Tensor]) -> bool:
-    return all(ref() is tensor for ref, tensor in zip(kept, tensors, strict=True))
-
-
-_KEPT: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[weakref.ref[Tensor]], Stacked]]"
-_KEPT = weakref.WeakKeyDictionary()
-"""For each layer: of what its stacked factors were made, and the factors."""
 
 
 def _stacked(owners: Owners, factors: dict[str, Plain]) -> Stacked:
@@ -264,9 +269,9 @@ def layouts_that_fit(before: Sequence[Tensor], after: Sequence[Tensor], batch: i
         if size % batch:
             continue
         for is_major in (True, False) if size > batch else (True,):
-            layout = Layout(0, is_major)
+            layout = Layout(0, is_major, size > batch)
             expected = layout.joined(layout.split(one, batch).roll(1, 0))
             rows = layout.split(one, batch)
             spread = (rows - rows.roll(1, 0)).abs().amax()
             if spread > 1e-6 * one.abs().amax() and (other - expected).abs().amax() < 0.05 * spread:
-                yield Layout(dim, is_major)
+                yield layout._replace(dim=dim)

@@ -65,6 +65,18 @@ class Selection:
         return " + ".join(shown) or "the base"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Choice:
+    """What one thread uses of a model for a while."""
+
+    switch: "Switch"
+    selection: Selection
+
+
+def _without(choices: tuple[_Choice, ...], gone: _Choice) -> tuple[_Choice, ...]:
+    return tuple(one for one in choices if one is not gone)
+
+
 class Switch:
     """What a model uses; one object, shared by all its adapters, and one of its own in a copy of the model."""
 
@@ -79,7 +91,9 @@ class Switch:
         """What was used before anything else was chosen; None as long as nothing was."""
         self.is_open = False
         """Whether some thread has something else chosen for a while; compiled code must ask then."""
-        self._opened = 0
+        self.in_tasks = False
+        """Whether one of them is a task, of which compiled code knows nothing."""
+        self._opened = self._in_tasks = 0
 
     def now(self) -> Selection:
         """Return what this thread uses."""
@@ -87,7 +101,11 @@ class Switch:
             return self.everywhere
         if torch.compiler.is_compiling():
             return self._compiled()
-        chosen = (_HERE.get() or {}).get(self, self.everywhere)
+        return self.of_thread()
+
+    def of_thread(self) -> Selection:
+        """Return what this thread uses, asked where no compiler follows."""
+        chosen = next((one.selection for one in reversed(_HERE.get()) if one.switch is self), self.everywhere)
         gone = [name for name in chosen.names if name not in self.names]
         if gone:
             raise RefusedError(
@@ -115,9 +133,9 @@ class Switch:
 
     def _compiled(self) -> Selection:
         """Return what this thread uses, as far as a compiler can follow: it checks that at each call of its code."""
-        for switch, selection in _THREAD.chosen:
-            if switch is self:
-                return selection
+        for one in () if self.in_tasks else reversed(_THREAD.chosen):
+            if one.switch is self:
+                return one.selection
         return _asked_outside(self) if self.is_open else self.everywhere
 
     def choose(self, selection: Selection) -> None:
@@ -129,24 +147,28 @@ class Switch:
     def chosen_here(self, selection: Selection) -> Iterator[None]:
         """Let this thread, and no other, use this for a while."""
         self.first = self.first or self.everywhere
-        token, before = _HERE.set({**(_HERE.get() or {}), self: selection}), _THREAD.chosen
-        if not _has_tasks():
-            _THREAD.chosen = ((self, selection), *(pair for pair in before if pair[0] is not self))
-        self._count(1)
+        choice, thread, in_tasks = _Choice(self, selection), _THREAD.__dict__, _has_tasks()
+        _HERE.set((*_HERE.get(), choice))
+        if not in_tasks:
+            _THREAD.chosen = (*_THREAD.chosen, choice)
+        self._count(1, in_tasks)
         try:
             yield
         finally:
-            self._count(-1)
-            _THREAD.chosen = before
-            _HERE.reset(token)
+            self._count(-1, in_tasks)
+            # not what was there before: generators may end their choices in another order, and in another thread
+            thread["chosen"] = _without(thread["chosen"], choice)
+            _HERE.set(_without(_HERE.get(), choice))
 
-    def _count(self, by: int) -> None:
+    def _count(self, by: int, in_tasks: bool) -> None:
         with _COUNTING:
             self._opened += by
-            self.is_open = self._opened > 0
+            self._in_tasks += by * in_tasks
+            self.is_open, self.in_tasks = self._opened > 0, self._in_tasks > 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "is_open": False, "_opened": 0}  # a copy is nobody's yet
+        closed = {"is_open": False, "in_tasks": False, "_opened": 0, "_in_tasks": 0}
+        return {**vars(self), **closed}  # a copy is nobody's yet
 
     def renamed(self, names: Mapping[str, str | None]) -> None:
         """Call adapters otherwise, or, where the new name is None, forget them; what is used stays so."""
@@ -170,7 +192,7 @@ class Switch:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _asked_outside(switch: Switch) -> Selection:
     """Return what this thread uses, in the middle of code that torch.compile makes: it knows no context variables."""
-    return switch.now()
+    return switch.of_thread()
 
 
 class _Thread(threading.local):
@@ -180,7 +202,7 @@ class _Thread(threading.local):
     """
 
     def __init__(self) -> None:
-        self.chosen: tuple[tuple[Switch, Selection], ...] = ()
+        self.chosen: tuple[_Choice, ...] = ()
 
 
 _THREAD = _Thread()
@@ -199,26 +221,31 @@ _COUNTING = threading.Lock()
 
 def by_rows() -> bool:
     """Whether this thread uses an adapter for each row of some model."""
-    return any(selection.rows is not None for selection in (_HERE.get() or {}).values())
+    return any(one.selection.rows is not None for one in _HERE.get())
 
 
 @contextlib.contextmanager
 def switched_off(things: Iterable[object]) -> Iterator[None]:
     """Let this thread, and no other, do without these objects for a while: they ask `is_off`."""
-    token = _OFF.set(_OFF.get() | {id(thing) for thing in things})
+    off = _Off(id(thing) for thing in things)
+    _OFF.set((*_OFF.get(), off))
     try:
         yield
     finally:
-        _OFF.reset(token)
+        _OFF.set(tuple(one for one in _OFF.get() if one is not off))
 
 
 def is_off(thing: object) -> bool:
     """Whether this thread does without the object."""
-    return id(thing) in _OFF.get()
+    return any(id(thing) in off for off in _OFF.get())
 
 
-_OFF: ContextVar[frozenset[int]] = ContextVar("lora_fx_switched_off", default=frozenset())
-_HERE: ContextVar[Mapping[Switch, Selection] | None] = ContextVar("lora_fx_selections", default=None)
-"""What this thread uses of which models."""
+class _Off(frozenset[int]):
+    """What a thread does without: an object of its own for each time, as two may be of the same things."""
+
+
+_OFF: ContextVar[tuple[_Off, ...]] = ContextVar("lora_fx_switched_off", default=())
+_HERE: ContextVar[tuple[_Choice, ...]] = ContextVar("lora_fx_selections", default=())
+"""What this thread uses of which models for a while; the last choice for a model holds."""
 _KEPT = "lora_fx_selections"
 """Attribute of a checkpointed call: what it used of which models, for when it is made again."""

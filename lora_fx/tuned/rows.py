@@ -65,22 +65,41 @@ def _refuse_whole(switches: Sequence[Switch]) -> None:
 def _looker(tuned: nn.Module, chosen: Selection, switches: Sequence[Switch]) -> Callable[..., None]:
     """Return a hook that compares a call's inputs with the rows, and looks where they go if that is not known."""
 
-    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = chosen.rows
-        if rows is None or not any(switch.now() is chosen for switch in switches):  # a call of another thread
-            return
+        if module is not tuned or rows is None or not any(switch.now() is chosen for switch in switches):
+            return  # a call of a copy, or of another thread
         batch, given = len(rows.names), list(tensors_in((args, kwargs)))
         if given and not any(value.dim() and value.shape[0] == batch for value in given):
             shapes = [(f"input {number}", str(list(value.shape))) for number, value in enumerate(given)]
             raise RefusedError(
                 f"adapters are given for {batch} rows, and no input has so many", shapes, "give one for each row"
             )
-        kind = (tuple(sorted(kwargs)), tuple((value.dim(), value.is_floating_point()) for value in given))
+        kind = _kind_of(tuned, batch, args, kwargs, given)
         if batch > 1 and kind not in rows.seen_calls:
             _see(tuned, batch, args, kwargs)
             rows.seen_calls.add(kind)
 
     return look
+
+
+def _kind_of(
+    tuned: nn.Module, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
+) -> tuple[object, ...]:
+    """Return what calls have in common in which layers see the batch in the same places.
+
+    Sizes do not count, but for those of 1, which hide an order, and whether it is the batch that comes first.
+    """
+    flags = [
+        (name, value)
+        for name, value in (*enumerate(args), *sorted(kwargs.items()))
+        if value is None or isinstance(value, bool | int | float | str)
+    ]
+    tensors = [
+        (value.is_floating_point(), [size == 1 for size in value.shape], value.shape[:1] == (batch,)) for value in given
+    ]
+    return (tuned.training, tuple(sorted(kwargs)), str(flags), str(tensors))
 
 
 def _see(tuned: nn.Module, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,7 +119,10 @@ def _see(tuned: nn.Module, batch: int, args: tuple[Any, ...], kwargs: dict[str, 
             fits = list(layouts_that_fit(one, other, batch)) if len(calls) == len(again) else []
             if not fits and len(shape) in known and are_alike(one, batch):
                 continue  # as of equal tokens, one each
-            if len(fits) != 1 or known.setdefault(len(shape), fits[0]) != fits[0]:
+            agreed = known.get(len(shape), fits[0]).agreed(fits[0]) if len(fits) == 1 else None
+            if agreed is not None:
+                known[len(shape)] = agreed
+            else:
                 known.pop(len(shape), None)
                 wrong.append((next(iter(attached_to(layer))).spec.path, f"its input is {list(shape)}"))
                 break

@@ -282,3 +282,70 @@ def test_values_that_change_between_calls_count():
     with lora_fx.rows(tuned, MIXED), torch.no_grad():
         together = tuned(batch())
     assert_close(together, one_by_one(tuned, MIXED, batch()), atol=1e-6, rtol=1e-6)
+
+
+ALL_Q = {"version": 1, "rules": [{"match": {"name": "q"}, "lora": {"r": 2, "init": "random"}}]}
+
+
+def with_b(model: nn.Module) -> nn.Module:
+    tuned = lora_fx.apply(model, ALL_Q, backend="modules")
+    lora_fx.rename(tuned, "default", "a")
+    lora_fx.add(tuned, ALL_Q, adapter="b")
+    return tuned
+
+
+def test_a_first_call_of_one_token_says_nothing_of_the_order_of_several():
+    tuned = with_b(FlatTimeFirst())
+    with lora_fx.rows(tuned, MIXED):
+        tuned(batch(tokens=1))
+        together = tuned(batch())
+    assert_close(together, one_by_one(tuned, MIXED, batch()), atol=1e-6, rtol=1e-6)
+
+
+class Turned(TimeFirst):
+    """An argument says where its layer has the batch."""
+
+    def forward(self, x: Tensor, time_first: bool = False) -> Tensor:  # type: ignore[override]
+        return super().forward(x) if time_first else self.q(x)
+
+
+def test_a_layer_that_has_the_batch_in_two_places_is_refused():
+    tuned = with_b(Turned())
+    with lora_fx.rows(tuned, MIXED):
+        tuned(batch(tokens=4), False)
+        with pytest.raises(lora_fx.RefusedError, match="cannot be seen"):
+            tuned(batch(tokens=4), True)
+
+
+class Placed(TimeFirst):
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        return self.q(x + places[None, :, None])
+
+
+def test_another_input_that_has_as_many_entries_as_there_are_names_is_not_the_batch():
+    tuned = with_b(Placed())
+    with lora_fx.rows(tuned, ["a", "b"]):
+        tuned(batch(2), torch.arange(5.0))
+        with pytest.raises(lora_fx.RefusedError, match="cannot be seen"):
+            tuned(batch(4, tokens=2), torch.arange(2.0))
+
+
+def test_values_written_past_their_version_count_in_the_next_context():
+    tuned = two()
+    with lora_fx.rows(tuned, MIXED), torch.no_grad():
+        tuned(batch())
+    for name, parameter in tuned.named_parameters():
+        if "lora" in name:
+            parameter.data.mul_(-3)
+    with lora_fx.rows(tuned, MIXED), torch.no_grad():
+        together = tuned(batch())
+    assert_close(together, one_by_one(tuned, MIXED, batch()), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_model_takes_rows():
+    tuned = two()
+    compiled = torch.compile(tuned, backend="eager")
+    with lora_fx.rows(compiled, MIXED):
+        together = compiled(batch())
+    assert_close(together, one_by_one(tuned, MIXED, batch()), atol=1e-6, rtol=1e-6)

@@ -347,3 +347,15 @@ def test_what_a_plan_knows_of_the_base_is_what_the_base_shows():
     shown = take_inventory(lora_fx.remove(tuned), uses_in(plan))
     assert tuple(planned.site for planned in plan.sites) == shown.sites
     assert (plan.model, plan.total) == (shown.model, shown.total)
+
+
+@pytest.mark.parametrize("choice", [lambda tuned: lora_fx.use(tuned, None), lora_fx.disabled], ids=["use", "disabled"])
+def test_choices_that_end_in_another_order_leave_nothing_behind(choice):
+    tuned = two()
+    expected = tuned(given())
+    first, second = choice(tuned), choice(tuned)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert torch.equal(tuned(given()), expected)
