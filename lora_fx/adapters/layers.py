@@ -137,7 +137,7 @@ class AdaptedLayer(ShowsAdapters):
         """Return what the module computes with the adapters that are used."""
         rows = self.chosen_rows()
         if rows is not None:
-            return self._row_by_row(rows, input)
+            return self._row_by_row(rows, input)  # type: ignore[no-any-return]
         chosen = self.chosen_adapters()
         if not chosen:
             return self.base_forward(input)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -353,9 +354,14 @@ def test_what_a_plan_knows_of_the_base_is_what_the_base_shows():
 def test_choices_that_end_in_another_order_leave_nothing_behind(choice):
     tuned = two()
     expected = tuned(given())
-    first, second = choice(tuned), choice(tuned)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    second.__exit__(None, None, None)
+
+    def chosen() -> Iterator[None]:
+        with choice(tuned):
+            yield
+
+    first, second = chosen(), chosen()
+    next(first)
+    next(second)
+    first.close()  # type: ignore[attr-defined]
+    second.close()  # type: ignore[attr-defined]
     assert torch.equal(tuned(given()), expected)
