@@ -2,13 +2,13 @@
 
 from collections.abc import Collection
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import SWITCH, all_attached, attach, spec_of
+from lora_fx.adapters.attach import SWITCH, adapter_prefixes, all_attached, attach, spec_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import adapt, count_calls_anew, read_by_kernels, stop_counting
 from lora_fx.adapters.placed import is_trained, placed_in
-from lora_fx.adapters.trained import choose_values
+from lora_fx.adapters.trained import TRAINED, add_value, added_tensors, choose_values
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
@@ -70,6 +70,43 @@ def _choose_trained(twin: nn.Module, names: Collection[str], record: ModelRecord
         owner = twin.get_submodule(path)
         if not isinstance(owner, fx.GraphModule):
             choose_values(owner, record.switch, {last: record.base[name]}, {last: biased.get(name, together)})
+
+
+def give_values(twin: nn.Module, plan: Plan, record: ModelRecord, adapter: str) -> list[nn.Module]:
+    """Give an adapter that is added values of its own of all that its plan trains, as the base has them, in place.
+
+    Returns the modules that have them.
+    """
+    copies: dict[int, Tensor] = {}
+    changed: dict[nn.Module, None] = {}
+    for owner, name in _trained_by(twin, plan):
+        state = owner.__dict__.get(TRAINED)
+        own = get_tensor(owner, name)
+        if own is None:
+            continue
+        base = state.base[name] if state is not None and name in state.base else own.detach()
+        choose_values(owner, record.switch, {name: base}, {name: ()})
+        if id(own) not in copies:  # what is tied stays so
+            value = base.detach().to(own.device, own.dtype, copy=True)
+            copies[id(own)] = nn.Parameter(value) if isinstance(own, nn.Parameter) else value
+        add_value(owner, adapter, name, copies[id(own)])
+        changed[owner] = None
+    more = (name for name, whose, value in added_tensors(twin) if whose == adapter and isinstance(value, nn.Parameter))
+    record.switch.whole = tuple(dict.fromkeys((*record.switch.whole, *more)))
+    return list(changed)
+
+
+def _trained_by(twin: nn.Module, plan: Plan) -> list[tuple[nn.Module, str]]:
+    """Return (module, name) of each parameter and buffer that a plan trains beside A and B."""
+    found: list[tuple[nn.Module, str]] = []
+    for trained in plan.train:
+        module = twin.get_submodule(trained.path)
+        ours = adapter_prefixes(module)
+        for path, owner in module.named_modules():
+            if not f"{path}.".startswith(ours):
+                found += [(owner, name) for name in (*owner._parameters, *owner._buffers)]
+    owners = (twin.get_submodule(site.site.owner) for site in plan.adapted if site.lora is not None and site.lora.bias)
+    return [*found, *((owner, "bias") for owner in owners if owner._parameters.get("bias") is not None)]
 
 
 def trained_parameters(twin: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapters.dicts import AdapterDict
 from lora_fx.adapters.factors.dora import DoRAMagnitude, row_norms
 from lora_fx.adapters.factors.initialise import Kind, initialise
 from lora_fx.adapters.factors.kinds import (
@@ -25,6 +26,7 @@ from lora_fx.adapters.factors.spec import AdapterSpec, ModelRecord
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.views import WeightView
 from lora_fx.adapters.selection import Switch
+from lora_fx.adapters.trained import VALUES, added_value
 from lora_fx.models.offload import computing_device, keep_loaded, offloading_hook, stored_weight
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import dotted, get_tensor
@@ -63,13 +65,6 @@ class AdapterState:
     """How often it has been called in this forward; None unless each call has an adapter of its own."""
     within: bool = False
     """Whether a forward of the whole model is running, for which calls are counted."""
-
-
-class AdapterDict(nn.ModuleDict):
-    """Modules by the name of their adapter, which may be that of an attribute of ModuleDict, as `train` is."""
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        self._modules[name] = module  # type: ignore[assignment]
 
 
 class AdapterHome(nn.Module):
@@ -122,7 +117,10 @@ class Attached:
     @property
     def trained_bias(self) -> nn.Parameter | None:
         """The bias of the layer if the rule trains it."""
-        return self.owner._parameters.get("bias") if self.spec.lora.bias and self.spec.path_is_owner else None
+        if not self.spec.lora.bias or not self.spec.path_is_owner:
+            return None
+        added = added_value(self.owner, self.spec.adapter, "bias")
+        return added if isinstance(added, nn.Parameter) else self.owner._parameters.get("bias")
 
     def delta(self) -> Tensor:
         """Return ΔW = scaling · B A in float32 (float64 for float64 factors), in the shape of the base weight."""
@@ -323,7 +321,7 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
         for path, module in model.named_modules(remove_duplicate=False)
         for adapter in attached_to(module)
         for name in (CHILDREN if adapter.home is module else (adapter.spec.parameter + HOME,))
-    )
+    ) + tuple(f"{dotted(path, VALUES)}." for path, module in model.named_modules() if VALUES in module._modules)
 
 
 def with_values(tuned: nn.Module) -> nn.Module:
@@ -359,7 +357,7 @@ def detach(owner: nn.Module) -> None:
 def holders_of(owner: nn.Module) -> Iterator[nn.ModuleDict]:
     """Yield what holds the modules of the adapters beside the weights of a module, each by the adapter's name."""
     for home in (owner, *(child for child in owner._modules.values() if isinstance(child, AdapterHome))):
-        for child in CHILDREN:
+        for child in (*CHILDREN, VALUES):
             holder = home._modules.get(child)
             if isinstance(holder, AdapterDict):
                 yield holder

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lora_fx.adapters.dicts import AdapterDict
 from lora_fx.adapters.reads import take_over, wants_parameter
 from lora_fx.adapters.selection import Selection, Switch
 from lora_fx.models.swap import MADE_BY, Swapped, swap, take_off
 from lora_fx.models.wrappers import inside, module_at
+from lora_fx.text import dotted
 
 TRAINED = "lora_fx_trained"
 """Attribute of a module of which something is trained: its TrainedState."""
@@ -87,22 +89,63 @@ def _flat_weights(owner: Any) -> list[Tensor | None]:
 def value_of(owner: nn.Module, state: TrainedState, name: str, own: Tensor, selection: Selection) -> Tensor:
     """Return what a module computes with as its parameter or buffer of that name."""
     owners, used = state.owners[name], selection.weights
-    if owners is None:
-        return own if used or selection.rows is not None else _base_value(owner, state, name, own)
     terms = []
-    is_mine = [share for adapter, share in used if adapter in owners]
-    if is_mine:
-        terms.append((own, is_mine[0]))
     for adapter, share in used:
         other = added_value(owner, adapter, name)
         if other is not None:
             terms.append((other, share))
+    if owners is None and not terms:
+        return own if used or selection.rows is not None else _base_value(owner, state, name, own)
+    is_mine = [share for adapter, share in used if adapter in (owners or ())]
+    if is_mine:
+        terms.append((own, is_mine[0]))
     if len(terms) == 1 and terms[0][1] == 1:
         return terms[0][0]
     base = total = _base_value(owner, state, name, own)
     for value, share in terms:
         total = total + share * (value - base)
     return total
+
+
+def add_value(owner: nn.Module, adapter: str, name: str, value: Tensor) -> None:
+    """Give an adapter a value of its own of a module's parameter or buffer, in place."""
+    holder = owner._modules.get(VALUES)
+    if holder is None:
+        holder = owner._modules[VALUES] = AdapterDict()
+    values = holder._modules.get(adapter)
+    if values is None:
+        values = holder._modules[adapter] = nn.Module()
+    table: dict[str, Any] = values._parameters if isinstance(value, nn.Parameter) else values._buffers
+    table[name] = value
+    if name in owner._non_persistent_buffers_set:
+        values._non_persistent_buffers_set.add(name)
+
+
+def added_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield (name of the model's tensor, adapter, value) of all that added adapters have of the model itself."""
+    for path, owner, _ in trained_owners(model):
+        holder = owner._modules.get(VALUES)
+        for adapter, values in () if holder is None else holder._modules.items():
+            assert values is not None
+            for name, value in (*values._parameters.items(), *values._buffers.items()):
+                if value is not None:
+                    yield dotted(path, name), adapter, value
+
+
+def parameters_of(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+    """Yield what an adapter trains of the model itself: the model's own parameters, or those that were added for it."""
+    for _, owner, state in trained_owners(model):
+        for name, owners in state.owners.items():
+            own = owner._parameters.get(name)
+            value = own if owners and adapter in owners else added_value(owner, adapter, name)
+            if isinstance(value, nn.Parameter):
+                yield value
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Return the names of the model's parameters that some adapter trains."""
+    own = {dotted(path, name) for path, _, state in trained_owners(model) for name, o in state.owners.items() if o}
+    return own | {name for name, _, _ in added_tensors(model)}
 
 
 def added_value(owner: nn.Module, adapter: str, name: str) -> Tensor | None:
@@ -177,6 +220,24 @@ def settle(model: nn.Module) -> None:
                 value = nn.Parameter(value, requires_grad=False) if is_parameter else value
                 table[name] = made.setdefault((id(own), owners), value)  # what is tied stays so
         forget(owner)
+
+
+def keep_alone(model: nn.Module, adapter: str) -> None:
+    """Let a model's own values be those of one adapter, or, of what it does not train, the base's; in place."""
+    alone = Selection.of([adapter])
+    made: dict[int, Tensor] = {}
+    for _, owner, state in trained_owners(model):
+        for name, owners in state.owners.items():
+            table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+            own = table[name]
+            if own is None or owners is None:
+                continue
+            value = value_of(owner, state, name, own, alone)
+            if isinstance(own, nn.Parameter) and not isinstance(value, nn.Parameter):
+                value = made.setdefault(id(value), nn.Parameter(value, requires_grad=False))
+            is_its = adapter in owners or added_value(owner, adapter, name) is not None
+            table[name], state.owners[name] = value, (adapter,) if is_its else ()
+        owner._modules.pop(VALUES, None)
 
 
 def forget(owner: nn.Module) -> None:

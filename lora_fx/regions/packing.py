@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import STATE
 from lora_fx.adapters.fused.eligible import is_watched
 from lora_fx.adapters.selection import by_rows
+from lora_fx.adapters.trained import TRAINED
 from lora_fx.capture.calls.ambient import AmbientState, RandomState, ambient_state
 from lora_fx.liveness.padding import Remembered, Rows, packed_rows, rows_under, soft_minimum, unpacked_rows
 from lora_fx.liveness.rows import LazyRows
@@ -164,7 +165,7 @@ def _state_of(module: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
     found: list[Any] = [value for value in inputs if type(value) in (Tensor, nn.Parameter)]
     modes: list[Any] = []
     for each in module.modules():
-        state = each.__dict__.get(STATE)
+        state = each.__dict__.get(STATE) or each.__dict__.get(TRAINED)
         modes.append((each.training, None if state is None else state.switch.now()))
         found += each._parameters.values()
     return modes + [(id(tensor), tensor._version) for tensor in found if tensor is not None]

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.errors import RefusedError
+from lora_fx.adapters.trained import parameters_of
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.build import trainable
-from lora_fx.tuned.several import adapters_called
+from lora_fx.tuned.several import adapters_called, refuse_trained_together
 from lora_fx.tuned.switching import switches_in
 
 
@@ -25,8 +25,7 @@ def parameters(tuned: nn.Module, adapter: str | None = None) -> Iterator[nn.Para
 
     Raises:
         ValueError: no adapter has the name.
-        RefusedError: the model is not adapted; or it has several adapters, and modules that are trained whole, which
-            belong to all of them.
+        RefusedError: the model is not adapted; or modules were trained whole with this adapter and others together.
     """
     tuned = seen_through(tuned)
     return (parameter for parameter in _of(tuned, adapter) if parameter.requires_grad)
@@ -41,10 +40,9 @@ def _of(tuned: nn.Module, adapter: str | None) -> Iterator[nn.Parameter]:
         raise ValueError(f"no adapter is called '{adapter}'; there are {', '.join(known)}")
     if known == [adapter]:
         return trainable(tuned)
-    whole = [(name, "is trained whole") for switch in switches for name in switch.whole]
-    if whole:
-        raise RefusedError("parameters of the model itself belong to all its adapters", whole, "leave `adapter` out")
-    found = (parameter for _, one in adapters_called(tuned, adapter) for parameter in one.parameters())
+    refuse_trained_together(tuned, adapter)
+    found = [parameter for _, one in adapters_called(tuned, adapter) for parameter in one.parameters()]
+    found += parameters_of(tuned, adapter)
     return iter({id(parameter): parameter for parameter in found}.values())
 
 

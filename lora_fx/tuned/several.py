@@ -1,21 +1,21 @@
 """Several adapters on one model: more of them beside those that are there, fewer, or other names; in place."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from lora_fx.adapters.adapt import adapt_sites, trained_parameters
+from lora_fx.adapters.adapt import adapt_sites, give_values
 from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.selection import Selection, Switch
 from lora_fx.adapters.starting import start_adapters
-from lora_fx.adapters.trained import trained_owners
+from lora_fx.adapters.trained import added_tensors, keep_alone, trained_names, trained_owners
 from lora_fx.errors import RefusedError
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.plan import Plan
-from lora_fx.planning.planned import PlannedSite
+from lora_fx.planning.planned import PlannedSite, TrainedModule
 from lora_fx.regions.install import remade
 from lora_fx.rules.keys import is_adapter_name
 from lora_fx.text import dotted
@@ -41,7 +41,7 @@ def drop(tuned: nn.Module, adapter: str) -> None:
     switches = known_switches(tuned, adapter)
     if all(switch.names == (adapter,) for switch in switches):
         raise RefusedError(f"'{adapter}' is the only adapter", advice="lora_fx.remove returns the base model")
-    refuse_whole(tuned, f"'{adapter}' cannot be dropped")
+    _refuse_shared(tuned, adapter)
     take_off(tuned, whole_record_in(tuned), (adapter,))
 
 
@@ -57,7 +57,7 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
         return
     refuse_name(name, [known for switch in switches for known in switch.names])
     record = whole_record_in(tuned)
-    for owner in adapted_owners(tuned):
+    for owner in tuned.modules():
         for one in attached_to(owner):
             if one.spec.adapter == adapter:
                 one.spec.lora = replace(one.spec.lora, adapter=name)
@@ -96,57 +96,58 @@ def refuse_name(name: str, known: list[str]) -> None:
         raise ValueError(f"there is an adapter called '{name}' already; drop or rename it, or take another name")
 
 
-def refuse_whole(tuned: nn.Module, what: str) -> None:
-    """Raise RefusedError where modules or biases of the model itself are trained: they are no adapter's own."""
-    whole = trained_parameters(tuned)
-    if whole:
-        raise RefusedError(
-            f"{what}: parameters of the model itself are trained, and belong to all adapters",
-            [(name, "is trained whole") for name in whole],
-        )
+def _refuse_shared(tuned: nn.Module, adapter: str) -> None:
+    """Raise RefusedError where the model's own values were trained with an adapter that is to go."""
+    facts = [
+        (dotted(path, name), "is trained whole")
+        for path, _, state in trained_owners(tuned)
+        for name, owners in state.owners.items()
+        if adapter in (owners or ())
+    ]
+    if facts:
+        advice = "lora_fx.save what is to be kept, and add it to a model that `apply` makes"
+        raise RefusedError(f"'{adapter}' cannot be dropped: the model's own values are its", facts, advice)
 
 
 def _refuse_trained(tuned: nn.Module, plan: Plan) -> None:
     """Raise RefusedError for sites whose weights are trained whole: there, W is not the base's."""
     values = {dotted(path, name) for path, _, state in trained_owners(tuned) for name in state.base}
     facts = [(site.path, "is trained whole") for site in plan.adapted if site.site.weight in values]
+    inside = tuple(f"{trained.path}." for trained in plan.train)
+    facts += [(path, "has an adapter") for path, _ in all_attached(tuned) if f"{path}.".startswith(inside)]
     if facts:
         advice = "leave these sites out, or the module out of `train:`"
         raise RefusedError("an adapter cannot stand beside a weight that another one trains whole", facts, advice)
 
 
-def refuse_biases_of_others(tuned: nn.Module, adapter: str) -> None:
-    """Raise RefusedError where another adapter's rules train biases of the model: what is left would lack them."""
-    others = [
-        (path, f"its bias is trained with '{one.spec.adapter}'")
-        for path, one in all_attached(tuned)
-        if one.spec.adapter != adapter and one.trained_bias is not None
-    ]
-    others += [
-        (dotted(path, name), "is trained with other adapters")
+def refuse_trained_together(tuned: nn.Module, adapter: str) -> None:
+    """Raise RefusedError where values of the model were trained with an adapter and with others as well."""
+    facts = [
+        (dotted(path, name), f"was trained with {', '.join(owners)} together")
         for path, _, state in trained_owners(tuned)
         for name, owners in state.owners.items()
-        if owners and set(owners) != {adapter}
+        if owners and adapter in owners and len(owners) > 1
     ]
-    if others:
-        raise RefusedError(f"'{adapter}' alone would not be what was trained", others, "take all adapters together")
+    if facts:
+        raise RefusedError(f"'{adapter}' alone would not be what was trained", facts, "take all adapters together")
 
 
 def only(tuned: nn.Module, adapter: str) -> nn.Module:
     """Return a twin with one of a model's adapters alone, in use as it was trained; the model stays unchanged.
 
-    Modules that are trained whole stay in it.
+    What it trains of the model itself stays in it.
 
     Raises:
         ValueError: there is none of this name.
-        RefusedError: the rules of another one train biases of the model itself; it is a GraphModule with several.
+        RefusedError: parts of the model were trained with it and others; it is a GraphModule with several.
     """
     if [switch.names for switch in switches_in(tuned)] != [(adapter,)]:
         known_switches(tuned, adapter)
-    refuse_biases_of_others(tuned, adapter)
+    refuse_trained_together(tuned, adapter)
     twin = make_twin(tuned, freeze=False)
     record = whole_record_in(twin)
     plan = _plan_of(twin, record, adapter)
+    keep_alone(twin, adapter)
     take_off(twin, record, [name for name in record.switch.names if name != adapter])
     record.plan, record.added, record.switch.everywhere = plan, {}, Selection.of([adapter])
     return twin
@@ -164,7 +165,14 @@ def _plan_of(tuned: nn.Module, record: ModelRecord, adapter: str) -> Plan:
         else site
         for site in plan.sites
     )
-    return replace(plan, sites=sites, train=record.plan.train)
+    return replace(plan, sites=sites, train=tuple(trained_with(tuned, record, adapter)))
+
+
+def trained_with(tuned: nn.Module, record: ModelRecord, adapter: str) -> Sequence[TrainedModule]:
+    """Return the modules that an adapter trains whole: with values of its own, or with the model's."""
+    if any(whose == adapter for _, whose, _ in added_tensors(tuned)):
+        return record.added[adapter].train
+    return () if adapter in record.added else record.plan.train
 
 
 def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) -> None:
@@ -182,7 +190,8 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
         adapt_sites(tuned, plan, record)
         if start:
             start_adapters(tuned, names)
-        remade(tuned, {id(owner) for owner in adapted_owners(tuned)} - before)
+        changed = {id(owner) for name in names for owner in give_values(tuned, plan, record, name)}
+        remade(tuned, changed | {id(owner) for owner in adapted_owners(tuned)} - before)
     except BaseException:
         take_off(tuned, record, names)
         raise
@@ -190,10 +199,12 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
 
 def take_off(tuned: nn.Module, record: ModelRecord, names: Collection[str]) -> None:
     """Take adapters and their parameters away from a model, in place."""
-    for owner in adapted_owners(tuned):
-        for holder in holders_of(owner):
+    for module in tuned.modules():
+        for holder in holders_of(module):
             for name in names:
                 holder._modules.pop(name, None)
     record.switch.renamed(dict.fromkeys(names))
+    left = trained_names(tuned) if record.switch.whole else set()
+    record.switch.whole = tuple(name for name in record.switch.whole if name in left)
     for name in names:
         record.added.pop(name, None)

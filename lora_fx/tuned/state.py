@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.adapters.placed import is_trained, placed_in
+from lora_fx.adapters.trained import added_tensors
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.build import trainable
@@ -28,6 +29,7 @@ def adapter_state(tuned: nn.Module) -> dict[str, Tensor]:
     lasting = tuned.state_dict(keep_vars=True)
     factors = [factor for _, adapter in all_attached(tuned) for factor in (adapter.lora_A, adapter.lora_B)]
     starts = {id(buffer) for factor in factors for buffer in factor.buffers()}
+    starts |= {id(value) for _, _, value in added_tensors(tuned)}
     kept = {name: buffer for name, buffer in tuned.named_buffers() if name in lasting}
     return state | {name: b for name, b in kept.items() if id(b) in starts or is_trained(name, places)}
 

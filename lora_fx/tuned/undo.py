@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import SWITCH, AdapterDict, adapted_owners, attached_to, detach
+from lora_fx.adapters.attach import SWITCH, adapted_owners, attached_to, detach
+from lora_fx.adapters.dicts import AdapterDict
 from lora_fx.adapters.layers import count_calls_anew, stop_counting
 from lora_fx.adapters.placed import Placed, base_in, placed_in
 from lora_fx.adapters.selection import Selection, switched_off

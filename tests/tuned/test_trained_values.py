@@ -40,16 +40,17 @@ def model() -> nn.Module:
     return Model().eval()
 
 
-def trained(inputs: object = None) -> nn.Module:
+def trained(inputs: object = None, moves_free: bool = True) -> nn.Module:
     """Return an adapted model of which everything has moved that training moves."""
     torch.manual_seed(1)
     tuned = lora_fx.apply(model(), RULES, inputs, backend="auto" if inputs else "modules")
-    step(tuned)
+    step(tuned, moves_free)
     return tuned
 
 
-def step(tuned: nn.Module) -> None:
+def step(tuned: nn.Module, moves_free: bool = True) -> None:
     tuned.train()
+    tuned.free.train(moves_free)
     tuned(given() * 3 + 1).square().sum().backward()
     with torch.no_grad():
         for parameter in lora_fx.parameters(tuned):
@@ -195,3 +196,127 @@ def test_late_logits_have_the_bias_that_is_chosen():
     with lora_fx.use(tuned, None):
         logits = tuned(given().requires_grad_())
     assert torch.allclose(logits + 0, caller(given()), atol=1e-5)  # read after the choice has ended
+
+
+OTHER = {
+    "version": 1,
+    "rules": [{"match": {"name": "**.{k,out}"}, "lora": {"r": 3, "bias": True, "init": "random"}}],
+    "train": ["head", "norm", "memory"],
+}
+
+
+def two(inputs: object = None) -> tuple[nn.Module, dict[str | None, Tensor]]:
+    """Return a model with two trained adapters, and what each gives alone."""
+    torch.manual_seed(2)
+    other = lora_fx.apply(model(), OTHER, backend="modules")
+    step(other, moves_free=False)
+    with torch.no_grad():
+        other.head.bias += 1
+    tuned = trained(inputs, moves_free=False)
+    expected = {"default": tuned(given()), "b": other(given()), None: model()(given())}
+    lora_fx.add(tuned, other, adapter="b")
+    return tuned, expected
+
+
+@BACKENDS
+def test_each_adapter_has_modules_and_biases_of_its_own(inputs):
+    tuned, expected = two(inputs)
+    for name in ("default", "b", None, "b", "default"):
+        lora_fx.use(tuned, name)
+        assert torch.equal(tuned(given()), expected[name]), name
+
+
+def test_base_keys_stay_and_what_was_added_has_keys_of_its_own():
+    tuned, _ = two()
+    names = list(tuned.state_dict())
+    assert [name for name in names if "lora" not in name] == list(model().state_dict())
+    assert "head.lora_trained.b.weight" in names
+    assert "blocks.0.k.lora_trained.b.bias" in names
+
+
+def test_training_one_adapter_moves_nothing_of_the_other():
+    tuned, _ = two()
+    lora_fx.use(tuned, "b")
+    before = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    trained_now = set()
+    tuned.train()
+    tuned(given()).square().sum().backward()
+    for name, parameter in tuned.named_parameters():
+        if parameter.grad is not None:
+            trained_now.add(name)
+    tuned.eval()
+    assert trained_now
+    assert all(".b." in name for name in trained_now)
+    moved = {name for name, tensor in tuned.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name for name in moved if not name.startswith("free.")} == {
+        f"norm.lora_trained.b.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert {id(p) for p in lora_fx.parameters(tuned)} >= {
+        id(p) for name, p in tuned.named_parameters() if name in trained_now
+    }
+
+
+def test_an_added_adapter_can_be_frozen_renamed_and_dropped_with_all_it_has():
+    tuned, expected = two()
+    lora_fx.rename(tuned, "b", "c")
+    lora_fx.use(tuned, "c")
+    assert torch.equal(tuned(given()), expected["b"])
+    lora_fx.use(tuned, "default")
+    lora_fx.drop(tuned, "c")
+    assert torch.equal(tuned(given()), expected["default"])
+    assert not any(".c." in name for name in tuned.state_dict())
+    lora_fx.add(tuned, OTHER, adapter="d", trainable=False)
+    assert not any(p.requires_grad for name, p in tuned.named_parameters() if ".d." in name)
+
+
+def test_what_is_used_is_merged_and_the_base_comes_back():
+    tuned, expected = two()
+    lora_fx.use(tuned, "b")
+    merged, base = lora_fx.merge(tuned), lora_fx.remove(tuned)
+    assert torch.allclose(merged(given()), expected["b"], atol=1e-5)
+    assert torch.equal(base(given()), expected[None])
+    for plain in (merged, base):
+        assert list(plain.state_dict()) == list(model().state_dict())
+        assert [type(part) for part in plain.modules()] == [type(part) for part in model().modules()]
+
+
+def test_a_checkpoint_has_all_that_an_added_adapter_trains():
+    tuned, expected = two()
+    state = {name: tensor.clone() for name, tensor in lora_fx.adapter_state(tuned).items()}
+    assert {"head.lora_trained.b.weight", "norm.lora_trained.b.running_mean", "blocks.0.k.lora_trained.b.bias"} <= set(
+        state
+    )
+    fresh = lora_fx.apply(model(), RULES, backend="modules")
+    lora_fx.add(fresh, OTHER, adapter="b")
+    lora_fx.load_adapter_state(fresh, state)
+    lora_fx.use(fresh, "b")
+    assert torch.equal(fresh(given()), expected["b"])
+
+
+def test_files_of_an_added_adapter_have_its_own_modules(tmp_path):
+    tuned, expected = two()
+    lora_fx.save(tuned, tmp_path)
+    both = lora_fx.load(model(), tmp_path)
+    for name in ("default", "b", None):
+        lora_fx.use(both, name)
+        assert torch.equal(both(given()), expected[name])
+    lora_fx.save(tuned, tmp_path / "again", adapter="b")
+    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b/adapter_model.safetensors"
+    ).read_bytes()
+    alone = lora_fx.load(model(), tmp_path / "b")
+    assert torch.allclose(alone(given()), expected["b"], atol=1e-6)
+
+
+def test_copies_and_pickles_have_both():
+    tuned, expected = two()
+    for twin in (copy.deepcopy(tuned), pickle.loads(pickle.dumps(tuned))):
+        for name in ("b", None, "default"):
+            lora_fx.use(twin, name)
+            assert torch.equal(twin(given()), expected[name])
+
+
+def test_an_added_adapter_does_not_train_a_module_in_which_another_has_sites():
+    tuned = trained()
+    with pytest.raises(lora_fx.RefusedError, match=r"another one trains whole\n.*blocks.0.q"):
+        lora_fx.add(tuned, {**OTHER, "rules": OTHER["rules"][:1], "train": ["blocks.0"]}, adapter="b")

@@ -10,8 +10,8 @@ from torch import nn
 
 from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.adapters.trained import added_tensors
 from lora_fx.discovery.sites import take_inventory, uses_in
-from lora_fx.errors import RefusedError
 from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
@@ -63,7 +63,8 @@ def add(
 
     Raises:
         ValueError: the name is taken or cannot be one, or the source has several adapters and one name is given.
-        RuleError, NoMatchError, RefusedError: as `apply`; also for modules that are trained whole (`train:`, biases).
+        RuleError, NoMatchError, RefusedError: as `apply`; also where one adapter trains a module whole and another has
+            sites in it.
         AdapterFileError, AdapterMismatchError: as `load`; also for an adapter of another base.
     """
     tuned = seen_through(tuned)
@@ -80,7 +81,6 @@ def add(
         rules = read_rules(given)
         plan = _named(on_modules(decide(rules, _inventory(tuned, record.plan, bool(rules.train)))), adapter)
         check_refusals(plan)
-        _refuse_whole(plan)
         if rank is not None:
             raise ValueError("rank is for adapters of files and models; rules have ranks of their own")
         _attach(tuned, record, plan, None, trainable)
@@ -162,9 +162,8 @@ def _add_beside(
         told = ", ".join(map(name_of, files))
         raise ValueError(f"there are several adapters in it ({told}), and one name: leave `adapter` out")
     plans = [_of_rank(_named(on_modules(decided([file], inventory)), adapter), rank) for file in files]
-    for name, plan in zip(names, plans, strict=True):
+    for name in names:
         refuse_name(name, list(record.switch.names))
-        _refuse_whole(plan)
     try:
         for plan, file in zip(plans, files, strict=True):
             _attach(tuned, record, plan, file, trainable, padded=rank is not None)
@@ -182,14 +181,6 @@ def _named(plan: Plan, name: str | None) -> Plan:
         raise ValueError(f"there are several adapters in it ({', '.join(names)}), and one name: leave `adapter` out")
     sites = (site if site.lora is None else replace(site, lora=replace(site.lora, adapter=name)) for site in plan.sites)
     return replace(plan, sites=tuple(sites))
-
-
-def _refuse_whole(plan: Plan) -> None:
-    biases = [(site.path, "its bias is trained") for site in plan.adapted if site.lora is not None and site.lora.bias]
-    facts = [*((module.path, "is trained whole") for module in plan.train), *biases]
-    if facts:
-        advice = "apply or load it first; adapters are added to it"
-        raise RefusedError("an adapter that is added cannot train parameters of the model itself", facts, advice)
 
 
 def _of_rank(plan: Plan, rank: int | None) -> Plan:
@@ -228,3 +219,6 @@ def _attach(
         for _, one in adapters_called(tuned, name):
             for parameter in one.parameters():
                 parameter.requires_grad_(trainable)
+    for _, whose, value in added_tensors(tuned):
+        if whose in names and isinstance(value, nn.Parameter):
+            value.requires_grad_(trainable)

@@ -11,6 +11,7 @@ from lora_fx.adapters.adapt import read_in_graph
 from lora_fx.adapters.attach import Attached, adapter_prefixes, all_attached, shown_parameters
 from lora_fx.adapters.factors.kinds import ConvolutionA, EmbeddingA
 from lora_fx.adapters.factors.lora import as_rows
+from lora_fx.adapters.trained import added_tensors, trained_owners
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.codec import encoded, has_other_border
 from lora_fx.files.adapter.header import header_text
@@ -33,7 +34,7 @@ from lora_fx.models.wrappers import module_at, without_wrappers
 from lora_fx.rules.inits import pairs_of
 from lora_fx.sources.installed import own_version
 from lora_fx.tuned.build import record_in, whole_record_in
-from lora_fx.tuned.several import refuse_biases_of_others
+from lora_fx.tuned.several import refuse_trained_together, trained_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class _UsedAdapter:
 def describe(tuned: nn.Module, adapter: str | None = None) -> list[Described]:
     """Return what is to be written for every adapter of the model, or for one of them; the model stays unchanged.
 
-    The first carries the modules that are trained whole, and the names of the others.
+    The first carries the names of the others; modules that several have trained together are in the first of these.
 
     Raises:
         ValueError: no adapter has the name.
@@ -69,24 +70,29 @@ def describe(tuned: nn.Module, adapter: str | None = None) -> list[Described]:
     groups: dict[str, list[_UsedAdapter]] = {}
     for used in _used_adapters(tuned):
         groups.setdefault(used.adapter.spec.adapter, []).append(used)
-    whole = _trained(tuned)
-    added = record_in(tuned).added if whole else {}  # what is trained whole goes with those that it was trained with
+    added = record_in(tuned).added if any(trained_owners(tuned)) else {}  # the model's own values go with the others
     names = sorted(groups, key=lambda name: (name in added, name != "default", name))
     if adapter is not None:
         if adapter not in names:
             raise ValueError(f"no adapter is called '{adapter}'; there are {', '.join(names)}")
-        refuse_biases_of_others(tuned, adapter)
+        refuse_trained_together(tuned, adapter)
         names = [adapter]
     described = []
+    held: set[str] = set()
     for name in names:
-        trained, others = (whole, names[1:]) if name == names[0] else ([], [])
+        trained = [path for path in _trained(tuned, name) if name in added or path not in held]
+        held |= set() if name in added else set(trained)
+        others = names[1:] if name == names[0] else []
         described.append(_describe(tuned, name, groups[name], trained, others))
     return described
 
 
-def _trained(tuned: nn.Module) -> list[str]:
-    trained = record_in(tuned).trained and whole_record_in(tuned).trained
-    return [without_wrappers(path) for path in trained]
+def _trained(tuned: nn.Module, name: str) -> list[str]:
+    """Return the paths of the modules that an adapter trains whole."""
+    trained = trained_with(tuned, record_in(tuned), name)
+    if trained:
+        whole_record_in(tuned)
+    return [without_wrappers(module.path) for module in trained]
 
 
 def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
@@ -190,7 +196,7 @@ def _describe(
     tensors = {key: tensor for site in sites for key, tensor in site.tensors().items()}
     beyond = next((only_for_lora_fx(used.path, used.beyond_peft) for used in group if used.beyond_peft), None)
     claimed = _claimed_too(tuned) if trained and beyond is None else []  # PEFT fails where their tensors are missing
-    tensors = dict(sorted({**tensors, **_module_tensors(tuned, [*trained, *claimed])}.items()))
+    tensors = dict(sorted({**tensors, **_module_tensors(tuned, name, [*trained, *claimed])}.items()))
     config = _config(tuned, sites, trained, beyond)
     record = record_in(tuned)
     plan = record.added.get(name, record.plan)
@@ -220,9 +226,15 @@ def _refuse_mixed_dora(name: str, group: Sequence[_UsedAdapter]) -> None:
         )
 
 
-def _module_tensors(tuned: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
+def _module_tensors(tuned: nn.Module, adapter: str, paths: Sequence[str]) -> dict[str, Tensor]:
+    added = {without_wrappers(name): value for name, whose, value in added_tensors(tuned) if whose == adapter}
+    own = _own_tensors(tuned, paths)
+    return {PREFIX + name: _plain(added.get(name, tensor)).clone() for name, tensor in own.items()}
+
+
+def _own_tensors(tuned: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
     return {
-        PREFIX + without_wrappers(f"{path}.{name}"): _plain(tensor).clone()  # tied weights are in it under all names
+        without_wrappers(f"{path}.{name}"): tensor  # tied weights are in it under all names
         for path in paths
         for module in [module_at(tuned, path)]
         for own in [adapter_prefixes(module)]

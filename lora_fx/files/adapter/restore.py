@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, attached_to
 from lora_fx.adapters.starting import start_from_weight
+from lora_fx.adapters.trained import added_tensors
 from lora_fx.discovery.study import Observed, observed
 from lora_fx.errors import AdapterFileError, AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
@@ -72,14 +73,15 @@ def decisions_in(files: Sequence[AdapterFile], inventory: Inventory, model: nn.M
 
 
 def in_turn(files: Sequence[AdapterFile], inventory: Inventory) -> tuple[list[AdapterFile], list[AdapterFile]]:
-    """Return the first file with those that share no weight with it or each other, and the rest."""
+    """Return the first file with those that share no weight with it or each other and train no module, and the rest."""
     sites, taken = _by_name(inventory), set[str]()
     together: list[AdapterFile] = []
     rest: list[AdapterFile] = []
     for file in files:
         own = {sites[saved.path].path for saved in file.sites}
-        (together if taken.isdisjoint(own) else rest).append(file)
-        taken |= own if taken.isdisjoint(own) else set()
+        fits = taken.isdisjoint(own) and not (together and file.header.trained)
+        (together if fits else rest).append(file)
+        taken |= own if fits else set()
     return together, rest
 
 
@@ -287,9 +289,16 @@ def fill(tuned: nn.Module, files: Sequence[AdapterFile], adapter: str | None = N
                 place = places.get((saved.path, saved.call, name))
                 _fill_site(place or _under_another_name(tuned, saved.path, saved.call, name), saved)
                 doing.advance(saved.path)
-            _untie(tuned, file.modules)
-            for name, tensor in file.modules.items():
-                _copy(get_tensor(tuned, name), tensor)
+            _fill_modules(tuned, file.modules, adapter or name_of(file))
+
+
+def _fill_modules(tuned: nn.Module, values: Mapping[str, Tensor], adapter: str) -> None:
+    """Copy what a file has of modules that were trained whole to the adapter's own values, or else to the model's."""
+    added = {without_wrappers(name): value for name, whose, value in added_tensors(tuned) if whose == adapter}
+    if not added:
+        _untie(tuned, values)
+    for name, value in values.items():
+        _copy(added.get(name) if added else get_tensor(tuned, name), value)
 
 
 def _refuse_meta(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
@@ -326,7 +335,8 @@ def _fill_site(adapter: Attached, saved: SavedSite) -> None:
     if saved.magnitude is not None:
         assert adapter.magnitude is not None
         _copy(adapter.magnitude.weight, saved.magnitude)
-    bias = adapter.owner._parameters.get("bias")
+    bias = adapter.trained_bias
+    bias = adapter.owner._parameters.get("bias") if bias is None else bias
     if saved.bias is not None:
         _copy(bias, saved.bias)
     if saved.added_bias is not None:
