@@ -16,7 +16,7 @@ from lora_fx.liveness.rows import LazyRows
 from lora_fx.models.torch_internals import pytree
 from lora_fx.passes.pack import Packing
 from lora_fx.regions.packed import PackedRows, packed_in, shown
-from lora_fx.regions.remaking import Remaking, Results, check_unchanged, remade
+from lora_fx.regions.remaking import Remaking, Results, Unchanged, check_unchanged, remade
 
 MOST_ASKED = 2
 """How often the whole of what was packed may be asked for before a block stops packing, if that is most of the time."""
@@ -101,6 +101,7 @@ class PackedCall(Remaking):
         self._ambient: AmbientState = ambient_state({rows.index.device})
         self._random = RandomState(self._ambient.devices) if packed.packing.draws else None
         self._state = _state_of(module, inputs)
+        self._trained = Unchanged(parameter for parameter in module.parameters() if parameter.requires_grad)
         tally.packed += 1
 
     def show(self, x: Tensor, leaf: int) -> Tensor:
@@ -122,6 +123,7 @@ class PackedCall(Remaking):
 
     def again(self, made: Results) -> list[Any]:
         check_unchanged(_state_of(self.module, self.inputs) == self._state)
+        self._trained.check("rows of padding")
         inputs = list(self.inputs)
         if self._before is not None:
             call, leaf = self._before
