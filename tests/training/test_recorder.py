@@ -76,7 +76,7 @@ def test_header_says_what_is_recorded(tmp_path):
     head, line = map(json.loads, (tmp_path / "run.jsonl").read_text().splitlines())
     assert (head["schema_version"], head["kind"], head["model"]) == (1, "lora_fx training record", "Sequential")
     assert head["sites"][1] == {
-        "path": "0.down", "rule": "rule 1", "r": 2, "scaling": 2.0, "layer": "0", "call": None
+        "path": "0.down", "rule": "rule 1", "r": 2, "scaling": 2.0, "layer": "0", "call": None, "adapter": "",
     }  # fmt: skip
     assert (line["step"], line["loss"], line["mean_of"]) == (1, None, 0)
 
