@@ -17,7 +17,7 @@ from lora_fx.tuned.switching import switches_in
 def parameters(tuned: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
     """Return an iterator over what is trained, each once: adapter parameters, trained biases, modules under `train:`.
 
-    What requires no gradient (an adapter that was added with `trainable=False`) is left out.
+    What was frozen since is among them; `param_groups` leaves it out.
 
     Args:
         tuned: an adapted model, which stays unchanged.
@@ -28,10 +28,6 @@ def parameters(tuned: nn.Module, adapter: str | None = None) -> Iterator[nn.Para
         RefusedError: the model is not adapted; or modules were trained whole with this adapter and others together.
     """
     tuned = seen_through(tuned)
-    return (parameter for parameter in _of(tuned, adapter) if parameter.requires_grad)
-
-
-def _of(tuned: nn.Module, adapter: str | None) -> Iterator[nn.Parameter]:
     if adapter is None:
         return trainable(tuned)
     switches = switches_in(tuned)
@@ -57,7 +53,10 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer: each trained parameter once, the model stays unchanged.
 
-    >>> optimizer = torch.optim.AdamW(lora_fx.param_groups(tuned, lr=2e-4, lora_plus=16))  # doctest: +SKIP
+    >>> import lora_fx
+    >>> tuned = lora_fx.apply(nn.Sequential(nn.Linear(3, 5)), r=2, target="*")
+    >>> [(group["name"], group["lr"]) for group in param_groups(tuned, lr=0.01, lora_plus=16)]
+    [('A', 0.01), ('B', 0.16)]
 
     Each group has `params`, `lr`, `weight_decay` and a `name`: "A", "B" and "embedding" of adapters, "rest" for trained
     biases, DoRA's magnitudes and modules under `train:`; "B no decay" and the like hold what is not decayed.  An empty
@@ -83,7 +82,7 @@ def param_groups(
     kinds, norms = _kinds(tuned), _norms(tuned)
     rates = {"A": lr, "B": lr * (lora_plus or 1), "embedding": lr if lora_plus is None else lr_embedding, "rest": lr}
     groups: dict[str, dict[str, Any]] = {}
-    for parameter in parameters(tuned, adapter):
+    for parameter in (one for one in parameters(tuned, adapter) if one.requires_grad):
         kind = kinds.get(id(parameter), "rest")
         decays = parameter.dim() > 1 and id(parameter) not in norms
         name = kind if decays or not weight_decay else f"{kind} no decay"

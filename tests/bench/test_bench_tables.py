@@ -138,10 +138,11 @@ def test_logits_that_are_never_whole_are_counted_beside_those_that_are(capsys):
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head == "| vocabulary | labelled | what | peak | saved | FLOPs |"
     cells = [line.strip("| ").split(" | ") for line in lines]
-    assert [row[:2] for row in cells[::4]] == [["3,000", "100%"], ["300", "30%"]]
-    plain, late, peft = (tuple(map(float, row[3:])) for row in cells[1:4])
+    assert [row[:2] for row in cells[::5]] == [["3,000", "100%"], ["300", "30%"]]
+    plain, late, asked, peft = (tuple(map(float, row[3:])) for row in cells[1:5])
     assert all(own < other for own, other in zip(late, plain, strict=True))
     assert all(own < other for own, other in zip(plain[:2], peft[:2], strict=True))
+    assert asked[2] < late[2]
 
 
 def test_padding_that_is_left_out_is_counted_beside_what_computes_it(capsys):

@@ -92,7 +92,7 @@ def test_quantising_again_is_done_on_request_and_tells_its_cost(kind):
 
 def test_quantising_again_needs_something_that_was_quantised():
     plain = tuned_of(nn.Sequential(nn.Linear(64, 32)), written(rule("*")), (X,))
-    with pytest.raises(MergeError, match="no adapted weight is quantised"):
+    with pytest.raises(MergeError, match="nothing to quantise again"):
         lora_fx.merge(plain, requantize=lambda module: module)
 
 
