@@ -55,8 +55,10 @@ def param_groups(
 
     >>> import lora_fx
     >>> tuned = lora_fx.apply(nn.Sequential(nn.Linear(3, 5)), r=2, target="*")
-    >>> [(group["name"], group["lr"]) for group in param_groups(tuned, lr=0.01, lora_plus=16)]
-    [('A', 0.01), ('B', 0.16)]
+    >>> for group in param_groups(tuned, lr=0.01, lora_plus=16):
+    ...     print(group["name"], group["lr"])
+    A 0.01
+    B 0.16
 
     Each group has `params`, `lr`, `weight_decay` and a `name`: "A", "B" and "embedding" of adapters, "rest" for trained
     biases, DoRA's magnitudes and modules under `train:`; "B no decay" and the like hold what is not decayed.  An empty

@@ -66,8 +66,8 @@ def use(tuned: nn.Module, adapters: Adapters) -> Use:
     >>> with lora_fx.use(tuned, {"default": 0.7, "b": -0.3}):
     ...     print(lora_fx.list_adapters(tuned)["default"].weight)
     0.7
-    >>> [adapter.name for adapter in lora_fx.list_adapters(tuned) if adapter.active]
-    ['b']
+    >>> print(*(adapter.name for adapter in lora_fx.list_adapters(tuned) if adapter.active))
+    b
 
     Args:
         tuned: an adapted model, changed in place.

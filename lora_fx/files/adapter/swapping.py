@@ -49,8 +49,8 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
         AdapterMismatchError: names every tensor or site that is missing, too much, of a rank above the adapter's, of
             other slices, DoRA in place of plain LoRA or the reverse, not finite, or of another base.
         AdapterFileError: as `load`.
-        RefusedError: the file holds biases or modules that are trained whole; the adapter has no values here.
-        In all cases nothing has changed.
+        RefusedError: the file holds biases or modules that are trained whole; the adapter has no values here.  In all
+            these cases nothing has changed.
     """
     tuned = seen_through(tuned)
     known_switches(tuned, adapter)
