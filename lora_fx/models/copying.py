@@ -18,11 +18,11 @@ _METHODS: dict[str, tuple[Any, ...]] = {
     "__getattr__": (nn.Module.__getattr__,),
     "__reduce_ex__": (object.__reduce_ex__, Swapped.__reduce_ex__),
     "__reduce__": (object.__reduce__,),
-    "__getstate__": (nn.Module.__getstate__,),
-    "__setstate__": (nn.Module.__setstate__,),
     "__deepcopy__": (None,),
 }
 """By what a class may be copied if its objects are copied attribute by attribute."""
+_INHERITED = ("__getstate__", "__setstate__")
+"""Which methods of `nn.Module`, as they are now, it must have besides: torch's compiler replaces one of them."""
 
 
 def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -82,5 +82,6 @@ def _is_plain(module: nn.Module) -> bool:
     kind: Any = type(module)
     if "__deepcopy__" in vars(module) or kind in copyreg.dispatch_table:
         return False
-    methods = ((getattr(kind, name, None), known) for name, known in _METHODS.items())
+    methods = [(getattr(kind, name, None), known) for name, known in _METHODS.items()]
+    methods += [(getattr(kind, name), (getattr(nn.Module, name),)) for name in _INHERITED]
     return all(any(method is one for one in known) for method, known in methods)

@@ -113,6 +113,14 @@ def test_only_modules_whose_classes_leave_it_to_python_are_copied_at_once():
     assert copied_tree(layer, {}) == "mine"
 
 
+def test_copies_are_made_at_once_where_torchs_compiler_has_replaced_the_method_that_takes_a_state(monkeypatch):
+    set_state, told = nn.Module.__setstate__, []
+    monkeypatch.setattr(nn.Module, "__setstate__", lambda self, state: told.append(self) or set_state(self, state))
+    model = plain()
+    assert all(map(_is_plain, model.modules()))
+    assert {id(child) for child in copied_tree(model, {}).modules()} == {id(child) for child in told}
+
+
 def test_what_the_memo_says_stands_in_the_copy():
     model = plain()
     weight = nn.Parameter(torch.zeros(2, 2))
