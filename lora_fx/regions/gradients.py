@@ -16,6 +16,7 @@ _MASKED = 1e4
 """Values of this size are those of masks."""
 _OF_NOISE = 8
 """How many times what rounding does to a gradient two of them may differ by, where that is more than the tolerance."""
+_FAR_OFF = 50.0
 
 
 def gradients_differ(
@@ -85,8 +86,29 @@ def _gradients(outputs: list[Tensor], run: Run) -> tuple[Tensor | None, ...]:
 
 def _cotangent(result: Tensor) -> Tensor:
     """Return numbers that are not all alike: the sum of a layer norm's output is a constant, its gradients rounding."""
-    numbers = torch.arange(result.numel(), dtype=torch.float32, device=result.device).cos_()
-    return numbers.view(result.shape).to(result.dtype)
+    return _numbers(result)
+
+
+def _numbers(like: Tensor) -> Tensor:
+    numbers = torch.arange(like.numel(), dtype=torch.float32, device=like.device).cos_()
+    return numbers.view(like.shape).to(like.dtype)
+
+
+def far_off(values: Tensor) -> Tensor:
+    """Return other numbers, moved and then multiplied by far more than what is there: what they reach will show it."""
+    return (values + _numbers(values)) * _FAR_OFF
+
+
+def with_far_rows(hidden: Tensor, dead: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return how arguments are copied so that these rows of hidden states, [batch, tokens], are far off."""
+
+    def copy(value: Tensor) -> Tensor:
+        other = value.detach().clone()
+        if value is hidden:
+            other = torch.where(dead.unsqueeze(-1), far_off(other), other)
+        return other.requires_grad_(value.requires_grad)
+
+    return copy
 
 
 def _is_noise(a: Tensor, b: Tensor, moved: Tensor | None) -> bool:

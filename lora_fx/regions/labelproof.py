@@ -11,12 +11,9 @@ from lora_fx.capture.calls.ambient import RandomState
 from lora_fx.liveness.asked import Asked, asked_of
 from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.checking import ModuleCall, Replay, difference, with_noise
-from lora_fx.regions.gradients import Run, gradients_differ, rounded_otherwise, values_differ
+from lora_fx.regions.gradients import Run, gradients_differ, rounded_otherwise, values_differ, with_far_rows
 from lora_fx.regions.labelling import Labelled
 from lora_fx.regions.program import Program
-
-_FAR = 50.0
-"""What rows that are not asked for are multiplied by and moved by."""
 
 
 def prove_labelled(kept: Callable[[ModuleCall], Replay | None], call: ModuleCall, program: Program) -> None:
@@ -49,7 +46,7 @@ class _Proof:
         reason = None
         for asked in _trials(hidden):
             reason = reason or self._differs(asked, _wanting_gradients(hidden))
-            reason = reason or self._differs(asked, _far_but(hidden, asked), values_only=True)
+            reason = reason or self._differs(asked, with_far_rows(hidden, asked.rows.dead), values_only=True)
         return reason
 
     def _inputs(self, call: ModuleCall) -> tuple[Any, ...]:
@@ -129,18 +126,5 @@ def _wanting_gradients(hidden: Tensor) -> Callable[[Tensor], Tensor]:
 
     def copy(value: Tensor) -> Tensor:
         return value.detach().clone().requires_grad_(value.requires_grad or value is hidden)
-
-    return copy
-
-
-def _far_but(hidden: Tensor, asked: Asked) -> Callable[[Tensor], Tensor]:
-    """Return how arguments are copied, so that rows which are not asked for have other hidden states."""
-
-    def copy(value: Tensor) -> Tensor:
-        other = value.detach().clone()
-        if value is hidden:
-            numbers = torch.arange(other.numel(), dtype=torch.float32, device=other.device).cos_().view(other.shape)
-            other = torch.where(asked.rows.dead.unsqueeze(-1), (other + numbers.to(other.dtype)) * _FAR, other)
-        return other.requires_grad_(value.requires_grad)
 
     return copy

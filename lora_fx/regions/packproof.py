@@ -9,12 +9,9 @@ from torch import Tensor
 from lora_fx.liveness.padding import Rows
 from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.checking import ModuleCall, Replay, difference
-from lora_fx.regions.gradients import Run, gradients_differ, values_differ
+from lora_fx.regions.gradients import Run, gradients_differ, values_differ, with_far_rows
 from lora_fx.regions.packing import Packed, ProvingCall, RowTally, may_be_packed
 from lora_fx.regions.program import Program
-
-_FAR = 50.0
-"""What the padding of hidden states is multiplied by, and moved by, to see that it reaches nothing that is kept."""
 
 
 def rows_to_run(
@@ -72,16 +69,8 @@ def _reaches(replay: Replay, program: Program, packed: Packed, rows: Rows) -> st
     inputs = replay.call.matched(program.guard.match_ones)
     assert not isinstance(inputs, int)
     hidden = inputs[packed.packing.hidden]
-
-    def moved(value: Tensor) -> Tensor:
-        copy = value.detach().clone()
-        if value is hidden:
-            numbers = torch.arange(copy.numel(), dtype=torch.float32, device=copy.device).cos_().view(copy.shape)
-            copy = torch.where(rows.dead.unsqueeze(-1), (copy + numbers.to(copy.dtype)) * _FAR, copy)
-        return copy.requires_grad_(value.requires_grad)
-
     results = []
-    for call in (replay.again(), replay.again(moved)):
+    for call in (replay.again(), replay.again(with_far_rows(hidden, rows.dead))):
         replay.random.restore()
         results.append(pytree.tree_map_only(Tensor, Tensor.detach, _kept(replay.run(call.by_forward), rows)))
     return None if difference(*results) is None else "what is kept depends on padding"

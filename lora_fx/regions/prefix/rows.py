@@ -8,11 +8,10 @@ from torch import Tensor
 
 from lora_fx.capture.calls.ambient import AmbientState, RandomState, in_clean_thread
 from lora_fx.capture.calls.arguments import rebuild
+from lora_fx.regions.gradients import far_off
 from lora_fx.regions.prefix.code import Independence
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-_FAR = 50.0
-"""What the other rows are multiplied by, and moved by."""
 
 
 def chosen(arguments: Arguments, batch: int, rows: Tensor) -> Arguments:
@@ -75,8 +74,7 @@ def _far(arguments: Arguments, batch: int) -> Arguments:
         if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != batch or not value.is_floating_point():
             return value
         moved = value.clone()
-        numbers = torch.arange(moved[1:].numel(), dtype=torch.float32, device=moved.device).cos_().view_as(moved[1:])
-        moved[1:] = (moved[1:] + numbers.to(moved.dtype)) * _FAR
+        moved[1:] = far_off(moved[1:])
         return moved
 
     return rebuild(*arguments, of)
