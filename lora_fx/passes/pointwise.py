@@ -25,8 +25,9 @@ _QUIET = (
     | {"size", "getitem", "cat", "stack", "linear", "matmul", "mm", "bmm", "softmax", "getattr", "mod", "floordiv",
      "packed_rows", "unpacked_rows", "whole_size", "reshaped_rows"}
 )  # fmt: skip
-_DUNDERS = {"__mul__": "mul", "__rmul__": "mul", "__add__": "add", "__radd__": "add", "__sub__": "sub",
+DUNDERS = {"__mul__": "mul", "__rmul__": "mul", "__add__": "add", "__radd__": "add", "__sub__": "sub",
             "__truediv__": "div", "__pow__": "pow", "__neg__": "neg", "truediv": "div"}  # fmt: skip
+"""What operators are called as functions."""
 
 
 def operation(node: fx.Node) -> str:
@@ -37,7 +38,7 @@ def operation(node: fx.Node) -> str:
         name = "getitem" if node.target is operator.getitem else name_of(node.target)
     else:
         return ""
-    return _DUNDERS.get(name, name)
+    return DUNDERS.get(name, name)
 
 
 def is_quiet(node: fx.Node) -> bool:

@@ -4,19 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_fx.adapters.rawweight.products import name_of
+from lora_fx.passes.pointwise import DUNDERS
 from lora_fx.passes.rowwise import ENTRY_BY_ENTRY
 
 HAVE_WEIGHTS = ("linear", "layer_norm", "rms_norm")
 """Of these, all tensors but the first are the same for all rows."""
 _ALONG_LAST = frozenset({"mean", "softmax", "log_softmax"})
-_DUNDERS = {"__mul__": "mul", "__rmul__": "mul", "__add__": "add", "__radd__": "add", "__sub__": "sub",
-            "__truediv__": "div", "__pow__": "pow", "__neg__": "neg", "__getitem__": "getitem"}  # fmt: skip
 
 
 def row_function(function: Any) -> str:
     """Return the name of a torch function, alike for functions, methods and operators."""
     name = name_of(function)
-    return _DUNDERS.get(name, name)
+    return "getitem" if name == "__getitem__" else DUNDERS.get(name, name)
 
 
 def keeps_rows(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
