@@ -38,10 +38,9 @@ OPTIMISATIONS = (*(optimisation.name for optimisation in _OPTIMISATIONS), COMPIL
 """What can be done, in this order; the others by their names only."""
 _CALLS = "it calls a submodule as a whole, and checks what that returns"
 LIVENESS = "liveness"
+"""What is done besides, to programs for calls with padding."""
 LOSS = "loss"
 """The name by which heads compute single rows: with both, last blocks do too."""
-OPT_IN = (LIVENESS,)
-"""What is done besides, to programs for calls with padding, where it is asked for by name."""
 
 
 @dataclass(slots=True)

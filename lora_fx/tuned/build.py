@@ -25,11 +25,11 @@ from lora_fx.planning.planned import NOT_RUN
 from lora_fx.progress.steps import step
 from lora_fx.regions.compiling import without_compiling
 from lora_fx.regions.install import in_graphs, install, mark_last, stock, without_graph
-from lora_fx.regions.program import OPT_IN, OPTIMISATIONS, USUAL
+from lora_fx.regions.program import LIVENESS, LOSS, OPTIMISATIONS, USUAL
 from lora_fx.regions.survey import prove, trial_twin, without_gradient
 from lora_fx.rules.inits import FROM_DATA
 from lora_fx.text import listing
-from lora_fx.tuned.heads import LIVENESS, install_late
+from lora_fx.tuned.heads import install_late
 
 
 def build(model: nn.Module, plan: Plan, start: bool = True) -> nn.Module:
@@ -55,7 +55,7 @@ def optimisations(optimise: bool | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: there is no such optimisation; the message lists those that exist.
     """
-    known = (*OPTIMISATIONS, *LIVENESS, *OPT_IN)
+    known = (*OPTIMISATIONS, LOSS, LIVENESS)
     wanted = (USUAL if optimise else ()) if isinstance(optimise, bool) else tuple(optimise)
     if isinstance(optimise, str) or not set(wanted) <= set(known):
         raise ValueError(f"optimise is {optimise!r}; it must be True, False, or names out of {', '.join(known)}")

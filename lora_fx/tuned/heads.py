@@ -19,10 +19,9 @@ from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta
 from lora_fx.regions.checking import with_noise
 from lora_fx.regions.gradients import Run, gradients_differ, values_differ
+from lora_fx.regions.program import LOSS
 from lora_fx.regions.survey import trial_twin, unchanged_modes
 
-LIVENESS = ("loss",)
-"""Names of the optimisations by which what nobody reads is not computed."""
 REFUSED = "lora_fx_late_refused"
 """Attribute of a model: why nothing is late in it."""
 _ROWS = 48
@@ -45,7 +44,7 @@ def install_late(
     Returns:
         The paths of those that still can: a graph of what holds the linear would compute the logits itself.
     """
-    if "loss" not in passes:
+    if LOSS not in passes:
         return graphs
     if "" in graphs:
         refused = {"": "the whole model runs as one graph"}

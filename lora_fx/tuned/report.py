@@ -15,6 +15,7 @@ from lora_fx.planning.rows import fold_rows
 from lora_fx.regions.install import in_graphs, regions
 from lora_fx.regions.prefix.blocks import kept_blocks
 from lora_fx.regions.prefix.state import Kept
+from lora_fx.regions.program import LOSS
 from lora_fx.regions.region import Region
 from lora_fx.text import columns, count, json_text, share_of_parameters
 from lora_fx.tuned.build import record_in, trainable
@@ -170,7 +171,7 @@ def _late_row(late: LateReport) -> tuple[str, ...]:
 
 def _late(tuned: nn.Module) -> tuple[LateReport, ...]:
     there = [LateReport(s.path, s.what, s.calls, dict(s.otherwise)) for _, s in late_modules(tuned)]
-    refused = [LateReport(path, "loss", 0, {}, reason) for path, reason in late_refusals(tuned).items()]
+    refused = [LateReport(path, LOSS, 0, {}, reason) for path, reason in late_refusals(tuned).items()]
     return (*there, *refused)
 
 
