@@ -10,20 +10,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 import training
+from beside import asked, lines
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_fx
 from lora_fx.adapters.attach import all_attached
-from lora_fx.bench.counters import counted
 from lora_fx.bench.peer import peft_subject
 from lora_fx.bench.subjects import AGAIN, LB, PEFT, SPREAD, FrozenBase, Subject, copy_adapters
-from lora_fx.bench.timing import fit, summarised, timed
-from lora_fx.text import scaled
 from tests.support.performance import told
 
 SETTINGS = ("151936:1", "32000:0.3", "32000:0.5", "32000:1")
@@ -70,41 +67,20 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         words, share = setting.split(":")
         vocabulary, labelled = int(words), float(share)
         print(f"{vocabulary}, {labelled:.0%} labelled", file=sys.stderr, flush=True)
-        subjects = {subject.name: subject for subject in subjects_of(base_of(vocabulary, labelled, options))}
-        for subject in subjects.values():
-            subject.step()
-            subject.step()
-        counts = {name: counted(s.step, s.forward, s.own()) for name, s in subjects.items() if name != AGAIN}
-        ratios = {}
-        if options.rounds:
-            steps = {name: subject.step for name, subject in subjects.items()}
-            timing = fit(lambda steps=steps: summarised(timed(steps, options.rounds), LB, AGAIN), options.attempts)
-            print(f"A/A {timing.control.text()} {timing.void}", file=sys.stderr, flush=True)
-            ratios = {} if timing.void else timing.ratios
-        held = counts[LB]
         where = (f"{vocabulary:,}", f"{labelled:.0%}")
-        spent = f"{ratios[LB].seconds:.2f} s" if ratios else ""
-        sizes = (scaled(held.peak_bytes, "B"), scaled(held.saved_bytes, "B"), scaled(held.flops, "FLOP"))
-        yield (*where, "frozen base", spent, *sizes)
-        for name in (BOTH, LATE, ROWS, PEFT):
-            mine = counts[name]
-            over = (mine.peak_bytes / held.peak_bytes, mine.saved_bytes / held.saved_bytes, mine.flops / held.flops)
-            yield (*where, name, ratios[name].text() if ratios else "", *(f"{value:.3f}" for value in over))
+        subjects = subjects_of(base_of(vocabulary, labelled, options))
+        yield from lines(subjects, where, (BOTH, LATE, ROWS, PEFT), ("peak_bytes", "saved_bytes", "flops"), options)
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--rounds", type=int, default=10, help="of timing; 0 counts only")
-    asked.add_argument("--attempts", type=int, default=1)
-    asked.add_argument("--threads", type=int, default=2)
-    asked.add_argument("--tokens", type=int, default=512)
-    asked.add_argument("--width", type=int, default=896)
-    asked.add_argument("--settings", nargs="+", default=SETTINGS, metavar="VOCABULARY:SHARE", help="what is labelled")
-    asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
-    options = asked.parse_args(words)
+    parser = asked(__doc__, threads=2)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--width", type=int, default=896)
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="VOCABULARY:SHARE", help="what is labelled")
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    lines = [HEADS, *rows(options)]
-    told(options.write, "loss", lines if options.rounds else [(*line[:3], *line[4:]) for line in lines])
+    table = [HEADS, *rows(options)]
+    told(options.write, "loss", table if options.rounds else [(*line[:3], *line[4:]) for line in table])
 
 
 if __name__ == "__main__":

@@ -10,25 +10,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 import training
+from beside import BATCH, asked, lines, models_asked
 from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.adapters.attach import all_attached
-from lora_fx.bench.counters import counted
 from lora_fx.bench.peer import peft_subject
 from lora_fx.bench.subjects import AGAIN, LB, PEFT, SPREAD, FrozenBase, Subject, copy_adapters
-from lora_fx.bench.timing import fit, summarised, timed
-from lora_fx.text import scaled
 from tests.support.performance import told
 
 HEADS = ("model", "real", "what", "time", "FLOPs", "saved", "peak")
 BOTH, LIVE = "stack, recompute", "with liveness"
 SHARES = (0.53, 0.69, 0.77, 1.0)
-BATCH = {"bert": (8, 128), "llama": (4, 256)}
 
 
 class OnRealTokens(nn.Module):
@@ -76,41 +72,19 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """Yield the lines of the table."""
     for name, share in ((name, share) for name in options.models for share in options.shares):
         print(f"{name}, {share:.0%} real", file=sys.stderr, flush=True)
-        subjects = {subject.name: subject for subject in subjects_of(base_of(name, share, options))}
-        for subject in subjects.values():
-            subject.step()
-            subject.step()
-        counts = {name: counted(s.step, s.forward, s.own()) for name, s in subjects.items() if name != AGAIN}
-        ratios = {}
-        if options.rounds:
-            steps = {name: subject.step for name, subject in subjects.items()}
-            timing = fit(lambda steps=steps: summarised(timed(steps, options.rounds), LB, AGAIN), options.attempts)
-            print(f"A/A {timing.control.text()} {timing.void}", file=sys.stderr, flush=True)
-            ratios = {} if timing.void else timing.ratios
-        held, where = counts[LB], (training.MODELS[name].name, f"{share:.0%}")
-        spent = f"{ratios[LB].seconds:.2f} s" if ratios else ""
-        sizes = (scaled(held.flops, "FLOP"), scaled(held.saved_bytes, "B"), scaled(held.peak_bytes, "B"))
-        yield (*where, "frozen base", spent, *sizes)
-        for what in (BOTH, LIVE, PEFT):
-            mine = counts[what]
-            over = (mine.flops / held.flops, mine.saved_bytes / held.saved_bytes, mine.peak_bytes / held.peak_bytes)
-            yield (*where, what, ratios[what].text() if ratios else "", *(f"{value:.3f}" for value in over))
+        where = (training.MODELS[name].name, f"{share:.0%}")
+        subjects = subjects_of(base_of(name, share, options))
+        yield from lines(subjects, where, (BOTH, LIVE, PEFT), ("flops", "saved_bytes", "peak_bytes"), options)
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--models", nargs="+", choices=BATCH, default=list(BATCH))
-    asked.add_argument("--shares", nargs="+", type=float, default=SHARES, metavar="SHARE", help="of real tokens")
-    asked.add_argument("--rounds", type=int, default=10, help="of timing; 0 counts only")
-    asked.add_argument("--attempts", type=int, default=1)
-    asked.add_argument("--threads", type=int, default=1)
-    asked.add_argument("--width", type=int, help="another one: to try the command")
-    asked.add_argument("--shape", nargs=2, type=int, metavar=("BATCH", "LENGTH"), help="of inputs: to try it")
-    asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
-    options = asked.parse_args(words)
+    parser = asked(__doc__)
+    models_asked(parser)
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, metavar="SHARE", help="of real tokens")
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    lines = [HEADS, *rows(options)]
-    told(options.write, "padding", lines if options.rounds else [(*line[:3], *line[4:]) for line in lines], 3)
+    table = [HEADS, *rows(options)]
+    told(options.write, "padding", table if options.rounds else [(*line[:3], *line[4:]) for line in table], 3)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 import training
+from beside import BATCH, asked, compared, models_asked, over, sizes
 from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.adapters.attach import all_attached
 from lora_fx.bench.counters import Counts, counted
 from lora_fx.bench.subjects import SPREAD
-from lora_fx.bench.timing import fit, summarised, timed
 from lora_fx.text import scaled
 from tests.support.performance import told
 
@@ -30,8 +28,8 @@ HEADS = ("model", "what", "time", "FLOPs", "saved", "peak", "rows not computed",
 PLAIN, AGAIN, SECOND = "every epoch", "every epoch again", "with cached_prefix, second epoch"
 CHECKPOINTED, CUT = "checkpointed, every epoch", "checkpointed, disable_input_require_grads()"
 CUT_SECOND = "the same with cached_prefix, second epoch"
-BATCH = {"bert": (8, 128), "llama": (4, 256)}
 LAYERS = 4
+FIGURES = ("flops", "saved_bytes", "peak_bytes")
 
 
 class Steps:
@@ -96,8 +94,7 @@ def timing_of(base: Steps, steps: Steps, options: argparse.Namespace) -> str:
     if not options.rounds:
         return ""
     subjects = {PLAIN: base.step, AGAIN: base.step, SECOND: steps.step}
-    timing = fit(lambda: summarised(timed(subjects, options.rounds), PLAIN, AGAIN), options.attempts)
-    print(f"A/A {timing.control.text()} {timing.void}", file=sys.stderr, flush=True)
+    timing = compared(subjects, PLAIN, AGAIN, options)
     return "" if timing.void else timing.ratios[SECOND].text()
 
 
@@ -115,22 +112,14 @@ def _line(
         assert not report.otherwise, report.otherwise
         kept = (f"{report.hits} of {report.hits + report.misses}", scaled(report.bytes, "B"))
     if base is None:
-        sizes = (scaled(counts.flops, "FLOP"), scaled(counts.saved_bytes, "B"), scaled(counts.peak_bytes, "B"))
-        return (model, what, "", *sizes, *kept)
-    over = (counts.flops / base.flops, counts.saved_bytes / base.saved_bytes, counts.peak_bytes / base.peak_bytes)
-    return (model, what, time, *(f"{value:.3f}" for value in over), *kept)
+        return (model, what, "", *sizes(counts, FIGURES), *kept)
+    return (model, what, time, *over(counts, base, FIGURES), *kept)
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--models", nargs="+", choices=BATCH, default=list(BATCH))
-    asked.add_argument("--rounds", type=int, default=10, help="of timing; 0 counts only")
-    asked.add_argument("--attempts", type=int, default=1)
-    asked.add_argument("--threads", type=int, default=1)
-    asked.add_argument("--width", type=int, help="another one: to try the command")
-    asked.add_argument("--shape", nargs=2, type=int, metavar=("BATCH", "LENGTH"), help="of inputs: to try it")
-    asked.add_argument("--write", type=Path, metavar="PAGE", help="put the table into that page, between its marks")
-    options = asked.parse_args(words)
+    parser = asked(__doc__)
+    models_asked(parser)
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     lines = [HEADS, *(line for name in options.models for line in measured(name, options))]
     told(options.write, "prefix", lines if options.rounds else [(*line[:2], *line[3:]) for line in lines], 2)
