@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 from typing import Any
@@ -18,9 +19,11 @@ from lora_fx.errors import RefusedError
 from lora_fx.liveness.rows import LazyRows
 from lora_fx.regions.install import regions
 from tests.regions.test_packing import BATCH, LENGTH, assert_same_step, bert, gradients, llama, padded
+from tests.regions.test_packing import pair as pair_of
 
 transformers = pytest.importorskip("transformers")
 LEFT_OUT = ["stack", "recompute", "liveness", "loss"]
+pair = functools.partial(pair_of, optimise=LEFT_OUT)
 
 
 def labelled(some: float = 0.3, **more: Any) -> dict[str, Tensor]:
@@ -29,18 +32,6 @@ def labelled(some: float = 0.3, **more: Any) -> dict[str, Tensor]:
     numbers = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
     chosen = (numbers * 7 % 10 < some * 10) & (numbers // LENGTH != 1)
     return {"input_ids": ids, "labels": torch.where(chosen, ids, -100), **more}
-
-
-def pair(model: nn.Module, inputs: dict[str, Tensor], **settings: Any) -> tuple[nn.Module, nn.Module]:
-    """Return the adapted model with all that leaves out rows, and without anything, with the same adapters, B not 0."""
-    sizes = {"r": 4, "target": "all-linear", "example_inputs": inputs, **settings}
-    late = lora_fx.apply(model, optimise=LEFT_OUT, **sizes)
-    plain = lora_fx.apply(model, optimise=False, **sizes)
-    torch.manual_seed(2)
-    for parameter in lora_fx.parameters(late):
-        nn.init.normal_(parameter, std=0.1)
-    plain.load_state_dict(late.state_dict())
-    return late.train(), plain.train()
 
 
 def calls(model: nn.Module) -> tuple[int, int]:

@@ -24,7 +24,7 @@ ENCODER = {
     "intermediate_size": 64,
 }
 DECODER = {**ENCODER, "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0}
-BATCH, LENGTH = 4, 12
+BATCH, LENGTH, PACKS = 4, 12, ("stack", "recompute", "liveness")
 
 
 def padded(left: bool = False) -> dict[str, Tensor]:
@@ -50,10 +50,10 @@ def llama(head: str = "LlamaForCausalLM", **more: Any) -> nn.Module:
     return model.double()
 
 
-def pair(model: nn.Module, inputs: dict[str, Tensor], **settings: Any) -> tuple[nn.Module, nn.Module]:
-    """Return the adapted model with liveness and without anything, with the same adapters, B not 0, in train mode."""
-    sizes = {"r": 4, "target": "all-linear", "example_inputs": inputs, **settings}
-    packs = lora_fx.apply(model, optimise=["stack", "recompute", "liveness"], **sizes)
+def pair(model: nn.Module, inputs: Any, optimise: Any = PACKS, **more: Any) -> tuple[nn.Module, nn.Module]:
+    """Return the adapted model so optimised and without anything, with the same adapters, B not 0, in train mode."""
+    sizes = {"r": 4, "target": "all-linear", "example_inputs": inputs, **more}
+    packs = lora_fx.apply(model, optimise=optimise, **sizes)
     plain = lora_fx.apply(model, optimise=False, **sizes)
     torch.manual_seed(2)
     for parameter in lora_fx.parameters(packs):
