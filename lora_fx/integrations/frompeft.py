@@ -164,10 +164,7 @@ def _base_of(model: Any) -> nn.Module:
     """
     inner: nn.Module = _inner(model)
     base = twin_without(inner, list(_inside(inner)), _under, freeze=False)
-    for name in (
-        "peft_config",
-        "_hf_peft_config_loaded",
-    ):  # of transformers: on the instance
+    for name in ("peft_config", "_hf_peft_config_loaded"):  # of transformers: on the instance
         base.__dict__.pop(name, None)
     left = [(path, "is a layer of PEFT") for path in holds_peft(base)]
     if left:

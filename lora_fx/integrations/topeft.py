@@ -34,9 +34,8 @@ def to_peft(tuned: nn.Module) -> nn.Module:
     """
     peft = peft_library("to_peft")
     tuned = with_values(seen_through(tuned))
-    _refuse(tuned)
+    described = _described(tuned)
     used = _used(tuned)
-    described = describe(tuned)
     base = removed(tuned)
     own_parameters(base, _trained_biases(described), requires_grad=False)
     modes = [(module, module.training) for module in base.modules()]
@@ -61,21 +60,28 @@ def _used(tuned: nn.Module) -> list[str]:
     return [one.name for one in adapters if one.active]
 
 
-def _refuse(tuned: nn.Module) -> None:
+def _described(tuned: nn.Module) -> list[Described]:
+    """Return what files would hold of the model's adapters.
+
+    Raises:
+        RefusedError: naming every site that PEFT cannot have, or would compute otherwise.
+    """
     problems = list(beyond_peft(tuned))
     for path, adapter in all_attached(tuned):
         if not owner_path(path, adapter):
             problems.append((path, "PEFT cannot adapt what the model itself owns, only what a module in it does"))
         if adapter.lora_A.weight.is_meta:
             problems.append((path, "is on the meta device and has no values"))
+    described: list[Described] = []
     try:
-        describe(tuned)
+        described = describe(tuned)
     except AdapterFileError as error:  # DoRA and plain LoRA in one adapter
         problems += [
             (path, f"is {kind} beside others that are not, for which PEFT has one switch") for path, kind in error.facts
         ]
     if problems:
         raise RefusedError("PEFT cannot have these, or would compute something else with them", problems)
+    return described
 
 
 def _trained_biases(described: Sequence[Described]) -> list[str]:
