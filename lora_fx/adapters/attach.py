@@ -152,8 +152,7 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
 def record_of(plan: Plan, model: nn.Module) -> ModelRecord:
     """Return the record that all adapters of the plan share; `model` tells which parameters were trained before."""
     trained = frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
-    names = (site.lora.adapter for site in plan.adapted if site.lora is not None)
-    return ModelRecord(replace(plan, capture=None, first_values=None), trained, Switch(names))
+    return ModelRecord(replace(plan, capture=None, first_values=None), trained, Switch(plan.adapters))
 
 
 def spec_of(planned: PlannedSite, record: ModelRecord, model: nn.Module) -> AdapterSpec:

@@ -145,12 +145,16 @@ class AdaptedLayer(ShowsAdapters):
         if term is not None:
             return adapted((term,), input)[0]
         base = self.base_forward(input)
-        calls = [len(self.lora_A[name]) for name, _ in chosen if type(self.lora_A[name]) is CallFactors]
-        number = _next_call(self, min(calls)) if calls else 0
+        number = self._number_of_call(name for name, _ in chosen)
         result = base
         for name, share in chosen:
             result = self._added(result, base, input, name, share, number)
         return result
+
+    def _number_of_call(self, names: Iterable[str]) -> int:
+        """Return the number of the call that begins, and count it, if one of these adapters has factors for each."""
+        calls = [len(self.lora_A[name]) for name in names if type(self.lora_A[name]) is CallFactors]
+        return _next_call(self, min(calls)) if calls else 0
 
     def _added(self, result: Tensor, base: Tensor, input: Tensor, name: str, share: float, number: int) -> Tensor:
         """Return a result with one more adapter in it, operation by operation."""
@@ -200,8 +204,7 @@ class AdaptedLayer(ShowsAdapters):
         factors = row_factors(self, owners.names, input)
         if factors is not None:
             return with_plain_rows(base, input, layout, owners, rows.stacked(self, owners, factors))
-        calls = [len(A) for name, A in self.lora_A.items() if name in owners.names and type(A) is CallFactors]
-        number = _next_call(self, min(calls)) if calls else 0
+        number = self._number_of_call(filter(None, owners.names))
         return with_rows(
             base, input, layout, owners, lambda onto, x, name: self._added(onto, onto, x, name, 1.0, number)
         )

@@ -3,6 +3,7 @@
 Where a layer's input has the batch is not guessed: it is seen before, in runs of the model (`tuned/rows.py`).
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
         return rows.movedim((0, 1), (first, second)).flatten(self.dim, self.dim + 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Owners:
     """Whose the rows of a batch are, among adapters that a layer has."""
 
@@ -59,7 +60,7 @@ class Owners:
     numbers: tuple[int, ...]
     """For each row, which of the names."""
 
-    @property
+    @functools.cached_property
     def are_runs(self) -> bool:
         """Whether each name has as many rows as the others, next to each other, in the order of the names."""
         each = len(self.numbers) // len(self.names)
@@ -193,14 +194,10 @@ def with_rows(base: Tensor, x: Tensor, layout: Layout, owners: Owners, added: Ad
     given, result = layout.split(x, batch), layout.split(base, batch)
     for name in filter(None, owners.names):
         rows = torch.tensor(owners.rows_of(name), device=x.device)
-        part, onto = _selected(given, rows), _selected(result, rows)
+        part, onto = given.index_select(0, rows), result.index_select(0, rows)
         outputs = added(layout.joined(onto), layout.joined(part), name)
         result = result.index_copy(0, rows, layout.split(outputs, len(rows)))
     return layout.joined(result)
-
-
-def _selected(rows: Tensor, numbers: Tensor) -> Tensor:
-    return rows.index_select(0, numbers)
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -68,16 +68,9 @@ def cross_entropy(
     head that has changed since, and while torch checkpoints.
     """
     steps = input.lazy_value.source.steps()
-    plain = type(target) is Tensor and target.dtype is torch.int64 and target.device == input.device
-    if not plain or input.dim() != 2 or target.shape != input.shape[:1]:
+    if size_average is not None or reduce is not None or reduction not in ("none", "mean", "sum"):
         return NotImplemented
-    if size_average is not None or reduce is not None or reduction not in ("none", "mean", "sum") or is_watched():
-        return NotImplemented
-    if weight is not None and (type(weight) is not Tensor or weight.requires_grad):
-        return NotImplemented
-    if weight is not None and not _fits(weight, input):
-        return NotImplemented
-    if not 0 <= label_smoothing <= 1 or checkpointing() is not None or in_backward():
+    if not 0 <= label_smoothing <= 1 or not _is_ours(input, target, weight):
         return NotImplemented
     if not isinstance(steps.source, HeadSource):
         return _of_labelled(input, target, weight, ignore_index, reduction, label_smoothing)
@@ -106,6 +99,16 @@ def cross_entropy(
         if reduction == "none" and chosen is not None:
             losses = losses.new_zeros(len(target)).index_copy(0, chosen, losses)
         return losses.to(dtype)
+
+
+def _is_ours(logits: Tensor, target: Any, weight: Any) -> bool:
+    """Whether labels and weights of classes are such as chunks are computed for, in a call that nothing follows."""
+    plain = type(target) is Tensor and target.dtype is torch.int64 and target.device == logits.device
+    if not plain or logits.dim() != 2 or target.shape != logits.shape[:1]:
+        return False
+    if weight is not None and (type(weight) is not Tensor or weight.requires_grad or not _fits(weight, logits)):
+        return False
+    return not (is_watched() or in_backward()) and checkpointing() is None
 
 
 def _fits(weight: Tensor, logits: Tensor) -> bool:

@@ -33,7 +33,7 @@ class Inject(Pass):
     def requires(self, graph_module: fx.GraphModule) -> None:
         if is_adapted(graph_module):
             raise RefusedError("the model is adapted already", advice="lora_fx.remove or lora_fx.merge it before")
-        names = dict.fromkeys(site.lora.adapter for site in self.plan.adapted if site.lora is not None)
+        names = self.plan.adapters
         taken = [(name, "is an attribute of nn.ModuleDict") for name in names if name in dir(nn.ModuleDict)]
         if taken:
             advice = "give the adapter another name, or the model that the graph was made from"

@@ -74,7 +74,7 @@ def combine(
     record = whole_record_in(tuned)
     weights = dict(selection_of(record.switch.names, adapters).weights)
     recipe = _recipe(weights, method, r, density, majority, seed)
-    refuse_name(adapter, list(record.switch.names))
+    refuse_name(adapter, record.switch.names)
     sites = _sites(tuned, weights)
     _refuse_kinds(sites)
     if recipe.of_factors:

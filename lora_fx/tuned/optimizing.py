@@ -11,7 +11,7 @@ from lora_fx.adapters.trained import parameters_of
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.build import trainable
 from lora_fx.tuned.several import adapters_called, refuse_trained_together
-from lora_fx.tuned.switching import switches_in
+from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
 
 
 def parameters(tuned: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
@@ -30,11 +30,9 @@ def parameters(tuned: nn.Module, adapter: str | None = None) -> Iterator[nn.Para
     tuned = seen_through(tuned)
     if adapter is None:
         return trainable(tuned)
-    switches = switches_in(tuned)
-    known = list(dict.fromkeys(name for switch in switches for name in switch.names))
-    if adapter not in known:
-        raise ValueError(f"no adapter is called '{adapter}'; there are {', '.join(known)}")
-    if known == [adapter]:
+    known = names_of(switches_in(tuned))
+    refuse_unknown([adapter], known)
+    if known == (adapter,):
         return trainable(tuned)
     refuse_trained_together(tuned, adapter)
     found = [parameter for _, one in adapters_called(tuned, adapter) for parameter in one.parameters()]

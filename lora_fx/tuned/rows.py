@@ -14,7 +14,7 @@ from lora_fx.capture.calls.objects import copied, tensors_in
 from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
 from lora_fx.regions.survey import trial_twin
-from lora_fx.tuned.switching import refuse_graph, refuse_unknown, switches_in
+from lora_fx.tuned.switching import names_of, refuse_graph, refuse_unknown, switches_in
 
 SEEN_CALLS = "lora_fx_row_calls"
 """Attribute of an adapted model: in which kinds of calls it was seen where the batch is in the inputs of its layers."""
@@ -42,8 +42,7 @@ def rows(tuned: nn.Module, adapters: Sequence[str | None]) -> Iterator[None]:
         raise ValueError("adapters must be a sequence: a name, or None, for each row of the batch")
     refuse_graph(tuned)
     switches = switches_in(tuned)
-    known = [name for switch in switches for name in switch.names]
-    refuse_unknown([name for name in dict.fromkeys(names) if name is not None], known)
+    refuse_unknown([name for name in dict.fromkeys(names) if name is not None], names_of(switches))
     _refuse_whole(switches)
     chosen = Selection(rows=AdapterRows(names, tuned.__dict__.setdefault(SEEN_CALLS, set())))
     hook = tuned.register_forward_pre_hook(_looker(tuned, chosen, switches), with_kwargs=True, prepend=True)

@@ -20,7 +20,7 @@ from lora_fx.regions.install import remade
 from lora_fx.rules.keys import is_adapter_name
 from lora_fx.text import dotted
 from lora_fx.tuned.build import whole_record_in
-from lora_fx.tuned.switching import refuse_graph, switches_in
+from lora_fx.tuned.switching import names_of, refuse_graph, refuse_unknown, switches_in
 
 
 def adapters_called(tuned: nn.Module, name: str) -> Iterator[tuple[str, Attached]]:
@@ -55,7 +55,7 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
     switches = known_switches(tuned, adapter)
     if name == adapter:
         return
-    refuse_name(name, [known for switch in switches for known in switch.names])
+    refuse_name(name, names_of(switches))
     record = whole_record_in(tuned)
     for owner in tuned.modules():
         for one in attached_to(owner):
@@ -82,13 +82,11 @@ def known_switches(tuned: nn.Module, adapter: str) -> list[Switch]:
     """
     refuse_graph(tuned)
     switches = switches_in(tuned)
-    if not any(adapter in switch.names for switch in switches):
-        known = ", ".join(dict.fromkeys(name for switch in switches for name in switch.names))
-        raise ValueError(f"no adapter is called '{adapter}'; there are {known}")
+    refuse_unknown([adapter], names_of(switches))
     return [switch for switch in switches if adapter in switch.names]
 
 
-def refuse_name(name: str, known: list[str]) -> None:
+def refuse_name(name: str, known: Collection[str]) -> None:
     """Raise ValueError for what cannot be a new adapter's name."""
     if not is_adapter_name(name):
         raise ValueError(f"an adapter cannot be called {name!r}: letters, digits and _, a letter first")
@@ -182,7 +180,7 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
     `start` says whether those that begin as parts of their weights do so: not where values from a file will come.
     """
     _refuse_trained(tuned, plan)
-    names = tuple(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
+    names = plan.adapters
     before = {id(owner) for owner in adapted_owners(tuned)}
     record.switch.names = (*record.switch.names, *names)
     record.added |= dict.fromkeys(names, replace(plan, capture=None))

@@ -83,8 +83,7 @@ def use(tuned: nn.Module, adapters: Adapters) -> Use:
     tuned = seen_through(tuned)
     refuse_graph(tuned)
     switches = switches_in(tuned)
-    known = list(dict.fromkeys(name for switch in switches for name in switch.names))
-    selection = selection_of(known, adapters)
+    selection = selection_of(names_of(switches), adapters)
     if any(switch.whole for switch in switches):
         _refuse_whole(tuned, selection)
     if not selection.weights:
@@ -101,7 +100,7 @@ def chosen_for_a_while(tuned: nn.Module, adapters: Adapters) -> AbstractContextM
     if adapters is None:
         return contextlib.nullcontext()
     switches = switches_in(tuned)
-    known = list(dict.fromkeys(name for switch in switches for name in switch.names))
+    known = names_of(switches)
     selection = selection_of(known, adapters)
     if selection != Selection.of(known):
         refuse_graph(tuned)
@@ -159,6 +158,11 @@ def switches_in(tuned: nn.Module) -> list[Switch]:
     """
     known: Switch | None = tuned.__dict__.get(SWITCH)
     return [place.record.switch for place in places_in(tuned)] if known is None else [known]
+
+
+def names_of(switches: Iterable[Switch]) -> tuple[str, ...]:
+    """Return the names of the adapters that switches know, each once."""
+    return tuple(dict.fromkeys(name for switch in switches for name in switch.names))
 
 
 def selection_of(known: Collection[str], adapters: Adapters) -> Selection:

@@ -74,9 +74,9 @@ def add(
     if isinstance(given, nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             save(with_values(seen_through(given)), folder)
-            _add_files(tuned, record, folder, adapter, rank, trainable)
+            _add_read(tuned, record, read_adapters(folder), adapter, rank, trainable)
     elif _is_directory(given):
-        _add_files(tuned, record, given, adapter, rank, trainable)  # type: ignore[arg-type]
+        _add_read(tuned, record, read_adapters(given), adapter, rank, trainable)  # type: ignore[arg-type]
     else:
         rules = read_rules(given)
         plan = _named(on_modules(decide(rules, _inventory(tuned, record.plan, bool(rules.train)))), adapter)
@@ -97,17 +97,6 @@ def _is_directory(source: object) -> bool:
     if not isinstance(source, str | os.PathLike):
         return False
     return os.path.isdir(source)
-
-
-def _add_files(
-    tuned: nn.Module,
-    record: ModelRecord,
-    folder: str | os.PathLike[str],
-    adapter: str | None,
-    rank: int | None,
-    trainable: bool,
-) -> None:
-    _add_read(tuned, record, read_adapters(folder), adapter, rank, trainable)
 
 
 def add_adapter(tuned: nn.Module, file: AdapterFile) -> None:
@@ -163,7 +152,7 @@ def _add_beside(
         raise ValueError(f"there are several adapters in it ({told}), and one name: leave `adapter` out")
     plans = [_of_rank(_named(on_modules(decided([file], inventory)), adapter), rank) for file in files]
     for name in names:
-        refuse_name(name, list(record.switch.names))
+        refuse_name(name, record.switch.names)
     try:
         for plan, file in zip(plans, files, strict=True):
             _attach(tuned, record, plan, file, trainable, padded=rank is not None)
@@ -174,11 +163,11 @@ def _add_beside(
 
 def _named(plan: Plan, name: str | None) -> Plan:
     """Return the plan with its adapter under this name."""
-    names = list(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
     if name is None:
         return plan
-    if len(names) > 1:
-        raise ValueError(f"there are several adapters in it ({', '.join(names)}), and one name: leave `adapter` out")
+    if len(plan.adapters) > 1:
+        told = ", ".join(plan.adapters)
+        raise ValueError(f"there are several adapters in it ({told}), and one name: leave `adapter` out")
     sites = (site if site.lora is None else replace(site, lora=replace(site.lora, adapter=name)) for site in plan.sites)
     return replace(plan, sites=tuple(sites))
 
@@ -204,9 +193,9 @@ def _attach(
     trainable: bool,
     padded: bool = False,
 ) -> None:
-    names = list(dict.fromkeys(site.lora.adapter for site in plan.adapted if site.lora is not None))
+    names = plan.adapters
     for name in names:
-        refuse_name(name, list(record.switch.names))
+        refuse_name(name, record.switch.names)
     attach_more(tuned, plan, record, start=file is None)
     if file is not None:
         if padded:

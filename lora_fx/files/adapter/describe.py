@@ -35,6 +35,7 @@ from lora_fx.rules.inits import pairs_of
 from lora_fx.sources.installed import own_version
 from lora_fx.tuned.build import record_in, whole_record_in
 from lora_fx.tuned.several import refuse_trained_together, trained_with
+from lora_fx.tuned.switching import refuse_unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,7 @@ def describe(tuned: nn.Module, adapter: str | None = None) -> list[Described]:
     added = record_in(tuned).added if any(trained_owners(tuned)) else {}  # the model's own values go with the others
     names = sorted(groups, key=lambda name: (name in added, name != "default", name))
     if adapter is not None:
-        if adapter not in names:
-            raise ValueError(f"no adapter is called '{adapter}'; there are {', '.join(names)}")
+        refuse_unknown([adapter], names)
         refuse_trained_together(tuned, adapter)
         names = [adapter]
     described = []
