@@ -12,6 +12,7 @@ from lora_fx.adapters.attach import Attached
 from lora_fx.adapters.factors.blending import Blend, Majority, truncated, truncated_matrix
 from lora_fx.adapters.factors.moved import MovedA
 from lora_fx.errors import RefusedError
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
@@ -71,6 +72,7 @@ def combine(
     """
     tuned = seen_through(tuned)
     refuse_graph(tuned)
+    refuse_sharded(tuned, "a new adapter would be in no shard group of this model", "combine before fully_shard")
     record = whole_record_in(tuned)
     weights = dict(selection_of(record.switch.names, adapters).weights)
     recipe = _recipe(weights, method, r, density, majority, seed)
