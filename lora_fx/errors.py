@@ -130,7 +130,8 @@ class Unmatched:
 
     def text(self, total: int) -> str:
         """Return what failed, where, and what to do; of so many sites."""
-        who, among = ("train", "the") if self.what == "modules" else (f"rule '{self.rule}'", f"{total}")
+        of_rule = self.what == "sites"
+        who, among = (f"rule '{self.rule}'", f"{total}") if of_rule else (self.rule, "the")
         headline = f"{who} matched {self.found or 'none'} of {among} {self.what}"
         placed = Problem(headline, self.span).text(self.span.file) if self.span.line else headline
         expected = self.expected if self.found else ""
@@ -138,7 +139,7 @@ class Unmatched:
         return _message(placed, [("pattern", self.pattern), *(fact for fact in facts if fact[1])], self._advice())
 
     def _advice(self) -> str:
-        if self.what == "modules":
+        if self.what != "sites":
             return "fix the pattern, or take it away"
         if self.found:
             return "fix the pattern, or change `expect`"

@@ -4,11 +4,13 @@ from collections.abc import Collection
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import SWITCH, adapter_prefixes, all_attached, attach, spec_of
+from lora_fx.adapters.attach import SWITCH, adapter_dtype, adapter_prefixes, all_attached, attach, spec_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import adapt, count_calls_anew, read_by_kernels, stop_counting
 from lora_fx.adapters.placed import is_trained, placed_in
-from lora_fx.adapters.trained import TRAINED, add_value, added_tensors, choose_values
+from lora_fx.adapters.selection import Switch
+from lora_fx.adapters.tokenrows import TokenRows
+from lora_fx.adapters.trained import TRAINED, add_rows, add_value, added_tensors, choose_values
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
@@ -56,8 +58,9 @@ def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) 
     record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
     record.base |= {name: parameter.detach() for name in names if (parameter := get_tensor(model, name)) is not None}
     own_parameters(twin, names, requires_grad=True)
-    record.switch.whole = tuple(names)
+    record.switch.whole = tuple(dict.fromkeys((*names, *(rows.weight for rows in record.plan.tokens))))
     _choose_trained(twin, names, record)
+    _give_rows(twin, record.plan, record.switch)
 
 
 def _choose_trained(twin: nn.Module, names: Collection[str], record: ModelRecord) -> None:
@@ -91,9 +94,32 @@ def give_values(twin: nn.Module, plan: Plan, record: ModelRecord, adapter: str) 
             copies[id(own)] = nn.Parameter(value) if isinstance(own, nn.Parameter) else value
         add_value(owner, adapter, name, copies[id(own)])
         changed[owner] = None
-    more = (name for name, whose, value in added_tensors(twin) if whose == adapter and isinstance(value, nn.Parameter))
+    changed |= dict.fromkeys(_give_rows(twin, plan, record.switch))
+    more = [name for name, whose, value in added_tensors(twin) if whose == adapter and isinstance(value, nn.Parameter)]
+    more += (rows.weight for rows in plan.tokens)
     record.switch.whole = tuple(dict.fromkeys((*record.switch.whole, *more)))
     return list(changed)
+
+
+def _give_rows(twin: nn.Module, plan: Plan, switch: Switch) -> list[nn.Module]:
+    """Give adapters the rows that a plan trains alone, as the base has them, in place; return what has them."""
+    made: dict[tuple[str, str], TokenRows] = {}
+    changed = []
+    for planned in plan.tokens:
+        path, _, name = planned.weight.rpartition(".")
+        owner = twin.get_submodule(path)
+        own = owner._parameters[name]
+        assert own is not None
+        state = owner.__dict__.get(TRAINED)
+        base = state.base[name] if state is not None and name in state.base else own.detach()
+        source = (planned.tied_to or planned.weight, planned.adapter)
+        if source not in made:
+            values = base[list(planned.ids)].to(own.device, adapter_dtype(own), copy=True)
+            made[source] = TokenRows(planned.ids, nn.Parameter(values))
+        add_rows(owner, planned.adapter, name, made[source])
+        choose_values(owner, switch, {name: base}, {name: ()})
+        changed.append(owner)
+    return changed
 
 
 def _trained_by(twin: nn.Module, plan: Plan) -> list[tuple[nn.Module, str]]:
@@ -105,6 +131,9 @@ def _trained_by(twin: nn.Module, plan: Plan) -> list[tuple[nn.Module, str]]:
         for path, owner in module.named_modules():
             if not f"{path}.".startswith(ours):
                 found += [(owner, name) for name in (*owner._parameters, *owner._buffers)]
+    for bias in plan.biases:
+        path, _, name = bias.path.rpartition(".")
+        found.append((twin.get_submodule(path), name))
     owners = (twin.get_submodule(site.site.owner) for site in plan.adapted if site.lora is not None and site.lora.bias)
     return [*found, *((owner, "bias") for owner in owners if owner._parameters.get("bias") is not None)]
 

@@ -6,7 +6,7 @@ unet knows the site as `mid.q`, names here begin with `unet.`, and names there w
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -24,6 +24,16 @@ class Placed:
     """What its names begin with in the model at hand; empty, or a path and a dot."""
     there: str
     """What the names at hand begin with in the adapted model; empty unless the model at hand is a part of it."""
+    whole: tuple[str, ...] = field(init=False)
+    """What the names of all parameters begin with that are trained whole, in the adapted model."""
+    biases: frozenset[str] = field(init=False)
+    """Names there of the biases that are trained beside those of adapted sites."""
+
+    def __post_init__(self) -> None:
+        plan = self.record.plan
+        whole = tuple(f"{without_wrappers(module.path)}." for module in plan.train)
+        object.__setattr__(self, "whole", whole)
+        object.__setattr__(self, "biases", frozenset(without_wrappers(bias.path) for bias in plan.biases))
 
     def recorded(self, name: str) -> str | None:
         """Return the adapted model's own name, without wrappers, for one at hand; None if it is not of that model."""
@@ -73,9 +83,6 @@ def _prefixes(here: str, there: str) -> tuple[str, str]:
 
 
 def is_trained(name: str, places: Iterable[Placed]) -> bool:
-    """Whether a parameter of that name belongs to a module that is trained whole."""
-    return any(
-        (own := place.recorded(name)) is not None
-        and own.startswith(tuple(f"{without_wrappers(path)}." for path in place.record.trained))
-        for place in places
-    )
+    """Whether a parameter of that name belongs to a module that is trained whole, or is a bias under `bias: all`."""
+    found = ((place, own) for place in places if (own := place.recorded(name)) is not None)
+    return any(own.startswith(place.whole) or own in place.biases for place, own in found)

@@ -1,9 +1,9 @@
-"""What is trained of the model itself (modules under `train:`, biases), and which of its values a call computes with.
+"""What is trained of the model itself (modules under `train:`, biases, rows), and which values a call computes with.
 
 The module's own table holds the values of the adapters that were trained with it, so no key of the base changes; the
-values of adapters that were added stand beside them, in `lora_trained.<adapter>.<name>`.  A call reads
-base + Σ weight · (value - base) over the adapters that are used; of one adapter that is its value itself, of none the
-base's.
+values of adapters that were added stand beside them, in `lora_trained.<adapter>.<name>`, and so do rows that any
+adapter trains alone, in `lora_trained.<adapter>.<name>.rows`.  A call reads base + Σ weight · (value - base) over the
+adapters that are used; of one adapter that is its value itself, of none the base's.
 """
 
 import functools
@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.dicts import AdapterDict
 from lora_fx.adapters.reads import take_over, wants_parameter
 from lora_fx.adapters.selection import Selection, Switch
-from lora_fx.models.swap import MADE_BY, Swapped, swap, take_off
+from lora_fx.adapters.tokenrows import TokenRows, embedded, looks_up_plainly, multiplied, with_rows
+from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap, take_off
 from lora_fx.models.wrappers import inside, module_at
 from lora_fx.text import dotted
 
@@ -57,17 +58,20 @@ class ChoosesValues(Swapped, nn.Module):
 
 
 @functools.cache
-def choosing(names: tuple[str, ...], are_flat: bool) -> type:
+def choosing(names: tuple[str, ...], are_flat: bool, forward: str = "") -> type:
     """Return the mixin for a module that shows the chosen values of these parameters and buffers.
 
     Args:
         names: of the parameters and buffers.
         are_flat: whether it keeps them in a list besides, as LSTMs do.
+        forward: of a module with rows that are trained alone, the class whose forward it has: "Embedding", "Linear".
     """
     body: dict[str, Any] = {name: property(_reader(name), take_over(name)) for name in names}
+    if forward:
+        body["forward"] = _embed if forward == "Embedding" else _multiply
     if are_flat:
         body["_flat_weights"] = property(_flat_weights, lambda owner, value: None)
-    made_by = (choosing, (names, are_flat))
+    made_by = (choosing, (names, are_flat, forward))
     return type("ChosenValues", (ChoosesValues,), {**body, _NAMES: names, MADE_BY: made_by})
 
 
@@ -86,8 +90,52 @@ def _flat_weights(owner: Any) -> list[Tensor | None]:
     return [getattr(owner, name, None) for name in owner._flat_weights_names]
 
 
+def _embed(self: Any, input: Tensor) -> Tensor:
+    one = _only_rows(self)
+    if one is None or not looks_up_plainly(self, one):
+        return nn.Embedding.forward(self, input)
+    return embedded(self, input, one)
+
+
+def _multiply(self: Any, input: Tensor) -> Tensor:
+    one = _only_rows(self)
+    return nn.Linear.forward(self, input) if one is None else multiplied(self, input, one)
+
+
+def _only_rows(owner: nn.Module) -> TokenRows | None:
+    """Return the rows of one adapter, as it was trained, where they alone make the weight of a call another one."""
+    state: TrainedState | None = owner.__dict__.get(TRAINED)
+    if state is None or state.owners.get("weight") != ():
+        return None
+    selection = state.switch.for_call()
+    rows = _rows_used(owner, selection, "weight")
+    if len(rows) != 1 or rows[0][1] != 1:
+        return None
+    for adapter, _ in selection.weights:
+        if added_value(owner, adapter, "weight") is not None:
+            return None
+    return rows[0][0]
+
+
+def _rows_used(owner: nn.Module, selection: Selection, name: str) -> list[tuple[TokenRows, float]]:
+    """Return the rows of a module's parameter that are used, each with its share."""
+    found = []
+    for adapter, share in selection.weights:
+        one = rows_at(owner, adapter, name)
+        if one is not None:  # torch.compile follows no `:=`
+            found.append((one, share))
+    return found
+
+
 def value_of(owner: nn.Module, state: TrainedState, name: str, own: Tensor, selection: Selection) -> Tensor:
     """Return what a module computes with as its parameter or buffer of that name."""
+    whole = _whole_value(owner, state, name, own, selection)
+    rows = _rows_used(owner, selection, name)
+    return with_rows(whole, _base_value(owner, state, name, own), rows) if rows else whole
+
+
+def _whole_value(owner: nn.Module, state: TrainedState, name: str, own: Tensor, selection: Selection) -> Tensor:
+    """Return the same without rows that are trained alone."""
     owners, used = state.owners[name], selection.weights
     terms = []
     for adapter, share in used:
@@ -121,6 +169,32 @@ def add_value(owner: nn.Module, adapter: str, name: str, value: Tensor) -> None:
         values._non_persistent_buffers_set.add(name)
 
 
+def add_rows(owner: nn.Module, adapter: str, name: str, rows: TokenRows) -> None:
+    """Give an adapter rows of its own of a module's parameter, in place."""
+    holder = owner._modules.setdefault(VALUES, AdapterDict())
+    assert holder is not None
+    holder._modules.setdefault(adapter, nn.Module())._modules[name] = rows  # type: ignore[union-attr]
+
+
+def rows_at(owner: nn.Module, adapter: str, name: str) -> TokenRows | None:
+    """Return the rows of a module's parameter that an adapter trains alone, if it does."""
+    holder = owner._modules.get(VALUES)
+    values = None if holder is None else holder._modules.get(adapter)
+    rows: Any = None if values is None else values._modules.get(name)
+    return rows  # type: ignore[no-any-return]
+
+
+def added_rows(model: nn.Module) -> Iterator[tuple[str, str, TokenRows]]:
+    """Yield (name of the model's parameter, adapter, rows) of rows that are trained alone, tied ones by each name."""
+    for path, owner, _ in trained_owners(model):
+        holder = owner._modules.get(VALUES)
+        for adapter, values in () if holder is None else holder._modules.items():
+            assert values is not None
+            for name, rows in values._modules.items():
+                assert isinstance(rows, TokenRows)
+                yield dotted(path, name), adapter, rows
+
+
 def added_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Yield (name of the model's tensor, adapter, value) of all that added adapters have of the model itself."""
     for path, owner, _ in trained_owners(model):
@@ -140,12 +214,14 @@ def parameters_of(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
             value = own if owners and adapter in owners else added_value(owner, adapter, name)
             if isinstance(value, nn.Parameter):
                 yield value
+            if (rows := rows_at(owner, adapter, name)) is not None:
+                yield rows.rows
 
 
 def trained_names(model: nn.Module) -> set[str]:
     """Return the names of the model's parameters that some adapter trains."""
     own = {dotted(path, name) for path, _, state in trained_owners(model) for name, o in state.owners.items() if o}
-    return own | {name for name, _, _ in added_tensors(model)}
+    return own | {name for found in (added_tensors(model), added_rows(model)) for name, _, _ in found}
 
 
 def added_value(owner: nn.Module, adapter: str, name: str) -> Tensor | None:
@@ -158,6 +234,8 @@ def added_value(owner: nn.Module, adapter: str, name: str) -> Tensor | None:
 
 
 def _base_value(owner: nn.Module, state: TrainedState, name: str, own: Tensor) -> Tensor:
+    if state.owners[name] == () and name in owner._parameters:
+        return own  # no adapter has changed it
     base = state.base[name]
     if base.device != own.device or base.dtype != own.dtype:  # the adapted model was moved since
         base = base.to(own.device, own.dtype)
@@ -183,10 +261,19 @@ def choose_values(
     new = {name: base[name] for name in base if name not in state.base}
     state.base |= new
     state.owners |= {name: owners[name] for name in new}
-    names = tuple(state.base)
-    if names != chosen_names(owner):
+    mixin = choosing(tuple(state.base), isinstance(owner, nn.RNNBase), _forward_of(owner))
+    if mixin not in type(owner).__mro__:
         take_off(owner, ChoosesValues)
-        swap(owner, choosing(names, isinstance(owner, nn.RNNBase)))
+        swap(owner, mixin)
+
+
+def _forward_of(owner: nn.Module) -> str:
+    """Return the class whose forward a module with rows of its weight has, if it is one that can do with the rows."""
+    holder = owner._modules.get(VALUES)
+    if holder is None or not any("weight" in values._modules for values in holder._modules.values() if values):
+        return ""
+    forward = original_class(owner).forward
+    return next((kind.__name__ for kind in (nn.Embedding, nn.Linear) if forward is kind.forward), "")
 
 
 def chosen_names(owner: nn.Module) -> tuple[str, ...]:
@@ -205,7 +292,7 @@ def trained_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedSt
 
 def settle(model: nn.Module) -> None:
     """Let a model's own values be those that are used, in place, for good: new tensors; other values are forgotten."""
-    made: dict[tuple[int, object], Tensor] = {}
+    made: dict[tuple[object, ...], Tensor] = {}
     for _, owner, state in list(trained_owners(model)):
         for name, owners in state.owners.items():
             table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
@@ -218,8 +305,17 @@ def settle(model: nn.Module) -> None:
                 is_parameter = isinstance(own, nn.Parameter)
                 value = value.detach().clone()
                 value = nn.Parameter(value, requires_grad=False) if is_parameter else value
-                table[name] = made.setdefault((id(own), owners), value)  # what is tied stays so
+                values = tuple(_identities(owner, state.switch.now(), name))
+                table[name] = made.setdefault((id(own), owners, *values), value)  # what is tied stays so
         forget(owner)
+
+
+def _identities(owner: nn.Module, selection: Selection, name: str) -> Iterator[int]:
+    """Yield what is equal for tied parameters that compute with the same values of adapters."""
+    for adapter, _ in selection.weights:
+        yield from (
+            id(one) for one in (added_value(owner, adapter, name), rows_at(owner, adapter, name)) if one is not None
+        )
 
 
 def keep_alone(model: nn.Module, adapter: str) -> None:
@@ -232,12 +328,15 @@ def keep_alone(model: nn.Module, adapter: str) -> None:
             own = table[name]
             if own is None or owners is None:
                 continue
-            value = value_of(owner, state, name, own, alone)
+            value = _whole_value(owner, state, name, own, alone)
             if isinstance(own, nn.Parameter) and not isinstance(value, nn.Parameter):
                 value = made.setdefault(id(value), nn.Parameter(value, requires_grad=False))
             is_its = adapter in owners or added_value(owner, adapter, name) is not None
             table[name], state.owners[name] = value, (adapter,) if is_its else ()
+        rows = {name: one for name in state.owners if (one := rows_at(owner, adapter, name)) is not None}
         owner._modules.pop(VALUES, None)
+        for name, one in rows.items():
+            add_rows(owner, adapter, name, one)
 
 
 def forget(owner: nn.Module) -> None:
@@ -262,8 +361,6 @@ def choose_moved_buffers(model: nn.Module, switch: Switch, base: Mapping[str, Te
         own = owner._buffers.get(last)
         if own is None or isinstance(owner, fx.GraphModule) or last in chosen_names(owner):
             continue
-        if value.is_meta and not own.is_meta:
-            continue  # adapted without values: what it was given since is all there is
         lasting = last not in owner._non_persistent_buffers_set and (own.is_floating_point() or own.dim() == 0)
         if lasting or not _are_equal(own, value):
             found.setdefault(owner, {})[last] = value

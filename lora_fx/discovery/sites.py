@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import HOME, is_adapted
+from lora_fx.discovery.tables import biases_in, tables_in
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse
 from lora_fx.errors import RefusedError
 from lora_fx.models.code import refuse_odd_names
-from lora_fx.models.fsdp import partitioned, refuse_sharded
 from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_shape
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
@@ -44,13 +44,14 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
         sites = tuple(_Finder(model, uses or NOTHING_SHOWN).sites())
     named = model.named_modules(remove_duplicate=False)
     modules = tuple((path, sum(p.numel() for p in module.parameters())) for path, module in named)
-    return Inventory(type(model).__name__, sites, modules, sum(p.numel() for p in model.parameters()), in_graph)
+    total, tables = sum(p.numel() for p in model.parameters()), tuple(tables_in(model))
+    return Inventory(type(model).__name__, sites, modules, total, in_graph, tables, biases_in(model))
 
 
 def refuse_unfit(model: nn.Module) -> None:
     """Raise RefusedError for a model that cannot be adapted at all.
 
-    It is lazy, adapted already, scripted, compiled, sharded, or has a GraphModule whose names Python misreads.
+    It is lazy, adapted already, scripted, compiled, or has a GraphModule whose names Python misreads.
     """
     if is_adapted(model):
         raise RefusedError(
@@ -63,10 +64,6 @@ def refuse_unfit(model: nn.Module) -> None:
         kind = "a compiled model" if compiled else f"a model inside of {type(model).__name__}"
         advice = f"adapt the model first, then {'torch.compile' if compiled else 'wrap'} it"
         raise RefusedError(f"{kind} cannot be adapted", advice=advice)
-    before = "lora_fx.apply or lora_fx.load first, also on the meta device; fully_shard or parallelize_module then"
-    refuse_sharded(model, "processes hold parts of this model: new factors would be in nobody's group", before)
-    if lost := partitioned(model):
-        raise RefusedError("ZeRO-3 holds the parameters of this model", lost[:8], "lora_fx.apply before deepspeed does")
     if peft := holds_peft(model):
         raise RefusedError(
             "the model holds adapters of PEFT",

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_fx.errors import MOST_SHOWN, NoMatchError, StalePlanError, Unmatched
+from lora_fx.planning.beside import modules_of, tables_of, trained_biases, trained_modules, trained_rows
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import (
     Inventory,
     PlannedSite,
     TrainedModule,
+    TrainedRows,
     dead_notes,
     rank_notes,
     trained_whole,
@@ -19,7 +21,7 @@ from lora_fx.planning.planned import (
 from lora_fx.planning.sites import CONVOLUTIONS, Site, differences
 from lora_fx.rules.patterns import NamePattern, nearest_names
 from lora_fx.rules.reader import read_rules
-from lora_fx.rules.ruleset import Rule, RuleSet, TrainPattern
+from lora_fx.rules.ruleset import Rule, RuleSet
 from lora_fx.text import count, listing, shortened
 
 _MOST_SUGGESTED = 20
@@ -32,7 +34,7 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisio
         NoMatchError: if `strict`, naming every rule that decides no site, or not as many as it expects, and every
             pattern under `train:` that matches no module.
     """
-    trained = _trained(rules.train, inventory)
+    trained = trained_modules(rules.train, inventory)
     matched = [_matched(rule, inventory.sites) for rule in rules.rules]
     first: dict[int, Rule] = {}
     for rule, positions in zip(rules.rules, matched, strict=True):
@@ -44,6 +46,8 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisio
     if strict and (failed := _failed_expectations(rules, matched, decided, inventory)):
         raise NoMatchError(failed[:MOST_SHOWN], len(inventory.sites), len(failed[MOST_SHOWN:]))
     return Decisions(
+        tokens=trained_rows(rules, inventory, sites, trained),
+        biases=trained_biases(rules, inventory, sites, trained),
         model=inventory.model,
         source=rules.source,
         sites=sites,
@@ -96,20 +100,6 @@ def _unsupported(rule: Rule, site: Site) -> str | None:
     return None
 
 
-def _trained(patterns: Sequence[TrainPattern], inventory: Inventory) -> tuple[TrainedModule, ...]:
-    """Return the modules under `train:`, without those that lie in another of them: no parameter counts twice."""
-    modules: dict[str, TrainedModule] = {}
-    for pattern in patterns:
-        for path, size in _modules_of(pattern, inventory):
-            modules.setdefault(path, TrainedModule(path, size, pattern.pattern.text))
-    inside = tuple(f"{path}." for path in modules)
-    return tuple(module for path, module in modules.items() if not path.startswith(inside))
-
-
-def _modules_of(pattern: TrainPattern, inventory: Inventory) -> list[tuple[str, int]]:
-    return [(path, size) for path, size in inventory.modules if path and pattern.pattern.matches(path)]
-
-
 def _failed_expectations(
     rules: RuleSet, matched: Sequence[Sequence[int]], decided: Counter[str | None], inventory: Inventory
 ) -> list[Unmatched]:
@@ -121,8 +111,14 @@ def _failed_expectations(
     modules = [path for path, _ in inventory.modules if path]
     names = [path for site in inventory.sites for path in site.paths]
     failed: list[tuple[Unmatched, tuple[NamePattern, ...], list[str]]] = []
+    tables = [path for table in inventory.tables for path in table.paths]
+    for wanted in rules.tokens:
+        if not tables_of(wanted, inventory):
+            text = shortened(listing((pattern.text for pattern in wanted.name), 60), 1000)
+            unmatched = Unmatched("tokens", text, "at least one", 0, what="embeddings", span=wanted.span)
+            failed.append((unmatched, wanted.name, tables))
     for pattern in rules.train:
-        if not _modules_of(pattern, inventory):
+        if not modules_of(pattern, inventory):
             unmatched = Unmatched("train", pattern.pattern.text, "at least one", 0, what="modules", span=pattern.span)
             failed.append((unmatched, (pattern.pattern,), modules))
     for rule, positions in zip(rules.rules, matched, strict=True):
@@ -213,7 +209,15 @@ def _otherwise_decided(plan: Plan, inventory: Inventory) -> list[tuple[str, str,
     changed = [state for state in states if state[1] != state[2]]
     sums = (("fingerprint", plan.fingerprint, anew.fingerprint), ("parameters", plan.total, anew.total))
     modules = (("train", *(", ".join(part.path for part in which.train) for which in (plan, anew))),)
-    return changed + [(what, str(old), str(new)) for what, old, new in (*sums, *modules) if old != new]
+    parts = (
+        ("tokens", _parts(plan.tokens), _parts(anew.tokens)),
+        ("biases", _parts(plan.biases), _parts(anew.biases)),
+    )
+    return changed + [(what, str(old), str(new)) for what, old, new in (*sums, *modules, *parts) if old != new]
+
+
+def _parts(trained: Sequence[TrainedModule | TrainedRows]) -> str:
+    return ", ".join(str(part) for part in trained) or "nothing"
 
 
 def _doing(planned: PlannedSite) -> str:

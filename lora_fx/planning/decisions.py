@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from lora_fx.planning.planned import PlannedSite, TrainedModule, dead_notes, rank_notes
+from lora_fx.planning.planned import PlannedSite, TrainedModule, TrainedRows, dead_notes, rank_notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,9 @@ class Decisions:
     unmatched_rules: tuple[str, ...] = ()
     """Rules with `expect: any` (or 0) that decide no site here."""
     rules: dict[str, object] = field(default_factory=dict, compare=False)
+    tokens: tuple[TrainedRows, ...] = ()
+    biases: tuple[TrainedModule, ...] = ()
+    """Biases that are trained beside those of adapted sites, each by its own name."""
 
     @property
     def adapted(self) -> tuple[PlannedSite, ...]:
@@ -43,9 +46,16 @@ class Decisions:
         return (*rank_notes(self.sites), *dead_notes(self.sites))
 
     @property
+    def beside(self) -> dict[str, int]:
+        """Number of parameters of all that is trained beside A and B, by what a plan calls it."""
+        modules = {f"train: {module.path}": module.parameters for module in self.train}
+        rows = {f"tokens: {rows.weight} of {rows.adapter}": rows.parameters for rows in self.tokens}
+        return modules | rows | {f"bias: {bias.path}": bias.parameters for bias in self.biases}
+
+    @property
     def trainable(self) -> int:
-        """Number of parameters that will be trained: adapters and the modules under `train:`."""
-        return sum(site.trainable for site in self.sites) + sum(module.parameters for module in self.train)
+        """Number of parameters that will be trained: adapters, modules under `train:`, rows, biases."""
+        return sum(site.trainable for site in self.sites) + sum(self.beside.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return the plan itself: it never changes, and every copy of an adapted block would copy it all."""

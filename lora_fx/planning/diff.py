@@ -6,7 +6,7 @@ from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.render.changes import changes_html
 from lora_fx.planning.rows import fold_groups, row_of
-from lora_fx.text import columns, count, json_text, thousands
+from lora_fx.text import columns, count, json_text, listing, thousands
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,11 @@ def _states(plan: Plan) -> dict[str, tuple[str, str]]:
     states = {planned.path: (planned.site.text(), _doing(planned)) for planned in plan.sites}
     for module in plan.train:
         states[f"train: {module.path}"] = (count(module.parameters, "parameter"), "+ trained whole")
+    for rows in plan.tokens:
+        ids = listing(map(str, rows.ids))
+        states[f"tokens: {rows.weight} of {rows.adapter}"] = (count(len(rows.ids), "row"), f"+ {ids} trained")
+    for bias in plan.biases:
+        states[f"bias: {bias.path}"] = (count(bias.parameters, "parameter"), "+ trained")
     return states
 
 

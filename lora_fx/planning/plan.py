@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lora_fx.planning.decisions import Decisions
-from lora_fx.planning.planned import PlannedRegion, PlannedSite
+from lora_fx.planning.planned import PlannedRegion, PlannedSite, TrainedRows
 from lora_fx.planning.reading import SCHEMA_VERSION, read_plan
 from lora_fx.planning.render.html import decisions_html
 from lora_fx.planning.render.notebook import InNotebook
@@ -86,7 +86,12 @@ class Plan(InNotebook, Decisions):
         return decisions_html(self, self.regions, fold)
 
     def _modules(self) -> list[str]:
-        return [f"  train whole: {module.path}, {count(module.parameters, 'parameter')}" for module in self.train]
+        lines = [f"  train whole: {module.path}, {count(module.parameters, 'parameter')}" for module in self.train]
+        lines += [f"  train {_told(rows)}" for rows in self.tokens]
+        if self.biases:
+            number = count(sum(bias.parameters for bias in self.biases), "parameter")
+            lines.append(f"  train biases of other layers: {count(len(self.biases), 'vector')}, {number}")
+        return lines
 
     def to_json(self) -> str:
         """Return the plan as JSON, the same text for the same plan; `Plan.from_json` reads it."""
@@ -99,6 +104,8 @@ class Plan(InNotebook, Decisions):
             "trainable": self.trainable,
             "sites": [_row(site) for site in self.sites],
             "train": [asdict(module) for module in self.train],
+            **({"tokens": [asdict(rows) for rows in self.tokens]} if self.tokens else {}),
+            **({"biases": [asdict(bias) for bias in self.biases]} if self.biases else {}),
             "regions": [asdict(region) for region in self.regions],
             "notes": self.notes,
             "unmatched_rules": self.unmatched_rules,
@@ -114,6 +121,14 @@ class Plan(InNotebook, Decisions):
             PlanFileError: the text is not one, of another schema version, or says what no plan can say; a ValueError.
         """
         return read_plan(Plan, text)
+
+
+def _told(rows: TrainedRows) -> str:
+    """Return what a plan says of rows that are trained alone."""
+    of = f"{count(len(rows.ids), 'row')} of {rows.weight}"
+    if rows.tied_to:
+        return f"{of}: those of {rows.tied_to}, to which it is tied"
+    return f"{of}, {count(rows.parameters, 'parameter')}"
 
 
 # -- JSON

@@ -134,6 +134,23 @@ class TrainedModule:
     pattern: str
 
 
+@dataclass(frozen=True, slots=True)
+class TrainedRows:
+    """Rows of a weight that are trained alone and saved with an adapter (rules' `tokens:`)."""
+
+    weight: str
+    """Dotted name of the parameter."""
+    ids: tuple[int, ...]
+    """Which rows, in ascending order."""
+    parameters: int
+    """How many are trained for it; 0 where the rows are those of another weight."""
+    adapter: str
+    pattern: str
+    """Where it comes from."""
+    tied_to: str = ""
+    """Name of the weight whose rows these are, where it is tied to one."""
+
+
 def trained_whole(site: Site, trained: Iterable[TrainedModule]) -> PlannedSite | None:
     """Return the planned site of a weight in a module that is trained whole; None for any other weight."""
     for module in trained:
@@ -157,6 +174,28 @@ class PlannedRegion:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingTable:
+    """A weight of which rows can be trained alone: that of an embedding."""
+
+    paths: tuple[str, ...]
+    """Every name of its module, the first one first."""
+    weight: str
+    """Dotted name of the parameter."""
+    rows: int
+    width: int
+    tied: tuple[str, ...] = ()
+    """Names of other parameters that are the same weight."""
+    padding: int | None = None
+    """The row that the embedding gives no gradient."""
+    refusal: str = ""
+    """Why rows of it cannot be trained alone; empty if they can."""
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+
+@dataclass(frozen=True, slots=True)
 class Inventory:
     """What a model has: everything that `decide` needs to know of it."""
 
@@ -169,6 +208,9 @@ class Inventory:
     """Number of parameters of the model."""
     in_graph: frozenset[str] | None = None
     """Paths of the sites that the model's own graph computes; None of a model that has none."""
+    tables: tuple[EmbeddingTable, ...] = ()
+    biases: tuple[tuple[str, int], ...] = ()
+    """(name, number of parameters) of every parameter called `bias`; of a tied one the number stands once."""
 
     @property
     def fingerprint(self) -> str:

@@ -30,6 +30,9 @@ SIZE = (
 MOST_DIMENSIONS = 5
 LEAST_PARTS = 2
 NOT_WITH_SKIP = ("lora", "slices", "per_call")
+BIASES = ("none", "lora_only", "all")
+MOST_IDS, LARGEST_ID = 100_000, 2**31 - 1
+"""Of one entry under `tokens`."""
 _ADAPTER = r"^[A-Za-z][A-Za-z0-9_]*$"
 
 
@@ -43,6 +46,7 @@ def _one_or_more(item: Schema) -> Schema:
 
 _TEXT: Schema = {"type": "string", "pattern": r"\S"}
 _SIZE: Schema = {"anyOf": [POSITIVE, {"type": "string", "pattern": SIZE}]}
+_ID: Schema = {"type": "integer", "minimum": 0, "maximum": LARGEST_ID}
 _ROWS: Schema = {"anyOf": [POSITIVE, *_one_or_more({"type": "string", "pattern": ROWS})["anyOf"]]}
 _NAMED_PARTS = _list_of(_TEXT, LEAST_PARTS, uniqueItems=True)
 _SIZED_PARTS: Schema = {"type": "object", "minProperties": LEAST_PARTS, "additionalProperties": _ROWS}
@@ -185,6 +189,28 @@ RULE = Table(
     },
 )
 
+TOKENS = Table(
+    {
+        "name": Key(
+            _one_or_more(_TEXT),
+            "Globs of the embeddings; what is tied to them has the same rows.",
+            'name: "**.embed_tokens"',
+            ("embedding", "match", "path", "module"),
+            required=True,
+        ),
+        "ids": Key(
+            _list_of({"anyOf": [_ID, {"type": "string", "pattern": ROWS}]}),
+            "Which rows: numbers, and ranges whose end is not included.",
+            'ids: [3, "32000..32010"]',
+            ("rows", "tokens", "indices", "token_indices"),
+            required=True,
+        ),
+        "adapter": Key(
+            LORA.keys["adapter"].schema, "Whose rows, where the rules have several adapters.", "adapter: style"
+        ),
+    }
+)
+
 TOP = Table(
     {
         "version": Key({"const": 1}, "Version of the format.", "version: 1", required=True),
@@ -201,6 +227,17 @@ TOP = Table(
             "Globs of modules that are trained whole and saved with the adapter.",
             'train: ["classifier"]',
             ("modules_to_save",),
+        ),
+        "tokens": Key(
+            _list_of({"$ref": "#/$defs/tokens"}),
+            "Rows of embeddings that are trained alone, and saved with the adapter.",
+            'tokens: [{name: "**.embed_tokens", ids: [32000, 32001]}]',
+            ("trainable_token_indices", "token_indices"),
+        ),
+        "bias": Key(
+            {"enum": list(BIASES)},
+            "Which biases are trained: `none`, `lora_only` (of adapted layers), or `all` of the model.",
+            "bias: all",
         ),
     },
     {

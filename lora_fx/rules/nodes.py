@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from lora_fx.errors import SourceSpan
 from lora_fx.rules.automaton import MOST_STATES
 from lora_fx.rules.globs import PatternError
-from lora_fx.rules.keys import Schema, Table
+from lora_fx.rules.keys import Schema, Table, is_adapter_name
 from lora_fx.rules.patterns import EXPRESSION_PREFIX, NamePattern
 from lora_fx.rules.tree import SourceText, YamlNode
 from lora_fx.text import nearest, shortened
@@ -99,6 +99,14 @@ class NodeReader:
         allowed = " and ".join(f"{words} {bound}" for words, bound, _ in told)
         self.problem(node.span, f"{what} must be {allowed}, found {value}")
         return None
+
+    def adapter(self, node: YamlNode) -> str | None:
+        """Return the name of an adapter."""
+        value = self.text(node, "adapter")
+        if value and not is_adapter_name(value):
+            problem = f"adapter '{shortened(value)}' must be a name of letters, digits and _, a letter first"
+            self.problem(node.span, problem, "such as `style`")
+        return value
 
     def choice(self, node: YamlNode, what: str, allowed: Sequence[str]) -> str | None:
         """Return a string that is one of those allowed."""

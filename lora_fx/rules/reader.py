@@ -13,8 +13,9 @@ from lora_fx.rules.globs import PatternError
 from lora_fx.rules.inits import INITS, is_init
 from lora_fx.rules.nodes import NodeReader, number_hint
 from lora_fx.rules.patterns import DIMENSION_FORMS, Dimension, ShapePattern, parse_dimension
-from lora_fx.rules.ruleset import Expect, LoRAConfig, Match, Rule, RuleSet, TrainPattern
+from lora_fx.rules.ruleset import Expect, LoRAConfig, Match, Rule, RuleSet, TokenRule, TrainPattern
 from lora_fx.rules.slices import read_slices
+from lora_fx.rules.tokens import read_tokens
 from lora_fx.rules.tree import YamlNode, read_file
 from lora_fx.text import nearest, shortened
 
@@ -74,11 +75,22 @@ class _RuleReader(NodeReader):
         given = self.mapping(root, "the rule file", keys.TOP)
         if "version" in given:
             self._version(given["version"])
-        defaults = self._lora(given["defaults"], "defaults", {}) if "defaults" in given else {}
+        biases = self._biases(given["bias"]) if "bias" in given else "none"
+        shared: dict[str, Any] = {} if biases == "none" else {"bias": True}
+        defaults = self._lora(given["defaults"], "defaults", shared) if "defaults" in given else shared
         rules = self._rules(given["rules"], defaults) if "rules" in given else ()
         train = self.several(given["train"], "train", self._train) if "train" in given else ()
+        tokens = self.several(given["tokens"], "tokens", self._tokens) if "tokens" in given else ()
+        if biases == "all" and any(rule.lora is not None and not rule.lora.bias for rule in rules):
+            self.problem(given["bias"].span, "bias: all contradicts a `bias: false`", "take one of the two away")
         self.source.raise_problems()
-        return RuleSet(rules, train, self.source.name)
+        return RuleSet(rules, train, self.source.name, tokens, biases == "all")
+
+    def _biases(self, node: YamlNode) -> str:
+        return self.choice(node, "bias", keys.BIASES) or "none"
+
+    def _tokens(self, node: YamlNode, _what: str) -> TokenRule | None:
+        return read_tokens(self, node)
 
     def _version(self, node: YamlNode) -> None:
         version = keys.TOP.keys["version"].schema["const"]
@@ -181,19 +193,12 @@ class _RuleReader(NodeReader):
     def _lora(self, node: YamlNode, what: str, defaults: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of a LoRAConfig on top of the defaults."""
         given = self.mapping(node, what if what == "defaults" else f"lora of {what}", keys.LORA)
-        own = {"adapter": self._adapter, "init": self._init}
+        own = {"adapter": self.adapter, "init": self._init}
         values = {
             key: own[key](value) if key in own else self.typed(value, key, keys.LORA.keys[key].schema)
             for key, value in given.items()
         }
         return defaults | {key: value for key, value in values.items() if value is not None}
-
-    def _adapter(self, node: YamlNode) -> str | None:
-        value = self.text(node, "adapter")
-        if value and not keys.is_adapter_name(value):
-            problem = f"adapter '{shortened(value)}' must be a name of letters, digits and _, a letter first"
-            self.problem(node.span, problem, "such as `style`")
-        return value
 
     def _init(self, node: YamlNode) -> str | None:
         return str(node.value) if is_init(node.value) else self.choice(node, "init", (*INITS, "pissa_niter_4"))

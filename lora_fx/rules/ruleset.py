@@ -220,14 +220,36 @@ class TrainPattern:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRule:
+    """Rows of embeddings that are trained alone and saved with an adapter."""
+
+    name: tuple[NamePattern, ...]
+    ids: tuple[int, ...]
+    """In ascending order, each once."""
+    adapter: str
+    """Whose they are; empty stands for the only adapter of the rules."""
+    span: SourceSpan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that a rule file would hold."""
+        adapter = {"adapter": self.adapter} if self.adapter else {}
+        return {"name": [pattern.text for pattern in self.name], "ids": list(self.ids), **adapter}
+
+
+@dataclass(frozen=True, slots=True)
 class RuleSet:
     """All rules of a file, in their order: the first that matches a site decides it."""
 
     rules: tuple[Rule, ...]
     train: tuple[TrainPattern, ...]
     source: str
+    tokens: tuple[TokenRule, ...] = ()
+    all_biases: bool = False
+    """Whether every bias of the model is trained: of adapted sites by their own `bias`, and all others."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict that `read_rules` reads as the same rules."""
         train = {"train": [trained.pattern.text for trained in self.train]} if self.train else {}
-        return {"version": 1, "rules": [rule.to_dict() for rule in self.rules], **train}
+        tokens = {"tokens": [rule.to_dict() for rule in self.tokens]} if self.tokens else {}
+        biases = {"bias": "all"} if self.all_biases else {}
+        return {"version": 1, "rules": [rule.to_dict() for rule in self.rules], **train, **tokens, **biases}

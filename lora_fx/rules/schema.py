@@ -2,7 +2,7 @@
 
 import json
 
-from lora_fx.rules.keys import LORA, MATCH, NOT_WITH_SKIP, RULE, SLICES, TOP, Schema, Table
+from lora_fx.rules.keys import LORA, MATCH, NOT_WITH_SKIP, RULE, SLICES, TOKENS, TOP, Schema, Table
 
 
 def json_schema() -> Schema:
@@ -15,6 +15,7 @@ def json_schema() -> Schema:
             "lora": _object(LORA),
             "match": {**_object(MATCH), "minProperties": 1},
             "slices": _object(SLICES),
+            "tokens": _object(TOKENS),
             "rule": {
                 **_object(RULE),
                 "not": {"anyOf": [{"required": ["skip", other]} for other in NOT_WITH_SKIP]},

@@ -10,7 +10,7 @@ from lora_fx.adapters.attach import all_attached, record_of
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.placed import Placed, is_trained, placed_in
 from lora_fx.adapters.starting import start_adapters, values_of
-from lora_fx.adapters.trained import added_tensors
+from lora_fx.adapters.trained import added_rows, added_tensors
 from lora_fx.discovery.study import Study
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
 from lora_fx.liveness.heads import put_outermost
@@ -143,12 +143,13 @@ def check_refusals(plan: Plan) -> None:
 
 
 def trainable(twin: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield every parameter that is to be trained, once: adapters, trained biases, modules under `train:`."""
+    """Yield every parameter that is to be trained, once: adapters, trained biases and rows, modules under `train:`."""
     record_in(twin)
     places, named = placed_in(twin), twin.named_parameters(remove_duplicate=False)
     adapters = [parameter for _, adapter in all_attached(twin) for parameter in adapter.parameters()]
     trained = [parameter for name, parameter in named if is_trained(name, places)]
     trained += [value for _, _, value in added_tensors(twin) if isinstance(value, nn.Parameter)]
+    trained += [rows.rows for _, _, rows in added_rows(twin)]
     yield from {id(parameter): parameter for parameter in (*adapters, *trained)}.values()
 
 

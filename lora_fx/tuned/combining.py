@@ -1,7 +1,7 @@
 """combine: several adapters of a model → one more, which is their weighted sum or what a method makes of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached
 from lora_fx.adapters.factors.blending import Blend, Majority, truncated, truncated_matrix
 from lora_fx.adapters.factors.moved import MovedA
+from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.adapters.trained import added_rows
 from lora_fx.errors import RefusedError
-from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.tuned.build import whole_record_in
-from lora_fx.tuned.several import adapters_called, attach_more, refuse_name
+from lora_fx.tuned.several import adapters_called, attach_more, biases_with, refuse_name
 from lora_fx.tuned.switching import refuse_graph, selection_of
 
 Method = Literal[
@@ -72,19 +73,19 @@ def combine(
     """
     tuned = seen_through(tuned)
     refuse_graph(tuned)
-    refuse_sharded(tuned, "a new adapter would be in no shard group of this model", "combine before fully_shard")
     record = whole_record_in(tuned)
     weights = dict(selection_of(record.switch.names, adapters).weights)
     recipe = _recipe(weights, method, r, density, majority, seed)
     refuse_name(adapter, record.switch.names)
     sites = _sites(tuned, weights)
+    _refuse_beside(tuned, record, weights)
     _refuse_kinds(sites)
     if recipe.of_factors:
         _refuse_unlike(sites, len(weights), method)
     with torch.no_grad():
         made = {path: recipe.made(parts) for path, parts in sites.items()}
     planned = tuple(_planned(sites[path][0][0], A.shape[-2], adapter) for path, (A, _) in made.items())
-    plan = replace(record.plan, sites=planned, train=(), rules={})
+    plan = replace(record.plan, sites=planned, train=(), tokens=(), biases=(), rules={})
     with torch.random.fork_rng(devices=[]):  # fresh factors draw numbers
         attach_more(tuned, plan, record, start=False)
     with torch.no_grad():
@@ -163,6 +164,14 @@ def _sites(tuned: nn.Module, weights: Mapping[str, float]) -> dict[str, list[Par
     places = {path: number for number, path in enumerate(order)}
     paths = sorted(found, key=lambda path: places.get(path, len(places)))
     return {path: [found[path][name] for name in weights if name in found[path]] for path in paths}
+
+
+def _refuse_beside(tuned: nn.Module, record: ModelRecord, names: Iterable[str]) -> None:
+    """Refuse adapters with rows of embeddings or biases of other layers: a product B A has no place for them."""
+    rows = [(name, f"'{whose}' trains rows of it") for name, whose, _ in added_rows(tuned) if whose in names]
+    biases = [(bias.path, f"'{name}' trains it") for name in names for bias in biases_with(tuned, record, name)]
+    if facts := [*rows, *biases]:
+        raise RefusedError("these cannot be combined to one adapter", facts, "lora_fx.use sums what they compute")
 
 
 def _refuse_kinds(sites: Mapping[str, Sequence[Part]]) -> None:

@@ -6,16 +6,17 @@ from dataclasses import replace
 from torch import nn
 
 from lora_fx.adapters.adapt import adapt_sites, give_values
-from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of
+from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of, owner_path
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.selection import Selection, Switch
 from lora_fx.adapters.starting import start_adapters
-from lora_fx.adapters.trained import added_tensors, keep_alone, trained_names, trained_owners
+from lora_fx.adapters.trained import added_rows, added_tensors, keep_alone, trained_names, trained_owners
 from lora_fx.errors import RefusedError
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import seen_through
+from lora_fx.planning.beside import TOKENS
 from lora_fx.planning.plan import Plan
-from lora_fx.planning.planned import PlannedSite, TrainedModule
+from lora_fx.planning.planned import PlannedSite, TrainedModule, TrainedRows
 from lora_fx.regions.install import remade
 from lora_fx.rules.keys import is_adapter_name
 from lora_fx.text import dotted
@@ -113,8 +114,11 @@ def _refuse_trained(tuned: nn.Module, plan: Plan) -> None:
     facts = [(site.path, "is trained whole") for site in plan.adapted if site.site.weight in values]
     inside = tuple(f"{trained.path}." for trained in plan.train)
     facts += [(path, "has an adapter") for path, _ in all_attached(tuned) if f"{path}.".startswith(inside)]
+    rows = {planned.weight for planned in plan.tokens}
+    adapted = ((path, dotted(owner_path(path, one), one.spec.parameter)) for path, one in all_attached(tuned))
+    facts += [(path, "has an adapter") for path, weight in adapted if weight in rows]
     if facts:
-        advice = "leave these sites out, or the module out of `train:`"
+        advice = "leave these sites out, or the module out of `train:` and `tokens:`"
         raise RefusedError("an adapter cannot stand beside a weight that another one trains whole", facts, advice)
 
 
@@ -163,14 +167,40 @@ def _plan_of(tuned: nn.Module, record: ModelRecord, adapter: str) -> Plan:
         else site
         for site in plan.sites
     )
-    return replace(plan, sites=sites, train=tuple(trained_with(tuned, record, adapter)))
+    owned = _plan_with(tuned, record, adapter)
+    trained = {"train": owned.train, "biases": owned.biases} if owned is not None else {"train": (), "biases": ()}
+    return replace(plan, sites=sites, tokens=tuple(rows_with(tuned, adapter)), **trained)
 
 
 def trained_with(tuned: nn.Module, record: ModelRecord, adapter: str) -> Sequence[TrainedModule]:
     """Return the modules that an adapter trains whole: with values of its own, or with the model's."""
+    plan = _plan_with(tuned, record, adapter)
+    return () if plan is None else plan.train
+
+
+def biases_with(tuned: nn.Module, record: ModelRecord, adapter: str) -> Sequence[TrainedModule]:
+    """Return the biases that an adapter trains beside those of its sites."""
+    plan = _plan_with(tuned, record, adapter)
+    return () if plan is None else plan.biases
+
+
+def _plan_with(tuned: nn.Module, record: ModelRecord, adapter: str) -> Plan | None:
+    """Return the plan by which an adapter trains parts of the model itself, if it does."""
     if any(whose == adapter for _, whose, _ in added_tensors(tuned)):
-        return record.added[adapter].train
-    return () if adapter in record.added else record.plan.train
+        return record.added[adapter]
+    return None if adapter in record.added else record.plan
+
+
+def rows_with(tuned: nn.Module, adapter: str) -> Iterator[TrainedRows]:
+    """Yield the rows of the model's weights that an adapter trains alone; the first of tied ones are an embedding's."""
+    found = [(name, rows) for name, whose, rows in added_rows(tuned) if whose == adapter]
+    modules = dict(tuned.named_modules())
+    found.sort(key=lambda pair: not isinstance(modules[pair[0].rpartition(".")[0]], nn.Embedding))
+    first: dict[int, str] = {}
+    for name, rows in found:
+        source = first.setdefault(id(rows), name)
+        tied_to, number = ("", rows.rows.numel()) if source == name else (source, 0)
+        yield TrainedRows(name, rows.ids, number, adapter, TOKENS, tied_to)
 
 
 def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) -> None:

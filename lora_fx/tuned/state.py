@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import all_attached
 from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.adapters.trained import added_tensors
-from lora_fx.errors import AdapterMismatchError, RefusedError
-from lora_fx.models.fsdp import resharded
-from lora_fx.models.shards import is_finite
+from lora_fx.errors import AdapterMismatchError
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.build import trainable
 
@@ -22,17 +20,12 @@ def adapter_state(tuned: nn.Module) -> dict[str, Tensor]:
     modules under `train:` with their buffers, each tensor once.  `save` writes files that others read; this is for
     `torch.save` beside an optimizer's state.
 
-    Of a model that FSDP2 shards they are DTensors, which torch.distributed.checkpoint writes and reads on any mesh.
-
     Raises:
-        RefusedError: the model is not adapted, or ZeRO-3 has partitioned it.
+        RefusedError: the model is not adapted.
     """
-    tuned = resharded(seen_through(tuned))
+    tuned = seen_through(tuned)
     wanted, places = {id(parameter) for parameter in trainable(tuned)}, placed_in(tuned)
     state = {name: parameter.detach() for name, parameter in tuned.named_parameters() if id(parameter) in wanted}
-    if lost := [(name, "ZeRO-3 has partitioned it") for name, value in state.items() if value.numel() == 0]:
-        advice = "gather them (deepspeed.zero.GatheredParameters)"
-        raise RefusedError("this process holds no values of what is trained", lost[:8], advice)
     lasting = tuned.state_dict(keep_vars=True)
     factors = [factor for _, adapter in all_attached(tuned) for factor in (adapter.lora_A, adapter.lora_B)]
     starts = {id(buffer) for factor in factors for buffer in factor.buffers()}
@@ -66,7 +59,7 @@ def _differs(own: Tensor | None, given: Tensor | None) -> tuple[str, str] | None
     narrower = torch.promote_types(own.dtype, given.dtype) != own.dtype
     if own.is_meta or given.is_meta or narrower or own.shape != given.shape or type(own) is not type(given.detach()):
         return _told(given), _told(own)
-    if given.is_floating_point() and not is_finite(given):
+    if given.is_floating_point() and not bool(torch.isfinite(given).all()):
         return "NaN or infinite values", _told(own)
     return None
 

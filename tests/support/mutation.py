@@ -146,6 +146,11 @@ rules:
   - {name: a, match: {name: "re:h\\\\.[0-9]+\\\\.(fc|wte)"}, expect: any}
   - {name: b, match: {class: Linear}, skip: "because"}
 train: ["head"]
+===
+version: 1
+rules: [{match: {name: "**.q_proj"}}]
+tokens: [{name: wte, ids: [2, 7, 9..12], adapter: default}]
+bias: all
 """
 
 

@@ -8,13 +8,13 @@ import json
 import random
 
 import lora_fx
-from lora_fx.errors import LoraFxError, NoMatchError, RuleError, StalePlanError
+from lora_fx.errors import LoraFxError, NoMatchError, RefusedError, RuleError, StalePlanError
 from lora_fx.graphdiff.diff import compare
 from lora_fx.graphdiff.graphs import Graph, GraphFileError
 from lora_fx.planning.decide import decide, still_fitting
 from lora_fx.planning.diff import plan_diff
 from lora_fx.planning.plan import Plan
-from lora_fx.planning.planned import Inventory, PlannedSite
+from lora_fx.planning.planned import EmbeddingTable, Inventory, PlannedSite
 from lora_fx.planning.reading import PlanFileError
 from lora_fx.planning.sites import Site
 from lora_fx.rules.lint import lint
@@ -29,7 +29,12 @@ SITES = tuple(
     for name, shape in (("q_proj", (8, 8)), ("v_proj", (8, 8)), ("fc", (32, 8)))
 )
 INVENTORY = Inventory(
-    "Small", (Site("wte", "embedding", ("Embedding",), (50, 8)), *SITES), (("h", 1000), ("head", 80)), 1000
+    "Small",
+    (Site("wte", "embedding", ("Embedding",), (50, 8)), *SITES),
+    (("h", 1000), ("head", 80)),
+    1000,
+    tables=(EmbeddingTable(("wte",), "wte.weight", 50, 8, ("head.weight",), padding=1),),
+    biases=(("h.0.q_proj.bias", 8), ("head.bias", 50)),
 )
 CHOSEN = {
     "version": 1,
@@ -59,7 +64,7 @@ def of_rules(content: bytes) -> bool:
     assert read_rules(rules.to_dict()).to_dict() == rules.to_dict()
     try:
         str(Plan.of(decide(rules, INVENTORY)))
-    except NoMatchError as error:
+    except (NoMatchError, RefusedError) as error:
         bounded(error)
     return True
 
@@ -101,7 +106,7 @@ def of_plan(text: str, original: Plan) -> bool:
     str(plan_diff(original, plan))
     try:
         decided = still_fitting(plan, INVENTORY)
-    except (StalePlanError, RuleError) as error:
+    except (StalePlanError, RuleError, RefusedError) as error:
         bounded(error)
         return True
     if plan.rules == original.rules:

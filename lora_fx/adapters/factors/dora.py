@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.factors.lora import low_rank_weight, wide_sum
-from lora_fx.errors import RefusedError
 from lora_fx.models.quantised import dense
 
 
@@ -45,13 +44,6 @@ class DoRAMagnitude(nn.Module):
     def scale(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """Return m/‖V‖ [out] for a weight [out, in]."""
         return stretch(self.weight, row_norms_factored(weight, lora_A, lora_B, self.scaling))
-
-    def reset_parameters(self) -> None:
-        """Raise RefusedError: the first lengths are those of the weight's rows."""
-        raise RefusedError(
-            "a DoRA magnitude has no first values without its weight",
-            advice="adapt a model with values, or load the values of an adapter",
-        )
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}"

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import shown_parameters
+from lora_fx.adapters.trained import chosen_names
 from lora_fx.capture.calls.arguments import is_constant
 from lora_fx.capture.calls.objects import StandIn, is_plain_object, subclass_of
 from lora_fx.capture.calls.reasons import Untraceable
@@ -20,7 +21,6 @@ from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
 from lora_fx.capture.reads.frozen import Freezer, OfType, Unfreezable
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
 from lora_fx.models.copying import copied_tree
-from lora_fx.models.fsdp import plain_shell
 from lora_fx.models.swap import is_swapped, origin, swap, unswap
 
 _LISTENER = "_lora_fx_listener"
@@ -231,19 +231,17 @@ def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
 
 def _as_seen(module: nn.Module) -> None:
     """Let the weight of a module that shows an effective weight instead look like that one: it is trained."""
-    for name in shown_parameters(module):
-        weight = module._parameters[name]
-        if weight is not None:
-            seen: Any = getattr(module, name)
+    shown = shown_parameters(module)
+    for name in (*shown, *chosen_names(module)):
+        weight = module._parameters.get(name)
+        seen: Any = None if weight is None else getattr(module, name)
+        if weight is not None and (name in shown or seen.requires_grad != weight.requires_grad):
             module._parameters[name] = nn.Parameter(weight.detach(), requires_grad=seen.requires_grad)
 
 
 def copied_module(module: nn.Module) -> nn.Module:
-    """Return a copy that shares parameters, hooks, and what lies outside (a model, a rotary table) with the module.
-
-    Of a module that FSDP2 shards it is a plain one: while it is called its parameters are whole.
-    """
-    return copied_tree(plain_shell(module) or module, {id(kept): kept for kept in _shared(module)})
+    """Return a copy that shares parameters, hooks, and what lies outside (a model, a rotary table) with the module."""
+    return copied_tree(module, {id(kept): kept for kept in _shared(module)})
 
 
 def _shared(module: nn.Module) -> Iterator[object]:

@@ -57,6 +57,7 @@ def _sums(plan: Decisions) -> str:
     rows = [
         ("adapted", f"{count(len(plan.adapted), 'site')}, {thousands(in_graphs)} in graphs", by_adapters),
         ("trained whole", count(len(plan.train), "module"), whole),
+        *_rows_and_biases(plan),
         ("left alone", count(alone, "site"), 0),
         ("refused", count(decided.count("refuse"), "site"), 0),
     ]
@@ -69,10 +70,19 @@ def _sums(plan: Decisions) -> str:
     return f'<p class="sums">{sums}</p><table>{head}{lines}</table>'
 
 
+def _rows_and_biases(plan: Decisions) -> Iterator[tuple[str, str, int]]:
+    """Yield what is trained of embeddings and of other biases, if anything is."""
+    if plan.tokens:
+        rows = sum(len(rows.ids) for rows in plan.tokens if not rows.tied_to)
+        yield "trained rows", count(rows, "row"), sum(rows.parameters for rows in plan.tokens)
+    if plan.biases:
+        yield "trained biases", count(len(plan.biases), "vector"), sum(bias.parameters for bias in plan.biases)
+
+
 def _bars(plan: Decisions) -> str:
     """Return a bar for each kind of site that is trained, the largest first; after the first ones their sum."""
     trained = {site.path: site.trainable for site in plan.adapted}
-    trained |= {f"train: {module.path}": module.parameters for module in plan.train}
+    trained |= plan.beside
     groups = fold_groups([(path,) for path in trained])
     bars = [(row[0], sum(trained[path] for path in paths)) for row, paths in groups]
     bars.sort(key=lambda bar: -bar[1])
