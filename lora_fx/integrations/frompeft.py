@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx.discovery.study import CAPTURING
 from lora_fx.errors import RefusedError
@@ -14,7 +14,7 @@ from lora_fx.files.adapter.configuration import configuration_of
 from lora_fx.files.adapter.names import PREFIX
 from lora_fx.files.adapter.read import AdapterFile, adapter_in_memory
 from lora_fx.integrations.loaded import twin_of
-from lora_fx.integrations.peftlibrary import peft_library
+from lora_fx.integrations.peftlibrary import peft_library, state_of
 from lora_fx.integrations.peftsettings import settings_of
 from lora_fx.models.overrides import accelerate_hooks
 from lora_fx.models.samples import samples_for
@@ -71,7 +71,7 @@ def from_peft(
 
 def _is_adapter_alone(file: AdapterFile) -> bool:
     """Whether nothing of the model itself is trained with it; what is not can only be the first of several."""
-    return not (file.header.trained or file.rows or any(site.lora.bias for site in file.sites))
+    return not (file.header.trained or file.biases or any(site.lora.bias for site in file.sites))
 
 
 def _check_model(model: object) -> None:
@@ -145,10 +145,7 @@ def _file_of(model: Any, name: str) -> AdapterFile:
     settings, _ = settings_of(_inner(model).peft_config[name])
     # what a first value has changed in the base is in the base at hand
     config = configuration_of(settings | {"init_lora_weights": True}, f"adapter '{name}' of the model")
-    tensors: dict[str, Tensor] = peft_library("from_peft").get_peft_model_state_dict(
-        model, adapter_name=name, save_embedding_layers=False
-    )
-    keyed = {f"{PREFIX}{key.removeprefix(PREFIX)}": tensor.detach() for key, tensor in tensors.items()}
+    keyed = {f"{PREFIX}{key.removeprefix(PREFIX)}": value.detach() for key, value in state_of(model, name).items()}
     file = adapter_in_memory(name, config, keyed)
     sites = tuple(replace(site, lora=replace(site.lora, adapter=name)) for site in file.sites)
     return replace(file, sites=sites, header=replace(file.header, adapter=name))

@@ -13,9 +13,11 @@ from lora_fx.discovery.sites import take_inventory
 from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.files.adapter.configuration import Configuration
 from lora_fx.files.adapter.patterns import Patterns, plain_name
+from lora_fx.files.adapter.tokens import ROWS
 from lora_fx.integrations.peftchoice import Chosen, choices, listed, saved_modules, targets_for
 from lora_fx.integrations.peftsettings import Settings, checked, for_model, lora_of, settings_of
 from lora_fx.integrations.pefttargets import ALL_LINEAR
+from lora_fx.integrations.pefttokens import entries_by_name, entries_for
 from lora_fx.models.wrappers import check_module
 from lora_fx.planning.decide import decide
 from lora_fx.planning.planned import Inventory
@@ -63,6 +65,12 @@ def _rule_file(lora: Settings, rules: Sequence[RuleDict], train: Sequence[str]) 
     return {"version": 1, "defaults": lora, "rules": [*rules], **more}
 
 
+def _with_beside(file: RuleDict, config: Configuration, tokens: Sequence[RuleDict]) -> RuleDict:
+    """Return rules with what else of the model is trained: rows of embeddings, all biases."""
+    rows = {"tokens": [*tokens]} if tokens else {}
+    return {**file, **rows, **({"bias": "all"} if config.bias == "all" else {})}
+
+
 # -- with names alone
 
 
@@ -73,6 +81,9 @@ class _NeedsModelError(Exception):
 def _by_name(config: Configuration, settings: Settings) -> RuleDict:
     try:
         rules = _apart(_name_rules(config, settings))
+        tokens = entries_by_name(config)
+        if tokens is None:
+            raise _NeedsModelError(ROWS, "those of the model's input embeddings")
     except _NeedsModelError as error:
         raise RefusedError(
             "what the configuration means depends on the model",
@@ -82,7 +93,7 @@ def _by_name(config: Configuration, settings: Settings) -> RuleDict:
     train = [f"**.*{glob_of(name)}" for name in settings.get("modules_to_save") or ()]
     heads = [name for name in config.modules_to_save if name not in (settings.get("modules_to_save") or ())]
     train += [f"**.*{{{','.join(heads)}}}"] if len(heads) > 1 else [f"**.*{head}" for head in heads]
-    return _rule_file(lora_of(config, settings), rules, train)
+    return _with_beside(_rule_file(lora_of(config, settings), rules, train), config, tokens)
 
 
 def _apart(rules: Iterable[RuleDict]) -> list[RuleDict]:
@@ -218,7 +229,11 @@ def _entries(key: str, patterns: Patterns[Any]) -> list[tuple[_Meaning | None, A
 def _for_model(config: Configuration, settings: Settings, model: nn.Module, by_model: bool) -> RuleDict:
     """Return rules for a model; `by_model` says whether the targets in the settings come from it."""
     lora, train, inventory = lora_of(config, settings), saved_modules(config, model), take_inventory(model)
-    chosen = choices(config, inventory, model)
+    chosen, tokens = choices(config, inventory, model), entries_for(config, model)
+
+    def finished(rules: Sequence[RuleDict]) -> RuleDict:
+        return _with_beside(_rule_file(lora, rules, train), config, tokens)
+
     _warn_of_groups(chosen, inventory, model)
     try:
         rules = [] if by_model else _apart(_name_rules(config, settings))
@@ -227,8 +242,8 @@ def _for_model(config: Configuration, settings: Settings, model: nn.Module, by_m
     if rules:
         decided, used = _decided(_rule_file(lora, rules, train), inventory)
         if decided == chosen:
-            return _rule_file(lora, [rule for rule in rules if rule["name"] in used], train)
-    return _rule_file(lora, listed(chosen, inventory, config), train)
+            return finished([rule for rule in rules if rule["name"] in used])
+    return finished(listed(chosen, inventory, config))
 
 
 def _warn_of_groups(chosen: Chosen, inventory: Inventory, model: nn.Module) -> None:

@@ -20,7 +20,6 @@ _NO_RULE = {
     "velora_config": "VeLoRA: it keeps less for the backward pass, in another way",
     "monteclora_config": "MonteCLoRA: it samples factors while it trains",
     "lora_bias": "a bias of lora_B",
-    "trainable_token_indices": "rows of an embedding; `train:` trains the whole embedding",
 }
 """What changes how a new adapter is trained, and no rule says."""
 

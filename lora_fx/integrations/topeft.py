@@ -1,23 +1,21 @@
 """to_peft: an adapted model → a PeftModel on its base, with the same values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx.adapters.attach import all_attached, owner_path, with_values
 from lora_fx.errors import AdapterFileError, RefusedError
 from lora_fx.files.adapter.describe import Described, beyond_peft, describe
-from lora_fx.files.adapter.names import PREFIX
-from lora_fx.integrations.peftlibrary import peft_library
-from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.files.adapter.names import split_bias_key
+from lora_fx.integrations.peftlibrary import peft_library, rows_it_lacks, state_of
 from lora_fx.models.tensors import own_parameters
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.listing import list_adapters
 from lora_fx.tuned.undo import removed
 
-_ADVICE = "lora_fx.save writes what PEFT reads"
 _BIAS = ".base_layer.bias"
 
 
@@ -35,7 +33,6 @@ def to_peft(tuned: nn.Module) -> nn.Module:
         RefusedError: what PEFT cannot have, or would compute otherwise, by the name of each site; nothing is made.
     """
     peft = peft_library("to_peft")
-    refuse_sharded(seen_through(tuned), "PEFT's adapters would be in no shard group of this model", _ADVICE)
     tuned = with_values(seen_through(tuned))
     described = _described(tuned)
     used = _used(tuned)
@@ -88,8 +85,9 @@ def _described(tuned: nn.Module) -> list[Described]:
 
 
 def _trained_biases(described: Sequence[Described]) -> list[str]:
-    keys = dict.fromkeys(key for adapter in described for key in adapter.tensors if key.endswith(_BIAS))
-    return [f"{key.removeprefix(PREFIX).removesuffix(_BIAS)}.bias" for key in keys]
+    names = (split_bias_key(key) for adapter in described for key in adapter.tensors if key.endswith(_BIAS))
+    others = (split_bias_key(key) for one in described if one.config["bias"] == "all" for key in one.tensors)
+    return list(dict.fromkeys(name for name in (*names, *others) if name is not None))
 
 
 def _adapted(peft: Any, base: nn.Module, described: Sequence[Described], used: Sequence[str]) -> Any:
@@ -124,12 +122,14 @@ def _fill(peft: Any, model: Any, adapter: Described) -> None:
     Raises:
         RefusedError: PEFT has made other tensors of the configuration.
     """
+    lacking = {key: torch.zeros(0) for key in rows_it_lacks(model, adapter.name)}
     with torch.no_grad():
-        result = peft.set_peft_model_state_dict(model, dict(adapter.tensors), adapter_name=adapter.name)
-    held: Mapping[str, Tensor] = peft.get_peft_model_state_dict(
-        model, adapter_name=adapter.name, save_embedding_layers=False
-    )
-    unlike = [(key, "PEFT has no such tensor") for key in result.unexpected_keys]
-    unlike += [(key, "PEFT has one more") for key in held.keys() - adapter.tensors.keys()]
+        result = peft.set_peft_model_state_dict(model, {**adapter.tensors, **lacking}, adapter_name=adapter.name)
+    own = [f"{key}.{adapter.name}" for key in lacking]
+    unlike = [(key, "PEFT has no such tensor") for key in result.unexpected_keys if key not in own]
+    more = state_of(model, adapter.name).keys() - adapter.tensors.keys()
+    if adapter.config["bias"] == "all":  # PEFT counts buffers of that name, and what is trained whole once more
+        more = {key for key in more if key.rpartition(".")[2] != "bias"}
+    unlike += [(key, "PEFT has one more") for key in more]
     if unlike:
         raise RefusedError("PEFT makes something else of this adapter", unlike)

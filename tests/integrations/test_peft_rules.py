@@ -186,7 +186,6 @@ REFUSED = {
     "KaSA": peft.LoraConfig(**Q, kasa_config=peft.KasaConfig()),
     "'mica'": peft.LoraConfig(**Q, init_lora_weights="mica"),
     "'corda'": {**Q, "init_lora_weights": "corda"},
-    "'all' changes biases": peft.LoraConfig(**Q, bias="all"),
     "layer replication": peft.LoraConfig(**Q, layer_replication=[(0, 1)]),
     "one adapter for embed_tokens": peft.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True),
     "an integer above 0": {**Q, "r": 0},
@@ -201,8 +200,8 @@ def test_what_no_rule_can_say_is_refused_by_name(words):
 
 
 def test_everything_that_no_rule_can_say_is_told_at_once():
-    config = peft.LoraConfig(**Q, lora_bias=True, trainable_token_indices=[1])
-    with pytest.raises(RefusedError, match=r"lora_bias(.|\n)*trainable_token_indices"):
+    config = peft.LoraConfig(**Q, lora_bias=True, velora_config=peft.VeloraConfig())
+    with pytest.raises(RefusedError, match=r"VeLoRA(.|\n)*lora_bias"):
         lora_fx.rules_from_peft(config)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.factors.spec import ModelRecord
-from lora_fx.adapters.trained import added_tensors
+from lora_fx.adapters.trained import added_rows, added_tensors
 from lora_fx.discovery.sites import take_inventory, uses_in
 from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
@@ -18,7 +18,6 @@ from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, decided, fill, in_turn, name_of
 from lora_fx.files.adapter.swapping import from_file, refuse_more, write
 from lora_fx.files.adapter.write import save
-from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
@@ -70,7 +69,6 @@ def add(
     """
     tuned = seen_through(tuned)
     refuse_graph(tuned)
-    refuse_sharded(tuned, "a new adapter would be in no shard group of this model", "add it before fully_shard")
     record = whole_record_in(tuned)
     given: Source = rules_or_short(source, target, r, alpha)
     if isinstance(given, nn.Module):
@@ -81,7 +79,7 @@ def add(
         _add_read(tuned, record, read_adapters(given), adapter, rank, trainable)  # type: ignore[arg-type]
     else:
         rules = read_rules(given)
-        plan = _named(on_modules(decide(rules, _inventory(tuned, record.plan, bool(rules.train)))), adapter)
+        plan = _named(on_modules(decide(rules, _inventory(tuned, record.plan, _asks_base(rules)))), adapter)
         check_refusals(plan)
         if rank is not None:
             raise ValueError("rank is for adapters of files and models; rules have ranks of their own")
@@ -93,6 +91,11 @@ def _inventory(tuned: nn.Module, plan: Plan, with_modules: bool) -> Inventory:
     if with_modules:
         return take_inventory(removed(tuned), uses_in(plan))
     return Inventory(plan.model, tuple(planned.site for planned in plan.sites), (), plan.total)
+
+
+def _asks_base(rules: RuleSet) -> bool:
+    """Whether rules are about more of the model than its sites."""
+    return bool(rules.train or rules.tokens or rules.all_biases)
 
 
 def _is_directory(source: object) -> bool:
@@ -171,7 +174,8 @@ def _named(plan: Plan, name: str | None) -> Plan:
         told = ", ".join(plan.adapters)
         raise ValueError(f"there are several adapters in it ({told}), and one name: leave `adapter` out")
     sites = (site if site.lora is None else replace(site, lora=replace(site.lora, adapter=name)) for site in plan.sites)
-    return replace(plan, sites=tuple(sites))
+    tokens = tuple(replace(rows, adapter=name) for rows in plan.tokens)
+    return replace(plan, sites=tuple(sites), tokens=tokens)
 
 
 def _of_rank(plan: Plan, rank: int | None) -> Plan:
@@ -210,6 +214,8 @@ def _attach(
         for _, one in adapters_called(tuned, name):
             for parameter in one.parameters():
                 parameter.requires_grad_(trainable)
-    for _, whose, value in added_tensors(tuned):
+    own = [(whose, value) for _, whose, value in added_tensors(tuned)]
+    own += [(whose, rows.rows) for _, whose, rows in added_rows(tuned)]
+    for whose, value in own:
         if whose in names and isinstance(value, nn.Parameter):
             value.requires_grad_(trainable)

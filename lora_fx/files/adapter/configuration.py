@@ -8,6 +8,7 @@ from typing import Any
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.names import CONFIG_FILE, ends_of, full_match, has_end
 from lora_fx.files.adapter.patterns import Patterns
+from lora_fx.rules.keys import BIASES
 from lora_fx.sources.document import read_json
 from lora_fx.sources.regular import UnreadableError, is_regular
 from lora_fx.text import listing
@@ -54,6 +55,8 @@ class Configuration:
     """Whether lora_B has a bias."""
     init: str = "kaiming"
     """How the first values were made, where they are parts of the weight: PEFT trains on what is left of it."""
+    bias: str = "none"
+    """Which biases are trained: "none", "lora_only" (of adapted layers) or "all"."""
     token_rows: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
     """`trainable_token_indices`: of the one embedding, or by ends of paths."""
 
@@ -90,10 +93,12 @@ class Configuration:
                     return int(names[at])
         return next((int(names[at]) for at in numbers if at > 1), None) if not self.layers_pattern else None
 
-    def rows_at(self, path: str) -> tuple[int, ...]:
-        """Return the rows of an embedding that are trained alone."""
+    def rows_at(self, path: str, by_path: bool) -> tuple[int, ...]:
+        """Return the rows of an embedding that are trained alone; `by_path`: not by the end of a path too."""
         if isinstance(self.token_rows, tuple):
             return self.token_rows
+        if by_path:
+            return self.token_rows.get(path, ())
         fitting = {*ends_of(path)} & self.token_rows.keys()
         return next((self.token_rows[name] for name in self.token_rows if name in fitting), ()) if fitting else ()
 
@@ -212,6 +217,10 @@ def _are_rows(value: object) -> bool:
     )
 
 
+def _is_bias(value: object) -> bool:
+    return value in BIASES
+
+
 def _are_layers(value: object) -> bool:
     return all(is_whole(number, 0) for number in (value if isinstance(value, list) else [value]))
 
@@ -229,6 +238,7 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "layers_to_transform": (_are_layers, "an integer or a list of integers"),
     "layers_pattern": (_are_layer_names, "a string or a list of strings"),
     "lora_bias": (_is_switch, "true or false"),
+    "bias": (_is_bias, f"one of {', '.join(BIASES)}"),
     "trainable_token_indices": (_are_rows, "a list of integers, or one for each embedding"),
     "peft_version": (_is_text, "a string"),
     "base_model_name_or_path": (_is_text, "a string"),
@@ -302,8 +312,6 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
             f"{init!r:.60}: it was trained on what is left of the base after taking away parts, {why}; convert it "
             "with PEFT's path_initial_model_for_weight_conversion, or, if the model is that rest, put true there",
         )
-    if config.get("bias", "none") == "all":
-        yield "bias", "'all' changes biases that belong to no adapted site"
 
 
 def _configuration(config: Mapping[str, Any], ranks: Patterns[int], alphas: Patterns[float]) -> Configuration:
@@ -329,6 +337,7 @@ def _configuration(config: Mapping[str, Any], ranks: Patterns[int], alphas: Patt
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
         lora_bias=bool(config.get("lora_bias")),
         init=str(init) if (init := _init_of(config)) in _ON_RESIDUAL else "kaiming",
+        bias=config.get("bias") or "none",
         token_rows=_token_rows(config.get("trainable_token_indices") or ()),
     )
 

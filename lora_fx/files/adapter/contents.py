@@ -179,5 +179,6 @@ def _features(config: Configuration, header: Header) -> list[str]:
         "a bias of lora_B": config.lora_bias,
         f"started at parts of the base ({config.init})": is_moved(config.init),
         "rows of an embedding": bool(config.token_rows),
+        "biases of other layers": config.bias == "all",
     }
     return [name for name, there in features.items() if there]

@@ -11,8 +11,9 @@ from lora_fx.adapters.adapt import read_in_graph
 from lora_fx.adapters.attach import Attached, adapter_prefixes, all_attached, shown_parameters
 from lora_fx.adapters.factors.kinds import ConvolutionA, EmbeddingA
 from lora_fx.adapters.factors.lora import as_rows
-from lora_fx.adapters.trained import added_tensors, trained_owners
+from lora_fx.adapters.trained import added_rows, added_tensors, trained_owners
 from lora_fx.errors import AdapterFileError
+from lora_fx.files.adapter.biases import biases_by_key
 from lora_fx.files.adapter.codec import encoded, has_other_border
 from lora_fx.files.adapter.header import header_text
 from lora_fx.files.adapter.names import (
@@ -25,17 +26,17 @@ from lora_fx.files.adapter.names import (
     target_modules,
 )
 from lora_fx.files.adapter.site import SavedSite
+from lora_fx.files.adapter.tokens import ROWS, SavedRows, saved_rows
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.files.values import refuse_unwritable
 from lora_fx.models.quantised import dense
-from lora_fx.models.shards import whole
 from lora_fx.models.swap import original_class
-from lora_fx.models.tensors import dotted
+from lora_fx.models.tensors import dotted, get_tensor
 from lora_fx.models.wrappers import module_at, without_wrappers
 from lora_fx.rules.inits import pairs_of
 from lora_fx.sources.installed import own_version
 from lora_fx.tuned.build import record_in, whole_record_in
-from lora_fx.tuned.several import refuse_trained_together, trained_with
+from lora_fx.tuned.several import biases_with, refuse_trained_together, trained_with
 from lora_fx.tuned.switching import refuse_unknown
 
 
@@ -81,11 +82,25 @@ def describe(tuned: nn.Module, adapter: str | None = None) -> list[Described]:
     described = []
     held: set[str] = set()
     for name in names:
-        trained = [path for path in _trained(tuned, name) if name in added or path not in held]
-        held |= set() if name in added else set(trained)
+        parts = (_trained(tuned, name), [bias.path for bias in biases_with(tuned, record_in(tuned), name)])
+        trained, biases = ([part for part in each if name in added or part not in held] for each in parts)
+        held |= set() if name in added else {*trained, *biases}
         others = names[1:] if name == names[0] else []
-        described.append(_describe(tuned, name, groups[name], trained, others))
+        described.append(
+            _describe(tuned, name, groups[name], _Beside(trained, biases, saved_rows(tuned, name)), others)
+        )
     return described
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What else one adapter trains of the model."""
+
+    modules: list[str]
+    """Paths of those that are trained whole."""
+    biases: list[str]
+    """Names of the model's parameters that belong to no site."""
+    rows: SavedRows
 
 
 def _trained(tuned: nn.Module, name: str) -> list[str]:
@@ -98,7 +113,9 @@ def _trained(tuned: nn.Module, name: str) -> list[str]:
 
 def beyond_peft(tuned: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (path, reason) for every site with which PEFT would compute something else, or which it cannot have."""
-    return ((used.path, used.beyond_peft) for used in _used_adapters(tuned) if used.beyond_peft)
+    yield from ((used.path, used.beyond_peft) for used in _used_adapters(tuned) if used.beyond_peft)
+    for name in dict.fromkeys(whose for _, whose, _ in added_rows(tuned)):
+        yield from saved_rows(tuned, name).beyond
 
 
 def _used_adapters(tuned: nn.Module) -> Iterator[_UsedAdapter]:
@@ -135,8 +152,7 @@ ZERO_ROW = "a row of its weight is zero, and PEFT would divide it by its length"
 
 def _has_zero_row(adapter: Attached) -> bool:
     """Whether a row of W + scaling · B A is zero, of a weight that is here (ZeRO-3 leaves a shape of [0])."""
-    base = whole(adapter.base_weight)
-    weight = as_rows(base, adapter.spec.site.layout) if base.dim() == 2 and not base.is_meta else None
+    weight = as_rows(adapter.base_weight, adapter.spec.site.layout) if adapter.base_weight.dim() == 2 else None
     zero = None if weight is None else dense(weight).any(1).logical_not()
     return zero is not None and bool(zero.any()) and not bool(adapter.lora_B.weight[zero].any(1).all())
 
@@ -191,15 +207,19 @@ def _stem(used: _UsedAdapter, siblings: Sequence[Attached]) -> str:
 
 
 def _describe(
-    tuned: nn.Module, name: str, group: Sequence[_UsedAdapter], trained: Sequence[str], others: list[str]
+    tuned: nn.Module, name: str, group: Sequence[_UsedAdapter], beside: _Beside, others: list[str]
 ) -> Described:
     _refuse_mixed_dora(name, group)
     sites = [_saved(used, group) for used in group]
     tensors = {key: tensor for site in sites for key, tensor in site.tensors().items()}
-    beyond = next((only_for_lora_fx(used.path, used.beyond_peft) for used in group if used.beyond_peft), None)
+    reasons = [*((used.path, used.beyond_peft) for used in group if used.beyond_peft), *beside.rows.beyond]
+    beyond, trained = next((only_for_lora_fx(*reason) for reason in reasons), None), beside.modules
     claimed = _claimed_too(tuned) if trained and beyond is None else []  # PEFT fails where their tensors are missing
-    tensors = dict(sorted({**tensors, **_module_tensors(tuned, name, [*trained, *claimed])}.items()))
-    config = _config(tuned, sites, trained, beyond)
+    tensors |= _module_tensors(tuned, name, [*trained, *claimed])
+    tensors |= {key: _plain(rows).clone() for key, rows in beside.rows.tensors.items()}  # tied ones are one here
+    tensors |= biases_by_key(_biases(tuned, name, beside.biases), [(used.path, used.adapter) for used in group])
+    tensors = dict(sorted(tensors.items()))
+    config = _config(tuned, sites, beside, beyond)
     record = record_in(tuned)
     plan = record.added.get(name, record.plan)
     content = {
@@ -211,6 +231,7 @@ def _describe(
         "rules": plan.rules,
         "sites": {site.stem: site.note() for site in sites},
         "base": {used.path: sample_values(used.adapter.base_weight) for used in group},
+        **({"tied": beside.rows.tied} if beside.rows.tied else {}),
     }
     refuse_unwritable(tensors)
     header = header_text(content, tensors)
@@ -234,6 +255,12 @@ def _module_tensors(tuned: nn.Module, adapter: str, paths: Sequence[str]) -> dic
     return {PREFIX + name: _plain(added.get(name, tensor)).clone() for name, tensor in own.items()}
 
 
+def _biases(tuned: nn.Module, adapter: str, names: Sequence[str]) -> dict[str, Tensor]:
+    added = {name: value for name, whose, value in added_tensors(tuned) if whose == adapter}
+    values = {name: added[name] if name in added else get_tensor(tuned, name) for name in names}
+    return {without_wrappers(name): _plain(value).clone() for name, value in values.items() if value is not None}
+
+
 def _own_tensors(tuned: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
     return {
         without_wrappers(f"{path}.{name}"): tensor  # tied weights are in it under all names
@@ -246,12 +273,10 @@ def _own_tensors(tuned: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return whole(tensor).to("cpu").contiguous()
+    return tensor.detach().to("cpu").contiguous()
 
 
-def _config(
-    tuned: nn.Module, sites: Sequence[SavedSite], trained: Sequence[str], beyond_peft: str | None
-) -> dict[str, Any]:
+def _config(tuned: nn.Module, sites: Sequence[SavedSite], beside: _Beside, beyond_peft: str | None) -> dict[str, Any]:
     """Return PEFT's configuration; ranks and alphas that are not the most common go into anchored patterns."""
     loras = {site.name: site.lora for site in sites}
     rslora = all(lora.rslora for lora in loras.values())
@@ -265,20 +290,21 @@ def _config(
     return {
         "alpha_pattern": {anchored(name): value for name, value in sorted(alphas.items()) if value != alpha},
         "base_model_name_or_path": _name_of(tuned),
-        "bias": "lora_only" if any(lora.bias for lora in loras.values()) else "none",
+        "bias": "all" if beside.biases else "lora_only" if any(lora.bias for lora in loras.values()) else "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
         # PEFT has no dropout on raw parameters, and refuses to load them with one
         "lora_dropout": 0.0 if parameters else _most_common({name: lora.dropout for name, lora in loras.items()}),
-        "modules_to_save": sorted(trained) or None,
+        "modules_to_save": sorted(beside.modules) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {anchored(name): value for name, value in sorted(ranks.items()) if value != rank},
         "target_modules": layers if beyond_peft is None else beyond_peft,
         **({"target_parameters": parameters} if parameters else {}),
         "task_type": _task_of(tuned),
+        **({ROWS: beside.rows.indices} if beside.rows.indices else {}),
         "use_dora": any(lora.dora for lora in loras.values()),
         "use_rslora": rslora,
     }

@@ -1,7 +1,7 @@
 """Keys and patterns as PEFT spells them."""
 
 import re
-from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 
 from lora_fx.rules.globs import PatternError
 from lora_fx.rules.patterns import EXPRESSION_PREFIX, NamePattern
@@ -17,6 +17,7 @@ _EMBEDDING = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_embe
 _ROWS = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.token_adapter\.trainable_tokens_delta", re.DOTALL)
 _OF_TRAINING = re.compile(r"\.lora_(velora_embed$|monteclora_sampler\.)")
 _NESTED = ".base_layer"
+_LAYERS_OF_PEFT = ("base_layer", "token_adapter")
 
 
 def factor_key(path: str, factor: str) -> str:
@@ -73,6 +74,36 @@ def split_rows_key(key: str) -> str | None:
     """Return the path of the embedding of which a tensor holds rows that are trained alone, else None."""
     match = _ROWS.fullmatch(key)
     return None if match is None else match["path"]
+
+
+def rows_key(path: str) -> str:
+    """Return the key of the rows of an embedding that are trained alone."""
+    return f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"
+
+
+def other_bias_key(name: str, layers: Mapping[str, int]) -> str:
+    """Return the key of a bias that belongs to no adapted site, as PEFT's `bias="all"` saves it.
+
+    Args:
+        name: of the parameter.
+        layers: how many layers PEFT puts around modules, by their paths.
+    """
+    *path, last = name.split(".")
+    words = [f"{part}{_NESTED * layers.get('.'.join(path[: at + 1]), 0)}" for at, part in enumerate(path)]
+    return PREFIX + ".".join([*words, last])
+
+
+def split_bias_key(key: str) -> str | None:
+    """Return the name of the parameter whose values a key holds under `bias="all"`; None for any other key."""
+    if not key.startswith(PREFIX) or key.rpartition(".")[2] != "bias" or "lora_" in key:
+        return None
+    words = key.removeprefix(PREFIX).split(".")
+    return ".".join(word for word in words if word not in _LAYERS_OF_PEFT)
+
+
+def is_copied_bias(key: str) -> bool:
+    """Whether a bias is there once more: PEFT's `bias="all"` saves those of `modules_to_save`, and of the base, too."""
+    return key.endswith((".original_module.bias", ".modules_to_save.bias"))
 
 
 def is_of_training(key: str) -> bool:

@@ -38,6 +38,8 @@ class Header:
     rules: dict[str, Any] = field(default_factory=dict)
     base: dict[str, list[float] | None] = field(default_factory=dict)
     """A few values of each base weight."""
+    tied: dict[str, str] = field(default_factory=dict)
+    """Names of weights that have the trained rows of another one, by their own name."""
 
 
 def noted_in(path: Path, metadata: Mapping[str, str]) -> tuple[Header, dict[str, Any]] | None:
@@ -75,6 +77,9 @@ def _header(content: Mapping[str, Any]) -> Header:
     names = (content["adapter"], *content["others"])  # they become directories and names of modules
     if len({*names}) < len(names):
         raise ValueError(f"{names!s:.60} are not names of adapters")
+    tied = content.get("tied", {})
+    if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
+        raise ValueError(f"tied is {tied!r:.60}, not a table of names")
     sites = {stem: _noted(stem, saved) for stem, saved in content["sites"].items()}
     places = Counter((site["path"], site.get("call")) for site in sites.values())
     if max(places.values(), default=1) > 1:
@@ -86,6 +91,7 @@ def _header(content: Mapping[str, Any]) -> Header:
         sites=sites,
         rules=content["rules"],
         base=content["base"],
+        tied=tied,
     )
 
 

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from lora_fx.files.adapter.describe import ZERO_ROW, beyond_peft
 from lora_fx.files.adapter.names import begins_in, ends_of, is_of_attention, owner_of, pattern_name
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
+from lora_fx.files.adapter.tokens import with_ties
 from lora_fx.models.layers import is_layer
 from lora_fx.models.overrides import accelerate_hooks
 from lora_fx.models.wrappers import without_wrappers
@@ -28,11 +29,12 @@ def as_peft_reads(file: AdapterFile, model: nn.Module) -> AdapterFile:
 
     Raises:
         AdapterMismatchError: tensors that belong to nothing in the model, factors of experts from before PEFT 0.19.
+        RefusedError: rows of an embedding with which PEFT computes something else than its weight shows.
     """
     if not file.is_foreign:
         return file
     _refuse_old_banks(file, model)
-    return _with_loose(replace(file, sites=_acting(file.sites)), model)
+    return with_ties(_with_loose(replace(file, sites=_acting(file.sites)), model), model)
 
 
 def _acting(sites: Sequence[SavedSite]) -> tuple[SavedSite, ...]:
@@ -52,7 +54,7 @@ def _acting(sites: Sequence[SavedSite]) -> tuple[SavedSite, ...]:
 def _with_loose(file: AdapterFile, model: nn.Module) -> AdapterFile:
     """Return the file with the base's tensors in it as modules that are trained whole, where they differ."""
     own = {without_wrappers(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    loose = file.loose | _weights_of_rows(file, own, model)
+    loose = file.loose
     there = {name: str(list(own[name].shape)) if name in own else "has no such tensor" for name in loose}
     given = {name: str(list(value.shape)) for name, value in loose.items()}
     unknown = [(name, given[name], there[name]) for name in loose if there[name] != given[name]]
@@ -66,27 +68,6 @@ def _with_loose(file: AdapterFile, model: nn.Module) -> AdapterFile:
     modules = {**{name: tensor.detach() for name, tensor in beside.items()}, **file.modules, **other}
     trained = tuple(dict.fromkeys((*file.header.trained, *owners)))
     return replace(file, modules=modules, header=replace(file.header, trained=trained))
-
-
-def _weights_of_rows(file: AdapterFile, own: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of which a file has rows; what a transformers model ties to an embedding has its rows too."""
-    wholes = {f"{path}.weight": _with_rows(own.get(f"{path}.weight"), *rows) for path, rows in file.rows.items()}
-    paths = {without_wrappers(path) for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return wholes
-    tied = {id(own[name]): whole for name, whole in wholes.items() if name.removesuffix(".weight") in paths}
-    return {name: tied[id(weight)] for name, weight in own.items() if id(weight) in tied} | wholes
-
-
-def _with_rows(weight: Tensor | None, ids: tuple[int, ...], rows: Tensor) -> Tensor:
-    """Return a weight with other values in some rows; the rows themselves where it does not have them."""
-    if weight is None or weight.shape[1:] != rows.shape[1:] or max(ids, default=0) >= weight.shape[0]:
-        return rows
-    if weight.is_meta:
-        return weight
-    whole = weight.detach().to("cpu", copy=True)
-    whole[list(ids)] = rows.to(whole)
-    return whole
 
 
 def _differs(own: Tensor, value: Tensor) -> bool:

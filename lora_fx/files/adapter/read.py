@@ -27,11 +27,13 @@ from lora_fx.files.adapter.names import (
     factor_key,
     factor_keys,
     has_end,
+    is_copied_bias,
     is_of_training,
     magnitude_key,
     module_to_save,
     owner_of,
     pattern_name,
+    split_bias_key,
     split_factor_key,
     split_rows_key,
     stems_in,
@@ -65,6 +67,10 @@ class AdapterFile:
     """Tensors of the base that PEFT has written along, by their name in the model: they count where they differ."""
     rows: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     """Rows of embeddings that are trained alone: which, and their values, by the path of the embedding."""
+    ties: dict[str, str] = field(default_factory=dict)
+    """Names of weights that have the rows of another one, by their own name."""
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """Biases that are trained beside those of sites and of whole modules, by their name in the model."""
 
     @property
     def is_foreign(self) -> bool:
@@ -93,7 +99,7 @@ def _read(root: Path, *names: str) -> AdapterFile:
     tensors, metadata = _read_tensors(weights)
     header = read_header(weights, metadata, tensors)
     if header is None:
-        tensors = _without_wrappers(weights, tensors)
+        tensors = _without_wrappers(weights, config, tensors)
     return _AdapterReader(root.joinpath(*names), (weights, configuration), config, tensors, header).read()
 
 
@@ -104,12 +110,13 @@ def adapter_in_memory(source: str, config: Configuration, tensors: dict[str, Ten
         AdapterFileError: tensors and configuration contradict each other.
     """
     path = Path(source)
-    return _AdapterReader(path, (path, path), config, _without_wrappers(path, tensors), None).read()
+    return _AdapterReader(path, (path, path), config, _without_wrappers(path, config, tensors), None).read()
 
 
-def _without_wrappers(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_wrappers(path: Path, config: Configuration, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return what counts of PEFT's tensors, of a model in wrappers as torch.compile and FSDP put them around layers."""
-    tensors = {key: tensor for key, tensor in tensors.items() if not is_of_training(key)}
+    left_out = [key for key in tensors if is_of_training(key) or (config.bias == "all" and is_copied_bias(key))]
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in left_out}
     names = {key: without_wrappers(key) for key in tensors}
     if len(set(names.values())) < len(names):
         twice = [(key, name) for key, name in names.items() if key != name and name in tensors]
@@ -173,6 +180,8 @@ class _AdapterReader:
             claimed=self.config.modules_to_save if self.header is None else (),
             loose=self._loose if self.header is None else {},
             rows=self._rows,
+            ties={} if self.header is None else self.header.tied,
+            biases={name: self.tensors[key] for key, name in self._biases(paths).items()},
         )
 
     @property
@@ -209,8 +218,7 @@ class _AdapterReader:
         facts = [fact for path in paths for fact in self._site_problems(path)]
         if not paths:
             facts.append(("(file)", "has no lora_A or lora_B"))
-        if self.config.token_rows and not self._rows:
-            facts.append(("trainable_token_indices", f"{CONFIG_FILE} names rows, and the file has none"))
+        facts += self._row_problems()
         facts += [(key, "is of no kind that lora_fx knows") for key in self._unknown(paths)]
         facts += [(path, "is in the header but not in the file") for path in self._noted.keys() - {*paths}]
         facts += [
@@ -218,6 +226,16 @@ class _AdapterReader:
         ]
         if facts:
             raise AdapterFileError(self._weights, "is not a usable adapter", facts)
+
+    def _row_problems(self) -> Iterator[tuple[str, str]]:
+        if self.config.token_rows and not self._rows:
+            yield "trainable_token_indices", f"{CONFIG_FILE} names rows, and the file has none"
+        for path, (ids, _) in self._rows.items():
+            if len({*ids}) < len(ids):
+                yield "trainable_token_indices", f"names a row of {path} twice"
+        for name, source in {} if self.header is None else self.header.tied.items():
+            if source.removesuffix(".weight") not in self._rows:
+                yield name, f"is tied to {source}, of which the file has no rows"
 
     def _site_problems(self, path: str) -> Iterator[tuple[str, str]]:
         keys = factor_keys(path, self.tensors)
@@ -267,7 +285,7 @@ class _AdapterReader:
         known = {key for path in paths for key in factor_keys(path, self.tensors)}
         known |= {key(path) for path in paths for key in (base_key, self._bias_key, magnitude_key)}
         known |= {added_bias_key(path) for path in paths if self.config.lora_bias}
-        known |= {PREFIX + name for name in self._loose}
+        known |= {PREFIX + name for name in self._loose} | self._biases(paths).keys()
         others = (key for key in self.tensors if key not in known and key not in self._owners)
         return [key for key in others if split_rows_key(key) not in self._rows]
 
@@ -275,8 +293,18 @@ class _AdapterReader:
     def _rows(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
         """Return the rows of embeddings that are trained alone, as many as the configuration says."""
         named = {path: tensor for key, tensor in self.tensors.items() if (path := split_rows_key(key))}
-        rows = {path: (self.config.rows_at(path), tensor) for path, tensor in named.items()}
-        return {path: (ids, tensor) for path, (ids, tensor) in rows.items() if tensor.shape[:1] == (len(ids),)}
+        by_path = self.header is not None
+        rows = {path: (self.config.rows_at(path, by_path), tensor) for path, tensor in named.items()}
+        fitting = {path: pair for path, pair in rows.items() if pair[1].shape[:1] == (len(pair[0]),)}
+        return {path: _in_order(ids, tensor) for path, (ids, tensor) in fitting.items()}
+
+    def _biases(self, paths: list[str]) -> dict[str, str]:
+        """Return the names in the model of biases that belong to no site and no whole module, by their keys."""
+        if self.config.bias != "all":
+            return {}
+        own = {self._bias_key(path) for path in paths if not self._is_parameter(path)} | self._owners.keys()
+        named = {key: name for key in self.tensors if (name := split_bias_key(key)) is not None}
+        return {key: name for key, name in named.items() if key not in own}
 
     @functools.cached_property
     def _loose(self) -> dict[str, Tensor]:
@@ -284,7 +312,8 @@ class _AdapterReader:
         names = {
             key: key.removeprefix(PREFIX) for key in self.tensors if key.startswith(PREFIX) and key not in self._owners
         }
-        return {name: self.tensors[key] for key, name in names.items() if _LOOSE.fullmatch(name)}
+        biases = self._biases(stems_in(self.tensors))
+        return {name: self.tensors[key] for key, name in names.items() if _LOOSE.fullmatch(name) and key not in biases}
 
     def _site(self, stem: str) -> SavedSite:
         known = self._noted.get(stem, {"path": stem, "lora": self._lora_of_config(stem)})
@@ -293,7 +322,7 @@ class _AdapterReader:
             stem=stem,
             lora_A=self.tensors[first],
             lora_B=self.tensors[second],
-            bias=self.tensors.get(self._bias_key(stem)),
+            bias=None if self._is_parameter(stem) else self.tensors.get(self._bias_key(stem)),
             magnitude=self.tensors.get(magnitude_key(stem)),
             added_bias=self.tensors.get(added_bias_key(stem)),
             embedding=first == factor_key(stem, "lora_embedding_A"),
@@ -327,6 +356,12 @@ class _AdapterReader:
                 (f"by {CONFIG_FILE}", f"r {configured.r}", f"scaling {configured.scaling:g}"),
             ]
             raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE} at {site.stem}", facts)
+
+
+def _in_order(ids: tuple[int, ...], rows: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """Return rows in the ascending order of their ids."""
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    return tuple(ids[at] for at in order), rows[order]
 
 
 def _multiply(lora_a: Tensor, lora_b: Tensor) -> bool:

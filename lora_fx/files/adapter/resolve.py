@@ -33,7 +33,7 @@ def resolved(files: Sequence[AdapterFile], model: nn.Module) -> list[AdapterFile
 
 def _outside_of_ddp(file: AdapterFile, model: nn.Module) -> AdapterFile:
     """Return a file of a model inside of DataParallel or DDP, which call it `module`, with the model's own names."""
-    names = [*(site.path for site in file.sites), *file.modules, *file.loose, *file.rows]
+    names = [*(site.path for site in file.sites), *file.modules, *file.loose, *file.rows, *file.biases]
     if "module" in model._modules or not all(name.startswith("module.") for name in names):
         return file
 
@@ -46,6 +46,7 @@ def _outside_of_ddp(file: AdapterFile, model: nn.Module) -> AdapterFile:
         modules={own(name): tensor for name, tensor in file.modules.items()},
         loose={own(name): tensor for name, tensor in file.loose.items()},
         rows={own(path): rows for path, rows in file.rows.items()},
+        biases={own(name): tensor for name, tensor in file.biases.items()},
         header=replace(
             file.header,
             trained=tuple(map(own, file.header.trained)),

@@ -13,18 +13,27 @@ from lora_fx.adapters.trained import added_tensors
 from lora_fx.discovery.study import Observed, observed
 from lora_fx.errors import AdapterFileError, AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
+from lora_fx.files.adapter.biases import bias_mismatches, planned_biases
 from lora_fx.files.adapter.codec import Form, decode, form_of, has_other_border, misfit
 from lora_fx.files.adapter.names import begins_in
 from lora_fx.files.adapter.noted import slices_of
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved, uses_in_files
 from lora_fx.files.adapter.site import SavedSite
+from lora_fx.files.adapter.tokens import fill_rows, misfitting_rows, planned_rows, row_mismatches
 from lora_fx.files.fingerprint import same_values, sample_values
 from lora_fx.models.samples import Samples
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.decisions import Decisions
-from lora_fx.planning.planned import Inventory, PlannedSite, TrainedModule, trained_whole, unfit_for_init
+from lora_fx.planning.planned import (
+    EmbeddingTable,
+    Inventory,
+    PlannedSite,
+    TrainedModule,
+    trained_whole,
+    unfit_for_init,
+)
 from lora_fx.planning.sites import Site
 from lora_fx.progress.steps import step
 from lora_fx.rules.inits import is_moved, pairs_of
@@ -79,7 +88,7 @@ def in_turn(files: Sequence[AdapterFile], inventory: Inventory) -> tuple[list[Ad
     rest: list[AdapterFile] = []
     for file in files:
         own = {sites[saved.path].path for saved in file.sites}
-        fits = taken.isdisjoint(own) and not (together and file.header.trained)
+        fits = taken.isdisjoint(own) and not (together and (file.header.trained or file.biases))
         (together if fits else rest).append(file)
         taken |= own if fits else set()
     return together, rest
@@ -88,7 +97,8 @@ def in_turn(files: Sequence[AdapterFile], inventory: Inventory) -> tuple[list[Ad
 def check(files: Sequence[AdapterFile], inventory: Inventory, model: nn.Module) -> None:
     """Raise what `decisions_in` raises of files that do not fit a model."""
     sites = _by_name(inventory)
-    problems = [problem for file in files for problem in (*_mismatches(file, sites, model), *_twice(file, sites))]
+    tables = inventory.tables
+    problems = [bad for file in files for bad in (*_mismatches(file, sites, model, tables), *_twice(file, sites))]
     if problems:
         advice = f"{len(problems)} differences; give the model that the adapter was trained on"
         raise AdapterMismatchError("the adapter does not fit this model", problems, advice)
@@ -113,7 +123,10 @@ def decided(files: Sequence[AdapterFile], inventory: Inventory) -> Decisions:
     modules = {without_wrappers(path): (path, number) for path, number in inventory.modules}
     pattern = f"{files[0].folder.name}: modules_to_save"
     trained = tuple(TrainedModule(*modules[path], pattern) for path in files[0].header.trained)
+    names = {path: at_hand for path, (at_hand, _) in modules.items()}
     return Decisions(
+        tokens=tuple(rows for file in files for rows in planned_rows(file, name_of(file), names)),
+        biases=tuple(planned_biases(files[0], names)),
         model=inventory.model,
         source=str(files[0].folder),
         sites=tuple(_planned(site, saved.get(site.path), trained) for site in inventory.sites),
@@ -124,7 +137,9 @@ def decided(files: Sequence[AdapterFile], inventory: Inventory) -> Decisions:
     )
 
 
-def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> Iterator[Mismatch]:
+def _mismatches(
+    file: AdapterFile, sites: dict[str, Site], model: nn.Module, tables: Sequence[EmbeddingTable]
+) -> Iterator[Mismatch]:
     for saved in file.sites:
         site = sites.get(saved.path)
         given = tuple(saved.lora_A.shape), tuple(saved.lora_B.shape)
@@ -137,6 +152,10 @@ def _mismatches(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
         if saved.calls and site.calls not in (None, saved.calls):
             yield saved.path, f"an adapter for each of {saved.calls} calls", f"called {site.calls} times"
     yield from _module_mismatches(file, model)
+    yield from bias_mismatches(file, model)
+    yield from row_mismatches(file, model, tables)
+    weights = {saved.path: sites[saved.path].weight for saved in file.sites if saved.path in sites}
+    yield from misfitting_rows(file, weights)
     yield from _other_base(file, sites, model)
 
 
@@ -289,7 +308,9 @@ def fill(tuned: nn.Module, files: Sequence[AdapterFile], adapter: str | None = N
                 place = places.get((saved.path, saved.call, name))
                 _fill_site(place or _under_another_name(tuned, saved.path, saved.call, name), saved)
                 doing.advance(saved.path)
-            _fill_modules(tuned, file.modules, adapter or name_of(file))
+            name = adapter or name_of(file)
+            _fill_modules(tuned, file.modules | file.biases, name)
+            fill_rows(tuned, file, name)
 
 
 def _fill_modules(tuned: nn.Module, values: Mapping[str, Tensor], adapter: str) -> None:
@@ -303,7 +324,9 @@ def _fill_modules(tuned: nn.Module, values: Mapping[str, Tensor], adapter: str) 
 
 def _refuse_meta(tuned: nn.Module, files: Sequence[AdapterFile]) -> None:
     factors = [(path, adapter.lora_A.weight) for path, adapter in all_attached(tuned)]
-    whole = [(name, get_tensor(tuned, name)) for file in files for name in file.modules]
+    names = [f"{path}.weight" for file in files for path in file.rows]
+    names += [name for file in files for name in (*file.modules, *file.biases)]
+    whole = [(name, get_tensor(tuned, name)) for name in names]
     lost = [
         (name, "on the meta device") for name, tensor in (*factors, *whole) if tensor is not None and tensor.is_meta
     ]

@@ -19,7 +19,6 @@ from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, name_of, slices_in
 from lora_fx.files.adapter.site import SavedSite
-from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.tensors import dotted
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.planning.sites import CONVOLUTIONS
@@ -55,9 +54,6 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
     """
     tuned = seen_through(tuned)
     known_switches(tuned, adapter)
-    refuse_sharded(
-        tuned, "an adapter of a sharded model gets no values from a file", "lora_fx.load_adapter_state, with DTensors"
-    )
     slots = list(adapters_called(tuned, adapter))
     if lost := [(path, "on the meta device") for path, one in slots if one.lora_A.weight.is_meta]:
         raise RefusedError("the adapter has no values here that could be replaced", lost)
@@ -176,8 +172,10 @@ def _file(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str) -> 
 
 
 def refuse_more(file: AdapterFile) -> None:
-    """Raise RefusedError for a file with biases or modules trained whole, or for a base that PEFT changes."""
+    """Raise RefusedError for a file with biases, rows or modules trained whole, or for a base that PEFT changes."""
     facts = [(name, "is trained whole") for name in file.header.trained]
+    facts += [(path, "has rows that are trained") for path in file.rows]
+    facts += [(name, "is trained") for name in file.biases]
     facts += [(s.path, "its bias is trained") for s in file.sites if s.bias is not None or s.added_bias is not None]
     facts += [(s.path, "starts at parts of the weight that PEFT makes anew") for s in file.sites if s.on_residual]
     if facts:

@@ -108,6 +108,8 @@ class _Planner:
                 self._place_value(f"{site.path}.bias", Value(site.bias, label), prefix, is_site=True)
         for name, tensor in adapter.modules.items():
             self._place_value(name, Value(tensor, label), prefix, is_site=False)
+        for name, tensor in adapter.biases.items():
+            self._place_value(name, Value(tensor, label), prefix, is_site=True)
         trained = [(path, "trains rows of it alone") for path in adapter.rows]
         trained += [(site.path, "lora_B has a bias") for site in sites if site.added_bias is not None]
         trained += [(site.path, f"{site.lora.init}: is for a rest of the base") for site in sites if site.on_residual]
