@@ -36,6 +36,7 @@ REFUSED = {
     "calls": f"diffusers has one adapter for all calls of a module{_MERGE}",
     "bias": f"diffusers does not load trained biases{_MERGE}",
     "train": f"diffusers does not load modules that were trained whole{_MERGE}",
+    "tokens": f"diffusers does not load rows of embeddings{_MERGE}",
     "adapters": "one file holds one adapter; give all rules one `adapter:`",
 }
 _COMPONENTS = {"UNet": "unet", "Transformer": "transformer", "UVit": "transformer"}

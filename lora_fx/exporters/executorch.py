@@ -18,8 +18,8 @@ from lora_fx.exporters.program import (
     converting,
     exported,
     input_tensors,
-    nothing_refused,
     plain_outputs_of_both,
+    refused_by_programs,
 )
 from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
@@ -45,7 +45,7 @@ TARGET = Target(
     name="executorch",
     writes="one `.pte` file with the methods `forward` (adapted) and `base`",
     client="ExecuTorch",
-    refused=nothing_refused,
+    refused=refused_by_programs,
     write=_write,
     verify=_verify,
     extra="executorch",

@@ -22,11 +22,16 @@ from lora_fx.exporters import clients
 from lora_fx.exporters.plain import PlainAdapter, plain_adapters
 from lora_fx.exporters.program import call_of
 from lora_fx.exporters.running import largest_difference, run_client, without_and_with
-from lora_fx.exporters.target import Refusal, Target, expressed
+from lora_fx.exporters.target import Refusal, Target, expressed, refusals
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
 from lora_fx.tuned.build import record_in
 
+_BESIDE = {
+    "train": "an adapter in GGUF holds no whole modules",
+    "tokens": "an adapter in GGUF holds no rows of embeddings",
+    "bias": "an adapter in GGUF holds no biases",
+}
 _MERGE = "merge the adapter (target 'merged') and convert that model"
 _MOST_WORDS = 1000
 """Of how many of the likeliest next words the probabilities are compared, where there are more."""
@@ -110,8 +115,7 @@ def _refused(tuned: nn.Module) -> Iterator[Refusal]:
         reason = _reason(path, adapter, layout, path in tied)
         if reason is not None:
             yield path, f"{reason}; {_MERGE}"
-    for path in record_in(tuned).trained:
-        yield path, f"an adapter in GGUF holds no whole modules; {_MERGE}"
+    yield from refusals(tuned, {feature: f"{reason}; {_MERGE}" for feature, reason in _BESIDE.items()})
 
 
 def _reason(path: str, adapter: Attached, layout: GgufLayout, tied: bool) -> str | None:
@@ -119,8 +123,6 @@ def _reason(path: str, adapter: Attached, layout: GgufLayout, tied: bool) -> str
     spec = adapter.spec
     if spec.lora.dora:
         return "llama.cpp knows no DoRA"
-    if adapter.trained_bias is not None:
-        return "an adapter in GGUF holds no biases"
     if adapter.call is not None:
         return "llama.cpp has one adapter for all calls"
     if not spec.path_is_owner or layout.tensor(path) is None:
@@ -235,7 +237,7 @@ TARGET = Target(
     needs=("gguf",),
     verify_needs=("xllamacpp",),
     expresses=expressed(
-        {"conv1d", "convolution", "attention", "parameter", "experts", "calls", "dora", "bias", "train"},
+        {"conv1d", "convolution", "attention", "parameter", "experts", "calls", "dora", *_BESIDE},
         {"slices", "alphas", "rslora", "adapters"},
     ),
     options={"base": "for verifying: the base model as a GGUF file, in float32"},

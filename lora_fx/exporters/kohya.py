@@ -45,6 +45,7 @@ REFUSED = {
     "dora": f"diffusers leaves out the `dora_scale` of a file, without an error{peft.WAY_OUT}",
     "bias": f"the format has no biases{peft.WAY_OUT}",
     "train": f"the format has no whole modules{peft.WAY_OUT}",
+    "tokens": f"the format has no rows of embeddings{peft.WAY_OUT}",
 }
 
 

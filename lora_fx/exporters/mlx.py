@@ -36,6 +36,7 @@ REFUSED = {
     "calls": f"mlx-lm has one adapter for all calls of a module{_MERGE}",
     "bias": f"mlx-lm loads lora_a and lora_b alone, no biases{_MERGE}",
     "train": f"mlx-lm loads lora_a and lora_b alone, no whole modules{_MERGE}",
+    "tokens": f"mlx-lm loads lora_a and lora_b alone, no rows of embeddings{_MERGE}",
 }
 
 

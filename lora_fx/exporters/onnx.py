@@ -25,10 +25,10 @@ from lora_fx.exporters.program import (
     converting,
     exported,
     input_tensors,
-    nothing_refused,
     output_names,
     plain_outputs_of_both,
     quiet,
+    refused_by_programs,
 )
 from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target, at_one_weight
@@ -240,7 +240,7 @@ TARGET = Target(
     name="onnx",
     writes=f"`model.onnx`, the graph of the base, and an `{ADAPTER_SUFFIX}` file for each adapter beside it",
     client="onnxruntime",
-    refused=nothing_refused,
+    refused=refused_by_programs,
     write=_write,
     verify=_verify,
     several="each",

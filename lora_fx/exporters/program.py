@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from lora_fx.errors import ExportError, LoraFxWarning
 from lora_fx.exporters.clients import Both, outputs
 from lora_fx.exporters.running import call_with, without_and_with
-from lora_fx.exporters.target import FEATURES, Ability, Refusal
+from lora_fx.exporters.target import FEATURES, Ability, Refusal, refusals
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import Swapped, swap
 from lora_fx.progress.steps import step
@@ -23,14 +23,18 @@ from lora_fx.text import listing
 EVERY_FEATURE: dict[str, Ability] = {
     **dict.fromkeys(FEATURES, "yes"),
     **dict.fromkeys(("slices", "alphas", "rslora"), "exact equivalent"),
+    "tokens": "refused",
 }
 """What a program of the whole model expresses; the scaling is in B, and rows that are not of a part are zero there."""
 EXPERTS = "where it is transformers' experts: load the model with experts_implementation='batched_mm'"
 
 
-def nothing_refused(tuned: nn.Module) -> Iterator[Refusal]:
-    """Yield nothing: a program of the whole model expresses any adapter."""
-    yield from ()
+_ROWS = {"tokens": "which rows they are would be fixed in the program, for all adapters; target='merged' has them"}
+
+
+def refused_by_programs(tuned: nn.Module) -> Iterator[Refusal]:
+    """Yield (path, reason) for what a program of the whole model does not express: rows of embeddings."""
+    yield from refusals(tuned, _ROWS)
 
 
 class PlainOutputs(Swapped, nn.Module):

@@ -21,8 +21,8 @@ from lora_fx.exporters.program import (
     call_of,
     converting,
     exported,
-    nothing_refused,
     plain_outputs_of_both,
+    refused_by_programs,
 )
 from lora_fx.exporters.running import run_client, worst_difference
 from lora_fx.exporters.target import Target
@@ -154,7 +154,7 @@ TARGET = Target(
     name="pt2",
     writes=f"`model.pt2`, a file of values for each adapter beside it, and `model{BASE}` to take them out again",
     client="torch.export and AOTInductor",
-    refused=nothing_refused,
+    refused=refused_by_programs,
     write=_write,
     verify=_verify,
     needs_sample=True,

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from lora_fx.adapters.attach import Attached, all_attached, owner_path
+from lora_fx.adapters.trained import added_rows
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.rules.inits import pairs_of
 from lora_fx.tuned.build import record_in
@@ -32,6 +33,7 @@ FEATURES = {
     "dora": "DoRA",
     "bias": "trained biases",
     "train": "modules trained whole (`train:`)",
+    "tokens": "rows of embeddings trained alone (`tokens:`)",
     "adapters": "several named adapters",
 }
 """What an adapted model may have that a target can express or not; each target says of all of them."""
@@ -109,6 +111,8 @@ def features(tuned: nn.Module) -> Iterator[tuple[str, str]]:
         usual = counted.most_common(1)[0][0]
         yield from ((feature, path) for path, adapter in sites if value_of(adapter) != usual)
     yield from (("train", path) for path in record_in(tuned).trained)
+    yield from (("bias", bias.path) for bias in record_in(tuned).plan.biases)
+    yield from (("tokens", name) for name in dict.fromkeys(name for name, _, _ in added_rows(tuned)))
 
 
 def _kind(tuned: nn.Module, path: str, adapter: Attached) -> str:

@@ -24,6 +24,7 @@ REFUSED = {
     "dora": f"vLLM refuses DoRA{_MERGE}",
     "bias": f"vLLM refuses trained biases{_MERGE}",
     "train": f"vLLM refuses modules trained whole{_MERGE}",
+    "tokens": f"vLLM refuses rows of embeddings{_MERGE}",
     "convolution": f"vLLM has no adapters of convolutions{_MERGE}",
     "embedding": f"the names of embeddings are vLLM's own, model by model{_MERGE}",
     "attention": f"vLLM's models have no nn.MultiheadAttention{_MERGE}",

@@ -60,8 +60,8 @@ def rule(name: str, *, slices: Any = None, match: Any = None, **lora: Any) -> di
     return rule | ({"slices": slices} if slices else {})
 
 
-def written(*given: dict[str, Any], train: list[str] | None = None) -> dict[str, Any]:
-    return {"version": 1, "rules": list(given), **({"train": train} if train else {})}
+def written(*given: dict[str, Any], **top: Any) -> dict[str, Any]:
+    return {"version": 1, "rules": list(given), **top}
 
 
 def tuned_of(model: nn.Module, chosen: Any, inputs: tuple[Any, ...] | None, backend: Any = "modules") -> nn.Module:
@@ -108,6 +108,7 @@ FEATURES: dict[str, Callable[[], tuple[nn.Module, Any, Any]]] = {
     "dora": lambda: _mlp(rule("fc*", dora=True)),
     "bias": lambda: _mlp(rule("fc*", bias=True)),
     "train": lambda: _mlp(rule("fc1"), train=["fc2"]),
+    "tokens": lambda: _of(kinds.Tokens, written(rule("out"), tokens=[{"name": "words", "ids": [1, 2]}])),
     "adapters": lambda: _mlp(rule("fc1"), rule("fc2", adapter="second")),
 }
 """For each feature, a model, rules that adapt it and nothing but it, and inputs."""
