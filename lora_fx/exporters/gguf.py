@@ -123,6 +123,8 @@ def _reason(path: str, adapter: Attached, layout: GgufLayout, tied: bool) -> str
     spec = adapter.spec
     if spec.lora.dora:
         return "llama.cpp knows no DoRA"
+    if adapter.trained_bias is not None:
+        return _BESIDE["bias"]
     if adapter.call is not None:
         return "llama.cpp has one adapter for all calls"
     if not spec.path_is_owner or layout.tensor(path) is None:
