@@ -31,6 +31,7 @@ from lora_fx.adapters.fused.eligible import row_factors, term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
 from lora_fx.adapters.rawweight.known_experts import BANKS, experts_output, interface_of
+from lora_fx.adapters.rawweight.ofrows import WeightOfRows
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
 from lora_fx.adapters.reads import take_over, wants_parameter
 from lora_fx.adapters.rows import AdapterRows, with_plain_rows, with_rows
@@ -64,7 +65,13 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
         base = owner._parameters[name]
         if base is None or wants_parameter():
             return base
-        used = in_use(owner, name)
+        try:
+            used = in_use(owner, name)
+        except RefusedError as refusal:
+            switch: Switch = owner.__dict__[STATE].switch
+            if torch.compiler.is_compiling() or switch.for_call().rows is None:
+                raise
+            return WeightOfRows.of(base, refusal)
         return shown(used, base) if used else base
 
     return read

@@ -4,14 +4,14 @@ Where a layer's input has the batch is not guessed: it is seen before, in runs o
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_fx.adapters.stacked import Plain, Stacked, StackedFactors, can_be_kept, stacked
 from lora_fx.errors import RefusedError
 
 Added = Callable[[Tensor, Tensor, str], Tensor]
@@ -20,6 +20,10 @@ Added = Callable[[Tensor, Tensor, str], Tensor]
 
 LAYOUTS = "lora_fx_row_layouts"
 """Attribute of an adapted layer: where the batch is in its inputs, by how many dimensions they have."""
+
+
+LOOKS = "lora_fx_looks"
+"""Attribute of the hook that a model has in a context of `lora_fx.rows`: what is made of it shall not have it."""
 
 
 class Layout(NamedTuple):
@@ -72,35 +76,24 @@ class Owners:
         return [row for row, number in enumerate(self.numbers) if number == wanted]
 
 
-class Stacked(NamedTuple):
-    """Factors of several adapters, padded with zeros to one rank."""
-
-    A: Tensor
-    """[adapters, in, r]."""
-    B: Tensor
-    """[adapters, r, out], with the scaling in it."""
-
-
-class Plain(NamedTuple):
-    """The factors of an adapter that are multiplied by, and nothing else happens."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-
-
 @dataclass(slots=True, eq=False)
 class AdapterRows:
     """The adapters of a batch, row by row."""
 
     names: tuple[str | None, ...]
     seen_calls: set[Any] = field(default_factory=set)
-    """Kinds of calls of the model in which that was seen."""
+    """Kinds of calls of the model in which it was seen where the batch is."""
+    models: tuple[nn.Module, ...] = ()
+    """The model whose calls are looked at, and parts of it that are called by themselves."""
+    dim: int = 0
+    """The dimension of their inputs that is the batch."""
     seen: "Seen | None" = None
     """While it is looked where the batch is: what has been seen."""
     owners: dict[frozenset[str], Owners] = field(default_factory=dict)
-    factors: dict[nn.Module, "tuple[Any, list[Tensor], Stacked]"] = field(default_factory=dict)
-    """Of layers: of what their stacked factors were made, and these."""
+    kept: StackedFactors | None = None
+    """The stacked factors that the model keeps for these adapters; None: they are made for each call."""
+    compared: Literal["", "context", "call"] = ""
+    """Since what began those have been compared with the adapters' values."""
 
     def layout_of(self, layer: Any, path: str, x: Tensor) -> Layout:
         """Return where the batch is in a layer's input.
@@ -131,20 +124,19 @@ class AdapterRows:
             )
         return layout
 
-    def stacked(self, layer: nn.Module, owners: Owners, factors: dict[str, Plain]) -> Stacked:
-        """Return the factors of a layer for the names of the owners.
+    def stacked(self, layer: nn.Module, owners: Owners, factors: Mapping[str, Plain]) -> Stacked:
+        """Return the factors of a layer for the names of the owners, as the model has kept them or made now."""
+        if self.kept is None or not can_be_kept(factors):
+            return stacked(owners.names, factors)
+        if self.compared != "call":
+            self.kept.compare(trained_alone=self.compared == "context")
+            self.compared = "call"
+        return self.kept.of(layer, owners.names, factors)
 
-        Without gradients they are kept, until one of them changes: a second copy of the adapters' values.  Not beyond
-        the context, since versions do not tell of what is written to `.data`, as averages of weights and optimisers do.
-        """
-        tensors = [tensor for one in factors.values() for tensor in (one.A, one.B)]
-        if torch.is_grad_enabled() or any(not tensor.is_leaf or tensor.is_inference() for tensor in tensors):
-            return _stacked(owners, factors)
-        facts = (owners.names, [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors])
-        kept = self.factors.get(layer)
-        if kept is None or kept[0] != facts:
-            kept = self.factors[layer] = (facts, tensors, _stacked(owners, factors))  # which holds what has these ids
-        return kept[-1]
+    def begin_call(self) -> None:
+        """Note that a call of the model begins: what is trained may have changed since the last one."""
+        if self.compared == "call":
+            self.compared = "context"
 
     def among(self, held: frozenset[str]) -> Owners:
         """Return whose the rows are among the adapters that a layer has."""
@@ -155,30 +147,22 @@ class AdapterRows:
         return self.owners[held]
 
 
-def _stacked(owners: Owners, factors: dict[str, Plain]) -> Stacked:
-    rank = max(one.A.shape[0] for one in factors.values())
-    like = next(iter(factors.values()))
-    nothing = Plain(like.A.new_zeros(rank, like.A.shape[1]), like.B.new_zeros(like.B.shape[0], rank), 1.0)
-    each = [nothing if name is None else factors[name] for name in owners.names]
-    A = [F.pad(one.A, (0, 0, 0, rank - one.A.shape[0])).t() for one in each]
-    B = [F.pad(one.B * one.scaling, (0, rank - one.B.shape[1])).t() for one in each]
-    return Stacked(torch.stack(A), torch.stack(B))
-
-
-def with_plain_rows(base: Tensor, x: Tensor, layout: Layout, owners: Owners, stacked: Stacked) -> Tensor:
+def with_plain_rows(base: Tensor, x: Tensor, layout: Layout, owners: Owners, factors: Stacked) -> Tensor:
     """Return a linear layer's output with the adapter of each row in it, by two batched products.
 
-    For the rows i of a batch: yᵢ = baseᵢ + xᵢ Aᵀ Bᵀ, with A [r, in] and B [out, r] of its own adapter.  Without
-    gradients `base` is used up.
+    For the rows i of a batch: yᵢ = baseᵢ + scaling · xᵢ Aᵀ Bᵀ, with A [r, in] and B [out, r] of its own adapter.
+    Without gradients `base` is used up.
     """
     batch = len(owners.numbers)
     given, result = layout.split(x, batch), layout.split(base, batch)
-    A, B, parts = stacked.A, stacked.B, len(owners.names)
+    (A, B, scaling), parts = factors, len(owners.names)
     if not owners.are_runs:
         numbers = torch.tensor(owners.numbers, device=A.device)
         A, B, parts = A.index_select(0, numbers), B.index_select(0, numbers), batch
+        scaling = scaling.index_select(0, numbers) if isinstance(scaling, Tensor) else scaling
     flat, onto = given.reshape(parts, -1, x.shape[-1]), result.reshape(parts, -1, base.shape[-1])
-    h = torch.bmm(flat if flat.dtype == A.dtype else flat.to(A.dtype), A)
+    h = torch.bmm(flat if flat.dtype == A.dtype else flat.to(A.dtype), A.transpose(1, 2)) * scaling
+    B = B.transpose(1, 2)
     if h.dtype != onto.dtype or B.dtype != onto.dtype:
         onto = onto + torch.bmm(h, B).to(onto.dtype)
     elif torch.is_grad_enabled():
@@ -223,9 +207,17 @@ def _sums(x: Tensor, dim: int) -> Tensor:
     return entries @ weights.to(entries.device)
 
 
-def tell_apart(tensor: Tensor) -> None:
-    """Make the rows of a batch differ, in place, and the same way at every call; masks and flags stay as they are."""
-    if tensor.dim() < 2 or tensor.dtype == torch.bool or _is_mask(tensor):
+def tell_apart(tensor: Tensor, are_ids: bool = False) -> None:
+    """Make the rows of a batch differ, in place, and the same way at every call; masks and flags stay as they are.
+
+    Args:
+        tensor: rows along its first dimension.
+        are_ids: whether it is known to be token ids, which may look like a mask: decoders start with one for all rows.
+    """
+    if tensor.dim() < 2 or tensor.dtype == torch.bool or (not are_ids and _is_mask(tensor)):
+        return
+    if are_ids and tensor[0].numel() == 1:
+        _move_ids(tensor, torch.arange(len(tensor), device=tensor.device))
         return
     generator = torch.Generator().manual_seed(0)
     for number, row in enumerate(tensor):
@@ -236,6 +228,26 @@ def tell_apart(tensor: Tensor) -> None:
             row.copy_(row.roll(number, 0))
         else:  # ids below one that is valid are valid too
             row.sub_(number % (row + 1))
+
+
+def _move_ids(tensor: Tensor, by: Tensor) -> None:
+    """Let each row's one id be another one, in place, of those up to the largest; 0 and 1 are always there."""
+    largest = tensor.amax().clamp(min=1)
+    tensor.copy_((tensor + by.view(-1, *(1,) * (tensor.dim() - 1))) % (largest + 1))
+
+
+def change(tensor: Tensor, are_ids: bool = False) -> None:
+    """Make the last row of a batch another one, in place; masks and flags stay as they are."""
+    if tensor.dim() < 2 or tensor.dtype == torch.bool or (not are_ids and _is_mask(tensor)):
+        return
+    row = tensor[-1]
+    if are_ids and row.numel() == 1:
+        _move_ids(tensor, torch.tensor([0] * (len(tensor) - 1) + [1], device=tensor.device))
+        return
+    if row.numel() > 1:
+        row.copy_(row.roll(1, 0 if row.shape[0] > 1 else -1))
+    elif not tensor.is_floating_point():
+        row.sub_((row > 0).to(row.dtype))
 
 
 def _is_mask(tensor: Tensor) -> bool:
@@ -252,14 +264,17 @@ def are_alike(sums: Sequence[Tensor], batch: int) -> bool:
     return all(bool(((one - one[:1]).abs() <= 1e-6 * one.abs().amax()).all()) for one in rows)
 
 
-def layouts_that_fit(before: Sequence[Tensor], after: Sequence[Tensor], batch: int) -> Iterator[Layout]:
+def layouts_that_fit(
+    before: Sequence[Tensor], after: Sequence[Tensor], batch: int, tolerance: float
+) -> Iterator[Layout]:
     """Yield where the batch may be in a tensor, told by sums of it before and after the rows were moved on by one.
 
     Args:
         before: for each dimension but the last, a sum over all others for each entry, with weights that tell entries
             apart: [entries, sums].
-        after: the same, of a run in which the last row of the batch stands first.
+        after: the same, of a run in which the last row of the batch, changed, stands first.
         batch: number of rows; at least 2.
+        tolerance: how far rows may be from where they are expected, of how far they are apart.
     """
     for dim, (one, other) in enumerate(zip(before, after, strict=True)):
         size = one.shape[0]
@@ -267,8 +282,8 @@ def layouts_that_fit(before: Sequence[Tensor], after: Sequence[Tensor], batch: i
             continue
         for is_major in (True, False) if size > batch else (True,):
             layout = Layout(0, is_major, size > batch)
-            expected = layout.joined(layout.split(one, batch).roll(1, 0))
-            rows = layout.split(one, batch)
+            rows, moved = layout.split(one, batch), layout.split(other, batch)
             spread = (rows - rows.roll(1, 0)).abs().amax()
-            if spread > 1e-6 * one.abs().amax() and (other - expected).abs().amax() < 0.05 * spread:
+            wrong = (moved[1:] - rows[:-1]).abs().amax()
+            if spread > 1e-6 * one.abs().amax() and wrong < tolerance * spread:
                 yield layout._replace(dim=dim)

@@ -224,6 +224,15 @@ def by_rows() -> bool:
     return any(one.selection.rows is not None for one in _HERE.get())
 
 
+def rows_here() -> Iterator[AdapterRows]:
+    """Yield the rows that hold in this thread, those that were chosen last first."""
+    met: set[Switch] = set()
+    for one in reversed(_HERE.get()):
+        if one.switch not in met and one.selection.rows is not None:
+            yield one.selection.rows
+        met.add(one.switch)
+
+
 @contextlib.contextmanager
 def switched_off(things: Iterable[object]) -> Iterator[None]:
     """Let this thread, and no other, do without these objects for a while: they ask `is_off`."""

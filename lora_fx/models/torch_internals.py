@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any, TypeVar
 
 import sympy
@@ -31,6 +32,7 @@ from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.graph_module import _CodeOnlyModule
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -366,3 +368,30 @@ def is_batched(tensor: Tensor) -> bool:
     """Whether a tensor stands for many, under vmap of either kind."""
     functions = torch._C._functorch
     return bool(functions.is_legacy_batchedtensor(tensor) or functions.is_batchedtensor(tensor))
+
+
+def rebuilds_graph(frame: FrameType) -> bool:
+    """Whether a frame runs the code of a GraphModule to write its graph anew, as reading a pickled one does."""
+    code = frame.f_code
+    return code.co_filename.startswith("<eval_with_key>") and isinstance(frame.f_locals.get("self"), _CodeOnlyModule)
+
+
+def all_equal(groups: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[bool]:
+    """Return of each group whether its tensors equal their partners; a GPU is waited for once, for all groups.
+
+    NaN equals nothing.
+    """
+    found = [all(map(torch.equal, ones, others)) if _on_cpu(ones) else False for ones, others in groups]
+    waiting: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for number, (ones, others) in enumerate(groups):
+        if not _on_cpu(ones):
+            largest = torch._foreach_norm(torch._foreach_sub(list(ones), list(others)), math.inf)
+            waiting.setdefault(ones[0].device, []).append((number, torch.stack(largest).float().amax()))
+    for differences in waiting.values():
+        for (number, _), value in zip(differences, torch.stack([one for _, one in differences]).tolist(), strict=True):
+            found[number] = value == 0
+    return found
+
+
+def _on_cpu(tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors)

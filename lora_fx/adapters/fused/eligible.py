@@ -20,8 +20,8 @@ from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.fused.contraction import merges
 from lora_fx.adapters.fused.masks import is_possible, new_seed, shared_seed
 from lora_fx.adapters.fused.terms import Facts, Term, autocast_dtype, product_dtype
-from lora_fx.adapters.rows import Plain
 from lora_fx.adapters.selection import Chosen
+from lora_fx.adapters.stacked import Plain
 from lora_fx.models.layers import bias_of, has_hooks, linear_layout
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.torch_internals import (

@@ -163,12 +163,12 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     weights = {id(tensor): tensor for tensor in _tensors((args, kwargs)) if isinstance(tensor, LoRAWeight)}
     if not weights:
         return func(*args, **kwargs)
-    name = _name(func)
+    name = called_name(func)
     if name == "data_ptr":
         return _Address(_kept(args[0]).base.data_ptr())
     if args and id(args[0]) in weights and _is_for_base(name):
         return func(_kept(args[0]).base, *_mapped(args[1:], _dense), **_mapped(kwargs, _dense))
-    if name in _FACTS:
+    if name in FACTS:
         return func(*_mapped(args, lambda value: _kept(value).base), **_mapped(kwargs, lambda value: _kept(value).base))
     if name == "is_leaf":
         return False  # an optimiser refuses it: what it would change is made at each read
@@ -267,14 +267,14 @@ def _picked(name: str, part: Part, args: tuple[Any, ...]) -> LoRAWeight | None:
     return None if low is None else LoRAWeight(replace(part, base=part.base[index], low=low, picked=True))
 
 
-def _name(func: Any) -> str:
+def called_name(func: Any) -> str:
     """Return a function's name; of a property its own, not that of its getter."""
     name = name_of(func)
     return name_of(func.__self__) if name == "__get__" else name
 
 
 _OF_PARAMETER = frozenset({"__set__", "__setitem__", "data", "grad", "retain_grad", "register_hook"})
-_FACTS = frozenset(
+FACTS = frozenset(
     {"shape", "dtype", "device", "layout", "ndim", "size", "dim", "numel", "nelement", "stride", "storage_offset",
      "is_contiguous", "is_floating_point", "is_complex", "element_size", "__len__", "get_device", "is_cuda", "is_cpu",
      "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested", "names", "is_inference", "is_xpu",
