@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lora_fx.models.torch_internals import rebuilds_graph
+
 _HANDLERS = ("torch.nn.modules.module", "torch.nn.utils.", "torch.fx.graph", "torch.distributed.", "accelerate.")
 """Modules that read an attribute to move, copy, shard or return the parameter itself."""
 _COMPUTING = ("forward", "compute_weight")
@@ -20,6 +22,8 @@ def wants_parameter() -> bool:
     while frame.f_back is not None and frame.f_code.co_name == "__getattribute__":  # of a subclass, around ours
         frame = frame.f_back
     name = str(frame.f_globals.get("__name__", ""))
+    if rebuilds_graph(frame):
+        return True
     computes = name.startswith("torch.nn.utils.") and frame.f_code.co_name in _COMPUTING
     return name.startswith(_HANDLERS) and not computes
 

@@ -362,14 +362,17 @@ def choose_moved_buffers(model: nn.Module, switch: Switch, base: Mapping[str, Te
         if own is None or isinstance(owner, fx.GraphModule) or last in chosen_names(owner):
             continue
         lasting = last not in owner._non_persistent_buffers_set and (own.is_floating_point() or own.dim() == 0)
-        if lasting or not _are_equal(own, value):
+        if lasting or not are_equal(own, value):
             found.setdefault(owner, {})[last] = value
     for owner, values in found.items():
         choose_values(owner, switch, values, dict.fromkeys(values))
     return list(found)
 
 
-def _are_equal(one: Tensor, other: Tensor) -> bool:
+def are_equal(one: Tensor | None, other: Tensor) -> bool:
+    """Whether two tensors have the same values, or, without values, the same shape."""
+    if one is None:
+        return False
     if one.is_meta or other.is_meta or one.shape != other.shape:
         return one.shape == other.shape
     return torch.equal(one, other.to(one.device, one.dtype))

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.errors import InvariantError
+from lora_fx.passes.ask import in_nodes
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.rawsites import raw_uses
@@ -84,7 +85,7 @@ def _every_call_is_adapted(model: nn.Module) -> Iterator[Problem]:
     own = {node for subgraph in subgraphs for node in subgraph.between if node is not subgraph.result}
     calls = Counter(path for path, _ in site_calls(model))
     calls += Counter(use.parameter for use in raw_uses(model) if use.node not in own)
-    for path in dict.fromkeys(path for path, _ in all_attached(model)):
+    for path in dict.fromkeys(path for path, _ in in_nodes(model)):
         if written[path] != calls[path]:
             yield path, f"{calls[path]} calls in the graph, {written[path]} of them adapted"
 

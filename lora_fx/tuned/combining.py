@@ -20,7 +20,7 @@ from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.tuned.build import whole_record_in
 from lora_fx.tuned.several import adapters_called, attach_more, biases_with, refuse_name
-from lora_fx.tuned.switching import refuse_graph, selection_of
+from lora_fx.tuned.switching import selection_of
 
 Method = Literal[
     "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
@@ -72,7 +72,6 @@ def combine(
         RefusedError: DoRA, slices, an adapter for each call, biases; sites that not all have, where A and B are summed.
     """
     tuned = seen_through(tuned)
-    refuse_graph(tuned)
     record = whole_record_in(tuned)
     weights = dict(selection_of(record.switch.names, adapters).weights)
     recipe = _recipe(weights, method, r, density, majority, seed)

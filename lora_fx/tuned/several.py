@@ -3,12 +3,13 @@
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import fx, nn
 
 from lora_fx.adapters.adapt import adapt_sites, give_values
 from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of, owner_path
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.selection import Selection, Switch
+from lora_fx.adapters.stacked import forget_kept
 from lora_fx.adapters.starting import start_adapters
 from lora_fx.adapters.trained import added_rows, added_tensors, keep_alone, trained_names, trained_owners
 from lora_fx.errors import RefusedError
@@ -20,8 +21,9 @@ from lora_fx.planning.planned import PlannedSite, TrainedModule, TrainedRows
 from lora_fx.regions.install import remade
 from lora_fx.rules.keys import is_adapter_name
 from lora_fx.text import dotted
+from lora_fx.tuned.asking import ask_layers
 from lora_fx.tuned.build import whole_record_in
-from lora_fx.tuned.switching import names_of, refuse_graph, refuse_unknown, switches_in
+from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
 
 
 def adapters_called(tuned: nn.Module, name: str) -> Iterator[tuple[str, Attached]]:
@@ -43,7 +45,9 @@ def drop(tuned: nn.Module, adapter: str) -> None:
     if all(switch.names == (adapter,) for switch in switches):
         raise RefusedError(f"'{adapter}' is the only adapter", advice="lora_fx.remove returns the base model")
     _refuse_shared(tuned, adapter)
-    take_off(tuned, whole_record_in(tuned), (adapter,))
+    record = whole_record_in(tuned)
+    ask_layers(tuned)
+    take_off(tuned, record, (adapter,))
 
 
 def rename(tuned: nn.Module, adapter: str, name: str) -> None:
@@ -58,6 +62,7 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
         return
     refuse_name(name, names_of(switches))
     record = whole_record_in(tuned)
+    ask_layers(tuned)
     for owner in tuned.modules():
         for one in attached_to(owner):
             if one.spec.adapter == adapter:
@@ -79,9 +84,7 @@ def known_switches(tuned: nn.Module, adapter: str) -> list[Switch]:
 
     Raises:
         ValueError: none does.
-        RefusedError: the model is a GraphModule, whose graph has its adapters node by node.
     """
-    refuse_graph(tuned)
     switches = switches_in(tuned)
     refuse_unknown([adapter], names_of(switches))
     return [switch for switch in switches if adapter in switch.names]
@@ -122,6 +125,14 @@ def _refuse_trained(tuned: nn.Module, plan: Plan) -> None:
         raise RefusedError("an adapter cannot stand beside a weight that another one trains whole", facts, advice)
 
 
+def _refuse_own(tuned: nn.Module, plan: Plan) -> None:
+    """Raise RefusedError for weights of a GraphModule itself: nothing that they hang on can show more than one."""
+    facts = [(site.path, "its weight is the GraphModule's own") for site in plan.adapted if not site.site.owner]
+    if facts and isinstance(tuned, fx.GraphModule):
+        advice = "adapt the model that the graph was made from"
+        raise RefusedError("an adapter cannot be put beside others at these", facts, advice)
+
+
 def refuse_trained_together(tuned: nn.Module, adapter: str) -> None:
     """Raise RefusedError where values of the model were trained with an adapter and with others as well."""
     facts = [
@@ -141,13 +152,15 @@ def only(tuned: nn.Module, adapter: str) -> nn.Module:
 
     Raises:
         ValueError: there is none of this name.
-        RefusedError: parts of the model were trained with it and others; it is a GraphModule with several.
+        RefusedError: parts of the model were trained with it and others; it is a GraphModule with several in its graph.
     """
     if [switch.names for switch in switches_in(tuned)] != [(adapter,)]:
         known_switches(tuned, adapter)
     refuse_trained_together(tuned, adapter)
     twin = make_twin(tuned, freeze=False)
     record = whole_record_in(twin)
+    if len(record.switch.names) > 1:
+        ask_layers(twin)
     plan = _plan_of(twin, record, adapter)
     keep_alone(twin, adapter)
     take_off(twin, record, [name for name in record.switch.names if name != adapter])
@@ -210,6 +223,8 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
     `start` says whether those that begin as parts of their weights do so: not where values from a file will come.
     """
     _refuse_trained(tuned, plan)
+    _refuse_own(tuned, plan)
+    ask_layers(tuned)
     names = plan.adapters
     before = {id(owner) for owner in adapted_owners(tuned)}
     record.switch.names = (*record.switch.names, *names)
@@ -231,6 +246,7 @@ def take_off(tuned: nn.Module, record: ModelRecord, names: Collection[str]) -> N
         for holder in holders_of(module):
             for name in names:
                 holder._modules.pop(name, None)
+    forget_kept(tuned)
     record.switch.renamed(dict.fromkeys(names))
     left = trained_names(tuned) if record.switch.whole else set()
     record.switch.whole = tuple(name for name in record.switch.whole if name in left)

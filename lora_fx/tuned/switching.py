@@ -9,14 +9,15 @@ from contextlib import AbstractContextManager
 from types import FrameType
 from typing import TypeAlias
 
-from torch import fx, nn
+from torch import Tensor, nn
 
-from lora_fx.adapters.attach import STATE, SWITCH, all_attached
+from lora_fx.adapters.attach import SWITCH
 from lora_fx.adapters.selection import Selection, Switch
-from lora_fx.adapters.trained import added_value, trained_owners
+from lora_fx.adapters.trained import added_value, are_equal, trained_owners
 from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
 from lora_fx.text import dotted
+from lora_fx.tuned.asking import ask_layers
 from lora_fx.tuned.build import places_in
 from lora_fx.tuned.undo import show_base
 
@@ -76,18 +77,20 @@ def use(tuned: nn.Module, adapters: Adapters) -> Use:
     Raises:
         ValueError: a name that no site has, or a weight that is not a finite number; nothing is changed.
         RefusedError: the model is not adapted; or it has modules or biases that are trained whole, which belong to all
-            of its adapters.
+            of its adapters; or a GraphModule has an adapter that only its graph can compute.
     """
     caller = inspect.currentframe()
     caller = None if caller is None else caller.f_back
     tuned = seen_through(tuned)
-    refuse_graph(tuned)
     switches = switches_in(tuned)
-    selection = selection_of(names_of(switches), adapters)
+    known = names_of(switches)
+    selection = selection_of(known, adapters)
     if any(switch.whole for switch in switches):
         _refuse_whole(tuned, selection)
+    if selection != Selection.of(known):
+        ask_layers(tuned)
     if not selection.weights:
-        show_base(tuned, places_in(tuned))
+        _refuse_moved(tuned, show_base(tuned, places_in(tuned)))
     return Use([(switch, selection) for switch in switches], caller is not None and _opens_a_block(caller))
 
 
@@ -102,19 +105,10 @@ def chosen_for_a_while(tuned: nn.Module, adapters: Adapters) -> AbstractContextM
     switches = switches_in(tuned)
     known = names_of(switches)
     selection = selection_of(known, adapters)
-    if selection != Selection.of(known):
-        refuse_graph(tuned)
     _refuse_whole(tuned, selection)
+    if selection != Selection.of(known):
+        ask_layers(tuned)
     return Use([(switch, selection) for switch in switches], for_a_while=True)
-
-
-def refuse_graph(tuned: nn.Module) -> None:
-    """Raise RefusedError for a GraphModule, in whose own graph adapters stand node by node."""
-    if isinstance(tuned, fx.GraphModule) and any(STATE not in one.owner.__dict__ for _, one in all_attached(tuned)):
-        raise RefusedError(
-            "the graph of a GraphModule has one adapter at each site, node by node",
-            advice="adapt the model that the graph was made from",
-        )
 
 
 def _refuse_whole(tuned: nn.Module, selection: Selection) -> None:
@@ -134,6 +128,13 @@ def _refuse_whole(tuned: nn.Module, selection: Selection) -> None:
     if facts:
         advice = "use these adapters alone, or together as they were trained"
         raise RefusedError("modules that are trained whole have no such values", facts, advice)
+
+
+def _refuse_moved(tuned: nn.Module, base: Mapping[str, Tensor]) -> None:
+    """Raise RefusedError where a model has changed what only it has, in place of what its base has."""
+    moved = [(name, "has changed") for name, value in base.items() if not are_equal(tuned._buffers.get(name), value)]
+    if moved:
+        raise RefusedError("the buffers of a GraphModule itself cannot be its base's in one thread alone", moved)
 
 
 _WITH = {dis.opmap[name] for name in ("BEFORE_WITH",) if name in dis.opmap}

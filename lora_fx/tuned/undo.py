@@ -9,6 +9,7 @@ from lora_fx.adapters.attach import SWITCH, adapted_owners, attached_to, detach
 from lora_fx.adapters.dicts import AdapterDict
 from lora_fx.adapters.layers import count_calls_anew, stop_counting
 from lora_fx.adapters.placed import Placed, base_in, placed_in
+from lora_fx.adapters.rows import LOOKS
 from lora_fx.adapters.selection import Selection, switched_off
 from lora_fx.adapters.trained import choose_moved_buffers, forget, settle, trained_owners
 from lora_fx.liveness.heads import late_modules
@@ -29,6 +30,7 @@ from lora_fx.passes.remove import Remove, erase_lora_nodes
 from lora_fx.passes.sites import lora_nodes
 from lora_fx.progress.steps import step
 from lora_fx.regions.install import regions, remade, uninstall
+from lora_fx.tuned.asking import ask_layers, can_ask
 from lora_fx.tuned.build import places_in, record_in
 from lora_fx.tuned.heads import uninstall_late
 
@@ -115,12 +117,13 @@ def _without_factors(tuned: nn.Module) -> nn.Module:
 
 
 def _drop_hooks(twin: nn.Module) -> None:
-    """Take off the hooks that count calls."""
+    """Take off the hooks that count calls, and that which looks for rows."""
     hooks: tuple[dict[int, object], ...] = (twin._forward_pre_hooks, twin._forward_hooks)  # type: ignore[assignment]
     for table in hooks:
         for key, hook in list(table.items()):
-            if hook in (count_calls_anew, stop_counting):
+            if hook in (count_calls_anew, stop_counting) or getattr(hook, LOOKS, False):
                 del table[key]
+                twin._forward_pre_hooks_with_kwargs.pop(key, None)
                 twin._forward_hooks_always_called.pop(key, None)
 
 
@@ -166,8 +169,13 @@ def show_base(tuned: nn.Module, places: Sequence[Placed]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def disabled(tuned: nn.Module) -> Iterator[None]:
-    """Let the adapted model compute what its base computes; the same object, until the block ends."""
+    """Let the adapted model compute what its base computes; the same object, until the block ends.
+
+    In this thread alone, but for GraphModules of which something has its adapter in a graph and nowhere else.
+    """
     places = places_in(tuned)
+    if can_ask(tuned):
+        ask_layers(tuned)
     with contextlib.ExitStack() as stack:
         stack.enter_context(uncompiled_if_stale())
         stack.enter_context(borrowed(tuned, show_base(tuned, places)))
@@ -175,7 +183,7 @@ def disabled(tuned: nn.Module) -> Iterator[None]:
             stack.enter_context(place.record.switch.chosen_here(Selection()))
         others = (*(region for _, _, region in regions(tuned)), *(late for _, late in late_modules(tuned)))
         stack.enter_context(switched_off(others))
-        if isinstance(tuned, fx.GraphModule):
+        if isinstance(tuned, fx.GraphModule) and next(lora_nodes(tuned), None) is not None:
             stack.callback(setattr, tuned, "graph", tuned.graph)
             shell = fx.GraphModule(tuned, deepcopy(tuned.graph))
             erase_lora_nodes(Editor(shell))

@@ -111,14 +111,24 @@ def test_merge_and_remove_leave_no_lora_node_and_the_base_keys(make, lora):
 
 
 @GRAPHS
-def test_disabled_graph_module_computes_its_base_and_its_graph_comes_back(make):
+def test_disabled_graph_module_computes_its_base_and_its_layers_take_over(make):
     graph_module = make()
     tuned = lora_fx.apply(graph_module, rules("**", init="random"))
-    nodes = [node.name for node in tuned.graph.nodes]
+    expected = tuned(X)
     with lora_fx.disabled(tuned):
         assert torch.equal(tuned(X), graph_module(X))
+    assert [node.name for node in tuned.graph.nodes] == [node.name for node in graph_module.graph.nodes]
+    torch.testing.assert_close(tuned(X), expected, rtol=1e-5, atol=1e-5)
+
+
+@GRAPHS
+def test_ask_alone_leaves_its_input_as_it_was(make):
+    tuned = lora_fx.apply(make(), rules("**", init="random"))
+    nodes = [node.name for node in tuned.graph.nodes]
+    result = passes.run(tuned, [passes.Ask(), passes.Verify()])
     assert [node.name for node in tuned.graph.nodes] == nodes
-    assert not torch.equal(tuned(X), graph_module(X))
+    assert list(result.graph_module.state_dict()) == list(tuned.state_dict())
+    torch.testing.assert_close(result.graph_module(X), tuned(X), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

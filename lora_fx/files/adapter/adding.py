@@ -28,7 +28,6 @@ from lora_fx.rules.short import Target, rules_or_short
 from lora_fx.text import listing
 from lora_fx.tuned.build import check_refusals, record_in, whole_record_in
 from lora_fx.tuned.several import adapters_called, attach_more, refuse_name, take_off
-from lora_fx.tuned.switching import refuse_graph
 from lora_fx.tuned.undo import removed
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet | nn.Module
@@ -68,7 +67,6 @@ def add(
         AdapterFileError, AdapterMismatchError: as `load`; also for an adapter of another base.
     """
     tuned = seen_through(tuned)
-    refuse_graph(tuned)
     record = whole_record_in(tuned)
     given: Source = rules_or_short(source, target, r, alpha)
     if isinstance(given, nn.Module):
@@ -137,7 +135,6 @@ def fill_all(twin: nn.Module, files: Sequence[AdapterFile], inventory: Inventory
     plans = {name_of(file): replace(record.plan, rules=file.header.rules) for file in together[1:]}
     record.added |= plans
     if rest:
-        refuse_graph(twin)
         _add_beside(twin, record, rest, inventory, None, None, True)
 
 
