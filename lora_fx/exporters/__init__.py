@@ -24,6 +24,7 @@ from lora_fx.progress.steps import step
 from lora_fx.sources.regular import UnreadableError, check_path
 from lora_fx.text import listing
 from lora_fx.tuned.build import record_in
+from lora_fx.tuned.several import only
 from lora_fx.tuned.switching import switches_in
 
 __all__ = ["BUILT_IN", "FEATURES", "GROUP", "Ability", "Exported", "Refusal", "Target"]
@@ -65,6 +66,7 @@ def export(
     """
     chosen, path = target_named(target), Path(path).absolute()
     with step("checking"):
+        tuned = _with_one_used(tuned, chosen)
         _check(tuned, chosen, sample, verify, options)
     still = make_twin(tuned, freeze=False).eval()
     if chosen.several != "in use":
@@ -131,11 +133,25 @@ def _check(tuned: nn.Module, chosen: Target, sample: Sample | None, verify: bool
     _check_installed(chosen, verify)
 
 
+def _with_one_used(tuned: nn.Module, chosen: Target) -> nn.Module:
+    """Return a twin with the adapter alone that is in use, for a target that writes what the model computes.
+
+    Where not one alone is in use as it was trained, the model itself comes back.
+    """
+    if chosen.several != "used":
+        return tuned
+    selections = [switch.now() for switch in switches_in(tuned)]
+    names = [name for switch in switches_in(tuned) for name in switch.names]
+    used = [pair for selection in selections for pair in selection.weights]
+    return only(tuned, used[0][0]) if len(names) > 1 and len(used) == 1 and used[0][1] == 1 else tuned
+
+
 def _check_adapters(tuned: nn.Module, chosen: Target) -> None:
     """Refuse a choice that the target has to make: among adapters of one weight, or of some in use and some not."""
-    if chosen.several != "one":
+    if chosen.several not in ("one", "used"):
         return
-    advice = "name one, adapter=…; or fold what is in use: target='merged'"
+    one = "name one, adapter=…" if chosen.several == "one" else "use one, lora_fx.use, or name it, adapter=…"
+    advice = f"{one}; or fold what is in use: target='merged'"
     if several := at_one_weight(tuned):
         raise ExportError(chosen.name, "has one adapter for each weight", [*several.items()], advice)
     idle = [

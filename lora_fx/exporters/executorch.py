@@ -51,5 +51,6 @@ TARGET = Target(
     extra="executorch",
     needs=("executorch",),
     needs_sample=True,
+    several="used",
     expresses={**EVERY_FEATURE, "adapters": "exact equivalent"},
 )

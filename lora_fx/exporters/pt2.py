@@ -158,6 +158,7 @@ TARGET = Target(
     write=_write,
     verify=_verify,
     needs_sample=True,
+    several="used",
     expresses=EVERY_FEATURE,
     options={
         "compile": f"also compile it with AOTInductor, to `model{COMPILED}` (False); needs a C++ compiler",

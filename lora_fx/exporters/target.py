@@ -76,8 +76,9 @@ class Target:
     """Keyword arguments that `write` takes, with a sentence about each."""
     verify_options: tuple[str, ...] = ()
     """Those of them that `verify` takes too."""
-    several: Literal["one", "each", "in use"] = "one"
-    """Of several adapters at one weight it writes: only one, which must be named; each; or the sum that is in use."""
+    several: Literal["one", "used", "each", "in use"] = "one"
+    """Of several adapters it writes, at one weight: only one, which must be named; only one, which is named or in use;
+    each; or the sum that is in use."""
     tolerance: float = 1e-5
     """Above which max |Δ| is a failure, for a float32 model whose outputs are of order one."""
 
