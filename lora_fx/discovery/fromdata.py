@@ -13,7 +13,7 @@ from lora_fx.adapters.factors.fromdata import Covariance, Directions, corda, eva
 from lora_fx.adapters.factors.lora import as_rows
 from lora_fx.discovery.redistributed import RHO, redistributed
 from lora_fx.discovery.study import CAPTURING, observed
-from lora_fx.errors import RefusedError
+from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.offload import stored_weight
 from lora_fx.models.quantised import dense
 from lora_fx.models.samples import Sample, samples_for, samples_of
@@ -59,9 +59,10 @@ def plan_from_data(
     Raises:
         RefusedError: no rule makes first values from data; data, loss or original that one needs are missing; a site
             that the data does not reach, or with values that are not finite.  Names every such site.
-        RuleError, NoMatchError, CaptureError: as `plan`.
+        CaptureError: as `plan`; `data` is one batch, or a batch in it has another form.
+        RuleError, NoMatchError: as `plan`.
     """
-    batches = [sample for batch in data for sample in samples_of(batch)]
+    batches = [sample for batch in _batches(data) for sample in samples_of(batch, "a batch of `data`")]
     given = (batches[:1] or None) if example_inputs is None else example_inputs
     wanted = read_rules(rules)
     with running("plan_from_data", progress, 3 + CAPTURING):
@@ -84,6 +85,19 @@ def plan_from_data(
         }
         _refuse_not_finite(values)
         return replace(seen.planned(decisions), first_values=values)
+
+
+def _batches(data: Iterable[object]) -> Iterable[object]:
+    """Return the data if it may be batches.
+
+    Raises:
+        CaptureError: it is one batch, whose parts would be taken for batches, or none at all.
+    """
+    is_one = isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)
+    if is_one or isinstance(data, (Mapping, Tensor, str, Sample)):
+        found = f"Tensor {list(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+        raise CaptureError("`data` is no iterable of batches", [("found", found)], "put one batch into a list: [batch]")
+    return data
 
 
 def _init(site: PlannedSite) -> str:

@@ -65,19 +65,23 @@ def call(*args: Any, **kwargs: Any) -> Sample:
     return Sample(args, kwargs)
 
 
-def samples_of(example_inputs: object) -> tuple[Sample, ...]:
+def samples_of(example_inputs: object, called: str = "example_inputs") -> tuple[Sample, ...]:
     """Return the samples that a user gave: a tuple (positional), a dict (keyword), a `call(...)`, or a list of these.
+
+    Args:
+        example_inputs: what was given.
+        called: what errors call it.
 
     Raises:
         CaptureError: for anything else; says what was found.
     """
     items = example_inputs if isinstance(example_inputs, list) else [example_inputs]
     if not items:
-        raise CaptureError("example_inputs is an empty list", advice="leave it out, or give a tuple, a dict or a call")
-    return tuple(_sample(item) for item in items)
+        raise CaptureError(f"{called} is an empty list", advice="leave it out, or give a tuple, a dict or a call")
+    return tuple(_sample(item, called) for item in items)
 
 
-def _sample(item: object) -> Sample:
+def _sample(item: object, called: str) -> Sample:
     if isinstance(item, Sample):
         return item
     if isinstance(item, tuple):
@@ -86,12 +90,12 @@ def _sample(item: object) -> Sample:
         return Sample((), {str(key): value for key, value in item.items()})
     if isinstance(item, Tensor):
         raise CaptureError(
-            "example_inputs is a bare tensor",
+            f"{called} is a bare tensor",
             [("found", f"Tensor {list(item.shape)}")],
-            "put it into a tuple: example_inputs=(x,)",
+            "put it into a tuple: example_inputs=(x,)" if called == "example_inputs" else "put it into a tuple: (x,)",
         )
     raise CaptureError(
-        f"example_inputs is of type {type(item).__name__}",
+        f"{called} is of type {type(item).__name__}",
         advice="give a tuple (positional), a dict (keyword), a lora_fx.call(...), or a list of these",
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.adapters.attach import all_attached
 from lora_fx.adapters.factors.fromdata import Covariance, Directions
-from lora_fx.errors import RefusedError
+from lora_fx.errors import CaptureError, RefusedError
 from tests.adapters.test_moved import Pair, rules, trained
 
 MIX = torch.randn(12, 12, generator=torch.Generator().manual_seed(2))
@@ -249,6 +249,23 @@ def test_what_is_missing_or_wrong_is_named(given, message):
     given = {"example_inputs": (BATCHES[0],), "data": (), **given}
     with pytest.raises(RefusedError, match=message):
         lora_fx.plan_from_data(Pair(), **given)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (BATCHES[0], r"`data` is no iterable of batches\n +found +Tensor \[\d+, \d+\]\n.*\[batch\]"),
+        ({"x": BATCHES[0]}, r"`data` is no iterable of batches\n +found +dict"),
+        ((BATCHES[0],), r"`data` is no iterable of batches\n +found +tuple"),
+        ([BATCHES[0]], r"a batch of `data` is a bare tensor[\s\S]*into a tuple: \(x,\)"),
+        ([(BATCHES[0],), None], "a batch of `data` is of type NoneType"),
+        ([[]], "a batch of `data` is an empty list"),
+    ],
+)
+def test_batches_of_another_form_are_said_to_be_the_datas(data, message):
+    with pytest.raises(CaptureError, match=message) as caught:
+        lora_fx.plan_from_data(Pair(), rules("eva"), data)
+    assert "example_inputs" not in str(caught.value).splitlines()[0]
 
 
 def test_a_layer_that_the_data_does_not_reach_is_named():
