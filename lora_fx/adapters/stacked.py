@@ -70,7 +70,7 @@ def can_be_kept(factors: Mapping[str, Plain]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _KeptStack:
     """Stacked factors, and what they were made of."""
 
     names: tuple[str | None, ...]
@@ -83,13 +83,13 @@ class _Made:
     result: Stacked
 
     @staticmethod
-    def of(names: tuple[str | None, ...], factors: Mapping[str, Plain], sources: list[Tensor]) -> "_Made":
+    def of(names: tuple[str | None, ...], factors: Mapping[str, Plain], sources: list[Tensor]) -> "_KeptStack":
         """Return the factors stacked, with all that is asked of them later."""
         result = stacked(names, factors)
         numbers = [(names.index(name), one.A.shape[0]) for name, one in factors.items()]
         shown = [view for i, r in numbers for view in (result.A[i, :r], result.B[i, :, :r])]
         scalings = [one.scaling for one in factors.values()]
-        return _Made(names, sources, [one._version for one in sources], _places(sources), scalings, shown, result)
+        return _KeptStack(names, sources, [one._version for one in sources], _places(sources), scalings, shown, result)
 
     def is_of(self, names: tuple[str | None, ...], factors: Mapping[str, Plain], sources: Sequence[Tensor]) -> bool:
         """Whether it was made of these very tensors, as far as they tell what was done to them."""
@@ -120,7 +120,7 @@ class StackedFactors:
     """Stacked factors of a model's layers, for one choice of adapters."""
 
     def __init__(self) -> None:
-        self._made: WeakKeyDictionary[nn.Module, _Made] = WeakKeyDictionary()
+        self._made: WeakKeyDictionary[nn.Module, _KeptStack] = WeakKeyDictionary()
 
     def of(self, layer: nn.Module, names: tuple[str | None, ...], factors: Mapping[str, Plain]) -> Stacked:
         """Return the factors of a layer, as they were kept or made now; the names say in which order."""
@@ -128,7 +128,7 @@ class StackedFactors:
         made = self._made.get(layer)
         if made is None or not made.is_of(names, factors, sources):
             with torch.no_grad():
-                made = self._made[layer] = _Made.of(names, factors, sources)
+                made = self._made[layer] = _KeptStack.of(names, factors, sources)
         return made.result
 
     def compare(self, trained_alone: bool = False) -> None:
