@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.dicts import AdapterDict
-from lora_fx.adapters.factors.dora import DoRAMagnitude, row_norms
+from lora_fx.adapters.factors.dora import DoRAMagnitude, fresh_magnitude
 from lora_fx.adapters.factors.initialise import Kind, initialise
 from lora_fx.adapters.factors.kinds import (
     CallFactors,
@@ -122,6 +122,13 @@ class Attached:
         added = added_value(self.owner, self.spec.adapter, "bias")
         return added if isinstance(added, nn.Parameter) else self.owner._parameters.get("bias")
 
+    def lengths(self) -> Tensor | None:
+        """Return DoRA's lengths of all outputs, as files hold them; None for plain LoRA."""
+        magnitude = self.magnitude
+        if magnitude is None or magnitude.rows is None:  # the base, which may be offloaded, is not asked for
+            return None if magnitude is None else magnitude.weight.detach()
+        return magnitude.of_all(as_rows(self.base_weight, self.spec.site.layout), magnitude.rows)
+
     def delta(self) -> Tensor:
         """Return ΔW = scaling · B A in float32 (float64 for float64 factors), in the shape of the base weight."""
         delta = low_rank_weight(self.lora_A.matrix, self.lora_B.matrix, self.spec.scaling)
@@ -170,8 +177,8 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
 
     Adds `lora_A.<adapter>.weight` [r, in] and `lora_B.<adapter>.weight` [out, r] to the owner, or, for a raw parameter,
     to a module `<parameter>_lora` in it; where the rule asks for it a parameterless `lora_dropout.<adapter>` and, for
-    DoRA, `lora_magnitude_vector.<adapter>.weight` [out]; all in the owner's mode (train or eval) and on the device on
-    which it computes.
+    DoRA, `lora_magnitude_vector.<adapter>.weight` [out], a convolution's [1, out, 1…]; all in the owner's mode (train
+    or eval) and on the device on which it computes.
     """
     weight = owner._parameters[spec.parameter]
     assert weight is not None
@@ -185,8 +192,7 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
         _holder(home, "lora_dropout")[name] = kind(spec.lora.dropout)
     if spec.lora.dora:
         values = stored_weight(owner, spec.parameter).to(first[0].weight.device)
-        norms = row_norms(as_rows(values, spec.site.layout), first[0].weight, second[0].matrix, spec.scaling)
-        _holder(home, "lora_magnitude_vector")[name] = DoRAMagnitude(norms.to(adapter_dtype(weight)), spec.scaling)
+        _holder(home, "lora_magnitude_vector")[name] = fresh_magnitude(values, first[0], second[0], spec)
     for child in CHILDREN:
         if child in home._modules:
             home._modules[child].train(owner.training)  # type: ignore[union-attr]

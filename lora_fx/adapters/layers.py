@@ -24,12 +24,12 @@ from lora_fx.adapters.attach import (
     low_rank_of,
     shown_parameters,
 )
-from lora_fx.adapters.factors.dora import row_norms, stretch
 from lora_fx.adapters.factors.kinds import CallFactors
 from lora_fx.adapters.factors.lora import add_low_rank, as_rows
 from lora_fx.adapters.fused.eligible import row_factors, term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
+from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.known_experts import BANKS, experts_output, interface_of
 from lora_fx.adapters.rawweight.ofrows import WeightOfRows
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
@@ -90,17 +90,30 @@ def shown(used: Used, base: Tensor) -> Tensor:
     owner = used[0][0].owner
     fused = owner.__dict__[STATE].dense and not owner.training and not torch.is_grad_enabled()
     wrapped = torch.compiler.is_compiling() or transformation() is not None
-    is_dora = any(adapter.magnitude is not None for adapter, _ in used)
-    if is_dora or fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
+    if fused or wrapped:  # vmap, grad and the compiler put tensors of their own around
         return effective_weight(used, base)
     dropouts = [adapter.dropout for adapter, _ in used if adapter.dropout is not None and adapter.dropout.training]
     if dropouts and len(used) > 1:
         facts = [(one.spec.path, f"{one.spec.adapter}, dropout {one.spec.lora.dropout:g}") for one, _ in used]
         advice = "use one adapter, or call eval()"
         raise RefusedError("a weight that is read has one input for several adapters with dropout", facts, advice)
-    return LoRAWeight(
-        Part(base, low_rank_of(used), dropouts[0] if dropouts else None, is_called=not shown_parameters(owner))
-    )
+    low = low_rank_of(used)
+    if any(adapter.magnitude is not None for adapter, _ in used):
+        if not dropouts:
+            return effective_weight(used, base)
+        base, low = _lengthened(*used[0], base, low)
+    return LoRAWeight(Part(base, low, dropouts[0] if dropouts else None, is_called=not shown_parameters(owner)))
+
+
+def _lengthened(adapter: Attached, share: float, base: Tensor, low: Factored) -> tuple[Tensor, Factored]:
+    """Return both parts of DoRA's weight, m/‖V‖ · W and m/‖V‖ · scaling · B A; dropout reaches the second alone."""
+    assert adapter.magnitude is not None
+    layout = adapter.spec.site.layout
+    scale = adapter.magnitude.scale(as_rows(base, layout), adapter.lora_A.matrix, adapter.lora_B.matrix)
+    more = (share * (scale - 1)).to(base.dtype)
+    if layout == "in_out":
+        return base + more * base, replace(low, columns=low.columns * scale)
+    return base + more.view(-1, *(1 for _ in base.shape[1:])) * base, replace(low, rows=low.rows * scale.unsqueeze(1))
 
 
 def effective_weight(used: Used, base: Tensor) -> Tensor:
@@ -117,14 +130,9 @@ def _added(whole: Tensor, adapter: Attached, share: float, base: Tensor) -> Tens
 
 
 def _changed(adapter: Attached, base: Tensor) -> Tensor:
-    delta = adapter.delta().to(base.dtype)
     if adapter.magnitude is None:
-        return base + delta
-    rows = as_rows(base, adapter.spec.site.layout)
-    norms = row_norms(rows, adapter.lora_A.matrix, adapter.lora_B.matrix, adapter.spec.scaling)
-    outputs = 1 if adapter.spec.site.layout == "out_in" else 0
-    scale = stretch(adapter.magnitude.weight, norms).to(base.dtype).unsqueeze(outputs)
-    return base + (scale - 1) * base + scale * delta
+        return base + adapter.delta().to(base.dtype)
+    return adapter.magnitude.stored(base, adapter.lora_A.matrix, adapter.lora_B.matrix, adapter.spec.site.layout)
 
 
 class AdaptedLayer(ShowsAdapters):

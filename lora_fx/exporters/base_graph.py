@@ -115,8 +115,9 @@ def _fill(twin: Attached, tuned: Attached) -> None:
     B = B.narrow(1 if tuned.spec.site.op in CONVOLUTIONS else -1, 0, rank)
     A.narrow(by_rank, 0, rank).copy_(tuned.lora_A.plain)
     B.copy_((tuned.lora_B.plain * tuned.spec.scaling).reshape(B.shape))
-    if twin.magnitude is not None and tuned.magnitude is not None:
-        twin.magnitude.weight.copy_(tuned.magnitude.weight)
+    lengths = tuned.lengths()
+    if twin.magnitude is not None and lengths is not None:
+        twin.magnitude.weight.copy_(lengths)
 
 
 def _add_changed(tuned: nn.Module, model: nn.Module, values: dict[str, Tensor], base: dict[str, Tensor]) -> None:

@@ -57,6 +57,8 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
             yield path, f"mlx-lm uses one tied layer as embedding and head, and would adapt both{_MERGE}"
         if mixed and adapter.spec.lora.dora:
             yield path, f"mlx-lm has either DoRA or plain LoRA in a file, not both{_MERGE}"
+        if adapter.spec.lora.dora and adapter.spec.site.op == "embedding":
+            yield path, f"mlx-lm's DoRA of an embedding has a length for each token, not for each dimension{_MERGE}"
 
 
 def _config(tuned: nn.Module) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class PlainAdapter:
     """[out, r], or [out, r / groups, 1…]; zero where no part is adapted."""
     scaling: float
     magnitude: Tensor | None = None
+    """DoRA's lengths of all outputs, [out], or a convolution's [1, out, 1…]."""
 
     @property
     def rank(self) -> int:
@@ -52,7 +53,7 @@ def plain_adapters(tuned: nn.Module) -> Iterator[PlainAdapter]:
     """
     for path, attached in all_attached(tuned):
         A, B = (_on_cpu(factor) for factor in encoded(attached))
-        magnitude = None if attached.magnitude is None else _on_cpu(attached.magnitude.weight)
+        magnitude = None if (lengths := attached.lengths()) is None else _on_cpu(lengths)
         scaling = attached.spec.scaling
         yield PlainAdapter(path, A, B if scaling else torch.zeros_like(B), scaling or 1.0, magnitude)
 

@@ -21,7 +21,7 @@ from lora_fx.models.torch_internals import deepcopy
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import is_plain_layer
 from lora_fx.passes.inject import splice_adapters, splice_layer
-from lora_fx.passes.rawsites import LoRANodes, raw_uses
+from lora_fx.passes.rawsites import LENGTHS, LoRANodes, raw_uses
 from lora_fx.passes.sites import lora_nodes, site_calls
 
 _FACTORS = re.compile(r"(^|\.)lora_(A|B|dropout|magnitude_vector)(\.[^.]+)*$")
@@ -254,13 +254,16 @@ class _Writer:
         owner, _, last = str(node.target).rpartition(".")
         home = owner if adapter.home is adapter.owner else dotted(owner, last + HOME)
         B, A = (f"self.{dotted(home, factor)}" for factor in ("lora_B", "lora_A"))
+        if adapter.magnitude is not None:
+            return escaped(f"self.{dotted(home, LENGTHS)}(self.{node.target}, {A}, {B})")
         delta = f"{B} @ {A}" if adapter.spec.site.layout == "out_in" else f"({B} @ {A}).T"
         return escaped(f"(self.{node.target} + {delta} * {adapter.spec.scaling})")
 
     def _lora_code(self, lora: LoRANodes) -> str:
         """Return the statement of a product and its adapter; of a raw parameter's adapter only that it is there."""
-        by_kind = {factor_of(node): node for node in lora.between}
-        base, path = self._call(lora.base), escaped(lora.path)
+        by_kind = {factor_of(node): node for node in lora.between if node.args}
+        path = escaped(lora.path)
+        base = escaped(f"self.{lora.base.target}") if lora.base.op == "get_attr" else self._call(lora.base)
         if "lora_A" not in by_kind:
             adapter = self._at(lora.path)
             return f"{base} + self.{path}_lora(..)" + ("" if adapter is None else f" * {adapter.spec.scaling}")
@@ -269,7 +272,7 @@ class _Writer:
         x = self._lora_input(by_kind["lora_A"])
         inner = f"self.{path}.lora_B(self.{path}.lora_A({x}) * {self._value(scaled.args[1])})"
         cast = ".to(base)" if any(node.target == "type_as" for node in lora.between) else ""
-        if factor_of(lora.result) == "lora_magnitude_vector":
+        if factor_of(lora.result) == LENGTHS:
             return f"self.{path}.lora_magnitude_vector({base}, {inner}{cast})"
         return f"{base} + {inner}{cast}"
 

@@ -15,8 +15,8 @@ from lora_fx.errors import RefusedError
 from lora_fx.models.tensors import dotted
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor, Writer
-from lora_fx.passes.rawsites import raw_uses, splice_raw
-from lora_fx.passes.sites import first_argument, site_calls
+from lora_fx.passes.rawsites import factors_in, raw_uses, splice_raw
+from lora_fx.passes.sites import LINEARS, first_argument, site_calls
 from lora_fx.passes.verify import verify
 from lora_fx.planning.plan import Plan
 
@@ -38,6 +38,15 @@ class Inject(Pass):
         if taken:
             advice = "give the adapter another name, or the model that the graph was made from"
             raise RefusedError("the code of a GraphModule cannot name these adapters", taken, advice)
+        used = {use.parameter for use in raw_uses(graph_module)}
+        dropped = [
+            (planned.path, f"DoRA, dropout {planned.lora.dropout:g}")
+            for planned in self.plan.adapted
+            if planned.lora is not None and planned.lora.dora and planned.lora.dropout and planned.path in used
+        ]
+        if dropped:
+            advice = 'leave out `dropout`, or give backend="modules"'
+            raise RefusedError("in a graph DoRA computes these weights as a whole, without a dropout", dropped, advice)
 
     def run(self, editor: Editor) -> None:
         record = self.record or record_of(self.plan, editor.graph_module)
@@ -89,7 +98,7 @@ def _splice(editor: Editor, path: str, call: fx.Node, x: fx.Node, adapter: Attac
             A=write.module(dotted(path, f"lora_A.{name}{number}")),
             B=write.module(dotted(path, f"lora_B.{name}{number}")),
             dropout=write.module(dotted(path, f"lora_dropout.{name}")) if adapter.dropout is not None else None,
-            magnitude=_magnitude(write, path, adapter) if adapter.magnitude is not None else None,
+            magnitude=_magnitude(write, path, call, adapter) if adapter.magnitude is not None else None,
             scaling=spec.scaling,
             mixed=spec.mixed,
             one_hot=spec.site.op == "embedding",
@@ -99,14 +108,20 @@ def _splice(editor: Editor, path: str, call: fx.Node, x: fx.Node, adapter: Attac
     editor.replace_uses(call, added, path, but=lambda user: user in own)
 
 
-def _magnitude(write: Writer, path: str, adapter: Attached) -> Callable[[Any, Any], Any]:
+def _magnitude(write: Writer, path: str, call: fx.Node, adapter: Attached) -> Callable[[Any, Any], Any]:
     """Return a function that writes the call of DoRA's magnitude with the tensors that it needs."""
-    name = adapter.spec.adapter
-    bias = None if adapter.owner._parameters.get("bias") is None else write.attribute(dotted(path, "bias"))
-    tensors = {
-        "weight": as_rows(write.attribute(dotted(path, "weight")), adapter.spec.site.layout),
-        "bias": bias,
-        "lora_A": write.attribute(dotted(path, f"lora_A.{name}.weight")),
-        "lora_B": write.attribute(dotted(path, f"lora_B.{name}.weight")),
-    }
-    return functools.partial(write.module(dotted(path, f"lora_magnitude_vector.{name}")), **tensors)
+    weight = as_rows(write.attribute(dotted(path, "weight")), adapter.spec.site.layout)
+    bias = _bias(write, path, call, adapter)
+    A, B = factors_in(write, adapter, path)
+    magnitude = write.module(dotted(path, f"lora_magnitude_vector.{adapter.spec.adapter}"))
+    return functools.partial(magnitude, weight=weight, bias=bias, lora_A=A, lora_B=B)
+
+
+def _bias(write: Writer, path: str, call: fx.Node, adapter: Attached) -> fx.Proxy | None:
+    """Return the bias in the base's output: that of the layer, or what F.linear was given beside its weight."""
+    if call.target not in LINEARS:
+        return None if adapter.owner._parameters.get("bias") is None else write.attribute(dotted(path, "bias"))
+    given = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
+    if not isinstance(given, fx.Node):
+        return None
+    return write.attribute(str(given.target)) if given.op == "get_attr" else write.proxy(given)

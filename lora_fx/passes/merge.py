@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import STATE, Attached, all_attached, attached_to, detach, in_use, is_adapted, owner_path
-from lora_fx.adapters.factors.dora import merged_dora_weight
 from lora_fx.adapters.factors.lora import as_rows, folded_weight
 from lora_fx.errors import InvariantError, MergeError
 from lora_fx.models.quantised import dense
@@ -103,10 +102,10 @@ def _alone(adapter: Attached, weight: Tensor) -> Tensor:
     """Return the weight with one adapter in it."""
     if adapter.magnitude is None:
         return folded_weight(weight, adapter.delta())
-    factors = (adapter.lora_A.weight, adapter.lora_B.weight, adapter.spec.scaling, adapter.magnitude.weight)
-    merged = merged_dora_weight(as_rows(weight, adapter.spec.site.layout), *factors)
-    stored: Tensor = as_rows(merged, adapter.spec.site.layout)
-    return stored.contiguous()
+    layout = adapter.spec.site.layout
+    rows = as_rows(weight, layout).flatten(1)
+    merged: Tensor = as_rows(adapter.magnitude.merged(rows, adapter.lora_A.matrix, adapter.lora_B.matrix), layout)
+    return merged.reshape(weight.shape).contiguous()
 
 
 def check_mergeable(model: torch.nn.Module) -> None:

@@ -37,6 +37,8 @@ from lora_fx.models.tensors import dotted
 from lora_fx.passes.editor import Editor, Writer
 from lora_fx.planning.sites import Layout
 
+LENGTHS = "lora_magnitude_vector"
+
 
 @dataclass(frozen=True, slots=True)
 class GraphUse:
@@ -185,12 +187,34 @@ def _layout(kind: str, args: tuple[Any, ...], view: WeightView) -> Layout | None
 
 
 def splice_raw(editor: Editor) -> None:
-    """Write the LoRA nodes of every adapted raw parameter at each of its uses; W + ΔW where it is not a product."""
+    """Write the LoRA nodes of every adapted raw parameter at each of its uses; W + ΔW where it is not a product.
+
+    DoRA's weight is computed as a whole where the parameter is read.
+    """
+    whole: dict[str, tuple[Attached, str]] = {}
     for use in list(raw_uses(editor.graph_module)):
         owner, _, name = use.parameter.rpartition(".")
         adapter = attached(editor.graph_module.get_submodule(owner), name)
-        if adapter is not None:
-            _splice(editor, use, adapter, owner if adapter.home is adapter.owner else use.parameter + HOME)
+        if adapter is None:
+            continue
+        home = owner if adapter.home is adapter.owner else use.parameter + HOME
+        if adapter.magnitude is None:
+            _splice(editor, use, adapter, home)
+        else:
+            whole[use.parameter] = adapter, home
+    for node in list(editor.graph.nodes):
+        if node.op == "get_attr" and node.target in whole:
+            _splice_whole(editor, node, *whole[str(node.target)])
+
+
+def _splice_whole(editor: Editor, node: fx.Node, adapter: Attached, home: str) -> None:
+    """Let all that reads a parameter read m · V / ‖V‖ instead, which one node makes."""
+    path = str(node.target)
+    with editor.writing_after(node, path) as write:
+        A, B = factors_in(write, adapter, home)
+        magnitude = write.module(dotted(home, LENGTHS, adapter.spec.adapter))
+        whole = magnitude(write.proxy(node), A, B).node
+    editor.replace_uses(node, whole, path, but=lambda user: user is whole)
 
 
 def _splice(editor: Editor, use: GraphUse, adapter: Attached, home: str) -> None:
@@ -231,13 +255,18 @@ def _write_product(editor: Editor, use: GraphUse, adapter: Attached, home: str) 
 
 def _low_rank(write: Writer, use: GraphUse, adapter: Attached, home: str) -> Factored:
     """Return the low-rank weight with proxies for its factors."""
-    spec, path_of_b = adapter.spec, dotted(home, "lora_B", adapter.spec.adapter)
-    path_of_a = dotted(home, "lora_A", spec.adapter)
+    spec = adapter.spec
+    return Factored.of(use.view, *factors_in(write, adapter, home), spec.site.layout, spec.rank, spec.scaling)
+
+
+def factors_in(write: Writer, adapter: Attached, home: str) -> tuple[Any, Any]:
+    """Write reads of both factors, which `home` holds: as matrices, but for a convolution's filters."""
+    paths = (dotted(home, name, adapter.spec.adapter) for name in ("lora_A", "lora_B"))
     A, B = (
         write.module(path)() if isinstance(factor, (SlicedB, MovedFactor)) else write.attribute(dotted(path, "weight"))
-        for path, factor in ((path_of_a, adapter.lora_A), (path_of_b, adapter.lora_B))
+        for path, factor in zip(paths, (adapter.lora_A, adapter.lora_B), strict=True)
     )
-    return Factored.of(use.view, A, B, spec.site.layout, spec.rank, spec.scaling)
+    return A, B
 
 
 # -- finding again
@@ -258,6 +287,9 @@ def raw_lora_nodes(graph_module: fx.GraphModule) -> Iterator[LoRANodes]:
     """Yield every LoRA subgraph of a raw parameter: what is computed from its factors, up to where it is added."""
     low: dict[fx.Node, tuple[str, frozenset[fx.Node]]] = {}
     for node in list(graph_module.graph.nodes):
+        if (whole := _whole_path(node)) is not None:
+            yield LoRANodes(whole, node.all_input_nodes[0], node, (node, *reversed(node.all_input_nodes[1:])))
+            continue
         path = _factor_path(node)
         inputs = [operand for operand in node.all_input_nodes if operand in low]
         if path is not None:
@@ -285,11 +317,24 @@ def _factor_path(node: fx.Node) -> str | None:
     factor = next((name for name in ("lora_A", "lora_B") if name in parts), None)
     if factor is None:
         return None
-    *before, last = ["", *parts[: parts.index(factor)]]
+    if all(f"{LENGTHS}." in str(user.target) for user in node.users):  # DoRA's, of a layer or a whole weight
+        return None
+    return _parameter_of(parts[: parts.index(factor)])
+
+
+def _whole_path(node: fx.Node) -> str | None:
+    """Return the raw parameter of which a node makes DoRA's weight; None for any other node."""
+    if node.op != "call_module" or f"{LENGTHS}." not in str(node.target) or node.kwargs:  # a layer's gets keywords
+        return None
+    parts = str(node.target).split(".")
+    return _parameter_of(parts[: parts.index(LENGTHS)])
+
+
+def _parameter_of(home: list[str]) -> str:
+    """Return the name of the parameter whose adapter lies at a path."""
+    *before, last = ["", *home]
     if last.endswith(HOME):  # by name: a graph that is shown without its model has lost the class
         return dotted(*before, last.removesuffix(HOME))
-    if all("lora_magnitude_vector." in str(user.target) for user in node.users):  # DoRA reads its layer's factors
-        return None
     return dotted(*before, last, "weight")
 
 

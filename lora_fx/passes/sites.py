@@ -11,9 +11,9 @@ from torch import fx
 from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.errors import MergeError
 from lora_fx.models.layers import kind_of
-from lora_fx.passes.rawsites import LoRANodes, is_dropout, raw_lora_nodes
+from lora_fx.passes.rawsites import LENGTHS, LoRANodes, is_dropout, raw_lora_nodes
 
-_LINEARS = (F.linear, torch.ops.aten.linear.default)
+LINEARS = (F.linear, torch.ops.aten.linear.default)
 _FACTOR = re.compile(r"\.?lora_A\.[^.]+(\.\d+)?$")
 
 
@@ -27,7 +27,7 @@ def site_calls(graph_module: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
             kind = kind_of(graph_module.get_submodule(str(node.target)))
             if kind is not None and (kind.called or kind.op == "linear"):
                 yield str(node.target), node
-        elif node.op == "call_function" and node.target in _LINEARS:
+        elif node.op == "call_function" and node.target in LINEARS:
             weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
             if isinstance(weight, fx.Node) and weight.op == "get_attr":
                 owner, _, name = str(weight.target).rpartition(".")
@@ -73,7 +73,7 @@ def _around(lora_a: fx.Node, path: str) -> LoRANodes:
     result = follow()
     if result.op == "call_method" and result.target == "type_as":
         result = follow()
-    is_dora = result.op == "call_module" and ".lora_magnitude_vector." in str(result.target)
+    is_dora = result.op == "call_module" and f"{LENGTHS}." in str(result.target)
     if not (result.target is operator.add or is_dora) or not isinstance(result.args[0], fx.Node):
         raise _changed(path, f"{result.name} is not base + delta")
     dropped = [node for node in lora_a.all_input_nodes if is_dropout(node)]
@@ -88,7 +88,7 @@ def _magnitude_inputs(result: fx.Node) -> list[fx.Node]:
     """Return the nodes that DoRA's magnitude alone reads, users before what they use."""
     inputs: list[fx.Node] = []
     for value in result.kwargs.values():
-        if isinstance(value, fx.Node):
+        if isinstance(value, fx.Node) and len(value.users) == 1:
             inputs.append(value)
             inputs += [inner for inner in value.args if isinstance(inner, fx.Node) and value.op == "call_method"]
     return inputs

@@ -16,6 +16,7 @@ from lora_fx.planning.planned import (
     dead_notes,
     rank_notes,
     trained_whole,
+    unfit_for_dora,
     unfit_for_init,
 )
 from lora_fx.planning.sites import CONVOLUTIONS, Site, differences
@@ -89,9 +90,10 @@ def _unsupported(rule: Rule, site: Site) -> str | None:
             rule.slices.ranges(site.features[0])
         except ValueError as problem:
             return str(problem)
-    if rule.lora.dora and (site.op != "linear" or site.parameter or rule.slices is not None or rule.per_call):
-        return "DoRA is for whole linear layers, not for this kind of site; leave out `dora`"
-    if unfit := unfit_for_init(site, rule.lora, rule.slices is not None, rule.per_call and site.calls != 1):
+    each_call = rule.per_call and site.calls != 1
+    unfit = unfit_for_dora(site, rule.lora, each_call)
+    unfit = unfit or unfit_for_init(site, rule.lora, rule.slices is not None, each_call)
+    if unfit:
         return unfit
     if rule.per_call and site.calls is None:
         return "per_call needs example_inputs: without them nothing shows how often it is called"

@@ -88,8 +88,8 @@ class PlannedSite:
     def trainable(self) -> int:
         """Number of parameters that the adapter adds or unfreezes here: r · (in + out), DoRA's out, the bias.
 
-        A sliced adapter has r · (in + rows) for each part; a bank of experts, or a site with an adapter for each call,
-        has that many times as much.
+        A sliced adapter has r · (in + rows) for each part, and of DoRA's lengths those of its rows; a bank of experts,
+        or a site with an adapter for each call, has that many times as much.
         """
         if self.lora is None:
             return 0
@@ -97,8 +97,17 @@ class PlannedSite:
         parts = self.slices.ranges(out_features) if self.slices is not None else (((0, out_features),),)
         rows = sum(end - first for part in parts for first, end in part)
         calls = (self.calls or 1) if self.per_call else 1
-        extra = out_features * (self.lora.dora + (self.lora.bias and self.site.bias))
+        extra = rows * self.lora.dora + out_features * (self.lora.bias and self.site.bias)
         return self.site.bank * calls * self.lora.r * (len(parts) * in_features + rows) + extra
+
+
+def unfit_for_dora(site: Site, lora: LoRAConfig, per_call: bool) -> str | None:
+    """Return why a site cannot have the lengths of DoRA, where its adapter wants them; None if it can."""
+    if lora.dora and site.is_banked:
+        return "DoRA would compute the whole bank of matrices at each use of some of them; leave out `dora`"
+    if lora.dora and per_call:
+        return "DoRA and an adapter for each call are not combined; leave out one"
+    return None
 
 
 def unfit_for_init(site: Site, lora: LoRAConfig, sliced: bool, per_call: bool) -> str | None:

@@ -79,12 +79,12 @@ def param_groups(
     """
     _check_rates(lr, lora_plus, lr_embedding, weight_decay)
     tuned = seen_through(tuned)
-    kinds, norms = _kinds(tuned), _norms(tuned)
+    kinds, steady = _kinds(tuned), _norms(tuned) | _lengths(tuned)
     rates = {"A": lr, "B": lr * (lora_plus or 1), "embedding": lr if lora_plus is None else lr_embedding, "rest": lr}
     groups: dict[str, dict[str, Any]] = {}
     for parameter in (one for one in parameters(tuned, adapter) if one.requires_grad):
         kind = kinds.get(id(parameter), "rest")
-        decays = parameter.dim() > 1 and id(parameter) not in norms
+        decays = parameter.dim() > 1 and id(parameter) not in steady
         name = kind if decays or not weight_decay else f"{kind} no decay"
         decay = weight_decay if decays else 0.0
         group = {"params": [], "lr": rates[kind], "weight_decay": decay, "name": name}
@@ -110,6 +110,11 @@ def _kinds(tuned: nn.Module) -> dict[int, str]:
         kinds[id(one.lora_A.weight)] = "embedding" if is_embedding else "A"
         kinds[id(one.lora_B.weight)] = "embedding" if is_embedding else "B"
     return kinds
+
+
+def _lengths(tuned: nn.Module) -> set[int]:
+    """Return the ids of DoRA's lengths, of which a convolution's have more than one dimension."""
+    return {id(one.magnitude.weight) for _, one in all_attached(tuned) if one.magnitude is not None}
 
 
 def _norms(tuned: nn.Module) -> set[int]:

@@ -109,7 +109,6 @@ def _row(name: str, model: str, *targets: str, refused: str = "", saved_for: str
 
 
 GROUPED = "its lora_A reads the channels of all {} groups of the convolution"
-DORA = "DoRA is for whole linear layers"
 BLOCKS = "BD-LoRA: a factor holds only the blocks of its diagonal"
 OURS = "lora_fx"
 ROWS = (
@@ -143,8 +142,8 @@ ROWS = (
     _row("Embedding + transformers Conv1D 2 LoRA", "EmbConv1D", "emb"),
     _row("Embedding + transformers Conv1D 3 LoRA", "EmbConv1D", "emb", "conv1d"),
     _row("Embedding + transformers Conv1D 1 DoRA", "EmbConv1D", "conv1d", use_dora=True),
-    _row("Embedding + transformers Conv1D 2 DoRA", "EmbConv1D", "emb", use_dora=True, refused=DORA),
-    _row("Embedding + transformers Conv1D 3 DoRA", "EmbConv1D", "emb", "conv1d", use_dora=True, refused=DORA),
+    _row("Embedding + transformers Conv1D 2 DoRA", "EmbConv1D", "emb", use_dora=True),
+    _row("Embedding + transformers Conv1D 3 DoRA", "EmbConv1D", "emb", "conv1d", use_dora=True),
     _row(
         "Embedding + transformers Conv1D 1 LoRA trainable_tokens",
         "EmbConv1D",
@@ -152,19 +151,19 @@ ROWS = (
         trainable_token_indices={"emb": [0, 10]},
     ),
     _row("Conv1d LoRA", "Conv1d", "conv1d"),
-    _row("Conv1d LoRA with DoRA", "Conv1d", "conv1d", use_dora=True, refused=DORA),
+    _row("Conv1d LoRA with DoRA", "Conv1d", "conv1d", use_dora=True),
     _row("Conv2d 1 LoRA", "Conv2d", "conv2d"),
     _row("Conv2d 2 LoRA", "Conv2d", "conv2d", "lin0"),
-    _row("Conv2d 1 LoRA with DoRA", "Conv2d", "conv2d", use_dora=True, refused=DORA),
-    _row("Conv2d 2 LoRA with DoRA", "Conv2d", "conv2d", "lin0", use_dora=True, refused=DORA),
+    _row("Conv2d 1 LoRA with DoRA", "Conv2d", "conv2d", use_dora=True),
+    _row("Conv2d 2 LoRA with DoRA", "Conv2d", "conv2d", "lin0", use_dora=True),
     _row("Conv2d Groups LoRA", "Conv2dGroups", "conv2d", refused=GROUPED.format(8)),
     _row("Conv2d Groups2 LoRA", "Conv2dGroups2", "conv2d", refused=GROUPED.format(2)),
     _row("Conv2d Groups LoRA with DoRA", "Conv2dGroups", "conv2d", use_dora=True, refused=GROUPED.format(8)),
     _row("Conv2d Groups2 LoRA with DoRA", "Conv2dGroups2", "conv2d", use_dora=True, refused=GROUPED.format(2)),
     _row("Conv3d 1 LoRA", "Conv3d", "conv3d"),
     _row("Conv3d 2 LoRA", "Conv3d", "conv3d", "lin0"),
-    _row("Conv3d 1 LoRA with DoRA", "Conv3d", "conv3d", use_dora=True, refused=DORA),
-    _row("Conv3d 2 LoRA with DoRA", "Conv3d", "conv3d", "lin0", use_dora=True, refused=DORA),
+    _row("Conv3d 1 LoRA with DoRA", "Conv3d", "conv3d", use_dora=True),
+    _row("Conv3d 2 LoRA with DoRA", "Conv3d", "conv3d", "lin0", use_dora=True),
     _row("Vanilla MLP 1 LoRA with lora_b bias", "MLP", "lin0", "lin1", lora_bias=True, lora_alpha=32),
     _row("Conv2d 1 LoRA with lora_b bias", "Conv2d", "conv2d", lora_bias=True, lora_alpha=32),
     _row("Conv3d 1 LoRA with lora_b bias", "Conv3d", "conv3d", lora_bias=True, lora_alpha=32),

@@ -108,7 +108,7 @@ class _Shown(torch.autograd.Function):
             rows, columns = (factor.detach().requires_grad_() for factor, _ in ctx.factors)
             dense = Factored(ctx.view, rows, columns, ctx.r, ctx.scaling).dense()
             gradients = torch.autograd.grad(dense, (rows, columns), gradient.to(dense.dtype))
-        return None, None, *gradients
+        return None, gradient if ctx.needs_input_grad[1] else None, *gradients
 
 
 def _bare(kind: type[LoRAWeight], base: Tensor) -> LoRAWeight:

@@ -138,6 +138,8 @@ def _beyond_peft(adapter: Attached, read: bool, is_shared: bool) -> str:
     if is_shared:
         return "the module has several names, of which PEFT would adapt one"
     if not adapter.spec.path_is_owner:
+        if adapter.magnitude is not None:
+            return "it is DoRA of a raw parameter, which PEFT does not have"
         outside = adapter.spec.site.outside
         return "code outside of its module reads it, where PEFT would leave it as it is" if outside else ""
     if read:
@@ -152,9 +154,9 @@ ZERO_ROW = "a row of its weight is zero, and PEFT would divide it by its length"
 
 def _has_zero_row(adapter: Attached) -> bool:
     """Whether a row of W + scaling · B A is zero, of a weight that is here (ZeRO-3 leaves a shape of [0])."""
-    weight = as_rows(adapter.base_weight, adapter.spec.site.layout) if adapter.base_weight.dim() == 2 else None
-    zero = None if weight is None else dense(weight).any(1).logical_not()
-    return zero is not None and bool(zero.any()) and not bool(adapter.lora_B.weight[zero].any(1).all())
+    weight = as_rows(adapter.base_weight, adapter.spec.site.layout) if adapter.base_weight.dim() > 1 else None
+    zero = None if weight is None else dense(weight).flatten(1).any(1).logical_not()
+    return zero is not None and bool(zero.any()) and not bool(adapter.lora_B.matrix[zero].any(1).all())
 
 
 def _claimed_too(tuned: nn.Module) -> list[str]:
@@ -179,7 +181,7 @@ def _saved(used: _UsedAdapter, group: Sequence[_UsedAdapter]) -> SavedSite:
         lora_A=_plain(lora_A),
         lora_B=_plain(lora_B),
         bias=None if bias is None else _plain(bias),
-        magnitude=None if adapter.magnitude is None else _plain(adapter.magnitude.weight),
+        magnitude=None if (lengths := adapter.lengths()) is None else _plain(lengths),
         embedding=isinstance(adapter.lora_A, EmbeddingA),
         noted=True,
         rule=spec.rule,

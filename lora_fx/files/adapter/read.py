@@ -250,7 +250,8 @@ class _AdapterReader:
             yield magnitude_key(path), "is missing" if self.config.use_dora else "is there without use_dora"
         elif not self._is_parameter(path) and (rank := self.config.rank_at(pattern_name(path))) != lora_a.shape[0]:
             yield path, f"has rank {lora_a.shape[0]}, {CONFIG_FILE} says {rank}"
-        yield from self._vector_problems(path, lora_b)
+        is_flipped = self._is_parameter(path) and self._noted.get(path, {}).get("layout") == "in_out"
+        yield from self._vector_problems(path, lora_a.shape[1:2] if is_flipped else lora_b.shape)
 
     def _value_problem(self, key: str, tensor: Tensor) -> str | None:
         """Return why the values cannot be what they are read as."""
@@ -272,14 +273,14 @@ class _AdapterReader:
             return bool(self._noted[stem].get("parameter"))
         return "" in self._owners_of_parameters or has_end(owner_of(stem), self._owners_of_parameters)
 
-    def _vector_problems(self, path: str, lora_b: Tensor) -> Iterator[tuple[str, str]]:
+    def _vector_problems(self, path: str, outputs: torch.Size) -> Iterator[tuple[str, str]]:
         if self.config.lora_bias and added_bias_key(path) not in self.tensors:
             yield added_bias_key(path), "is missing"
         for key in (self._bias_key(path), added_bias_key(path), magnitude_key(path)):
             vector = self.tensors.get(key)
             # a convolution's lengths are [1, out, 1…]
-            if vector is not None and vector.shape not in (lora_b.shape[:1], (1, *lora_b.shape[:1], *lora_b.shape[2:])):
-                yield key, f"has shape {list(vector.shape)}, not {list(lora_b.shape[:1])}"
+            if vector is not None and vector.shape not in (outputs[:1], (1, *outputs[:1], *outputs[2:])):
+                yield key, f"has shape {list(vector.shape)}, not {list(outputs[:1])}"
 
     def _unknown(self, paths: list[str]) -> list[str]:
         known = {key for path in paths for key in factor_keys(path, self.tensors)}

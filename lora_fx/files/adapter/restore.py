@@ -32,6 +32,7 @@ from lora_fx.planning.planned import (
     PlannedSite,
     TrainedModule,
     trained_whole,
+    unfit_for_dora,
     unfit_for_init,
 )
 from lora_fx.planning.sites import Site
@@ -260,8 +261,8 @@ def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site], model: nn.Modu
 
 
 def _refusal(saved: SavedSite, site: Site, model: nn.Module) -> str | None:
-    if saved.lora.dora and (site.op != "linear" or site.parameter):
-        return "DoRA is for whole linear layers, not for this kind of site"
+    if unfit := unfit_for_dora(site, saved.lora, saved.calls > 0):
+        return unfit
     if not saved.noted and has_other_border(model.get_submodule(site.owner)):
         return (
             "PEFT trains it without the padding_mode and dilation of the convolution, so what was trained is "
@@ -357,7 +358,7 @@ def _fill_site(adapter: Attached, saved: SavedSite) -> None:
     decode(adapter, saved.lora_A, saved.lora_B)
     if saved.magnitude is not None:
         assert adapter.magnitude is not None
-        _copy(adapter.magnitude.weight, saved.magnitude)
+        _copy(adapter.magnitude.weight, adapter.magnitude.taken(saved.magnitude))
     bias = adapter.trained_bias
     bias = adapter.owner._parameters.get("bias") if bias is None else bias
     if saved.bias is not None:

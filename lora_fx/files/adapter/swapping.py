@@ -227,7 +227,7 @@ class _Pair:
             B = one.lora_B.blocks_of(B.to(one.lora_B.rows.device))
         targets += [(one.lora_A.weight, A), (one.lora_B.weight, B)]
         if one.magnitude is not None and saved.magnitude is not None:
-            targets.append((one.magnitude.weight, saved.magnitude))
+            targets.append((one.magnitude.weight, one.magnitude.taken(saved.magnitude)))
         yield from ((target, _filled(value.to(target), target)) for target, value in targets)
 
 

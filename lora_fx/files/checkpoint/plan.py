@@ -33,6 +33,7 @@ class WeightFold:
     terms: tuple[LowRankTerm, ...]
     adapters: tuple[str, ...]
     magnitude: Tensor | None
+    """[out]; NaN for an output that keeps its length, since it is in no adapted part."""
     outputs_first: bool
     """Whether a row of the stored weight is one output; Conv1D stores [in, out]."""
 

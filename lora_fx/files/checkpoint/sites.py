@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_fx.errors import MOST_SHOWN, AdapterMismatchError, MergeError
 from lora_fx.files.adapter.codec import mixes_groups
 from lora_fx.files.adapter.names import ends_of, has_end
+from lora_fx.files.adapter.noted import slices_of
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.checkpoint import tied
@@ -222,6 +223,11 @@ def _refusal(
         groups = site.lora_A.shape[0] // site.lora_B.shape[1]
         ours = f"is a convolution in {groups} groups, whose factors are blocks; load the model and use lora_fx.merge"
         return ours if site.noted else mixes_groups(groups)
+    if site.magnitude is not None and site.slices is not None:
+        try:
+            slices_of(site.slices).rows(site.magnitude.numel())
+        except ValueError as problem:
+            return f"its slices: {problem}"
     if len(possible) > 1 and usual is None:
         return f"is square {list(entry.shape)}, and the adapter does not tell whether it is [out, in] or [in, out]"
     return None
@@ -241,11 +247,11 @@ def _layouts(site: SavedSite, entry: RawTensor) -> tuple[Layout, ...]:
 def _fitting(site: SavedSite, entry: RawTensor) -> tuple[Layout, ...]:
     """Return the ways in which the product of the factors has the shape of the weight: none, one, or both if square.
 
-    A convolution's factors are [r, in, …] and [out, r, 1, …], or flat.
+    A convolution's factors are [r, in, …] and [out, r, 1, …], or flat; an embedding is [in, out] for one-hot tokens.
     """
     out, inner = site.lora_B.shape[0], tuple(site.lora_A.shape[1:])
     shape, ways = entry.shape, []
-    if shape and shape[0] == out and (shape[1:] == inner or (len(inner) == 1 and math.prod(shape[1:]) == inner[0])):
+    if not site.embedding and shape and shape[0] == out and (shape[1:] == inner or (len(inner) == 1 and math.prod(shape[1:]) == inner[0])):
         ways.append("out_in")
     if len(inner) == 1 and shape == (inner[0], out):
         ways.append("in_out")
@@ -263,9 +269,20 @@ def _fold(adapter: AdapterFile, site: SavedSite, file: RawFile, entry: RawTensor
         columns=math.prod(entry.shape[1:]),
         terms=(LowRankTerm(left, right, site.lora.scaling),),
         adapters=(str(adapter.folder),),
-        magnitude=None if site.magnitude is None else site.magnitude.flatten(),
-        outputs_first=chosen == "out_in",
+        magnitude=_lengths(site),
+        outputs_first=(chosen == "out_in") != (bool(site.parameter) and site.layout == "in_out"),
     )
+
+
+def _lengths(site: SavedSite) -> Tensor | None:
+    """Return DoRA's lengths of all outputs, NaN for those that are in no adapted part; None for plain LoRA."""
+    if site.magnitude is None or site.slices is None:
+        return None if site.magnitude is None else site.magnitude.flatten()
+    given = site.magnitude.flatten()
+    rows = [row for part in slices_of(site.slices).rows(len(given)) for row in part]
+    lengths = torch.full_like(given, math.nan)
+    lengths[rows] = given[rows]
+    return lengths
 
 
 def _convertible(tensor: Tensor, dtype: str) -> bool:

@@ -178,7 +178,8 @@ def _set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor |
     outputs = _outputs(fold, tile)
     actual = torch.linalg.vector_norm(merged, dim=1) if lengths is None else lengths[outputs].to(merged.dtype)
     wanted = fold.magnitude[outputs].to(merged.dtype)
-    merged.mul_(stretch(wanted, actual).unsqueeze(1 if fold.outputs_first else 0))
+    scale = stretch(wanted, actual)
+    merged.mul_(torch.where(wanted.isnan(), 1, scale).unsqueeze(1 if fold.outputs_first else 0))
 
 
 def _outputs(fold: WeightFold, tile: Tile) -> slice:

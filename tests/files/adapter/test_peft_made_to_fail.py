@@ -15,11 +15,9 @@ from tests.support.kinds import (
     EFFECT,
     OUTPUT,
     Attention,
-    Convolutions,
     Matrices,
     Padded,
     Product,
-    Tokens,
     built,
     computed,
     distance,
@@ -169,14 +167,6 @@ def test_adapter_that_peft_trained_without_the_padding_of_its_convolution_is_ref
     base = built(Padded, padding=1, **settings)
     in_peft(base, tmp_path, r=2, target_modules=["conv"])
     with pytest.raises(RefusedError, match="PEFT trains it without the padding_mode and dilation"):
-        lora_fx.load(base, tmp_path)
-
-
-@pytest.mark.parametrize(("kind", "name"), [(Tokens, "words"), (Convolutions, "plane")])
-def test_dora_of_what_is_no_linear_is_refused(kind, name, tmp_path):
-    base = built(kind)
-    in_peft(base, tmp_path, r=2, target_modules=[name], use_dora=True)
-    with pytest.raises(RefusedError, match=rf"{name} +DoRA is for whole linear layers, not for this kind of site"):
         lora_fx.load(base, tmp_path)
 
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx import merge_checkpoint
-from lora_fx.adapters.factors.dora import merged_dora_weight
+from lora_fx.adapters.factors.dora import DoRAMagnitude
 from lora_fx.errors import MergeError
 from lora_fx.files.checkpoint import tiles
 from lora_fx.files.safetensors import read_raw
@@ -121,7 +121,8 @@ def test_dora_scales_each_output_to_its_length(tmp_path, base, both):
     before, after = loaded(base), loaded(tmp_path / "out")
     for path, length in lengths.items():
         A, B = (both[f"{PREFIX}{path}.lora_{name}.weight"] for name in "AB")
-        assert torch.equal(after[f"{path}.weight"], merged_dora_weight(before[f"{path}.weight"], A, B, 1.5, length))
+        expected = DoRAMagnitude(length, 1.5).merged(before[f"{path}.weight"], A, B)
+        assert torch.equal(after[f"{path}.weight"], expected)
 
 
 def test_dora_on_weights_whose_outputs_lie_in_several_tiles(tmp_path, monkeypatch):
@@ -137,7 +138,7 @@ def test_dora_on_weights_whose_outputs_lie_in_several_tiles(tmp_path, monkeypatc
     for path, length in lengths.items():
         A, B = (adapter[f"{PREFIX}{path}.lora_{name}.weight"] for name in "AB")
         stored = before[f"{path}.weight"].t() if path == "a" else before[f"{path}.weight"]
-        expected = merged_dora_weight(stored, A, B, 1.5, length)
+        expected = DoRAMagnitude(length, 1.5).merged(stored, A, B)
         merged_weight = after[f"{path}.weight"].t() if path == "a" else after[f"{path}.weight"]
         torch.testing.assert_close(merged_weight, expected, rtol=1e-6, atol=0)
 
