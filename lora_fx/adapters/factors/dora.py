@@ -1,7 +1,7 @@
 """DoRA: each output of W + scaling · B A keeps a length of its own, which is trained.
 
-W' = m · V / ‖V‖, V = W + scaling · B A, with m [out] and ‖·‖ the 2-norm of each row of V [out, in].  A row is a whole filter
-of a convolution, and one dimension over all tokens of an embedding.
+W' = m · V / ‖V‖, V = W + scaling · B A, with m [out] and ‖·‖ the 2-norm of each row of V [out, in].  A row is a
+convolution's whole filter, an embedding's dimension over all tokens.
 Source: Liu et al. 2024, arXiv:2402.09353, §4.1 eq. 5; the norm counts as a constant for gradients, §4.3.
 """
 

@@ -251,7 +251,8 @@ def _fitting(site: SavedSite, entry: RawTensor) -> tuple[Layout, ...]:
     """
     out, inner = site.lora_B.shape[0], tuple(site.lora_A.shape[1:])
     shape, ways = entry.shape, []
-    if not site.embedding and shape and shape[0] == out and (shape[1:] == inner or (len(inner) == 1 and math.prod(shape[1:]) == inner[0])):
+    is_flat = len(inner) == 1 and math.prod(shape[1:]) == inner[0]
+    if not site.embedding and shape and shape[0] == out and (shape[1:] == inner or is_flat):
         ways.append("out_in")
     if len(inner) == 1 and shape == (inner[0], out):
         ways.append("in_out")
