@@ -1,9 +1,9 @@
 """kohya: the file of sd-scripts, `lora_unet_<path>.lora_down.weight`, `.lora_up.weight`, `.alpha`, read by ComfyUI too.
 
-Dots of a path become underscores, so two paths may get one name, and readers guess which were dots.  Each layer has
-its own rank and could have its own alpha, but diffusers loses the alphas of attention layers where they differ: all get
-one, and B the rest of the scaling.  Of a text encoder diffusers reads q, k and v only beside an out_proj: where none is
-adapted, one of zeros is added.
+DoRA's lengths are its `dora_scale` [out, 1…].  Dots of a path become underscores, so two paths may get one name, and
+readers guess which were dots.  Each layer has its own rank and could have its own alpha, but diffusers loses the alphas
+of attention layers where they differ: all get one, and B the rest of the scaling.  Of a text encoder diffusers reads q,
+k and v only beside an out_proj: where none is adapted, one of zeros is added.
 """
 
 from collections import Counter
@@ -42,16 +42,20 @@ REFUSED = {
     "parameter": f"the format has names for modules, not for raw parameters{peft.WAY_OUT}",
     "experts": f"the format has names for modules, not for banks of experts{peft.WAY_OUT}",
     "calls": f"the format has one adapter for all calls of a module{peft.WAY_OUT}",
-    "dora": f"diffusers leaves out the `dora_scale` of a file, without an error{peft.WAY_OUT}",
     "bias": f"the format has no biases{peft.WAY_OUT}",
     "train": f"the format has no whole modules{peft.WAY_OUT}",
     "tokens": f"the format has no rows of embeddings{peft.WAY_OUT}",
 }
 
 
+_IN_DIFFUSERS = {
+    "dora": f"diffusers leaves out the `dora_scale` of a file of a UNet or CLIP, without an error{peft.WAY_OUT}"
+}
+
+
 def refused(tuned: nn.Module) -> Iterator[Refusal]:
     """Yield (path, reason) for what the format does not hold, or holds under a name of two modules."""
-    yield from refusals(tuned, REFUSED)
+    yield from refusals(tuned, REFUSED | _IN_DIFFUSERS if _is_text(tuned) or _is_unet(tuned) else REFUSED)
     yield from peft.beyond_peft(tuned)
     names = Counter(_flat(name) for name, module in tuned.named_modules() if next(iter(module._parameters), None))
     for path, adapter in all_attached(tuned):
@@ -102,6 +106,9 @@ def write(tuned: nn.Module, path: Path, prefix: str = "") -> None:
         tensors[f"{name}.lora_down.weight"] = adapter.A
         tensors[f"{name}.lora_up.weight"] = adapter.with_scaling(alpha / adapter.rank).B
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
+        if adapter.magnitude is not None:
+            ones = (1 for _ in adapter.A.shape[1:])
+            tensors[f"{name}.dora_scale"] = adapter.magnitude.reshape(-1, *ones)
     write_files({path: canonical_safetensors(dict(sorted(tensors.items())), {"format": "pt"})})
 
 

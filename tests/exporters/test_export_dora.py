@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import lora_fx
@@ -82,10 +83,20 @@ def test_diffusers_computes_the_same_with_convolutions(tmp_path):
     assert verified(tuned, Sample((), UNET.inputs(2, 5)), "diffusers", tmp_path / "x") < LIMIT
 
 
-@pytest.mark.parametrize(("target", "reason"), [("kohya", "dora_scale"), ("gguf", "layout of Convolutions")])
-def test_formats_without_it_refuse_convolutions(target: str, reason: str, tmp_path):
-    with pytest.raises(ExportError, match=reason):
-        lora_fx.export(specimen("convolution")[0], tmp_path / "x.safetensors", target)
+@pytest.mark.parametrize("kind", ["convolution", "slices"])
+def test_lycoris_computes_the_same(kind: str, tmp_path):
+    assert verified(*specimen(kind), "kohya", tmp_path / "x.safetensors") < LIMIT
+    tensors = load_file(tmp_path / "x.safetensors")
+    lengths = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("dora_scale")}
+    shapes = {"line": (6, 1, 1), "plane": (8, 1, 1, 1), "space": (4, 1, 1, 1, 1), "qkv": (24, 1)}
+    names = ["line", "plane", "space"] if kind == "convolution" else ["qkv"]
+    assert lengths == {f"lora_unet_{name}.dora_scale": shapes[name] for name in names}
+
+
+def test_kohya_of_a_unet_is_refused_since_diffusers_drops_the_lengths(tmp_path):
+    tuned = tuned_of(UNET.build(), written(rule("**.to_q", dora=True)), None)
+    with pytest.raises(ExportError, match="diffusers leaves out the `dora_scale` of a file of a UNet or CLIP"):
+        lora_fx.export(tuned, tmp_path / "x.safetensors", "kohya")
     assert not list(tmp_path.iterdir())
 
 
