@@ -24,7 +24,7 @@ def rules(**lora: object) -> dict:
     dora = {"r": 2, "dora": True, **lora}
     return {
         "rules": [
-            {"match": {"name": name}, "lora": dora, "slices": PARTS} for name in ("qkv", "fused")
+            {"match": {"name": name}, "lora": dora, "slices": PARTS, "expect": "any"} for name in ("qkv", "fused")
         ] + [{"match": {"name": "**"}, "lora": dora}]
     }  # fmt: skip
 
@@ -91,7 +91,10 @@ def test_graph_starts_bit_equal_to_its_base_and_verifies(graph_module):
     tuned = lora_fx.apply(graph_module, rules())
     assert isinstance(tuned, fx.GraphModule)
     assert len(list(all_attached(tuned))) == 10
-    assert torch.equal(tuned(IDS), graph_module(IDS))
+    with torch.no_grad():
+        assert torch.equal(tuned(IDS), graph_module(IDS))
+    # torch takes another kernel for a matrix that requires a gradient
+    torch.testing.assert_close(tuned(IDS), graph_module(IDS), rtol=1e-6, atol=1e-6)
     verify(tuned)
 
 
@@ -144,7 +147,8 @@ def test_difference_to_the_base_tells_the_lengths():
 def test_half_precision_graph_gets_float32_lengths():
     half = fx.symbolic_trace(Everything().bfloat16())
     tuned = lora_fx.apply(half, rules())
-    assert torch.equal(tuned(IDS), half(IDS))
+    with torch.no_grad():
+        assert torch.equal(tuned(IDS), half(IDS))
     assert {parameter.dtype for parameter in lora_fx.parameters(tuned)} == {torch.float32}
     assert torch.equal(lora_fx.remove(trained(half))(IDS), half(IDS))
 

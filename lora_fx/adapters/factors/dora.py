@@ -87,7 +87,8 @@ class DoRAMagnitude(nn.Module):
         """Return the lengths of all outputs of W [out, in]: the trained ones of these rows, else the base's own."""
         wide = torch.promote_types(torch.float32, self.weight.dtype)
         norms = torch.linalg.vector_norm(dense(weight).to(self.weight.device, wide), dim=1)
-        return norms.to(self.weight.dtype).index_put((rows,), self.weight.detach())
+        lengths: Tensor = norms.to(self.weight.dtype)
+        return lengths.index_put((rows,), self.weight.detach())
 
     def taken(self, lengths: Tensor) -> Tensor:
         """Return its own of the lengths of all outputs, in the shape of `weight`."""
@@ -110,12 +111,13 @@ class DoRAMagnitude(nn.Module):
 class ConvolutionMagnitude(DoRAMagnitude):
     """The lengths of a convolution's filters, in the shape that PEFT gives them: [1, out, 1…]."""
 
-    def forward(self, base: Tensor, delta: Tensor, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, base: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the same for outputs [.., out, …]."""
         channels = 1 - self.weight.dim()
-        base, delta = base.movedim(channels, -1), delta.movedim(channels, -1)
-        onto = None if onto is None else onto.movedim(channels, -1)
-        return super().forward(base, delta, *args, onto=onto, **kwargs).movedim(-1, channels)
+        if kwargs.get("onto") is not None:
+            kwargs["onto"] = kwargs["onto"].movedim(channels, -1)
+        outputs = super().forward(base.movedim(channels, -1), delta.movedim(channels, -1), *args, **kwargs)
+        return outputs.movedim(-1, channels)
 
 
 class WeightMagnitude(DoRAMagnitude):

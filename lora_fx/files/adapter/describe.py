@@ -156,7 +156,9 @@ def _has_zero_row(adapter: Attached) -> bool:
     """Whether a row of W + scaling · B A is zero, of a weight that is here (ZeRO-3 leaves a shape of [0])."""
     weight = as_rows(adapter.base_weight, adapter.spec.site.layout) if adapter.base_weight.dim() > 1 else None
     zero = None if weight is None else dense(weight).flatten(1).any(1).logical_not()
-    return zero is not None and bool(zero.any()) and not bool(adapter.lora_B.matrix[zero].any(1).all())
+    if zero is None or not zero.any():
+        return False
+    return not bool((adapter.lora_B.matrix[zero] @ adapter.lora_A.matrix).any(1).all())
 
 
 def _claimed_too(tuned: nn.Module) -> list[str]:

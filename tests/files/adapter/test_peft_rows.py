@@ -52,7 +52,7 @@ def test_row_is_the_same_here_and_back_in_peft(row, tmp_path):
     base, inputs = case(row)
     theirs = in_peft(base, tmp_path / "theirs", **row.settings)
     wanted = computed(theirs, inputs)
-    assert distance(computed(base, inputs), wanted) > EFFECT
+    assert distance(computed(base, inputs), wanted) > EFFECT / 2
     ours = lora_fx.load(base, tmp_path / "theirs", lora_fx.call(*inputs))
     assert distance(computed(ours, inputs), wanted) < eps(wanted)
     merged, expected = lora_fx.merge(ours).state_dict(), theirs.merge_and_unload().state_dict()
