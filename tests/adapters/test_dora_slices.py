@@ -59,8 +59,10 @@ def reference(sliced: Sliced, tuned: nn.Module, dtype: torch.dtype) -> Tensor:
 @both
 def test_model_starts_bit_equal_to_its_base(sliced: Sliced, backend: str):
     tuned, base = started(sliced, backend, dropout=0.2), sliced.build().requires_grad_(False)
+    weight, is_layer = base.get_parameter(sliced.weight), sliced.weight.endswith(".weight")
     for training in (False, True):
         for grad in (False, True):
+            weight.requires_grad_(grad and not is_layer)  # as a weight that is read: torch takes another kernel for it
             sample = sliced.sample()
             assert torch.equal(run(tuned, sample, training, grad), run(base, sample, training, grad))
 
@@ -119,6 +121,7 @@ def test_files_hold_the_lengths_of_all_rows(sliced: Sliced, tmp_path):
 
 
 @pytest.mark.parametrize("sliced", [sliced for sliced in WHOLE if sliced.weight == "0.weight"], ids=lambda s: s.name)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_peft_computes_the_same_with_the_file(sliced: Sliced, tmp_path):
     peft = pytest.importorskip("peft")
     tuned, sample = trained(sliced), sliced.sample()
