@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lora_fx.api import merge_checkpoint as merge_checkpoint
     from lora_fx.api import plan as plan
     from lora_fx.api import remove as remove
+    from lora_fx.discovery.allocating import allocate as allocate
     from lora_fx.discovery.fromdata import plan_from_data as plan_from_data
     from lora_fx.errors import AdapterFileError as AdapterFileError
     from lora_fx.errors import AdapterMismatchError as AdapterMismatchError
@@ -55,8 +56,13 @@ if TYPE_CHECKING:
     from lora_fx.integrations.peftrules import rules_from_peft as rules_from_peft
     from lora_fx.integrations.topeft import to_peft as to_peft
     from lora_fx.models.samples import call as call
+    from lora_fx.planning.allocation import AllocatedSite as AllocatedSite
+    from lora_fx.planning.allocation import Allocation as Allocation
     from lora_fx.planning.plan import Plan as Plan
     from lora_fx.planning.planned import PlannedSite as PlannedSite
+    from lora_fx.planning.recipes import RateProbe as RateProbe
+    from lora_fx.planning.recipes import Recipe as Recipe
+    from lora_fx.planning.recipes import RecipeChoice as RecipeChoice
     from lora_fx.progress.steps import Progress as Progress
     from lora_fx.remerging.graph import Remerge as Remerge
     from lora_fx.remerging.whole import RemergeResult as RemergeResult
@@ -68,6 +74,7 @@ if TYPE_CHECKING:
     from lora_fx.training.history import RecordedStep as RecordedStep
     from lora_fx.training.prefix import PrefixCache as PrefixCache
     from lora_fx.training.prefix import cached_prefix as cached_prefix
+    from lora_fx.training.recipe import recipe as recipe
     from lora_fx.training.record import TrainingRecord as TrainingRecord
     from lora_fx.training.record import read_record as read_record
     from lora_fx.training.recorder import Recorder as Recorder
@@ -95,6 +102,7 @@ _HOMES = {
         "apply audit deltas diff disabled explain export extract graph inspect load merge merge_checkpoint plan remove"
     ),
     "lora_fx.files.adapter.adding": "add",
+    "lora_fx.discovery.allocating": "allocate",
     "lora_fx.discovery.fromdata": "plan_from_data",
     "lora_fx.files.adapter.swapping": "swap",
     "lora_fx.files.adapter.write": "save",
@@ -112,13 +120,16 @@ _HOMES = {
     "lora_fx.integrations.frompeft": "from_peft",
     "lora_fx.integrations.topeft": "to_peft",
     "lora_fx.integrations.peftrules": "rules_from_peft",
+    "lora_fx.planning.allocation": "AllocatedSite Allocation",
     "lora_fx.planning.plan": "Plan",
     "lora_fx.planning.planned": "PlannedSite",
+    "lora_fx.planning.recipes": "RateProbe Recipe RecipeChoice",
     "lora_fx.progress.steps": "Progress",
     "lora_fx.remerging.graph": "Remerge",
     "lora_fx.remerging.whole": "RemergeResult remerge remerged",
     "lora_fx.training.history": "RecordedSite RecordedStep",
     "lora_fx.training.prefix": "PrefixCache cached_prefix",
+    "lora_fx.training.recipe": "recipe",
     "lora_fx.training.record": "TrainingRecord read_record",
     "lora_fx.training.recorder": "Recorder",
     "lora_fx.tuned.combining": "combine",

@@ -16,8 +16,8 @@ except ImportError:  # pragma: no cover
 from lora_fx.cli.verbs import Verbs
 
 VERBS = (
-    "init", "plan", "explain", "diff", "lint", "inspect", "audit", "export", "merge", "bench", "watch", "doctor",
-    "schema", "help",
+    "init", "allocate", "plan", "explain", "diff", "lint", "inspect", "audit", "export", "merge", "bench", "watch",
+    "doctor", "schema", "help",
 )  # fmt: skip
 
 _EPILOG = """\b

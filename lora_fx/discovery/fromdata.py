@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lora_fx.adapters.factors.decompositions import Factors
 from lora_fx.adapters.factors.fromdata import Covariance, Directions, corda, eva, loftq, lora_ga
 from lora_fx.adapters.factors.lora import as_rows
-from lora_fx.discovery.redistributed import RHO, redistributed
+from lora_fx.discovery.gradients import Loss, gradients_of
+from lora_fx.discovery.redistributed import redistributed
 from lora_fx.discovery.study import CAPTURING, observed
 from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.offload import stored_weight
@@ -20,12 +21,11 @@ from lora_fx.models.samples import Sample, samples_for, samples_of
 from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
+from lora_fx.planning.ranks import RHO
 from lora_fx.progress.steps import ShowProgress, running, step
 from lora_fx.regions.survey import trial_twin
 from lora_fx.rules.inits import FROM_DATA, FROM_INPUTS
 from lora_fx.rules.reader import read_rules
-
-Loss = Callable[[Any, Any], Tensor]
 
 
 def plan_from_data(
@@ -75,13 +75,14 @@ def plan_from_data(
             raise RefusedError("no site that is adapted has first values from data", refused, advice)
         _check(sites, batches, original)
         met = _inputs(model, [site for site in sites if _init(site) in FROM_INPUTS], batches)
-        if shared := redistributed(wanted, decisions, met):
+        if shared := redistributed(wanted, decisions, met, seen.inventory):
             decisions = decide(shared, seen.inventory, strict=False)
-        slopes = _gradients(model, [site for site in sites if _init(site) == "lora_ga"], batches, loss)
-        values = {
-            site.path: _values(site, model, met.get(site.path), slopes.get(site.path), original)
+        along = [site for site in sites if _init(site) == "lora_ga"]
+        values = gradients_of(model, along, batches, loss, "lora_ga", _along_gradient)
+        values |= {
+            site.path: _values(site, model, met.get(site.path), original)
             for site in decisions.adapted
-            if site.lora is not None and site.lora.init in FROM_DATA
+            if site.lora is not None and site.lora.init in FROM_DATA and site.path not in values
         }
         _refuse_not_finite(values)
         return replace(seen.planned(decisions), first_values=values)
@@ -192,62 +193,23 @@ def _rows_that_count(batch: Sample) -> Tensor | None:
     return counts
 
 
-def _gradients(
-    model: nn.Module, sites: Sequence[PlannedSite], batches: Sequence[Sample], loss: Loss | None
-) -> dict[str, Tensor]:
-    """Return the mean gradient of the loss for each site's weight, as it is stored."""
-    if not sites:
-        return {}
-    with trial_twin(model) as twin, torch.enable_grad(), step("gradients", len(batches), "batches") as doing:
-        twin.eval()
-        weights = {site.path: _parameter(twin, site) for site in sites}
-        for weight in weights.values():
-            weight.requires_grad_(True)  # the twin's own parameter: the caller's shares its memory alone
-        for batch in batches:
-            value = _loss_of(twin(*batch.args, **batch.kwargs), batch, loss)
-            value.backward()  # type: ignore[no-untyped-call]
-            doing.advance()
-        unreached = [(path, "no gradient reaches its weight") for path, w in weights.items() if w.grad is None]
-        if unreached:
-            raise RefusedError("the data does not show enough of these", unreached, "give other data, or another init")
-        return {path: w.grad.detach() / len(batches) for path, w in weights.items() if w.grad is not None}
-
-
-def _parameter(model: nn.Module, site: PlannedSite) -> nn.Parameter:
-    owner, name = model.get_submodule(site.site.owner), site.site.weight.rpartition(".")[2]
-    weight = owner._parameters[name]
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        raise RefusedError("LoRA-GA needs gradients of the weights", [(site.path, "its weight is quantised")])
-    return weight
-
-
-def _loss_of(output: Any, batch: Sample, loss: Loss | None) -> Tensor:
-    value = getattr(output, "loss", None) if loss is None else loss(output, batch)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        found = f"{type(value).__name__}" + (f" {list(value.shape)}" if isinstance(value, Tensor) else "")
-        advice = "give loss=, a function of output and batch, or labels in the batches"
-        raise RefusedError("lora_ga needs a loss that is a scalar with a gradient", [("found", found)], advice)
-    return value
-
-
 # -- values
+
+
+def _along_gradient(site: PlannedSite, slope: Tensor) -> Factors:
+    assert site.lora is not None
+    return lora_ga(as_rows(slope, site.site.layout), site.lora.r)
 
 
 @torch.no_grad()
 def _values(
-    site: PlannedSite,
-    model: nn.Module,
-    met: Directions | Covariance | None,
-    slope: Tensor | None,
-    original: nn.Module | None,
+    site: PlannedSite, model: nn.Module, met: Directions | Covariance | None, original: nn.Module | None
 ) -> Factors:
     """Return the first values of a site."""
-    lora, layout = site.lora, site.site.layout
+    lora = site.lora
     assert lora is not None
     if isinstance(met, Directions):
         return eva(met, lora.r, site.site.features[0])
-    if slope is not None:
-        return lora_ga(as_rows(slope, layout), lora.r)
     weight = _weight(model, site)
     if isinstance(met, Covariance):
         return corda(weight, met, lora.r, lora.scaling, lora.init == "corda_kpm")

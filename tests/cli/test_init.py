@@ -88,3 +88,49 @@ def test_every_kind_of_model_gets_rules(tmp_path):
 def test_help_imports_no_torch():
     code = "import sys\nfrom lora_fx.cli import main\nmain(['init', '--help'], standalone_mode=False)\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_with_a_task_the_recipe_is_written_with_its_sources(tmp_path):
+    path = tmp_path / "rules.yaml"
+    done = run("init", SMALL, "--task", "instruction", "-o", path)
+    assert (done.exit_code, done.stderr) == (0, "")
+    text = path.read_text(encoding="utf-8")
+    assert text == lora_fx.recipe(small()[0], "instruction", small()[1]).to_yaml()
+    assert "10 times 2e-05, the usual rate" in text
+    assert run("lint", path).stdout == f"{path}: 1 rule, no problem\n"
+    wrong = run("init", "no_such_module:f", "--task", "poetry")
+    assert (wrong.exit_code, "no recipe for 'poetry'" in wrong.stderr) == (2, True)
+
+
+def weighted() -> tuple[torch.nn.Module, tuple[torch.Tensor]]:
+    torch.manual_seed(0)
+    return small()
+
+
+WEIGHTED = "tests.cli.test_init:weighted"
+
+
+def test_allocate_writes_rules_under_a_budget(tmp_path):
+    path = tmp_path / "rules.yaml"
+    done = run("allocate", WEIGHTED, "all-linear", "--mean-r", 4, "-o", path)
+    assert (done.exit_code, done.stderr) == (0, "")
+    model, inputs = weighted()
+    expected = lora_fx.allocate(model.eval(), "all-linear", inputs, mean_r=4)
+    assert path.read_text(encoding="utf-8") == expected.to_yaml()
+    assert run("plan", SMALL, path).exit_code == 0
+    again = run("allocate", WEIGHTED, "all-linear", "--mean-r", 4, "-o", path)
+    assert (again.exit_code, "is there already" in again.stderr) == (2, True)
+    assert run("allocate", WEIGHTED, "all-linear", "--mean-r", 4).stdout == expected.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("--budget", 10), 2, "below rank 1 at each of"),
+        (("--budget", 10, "--mean-r", 3), 2, "two ways to say one thing"),
+        (("--most", 0), 2, "most is 0"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_one_line(words, status, message):
+    done = run("allocate", WEIGHTED, "all-linear", *words)
+    assert (done.exit_code, message in done.stderr) == (status, True)

@@ -20,7 +20,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 
 import lora_fx
 from lora_fx.errors import AdapterFileError, LoraFxError, RefusedError, RuleError
-from lora_fx.integrations.pefttargets import DEFAULT_TARGETS
+from lora_fx.planning.draft.peftdefaults import DEFAULT_TARGETS
 from tests.support import zoo
 from tests.support.around import OF_OTHERS, llama
 from tests.support.peftchoices import drawn, of_peft, of_rules

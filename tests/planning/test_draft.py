@@ -132,6 +132,20 @@ def test_draft_adapts_the_parts_of_a_fused_weight_where_the_thirds_are_known(tmp
     assert not re.search(r"^#   - .*lm_head", text, re.MULTILINE)  # tied: not to be trained alone
 
 
+def test_draft_offers_what_peft_adapts_in_models_of_the_type(tmp_path):
+    kind, config = CONFIGS["gpt2"]()
+    gpt2 = checked(kind(config), tmp_path)
+    assert "peft-default" in names_of(gpt2)
+    (part,) = (part for part in parts_of(gpt2) if part.name == "peft-default")
+    (tmp_path / "rules.yaml").write_text(switched_on(gpt2, part), encoding="utf-8")
+    theirs = lora_fx.rules_from_peft({"r": 8}, kind(config))  # no target_modules: PEFT's own for the type
+    ours, of_peft = (lora_fx.plan(kind(config), rules) for rules in (tmp_path / "rules.yaml", theirs))
+    assert [(site.path, site.lora) for site in ours.adapted] == [(site.path, site.lora) for site in of_peft.adapted]
+    kind, config = CONFIGS["llama"]()
+    assert "PEFT has these by default for `llama`." in lora_fx.draft_rules(kind(config))  # the query and value
+    assert "PEFT" not in lora_fx.draft_rules(Mlp(32))
+
+
 def test_draft_leaves_out_what_is_narrower_than_the_rank_and_says_so(tmp_path):
     model = nn.ModuleList(nn.ModuleDict({"wide": nn.Linear(32, 32), "thin": nn.Linear(32, 3)}) for _ in range(2))
     text = checked(model, tmp_path)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lora_fx.planning.draft.covering import covering
+from lora_fx.planning.draft.peftdefaults import DEFAULT_LORA, is_default_of_peft
 from lora_fx.planning.draft.roles import LINEAR, Found, found_in, is_adapted_by, usual
 from lora_fx.planning.planned import Inventory
 from lora_fx.rules.reader import read_rules
@@ -36,6 +37,8 @@ class Ground:
     """The sites of a model, with what can be adapted of them."""
 
     inventory: Inventory
+    kind: str = ""
+    """The type of a transformers model."""
     found: tuple[Found, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,11 +79,11 @@ def at_most(lora: LoRAConfig, rank: int) -> LoRAConfig:
     return replace(lora, r=min(lora.r, rank), alpha=lora.alpha * min(lora.r, rank) / lora.r)
 
 
-def active(ground: Ground) -> Offer | None:
+def active(ground: Ground, wanted: LoRAConfig | None = None) -> Offer | None:
     """Return the usual choice for a model: all linear layers of its blocks; for others the next best; None if nothing
-    can be adapted.
+    can be adapted.  `wanted` is the adapter in place of the usual one.
     """
-    lora = usual("all-linear")
+    lora = wanted or usual("all-linear")
     layers = (*LINEAR, "convolution")
     but_head = " but the head" if any(one.role == "head" for one in ground.found) else ""
     stages = (
@@ -113,10 +116,21 @@ def instead(ground: Ground, taken: Offer) -> Iterator[Offer]:
         ground.choice("all-linears", linears, everywhere, fitted(everywhere, linear)),
     )
     seen = {_extent(taken)}
-    for choice in filter(None, offered):
+    of_peft = _default_of_peft(ground)
+    extent = None if of_peft is None else _extent(of_peft)
+    for choice in filter(None, (*offered, of_peft)):
         if _extent(choice) not in seen:
             seen.add(_extent(choice))
-            yield choice
+            is_same = _extent(choice) == extent and choice is not of_peft
+            more = f"  PEFT has these by default for `{ground.kind}`." if is_same else ""
+            yield replace(choice, about=choice.about + more)
+
+
+def _default_of_peft(ground: Ground) -> Offer | None:
+    """Return what PEFT adapts in models of this type; None where it knows nothing of them."""
+    chosen = [one for one in ground.usable if any(is_default_of_peft(ground.kind, path) for path in one.site.paths)]
+    about = f"What PEFT adapts in models of type `{ground.kind}` where a configuration names nothing."
+    return ground.choice("peft-default", about, chosen, DEFAULT_LORA)
 
 
 def _extent(choice: Offer) -> tuple[object, ...]:

@@ -23,7 +23,7 @@ _OPTIONS = (
 )
 
 
-def drafted(inventory: Inventory, norms: Sequence[str], stored: Stored, note: str = "") -> str:
+def drafted(inventory: Inventory, norms: Sequence[str], stored: Stored, note: str = "", kind: str = "") -> str:
     """Return the text of a rule file for a model; the same text for the same model.
 
     Args:
@@ -31,11 +31,12 @@ def drafted(inventory: Inventory, norms: Sequence[str], stored: Stored, note: st
         norms: paths of its normalisations, which may be trained whole.
         stored: tells how many numbers the factors of a site have in a file.
         note: what keeps the inventory from being complete.
+        kind: the type of a transformers model, such as `llama`, for which PEFT may have a choice of its own.
 
     Raises:
         RefusedError: nothing in the model can be adapted; says why of each weight.
     """
-    ground = Ground(inventory)
+    ground = Ground(inventory, kind)
     chosen = active(ground)
     if chosen is None:
         refusals = [(one.site.path, one.site.refusal or "has no rows or no columns") for one in ground.found]
