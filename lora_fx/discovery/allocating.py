@@ -99,14 +99,14 @@ def allocate(
 def _check_numbers(budget: int | None, mean_r: float | None, least: int, most: int | None) -> None:
     if budget is not None and mean_r is not None:
         raise ValueError("budget and mean_r are two ways to say one thing: give one of them")
-    highest = RANK["maximum"]
+    highest: int = RANK["maximum"]
     wrong = [
         f"{name} is {value!r}; it must be {what}"
         for name, value, what, right in (
-            ("budget", budget, "a number of parameters, at least 1", _is_int(budget) and budget > 0),
-            ("mean_r", mean_r, f"a rank above 0, at most {highest}", _is_real(mean_r) and 0 < mean_r <= highest),
-            ("least", least, f"a rank from 0 to {highest}", _is_int(least) and 0 <= least <= highest),
-            ("most", most, f"a rank from 1 to {highest}", _is_int(most) and 1 <= most <= highest),
+            ("budget", budget, "a number of parameters, at least 1", _is_whole(budget, 1)),
+            ("mean_r", mean_r, f"a rank above 0, at most {highest}", _is_above(mean_r, 0, highest)),
+            ("least", least, f"a rank from 0 to {highest}", _is_whole(least, 0, highest)),
+            ("most", most, f"a rank from 1 to {highest}", _is_whole(most, 1, highest)),
         )
         if value is not None and not right
     ]
@@ -116,12 +116,12 @@ def _check_numbers(budget: int | None, mean_r: float | None, least: int, most: i
         raise ValueError("; ".join(wrong))
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_whole(value: object, lowest: int, highest: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
 
 
-def _is_real(value: object) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+def _is_above(value: object, lowest: int, highest: int) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and lowest < value <= highest
 
 
 def _lora(site: PlannedSite) -> LoRAConfig:
@@ -194,8 +194,8 @@ def _parameters_of_a_rank(site: PlannedSite) -> int:
 
 def _widest(site: PlannedSite) -> int:
     """Return the highest rank that saves anything, and that the first values can have."""
-    lora = _lora(site)
-    return max(1, min(*site.site.features, RANK["maximum"]) // max(1, ranks_needed(lora.init, 1)))
+    widest: int = min(*site.site.features, RANK["maximum"])
+    return max(1, widest // max(1, ranks_needed(_lora(site).init, 1)))
 
 
 # -- what each rank gains

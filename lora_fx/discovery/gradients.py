@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import RefusedError
+from lora_fx.models.quantised import is_quantised
 from lora_fx.models.samples import Sample
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.progress.steps import step
@@ -51,7 +52,9 @@ def gradients_of(
         groups = list(_groups(sites, weights))
         with step("gradients", len(groups) * len(batches), "batches") as doing:
             for group in groups:
-                own = {site.path: weights[site.path].requires_grad_(True) for site in group}
+                own = {site.path: weights[site.path] for site in group}
+                for weight in own.values():
+                    weight.requires_grad_(True)
                 for batch in batches:
                     value = loss_of(twin(*batch.args, **batch.kwargs), batch, loss, who)
                     value.backward()  # type: ignore[no-untyped-call]
@@ -87,7 +90,7 @@ def _weights(twin: nn.Module, sites: Sequence[PlannedSite], who: str) -> dict[st
     quantised = []
     for site in sites:
         weight = twin.get_submodule(site.site.owner)._parameters[site.site.weight.rpartition(".")[2]]
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or is_quantised(weight):
             quantised.append((site.path, "its weight is quantised"))
         elif weight.is_meta:
             quantised.append((site.path, "its weight has no values here"))
@@ -121,10 +124,9 @@ def loss_of(output: Any, batch: Sample, loss: Loss | None, who: str) -> Tensor:
         RefusedError: it is no scalar, or has no gradient where gradients are on.
     """
     value = getattr(output, "loss", None) if loss is None else loss(output, batch)
-    is_scalar = isinstance(value, Tensor) and value.numel() == 1
-    if not is_scalar or (torch.is_grad_enabled() and not value.requires_grad):
+    needed = torch.is_grad_enabled()
+    if not isinstance(value, Tensor) or value.numel() != 1 or (needed and not value.requires_grad):
         found = f"{type(value).__name__}" + (f" {list(value.shape)}" if isinstance(value, Tensor) else "")
         advice = "give loss=, a function of output and batch, or labels in the batches"
         raise RefusedError(f"{who} needs a loss that is a scalar with a gradient", [("found", found)], advice)
-    assert isinstance(value, Tensor)
     return value

@@ -28,12 +28,15 @@ from lora_fx.tuned import build
 from lora_fx.tuned.optimizing import param_groups
 from lora_fx.tuned.rows import rows
 from lora_fx.tuned.several import rename
+from lora_fx.tuned.switching import use
 
 LEAST_BATCHES = 4
 _SEED = 0
 """Of first values that are drawn: the same for all jobs."""
 _WHO = "probing"
 _TOGETHER = "all in one batch"
+_SAME = 1e-3
+"""How far a loss may differ by rounding."""
 
 
 _Groups = Callable[..., list[dict[str, Any]]]
@@ -83,7 +86,9 @@ def probe_rates(
     with unchanged_random(model), torch.enable_grad():
         try:
             _refuse_together(plan, loss)
-            how, (before, losses) = _TOGETHER, _run(_Together(model, plan, groups, rates, loss), *parts)
+            jobs = _Together(model, plan, groups, rates, loss)
+            how, (before, losses) = _TOGETHER, _run(jobs, *parts)
+            jobs.refuse_mixed(parts[1][0])
         except (_ApartError, RefusedError) as error:
             how = f"one after the other ({str(error).splitlines()[0]})"
         if how != _TOGETHER:
@@ -91,7 +96,7 @@ def probe_rates(
     if not any(map(math.isfinite, losses)):
         facts = [(f"{rate:.2g}", "diverged") for rate in rates]
         raise RefusedError("no rate trains on this data", facts, "give lower rates, or look for NaN in data and model")
-    return RateProbe(tuple(rates), tuple(losses), before, *map(len, parts), how)
+    return RateProbe(tuple(rates), tuple(losses), before, len(parts[0]), held, how)
 
 
 class _Jobs(Protocol):
@@ -198,6 +203,8 @@ class _Together:
         self.live = list(self.names)
 
     def train(self, batch: Sample) -> None:
+        if not self.live:
+            return
         with self._given(batch) as losses:
             finite = {name: value for name, value in losses.items() if torch.isfinite(value)}
             if finite:
@@ -213,6 +220,17 @@ class _Together:
             return [math.nan for _ in self.names]
         with self._given(batch) as losses:
             return [float(losses[name]) if name in losses else math.nan for name in self.names]
+
+    @torch.no_grad()
+    def refuse_mixed(self, batch: Sample) -> None:
+        """Raise _ApartError where a job's loss is another one without the rows of the others, which differ by now."""
+        together = self.losses(batch)
+        for name, value in zip(self.names, together, strict=True):
+            if name in self.live:
+                with use(self.twin, name):
+                    alone = loss_of(self.twin(*batch.args, **batch.kwargs), batch, self.loss, _WHO)
+                if not math.isclose(value, float(alone), rel_tol=_SAME, abs_tol=_SAME):
+                    raise _ApartError("rows of one job change those of another")
 
     @contextmanager
     def _given(self, batch: Sample) -> Iterator[dict[str, Tensor]]:

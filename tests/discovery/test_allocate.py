@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor, fx, nn
 
 import lora_fx
+from lora_fx.adapters.factors import decompositions
 from lora_fx.adapters.factors.decompositions import leading_values
 from lora_fx.discovery import gradients
 from lora_fx.errors import CaptureError, InvariantError, NoMatchError, RefusedError, RuleError
@@ -92,7 +93,7 @@ def test_gains_are_those_of_an_exact_decomposition_of_weight_and_mean_gradient()
         )
 
 
-@pytest.mark.parametrize("budget", [None, 120, 500, 700, 10_000])
+@pytest.mark.parametrize("budget", [None, 140, 500, 700, 10_000])
 def test_the_budget_is_kept_and_the_plan_says_the_same(budget):
     model = nn.Sequential(nn.Linear(12, 40), nn.Linear(40, 6), nn.Linear(6, 30))
     found = lora_fx.allocate(model, rules(r=3), budget=budget)
@@ -277,13 +278,16 @@ def test_spread_takes_what_a_search_through_all_would_take():
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (1000, 64)])
-def test_leading_values_are_those_of_a_whole_decomposition(shape):
+def test_leading_values_are_those_of_a_whole_decomposition(shape, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     scales = torch.linspace(1, 0.01, shape[1]) ** 2
     matrix = torch.randn(shape, generator=generator) * scales
     state = torch.get_rng_state()
+    assert torch.equal(leading_values(matrix, 6), torch.linalg.svdvals(matrix)[:6])
+    monkeypatch.setattr(decompositions, "WHOLE", 10)
     few = leading_values(matrix, 6)
-    torch.testing.assert_close(few, torch.linalg.svdvals(matrix)[:6], rtol=1e-3, atol=0)
+    torch.testing.assert_close(few, torch.linalg.svdvals(matrix)[:6], rtol=1e-2, atol=0)
+    assert not torch.equal(few, torch.linalg.svdvals(matrix)[:6])
     assert torch.equal(few, leading_values(matrix, 6))
     assert torch.equal(torch.get_rng_state(), state)
     assert leading_values(matrix.double()[:8, :8], 20).shape == (8,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -54,6 +54,7 @@ def test_jobs_in_one_batch_end_as_each_alone():
     base = model()
     state, before = torch.get_rng_state(), copy.deepcopy(base.state_dict())
     probe = probe_rates(base, read(ALL), batches(), to_one, RATES)
+    assert torch.equal(torch.get_rng_state(), state)
     assert (probe.how, probe.steps, probe.held_out) == ("all in one batch", 4, 2)
     for rate, loss in zip(RATES, probe.losses, strict=True):
         assert loss == pytest.approx(alone(base, read(ALL), rate, to_one), abs=1e-5)
@@ -61,14 +62,17 @@ def test_jobs_in_one_batch_end_as_each_alone():
         expected = sum(float(to_one(base(*batch.args), batch)) for batch in batches()[4:]) / 2
     assert probe.before == pytest.approx(expected, abs=1e-6)
     assert probe.best == RATES[probe.losses.index(min(probe.losses))]
-    assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in base.parameters())
 
 
+class Output(NamedTuple):
+    loss: Tensor
+
+
 class OwnLoss(Model):
-    def forward(self, x: Tensor) -> Any:
-        return type("Output", (), {"loss": (super().forward(x) - 1).square().mean()})()
+    def forward(self, x: Tensor) -> Output:
+        return Output((super().forward(x) - 1).square().mean())
 
 
 class Summed(Model):
@@ -79,10 +83,11 @@ class Summed(Model):
 
 
 class Mixing(Model):
-    """A layer's input does not show which part belongs to which row."""
+    """Each row takes part in all others."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - x.mean())
+        y = super().forward(x)
+        return y + 3 * y.mean(0, keepdim=True)
 
 
 def with_head(rules: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +100,7 @@ def with_head(rules: dict[str, Any]) -> dict[str, Any]:
         (OwnLoss, ALL, None, "the loss is the output's own"),
         (Summed, ALL, lambda output, _: output, "does not show the rows of each job"),
         (Model, with_head(ALL), to_one, "modules of the model are trained too"),
-        (Mixing, ALL, to_one, "cannot be seen"),
+        (Mixing, ALL, to_one, "rows of one job change those of another"),
         (lambda: fx.symbolic_trace(Model()), ALL, to_one, "GraphModule"),
     ],
     ids=["own loss", "no rows", "whole modules", "mixing", "graph"],
