@@ -24,6 +24,8 @@ ODD = {
         {"match": {"name": "off"}, "skip": "no"},
     ],
     "train": ["null", "**.norm"],
+    "tokens": [{"name": "**.embed", "ids": [3, 5]}],
+    "bias": "all",
 }
 
 
