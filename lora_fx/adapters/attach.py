@@ -105,6 +105,13 @@ class Attached:
         assert weight is not None
         return weight.shape
 
+    def trained(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the adapter that its rule trains: all but A of LoRA-FA."""
+        held = self.parameters()
+        if self.spec.lora.lora_fa:
+            next(held)
+        return held
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that belong to the adapter: A and B, and the site's bias if the rule trains it."""
         yield self.lora_A.weight
@@ -178,13 +185,15 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
     Adds `lora_A.<adapter>.weight` [r, in] and `lora_B.<adapter>.weight` [out, r] to the owner, or, for a raw parameter,
     to a module `<parameter>_lora` in it; where the rule asks for it a parameterless `lora_dropout.<adapter>` and, for
     DoRA, `lora_magnitude_vector.<adapter>.weight` [out], a convolution's [1, out, 1…]; all in the owner's mode (train
-    or eval) and on the device on which it computes.
+    or eval) and on the device on which it computes.  A of LoRA-FA requires no gradient.
     """
     weight = owner._parameters[spec.parameter]
     assert weight is not None
     home, name = _home(owner, spec), spec.adapter
     pairs = [_factors(owner, weight, spec) for _ in range(max(1, spec.calls))]
     first, second = zip(*pairs, strict=True)
+    for A in first:
+        A.weight.requires_grad_(not spec.lora.lora_fa)
     _holder(home, "lora_A")[name] = CallFactors(first) if spec.calls else first[0]
     _holder(home, "lora_B")[name] = CallFactors(second) if spec.calls else second[0]
     if spec.lora.dropout:

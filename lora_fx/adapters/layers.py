@@ -26,6 +26,7 @@ from lora_fx.adapters.attach import (
 )
 from lora_fx.adapters.factors.kinds import CallFactors
 from lora_fx.adapters.factors.lora import add_low_rank, as_rows
+from lora_fx.adapters.fused.convolution import Settings, convolved, settings_without_input
 from lora_fx.adapters.fused.eligible import row_factors, term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
@@ -159,20 +160,40 @@ class AdaptedLayer(ShowsAdapters):
         term = term_of(self, chosen, input)
         if term is not None:
             return adapted((term,), input)[0]
-        base = self.base_forward(input)
+        settings = settings_without_input(self, chosen, input)
+        base = convolved(self.base_forward, settings, self._stored, input) if settings else self.base_forward(input)
         number = self._number_of_call(name for name, _ in chosen)
         result = base
         for name, share in chosen:
-            result = self._added(result, base, input, name, share, number)
+            result = self._added(result, base, input, name, share, number, settings)
         return result
+
+    @property
+    def _stored(self) -> Tensor:
+        """The base weight itself."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
 
     def _number_of_call(self, names: Iterable[str]) -> int:
         """Return the number of the call that begins, and count it, if one of these adapters has factors for each."""
         calls = [len(self.lora_A[name]) for name in names if type(self.lora_A[name]) is CallFactors]
         return _next_call(self, min(calls)) if calls else 0
 
-    def _added(self, result: Tensor, base: Tensor, input: Tensor, name: str, share: float, number: int) -> Tensor:
-        """Return a result with one more adapter in it, operation by operation."""
+    def _added(
+        self,
+        result: Tensor,
+        base: Tensor,
+        input: Tensor,
+        name: str,
+        share: float,
+        number: int,
+        settings: Settings | None = None,
+    ) -> Tensor:
+        """Return a result with one more adapter in it, operation by operation.
+
+        `settings` are those of a convolution whose input is not kept; None for all else.
+        """
         A, B, dropout = self.lora_A[name], self.lora_B[name], None
         magnitude: Callable[[Tensor, Tensor], Tensor] | None = None
         if type(A) is CallFactors:
@@ -183,7 +204,7 @@ class AdaptedLayer(ShowsAdapters):
         if lora.dora:
             whole = functools.partial(
                 self.lora_magnitude_vector[name],
-                weight=as_rows(self._parameters["weight"], A.spec.site.layout),
+                weight=as_rows(self._stored, A.spec.site.layout),
                 bias=bias_of(self),
                 lora_A=A.matrix,
                 lora_B=B.matrix,
@@ -192,7 +213,8 @@ class AdaptedLayer(ShowsAdapters):
             magnitude = whole if alone else lambda onto, delta: whole(base, delta, onto=onto, share=share)
         scaling = lora.scaling if lora.dora else lora.scaling * share
         one_hot = A.spec.site.op == "embedding"
-        return add_low_rank(result, input, A, B, dropout, magnitude, scaling, A.spec.mixed, one_hot)
+        first = functools.partial(convolved, A, settings, A.filters) if settings else A
+        return add_low_rank(result, input, first, B, dropout, magnitude, scaling, A.spec.mixed, one_hot)
 
     def adapted_term(self, input: Tensor) -> Term | None:
         """Return the layer with its adapters as a term of a fused product with the input, if it can be one."""

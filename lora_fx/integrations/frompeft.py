@@ -19,7 +19,7 @@ from lora_fx.integrations.peftsettings import settings_of
 from lora_fx.models.overrides import accelerate_hooks
 from lora_fx.models.samples import samples_for
 from lora_fx.models.twin import twin_without
-from lora_fx.models.wrappers import holds_peft
+from lora_fx.models.wrappers import holds_peft, without_wrappers
 from lora_fx.progress.steps import ShowProgress, running
 from lora_fx.rules.keys import is_adapter_name
 from lora_fx.rules.ruleset import LoRAConfig
@@ -39,7 +39,8 @@ def from_peft(
     """Return an adapted twin of the base that PEFT holds, with the values of PEFT's adapters; the model given stays.
 
     The twin computes what the given model computes.  Its base shares the memory of PEFT's; its adapters have memory
-    of their own, and PEFT's names.  What PEFT trains whole is trained whole here.
+    of their own, and PEFT's names.  What PEFT trains whole is trained whole here; where A alone of A and B is frozen,
+    as by PEFT's optimizer for LoRA-FA, it is so here (`lora_fa`).
 
     Args:
         peft_model: a `peft.PeftModel` with LoRA, or a model with LoRA layers of PEFT's, as `add_adapter` of
@@ -147,8 +148,20 @@ def _file_of(model: Any, name: str) -> AdapterFile:
     config = configuration_of(settings | {"init_lora_weights": True}, f"adapter '{name}' of the model")
     keyed = {f"{PREFIX}{key.removeprefix(PREFIX)}": value.detach() for key, value in state_of(model, name).items()}
     file = adapter_in_memory(name, config, keyed)
-    sites = tuple(replace(site, lora=replace(site.lora, adapter=name)) for site in file.sites)
+    frozen = _with_frozen_a(model, name)
+    loras = [replace(site.lora, adapter=name, lora_fa=site.stem in frozen) for site in file.sites]
+    sites = tuple(replace(site, lora=lora) for site, lora in zip(file.sites, loras, strict=True))
     return replace(file, sites=sites, header=replace(file.header, adapter=name))
+
+
+def _with_frozen_a(model: Any, name: str) -> set[str]:
+    """Return the paths of the layers where an adapter of PEFT's trains B and not A."""
+    factors = {
+        path: (layer.lora_A[name].weight, layer.lora_B[name].weight)
+        for path, layer in _layers(model)
+        if name in getattr(layer, "lora_A", ()) and name in getattr(layer, "lora_B", ())
+    }
+    return {without_wrappers(path) for path, (A, B) in factors.items() if B.requires_grad and not A.requires_grad}
 
 
 def _base_of(model: Any) -> nn.Module:

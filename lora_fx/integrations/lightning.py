@@ -16,7 +16,7 @@ from lora_fx.adapters.placed import placed_in
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.fingerprint import same_values, sample_values
 from lora_fx.training.recorder import Recorder
-from lora_fx.tuned.build import trainable
+from lora_fx.tuned.build import held
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -138,7 +138,7 @@ def base_of(module: nn.Module) -> dict[str, Tensor]:
     Raises:
         RefusedError: nothing in it is adapted.
     """
-    mine, places = {id(parameter) for parameter in trainable(module)}, placed_in(module)
+    mine, places = {id(parameter) for parameter in held(module)}, placed_in(module)
     named = module.named_parameters(remove_duplicate=False)
     frozen = {name: p for name, p in named if not p.requires_grad and id(p) not in mine}
     inside = {name for name in frozen if any(place.recorded(name) is not None for place in places)}

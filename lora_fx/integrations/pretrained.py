@@ -18,7 +18,7 @@ from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.swap import MADE_BY, Swapped, swap
 from lora_fx.models.tensors import borrowed
-from lora_fx.tuned.build import trainable
+from lora_fx.tuned.build import frozen_factors, held
 
 _WEIGHTS = "model.safetensors"
 _CONFIGURATION = "config.json"
@@ -102,7 +102,7 @@ class AdaptedModel(Swapped, nn.Module):
             )
         if not is_main_process:
             return
-        wanted = {id(parameter) for parameter in trainable(self)}
+        wanted = {id(parameter) for parameter in held(self)}
         names = [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in wanted]
         given = state_dict or {}
         with borrowed(self, {name: given[name] for name in names if name in given}):
@@ -119,7 +119,7 @@ class AdaptedTokens(Swapped, nn.Module):
         rows = ends[0]._parameters["weight"].shape[0]
         if new_num_tokens in (None, rows):
             return ends[0]  # type: ignore[no-any-return]
-        mine = {id(parameter) for parameter in trainable(self)}
+        mine = {id(parameter) for parameter in held(self)}
         if any(id(p) in mine or p.requires_grad for end in ends if end is not None for p in end.parameters()):
             raise RefusedError(
                 "embeddings with an adapter cannot be resized: it belongs to the old ones",
@@ -189,5 +189,6 @@ def trained_tensors(tuned: nn.Module) -> dict[str, Tensor]:
 
 
 def frozen_keys(tuned: nn.Module) -> set[str]:
-    """Return the keys of the parameters that require no gradient."""
-    return {name for name, p in tuned.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    """Return the keys of the parameters that require no gradient, but for A of LoRA-FA: another run draws another."""
+    drawn, named = frozen_factors(tuned), tuned.named_parameters(remove_duplicate=False)
+    return {name for name, p in named if not p.requires_grad and id(p) not in drawn}

@@ -23,7 +23,8 @@ def to_peft(tuned: nn.Module) -> nn.Module:
     """Return a `peft.PeftModel` on the base, with the values of the model's adapters; the adapted model itself stays.
 
     It computes what the model computes, in the same mode (train or eval), and its adapters can be trained.  Its base
-    shares the memory of the model's, but for what PEFT trains there.
+    shares the memory of the model's, but for what PEFT trains there.  A of LoRA-FA requires no gradient, until PEFT's
+    `set_adapter` lets all of an adapter require one.
 
     Args:
         tuned: an adapted model.
@@ -101,6 +102,10 @@ def _adapted(peft: Any, base: nn.Module, described: Sequence[Described], used: S
             _add(model, adapter.name, config)
         _fill(peft, model, adapter)
     model.base_model.set_adapter(used if len(used) > 1 else used[0])
+    frozen = {f"{key.removesuffix('.weight')}.{one.name}.weight" for one in described for key in one.frozen}
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
     return model
 
 

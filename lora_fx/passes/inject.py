@@ -34,9 +34,10 @@ class Inject(Pass):
         if is_adapted(graph_module):
             raise RefusedError("the model is adapted already", advice="lora_fx.remove or lora_fx.merge it before")
         names = self.plan.adapters
-        taken = [(name, "is an attribute of nn.ModuleDict") for name in names if name in dir(nn.ModuleDict)]
+        attributes = dir(nn.ModuleDict())
+        taken = [(name, "is an attribute of nn.ModuleDict") for name in names if name in attributes]
         if taken:
-            advice = "give the adapter another name, or the model that the graph was made from"
+            advice = 'give the adapter another name; or backend="modules", which leaves the graph as it is'
             raise RefusedError("the code of a GraphModule cannot name these adapters", taken, advice)
         used = {use.parameter for use in raw_uses(graph_module)}
         dropped = [

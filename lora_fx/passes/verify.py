@@ -65,8 +65,11 @@ def _no_parameter_twice(model: nn.Module) -> Iterator[Problem]:
 
 def _adapters_are_trainable(model: nn.Module) -> Iterator[Problem]:
     for path, adapter in all_attached(model):
-        if not (adapter.lora_A.weight.requires_grad and adapter.lora_B.weight.requires_grad):
+        is_frozen, asks = adapter.spec.lora.lora_fa, adapter.lora_A.weight.requires_grad
+        if not adapter.lora_B.weight.requires_grad or not (asks or is_frozen):
             yield path, "its factors do not require a gradient"
+        elif asks and is_frozen:
+            yield path, "its factor A requires a gradient, and LoRA-FA freezes it"
 
 
 def _targets_exist(model: nn.Module) -> Iterator[Problem]:

@@ -90,6 +90,8 @@ def _unsupported(rule: Rule, site: Site) -> str | None:
             rule.slices.ranges(site.features[0])
         except ValueError as problem:
             return str(problem)
+    if rule.lora.lora_fa and site.op == "embedding":
+        return "LoRA-FA would leave A of an embedding at zero, where it starts; leave out `lora_fa`"
     each_call = rule.per_call and site.calls != 1
     unfit = unfit_for_dora(site, rule.lora, each_call)
     unfit = unfit or unfit_for_init(site, rule.lora, rule.slices is not None, each_call)

@@ -86,7 +86,7 @@ class PlannedSite:
 
     @property
     def trainable(self) -> int:
-        """Number of parameters that the adapter adds or unfreezes here: r · (in + out), DoRA's out, the bias.
+        """Number of parameters that are trained here: r · (in + out), DoRA's out, the bias; with LoRA-FA r · out.
 
         A sliced adapter has r · (in + rows) for each part, and of DoRA's lengths those of its rows; a bank of experts,
         or a site with an adapter for each call, has that many times as much.
@@ -98,7 +98,8 @@ class PlannedSite:
         rows = sum(end - first for part in parts for first, end in part)
         calls = (self.calls or 1) if self.per_call else 1
         extra = rows * self.lora.dora + out_features * (self.lora.bias and self.site.bias)
-        return self.site.bank * calls * self.lora.r * (len(parts) * in_features + rows) + extra
+        of_a = 0 if self.lora.lora_fa else len(parts) * in_features
+        return self.site.bank * calls * self.lora.r * (of_a + rows) + extra
 
 
 def unfit_for_dora(site: Site, lora: LoRAConfig, per_call: bool) -> str | None:

@@ -50,7 +50,7 @@ def row_of(planned: PlannedSite) -> tuple[str, ...]:
 
 def _lora_text(lora: LoRAConfig) -> str:
     dropout = f" dropout={lora.dropout:g}{' shared' * lora.share_dropout}" if lora.dropout else ""
-    switches = (("rslora", lora.rslora), ("dora", lora.dora), ("bias", lora.bias))
+    switches = (("rslora", lora.rslora), ("dora", lora.dora), ("lora_fa", lora.lora_fa), ("bias", lora.bias))
     init = f" init={lora.init}" if lora.init not in FRESH else ""
     return f"r={lora.r} alpha={lora.alpha:g}{dropout}{init}" + "".join(f" {name}" for name, on in switches if on)
 

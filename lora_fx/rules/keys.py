@@ -111,6 +111,12 @@ LORA = Table(
             ("use_rslora", "rank_stabilized", "rank_stabilised"),
         ),
         "dora": Key(FLAG, "Train a magnitude for each output too (DoRA).", "dora: true", ("use_dora",)),
+        "lora_fa": Key(
+            FLAG,
+            "Freeze A at its start and train B alone (LoRA-FA): what is kept for the backward pass is r wide.",
+            "lora_fa: true",
+            ("lorafa", "use_lora_fa", "freeze_a", "freeze_A"),
+        ),
         "bias": Key(FLAG, "Train the site's own bias too, saved with the adapter.", "bias: true"),
         "adapter": Key(
             {"type": "string", "pattern": _ADAPTER},

@@ -28,6 +28,8 @@ class LoRAConfig:
     adapter: str = LORA_DEFAULTS["adapter"]
     share_dropout: bool = False
     """Let the dropout of sites on one input drop the same entries."""
+    lora_fa: bool = False
+    """Leave A as it starts, and train B alone (arXiv:2308.03303)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold."""

@@ -144,6 +144,17 @@ def check_refusals(plan: Plan) -> None:
 
 def trainable(twin: nn.Module) -> Iterator[nn.Parameter]:
     """Yield every parameter that is to be trained, once: adapters, trained biases and rows, modules under `train:`."""
+    left = frozen_factors(twin)
+    return (parameter for parameter in held(twin) if id(parameter) not in left)
+
+
+def frozen_factors(twin: nn.Module) -> set[int]:
+    """Return the ids of every A that LoRA-FA leaves as it started: drawn like others, and not to be lost."""
+    return {id(one.lora_A.weight) for _, one in all_attached(twin) if one.spec.lora.lora_fa}
+
+
+def held(twin: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield every parameter that the model has beside its base, once: what is to be trained, and each frozen A."""
     record_in(twin)
     places, named = placed_in(twin), twin.named_parameters(remove_duplicate=False)
     adapters = [parameter for _, adapter in all_attached(twin) for parameter in adapter.parameters()]

@@ -17,7 +17,7 @@ from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
 def parameters(tuned: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
     """Return an iterator over what is trained, each once: of adapters, biases, rows, modules under `train:`.
 
-    What was frozen since is among them; `param_groups` leaves it out.
+    What was frozen since is among them; `param_groups` leaves it out.  A of LoRA-FA, which is not trained, is not.
 
     Args:
         tuned: an adapted model, which stays unchanged.
@@ -35,7 +35,7 @@ def parameters(tuned: nn.Module, adapter: str | None = None) -> Iterator[nn.Para
     if known == (adapter,):
         return trainable(tuned)
     refuse_trained_together(tuned, adapter)
-    found = [parameter for _, one in adapters_called(tuned, adapter) for parameter in one.parameters()]
+    found = [parameter for _, one in adapters_called(tuned, adapter) for parameter in one.trained()]
     found += parameters_of(tuned, adapter)
     return iter({id(parameter): parameter for parameter in found}.values())
 

@@ -1,48 +1,90 @@
 """What is trained as a state dict, for checkpoints of one's own."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import all_attached
+from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.adapters.placed import is_trained, placed_in
-from lora_fx.adapters.trained import added_tensors
+from lora_fx.adapters.trained import added_tensors, parameters_of, trained_owners
 from lora_fx.errors import AdapterMismatchError
 from lora_fx.models.wrappers import seen_through
-from lora_fx.tuned.build import trainable
+from lora_fx.tuned.build import held
+from lora_fx.tuned.several import adapters_called, refuse_trained_together
+from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
 
 
-def adapter_state(tuned: nn.Module) -> dict[str, Tensor]:
+def adapter_state(tuned: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """Return what is trained as a state dict, for a checkpoint of one's own; it shares its memory with the model.
 
-    Its names are those of `tuned.state_dict()`: adapters, where PiSSA and its kin started, trained biases, and the
-    modules under `train:` with their buffers, each tensor once.  `save` writes files that others read; this is for
-    `torch.save` beside an optimizer's state.
+    Its names are those of `tuned.state_dict()`: adapters (A of LoRA-FA too, which was drawn), where PiSSA and its kin
+    started, trained biases, and the modules under `train:` with their buffers, each tensor once.  `save` writes files
+    that others read; this is for `torch.save` beside an optimizer's state.
+
+    Args:
+        tuned: an adapted model, which stays unchanged.
+        adapter: name of the only adapter whose tensors are meant; None means all.  `lora_fx.swap` takes such a state.
 
     Raises:
-        RefusedError: the model is not adapted.
+        ValueError: no adapter has the name.
+        RefusedError: the model is not adapted; or parts of the model were trained with this adapter and others.
     """
     tuned = seen_through(tuned)
-    wanted, places = {id(parameter) for parameter in trainable(tuned)}, placed_in(tuned)
-    state = {name: parameter.detach() for name, parameter in tuned.named_parameters() if id(parameter) in wanted}
+    state = _whole(tuned)
+    if adapter is not None:
+        known = names_of(switches_in(tuned))
+        refuse_unknown([adapter], known)
+        if known != (adapter,):
+            refuse_trained_together(tuned, adapter)
+            own = {id(tensor) for tensor in _of_one(tuned, adapter)}
+            state = {name: tensor for name, tensor in state.items() if id(tensor) in own}
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _whole(tuned: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers that belong to adapters or are trained with them, by their names."""
+    wanted, places = {id(parameter) for parameter in held(tuned)}, placed_in(tuned)
+    state: dict[str, Tensor] = {name: p for name, p in tuned.named_parameters() if id(p) in wanted}
     lasting = tuned.state_dict(keep_vars=True)
-    factors = [factor for _, adapter in all_attached(tuned) for factor in (adapter.lora_A, adapter.lora_B)]
-    starts = {id(buffer) for factor in factors for buffer in factor.buffers()}
+    starts = {id(buffer) for _, adapter in all_attached(tuned) for buffer in _buffers_of(adapter)}
     starts |= {id(value) for _, _, value in added_tensors(tuned)}
     kept = {name: buffer for name, buffer in tuned.named_buffers() if name in lasting}
     return state | {name: b for name, b in kept.items() if id(b) in starts or is_trained(name, places)}
 
 
-def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _buffers_of(adapter: Attached) -> Iterator[Tensor]:
+    return itertools.chain(adapter.lora_A.buffers(), adapter.lora_B.buffers())
+
+
+def _of_one(tuned: nn.Module, adapter: str) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of one adapter, and what was trained with it alone."""
+    for _, one in adapters_called(tuned, adapter):
+        yield from one.parameters()
+        yield from _buffers_of(one)
+    yield from parameters_of(tuned, adapter)
+    yield from (value for _, whose, value in added_tensors(tuned) if whose == adapter)
+    for _, owner, state in trained_owners(tuned):
+        names = (name for name, owners in state.owners.items() if owners and adapter in owners)
+        yield from (own for name in names if (own := owner._buffers.get(name)) is not None)
+
+
+def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor], adapter: str | None = None) -> None:
     """Write what `adapter_state` has returned into a model adapted alike, in place: all of it or nothing.
 
+    Args:
+        tuned: an adapted model.
+        state: of all its adapters; or, with `adapter`, of that one, whose name the state's has to be.
+        adapter: as for `adapter_state`; other adapters stay as they are.
+
     Raises:
+        ValueError: no adapter has the name.
         AdapterMismatchError: names every tensor that is missing, too much, of another shape, of more bits than the
             model's, or not finite.
-        RefusedError: the model is not adapted.
+        RefusedError: as `adapter_state`.
     """
-    own = adapter_state(tuned)
+    own = adapter_state(tuned, adapter)
     pairs = ((name, _differs(own.get(name), state.get(name))) for name in {**own, **state})
     if wrong := [(name, *differs) for name, differs in pairs if differs is not None]:
         advice = "give the state of a model that was adapted by the same rules; nothing was loaded"

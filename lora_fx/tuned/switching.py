@@ -32,6 +32,7 @@ class Use(AbstractContextManager[None]):
         self._choices = tuple(choices)
         self._before = None if for_a_while else tuple(switch.everywhere for switch, _ in choices)
         self._open: contextlib.ExitStack | None = None
+        self._is_over = False
         if not for_a_while:
             for switch, selection in choices:
                 switch.choose(selection)
@@ -50,6 +51,14 @@ class Use(AbstractContextManager[None]):
     def __exit__(self, *raised: object) -> None:
         assert self._open is not None
         self._open.close()
+        self._is_over = True
+
+    def __repr__(self) -> str:
+        chosen = ", ".join(dict.fromkeys(str(selection) for _, selection in self._choices))
+        if self._open is not None:
+            return f"<{'no longer in use' if self._is_over else 'in use until the end of the block'}: {chosen}>"
+        holds = self._before is not None and all(switch.everywhere == one for switch, one in self._choices)
+        return f"<{'in use' if holds else 'not in use'}: {chosen}>"
 
 
 def use(tuned: nn.Module, adapters: Adapters) -> Use:

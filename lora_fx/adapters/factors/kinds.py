@@ -48,11 +48,14 @@ class ConvolutionA(FilterFactor):
         x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
         if self.mode != "zeros":
             x = F.pad(x, self.border, mode=self.mode)
+        convolve = _CONVOLVE[self.weight.dim() - 2]
+        return convolve(x, self.filters, None, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def filters(self) -> Tensor:
+        """The filters of all groups, [groups · r, in / groups, kernel…]."""
         weight: Tensor = self.weight
-        if self.groups > 1:
-            weight = weight.repeat(self.groups, *(1 for _ in weight.shape[1:]))
-        convolve = _CONVOLVE[weight.dim() - 2]
-        return convolve(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return weight if self.groups == 1 else weight.repeat(self.groups, *(1 for _ in weight.shape[1:]))
 
 
 class ConvolutionB(FilterFactor):

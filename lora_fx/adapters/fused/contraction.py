@@ -92,6 +92,7 @@ def _order(device: str, quantised: frozenset[str], planned: PlannedSite) -> str:
         return ""
     why = "slices" if planned.slices is not None else planned.not_fused
     why = "quantised weight" if site.weight in quantised else why
+    why = why or ("a frozen A, so x is not kept" if lora.lora_fa else "")
     dtype = _EXACT.get(site.dtype, torch.bfloat16)
     why = why or obstacle(dtype, dtype, bool(lora.dropout), lora.dora)
     if not why and device not in ("cpu", "meta"):

@@ -1,8 +1,9 @@
 """base + scaling · B A dropout(x) for one or more frozen linears on the same x, as one differentiable operation.
 
-What it saves for the backward pass is x (once for all layers; nothing where x is a norm's output), A x, and references
-to the weights; nothing is cast, scaled, masked or added in a tensor of its own that outlives the call.  Of several
-layers on one x the A products are one product, with all A below each other, and so are their gradients.
+What it saves for the backward pass is x (once for all layers; nothing where x is a norm's output, or where every A is
+frozen as in LoRA-FA), A x, and references to the weights; nothing is cast, scaled, masked or added in a tensor of its
+own that outlives the call.  Of several layers on one x the A products are one product, with all A below each other, and
+so are their gradients.
 
 Forward, for layer i:    hᵢ = Aᵢ dropout(x)ᵀ              yᵢ = x Wᵢᵀ + bᵢ, then += scalingᵢ · hᵢᵀ Bᵢᵀ in place
 Backward:                zᵢ = scalingᵢ · Bᵢᵀ dyᵢᵀ         dBᵢᵀ = scalingᵢ · hᵢ dyᵢ        dAᵢ = zᵢ dropout(x)
@@ -15,7 +16,8 @@ With dropout, dropout(x) only drops, and scalingᵢ holds the 1 over the probabi
 The thin products are written so that the long side of the result is its last: with r rows of N columns a matrix
 library needs a half to a quarter of the time that N rows of r columns take it.
 
-Source: Hu et al. 2021, arXiv:2106.09685, §4.1; what must be saved: Cherniuk et al. 2023, arXiv:2312.03415.  DoRA: see
+Source: Hu et al. 2021, arXiv:2106.09685, §4.1; what must be saved: Cherniuk et al. 2023, arXiv:2312.03415; frozen A:
+Zhang et al. 2023, arXiv:2308.03303, §3.  DoRA: see
 `dora.py`; here y = t + (m/‖V‖ - 1)(t - b), with t the sum above.
 """
 
@@ -95,7 +97,7 @@ def adapted_from(
     for term in terms:
         tensors += term[1:]  # type: ignore[arg-type]
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        made = _Adapted.apply(group, terms, x, *tensors)  # type: ignore[no-untyped-call]
+        made = _Adapted.apply(group, terms, x, *tensors)[: len(terms) + with_x]  # type: ignore[no-untyped-call]
         return (*made, x) if shows and not with_x else tuple(made)
     results = outputs_of(group, x, terms)[0]
     return (*results, x) if shows else tuple(results)
@@ -118,9 +120,20 @@ def outputs_of(
         if term.scale is not None:
             plain = rows if term.bias is None else rows - term.bias
             y = torch.addcmul(rows, plain, (term.scale - 1).to(y.dtype)).view_as(y)
-        results.append(unsafe_view(y, y.shape) if y._is_view() else y)  # a view could not be written to in place
+        results.append(_alone(y))
         unscaled.append(plain)
     return results, inner, unscaled
+
+
+def _alone(made: Tensor) -> Tensor:
+    """Return a tensor that is no view, on the same memory: as a result, a view could not be written to in place."""
+    return unsafe_view(made, made.shape) if made._is_view() else made
+
+
+def _needs_x(group: Group, needs: Sequence[bool]) -> bool:
+    """Whether x, or what makes it, is kept: only for gradients of A, of DoRA's scale, and of what x is made of."""
+    of_each = [needs[group.inputs + 5 * term : group.inputs + 5 * term + 5] for term in range(len(group.facts))]
+    return group.produce is not None or any(of_a or of_scale for _, _, of_a, _, of_scale in of_each)
 
 
 class _Adapted(torch.autograd.Function):
@@ -128,16 +141,21 @@ class _Adapted(torch.autograd.Function):
     def forward(ctx: Any, group: Group, terms: Sequence[Term], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         results, inner, unscaled = outputs_of(group, x, terms)
         inputs, others = tensors[: group.inputs], tensors[group.inputs :]
-        kept, ctx.restore = kept_of(inputs, group.produce is not None, group.halved)
-        ctx.group, ctx.kept, ctx.others = group, len(kept), len(others)
+        keeps = _needs_x(group, ctx.needs_input_grad[3:])
+        kept, ctx.restore = kept_of(inputs, group.produce is not None, group.halved) if keeps else ((), None)
+        inner = inner if keeps else [_alone(h) for h in inner if h is not None]  # nothing is merged with a frozen A
+        ctx.group, ctx.kept, ctx.others, ctx.shape = group, len(kept), len(others), None if keeps else x.shape
         ctx.save_for_backward(*kept, *others, *inner, *unscaled)
         ctx.set_materialize_grads(False)
+        if not keeps:
+            return (*results, *inner)
         return (*results, x) if group.shows else tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, group = ctx.saved_tensors, ctx.group
         inputs = saved[: ctx.kept] if ctx.restore is None else ctx.restore(*saved[: ctx.kept])
+        inputs = inputs if ctx.shape is None else (None,)
         tensors, kept_ones = (*inputs, *saved[ctx.kept :][: ctx.others]), saved[ctx.kept + ctx.others :]
         if any(group.halved) and torch.is_grad_enabled():
             raise RefusedError(
@@ -145,9 +163,10 @@ class _Adapted(torch.autograd.Function):
                 advice='leave "halve" out of `optimise`',
             )
         needs = ctx.needs_input_grad[3:]
-        device = tensors[0].device.type
+        device = tensors[group.inputs].device.type
         cast = autocast_dtype(device) is not None  # what the forward saved has been cast: products keep their dtypes
         with torch.autocast(device, enabled=False) if cast else contextlib.nullcontext():
             if torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads):
-                return (None, None, None, *differentiable(group, tensors, needs, grads))
-            return (None, None, None, *Backward(group, tensors, needs, kept_ones).gradients(grads))
+                inner = () if ctx.shape is None else kept_ones[: len(group.facts)]
+                return (None, None, None, *differentiable(group, tensors, needs, grads, inner, ctx.shape))
+            return (None, None, None, *Backward(group, tensors, needs, kept_ones, ctx.shape).gradients(grads))

@@ -15,8 +15,8 @@ from lora_fx.adapters.fused.backward import Backward
 from lora_fx.adapters.fused.forward import outputs_of
 from lora_fx.adapters.fused.terms import Facts, Group, Term, bundled
 
-_PER_TERM = 4
-"""Flags of each term: weight stored as [in, out], bias, scale, number of its seed (-1: none)."""
+_PER_TERM = 5
+"""Flags of each term: weight stored as [in, out], bias, scale, number of its seed (-1: none), gradients that need x."""
 
 
 def as_operands(terms: Sequence[Term]) -> tuple[tuple[float, ...], tuple[int, ...], list[Tensor], list[Tensor]]:
@@ -35,7 +35,8 @@ def as_operands(terms: Sequence[Term]) -> tuple[tuple[float, ...], tuple[int, ..
             seed = next((number for number, known in enumerate(seeds) if known is facts.seed), len(seeds))
             seeds += [facts.seed] if seed == len(seeds) else []
         numbers += [facts.scaling, facts.p]
-        flags += [facts.in_out, term.bias is not None, term.scale is not None, seed]
+        needs_x = term.A.requires_grad or term.scale is not None
+        flags += [facts.in_out, term.bias is not None, term.scale is not None, seed, needs_x]
         tensors += [tensor for tensor in term[1:] if tensor is not None]
     return tuple(numbers), tuple(map(int, flags)), tensors, seeds
 
@@ -46,7 +47,7 @@ def _terms(
     """Return the terms that `as_operands` was given."""
     following, terms = iter(tensors), []
     for number in range(len(flags) // _PER_TERM):
-        in_out, bias, scale, seed = flags[_PER_TERM * number : _PER_TERM * (number + 1)]
+        in_out, bias, scale, seed, _ = flags[_PER_TERM * number : _PER_TERM * (number + 1)]
         scaling, p = numbers[2 * number : 2 * number + 2]
         facts = Facts(scaling, bool(in_out), p, seeds[seed] if seed >= 0 else None)
         weight, added = next(following), next(following) if bias else None
@@ -101,13 +102,15 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, tensors, seeds, numbers, flags = inputs
     results = len(flags) // _PER_TERM
-    ctx.numbers, ctx.flags, ctx.counts = numbers, flags, (len(tensors), len(seeds))
-    ctx.save_for_backward(x, *tensors, *seeds, *output[results:])
+    kept = [x] if any(flags[_PER_TERM - 1 :: _PER_TERM]) else []
+    ctx.numbers, ctx.flags, ctx.counts = numbers, flags, (len(kept), len(tensors), len(seeds))
+    ctx.save_for_backward(*kept, *tensors, *seeds, *output[results:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    (x, *saved), (count, seeds) = ctx.saved_tensors, ctx.counts
+    saved, (kept, count, seeds) = list(ctx.saved_tensors), ctx.counts
+    x, saved = saved[0] if kept else None, saved[kept:]
     parts = saved[:count], saved[count : count + seeds], saved[count + seeds :]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     results = len(ctx.flags) // _PER_TERM
@@ -125,7 +128,7 @@ def _wanted(needs: Sequence[bool], given: Sequence[bool], flags: Sequence[int]) 
     """Return of which tensors there will be gradients: those asked for, of terms whose result has one."""
     wanted, following = [needs[0] and any(given)], iter(needs[1:])
     for number, present in enumerate(given):
-        _, bias, scale, _ = flags[_PER_TERM * number : _PER_TERM * (number + 1)]
+        _, bias, scale, _, _ = flags[_PER_TERM * number : _PER_TERM * (number + 1)]
         wanted += [next(following) and present for _ in range(3 + bias + scale)]
     return wanted
 
@@ -135,29 +138,34 @@ _adapted.register_autograd(_backward, setup_context=_keep)
 
 @torch.library.custom_op("lora_fx::adapted_backward", mutates_args=())
 def _adapted_backward(
-    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seeds: Sequence[Tensor], kept: Sequence[Tensor],
-    numbers: Sequence[float], flags: Sequence[int], given: Sequence[bool], wanted: Sequence[bool],
+    grads: Sequence[Tensor], x: Tensor | None, tensors: Sequence[Tensor], seeds: Sequence[Tensor],
+    kept: Sequence[Tensor], numbers: Sequence[float], flags: Sequence[int], given: Sequence[bool],
+    wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     terms = _terms(numbers, flags, tensors, seeds)
     inner, rest = list(kept[: len(terms)]), iter(kept[len(terms) :])
     unscaled = [next(rest) if term.scale is not None else None for term in terms]
-    flat, needs, following = [x], [wanted[0]], iter(wanted[1:])
+    flat: list[Any] = [x]
+    needs, following = [wanted[0]], iter(wanted[1:])
     for term in terms:
-        flat += term[1:]  # type: ignore[arg-type]
+        flat += term[1:]
         needs += [tensor is not None and next(following) for tensor in term[1:]]
     slopes = iter(grads)
     every = [next(slopes) if present else None for present in given]
-    made = Backward(_group(terms), flat, needs, [*inner, *unscaled]).gradients(every)
+    shape = (*grads[0].shape[:-1], terms[0].A.shape[1])
+    made = Backward(_group(terms), flat, needs, [*inner, *unscaled], shape).gradients(every)
     return [_own(made[place]) for place, need in enumerate(needs) if need]  # type: ignore[arg-type]
 
 
 @_adapted_backward.register_fake
 def _(
-    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seeds: Sequence[Tensor], kept: Sequence[Tensor],
-    numbers: Sequence[float], flags: Sequence[int], given: Sequence[bool], wanted: Sequence[bool],
+    grads: Sequence[Tensor], x: Tensor | None, tensors: Sequence[Tensor], seeds: Sequence[Tensor],
+    kept: Sequence[Tensor], numbers: Sequence[float], flags: Sequence[int], given: Sequence[bool],
+    wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    made, following = [x.new_empty(x.shape)] if wanted[0] else [], iter(wanted[1:])
-    for term in (term.as_multiplied(x.dtype) for term in _terms(numbers, flags, tensors, seeds)):
+    terms, following = _terms(numbers, flags, tensors, seeds), iter(wanted[1:])
+    made = [grads[0].new_empty((*grads[0].shape[:-1], terms[0].A.shape[1]))] if wanted[0] else []
+    for term in (term.as_multiplied(grads[0].dtype) for term in terms):
         for tensor in term[1:]:
             if tensor is not None and next(following):
                 is_b = tensor is term.B

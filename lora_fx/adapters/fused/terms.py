@@ -132,9 +132,10 @@ def inner_products(group: Group, x: Tensor, terms: Sequence[Term], merged: bool)
             continue
         factors = [terms[number].A for number in bundle]
         below = joined(factors)
+        rows = x.reshape(-1, x.shape[-1])
         parts = [
-            torch.mm(below, (wide if mask is None else mask.mul_(wide)).t())
-            for _, wide, mask in wide_parts(x.reshape(-1, x.shape[-1]), facts, below.dtype)
+            torch.mm(below, dropped(rows, part, mask, below.dtype).t())
+            for part, mask in masks_of(*rows.shape, facts, below.dtype)
         ]
         for number, part in zip(bundle, parted_like(joined(parts, dim=1), factors), strict=True):
             products[number] = part
@@ -172,17 +173,23 @@ def parted_like(whole: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
     return (whole,) if len(parts) == 1 else whole.split_with_sizes([part.shape[0] for part in parts])
 
 
-def wide_parts(rows: Tensor, facts: Facts, dtype: torch.dtype) -> Iterator[tuple[slice | None, Tensor, Tensor | None]]:
-    """Yield (which rows, these in the factors' dtype, their mask); (None, all, None) without dropout.
+def masks_of(rows: int, columns: int, facts: Facts, dtype: torch.dtype) -> Iterator[tuple[slice | None, Tensor | None]]:
+    """Yield (which rows of x, their mask in the factors' dtype); (None, None) for all without dropout.
 
     The mask is of ones and zeros, and may be written to.  dropout(x) is one times the other here: what it is divided
     by is in the factor.
     """
     if facts.seed is None:
-        yield None, rows if rows.dtype == dtype else rows.to(dtype), None
-        return
-    for part, mask in kept_in_parts(facts.seed, rows.shape[0], rows.shape[1], facts.p, dtype):
-        yield part, rows[part].to(dtype), mask
+        yield None, None
+    else:
+        yield from kept_in_parts(facts.seed, rows, columns, facts.p, dtype)
+
+
+def dropped(rows: Tensor, part: slice | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return dropout(x) of the rows that a mask is for, in the factors' dtype; the mask is used up."""
+    wide = rows if part is None else rows[part]
+    wide = wide if wide.dtype == dtype else wide.to(dtype)
+    return wide if mask is None else mask.mul_(wide)
 
 
 def add_product(rows: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:

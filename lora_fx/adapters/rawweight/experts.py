@@ -8,9 +8,9 @@ For each expert e and the rows x of the tokens that are routed to it, with weigh
                 dw = Σ p ⊙ m      dB₂ᵀ = s (w ⊙ h₂) g      dA₂ = (w ⊙ z₂) m      dm = w ⊙ p, and du from that
                 dx += du Uₑ + z₁ᵀ A₁,  z₁ = s B₁ᵀ duᵀ      dB₁ᵀ = s h₁ du      dA₁ = z₁ x
 
-What is kept is the hidden states, u, h₁, h₂ and the routing: the rows are gathered again, m is made again, and y, which
-autograd keeps for dw, is not needed as g · (m D'ᵀ) = (g D') · m, D' being D with its adapter.  The base's own gathered
-rows, gated products and results are what makes it keep more.
+What is kept is the hidden states (not where A₁ is frozen), u, h₁, h₂ and the routing: the rows are gathered again, m is
+made again, and y, which autograd keeps for dw, is not needed as g · (m D'ᵀ) = (g D') · m, D' being D with its adapter.
+The base's own gathered rows, gated products and results are what makes it keep more.
 
 The forward pass does what transformers' own does, with the same tensors in the same order, so that its bits are those
 of the frozen experts while B = 0; which forward that is, and that it is one that is known, `known_experts` says.
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx.adapters.rawweight.routed import not_kept
 from lora_fx.models.torch_internals import grouped_mm, is_batched
 
 Gate = Callable[[Tensor], Tensor]
@@ -222,7 +223,7 @@ class _Experts(torch.autograd.Function):
         run = _all_at_once if facts.grouped else _one_by_one
         out, kept = run(facts, routing, x, sorted_weights, banks, *inner)
         ctx.facts, ctx.routing = facts, routing
-        ctx.save_for_backward(x, weights, *banks, *inner, *kept)
+        ctx.save_for_backward(x if ctx.needs_input_grad[6] else None, weights, *banks, *inner, *kept)
         return out
 
     @staticmethod
@@ -231,32 +232,37 @@ class _Experts(torch.autograd.Function):
         banks, (h1, h2), kept = Banks(*others[:6]), others[6:8], others[8:]
         if torch.is_grad_enabled() or is_batched(gradient):
             return None, None, *_differentiable(ctx, gradient, x, weights, banks)
-        made = _Backward(ctx.facts, ctx.routing, banks, x, ctx.needs_input_grad[2])
+        made = _Backward(ctx.facts, ctx.routing, banks, x, ctx.needs_input_grad[2:])
         of_weights = made.run(gradient, kept, h1, h2, ctx.routing.in_order(weights))
         of_weights = ctx.routing.back(of_weights, weights.shape)
         A1, B1, A2, B2 = made.of_factors
-        return None, None, made.of_x, of_weights, None, None, A1, B1.mT, A2, B2.mT
+        of_both = (None if B is None else B.mT for B in (B1, B2))
+        return None, None, made.of_x, of_weights, None, None, A1, next(of_both), A2, next(of_both)
 
 
 class _Backward:
     """The gradients, by the formulas above, part by part."""
 
-    def __init__(self, facts: ExpertFacts, routing: Routing, banks: Banks, x: Tensor, wanted: bool) -> None:
+    def __init__(
+        self, facts: ExpertFacts, routing: Routing, banks: Banks, x: Tensor | None, needs: Sequence[bool]
+    ) -> None:
         self.facts, self.routing, self.banks, self.x = facts, routing, banks, x
         new = torch.empty if len(routing.experts) == len(banks.up) else torch.zeros
         self.of_factors = [
-            new(like.shape, dtype=like.dtype, device=like.device)
-            for like in (banks.A1, banks.B1.mT, banks.A2, banks.B2.mT)
+            new(like.shape, dtype=like.dtype, device=like.device) if need else None
+            for like, need in zip((banks.A1, banks.B1.mT, banks.A2, banks.B2.mT), needs[4:], strict=True)
         ]
-        """Of A₁, B₁ᵀ, A₂ and B₂ᵀ."""
-        self.of_x = torch.zeros_like(x) if wanted else None
+        """Of A₁, B₁ᵀ, A₂ and B₂ᵀ; None for those that need none."""
+        self.wants_x = needs[0]
+        self.of_x: Tensor | None = None
 
     def run(self, gradient: Tensor, kept: Tensors, h1: Tensor, h2: Tensor, weights: Tensor) -> Tensor:
         """Fill in the gradients of x and the factors; return that of the sorted weights."""
         of_weights = torch.empty_like(weights)
+        self.of_x = torch.zeros_like(gradient) if self.wants_x else None
         parts = list(self.routing.parts(self.banks.up.shape[1]))
         longest = max(rows.stop - rows.start for _, rows, _ in parts)
-        wide, inner = (self.x.new_empty(longest, columns) for columns in self.banks.down.shape[1:])  # for all parts
+        wide, inner = (gradient.new_empty(longest, columns) for columns in self.banks.down.shape[1:])  # for all parts
         for experts, rows, part in parts:
             both = kept[0][rows] if self.facts.grouped else _below(kept[experts])
             room = wide[: rows.stop - rows.start]
@@ -290,7 +296,8 @@ class _Backward:
             )
             self.of_x.index_add_(0, part.tokens, of_rows)
         self._sum(part, h1 * self.facts.scalings[0], of_both, self.of_factors[1])
-        self._sum(part, z, torch.index_select(self.x, 0, part.tokens, out=room), self.of_factors[0])
+        if self.x is not None:
+            self._sum(part, z, torch.index_select(self.x, 0, part.tokens, out=room), self.of_factors[0])
 
     @staticmethod
     def _inner(part: Routing, g: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -318,8 +325,10 @@ class _Backward:
         return total, z
 
     @staticmethod
-    def _sum(part: Routing, narrow: Tensor, wide: Tensor, total: Tensor) -> None:
-        """Put narrow [r, rows] · wide [rows, n] of every expert into the total [experts, r, n]."""
+    def _sum(part: Routing, narrow: Tensor, wide: Tensor, total: Tensor | None) -> None:
+        """Put narrow [r, rows] · wide [rows, n] of every expert into the total [experts, r, n], if it is wanted."""
+        if total is None:
+            return
         lefts, rights = narrow.split_with_sizes(part.counts, 1), _cast(wide, narrow).split_with_sizes(part.counts)
         for left, right, result in zip(lefts, rights, part.of_each(total), strict=True):
             torch.mm(left, right, out=result)
@@ -329,9 +338,13 @@ def _below(parts: Tensors) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
-def _differentiable(ctx: Any, gradient: Tensor, x: Tensor, weights: Tensor, banks: Banks) -> tuple[Tensor | None, ...]:
+def _differentiable(
+    ctx: Any, gradient: Tensor, x: Tensor | None, weights: Tensor, banks: Banks
+) -> tuple[Tensor | None, ...]:
     """Return the gradients by autograd, which can be differentiated again: create_graph=True."""
     again, routing = torch.is_grad_enabled(), ctx.routing
+    if x is None:
+        raise not_kept()
     given = (x, weights, *banks)
     with torch.enable_grad():
         views = [t.view_as(t) if need else t for t, need in zip(given, ctx.needs_input_grad[2:], strict=True)]

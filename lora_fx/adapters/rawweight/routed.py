@@ -2,8 +2,8 @@
 
 y = x W + scaling · (x Aᵀ) B, where W is frozen.  A frozen product keeps nothing for its gradient; this one keeps x, and
 only where x cannot be had from what autograd keeps anyway: what enters the last matrix of a gated expert is a
-product act(g) · u, whose factors are kept for its own gradient.  The narrow matrices lie with their long side last, for
-which matrix kernels are several times faster.
+product act(g) · u, whose factors are kept for its own gradient.  Where A is frozen, x is not kept at all.  The narrow
+matrices lie with their long side last, for which matrix kernels are several times faster.
 
 Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; one autograd function that keeps x alone: Cherniuk et al. 2023,
 arXiv:2312.03415.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.products import Call
+from lora_fx.errors import RefusedError
 from lora_fx.models.torch_internals import moves_tensors, packing
 
 
@@ -66,6 +67,14 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
+def not_kept() -> RefusedError:
+    """Return the error for gradients of gradients where A is frozen."""
+    return RefusedError(
+        "gradients of gradients, and several at once, need the input of the experts, not kept where A is frozen",
+        advice="leave out `lora_fa`, or let A require a gradient",
+    )
+
+
 def routed_product(
     base: Callable[[], Tensor], runs: Sequence[Run], x: Tensor, weight: Tensor, low: Factored
 ) -> Tensor | None:
@@ -98,7 +107,7 @@ class _Routed(torch.autograd.Function):
         for run, h in _each(runs, inner, A.shape[-2]):
             torch.mm(run.of(A), x[run.rows].to(A.dtype).t(), out=h).mul_(scaling)
             _add(flat[run.rows], h.t(), run.of(B))
-        tensors, ctx.make = source
+        tensors, ctx.make = source if ctx.needs_input_grad[6] else ((), None)
         ctx.runs, ctx.scaling = runs, scaling
         ctx.save_for_backward(weight, A, B, inner, *tensors)
         return total
@@ -108,19 +117,23 @@ class _Routed(torch.autograd.Function):
         weight, A, B, inner, *kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[4]
         if torch.is_grad_enabled():
+            if ctx.make is None:
+                raise not_kept()
             x = ctx.make(*kept)
             return None, None, None, None, *_differentiable(ctx.runs, ctx.scaling, gradient, x, weight, A, B, wanted)
         flat, kept = gradient.flatten(0, -2), [factor.flatten(0, -2) for factor in kept]
         of_x = flat.new_empty(flat.shape[0], weight.shape[-2]) if wanted else None
         met = len(ctx.runs) == (A.shape[0] if A.dim() == 3 else 1)
         new = torch.empty if met else torch.zeros
-        of_A, of_B = (new(matrix.shape, dtype=matrix.dtype, device=matrix.device) for matrix in (A, B))
+        of_B = new(B.shape, dtype=B.dtype, device=B.device)
+        of_A = None if ctx.make is None else new(A.shape, dtype=A.dtype, device=A.device)
         for run, h in _each(ctx.runs, inner, A.shape[-2]):
             g = flat[run.rows]
-            wide, x = g.to(A.dtype), ctx.make(*(factor[run.rows] for factor in kept)).to(A.dtype)
+            wide = g.to(A.dtype)
             z = torch.mm(run.of(B).contiguous(), wide.t()).mul_(ctx.scaling)  # strided, it takes four times as long
             torch.mm(h, wide, out=run.of(of_B))
-            torch.mm(z, x, out=run.of(of_A))
+            if of_A is not None:
+                torch.mm(z, ctx.make(*(factor[run.rows] for factor in kept)).to(A.dtype), out=run.of(of_A))
             if of_x is not None:
                 _add(torch.mm(g, run.of(weight).t(), out=of_x[run.rows]), z.t(), run.of(A))
         if of_x is not None:

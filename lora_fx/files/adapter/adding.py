@@ -209,7 +209,7 @@ def _attach(
         peftfiles.refuse_beyond_peft(tuned, [file])
     for name in names:
         for _, one in adapters_called(tuned, name):
-            for parameter in one.parameters():
+            for parameter in one.trained():
                 parameter.requires_grad_(trainable)
     own = [(whose, value) for _, whose, value in added_tensors(tuned)]
     own += [(whose, rows.rows) for _, whose, rows in added_rows(tuned)]

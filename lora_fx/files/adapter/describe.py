@@ -21,6 +21,8 @@ from lora_fx.files.adapter.names import (
     PREFIX,
     anchored,
     call_stem,
+    factor_key,
+    factor_names,
     only_for_lora_fx,
     parameter_stem,
     target_modules,
@@ -48,6 +50,8 @@ class Described:
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     metadata: dict[str, str]
+    frozen: frozenset[str]
+    """Keys of the tensors that training leaves as they are: A of LoRA-FA, of which the configuration says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +243,8 @@ def _describe(
     }
     refuse_unwritable(tensors)
     header = header_text(content, tensors)
-    return Described(name, tensors, config, {"format": "pt", METADATA_KEY: header})
+    frozen = frozenset(factor_key(site.stem, factor_names(site.embedding)[0]) for site in sites if site.lora.lora_fa)
+    return Described(name, tensors, config, {"format": "pt", METADATA_KEY: header}, frozen)
 
 
 def _refuse_mixed_dora(name: str, group: Sequence[_UsedAdapter]) -> None:

@@ -123,7 +123,8 @@ def _noted(stem: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     wrong = [name for name, fits in _FITS.items() if name in saved and not fits(saved[name])]
     if wrong:
         raise ValueError("; ".join(f"{stem}: {name} is {saved[name]!r:.60}" for name in wrong))
-    lora = LoRAConfig(**{attribute.name: saved[attribute.name] for attribute in fields(LoRAConfig)})
+    noted = {"lora_fa": False, **saved}  # only where A is frozen does a note say so
+    lora = LoRAConfig(**{attribute.name: noted[attribute.name] for attribute in fields(LoRAConfig)})
     known = {"path": saved.get("path", stem), "lora": lora, "rule": saved["rule"], "op": saved["op"]}
     known |= {name: saved[name] for name in NOTED if name in saved}
     parameter, call, calls = known.get("parameter", ""), known.get("call"), known.get("calls", 0)
@@ -161,7 +162,9 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "init": is_init,
     "layout": lambda value: value in get_args(Layout),
     "slices": _are_slices,
-    **{name: lambda value: isinstance(value, bool) for name in ("rslora", "dora", "bias", "read", "share_dropout")},
+    **dict.fromkeys(
+        ("rslora", "dora", "bias", "read", "share_dropout", "lora_fa"), lambda value: isinstance(value, bool)
+    ),
     **{name: lambda value: isinstance(value, str) for name in ("path", "rule", "parameter")},
 }
 """What each value of a note can be: a header may have been written by anybody."""
