@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
+from lora_fx.bench.counters import saved_bytes
 from lora_fx.errors import LoraFxWarning
 from lora_fx.regions import compiling
 from lora_fx.regions.install import regions
@@ -74,7 +75,7 @@ UNFIT = {
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}], ids=str)
+@pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}, {"lora_fa": True}], ids=str)
 @pytest.mark.parametrize("forward", BLOCKS, ids=lambda function: function.__name__)
 def test_block_computes_what_it_computes_by_modules_compiled_or_with_a_reason(forward: Any, lora: dict[str, Any]):
     with warnings.catch_warnings():
@@ -83,6 +84,22 @@ def test_block_computes_what_it_computes_by_modules_compiled_or_with_a_reason(fo
         assert_agree(pair, (2, 6), (3, 5), (1, 3), (2, 6))
     done, reasons = report(pair[0])
     assert ("compile" in done) != bool(reasons)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_compiled_block_keeps_less_where_a_is_frozen_and_compiles_no_more(dropout: float):
+    kept, compiled = [], []
+    x = torch.randn(2, 32, 16)
+    for frozen in (False, True):
+        pair = towers(lora_fa=frozen, dropout=dropout)
+        assert_agree(pair, (2, 32))
+        assert report(pair[0]) == ({"compile"}, set())
+        own = (*pair[0].parameters(), *pair[0].buffers())
+        kept.append(saved_bytes(lambda model=pair[0]: model(x), own))
+        compiled.append(compilations(pair[0]))
+    assert kept[1] < kept[0]
+    assert compiled[0] == compiled[1]
 
 
 @pytest.mark.usefixtures("quick")

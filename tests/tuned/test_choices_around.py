@@ -87,18 +87,40 @@ def test_gradients_reach_a_model_through_its_replicas(monkeypatch):
     assert all(torch.allclose(through[name], grad, atol=1e-5) for name, grad in expected.items())
 
 
-def test_a_graph_module_refuses_an_adapter_that_its_code_cannot_name():
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(4, 4)
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x)
 
-    rules = {"version": 1, "rules": [{"match": {"name": "a"}, "lora": {"r": 2, "adapter": "train"}}]}
-    with pytest.raises(lora_fx.RefusedError, match=r"cannot name these adapters\n.*train"):
-        lora_fx.apply(fx.symbolic_trace(Plain()), rules)
+
+def called(name: str) -> dict[str, object]:
+    return {"version": 1, "rules": [{"match": {"name": "a"}, "lora": {"r": 2, "adapter": name, "init": "random"}}]}
+
+
+@pytest.mark.parametrize("name", ["train", "training", "forward", "to", "T_destination"])
+def test_a_graph_module_refuses_an_adapter_that_its_code_cannot_name_and_stays_as_it_is(name: str):
+    base = fx.symbolic_trace(Plain())
+    before = list(base.state_dict())
+    with pytest.raises(
+        lora_fx.RefusedError, match=rf'cannot name these adapters\n +{name} .*\n(.|\n)*backend="modules"'
+    ):
+        lora_fx.apply(base, called(name))
+    assert list(base.state_dict()) == before
+
+
+@pytest.mark.parametrize("name", ["train", "training", "forward", "to", "weight"])
+def test_with_the_module_backend_adapters_of_a_graph_module_bear_any_name(name: str):
+    torch.manual_seed(0)
+    base, x = fx.symbolic_trace(Plain()), torch.randn(3, 4)
+    tuned = lora_fx.apply(base, called(name), backend="modules")
+    first, second = (tuned.get_parameter(f"a.lora_{factor}.{name}.weight") for factor in "AB")
+    assert close(tuned(x), base(x) + 8 * x @ first.t() @ second.t())
+    tuned.train().eval()
+    with lora_fx.use(tuned, None):
+        assert torch.equal(tuned(x), base(x))
 
 
 def test_checks_of_outputs_can_fail():

@@ -59,3 +59,21 @@ def test_folding_tells_what_was_in_use():
     result = lora_fx.remerged(tuned)
     assert set(result.folded) == {f"blocks.{n}.{name}" for n in range(3) for name in ("k", "out")}
     assert torch.allclose(result.model(given()), tuned(given()), atol=1e-6)
+
+
+def test_what_use_returns_tells_what_is_in_use():
+    tuned = two()
+    choice = lora_fx.use(tuned, "b")
+    assert repr(choice) == "<in use: b>"
+    assert repr(lora_fx.use(tuned, {"a": 0.7, "b": -0.3})) == "<in use: 0.7 · a + -0.3 · b>"
+    assert repr(choice) == "<not in use: b>"
+    assert repr(lora_fx.use(tuned, None)) == "<in use: the base>"
+    assert repr(choice) == "<not in use: b>"
+
+
+def test_what_use_returns_in_a_block_tells_until_when():
+    tuned = two()
+    choice = lora_fx.use(tuned, ["a", "b"])
+    with choice:
+        assert repr(choice) == "<in use until the end of the block: a + b>"
+    assert repr(choice) == "<no longer in use: a + b>"

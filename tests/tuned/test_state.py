@@ -8,6 +8,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import AdapterMismatchError, RefusedError
+from tests.support.twoadapters import two, values
 
 RULES = {"rules": [{"match": {"name": "*.up"}, "lora": {"r": 2}, "expect": 2}], "train": ["head"]}
 
@@ -97,6 +98,50 @@ def test_everything_that_does_not_fit_is_named_at_once_and_nothing_is_loaded(tun
         ("head.1.bias", "NaN or infinite values", "float32 [4] on cpu"),
     ]
     assert all(map(torch.equal, lora_fx.adapter_state(other).values(), before.values()))
+
+
+def test_state_of_one_adapter_is_its_own_alone_and_comes_back():
+    tuned, other = two(), two()
+    before = values(other)
+    lora_fx.load_adapter_state(tuned, {n: 2 * v for n, v in lora_fx.adapter_state(tuned, adapter="b").items()}, "b")
+    state = lora_fx.adapter_state(tuned, adapter="b")
+    assert state
+    assert set(state) == {name for name in before if ".b." in name}
+    lora_fx.load_adapter_state(other, state, adapter="b")
+    assert all(
+        torch.equal(values(other)[name], tensor * (2 if ".b." in name else 1)) for name, tensor in before.items()
+    )
+    fresh = two()
+    lora_fx.swap(fresh, state, adapter="b")
+    assert all(torch.equal(values(fresh)[name], tensor) for name, tensor in values(other).items())
+    assert set(lora_fx.adapter_state(tuned)) == {*state, *lora_fx.adapter_state(tuned, adapter="a")}
+
+
+def test_state_of_one_adapter_has_what_is_trained_with_it():
+    tuned = lora_fx.apply(Whole(), RULES, backend="modules")
+    whole = set(lora_fx.adapter_state(tuned))
+    assert set(lora_fx.adapter_state(tuned, adapter="default")) == whole
+    rules = {"rules": [{"match": {"name": "a.up"}, "lora": {"r": 3, "bias": True}}], "train": ["head"]}
+    lora_fx.add(tuned, rules, adapter="b")
+    assert set(lora_fx.adapter_state(tuned, adapter="default")) == whole
+    names = ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked")
+    at_head = {f"head.{at}.lora_trained.b.{name}" for at, _, name in (one.partition(".") for one in names)}
+    own = {"a.up.lora_A.b.weight", "a.up.lora_B.b.weight", "a.up.lora_trained.b.bias"}
+    assert set(lora_fx.adapter_state(tuned, adapter="b")) == own | at_head
+    assert set(lora_fx.adapter_state(tuned)) == whole | own | at_head
+
+
+def test_state_of_one_adapter_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="no adapter is called 'c'; there are a, b"):
+        lora_fx.adapter_state(two(), adapter="c")
+    with pytest.raises(ValueError, match="no adapter is called 'c'"):
+        lora_fx.load_adapter_state(two(), {}, adapter="c")
+    with pytest.raises(AdapterMismatchError, match="does not fit"):
+        lora_fx.load_adapter_state(two(), lora_fx.adapter_state(two()), adapter="b")
+    rules = [{"match": {"name": f"{block}.up"}, "lora": {"r": 2, "adapter": block}} for block in "ab"]
+    together = lora_fx.apply(Whole(), {"rules": rules, "train": ["head"]}, backend="modules")
+    with pytest.raises(RefusedError, match="was trained with a, b together"):
+        lora_fx.adapter_state(together, adapter="a")
 
 
 def test_model_that_is_not_adapted_has_no_such_state():

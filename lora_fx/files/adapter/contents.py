@@ -172,6 +172,7 @@ def _features(config: Configuration, header: Header) -> list[str]:
     features = {
         "rank-stabilised scaling": config.use_rslora,
         "DoRA": config.use_dora,
+        "A as it started (LoRA-FA)": any(site["lora"].lora_fa for site in sites),
         "raw parameters": bool(config.target_parameters) or any(site.get("parameter") for site in sites),
         "slices": any(site.get("slices") for site in sites),
         "an adapter for each call": any(site.get("calls") for site in sites),
