@@ -148,7 +148,7 @@ def _mismatches(
             yield saved.path, _factor_text(given), "has no such linear"
             continue
         yield from _other_factors(saved, site, form_of(site, model.get_submodule(site.owner)))
-        if not (saved.bias is saved.added_bias is None or site.bias):
+        if saved.bias is not None and not site.bias:
             yield saved.path, "a bias", "none that belongs to the site"
         if saved.calls and site.calls not in (None, saved.calls):
             yield saved.path, f"an adapter for each of {saved.calls} calls", f"called {site.calls} times"
@@ -263,6 +263,8 @@ def _refuse(files: Sequence[AdapterFile], sites: dict[str, Site], model: nn.Modu
 def _refusal(saved: SavedSite, site: Site, model: nn.Module) -> str | None:
     if unfit := unfit_for_dora(site, saved.lora, saved.calls > 0):
         return unfit
+    if saved.added_bias is not None and not site.bias:
+        return "its lora_B has a bias (`lora_bias`) and the layer has none to add it to, so PEFT cannot merge it either"
     if not saved.noted and has_other_border(model.get_submodule(site.owner)):
         return (
             "PEFT trains it without the padding_mode and dilation of the convolution, so what was trained is "

@@ -166,8 +166,21 @@ def test_rows_that_the_model_lacks_are_refused(tmp_path):
         lora_fx.load(llama(), tmp_path)
 
 
-def test_bias_for_a_layer_without_one_is_refused(tmp_path):
-    written(llama(), tmp_path, target_modules=Q, lora_bias=True)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_bias_for_a_layer_without_one_is_refused_for_every_site_and_peft_cannot_merge_it(tmp_path):
+    model = llama()
+    written(model, tmp_path, target_modules=Q, lora_bias=True)
+    with pytest.raises(lora_fx.RefusedError, match="has none to add it to") as caught:
+        lora_fx.load(model, tmp_path)
+    assert {path.rpartition(".")[2] for path, _ in caught.value.facts} == set(Q)
+    with pytest.raises(RuntimeError, match="because the base layer has no bias"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).merge_and_unload()
+
+
+def test_bias_of_its_own_for_a_layer_without_one_does_not_fit(tmp_path):
+    written(llama(), tmp_path, target_modules=Q)
+    bias = {f"base_model.model.model.layers.0.self_attn.{Q[0]}.base_layer.bias": torch.zeros(16)}
+    edited(tmp_path, lambda given: given | bias)
     with pytest.raises(lora_fx.AdapterMismatchError, match=r"a bias +model none that belongs to the site"):
         lora_fx.load(llama(), tmp_path)
 
