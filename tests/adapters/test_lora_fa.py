@@ -41,7 +41,8 @@ def both(kind: Kind, backend: str, **lora: Any) -> tuple[nn.Module, nn.Module]:
 
 def gradients(kind: Kind, tuned: nn.Module) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """Return the gradients of A and B by the name of their weight."""
-    run(tuned, kind.sample(torch.float64), training=True, grad=True).square().sum().backward()
+    result = run(tuned, kind.sample(torch.float64), training=True, grad=True)
+    result.backward(torch.linspace(-1, 1, len(result), dtype=result.dtype))
     return {name: tuple(factor.grad for factor in factors_of(tuned, name)) for name in kind.weights}  # type: ignore[misc]
 
 
@@ -100,7 +101,7 @@ def of_modules(base: nn.Module, **lora: Any) -> nn.Module:
 
 
 def of_graphs(base: nn.Module, x: Tensor, **lora: Any) -> nn.Module:
-    return lora_fx.apply(base, rules(**lora), x)
+    return lora_fx.apply(base, rules(**lora), (x,))
 
 
 def own_graph(base: nn.Module, **lora: Any) -> nn.Module:
@@ -139,7 +140,7 @@ def test_a_convolution_keeps_h_and_not_its_input(dims: int, settings: dict[str, 
     build = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
     torch.manual_seed(0)
     base = OneLayer(build(8, 8, 3, **settings))
-    x = torch.randn(2, 8, *(7 - dims for _ in range(dims)))
+    x = torch.randn(2, 8, *(9 - dims for _ in range(dims)))
     plain, frozen = of_modules(base), of_modules(base, lora_fa=True)
     groups, results = settings.get("groups", 1), base(x)[0, 0].numel() * len(x)
     repeated = FLOAT * RANK * 8 * 3**dims if groups > 1 else 0
@@ -171,7 +172,7 @@ class Siblings(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         given = self.norm(x)
-        made: Tensor = x + self.out(torch.sigmoid(self.q(given)) * self.k(given) + self.v(given))
+        made: Tensor = x + self.v(given) + self.out(nn.functional.silu(self.q(given)) * self.k(given))
         return made
 
 
@@ -197,7 +198,7 @@ def stacks(optimise: Any = True, **lora: Any) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
         chosen = copy.deepcopy(STACK)
         chosen["rules"][0]["lora"] |= {"lora_fa": frozen, **lora}
-        tuned = lora_fx.apply(Stack(), chosen, x, optimise=optimise)
+        tuned = lora_fx.apply(Stack(), chosen, (x,), optimise=optimise)
         zoo.randomise_(tuned)
         made.append(tuned)
     return made[0], made[1]
@@ -213,7 +214,7 @@ def test_graphs_keep_no_more_than_the_frozen_base_and_h(optimise: Any):
     x = torch.randn(2, 8, IN)
     plain, frozen = stacks(optimise)
     inner = 2 * 4 * FLOAT * 2 * 8 * RANK
-    assert kept(frozen, x) <= frozen_base(x) + inner < kept(plain, x) + (optimise is True) * frozen_base(x)
+    assert kept(frozen, x) <= min(frozen_base(x) + inner, kept(plain, x))
     first, second = (_step(model, x) for model in (plain, frozen))
     assert second.keys() == {name for name in first if "lora_A" not in name}
     assert all(torch.equal(first[name], grad) for name, grad in second.items())
@@ -302,14 +303,17 @@ def test_a_is_no_parameter_that_is_trained_and_is_in_the_state():
     assert " lora_fa" in repr(tuned)
 
 
-@pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda tuned: pickle.loads(pickle.dumps(tuned))], ids=["copy", "pickle"]
-)
-@pytest.mark.parametrize("where", ["modules", "own graph"])
-def test_copies_leave_a_frozen(where: str, way: Any):
-    tuned = way(MADE[where](linear(), lora_fa=True))
+@pytest.mark.parametrize("where", MADE)
+def test_copies_leave_a_frozen(where: str):
+    tuned = copy.deepcopy(MADE[where](linear(), lora_fa=True))
     verify(tuned)
     assert not tuned.layer.lora_A["default"].weight.requires_grad
+
+
+def test_a_pickled_model_leaves_a_frozen_and_keeps_as_little():
+    tuned = pickle.loads(pickle.dumps(of_modules(linear(), lora_fa=True)))
+    verify(tuned)
+    assert kept(tuned, X) == FLOAT * ROWS * RANK
 
 
 def test_verify_sees_an_a_that_requires_a_gradient():

@@ -116,7 +116,7 @@ def test_with_the_module_backend_adapters_of_a_graph_module_bear_any_name(name: 
     torch.manual_seed(0)
     base, x = fx.symbolic_trace(Plain()), torch.randn(3, 4)
     tuned = lora_fx.apply(base, called(name), backend="modules")
-    first, second = (tuned.get_parameter(f"a.lora_{factor}.{name}.weight") for factor in "AB")
+    first, second = (tuned.state_dict()[f"a.lora_{factor}.{name}.weight"] for factor in "AB")
     assert close(tuned(x), base(x) + 8 * x @ first.t() @ second.t())
     tuned.train().eval()
     with lora_fx.use(tuned, None):

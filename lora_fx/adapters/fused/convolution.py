@@ -40,7 +40,8 @@ def settings_without_input(layer: Any, chosen: Chosen, x: Tensor) -> Settings | 
     """
     if not isinstance(layer, Convolution) or not (torch.is_grad_enabled() and x.requires_grad):
         return None
-    factors = [layer._modules["lora_A"]._modules[name] for name, _ in chosen]
+    holder: Any = layer._modules["lora_A"]
+    factors = [holder._modules[name] for name, _ in chosen]
     if not all(type(A) is ConvolutionA and not has_hooks(A) and not A.weight.requires_grad for A in factors):
         return None
     weight, bias = layer._parameters["weight"], bias_of(layer)

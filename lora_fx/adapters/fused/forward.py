@@ -143,12 +143,13 @@ class _Adapted(torch.autograd.Function):
         inputs, others = tensors[: group.inputs], tensors[group.inputs :]
         keeps = _needs_x(group, ctx.needs_input_grad[3:])
         kept, ctx.restore = kept_of(inputs, group.produce is not None, group.halved) if keeps else ((), None)
-        inner = inner if keeps else [_alone(h) for h in inner if h is not None]  # nothing is merged with a frozen A
+        shown = [] if keeps else [_alone(h) for h in inner if h is not None]  # nothing is merged with a frozen A
+        inner = [*shown] or inner
         ctx.group, ctx.kept, ctx.others, ctx.shape = group, len(kept), len(others), None if keeps else x.shape
         ctx.save_for_backward(*kept, *others, *inner, *unscaled)
         ctx.set_materialize_grads(False)
         if not keeps:
-            return (*results, *inner)
+            return (*results, *shown)
         return (*results, x) if group.shows else tuple(results)
 
     @staticmethod

@@ -135,7 +135,7 @@ def inner_products(group: Group, x: Tensor, terms: Sequence[Term], merged: bool)
         rows = x.reshape(-1, x.shape[-1])
         parts = [
             torch.mm(below, dropped(rows, part, mask, below.dtype).t())
-            for part, mask in masks_of(*rows.shape, facts, below.dtype)
+            for part, mask in masks_of(rows.shape[0], rows.shape[1], facts, below.dtype)
         ]
         for number, part in zip(bundle, parted_like(joined(parts, dim=1), factors), strict=True):
             products[number] = part

@@ -123,7 +123,7 @@ def _noted(stem: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     wrong = [name for name, fits in _FITS.items() if name in saved and not fits(saved[name])]
     if wrong:
         raise ValueError("; ".join(f"{stem}: {name} is {saved[name]!r:.60}" for name in wrong))
-    noted = {"lora_fa": False, **saved}  # only where A is frozen does a note say so
+    noted = {"lora_fa": False, **saved}  # files of before there was the key have none
     lora = LoRAConfig(**{attribute.name: noted[attribute.name] for attribute in fields(LoRAConfig)})
     known = {"path": saved.get("path", stem), "lora": lora, "rule": saved["rule"], "op": saved["op"]}
     known |= {name: saved[name] for name in NOTED if name in saved}

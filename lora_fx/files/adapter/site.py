@@ -99,8 +99,7 @@ class SavedSite:
         defaults = {attribute.name: attribute.default for attribute in fields(self)}
         values = {name: getattr(self, name) for name in NOTED}
         extra = {name: value for name, value in values.items() if value != defaults[name]}
-        lora = {name: value for name, value in asdict(self.lora).items() if value or name != "lora_fa"}
-        return lora | {"path": self.path, "op": self.op, "rule": self.rule} | extra
+        return asdict(self.lora) | {"path": self.path, "op": self.op, "rule": self.rule} | extra
 
 
 def members_of(B: Tensor, A: Tensor, members: int) -> tuple[Tensor, Tensor]:
