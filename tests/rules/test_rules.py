@@ -307,7 +307,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(written):
         ("lora_alpha", "here it is called 'alpha'"),
         ("use_dora", "here it is called 'dora'"),
         ("droput", "did you mean 'dropout'?"),
-        ("zzz", "allowed: r, alpha, dropout, share_dropout, init, rslora, dora, bias, adapter"),
+        ("zzz", "allowed: r, alpha, dropout, share_dropout, init, rslora, dora, lora_fa, bias, adapter"),
     ],
 )
 def test_foreign_and_misspelt_keys_get_a_hint(key, hint, written):
