@@ -17,6 +17,7 @@ from lora_fx.adapters.factors.kinds import (
     ConvolutionA,
     ConvolutionB,
     EmbeddingA,
+    SharedFactor,
     SlicedB,
     TokenDropout,
 )
@@ -245,15 +246,19 @@ def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAF
         A = ConvolutionA(empty(spec.rank, *inner), spec, owner)
         B = ConvolutionB(empty(rows, spec.rank, *(1 for _ in inner[1:])), owner.groups)
     else:
-        values = empty(*bank, spec.rank, math.prod(inner))
+        share = spec.lora.share
+        values = empty(*([1] if share == "A" else bank), spec.rank, math.prod(inner))
         if is_moved(spec.lora.init):  # its values come when all adapters are there: `starting`
             return MovedA(empty(spec.lora.r, *inner).zero_(), spec), MovedB(empty(rows, spec.lora.r).zero_())
         if spec.site.op == "embedding" and isinstance(owner, nn.Embedding):
             A = EmbeddingA(values, spec, owner)
         else:
-            A = LoRAFactor(values, spec)
-        values = empty(*bank, rows, spec.lora.r)
-        B = SlicedB(values, spec.site.features[0], spec.parts) if spec.parts else LoRAFactor(values)
+            A = SharedFactor(values, bank[0], spec) if share == "A" else LoRAFactor(values, spec)
+        values = empty(*([1] if share == "B" else bank), rows, spec.lora.r)
+        if spec.parts:
+            B = SlicedB(values, spec.site.features[0], spec.parts)
+        else:
+            B = SharedFactor(values, bank[0]) if share == "B" else LoRAFactor(values)
     kind: Kind = "bank" if bank else "embedding" if spec.site.op == "embedding" else "matrix"
     initialise(A.weight, B.weight, spec.lora.init, kind)
     return A, B

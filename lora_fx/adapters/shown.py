@@ -64,6 +64,7 @@ def _facts_of(adapter: Attached) -> str:
     words += [f"adapter={spec.adapter}"]
     words += [f"slices={'+'.join(spec.slices.adapt)}"] if spec.slices is not None else []
     words += [f"dropout={spec.lora.dropout:g}"] if spec.lora.dropout else []
+    words += [f"share={spec.lora.share}"] if spec.lora.share != "none" else []
     words += ["dora"] if spec.lora.dora else []
     words += ["lora_fa"] if spec.lora.lora_fa else []
     words += ["bias"] if adapter.trained_bias is not None else []

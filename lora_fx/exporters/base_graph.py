@@ -89,6 +89,7 @@ def _plain(planned: PlannedSite, slot: Attached | None) -> PlannedSite:
         return planned
     spec, r = slot.spec, slot.spec.rank
     plain = replace(spec.lora, r=r, alpha=r, rslora=False, dropout=0.0, init="kaiming", bias=False, adapter=NAME)
+    plain = replace(plain, share="none")  # other adapters may have a factor for each matrix of the bank
     return replace(planned, site=spec.site, decision="adapt", lora=plain, slices=None, per_call=spec.calls > 0)
 
 

@@ -27,7 +27,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from lora_fx.adapters.attach import HOME, Attached, attached
-from lora_fx.adapters.factors.kinds import SlicedB
+from lora_fx.adapters.factors.kinds import SharedFactor, SlicedB
 from lora_fx.adapters.factors.moved import MovedFactor
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.products import COPIES, VIEWS, Call, name_of, product
@@ -185,6 +185,9 @@ def _layout(kind: str, args: tuple[Any, ...], view: WeightView) -> Layout | None
 
 # -- writing
 
+_MADE = (SharedFactor, SlicedB, MovedFactor)
+"""Factors whose matrix is not their `weight`: it is made by a call."""
+
 
 def splice_raw(editor: Editor) -> None:
     """Write the LoRA nodes of every adapted raw parameter at each of its uses; W + ΔW where it is not a product.
@@ -263,7 +266,7 @@ def factors_in(write: Writer, adapter: Attached, home: str) -> tuple[Any, Any]:
     """Write reads of both factors, which `home` holds: as matrices, but for a convolution's filters."""
     paths = (dotted(home, name, adapter.spec.adapter) for name in ("lora_A", "lora_B"))
     A, B = (
-        write.module(path)() if isinstance(factor, (SlicedB, MovedFactor)) else write.attribute(dotted(path, "weight"))
+        write.module(path)() if isinstance(factor, _MADE) else write.attribute(dotted(path, "weight"))
         for path, factor in zip(paths, (adapter.lora_A, adapter.lora_B), strict=True)
     )
     return A, B

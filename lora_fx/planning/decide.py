@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lora_fx.errors import MOST_SHOWN, NoMatchError, StalePlanError, Unmatched
+from lora_fx.planning.banks import at_site, unfit_for_bank
 from lora_fx.planning.beside import modules_of, tables_of, trained_biases, trained_modules, trained_rows
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.plan import Plan
@@ -77,7 +78,8 @@ def _decide_site(site: Site, rule: Rule | None, trained: Sequence[TrainedModule]
         return PlannedSite(site, "refuse", refusal, rule.name)
     per_call = rule.per_call and site.calls != 1
     origin = f"{rule.name} (line {rule.span.line})" if rule.span.line else rule.name
-    return PlannedSite(site, "adapt", origin, rule.name, rule.lora, rule.slices, per_call)
+    lora = None if rule.lora is None else at_site(site, rule.lora)
+    return PlannedSite(site, "adapt", origin, rule.name, lora, rule.slices, per_call)
 
 
 def _unsupported(rule: Rule, site: Site) -> str | None:
@@ -96,6 +98,8 @@ def _unsupported(rule: Rule, site: Site) -> str | None:
     unfit = unfit_for_dora(site, rule.lora, each_call)
     unfit = unfit or unfit_for_init(site, rule.lora, rule.slices is not None, each_call)
     if unfit:
+        return unfit
+    if unfit := unfit_for_bank(site, rule.lora, rule.slices is not None):
         return unfit
     if rule.per_call and site.calls is None:
         return "per_call needs example_inputs: without them nothing shows how often it is called"

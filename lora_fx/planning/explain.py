@@ -89,6 +89,7 @@ def _verdict(planned: PlannedSite) -> str:
         return f"{planned.decision}: {planned.reason}"
     why = f" ({planned.backend_reason})" if planned.backend_reason else ""
     parts = "" if planned.slices is None else f" on {', '.join(planned.slices.adapt)}"
+    parts += f" one {planned.lora.share} for all" if planned.lora.share != "none" else ""
     size = f"r={planned.lora.r} scaling={planned.lora.scaling:g}{parts}, {thousands(planned.trainable)} parameters"
     return f"adapt by {planned.reason}: {size}; backend {planned.backend}{why}"
 

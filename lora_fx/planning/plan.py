@@ -136,5 +136,5 @@ def _told(rows: TrainedRows) -> str:
 
 def _row(planned: PlannedSite) -> dict[str, object]:
     """Return a site and what is decided of it as one flat row."""
-    row = asdict(planned)
+    row = asdict(planned) | {"lora": None if planned.lora is None else planned.lora.to_dict()}
     return {**row.pop("site"), **row}

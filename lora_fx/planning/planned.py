@@ -89,7 +89,7 @@ class PlannedSite:
         """Number of parameters that are trained here: r · (in + out), DoRA's out, the bias; with LoRA-FA r · out.
 
         A sliced adapter has r · (in + rows) for each part, and of DoRA's lengths those of its rows; a bank of experts,
-        or a site with an adapter for each call, has that many times as much.
+        or a site with an adapter for each call, has that many times as much, but for a factor that all experts share.
         """
         if self.lora is None:
             return 0
@@ -98,8 +98,9 @@ class PlannedSite:
         rows = sum(end - first for part in parts for first, end in part)
         calls = (self.calls or 1) if self.per_call else 1
         extra = rows * self.lora.dora + out_features * (self.lora.bias and self.site.bias)
-        of_a = 0 if self.lora.lora_fa else len(parts) * in_features
-        return self.site.bank * calls * self.lora.r * (of_a + rows) + extra
+        firsts, seconds = (1 if self.lora.share == factor else self.site.bank for factor in "AB")
+        of_a = 0 if self.lora.lora_fa else firsts * len(parts) * in_features
+        return calls * self.lora.r * (of_a + seconds * rows) + extra
 
 
 def unfit_for_dora(site: Site, lora: LoRAConfig, per_call: bool) -> str | None:

@@ -5,6 +5,7 @@ import math
 from typing import Any, TypeVar
 
 from lora_fx.errors import LoraFxError, RuleError
+from lora_fx.planning.banks import is_decided
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.rules.keys import MOST_DIMENSIONS, OPS
 from lora_fx.rules.reader import read_rules
@@ -82,6 +83,8 @@ def _problem(planned: PlannedSite) -> str:
         return "has slices or an adapter for each call, and no adapter"
     if planned.per_call and planned.calls is None:
         return "has an adapter for each of an unknown number of calls"
+    if planned.lora is not None and not is_decided(site, planned.lora, planned.slices is not None):
+        return "has what is not decided of a bank (divide_r, share), or of no bank"
     if not _PASSES.issuperset(planned.passes):
         return "has a pass that is unknown"
     return "" if planned.lora is None else _adapter_problem(planned.lora, planned.slices, site.features[0])

@@ -52,6 +52,7 @@ def _lora_text(lora: LoRAConfig) -> str:
     dropout = f" dropout={lora.dropout:g}{' shared' * lora.share_dropout}" if lora.dropout else ""
     switches = (("rslora", lora.rslora), ("dora", lora.dora), ("lora_fa", lora.lora_fa), ("bias", lora.bias))
     init = f" init={lora.init}" if lora.init not in FRESH else ""
+    init += f" one {lora.share} for all" if lora.share != "none" else ""
     return f"r={lora.r} alpha={lora.alpha:g}{dropout}{init}" + "".join(f" {name}" for name, on in switches if on)
 
 

@@ -12,6 +12,9 @@ from lora_fx.rules.inits import FAST_PISSA, INITS
 
 OPS = ("linear", "matmul", "embedding", "conv1d", "conv2d", "conv3d", "attention", "experts")
 LORA_DEFAULTS: dict[str, Any] = {"r": 8, "alpha": 16, "dropout": 0.0, "init": INITS[0], "adapter": "default"}
+SHARES = ("none", "A", "B", "outer")
+BY_EXPERTS = "experts"
+"""What r is divided by where that is the number of matrices in a bank."""
 
 Schema = dict[str, Any]
 COUNT: Schema = {"type": "integer", "minimum": 0}
@@ -118,6 +121,20 @@ LORA = Table(
             ("lorafa", "use_lora_fa", "freeze_a", "freeze_A"),
         ),
         "bias": Key(FLAG, "Train the site's own bias too, saved with the adapter.", "bias: true"),
+        "share": Key(
+            {"enum": list(SHARES)},
+            "Hold one factor for all experts of a bank: `A`, `B`, or `outer`, A of their first matrix and B of their "
+            "last, by the names of the weights; default `none`.",
+            "share: outer",
+            ("experts_shared_outer_loras", "shared_outer"),
+        ),
+        "divide_r": Key(
+            {"anyOf": [{"const": BY_EXPERTS}, RANK]},
+            f"Divide r among the experts of a bank: by their number (`{BY_EXPERTS}`), or by a number, such as how many "
+            "of them a token meets; default 1.",
+            f"divide_r: {BY_EXPERTS}",
+            ("normalize_moe_lora", "moe_rank_scaling"),
+        ),
         "adapter": Key(
             {"type": "string", "pattern": _ADAPTER},
             f"Name of the adapter that the site belongs to, default `{LORA_DEFAULTS['adapter']}`.",

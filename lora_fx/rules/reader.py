@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -193,12 +193,23 @@ class _RuleReader(NodeReader):
     def _lora(self, node: YamlNode, what: str, defaults: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of a LoRAConfig on top of the defaults."""
         given = self.mapping(node, what if what == "defaults" else f"lora of {what}", keys.LORA)
-        own = {"adapter": self.adapter, "init": self._init}
+        own: dict[str, Callable[[YamlNode], object]] = {
+            "adapter": self.adapter,
+            "init": self._init,
+            "divide_r": self._divisor,
+        }
         values = {
             key: own[key](value) if key in own else self.typed(value, key, keys.LORA.keys[key].schema)
             for key, value in given.items()
         }
         return defaults | {key: value for key, value in values.items() if value is not None}
+
+    def _divisor(self, node: YamlNode) -> int | None:
+        """Return by what r is divided; 0 for the number of experts."""
+        if isinstance(node.value, str):
+            return None if self.choice(node, "divide_r", (keys.BY_EXPERTS,)) is None else 0
+        number: int | None = self.typed(node, "divide_r", keys.RANK)
+        return number
 
     def _init(self, node: YamlNode) -> str | None:
         return str(node.value) if is_init(node.value) else self.choice(node, "init", (*INITS, "pissa_niter_4"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_fx.errors import SourceSpan
-from lora_fx.rules.keys import LORA_DEFAULTS
+from lora_fx.rules.keys import BY_EXPERTS, LORA_DEFAULTS
 from lora_fx.rules.patterns import NamePattern, ShapePattern
 from lora_fx.rules.writing import rule_file
 from lora_fx.text import listing, shortened
@@ -30,15 +30,26 @@ class LoRAConfig:
     """Let the dropout of sites on one input drop the same entries."""
     lora_fa: bool = False
     """Leave A as it starts, and train B alone (arXiv:2308.03303)."""
+    share: str = "none"
+    """Which factor all matrices of a bank have together; what is planned is never "outer"."""
+    divide_r: int = 1
+    """By what r is divided at a bank, 0 for the number of its matrices; what is planned is divided already."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the mapping that a rule file would hold."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        """Return the mapping that a rule file would hold, without what is of banks alone and as by default."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        told = {name: value for name, value in values.items() if OF_BANKS.get(name, _MISSING) != value}
+        return told | ({"divide_r": BY_EXPERTS} if self.divide_r == 0 else {})
 
     @property
     def scaling(self) -> float:
         """alpha / r (Hu et al. 2021, arXiv:2106.09685, §4.1); with `rslora` alpha / √r (arXiv:2312.03732)."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+OF_BANKS: dict[str, object] = {"share": "none", "divide_r": 1}
+"""What counts at banks alone, with its defaults, which are not written: files of other sites stay as they were."""
+_MISSING = object()
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,53 @@ def test_module_that_is_called_once_gets_one_adapter():
     assert [name for name, _ in tuned.named_parameters() if "lora_A" in name] == ["0.lora_A.default.weight"]
 
 
+# -- an adapter for each row of a batch
+
+
+def with_one_for_all_calls(backend: str) -> nn.Module:
+    """Return a model with "default", of which each call has its own, "again" likewise, and "plain" for all calls."""
+    tuned = trained(backend)
+    torch.manual_seed(5)
+    lora_fx.add(tuned, rules("**.up", init="random"), adapter="again")
+    plain = {"match": {"name": "**.{up,down}"}, "lora": {"r": 3, "init": "random"}}
+    lora_fx.add(tuned, {"rules": [plain]}, adapter="plain")
+    return tuned
+
+
+@both
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "names", [["default", None, "plain", "again"], ["again"] * 4, ["plain", "default", "plain", "default"], [None] * 4]
+)
+def test_each_row_has_the_calls_of_its_own_adapter(names: list[str | None], training: bool, backend: str):
+    tuned, (x,) = with_one_for_all_calls(backend).train(training), sample(4).args
+    results = []
+    for _ in range(2):  # calls are counted anew in each forward
+        with lora_fx.rows(tuned, names):
+            results.append(tuned(x))
+    for number, name in enumerate(names):
+        with lora_fx.use(tuned, name):
+            alone = tuned(x[number : number + 1])
+        for together in results:
+            torch.testing.assert_close(together[number : number + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_rows_reach_the_factors_of_each_call():
+    tuned, (x,) = with_one_for_all_calls("modules"), sample(2).args
+    with lora_fx.rows(tuned, ["default", "plain"]):
+        tuned(x).square().sum().backward()
+    together = {name: p.grad for name, p in tuned.named_parameters() if p.grad is not None}
+    tuned.zero_grad(set_to_none=True)
+    for number, name in enumerate(("default", "plain")):
+        with lora_fx.use(tuned, name):
+            tuned(x[number : number + 1]).square().sum().backward()
+    apart = {name: p.grad for name, p in tuned.named_parameters() if p.grad is not None}
+    assert together.keys() == apart.keys()
+    assert len(apart) == 2 * 2 * CALLS + 2 * 2
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, apart[name], atol=1e-5, rtol=1e-4)
+
+
 # -- ALBERT: all layers are one
 
 

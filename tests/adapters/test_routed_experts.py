@@ -221,6 +221,29 @@ def test_adapted_experts_compute_little_more_than_frozen_ones_and_keep_less(impl
     assert experts.peak_bytes(tuned, x) <= 1.3 * experts.peak_bytes(base, x)  # of which the gradients are a sixth here
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_in_bfloat16_with_a_router_in_float32_compute_little_more_and_keep_less(implementation: str):
+    given = experts.Case(experts.Block, implementation, experts.MIXTRAL, 128, torch.bfloat16)
+    base, x = given.base(), given.input()
+    tuned = experts.adapted(base, x)
+    assert experts.flops(tuned, x) <= 1.05 * experts.flops(base, x)
+    assert experts.saved_bytes(tuned, x) <= 0.8 * experts.saved_bytes(base, x)
+
+
+@implementations
+def test_experts_that_share_a_factor_cost_no_more(implementation: str):
+    given = case(implementation)
+    base, x = given.base(), given.input()
+    lora = {"r": experts.RANK, "share": "outer"}
+    shared = lora_fx.apply(base, {"rules": [{"match": {"op": "experts"}, "lora": lora}]}, (x[:, :16],))
+    randomise_(shared)
+    plain = experts.adapted(base, x)
+    for measure in (experts.flops, experts.saved_bytes, experts.peak_bytes):
+        assert measure(shared, x) <= measure(plain, x), measure.__name__
+    numbers = [sum(p.numel() for p in lora_fx.parameters(model)) for model in (shared, plain)]
+    assert numbers[1] - numbers[0] == experts.RANK * 7 * (512 + 512), "A of one bank and B of the other, of 8 experts"
+
+
 def test_experts_that_no_row_is_routed_to_are_not_computed():
     given = case("eager")
     base, x = given.base(), given.input()

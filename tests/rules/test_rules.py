@@ -307,7 +307,10 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(written):
         ("lora_alpha", "here it is called 'alpha'"),
         ("use_dora", "here it is called 'dora'"),
         ("droput", "did you mean 'dropout'?"),
-        ("zzz", "allowed: r, alpha, dropout, share_dropout, init, rslora, dora, lora_fa, bias, adapter"),
+        (
+            "zzz",
+            "allowed: r, alpha, dropout, share_dropout, init, rslora, dora, lora_fa, bias, share, divide_r, adapter",
+        ),
     ],
 )
 def test_foreign_and_misspelt_keys_get_a_hint(key, hint, written):
@@ -324,6 +327,16 @@ def test_regular_expression_in_place_of_a_glob_gets_a_hint(name):
 def test_wrong_glob_is_not_taken_for_a_regular_expression():
     with pytest.raises(RuleError, match=r"empty segment\n  see: "):
         read_rules({"rules": [{"match": {"name": "a..q_proj"}}]})
+
+
+def test_what_is_of_banks_alone_is_written_only_where_it_is_not_the_default():
+    lora = {"r": 8, "alpha": 16, "dropout": 0.0, "init": "kaiming", "rslora": False, "dora": False, "bias": False}
+    plain = lora | {"adapter": "default", "share_dropout": False, "lora_fa": False}
+    for more in ({}, {"share": "B"}, {"divide_r": "experts"}, {"share": "outer", "divide_r": 4}):
+        rules = read_rules({"rules": [{"match": {"name": "a"}, "lora": more}]})
+        assert rules.rules[0].lora is not None
+        assert rules.rules[0].lora.to_dict() == plain | more
+        assert read_rules(rules.to_dict()).to_dict() == rules.to_dict()
 
 
 # -- rules as a dict

@@ -128,11 +128,38 @@ class SlicedB(LoRAFactor):
         members = [torch.arange(number, device=whole.device)[:, None] for number in bank]
         return whole.index_put((*members, self.rows, self.columns), self.weight).flatten(-2)
 
-    def blocks_of(self, matrix: Tensor) -> Tensor:
+    def values_of(self, plain: Tensor) -> Tensor:
         """Return the blocks of a whole matrix, as `weight` holds them."""
-        r = self.weight.shape[-1]
-        blocks: Tensor = matrix.reshape(*matrix.shape[:-1], self.parts, r)[..., self.rows, self.columns, :]
+        r, plain = self.weight.shape[-1], plain.to(self.rows.device)
+        blocks: Tensor = plain.reshape(*plain.shape[:-1], self.parts, r)[..., self.rows, self.columns, :]
         return blocks
+
+
+class SharedFactor(LoRAFactor):
+    """A factor that all matrices of a bank have together: `weight` [1, rows, columns] stands for each of them."""
+
+    def __init__(self, weight: Tensor, members: int, spec: AdapterSpec | None = None) -> None:
+        super().__init__(weight, spec)
+        self.members = members
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        """Return the factor as a whole, [bank, rows, columns]: in graphs of code that reads the bank."""
+        if x is not None:
+            raise TypeError("a factor of a bank is not called on an input")
+        return self.matrix
+
+    @property
+    def matrix(self) -> Tensor:
+        whole: Tensor = self.weight.expand(self.members, -1, -1)
+        return whole
+
+    @property
+    def plain(self) -> Tensor:
+        return self.matrix
+
+    def values_of(self, plain: Tensor) -> Tensor:
+        """Return the first of equal matrices."""
+        return plain[:1]
 
 
 class CallFactors(nn.ModuleList):

@@ -42,6 +42,10 @@ class LoRAFactor(nn.Module):
         """The factor as files hold it: of moved ones not the matrix, whose parts have been subtracted."""
         return self.weight
 
+    def values_of(self, plain: Tensor) -> Tensor:
+        """Return what `weight` holds of a factor as `plain` gives it."""
+        return plain
+
     def extra_repr(self) -> str:
         scaling = "" if self.spec is None else f", scaling={self.spec.scaling:g}"
         inputs, outputs = self._sizes()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.factors.dora import DoRAMagnitude
-from lora_fx.adapters.factors.kinds import SlicedB
+from lora_fx.adapters.factors.kinds import SharedFactor, SlicedB
 from lora_fx.adapters.factors.lora import LoRAFactor, as_rows
 from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.adapters.factors.spec import AdapterSpec
@@ -36,7 +36,12 @@ from lora_fx.planning.planned import FUSED_DTYPES, obstacle_to_fusing
 
 _layout_of = functools.cache(linear_layout)
 _FLOATS = {getattr(torch, name): name for name in FUSED_DTYPES}
-_FACTORS = frozenset(((LoRAFactor, LoRAFactor), (LoRAFactor, SlicedB), (MovedA, MovedB)))
+_FACTORS = frozenset(
+    (
+        (LoRAFactor, LoRAFactor), (LoRAFactor, SlicedB), (MovedA, MovedB),
+        (SharedFactor, LoRAFactor), (LoRAFactor, SharedFactor),
+    )
+)  # fmt: skip
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _RECORDERS = frozenset(("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor"))
 """Modes that record operations one by one, to be run again: what they return must not be changed in place.

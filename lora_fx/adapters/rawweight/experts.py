@@ -48,7 +48,10 @@ class ExpertFacts(NamedTuple):
 
 
 class Banks(NamedTuple):
-    """Both frozen banks, [experts, out, in], and their adapters' factors, [experts, r, in] and [experts, out, r]."""
+    """Both frozen banks, [experts, out, in], and their adapters' factors, [experts, r, in] and [experts, out, r].
+
+    A factor that all experts share is [1, .., ..].
+    """
 
     up: Tensor
     down: Tensor
@@ -98,9 +101,9 @@ class Routing:
         return flat.view(shape[1], shape[0]).t() if self.slot_first else flat.view(shape)
 
     def of_each(self, bank: Tensor) -> list[Tensor]:
-        """Return the matrices of the experts that any row meets."""
+        """Return the matrices of the experts that any row meets; one for all where they share it."""
         matrices = bank.unbind()
-        return [matrices[expert] for expert in self.experts]
+        return [matrices[expert if len(matrices) > 1 else 0] for expert in self.experts]
 
     def parts(self, width: int) -> "Iterator[tuple[slice, slice, Routing]]":
         """Yield (which experts, which rows, their routing) by parts, small enough for a processor to keep at hand."""
@@ -124,7 +127,7 @@ def routed_experts(facts: ExpertFacts, routing: Routing, x: Tensor, weights: Ten
         facts: what is to be done.
         routing: of the tokens.
         x: the hidden states.
-        weights: [tokens, top k], in the dtype of x.
+        weights: [tokens, top k], in the dtype of x or in float32.
         banks: frozen, in that dtype too; factors may be in float32.
     """
     result: Tensor = _Experts.apply(facts, routing, x, weights, *banks)  # type: ignore[no-untyped-call]
@@ -195,10 +198,12 @@ def _all_at_once(
 
     both = product(x.index_select(0, routing.tokens), banks.up, banks.A1, banks.B1, h1, facts.scalings[0])
     total = product(facts.gate(both), banks.down, banks.A2, banks.B2, h2, facts.scalings[1])
-    total.mul_(weights.unsqueeze(-1))
+    across = weights.unsqueeze(-1)
+    total = total.mul_(across) if total.dtype == weights.dtype else total * across
     back = torch.empty_like(routing.places)
     back[routing.places] = torch.arange(len(back), device=x.device)
-    return total.index_select(0, back).view(x.shape[0], -1, x.shape[1]).sum(dim=1), [both]
+    out = total.index_select(0, back).view(x.shape[0], -1, x.shape[1]).sum(dim=1)
+    return _cast(out, x), [both]
 
 
 def _with_transposed(banks: Banks) -> Banks:
@@ -247,9 +252,9 @@ class _Backward:
         self, facts: ExpertFacts, routing: Routing, banks: Banks, x: Tensor | None, needs: Sequence[bool]
     ) -> None:
         self.facts, self.routing, self.banks, self.x = facts, routing, banks, x
-        new = torch.empty if len(routing.experts) == len(banks.up) else torch.zeros
+        number = len(routing.experts)  # a factor that is shared gets a sum
         self.of_factors = [
-            new(like.shape, dtype=like.dtype, device=like.device) if need else None
+            None if not need else like.new_empty(like.shape) if 1 < number == len(like) else like.new_zeros(like.shape)
             for like, need in zip((banks.A1, banks.B1.mT, banks.A2, banks.B2.mT), needs[4:], strict=True)
         ]
         """Of A₁, B₁ᵀ, A₂ and B₂ᵀ; None for those that need none."""
@@ -282,7 +287,7 @@ class _Backward:
         p, z = self._through(part, g, self.banks.down, self.banks.A2, self.banks.B2, self.facts.scalings[1], room)
         self._sum(part, h2 * (narrow * self.facts.scalings[1]), g, self.of_factors[3])
         self._sum(part, z.mul_(narrow), m, self.of_factors[2])
-        torch.sum(p * m, 1, out=of_weights)
+        of_weights.copy_(torch.sum(p * m.to(torch.promote_types(m.dtype, weights.dtype)), 1))
         (of_both,) = torch.autograd.grad(made, source, p.mul_(weights.unsqueeze(-1)))
         return of_both
 
@@ -302,6 +307,8 @@ class _Backward:
     @staticmethod
     def _inner(part: Routing, g: Tensor, B: Tensor, scaling: float) -> Tensor:
         """Return z = scaling · Bᵀ gᵀ [r, rows]."""
+        if len(B) == 1:
+            return torch.mm((B[0].t() * scaling).contiguous(), _cast(g, B).t())
         first, last = part.experts[0], part.experts[-1] + 1
         across = B.new_empty(last - first, B.shape[2], B.shape[1])
         matrices = torch.mul(B[first:last].mT, scaling, out=across).unbind()  # strided, it takes four times as long
@@ -326,8 +333,14 @@ class _Backward:
 
     @staticmethod
     def _sum(part: Routing, narrow: Tensor, wide: Tensor, total: Tensor | None) -> None:
-        """Put narrow [r, rows] · wide [rows, n] of every expert into the total [experts, r, n], if it is wanted."""
+        """Put narrow [r, rows] · wide [rows, n] of every expert into the total [experts, r, n], or add up all.
+
+        Nothing is done where it is not wanted.
+        """
         if total is None:
+            return
+        if len(total) == 1:
+            total[0].addmm_(narrow, _cast(wide, narrow))
             return
         lefts, rights = narrow.split_with_sizes(part.counts, 1), _cast(wide, narrow).split_with_sizes(part.counts)
         for left, right, result in zip(lefts, rights, part.of_each(total), strict=True):
@@ -367,5 +380,5 @@ def _plain(facts: ExpertFacts, routing: Routing, x: Tensor, weights: Tensor, ban
         up, down, A1, B1, A2, B2 = matrices
         made = facts.gate(product(x.index_select(0, tokens), up, A1, B1, facts.scalings[0]))
         total = product(made, down, A2, B2, facts.scalings[1]) * weight.unsqueeze(-1)
-        out = out.index_add(0, tokens, total)
+        out = out.index_add(0, tokens, _cast(total, out))
     return out

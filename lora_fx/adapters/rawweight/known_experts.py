@@ -52,7 +52,7 @@ def experts_output(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None
     facts = ExpertFacts(owner.act_fn, banks[1], bool(grouped))
     routing = Routing.of(index, banks[0].up.shape[0], facts.grouped)
-    if routing is None or not routing.counts or not _is_proven(owner, facts):
+    if routing is None or not routing.counts or not _is_proven(owner, facts, banks[0]):
         return None
     return routed_experts(facts, routing, x, weights, banks[0])
 
@@ -62,7 +62,7 @@ def _fit(args: tuple[Any, ...], banks: Banks, grouped: bool) -> bool:
     x, index, weights = args
     if not (is_plain(x) and is_plain(weights) and type(index) is Tensor and index.dtype == torch.int64):
         return False
-    alike = all(tensor.dtype == x.dtype for tensor in (weights, banks.up, banks.down))
+    alike = banks.up.dtype == banks.down.dtype == x.dtype and weights.dtype in (x.dtype, torch.float32)
     near = all(tensor.device == x.device for tensor in (index, weights, *banks))
     known = not grouped or x.device.type == "cpu"  # elsewhere groups are not waited for: torch's kernels know them
     return alike and near and known and x.dim() == index.dim() == 2 and index.shape == weights.shape
@@ -153,18 +153,19 @@ _proven: dict[tuple[Any, ...], bool] = {}
 _NEAR = 1e-3
 
 
-def _is_proven(owner: Any, facts: ExpertFacts) -> bool:
+def _is_proven(owner: Any, facts: ExpertFacts, banks: Banks) -> bool:
     """Whether function and forward agree on a small bank, results and gradients; asked once for each forward."""
     kind = original_class(owner)
-    key = (kind.forward, type(owner.act_fn), facts.grouped, owner._parameters["down_proj"].device.type)
+    members = tuple(map(len, banks[2:]))
+    key = (kind.forward, type(owner.act_fn), facts.grouped, banks.down.device.type, tuple(n > 1 for n in members))
     if key not in _proven:
         # what is kept here is nobody's: a checkpoint counts what it is given
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            _proven[key] = _agree(owner, kind, facts)
+            _proven[key] = _agree(owner, kind, facts, members)
     return _proven[key]
 
 
-def _agree(owner: Any, kind: type[nn.Module], facts: ExpertFacts) -> bool:
+def _agree(owner: Any, kind: type[nn.Module], facts: ExpertFacts, members: tuple[int, ...]) -> bool:
     number, width, inner, r, tokens = int(owner.num_experts), 8, 4, 2, 12
     device = owner._parameters["down_proj"].device
     generator = torch.Generator().manual_seed(0)
@@ -173,12 +174,8 @@ def _agree(owner: Any, kind: type[nn.Module], facts: ExpertFacts) -> bool:
         return torch.randn(shape, generator=generator).to(device).requires_grad_()
 
     up, down = random(number, 2 * inner, width).detach(), random(number, width, inner).detach()
-    factors = [
-        random(number, r, width),
-        random(number, 2 * inner, r),
-        random(number, r, inner),
-        random(number, width, r),
-    ]
+    sizes = ((r, width), (2 * inner, r), (r, inner), (width, r))
+    factors = [random(one, *size) for one, size in zip(members, sizes, strict=True)]
     top = min(2, number)
     index = torch.stack([torch.randperm(number, generator=generator)[:top] for _ in range(tokens)]).to(device)
     x, weights = random(tokens, width), random(tokens, top)

@@ -3,7 +3,8 @@
 A linear's are what they are.  A convolution's have its shape; a grouped one's A becomes one block for each group, which
 is the same map with g · r ranks.  A bank of experts is one matrix: A [bank · r, in], B [out, r · bank].  A raw
 parameter has the factors of what is stored, whichever way round it multiplies; of a bank, PEFT takes the matrices as
-stored [out, in] unless their module says `is_transposed`.  Parts of a fused weight become n · r ranks with zeros in B.
+stored [out, in] unless their module says `is_transposed`; a factor that all its members share stands there for each.
+Parts of a fused weight become n · r ranks with zeros in B.
 
 For example, a weight [24, 8] of q, k and v (8 rows each), of which q and v are adapted with r 2 and alpha 16:
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached
-from lora_fx.adapters.factors.kinds import Convolution, ConvolutionA, SlicedB
+from lora_fx.adapters.factors.kinds import Convolution, ConvolutionA
 from lora_fx.adapters.factors.moved import MovedA, MovedB, take_plain
 from lora_fx.files.adapter.site import blocks_of_groups, first_block, members_of
 from lora_fx.planning.planned import PlannedSite
@@ -97,17 +98,20 @@ def encoded(adapter: Attached) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def misfit(form: Form, parts: tuple[tuple[int, ...], ...], A: Tensor, B: Tensor) -> str | None:
+def misfit(form: Form, parts: tuple[tuple[int, ...], ...], share: str, A: Tensor, B: Tensor) -> str | None:
     """Return why factors of the right shapes are not such as an adapter of this site can have; None if they are.
 
     Args:
         form: of the site.
         parts: rows of each adapted part of the weight; empty if it is adapted whole.
+        share: "A" or "B" if all members of a bank have that factor together; "none" if each has its own.
         A: as the file holds it.
         B: as the file holds it.
     """
     if form.groups > 1 and not torch.equal(blocks_of_groups(first_block(A, form.groups), form.groups), A):
         return mixes_groups(form.groups)
+    if share != "none" and (problem := _misfit_of_shared(form, parts, share, A, B)) is not None:
+        return problem
     if parts:
         _, whole = _matrices(A, B, form)
         outside = whole.reshape(*whole.shape[:-1], len(parts), -1).clone()
@@ -116,6 +120,14 @@ def misfit(form: Form, parts: tuple[tuple[int, ...], ...], A: Tensor, B: Tensor)
         if bool(outside.any()):
             return "its lora_B has values outside of the slices"
     return None
+
+
+def _misfit_of_shared(form: Form, parts: tuple[tuple[int, ...], ...], share: str, A: Tensor, B: Tensor) -> str | None:
+    if form.bank is None or parts:
+        return f"its experts share {share}, and it is no whole bank"
+    factor = _matrices(A, B, form)[share == "B"]
+    is_one = torch.equal(factor, factor[:1].expand_as(factor))
+    return None if is_one else f"its experts share {share}, and their lora_{share} differ"
 
 
 def mixes_groups(groups: int) -> str:
@@ -132,11 +144,9 @@ def decode(adapter: Attached, A: Tensor, B: Tensor) -> None:
     if isinstance(adapter.lora_A, MovedA) and isinstance(adapter.lora_B, MovedB):
         take_plain(adapter.lora_A, adapter.lora_B, A, B)
         return
-    if isinstance(adapter.lora_B, SlicedB):
-        B = adapter.lora_B.blocks_of(B.to(adapter.lora_B.rows.device))
     with torch.no_grad():
-        adapter.lora_A.weight.copy_(A)
-        adapter.lora_B.weight.copy_(B)
+        adapter.lora_A.weight.copy_(adapter.lora_A.values_of(A))
+        adapter.lora_B.weight.copy_(adapter.lora_B.values_of(B))
 
 
 def as_plain(adapter: Attached, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,6 +175,7 @@ def _features(config: Configuration, header: Header) -> list[str]:
         "A as it started (LoRA-FA)": any(site["lora"].lora_fa for site in sites),
         "raw parameters": bool(config.target_parameters) or any(site.get("parameter") for site in sites),
         "slices": any(site.get("slices") for site in sites),
+        "a factor that all experts share": any(site["lora"].share != "none" for site in sites),
         "an adapter for each call": any(site.get("calls") for site in sites),
         "modules trained whole": bool(config.modules_to_save),
         "a bias of lora_B": config.lora_bias,

@@ -13,7 +13,7 @@ from lora_fx.planning.sites import Layout
 from lora_fx.rules.inits import is_init
 from lora_fx.rules.keys import OPS, is_adapter_name
 from lora_fx.rules.reader import read_rules
-from lora_fx.rules.ruleset import LoRAConfig, Slices
+from lora_fx.rules.ruleset import OF_BANKS, LoRAConfig, Slices
 from lora_fx.sources.document import parse_json
 
 FORMAT_VERSION = 1
@@ -123,7 +123,7 @@ def _noted(stem: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     wrong = [name for name, fits in _FITS.items() if name in saved and not fits(saved[name])]
     if wrong:
         raise ValueError("; ".join(f"{stem}: {name} is {saved[name]!r:.60}" for name in wrong))
-    noted = {"lora_fa": False, **saved}  # files of before there was the key have none
+    noted: dict[str, Any] = {"lora_fa": False, **OF_BANKS, **saved}  # files of before there were these keys have none
     lora = LoRAConfig(**{attribute.name: noted[attribute.name] for attribute in fields(LoRAConfig)})
     known = {"path": saved.get("path", stem), "lora": lora, "rule": saved["rule"], "op": saved["op"]}
     known |= {name: saved[name] for name in NOTED if name in saved}
@@ -162,6 +162,8 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "init": is_init,
     "layout": lambda value: value in get_args(Layout),
     "slices": _are_slices,
+    "share": lambda value: value in ("none", "A", "B"),
+    "divide_r": lambda value: type(value) is int and value == OF_BANKS["divide_r"],
     **dict.fromkeys(
         ("rslora", "dora", "bias", "read", "share_dropout", "lora_fa"), lambda value: isinstance(value, bool)
     ),

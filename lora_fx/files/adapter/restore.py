@@ -193,7 +193,7 @@ def _other_factors(saved: SavedSite, site: Site, form: Form) -> Iterator[Mismatc
     ranks = max(1, len(parts)) * form.groups * pairs_of(saved.lora.init)
     if saved.noted and saved.file_ranks != ranks:
         yield saved.path, f"has {saved.file_ranks} · r ranks", f"{len(parts)} parts, {form.groups} groups"
-    elif (problem := misfit(form, parts, saved.lora_A, saved.lora_B)) is not None:
+    elif (problem := misfit(form, parts, saved.lora.share, saved.lora_A, saved.lora_B)) is not None:
         yield saved.path, "in the file", problem
 
 

@@ -1,6 +1,6 @@
 """One site of an adapter, as its files hold it: the same when it is written and when it is read."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class SavedSite:
         defaults = {attribute.name: attribute.default for attribute in fields(self)}
         values = {name: getattr(self, name) for name in NOTED}
         extra = {name: value for name, value in values.items() if value != defaults[name]}
-        return asdict(self.lora) | {"path": self.path, "op": self.op, "rule": self.rule} | extra
+        return self.lora.to_dict() | {"path": self.path, "op": self.op, "rule": self.rule} | extra
 
 
 def members_of(B: Tensor, A: Tensor, members: int) -> tuple[Tensor, Tensor]:

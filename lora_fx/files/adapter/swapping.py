@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import HOME, Attached
-from lora_fx.adapters.factors.kinds import SlicedB
 from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.discovery.sites import take_inventory, uses_in
 from lora_fx.errors import AdapterMismatchError, RefusedError
@@ -199,6 +198,8 @@ class _Pair:
         parts = () if slices is None else slices.rows(spec.site.features[0])
         if parts != spec.parts:
             return "other slices", f"{len(spec.parts)} parts" if spec.parts else "the whole weight"
+        if spec.lora.share not in ("none", saved.lora.share):
+            return f"lora_{spec.lora.share} for each expert", "one for all"
         rank = self.rank
         if rank > spec.rank or (parts and rank != spec.rank):
             return f"rank {rank}", f"rank {spec.rank}"
@@ -222,10 +223,7 @@ class _Pair:
             A, B = _filled(A, A.new_zeros(2 * r, A.shape[1])), _filled(B, B.new_zeros(B.shape[0], 2 * r))
             targets = [(one.lora_A.start, A[r:]), (one.lora_B.start, -B[:, r:])]
             A, B = A[:r], B[:, :r]
-        elif one.spec.parts:
-            assert isinstance(one.lora_B, SlicedB)
-            B = one.lora_B.blocks_of(B.to(one.lora_B.rows.device))
-        targets += [(one.lora_A.weight, A), (one.lora_B.weight, B)]
+        targets += [(one.lora_A.weight, one.lora_A.values_of(A)), (one.lora_B.weight, one.lora_B.values_of(B))]
         if one.magnitude is not None and saved.magnitude is not None:
             targets.append((one.magnitude.weight, one.magnitude.taken(saved.magnitude)))
         yield from ((target, _filled(value.to(target), target)) for target, value in targets)

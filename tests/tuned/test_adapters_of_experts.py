@@ -1,0 +1,127 @@
+"""Several adapters on banks of experts, in all ways in which transformers runs them, and in half precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+pytest.importorskip("transformers")
+
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import lora_fx
+from lora_fx.adapters.rawweight import known_experts
+from lora_fx.adapters.rawweight.experts import routed_experts
+
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+SIZES = {
+    "hidden_size": 16, "vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.3,
+}  # fmt: skip
+IDS = torch.randint(1, 50, (3, 6), generator=torch.Generator().manual_seed(0))
+
+
+def model(implementation: str, kind: str = "mixtral") -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        made: Any = MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=4))
+    else:
+        sizes = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+        made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sizes))
+    made.config._experts_implementation = implementation
+    return made.eval()
+
+
+def rules(*names: str, **lora: Any) -> dict[str, Any]:
+    return {"rules": [{"match": {"name": list(names)}, "lora": {"r": 2, "init": "random", "alpha": 16, **lora}}]}
+
+
+EXPERTS = rules("**.experts.*_proj")
+
+
+def two(implementation: str, first: dict[str, Any], second: dict[str, Any], kind: str = "mixtral") -> nn.Module:
+    torch.manual_seed(1)
+    tuned = lora_fx.apply(model(implementation, kind), first, {"input_ids": IDS})
+    lora_fx.rename(tuned, "default", "a")
+    lora_fx.add(tuned, second, adapter="b")
+    return tuned
+
+
+def logits(tuned: nn.Module, ids: Tensor = IDS) -> Tensor:
+    result: Tensor = tuned(input_ids=ids, use_cache=False).logits
+    return result
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("kind", ["mixtral", "qwen"])
+def test_what_is_used_of_several_adapters_on_banks_is_what_is_merged(implementation: str, kind: str):
+    tuned = two(implementation, EXPERTS, rules("**.experts.*_proj", "**.q_proj", r=4, share="outer"), kind)
+    base = logits(model(implementation, kind))
+    for chosen in ("a", "b", ["a", "b"], {"a": 0.5, "b": -1.0}, None):
+        lora_fx.use(tuned, chosen)
+        result = logits(tuned)
+        assert_close(result, logits(lora_fx.merge(tuned)) if chosen else base, atol=1e-4, rtol=1e-4)
+        assert torch.equal(result, base) == (chosen is None)
+        with torch.no_grad():
+            assert_close(logits(tuned), result, atol=1e-5, rtol=1e-4)
+
+
+@IMPLEMENTATIONS
+def test_combined_swapped_and_dropped_adapters_of_banks(implementation: str, tmp_path: Any):
+    tuned = two(implementation, EXPERTS, rules("**.experts.*_proj", r=3, share="A"))
+    weights = {"a": 1.0, "b": 0.5}
+    lora_fx.use(tuned, weights)
+    wanted = logits(tuned)
+    for method in ("cat", "svd"):
+        options = {"r": 5} if method == "svd" else {}
+        lora_fx.combine(tuned, weights, adapter=method, method=method, **options)
+        lora_fx.use(tuned, method)
+        assert_close(logits(tuned), wanted, atol=1e-4, rtol=1e-4)
+    lora_fx.save(tuned, tmp_path, adapter="cat")
+    lora_fx.add(tuned, tmp_path, adapter="again")
+    lora_fx.use(tuned, "again")
+    assert_close(logits(tuned), wanted, atol=1e-4, rtol=1e-4)
+    lora_fx.swap(tuned, tmp_path, adapter="svd")
+    lora_fx.drop(tuned, "a")
+    lora_fx.use(tuned, "svd")
+    assert_close(logits(tuned), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_of_mixtral_are_one_operation_in_half_precision_whose_router_is_in_float32(
+    implementation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[torch.dtype] = []
+
+    def counted(facts: Any, routing: Any, x: Tensor, weights: Tensor, banks: Any) -> Tensor:
+        calls.append(weights.dtype)
+        return routed_experts(facts, routing, x, weights, banks)
+
+    base = model(implementation).to(dtype)
+    tuned = lora_fx.apply(base, EXPERTS | {"rules": [{**EXPERTS["rules"][0], "lora": {"r": 2}}]}, {"input_ids": IDS})
+    monkeypatch.setattr(known_experts, "routed_experts", counted)
+    assert torch.equal(logits(tuned), logits(base.requires_grad_(False)))
+    assert len(calls) >= 2
+    assert set(calls) == {torch.float32}
+    factors = list(lora_fx.parameters(tuned))
+    with torch.no_grad():
+        for factor in factors:
+            factor.copy_(torch.randn(factor.shape, generator=torch.Generator().manual_seed(factor.numel())) * 0.3)
+    results = []
+    for apart in (False, True):
+        with monkeypatch.context() as patch:
+            if apart:
+                patch.setattr("lora_fx.adapters.layers.experts_output", lambda *_: None)
+            output = tuned.model.layers[1].mlp(HIDDEN.to(dtype).requires_grad_())
+            results.append([output, *torch.autograd.grad(output.float().sin().sum(), factors[4:])])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).abs().max() <= 0.03 * other.abs().max()
+
+
+HIDDEN = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(4))
