@@ -80,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     table = [HEADS, *rows(options)]
-    told(options.write, "loss", table if options.rounds else [(*line[:3], *line[4:]) for line in table])
+    told(options.write, "loss", table if options.rounds else [(*line[:3], *line[4:]) for line in table], 3)
 
 
 if __name__ == "__main__":

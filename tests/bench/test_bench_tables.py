@@ -80,6 +80,18 @@ def test_rows_of_other_names_stay_in_the_page(tmp_path, capsys):
     assert "two" not in page.read_text(encoding="utf-8")
 
 
+def test_a_table_without_times_keeps_those_of_rows_of_other_names(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- some:begin -->\n<!-- some:end -->\n", encoding="utf-8")
+    timed, counted = ("model", "time", "FLOPs"), ("model", "FLOPs")
+    performance.told(page, "some", [timed, ("one", "1 s", "4"), ("two", "2 s", "5")], keys=1)
+    performance.told(page, "some", [counted, ("two", "6")], keys=1)
+    assert performance.rows_between(page.read_text(encoding="utf-8"), "some") == [("one", "1 s", "4"), ("two", "", "6")]
+    performance.told(page, "some", [counted, ("two", "6")])
+    performance.told(page, "some", [timed, ("one", "1 s", "4")], keys=1)
+    assert performance.rows_between(page.read_text(encoding="utf-8"), "some") == [("two", "", "6"), ("one", "1 s", "4")]
+
+
 def test_page_without_marks_is_refused():
     with pytest.raises(SystemExit, match="table:begin"):
         performance.written("# A page", "table", "new")

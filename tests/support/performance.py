@@ -92,7 +92,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def told(page: Path | None, name: str, rows: Sequence[Sequence[str]], keys: int = 0) -> None:
     """Write rows as a table to the standard output, and between the marks of a page where one is given.
 
-    With `keys`, the first cells of a row are its name, and rows of the page that have another name stay.
+    With `keys`, the first cells of a row are its name, and rows of the page that have another name stay.  Where one of
+    both tables has columns more (times), the others have no cell there.
     """
     if page is not None:
         text = page.read_text(encoding="utf-8")
@@ -103,10 +104,13 @@ def told(page: Path | None, name: str, rows: Sequence[Sequence[str]], keys: int 
 
 def _beside(old: str, rows: Sequence[Sequence[str]], keys: int) -> list[Sequence[str]]:
     """Return the rows in place of those of an old table that have their names, and the new ones behind them."""
-    lines = [line.strip() for line in old.splitlines() if line.strip().startswith("|")][2:]
-    known = [tuple(cell.strip() for cell in line[1:-1].split("|")) for line in lines]
-    named = {tuple(row[:keys]): row for row in (*known, *rows[1:])}
-    return [rows[0], *named.values()]
+    lines = [line.strip() for line in old.splitlines() if line.strip().startswith("|")]
+    table = [tuple(cell.strip() for cell in line[1:-1].split("|")) for line in lines]
+    known = [dict(zip(table[0], row, strict=True)) for row in table[2:]]
+    added = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    heads = table[0] if known and set(table[0]) > set(rows[0]) else rows[0]
+    named = {tuple(row.get(head, "") for head in heads[:keys]): row for row in (*known, *added)}
+    return [heads, *([row.get(head, "") for head in heads] for row in named.values())]
 
 
 # -- marks
