@@ -1,6 +1,6 @@
 """What leaving out rows gains, model by model: `python benchmarks/leftout.py` prints the table of docs/performance.md.
 
-The models are tiny ones of 36 architectures, which lie beside a checkout (shared/zoo).  FLOPs of a step are those with
+The models are tiny ones of 34 architectures, which lie beside a checkout (shared/zoo).  FLOPs of a step are those with
 "liveness" and "loss" over those without, on four sequences of 12, 9, 6 and 4 tokens where a model takes a mask, with
 three labelled tokens in ten where it returns something for each, else with one class for each input.
 """
