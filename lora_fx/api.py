@@ -263,7 +263,7 @@ def merge(
 
     W' = W + Σ weight · scaling · B A, accumulated in float32 and rounded once, in a new parameter: what shares the base
     weight keeps it.  The result needs no lora_fx.  Of a quantised weight W are the numbers that it stands for, and W'
-    is a plain parameter.
+    is a plain parameter.  A model that FSDP2 shards is merged part by part, and comes back sharded.
 
     Args:
         tuned: an adapted model.
@@ -323,7 +323,7 @@ def export(
         ExportError: names every site that cannot be expressed, what is not installed, or the difference that verifying
             has found; nothing is written then.
     """
-    tuned = with_values(seen_through(tuned))
+    tuned = exporters.readable(seen_through(tuned))
     tuned = tuned if adapter is None else only(tuned, adapter)
     given = samples_for(tuned, example_inputs).items
     with running("export", progress, 10 if verify else 6):

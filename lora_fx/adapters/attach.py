@@ -28,7 +28,9 @@ from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.views import WeightView
 from lora_fx.adapters.selection import Switch
 from lora_fx.adapters.trained import VALUES, added_value
+from lora_fx.models.fsdp import resharded
 from lora_fx.models.offload import computing_device, keep_loaded, offloading_hook, stored_weight
+from lora_fx.models.shards import is_sharded, whole
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import dotted, get_tensor
 from lora_fx.models.twin import make_twin
@@ -192,6 +194,8 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
     assert weight is not None
     home, name = _home(owner, spec), spec.adapter
     pairs = [_factors(owner, weight, spec) for _ in range(max(1, spec.calls))]
+    for factor in (factor for pair in pairs for factor in pair):
+        factor.of = spec
     first, second = zip(*pairs, strict=True)
     for A in first:
         A.weight.requires_grad_(not spec.lora.lora_fa)
@@ -344,14 +348,28 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def with_values(tuned: nn.Module) -> nn.Module:
-    """Return the model itself; where accelerate offloads its factors, a twin that holds them."""
-    if not any(offloading_hook(adapter.lora_A) for _, adapter in all_attached(tuned)):
+    """Return the model itself; where accelerate offloads its factors, or FSDP2 shards them, a twin that holds them.
+
+    Sharded ones are gathered, one at a time: every process must come by.  All else of the twin is as in the model.
+    """
+    factors = [adapter.lora_A for _, adapter in all_attached(resharded(tuned))]
+    gathers = any(is_sharded(factor.weight) for factor in factors)
+    if not gathers and not any(map(offloading_hook, factors)):
         return tuned
-    twin = make_twin(tuned)
+    twin = make_twin(tuned, freeze=False)
     for _, adapter in all_attached(twin):
         for holder in filter(None, (adapter.lora_A, adapter.lora_B, adapter.magnitude)):
             keep_loaded(holder)
+            _gather(holder)
     return twin
+
+
+def _gather(holder: nn.Module) -> None:
+    """Put a whole weight in the place of a sharded one, in place, on every process."""
+    weight = holder._parameters["weight"]
+    assert weight is not None
+    if is_sharded(weight):
+        holder._parameters["weight"] = nn.Parameter(whole(weight), weight.requires_grad)
 
 
 def adapted_owners(model: nn.Module) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lora_fx.adapters.attach import Attached
 from lora_fx.adapters.factors.lora import LoRAFactor
+from lora_fx.models.shards import is_sharded, whole
 from lora_fx.models.tensors import borrowed
 
 
@@ -17,17 +18,10 @@ def wide_matrices(adapter: Attached) -> tuple[Tensor, Tensor]:
 
 
 def _whole(factor: LoRAFactor) -> Tensor:
-    weight = factor.weight.detach()
-    if not is_sharded(weight):
+    if not is_sharded(factor.weight):
         return factor.matrix.detach()
-    gathered: Tensor = weight.full_tensor()  # type: ignore[attr-defined]
-    with borrowed(factor, {"weight": gathered}):
+    with borrowed(factor, {"weight": whole(factor.weight)}):
         return factor.matrix.detach()
-
-
-def is_sharded(weight: Tensor) -> bool:
-    """Whether it is a DTensor, of a module that not every torch has."""
-    return type(weight).__module__.startswith("torch.distributed")
 
 
 def _wide(matrix: Tensor) -> Tensor:

@@ -361,6 +361,8 @@ def choose_moved_buffers(model: nn.Module, switch: Switch, base: Mapping[str, Te
         own = owner._buffers.get(last)
         if own is None or isinstance(owner, fx.GraphModule) or last in chosen_names(owner):
             continue
+        if value.is_meta and not own.is_meta:
+            continue  # adapted without values: what it was given since is all there is
         lasting = last not in owner._non_persistent_buffers_set and (own.is_floating_point() or own.dim() == 0)
         if lasting or not are_equal(own, value):
             found.setdefault(owner, {})[last] = value

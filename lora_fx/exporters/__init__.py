@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.selection import Selection
 from lora_fx.errors import ExportError
 from lora_fx.exporters.registry import BUILT_IN, GROUP, names, target_named, targets
@@ -17,6 +18,7 @@ from lora_fx.exporters.running import largest_difference, outputs_of_both
 from lora_fx.exporters.target import FEATURES, Ability, Refusal, Target, at_one_weight
 from lora_fx.files.atomic import files_in
 from lora_fx.files.replacing import staged
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
 from lora_fx.planning.render.notebook import InNotebook
@@ -53,6 +55,17 @@ class Exported(InNotebook):
         difference = f"max |Δ| {self.difference:.2g} (tolerance {self.tolerance:.2g}"
         compared = f"{difference}; the adapter changes {self.effect:.2g})"
         return f"{text}\n  verified in {target_named(self.target).client}: {compared}"
+
+
+def readable(tuned: nn.Module) -> nn.Module:
+    """Return the model itself; where accelerate offloads its factors, a twin that holds them.
+
+    Raises:
+        RefusedError: processes hold parts of the model.
+    """
+    advice = "lora_fx.save the adapter, then lora_fx.load it beside the base that is not sharded, and export that"
+    refuse_sharded(tuned, "a model of which each process holds a part is not exported", advice)
+    return with_values(tuned)
 
 
 def export(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.models.quantised import is_quantised
+from lora_fx.models.shards import is_sharded, values_at
 
 VALUES = 8
 TOLERANCE = 2.0**-6
@@ -17,10 +18,12 @@ def sample_values(weight: Tensor) -> list[float] | None:
     """Return a few evenly spaced values of a weight; None for one without floating point values to look at.
 
     None for a quantised one too: its adapter fits the base that was quantised, whose values differ by more than a few
-    roundings.
+    roundings.  Of a sharded one every process must ask.
     """
     if is_quantised(weight) or weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
         return None
+    if is_sharded(weight):
+        return [float(value) for value in values_at(weight, sample_positions(weight.numel()))]
     flat = weight.detach().reshape(-1)
     positions = torch.tensor(sample_positions(flat.numel()), device=flat.device)
     return [float(value) for value in flat[positions].double().cpu()]

@@ -9,13 +9,16 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import is_adapted, with_values
 from lora_fx.errors import RefusedError
-from lora_fx.files.adapter.write import save
+from lora_fx.files.adapter.write import by_one_process, save
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
+from lora_fx.models.fsdp import resharded
+from lora_fx.models.shards import sharded_names, whole
 from lora_fx.models.swap import MADE_BY, Swapped, swap
 from lora_fx.models.tensors import borrowed
 from lora_fx.tuned.build import frozen_factors, held
@@ -88,7 +91,8 @@ class AdaptedModel(Swapped, nn.Module):
         Args:
             save_directory: as of the class.
             is_main_process: False writes nothing.
-            state_dict: values to write in the place of the model's own, as trainers gather them from shards.
+            state_dict: values to write in the place of the model's own, as trainers gather them from shards.  Without
+                them every process of a model that FSDP2 shards calls this, and one of them writes.
             push_to_hub: refused.
 
         Raises:
@@ -100,14 +104,19 @@ class AdaptedModel(Swapped, nn.Module):
                 "an adapted model is not pushed while it is saved",
                 advice="save it, then huggingface_hub.upload_folder; lora_fx.merge(model) gives a plain model to push",
             )
-        if not is_main_process:
-            return
+        parts = set(sharded_names(resharded(self)))
+        if not is_main_process and (not parts or state_dict):
+            return  # of shards that nobody has gathered, every process has to give its part
         wanted = {id(parameter) for parameter in held(self)}
-        names = [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in wanted]
         given = state_dict or {}
-        with borrowed(self, {name: given[name] for name in names if name in given}):
+        values = {
+            name: given[name] if name in given else torch.empty(p.shape, dtype=p.dtype, device="meta")
+            for name, p in self.named_parameters(remove_duplicate=False)
+            if (id(p) in wanted and name in given) or (given and name in parts)
+        }
+        with borrowed(self, values):
             write = write_checkpoint if _has(type(self), "get_input_embeddings") else save
-            write(with_values(self), Path(save_directory))
+            write(self, Path(save_directory))
 
 
 class AdaptedTokens(Swapped, nn.Module):
@@ -173,8 +182,13 @@ def write_checkpoint(tuned: nn.Module, folder: Path) -> None:
     whole model.
     """
     save(tuned, folder)
-    write_files({folder / _WEIGHTS: canonical_safetensors(trained_tensors(tuned), {"format": "pt"})})
-    (folder / _CONFIGURATION).unlink(missing_ok=True)
+    tensors = trained_tensors(with_values(tuned))
+
+    def write() -> None:
+        write_files({folder / _WEIGHTS: canonical_safetensors(tensors, {"format": "pt"})})
+        (folder / _CONFIGURATION).unlink(missing_ok=True)
+
+    by_one_process(tuned, write)
 
 
 def trained_tensors(tuned: nn.Module) -> dict[str, Tensor]:
@@ -185,7 +199,7 @@ def trained_tensors(tuned: nn.Module) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name not in frozen:
             names.setdefault(id(tensor), name)
-    return {name: state[name].detach().contiguous() for name in names.values()}
+    return {name: whole(state[name]).contiguous() for name in names.values()}
 
 
 def frozen_keys(tuned: nn.Module) -> set[str]:

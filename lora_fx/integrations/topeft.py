@@ -11,11 +11,13 @@ from lora_fx.errors import AdapterFileError, RefusedError
 from lora_fx.files.adapter.describe import Described, beyond_peft, describe
 from lora_fx.files.adapter.names import split_bias_key
 from lora_fx.integrations.peftlibrary import peft_library, rows_it_lacks, state_of
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.tensors import own_parameters
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.listing import list_adapters
 from lora_fx.tuned.undo import removed
 
+_ADVICE = "lora_fx.save writes what PEFT reads"
 _BIAS = ".base_layer.bias"
 
 
@@ -34,6 +36,7 @@ def to_peft(tuned: nn.Module) -> nn.Module:
         RefusedError: what PEFT cannot have, or would compute otherwise, by the name of each site; nothing is made.
     """
     peft = peft_library("to_peft")
+    refuse_sharded(seen_through(tuned), "PEFT's adapters would be in no shard group of this model", _ADVICE)
     tuned = with_values(seen_through(tuned))
     described = _described(tuned)
     used = _used(tuned)

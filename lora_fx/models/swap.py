@@ -27,7 +27,7 @@ class Swapped:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         if not is_swapped(type(self)):  # somebody (FSDP2) has made a subclass of ours: theirs to copy
             return super().__reduce_ex__(protocol)  # type: ignore[return-value]
-        original, mixins = _layers(type(self))
+        original, mixins = layers_of(type(self))
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, *rest = reduced
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -36,7 +36,7 @@ class Swapped:
         return (_rebuild, (recipes, function, arguments), *rest)
 
 
-def _layers(kind: type) -> tuple[type, tuple[type, ...]]:
+def layers_of(kind: type) -> tuple[type, tuple[type, ...]]:
     """Return the class without swaps and the mixins on top of it, the innermost first."""
     mixins: list[type] = []
     while is_swapped(kind):
@@ -97,7 +97,7 @@ def swap(module: nn.Module, mixin: type) -> None:
 
 def take_off(module: nn.Module, mixin: type) -> None:
     """Take the swaps to this mixin (or one that is made from it) off the module, in place; others stay."""
-    original, mixins = _layers(type(module))
+    original, mixins = layers_of(type(module))
     kept = [other for other in mixins if not issubclass(other, mixin)]
     module.__class__ = original
     for other in kept:
@@ -118,4 +118,4 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def unswapped(kind: type) -> type:
     """Return the class without swaps."""
-    return _layers(kind)[0]
+    return layers_of(kind)[0]

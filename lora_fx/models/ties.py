@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_fx.models.shards import is_sharded
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import set_tensor
 
@@ -33,6 +34,14 @@ def memory_of(tensor: Tensor) -> object:
     """Return what is equal for tensors that are one weight: views of one memory in one shape."""
     if tensor.is_meta:
         return id(tensor)
+    if is_sharded(tensor):  # an empty part stands in memory too
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        return (
+            part.device,
+            part.untyped_storage().data_ptr() or id(tensor),
+            part.storage_offset(),
+            tuple(tensor.shape),
+        )
     try:
         return (tensor.device, tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else id(tensor)
     except RuntimeError:  # tensor subclasses without memory of their own

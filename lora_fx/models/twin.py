@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_fx.errors import RefusedError
+from lora_fx.models.fsdp import SHARDING, plain_shell, resharded, sharding_of
 from lora_fx.models.offload import offloading_hook
 from lora_fx.models.overrides import accelerate_hooks, follow_class, rebind
+from lora_fx.models.shards import is_sharded
 from lora_fx.models.torch_internals import deepcopy
 
 
@@ -20,7 +22,8 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
     """Return a copy of the model's structure whose parameters share the model's storage; the model stays unchanged.
 
     Parameters that are tied in the model are tied in the twin.  Buffers are copied, so that running statistics do not
-    leak back.  With `freeze`, no parameter of the twin requires a gradient; otherwise each keeps its flag.
+    leak back.  With `freeze`, no parameter of the twin requires a gradient; otherwise each keeps its flag.  Of a model
+    that FSDP2 has sharded, the twin's modules are plain ones with the same shards (`lora_fx.models.fsdp`).
 
     Raises:
         RefusedError: if the model has uninitialised (lazy) parameters or cannot be copied; says which part.
@@ -44,13 +47,16 @@ def twin_without(
     """
     refuse_lazy(model)
     _refuse_slots(model)
+    sharding = sharding_of(resharded(model))
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     memo: dict[int, object] = {id(p): _alias(p, freeze) for p in parameters}
     memo |= {id(t): t.detach() for t in _computed_tensors(modules)}
     memo |= {id(kept): kept for kept in _kept_by_hooks(modules)}
     try:
         for layer in reversed(modules):  # those inside of others first
-            if (base := under(layer)) is not None:
+            base = under(layer)
+            base = plain_shell(layer) if base is None and sharding is not None else base
+            if base is not None:
                 memo[id(layer)] = deepcopy(base, memo)
         twin: nn.Module = deepcopy(model, memo)
     except Exception as error:
@@ -62,6 +68,8 @@ def twin_without(
         ) from error
     rebind(twin, memo)
     follow_class(twin)
+    if sharding is not None:
+        vars(twin)[SHARDING] = sharding
     return twin
 
 
@@ -75,7 +83,7 @@ def _kept_by_hooks(modules: Sequence[nn.Module]) -> Iterator[object]:
 
 def _alias(parameter: nn.Parameter, freeze: bool) -> Tensor:
     flag = parameter.requires_grad and not freeze
-    if type(parameter) is not nn.Parameter and not parameter.requires_grad:
+    if type(parameter) is not nn.Parameter and not parameter.requires_grad and not is_sharded(parameter):
         return parameter  # quantised weights carry state that detach() drops; frozen, they can serve both models
     alias = parameter.detach()
     if not isinstance(alias, nn.Parameter):

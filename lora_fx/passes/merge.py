@@ -9,7 +9,9 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import STATE, Attached, all_attached, attached_to, detach, in_use, is_adapted, owner_path
 from lora_fx.adapters.factors.lora import as_rows, folded_weight
 from lora_fx.errors import InvariantError, MergeError
-from lora_fx.models.quantised import dense
+from lora_fx.models.fsdp import is_partitioned
+from lora_fx.models.quantised import dense, is_quantised
+from lora_fx.models.shards import is_finite, is_sharded, part_of, whole
 from lora_fx.models.tensors import dotted
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
@@ -84,7 +86,8 @@ def folded(used: Sequence[tuple[Attached, float]]) -> Tensor:
     """Return W + Σ weight · ΔW of adapters beside one weight, as W is stored: a new tensor without gradient.
 
     ΔW is scaling · B A (DoRA: m · V / ‖V‖ - W).  Accumulated in float32 (float64 for float64) and rounded once.  Of a
-    quantised W it is a plain tensor: the numbers that W stands for, plus the change.
+    quantised W it is a plain tensor: the numbers that W stands for, plus the change.  Of a sharded W it is sharded
+    alike: each process makes ΔW from whole factors and adds its part; with DoRA W is gathered, for its lengths.
     """
     with torch.no_grad():
         weight = dense(used[0][0].base_weight)
@@ -93,7 +96,7 @@ def folded(used: Sequence[tuple[Attached, float]]) -> Tensor:
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         total = wide
         for adapter, share in used:
-            change = adapter.delta() if adapter.magnitude is None else _alone(adapter, wide) - wide
+            change = part_of(adapter.delta(), wide) if adapter.magnitude is None else _alone(adapter, wide) - wide
             total = total + share * change
         return total.to(weight.dtype)
 
@@ -101,11 +104,11 @@ def folded(used: Sequence[tuple[Attached, float]]) -> Tensor:
 def _alone(adapter: Attached, weight: Tensor) -> Tensor:
     """Return the weight with one adapter in it."""
     if adapter.magnitude is None:
-        return folded_weight(weight, adapter.delta())
+        return folded_weight(weight, part_of(adapter.delta(), weight))
     layout = adapter.spec.site.layout
-    rows = as_rows(weight, layout).flatten(1)
+    rows = as_rows(whole(weight), layout).flatten(1)
     merged: Tensor = as_rows(adapter.magnitude.merged(rows, adapter.lora_A.matrix, adapter.lora_B.matrix), layout)
-    return merged.reshape(weight.shape).contiguous()
+    return part_of(merged.reshape(weight.shape).contiguous(), weight)
 
 
 def check_mergeable(model: torch.nn.Module) -> None:
@@ -134,4 +137,17 @@ def _not_mergeable(used: Sequence[tuple[Attached, float]]) -> str | None:
         return "each call has an adapter of its own, and the one weight cannot hold them all"
     if any(adapter.lora_A.weight.is_meta for adapter, _ in used):
         return "on the meta device: no values to merge"
-    return None if torch.isfinite(folded(used)).all() else "the merged weight has NaN or infinite values"
+    if why := _taken_apart(used[0][0].base_weight):
+        return why
+    return None if is_finite(folded(used)) else "the merged weight has NaN or infinite values"
+
+
+def _taken_apart(weight: Tensor) -> str:
+    """Return why a weight of which this process holds a part cannot be merged into; empty if it can."""
+    if is_partitioned(weight):
+        return (
+            "ZeRO-3 has partitioned its weight: lora_fx.save writes gathered adapters, lora_fx.merge_checkpoint folds"
+        )
+    if is_sharded(weight) and is_quantised(weight.to_local()):  # type: ignore[attr-defined]
+        return "its weight is quantised and sharded"
+    return ""

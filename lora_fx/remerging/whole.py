@@ -13,6 +13,7 @@ from lora_fx.adapters.attach import all_attached
 from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.errors import LoraFxWarning, MergeError
 from lora_fx.models.code import module_of
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.samples import Sample, samples_of
 from lora_fx.models.ties import mark_untied, tied_names
 from lora_fx.models.torch_internals import pytree
@@ -73,6 +74,7 @@ def remerged(model: nn.Module | torch.export.ExportedProgram, example_inputs: ob
     if _is_ours(module) and not isinstance(module, fx.GraphModule):
         used = (path for path, one in all_attached(module) if one.spec.record.switch.now().share(one.spec.adapter))
         return RemergeResult(merged(module), tuple(dict.fromkeys(used)), ())
+    refuse_sharded(module, "processes hold parts of this model", "fold before fully_shard")
     samples = () if example_inputs is None else samples_of(example_inputs)
     result = _remerged(make_twin(module, freeze=False), _first_calls(module, samples))
     if len(tied_names(result.model)) < len(tied_names(module)):

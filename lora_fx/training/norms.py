@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.adapters.factors.moved import MovedFactor
-from lora_fx.adapters.norms import is_sharded, product_square, wide_matrices
+from lora_fx.adapters.norms import product_square, wide_matrices
 from lora_fx.adapters.placed import placed_in
 from lora_fx.errors import RefusedError
 from lora_fx.graphdiff.deltas.heatmaps import places_of
+from lora_fx.models.shards import is_sharded
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.training.history import RecordedSite
 from lora_fx.tuned.build import record_in

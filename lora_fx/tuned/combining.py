@@ -14,6 +14,7 @@ from lora_fx.adapters.factors.moved import MovedA
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.trained import added_rows
 from lora_fx.errors import RefusedError
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
@@ -72,6 +73,7 @@ def combine(
         RefusedError: DoRA, slices, an adapter for each call, biases; sites that not all have, where A and B are summed.
     """
     tuned = seen_through(tuned)
+    refuse_sharded(tuned, "a new adapter would be in no shard group of this model", "combine before fully_shard")
     record = whole_record_in(tuned)
     weights = dict(selection_of(record.switch.names, adapters).weights)
     recipe = _recipe(weights, method, r, density, majority, seed)

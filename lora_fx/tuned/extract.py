@@ -15,6 +15,7 @@ from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, is_a
 from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.discovery.sites import take_inventory
 from lora_fx.errors import LoraFxWarning, RefusedError
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.tensors import get_tensor
 from lora_fx.models.twin import is_meta
 from lora_fx.planning.decide import decide, on_modules
@@ -115,6 +116,10 @@ def _check(tuned_full: nn.Module, base: nn.Module) -> None:
     if is_adapted(tuned_full) or is_adapted(base):
         which = "tuned" if is_adapted(tuned_full) else "base"
         raise RefusedError(f"the {which} model has an adapter", advice="lora_fx.merge or lora_fx.remove it before")
+    for model in (tuned_full, base):
+        refuse_sharded(
+            model, "processes hold parts of this model, and not its differences", "extract before fully_shard"
+        )
     if is_meta(tuned_full) or is_meta(base):
         raise RefusedError("on the meta device: there are no values to compare")
     ours, theirs = _tensors(base), _tensors(tuned_full)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_fx.adapters.attach import Attached, all_attached, with_values
 from lora_fx.adapters.norms import product_square, wide_matrices
+from lora_fx.models.fsdp import numbers_in
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import columns, count
@@ -26,7 +27,7 @@ class ListedAdapter:
     """Factor of ΔW in this thread; 0 if it is not used."""
     dtype: str
     norm: float | None
-    """‖ΔW‖ over all its sites (Frobenius, of DoRA without its magnitude); None on the meta device."""
+    """‖ΔW‖ over all its sites (Frobenius, of DoRA without its magnitude); None where no values are here."""
     trainable: bool
     """Whether any of its parameters requires a gradient."""
 
@@ -71,6 +72,8 @@ def _row(adapter: ListedAdapter) -> tuple[str, ...]:
 def list_adapters(tuned: nn.Module) -> AdapterList:
     """Return what adapters the model has: sites, parameters, what this thread uses, dtype and ‖ΔW‖ of each.
 
+    Of a model that FSDP2 shards every process asks.
+
     Raises:
         RefusedError: the model is not adapted.
     """
@@ -88,7 +91,7 @@ def _listed(name: str, group: list[tuple[str, Attached]], weight: float) -> List
     return ListedAdapter(
         name=name,
         sites=len({path for path, _ in group}),
-        parameters=sum(parameter.numel() for parameter in parameters),
+        parameters=sum(map(numbers_in, parameters)),
         weight=weight,
         dtype=", ".join(dtypes),
         norm=_norm([adapter for _, adapter in group]),
@@ -97,7 +100,7 @@ def _listed(name: str, group: list[tuple[str, Attached]], weight: float) -> List
 
 
 def _norm(group: list[Attached]) -> float | None:
-    if any(adapter.lora_A.weight.is_meta for adapter in group):
+    if any(adapter.lora_A.weight.is_meta or adapter.lora_A.weight.numel() == 0 for adapter in group):
         return None
     with torch.no_grad():
         squares = [float(product_square(*wide_matrices(one))) * one.spec.scaling**2 for one in group]

@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.adapters.trained import parameters_of
+from lora_fx.models.fsdp import resharded
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.build import trainable
 from lora_fx.tuned.several import adapters_called, refuse_trained_together
@@ -27,7 +28,7 @@ def parameters(tuned: nn.Module, adapter: str | None = None) -> Iterator[nn.Para
         ValueError: no adapter has the name.
         RefusedError: the model is not adapted; or modules were trained whole with this adapter and others together.
     """
-    tuned = seen_through(tuned)
+    tuned = resharded(seen_through(tuned))  # an optimizer's parameters are shards, also after a forward
     if adapter is None:
         return trainable(tuned)
     known = names_of(switches_in(tuned))

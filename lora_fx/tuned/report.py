@@ -9,6 +9,7 @@ from lora_fx.adapters.attach import STATE, Attached, all_attached
 from lora_fx.adapters.placed import placed_in
 from lora_fx.adapters.trained import added_rows
 from lora_fx.liveness.heads import late_modules
+from lora_fx.models.fsdp import numbers_in
 from lora_fx.models.wrappers import seen_through
 from lora_fx.passes.pack import NOTHING_MIXED
 from lora_fx.planning.render.notebook import InNotebook
@@ -185,8 +186,8 @@ def report(tuned: nn.Module) -> Report:
     covered = in_graphs(tuned)
     sites = tuple(_site(tuned, path, adapter, covered) for path, adapter in all_attached(tuned))
     ran = tuple(_region(region) for _, _, region in regions(tuned))
-    total = sum(p.numel() for p in tuned.parameters())
-    trained = sum(p.numel() for p in trainable(tuned) if p.requires_grad)
+    total = sum(map(numbers_in, tuned.parameters()))
+    trained = sum(numbers_in(p) for p in trainable(tuned) if p.requires_grad)
     return Report(record.plan.model, sites, ran, tuple(whole), trained, total, _late(tuned), prefix_report(tuned))
 
 
@@ -221,7 +222,7 @@ def _site(tuned: nn.Module, path: str, attached: Attached, covered: set[str]) ->
         r=attached.spec.lora.r,
         call=attached.call,
         scaling=attached.spec.scaling,
-        parameters=sum(p.numel() for p in attached.parameters()),
+        parameters=sum(map(numbers_in, attached.parameters())),
         backend="graph" if in_own_graph or path in covered else "module",
         weight=attached.spec.record.switch.now().share(attached.spec.adapter),
     )

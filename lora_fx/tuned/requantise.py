@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import owner_path
 from lora_fx.errors import LoraFxWarning, MergeError
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.quantised import dense, is_quantised
 from lora_fx.passes.merge import used_at
 from lora_fx.progress.steps import step
@@ -35,6 +36,7 @@ def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Mod
     Raises:
         MergeError: nothing was quantised, or the function does not quantise a merged layer.
     """
+    refuse_sharded(tuned, "the weights of a sharded model are not quantised again", "lora_fx.merge, then quantise")
     sites = [
         (path if used[0][0].spec.path_is_owner else dotted(path, used[0][0].spec.parameter), used[0][0])
         for path, owner in tuned.named_modules()

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.adapters.trained import added_tensors, parameters_of, trained_owners
-from lora_fx.errors import AdapterMismatchError
+from lora_fx.errors import AdapterMismatchError, RefusedError
+from lora_fx.models.fsdp import resharded
+from lora_fx.models.shards import is_finite
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.build import held
 from lora_fx.tuned.several import adapters_called, refuse_trained_together
@@ -27,11 +29,14 @@ def adapter_state(tuned: nn.Module, adapter: str | None = None) -> dict[str, Ten
         tuned: an adapted model, which stays unchanged.
         adapter: name of the only adapter whose tensors are meant; None means all.  `lora_fx.swap` takes such a state.
 
+    Of a model that FSDP2 shards they are DTensors, which torch.distributed.checkpoint writes and reads on any mesh.
+
     Raises:
         ValueError: no adapter has the name.
-        RefusedError: the model is not adapted; or parts of the model were trained with this adapter and others.
+        RefusedError: the model is not adapted; or ZeRO-3 has partitioned it; or parts of the model were trained with
+            this adapter and others.
     """
-    tuned = seen_through(tuned)
+    tuned = resharded(seen_through(tuned))
     state = _whole(tuned)
     if adapter is not None:
         known = names_of(switches_in(tuned))
@@ -47,6 +52,9 @@ def _whole(tuned: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers that belong to adapters or are trained with them, by their names."""
     wanted, places = {id(parameter) for parameter in held(tuned)}, placed_in(tuned)
     state: dict[str, Tensor] = {name: p for name, p in tuned.named_parameters() if id(p) in wanted}
+    if lost := [(name, "ZeRO-3 has partitioned it") for name, value in state.items() if value.numel() == 0]:
+        advice = "gather them (deepspeed.zero.GatheredParameters)"
+        raise RefusedError("this process holds no values of what is trained", lost[:8], advice)
     lasting = tuned.state_dict(keep_vars=True)
     starts = {id(buffer) for _, adapter in all_attached(tuned) for buffer in _buffers_of(adapter)}
     starts |= {id(value) for _, _, value in added_tensors(tuned)}
@@ -101,7 +109,7 @@ def _differs(own: Tensor | None, given: Tensor | None) -> tuple[str, str] | None
     narrower = torch.promote_types(own.dtype, given.dtype) != own.dtype
     if own.is_meta or given.is_meta or narrower or own.shape != given.shape or type(own) is not type(given.detach()):
         return _told(given), _told(own)
-    if given.is_floating_point() and not bool(torch.isfinite(given).all()):
+    if given.is_floating_point() and not is_finite(given):
         return "NaN or infinite values", _told(own)
     return None
 

@@ -1,27 +1,29 @@
 """From an adapted model to plain ones: merged, or the base as it was; and the base for a while."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import SWITCH, adapted_owners, attached_to, detach
+from lora_fx.adapters.attach import SWITCH, adapted_owners, attached_to, detach, with_values
 from lora_fx.adapters.dicts import AdapterDict
 from lora_fx.adapters.layers import count_calls_anew, stop_counting
-from lora_fx.adapters.placed import Placed, base_in, placed_in
+from lora_fx.adapters.placed import Placed, base_in, is_trained, placed_in
 from lora_fx.adapters.rows import LOOKS
 from lora_fx.adapters.selection import Selection, switched_off
 from lora_fx.adapters.trained import choose_moved_buffers, forget, settle, trained_owners
+from lora_fx.errors import RefusedError
 from lora_fx.liveness.heads import late_modules
 from lora_fx.models.dtypes import warn_of_narrowed
+from lora_fx.models.fsdp import partitioned, sharded_again
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
 from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.swap import unswap
-from lora_fx.models.tensors import borrowed, own_parameters, set_tensor
+from lora_fx.models.tensors import borrowed, get_tensor, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, memory_of, says_tied, tied_names
 from lora_fx.models.torch_internals import deepcopy, uncompiled_if_stale
-from lora_fx.models.twin import make_twin, twin_without
+from lora_fx.models.twin import is_meta, make_twin, twin_without
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.editor import Editor
@@ -36,26 +38,49 @@ from lora_fx.tuned.heads import uninstall_late
 
 
 def removed(tuned: nn.Module) -> nn.Module:
-    """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged."""
+    """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged.
+
+    Raises:
+        RefusedError: ZeRO-3 holds its parameters; or it was on the meta device, and what is trained had no values.
+    """
     places = places_in(tuned)
+    _refuse_lost(tuned, base_in(places))
     twin = _plain_twin(tuned, Remove())
     for owner in adapted_owners(twin):
         detach(owner)
     kept = {memory_of(parameter): parameter for parameter in twin.parameters()}
     for name, tensor in base_in(places).items():
-        set_tensor(twin, name, _like(twin, name, tensor, kept))
+        if not tensor.is_meta or is_meta(tuned):  # a buffer that came with values later is the base's
+            set_tensor(twin, name, _like(twin, name, tensor, kept))
     for _, owner, _ in list(trained_owners(twin)):
         forget(owner)
     return _flagged(twin, tuned, places)
 
 
+def _refuse_lost(tuned: nn.Module, base: Mapping[str, Tensor]) -> None:
+    if lost := partitioned(tuned):
+        raise RefusedError("ZeRO-3 holds the parameters of this model", lost[:8], "lora_fx.disabled gives its base")
+    places = placed_in(tuned)
+    now = ((name, get_tensor(tuned, name)) for name, tensor in base.items() if tensor.is_meta)
+    came = [(name, own) for name, own in now if own is not None and not own.is_meta]
+    if gone := [(n, "is trained") for n, own in came if isinstance(own, nn.Parameter) or is_trained(n, places)]:
+        raise RefusedError(
+            "the model was on the meta device when it was adapted: what is trained has no values from before",
+            gone,
+            "load the base model anew",
+        )
+
+
 def merged(tuned: nn.Module) -> nn.Module:
     """Return a plain model with every adapter folded into its base weight; the adapted model stays unchanged.
+
+    Of a model that FSDP2 has sharded it is one that is sharded alike, and every process makes its part.
 
     Raises:
         MergeError: naming every site whose merged weight would not be finite; nothing is merged then.
     """
     record_in(tuned)
+    tuned = with_values(tuned)
     places = placed_in(tuned)
     check_mergeable(tuned)
     twin = _plain_twin(tuned, Merge())
@@ -152,7 +177,7 @@ def _flagged(twin: nn.Module, tuned: nn.Module, places: Sequence[Placed]) -> nn.
     for module in twin.modules():
         unswap(module)
     with_class_forwards(twin)
-    return twin
+    return sharded_again(twin)
 
 
 def show_base(tuned: nn.Module, places: Sequence[Placed]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.factors.kinds import ConvolutionA
 from lora_fx.adapters.factors.lora import LoRAFactor, as_rows, low_rank_weight, wide_sum
 from lora_fx.adapters.factors.spec import AdapterSpec
+from lora_fx.errors import RefusedError
 from lora_fx.models.quantised import dense
 
 
@@ -103,6 +104,13 @@ class DoRAMagnitude(nn.Module):
     def _of_all(self, scale: Tensor, outputs: int) -> Tensor:
         """Return a scale for every output: 1 for those without a length."""
         return scale if self.rows is None else scale.new_ones(outputs).index_put((self.rows,), scale)
+
+    def reset_parameters(self) -> None:
+        """Raise RefusedError: the first lengths are those of the weight's rows."""
+        raise RefusedError(
+            "a DoRA magnitude has no first values without its weight",
+            advice="adapt a model with values, or load the values of an adapter",
+        )
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}"

@@ -23,17 +23,23 @@ def initialise(lora_A: Tensor, lora_B: Tensor, init: str, kind: Kind = "matrix")
         kind: "bank" for one matrix for each of several experts; "embedding" if the input is one-hot: then A is zero and
             B normal, as PEFT and loralib do it ("random" fills both).
     """
+    order = ((lora_B, False), (lora_A, True)) if kind == "embedding" else ((lora_A, True), (lora_B, False))
+    for factor, is_A in order:
+        fill(factor, is_A, init, kind)
+
+
+def fill(factor: Tensor, is_A: bool, init: str, kind: Kind) -> None:
+    """Fill one factor in place, as `initialise` does."""
+    draw: Callable[[Tensor], object]
+    if kind == "embedding":
+        draw = nn.init.zeros_ if is_A and init != "random" else nn.init.normal_
+    elif is_A:
+        draw = _INITIALISE_A.get(init, nn.init.zeros_)
+    else:
+        draw = _kaiming if init == "random" else nn.init.zeros_
     with torch.no_grad():
-        if kind == "embedding":
-            nn.init.normal_(lora_B)
-            (nn.init.normal_ if init == "random" else nn.init.zeros_)(lora_A)
-            return
-        for factor in lora_A if kind == "bank" else (lora_A,):
-            _INITIALISE_A.get(init, nn.init.zeros_)(factor)
-        nn.init.zeros_(lora_B)
-        if init == "random":
-            for factor in lora_B if kind == "bank" else (lora_B,):
-                _kaiming(factor)
+        for matrix in factor if kind == "bank" else (factor,):
+            draw(matrix)
 
 
 _kaiming = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))

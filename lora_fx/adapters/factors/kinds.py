@@ -104,11 +104,16 @@ class SlicedB(LoRAFactor):
     def __init__(self, weight: Tensor, out_features: int, parts: tuple[tuple[int, ...], ...]) -> None:
         super().__init__(weight)
         self.out_features, self.parts = out_features, len(parts)
-        rows = [row for part in parts for row in part]
-        numbers = [number for number, part in enumerate(parts) for _ in part]
-        self.register_buffer("rows", torch.tensor(rows, device=weight.device), persistent=False)
-        self.register_buffer("columns", torch.tensor(numbers, device=weight.device), persistent=False)
+        rows, columns = _places(parts)
+        self.register_buffer("rows", rows.to(weight.device), persistent=False)
+        self.register_buffer("columns", columns.to(weight.device), persistent=False)
         self.runs = as_runs(parts)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.of is not None and not self.rows.is_meta:
+            for own, values in zip((self.rows, self.columns), _places(self.of.parts), strict=True):
+                own.copy_(values)
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         """Return B x; without x, B as a whole."""
@@ -160,6 +165,12 @@ class SharedFactor(LoRAFactor):
     def values_of(self, plain: Tensor) -> Tensor:
         """Return the first of equal matrices."""
         return plain[:1]
+
+
+def _places(parts: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+    """Return the row of each row of the blocks, and the number of its part."""
+    rows = [row for part in parts for row in part]
+    return torch.tensor(rows), torch.tensor([number for number, part in enumerate(parts) for _ in part])
 
 
 class CallFactors(nn.ModuleList):

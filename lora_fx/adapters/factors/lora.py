@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_fx.adapters.factors.initialise import Kind, fill
 from lora_fx.adapters.factors.spec import AdapterSpec
+from lora_fx.errors import RefusedError
+from lora_fx.models.shards import part_of
+from lora_fx.rules.inits import FRESH
 
 
 class LoRAFactor(nn.Module):
@@ -22,6 +26,8 @@ class LoRAFactor(nn.Module):
     """
 
     spec: AdapterSpec | None
+    of: AdapterSpec | None = None
+    """What A and B alike belong to, where they are beside a weight."""
 
     def __init__(self, weight: Tensor, spec: AdapterSpec | None = None) -> None:
         super().__init__()
@@ -31,6 +37,27 @@ class LoRAFactor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return weight · x in the weight's dtype; x is [..., columns of the weight]."""
         return F.linear(x if x.dtype == self.weight.dtype else x.to(self.weight.dtype), self.weight)
+
+    def reset_parameters(self) -> None:
+        """Give the factor the first values of its rule, in place: for a model that had none when it was adapted.
+
+        Of a sharded one every process calls this, and all get those of the first.
+
+        Raises:
+            RefusedError: they are parts of the weight, or made from data.
+        """
+        if self.of is None or self.weight.is_meta:
+            return
+        values, init = torch.empty(self.weight.shape, dtype=self.weight.dtype), self.of.lora.init
+        if init not in FRESH:
+            advice = "adapt a model with values, or load the values of an adapter"
+            raise RefusedError(
+                "the first values of this adapter are not random", [(self.of.path, f"init {init}")], advice
+            )
+        kind: Kind = "bank" if self.of.site.is_banked else "embedding" if self.of.site.op == "embedding" else "matrix"
+        fill(values, self.spec is not None, init, kind)
+        with torch.no_grad():
+            self.weight.copy_(part_of(values, self.weight, of_first=True))
 
     @property
     def matrix(self) -> Tensor:

@@ -21,6 +21,7 @@ from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
 from lora_fx.capture.reads.frozen import Freezer, OfType, Unfreezable
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
 from lora_fx.models.copying import copied_tree
+from lora_fx.models.fsdp import plain_shell
 from lora_fx.models.swap import is_swapped, origin, swap, unswap
 
 _LISTENER = "_lora_fx_listener"
@@ -240,8 +241,11 @@ def _as_seen(module: nn.Module) -> None:
 
 
 def copied_module(module: nn.Module) -> nn.Module:
-    """Return a copy that shares parameters, hooks, and what lies outside (a model, a rotary table) with the module."""
-    return copied_tree(module, {id(kept): kept for kept in _shared(module)})
+    """Return a copy that shares parameters, hooks, and what lies outside (a model, a rotary table) with the module.
+
+    Of a module that FSDP2 shards it is a plain one: while it is called its parameters are whole.
+    """
+    return copied_tree(plain_shell(module) or module, {id(kept): kept for kept in _shared(module)})
 
 
 def _shared(module: nn.Module) -> Iterator[object]:

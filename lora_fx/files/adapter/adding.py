@@ -18,6 +18,7 @@ from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, decided, fill, in_turn, name_of
 from lora_fx.files.adapter.swapping import from_file, refuse_more, write
 from lora_fx.files.adapter.write import save
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
@@ -67,6 +68,7 @@ def add(
         AdapterFileError, AdapterMismatchError: as `load`; also for an adapter of another base.
     """
     tuned = seen_through(tuned)
+    refuse_sharded(tuned, "a new adapter would be in no shard group of this model", "add it before fully_shard")
     record = whole_record_in(tuned)
     given: Source = rules_or_short(source, target, r, alpha)
     if isinstance(given, nn.Module):

@@ -32,6 +32,7 @@ from lora_fx.files.adapter.tokens import ROWS, SavedRows, saved_rows
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.files.values import refuse_unwritable
 from lora_fx.models.quantised import dense
+from lora_fx.models.shards import whole
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import dotted, get_tensor
 from lora_fx.models.wrappers import module_at, without_wrappers
@@ -158,7 +159,8 @@ ZERO_ROW = "a row of its weight is zero, and PEFT would divide it by its length"
 
 def _has_zero_row(adapter: Attached) -> bool:
     """Whether a row of W + scaling · B A is zero, of a weight that is here (ZeRO-3 leaves a shape of [0])."""
-    weight = as_rows(adapter.base_weight, adapter.spec.site.layout) if adapter.base_weight.dim() > 1 else None
+    base = whole(adapter.base_weight)
+    weight = as_rows(base, adapter.spec.site.layout) if base.dim() > 1 and not base.is_meta else None
     zero = None if weight is None else dense(weight).flatten(1).any(1).logical_not()
     if zero is None or not zero.any():
         return False
@@ -282,7 +284,7 @@ def _own_tensors(tuned: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
+    return whole(tensor).to("cpu").contiguous()
 
 
 def _config(tuned: nn.Module, sites: Sequence[SavedSite], beside: _Beside, beyond_peft: str | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, name_of, slices_in
 from lora_fx.files.adapter.site import SavedSite
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.tensors import dotted
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.planning.sites import CONVOLUTIONS
@@ -53,6 +54,9 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
     """
     tuned = seen_through(tuned)
     known_switches(tuned, adapter)
+    refuse_sharded(
+        tuned, "an adapter of a sharded model gets no values from a file", "lora_fx.load_adapter_state, with DTensors"
+    )
     slots = list(adapters_called(tuned, adapter))
     if lost := [(path, "on the meta device") for path, one in slots if one.lora_A.weight.is_meta]:
         raise RefusedError("the adapter has no values here that could be replaced", lost)

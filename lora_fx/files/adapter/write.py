@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,14 +12,18 @@ from torch import nn
 from lora_fx.adapters.adapt import trained_parameters
 from lora_fx.adapters.attach import all_attached, with_values
 from lora_fx.adapters.placed import base_in, is_trained, placed_in
+from lora_fx.adapters.trained import added_tensors
 from lora_fx.errors import AdapterFileError, LoraFxWarning
 from lora_fx.files.adapter.describe import Described, describe
 from lora_fx.files.adapter.folder import replace_files
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.values import canonical_safetensors
+from lora_fx.models.fsdp import is_partitioned, resharded
+from lora_fx.models.shards import by_first, is_sharded
 from lora_fx.models.tensors import get_tensor
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.text import listing
+from lora_fx.tuned.build import trainable
 
 
 def save(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str | None = None) -> None:
@@ -29,7 +33,8 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str | Non
     bytes.  Existing files are replaced together: after a kill the directory holds the old adapter or the new one, or
     none that PEFT finds.  Other files of the directory stay.  Of several adapters the first (`default`, or by name)
     stands in the directory itself, the others in directories of their names.  What is in use (`lora_fx.use`) is not
-    written.
+    written.  Where FSDP2 shards the model every process calls this: all gather the adapters, one tensor at a time, the
+    first writes, and all come back when the files are there.
 
     Args:
         tuned: an adapted model.
@@ -39,10 +44,11 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str | Non
     Raises:
         ValueError: no adapter has the name.
         RefusedError: the model is not adapted; or another adapter's rules train biases of the model itself.
-        AdapterFileError: the directory cannot be written, or the adapter has no values.
+        AdapterFileError: the directory cannot be written, or the adapter has no values; on every process.
     """
-    tuned, folder = with_values(seen_through(tuned)), Path(directory)
-    _refuse_partitioned(tuned, folder)
+    given, folder = resharded(seen_through(tuned)), Path(directory)
+    _refuse_partitioned(given, folder)
+    tuned = with_values(given)
     whole = ((name, get_tensor(tuned, name)) for name in trained_parameters(tuned))
     factors = ((path, p) for path, adapter in all_attached(tuned) for p in adapter.parameters())
     lost = dict.fromkeys(name for name, tensor in (*factors, *whole) if tensor is not None and tensor.is_meta)
@@ -51,10 +57,23 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str | Non
         raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save", facts)
     described = describe(tuned, adapter)
     _warn_of_moved_buffers(tuned)
-    files: dict[Path, bytes] = {}
-    for one in described:
-        files |= files_of(one, Path() if one is described[0] else Path(one.name))
-    write_adapter(folder, files)
+
+    def write() -> None:
+        files: dict[Path, bytes] = {}
+        for one in described:
+            files |= files_of(one, Path() if one is described[0] else Path(one.name))
+        write_adapter(folder, files)
+
+    by_one_process(given, write)
+
+
+def by_one_process(tuned: nn.Module, write: Callable[[], None]) -> None:
+    """Let one of the processes write that hold parts of what an adapted model trains; the others wait for it."""
+    shared = next(filter(is_sharded, trainable(tuned)), None)
+    if shared is None:
+        write()
+    else:
+        by_first(shared, write)
 
 
 def write_adapter(folder: Path, files: Mapping[Path, bytes]) -> None:
@@ -73,6 +92,10 @@ def write_adapter(folder: Path, files: Mapping[Path, bytes]) -> None:
 def _refuse_partitioned(tuned: nn.Module, folder: Path) -> None:
     """ZeRO-3 leaves each process an empty tensor where a parameter was: the file would hold nothing."""
     empty = [(path, "[0]") for path, adapter in all_attached(tuned) for p in adapter.parameters() if p.numel() == 0]
+    whole = ((name, get_tensor(tuned, name)) for name in trained_parameters(tuned))
+    empty += [(name, "[0]") for name, tensor in whole if tensor is not None and is_partitioned(tensor)]
+    empty += [(name, "[0]") for name, _, value in added_tensors(tuned) if is_partitioned(value)]
+    empty = list(dict.fromkeys(empty))
     if empty:
         advice = "gather them (deepspeed.zero.GatheredParameters), or save_pretrained with a gathered state_dict"
         raise AdapterFileError(
@@ -85,7 +108,8 @@ def _warn_of_moved_buffers(tuned: nn.Module) -> None:
     places = placed_in(tuned)
     base = {without_wrappers(name): tensor for name, tensor in base_in(places).items()}
     outside = [(without_wrappers(name), b) for name, b in tuned.named_buffers() if not is_trained(name, places)]
-    moved = [name for name, buffer in outside if name in base and not torch.equal(buffer, base[name])]
+    known = [(name, buffer) for name, buffer in outside if name in base and not base[name].is_meta]
+    moved = [name for name, buffer in known if not torch.equal(buffer, base[name])]
     if moved:
         warnings.warn(
             f"training has changed {listing(moved)}, which the adapter does not hold; "

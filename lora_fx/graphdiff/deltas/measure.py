@@ -13,6 +13,7 @@ from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import RefusedError
 from lora_fx.graphdiff.deltas.heatmaps import deltas_html, deltas_svg
 from lora_fx.graphdiff.deltas.spectra import DeltaRow, ratio_text
+from lora_fx.models.shards import is_sharded, whole
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import columns, count, json_text
 from lora_fx.tuned.build import record_in
@@ -65,6 +66,11 @@ def deltas_of(tuned: nn.Module) -> Deltas:
 def _row(path: str, adapter: Attached, several: bool) -> DeltaRow:
     if adapter.lora_A.weight.is_meta:
         raise RefusedError("the adapters have no values", [(path, "its adapter is on the meta device")])
+    if adapter.lora_A.weight.numel() == 0:
+        advice = "gather them (deepspeed.zero.GatheredParameters)"
+        raise RefusedError(
+            "this process holds no values of the adapters", [(path, "ZeRO-3 has partitioned it")], advice
+        )
     B, A = adapter.lora_B.matrix, adapter.lora_A.matrix
     row = delta_row(path, adapter.spec.rule, adapter.spec.lora.r, adapter.spec.scaling, B, A, adapter.call)
     name = adapter.spec.adapter if several else ""
@@ -115,7 +121,8 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
 
 def _norm(weight: Tensor) -> float | None:
     """Return the Frobenius norm of a weight; None for one that is quantised or has no values."""
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
+    known = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+    if not known or not weight.is_floating_point() or weight.is_meta:
         return None
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return float(torch.linalg.vector_norm(weight, dtype=dtype))
+    return float(whole(torch.linalg.vector_norm(weight, dtype=dtype)))

@@ -1,0 +1,310 @@
+"""Models that `fully_shard` (FSDP2) has sharded: read as plain modules, and sharded again in the same way.
+
+FSDP2 gives each module that it is called on a subclass of its class, hooks and a state.  A copy of such a module cannot
+have these.  So a twin of a sharded model is a tree of plain modules whose parameters are the same shards, and notes how
+they were sharded; what is given to callers is sharded again by it.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import RefusedError
+from lora_fx.models.shards import is_sharded, sharded_names
+from lora_fx.models.swap import layers_of, swap
+
+SHARDING = "lora_fx_sharding"
+"""Attribute of the twin of a sharded model: its Sharding."""
+_MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+_STATES = "__composable_api"
+"""What the names of attributes begin with in which torch's composable functions keep their states."""
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardGroup:
+    """What one call of `fully_shard` was given."""
+
+    paths: tuple[str, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a model was sharded."""
+
+    groups: tuple[ShardGroup, ...]
+    """Those inside of others first."""
+    names: frozenset[str]
+    """Of the parameters that are sharded."""
+    along: dict[str, Any]
+    """Of those that are not sharded along their first dimension: how they are."""
+    problem: str = ""
+    """Why it cannot be done again."""
+
+    def __deepcopy__(self, _memo: object) -> "Sharding":
+        return self  # it holds process groups, of which there are no copies
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on this module."""
+    return hasattr(type(module), "_get_fsdp_state")
+
+
+def resharded(model: nn.Module) -> nn.Module:
+    """Return the model itself, in which every parameter is the shard again.
+
+    After a forward the root's are whole, and rounded where a policy says so; torch's `state_dict` does the same.
+    """
+    for module in model.modules():
+        if is_fully_sharded(module):
+            module.reshard()  # type: ignore[operator]
+    return model
+
+
+def refuse_sharded(model: nn.Module, what: str, advice: str) -> None:
+    """Raise RefusedError if processes hold parts of a model; `what` is what would be wrong then."""
+    marks = (
+        (path, "fully_shard was called on it") for path, module in model.named_modules() if is_fully_sharded(module)
+    )
+    facts = [(path or "(root)", reason) for path, reason in marks]
+    facts += [(name, "is a DTensor") for name in sharded_names(model)] if not facts else []
+    if facts:
+        raise RefusedError(what, facts[:8], advice)
+
+
+def sharding_of(model: nn.Module) -> Sharding | None:
+    """Return how a model is sharded, or was before its twin was made; None if it is not.
+
+    The parameters must be shards: `resharded`.
+    """
+    known: Sharding | None = model.__dict__.get(SHARDING)
+    if known is not None or not any(map(is_fully_sharded, model.modules())):
+        return known
+    paths: dict[int, list[str]] = {}
+    states: dict[int, Any] = {}
+    for path, module in model.named_modules():
+        if is_fully_sharded(module):
+            state: Any = module._get_fsdp_state()
+            states[id(state)] = state
+            paths.setdefault(id(state), []).append(path)
+    first = next((group for state in states.values() for group in _groups(state)), None)
+    if first is None:
+        return None
+    groups = [ShardGroup(tuple(paths[key]), _options(state, first)) for key, state in states.items()]
+    problems = (_problem(state) for state in states.values())
+    return Sharding(
+        groups=tuple(_inner_first(groups)),
+        names=frozenset(sharded_names(model)),
+        along=dict(_other_placements(model, states.values())),
+        problem=next(filter(None, problems), ""),
+    )
+
+
+def _groups(state: Any) -> list[Any]:
+    """Return the groups of parameters of a state; torch before 2.12 has one or none."""
+    several = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return list(several)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _options(state: Any, other: Any) -> dict[str, Any]:
+    """Return what `fully_shard` was given; of a state without parameters of its own as far as another group tells."""
+    group = next(iter(_groups(state)), other)
+    return {
+        "mesh": group.mesh_info.mesh,
+        "reshard_after_forward": _reshard_after_forward(state, group),
+        "mp_policy": state._mp_policy,
+        "offload_policy": group.offload_policy,
+    }
+
+
+def _reshard_after_forward(state: Any, group: Any) -> bool | int | None:
+    after = group.post_forward_mesh_info
+    if state._auto_reshard_after_forward:
+        return None
+    if after is None:
+        return False
+    size: int = after.shard_mesh_size
+    return True if size == group.mesh_info.shard_mesh_size else size
+
+
+def _problem(state: Any) -> str:
+    """Return why a call of `fully_shard` cannot be made again."""
+    groups = _groups(state)
+    if len(groups) > 1:
+        return "parameters of one module are on several meshes"
+    if any(getattr(group.mesh_info, "is_spmd_mesh", False) for group in groups):
+        return "it was called with dp_mesh_dims"
+    if any(not hasattr(group.mesh_info, "shard_mesh_size") for group in groups):
+        return "parameters are replicated, and not sharded"
+    if any(parameter.is_dtensor for group in groups for parameter in group.fsdp_params):
+        return "parameters were DTensors before (tensor parallel)"
+    return ""
+
+
+def _other_placements(model: nn.Module, states: Any) -> Iterator[tuple[str, Any]]:
+    placed = {
+        id(p.sharded_param): p.fsdp_placement for state in states for group in _groups(state) for p in group.fsdp_params
+    }
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (placement := placed.get(id(parameter))) is not None and placement.dim != 0:
+            yield name, placement
+
+
+def _inner_first(groups: Sequence[ShardGroup]) -> list[ShardGroup]:
+    """Return the groups so that those with modules inside of another's come before it."""
+    left, ordered = list(groups), list[ShardGroup]()
+    while left:
+        ready = [one for one in left if not any(_is_inside(other, one) for other in left if other is not one)]
+        ordered += ready or left
+        left = [one for one in left if one not in ordered]
+    return ordered
+
+
+def _is_inside(one: ShardGroup, other: ShardGroup) -> bool:
+    """Whether a module of one group is below a module of the other."""
+    pairs = ((own, path) for own in one.paths for path in other.paths if own and own != path)
+    return any(not path or own.startswith(f"{path}.") for own, path in pairs)
+
+
+# -- a module as it was before
+
+
+def plain_shell(module: nn.Module) -> nn.Module | None:
+    """Return a module with a sharded one's attributes, of its class before, without FSDP2's hooks; None for others.
+
+    Tables of submodules, parameters and buffers are the module's own: for `copy.deepcopy`, which copies them.
+    """
+    own = vars(module)
+    hooks = {name: kept for name in _HOOKS if (kept := _without_hooks(own.get(name))) is not None}
+    if not hooks and not any(name in own for name in _MARKS) and not is_fully_sharded(module):
+        return None
+    kind, mixins = layers_of(type(module))
+    shell: nn.Module = object.__new__(_class_before(kind))
+    vars(shell).update({name: value for name, value in own.items() if not _is_mark(name)} | hooks)
+    for mixin in mixins:
+        swap(shell, mixin)
+    return shell
+
+
+def _class_before(kind: type) -> type:
+    if not hasattr(kind, "_get_fsdp_state"):
+        return kind
+    before: type = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]
+    return before
+
+
+def _is_mark(name: str) -> bool:
+    return name in _MARKS or str(name).startswith(_STATES)
+
+
+def _without_hooks(table: Any) -> Any:
+    """Return a table of hooks without those of FSDP2; None if it has none of them."""
+    if not table or not any(map(_is_of_fsdp, table.values())):
+        return None
+    return type(table)((key, hook) for key, hook in table.items() if not _is_of_fsdp(hook))
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    inner = getattr(hook, "hook", hook)  # load_state_dict's are wrapped
+    home = getattr(getattr(inner, "func", inner), "__module__", "")
+    return str(home).startswith("torch.distributed.fsdp.")
+
+
+# -- sharded again
+
+
+def sharded_again(model: nn.Module) -> nn.Module:
+    """Return the model itself, in place sharded as the model was that it is a twin of; one of another as it is.
+
+    Parameters that are shards stay those shards; plain ones in the place of shards are sharded, from the values that
+    every process has.  What was no shard stays so.  Nothing is sent.
+
+    Raises:
+        RefusedError: it was sharded in a way that cannot be done again; before anything is changed.
+    """
+    how: Sharding | None = vars(model).get(SHARDING)
+    if how is None:
+        return model
+    if how.problem:
+        advice = "lora_fx.save writes the adapter, which loads beside a base that is not sharded"
+        raise RefusedError(
+            "a model that is sharded in this way cannot be given back", [("(root)", how.problem)], advice
+        )
+    del vars(model)[SHARDING]
+    shards = _with_empty_places(model)
+    fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
+    named = list(model.named_parameters(remove_duplicate=False))
+    ignored = {parameter for name, parameter in named if name not in how.names}
+    along = {id(parameter): how.along[name] for name, parameter in named if name in how.along}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for group in how.groups:
+        inside = [modules[path] for path in group.paths if path in modules]
+        if inside:
+            one_or_all = inside[0] if len(inside) == 1 else inside
+            placed: Callable[[nn.Parameter], Any] | None = (lambda p: along.get(id(p))) if along else None
+            fully_shard(one_or_all, **group.options, shard_placement_fn=placed, ignored_params=ignored or None)
+    _put_back(model, shards)
+    return model
+
+
+def _with_empty_places(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
+    """Put parameters without values in the place of a model's shards, in place; return these by where they belong."""
+    empty: dict[int, nn.Parameter] = {}
+    shards: dict[tuple[int, str], nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not is_sharded(parameter):
+                continue
+            shards[id(module), name] = parameter
+            if id(parameter) not in empty:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                empty[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+            module._parameters[name] = empty[id(parameter)]
+    return shards
+
+
+def _put_back(model: nn.Module, shards: dict[tuple[int, str], nn.Parameter]) -> None:
+    states: dict[int, Any] = {}
+    for module in model.modules():
+        for name in list(module._parameters):
+            if (id(module), name) in shards:
+                module._parameters[name] = shards[id(module), name]
+        if is_fully_sharded(module):
+            state: Any = module._get_fsdp_state()  # type: ignore[operator]
+            states[id(state)] = state
+    for state in states.values():
+        for group in _groups(state):
+            for parameter in group.fsdp_params:
+                parameter.reset_sharded_param()
+
+
+def partitioned(model: nn.Module) -> list[tuple[str, str]]:
+    """Return (name, why) of each parameter that DeepSpeed's ZeRO-3 has taken away but for a part."""
+    named = model.named_parameters(remove_duplicate=False)
+    return [(name, f"ZeRO-3 has partitioned it, {list(p.shape)}") for name, p in named if is_partitioned(p)]
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has left an empty tensor in the place of a parameter."""
+    return hasattr(parameter, "ds_id") and hasattr(parameter, "ds_tensor") and parameter.numel() == 0
+
+
+def numbers_in(parameter: Tensor) -> int:
+    """Return how many numbers a parameter has, on all processes together."""
+    if is_partitioned(parameter):
+        number: int = parameter.ds_numel  # type: ignore[attr-defined]
+        return number
+    return parameter.numel()

@@ -1,0 +1,132 @@
+"""Tensors of which each process holds a part (DTensor), as FSDP2 leaves them; and what processes do together.
+
+A function that is said to be *collective* is called by every process of the mesh, in the same order, or none of them
+comes back from it.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of a module that not every torch has."""
+    return type(tensor).__module__.startswith("torch.distributed")
+
+
+def _dtensors() -> Any:
+    return importlib.import_module("torch.distributed.tensor")
+
+
+def sharded_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters and buffers of which this process holds a part."""
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return [name for name, tensor in tensors if is_sharded(tensor)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor without its gradient, gathered on every process where it is sharded: collective then."""
+    if not is_sharded(tensor):
+        return tensor.detach()
+    if tensor.is_meta:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    part: Any = tensor.detach()
+    local, mesh = part.to_local(), part.device_mesh
+    if local.device.type != mesh.device_type:  # CPUOffloadPolicy keeps it where its mesh sends nothing
+        local = local.to(mesh.device_type)
+        part = type(part).from_local(
+            local, mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
+        )
+    gathered: Tensor = part.full_tensor()
+    return gathered
+
+
+def part_of(tensor: Tensor, like: Tensor, of_first: bool = False) -> Tensor:
+    """Return a tensor that every process has whole as `like` is: sharded in the same way, or as it is.
+
+    Nothing is sent; but with `of_first` the values are those of the first process: collective then.
+    """
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    other: Any = like.detach()
+    mesh, placements = other.device_mesh, other.placements
+    source = 0 if of_first else None
+    made: Any = _dtensors().distribute_tensor(tensor.detach(), mesh, placements, src_data_rank=source)
+    local, device = made.to_local(), other.to_local().device
+    if local.device != device:
+        shape, stride = made.shape, made.stride()
+        made = type(made).from_local(local.to(device), mesh, placements, run_check=False, shape=shape, stride=stride)
+    shared: Tensor = made
+    return shared
+
+
+def summed(values: Tensor, like: Tensor) -> Tensor:
+    """Return the sum of what the processes have, which share the sharded tensor `like`; collective."""
+    library, other = _dtensors(), like.detach()
+    mesh: Any = other.device_mesh  # type: ignore[attr-defined]
+    partial = [library.Partial("sum")] * mesh.ndim
+    total: Tensor = library.DTensor.from_local(
+        values.to(mesh.device_type), mesh, partial, run_check=False
+    ).full_tensor()
+    return total
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, of a sharded tensor on every process: collective then."""
+    if not is_sharded(tensor):
+        return bool(torch.isfinite(tensor).all())
+    part: Any = tensor.detach()
+    wrong = torch.logical_not(torch.isfinite(part.to_local())).any().reshape(1).to(torch.int32)
+    return not bool(summed(wrong, tensor))
+
+
+def values_at(weight: Tensor, positions: Sequence[int]) -> Tensor:
+    """Return in float64 what a sharded weight has at places of the flat one; nothing else is sent.  Collective."""
+    part: Any = weight.detach()
+    local = part.to_local()
+    places = [_places_of(part, dim) for dim in range(weight.dim())]
+    found = torch.zeros(len(positions), 2, dtype=torch.float64)
+    for number, position in enumerate(positions):
+        index = torch.unravel_index(torch.tensor(position), weight.shape)
+        here = [(own == at).nonzero().flatten().tolist() for own, at in zip(places, index, strict=True)]
+        if all(here):
+            found[number, 0] = local[tuple(at[0] for at in here)].double().cpu()
+            found[number, 1] = 1
+    total = summed(found, weight).cpu()  # the same value from each process that holds it
+    return total[:, 0] / total[:, 1]
+
+
+def _places_of(part: Any, dim: int) -> Tensor:
+    """Return which indices of a dimension this process holds."""
+    library = _dtensors()
+    numbers = torch.arange(part.shape[dim])
+    along = [library.Shard(0) if placement.is_shard(dim) else library.Replicate() for placement in part.placements]
+    spread = library.distribute_tensor(numbers, part.device_mesh, along, src_data_rank=None)
+    own: Tensor = spread.to_local().cpu()
+    return own
+
+
+def by_first(like: Tensor, work: Callable[[], None]) -> None:
+    """Let the first of the processes that share a sharded tensor do something, and the others wait for it.  Collective.
+
+    Raises:
+        Exception: what the work raises, on every process.
+    """
+    dist, part = torch.distributed, like.detach()
+    mesh: Any = part.device_mesh  # type: ignore[attr-defined]
+    outcome: list[BaseException | None] = [None]
+    if not any(mesh.get_coordinate()):
+        try:
+            work()
+        except BaseException as error:
+            outcome = [error]
+    raised = outcome[0]
+    for dim in reversed(range(mesh.ndim)):
+        dist.broadcast_object_list(outcome, group=mesh.get_group(dim), group_src=0)
+    if raised is not None:
+        raise raised
+    if outcome[0] is not None:
+        raise outcome[0]

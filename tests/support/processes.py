@@ -1,0 +1,54 @@
+"""Several processes that share a gloo group: each does the same work, and what they return comes back."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Work = Callable[[Path], Any]
+
+
+def in_processes(number: int, work: Work, folder: Path, seconds: float = 120) -> list[Any]:
+    """Return what a function of a module returns in each of so many processes, by rank.
+
+    Raises:
+        RuntimeError: it failed in one of them, or one did not come back: with the traceback of each.
+    """
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_run, args=(work, rank, number, folder)) for rank in range(number)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.1, end - time.monotonic()))
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    failures = [path.read_text() for path in sorted(folder.glob("*.failed"))]
+    if late or failures or any(process.exitcode for process in processes if not late):
+        raise RuntimeError("\n".join([f"not back: {late}", *failures]))
+    return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(number)]
+
+
+def _run(work: Work, rank: int, number: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=number)
+    try:
+        torch.save(work(folder), folder / f"{rank}.result")
+    except BaseException:
+        (folder / f"{rank}.failed").write_text(f"rank {rank}\n{traceback.format_exc()}")
+        raise
+    finally:
+        dist.destroy_process_group()
