@@ -58,7 +58,11 @@ class Sharding:
 
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this module."""
-    return hasattr(type(module), "_get_fsdp_state")
+    return _is_of_fully_shard(type(module))
+
+
+def _is_of_fully_shard(kind: type) -> bool:
+    return getattr(kind, "_get_fsdp_state", None) is not None
 
 
 def resharded(model: nn.Module) -> nn.Module:
@@ -147,7 +151,7 @@ def _problem(state: Any) -> str:
         return "parameters of one module are on several meshes"
     if any(getattr(group.mesh_info, "is_spmd_mesh", False) for group in groups):
         return "it was called with dp_mesh_dims"
-    if any(not hasattr(group.mesh_info, "shard_mesh_size") for group in groups):
+    if any(getattr(group.mesh_info, "shard_mesh_size", None) is None for group in groups):
         return "parameters are replicated, and not sharded"
     if any(parameter.is_dtensor for group in groups for parameter in group.fsdp_params):
         return "parameters were DTensors before (tensor parallel)"
@@ -200,7 +204,7 @@ def plain_shell(module: nn.Module) -> nn.Module | None:
 
 
 def _class_before(kind: type) -> type:
-    if not hasattr(kind, "_get_fsdp_state"):
+    if not _is_of_fully_shard(kind):
         return kind
     before: type = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]
     return before
@@ -299,7 +303,7 @@ def partitioned(model: nn.Module) -> list[tuple[str, str]]:
 
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 has left an empty tensor in the place of a parameter."""
-    return hasattr(parameter, "ds_id") and hasattr(parameter, "ds_tensor") and parameter.numel() == 0
+    return parameter.numel() == 0 and all(getattr(parameter, name, None) is not None for name in ("ds_id", "ds_tensor"))
 
 
 def numbers_in(parameter: Tensor) -> int:
