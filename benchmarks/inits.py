@@ -1,4 +1,4 @@
-"""Plain LoRA beside each initialisation on the demo's task: `python benchmarks/inits.py` prints a table (docs/rules.md).
+"""What first values give on the task of the demo: `python benchmarks/inits.py` prints the table of docs/choosing.md.
 
 The last blocks of all-MiniLM-L6-v2 and a new head learn to tell good movie reviews from bad ones; what the blocks below
 make of the snippets is computed once.  For each way of starting, several learning rates are trained at once, as rows of
