@@ -3,12 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.dicts import AdapterDict
+from lora_fx.adapters.dicts import AdapterDict, AdapterHome, holding_modules
 from lora_fx.adapters.factors.dora import DoRAMagnitude, fresh_magnitude
 from lora_fx.adapters.factors.initialise import Kind, initialise
 from lora_fx.adapters.factors.kinds import (
@@ -68,17 +67,6 @@ class AdapterState:
     """How often it has been called in this forward; None unless each call has an adapter of its own."""
     within: bool = False
     """Whether a forward of the whole model is running, for which calls are counted."""
-
-
-class AdapterHome(nn.Module):
-    """Holds the adapter of a raw parameter: `<parameter>_lora.lora_A.<adapter>.weight` and the rest."""
-
-    lora_A: Any
-    lora_B: Any
-
-    def __init__(self, parameter: str) -> None:
-        super().__init__()
-        self.parameter = parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,13 +256,14 @@ def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAF
     return A, B
 
 
-def attached_to(owner: nn.Module) -> Iterator[Attached]:
-    """Yield every adapter beside a weight of the module, in the order of its children."""
+def attached_to(owner: nn.Module, called: str | None = None) -> Iterator[Attached]:
+    """Yield every adapter beside a weight of the module, or that of a name, in the order of its children."""
     homes = [owner, *(child for child in owner._modules.values() if isinstance(child, AdapterHome))]
     for home in homes:
         factors = None if isinstance(owner, AdapterHome) else home._modules.get("lora_A")
         for name, factor in () if factors is None else factors._modules.items():
-            yield from _attached(owner, home, name, factor)
+            if called is None or name == called:
+                yield from _attached(owner, home, name, factor)
 
 
 def _attached(owner: nn.Module, home: nn.Module, name: str, factor: nn.Module | None) -> Iterator[Attached]:
@@ -330,10 +319,13 @@ def share_adapter(owner: nn.Module, other: nn.Module) -> None:
             other.add_module(name, owner._modules[name])
 
 
-def all_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
-    """Yield (path of the site, adapter) for every adapter in the model, in model order; a shared module once."""
-    for path, module in model.named_modules():
-        for adapter in attached_to(module):
+def all_attached(model: nn.Module, called: str | None = None) -> Iterator[tuple[str, Attached]]:
+    """Yield (path of the site, adapter) for every adapter in the model, in model order; a shared module once.
+
+    With a name, of that one alone.
+    """
+    for path, module in holding_modules(model):
+        for adapter in attached_to(module, called):
             yield (path if adapter.spec.path_is_owner else dotted(path, adapter.spec.parameter)), adapter
 
 

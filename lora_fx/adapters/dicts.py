@@ -1,5 +1,6 @@
 """What holds the modules of adapters, each by its adapter's name."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -16,3 +17,32 @@ class AdapterDict(nn.ModuleDict):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+
+class AdapterHome(nn.Module):
+    """Holds the adapter of a raw parameter: `<parameter>_lora.lora_A.<adapter>.weight` and the rest."""
+
+    lora_A: Any
+    lora_B: Any
+
+    def __init__(self, parameter: str) -> None:
+        super().__init__()
+        self.parameter = parameter
+
+
+def holding_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what `named_modules` does, in its order, but for modules that hold none, and what is in adapters.
+
+    In one loop: `named_modules` passes each module through all the levels above it.
+    """
+    met, waiting = set(), [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in met:
+            continue
+        met.add(id(module))
+        prefix = f"{path}." if path else ""
+        children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+        if children:
+            yield path, module
+            waiting += [pair for pair in reversed(children) if not isinstance(pair[1], AdapterDict)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.stacked import Plain, Stacked, StackedFactors, can_be_kept, stacked
 from lora_fx.errors import RefusedError
+from lora_fx.models.torch_internals import in_backward
 
 Added = Callable[[Tensor, Tensor, str], Tensor]
 """Returns a base output with the adapter of that name in it, given the base output and the layer's input."""
@@ -87,6 +88,8 @@ class AdapterRows:
     """The model whose calls are looked at, and parts of it that are called by themselves."""
     dim: int = 0
     """The dimension of their inputs that is the batch."""
+    inside: set[int] = field(default_factory=set)
+    """Of which of these models a call is running, by their ids."""
     seen: "Seen | None" = None
     """While it is looked where the batch is: what has been seen."""
     owners: dict[frozenset[str], Owners] = field(default_factory=dict)
@@ -103,7 +106,10 @@ class AdapterRows:
         """
         batch = len(self.names)
         layout = Layout() if batch == 1 else layer.__dict__.get(LAYOUTS, {}).get(x.dim())
-        if layout is None:
+        apart = (
+            layout is not None and layout.is_sure and not self.inside and not in_backward()
+        )  # no one has counted rows
+        if layout is None or (apart and batch > 1):
             raise RefusedError(
                 "which part of a layer's input belongs to which row of the batch is not known",
                 [(path, f"its input is {list(x.shape)}")],

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapters.attach import CHILDREN, STATE, AdapterHome, AdapterState, Attached, attached_to
+from lora_fx.adapters.attach import CHILDREN, STATE, AdapterState, Attached, attached_to
+from lora_fx.adapters.dicts import AdapterHome
 from lora_fx.models.swap import Swapped
 from lora_fx.text import visible
 

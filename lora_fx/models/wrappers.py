@@ -77,7 +77,9 @@ def without_wrappers(name: str) -> str:
     >>> without_wrappers("layers.0._checkpoint_wrapped_module.q_proj")
     'layers.0.q_proj'
     """
-    return _NESTED.sub("", name).lstrip(".")
+    if "_orig_mod" in name or "_wrapped_module" in name:  # most have none of it, and are asked for by the thousand
+        name = _NESTED.sub("", name)
+    return name.lstrip(".")
 
 
 def holds_peft(model: nn.Module) -> list[str]:

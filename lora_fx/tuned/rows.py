@@ -79,13 +79,17 @@ def _called_alone(tuned: nn.Module) -> tuple[nn.Module, ...]:
 @contextlib.contextmanager
 def _looked_at(model: nn.Module) -> Iterator[None]:
     """Let the calls of a model be looked at for a while."""
-    hook = model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    hooks = [
+        model.register_forward_pre_hook(look, with_kwargs=True, prepend=True),
+        model.register_forward_hook(looked),
+    ]
     with _COUNTING:
         _OPEN[id(model)] += 1
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         with _COUNTING:
             _OPEN[id(model)] -= 1
             if not _OPEN[id(model)]:
@@ -114,18 +118,29 @@ def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
         _look_for(rows, module, args, kwargs)
 
 
-setattr(look, LOOKS, True)
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def looked(module: nn.Module, _args: Any, _result: Any) -> None:
+    """Note that a call that was looked at has ended."""
+    for rows in rows_here():
+        rows.inside.discard(id(module))
+
+
+for _hook in (look, looked):
+    setattr(_hook, LOOKS, True)
 
 
 def _take_off(module: nn.Module) -> None:
-    for number, hook in list(module._forward_pre_hooks.items()):
-        if hook is look:
-            del module._forward_pre_hooks[number]
-            module._forward_pre_hooks_with_kwargs.pop(number, None)
+    tables: tuple[dict[int, object], ...] = (module._forward_pre_hooks, module._forward_hooks)  # type: ignore[assignment]
+    for table in tables:
+        for number, hook in list(table.items()):
+            if getattr(hook, LOOKS, False):
+                del table[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def _look_for(rows: AdapterRows, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     rows.begin_call()
+    rows.inside.add(id(module))
     batch, given = len(rows.names), list(tensors_in((args, kwargs)))
     _refuse_other_numbers(module, rows, given, args, kwargs)
     kind = _kind_of(module, rows, args, kwargs, given)

@@ -28,7 +28,7 @@ from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
 
 def adapters_called(tuned: nn.Module, name: str) -> Iterator[tuple[str, Attached]]:
     """Yield (path of the site, adapter) for every adapter of this name."""
-    return ((path, adapter) for path, adapter in all_attached(tuned) if adapter.spec.adapter == name)
+    return all_attached(tuned, name)
 
 
 def drop(tuned: nn.Module, adapter: str) -> None:

@@ -261,3 +261,19 @@ def test_initialisations_are_compared_at_rates_of_their_own(tmp_path, capsys):
         assert 0 <= low <= float(right) <= high <= 1, name
     with pytest.raises(SystemExit):
         inits.main(["--train", "96", "--tune", "30"])
+
+
+def test_changing_adapters_captures_and_compiles_nothing(capsys):
+    benchmark("switch").main(["--layers", "1", "--width", "32", "--repeats", "0"])
+    table = capsys.readouterr().out.strip().splitlines()[2:]
+    rows = {what: list(map(int, counts)) for what, _, *counts in map(cells_of, table)}
+    assert list(rows) == ["use", "use, in a with", "swap, of a state", "swap, of a directory", "rows"]
+    assert all(row[2:] == [0, 0] for row in rows.values())
+    assert rows["use"][0] == rows["use, in a with"][0] == rows["rows"][0] == 0
+    tensors = 2 * 7
+    assert rows["swap, of a state"][0] <= 2 * tensors + 20  # each value is summed and copied
+    assert rows["swap, of a state"][1] <= 25 * tensors + 200
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]

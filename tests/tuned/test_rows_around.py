@@ -295,6 +295,7 @@ def test_a_copy_that_is_made_inside_is_whole_and_has_nothing_of_the_context(how,
     assert torch.equal(twin(batch()), expected)
     assert not twin._forward_pre_hooks
     assert not twin._forward_pre_hooks_with_kwargs
+    assert not twin._forward_hooks
     with lora_fx.rows(twin, MIXED):
         together = twin(batch())
     assert_close(together, one_by_one(twin, MIXED, batch()), atol=1e-6, rtol=1e-6)
@@ -306,6 +307,7 @@ def test_the_base_that_is_taken_out_inside_has_no_hook():
     with lora_fx.rows(tuned, MIXED):
         base = lora_fx.remove(tuned)
     assert not base._forward_pre_hooks
+    assert not base._forward_hooks
     assert torch.equal(base(batch()), model()(batch()))
 
 
@@ -345,6 +347,29 @@ def test_another_number_of_rows_is_refused(rows):
         tuned(batch())  # now that it is known where the batch is
         with pytest.raises(lora_fx.RefusedError, match="for 4 rows"):
             tuned(batch(rows))
+
+
+class Flat(nn.Module):
+    """Its layer sees the tokens of all rows below each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x).view_as(x)
+
+
+def test_a_part_whose_rows_nobody_counts_is_not_called_alone():
+    rules = {"version": 1, "rules": [{"match": {"name": "**"}, "lora": {"r": 2, "init": "random"}}]}
+    tuned = lora_fx.apply(Flat(), rules, backend="modules")
+    names = ["default", None, "default", "default"]
+    with lora_fx.rows(tuned, names):
+        tuned(batch()).sum().backward()
+        with pytest.raises(lora_fx.RefusedError, match="not a part of it"):
+            tuned.part(batch(8))
+        together = tuned(batch())
+    assert_close(together, one_by_one(tuned, names, batch()), atol=1e-6, rtol=1e-6)
 
 
 def test_one_adapter_may_be_all_that_a_model_has():

@@ -86,7 +86,7 @@ def test_a_state_costs_a_few_small_operations_for_each_tensor():
     tuned, state = two(), lora_fx.adapter_state(other())
     with Operations() as operations:
         lora_fx.swap(tuned, state, adapter="b")
-    assert operations.number <= 6 * len(state)
+    assert operations.number <= 2 * len(state) + 20  # each value is summed and copied
 
 
 def spoiled(state, change):

@@ -83,8 +83,12 @@ _KEY = re.compile(
 
 
 def _from_state(slots: list[tuple[str, Attached]], state: Mapping[str, Tensor], adapter: str) -> Copies:
-    places = {key: place for path, one in slots for key, *place in _tensors(without_wrappers(path), one)}
-    given = _of_one(state, adapter)
+    places: dict[str, tuple[Tensor, int | None]] = {}
+    named: dict[str, tuple[str, str]] = {}
+    for path, one in slots:
+        for home, rest, tensor, axis in _tensors(without_wrappers(path), one):
+            places[home + rest], named[home + rest] = (tensor, axis), (home, rest)
+    given = _in_full(state, named, adapter) or _of_one(state, adapter)
     pairs = [(key, *places.get(key, (None, None)), given.get(key)) for key in dict.fromkeys((*places, *given))]
     _raise_if(wrong for pair in pairs if (wrong := _wrong(*pair)) is not None)
     if not _all_finite(given):
@@ -93,21 +97,34 @@ def _from_state(slots: list[tuple[str, Attached]], state: Mapping[str, Tensor], 
     return [(mine, _filled(value, mine)) for _, mine, _, value in pairs if mine is not None and value is not None]
 
 
-def _tensors(path: str, one: Attached) -> Iterator[tuple[str, Tensor, int | None]]:
-    """Yield (key, tensor, axis of its rank if that may be less), the keys without the adapter's name.
+def _tensors(path: str, one: Attached) -> Iterator[tuple[str, str, Tensor, int | None]]:
+    """Yield (key before the adapter's name, rest of the key, tensor, axis of its rank if that may be less).
 
-    For example `blocks.0.q.lora_A.weight`.
+    For example `blocks.0.q.lora_A` and `.weight`.
     """
     spec, call = one.spec, "" if one.call is None else f".{one.call}"
     home = path if spec.path_is_owner else path + HOME
     first, second = (0, 1) if spec.site.op in CONVOLUTIONS else (-2, -1)
     for name, factor, axis in (("lora_A", one.lora_A, first), ("lora_B", one.lora_B, second)):
         is_moved = isinstance(factor, MovedA | MovedB)
-        yield f"{dotted(home, name)}{call}.weight", factor.weight.detach(), None if spec.parts or is_moved else axis
+        yield dotted(home, name), f"{call}.weight", factor.weight, None if spec.parts or is_moved else axis
         if isinstance(factor, MovedA | MovedB):
-            yield f"{dotted(home, name)}{call}.start", factor.start, None
+            yield dotted(home, name), f"{call}.start", factor.start, None
     if one.magnitude is not None:
-        yield f"{dotted(home, 'lora_magnitude_vector')}.weight", one.magnitude.weight.detach(), None
+        yield dotted(home, "lora_magnitude_vector"), ".weight", one.magnitude.weight, None
+
+
+def _in_full(
+    state: Mapping[str, Tensor], named: Mapping[str, tuple[str, str]], adapter: str
+) -> dict[str, Tensor] | None:
+    """Return a state by its keys without the adapter's name, if it has just those of one adapter; else None."""
+    first = _KEY.fullmatch(next(iter(state), ""))
+    for name in () if first is None or len(state) != len(named) else dict.fromkeys((adapter, first["name"])):
+        found = {key: state.get(f"{home}.{name}{rest}") for key, (home, rest) in named.items()}
+        whole = {key: value for key, value in found.items() if value is not None}
+        if len(whole) == len(named):
+            return whole
+    return None
 
 
 def _of_one(state: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
@@ -127,7 +144,7 @@ def _wrong(key: str, own: Tensor | None, axis: int | None, given: object) -> Mis
     expected = list(own.shape)
     if axis is not None:
         expected[axis] = min(expected[axis], given.shape[axis])
-    narrower = torch.promote_types(own.dtype, given.dtype) != own.dtype
+    narrower = own.dtype != given.dtype and torch.promote_types(own.dtype, given.dtype) != own.dtype
     wrong = given.is_meta or narrower or list(given.shape) != expected
     return (key, _told(given), _told(own)) if wrong else None
 
