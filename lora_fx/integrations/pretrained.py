@@ -105,14 +105,14 @@ class AdaptedModel(Swapped, nn.Module):
                 advice="save it, then huggingface_hub.upload_folder; lora_fx.merge(model) gives a plain model to push",
             )
         parts = set(sharded_names(resharded(self)))
-        if not is_main_process and (not parts or state_dict):
+        if not is_main_process and (not parts or state_dict is not None):  # of those gathered others get an empty one
             return  # of shards that nobody has gathered, every process has to give its part
         wanted = {id(parameter) for parameter in held(self)}
         given = state_dict or {}
         values = {
-            name: given[name] if name in given else torch.empty(p.shape, dtype=p.dtype, device="meta")
+            name: nn.Parameter(given.get(name, torch.empty(p.shape, dtype=p.dtype, device="meta")), p.requires_grad)
             for name, p in self.named_parameters(remove_duplicate=False)
-            if (id(p) in wanted and name in given) or (given and name in parts)
+            if (id(p) in wanted and name in given) or (state_dict is not None and name in parts)
         }
         with borrowed(self, values):
             write = write_checkpoint if _has(type(self), "get_input_embeddings") else save

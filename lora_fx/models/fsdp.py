@@ -197,7 +197,7 @@ def plain_shell(module: nn.Module) -> nn.Module | None:
         return None
     kind, mixins = layers_of(type(module))
     shell: nn.Module = object.__new__(_class_before(kind))
-    vars(shell).update({name: value for name, value in own.items() if not _is_mark(name)} | hooks)
+    vars(shell).update({name: value for name, value in own.items() if not is_mark(name)} | hooks)
     for mixin in mixins:
         swap(shell, mixin)
     return shell
@@ -210,7 +210,8 @@ def _class_before(kind: type) -> type:
     return before
 
 
-def _is_mark(name: str) -> bool:
+def is_mark(name: str) -> bool:
+    """Whether FSDP2 keeps something of its own in an attribute of this name."""
     return name in _MARKS or str(name).startswith(_STATES)
 
 

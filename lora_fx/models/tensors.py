@@ -60,12 +60,13 @@ def own_parameters(model: nn.Module, names: Iterable[str], requires_grad: bool) 
 
 @contextlib.contextmanager
 def borrowed(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the model use other tensors for a while."""
+    """Let the model use other tensors for a while, as frozen parameters unless they are parameters themselves."""
     own: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
     for name, value in values.items():
         table, last = _slot(model, name)
         own.append((table, last, table[last]))
-        table[last] = nn.Parameter(value, requires_grad=False) if isinstance(table[last], nn.Parameter) else value
+        is_new = isinstance(table[last], nn.Parameter) and not isinstance(value, nn.Parameter)
+        table[last] = nn.Parameter(value, requires_grad=False) if is_new else value
     try:
         yield
     finally:

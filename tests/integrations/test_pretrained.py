@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
@@ -64,6 +65,9 @@ def test_values_that_a_trainer_has_gathered_are_written(tmp_path):
         for parameter in lora_fx.parameters(tuned):
             parameter.zero_()
     tuned.save_pretrained(tmp_path, state_dict=gathered)
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert resumed.keys() == {name for name, p in tuned.named_parameters() if p.requires_grad}
+    assert all(torch.equal(value, gathered[name]) for name, value in resumed.items())
     assert_close(logits(lora_fx.load(llama(), tmp_path)), expected)
     assert not any(parameter.any() for parameter in lora_fx.parameters(tuned)), "the model keeps its own"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import time
 import traceback
@@ -17,14 +18,14 @@ import torch.multiprocessing as mp
 Work = Callable[[Path], Any]
 
 
-def in_processes(number: int, work: Work, folder: Path, seconds: float = 120) -> list[Any]:
+def in_processes(number: int, work: Work, folder: Path, seconds: float = 300) -> list[Any]:
     """Return what a function of a module returns in each of so many processes, by rank.
 
     Raises:
         RuntimeError: it failed in one of them, or one did not come back: with the traceback of each.
     """
     context = mp.get_context("spawn")
-    processes = [context.Process(target=_run, args=(work, rank, number, folder)) for rank in range(number)]
+    processes = [context.Process(target=_run, args=(work, rank, number, folder, seconds)) for rank in range(number)]
     for process in processes:
         process.start()
     end = time.monotonic() + seconds
@@ -33,13 +34,15 @@ def in_processes(number: int, work: Work, folder: Path, seconds: float = 120) ->
     late = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
-    failures = [path.read_text() for path in sorted(folder.glob("*.failed"))]
-    if late or failures or any(process.exitcode for process in processes if not late):
+    failures = [path.read_text() for path in sorted((*folder.glob("*.failed"), *folder.glob("*.stuck")))]
+    if late or any(process.exitcode for process in processes if not late):
         raise RuntimeError("\n".join([f"not back: {late}", *failures]))
     return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(number)]
 
 
-def _run(work: Work, rank: int, number: int, folder: Path) -> None:
+def _run(work: Work, rank: int, number: int, folder: Path, seconds: float) -> None:
+    stuck = (folder / f"{rank}.stuck").open("w")
+    faulthandler.dump_traceback_later(seconds / 2, file=stuck)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")

@@ -21,7 +21,7 @@ from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
 from lora_fx.capture.reads.frozen import Freezer, OfType, Unfreezable
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
 from lora_fx.models.copying import copied_tree
-from lora_fx.models.fsdp import plain_shell
+from lora_fx.models.fsdp import is_mark, plain_shell
 from lora_fx.models.swap import is_swapped, origin, swap, unswap
 
 _LISTENER = "_lora_fx_listener"
@@ -299,9 +299,9 @@ def plain_class(value: object) -> type:
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """Return the attributes of a module or object, what reporting needs and torch's own tables apart."""
+    """Return the attributes of a module or object, what reporting needs, torch's own tables and FSDP2's marks apart."""
     hidden = _INTERNAL if isinstance(value, nn.Module) else (_LISTENER, _PATH)
-    return {name: part for name, part in vars(value).items() if name not in hidden}
+    return {name: part for name, part in vars(value).items() if name not in hidden and not is_mark(name)}
 
 
 def path_of(module: nn.Module) -> str:
