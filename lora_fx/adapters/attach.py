@@ -26,7 +26,8 @@ from lora_fx.adapters.factors.spec import AdapterSpec, ModelRecord
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.views import WeightView
 from lora_fx.adapters.selection import Switch
-from lora_fx.adapters.trained import VALUES, added_value
+from lora_fx.adapters.trained import VALUES, added_rows, added_value
+from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import resharded
 from lora_fx.models.offload import computing_device, keep_loaded, offloading_hook, stored_weight
 from lora_fx.models.shards import is_sharded, whole
@@ -348,6 +349,8 @@ def with_values(tuned: nn.Module) -> nn.Module:
     gathers = any(is_sharded(factor.weight) for factor in factors)
     if not gathers and not any(map(offloading_hook, factors)):
         return tuned
+    if gathers and (rows := [(name, f"of '{adapter}'") for name, adapter, _ in added_rows(tuned)]):
+        raise RefusedError("rows of embeddings (`tokens:`) are not gathered from shards", rows)
     twin = make_twin(tuned, freeze=False)
     for _, adapter in all_attached(twin):
         for holder in filter(None, (adapter.lora_A, adapter.lora_B, adapter.magnitude)):
