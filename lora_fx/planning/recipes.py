@@ -202,7 +202,7 @@ def recipe_for(inventory: Inventory, task: str, full_lr: float | None = None) ->
     if known.head:
         document["train"] = [*heads]
     rules = replace(read_rules(document), source=f"recipe {task}")
-    lr = FACTOR * (known.full_lr if full_lr is None else full_lr)
+    lr = float(f"{FACTOR * (known.full_lr if full_lr is None else full_lr):.12g}")  # 1e-05, not 9.999999999999999e-06
     parameters = sum(site.trainable for site in decide(rules, inventory).adapted)
     choices = (
         _sites(offer, known),
