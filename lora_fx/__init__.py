@@ -84,6 +84,8 @@ if TYPE_CHECKING:
     from lora_fx.tuned.listing import AdapterList as AdapterList
     from lora_fx.tuned.listing import ListedAdapter as ListedAdapter
     from lora_fx.tuned.listing import list_adapters as list_adapters
+    from lora_fx.tuned.ongrid import OnGrid as OnGrid
+    from lora_fx.tuned.ongrid import merged_on_grid as merged_on_grid
     from lora_fx.tuned.optimizing import param_groups as param_groups
     from lora_fx.tuned.optimizing import parameters as parameters
     from lora_fx.tuned.report import PrefixReport as PrefixReport
@@ -141,6 +143,7 @@ _HOMES = {
     "lora_fx.tuned.several": "drop rename",
     "lora_fx.tuned.switching": "use",
     "lora_fx.tuned.state": "adapter_state load_adapter_state",
+    "lora_fx.tuned.ongrid": "OnGrid merged_on_grid",
     "lora_fx.tuned.requantise": "merged_and_requantised",
     "lora_fx.rules.ruleset": "LoRAConfig RuleSet",
     "lora_fx.models.samples": "call",

@@ -1,7 +1,6 @@
 """plan_from_data: the first values of adapters, and EVA's ranks, from batches of data; the model stays unchanged."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from lora_fx.adapters.factors.decompositions import Factors
 from lora_fx.adapters.factors.fromdata import Covariance, Directions, corda, eva, loftq, lora_ga
 from lora_fx.adapters.factors.lora import as_rows
 from lora_fx.discovery.gradients import Loss, gradients_of
+from lora_fx.discovery.inputs import Noted, note_inputs
 from lora_fx.discovery.redistributed import redistributed
 from lora_fx.discovery.study import CAPTURING, observed
 from lora_fx.errors import CaptureError, RefusedError
@@ -22,7 +22,7 @@ from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.ranks import RHO
-from lora_fx.progress.steps import ShowProgress, running, step
+from lora_fx.progress.steps import ShowProgress, running
 from lora_fx.regions.survey import trial_twin
 from lora_fx.rules.inits import FROM_DATA, FROM_INPUTS
 from lora_fx.rules.reader import read_rules
@@ -137,19 +137,8 @@ def _inputs(
     met = {site.path: _statistic(site) for site in sites}
     if not sites:
         return {}
-    with trial_twin(model) as twin, torch.no_grad(), contextlib.ExitStack() as hooks:
-        twin.eval()
-        counting: list[Tensor | None] = [None]
-        for site in sites:
-            handle = twin.get_submodule(site.site.owner).register_forward_pre_hook(
-                _noting(site.path, met[site.path], counting), with_kwargs=True
-            )
-            hooks.callback(handle.remove)
-        with step("running the data", len(batches), "batches") as doing:
-            for batch in batches:
-                counting[0] = _rows_that_count(batch)
-                twin(*batch.args, **batch.kwargs)
-                doing.advance()
+    with trial_twin(model) as twin:
+        note_inputs(twin, [Noted(site.site.owner, site.path, met[site.path]) for site in sites], batches)
     problems = [(site.path, reason) for site in sites if (reason := _too_little(site, met[site.path]))]
     if problems:
         raise RefusedError("the data does not show enough of these", problems, "give other data, or another init")
@@ -168,29 +157,6 @@ def _too_little(site: PlannedSite, met: Directions | Covariance) -> str:
     assert site.lora is not None
     needed = site.lora.r if isinstance(met, Directions) else 1
     return f"called with {met.count} rows that count, fewer than r={needed}" if met.count < needed else ""
-
-
-def _noting(path: str, statistic: Directions | Covariance, counting: list[Tensor | None]) -> Callable[..., None]:
-    def note(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = next(iter((*args, *kwargs.values())))
-        rows, mask = x.detach().reshape(-1, x.shape[-1]), counting[0]
-        if mask is not None and mask.shape == x.shape[:-1]:
-            rows = rows[mask.reshape(-1).to(rows.device)]
-        if not _is_finite(rows):
-            raise RefusedError("the data makes NaN or infinite values", [(path, "is given them")])
-        statistic.add(rows)
-
-    return note
-
-
-def _rows_that_count(batch: Sample) -> Tensor | None:
-    """Return a mask of the rows that are neither padding nor ignored by the loss; None where nothing says so."""
-    mask, labels = batch.kwargs.get("attention_mask"), batch.kwargs.get("labels")
-    counts = mask.bool() if isinstance(mask, Tensor) else None
-    if isinstance(labels, Tensor) and not labels.is_floating_point():
-        learnt = labels != -100
-        counts = learnt if counts is None or counts.shape != learnt.shape else counts & learnt
-    return counts
 
 
 # -- values

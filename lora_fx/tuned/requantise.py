@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import owner_path
+from lora_fx.adapters.attach import Attached, owner_path
 from lora_fx.errors import LoraFxWarning, MergeError
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.quantised import dense, is_quantised
@@ -36,15 +36,7 @@ def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Mod
     Raises:
         MergeError: nothing was quantised, or the function does not quantise a merged layer.
     """
-    refuse_sharded(tuned, "the weights of a sharded model are not quantised again", "lora_fx.merge, then quantise")
-    sites = [
-        (path if used[0][0].spec.path_is_owner else dotted(path, used[0][0].spec.parameter), used[0][0])
-        for path, owner in tuned.named_modules()
-        for used in used_at(owner).values()
-        if is_quantised(used[0][0].base_weight)
-    ]
-    if not sites:
-        raise MergeError("no weight whose adapters are in use is quantised: there is nothing to quantise again")
+    sites = quantised_sites(tuned)
     model = merged(tuned)
     costs = []
     with step("quantising", len(sites), "weights") as doing:
@@ -55,6 +47,25 @@ def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Mod
             costs.append(_cost(path, dense(adapter.base_weight), exact, dense(again)))
             doing.advance(path)
     return model, costs
+
+
+def quantised_sites(tuned: nn.Module) -> list[tuple[str, Attached]]:
+    """Return the path of each quantised weight whose adapters are in use, with one of its adapters.
+
+    Raises:
+        MergeError: there is none.
+        RefusedError: processes hold parts of the model.
+    """
+    refuse_sharded(tuned, "the weights of a sharded model are not quantised again", "lora_fx.merge, then quantise")
+    sites = [
+        (path if used[0][0].spec.path_is_owner else dotted(path, used[0][0].spec.parameter), used[0][0])
+        for path, owner in tuned.named_modules()
+        for used in used_at(owner).values()
+        if is_quantised(used[0][0].base_weight)
+    ]
+    if not sites:
+        raise MergeError("no weight whose adapters are in use is quantised: there is nothing to quantise again")
+    return sites
 
 
 def _quantised_again(model: nn.Module, path: str, name: str, quantise: Quantise) -> Tensor:

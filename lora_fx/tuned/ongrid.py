@@ -1,0 +1,170 @@
+"""Merge into quantised weights whose codes are chosen by what the layers are given: the base's grid stays."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters.attach import Attached, owner_path, with_values
+from lora_fx.adapters.factors.rounding import Moment, guided_codes
+from lora_fx.discovery.inputs import Noted, note_inputs
+from lora_fx.errors import LoraFxWarning, RefusedError
+from lora_fx.models.grids import Grid, codes_of, grid_of, with_codes
+from lora_fx.models.quantised import dense
+from lora_fx.models.samples import Sample, samples_of
+from lora_fx.models.wrappers import seen_through
+from lora_fx.progress.steps import ShowProgress, running, step
+from lora_fx.text import columns
+from lora_fx.tuned.requantise import quantised_sites
+from lora_fx.tuned.switching import Adapters, chosen_for_a_while
+from lora_fx.tuned.undo import merged
+
+_HELD_OUT = 4
+"""One batch in so many is not used for rounding, but to see what it gives."""
+_LITTLE = 0.5
+_BYTES = 1 << 30
+"""Of X Xᵀ, what is there at once: a model of many layers runs on the data several times."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnGrid:
+    """What one merged weight has on the grid of its base; shares are of batches that were not used for rounding."""
+
+    path: str
+    kept: float
+    """1 - ‖(Q - W') X‖ / ‖(W' - W) X‖: 1 is all of what the adapter does to the layer's outputs."""
+    nearest: float
+    """The same of the nearest codes."""
+    changed: float
+    """Share of the codes that are not the base's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    path: str
+    owner: str
+    name: str
+    base: Tensor
+    grid: Grid
+
+    def cost(self) -> int:
+        return 2 * 4 * self.base.shape[1] ** 2
+
+
+def merged_on_grid(
+    tuned: nn.Module, data: Iterable[object], *, adapters: Adapters = None, progress: ShowProgress = None
+) -> tuple[nn.Module, list[OnGrid]]:
+    """Return the merged model, whose quantised weights have the base's scales and other codes, and what each has kept.
+
+    The codes are rounded in GPTQ's order by the inputs that the layers have on the data, so that the outputs come near
+    those of W' = W + scaling · B A; where the nearest codes come nearer, they are taken.  The adapted model stays
+    unchanged; weights that are not quantised are merged as by `merge`.
+
+    Args:
+        tuned: an adapted model.
+        data: two batches or more, each as `example_inputs` of `plan`, on the model's device: three quarters are
+            rounded by, the last ones show what is kept.
+        adapters: as for `merge`.
+        progress: as for `plan`.
+
+    Warns:
+        LoraFxWarning: at some sites less than half of the adapter is kept: the inputs vary in too many directions, or
+            the change is larger than the grid.
+
+    Raises:
+        RefusedError: fewer than two batches; codes that are packed, of other layers than linear ones or of a sharded
+            model; a layer that the data does not reach.  Names every such site; nothing is merged.
+        MergeError: as `merge`; or no weight is quantised.
+
+    Source: Frantar et al. 2022, arXiv:2210.17323.
+    """
+    tuned = with_values(seen_through(tuned))
+    batches = [sample for batch in data for sample in samples_of(batch)]
+    if len(batches) < 2:
+        facts = [("batches", f"{len(batches)}, where two are needed: one to round by, one to see what it gives")]
+        raise RefusedError("codes are chosen by data", facts, "give data=[batch, batch, …]")
+    shown = max(1, len(batches) // _HELD_OUT)
+    with chosen_for_a_while(tuned, adapters), running("merge", progress, 4):
+        sites = _sites(tuned)
+        model, found = merged(tuned), []
+        with step("choosing codes", len(sites), "weights") as doing:
+            for some in _at_once(sites):
+                met, held = _met(model, some, batches[:-shown]), _met(model, some, batches[-shown:])
+                for site in some:
+                    found.append(_put(model, site, met[site.path], held[site.path]))
+                    doing.advance(site.path)
+    _warn(found)
+    return model, found
+
+
+def _sites(tuned: nn.Module) -> list[_Site]:
+    sites, refused = [], []
+    for path, adapter in quantised_sites(tuned):
+        base, owner = adapter.base_weight, owner_path(path, adapter)
+        grid = grid_of(base)
+        if not _is_linear(tuned, owner, adapter):
+            refused.append((path, f"of a {type(tuned.get_submodule(owner)).__name__}, which is not a linear layer"))
+        elif grid is None:
+            refused.append((path, f"a {type(base).__name__}, whose codes are not written one by one"))
+        else:
+            sites.append(_Site(path, owner, adapter.spec.parameter, base, grid))
+    if refused:
+        advice = "lora_fx.merge gives plain weights, merge(…, requantize=…) quantises them again"
+        raise RefusedError("these weights have no codes that can be chosen; nothing was merged", refused, advice)
+    return sites
+
+
+def _is_linear(tuned: nn.Module, owner: str, adapter: Attached) -> bool:
+    return isinstance(tuned.get_submodule(owner), nn.Linear) and adapter.spec.parameter == "weight"
+
+
+def _at_once(sites: Sequence[_Site]) -> Iterator[list[_Site]]:
+    """Yield the sites in their order, so many at a time as their X Xᵀ may be there at once."""
+    some: list[_Site] = []
+    for site in sites:
+        if some and sum(one.cost() for one in (*some, site)) > _BYTES:
+            yield some
+            some = []
+        some.append(site)
+    yield some
+
+
+def _met(model: nn.Module, sites: Sequence[_Site], batches: Sequence[Sample]) -> dict[str, Moment]:
+    met = {site.path: Moment() for site in sites}
+    note_inputs(model, [Noted(site.owner, site.path, met[site.path]) for site in sites], batches)
+    if missed := [(path, "never called with a row that counts") for path, moment in met.items() if not moment.count]:
+        raise RefusedError("the data does not reach these; nothing was merged", missed, "give other batches")
+    return met
+
+
+@torch.no_grad()
+def _put(model: nn.Module, site: _Site, met: Moment, held: Moment) -> OnGrid:
+    """Give a layer of the merged model its codes, in place, and return what they keep."""
+    layer = model.get_submodule(site.owner)
+    target, before = layer.get_parameter(site.name).float(), dense(site.base).float()
+    effect = held.size(target - before)
+
+    def kept(codes: Tensor) -> float:
+        return 1 - held.size(site.grid.values(codes) - target) / effect if effect else 1.0
+
+    near, guided = site.grid.nearest(target), guided_codes(target, site.grid, met)
+    codes = guided if kept(guided) > kept(near) else near
+    weight = with_codes(site.base, codes)
+    layer._parameters[site.name] = nn.Parameter(weight, requires_grad=False)
+    changed = float((codes != codes_of(site.base)).float().mean())
+    return OnGrid(site.path, kept(codes), kept(near), changed)
+
+
+def _warn(found: Sequence[OnGrid]) -> None:
+    little = sorted((one for one in found if one.kept < _LITTLE), key=lambda one: one.kept)
+    if little:
+        rows = [(one.path, f"{one.kept:.0%} of the adapter's effect") for one in little[:6]]
+        warnings.warn(
+            f"the grid of the base cannot hold the adapter at {len(little)} of {len(found)} weights: it is too coarse "
+            "for inputs that vary in so many directions, or its range too small; the least is kept at\n"
+            f"{columns(rows)}\nlora_fx.merge gives plain weights, exact",
+            LoraFxWarning,
+            stacklevel=3,
+        )
