@@ -1,0 +1,62 @@
+"""Blocks run as graphs while FSDP2 shards them: those from before, and those of their first calls where that asks for others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support import shardedgraphs
+from tests.support.processes import in_processes
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    pytest.importorskip("transformers")
+    return in_processes(2, shardedgraphs.trained, tmp_path_factory.mktemp("graphs"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "hits", "misses"),
+    [
+        ("plain", 8, {}),
+        ("bfloat16 policy", 7, {"dtype of x": 1}),
+        ("autocast", 7, {"autocast on cpu": 1}),
+        ("wrapped before", 16, {}),
+        ("wrapped after", 16, {}),
+        ("llama checkpointed", 16, {}),
+    ],
+)
+def test_two_blocks_in_four_steps_are_graphs_and_train_as_without(ranks, kind, hits, misses):
+    for rank in ranks:
+        graphs, modules = rank[kind]["auto"], rank[kind]["modules"]
+        assert (graphs["hits"], graphs["misses"]) == (hits, misses)
+        assert modules["hits"] == 0
+        tolerance = 1e-3 if kind in ("bfloat16 policy", "autocast") else 1e-6  # bfloat16 rounds at 2⁻⁹
+        torch.testing.assert_close(graphs["losses"], modules["losses"], rtol=tolerance, atol=tolerance)
+    assert ranks[0][kind]["auto"]["losses"] == ranks[1][kind]["auto"]["losses"]
+
+
+def test_a_block_with_sharded_modules_inside_runs_without_a_graph(ranks):
+    for rank in ranks:
+        graphs, modules = rank["sharded inside"]["auto"], rank["sharded inside"]["modules"]
+        assert graphs["hits"] == 0
+        torch.testing.assert_close(graphs["losses"], modules["losses"], rtol=1e-6, atol=1e-6)
+
+
+def test_trainers_save_from_every_process_or_from_the_main_one_with_gathered_values(ranks):
+    for rank in ranks:
+        saved = rank["llama checkpointed"]["auto"]
+        assert sorted(saved["every"]) == ["adapter_config.json", "adapter_model.safetensors", "model.safetensors"]
+        assert saved["every"] == saved["main"]
+
+
+def test_what_is_trained_in_another_dtype_has_a_group_of_its_own(ranks):
+    for rank in ranks:
+        for backend in ("auto", "modules"):
+            result = rank["trained in bfloat16"][backend]
+            assert "FSDP expects uniform original parameter dtype" in result["together"]
+            torch.testing.assert_close(result["losses"], result["losses of one"], rtol=2e-2, atol=2e-2)
+            assert result["difference"] < 0.1
