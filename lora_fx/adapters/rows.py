@@ -213,12 +213,13 @@ def _sums(x: Tensor, dim: int) -> Tensor:
     return entries @ weights.to(entries.device)
 
 
-def tell_apart(tensor: Tensor, are_ids: bool = False) -> None:
+def tell_apart(tensor: Tensor, are_ids: bool = False, alike_inside: bool = False) -> None:
     """Make the rows of a batch differ, in place, and the same way at every call; masks and flags stay as they are.
 
     Args:
         tensor: rows along its first dimension.
         are_ids: whether it is known to be token ids, which may look like a mask: decoders start with one for all rows.
+        alike_inside: whether the tokens of a row of numbers are to be nearly one token.
     """
     if tensor.dim() < 2 or tensor.dtype == torch.bool or (not are_ids and _is_mask(tensor)):
         return
@@ -230,6 +231,8 @@ def tell_apart(tensor: Tensor, are_ids: bool = False) -> None:
         if tensor.is_floating_point():
             noise = torch.randn(row.shape, generator=generator).to(row)
             row.add_(noise * row.float().std(correction=0).clamp(min=1e-3).to(row) * 0.5)
+            if alike_inside:
+                row.copy_(nearly_one_token(row, number))
         elif row.shape[0] > 1:
             row.copy_(row.roll(number, 0))
         else:  # ids below one that is valid are valid too
@@ -256,6 +259,25 @@ def change(tensor: Tensor, are_ids: bool = False) -> None:
         row.sub_((row > 0).to(row.dtype))
 
 
+def nearly_one_token(row: Tensor, number: int) -> Tensor:
+    """Return a row of a batch with one of its tokens in place of each, but for a little noise.
+
+    What picks tokens by their values, as a router of experts does, then picks nearly all tokens of a row or none, so
+    that it is not taken for a layer that has as many entries of each row by nature.
+
+    Args:
+        row: [tokens, features], or of an image [channels, height, width].
+        number: of the row: which of its tokens is taken, and the seed of the noise.
+    """
+    if row.dim() < 2 or not row.numel():
+        return row
+    token = row[number % row.shape[0]]
+    if row.dim() > 2:
+        token = row.flatten(1)[:, number % row[0].numel()].view(-1, *(1 for _ in row.shape[1:]))
+    noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(number)).to(row)
+    return token + noise * (0.01 * row.float().std(correction=0).clamp(min=1e-3).to(row))
+
+
 def _is_mask(tensor: Tensor) -> bool:
     """Whether a tensor may be a mask: of two values, as 0 and 1, or with infinite ones."""
     values = tensor.flatten()[:65536]
@@ -266,7 +288,7 @@ def _is_mask(tensor: Tensor) -> bool:
 
 def are_alike(sums: Sequence[Tensor], batch: int) -> bool:
     """Whether nothing in a tensor could tell the rows of a batch apart: the entries of each dimension are equal."""
-    rows = [one for one in sums if one.shape[0] % batch == 0]
+    rows = [one for one in sums if one.numel() and one.shape[0] % batch == 0]
     return all(bool(((one - one[:1]).abs() <= 1e-6 * one.abs().amax()).all()) for one in rows)
 
 
@@ -284,7 +306,7 @@ def layouts_that_fit(
     """
     for dim, (one, other) in enumerate(zip(before, after, strict=True)):
         size = one.shape[0]
-        if size % batch:
+        if size % batch or not one.numel():
             continue
         for is_major in (True, False) if size > batch else (True,):
             layout = Layout(0, is_major, size > batch)

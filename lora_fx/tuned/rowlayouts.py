@@ -1,18 +1,30 @@
 """Where the batch is in the inputs of layers: seen in two runs of the model, between which its rows are moved on.
 
-In the second run one row is another one besides, and the others must not hear of it: what mixes is no batch.
+In the second run one row is another one besides, and the others must not hear of it: what mixes is no batch.  In two
+more runs the tokens of each row are nearly one token: layers of which the entries are picked by values, as those of
+single experts are, have then others.
 """
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import attached_to
-from lora_fx.adapters.rows import LAYOUTS, AdapterRows, Layout, Seen, are_alike, change, layouts_that_fit, tell_apart
+from lora_fx.adapters.rows import (
+    LAYOUTS,
+    AdapterRows,
+    Layout,
+    Seen,
+    are_alike,
+    change,
+    layouts_that_fit,
+    nearly_one_token,
+    tell_apart,
+)
 from lora_fx.adapters.selection import Selection
 from lora_fx.capture.calls.objects import copied, tensors_in
 from lora_fx.errors import RefusedError
@@ -106,7 +118,10 @@ def _seen(
     found: _Found = {}
     wrong: _Wrong = []
     with trial_twin(model) as twin:
-        before, after = (_inputs_of_a_run(twin, guess, args, kwargs, moved) for moved in (False, True))
+        (before, after), (first, second) = (
+            [_inputs_of_a_run(twin, guess, args, kwargs, moved, batch if alike else 0) for moved in (False, True)]
+            for alike in (False, True)
+        )
         own = {copied: model.get_submodule(path) for path, copied in twin.named_modules()}
     for layer, calls in before.items():
         known = found.setdefault(own[layer], dict(own[layer].__dict__.get(LAYOUTS, {})))
@@ -120,26 +135,85 @@ def _seen(
                 wrong.append((own[layer], shape))
                 break
             known[len(shape)] = agreed
+    named = {layer for layer, _ in wrong}
+    for layer in _picked_by_values(
+        before, first, second, batch, tolerance, {one: found.get(own[one], {}) for one in own}
+    ):
+        if own[layer] not in named:
+            shapes = [shape for shape, _ in before.get(layer, first.get(layer, []))]
+            wrong.append((own[layer], shapes[0]))
     return found, wrong
 
 
+_Inputs = dict[nn.Module, list[tuple[torch.Size, list[Tensor]]]]
+"""For each adapted layer, call by call, the shape of its input and sums for each entry of each dimension."""
+
+
+def _picked_by_values(
+    plain: _Inputs, before: _Inputs, after: _Inputs, batch: int, tolerance: float, found: Mapping[nn.Module, Any]
+) -> Iterator[nn.Module]:
+    """Yield the layers that have other entries, or the batch elsewhere, where the values of rows are others."""
+    for layer in dict.fromkeys((*plain, *before)):
+        calls, given, moved = (inputs.get(layer, []) for inputs in (plain, before, after))
+        shapes = [[shape for shape, _ in inputs] for inputs in (calls, given, moved)]
+        if (
+            shapes[0] != shapes[1]
+            or shapes[1] != shapes[2]
+            or not all(
+                are_alike(one, batch)
+                or (layout := found[layer].get(len(shape))) is None
+                or any(layout.agreed(fit) for fit in layouts_that_fit(one, other, batch, tolerance))
+                for (shape, one), (_, other) in zip(given, moved, strict=True)
+            )
+        ):
+            yield layer
+
+
 def _inputs_of_a_run(
-    twin: nn.Module, guess: _Guess, args: tuple[Any, ...], kwargs: dict[str, Any], moved: bool
-) -> dict[nn.Module, list[tuple[torch.Size, list[Tensor]]]]:
-    """Return for each adapted layer, call by call, sums of its input for each entry of each dimension."""
+    twin: nn.Module, guess: _Guess, args: tuple[Any, ...], kwargs: dict[str, Any], moved: bool, alike_inside: int
+) -> _Inputs:
+    """Return for each adapted layer, call by call, sums of its input for each entry of each dimension.
+
+    Args:
+        twin: runs.
+        guess: where the batch is in the inputs.
+        args: of the call.
+        kwargs: of the call.
+        moved: whether the last row of the batch, changed, stands first, and each other one place later.
+        alike_inside: the number of rows, if each is to be nearly one token, as input or behind the embedding of ids;
+            0 if not.
+    """
     args, kwargs = copied((args, kwargs), lambda tensor: tensor.detach().clone())
     seen = Seen()
     with contextlib.ExitStack() as stack:
         for switch in switches_in(twin):
             stack.enter_context(switch.chosen_here(Selection(rows=AdapterRows((None,), seen=seen))))
         stack.enter_context(torch.no_grad())
+        for module in twin.modules() if alike_inside else ():
+            if isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_hook(_alike_inside(alike_inside, guess, moved)).remove)
         ids = [value for name, value in kwargs.items() if name.endswith("input_ids")]
         for tensor, axis in zip(tensors_in((args, kwargs)), guess, strict=True):
             if axis is not None:
                 rows, are_ids = tensor.movedim(axis, 0), any(tensor is one for one in ids)
-                tell_apart(rows, are_ids)
+                tell_apart(rows, are_ids, alike_inside > 0)
                 if moved:
                     change(rows, are_ids)
                     rows.copy_(rows.roll(1, 0))
         twin.eval().forward(*args, **kwargs)
     return seen.inputs
+
+
+def _alike_inside(batch: int, guess: _Guess, moved: bool) -> Callable[..., Tensor | None]:
+    """Return a hook of an embedding after which each row is nearly one token; ids stay, since models count some."""
+    axes = [axis for axis in dict.fromkeys(guess) if axis is not None]
+
+    def alike(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        axis = next((axis for axis in axes if output.dim() > 2 and output.shape[axis] == batch), None)
+        if axis is None:
+            return None
+        rows = output.movedim(axis, 0).roll(-int(moved), 0)
+        made = torch.stack([nearly_one_token(row, number) for number, row in enumerate(rows)])
+        return made.roll(int(moved), 0).movedim(0, axis)
+
+    return alike

@@ -29,7 +29,8 @@ def rows(tuned: nn.Module, adapters: Sequence[str | None], *, dim: int = 0) -> I
 
     Each row gives what it gives alone with its adapter, up to rounding; rows with None give what the base gives.  Which
     entries of a layer's input belong to which row is seen in the first call: two runs of the base, without gradients,
-    on the call's inputs with their rows told apart, in the second moved on by one.  Further calls know it.
+    on the call's inputs with their rows told apart, in the second moved on by one; and two more with rows of nearly one
+    token each, in which layers differ whose entries are picked by values.  Further calls know it.
 
     Args:
         tuned: an adapted model, which stays unchanged; it is called as a whole, or its encoder as `generate` calls it.
