@@ -306,7 +306,7 @@ def layouts_that_fit(
     """
     for dim, (one, other) in enumerate(zip(before, after, strict=True)):
         size = one.shape[0]
-        if size % batch or not one.numel():
+        if size % batch or not one.numel() or one.shape != other.shape:
             continue
         for is_major in (True, False) if size > batch else (True,):
             layout = Layout(0, is_major, size > batch)
