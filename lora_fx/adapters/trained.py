@@ -269,11 +269,16 @@ def choose_values(
 
 def _forward_of(owner: nn.Module) -> str:
     """Return the class whose forward a module with rows of its weight has, if it is one that can do with the rows."""
-    holder = owner._modules.get(VALUES)
-    if holder is None or not any("weight" in values._modules for values in holder._modules.values() if values):
+    if not holds_rows(owner):
         return ""
     forward = original_class(owner).forward
     return next((kind.__name__ for kind in (nn.Embedding, nn.Linear) if forward is kind.forward), "")
+
+
+def holds_rows(owner: nn.Module) -> bool:
+    """Whether some adapter trains rows of a module's weight alone."""
+    holder = owner._modules.get(VALUES)
+    return holder is not None and any("weight" in values._modules for values in holder._modules.values() if values)
 
 
 def chosen_names(owner: nn.Module) -> tuple[str, ...]:

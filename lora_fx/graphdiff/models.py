@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from lora_fx.adapters.attach import HOME, all_attached, attached_to
 from lora_fx.adapters.factors.spec import AdapterSpec
+from lora_fx.adapters.trained import VALUES
 from lora_fx.capture.calls.arguments import rebuild
 from lora_fx.capture.captured import Captured, NotCaptured, capture
 from lora_fx.capture.reads.dependencies import AttributePath
@@ -244,7 +245,7 @@ def _modules(model: nn.Module, covered: Collection[str]) -> Iterator[tuple[State
             of = f".{adapter.spec.adapter}" if several else ""
             code = f"{before} + {name}.lora_B{of}({name}.lora_A{of}(x) * {adapter.spec.scaling})".lstrip()
             yield _statement(module, path, path if own else dotted(path, name), code, adapter.spec)
-        if not adapters and next(module.children(), None) is None:
+        if not adapters and not module._modules.keys() - {VALUES}:
             yield _statement(module, path, path, _summary(path.rpartition(".")[2], module), None)
 
 

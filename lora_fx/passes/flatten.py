@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
+from lora_fx.adapters.trained import holds_rows
 from lora_fx.models.layers import has_hooks, kind_of, linear_layout
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
@@ -66,7 +67,7 @@ def is_bypassed(module: nn.Module) -> bool:
 
 def is_plain_layer(module: nn.Module) -> bool:
     """Whether calling the module is all that happens to its weight, and the adapter beside it the same at each call."""
-    if shown_parameters(module) or has_call_factors(module):
+    if shown_parameters(module) or has_call_factors(module) or holds_rows(module):
         return False
     if attached(module) is not None:
         return True

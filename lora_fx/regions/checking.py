@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached, is_adapted
+from lora_fx.adapters.trained import added_rows
 from lora_fx.capture.calls.ambient import RandomState, ambient_state, in_clean_thread
 from lora_fx.capture.calls.objects import copied, is_plain_object, objects_differ, tensors_in
 from lora_fx.capture.guards import Match
@@ -266,3 +267,6 @@ def with_noise(duplicate: nn.Module) -> None:
         for factor in (adapter.lora_A, adapter.lora_B):
             noise = torch.randn(factor.weight.shape, generator=generator, dtype=torch.float32) * _NOISE
             factor.weight = nn.Parameter(noise.to(factor.weight), factor.weight.requires_grad)
+    for rows in {id(rows): rows for _, _, rows in added_rows(duplicate)}.values():
+        noise = torch.randn(rows.rows.shape, generator=generator, dtype=torch.float32) * _NOISE
+        rows.rows = nn.Parameter(rows.rows.detach() + noise.to(rows.rows), rows.rows.requires_grad)

@@ -315,6 +315,12 @@ def test_no_tensor_of_the_size_of_the_weight_is_made():
     assert Sizes.largest <= WORDS.numel() * 6
 
 
+def test_difference_to_the_base_has_the_rows_as_parameters():
+    told = str(lora_fx.diff(model(), trained()))
+    assert "@@ words · +18 parameters, +72 B @@" in told
+    assert "-120 parameters" not in told
+
+
 def test_rows_for_rows_of_a_batch_are_refused():
     tuned = two()
     with pytest.raises(lora_fx.RefusedError, match=r"words.weight"), lora_fx.rows(tuned, ["b", None]):
@@ -342,15 +348,3 @@ def _tensors(path: Any) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
-
-
-def test_graph_module_has_rows_too():
-    graph = torch.fx.symbolic_trace(model())
-    tuned = lora_fx.apply(graph, rules())
-    fill(tuned)
-    (rows,) = rows_in(tuned).values()
-    torch.testing.assert_close(tuned(WORDS), by_hand(tuned, dict(zip(IDS, rows.detach(), strict=True)))(WORDS))
-    with lora_fx.disabled(tuned):
-        assert torch.equal(tuned(WORDS), model()(WORDS))
-    torch.testing.assert_close(lora_fx.merge(tuned)(WORDS), tuned(WORDS))
-    assert torch.equal(lora_fx.remove(tuned)(WORDS), model()(WORDS))
