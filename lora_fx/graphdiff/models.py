@@ -245,7 +245,7 @@ def _modules(model: nn.Module, covered: Collection[str]) -> Iterator[tuple[State
             of = f".{adapter.spec.adapter}" if several else ""
             code = f"{before} + {name}.lora_B{of}({name}.lora_A{of}(x) * {adapter.spec.scaling})".lstrip()
             yield _statement(module, path, path if own else dotted(path, name), code, adapter.spec)
-        if not adapters and not module._modules.keys() - {VALUES}:
+        if not adapters and all(name == VALUES for name, _ in module.named_children()):
             yield _statement(module, path, path, _summary(path.rpartition(".")[2], module), None)
 
 
