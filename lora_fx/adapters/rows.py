@@ -90,6 +90,8 @@ class AdapterRows:
     """The dimension of their inputs that is the batch."""
     inside: set[int] = field(default_factory=set)
     """Of which of these models a call is running, by their ids."""
+    leave: Callable[[], None] | None = None
+    """Ends the choice, of rows that hold for one call of a part."""
     seen: "Seen | None" = None
     """While it is looked where the batch is: what has been seen."""
     owners: dict[frozenset[str], Owners] = field(default_factory=dict)

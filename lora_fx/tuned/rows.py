@@ -56,7 +56,7 @@ def rows(tuned: nn.Module, adapters: Sequence[str | None], *, dim: int = 0) -> I
     chosen = Selection(rows=AdapterRows(names, seen_calls, kept=kept_for(tuned, names), models=parts, dim=dim))
     with contextlib.ExitStack() as stack:
         for part in parts:
-            stack.enter_context(_looked_at(part))
+            stack.enter_context(_looked_at(part, part is not tuned))
         for switch in switches:
             stack.enter_context(switch.chosen_here(chosen))
         yield
@@ -78,11 +78,11 @@ def _called_alone(tuned: nn.Module) -> tuple[nn.Module, ...]:
 
 
 @contextlib.contextmanager
-def _looked_at(model: nn.Module) -> Iterator[None]:
-    """Let the calls of a model be looked at for a while."""
+def _looked_at(model: nn.Module, is_part: bool) -> Iterator[None]:
+    """Let the calls of a model be looked at for a while; of a part of one also where they fail."""
     hooks = [
         model.register_forward_pre_hook(look, with_kwargs=True, prepend=True),
-        model.register_forward_hook(looked),
+        model.register_forward_hook(looked, always_call=is_part),
     ]
     with _COUNTING:
         _OPEN[id(model)] += 1
@@ -115,15 +115,42 @@ def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
         _take_off(module)
         return
     rows = next((rows for rows in rows_here() if any(module is one for one in rows.models)), None)
-    if rows is not None:
-        _look_for(rows, module, args, kwargs)
+    if rows is None:
+        return
+    prompts = _of_prompts(rows, module, args, kwargs)
+    _look_for(prompts or rows, module, args, kwargs)
+    if prompts is not None:
+        stack = contextlib.ExitStack()
+        for switch in switches_in(rows.models[0]):
+            stack.enter_context(switch.chosen_here(Selection(rows=prompts)))
+        prompts.leave = stack.close
+
+
+def _of_prompts(
+    rows: AdapterRows, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AdapterRows | None:
+    """Return the adapters of prompts that an encoder is given before `generate` makes several rows of each.
+
+    None if the call is of all rows, or nothing tells which of them belong to one prompt.
+    """
+    sizes = {value.shape[0] for value in tensors_in((args, kwargs)) if value.dim() > 1}
+    if module is rows.models[0] or len(sizes) != 1:
+        return None
+    each, rest = divmod(len(rows.names), max(1, *sizes))
+    names = rows.names[:: max(1, each)]
+    if rest or each < 2 or rows.names != tuple(name for name in names for _ in range(each)):
+        return None
+    kept = kept_for(rows.models[0], names)
+    return AdapterRows(names, rows.seen_calls, kept=kept, models=rows.models, dim=rows.dim)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def looked(module: nn.Module, _args: Any, _result: Any) -> None:
     """Note that a call that was looked at has ended."""
-    for rows in rows_here():
+    for rows in list(rows_here()):
         rows.inside.discard(id(module))
+        if rows.leave is not None and any(module is one for one in rows.models[1:]):
+            rows.leave()
 
 
 for _hook in (look, looked):
@@ -137,6 +164,7 @@ def _take_off(module: nn.Module) -> None:
             if getattr(hook, LOOKS, False):
                 del table[number]
                 module._forward_pre_hooks_with_kwargs.pop(number, None)
+                module._forward_hooks_always_called.pop(number, None)
 
 
 def _look_for(rows: AdapterRows, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lora_fx
-from tests.support.twoadapters import BACKENDS, alone, model, two
+from tests.support.twoadapters import BACKENDS, model, two
 
 MIXED = ["b", None, "a", "a"]
 
@@ -141,18 +141,41 @@ def test_beams_without_names_are_refused(options):
 
 
 @TWO_PARTS
-def test_beams_of_an_encoder_decoder_go_with_an_encoder_of_their_own(kind):
+def test_beams_of_an_encoder_decoder_begin_as_its_prompts(kind):
     tuned, ids = adapted(kind), prompts()
-    beams = [name for name in NAMES for _ in range(3)]
-    with lora_fx.rows(tuned, beams), pytest.raises(lora_fx.RefusedError, match="for 9 rows"):
-        tuned.generate(ids, **BEAMS)
-    with lora_fx.rows(tuned, NAMES):
-        encoded = tuned.get_encoder()(ids)
-    with lora_fx.rows(tuned, beams):
-        together = tuned.generate(encoder_outputs=encoded, **BEAMS)
+    with lora_fx.rows(tuned, [name for name in NAMES for _ in range(3)]):
+        together = tuned.generate(ids, **BEAMS)
+        again = tuned.generate(ids, **BEAMS)
+    assert torch.equal(together, again)
     for row, name in enumerate(NAMES):
         with lora_fx.use(tuned, name):
             assert torch.equal(tuned.generate(ids[row : row + 1], **BEAMS)[0], together[row])
+    with lora_fx.rows(tuned, ["a"] * 3):
+        assert torch.equal(tuned.generate(ids[:1], **BEAMS)[0], together[0])
+
+
+def test_names_that_are_not_of_prompts_one_after_the_other_are_refused_by_the_encoder():
+    tuned = adapted(bart)
+    with lora_fx.rows(tuned, NAMES * 3), pytest.raises(lora_fx.RefusedError, match="for 9 rows"):
+        tuned.generate(prompts(), **BEAMS)
+
+
+def fail(*_: object) -> None:
+    raise ValueError("as it shall")
+
+
+def test_an_encoder_that_fails_leaves_no_choice_behind():
+    tuned, ids = adapted(bart), prompts()
+    expected = tuned(input_ids=ids, decoder_input_ids=ids).logits
+    with lora_fx.rows(tuned, [name for name in NAMES for _ in range(3)]):
+        tuned.get_encoder()(ids)
+        failing = tuned.model.encoder.layers[0].register_forward_pre_hook(fail)
+        with pytest.raises(ValueError, match="as it shall"):
+            tuned.get_encoder()(ids)
+        failing.remove()
+        with pytest.raises(lora_fx.RefusedError, match="for 9 rows"):
+            tuned(input_ids=ids, decoder_input_ids=ids)
+    assert torch.equal(tuned(input_ids=ids, decoder_input_ids=ids).logits, expected)
 
 
 # -- layers
@@ -309,72 +332,3 @@ def test_the_base_that_is_taken_out_inside_has_no_hook():
     assert not base._forward_pre_hooks
     assert not base._forward_hooks
     assert torch.equal(base(batch()), model()(batch()))
-
-
-# -- other choices
-
-
-def test_the_innermost_choice_holds():
-    tuned = two()
-    inner, outer = ["a", None], MIXED
-    with lora_fx.rows(tuned, outer):
-        first = tuned(batch())
-        with lora_fx.rows(tuned, inner):
-            assert_close(tuned(batch(2)), one_by_one(tuned, inner, batch(2)), atol=1e-6, rtol=1e-6)
-            with lora_fx.use(tuned, "b"):
-                assert torch.equal(tuned(batch(3)), alone_b(batch(3)))
-            with lora_fx.disabled(tuned):
-                assert torch.equal(tuned(batch(3)), model()(batch(3)))
-            with pytest.raises(lora_fx.RefusedError, match="for 2 rows"):
-                tuned(batch())
-        assert torch.equal(tuned(batch()), first)
-    assert not tuned._forward_pre_hooks
-    assert torch.equal(tuned(batch()), two()(batch()))
-
-
-def alone_b(x: Tensor) -> Tensor:
-    tuned = two()
-    lora_fx.use(tuned, "b")
-    return tuned(x)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 12])
-def test_another_number_of_rows_is_refused(rows):
-    tuned = two()
-    with lora_fx.rows(tuned, MIXED), pytest.raises(lora_fx.RefusedError, match="for 4 rows"):
-        tuned(batch(rows))
-    with lora_fx.rows(tuned, MIXED):
-        tuned(batch())  # now that it is known where the batch is
-        with pytest.raises(lora_fx.RefusedError, match="for 4 rows"):
-            tuned(batch(rows))
-
-
-class Flat(nn.Module):
-    """Its layer sees the tokens of all rows below each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.part = nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.part(x).view_as(x)
-
-
-def test_a_part_whose_rows_nobody_counts_is_not_called_alone():
-    rules = {"version": 1, "rules": [{"match": {"name": "**"}, "lora": {"r": 2, "init": "random"}}]}
-    tuned = lora_fx.apply(Flat(), rules, backend="modules")
-    names = ["default", None, "default", "default"]
-    with lora_fx.rows(tuned, names):
-        tuned(batch()).sum().backward()
-        with pytest.raises(lora_fx.RefusedError, match="not a part of it"):
-            tuned.part(batch(8))
-        together = tuned(batch())
-    assert_close(together, one_by_one(tuned, names, batch()), atol=1e-6, rtol=1e-6)
-
-
-def test_one_adapter_may_be_all_that_a_model_has():
-    tuned = alone({"version": 1, "rules": [{"match": {"name": "**.q"}, "lora": {"r": 2, "init": "random"}}]}, "a")
-    names = ["default", None]
-    with lora_fx.rows(tuned, names):
-        together = tuned(batch(2))
-    assert_close(together, one_by_one(tuned, names, batch(2)), atol=1e-6, rtol=1e-6)
