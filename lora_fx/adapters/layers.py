@@ -38,6 +38,7 @@ from lora_fx.adapters.reads import take_over, wants_parameter
 from lora_fx.adapters.rows import AdapterRows, with_plain_rows, with_rows
 from lora_fx.adapters.selection import Chosen, Switch
 from lora_fx.adapters.shown import ShowsAdapters
+from lora_fx.adapters.tokens import Tokens
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output, bias_of
 from lora_fx.models.swap import MADE_BY, original_class, swap, take_off
@@ -151,22 +152,68 @@ class AdaptedLayer(ShowsAdapters):
 
     def adapted_forward(self, input: Tensor) -> Tensor:
         """Return what the module computes with the adapters that are used."""
+        if torch.compiler.is_compiling() and self.invocations():
+            return self._outside_of_compiled(input)  # type: ignore[no-any-return]
         rows = self.chosen_rows()
         if rows is not None:
             return self._row_by_row(rows, input)  # type: ignore[no-any-return]
         chosen = self.chosen_adapters()
         if not chosen:
             return self.base_forward(input)
-        term = term_of(self, chosen, input)
+        tokens = self.tokens_of([name for name, _ in chosen]) if self.invocations() else None
+        term = term_of(self, chosen, input) if tokens is None else None
         if term is not None:
             return adapted((term,), input)[0]
+        if tokens is not None and tokens.seen is not None:
+            tokens.seen.note(self, input)
+            return self.base_forward(input)
         settings = settings_without_input(self, chosen, input)
         base = convolved(self.base_forward, settings, self._stored, input) if settings else self.base_forward(input)
         number = self._number_of_call(name for name, _ in chosen)
         result = base
         for name, share in chosen:
-            result = self._added(result, base, input, name, share, number, settings)
+            added = self._added(result, base, input, name, share, number, settings)
+            result = added if tokens is None else self._where_it_acts(tokens, name, input, added, result)
         return result
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _outside_of_compiled(self, input: Tensor) -> Tensor:
+        """Compute where no compiler follows: on which tokens an adapter acts is another matter at each call."""
+        return self.adapted_forward(input)
+
+    def _where_it_acts(self, tokens: Tokens, name: str, input: Tensor, added: Tensor, result: Tensor) -> Tensor:
+        """Return a result with one more adapter in it, on the tokens on which that acts."""
+        if name not in tokens.starts:
+            return added
+        return torch.where(tokens.mask(name, input, self._path()), added, result)
+
+    def _path(self) -> str:
+        return next(iter(attached_to(self))).spec.path
+
+    def invocations(self) -> dict[str, tuple[int, ...]]:
+        """Return the invocation of each of the model's adapters that has one."""
+        switch: Switch = self.__dict__[STATE].switch
+        return switch.invocations
+
+    def tokens_of(self, names: Iterable[str]) -> Tokens | None:
+        """Return on which tokens those of these adapters act that have an invocation; None where all act on each.
+
+        Raises:
+            RefusedError: nobody has said which those of the call are.
+        """
+        invocations = self.invocations()
+        invoked = [name for name in names if name in invocations] if invocations else []
+        if not invoked:
+            return None
+        switch: Switch = self.__dict__[STATE].switch
+        tokens = switch.for_call().tokens
+        if tokens is None:
+            raise RefusedError(
+                "an adapter acts from an invocation on, and which tokens this layer sees is not known",
+                [(self._path(), f"'{name}' has the invocation {list(invocations[name])}") for name in invoked],
+                "call the adapted model itself with ids of tokens, not a part of it",
+            )
+        return None if tokens.everywhere else tokens
 
     @property
     def _stored(self) -> Tensor:
@@ -221,7 +268,9 @@ class AdaptedLayer(ShowsAdapters):
         if self.chosen_rows() is not None:
             return None
         chosen = self.chosen_adapters()
-        return term_of(self, chosen, input) if chosen else None
+        if not chosen or self.tokens_of([name for name, _ in chosen]) is not None:
+            return None
+        return term_of(self, chosen, input)
 
     def chosen_rows(self) -> AdapterRows | None:
         """Return the adapters of the rows of the batch, if each has its own."""
@@ -234,7 +283,12 @@ class AdaptedLayer(ShowsAdapters):
         if rows.seen is not None:
             rows.seen.note(self, input)
             return base
-        owners = rows.among(frozenset(self.lora_A._modules))
+        held = frozenset(self.lora_A._modules)
+        tokens = self.tokens_of([name for name in rows.names if name is not None and name in held])
+        if tokens is not None:
+            base = self._invoked_rows(base, rows, tokens, input)
+            held = held.difference(tokens.starts)
+        owners = rows.among(held)
         if owners.names == (None,):
             return base
         layout = rows.layout_of(self, next(iter(attached_to(self))).spec.path, input)
@@ -245,6 +299,23 @@ class AdaptedLayer(ShowsAdapters):
         return with_rows(
             base, input, layout, owners, lambda onto, x, name: self._added(onto, onto, x, name, 1.0, number)
         )
+
+    def _invoked_rows(self, base: Tensor, rows: AdapterRows, tokens: Tokens, input: Tensor) -> Tensor:
+        """Return a base output with the adapters that have an invocation in their rows, on the tokens from it on."""
+        for name in dict.fromkeys(
+            name for name in rows.names if name in tokens.starts and name in self.lora_A._modules
+        ):
+            if len(rows.names) != tokens.batch:
+                raise RefusedError(
+                    f"adapters are given for {len(rows.names)} rows, and the call has {tokens.batch}",
+                    [(self._path(), f"'{name}' acts from its invocation on")],
+                    "give a name, or None, for each row of the batch",
+                )
+            mask = tokens.mask(name, input, self._path())
+            own = torch.tensor([owner == name for owner in rows.names], device=input.device)
+            added = self._added(base, base, input, name, 1.0, 0)
+            base = torch.where(mask & own.view(-1, *(1 for _ in mask.shape[1:])), added, base)
+        return base
 
     def chosen_adapters(self) -> Chosen:
         """Return which of its adapters the call that begins uses."""

@@ -5,12 +5,13 @@ import contextlib
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lora_fx.adapters.rows import AdapterRows
+from lora_fx.adapters.tokens import EVERYWHERE, Tokens
 from lora_fx.errors import RefusedError
 from lora_fx.models.torch_internals import checkpointed_call, in_backward
 
@@ -26,6 +27,13 @@ class Selection:
     """Each adapter at most once, none with the weight 0."""
     rows: AdapterRows | None = None
     """Instead of all that: the adapters of a batch, row by row."""
+    tokens: Tokens | None = None
+    """While a call runs of a model with such adapters: on which of its tokens those with an invocation act."""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether rows or tokens of one call are computed with other adapters than others."""
+        return self.rows is not None or (self.tokens is not None and not self.tokens.everywhere)
 
     @staticmethod
     def of(names: Iterable[str]) -> "Selection":
@@ -85,6 +93,8 @@ class Switch:
         """Of the adapters that the model has."""
         self.everywhere = Selection.of(self.names)
         """What threads use that have nothing else chosen."""
+        self.invocations: dict[str, tuple[int, ...]] = {}
+        """Of the adapters that act from an invocation on: its tokens."""
         self.whole: tuple[str, ...] = ()
         """Names of the model's own parameters that are trained: they belong to no adapter alone."""
         self.first: Selection | None = None
@@ -175,17 +185,24 @@ class Switch:
         pairs = [(names.get(name, name), weight) for name, weight in self.everywhere.weights]
         self.names = tuple(new for name in self.names if (new := names.get(name, name)) is not None)
         self.everywhere = Selection(tuple((name, weight) for name, weight in pairs if name is not None))
+        invoked = {names.get(name, name): tokens for name, tokens in self.invocations.items()}
+        self.invocations = {name: tokens for name, tokens in invoked.items() if name is not None}
 
     def __deepcopy__(self, _memo: object) -> "Switch":
         switch = self.fixed()
         if switch.everywhere.rows is not None:  # of one batch, which a copy outlives
-            switch.everywhere = self.everywhere
+            switch.everywhere = replace(self.everywhere, tokens=EVERYWHERE if switch.everywhere.tokens else None)
         return switch
+
+    def act_everywhere(self) -> None:
+        """Let adapters with an invocation act on every token for now, where something is compared with the forward."""
+        if self.everywhere.tokens is not None:
+            self.everywhere = replace(self.everywhere, tokens=EVERYWHERE)
 
     def fixed(self) -> "Switch":
         """Return a switch of its own for what this thread uses, for a copy, which other threads may run."""
         switch = Switch(self.names)
-        switch.everywhere, switch.whole = self.now(), self.whole
+        switch.everywhere, switch.whole, switch.invocations = self.now(), self.whole, dict(self.invocations)
         return switch
 
 
@@ -219,9 +236,24 @@ def _has_tasks() -> bool:
 _COUNTING = threading.Lock()
 
 
-def by_rows() -> bool:
-    """Whether this thread uses an adapter for each row of some model."""
-    return any(one.selection.rows is not None for one in _HERE.get())
+def is_apart() -> bool:
+    """Whether this thread uses other adapters for some rows or tokens of a model's call than for others."""
+    return any(one.selection.is_apart for one in _HERE.get())
+
+
+@contextlib.contextmanager
+def acting_everywhere() -> Iterator[None]:
+    """Let adapters with an invocation act on every token for a while, in this thread: in runs that show or prove."""
+    token = _EVERYWHERE.set(True)
+    try:
+        yield
+    finally:
+        _EVERYWHERE.reset(token)
+
+
+def acts_everywhere() -> bool:
+    """Whether adapters with an invocation act on every token in this thread."""
+    return _EVERYWHERE.get()
 
 
 def rows_here() -> Iterator[AdapterRows]:
@@ -256,5 +288,6 @@ class _Off(frozenset[int]):
 _OFF: ContextVar[tuple[_Off, ...]] = ContextVar("lora_fx_switched_off", default=())
 _HERE: ContextVar[tuple[_Choice, ...]] = ContextVar("lora_fx_selections", default=())
 """What this thread uses of which models for a while; the last choice for a model holds."""
+_EVERYWHERE: ContextVar[bool] = ContextVar("lora_fx_acting_everywhere", default=False)
 _KEPT = "lora_fx_selections"
 """Attribute of a checkpointed call: what it used of which models, for when it is made again."""

@@ -68,6 +68,7 @@ def _facts_of(adapter: Attached) -> str:
     words += [f"share={spec.lora.share}"] if spec.lora.share != "none" else []
     words += ["dora"] if spec.lora.dora else []
     words += ["lora_fa"] if spec.lora.lora_fa else []
+    words += [f"invocation={list(spec.lora.invocation)}"] if spec.lora.invocation else []
     words += ["bias"] if adapter.trained_bias is not None else []
     words += [f"calls={spec.calls}"] if spec.calls else []
     return " ".join(words)

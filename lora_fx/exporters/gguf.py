@@ -123,6 +123,8 @@ def _reason(path: str, adapter: Attached, layout: GgufLayout, tied: bool) -> str
     spec = adapter.spec
     if spec.lora.dora:
         return "llama.cpp knows no DoRA"
+    if spec.lora.invocation:
+        return "llama-server alone looks for an invocation; llama.cpp's other programs would act on every token"
     if adapter.trained_bias is not None:
         return _BESIDE["bias"]
     if adapter.call is not None:
@@ -239,7 +241,7 @@ TARGET = Target(
     needs=("gguf",),
     verify_needs=("xllamacpp",),
     expresses=expressed(
-        {"conv1d", "convolution", "attention", "parameter", "experts", "calls", "dora", *_BESIDE},
+        {"conv1d", "convolution", "attention", "parameter", "experts", "calls", "dora", "invocation", *_BESIDE},
         {"slices", "alphas", "rslora", "adapters"},
     ),
     options={"base": "for verifying: the base model as a GGUF file, in float32"},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_fx.errors import MergeError
 from lora_fx.exporters import clients
 from lora_fx.exporters.running import call_with, largest_difference, outputs_of, run_client
-from lora_fx.exporters.target import Refusal, Target, expressed
+from lora_fx.exporters.target import Refusal, Target, expressed, features
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.quantised import dequantised_
@@ -27,6 +27,7 @@ from lora_fx.passes.merge import check_mergeable
 from lora_fx.tuned.undo import merged
 
 WEIGHTS = "model.safetensors"
+_PROGRAMS = "programs hold it: target='onnx', target='pt2'"
 
 
 def refused(tuned: nn.Module) -> Iterator[Refusal]:
@@ -34,8 +35,10 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
     try:
         check_mergeable(tuned)
     except MergeError as error:
-        way_out = "programs hold it: target='onnx', target='pt2'"
-        yield from ((path, f"{reason}; {way_out}") for path, reason in error.problems)
+        invoked = {path for feature, path in features(tuned) if feature == "invocation"}
+        for path, reason in error.problems:
+            way_out = "PEFT reads it: target='peft'" if path in invoked else _PROGRAMS
+            yield path, f"{reason}; {way_out}"
 
 
 def write(tuned: nn.Module, path: Path) -> None:
@@ -93,5 +96,5 @@ TARGET = Target(
     verify=verify,
     extra="export",
     several="in use",
-    expresses=expressed({"calls"}),
+    expresses=expressed({"calls", "invocation"}),
 )

@@ -24,17 +24,21 @@ EVERY_FEATURE: dict[str, Ability] = {
     **dict.fromkeys(FEATURES, "yes"),
     **dict.fromkeys(("slices", "alphas", "rslora"), "exact equivalent"),
     "tokens": "refused",
+    "invocation": "refused",
 }
 """What a program of the whole model expresses; the scaling is in B, and rows that are not of a part are zero there."""
 EXPERTS = "where it is transformers' experts: load the model with experts_implementation='batched_mm'"
 
 
-_ROWS = {"tokens": "which rows they are would be fixed in the program, for all adapters; target='merged' has them"}
+_NOT_IN_PROGRAMS = {
+    "tokens": "which rows they are would be fixed in the program, for all adapters; target='merged' has them",
+    "invocation": "a program acts alike on every token, and looks for no invocation",
+}
 
 
 def refused_by_programs(tuned: nn.Module) -> Iterator[Refusal]:
-    """Yield (path, reason) for what a program of the whole model does not express: rows of embeddings."""
-    yield from refusals(tuned, _ROWS)
+    """Yield (path, reason) for what no program of a whole model expresses: rows of embeddings, invocations."""
+    yield from refusals(tuned, _NOT_IN_PROGRAMS)
 
 
 class PlainOutputs(Swapped, nn.Module):

@@ -32,6 +32,7 @@ FEATURES = {
     "rslora": "rank-stabilised LoRA",
     "dora": "DoRA",
     "bias": "trained biases",
+    "invocation": "adapters that act from an invocation on (aLoRA)",
     "train": "modules trained whole (`train:`)",
     "tokens": "rows of embeddings trained alone (`tokens:`)",
     "adapters": "several named adapters",
@@ -134,7 +135,12 @@ def _kind(tuned: nn.Module, path: str, adapter: Attached) -> str:
 def _traits(adapter: Attached) -> Iterator[str]:
     lora = adapter.spec.lora
     held = {"slices": adapter.spec.parts, "calls": adapter.call is not None}
-    held |= {"rslora": lora.rslora, "dora": lora.dora, "bias": adapter.trained_bias is not None}
+    held |= {
+        "invocation": lora.invocation,
+        "rslora": lora.rslora,
+        "dora": lora.dora,
+        "bias": adapter.trained_bias is not None,
+    }
     yield from (feature for feature, has in held.items() if has)
 
 

@@ -129,6 +129,7 @@ def lora_of(config: Configuration, settings: Settings) -> Settings:
         "dropout": config.lora_dropout or None,
         "rslora": config.use_rslora or None,
         "dora": config.use_dora or None,
+        "invocation": list(config.invocation) or None,
         "bias": settings.get("bias") == "lora_only" or None,
         "init": _INITS.get(init, init) if init in _INITS else init,
     }

@@ -171,6 +171,8 @@ def _obstacle(head: Any) -> str:
     if isinstance(head, AdaptedLayer) and head.chosen_rows() is not None:
         return "each row has an adapter of its own"
     chosen = head.chosen_adapters() if isinstance(head, AdaptedLayer) else ()
+    if any(name in head.invocations() for name, _ in chosen):
+        return "its adapter acts from an invocation on"
     dropped = any(dropout_of(head._modules.get("lora_dropout"), name) != 0 for name, _ in chosen)
     return "its adapter has dropout" if dropped else ""
 

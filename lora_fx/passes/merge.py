@@ -17,6 +17,7 @@ from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.remove import erase_lora_nodes
 from lora_fx.passes.sites import site_calls
+from lora_fx.planning.planned import FROM_AN_INVOCATION
 from lora_fx.progress.steps import step
 
 
@@ -115,6 +116,14 @@ def check_mergeable(model: torch.nn.Module) -> None:
     """Raise MergeError, naming every site, if a merge would give NaN or infinite weights or has nothing to merge."""
     if not is_adapted(model):
         raise MergeError("the model has no adapter to merge")
+    acting = [
+        (path, f"'{one.spec.adapter}' {FROM_AN_INVOCATION}")
+        for path, one in all_attached(model)
+        if one.spec.lora.invocation and one.spec.record.switch.now().share(one.spec.adapter)
+    ]
+    if acting:
+        advice = "lora_fx.use other adapters before, or lora_fx.save it: PEFT reads it as aLoRA"
+        raise MergeError("an adapter with an invocation cannot be merged; nothing was merged", acting, advice)
     sites = [
         (path if used[0][0].spec.path_is_owner else dotted(path, used[0][0].spec.parameter), used)
         for path, owner in model.named_modules()

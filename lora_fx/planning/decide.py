@@ -10,6 +10,7 @@ from lora_fx.planning.beside import modules_of, tables_of, trained_biases, train
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import (
+    IN_A_GRAPH,
     Inventory,
     PlannedSite,
     TrainedModule,
@@ -19,6 +20,7 @@ from lora_fx.planning.planned import (
     trained_whole,
     unfit_for_dora,
     unfit_for_init,
+    unfit_for_invocation,
 )
 from lora_fx.planning.sites import CONVOLUTIONS, Site, differences
 from lora_fx.rules.patterns import NamePattern, nearest_names
@@ -43,6 +45,7 @@ def decide(rules: RuleSet, inventory: Inventory, strict: bool = True) -> Decisio
         for position in positions:
             first.setdefault(position, rule)
     sites = tuple(_decide_site(site, first.get(at), trained) for at, site in enumerate(inventory.sites))
+    sites = tuple(_outside_of_graphs(site) for site in sites) if inventory.in_graph is not None else sites
     notes = (*_shadow_notes(rules.rules, matched, sites), *rank_notes(sites), *dead_notes(sites))
     decided = Counter(site.rule for site in sites)
     if strict and (failed := _failed_expectations(rules, matched, decided, inventory)):
@@ -82,6 +85,13 @@ def _decide_site(site: Site, rule: Rule | None, trained: Sequence[TrainedModule]
     return PlannedSite(site, "adapt", origin, rule.name, lora, rule.slices, per_call)
 
 
+def _outside_of_graphs(planned: PlannedSite) -> PlannedSite:
+    """Return what is done at a site of a GraphModule, whose nodes cannot be told from where on an adapter acts."""
+    if planned.lora is None or not planned.lora.invocation:
+        return planned
+    return PlannedSite(planned.site, "refuse", IN_A_GRAPH, planned.rule)
+
+
 def _unsupported(rule: Rule, site: Site) -> str | None:
     """Return why a site cannot have the adapter that its rule wants; None if it can."""
     assert rule.lora is not None
@@ -100,6 +110,8 @@ def _unsupported(rule: Rule, site: Site) -> str | None:
     if unfit:
         return unfit
     if unfit := unfit_for_bank(site, rule.lora, rule.slices is not None):
+        return unfit
+    if unfit := unfit_for_invocation(site, rule.lora):
         return unfit
     if rule.per_call and site.calls is None:
         return "per_call needs example_inputs: without them nothing shows how often it is called"

@@ -14,6 +14,10 @@ Decision = Literal["adapt", "train", "keep", "skip", "refuse"]
 NOT_RUN = "the model does not run on its sample inputs here"
 """How a plan's note begins that tells that nothing was seen of the model in use."""
 DEAD = "never used with the example inputs"
+FROM_AN_INVOCATION = "acts from its invocation on, and one weight serves every token"
+"""Why an adapter cannot be folded into its weight."""
+IN_A_GRAPH = "the graph of a GraphModule acts alike on every token; adapt the model that it was made from"
+"""Why an adapter cannot act from an invocation on there."""
 FUSED_DTYPES = ("float32", "float64", "float16", "bfloat16")
 """Of base weights that are computed with their adapter as one operation."""
 
@@ -127,6 +131,17 @@ def unfit_for_init(site: Site, lora: LoRAConfig, sliced: bool, per_call: bool) -
     least, needed = min(site.features), ranks_needed(lora.init, lora.r)
     if needed > least:
         return f"init {lora.init} needs {needed} singular values for r={lora.r}, its weight has {least}"
+    return None
+
+
+def unfit_for_invocation(site: Site, lora: LoRAConfig) -> str | None:
+    """Return why an adapter cannot act from an invocation on at a site; None if it can, or acts on every token."""
+    if not lora.invocation:
+        return None
+    if site.op != "linear" or site.parameter or site.is_banked:
+        return f"an adapter with an invocation is for linear layers, which see tokens; not for {site.op}"
+    if site.read:
+        return "an adapter with an invocation is for layers that are called; code reads this weight for all tokens"
     return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lora_fx.planning.planned import PlannedRegion, PlannedSite
 from lora_fx.rules.inits import FRESH
 from lora_fx.rules.ruleset import LoRAConfig
-from lora_fx.text import columns, visible
+from lora_fx.text import columns, listing, visible
 
 _PASSES = {"fuse": "fused", "stack": "stacked with siblings", "recompute": "with inputs made again instead of kept"}
 SYMBOLS = {"adapt": "+", "train": "+", "keep": "·", "skip": "·", "refuse": "!"}
@@ -53,7 +53,9 @@ def _lora_text(lora: LoRAConfig) -> str:
     switches = (("rslora", lora.rslora), ("dora", lora.dora), ("lora_fa", lora.lora_fa), ("bias", lora.bias))
     init = f" init={lora.init}" if lora.init not in FRESH else ""
     init += f" one {lora.share} for all" if lora.share != "none" else ""
-    return f"r={lora.r} alpha={lora.alpha:g}{dropout}{init}" + "".join(f" {name}" for name, on in switches if on)
+    invoked = f" from {listing(map(str, lora.invocation))} on" if lora.invocation else ""
+    named = "".join(f" {name}" for name, on in switches if on)
+    return f"r={lora.r} alpha={lora.alpha:g}{dropout}{init}{named}{invoked}"
 
 
 def fold_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import all_attached, is_adapted
+from lora_fx.adapters.attach import STATE, all_attached, is_adapted
 from lora_fx.adapters.trained import added_rows
 from lora_fx.capture.calls.ambient import RandomState, ambient_state, in_clean_thread
 from lora_fx.capture.calls.objects import copied, is_plain_object, objects_differ, tensors_in
@@ -263,6 +263,9 @@ def with_noise(duplicate: nn.Module) -> None:
     With B = 0, as adapters start, a graph that leaves one out or feeds it the wrong input would look right.
     """
     generator = torch.Generator().manual_seed(0)
+    for module in duplicate.modules():
+        if STATE in module.__dict__:
+            module.__dict__[STATE].switch.act_everywhere()
     for _, adapter in all_attached(duplicate):
         for factor in (adapter.lora_A, adapter.lora_B):
             noise = torch.randn(factor.weight.shape, generator=generator, dtype=torch.float32) * _NOISE

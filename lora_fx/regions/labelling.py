@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import STATE
-from lora_fx.adapters.selection import Switch, by_rows
+from lora_fx.adapters.selection import Switch, is_apart
 from lora_fx.capture.calls.ambient import AmbientState, ambient_state
 from lora_fx.liveness.asked import Asked
 from lora_fx.liveness.padding import Rows, unpacked_rows
@@ -192,7 +192,7 @@ class DeferredCall:
         return whole(value) if type(value) is LazyRows else value
 
     def _check(self) -> None:
-        check_unchanged(self._around.holds(self.module) and not by_rows(), "rows of a block")
+        check_unchanged(self._around.holds(self.module) and not is_apart(), "rows of a block")
         self._unchanged.check("rows of a block")
 
 

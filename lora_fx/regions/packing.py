@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import STATE
 from lora_fx.adapters.fused.eligible import is_watched
-from lora_fx.adapters.selection import by_rows
+from lora_fx.adapters.selection import is_apart
 from lora_fx.adapters.trained import TRAINED
 from lora_fx.capture.calls.ambient import AmbientState, RandomState, ambient_state
 from lora_fx.liveness.padding import Remembered, Rows, packed_rows, rows_under, soft_minimum, unpacked_rows
@@ -159,7 +159,7 @@ def is_packed(packed: Packed, inputs: tuple[Any, ...]) -> bool:
 def may_be_packed(module: nn.Module) -> bool:
     """Whether a call may leave out rows of padding: nothing follows it that would meet them."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not (hooks or is_watched() or by_rows())
+    return not (hooks or is_watched() or is_apart())
 
 
 def _state_of(module: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.attach import all_attached
+from lora_fx.adapters.selection import acting_everywhere
 from lora_fx.capture.calls.ambient import PythonRandomState, RandomState
 from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.capture.captured import NotCaptured
@@ -302,11 +303,15 @@ def run_modes(
 
 
 def _run(model: nn.Module, sample: Sample, purpose: Purpose) -> Any:
-    """Return what a model makes of a sample; but for the purpose of a result, its values may be any."""
-    if purpose is not Purpose.RESULT:
-        with contextlib.suppress(Exception), _thin(model, purpose):  # an error may be for values that nobody needs
-            return model(*sample.args, **sample.kwargs)
-    return model(*sample.args, **sample.kwargs)
+    """Return what a model makes of a sample; but for the purpose of a result, its values may be any.
+
+    Adapters with an invocation act on every token, whatever the sample holds.
+    """
+    with acting_everywhere():
+        if purpose is not Purpose.RESULT:
+            with contextlib.suppress(Exception), _thin(model, purpose):  # an error may be for values that nobody needs
+                return model(*sample.args, **sample.kwargs)
+        return model(*sample.args, **sample.kwargs)
 
 
 @contextlib.contextmanager

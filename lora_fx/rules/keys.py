@@ -22,6 +22,7 @@ FLAG: Schema = {"type": "boolean"}
 OP: Schema = {"enum": list(OPS)}
 POSITIVE: Schema = {"type": "integer", "minimum": 1}
 RANK: Schema = {"type": "integer", "minimum": 1, "maximum": 65536}
+TOKEN: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 ALPHA: Schema = {"type": "number", "minimum": 1e-9, "maximum": 1_000_000_000}
 ROWS = r"^\s*([0-9]{1,18})\s*\.\.\s*([0-9]{1,18})\s*$"
 """Rows of a part of a weight, first and end."""
@@ -134,6 +135,13 @@ LORA = Table(
             "of them a token meets; default 1.",
             f"divide_r: {BY_EXPERTS}",
             ("normalize_moe_lora", "moe_rank_scaling"),
+        ),
+        "invocation": Key(
+            _list_of(TOKEN),
+            "Ids of tokens from whose last occurrence in a sequence on the adapter acts (aLoRA); before, and in rows "
+            "without them, the base alone does.",
+            "invocation: [128, 7, 42]",
+            ("alora_invocation_tokens", "invocation_tokens"),
         ),
         "adapter": Key(
             {"type": "string", "pattern": _ADAPTER},

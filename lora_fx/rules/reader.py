@@ -83,6 +83,7 @@ class _RuleReader(NodeReader):
         tokens = self.several(given["tokens"], "tokens", self._tokens) if "tokens" in given else ()
         if biases == "all" and any(rule.lora is not None and not rule.lora.bias for rule in rules):
             self.problem(given["bias"].span, "bias: all contradicts a `bias: false`", "take one of the two away")
+        self._invoked(rules, {key: given[key] for key in ("train", "tokens") if key in given})
         self.source.raise_problems()
         return RuleSet(rules, train, self.source.name, tokens, biases == "all")
 
@@ -91,6 +92,21 @@ class _RuleReader(NodeReader):
 
     def _tokens(self, node: YamlNode, _what: str) -> TokenRule | None:
         return read_tokens(self, node)
+
+    def _invoked(self, rules: tuple[Rule, ...], whole: Mapping[str, YamlNode]) -> None:
+        """Note what an adapter with an invocation cannot have: the base alone must act before it, at every site."""
+        loras = [(rule.span, rule.per_call, rule.lora) for rule in rules if rule.lora is not None]
+        first: dict[str, tuple[int, ...]] = {}
+        for span, per_call, lora in loras:
+            if first.setdefault(lora.adapter, lora.invocation) != lora.invocation:
+                what = f"adapter '{lora.adapter}' has another invocation here than in a rule before"
+                self.problem(span, what, "an adapter has one; write it under `defaults`, or name two adapters")
+            held = {"dora": lora.dora, "bias": lora.bias, "per_call": per_call} if lora.invocation else {}
+            for key in (key for key, is_there in held.items() if is_there):
+                self.problem(span, f"an adapter with an invocation cannot have '{key}'", f"leave out '{key}'")
+        for key, node in whole.items() if any(first.values()) else ():
+            what = f"what is trained by `{key}:` acts on every token, and the base alone shall before an invocation"
+            self.problem(node.span, what, f"leave out `{key}:`, or `invocation`")
 
     def _version(self, node: YamlNode) -> None:
         version = keys.TOP.keys["version"].schema["const"]
@@ -197,6 +213,7 @@ class _RuleReader(NodeReader):
             "adapter": self.adapter,
             "init": self._init,
             "divide_r": self._divisor,
+            "invocation": self._invocation,
         }
         values = {
             key: own[key](value) if key in own else self.typed(value, key, keys.LORA.keys[key].schema)
@@ -210,6 +227,9 @@ class _RuleReader(NodeReader):
             return None if self.choice(node, "divide_r", (keys.BY_EXPERTS,)) is None else 0
         number: int | None = self.typed(node, "divide_r", keys.RANK)
         return number
+
+    def _invocation(self, node: YamlNode) -> tuple[int, ...]:
+        return self.several(node, "invocation", lambda item, what: self.typed(item, f"a token of {what}", keys.TOKEN))
 
     def _init(self, node: YamlNode) -> str | None:
         return str(node.value) if is_init(node.value) else self.choice(node, "init", (*INITS, "pissa_niter_4"))

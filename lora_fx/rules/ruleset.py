@@ -34,12 +34,15 @@ class LoRAConfig:
     """Which factor all matrices of a bank have together; what is planned is never "outer"."""
     divide_r: int = 1
     """By what r is divided at a bank, 0 for the number of its matrices; what is planned is divided already."""
+    invocation: tuple[int, ...] = ()
+    """Ids of the tokens from whose last occurrence on it acts; none: on every token."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the mapping that a rule file would hold, without what is of banks alone and as by default."""
-        values = {name: getattr(self, name) for name in self.__slots__}
+        """Return the mapping that a rule file would hold, without invocations and what is of banks, as by default."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "invocation"}
         told = {name: value for name, value in values.items() if OF_BANKS.get(name, _MISSING) != value}
-        return told | ({"divide_r": BY_EXPERTS} if self.divide_r == 0 else {})
+        told |= {"divide_r": BY_EXPERTS} if self.divide_r == 0 else {}
+        return told | ({"invocation": list(self.invocation)} if self.invocation else {})
 
     @property
     def scaling(self) -> float:

@@ -30,6 +30,7 @@ from lora_fx.regions.survey import prove, trial_twin, without_gradient
 from lora_fx.rules.inits import FROM_DATA
 from lora_fx.text import listing
 from lora_fx.tuned.heads import install_late
+from lora_fx.tuned.invoking import find_invocations
 
 
 def build(model: nn.Module, plan: Plan, start: bool = True) -> nn.Module:
@@ -43,6 +44,7 @@ def build(model: nn.Module, plan: Plan, start: bool = True) -> nn.Module:
     if isinstance(twin, fx.GraphModule) and any(site.backend == "graph" for site in plan.adapted):
         rewrite(twin, Inject(plan, record))
     adapt_sites(twin, plan, record)
+    find_invocations(twin)
     own_what_is_trained(model, twin, record)
     if start:
         start_adapters(twin, record.switch.names, plan.first_values)

@@ -181,6 +181,7 @@ def _refuse_kinds(sites: Mapping[str, Sequence[Part]]) -> None:
         for path, parts in sites.items()
         for one, _ in parts
         for has, kind in (
+            (bool(one.spec.lora.invocation), "acts from an invocation on"),
             (one.magnitude is not None, "is DoRA, whose change is no product B A"),
             (bool(one.spec.parts), "adapts slices"),
             (one.call is not None, "is one for each call"),

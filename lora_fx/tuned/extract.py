@@ -183,6 +183,8 @@ def _all_that_differ(base: nn.Module, r: int, differing: dict[str, float]) -> Ma
 def _unfit(base: nn.Module, site: PlannedSite) -> str | None:
     if site.slices is not None or (site.lora is not None and site.lora.dora):
         return "only plain LoRAs are extracted: no dora, no slices"
+    if site.lora is not None and site.lora.invocation:
+        return "the weights of two models differ for every token: leave out `invocation`"
     if site.lora is not None and site.lora.init not in FRESH:
         return f"what is extracted has no first values: leave out `init: {site.lora.init}`"
     owner = dict(base.named_modules(remove_duplicate=False)).get(site.path)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fx.adapters.fused.terms import product_dtype
+from lora_fx.adapters.selection import acting_everywhere
 from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.liveness.heads import LATE, LateHead, LateState, install, late_modules, uninstall
 from lora_fx.liveness.rows import LazyRows, whole
@@ -120,7 +121,8 @@ def _run(copy: nn.Module, sample: Sample) -> dict[str, str]:
     with unchanged_modes(copy), warnings.catch_warnings(), torch.enable_grad(), contextlib.suppress(Exception):
         warnings.simplefilter("ignore")
         copy.eval()
-        result = copy(*sample.args, **sample.kwargs)
+        with acting_everywhere():
+            result = copy(*sample.args, **sample.kwargs)
         returned = {id(value) for t in tensors_in(result) if type(t) is LazyRows for value in t.lazy_value.chain()}
         return dict(_judged(states.values(), returned))
     return {}

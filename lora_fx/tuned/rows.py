@@ -16,6 +16,7 @@ from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.asking import ask_layers
+from lora_fx.tuned.calls import kind_of
 from lora_fx.tuned.rowlayouts import look_for_rows, row_axis
 from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
 
@@ -204,19 +205,6 @@ def _first_input(
 def _kind_of(
     module: nn.Module, rows: AdapterRows, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
 ) -> tuple[object, ...]:
-    """Return what calls have in common in which layers see the batch in the same places.
-
-    Sizes do not count, but for those of 1, which hide an order, and whether it is the batch that comes first or second.
-    """
-    batch = len(rows.names)
-    flags = [
-        (name, value)
-        for name, value in (*enumerate(args), *sorted(kwargs.items()))
-        if value is None or isinstance(value, bool | int | float | str)
-    ]
-    tensors = [
-        (value.is_floating_point(), [size == 1 for size in value.shape], [size == batch for size in value.shape[:2]])
-        for value in given
-    ]
+    """Return what calls have in common in which layers see the batch in the same places."""
     which = next(number for number, model in enumerate(rows.models) if model is module)
-    return (which, rows.dim, module.training, tuple(sorted(kwargs)), str(flags), str(tensors))
+    return (which, rows.dim, *kind_of(module, len(rows.names), args, kwargs, given))

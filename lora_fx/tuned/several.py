@@ -17,12 +17,13 @@ from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.beside import TOKENS
 from lora_fx.planning.plan import Plan
-from lora_fx.planning.planned import PlannedSite, TrainedModule, TrainedRows
+from lora_fx.planning.planned import IN_A_GRAPH, PlannedSite, TrainedModule, TrainedRows
 from lora_fx.regions.install import remade
 from lora_fx.rules.keys import is_adapter_name
 from lora_fx.text import dotted
 from lora_fx.tuned.asking import ask_layers
 from lora_fx.tuned.build import whole_record_in
+from lora_fx.tuned.invoking import find_invocations
 from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
 
 
@@ -133,6 +134,13 @@ def _refuse_own(tuned: nn.Module, plan: Plan) -> None:
         raise RefusedError("an adapter cannot be put beside others at these", facts, advice)
 
 
+def _refuse_invocations(tuned: nn.Module, plan: Plan) -> None:
+    """Raise RefusedError for adapters with an invocation in a GraphModule."""
+    facts = [(site.path, IN_A_GRAPH) for site in plan.adapted if site.lora is not None and site.lora.invocation]
+    if facts and isinstance(tuned, fx.GraphModule):
+        raise RefusedError("an adapter with an invocation cannot be put beside others at these", facts)
+
+
 def refuse_trained_together(tuned: nn.Module, adapter: str) -> None:
     """Raise RefusedError where values of the model were trained with an adapter and with others as well."""
     facts = [
@@ -224,6 +232,7 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
     """
     _refuse_trained(tuned, plan)
     _refuse_own(tuned, plan)
+    _refuse_invocations(tuned, plan)
     ask_layers(tuned)
     names = plan.adapters
     before = {id(owner) for owner in adapted_owners(tuned)}
@@ -231,6 +240,7 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
     record.added |= dict.fromkeys(names, replace(plan, capture=None))
     try:
         adapt_sites(tuned, plan, record)
+        find_invocations(tuned)
         if start:
             start_adapters(tuned, names)
         changed = {id(owner) for name in names for owner in give_values(tuned, plan, record, name)}

@@ -35,6 +35,7 @@ from lora_fx.regions.install import regions, remade, uninstall
 from lora_fx.tuned.asking import ask_layers, can_ask
 from lora_fx.tuned.build import places_in, record_in
 from lora_fx.tuned.heads import uninstall_late
+from lora_fx.tuned.invoking import begin_call, end_call
 
 
 def removed(tuned: nn.Module) -> nn.Module:
@@ -142,13 +143,15 @@ def _without_factors(tuned: nn.Module) -> nn.Module:
 
 
 def _drop_hooks(twin: nn.Module) -> None:
-    """Take off the hooks that count calls, and that which looks for rows."""
+    """Take off the hooks of our own."""
     hooks: tuple[dict[int, object], ...] = (twin._forward_pre_hooks, twin._forward_hooks)  # type: ignore[assignment]
     for table in hooks:
         for key, hook in list(table.items()):
-            if hook in (count_calls_anew, stop_counting) or getattr(hook, LOOKS, False):
+            ours = (count_calls_anew, stop_counting, begin_call, end_call)
+            if hook in ours or getattr(hook, LOOKS, False):
                 del table[key]
                 twin._forward_pre_hooks_with_kwargs.pop(key, None)
+                twin._forward_hooks_with_kwargs.pop(key, None)
                 twin._forward_hooks_always_called.pop(key, None)
 
 

@@ -309,7 +309,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(written):
         ("droput", "did you mean 'dropout'?"),
         (
             "zzz",
-            "allowed: r, alpha, dropout, share_dropout, init, rslora, dora, lora_fa, bias, share, divide_r, adapter",
+            "allowed: r, alpha, dropout, share_dropout, init, rslora, dora, lora_fa, bias, share, divide_r, invocation, adapter",
         ),
     ],
 )

@@ -59,6 +59,8 @@ class Configuration:
     """Which biases are trained: "none", "lora_only" (of adapted layers) or "all"."""
     token_rows: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
     """`trainable_token_indices`: of the one embedding, or by ends of paths."""
+    invocation: tuple[int, ...] = ()
+    """`alora_invocation_tokens`: from whose last occurrence on it acts; none: on every token."""
 
     def rank_at(self, name: str) -> int:
         """Return the rank of a site that patterns call so."""
@@ -221,6 +223,10 @@ def _is_bias(value: object) -> bool:
     return value in BIASES
 
 
+def _are_tokens(value: object) -> bool:
+    return isinstance(value, list) and all(is_whole(token, 0) for token in value)
+
+
 def _are_layers(value: object) -> bool:
     return all(is_whole(number, 0) for number in (value if isinstance(value, list) else [value]))
 
@@ -240,6 +246,7 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "lora_bias": (_is_switch, "true or false"),
     "bias": (_is_bias, f"one of {', '.join(BIASES)}"),
     "trainable_token_indices": (_are_rows, "a list of integers, or one for each embedding"),
+    "alora_invocation_tokens": (_are_tokens, "a list of integers"),
     "peft_version": (_is_text, "a string"),
     "base_model_name_or_path": (_is_text, "a string"),
 }
@@ -276,7 +283,8 @@ _ON_RESIDUAL = ("pissa", "olora")
 """What is left of the base is found again from the base itself, as PEFT finds it when it loads such a file."""
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _KNOWN = frozenset(
-    {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    {"alora_invocation_tokens", "alpha_pattern", "auto_mapping",
+     "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
      "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
      "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
      "megatron_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type", "peft_version",
@@ -291,10 +299,19 @@ _REFUSED_SETTINGS = {
     "layer_replication": "layer replication: the model has other layers",
     "use_qalora": "QALoRA: lora_A takes its inputs in groups",
     "use_bdlora": "BD-LoRA: a factor holds only the blocks of its diagonal",
-    "alora_invocation_tokens": "activated LoRA: it acts after some tokens only",
     "kasa_config": "KaSA: it changes the base weights",
     "arrow_config": "Arrow: a router chooses between adapters",
 }
+
+
+_ON_EVERY_TOKEN = (
+    ("use_dora", "DoRA"),
+    ("lora_bias", "a bias of lora_B"),
+    ("bias", "acts on every token"),
+    ("modules_to_save", "acts on every token"),
+    ("trainable_token_indices", "acts on every token"),
+)
+"""What an adapter that acts from an invocation on cannot have."""
 
 
 def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
@@ -304,6 +321,9 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
     for key, value in config.items():
         if value is True and key not in _KNOWN and key not in _REFUSED_SETTINGS:
             yield f"{key:.80}", "is true, and not known to this lora_fx: what it changes would be lost"
+    for key, words in _ON_EVERY_TOKEN if config.get("alora_invocation_tokens") else ():
+        if config.get(key) and config[key] != "none":
+            yield key, f"{words}, beside alora_invocation_tokens"
     init = _init_of(config)
     if init not in (*_HARMLESS_INITS, *_ON_RESIDUAL):
         why = "drawn anew at each load" if str(init).startswith("pissa_niter_") else "made from more than its weights"
@@ -339,6 +359,7 @@ def _configuration(config: Mapping[str, Any], ranks: Patterns[int], alphas: Patt
         init=str(init) if (init := _init_of(config)) in _ON_RESIDUAL else "kaiming",
         bias=config.get("bias") or "none",
         token_rows=_token_rows(config.get("trainable_token_indices") or ()),
+        invocation=tuple(config.get("alora_invocation_tokens") or ()),
     )
 
 

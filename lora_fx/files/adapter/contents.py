@@ -182,5 +182,6 @@ def _features(config: Configuration, header: Header) -> list[str]:
         f"started at parts of the base ({config.init})": is_moved(config.init),
         "rows of an embedding": bool(config.token_rows),
         "biases of other layers": config.bias == "all",
+        f"acts from tokens {listing(map(str, config.invocation))} on (aLoRA)": bool(config.invocation),
     }
     return [name for name, there in features.items() if there]

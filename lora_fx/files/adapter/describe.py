@@ -127,11 +127,14 @@ def _used_adapters(tuned: nn.Module) -> Iterator[_UsedAdapter]:
     in_code = read_in_graph(tuned)
     places = Counter(id(child) for module in tuned.modules() for child in module._modules.values())
     claimed = tuple(f"{without_wrappers(path)}." for path in _claimed_too(tuned))
+    invokes = _task_of(tuned) == "CAUSAL_LM"
     for site_path, adapter in all_attached(tuned):
         spec, path = adapter.spec, without_wrappers(site_path)
         read = spec.parameter in shown_parameters(adapter.owner)
         read = read or (spec.path_is_owner and dotted(path, "weight") in in_code)
         reason = _beyond_peft(adapter, read, is_shared=places[id(adapter.owner)] > 1)
+        if spec.lora.invocation and not invokes:
+            reason = "PEFT looks for an invocation in causal language models alone, and would leave the adapter out"
         if f"{path}.".startswith(claimed):
             reason = "PEFT would train it whole: its name ends like that of a module under `train:`"
         yield _UsedAdapter(path, adapter, read, reason)
@@ -298,7 +301,9 @@ def _config(tuned: nn.Module, sites: Sequence[SavedSite], beside: _Beside, beyon
     own = adapter_prefixes(tuned)
     modules = (without_wrappers(name) for name, _ in tuned.named_modules() if not f"{name}.".startswith(own))
     layers = target_modules((site.stem for site in sites if not site.parameter), modules)
+    invocation = next(iter(loras.values())).invocation
     return {
+        **({"alora_invocation_tokens": list(invocation)} if invocation else {}),
         "alpha_pattern": {anchored(name): value for name, value in sorted(alphas.items()) if value != alpha},
         "base_model_name_or_path": _name_of(tuned),
         "bias": "all" if beside.biases else "lora_only" if any(lora.bias for lora in loras.values()) else "none",

@@ -124,7 +124,8 @@ def _noted(stem: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise ValueError("; ".join(f"{stem}: {name} is {saved[name]!r:.60}" for name in wrong))
     noted: dict[str, Any] = {"lora_fa": False, **OF_BANKS, **saved}  # files of before there were these keys have none
-    lora = LoRAConfig(**{attribute.name: noted[attribute.name] for attribute in fields(LoRAConfig)})
+    given = {part.name: noted[part.name] for part in fields(LoRAConfig) if part.name != _INVOCATION}
+    lora = LoRAConfig(**given, invocation=tuple(saved.get(_INVOCATION, ())))
     known = {"path": saved.get("path", stem), "lora": lora, "rule": saved["rule"], "op": saved["op"]}
     known |= {name: saved[name] for name in NOTED if name in saved}
     parameter, call, calls = known.get("parameter", ""), known.get("call"), known.get("calls", 0)
@@ -150,7 +151,9 @@ def _are_slices(value: object) -> bool:
     return value is None or (isinstance(value, dict) and slices_of(value) is not None)
 
 
+_INVOCATION = "invocation"
 _FITS: dict[str, Callable[[Any], bool]] = {
+    _INVOCATION: lambda value: isinstance(value, list) and all(is_whole(token, 0) for token in value),
     "r": is_whole,
     "alpha": is_number,
     "dropout": is_share,

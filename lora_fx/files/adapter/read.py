@@ -343,6 +343,7 @@ class _AdapterReader:
             rslora=self.config.use_rslora,
             dora=self.config.use_dora,
             bias=self._bias_key(path) in self.tensors or added_bias_key(path) in self.tensors,
+            invocation=self.config.invocation,
         )
 
     def _must_agree(self, site: SavedSite) -> None:
@@ -350,6 +351,10 @@ class _AdapterReader:
         if is_moved(self.config.init):
             of_peft = [("init_lora_weights", self.config.init), ("written by save", "true")]
             raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE}, by which the base is another", of_peft)
+        if site.lora.invocation != self.config.invocation:
+            told = [("invocation by the header", str(list(site.lora.invocation)))]
+            told += [(f"by {CONFIG_FILE}", str(list(self.config.invocation)))]
+            raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE} at {site.stem}", told)
         scaling, configured = site.lora.scaling, self._lora_of_config(site.name)
         if site.rank != configured.r or abs(configured.scaling - scaling) > 1e-6 * abs(scaling):
             facts = [

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import Attached, all_attached, attached_to
 from lora_fx.adapters.starting import start_from_weight
@@ -27,6 +27,7 @@ from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.planned import (
+    IN_A_GRAPH,
     EmbeddingTable,
     Inventory,
     PlannedSite,
@@ -34,6 +35,7 @@ from lora_fx.planning.planned import (
     trained_whole,
     unfit_for_dora,
     unfit_for_init,
+    unfit_for_invocation,
 )
 from lora_fx.planning.sites import Site
 from lora_fx.progress.steps import step
@@ -270,6 +272,10 @@ def _refusal(saved: SavedSite, site: Site, model: nn.Module) -> str | None:
             "PEFT trains it without the padding_mode and dilation of the convolution, so what was trained is "
             "not a change of its weight alone"
         )
+    if saved.lora.invocation and isinstance(model, fx.GraphModule):
+        return IN_A_GRAPH
+    if unfit := unfit_for_invocation(site, saved.lora):
+        return site.refusal or unfit
     if site.refusal or (saved.noted and not is_moved(saved.lora.init)):
         return site.refusal
     lora = replace(saved.lora, init="pissa") if saved.noted else saved.lora  # whichever: its values are in the file

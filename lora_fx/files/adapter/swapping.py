@@ -22,6 +22,7 @@ from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.tensors import dotted
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.planning.sites import CONVOLUTIONS
+from lora_fx.text import listing
 from lora_fx.tuned.build import whole_record_in
 from lora_fx.tuned.several import adapters_called, known_switches
 from lora_fx.tuned.undo import removed
@@ -215,6 +216,8 @@ class _Pair:
         if (saved.magnitude is None) != (self.slot.magnitude is None):
             kinds = ("plain LoRA", "DoRA")
             return kinds[saved.magnitude is not None], kinds[self.slot.magnitude is not None]
+        if saved.lora.invocation != spec.lora.invocation:
+            return _invoked(saved.lora.invocation), _invoked(spec.lora.invocation)
         slices = slices_in(saved)
         parts = () if slices is None else slices.rows(spec.site.features[0])
         if parts != spec.parts:
@@ -248,6 +251,10 @@ class _Pair:
         if one.magnitude is not None and saved.magnitude is not None:
             targets.append((one.magnitude.weight, one.magnitude.taken(saved.magnitude)))
         yield from ((target, _filled(value.to(target), target)) for target, value in targets)
+
+
+def _invoked(invocation: tuple[int, ...]) -> str:
+    return f"acts from tokens {listing(map(str, invocation))} on" if invocation else "acts on every token"
 
 
 def from_file(slots: list[tuple[str, Attached]], file: AdapterFile) -> Copies:

@@ -23,6 +23,7 @@ from lora_fx.files.checkpoint.plan import LowRankTerm, MergePlan, OutTensor, Val
 from lora_fx.files.fingerprint import same_values
 from lora_fx.files.safetensors import RawFile, RawTensor
 from lora_fx.files.values import DTYPES, FLOATS, NAME_OF, sample
+from lora_fx.planning.planned import FROM_AN_INVOCATION
 from lora_fx.planning.sites import Layout
 
 Located = tuple[RawFile, RawTensor]
@@ -115,6 +116,7 @@ class _Planner:
         trained += [(site.path, "lora_B has a bias") for site in sites if site.added_bias is not None]
         trained += [(site.path, f"{site.lora.init}: is for a rest of the base") for site in sites if site.on_residual]
         self.refusals += [(path, f"{what}; load the model and use lora_fx.merge") for path, what in trained]
+        self.refusals += [(site.path, FROM_AN_INVOCATION) for site in sites if site.lora.invocation]
         for name, tensor in adapter.loose.items():
             self._place_value(name, Value(tensor, label), prefix, is_site=True)
 
