@@ -178,13 +178,15 @@ def test_an_adapter_has_one_invocation():
 
 
 def test_modules_trained_whole_act_on_every_token():
-    with pytest.raises(RuleError, match="act on every token"):
-        lora_fx.plan(llama(), {**rules(), "train": ["lm_head"]})
+    for key, value in (("train", ["lm_head"]), ("tokens", [{"ids": [3]}])):
+        with pytest.raises(RuleError, match=f"trained by `{key}:` acts on every token"):
+            lora_fx.plan(llama(), {**rules(), key: value})
 
 
 def test_a_plan_keeps_the_invocation():
     plan = lora_fx.plan(llama(), rules())
     again = lora_fx.Plan.from_json(plan.to_json())
     assert again.sites == plan.sites
+    base = llama()
     torch.manual_seed(1)
-    assert_close(logits(lora_fx.apply(llama(), again, backend="modules")), logits(invoked()), **CLOSE)
+    assert_close(logits(lora_fx.apply(base, again, backend="modules")), logits(invoked()), **CLOSE)
