@@ -38,7 +38,7 @@ from lora_fx.adapters.reads import take_over, wants_parameter
 from lora_fx.adapters.rows import AdapterRows, with_plain_rows, with_rows
 from lora_fx.adapters.selection import Chosen, Switch
 from lora_fx.adapters.shown import ShowsAdapters
-from lora_fx.adapters.tokens import Tokens
+from lora_fx.adapters.tokens import Tokens, unknown_tokens
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output, bias_of
 from lora_fx.models.swap import MADE_BY, original_class, swap, take_off
@@ -208,11 +208,7 @@ class AdaptedLayer(ShowsAdapters):
         switch: Switch = self.__dict__[STATE].switch
         tokens = switch.for_call().tokens
         if tokens is None:
-            raise RefusedError(
-                "an adapter acts from an invocation on, and which tokens this layer sees is not known",
-                [(self._path(), f"'{name}' has the invocation {list(invocations[name])}") for name in invoked],
-                "call the adapted model itself with ids of tokens, not a part of it",
-            )
+            raise unknown_tokens(self._path(), {name: invocations[name] for name in invoked})
         return None if tokens.everywhere else tokens
 
     @property
@@ -302,19 +298,10 @@ class AdaptedLayer(ShowsAdapters):
 
     def _invoked_rows(self, base: Tensor, rows: AdapterRows, tokens: Tokens, input: Tensor) -> Tensor:
         """Return a base output with the adapters that have an invocation in their rows, on the tokens from it on."""
-        for name in dict.fromkeys(
-            name for name in rows.names if name in tokens.starts and name in self.lora_A._modules
-        ):
-            if len(rows.names) != tokens.batch:
-                raise RefusedError(
-                    f"adapters are given for {len(rows.names)} rows, and the call has {tokens.batch}",
-                    [(self._path(), f"'{name}' acts from its invocation on")],
-                    "give a name, or None, for each row of the batch",
-                )
-            mask = tokens.mask(name, input, self._path())
-            own = torch.tensor([owner == name for owner in rows.names], device=input.device)
-            added = self._added(base, base, input, name, 1.0, 0)
-            base = torch.where(mask & own.view(-1, *(1 for _ in mask.shape[1:])), added, base)
+        held = self.lora_A._modules.keys() & tokens.starts.keys()
+        for name in (name for name in dict.fromkeys(rows.names) if name is not None and name in held):
+            mask = tokens.mask(name, input, self._path(), rows.names)
+            base = torch.where(mask, self._added(base, base, input, name, 1.0, 0), base)
         return base
 
     def chosen_adapters(self) -> Chosen:

@@ -7,6 +7,7 @@ input; so a call's tokens are a part of what its thread uses.
 Source: Greenewald et al. 2025, arXiv:2504.12397, §3.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,12 +75,18 @@ class Tokens:
         """Whether an input of this shape can have the call's tokens, or the last ones: [batch, tokens, ...]."""
         return len(shape) > 2 and shape[0] == self.batch and shape[1] in {self.length, self.kept}
 
-    def mask(self, name: str, x: Tensor, path: str) -> Tensor:
-        """Return where an adapter acts on a layer's input: [batch, tokens, 1, …].
+    def mask(self, name: str, x: Tensor, path: str, rows: Sequence[str | None] = ()) -> Tensor:
+        """Return where an adapter acts on a layer's input, [batch, tokens, 1, …]: in its own `rows`, if they are given.
 
         Raises:
-            RefusedError: the input does not have the call's tokens.
+            RefusedError: the input does not have the call's tokens, or there are other rows.
         """
+        if rows and len(rows) != self.batch:
+            raise RefusedError(
+                f"adapters are given for {len(rows)} rows, and the call has {self.batch}",
+                [(path, f"'{name}' acts from its invocation on")],
+                "give a name, or None, for each row of the batch",
+            )
         if not self.fits(x.shape):
             raise RefusedError(
                 f"which tokens of a layer's input are those from the invocation of '{name}' on cannot be seen",
@@ -91,7 +98,19 @@ class Tokens:
             places = torch.arange(self.length - x.shape[1], self.length, device=x.device)
             acts = places >= self.starts[name].to(x.device).unsqueeze(1)
             self._masks[key] = acts.view(*acts.shape, *(1 for _ in x.shape[2:]))
-        return self._masks[key]
+        if not rows:
+            return self._masks[key]
+        own = torch.tensor([row == name for row in rows], device=x.device)
+        return self._masks[key] & own.view(-1, *(1 for _ in x.shape[1:]))
 
 
 EVERYWHERE = Tokens(everywhere=True)
+
+
+def unknown_tokens(path: str, invocations: Mapping[str, tuple[int, ...]]) -> RefusedError:
+    """Return the error for a layer of which nobody knows which tokens it sees."""
+    return RefusedError(
+        "an adapter acts from an invocation on, and which tokens this layer sees is not known",
+        [(path, f"'{name}' has the invocation {list(tokens)}") for name, tokens in invocations.items()],
+        "call the adapted model itself with ids of tokens, not a part of it",
+    )
