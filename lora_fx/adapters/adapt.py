@@ -29,6 +29,8 @@ def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
             assert planned.lora is not None
             if (planned.path, planned.lora.adapter) not in known:
                 attach(twin.get_submodule(planned.site.owner), spec_of(planned, record, twin))
+                if planned.lora.invocation:
+                    record.switch.invocations[planned.lora.adapter] = planned.lora.invocation
                 owners.setdefault(planned.site.owner, []).append(planned)
             doing.advance(planned.path)
     for path, sites in owners.items():

@@ -182,8 +182,6 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
     weight = owner._parameters[spec.parameter]
     assert weight is not None
     home, name = _home(owner, spec), spec.adapter
-    if spec.lora.invocation:
-        spec.record.switch.invocations[name] = spec.lora.invocation
     pairs = [_factors(owner, weight, spec) for _ in range(max(1, spec.calls))]
     for factor in (factor for pair in pairs for factor in pair):
         factor.of = spec
@@ -293,16 +291,7 @@ def in_use(owner: nn.Module, parameter: str = "weight") -> list[tuple[Attached, 
     if state is None:
         return []
     found = {one.spec.adapter: one for one in attached_to(owner) if one.spec.parameter == parameter and not one.call}
-    used = [(found[name], share) for name, share in state.switch.for_call().at(found)]
-    invoked = [
-        (one.spec.path, f"'{one.spec.adapter}' acts from its invocation on")
-        for one, _ in used
-        if one.spec.lora.invocation
-    ]
-    if invoked:
-        advice = "keep these sites out of the rules of an adapter with an invocation"
-        raise RefusedError("code reads an adapted weight itself, for every token", invoked, advice)
-    return used
+    return [(found[name], share) for name, share in state.switch.for_call().at(found)]
 
 
 def _partners(home: nn.Module, adapter: str) -> tuple[nn.Module, nn.Module | None, DoRAMagnitude | None]:

@@ -38,7 +38,7 @@ from lora_fx.adapters.reads import take_over, wants_parameter
 from lora_fx.adapters.rows import AdapterRows, with_plain_rows, with_rows
 from lora_fx.adapters.selection import Chosen, Switch
 from lora_fx.adapters.shown import ShowsAdapters
-from lora_fx.adapters.tokens import Tokens, unknown_tokens
+from lora_fx.adapters.tokens import Tokens, refuse_reading, unknown_tokens
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output, bias_of
 from lora_fx.models.swap import MADE_BY, original_class, swap, take_off
@@ -89,6 +89,7 @@ def shown(used: Used, base: Tensor) -> Tensor:
     Raises:
         RefusedError: several adapters are used and one has dropout: of each, the input would have to be dropped apart.
     """
+    refuse_reading([(one.spec.path, one.spec.adapter) for one, _ in used if one.spec.lora.invocation])
     owner = used[0][0].owner
     fused = owner.__dict__[STATE].dense and not owner.training and not torch.is_grad_enabled()
     wrapped = torch.compiler.is_compiling() or transformation() is not None

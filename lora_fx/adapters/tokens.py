@@ -114,3 +114,11 @@ def unknown_tokens(path: str, invocations: Mapping[str, tuple[int, ...]]) -> Ref
         [(path, f"'{name}' has the invocation {list(tokens)}") for name, tokens in invocations.items()],
         "call the adapted model itself with ids of tokens, not a part of it",
     )
+
+
+def refuse_reading(invoked: Sequence[tuple[str, str]]) -> None:
+    """Raise RefusedError for weights that code reads: (path, adapter) of those that act from an invocation on."""
+    if invoked:
+        facts = [(path, f"'{name}' acts from its invocation on") for path, name in invoked]
+        advice = "keep these sites out of the rules of an adapter with an invocation"
+        raise RefusedError("code reads an adapted weight itself, for every token", facts, advice)

@@ -81,3 +81,17 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         if ".lora_" in name and parameter.grad is not None:
             found[name.removeprefix("base_model.model.")] = parameter.grad.clone()
     return found
+
+
+def logits(model: nn.Module, **given: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(**(given or {"input_ids": prompts()})).logits
+
+
+def two(inputs: Any = None) -> nn.Module:
+    """Return a model with "default", which acts from its invocation on, "plain", and "other" with another one."""
+    tuned = invoked(inputs)
+    for name, tokens in (("plain", None), ("other", prompts()[2, 4:6].tolist())):
+        torch.manual_seed(len(name))
+        lora_fx.add(tuned, rules(tokens), adapter=name)
+    return tuned
