@@ -172,7 +172,7 @@ def test_bias_for_a_layer_without_one_is_refused_for_every_site_and_peft_cannot_
     written(model, tmp_path, target_modules=Q, lora_bias=True)
     with pytest.raises(lora_fx.RefusedError, match="has none to add it to") as caught:
         lora_fx.load(model, tmp_path)
-    assert {path.rpartition(".")[2] for path, _ in caught.value.facts} == set(Q)
+    assert {path.rpartition(".")[2] for path, _ in caught.value.refusals} == set(Q)
     with pytest.raises(RuntimeError, match="because the base layer has no bias"):
         peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).merge_and_unload()
 
