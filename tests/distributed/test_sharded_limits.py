@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import lora_fx
 from tests.support import sharded
 from tests.support.processes import in_processes
 
@@ -56,6 +57,28 @@ def test_refusals_have_changed_nothing(refused):
         assert changed == ["blocks.1.down.weight"]  # by the test itself
         expected = sharded.base().state_dict()
         assert all(torch.equal(rank["plain"][name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_rows_of_embeddings_are_not_gathered(tmp_path):
+    rules = {"version": 1, "rules": [sharded.rule("blocks.*.q")], "tokens": [{"name": "embed", "ids": [1, 5]}]}
+    tuned = sharded.sharded(sharded.adapted(rules))
+    for work in (
+        lambda: lora_fx.save(tuned, tmp_path / "adapter"),
+        lambda: lora_fx.merge(tuned),
+        lambda: lora_fx.deltas(tuned),
+    ):
+        with pytest.raises(lora_fx.RefusedError, match="are not gathered from shards") as caught:
+            work()
+        assert caught.value.refusals == (("embed.weight", "of 'default'"),)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_model_that_starts_without_values_trains_as_one_that_has_them(started):
