@@ -20,7 +20,7 @@ from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.tuned.build import whole_record_in
-from lora_fx.tuned.several import adapters_called, attach_more, biases_with, refuse_name
+from lora_fx.tuned.several import adapters_called, attach_more, biases_with, refuse_name, trained_with
 from lora_fx.tuned.switching import selection_of
 
 Method = Literal[
@@ -70,7 +70,8 @@ def combine(
     Raises:
         ValueError: an unknown name or method, a taken name, an option that the method does not take or lacks, or ranks
             that differ where A and B are summed.
-        RefusedError: DoRA, slices, an adapter for each call, biases; sites that not all have, where A and B are summed.
+        RefusedError: DoRA, slices, an adapter for each call, biases, rows or modules of the model that are trained;
+            sites that not all have, where A and B are summed.
     """
     tuned = seen_through(tuned)
     refuse_sharded(tuned, "a new adapter would be in no shard group of this model", "combine before fully_shard")
@@ -168,10 +169,14 @@ def _sites(tuned: nn.Module, weights: Mapping[str, float]) -> dict[str, list[Par
 
 
 def _refuse_beside(tuned: nn.Module, record: ModelRecord, names: Iterable[str]) -> None:
-    """Refuse adapters with rows of embeddings or biases of other layers: a product B A has no place for them."""
+    """Refuse adapters with rows, biases or modules of the model's own: a product B A has no place for them."""
     rows = [(name, f"'{whose}' trains rows of it") for name, whose, _ in added_rows(tuned) if whose in names]
-    biases = [(bias.path, f"'{name}' trains it") for name in names for bias in biases_with(tuned, record, name)]
-    if facts := [*rows, *biases]:
+    trained = [
+        (one.path, f"'{name}' trains it")
+        for name in names
+        for one in (*trained_with(tuned, record, name), *biases_with(tuned, record, name))
+    ]
+    if facts := [*rows, *trained]:
         raise RefusedError("these cannot be combined to one adapter", facts, "lora_fx.use sums what they compute")
 
 

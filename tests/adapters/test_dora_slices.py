@@ -131,7 +131,9 @@ def test_peft_computes_the_same_with_the_file(sliced: Sliced, tmp_path):
     assert relative(run(lora_fx.to_peft(tuned), sample), run(tuned, sample)) <= 1e-6
 
 
-@pytest.mark.parametrize("sliced", [s for s in WHOLE if s.name in ("equal parts", "raw parameter")], ids=lambda sliced: sliced.name)
+@pytest.mark.parametrize(
+    "sliced", [s for s in WHOLE if s.name in ("equal parts", "raw parameter")], ids=lambda sliced: sliced.name
+)
 def test_merging_in_files_leaves_the_other_rows_to_the_bit(sliced: Sliced, tmp_path):
     tuned, base = trained(sliced), sliced.build()
     lora_fx.save(tuned, tmp_path / "adapter")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lora_fx
+from lora_fx.errors import RefusedError
 from tests.support.twoadapters import BACKENDS, BOTH, DORA, alone, factors, given, model, two, values
 
 WEIGHTS = {"a": 0.7, "b": -1.5}
@@ -115,6 +116,19 @@ def test_the_same_seed_drops_the_same():
     assert torch.equal(x, y)
     assert not torch.equal(x, z)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("training", ["a", "b"])
+def test_adapters_that_train_modules_of_the_model_are_refused_by_name(training):
+    head = {"train": ["blocks.2.out"]}
+    tuned = lora_fx.apply(model(), rules(3, 6, adapter="a") | (head if training == "a" else {}), backend="modules")
+    lora_fx.add(tuned, rules(3, 3) | (head if training == "b" else {}), adapter="b")
+    before = values(tuned)
+    with pytest.raises(RefusedError, match=rf"blocks\.2\.out +'{training}' trains it"):
+        lora_fx.combine(tuned, ["a", "b"], adapter="ab")
+    assert values(tuned).keys() == before.keys()
+    other = "b" if training == "a" else "a"
+    lora_fx.combine(tuned, [other], adapter="alone")
 
 
 def test_a_combined_adapter_is_saved_dropped_and_frozen_like_any(tmp_path):
