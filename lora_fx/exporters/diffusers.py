@@ -34,7 +34,7 @@ REFUSED = {
     "parameter": f"diffusers adapts layers, not raw parameters{_MERGE}",
     "experts": f"diffusers adapts layers, not banks of experts{_MERGE}",
     "calls": f"diffusers has one adapter for all calls of a module{_MERGE}",
-    "invocation": "diffusers knows no tokens from which on an adapter acts",
+    "invocation": "diffusers knows no tokens from which on an adapter acts; target='peft' has them",
     "bias": f"diffusers does not load trained biases{_MERGE}",
     "train": f"diffusers does not load modules that were trained whole{_MERGE}",
     "tokens": f"diffusers does not load rows of embeddings{_MERGE}",

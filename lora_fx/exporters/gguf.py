@@ -124,7 +124,7 @@ def _reason(path: str, adapter: Attached, layout: GgufLayout, tied: bool) -> str
     if spec.lora.dora:
         return "llama.cpp knows no DoRA"
     if spec.lora.invocation:
-        return "llama-server alone looks for an invocation; llama.cpp's other programs would act on every token"
+        return "llama-server alone looks for an invocation; others would act on every token; target='peft' has it"
     if adapter.trained_bias is not None:
         return _BESIDE["bias"]
     if adapter.call is not None:

@@ -42,7 +42,7 @@ REFUSED = {
     "parameter": f"the format has names for modules, not for raw parameters{peft.WAY_OUT}",
     "experts": f"the format has names for modules, not for banks of experts{peft.WAY_OUT}",
     "calls": f"the format has one adapter for all calls of a module{peft.WAY_OUT}",
-    "invocation": "the format has no tokens from which on an adapter acts",
+    "invocation": "the format has no tokens from which on an adapter acts; target='peft' has them",
     "bias": f"the format has no biases{peft.WAY_OUT}",
     "train": f"the format has no whole modules{peft.WAY_OUT}",
     "tokens": f"the format has no rows of embeddings{peft.WAY_OUT}",

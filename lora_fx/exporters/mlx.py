@@ -34,7 +34,7 @@ REFUSED = {
     "parameter": f"mlx-lm adapts layers, not raw parameters{_MERGE}",
     "experts": f"mlx-lm lays out the experts otherwise{_MERGE}",
     "calls": f"mlx-lm has one adapter for all calls of a module{_MERGE}",
-    "invocation": "mlx-lm knows no tokens from which on an adapter acts",
+    "invocation": "mlx-lm knows no tokens from which on an adapter acts; target='peft' has them",
     "bias": f"mlx-lm loads lora_a and lora_b alone, no biases{_MERGE}",
     "train": f"mlx-lm loads lora_a and lora_b alone, no whole modules{_MERGE}",
     "tokens": f"mlx-lm loads lora_a and lora_b alone, no rows of embeddings{_MERGE}",

@@ -32,7 +32,7 @@ EXPERTS = "where it is transformers' experts: load the model with experts_implem
 
 _NOT_IN_PROGRAMS = {
     "tokens": "which rows they are would be fixed in the program, for all adapters; target='merged' has them",
-    "invocation": "a program acts alike on every token, and looks for no invocation",
+    "invocation": "a program acts alike on every token, and looks for no invocation; target='peft' has it",
 }
 
 

@@ -23,7 +23,7 @@ _MERGE = "; serve merged weights: target='merged'"
 REFUSED = {
     "dora": f"vLLM refuses DoRA{_MERGE}",
     "bias": f"vLLM refuses trained biases{_MERGE}",
-    "invocation": "vLLM passes over alora_invocation_tokens, and would act on every token",
+    "invocation": "vLLM passes over alora_invocation_tokens, and would act on every token; target='peft' has them",
     "train": f"vLLM refuses modules trained whole{_MERGE}",
     "tokens": f"vLLM refuses rows of embeddings{_MERGE}",
     "convolution": f"vLLM has no adapters of convolutions{_MERGE}",

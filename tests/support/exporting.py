@@ -87,6 +87,12 @@ def _of(kind: Any, chosen: Any) -> tuple[nn.Module, Any, Any]:
     return kinds.built(kind), chosen, kind.inputs
 
 
+def _invoked() -> tuple[nn.Module, Any, Any]:
+    from tests.support import invoked  # skips what asks for it where transformers is not installed
+
+    return invoked.llama(), written(rule("**.q_proj", invocation=invoked.INVOCATION)), (invoked.prompts(),)
+
+
 _ROWS = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
 FEATURES: dict[str, Callable[[], tuple[nn.Module, Any, Any]]] = {
     "linear": lambda: _mlp(rule("fc*")),
@@ -107,6 +113,7 @@ FEATURES: dict[str, Callable[[], tuple[nn.Module, Any, Any]]] = {
     "rslora": lambda: _mlp(rule("fc*", rslora=True)),
     "dora": lambda: _mlp(rule("fc*", dora=True)),
     "bias": lambda: _mlp(rule("fc*", bias=True)),
+    "invocation": lambda: _invoked(),
     "train": lambda: _mlp(rule("fc1"), train=["fc2"]),
     "tokens": lambda: _of(kinds.Tokens, written(rule("out"), tokens=[{"name": "words", "ids": [1, 2]}])),
     "adapters": lambda: _mlp(rule("fc1"), rule("fc2", adapter="second")),
