@@ -271,12 +271,18 @@ def _check_ranks(rules: RuleSet, before: Decisions, inventory: Inventory, ranks:
     for site in before.sites:
         now, rank = after[site.path], ranks.get(site.path)
         wanted = "skip" if rank == 0 else site.decision
-        lora = None if site.lora is None or not rank else (rank, site.slices, site.per_call)
-        found = None if now.lora is None else (now.lora.r, now.slices, now.per_call)
+        lora = None if site.lora is None or not rank else (rank, *_kept(site))
+        found = None if now.lora is None else (now.lora.r, *_kept(now))
         if (now.decision, found) != (wanted, lora):
             wrong.append((site.path, f"{now.decision} {found} in place of {wanted} {lora}"))
     if wrong:
         raise InvariantError("rules with other ranks decide otherwise than they should", wrong)
+
+
+def _kept(site: PlannedSite) -> tuple[object, ...]:
+    """Return what stays where only ranks change."""
+    lora = _lora(site)
+    return f"{lora.alpha / lora.r:.9g}", replace(lora, r=1, alpha=1.0), site.slices, site.per_call
 
 
 def _allocation(

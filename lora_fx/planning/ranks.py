@@ -68,16 +68,19 @@ def with_ranks(
         by: stands in the names of the rules: `linears: eva r=3`.
         none: the reason of those that get no rank, which are skipped.
     """
-    groups: dict[tuple[str, int], list[str]] = {}
+    groups: dict[tuple[str, int, int], list[str]] = {}
     for site in sites:
-        groups.setdefault((site.rule or "", ranks[site.path]), []).append(site.path)
+        before = 0 if site.lora is None else site.lora.r  # of a bank it may be a part of the rule's
+        groups.setdefault((site.rule or "", ranks[site.path], before), []).append(site.path)
     document = rules.to_dict()
     written: list[dict[str, Any]] = []
     for rule in document["rules"]:
-        own = sorted((rank for name, rank in groups if name == rule["name"]), reverse=True)
-        for rank in own:
-            names = _names(groups[rule["name"], rank], inventory)
-            written.append(_rule(rule, rank, names, " ".join(filter(None, (by, f"r={rank}"))), none))
+        own = sorted((key for key in groups if key[0] == rule["name"]), reverse=True)
+        several = len({before for _, _, before in own}) > 1
+        for key in own:
+            _, rank, before = key
+            title = " ".join(filter(None, (by, f"r={rank}", f"(before: {before})" if several else "")))
+            written.append(_rule(rule, rank, before, _names(groups[key], inventory), title, none))
         written.append({**rule, "expect": "any"} if own else rule)
     return replace(read_rules({**document, "rules": written}), source=rules.source)
 
@@ -88,12 +91,12 @@ def _names(paths: Sequence[str], inventory: Inventory) -> tuple[str, ...]:
     return covering(paths, others)
 
 
-def _rule(rule: Mapping[str, Any], rank: int, names: Sequence[str], by: str, none: str) -> dict[str, Any]:
-    """Return a rule that gives sites of one rule this rank, and the scaling that they had."""
+def _rule(rule: Mapping[str, Any], rank: int, before: int, names: Sequence[str], by: str, none: str) -> dict[str, Any]:
+    """Return a rule that gives sites of one rule this rank in place of another, and the scaling that they had."""
     head = {"name": f"{rule['name']}: {by}", "match": {"name": [*names]}}
     if not rank:
         return {**head, "skip": none}
-    lora = rule["lora"]
+    lora = {key: value for key, value in rule["lora"].items() if key != "divide_r"}
     rest = {key: value for key, value in rule.items() if key not in ("name", "match", "lora", "expect")}
     # alpha / √r with `rslora`: as in PEFT, alpha grows with r there too
-    return {**head, **rest, "lora": {**lora, "r": rank, "alpha": lora["alpha"] * rank / lora["r"]}}
+    return {**head, **rest, "lora": {**lora, "r": rank, "alpha": lora["alpha"] * rank / before}}

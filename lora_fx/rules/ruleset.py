@@ -281,5 +281,5 @@ class RuleSet:
         for rule in document["rules"]:
             if "lora" in rule:
                 lora = rule["lora"]
-                rule["lora"] = {key: lora[key] for key in lora if key in ("r", "alpha") or lora[key] != usual[key]}
+                rule["lora"] = {key: lora[key] for key in lora if key in ("r", "alpha") or lora[key] != usual.get(key)}
         return document
