@@ -137,7 +137,7 @@ def row_of(
 def _ratio(timing: Timing | None, name: str) -> str:
     if timing is None:
         return ""
-    return "void" if timing.void else timing.ratios[name].text()
+    return "" if timing.void else timing.ratios[name].text()
 
 
 def main() -> None:
