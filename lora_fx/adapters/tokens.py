@@ -39,7 +39,7 @@ def last_occurrences(ids: Tensor, invocation: tuple[int, ...]) -> Tensor:
     return torch.where(last < 0, NEVER, last)
 
 
-class Seen:
+class TokensSeen:
     """Inputs of adapted layers in a run, token by token."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Tokens:
     """How many of the last ones the call asks logits of, if it says so: a head's input has these alone."""
     everywhere: bool = False
     """Instead of all that: each adapter acts on every token, as where graphs are compared with the forward."""
-    seen: Seen | None = None
+    seen: TokensSeen | None = None
     """While it is looked whether layers see the tokens in their order: what has been seen."""
     _masks: dict[tuple[str, int, int, torch.device], Tensor] = field(default_factory=dict)
 

@@ -304,7 +304,8 @@ def partitioned(model: nn.Module) -> list[tuple[str, str]]:
 
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 has left an empty tensor in the place of a parameter."""
-    return parameter.numel() == 0 and all(getattr(parameter, name, None) is not None for name in ("ds_id", "ds_tensor"))
+    held = all(getattr(parameter, name, None) is not None for name in ("ds_id", "ds_tensor"))
+    return held and parameter.numel() == 0  # lazy parameters have no number of elements: asked last
 
 
 def numbers_in(parameter: Tensor) -> int:

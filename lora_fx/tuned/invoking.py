@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import SWITCH, attached_to
 from lora_fx.adapters.selection import Selection, Switch, acts_everywhere, switched_off
-from lora_fx.adapters.tokens import EVERYWHERE, Seen, Tokens, last_occurrences
+from lora_fx.adapters.tokens import EVERYWHERE, Tokens, TokensSeen, last_occurrences
 from lora_fx.capture.calls.objects import copied, tensors_in
 from lora_fx.errors import RefusedError
 from lora_fx.liveness.heads import late_modules
@@ -120,7 +120,7 @@ def _without_ids(switch: Switch, used: list[str]) -> RefusedError:
 
 
 @dataclass(slots=True)
-class _Call:
+class _Invoked:
     """A call that runs."""
 
     model: nn.Module
@@ -136,7 +136,7 @@ class _Running(threading.local):
     """The calls that run in a thread, each inside of the one before it."""
 
     def __init__(self) -> None:
-        self.calls: list[_Call] = []
+        self.calls: list[_Invoked] = []
 
 
 _RUNNING = _Running()
@@ -145,7 +145,7 @@ _RUNNING = _Running()
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def begin_call(tuned: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Let this thread use adapters with an invocation from it on, until the call of the model ends."""
-    call = _Call(tuned, contextlib.ExitStack())
+    call = _Invoked(tuned, contextlib.ExitStack())
     _RUNNING.calls.append(call)
     switch: Switch = tuned.__dict__[SWITCH]
     if not switch.invocations:
@@ -222,7 +222,7 @@ def _ids_in(named: Mapping[str, Any], args: tuple[Any, ...]) -> Tensor | None:
     return next((value for value in given if _are_ids(value)), None)
 
 
-def _tokens_of(switch: Switch, prompt: _Prompt | None, call: _Call, named: Mapping[str, Any]) -> Tokens:
+def _tokens_of(switch: Switch, prompt: _Prompt | None, call: _Invoked, named: Mapping[str, Any]) -> Tokens:
     """Return on which tokens of a call each adapter with an invocation acts."""
     ids, note = call.ids, call.before
     assert ids is not None
@@ -246,7 +246,7 @@ def _tokens_of(switch: Switch, prompt: _Prompt | None, call: _Call, named: Mappi
 
 
 def _look(
-    tuned: nn.Module, call: _Call, named: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    tuned: nn.Module, call: _Invoked, named: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """See whether adapted layers have the tokens of a call in the order of its ids, unless that is known.
 
@@ -323,7 +323,7 @@ def _inputs_of_a_run(
     """Return for each layer with such an adapter, call by call, sums over the features of each token."""
     args, kwargs = copied((args, kwargs), lambda tensor: (given if tensor is ids else tensor).detach().clone())
     switch: Switch = twin.__dict__[SWITCH]
-    seen = Seen()
+    seen = TokensSeen()
     chosen = replace(Selection.of(switch.invocations), tokens=Tokens(seen=seen))
     off = (*(region for _, _, region in regions(twin)), *(state for _, state in late_modules(twin)))
     with switch.chosen_here(chosen), switched_off(off), torch.no_grad():  # what is captured runs copies of layers

@@ -34,24 +34,27 @@ def in_processes(number: int, work: Work, folder: Path, seconds: float = 300) ->
     late = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
-    failures = [path.read_text() for path in sorted((*folder.glob("*.failed"), *folder.glob("*.stuck")))]
-    if late or any(process.exitcode for process in processes if not late):
-        raise RuntimeError("\n".join([f"not back: {late}", *failures]))
+    codes = [process.exitcode for process in processes]
+    if late or any(codes):
+        told = (path.read_text() for path in sorted((*folder.glob("*.failed"), *folder.glob("*.stuck"))))
+        raise RuntimeError("\n".join([f"not back: {late}, exit codes: {codes}", *told]))
     return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(number)]
 
 
 def _run(work: Work, rank: int, number: int, folder: Path, seconds: float) -> None:
     stuck = (folder / f"{rank}.stuck").open("w")
+    os.dup2(stuck.fileno(), 2)  # what torch says before it aborts, too
     faulthandler.dump_traceback_later(seconds / 2, file=stuck)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=number)
     try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=number)
         torch.save(work(folder), folder / f"{rank}.result")
     except BaseException:
         (folder / f"{rank}.failed").write_text(f"rank {rank}\n{traceback.format_exc()}")
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
