@@ -76,8 +76,25 @@ def resharded(model: nn.Module) -> nn.Module:
     return model
 
 
+def _has_parts(model: nn.Module) -> bool:
+    """Whether processes hold parts of a model; in one loop, as `named_modules` goes through all levels for each module."""
+    met, waiting = set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in met:
+            continue
+        met.add(id(module))
+        held = (*module._parameters.values(), *module._buffers.values())
+        if _is_of_fully_shard(type(module)) or any(map(is_sharded, held)):
+            return True
+        waiting += [child for child in module._modules.values() if child is not None]
+    return False
+
+
 def refuse_sharded(model: nn.Module, what: str, advice: str) -> None:
     """Raise RefusedError if processes hold parts of a model; `what` is what would be wrong then."""
+    if not _has_parts(model):
+        return
     marks = (
         (path, "fully_shard was called on it") for path, module in model.named_modules() if is_fully_sharded(module)
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """Whether it is a DTensor, of a module that not every torch has."""
     return type(tensor).__module__.startswith("torch.distributed")
 
