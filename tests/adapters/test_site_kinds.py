@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lora_fx
 from lora_fx.tuned.build import record_in
@@ -17,11 +17,13 @@ from tests.support.rawkinds import OTHERS, PRODUCTS, VIEWED
 from tests.support.sitekinds import (
     BACKENDS,
     Kind,
+    assert_starts_as_its_base,
     crossed,
     dense_weights,
     factors,
     factors_of,
     flat,
+    gradients,
     randomise_,
     reference,
     relative,
@@ -54,23 +56,6 @@ def trained(kind: Kind, backend: str = "modules", dtype: torch.dtype = torch.flo
     tuned = started(kind, backend, dtype)
     randomise_(tuned)
     return tuned
-
-
-def assert_starts_as_its_base(kind: Kind, tuned: nn.Module, dtype: torch.dtype) -> None:
-    base, sample = kind.build(dtype).requires_grad_(False), kind.sample(dtype)
-    for training in (False, True):
-        for grad in (False, True):
-            result, expected = run(tuned, sample, training, grad), run(base, sample, training, grad)
-            if kind.fused and grad and not training:
-                assert relative(result, expected) <= (2**-7 if dtype == torch.bfloat16 else 1e-6)
-            else:
-                assert torch.equal(result, expected), (training, grad)
-
-
-def gradients(result: Tensor, tuned: nn.Module) -> list[Tensor]:
-    number = torch.arange(result.numel(), dtype=result.dtype)
-    loss = (result * (number.cos() + (7 * number).sin())).sum()
-    return list(torch.autograd.grad(loss, list(factors(tuned).values())))
 
 
 @every

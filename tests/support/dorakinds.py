@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -29,10 +31,17 @@ def dora_rules(kind: Kind, dropout: float = 0.0) -> dict[str, Any]:
     return rules
 
 
+@functools.cache
+def _adapted(name: str, backend: str, dtype: torch.dtype, dropout: float) -> nn.Module:
+    kind = next(kind for kind in KINDS if kind.name == name)
+    return lora_fx.apply(kind.build(dtype), dora_rules(kind, dropout), kind.sample(dtype), backend=backend)
+
+
 def started(
     kind: Kind, backend: str = "modules", dtype: torch.dtype = torch.float32, dropout: float = 0.0
 ) -> nn.Module:
-    return lora_fx.apply(kind.build(dtype), dora_rules(kind, dropout), kind.sample(dtype), backend=backend)
+    """Return a copy of what `apply` gives."""
+    return copy.deepcopy(_adapted(kind.name, backend, dtype, dropout))
 
 
 def trained(

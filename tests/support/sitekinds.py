@@ -175,3 +175,24 @@ def crossed(kinds: Iterable[Kind], backends: Iterable[str] = BACKENDS) -> list[A
         for kind in kinds
         for backend in backends
     ]  # fmt: skip
+
+
+def assert_starts_as_its_base(kind: Kind, tuned: nn.Module, dtype: torch.dtype, read: bool = False) -> None:
+    """Assert it bit by bit but for fused kernels; where the weights are read, as torch computes with their gradients."""
+    base, sample = kind.build(dtype).requires_grad_(False), kind.sample(dtype)
+    for training in (False, True):
+        for grad in (False, True):
+            for name in kind.weights if read else ():
+                base.get_parameter(name).requires_grad_(grad)
+            result, expected = run(tuned, sample, training, grad), run(base, sample, training, grad)
+            if kind.fused and grad and not training:
+                assert relative(result, expected) <= (2**-7 if dtype == torch.bfloat16 else 1e-6)
+            else:
+                assert torch.equal(result, expected), (training, grad)
+
+
+def gradients(result: Tensor, tuned: nn.Module) -> list[Tensor]:
+    """Return those of the factors, for a loss in which each element of the result has a weight of its own."""
+    number = torch.arange(result.numel(), dtype=result.dtype)
+    loss = (result * (number.cos() + (7 * number).sin())).sum()
+    return list(torch.autograd.grad(loss, list(factors(tuned).values())))
