@@ -1,10 +1,14 @@
-"""Every test starts from the same random state, knows no graphs, and has as many threads as TEST_THREADS says, or one."""
+"""Every test starts from the same random state, knows no graphs, and has as many threads as TEST_THREADS says, or one.
+
+What a test puts on the path of modules is taken off it again: processes that are spawned later would import it.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import shutil
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -45,10 +49,11 @@ def _same_start():
 
     KNOWN.clear()  # what other tests have captured
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
+    threads, path = torch.get_num_threads(), list(sys.path)
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
     yield
     torch.set_num_threads(threads)
+    sys.path[:] = path
 
 
 @pytest.fixture
