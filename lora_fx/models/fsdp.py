@@ -77,7 +77,7 @@ def resharded(model: nn.Module) -> nn.Module:
 
 
 def _has_parts(model: nn.Module) -> bool:
-    """Whether processes hold parts of a model; in one loop, as `named_modules` goes through all levels for each module."""
+    """Whether processes hold parts of a model; in one loop: `named_modules` goes through all levels for each module."""
     met, waiting = set(), [model]
     while waiting:
         module = waiting.pop()
