@@ -6,7 +6,7 @@ Where a layer's input has the batch is not guessed: it is seen before, in runs o
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ LAYOUTS = "lora_fx_row_layouts"
 
 LOOKS = "lora_fx_looks"
 """Attribute of the hook that a model has in a context of `lora_fx.rows`: what is made of it shall not have it."""
+
+
+Unclear = dict[str, list[tuple[str, str]]]
+"""Of adapters: the layers, by path and what their input is, of which it does not show where the batch is."""
 
 
 class Layout(NamedTuple):
@@ -77,13 +81,20 @@ class Owners:
         return [row for row, number in enumerate(self.numbers) if number == wanted]
 
 
+class SeesInputs(Protocol):
+    """What is told of the inputs of adapted layers while it is looked where the batch is."""
+
+    def note(self, layer: nn.Module, x: Tensor) -> None:
+        """Note an input of a layer."""
+
+
 @dataclass(slots=True, eq=False)
 class AdapterRows:
     """The adapters of a batch, row by row."""
 
     names: tuple[str | None, ...]
-    seen_calls: set[Any] = field(default_factory=set)
-    """Kinds of calls of the model in which it was seen where the batch is."""
+    seen_calls: dict[Any, Unclear] = field(default_factory=dict)
+    """Kinds of calls of the model in which it was seen where the batch is, and of which layers it was not."""
     models: tuple[nn.Module, ...] = ()
     """The model whose calls are looked at, and parts of it that are called by themselves."""
     dim: int = 0
@@ -92,7 +103,7 @@ class AdapterRows:
     """Of which of these models a call is running, by their ids."""
     leave: Callable[[], None] | None = None
     """Ends the choice, of rows that hold for one call of a part."""
-    seen: "Seen | None" = None
+    seen: "SeesInputs | None" = None
     """While it is looked where the batch is: what has been seen."""
     owners: dict[frozenset[str], Owners] = field(default_factory=dict)
     kept: StackedFactors | None = None
@@ -247,17 +258,22 @@ def _move_ids(tensor: Tensor, by: Tensor) -> None:
     tensor.copy_((tensor + by.view(-1, *(1,) * (tensor.dim() - 1))) % (largest + 1))
 
 
-def change(tensor: Tensor, are_ids: bool = False) -> None:
-    """Make the last row of a batch another one, in place; masks and flags stay as they are."""
+def change(tensor: Tensor, are_ids: bool = False, number: int = -1) -> None:
+    """Make a row of a batch, the last if none is said, another one, in place; masks and flags stay as they are."""
     if tensor.dim() < 2 or tensor.dtype == torch.bool or (not are_ids and _is_mask(tensor)):
         return
-    row = tensor[-1]
+    row = tensor[number]
     if are_ids and row.numel() == 1:
-        _move_ids(tensor, torch.tensor([0] * (len(tensor) - 1) + [1], device=tensor.device))
+        by = torch.zeros(len(tensor), dtype=torch.long, device=tensor.device)
+        by[number] = 1
+        _move_ids(tensor, by)
         return
     if row.numel() > 1:
         row.copy_(row.roll(1, 0 if row.shape[0] > 1 else -1))
-    elif not tensor.is_floating_point():
+    if tensor.is_floating_point():  # what all tokens of a row are summed to changes too
+        noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(1)).to(row)
+        row.add_(noise * row.float().std(correction=0).clamp(min=1e-3).to(row) * 0.5)
+    elif row.numel() == 1:
         row.sub_((row > 0).to(row.dtype))
 
 

@@ -1,15 +1,18 @@
 """An adapter for each row of a batch: the context, and the look at a call of the model before its adapters compute."""
 
 import contextlib
+import operator
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.rows import LOOKS, AdapterRows
+from lora_fx.adapters.attach import all_attached, shown_parameters
+from lora_fx.adapters.rows import LOOKS, AdapterRows, Unclear
 from lora_fx.adapters.selection import Selection, Switch, rows_here
 from lora_fx.adapters.stacked import kept_for
 from lora_fx.capture.calls.objects import tensors_in
@@ -17,11 +20,23 @@ from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.asking import ask_layers
 from lora_fx.tuned.calls import kind_of
-from lora_fx.tuned.rowlayouts import look_for_rows, row_axis
+from lora_fx.tuned.rowlayouts import look_for_rows, refuse_unclear, row_axis
 from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
 
-SEEN_CALLS = "lora_fx_row_calls"
-"""Attribute of an adapted model: in which kinds of calls it was seen where the batch is in the inputs of its layers."""
+KNOWN = "lora_fx_rows"
+"""Attribute of an adapted model: what is known of its rows, a KnownRows."""
+
+
+@dataclass(slots=True, eq=False)
+class KnownRows:
+    """What is known of the rows of a model, as long as it has the adapters that it had then."""
+
+    names: tuple[tuple[str, ...], ...]
+    """Those of its switches: other objects as soon as an adapter is added, dropped or renamed."""
+    read: dict[str, list[str]] = field(default_factory=dict)
+    """Of each adapter: the sites whose weights code reads, so that one serves every row."""
+    seen_calls: dict[Any, Unclear] = field(default_factory=dict)
+    """In which kinds of calls it was seen where the batch is in the inputs of layers."""
 
 
 @contextlib.contextmanager
@@ -30,8 +45,9 @@ def rows(tuned: nn.Module, adapters: Sequence[str | None], *, dim: int = 0) -> I
 
     Each row gives what it gives alone with its adapter, up to rounding; rows with None give what the base gives.  Which
     entries of a layer's input belong to which row is seen in the first call: two runs of the base, without gradients,
-    on the call's inputs with their rows told apart, in the second moved on by one; and two more with rows of nearly one
-    token each, in which layers differ whose entries are picked by values.  Further calls know it.
+    on the call's inputs with their rows told apart, in the second moved on by one; two more with rows of nearly one
+    token each, in which layers differ whose entries are picked by values; and 2 ⌈log₂ rows⌉ in which some rows are
+    others, and the entries of the rest must not change.  Further calls know it.
 
     Args:
         tuned: an adapted model, which stays unchanged; it is called as a whole, or its encoder as `generate` calls it.
@@ -40,8 +56,9 @@ def rows(tuned: nn.Module, adapters: Sequence[str | None], *, dim: int = 0) -> I
 
     Raises:
         ValueError: a name that no site has, or another dimension than 0 and 1.
-        RefusedError: the inputs of a call have another number of rows, a layer's input does not show them, a weight is
-            read by code, or modules are trained whole; before anything is computed with adapters.
+        RefusedError: code reads a weight that one of the names adapts, as of banks of experts, or modules are trained
+            whole; and at a call, before anything is computed with adapters: its inputs have another number of rows, a
+            layer's input does not show them or has entries that values have picked, or rows hear of each other.
     """
     tuned, names = seen_through(tuned), tuple(adapters)
     if isinstance(adapters, str) or not names:
@@ -51,10 +68,11 @@ def rows(tuned: nn.Module, adapters: Sequence[str | None], *, dim: int = 0) -> I
     switches = switches_in(tuned)
     refuse_unknown([name for name in dict.fromkeys(names) if name is not None], names_of(switches))
     _refuse_whole(switches)
+    known = _known_rows(tuned, switches)
+    _refuse_read(known, names)
     ask_layers(tuned)
-    seen_calls = tuned.__dict__.setdefault(SEEN_CALLS, set())
     parts = (tuned, *_called_alone(tuned))
-    chosen = Selection(rows=AdapterRows(names, seen_calls, kept=kept_for(tuned, names), models=parts, dim=dim))
+    chosen = Selection(rows=AdapterRows(names, known.seen_calls, kept=kept_for(tuned, names), models=parts, dim=dim))
     with contextlib.ExitStack() as stack:
         for part in parts:
             stack.enter_context(_looked_at(part, part is not tuned))
@@ -67,6 +85,33 @@ def _refuse_whole(switches: Sequence[Switch]) -> None:
     whole = [(name, "is trained whole") for switch in switches for name in switch.whole]
     if whole:
         raise RefusedError("parameters of the model itself are trained, and belong to every row", whole)
+
+
+def _known_rows(tuned: nn.Module, switches: Sequence[Switch]) -> KnownRows:
+    known: KnownRows | None = tuned.__dict__.get(KNOWN)
+    names = tuple(switch.names for switch in switches)
+    if known is not None and len(known.names) == len(names) and all(map(operator.is_, known.names, names)):
+        return known
+    known = tuned.__dict__[KNOWN] = KnownRows(names)
+    for path, one in all_attached(tuned):
+        if shown_parameters(one.owner):
+            known.read.setdefault(one.spec.adapter, []).append(path)
+    return known
+
+
+def _refuse_read(known: KnownRows, names: Sequence[str | None]) -> None:
+    facts = [
+        (path, f"'{name}' is used for some rows")
+        for name in dict.fromkeys(names)
+        if name is not None
+        for path in known.read.get(name, ())
+    ]
+    if facts:
+        raise RefusedError(
+            "code reads an adapted weight itself, and cannot use another one for each row",
+            facts,
+            "keep these sites out of the rules of what is used in `lora_fx.rows`",
+        )
 
 
 def _called_alone(tuned: nn.Module) -> tuple[nn.Module, ...]:
@@ -175,8 +220,8 @@ def _look_for(rows: AdapterRows, module: nn.Module, args: tuple[Any, ...], kwarg
     _refuse_other_numbers(module, rows, given, args, kwargs)
     kind = _kind_of(module, rows, args, kwargs, given)
     if batch > 1 and kind not in rows.seen_calls:
-        look_for_rows(module, batch, rows.dim, args, kwargs)
-        rows.seen_calls.add(kind)
+        rows.seen_calls[kind] = look_for_rows(module, rows.names, rows.dim, args, kwargs)
+    refuse_unclear(rows.seen_calls.get(kind, {}), rows.names)
 
 
 def _refuse_other_numbers(

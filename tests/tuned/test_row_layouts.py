@@ -134,7 +134,8 @@ def test_torchs_own_encoder_which_reads_its_weights_is_refused():
     rules = {"version": 1, "rules": [{"match": {"name": "**.linear*"}, "lora": {"r": 2, "init": "random"}}]}
     tuned = lora_fx.apply(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), rules, backend="modules")
     lora_fx.add(tuned, rules, adapter="b")
-    with lora_fx.rows(tuned, ["default", "b", None], dim=1), pytest.raises(lora_fx.RefusedError, match="code reads"):
+    refused = pytest.raises(lora_fx.RefusedError, match="code reads")
+    with refused, lora_fx.rows(tuned, ["default", "b", None], dim=1):
         tuned(tokens(5, 3))
 
 
@@ -166,3 +167,55 @@ def test_rows_that_hear_of_each_other_are_refused():
     tuned = with_b(MixesRows())
     with lora_fx.rows(tuned, NAMES), pytest.raises(lora_fx.RefusedError, match="cannot be seen"):
         tuned(tokens(4, 5))
+
+
+class MovesTokens(nn.Module):
+    """Moves tokens from row to row before its layer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.q = how, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        flat = x.flatten(0, 1)
+        if self.how == "rolled":
+            return self.q(flat.roll(1, 0)).view_as(x)
+        if self.how == "exchanged":  # one token of the first row with one of the third
+            return self.q(x.index_put((torch.tensor([0, 2]), torch.tensor([1, 1])), x[[2, 0], 1]))
+        if self.how == "sorted":
+            return self.q(x[x.sum((1, 2)).argsort()])
+        if self.how == "faint":
+            return self.q(x + 0.01 * x.roll(2, 0).mean(1, keepdim=True))
+        assert mask is not None
+        kept = mask.flatten().nonzero()[:, 0]  # packed: what is no padding
+        return torch.zeros_like(flat).index_copy(0, kept, self.q(flat[kept])).view_as(x)
+
+
+@pytest.mark.parametrize(
+    ("how", "length"),
+    [("rolled", 1), ("rolled", 700), ("exchanged", 700), ("sorted", 1), ("faint", 5), ("packed", 1), ("packed", 700)],
+)
+def test_tokens_that_move_between_rows_are_refused_whatever_their_number(how, length):
+    tuned = with_b(MovesTokens(how))
+    mask = torch.ones(4, length, dtype=torch.long)
+    with lora_fx.rows(tuned, NAMES), pytest.raises(lora_fx.RefusedError, match=r"cannot be seen\n +q +its input is"):
+        tuned(tokens(4, length), mask)
+
+
+class Picks(nn.Module):
+    """Takes one token of each row, as the end of a text is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.q = nn.Embedding(40, 6), nn.Linear(6, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.q(self.words(ids)[torch.arange(len(ids)), ids.argmax(-1)])
+
+
+def test_a_token_that_is_picked_in_its_own_row_is_that_rows():
+    tuned = with_b(Picks())
+    ids = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(3))
+    with lora_fx.rows(tuned, NAMES):
+        together = tuned(ids)
+    assert_close(together, one_by_one(tuned, NAMES, ids), atol=1e-6, rtol=1e-6)

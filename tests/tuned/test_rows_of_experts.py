@@ -98,8 +98,9 @@ def test_gradients_reach_each_adapter_from_its_own_rows():
 def test_banks_are_refused_by_name_and_everything_goes_on(implementation: str):
     tuned = two(implementation, ATTENTION, EXPERTS)
     before = logits(tuned)
-    with lora_fx.rows(tuned, ["b", None, None]), pytest.raises(lora_fx.RefusedError, match="code reads an adapted wei"):
-        logits(tuned)
+    refused = pytest.raises(lora_fx.RefusedError, match=r"code reads an adapted weight(.|\n)*experts.down_proj +'b' is")
+    with refused, lora_fx.rows(tuned, ["b", None, None]):  # before any call
+        pass
     assert torch.equal(logits(tuned), before)
     names = ["a", None, "a"]
     with lora_fx.rows(tuned, names):
@@ -187,6 +188,52 @@ def test_layers_whose_tokens_are_picked_by_values_get_no_adapters_of_rows(
         except lora_fx.RefusedError:
             continue
         assert_close(together, each_alone(tuned, names, x), atol=1e-5, rtol=1e-5)
+
+
+class Sent(Routed):
+    """Sends each token to the expert whose bias is larger: all to one, whatever they are, until biases change."""
+
+    how = "each"
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.router.weight)
+        self.router.bias = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        chosen = self.router(flat).argmax(-1)
+        if self.how == "each":
+            tokens = torch.where(chosen == 0)[0]
+            return x + torch.zeros_like(flat).index_add(0, tokens, self.experts[0](flat[tokens])).view_as(x)
+        if self.how == "mask":
+            out = torch.zeros_like(flat)
+            out[chosen == 0] = self.experts[0](flat[chosen == 0])
+            return x + out.view_as(x)
+        if self.how == "sorted":
+            order = torch.argsort(chosen, stable=True)
+            return x + self.experts[0](flat[order])[order.argsort()].view_as(x)
+        slots = torch.zeros_like(flat).index_copy(0, chosen.cumsum(0) + torch.arange(len(flat)), flat)
+        return x + self.experts[0](slots)[chosen.cumsum(0) + torch.arange(len(flat))].view_as(x)
+
+
+@pytest.mark.parametrize("how", ["each", "mask", "sorted", "slots"])
+def test_an_expert_that_has_all_tokens_in_each_look_is_refused_all_the_same(how: str):
+    model = nn.Sequential(Sent(), nn.Linear(6, 6))
+    model[0].how = how
+    torch.manual_seed(0)
+    tuned = linears(model)
+    lora_fx.add(tuned, rules("1"), adapter="behind")
+    refused = pytest.raises(
+        lora_fx.RefusedError, match=r"cannot be seen\n +0.experts.0 +its input is \[8, 6\]\n(?! +1)"
+    )
+    with lora_fx.rows(tuned, ["a", "b"]), refused:
+        tuned(tokens(2, 4, 0, same=False))
+    with lora_fx.rows(tuned, ["behind", None]):  # where tokens are back in their places
+        together = tuned(tokens(2, 4, 0, same=False))
+    assert_close(together, each_alone(tuned, ["behind", None], tokens(2, 4, 0, same=False)), atol=1e-6, rtol=1e-6)
+    with lora_fx.rows(tuned, ["behind", "b"]), pytest.raises(lora_fx.RefusedError, match=r"0\.experts\.0"):
+        tuned(tokens(2, 4, 0, same=False))  # a call of a kind that is known
 
 
 def test_the_refusal_names_the_layers():
