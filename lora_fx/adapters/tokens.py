@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lora_fx.errors import RefusedError
 
+OFFSETS = "alora_offsets"
+"""Argument of an adapted model and of its `generate`, as of PEFT's: where adapters act, counted from the end."""
 NEVER = 1 << 40
 """Where an adapter begins to act in a row without its invocation: behind every token."""
 
@@ -37,6 +39,24 @@ def last_occurrences(ids: Tensor, invocation: tuple[int, ...]) -> Tensor:
     places = torch.arange(there.shape[1], device=ids.device)
     last = torch.where(there, places, -1).amax(1)
     return torch.where(last < 0, NEVER, last)
+
+
+def begun_unseen(known: Tensor, invocation: tuple[int, ...], before: int, unknown: int) -> Tensor:
+    """Return in which rows a sequence may have begun in tokens that nobody has seen, and ends in those after them.
+
+    Args:
+        known: ids of tokens, [batch, tokens]; `unknown` where there are none.
+        invocation: one or more ids.
+        before: how many of these tokens an earlier call had.
+        unknown: what stands for an id that is not known.
+    """
+    width = len(invocation)
+    if known.shape[1] < width:
+        return torch.zeros(len(known), dtype=torch.bool, device=known.device)
+    wanted, windows = torch.tensor(invocation, dtype=known.dtype, device=known.device), known.unfold(1, width, 1)
+    blank = windows == unknown
+    ends = torch.arange(windows.shape[1], device=known.device) + width > before
+    return (((windows == wanted) | blank).all(-1) & blank.any(-1) & ends).any(1)
 
 
 class TokensSeen:

@@ -1,6 +1,7 @@
 """What a KV cache carries of adapters that act from an invocation on: in which rows they have begun to."""
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,63 @@ class CacheNote:
     """Of each adapter: in which rows it acts, [batch]."""
     last: Tensor
     """The last ids of each row: an invocation may begin among them."""
-    keys: Any
-    """The keys as they were then: a cache whose rows were moved, repeated or cut off has others."""
+    tensors: "Tensors"
+    """Of the cache as they were then: one whose rows were moved, repeated or cut off has others, or has written."""
+
+
+UNKNOWN = -1
+"""In place of an id, of a token that came as an embedding."""
+
+
+class Tensors:
+    """Which tensors a state has, and how often each was written to; it keeps none of them alive."""
+
+    def __init__(self, state: Any) -> None:
+        found = list(tensors_of(state))
+        self._versions: tuple[tuple[weakref.ref[Tensor], int], ...] | None
+        self._versions = tuple((weakref.ref(one), _version(one)) for one in found)
+        self._sums = _sums(found)
+
+    def are_those_of(self, state: Any) -> bool:
+        """Whether a state has them still, as they were."""
+        found = list(tensors_of(state))
+        known = self._versions
+        if known is None or len(found) != len(known):
+            return False
+        if not all(ref() is one and at == _version(one) for one, (ref, at) in zip(found, known, strict=True)):
+            return False
+        now = _sums(found)
+        return (now is None) == (self._sums is None) and (now is None or torch.equal(now, self._sums))
+
+    def __reduce__(self) -> Any:  # weak references are not copied with what they mean
+        held = [ref() for ref, _ in self._versions or ()]
+        as_then = all(
+            one is not None and _version(one) == at for one, (_, at) in zip(held, self._versions or (), strict=True)
+        )
+        return _of_copies, (held if as_then and self._versions is not None else None,)
+
+
+def _of_copies(held: list[Tensor] | None) -> Tensors:
+    made = Tensors(held or [])
+    if held is None:
+        made._versions = None
+    return made
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else int(tensor._version)
+
+
+def _sums(tensors: Iterable[Tensor]) -> Any:
+    """Return a sum over each row of the first tensor whose writes nobody counts, as of inference mode."""
+    first = next((one for one in tensors if one.is_inference() and one.dim() > 2 and one.is_floating_point()), None)
+    return None if first is None else first.flatten(1).double().sum(1)
+
+
+def tensors_of(state: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a state, without those of the note on it."""
+    held = getattr(state, "__dict__", None)
+    return tensors_in(state if held is None else [value for name, value in held.items() if name != _NOTE])
 
 
 def write_note(cache: Any, before: CacheNote | None, tokens: Tokens, ids: Tensor, longest: int) -> None:
@@ -33,12 +89,12 @@ def write_note(cache: Any, before: CacheNote | None, tokens: Tokens, ids: Tensor
         cache: after the call.
         before: what it carried before.
         tokens: on which of the call's tokens adapters act.
-        ids: of the call.
+        ids: of the call; UNKNOWN where it was given none.
         longest: how many of the last ids of each row are kept.
     """
     acts = {name: start < tokens.length for name, start in tokens.starts.items()}
     last = ids if before is None else torch.cat((before.last.to(ids.device, ids.dtype), ids), 1)
-    cache.__dict__[_NOTE] = CacheNote(acts, last[:, max(last.shape[1] - longest, 0) :], keys_of(cache))
+    cache.__dict__[_NOTE] = CacheNote(acts, last[:, max(last.shape[1] - longest, 0) :], Tensors(cache))
 
 
 def note_of(cache: Any, batch: int, refuses: bool) -> CacheNote | None:
@@ -50,7 +106,7 @@ def note_of(cache: Any, batch: int, refuses: bool) -> CacheNote | None:
     note: CacheNote | None = getattr(cache, "__dict__", {}).get(_NOTE)
     if note is None or length_of(cache) == 0:
         return None
-    if note.keys is keys_of(cache) and len(note.last) == batch:
+    if note.tensors.are_those_of(cache) and len(note.last) == batch:
         return note
     acting = [name for name, rows in note.acts.items() if bool(rows.any())] if refuses else []
     if acting:
@@ -62,12 +118,6 @@ def note_of(cache: Any, batch: int, refuses: bool) -> CacheNote | None:
     return None
 
 
-def keys_of(cache: Any) -> Any:
-    """Return the keys of a cache's first layer; None if it does not show them."""
-    layers = getattr(cache, "layers", None)
-    return getattr(layers[0], "keys", None) if layers else None
-
-
 def length_of(cache: Any) -> int | None:
     """Return how many tokens a cache holds, 0 without one; None if it does not say."""
     if cache is None:
@@ -77,16 +127,20 @@ def length_of(cache: Any) -> int | None:
 
 
 def cache_in(values: Iterable[Any]) -> Any:
-    """Return what carries the state from call to call, among arguments or results: the first object with tensors in it.
+    """Return what carries the state from call to call, among arguments or results: an object with tensors in it.
 
-    Tuples and lists are left out: results have some of other things.
+    Of several one with a note, else one that says how many tokens it holds, else the first.  Tuples and lists are left
+    out: results have some of other things.
     """
-    return next((value for value in values if is_plain_object(value) and _holds_tensors(value)), None)
+    found = [value for value in values if is_plain_object(value) and _holds_tensors(value)]
+    noted = (one for one in found if _NOTE in vars(one))
+    counted = (one for one in found if callable(getattr(one, "get_seq_length", None)))
+    return next(iter((*noted, *counted, *found)), None)
 
 
 def refuse_bare(values: Iterable[Any]) -> None:
     """Raise RefusedError for arguments that are a state and can carry nothing, as tuples of keys and values."""
-    kinds = [type(value).__name__ for value in values if isinstance(value, (tuple, list)) and _holds_tensors(value)]
+    kinds = [type(value).__name__ for value in values if _is_bare(value)]
     if kinds:
         raise RefusedError(
             "adapters act from an invocation on, and what comes from the call before does not say where",
@@ -95,5 +149,12 @@ def refuse_bare(values: Iterable[Any]) -> None:
         )
 
 
+def _is_bare(value: Any) -> bool:
+    if isinstance(value, (tuple, list, Mapping)):
+        return _holds_tensors(value)
+    is_state = callable(getattr(value, "get_seq_length", None))
+    return is_state and not is_plain_object(value)  # with slots: nothing can be written on it, nor its tensors found
+
+
 def _holds_tensors(value: Any) -> bool:
-    return next(tensors_in(value), None) is not None
+    return next(tensors_of(value), None) is not None

@@ -11,8 +11,7 @@ on.
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,19 +20,19 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import SWITCH, attached_to
 from lora_fx.adapters.selection import Selection, Switch, acts_everywhere, switched_off
-from lora_fx.adapters.tokens import EVERYWHERE, Tokens, TokensSeen, last_occurrences
+from lora_fx.adapters.tokens import EVERYWHERE, OFFSETS, Tokens, TokensSeen, begun_unseen, last_occurrences
 from lora_fx.capture.calls.objects import copied, tensors_in
 from lora_fx.errors import RefusedError
 from lora_fx.liveness.heads import late_modules
-from lora_fx.models.swap import Swapped, swap
+from lora_fx.models.swap import swap
 from lora_fx.regions.install import regions
 from lora_fx.regions.survey import trial_twin
-from lora_fx.tuned.caches import CacheNote, cache_in, length_of, note_of, refuse_bare, write_note
+from lora_fx.tuned.caches import UNKNOWN, CacheNote, Tensors, cache_in, note_of, refuse_bare, write_note
 from lora_fx.tuned.calls import kind_of
+from lora_fx.tuned.prompting import Generates, Prompt, are_embeddings, are_ids, prompt_of, starts_given, without_ids
 
 SEEN_CALLS = "lora_fx_token_calls"
 """Attribute of an adapted model: in which kinds of calls its layers were seen to have the tokens in their order."""
-_ADVICE = "give `input_ids`, or choose other adapters by lora_fx.use"
 
 
 def find_invocations(tuned: nn.Module) -> None:
@@ -46,87 +45,17 @@ def find_invocations(tuned: nn.Module) -> None:
         swap(tuned, Generates)
 
 
-class Generates(Swapped, nn.Module):
-    """Mixin for a model that generates: in all calls that this makes, the prompt tells where adapters act."""
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        with _prompted(self, args, kwargs):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-
-@dataclass(slots=True, eq=False)
-class _Prompt:
-    """What a prompt says of the calls that generate from it."""
-
-    switch: Switch
-    ids: Tensor
-    starts: dict[str, Tensor]
-    """Of each adapter: the place in each row from which on it acts."""
-
-    def starts_in(self, batch: int, length: int, cache: Any) -> dict[str, Tensor]:
-        """Return the first token of each row of a call on which each adapter acts.
-
-        Each prompt has as many rows, next to each other: beams, or sequences that are returned.
-        """
-        rows, tokens = self.ids.shape
-        before = length_of(cache)
-        if before is None and length >= tokens:
-            before = 0
-        if batch % rows or (before is None and length > 1):
-            facts = [("the prompt", str([rows, tokens])), ("a call", str([batch, length]))]
-            raise RefusedError("which tokens a call generates from cannot be seen", facts, "call the model itself")
-        if before is None:  # a state of another kind than a KV cache holds all of the prompt
-            before = tokens
-        return {name: start.repeat_interleave(batch // rows) - before for name, start in self.starts.items()}
-
-
-_PROMPTS: ContextVar[tuple[_Prompt, ...]] = ContextVar("lora_fx_prompts", default=())
-
-
-@contextlib.contextmanager
-def _prompted(tuned: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Let the prompt of `generate` tell where adapters act, if any of them with an invocation is used."""
-    switch: Switch = tuned.__dict__[SWITCH]
-    used = [name for name in switch.now().names if name in switch.invocations]
-    given = (kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1])
-    ids = next((value for value in given if isinstance(value, Tensor)), None)
-    if not used:
-        yield
-        return
-    if ids is not None and ids.dim() == 1:
-        ids = ids.unsqueeze(0)
-    if not _are_ids(ids):
-        raise _without_ids(switch, used)
-    assert ids is not None
-    starts = {name: last_occurrences(ids, tokens) for name, tokens in switch.invocations.items()}
-    before = _PROMPTS.get()
-    _PROMPTS.set((*before, _Prompt(switch, ids, starts)))
-    try:
-        yield
-    finally:
-        _PROMPTS.set(before)
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.int64, torch.int32)
-
-
-def _without_ids(switch: Switch, used: list[str]) -> RefusedError:
-    facts = [(f"'{name}'", f"has the invocation {list(switch.invocations[name])}") for name in used]
-    return RefusedError("adapters act from an invocation on, and there are no ids to find it in", facts, _ADVICE)
-
-
-# -- a call
-
-
 @dataclass(slots=True)
 class _Invoked:
     """A call that runs."""
 
     model: nn.Module
     around: contextlib.ExitStack
-    ids: Tensor | None = None
+    stream: Tensor | None = None
+    """The ids of its tokens, or their embeddings where somebody says where adapters act."""
     cache: Any = None
+    state: Tensors | None = None
+    """What the cache had when the call began."""
     before: CacheNote | None = None
     """What the cache carried when the call began."""
     tokens: Tokens | None = None
@@ -143,35 +72,56 @@ _RUNNING = _Running()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def begin_call(tuned: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Let this thread use adapters with an invocation from it on, until the call of the model ends."""
+def begin_call(tuned: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let this thread use adapters with an invocation from it on, until the call of the model ends.
+
+    Offsets that the caller gives are taken out of the arguments.
+    """
     call = _Invoked(tuned, contextlib.ExitStack())
     _RUNNING.calls.append(call)
     switch: Switch = tuned.__dict__[SWITCH]
     if not switch.invocations:
-        return
+        return None
+    offsets = kwargs.get(OFFSETS)
+    given = {name: value for name, value in kwargs.items() if name != OFFSETS}
     selection = switch.now()
     if acts_everywhere():
         call.around.enter_context(switch.chosen_here(replace(selection, tokens=EVERYWHERE)))
-        return
+    else:
+        _begin(call, switch, selection, offsets, args, given)
+    return (args, given) if OFFSETS in kwargs else None
+
+
+def _begin(
+    call: _Invoked,
+    switch: Switch,
+    selection: Selection,
+    offsets: object,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Find on which tokens of a call adapters act, and let them act there."""
     used = [name for name in selection.names if name in switch.invocations]
-    if used and getattr(tuned, "_is_replica", False):
+    if used and getattr(call.model, "_is_replica", False):
         facts = [(f"'{name}'", "acts from its invocation on") for name in used]
         raise RefusedError("replicas of nn.DataParallel do not find invocations", facts, "use DistributedDataParallel")
-    named = _by_name(tuned, args, kwargs)
-    call.ids, call.cache = _ids_in(named, args), cache_in(named.values())
-    if call.ids is None:
+    named = _by_name(call.model, args, kwargs)
+    prompt = prompt_of(switch) if offsets is None else None
+    call.stream, call.cache = _stream_in(named, args), cache_in(named.values())
+    if call.stream is None or (prompt is None and offsets is None and not are_ids(call.stream)):
         if used:
-            raise _without_ids(switch, used)
+            raise without_ids(switch, used)
+        call.stream = None
         return
-    prompt = next((one for one in reversed(_PROMPTS.get()) if one.switch is switch), None)
-    call.before = note_of(call.cache, len(call.ids), refuses=prompt is None and bool(used))
-    call.tokens = _tokens_of(switch, prompt, call, named)
+    call.state = None if call.cache is None else Tensors(call.cache)
+    is_told = prompt is not None or offsets is not None
+    call.before = note_of(call.cache, len(call.stream), refuses=bool(used) and not is_told)
+    call.tokens = _tokens_of(switch, prompt, offsets, call, named, bool(used))
     if used:
         _refuse_packed(named)
-        if prompt is None:
+        if not is_told:
             refuse_bare(named.values())
-        _look(tuned, call, named, args, kwargs)
+        _look(call.model, call, named, args, kwargs)
         call.around.enter_context(switch.chosen_here(replace(selection, tokens=call.tokens)))
 
 
@@ -182,11 +132,16 @@ def end_call(tuned: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], re
         return
     call = _RUNNING.calls.pop()
     call.around.close()
-    cache = cache_in((*args, *kwargs.values(), *_values_of(result)))
-    if call.ids is None or call.tokens is None or result is None or cache is None:  # None: the call has failed
+    if call.stream is None or call.tokens is None or result is None:  # None: the call has failed
         return
+    made, given = cache_in(_values_of(result)), cache_in((*args, *kwargs.values()))
+    cache = given if made is None else made  # a model may make another one at each call, and leave the given one
+    if cache is None or (made is None and call.state is not None and call.state.are_those_of(cache)):
+        return
+    stream = call.stream
+    ids = stream if are_ids(stream) else torch.full(stream.shape[:2], UNKNOWN, device=stream.device)
     longest = max(map(len, tuned.__dict__[SWITCH].invocations.values()), default=1) - 1
-    write_note(cache, call.before, call.tokens, call.ids, longest)
+    write_note(cache, call.before, call.tokens, ids, longest)
 
 
 def _values_of(result: Any) -> Iterable[Any]:
@@ -216,29 +171,42 @@ def _refuse_packed(named: Mapping[str, Any]) -> None:
         raise RefusedError("adapters act from an invocation on, and a row holds several sequences", facts, advice)
 
 
-def _ids_in(named: Mapping[str, Any], args: tuple[Any, ...]) -> Tensor | None:
-    """Return the ids of a call's tokens: what is called so, or what comes first."""
+def _stream_in(named: Mapping[str, Any], args: tuple[Any, ...]) -> Tensor | None:
+    """Return the ids of a call's tokens, what is called so or what comes first; else their embeddings."""
     given = (named.get("input_ids"), *args[:1])
-    return next((value for value in given if _are_ids(value)), None)
+    ids = next((value for value in given if are_ids(value)), None)
+    embeddings = named.get("inputs_embeds")
+    return embeddings if ids is None and are_embeddings(embeddings) else ids
 
 
-def _tokens_of(switch: Switch, prompt: _Prompt | None, call: _Invoked, named: Mapping[str, Any]) -> Tokens:
+def _tokens_of(
+    switch: Switch, prompt: Prompt | None, offsets: object, call: _Invoked, named: Mapping[str, Any], refuses: bool
+) -> Tokens:
     """Return on which tokens of a call each adapter with an invocation acts."""
-    ids, note = call.ids, call.before
-    assert ids is not None
-    batch, length = ids.shape
+    stream, note = call.stream, call.before
+    assert stream is not None
+    batch, length = stream.shape[:2]
     kept = named.get("logits_to_keep", 0)
     kept = min(kept, length) if isinstance(kept, int) else 0
     if prompt is not None:
-        return Tokens(prompt.starts_in(batch, length, call.cache), batch, length, kept)
-    before = ids[:, :0] if note is None else note.last.to(ids.device, ids.dtype)
-    known = torch.cat((before, ids), 1)
-    starts = {}
+        return Tokens(prompt.starts_in(stream, call.cache), batch, length, kept)
+    if offsets is not None:
+        return Tokens(starts_given(switch, offsets, batch, length), batch, length, kept)
+    before = stream[:, :0] if note is None else note.last.to(stream.device, stream.dtype)
+    known = torch.cat((before, stream), 1)
+    starts, unseen = {}, list[str]()
     for name, tokens in switch.invocations.items():
         start = last_occurrences(known, tokens) - before.shape[1]
         if note is not None and name in note.acts:
-            start = torch.where((start > length) & note.acts[name].to(ids.device), 0, start)
+            acts = note.acts[name].to(stream.device)
+            start = torch.where((start > length) & acts, 0, start)
+            if bool((begun_unseen(known, tokens, before.shape[1], UNKNOWN) & ~acts & (start > length)).any()):
+                unseen.append(name)
         starts[name] = start
+    if unseen and refuses:
+        facts = [(f"'{name}'", f"has the invocation {list(switch.invocations[name])}") for name in unseen]
+        advice = f"say with `{OFFSETS}` where adapters act"
+        raise RefusedError("an invocation may have begun in what the model was given as embeddings", facts, advice)
     return Tokens(starts, batch, length, kept)
 
 
@@ -250,29 +218,29 @@ def _look(
 ) -> None:
     """See whether adapted layers have the tokens of a call in the order of its ids, unless that is known.
 
-    In a second run of the base each row has other ids from some place of its own on: just these entries of a layer's
-    input must change.
+    In a second run of the base each row has other ids, or embeddings, from some place of its own on: just these entries
+    of a layer's input must change.
 
     Raises:
         RefusedError: naming each layer whose input does not show the tokens so.
     """
-    ids, tokens = call.ids, call.tokens
-    assert ids is not None
+    stream, tokens = call.stream, call.tokens
+    assert stream is not None
     assert tokens is not None
-    batch, length = ids.shape
+    batch, length = stream.shape[:2]
     if batch * length == 1:
         return
     seen_calls: set[Any] = tuned.__dict__.setdefault(SEEN_CALLS, set())
     kind = kind_of(tuned, batch, args, kwargs, list(tensors_in((args, kwargs))))
     if kind in seen_calls:
         return
-    rows = torch.arange(batch, device=ids.device)
+    rows = torch.arange(batch, device=stream.device)
     cuts = (length // 2 + rows) % length if length > 1 else rows % 2
-    changes = torch.arange(length, device=ids.device) >= cuts.unsqueeze(1)
-    others = torch.where(changes, torch.where(ids > 0, ids - 1, ids + 1), ids)
-    real = _not_padding(named.get("attention_mask"), ids)
+    changes = torch.arange(length, device=stream.device) >= cuts.unsqueeze(1)
+    others = _with_others(stream, changes)
+    real = _not_padding(named.get("attention_mask"), changes)
     with trial_twin(tuned) as twin:
-        before, after = (_inputs_of_a_run(twin, ids, given, args, kwargs) for given in (ids, others))
+        before, after = (_inputs_of_a_run(twin, stream, given, args, kwargs) for given in (stream, others))
     wrong = []
     for layer, calls in before.items():
         again = after.get(layer, [])
@@ -284,7 +252,7 @@ def _look(
             wrong.append((next(iter(attached_to(layer))).spec.path, f"its input is {list(calls[0][0])}"))
     if wrong:
         raise RefusedError(
-            f"these layers do not see the tokens of the call, {list(ids.shape)}, each where it stands and after those "
+            f"these layers do not see the tokens of the call, {[batch, length]}, each where it stands and after those "
             "before it",
             wrong,
             "keep these sites out of the rules of an adapter with an invocation",
@@ -292,11 +260,21 @@ def _look(
     seen_calls.add(kind)
 
 
-def _not_padding(mask: Any, ids: Tensor) -> Tensor:
+def _with_others(stream: Tensor, changes: Tensor) -> Tensor:
+    """Return ids or embeddings of tokens, other ones at some places."""
+    if not stream.is_floating_point():
+        return torch.where(changes, torch.where(stream > 0, stream - 1, stream + 1), stream)
+    noise = torch.randn(stream.shape, generator=torch.Generator().manual_seed(0)).to(stream)
+    noise *= stream.detach().float().std(correction=0).clamp(min=1e-3).to(stream)
+    return torch.where(changes.unsqueeze(-1), stream.detach() + noise, stream.detach())
+
+
+def _not_padding(mask: Any, tokens: Tensor) -> Tensor:
     """Return which tokens are no padding, [batch, tokens]: what layers see of that is nobody's affair."""
-    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == len(ids) and mask.shape[1] >= ids.shape[1]:
-        return mask[:, -ids.shape[1] :].to(ids.device) != 0
-    return torch.ones_like(ids, dtype=torch.bool)
+    length = tokens.shape[1]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == len(tokens) and mask.shape[1] >= length:
+        return mask[:, -length:].to(tokens.device) != 0
+    return torch.ones_like(tokens, dtype=torch.bool)
 
 
 def _shows(before: Tensor, after: Tensor, changes: Tensor, real: Tensor) -> bool:
@@ -318,10 +296,10 @@ def _shows(before: Tensor, after: Tensor, changes: Tensor, real: Tensor) -> bool
 
 
 def _inputs_of_a_run(
-    twin: nn.Module, ids: Tensor, given: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    twin: nn.Module, stream: Tensor, given: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[nn.Module, list[tuple[torch.Size, Tensor]]]:
     """Return for each layer with such an adapter, call by call, sums over the features of each token."""
-    args, kwargs = copied((args, kwargs), lambda tensor: (given if tensor is ids else tensor).detach().clone())
+    args, kwargs = copied((args, kwargs), lambda tensor: (given if tensor is stream else tensor).detach().clone())
     switch: Switch = twin.__dict__[SWITCH]
     seen = TokensSeen()
     chosen = replace(Selection.of(switch.invocations), tokens=Tokens(seen=seen))

@@ -1,7 +1,7 @@
 """What adapters a model has."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +9,13 @@ from torch import nn
 
 from lora_fx.adapters.attach import Attached, all_attached, with_values
 from lora_fx.adapters.norms import product_square, wide_matrices
+from lora_fx.adapters.tokenrows import TokenRows
+from lora_fx.adapters.trained import added_rows, parameters_of
 from lora_fx.models.fsdp import numbers_in
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import columns, count
-from lora_fx.tuned.switching import switches_in
+from lora_fx.tuned.switching import names_of, switches_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class ListedAdapter:
     name: str
     sites: int
     parameters: int
+    """Of all that it trains: its factors and lengths, biases, rows, and modules of the model itself."""
     weight: float
     """Factor of ΔW in this thread; 0 if it is not used."""
     dtype: str
@@ -30,6 +33,10 @@ class ListedAdapter:
     """‖ΔW‖ over all its sites (Frobenius, of DoRA without its magnitude); None where no values are here."""
     trainable: bool
     """Whether any of its parameters requires a gradient."""
+    token_rows: int = 0
+    """Rows of embeddings and heads that it trains alone (`tokens:`); of tied weights once."""
+    whole: int = 0
+    """Parameters of the model itself that it trains: biases, and modules under `train:`, of several adapters for each."""
 
     @property
     def active(self) -> bool:
@@ -66,7 +73,10 @@ def _row(adapter: ListedAdapter) -> tuple[str, ...]:
     used = "not used" if not adapter.active else "used" if adapter.weight == 1 else f"used, {adapter.weight:g} of it"
     norm = "no values" if adapter.norm is None else f"‖ΔW‖ {adapter.norm:.4g}"
     sizes = count(adapter.sites, "site"), count(adapter.parameters, "parameter")
-    return (adapter.name, used, *sizes, adapter.dtype, norm, "" if adapter.trainable else "frozen")
+    more = [f"{count(adapter.token_rows, 'row')} of tokens"] if adapter.token_rows else []
+    more += [f"{adapter.whole:,} of the model itself"] if adapter.whole else []
+    more += [] if adapter.trainable else ["frozen"]
+    return (adapter.name, used, *sizes, adapter.dtype, norm, ", ".join(more))
 
 
 def list_adapters(tuned: nn.Module) -> AdapterList:
@@ -78,15 +88,35 @@ def list_adapters(tuned: nn.Module) -> AdapterList:
         RefusedError: the model is not adapted.
     """
     tuned = seen_through(tuned)
-    used = {name: weight for switch in switches_in(tuned) for name, weight in switch.now().weights}
+    switches = switches_in(tuned)
+    used = {name: weight for switch in switches for name, weight in switch.now().weights}
+    valued = with_values(tuned)
     groups: dict[str, list[tuple[str, Attached]]] = {}
-    for path, adapter in all_attached(with_values(tuned)):
+    for path, adapter in all_attached(valued):
         groups.setdefault(adapter.spec.adapter, []).append((path, adapter))
-    return AdapterList(tuple(_listed(name, group, used.get(name, 0.0)) for name, group in groups.items()))
+    for name in names_of(switches):  # also those that train rows or modules alone
+        groups.setdefault(name, [])
+    rows: dict[str, dict[int, TokenRows]] = {}
+    for _, name, one in added_rows(valued):
+        rows.setdefault(name, {})[id(one.rows)] = one
+    return AdapterList(
+        tuple(
+            _listed(name, group, used.get(name, 0.0), [*parameters_of(valued, name)], rows.get(name, {}))
+            for name, group in groups.items()
+        )
+    )
 
 
-def _listed(name: str, group: list[tuple[str, Attached]], weight: float) -> ListedAdapter:
-    parameters = [parameter for _, adapter in group for parameter in adapter.parameters()]
+def _listed(
+    name: str,
+    group: list[tuple[str, Attached]],
+    weight: float,
+    own: list[nn.Parameter],
+    rows: Mapping[int, TokenRows],
+) -> ListedAdapter:
+    whole = {id(one): one for one in own if id(one) not in rows}
+    parameters = [*(parameter for _, adapter in group for parameter in adapter.parameters()), *whole.values()]
+    parameters += [one.rows for one in rows.values()]
     dtypes = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in parameters)
     return ListedAdapter(
         name=name,
@@ -96,6 +126,8 @@ def _listed(name: str, group: list[tuple[str, Attached]], weight: float) -> List
         dtype=", ".join(dtypes),
         norm=_norm([adapter for _, adapter in group]),
         trainable=any(parameter.requires_grad for parameter in parameters),
+        token_rows=sum(len(one.ids) for one in rows.values()),
+        whole=sum(map(numbers_in, whole.values())),
     )
 
 

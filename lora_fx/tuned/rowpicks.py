@@ -124,7 +124,7 @@ class PickedEntries(DispatchMode):
     def _derive(self, tensor: Tensor) -> None:
         place = self._memory(tensor)
         if place is not None and place not in self._derived:
-            self._alive[place] = StorageWeakRef(tensor.untyped_storage())
+            self._alive[place] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             self._derived.add(place)
 
     def _is_derived(self, tensor: Tensor) -> bool:

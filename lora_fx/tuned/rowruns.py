@@ -1,7 +1,7 @@
 """Runs of a copy of the base on a call's inputs with their rows told apart: they show where rows are in its layers."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +110,8 @@ class RowRuns:
                 stack.enter_context(switch.chosen_here(Selection(rows=AdapterRows((None,), seen=seen))))
             stack.enter_context(torch.no_grad())
             alter = _alike_inside(self.batch, self.guess, moved) if alike_inside else None
-            alter = _noisy_inside(self.batch, self.guess, changed) if changed else alter
+            rowwise = set[int]()
+            alter = _noisy_inside(self.batch, self.guess, changed, rowwise) if changed else alter
             for module in self.twin.modules() if alter is not None else ():
                 if isinstance(module, nn.Embedding) and alter is not None:
                     stack.callback(module.register_forward_hook(alter).remove)
@@ -118,6 +119,7 @@ class RowRuns:
             for tensor, axis in zip(tensors_in((args, kwargs)), self.guess, strict=True):
                 if axis is not None:
                     rows, are_ids = tensor.movedim(axis, 0), any(tensor is one for one in ids)
+                    rowwise.add(tensor.untyped_storage().data_ptr())
                     tell_apart(rows, are_ids, alike_inside)
                     for row in changed:
                         change(rows, are_ids, row)
@@ -158,13 +160,22 @@ def _are_still(
     return bool(((rows - others)[list(still)].abs() <= tolerance * spread + 1e-6 * rows.abs().amax()).all())
 
 
-def _noisy_inside(batch: int, guess: Guess, changed: Sequence[int]) -> Callable[..., Tensor | None]:
-    """Return a hook of an embedding after which some rows are others at each token."""
+def _noisy_inside(
+    batch: int, guess: Guess, changed: Sequence[int], rowwise: Collection[int]
+) -> Callable[..., Tensor | None]:
+    """Return a hook of an embedding after which some rows are others at each token.
+
+    Args:
+        batch: number of rows.
+        guess: where they may be.
+        changed: rows that become others.
+        rowwise: memory of the inputs that have rows: what is looked up for others, as positions, has none.
+    """
     axes = [axis for axis in dict.fromkeys(guess) if axis is not None]
 
-    def alter(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+    def alter(_module: nn.Module, given: Any, output: Tensor) -> Tensor | None:
         axis = next((axis for axis in axes if output.dim() > 2 and output.shape[axis] == batch), None)
-        if axis is None:
+        if axis is None or not given or given[0].untyped_storage().data_ptr() not in rowwise:
             return None
         made = output.clone()
         rows = made.movedim(axis, 0)

@@ -15,6 +15,7 @@ from lora_fx.adapters.attach import all_attached, shown_parameters
 from lora_fx.adapters.rows import LOOKS, AdapterRows, Unclear
 from lora_fx.adapters.selection import Selection, Switch, rows_here
 from lora_fx.adapters.stacked import kept_for
+from lora_fx.adapters.tokens import OFFSETS
 from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
@@ -163,6 +164,7 @@ def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     rows = next((rows for rows in rows_here() if any(module is one for one in rows.models)), None)
     if rows is None:
         return
+    kwargs = {name: value for name, value in kwargs.items() if name != OFFSETS}
     prompts = _of_prompts(rows, module, args, kwargs)
     _look_for(prompts or rows, module, args, kwargs)
     if prompts is not None:

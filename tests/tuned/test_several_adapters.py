@@ -242,6 +242,21 @@ def test_adapters_are_listed_with_what_is_used_of_them():
     assert repr(lora_fx.list_adapters(tuned)) == "<AdapterList: a, b (used)>"
 
 
+def test_rows_biases_and_modules_that_are_trained_are_counted():
+    rules = {
+        "version": 1,
+        "tokens": [{"name": "words", "ids": [1, 4, 5]}],
+        "train": ["norm"],
+        "rules": [{"match": {"name": "q"}, "lora": {"r": 2, "bias": True}}],
+    }
+    model = nn.ModuleDict({"words": nn.Embedding(9, 4), "norm": nn.LayerNorm(4), "q": nn.Linear(4, 3)})
+    tuned = lora_fx.apply(model, rules, backend="modules")
+    (one,) = lora_fx.list_adapters(tuned)
+    assert (one.sites, one.token_rows, one.whole) == (1, 3, 2 * 4 + 3)
+    assert one.parameters == sum(parameter.numel() for parameter in lora_fx.parameters(tuned)) == 14 + 12 + 11
+    assert str(lora_fx.list_adapters(tuned)).endswith("3 rows of tokens, 11 of the model itself")
+
+
 def test_an_adapter_from_rules_starts_as_apply_starts_it_and_may_be_frozen():
     tuned = alone(BOTH, "a")
     rules = {"version": 1, "rules": [{"match": {"name": "**.out"}, "lora": {"r": 2}}]}
