@@ -36,7 +36,7 @@ class ListedAdapter:
     token_rows: int = 0
     """Rows of embeddings and heads that it trains alone (`tokens:`); of tied weights once."""
     whole: int = 0
-    """Parameters of the model itself that it trains: biases, and modules under `train:`, of several adapters for each."""
+    """Parameters of the model itself that it trains: biases, modules under `train:`; of several for each."""
 
     @property
     def active(self) -> bool:
