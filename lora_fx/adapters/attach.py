@@ -30,7 +30,7 @@ from lora_fx.adapters.trained import VALUES, added_rows, added_value
 from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import resharded
 from lora_fx.models.offload import computing_device, keep_loaded, offloading_hook, stored_weight
-from lora_fx.models.shards import is_sharded, whole
+from lora_fx.models.shards import gather_held, is_sharded
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import dotted, get_tensor
 from lora_fx.models.twin import make_twin
@@ -355,16 +355,8 @@ def with_values(tuned: nn.Module) -> nn.Module:
     for _, adapter in all_attached(twin):
         for holder in filter(None, (adapter.lora_A, adapter.lora_B, adapter.magnitude)):
             keep_loaded(holder)
-            _gather(holder)
+            gather_held(holder)
     return twin
-
-
-def _gather(holder: nn.Module) -> None:
-    """Put a whole weight in the place of a sharded one, in place, on every process."""
-    weight = holder._parameters["weight"]
-    assert weight is not None
-    if is_sharded(weight):
-        holder._parameters["weight"] = nn.Parameter(whole(weight), weight.requires_grad)
 
 
 def adapted_owners(model: nn.Module) -> list[nn.Module]:

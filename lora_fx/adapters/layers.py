@@ -30,6 +30,7 @@ from lora_fx.adapters.fused.convolution import Settings, convolved, settings_wit
 from lora_fx.adapters.fused.eligible import row_factors, term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
+from lora_fx.adapters.parallel import refuse_rows
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.known_experts import BANKS, experts_output, interface_of
 from lora_fx.adapters.rawweight.ofrows import WeightOfRows
@@ -276,6 +277,7 @@ class AdaptedLayer(ShowsAdapters):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _row_by_row(self, rows: AdapterRows, input: Tensor) -> Tensor:
+        refuse_rows(self, self._path())
         base = self.base_forward(input)
         if rows.seen is not None:
             rows.seen.note(self, input)

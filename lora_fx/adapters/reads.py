@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -35,3 +36,11 @@ def take_over(name: str) -> Callable[[nn.Module, Tensor], None]:
         owner._parameters[name] = value  # type: ignore[assignment]
 
     return take
+
+
+def is_distributing(frame: FrameType) -> bool:
+    """Whether the code of a frame, that asks a module for its `named_modules`, is torch's `distribute_module`."""
+    while frame.f_back is not None and frame.f_code.co_name == "named_modules":  # of a subclass, around ours
+        frame = frame.f_back
+    is_named = frame.f_code.co_name == "distribute_module"
+    return is_named and str(frame.f_globals.get("__name__", "")).startswith("torch.distributed.")

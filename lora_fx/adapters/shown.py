@@ -4,6 +4,7 @@
 itself are left out.  Numbers of the plan alone, so it is fast, and the same on the meta device.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 from lora_fx.adapters.attach import CHILDREN, STATE, AdapterState, Attached, attached_to
 from lora_fx.adapters.dicts import AdapterHome
+from lora_fx.adapters.parallel import given_to_shard
+from lora_fx.adapters.reads import is_distributing
 from lora_fx.models.swap import Swapped
 from lora_fx.text import visible
 
@@ -24,6 +27,14 @@ class ShowsAdapters(Swapped, nn.Module):
         state: AdapterState = self.__dict__[STATE]
         replica.__dict__[STATE] = replace(state, switch=state.switch.fixed())
         return replica
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Return what every module does; to torch's `distribute_module` the layer without adapters, which follow it."""
+        if memo is None and is_distributing(sys._getframe(1)):
+            return given_to_shard(self)
+        return super().named_modules(memo, prefix, remove_duplicate)
 
     def __repr__(self) -> str:
         facts = list(adapter_facts(self))

@@ -7,6 +7,7 @@ adapters that are used; of one adapter that is its value itself, of none the bas
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.dicts import AdapterDict
-from lora_fx.adapters.reads import take_over, wants_parameter
+from lora_fx.adapters.reads import is_distributing, take_over, wants_parameter
 from lora_fx.adapters.selection import Selection, Switch
 from lora_fx.adapters.tokenrows import TokenRows, embedded, looks_up_plainly, multiplied, with_rows
+from lora_fx.errors import RefusedError
+from lora_fx.models.shards import part_of
 from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap, take_off
 from lora_fx.models.wrappers import inside, module_at
 from lora_fx.text import dotted
@@ -55,6 +58,12 @@ class ChoosesValues(Swapped, nn.Module):
         state: TrainedState = self.__dict__[TRAINED]
         replica.__dict__[TRAINED] = TrainedState(state.switch.fixed(), state.base, state.owners, state.spare)
         return replica
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        if memo is None and VALUES in self._modules and is_distributing(sys._getframe(1)):
+            facts = [(name, "has values beside the model's own") for name in chosen_names(self)]
+            raise RefusedError("what several adapters train of a module cannot be sharded with it", facts)
+        return super().named_modules(memo, prefix, remove_duplicate)
 
 
 @functools.cache
@@ -239,6 +248,7 @@ def _base_value(owner: nn.Module, state: TrainedState, name: str, own: Tensor) -
     base = state.base[name]
     if base.device != own.device or base.dtype != own.dtype:  # the adapted model was moved since
         base = base.to(own.device, own.dtype)
+    base = part_of(base, own)
     if name not in owner._buffers or not owner.training:
         return base
     if name not in state.spare or state.spare[name].device != base.device:

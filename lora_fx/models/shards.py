@@ -5,7 +5,7 @@ comes back from it.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,16 @@ def whole(tensor: Tensor) -> Tensor:
         )
     gathered: Tensor = part.full_tensor()
     return gathered
+
+
+def gather_held(module: nn.Module) -> None:
+    """Put whole tensors in the place of those that a module itself holds sharded, in place; collective then."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and is_sharded(parameter):
+            module._parameters[name] = nn.Parameter(whole(parameter), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and is_sharded(buffer):
+            module._buffers[name] = whole(buffer)
 
 
 def part_of(tensor: Tensor, like: Tensor, of_first: bool = False) -> Tensor:
@@ -130,3 +140,23 @@ def by_first(like: Tensor, work: Callable[[], None]) -> None:
         raise raised
     if outcome[0] is not None:
         raise outcome[0]
+
+
+def follows(weight: Tensor, along: Mapping[int, int]) -> list[Any]:
+    """Return the placements of a tensor that has some dimensions of a sharded weight: by the weight's, its own.
+
+    Along all other dimensions of the mesh it is whole on every process.
+    """
+    library, held = _dtensors(), weight.detach()
+    made = []
+    for placement in held.placements:  # type: ignore[attr-defined]
+        own = along.get(placement.dim % held.dim()) if type(placement) is library.Shard else None
+        made.append(library.Replicate() if own is None else library.Shard(own))
+    return made
+
+
+def placed(tensor: Tensor, like: Tensor, placements: Sequence[Any]) -> Tensor:
+    """Return a tensor with placements on the mesh of a sharded one, with the first process's values.  Collective."""
+    mesh: Any = like.detach().device_mesh  # type: ignore[attr-defined]
+    shared: Tensor = _dtensors().distribute_tensor(tensor.detach(), mesh, placements)
+    return shared

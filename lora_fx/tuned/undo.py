@@ -15,10 +15,11 @@ from lora_fx.adapters.trained import choose_moved_buffers, forget, settle, train
 from lora_fx.errors import RefusedError
 from lora_fx.liveness.heads import late_modules
 from lora_fx.models.dtypes import warn_of_narrowed
-from lora_fx.models.fsdp import partitioned, sharded_again
+from lora_fx.models.fsdp import SHARDING, partitioned, sharded_again
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
 from lora_fx.models.quantised import forget_quantisation, is_quantised
+from lora_fx.models.shards import part_of
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import borrowed, get_tensor, own_parameters, set_tensor
 from lora_fx.models.ties import mark_untied, memory_of, says_tied, tied_names
@@ -157,9 +158,14 @@ def _drop_hooks(twin: nn.Module) -> None:
 
 def _like(twin: nn.Module, name: str, tensor: Tensor, kept: dict[object, nn.Parameter]) -> Tensor:
     """Return the base's tensor as what it was there: one parameter under all of its names, a buffer of its own."""
-    if name in dict(twin.named_parameters(remove_duplicate=False)):
-        return kept.setdefault(memory_of(tensor), nn.Parameter(tensor, requires_grad=False))
-    return tensor.clone()
+    own = dict(twin.named_parameters(remove_duplicate=False)).get(name)
+    if own is None:
+        return tensor.clone()
+    memory = memory_of(tensor)
+    if memory not in kept:
+        value = tensor if SHARDING in vars(twin) else part_of(tensor, own)  # FSDP2's are sharded at the end
+        kept[memory] = nn.Parameter(value, requires_grad=False)
+    return kept[memory]
 
 
 def _flagged(twin: nn.Module, tuned: nn.Module, places: Sequence[Placed]) -> nn.Module:
