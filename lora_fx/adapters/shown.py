@@ -34,7 +34,8 @@ class ShowsAdapters(Swapped, nn.Module):
         """Return what every module does; to torch's `distribute_module` the layer without adapters, which follow it."""
         if memo is None and is_distributing(sys._getframe(1)):
             return given_to_shard(self)
-        return super().named_modules(memo, prefix, remove_duplicate)
+        modules: Iterator[tuple[str, nn.Module]] = super().named_modules(memo, prefix, remove_duplicate)
+        return modules
 
     def __repr__(self) -> str:
         facts = list(adapter_facts(self))
