@@ -1,4 +1,4 @@
-"""An adapter merged into a checkpoint on disk, tensor by tensor: no model is made, memory does not grow with it."""
+"""An adapter merged into a checkpoint of several files, tensor by tensor, in the same memory for any size."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +19,12 @@ for parameter in lora_fx.parameters(tuned):
 
 with TemporaryDirectory() as folder:
     base, adapter, out = (Path(folder) / name for name in ("base", "adapter", "out"))
-    model.save_pretrained(base)
+    model.save_pretrained(base, max_shard_size="150KB")
     lora_fx.save(tuned, adapter)
     print(lora_fx.merge_checkpoint(base, adapter, out))
+    files = [sorted(file.name for file in place.glob("*.safetensors")) for place in (base, out)]
+    assert files[0] == files[1]
+    print(f"in {len(files[1])} files, as the base")
     merged = LlamaForCausalLM.from_pretrained(out)
 
 expected = lora_fx.merge(tuned).state_dict()

