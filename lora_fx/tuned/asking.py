@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from lora_fx.adapters.attach import SWITCH
+from lora_fx.models.restoring import all_or_nothing
 from lora_fx.passes.ask import Ask, in_nodes, not_asking
 from lora_fx.passes.contract import rewrite
 
@@ -23,8 +24,10 @@ def ask_layers(tuned: nn.Module) -> None:
         found = list(_with_nodes(tuned))
         for graph_module in found:
             Ask().requires(graph_module)
-        for graph_module in found:
-            rewrite(graph_module, Ask())
+        if found:
+            with all_or_nothing(tuned, graphs=True):
+                for graph_module in found:
+                    rewrite(graph_module, Ask())
 
 
 _ASKING = threading.Lock()

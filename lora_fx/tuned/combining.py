@@ -20,7 +20,7 @@ from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.tuned.build import whole_record_in
-from lora_fx.tuned.several import adapters_called, attach_more, biases_with, refuse_name, trained_with
+from lora_fx.tuned.several import adapters_called, attach_more, biases_with, changing, refuse_name, trained_with
 from lora_fx.tuned.switching import selection_of
 
 Method = Literal[
@@ -88,13 +88,14 @@ def combine(
         made = {path: recipe.made(parts) for path, parts in sites.items()}
     planned = tuple(_planned(sites[path][0][0], A.shape[-2], adapter) for path, (A, _) in made.items())
     plan = replace(record.plan, sites=planned, train=(), tokens=(), biases=(), rules={})
-    with torch.random.fork_rng(devices=[]):  # fresh factors draw numbers
-        attach_more(tuned, plan, record, start=False)
-    with torch.no_grad():
-        for _, one in adapters_called(tuned, adapter):
-            A, B = made[one.spec.path]
-            one.lora_A.weight.copy_(A.reshape(one.lora_A.weight.shape)).requires_grad_(trainable)
-            one.lora_B.weight.copy_(B.reshape(one.lora_B.weight.shape)).requires_grad_(trainable)
+    with changing(tuned, record):
+        with torch.random.fork_rng(devices=[]):  # fresh factors draw numbers
+            attach_more(tuned, plan, record, start=False)
+        with torch.no_grad():
+            for _, one in adapters_called(tuned, adapter):
+                A, B = made[one.spec.path]
+                one.lora_A.weight.copy_(A.reshape(one.lora_A.weight.shape)).requires_grad_(trainable)
+                one.lora_B.weight.copy_(B.reshape(one.lora_B.weight.shape)).requires_grad_(trainable)
 
 
 @dataclass(frozen=True, slots=True)

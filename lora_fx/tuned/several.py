@@ -1,6 +1,7 @@
 """Several adapters on one model: more of them beside those that are there, fewer, or other names; in place."""
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from torch import fx, nn
@@ -13,18 +14,22 @@ from lora_fx.adapters.stacked import forget_kept
 from lora_fx.adapters.starting import start_adapters
 from lora_fx.adapters.trained import added_rows, added_tensors, keep_alone, trained_names, trained_owners
 from lora_fx.errors import RefusedError
+from lora_fx.models.restoring import Held, all_or_nothing
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.beside import TOKENS
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import IN_A_GRAPH, PlannedSite, TrainedModule, TrainedRows
-from lora_fx.regions.install import remade
+from lora_fx.regions.install import regions, remade
 from lora_fx.rules.keys import is_adapter_name
 from lora_fx.text import dotted
 from lora_fx.tuned.asking import ask_layers
 from lora_fx.tuned.build import whole_record_in
 from lora_fx.tuned.invoking import find_invocations
 from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
+
+_SWITCHED = ("names", "everywhere", "invocations", "whole", "first")
+"""What of a switch changes with the adapters that it knows."""
 
 
 def adapters_called(tuned: nn.Module, name: str) -> Iterator[tuple[str, Attached]]:
@@ -47,8 +52,9 @@ def drop(tuned: nn.Module, adapter: str) -> None:
         raise RefusedError(f"'{adapter}' is the only adapter", advice="lora_fx.remove returns the base model")
     _refuse_shared(tuned, adapter)
     record = whole_record_in(tuned)
-    ask_layers(tuned)
-    take_off(tuned, record, (adapter,))
+    with changing(tuned, record):
+        ask_layers(tuned)
+        take_off(tuned, record, (adapter,))
 
 
 def rename(tuned: nn.Module, adapter: str, name: str) -> None:
@@ -63,21 +69,33 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
         return
     refuse_name(name, names_of(switches))
     record = whole_record_in(tuned)
-    ask_layers(tuned)
-    for owner in tuned.modules():
-        for one in attached_to(owner):
-            if one.spec.adapter == adapter:
-                one.spec.lora = replace(one.spec.lora, adapter=name)
-        for holder in holders_of(owner):
-            items = [(name if key == adapter else key, module) for key, module in holder._modules.items()]
-            holder._modules.clear()
-            holder._modules.update(items)
-    for _, _, state in trained_owners(tuned):
-        state.renamed({adapter: name})
-    for switch in switches:
-        switch.renamed({adapter: name})
-    if adapter in record.added:
-        record.added[name] = record.added.pop(adapter)
+    with changing(tuned, record):
+        ask_layers(tuned)
+        for owner in tuned.modules():
+            for one in attached_to(owner):
+                if one.spec.adapter == adapter:
+                    one.spec.lora = replace(one.spec.lora, adapter=name)
+            for holder in holders_of(owner):
+                items = [(name if key == adapter else key, module) for key, module in holder._modules.items()]
+                holder._modules.clear()
+                holder._modules.update(items)
+        for _, _, state in trained_owners(tuned):
+            state.renamed({adapter: name})
+        record.switch.renamed({adapter: name})
+        if adapter in record.added:
+            record.added[name] = record.added.pop(adapter)
+
+
+def changing(tuned: nn.Module, record: ModelRecord) -> AbstractContextManager[None]:
+    """Return a context in which the adapters of a model change in place: if anything ends it early, all is as before.
+
+    Values of adapters that were there are not kept.
+    """
+    held: list[Held] = [(record, ("added",)), (record.switch, _SWITCHED)]
+    held += [(one.spec, ("lora",)) for _, one in all_attached(tuned)]
+    held += [(state, ("base", "owners", "spare")) for _, _, state in trained_owners(tuned)]
+    held += [(region, ("block", "mine")) for _, _, region in regions(tuned)]
+    return all_or_nothing(tuned, held, graphs=True)
 
 
 def known_switches(tuned: nn.Module, adapter: str) -> list[Switch]:
@@ -227,6 +245,7 @@ def rows_with(tuned: nn.Module, adapter: str) -> Iterator[TrainedRows]:
 def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) -> None:
     """Put the adapters of a plan beside those that a model has, in place; they are not used until they are chosen.
 
+    In a context of `changing`: what ends this early leaves some of each.
     What runs as graphs goes on doing so: graphs of blocks with new sites are written anew, and nothing is captured.
     `start` says whether those that begin as parts of their weights do so: not where values from a file will come.
     """
@@ -238,16 +257,12 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
     before = {id(owner) for owner in adapted_owners(tuned)}
     record.switch.names = (*record.switch.names, *names)
     record.added |= dict.fromkeys(names, replace(plan, capture=None))
-    try:
-        adapt_sites(tuned, plan, record)
-        find_invocations(tuned)
-        if start:
-            start_adapters(tuned, names)
-        changed = {id(owner) for name in names for owner in give_values(tuned, plan, record, name)}
-        remade(tuned, changed | {id(owner) for owner in adapted_owners(tuned)} - before)
-    except BaseException:
-        take_off(tuned, record, names)
-        raise
+    adapt_sites(tuned, plan, record)
+    find_invocations(tuned)
+    if start:
+        start_adapters(tuned, names)
+    changed = {id(owner) for name in names for owner in give_values(tuned, plan, record, name)}
+    remade(tuned, changed | {id(owner) for owner in adapted_owners(tuned)} - before)
 
 
 def take_off(tuned: nn.Module, record: ModelRecord, names: Collection[str]) -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 
+from lora_fx.errors import LoraFxError
+
 _STEPS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 KILLED = 77
@@ -20,7 +22,7 @@ def killed_before(step: int, work: Callable[[], object]) -> bool:
     child = os.fork()
     if child == 0:
         try:
-            _end_before(step)
+            _before_step(step, lambda: os._exit(KILLED))
             work()
         except BaseException as error:
             print(repr(error), file=sys.__stderr__)
@@ -46,13 +48,41 @@ def kills(work: Callable[[], object], before: Callable[[], object], every: int =
         yield step
 
 
-def _end_before(step: int) -> None:
-    left = [step]
+def disturbed_before(step: int, work: Callable[[], object], disturb: Callable[[], object]) -> str:
+    """Do some work in a process of its own, in which something happens before its so-manieth step.
+
+    Returns `finished` if there were fewer steps, `done` if the work went on to its end, `refused` if it ended with an
+    error of lora_fx, or what else it ended with.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        happened: list[bool] = []
+        try:
+            _before_step(step, lambda: (happened.append(True), disturb()))
+            work()
+            said = "done" if happened else "finished"
+        except LoraFxError:
+            said = "refused"
+        except BaseException as error:
+            said = repr(error)
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return said
+
+
+def _before_step(step: int, happen: Callable[[], object]) -> None:
+    left, happened = [step], []
 
     def count_down() -> None:
         left[0] -= 1
-        if left[0] < 0:
-            os._exit(KILLED)
+        if left[0] < 0 and not happened:  # what happens takes steps too
+            happened.append(True)
+            happen()
 
     def seen(event: str, args: tuple[object, ...]) -> None:
         if event in _STEPS or (event == "open" and isinstance(args[2], int) and args[2] & _WRITING):

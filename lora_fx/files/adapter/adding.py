@@ -16,9 +16,10 @@ from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, decided, fill, in_turn, name_of
-from lora_fx.files.adapter.swapping import from_file, refuse_more, write
+from lora_fx.files.adapter.swapping import from_file, refuse_more
 from lora_fx.files.adapter.write import save
 from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.restoring import write_together
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
@@ -28,7 +29,7 @@ from lora_fx.rules.ruleset import RuleSet
 from lora_fx.rules.short import Target, rules_or_short
 from lora_fx.text import listing
 from lora_fx.tuned.build import check_refusals, record_in, whole_record_in
-from lora_fx.tuned.several import adapters_called, attach_more, refuse_name, take_off
+from lora_fx.tuned.several import adapters_called, attach_more, changing, refuse_name
 from lora_fx.tuned.undo import removed
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet | nn.Module
@@ -83,7 +84,8 @@ def add(
         check_refusals(plan)
         if rank is not None:
             raise ValueError("rank is for adapters of files and models; rules have ranks of their own")
-        _attach(tuned, record, plan, None, trainable)
+        with changing(tuned, record):
+            _attach(tuned, record, plan, None, trainable)
 
 
 def _inventory(tuned: nn.Module, plan: Plan, with_modules: bool) -> Inventory:
@@ -157,12 +159,9 @@ def _add_beside(
     plans = [_of_rank(_named(on_modules(decided([file], inventory)), adapter), rank) for file in files]
     for name in names:
         refuse_name(name, record.switch.names)
-    try:
+    with changing(tuned, record):
         for plan, file in zip(plans, files, strict=True):
             _attach(tuned, record, plan, file, trainable, padded=rank is not None)
-    except BaseException:
-        take_off(tuned, record, [name for name in names if name in record.switch.names])
-        raise
 
 
 def _named(plan: Plan, name: str | None) -> Plan:
@@ -205,7 +204,7 @@ def _attach(
     if file is not None:
         if padded:
             refuse_more(file)
-            write(from_file(list(adapters_called(tuned, names[0])), file))
+            write_together(from_file(list(adapters_called(tuned, names[0])), file))
         else:
             fill(tuned, [file], names[0])
         peftfiles.refuse_beyond_peft(tuned, [file])

@@ -19,6 +19,7 @@ from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, name_of, slices_in
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.restoring import write_together
 from lora_fx.models.tensors import dotted
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.planning.sites import CONVOLUTIONS
@@ -65,14 +66,7 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
         copies = _from_state(slots, source, adapter)
     else:
         copies = from_file(slots, _file(tuned, source, adapter))
-    write(copies)
-
-
-def write(copies: Copies) -> None:
-    """Write values where they belong, in place."""
-    with torch.no_grad():
-        for target, value in copies:
-            target.copy_(value)
+    write_together(copies)
 
 
 # -- of a state

@@ -1,0 +1,92 @@
+"""A change of a model in place is whole or none: whatever ends it in the middle, what was there comes back."""
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+_TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
+"""Of a module's attributes: its children, tensors and hooks."""
+Held = tuple[object, Sequence[str]]
+"""An object that is none of the modules, and the names of its attributes that a change may replace or fill."""
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module, held: Iterable[Held] = (), graphs: bool = False) -> Iterator[None]:
+    """Return a context: if anything ends it early, a kill aside, the model has the modules and attributes from before.
+
+    Values of tensors are not kept; `write_together` is for those.  Nor is what modules hold besides, as lists.
+
+    Args:
+        model: changed in place in the context.
+        held: other objects that change with it.
+        graphs: whether the graphs of GraphModules change too.  Those that come back are copies.
+    """
+    before = [_Before(module, graphs) for module in model.modules()]
+    objects = [(one, {name: (value, _contents(value)) for name, value in _named(one, names)}) for one, names in held]
+    try:
+        yield
+    except BaseException:
+        for module in before:
+            module.restore()
+        for one, values in objects:
+            for name, (value, contents) in values.items():
+                _refill(value, contents)
+                setattr(one, name, value)
+        raise
+
+
+def _named(one: object, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    yield from ((name, getattr(one, name)) for name in names)
+
+
+class _Before:
+    """What a module was."""
+
+    def __init__(self, module: nn.Module, graphs: bool) -> None:
+        self._module, self._kind = module, type(module)
+        self._attributes = dict(vars(module))
+        self._tables = [(table, _contents(table)) for name in _TABLES if (table := vars(module).get(name)) is not None]
+        self._graph = copy.deepcopy(module.graph) if graphs and isinstance(module, fx.GraphModule) else None
+
+    def restore(self) -> None:
+        """Let it be that again."""
+        self._module.__class__ = self._kind
+        attributes = vars(self._module)
+        for name in attributes.keys() - self._attributes.keys():
+            del attributes[name]
+        attributes.update(self._attributes)
+        for table, contents in self._tables:
+            _refill(table, contents)
+        if self._graph is not None:
+            assert isinstance(self._module, fx.GraphModule)
+            self._module.graph = self._graph
+
+
+def _contents(table: object) -> Any:
+    """Return what a dict, list or set has in it now; None of anything else."""
+    return copy.copy(table) if isinstance(table, dict | list | set) else None
+
+
+def _refill(table: Any, contents: Any) -> None:
+    """Let a dict, list or set have these contents again, in their order."""
+    if contents is None or (table == contents and [*table] == [*contents]):
+        return
+    table.clear()
+    (table.extend if isinstance(table, list) else table.update)(contents)
+
+
+def write_together(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write values (second) into tensors (first), in place: all of them, or none where something ends it early."""
+    with torch.no_grad():
+        before = [(target, target.clone()) for target, _ in copies]
+        try:
+            for target, value in copies:
+                target.copy_(value)
+        except BaseException:
+            for target, value in before:
+                target.copy_(value)
+            raise
