@@ -35,7 +35,8 @@ def staged(path: Path, check: Callable[[Path, Path], None]) -> Iterator[Path]:
     """
     path = path.resolve() if path.is_dir() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clean(path)
+    with _alone_in(path.parent):
+        _clean(path)
     stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_END, dir=path.parent))
     try:
         with _held(stage):
@@ -45,7 +46,8 @@ def staged(path: Path, check: Callable[[Path, Path], None]) -> Iterator[Path]:
                 check(new, path.parent / new.name)
             for name in files_in(stage):
                 sync_file(stage / name)
-            _replace(written, path.parent, stage / _ASIDE)
+            with _alone_in(path.parent):
+                _replace(written, path.parent, stage / _ASIDE)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -107,6 +109,20 @@ def _clean(path: Path) -> None:
             if (stage / _ASIDE).is_dir() and not os.path.lexists(path):
                 _bring_back(stage / _ASIDE, path.parent, path.name)
             shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let no other process move files of exports in a folder meanwhile: it would bring back older ones over ours."""
+    if os.name != "posix":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        hold(handle, wait=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

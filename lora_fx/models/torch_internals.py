@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource, LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -53,6 +53,8 @@ FunctionMode = PreDispatchTorchFunctionMode
 """Base for a mode that sees torch functions; torch tells this class, and only this, of autocast regions."""
 
 set_grad_enabled = torch._C._set_grad_enabled
+MODULE_CALLS = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
+"""The code that runs from a call of a module to its return; its `self` is the module."""
 shape_guard_names: dict[str, Any] = dict(SYMPY_INTERP)
 """The names that a shape guard's expression may use."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from lora_fx.adapters.attach import SWITCH
+from lora_fx.models.between import between_calls
 from lora_fx.models.restoring import all_or_nothing
 from lora_fx.passes.ask import Ask, in_nodes, not_asking
 from lora_fx.passes.contract import rewrite
@@ -14,7 +15,7 @@ from lora_fx.passes.contract import rewrite
 def ask_layers(tuned: nn.Module) -> None:
     """Let the layers of GraphModules add what is used of their adapters, in place of nodes in their graphs, in place.
 
-    The values stay, and outputs up to rounding.  No other thread may be in such a model meanwhile; afterwards each has
+    The values stay, and outputs up to rounding.  Calls in other threads end before, or begin after it; then each has
     choices of its own.
 
     Raises:
@@ -25,7 +26,7 @@ def ask_layers(tuned: nn.Module) -> None:
         for graph_module in found:
             Ask().requires(graph_module)
         if found:
-            with all_or_nothing(tuned, graphs=True):
+            with between_calls(tuned, found), all_or_nothing(tuned, graphs=True):
                 for graph_module in found:
                     rewrite(graph_module, Ask())
 

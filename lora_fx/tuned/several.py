@@ -1,7 +1,7 @@
 """Several adapters on one model: more of them beside those that are there, fewer, or other names; in place."""
 
+import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from torch import fx, nn
@@ -14,6 +14,7 @@ from lora_fx.adapters.stacked import forget_kept
 from lora_fx.adapters.starting import start_adapters
 from lora_fx.adapters.trained import added_rows, added_tensors, keep_alone, trained_names, trained_owners
 from lora_fx.errors import RefusedError
+from lora_fx.models.between import between_calls
 from lora_fx.models.restoring import Held, all_or_nothing
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import seen_through
@@ -86,16 +87,18 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
             record.added[name] = record.added.pop(adapter)
 
 
-def changing(tuned: nn.Module, record: ModelRecord) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def changing(tuned: nn.Module, record: ModelRecord) -> Iterator[None]:
     """Return a context in which the adapters of a model change in place: if anything ends it early, all is as before.
 
-    Values of adapters that were there are not kept.
+    Values of adapters that were there are not kept.  Calls in other threads see what was before, or what is after.
     """
     held: list[Held] = [(record, ("added",)), (record.switch, _SWITCHED)]
     held += [(one.spec, ("lora",)) for _, one in all_attached(tuned)]
     held += [(state, ("base", "owners", "spare")) for _, _, state in trained_owners(tuned)]
     held += [(region, ("block", "mine")) for _, _, region in regions(tuned)]
-    return all_or_nothing(tuned, held, graphs=True)
+    with between_calls(tuned), all_or_nothing(tuned, held, graphs=True):
+        yield
 
 
 def known_switches(tuned: nn.Module, adapter: str) -> list[Switch]:

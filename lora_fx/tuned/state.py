@@ -10,6 +10,7 @@ from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.adapters.trained import added_tensors, parameters_of, trained_owners
 from lora_fx.errors import AdapterMismatchError, RefusedError
+from lora_fx.models.between import between_calls
 from lora_fx.models.fsdp import resharded
 from lora_fx.models.restoring import write_together
 from lora_fx.models.shards import is_finite
@@ -98,7 +99,8 @@ def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor], adapter: s
     if wrong := [(name, *differs) for name, differs in pairs if differs is not None]:
         advice = "give the state of a model that was adapted by the same rules; nothing was loaded"
         raise AdapterMismatchError("the state does not fit this adapted model", wrong, advice)
-    write_together([(own[name], value) for name, value in state.items()])  # it is the model's own memory
+    with between_calls(tuned):
+        write_together([(own[name], value) for name, value in state.items()])  # it is the model's own memory
 
 
 def _differs(own: Tensor | None, given: Tensor | None) -> tuple[str, str] | None:

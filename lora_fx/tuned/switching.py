@@ -15,6 +15,7 @@ from lora_fx.adapters.attach import SWITCH
 from lora_fx.adapters.selection import Selection, Switch
 from lora_fx.adapters.trained import added_value, are_equal, trained_owners
 from lora_fx.errors import RefusedError
+from lora_fx.models.between import between_calls
 from lora_fx.models.wrappers import seen_through
 from lora_fx.text import dotted
 from lora_fx.tuned.asking import ask_layers
@@ -100,7 +101,11 @@ def use(tuned: nn.Module, adapters: Adapters) -> Use:
         ask_layers(tuned)
     if not selection.weights:
         _refuse_moved(tuned, show_base(tuned, places_in(tuned)))
-    return Use([(switch, selection) for switch in switches], caller is not None and _opens_a_block(caller))
+    choices = [(switch, selection) for switch in switches]
+    if caller is not None and _opens_a_block(caller):
+        return Use(choices, for_a_while=True)
+    with between_calls(tuned):
+        return Use(choices, for_a_while=False)
 
 
 def chosen_for_a_while(tuned: nn.Module, adapters: Adapters) -> AbstractContextManager[None]:

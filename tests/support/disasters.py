@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from tests.support.killing import disturbed_before
 from tests.support.merging import factors, weight, write_adapter, write_base
 from tests.support.zoo import Mlp, features
@@ -157,8 +158,8 @@ class Ground:
 
     @staticmethod
     def _is_none(now: State) -> bool:
-        """Whether readers find nothing: a folder without its configuration is none."""
-        return not now or set(now) == {"model/adapter_model.safetensors"}
+        """Whether readers find nothing: a folder with one of an adapter's two files is none."""
+        return len(now) <= 1 and set(now) <= {f"model/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE)}
 
     def close(self) -> Found:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -18,6 +18,7 @@ from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, name_of, slices_in
 from lora_fx.files.adapter.site import SavedSite
+from lora_fx.models.between import between_calls
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.restoring import write_together
 from lora_fx.models.tensors import dotted
@@ -36,8 +37,10 @@ Copies = list[tuple[Tensor, Tensor]]
 def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor], *, adapter: str) -> None:
     """Give an adapter of a model other values, in place: its tensors stay where they are, and so does what uses them.
 
-    Nothing is captured or compiled again.  A lower rank than the adapter's is filled up with zeros; where a file has
-    another scaling, B is multiplied by its ratio to the adapter's.  Dropout stays the adapter's.
+    Nothing is captured or compiled again.  Calls of the model in other threads end before, or begin after the change
+    (each token of `generate` is a call, and compiled code does not wait).  A lower rank than the adapter's is filled up
+    with zeros; where a file has another scaling, B is multiplied by its ratio to the adapter's.  Dropout stays the
+    adapter's.
 
     Args:
         tuned: an adapted model.
@@ -66,7 +69,8 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
         copies = _from_state(slots, source, adapter)
     else:
         copies = from_file(slots, _file(tuned, source, adapter))
-    write_together(copies)
+    with between_calls(tuned):
+        write_together(copies)
 
 
 # -- of a state

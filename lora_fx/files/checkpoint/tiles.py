@@ -19,6 +19,8 @@ from lora_fx.files.checkpoint.rounding import Noise, round_into
 
 TILE = 1 << 18
 """Elements of a tile, and of the factors that it takes."""
+BLOCK = 1 << 16
+"""Elements of which all that a merge computes is in a core's cache at once."""
 _WIDEST, _FEWEST_ROWS, _FEWEST_COLUMNS = 1 << 14, 32, 64
 
 
@@ -148,28 +150,52 @@ def fold_tile(
     Raises:
         OverflowError: a value is NaN or infinite.
     """
-    base, delta = _base_and_delta(fold, tile, source, scratch)
-    merged = torch.add(base, delta, out=scratch.take("merged", base.numel(), base.dtype))
-    if fold.magnitude is not None:
-        _set_lengths(fold, tile, merged.view(tile.shape), lengths)
-        delta = torch.sub(merged, base, out=delta)
-    written = _rounded(merged, tile, target, noise, scratch)
-    change = merged.copy_(written).sub_(base)
-    sums = Sums(*(float(torch.dot(a, b)) for a, b in ((base, base), (delta, delta), (change, delta))))
+    stored, delta = source.read(tile, scratch), _delta(fold, tile)
+    written = scratch.take("written", tile.elements, target.dtype)
+    sums = Sums()
+    for part in _blocks(fold, tile, noise):
+        sums += _fold_block(fold, tile, part, (stored[part], delta[part], written[part]), noise, lengths, scratch)
     if not math.isfinite(sums.survived) and not bool(torch.isfinite(written).all()):
         raise OverflowError("the merged weight has NaN or infinite values")
     target.write(tile, written)
     return sums
 
 
-def _base_and_delta(fold: WeightFold, tile: Tile, source: OpenTensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Return W and Σ scaling · B A of a tile, flat, float32 or wider."""
-    stored = source.read(tile, scratch)
+def _blocks(fold: WeightFold, tile: Tile, noise: Noise | None) -> Iterator[slice]:
+    """Yield parts of a tile, flat, whose values stay in a core's cache; the tile itself where its shape matters."""
+    size = BLOCK if noise is None and fold.magnitude is None else tile.elements
+    yield from (slice(start, min(start + size, tile.elements)) for start in range(0, tile.elements, size))
+
+
+def _fold_block(
+    fold: WeightFold,
+    tile: Tile,
+    part: slice,
+    values: tuple[Tensor, Tensor, Tensor],
+    noise: Noise | None,
+    lengths: Tensor | None,
+    scratch: Scratch,
+) -> Sums:
+    """Round W + ΔW of a part of a tile; `values` are W as it is stored, ΔW, and what is to be written."""
+    stored, delta, written = values
+    base = scratch.take("base", stored.numel(), torch.promote_types(delta.dtype, stored.dtype)).copy_(stored)
+    delta = delta.to(base.dtype)
+    merged = torch.add(base, delta, out=scratch.take("merged", base.numel(), base.dtype))
+    if fold.magnitude is not None:
+        _set_lengths(fold, tile, merged.view(tile.shape), lengths)
+        delta = torch.sub(merged, base, out=delta)
+    if noise is None:
+        written.copy_(merged)
+    else:
+        _round(merged, tile, written, noise)
+    change = merged.copy_(written).sub_(base)
+    return Sums(*(float(torch.dot(a, b)) for a, b in ((base, base), (delta, delta), (change, delta))))
+
+
+def _delta(fold: WeightFold, tile: Tile) -> Tensor:
+    """Return Σ scaling · B A of a tile, flat, float32 or wider."""
     first, *others = (low_rank_weight(t.right[:, tile.columns], t.left[tile.rows], t.scaling) for t in fold.terms)
-    delta = sum(others, start=first)
-    wide = torch.promote_types(delta.dtype, stored.dtype)
-    base = scratch.take("base", stored.numel(), wide).copy_(stored)
-    return base, delta.to(wide).view(-1)
+    return sum(others, start=first).view(-1)
 
 
 def _set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:
@@ -195,7 +221,8 @@ def lengths_of(fold: WeightFold, source: OpenTensor, scratch: Scratch) -> Tensor
     """Return ‖W + scaling · B A‖ of every output, float64, in one pass over the weight."""
     squares = torch.zeros(fold.rows if fold.outputs_first else fold.columns, dtype=torch.float64)
     for tile in tiles(fold.rows, fold.columns, fold.rank):
-        base, delta = _base_and_delta(fold, tile, source, scratch)
+        stored, delta = source.read(tile, scratch), _delta(fold, tile)
+        base = scratch.take("base", stored.numel(), torch.promote_types(delta.dtype, stored.dtype)).copy_(stored)
         merged = base.add_(delta).view(tile.shape)
         part = merged.square_().sum(dim=1 if fold.outputs_first else 0, dtype=torch.float64)
         squares[_outputs(fold, tile)] += part
@@ -204,10 +231,15 @@ def lengths_of(fold: WeightFold, source: OpenTensor, scratch: Scratch) -> Tensor
 
 def _rounded(wide: Tensor, tile: Tile, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> Tensor:
     written = scratch.take("written", wide.numel(), target.dtype)
+    _round(wide, tile, written, noise)
+    return written
+
+
+def _round(wide: Tensor, tile: Tile, written: Tensor, noise: Noise | None) -> None:
+    """Round a tile, each of its runs with the noise of its place in the tensor."""
     for element, first, number in tile.runs():
         part = slice(first, first + number)
         round_into(wide[part], written[part], noise, element)
-    return written
 
 
 def cast_tile(read: ReadTile, tile: Tile, target: OpenTensor, noise: Noise | None, scratch: Scratch) -> None:

@@ -1,0 +1,115 @@
+"""Threads that call a model while another changes it: each call sees one state, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import time
+
+import torch
+from torch import nn
+
+from lora_fx.models.between import between_calls
+from tests.support.endurance import threads_at_once
+
+
+class Slow(nn.Module):
+    """A model that shows when a call has begun, and ends it when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.begun, self.go_on = [], []
+
+    def forward(self, x):
+        self.begun[-1].set()
+        assert self.go_on[-1].wait(20)
+        return self.inner(x)
+
+
+def called(model: nn.Module, done: list[str]) -> threading.Thread:
+    def call() -> None:
+        model(torch.zeros(1, 2))
+        done.append("call")
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+def test_a_change_waits_for_calls_that_run_and_calls_that_begin_wait_for_it():
+    model, done = Slow(), []
+    model.begun.append(threading.Event())
+    model.go_on.append(threading.Event())
+    first = called(model, done)
+    assert model.begun[0].wait(20)
+
+    def change() -> None:
+        with between_calls(model):
+            done.append("change begins")
+            late.append(called(model, done))
+            time.sleep(0.05)
+            done.append("change ends")
+
+    late: list[threading.Thread] = []
+    changing = threading.Thread(target=change)
+    changing.start()
+    time.sleep(0.05)
+    assert done == []
+    model.go_on[0].set()
+    for thread in (first, changing, *late):
+        thread.join(20)
+    assert done == ["call", "change begins", "change ends", "call"]
+    assert not model._forward_pre_hooks
+
+
+def test_a_change_inside_of_a_call_or_of_another_change_does_not_wait_for_itself():
+    model, idle = nn.Sequential(nn.Linear(2, 2)), threading.Event()
+    other = threading.Thread(target=idle.wait)
+    other.start()
+    seen = []
+
+    def hook(module: nn.Module, _: object) -> None:
+        with between_calls(module):
+            seen.append("in a call")
+
+    handle = model.register_forward_pre_hook(hook)
+    model(torch.zeros(1, 2))
+    handle.remove()
+    with between_calls(model), between_calls(model), between_calls(nn.Linear(1, 1)):
+        model(torch.zeros(1, 2))
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        seen.append("in a change")
+    found = [thread for one in copies for thread in [called(one, seen)]]
+    for thread in found:
+        thread.join(20)
+    idle.set()
+    other.join()
+    assert seen == ["in a call", "in a change", "call", "call"]
+
+
+def test_a_call_that_runs_already_passes_through_to_its_parts():
+    model, done = Slow(), []
+    model.begun.append(threading.Event())
+    model.go_on.append(threading.Event())
+    first = called(model, done)
+    assert model.begun[0].wait(20)
+
+    def change() -> None:
+        with between_calls(model, [model.inner]):
+            done.append("change")
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    time.sleep(0.05)
+    model.go_on[0].set()
+    first.join(20)
+    changing.join(20)
+    assert done == ["call", "change"]
+
+
+def test_no_call_mixes_two_states_of_an_adapted_model(tmp_path):
+    found = threads_at_once(4, 6, tmp_path)
+    assert {name: served.mixed for name, served in found.items()} == {name: [] for name in found}
+    assert all(served.calls and served.changes == 6 for served in found.values())
