@@ -110,6 +110,6 @@ def test_a_call_that_runs_already_passes_through_to_its_parts():
 
 
 def test_no_call_mixes_two_states_of_an_adapted_model(tmp_path):
-    found = threads_at_once(4, 6, tmp_path)
+    found = threads_at_once(3, 3, tmp_path)
     assert {name: served.mixed for name, served in found.items()} == {name: [] for name in found}
-    assert all(served.calls and served.changes == 6 for served in found.values())
+    assert all(served.calls and served.changes == 3 for served in found.values())
