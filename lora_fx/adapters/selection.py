@@ -95,6 +95,8 @@ class Switch:
         """What threads use that have nothing else chosen."""
         self.invocations: dict[str, tuple[int, ...]] = {}
         """Of the adapters that act from an invocation on: its tokens."""
+        self.additions = 0
+        """How often adapters were added: what calls of the model have shown before, they have not shown of their layers."""
         self.whole: tuple[str, ...] = ()
         """Names of the model's own parameters that are trained: they belong to no adapter alone."""
         self.first: Selection | None = None
@@ -203,6 +205,7 @@ class Switch:
         """Return a switch of its own for what this thread uses, for a copy, which other threads may run."""
         switch = Switch(self.names)
         switch.everywhere, switch.whole, switch.invocations = self.now(), self.whole, dict(self.invocations)
+        switch.additions = self.additions
         return switch
 
 

@@ -19,8 +19,8 @@ _NOTE = "lora_fx_invoked"
 class CacheNote:
     """What was seen of the tokens in a cache."""
 
-    acts: dict[str, Tensor]
-    """Of each adapter: in which rows it acts, [batch]."""
+    acts: dict[tuple[int, ...], Tensor]
+    """Of each invocation, whatever the adapters are called: in which rows it has been met, [batch]."""
     last: Tensor
     """The last ids of each row: an invocation may begin among them."""
     tensors: "Tensors"
@@ -82,7 +82,9 @@ def tensors_of(state: Any) -> Iterator[Tensor]:
     return tensors_in(state if held is None else [value for name, value in held.items() if name != _NOTE])
 
 
-def write_note(cache: Any, before: CacheNote | None, tokens: Tokens, ids: Tensor, longest: int) -> None:
+def write_note(
+    cache: Any, before: CacheNote | None, tokens: Tokens, ids: Tensor, invocations: Mapping[str, tuple[int, ...]]
+) -> None:
     """Note on a cache what a call has put into it, in place.
 
     Args:
@@ -90,25 +92,34 @@ def write_note(cache: Any, before: CacheNote | None, tokens: Tokens, ids: Tensor
         before: what it carried before.
         tokens: on which of the call's tokens adapters act.
         ids: of the call; UNKNOWN where it was given none.
-        longest: how many of the last ids of each row are kept.
+        invocations: of each adapter; as many of the last ids of each row are kept as may begin one.
     """
-    acts = {name: start < tokens.length for name, start in tokens.starts.items()}
+    longest = max(map(len, invocations.values()), default=1) - 1
+    acts = {invocations[name]: start < tokens.length for name, start in tokens.starts.items() if name in invocations}
     last = ids if before is None else torch.cat((before.last.to(ids.device, ids.dtype), ids), 1)
     cache.__dict__[_NOTE] = CacheNote(acts, last[:, max(last.shape[1] - longest, 0) :], Tensors(cache))
 
 
-def note_of(cache: Any, batch: int, refuses: bool) -> CacheNote | None:
+def note_of(cache: Any, batch: int, used: Mapping[str, tuple[int, ...]]) -> CacheNote | None:
     """Return what a cache carries; None if nothing, as one that the base alone has filled, or if it was changed since.
 
+    Args:
+        cache: that a call is given.
+        batch: rows of the call.
+        used: the invocations of the adapters that need to know.
+
     Raises:
-        RefusedError: with `refuses`, where adapters act in rows of a cache that code has changed since.
+        RefusedError: adapters act in rows of a cache that code has changed since; or were not there when it was filled.
     """
     note: CacheNote | None = getattr(cache, "__dict__", {}).get(_NOTE)
     if note is None or length_of(cache) == 0:
         return None
+    if later := [(f"'{name}'", "was added later") for name, ids in used.items() if ids not in note.acts]:
+        advice = "give all tokens at once"
+        raise RefusedError("nobody has looked for the invocations of adapters in this cache", later, advice)
     if note.tensors.are_those_of(cache) and len(note.last) == batch:
         return note
-    acting = [name for name, rows in note.acts.items() if bool(rows.any())] if refuses else []
+    acting = [name for name, ids in used.items() if bool(note.acts[ids].any())]
     if acting:
         raise RefusedError(
             "adapters act in rows of this cache, and in which is not known since its rows were moved or cut off",

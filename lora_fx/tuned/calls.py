@@ -5,6 +5,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_fx.adapters.selection import Switch
+
+
+def seen_in(model: nn.Module, name: str, switches: Sequence[Switch]) -> set[Any]:
+    """Return the kinds of calls that a model has noted under a name since adapters were added for the last time."""
+    additions = [switch.additions for switch in switches]
+    if model.__dict__.get(name, ([], None))[0] != additions:
+        model.__dict__[name] = (additions, set())
+    kinds: set[Any] = model.__dict__[name][1]
+    return kinds
+
 
 def kind_of(
     module: nn.Module, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]

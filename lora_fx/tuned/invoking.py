@@ -28,7 +28,7 @@ from lora_fx.models.swap import swap
 from lora_fx.regions.install import regions
 from lora_fx.regions.survey import trial_twin
 from lora_fx.tuned.caches import UNKNOWN, CacheNote, Tensors, cache_in, note_of, refuse_bare, write_note
-from lora_fx.tuned.calls import kind_of
+from lora_fx.tuned.calls import kind_of, seen_in
 from lora_fx.tuned.prompting import Generates, Prompt, are_embeddings, are_ids, prompt_of, starts_given, without_ids
 
 SEEN_CALLS = "lora_fx_token_calls"
@@ -115,7 +115,8 @@ def _begin(
         return
     call.state = None if call.cache is None else Tensors(call.cache)
     is_told = prompt is not None or offsets is not None
-    call.before = note_of(call.cache, len(call.stream), refuses=bool(used) and not is_told)
+    asking = {name: switch.invocations[name] for name in used if not is_told}
+    call.before = note_of(call.cache, len(call.stream), asking)
     call.tokens = _tokens_of(switch, prompt, offsets, call, named, bool(used))
     if used:
         _refuse_packed(named)
@@ -140,8 +141,7 @@ def end_call(tuned: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], re
         return
     stream = call.stream
     ids = stream if are_ids(stream) else torch.full(stream.shape[:2], UNKNOWN, device=stream.device)
-    longest = max(map(len, tuned.__dict__[SWITCH].invocations.values()), default=1) - 1
-    write_note(cache, call.before, call.tokens, ids, longest)
+    write_note(cache, call.before, call.tokens, ids, tuned.__dict__[SWITCH].invocations)
 
 
 def _values_of(result: Any) -> Iterable[Any]:
@@ -197,8 +197,8 @@ def _tokens_of(
     starts, unseen = {}, list[str]()
     for name, tokens in switch.invocations.items():
         start = last_occurrences(known, tokens) - before.shape[1]
-        if note is not None and name in note.acts:
-            acts = note.acts[name].to(stream.device)
+        if note is not None and tokens in note.acts:
+            acts = note.acts[tokens].to(stream.device)
             start = torch.where((start > length) & acts, 0, start)
             if bool((begun_unseen(known, tokens, before.shape[1], UNKNOWN) & ~acts & (start > length)).any()):
                 unseen.append(name)
@@ -230,7 +230,7 @@ def _look(
     batch, length = stream.shape[:2]
     if batch * length == 1:
         return
-    seen_calls: set[Any] = tuned.__dict__.setdefault(SEEN_CALLS, set())
+    seen_calls = seen_in(tuned, SEEN_CALLS, [tuned.__dict__[SWITCH]])
     kind = kind_of(tuned, batch, args, kwargs, list(tensors_in((args, kwargs))))
     if kind in seen_calls:
         return

@@ -259,6 +259,7 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
     names = plan.adapters
     before = {id(owner) for owner in adapted_owners(tuned)}
     record.switch.names = (*record.switch.names, *names)
+    record.switch.additions += 1
     record.added |= dict.fromkeys(names, replace(plan, capture=None))
     adapt_sites(tuned, plan, record)
     find_invocations(tuned)

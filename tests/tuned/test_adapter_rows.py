@@ -349,3 +349,15 @@ def test_a_compiled_model_takes_rows():
     with lora_fx.rows(compiled, MIXED):
         together = compiled(batch())
     assert_close(together, one_by_one(tuned, MIXED, batch()), atol=1e-6, rtol=1e-6)
+
+
+def test_layers_of_an_adapter_that_is_added_are_looked_at_too():
+    tuned = two().eval()
+    with lora_fx.rows(tuned, MIXED):
+        tuned(batch())
+    rules = {"version": 1, "rules": [{"match": {"name": "**"}, "lora": {"r": 2, "init": "random"}}]}
+    lora_fx.add(tuned, rules, adapter="c")
+    names = ["c", None, "a", "c"]
+    with lora_fx.rows(tuned, names):
+        together = tuned(batch())
+    assert_close(together, one_by_one(tuned, names, batch()), atol=1e-4, rtol=1e-4)

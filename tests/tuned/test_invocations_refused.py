@@ -63,6 +63,23 @@ def test_layers_that_do_not_see_the_tokens_in_their_order_are_refused_by_name(ho
         tuned(prompts()[:, :4] if how == "time first" else prompts())
 
 
+def test_what_calls_have_shown_is_not_believed_of_layers_that_are_added():
+    class Two(Other):
+        def __init__(self) -> None:
+            super().__init__("turned")
+            self.p = nn.Linear(8, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) + self.p(self.words(ids))
+
+    tuned = lora_fx.apply(Two().eval(), rules(name="p"), backend="modules")
+    tuned(prompts())
+    lora_fx.add(tuned, rules(name="q"), adapter="turned")
+    lora_fx.use(tuned, "turned")
+    with pytest.raises(RefusedError, match="each where it stands"):
+        tuned(prompts())
+
+
 def test_any_model_of_ids_that_looks_back_alone_can_have_an_invocation():
     model = Other("")
     tuned = lora_fx.apply(model, rules(name="q"), backend="modules")

@@ -200,3 +200,17 @@ def test_chat_goes_on_with_the_cache_of_the_turn_before():
     following = torch.cat((first.sequences, torch.tensor([[11, 12]])), 1)
     found = tuned.generate(following, **OPTIONS, past_key_values=first.past_key_values)
     assert torch.equal(found, tuned.generate(following, **OPTIONS))
+
+
+def test_a_cache_goes_with_the_invocation_whatever_its_adapter_is_called():
+    tuned, ids = invoked(), prompts()
+    with torch.no_grad():
+        cache = tuned(input_ids=ids[:, :8], use_cache=True).past_key_values
+        expected = tuned(input_ids=ids[:, 8:], past_key_values=copy.deepcopy(cache)).logits
+        lora_fx.rename(tuned, "default", "called")
+        lora_fx.add(tuned, rules([5, 9]), adapter="later")
+        rest = tuned(input_ids=ids[:, 8:], past_key_values=copy.deepcopy(cache)).logits
+        assert torch.equal(rest, expected)
+        lora_fx.use(tuned, "later")
+        with pytest.raises(RefusedError, match="looked for the invocations .*\n.*'later'"):
+            tuned(input_ids=ids[:, 8:], past_key_values=cache)
