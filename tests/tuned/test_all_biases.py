@@ -165,3 +165,14 @@ def test_rule_that_leaves_a_bias_out_contradicts():
 def test_unknown_choice_of_biases_is_an_error():
     with pytest.raises(lora_fx.RuleError, match=r"bias 'lora' is unknown(.|\n)*none, lora_only, all"):
         lora_fx.plan(model(), rules("lora"))
+
+
+def test_biases_of_modules_that_are_called_like_one_trained_whole_are_read_again(tmp_path):
+    base = model()
+    base.headnorm = nn.LayerNorm(6)  # its name ends like that of `norm`
+    tuned = lora_fx.apply(base, rules(train=["norm"]), backend="modules")
+    move(tuned)
+    lora_fx.save(tuned, tmp_path)
+    again = lora_fx.load(base, tmp_path)
+    assert torch.equal(again.headnorm.bias, tuned.headnorm.bias)
+    assert biases(again) == biases(tuned)

@@ -303,7 +303,7 @@ class _AdapterReader:
         """Return the names in the model of biases that belong to no site and no whole module, by their keys."""
         if self.config.bias != "all":
             return {}
-        own = {self._bias_key(path) for path in paths if not self._is_parameter(path)} | self._owners.keys()
+        own = {self._bias_key(path) for path in paths if not self._is_parameter(path)} | self._trained().keys()
         named = {key: name for key in self.tensors if (name := split_bias_key(key)) is not None}
         return {key: name for key, name in named.items() if key not in own}
 
