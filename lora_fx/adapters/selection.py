@@ -96,7 +96,7 @@ class Switch:
         self.invocations: dict[str, tuple[int, ...]] = {}
         """Of the adapters that act from an invocation on: its tokens."""
         self.additions = 0
-        """How often adapters were added: what calls of the model have shown before, they have not shown of their layers."""
+        """How often adapters were added: what calls have shown before, they have not shown of these."""
         self.whole: tuple[str, ...] = ()
         """Names of the model's own parameters that are trained: they belong to no adapter alone."""
         self.first: Selection | None = None

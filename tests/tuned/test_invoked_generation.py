@@ -212,5 +212,5 @@ def test_a_cache_goes_with_the_invocation_whatever_its_adapter_is_called():
         rest = tuned(input_ids=ids[:, 8:], past_key_values=copy.deepcopy(cache)).logits
         assert torch.equal(rest, expected)
         lora_fx.use(tuned, "later")
-        with pytest.raises(RefusedError, match="looked for the invocations .*\n.*'later'"):
+        with pytest.raises(RefusedError, match=r"looked for the invocations .*\n.*'later'"):
             tuned(input_ids=ids[:, 8:], past_key_values=cache)
