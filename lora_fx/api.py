@@ -144,8 +144,7 @@ def apply(
         build.check_refusals(plan)
         twin = take_over(build.build(model, plan))
         build.install_graphs(twin, plan, passes)
-        build.check_backend(twin, plan, backend)
-        return twin
+        return build.finished(twin, plan, backend)
 
 
 def inspect(tuned: nn.Module) -> Report:

@@ -11,6 +11,8 @@ from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.adapters.selection import Switch
 from lora_fx.adapters.tokenrows import TokenRows
 from lora_fx.adapters.trained import TRAINED, add_rows, add_value, added_tensors, choose_values
+from lora_fx.errors import RefusedError
+from lora_fx.models.shards import is_sharded, whole
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
@@ -58,7 +60,9 @@ def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) 
     """Give the twin values of its own for all else that training will change, and keep the model's in the record."""
     names = trained_parameters(twin)
     record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
-    record.base |= {name: parameter.detach() for name in names if (parameter := get_tensor(model, name)) is not None}
+    before = {name: parameter for name in names if (parameter := get_tensor(model, name)) is not None}
+    kept = {id(parameter): whole(parameter) for parameter in before.values()}  # what is tied stays so
+    record.base |= {name: kept[id(parameter)] for name, parameter in before.items()}
     own_parameters(twin, names, requires_grad=True)
     record.switch.whole = tuple(dict.fromkeys((*names, *(rows.weight for rows in record.plan.tokens))))
     _choose_trained(twin, names, record)
@@ -112,6 +116,10 @@ def _give_rows(twin: nn.Module, plan: Plan, switch: Switch) -> list[nn.Module]:
         owner = twin.get_submodule(path)
         own = owner._parameters[name]
         assert own is not None
+        if is_sharded(own):
+            raise RefusedError(
+                "rows of embeddings (`tokens:`) are not taken from shards", [(planned.weight, "sharded")]
+            )
         state = owner.__dict__.get(TRAINED)
         base = state.base[name] if state is not None and name in state.base else own.detach()
         source = (planned.tied_to or planned.weight, planned.adapter)

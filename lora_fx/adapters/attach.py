@@ -30,7 +30,7 @@ from lora_fx.adapters.trained import VALUES, added_rows, added_value
 from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import resharded
 from lora_fx.models.offload import computing_device, keep_loaded, offloading_hook, stored_weight
-from lora_fx.models.shards import gather_held, is_sharded
+from lora_fx.models.shards import gather_held, is_sharded, unsharded
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import dotted, get_tensor
 from lora_fx.models.twin import make_twin
@@ -194,7 +194,7 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
         kind = TokenDropout if spec.site.op == "embedding" else nn.Dropout
         _holder(home, "lora_dropout")[name] = kind(spec.lora.dropout)
     if spec.lora.dora:
-        values = stored_weight(owner, spec.parameter).to(first[0].weight.device)
+        values = unsharded(stored_weight(owner, spec.parameter)).to(first[0].weight.device)
         _holder(home, "lora_magnitude_vector")[name] = fresh_magnitude(values, first[0], second[0], spec)
     for child in CHILDREN:
         if child in home._modules:

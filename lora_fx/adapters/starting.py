@@ -11,6 +11,7 @@ from lora_fx.adapters.factors.lora import as_rows
 from lora_fx.adapters.factors.moved import MovedFactor
 from lora_fx.errors import RefusedError
 from lora_fx.models.quantised import dense
+from lora_fx.models.shards import unsharded
 from lora_fx.progress.steps import step
 from lora_fx.rules.inits import FRESH, FROM_DATA
 
@@ -61,5 +62,5 @@ def begin_at(adapter: Attached, values: Factors) -> None:
 
 def weight_of(adapter: Attached) -> Tensor:
     """Return the base weight of an adapter as plain numbers [out, in], on the device of the adapter."""
-    rows: Tensor = as_rows(dense(adapter.base_weight), adapter.spec.site.layout)
+    rows: Tensor = as_rows(dense(unsharded(adapter.base_weight)), adapter.spec.site.layout)
     return rows.detach().to(adapter.lora_A.weight.device)

@@ -12,6 +12,7 @@ from lora_fx.adapters.factors.decompositions import leading_values
 from lora_fx.discovery.gradients import Loss, gradients_of
 from lora_fx.discovery.study import observed
 from lora_fx.errors import InvariantError, RefusedError
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.offload import stored_weight
 from lora_fx.models.quantised import dense
 from lora_fx.models.samples import Sample, samples_for, samples_of
@@ -82,6 +83,9 @@ def allocate(
         raise RefusedError("data has no batches", advice="give some, or leave data out: ranks go by the spectrum then")
     given = batches[:1] if example_inputs is None and batches else example_inputs
     with running("allocate", progress, 4):
+        refuse_sharded(
+            model, "processes hold parts of this model, and its ranks are not allocated", "before fully_shard"
+        )
         inventory = observed(model, samples_for(model, given)).inventory
         decisions = decide(wanted, inventory)
         _check_sites(decisions, by_gradient=batches is not None)

@@ -15,6 +15,7 @@ from lora_fx.discovery.inputs import Noted, note_inputs
 from lora_fx.discovery.redistributed import redistributed
 from lora_fx.discovery.study import CAPTURING, observed
 from lora_fx.errors import CaptureError, RefusedError
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.offload import stored_weight
 from lora_fx.models.quantised import dense
 from lora_fx.models.samples import Sample, samples_for, samples_of
@@ -66,6 +67,9 @@ def plan_from_data(
     given = (batches[:1] or None) if example_inputs is None else example_inputs
     wanted = read_rules(rules)
     with running("plan_from_data", progress, 3 + CAPTURING):
+        refuse_sharded(
+            model, "processes hold parts of this model, and data shows it nothing", "plan from data before fully_shard"
+        )
         seen = observed(model, samples_for(model, given))
         decisions = decide(wanted, seen.inventory)
         sites = [site for site in decisions.adapted if site.lora is not None and site.lora.init in FROM_DATA]

@@ -13,7 +13,8 @@ from lora_fx.discovery.tables import biases_in, tables_in
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse
 from lora_fx.errors import RefusedError
 from lora_fx.models.code import refuse_odd_names
-from lora_fx.models.fsdp import partitioned, refuse_sharded
+from lora_fx.models.fsdp import partitioned
+from lora_fx.models.joining import outline, refuse_unjoinable
 from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_shape
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
@@ -37,7 +38,7 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
         RefusedError: for a model that is adapted already, compiled or scripted.
     """
     refuse_unfit(model)
-    in_graph = None
+    model, in_graph = outline(model), None
     if isinstance(model, fx.GraphModule):
         placed = tuple(_graph_sites(model))
         sites, in_graph = tuple(site for site, _ in placed), frozenset(site.path for site, inside in placed if inside)
@@ -52,7 +53,8 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
 def refuse_unfit(model: nn.Module) -> None:
     """Raise RefusedError for a model that cannot be adapted at all.
 
-    It is lazy, adapted already, scripted, compiled, sharded, or has a GraphModule whose names Python misreads.
+    It is lazy, adapted already, scripted, compiled, sharded otherwise than by fully_shard, or has a GraphModule whose
+    names Python misreads.
     """
     if is_adapted(model):
         raise RefusedError(
@@ -65,8 +67,7 @@ def refuse_unfit(model: nn.Module) -> None:
         kind = "a compiled model" if compiled else f"a model inside of {type(model).__name__}"
         advice = f"adapt the model first, then {'torch.compile' if compiled else 'wrap'} it"
         raise RefusedError(f"{kind} cannot be adapted", advice=advice)
-    before = "lora_fx.apply or lora_fx.load first, also on the meta device; fully_shard or parallelize_module then"
-    refuse_sharded(model, "processes hold parts of this model: new factors would be in nobody's group", before)
+    refuse_unjoinable(model)
     if lost := partitioned(model):
         raise RefusedError("ZeRO-3 holds the parameters of this model", lost[:8], "lora_fx.apply before deepspeed does")
     if peft := holds_peft(model):

@@ -16,8 +16,9 @@ from lora_fx.discovery.sites import refuse_unfit, take_inventory, uses_in, uses_
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse, weight_uses
 from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.code import UncompiledGraph
+from lora_fx.models.joining import outline
 from lora_fx.models.layers import has_unknown_weights
-from lora_fx.models.samples import Sample, Samples, candidates, samples_for
+from lora_fx.models.samples import Sample, Samples, candidates, samples_for, without_values
 from lora_fx.models.tensors import dotted
 from lora_fx.planning.decide import check_used, decide, on_modules, still_fitting
 from lora_fx.planning.decisions import Decisions
@@ -96,6 +97,7 @@ def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | 
         CaptureError: the model refuses the user's own inputs.
     """
     refuse_unfit(model)
+    model, tried = _outlined(model, tried)
     uses, samples, note = None, tried.items, ""
     runs = not isinstance(model, fx.GraphModule)
     if samples and runs:
@@ -109,6 +111,12 @@ def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | 
         uses = uses or NOTHING_SHOWN
         uses = replace(uses, weights={**known, **uses.weights})
     return Observed(model, take_inventory(model, uses), samples, note)
+
+
+def _outlined(model: nn.Module, tried: Samples) -> tuple[nn.Module, Samples]:
+    """Return both as they are; of a model that is sharded its outline, which has no values, and so samples without."""
+    plain = outline(model)
+    return plain, tried if plain is model else without_values(tried)
 
 
 def _shown_by(model: nn.Module, tried: Samples) -> tuple[Uses | None, tuple[Sample, ...], str]:
@@ -193,7 +201,7 @@ def renewed(model: nn.Module, plan: Plan, tried: Samples, backend: str = "auto")
         StalePlanError: the model has other sites, uses them otherwise, or the plan says what its rules do not.
         CaptureError: the plan has graphs of another process, and there are no inputs to capture them again.
     """
-    seen = Observed(model, take_inventory(model, uses_in(plan)))
+    seen = Observed(outline(model), take_inventory(model, uses_in(plan)))
     decisions = still_fitting(plan, seen.inventory)
     if backend != "modules" and not tried.given:
         if plan.capture is not None:

@@ -106,7 +106,7 @@ def _surveyed(model: nn.Module, example_inputs: object) -> dict[str, Captured]:
     with step(total=1 + CAPTURING):
         seen = observed(model, samples_for(model, example_inputs))
         with step(total=10, share=CAPTURING):
-            study = survey(make_twin(model), seen.samples, [site.path for site in seen.inventory.sites])
+            study = survey(make_twin(seen.model), seen.samples, [site.path for site in seen.inventory.sites])
     programs = {path: study.library.get(study.structures[path], []) for path in study.graphs}
     return {path: known[0][0] for path, known in programs.items() if known}
 

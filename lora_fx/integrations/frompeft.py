@@ -16,6 +16,7 @@ from lora_fx.files.adapter.read import AdapterFile, adapter_in_memory
 from lora_fx.integrations.loaded import twin_of
 from lora_fx.integrations.peftlibrary import peft_library, state_of
 from lora_fx.integrations.peftsettings import settings_of
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.overrides import accelerate_hooks
 from lora_fx.models.samples import samples_for
 from lora_fx.models.twin import twin_without
@@ -57,6 +58,7 @@ def from_peft(
     """
     passes = build.optimisations(optimise)
     _check_model(peft_model)
+    refuse_sharded(peft_model, "PEFT's adapters in a sharded model are not taken over", "from_peft before fully_shard")
     names = _adapters_in(peft_model, adapter)
     active = {adapter} if adapter is not None else _active(peft_model)
     with running("from_peft", progress, 9 + CAPTURING):

@@ -24,4 +24,4 @@ def twin_of(
     twin = take_over(build.build(model, plan, start=False))
     adding.fill_all(twin, files, seen.inventory)
     build.install_graphs(twin, plan, passes)
-    return twin
+    return build.finished(twin, plan, "auto")

@@ -45,8 +45,8 @@ class Sharding:
 
     groups: tuple[ShardGroup, ...]
     """Those inside of others first."""
-    names: frozenset[str]
-    """Of the parameters that are sharded."""
+    apart: frozenset[str]
+    """Names of the parameters that are not sharded."""
     along: dict[str, Any]
     """Of those that are not sharded along their first dimension: how they are."""
     problem: str = ""
@@ -76,7 +76,7 @@ def resharded(model: nn.Module) -> nn.Module:
     return model
 
 
-def _has_parts(model: nn.Module) -> bool:
+def has_parts(model: nn.Module) -> bool:
     """Whether processes hold parts of a model; in one loop: `named_modules` goes through all levels for each module."""
     met, waiting = set(), [model]
     while waiting:
@@ -93,7 +93,7 @@ def _has_parts(model: nn.Module) -> bool:
 
 def refuse_sharded(model: nn.Module, what: str, advice: str) -> None:
     """Raise RefusedError if processes hold parts of a model; `what` is what would be wrong then."""
-    if not _has_parts(model):
+    if not has_parts(model):
         return
     marks = (
         (path, "fully_shard was called on it") for path, module in model.named_modules() if is_fully_sharded(module)
@@ -126,7 +126,7 @@ def sharding_of(model: nn.Module) -> Sharding | None:
     problems = (_problem(state) for state in states.values())
     return Sharding(
         groups=tuple(_inner_first(groups)),
-        names=frozenset(sharded_names(model)),
+        apart=frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if not is_sharded(p)),
         along=dict(_other_placements(model, states.values())),
         problem=next(filter(None, problems), ""),
     )
@@ -251,8 +251,8 @@ def _is_of_fsdp(hook: Any) -> bool:
 def sharded_again(model: nn.Module) -> nn.Module:
     """Return the model itself, in place sharded as the model was that it is a twin of; one of another as it is.
 
-    Parameters that are shards stay those shards; plain ones in the place of shards are sharded, from the values that
-    every process has.  What was no shard stays so.  Nothing is sent.
+    Parameters that are shards stay those shards; plain ones in the place of shards, and new ones, are sharded, from the
+    values that every process has.  What was no shard stays so.  Nothing is sent.
 
     Raises:
         RefusedError: it was sharded in a way that cannot be done again; before anything is changed.
@@ -269,7 +269,7 @@ def sharded_again(model: nn.Module) -> nn.Module:
     shards = _with_empty_places(model)
     fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
     named = list(model.named_parameters(remove_duplicate=False))
-    ignored = {parameter for name, parameter in named if name not in how.names}
+    ignored = {parameter for name, parameter in named if name in how.apart}
     along = {id(parameter): how.along[name] for name, parameter in named if name in how.along}
     modules = dict(model.named_modules(remove_duplicate=False))
     for group in how.groups:

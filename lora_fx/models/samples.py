@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,8 +43,13 @@ def samples_for(model: nn.Module, example_inputs: object) -> Samples:
     """
     check_module(model)
     samples = next(_made_up(model), ()) if example_inputs is None else samples_of(example_inputs)
-    on_meta = is_meta(model)
-    return Samples(tuple(map(_on_meta, samples)) if on_meta else samples, example_inputs is not None, on_meta)
+    tried = Samples(samples, example_inputs is not None, False)
+    return without_values(tried) if is_meta(model) else tried
+
+
+def without_values(tried: Samples) -> Samples:
+    """Return the samples on the meta device; the given ones stay as they are."""
+    return replace(tried, items=tuple(map(_on_meta, tried.items)), on_meta=True)
 
 
 def candidates(model: nn.Module, tried: Samples) -> Iterator[tuple[Sample, ...]]:

@@ -54,6 +54,11 @@ def gather_held(module: nn.Module) -> None:
             module._buffers[name] = whole(buffer)
 
 
+def unsharded(tensor: Tensor) -> Tensor:
+    """Return the tensor itself; where it is sharded, gathered and without its gradient: collective then."""
+    return whole(tensor) if is_sharded(tensor) else tensor
+
+
 def part_of(tensor: Tensor, like: Tensor, of_first: bool = False) -> Tensor:
     """Return a tensor that every process has whole as `like` is: sharded in the same way, or as it is.
 

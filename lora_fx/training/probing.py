@@ -16,6 +16,7 @@ from lora_fx.discovery.gradients import Loss, loss_of
 from lora_fx.discovery.study import planned_for
 from lora_fx.errors import RefusedError
 from lora_fx.files.adapter.adding import add
+from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.samples import Sample
 from lora_fx.models.torch_internals import pytree
 from lora_fx.planning.plan import Plan
@@ -76,6 +77,7 @@ def probe_rates(
             f"{_WHO} needs {LEAST_BATCHES} batches or more, one in four is held out: found {len(batches)}"
         )
     example = None if isinstance(rules_or_plan, Plan) else [batches[0]]
+    refuse_sharded(model, "processes hold parts of this model, and no rates are tried on it", "before fully_shard")
     plan = planned_for(model, rules_or_plan, example, "auto")
     build.check_refusals(plan)
     if len(plan.adapters) > 1:

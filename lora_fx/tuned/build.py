@@ -14,6 +14,8 @@ from lora_fx.adapters.trained import added_rows, added_tensors
 from lora_fx.discovery.study import Study
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
 from lora_fx.liveness.heads import put_outermost
+from lora_fx.models.fsdp import has_parts
+from lora_fx.models.joining import joined
 from lora_fx.models.tensors import get_tensor
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import module_at
@@ -81,7 +83,7 @@ def install_graphs(twin: nn.Module, plan: Plan, passes: tuple[str, ...]) -> None
         put_outermost(twin)
         stock(twin, survey.library, survey.structures, survey.seconds)
         mark_last(twin)
-    if samples:
+    if samples and not has_parts(twin):  # what has no values here proves nothing
         # what is proven on a copy holds for the twin: they share their kinds
         with trial_twin(twin, freeze=False) as copy, step(total=5, share=4), without_compiling():
             prove(copy, samples)
@@ -97,16 +99,22 @@ def install_graphs(twin: nn.Module, plan: Plan, passes: tuple[str, ...]) -> None
             )
 
 
-def check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:
-    """Warn where a planned graph could not be proven; with backend="graph", refuse what is not in a graph.
+def finished(twin: nn.Module, plan: Plan, backend: str) -> nn.Module:
+    """Return the twin itself, in place sharded as its model is; warn where a planned graph could not be proven.
 
     Raises:
         CaptureError: backend="graph" and a site is in no graph.
+        RefusedError: as `joined`.
     """
+    _check_backend(twin, plan, backend)
+    return joined(twin)
+
+
+def _check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:
     own = {site.path for site in plan.adapted if site.backend == "graph" and isinstance(twin, fx.GraphModule)}
     covered, failed = own | in_graphs(twin), without_graph(twin)
     if failed:
-        warnings.warn(f"these run without a graph, correct but slower: {failed}", LoraFxWarning, stacklevel=4)
+        warnings.warn(f"these run without a graph, correct but slower: {failed}", LoraFxWarning, stacklevel=5)
     if backend != "graph":
         return
     outside = [(s.path, s.backend_reason) for s in plan.adapted if covered.isdisjoint(s.site.paths)]

@@ -23,15 +23,6 @@ def started(tmp_path_factory):
     return in_processes(2, sharded.started_empty, tmp_path_factory.mktemp("started"))
 
 
-@pytest.mark.parametrize("what", ["plan", "apply", "load", "explain"])
-def test_adapters_come_before_shards(refused, what):
-    for rank in refused:
-        text = rank["texts"][what]
-        assert text.startswith("RefusedError: processes hold parts of this model")
-        assert "(root)" in text
-        assert "lora_fx.apply or lora_fx.load first" in text
-
-
 @pytest.mark.parametrize("what", ["add", "swap", "combine", "export", "requantize", "remerge", "extract"])
 def test_what_shards_do_not_allow_is_refused_by_name(refused, what):
     for rank in refused:

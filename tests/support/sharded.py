@@ -145,10 +145,12 @@ def _treated(rules: dict[str, Any], folder: Path) -> dict[str, Any]:
             result["output of base"] = (tuned(tokens()), base()(tokens()))
         result["output"] = (tuned(tokens()), alike(same, before)(tokens()))  # now the root's parameters are whole
     checkpoint.save(lora_fx.adapter_state(tuned), checkpoint_id=folder / "checkpoint")
-    return result | _all_of(tuned, alike(same, before), folder) | {"before": before, "after": values_of(tuned)}
+    return result | all_of(tuned, alike(same, before), folder) | {"before": before, "after": values_of(tuned)}
 
 
-def _all_of(tuned: nn.Module, same: nn.Module, folder: Path) -> dict[str, Any]:
+def all_of(tuned: nn.Module, same: nn.Module, folder: Path, inputs: Tensor | None = None) -> dict[str, Any]:
+    """Everything that is read from sharded adapters, beside the same model whole."""
+    given = tokens() if inputs is None else inputs
     lora_fx.save(tuned, folder / "sharded")
     there = files(folder / "sharded")  # on every process: all come back when the files are there
     if dist.get_rank() == 0:
@@ -158,8 +160,8 @@ def _all_of(tuned: nn.Module, same: nn.Module, folder: Path) -> dict[str, Any]:
     whole_merged, whole_removed = lora_fx.merge(same), lora_fx.remove(same)
     with torch.no_grad():
         outputs = {
-            "output of merged": (merged(tokens()), whole_merged(tokens())),
-            "output of removed": (removed(tokens()), whole_removed(tokens())),
+            "output of merged": (merged(given), whole_merged(given)),
+            "output of removed": (removed(given), whole_removed(given)),
         }
     return outputs | {
         "files": (there, files(folder / "whole")),
@@ -187,7 +189,7 @@ def _several(folder: Path) -> dict[str, Any]:
         return tuned
 
     tuned, same = sharded(both()), both()
-    result = _all_of(tuned, same, folder / "several")
+    result = all_of(tuned, same, folder / "several")
     with lora_fx.use(tuned, "b"):
         result["merged b"] = (values_of(lora_fx.merge(tuned)), values_of(lora_fx.merge(same, adapters="b")))
     lora_fx.drop(tuned, "default")
@@ -212,10 +214,6 @@ def refused(folder: Path) -> dict[str, Any]:
     (folder / "file").write_text("")
     first, last = (dist.get_rank() == rank for rank in (0, 1))
     texts = {
-        "plan": refusal(lambda: lora_fx.plan(plain, rules)),
-        "apply": refusal(lambda: lora_fx.apply(plain, rules, (tokens(),))),
-        "load": refusal(lambda: lora_fx.load(plain, folder / "adapter")),
-        "explain": refusal(lambda: lora_fx.explain(plain, "head", rules)),
         "remerge": refusal(lambda: lora_fx.remerge(plain)),
         "extract": refusal(lambda: lora_fx.extract(plain, base())),
         "add": refusal(lambda: lora_fx.add(tuned, rules, adapter="b")),
@@ -274,4 +272,4 @@ def replicated(folder: Path) -> dict[str, Any]:
     tuned = sharded(adapted(PLAIN), mesh=mesh, reshard_after_forward=False)
     same = adapted(PLAIN)
     result: dict[str, Any] = {"losses": train(tuned), "losses of one": train(same)}
-    return result | _all_of(tuned, alike(same, values_of(tuned)), folder)
+    return result | all_of(tuned, alike(same, values_of(tuned)), folder)

@@ -17,6 +17,7 @@ from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.adapter.tokens import with_ties
 from lora_fx.models.layers import is_layer
 from lora_fx.models.overrides import accelerate_hooks
+from lora_fx.models.shards import whole
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.text import listing
 
@@ -71,7 +72,7 @@ def _with_loose(file: AdapterFile, model: nn.Module) -> AdapterFile:
 
 
 def _differs(own: Tensor, value: Tensor) -> bool:
-    return not own.is_meta and not torch.equal(own.detach().cpu(), value.to(own.dtype))
+    return not own.is_meta and not torch.equal(whole(own).cpu(), value.to(own.dtype))
 
 
 def _refuse_old_banks(file: AdapterFile, model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.adapter.tokens import fill_rows, misfitting_rows, planned_rows, row_mismatches
 from lora_fx.files.fingerprint import same_values, sample_values
 from lora_fx.models.samples import Samples
+from lora_fx.models.shards import part_of, whole
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.planning.decisions import Decisions
@@ -373,9 +374,9 @@ def _fill_site(adapter: Attached, saved: SavedSite) -> None:
         _copy(bias, saved.bias)
     if saved.added_bias is not None:
         assert bias is not None
-        _copy(bias, bias.to(saved.added_bias) + saved.lora.scaling * saved.added_bias)
+        _copy(bias, whole(bias).to(saved.added_bias) + saved.lora.scaling * saved.added_bias)
 
 
 def _copy(target: Tensor | None, value: Tensor) -> None:
     assert target is not None
-    target.copy_(value)
+    target.copy_(part_of(value, target))

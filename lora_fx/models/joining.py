@@ -1,0 +1,125 @@
+"""New parameters for models that `fully_shard` (FSDP2) has sharded: they join the groups of the modules they stand in.
+
+What is decided of such a model is decided on its outline, a model without values in which every parameter is whole.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from lora_fx.errors import RefusedError
+from lora_fx.models.fsdp import SHARDING, Sharding, has_parts, resharded, sharded_again, sharding_of
+from lora_fx.models.shards import is_sharded, part_of, sharded_names
+from lora_fx.models.twin import make_twin
+
+_BEFORE = "lora_fx.apply or lora_fx.load first, also on the meta device; parallelize_module and the like then"
+
+
+def refuse_unjoinable(model: nn.Module) -> None:
+    """Raise RefusedError if processes hold parts of a model in a way that leaves new parameters in no shard group."""
+    if not has_parts(model):
+        return
+    what = "processes hold parts of this model: new factors would be in nobody's group"
+    sharding = sharding_of(resharded(model))
+    if sharding is None:
+        facts = [(name, "is a DTensor, and not of fully_shard") for name in sharded_names(model)]
+        raise RefusedError(what, facts[:8], _BEFORE)
+    if sharding.problem:
+        raise RefusedError(what, [("(root)", sharding.problem)], _BEFORE)
+    if isinstance(model, fx.GraphModule):
+        raise RefusedError(what, [("(root)", "fully_shard was called on a GraphModule")], "lora_fx.apply before")
+
+
+def outline(model: nn.Module) -> nn.Module:
+    """Return the model itself; of one that is sharded, a twin on the meta device whose parameters are whole."""
+    if not has_parts(model):
+        return model
+    twin = make_twin(model, freeze=False)
+    vars(twin).pop(SHARDING, None)
+    empty: dict[int, Tensor] = {}
+    for module in twin.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = empty.setdefault(id(tensor), _empty(tensor))  # type: ignore[assignment]
+    return twin
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    if not is_sharded(tensor):
+        made = tensor.detach().to("meta")
+    else:
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+def joined(twin: nn.Module) -> nn.Module:
+    """Return the model itself, in place sharded as the model was that it is a twin of, with what is new in its groups.
+
+    New parameters get the values of the first process.  Collective; of a model that is not sharded the model as it is.
+
+    Raises:
+        RefusedError: something new is in no group, or a group would train several dtypes; before anything is changed.
+    """
+    how: Sharding | None = vars(twin).get(SHARDING)
+    if how is None:
+        return twin
+    _refuse_outside(twin, how)
+    _refuse_dtypes(twin, how)
+    new = dict(_new(twin, how))
+    model = sharded_again(twin)
+    values: dict[int, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name in new and not parameter.is_meta:
+            values[id(parameter)] = new[name]
+            with torch.no_grad():
+                parameter.copy_(part_of(new[name], parameter, of_first=True))
+    return model
+
+
+def _new(twin: nn.Module, how: Sharding) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters that came after the model was sharded, whole."""
+    for name, parameter in twin.named_parameters():
+        if name not in how.apart and not is_sharded(parameter):
+            yield name, parameter.detach()
+
+
+def _refuse_outside(twin: nn.Module, how: Sharding) -> None:
+    """Raise RefusedError for new parameters in modules that are in no group: their gradients would not be reduced."""
+    inside = [path for group in how.groups for path in group.paths]
+    lost = [name for name, _ in _new(twin, how) if not any(_is_in(name, path) for path in inside)]
+    if lost:
+        raise RefusedError(
+            "new factors would be in nobody's shard group, and processes would train them apart",
+            [(name, "is in no module of fully_shard") for name in lost[:8]],
+            "call fully_shard on the whole model too, last",
+        )
+
+
+def _is_in(name: str, path: str) -> bool:
+    return not path or name.startswith(f"{path}.")
+
+
+def _refuse_dtypes(twin: nn.Module, how: Sharding) -> None:
+    """Raise RefusedError for groups whose trained parameters have several dtypes, which FSDP2 refuses in a forward."""
+    left = dict(twin.named_parameters())
+    facts = []
+    for group in how.groups:  # the inner ones first
+        own = [name for name in left if name not in how.apart and any(_is_in(name, path) for path in group.paths)]
+        trained = {name: parameter for name in own if (parameter := left.pop(name)).requires_grad}
+        dtypes = dict.fromkeys(parameter.dtype for parameter in trained.values())
+        if len(dtypes) > 1:
+            told = (f"{_examples(trained, dtype)} {str(dtype).removeprefix('torch.')}" for dtype in dtypes)
+            facts.append((" + ".join(path or "(root)" for path in group.paths), "; ".join(told)))
+    if facts:
+        raise RefusedError(
+            "fully_shard wants one dtype of all that is trained in a group",
+            facts,
+            "fully_shard these modules apart, or train one dtype: `model.float()` of them before fully_shard",
+        )
+
+
+def _examples(trained: dict[str, nn.Parameter], dtype: torch.dtype) -> str:
+    names = [name for name, parameter in trained.items() if parameter.dtype == dtype]
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -1,0 +1,147 @@
+"""Work for several processes: models that are sharded first and adapted then, beside those adapted first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import lora_fx
+from tests.support import sharded
+from tests.support.sharded import alike, all_of, base, rule, tokens, values_of
+
+
+class Mixture(nn.Module):
+    """A convolution, a bank of experts and a head, as two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.blocks = nn.ModuleList([Experts(6, 4), Experts(6, 4)])
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2).mT
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Experts(nn.Module):
+    def __init__(self, width: int, number: int) -> None:
+        super().__init__()
+        self.bank = nn.Parameter(torch.randn(number, width, width) / width)
+        self.gate = nn.Linear(width, number)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.gate(x).softmax(-1)
+        each = torch.einsum("eoi,bti->beto", self.bank, x)
+        return x + torch.einsum("bte,beto->bto", shares, F.silu(each))
+
+
+EXPERTS = {"version": 1, "rules": [rule("blocks.*.bank", share="A"), rule("blocks.*.gate", lora_fa=True)]}
+CONVOLUTION = {"version": 1, "rules": [rule("conv", dora=True), rule("head", dora=True)]}
+
+
+def mixture() -> nn.Module:
+    torch.manual_seed(3)
+    return Mixture()
+
+
+def images(seed: int = 1) -> Tensor:
+    return torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+Kind = tuple[Callable[[], nn.Module], dict[str, Any], Callable[[int], Tensor]]
+KINDS: dict[str, Kind] = {name: (base, rules, tokens) for name, rules in sharded.RULES.items()}
+KINDS |= {"experts": (mixture, EXPERTS, images), "convolution": (mixture, CONVOLUTION, images)}
+
+
+def steps_of(model: nn.Module, inputs: Callable[[int], Tensor], number: int, together: bool) -> list[float]:
+    """Train; each process has its part of the data, or all of it. Return the losses of all of it."""
+    optimizer = torch.optim.AdamW(lora_fx.parameters(model), lr=1e-3)
+    losses = []
+    for step in range(number):
+        given = inputs(step)
+        loss = model(given if together else given.chunk(dist.get_world_size())[dist.get_rank()]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if not together:
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        losses.append(mean.item())
+    return losses
+
+
+FEW = ("plain",)
+MANY = tuple(name for name in KINDS if name not in FEW)
+
+
+def few_adapted_later(folder: Path) -> dict[str, Any]:
+    return {name: _adapted_later(name, *KINDS[name], folder) for name in FEW} | {"refused": _refused_later()}
+
+
+def many_adapted_later(folder: Path) -> dict[str, Any]:
+    return {name: _adapted_later(name, *KINDS[name], folder) for name in MANY}
+
+
+def _adapted_later(name: str, make: Any, rules: dict[str, Any], inputs: Any, folder: Path) -> dict[str, Any]:
+    model = sharded.sharded(make())
+    before = values_of(model)
+    torch.manual_seed(5 + dist.get_rank())  # each process draws other first values
+    tuned = lora_fx.apply(model, rules, (inputs(1),))
+    plain = make()
+    torch.manual_seed(5)
+    same = lora_fx.apply(plain, rules, (inputs(1),))
+    result: dict[str, Any] = {
+        "first": (values_of(tuned), values_of(same)),
+        "placements": [str(getattr(p, "placements", "whole")) for p in lora_fx.parameters(tuned)],
+        "plan": (str(lora_fx.plan(model, rules)), str(lora_fx.plan(plain, rules))),
+    }
+    steps = 50 if name == "plain" else 4
+    result["losses"] = steps_of(tuned, inputs, steps, together=False), steps_of(same, inputs, steps, together=True)
+    result["hits"] = sum(region.hits for region in lora_fx.inspect(tuned).regions)
+    trained = values_of(tuned)
+    result |= all_of(tuned, alike(same, trained), folder / name, inputs(1))
+    loaded = lora_fx.load(model, folder / name / "whole", (inputs(1),))
+    modules = lora_fx.apply(model, rules, (inputs(1),), backend="modules")
+    modules.load_state_dict(tuned.state_dict())
+    with torch.no_grad():
+        result["output of loaded"] = (loaded(inputs(1)), same(inputs(1)))
+        result["output of modules"] = (modules(inputs(1)), same(inputs(1)))
+        result["output of model"] = (model(inputs(1)), plain(inputs(1)))
+    result["loaded"] = (values_of(loaded), trained)
+    result["model"] = (values_of(model), before)
+    return result
+
+
+def _refused_later() -> dict[str, str]:
+    """What cannot be adapted once it is sharded."""
+    alone, parallel, mixed = base(), base(), base().bfloat16()
+    for block in alone.get_submodule("blocks").children():
+        fully_shard(block)
+    parallelize_module(parallel, init_device_mesh("cpu", (dist.get_world_size(),)), {"head": ColwiseParallel()})
+    sharded.sharded(mixed)
+    everywhere = {"version": 1, "rules": [rule("blocks.*.q"), rule("head")]}
+    rows = {"version": 1, "rules": [rule("blocks.*.q")], "tokens": [{"name": "embed", "ids": [1, 5]}]}
+    trained = {"version": 1, "rules": [rule("**.q"), rule("embed")], "train": ["norm"]}
+    whole_model = sharded.sharded(base())
+    refusal = sharded.refusal
+    return {
+        "outside": refusal(lambda: lora_fx.apply(alone, everywhere, (tokens(),))),
+        "parallel": refusal(lambda: lora_fx.apply(parallel, everywhere, (tokens(),))),
+        "dtypes": refusal(lambda: lora_fx.apply(mixed, trained, (tokens(),))),
+        "rows": refusal(lambda: lora_fx.apply(whole_model, rows, (tokens(),))),
+        "data": refusal(lambda: lora_fx.plan_from_data(whole_model, everywhere, [(tokens(),)])),
+        "ranks": refusal(lambda: lora_fx.allocate(whole_model, everywhere, 1000)),
+    }
