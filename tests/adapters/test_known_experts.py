@@ -127,6 +127,7 @@ def test_parts_of_the_backward_pass_add_up(implementation: str, monkeypatch: pyt
         close(run(tuned), expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_and_gradients_of_gradients_are_right():
     x, index, weights = given(torch.float64)
     generator = torch.Generator().manual_seed(3)

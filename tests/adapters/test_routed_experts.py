@@ -230,6 +230,7 @@ def test_experts_in_bfloat16_with_a_router_in_float32_compute_little_more_and_ke
     assert experts.saved_bytes(tuned, x) <= 0.8 * experts.saved_bytes(base, x)
 
 
+@pytest.mark.slow
 @implementations
 def test_experts_that_share_a_factor_cost_no_more(implementation: str):
     given = case(implementation)

@@ -222,6 +222,7 @@ def test_a_bank_of_one_expert_is_the_same_shared_or_not():
 # -- files, copies, other adapters
 
 
+@pytest.mark.slow
 @shared_kinds
 def test_saving_and_loading_keeps_every_bit_and_the_sharing(kind: Kind, share: str, tmp_path: Any):
     tuned, sample = trained(kind, share, dropout=0.2), kind.sample()

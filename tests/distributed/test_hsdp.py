@@ -9,7 +9,10 @@ import torch.distributed as dist
 from tests.support import sharded
 from tests.support.processes import in_processes
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,7 @@ def test_fast_programs_are_proven_and_give_the_results_and_gradients_of_the_modu
     assert not [program.why_not_fast for program in programs(fast) if program.why_not_fast]
 
 
+@pytest.mark.slow
 @ALL
 def test_fast_programs_keep_fewer_bytes(peer: Peer):
     sizes = []

@@ -52,6 +52,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", WRONG, ids=lambda function: function.__name__)
 def test_fast_program_that_is_wrong_is_given_up_with_the_reason(spoil: Spoil, monkeypatch: pytest.MonkeyPatch):
     right = program._optimised
@@ -133,6 +134,7 @@ def test_sixty_steps_have_the_losses_of_sixty_steps_without_passes():
     assert runs[0][-10:].mean() < 0.9 * runs[0][:10].mean()
 
 
+@pytest.mark.slow
 def test_sixty_steps_with_dropout_drop_the_same():
     runs = [losses(adapted(BERT, random=False, dropout=0.1, optimise=optimise), 60) for optimise in (True, False)]
     torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3)

@@ -107,6 +107,7 @@ def turned(kind: type[nn.Module], made: list[nn.Module]) -> Trial:
     return replace(trial, make=make, samples=lambda: [probe.a(), probe.b()], reset=reset)
 
 
+@pytest.mark.slow
 @by_name("kind", [kind for kind in HAZARDS if kind.__name__ not in REFUSED])
 def test_hazard_in_its_other_state_is_right_though_graphs_of_the_first_are_known(kind):
     judge(trial_of(kind, False))
