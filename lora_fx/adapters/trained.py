@@ -22,6 +22,7 @@ from lora_fx.adapters.tokenrows import TokenRows, embedded, looks_up_plainly, mu
 from lora_fx.errors import RefusedError
 from lora_fx.models.shards import part_of
 from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap, take_off
+from lora_fx.models.walking import named_modules_of
 from lora_fx.models.wrappers import inside, module_at
 from lora_fx.text import dotted
 
@@ -299,7 +300,7 @@ def chosen_names(owner: nn.Module) -> tuple[str, ...]:
 
 def trained_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedState]]:
     """Yield (path, module, state) for every module that has several values of something."""
-    for path, module in model.named_modules():
+    for path, module in named_modules_of(model):
         state = module.__dict__.get(TRAINED)
         if state is not None:
             yield path, module, state

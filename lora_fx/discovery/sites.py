@@ -19,6 +19,7 @@ from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_sh
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
 from lora_fx.models.twin import refuse_lazy
+from lora_fx.models.walking import modules_of, parameters_in
 from lora_fx.models.wrappers import holds_peft, seen_through
 from lora_fx.passes.rawsites import GraphUse, computed_uses, raw_uses
 from lora_fx.passes.sites import site_calls
@@ -45,8 +46,8 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
     else:
         sites = tuple(_Finder(model, uses or NOTHING_SHOWN).sites())
     named = model.named_modules(remove_duplicate=False)
-    modules = tuple((path, sum(p.numel() for p in module.parameters())) for path, module in named)
-    total, tables = sum(p.numel() for p in model.parameters()), tuple(tables_in(model))
+    modules = tuple((path, sum(p.numel() for p in parameters_in(modules_of(module)))) for path, module in named)
+    total, tables = sum(p.numel() for p in parameters_in(modules_of(model))), tuple(tables_in(model))
     return Inventory(type(model).__name__, sites, modules, total, in_graph, tables, biases_in(model))
 
 
@@ -77,7 +78,7 @@ def refuse_unfit(model: nn.Module) -> None:
             "merge_and_unload() folds them in; lora_fx.load reads their files",
         )
     refuse_lazy(model)
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, fx.GraphModule):  # its code calls another module than its graph says: torch.fx's doing
             refuse_odd_names(module.graph)
 

@@ -21,6 +21,7 @@ from lora_fx.models.fsdp import resharded
 from lora_fx.models.shards import sharded_names, whole
 from lora_fx.models.swap import MADE_BY, Swapped, swap
 from lora_fx.models.tensors import borrowed
+from lora_fx.models.walking import modules_of
 from lora_fx.tuned.build import frozen_factors, held
 
 _WEIGHTS = "model.safetensors"
@@ -52,7 +53,7 @@ def take_over(twin: nn.Module) -> nn.Module:
 
     Graphs come after it: they hold for the classes that they were made of.
     """
-    for module in twin.modules():
+    for module in modules_of(twin):
         kind = type(module)
         if _has(kind, "save_pretrained") and is_adapted(module):
             refused = tuple(name for name in _REFUSED if _has(kind, name))

@@ -24,6 +24,7 @@ from lora_fx.models.overrides import replaced_forward
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.swap import Swapped, swap, take_off
 from lora_fx.models.torch_internals import checkpointing, in_backward
+from lora_fx.models.walking import modules_of
 
 LATE = "lora_fx_late"
 """Attribute of a module whose output is computed late."""
@@ -108,7 +109,7 @@ def uninstall(module: nn.Module) -> None:
 
 def late_modules(model: nn.Module) -> list[tuple[nn.Module, LateState]]:
     """Return every module of a model that computes its output late, in model order."""
-    return [(module, module.__dict__[LATE]) for module in model.modules() if LATE in module.__dict__]
+    return [(module, module.__dict__[LATE]) for module in modules_of(model) if LATE in module.__dict__]
 
 
 def around_the_call(module: nn.Module, input: Any) -> str:

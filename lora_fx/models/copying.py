@@ -9,8 +9,9 @@ from torch import nn
 
 from lora_fx.models.swap import Swapped
 from lora_fx.models.torch_internals import deepcopy
+from lora_fx.models.walking import modules_of
 
-_THEMSELVES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
+THEMSELVES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
 """Types of what a deep copy takes as it is; sizes are numbers."""
 _TABLES = (OrderedDict, dict, set)
 _METHODS: dict[str, tuple[Any, ...]] = {
@@ -37,51 +38,158 @@ def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     Raises:
         Exception: whatever the copy of an attribute raises.
     """
-    modules = {id(child): child for child in module.modules()}
-    if not all(map(_is_plain, modules.values())) or not memo.keys().isdisjoint(modules):
+    modules = {id(child): child for child in modules_of(module)}
+    own_way = any("__deepcopy__" in child.__dict__ for child in modules.values())
+    if own_way or not memo.keys().isdisjoint(modules) or not all(map(_is_plain, {*map(type, modules.values())})):
         return deepcopy(module, memo)
-    memo |= {key: object.__new__(type(child)) for key, child in modules.items()}
-    attributes = {key: _state_of(child) for key, child in modules.items()}
-    places = [(own, name) for own in attributes.values() for name in own if not _is_copied(own, name, memo)]
-    copied = deepcopy([own[name] for own, name in places], memo)
-    for (own, name), value in zip(places, copied, strict=True):
-        own[name] = value
-    for key, own in attributes.items():
-        nn.Module.__setstate__(memo[key], own)  # type: ignore[no-untyped-call]
-    made: nn.Module = memo[id(module)]
-    return made
+    memo.update((key, object.__new__(type(child))) for key, child in modules.items())
+    attributes = [(memo[key], nn.Module.__getstate__(child)) for key, child in modules.items()]  # type: ignore[no-untyped-call]
+    left = [(own, name) for _, own in attributes for name in _filled(own, memo)]
+    for own, name in left:
+        own[name] = copied_value(own[name], memo)
+    for made, own in attributes:
+        nn.Module.__setstate__(made, own)  # type: ignore[no-untyped-call]
+    duplicate: nn.Module = memo[id(module)]
+    return duplicate
 
 
-def _state_of(module: nn.Module) -> dict[str, Any]:
-    """Return a new dict with what a copy of the module is to have."""
-    state: dict[str, Any] = nn.Module.__getstate__(module)  # type: ignore[no-untyped-call]
-    return state
+def _filled(own: dict[str, Any], memo: dict[int, Any]) -> list[str]:
+    """Put copies in the place of a module's attributes, and return the names of those that may hold other modules'."""
+    left = []
+    for name, value in own.items():
+        kind = type(value)
+        if kind in THEMSELVES:
+            continue
+        key = id(value)
+        if key not in memo:
+            if kind in _TABLES and not value:  # of hooks, mostly: deepcopy is slow at them
+                memo[key] = kind()
+            elif kind is dict and _is_known(value, memo):
+                memo[key] = {part: None if held is None else memo[id(held)] for part, held in value.items()}
+            else:
+                left.append(name)
+                continue
+        own[name] = memo[key]
+    return left
 
 
-def _is_copied(own: dict[str, Any], name: str, memo: dict[int, Any]) -> bool:
-    """Whether the attribute could be put in the place of the original in `own` without asking how it is copied."""
-    value = own[name]
-    if type(value) in _THEMSELVES:
-        return True
-    if id(value) not in memo:
-        if type(value) in _TABLES and not value:  # of hooks, mostly: deepcopy is slow at them
-            memo[id(value)] = type(value)()
-        elif type(value) is dict and all(type(key) is str and _is_known(part, memo) for key, part in value.items()):
-            memo[id(value)] = {key: part if part is None else memo[id(part)] for key, part in value.items()}
-        else:
-            return False
-    own[name] = memo[id(value)]
-    return True
+def _is_known(table: dict[Any, Any], memo: dict[int, Any]) -> bool:
+    """Whether a dict holds, by names, nothing but what the copy has something for."""
+    unknown = [key for key, part in table.items() if type(key) is not str or not (part is None or id(part) in memo)]
+    return not unknown
 
 
-def _is_known(part: object, memo: dict[int, Any]) -> bool:
-    return part is None or id(part) in memo
-
-
-def _is_plain(module: nn.Module) -> bool:
-    kind: Any = type(module)
-    if "__deepcopy__" in vars(module) or kind in copyreg.dispatch_table:
+def _is_plain(kind: Any) -> bool:
+    if kind in copyreg.dispatch_table:
         return False
     methods = [(getattr(kind, name, None), known) for name, known in _METHODS.items()]
     methods += [(getattr(kind, name), (getattr(nn.Module, name),)) for name in _INHERITED]
     return all(any(method is one for one in known) for method, known in methods)
+
+
+def copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    """Return `copy.deepcopy(value, memo)`, in fewer steps where it is made of lists, tuples, dicts and plain objects.
+
+    Args:
+        value: stays unchanged, and is held by somebody until all copies by this memo are made.
+        memo: as for `copied_tree`.
+
+    Raises:
+        Exception: whatever the copy of something in it raises.
+    """
+    kind, key = type(value), id(value)
+    if kind in THEMSELVES:
+        return value
+    if key in memo:
+        return memo[key]
+    if kind is tuple:
+        return _copied_tuple(value, memo)
+    made: Any
+    if kind is list:
+        made = memo[key] = []
+        for part in value:
+            made.append(part if type(part) in THEMSELVES else copied_value(part, memo))
+    elif kind is dict:
+        made = memo[key] = {}
+        _fill(made, value, memo)
+    elif (own_way := getattr(kind, "__deepcopy__", None)) is None and _is_simple(value):
+        made = memo[key] = object.__new__(kind)
+        _fill(object.__getattribute__(made, "__dict__"), object.__getattribute__(value, "__dict__"), memo)
+    elif own_way is not None and kind.__module__.startswith("lora_fx."):  # it warns of nothing
+        made = memo[key] = own_way(value, memo)
+    elif own_way is None and _is_slotted(kind):
+        made = memo[key] = object.__new__(kind)
+        for name in kind.__slots__:
+            part = getattr(value, name)
+            object.__setattr__(made, name, part if type(part) in THEMSELVES else copied_value(part, memo))
+    else:
+        made = deepcopy(value, memo)
+    return made
+
+
+def _copied_tuple(value: tuple[Any, ...], memo: dict[int, Any]) -> Any:
+    parts = []
+    for part in value:
+        parts.append(part if type(part) in THEMSELVES else copied_value(part, memo))
+    if id(value) in memo:  # it is in itself
+        return memo[id(value)]
+    made = value
+    for part, given in zip(parts, value, strict=True):
+        if part is not given:
+            made = tuple(parts)
+            break
+    memo[id(value)] = made
+    return made
+
+
+def _fill(made: dict[Any, Any], given: dict[Any, Any], memo: dict[int, Any]) -> None:
+    """Put copies of a dict's keys and values into another dict."""
+    for key, part in given.items():
+        name = key if type(key) is str else copied_value(key, memo)
+        made[name] = part if type(part) in THEMSELVES else copied_value(part, memo)
+
+
+def _is_simple(value: Any) -> bool:
+    """Whether an object's copy is a new one of its class with copies of its attributes, and nothing else happens."""
+    kind: Any = type(value)
+    if (
+        kind.__reduce_ex__ is not object.__reduce_ex__
+        or kind.__reduce__ is not object.__reduce__
+        or kind.__getstate__ is not object.__getstate__
+        or kind.__new__ is not object.__new__
+        or kind in copyreg.dispatch_table
+        or hasattr(kind, "__setstate__")
+        or hasattr(kind, "__getattr__")
+        or hasattr(kind, "__getnewargs_ex__")
+        or hasattr(kind, "__getnewargs__")
+        or not kind.__dictoffset__
+        or kind.__itemsize__
+        or kind.__basicsize__ > _PLAIN_SIZE
+    ):
+        return False
+    for base in kind.__mro__:
+        if base.__dict__.get("__slots__"):
+            return False
+    if kind.__getattribute__ is object.__getattribute__:
+        return "__deepcopy__" not in value.__dict__ and "__setstate__" not in value.__dict__
+    asked = (getattr(value, "__deepcopy__", None), getattr(value, "__setstate__", None))
+    same = value.__dict__ is object.__getattribute__(value, "__dict__")
+    return asked == (None, None) and same and value.__reduce_ex__ == object.__getattribute__(value, "__reduce_ex__")
+
+
+def _is_slotted(kind: Any) -> bool:
+    """Whether it is a data class of ours whose attributes are all in slots, and copied as any data class's are."""
+    return (
+        kind.__module__.startswith("lora_fx.")
+        and kind.__bases__ == (object,)
+        and "__dataclass_fields__" in kind.__dict__
+        and len(kind.__dict__.get("__slots__", ())) == len(kind.__dataclass_fields__)
+        and (kind.__getstate__ is object.__getstate__ or kind.__getstate__.__module__ == "dataclasses")
+    )
+
+
+class _Plain:
+    """A class without slots: its objects have their attributes in a dict, and may be weakly referenced."""
+
+
+_PLAIN_SIZE = _Plain.__basicsize__

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_fx.errors import RefusedError
 from lora_fx.models.shards import is_sharded, sharded_names
 from lora_fx.models.swap import layers_of, swap
+from lora_fx.models.walking import modules_of
 
 SHARDING = "lora_fx_sharding"
 """Attribute of the twin of a sharded model: its Sharding."""
@@ -70,9 +71,12 @@ def resharded(model: nn.Module) -> nn.Module:
 
     After a forward the root's are whole, and rounded where a policy says so; torch's `state_dict` does the same.
     """
-    for module in model.modules():
-        if is_fully_sharded(module):
-            module.reshard()  # type: ignore[operator]
+    modules = modules_of(model)
+    for kind in {*map(type, modules)}:
+        if _is_of_fully_shard(kind):
+            for module in modules:
+                if type(module) is kind:
+                    module.reshard()  # type: ignore[operator]
     return model
 
 
@@ -110,7 +114,7 @@ def sharding_of(model: nn.Module) -> Sharding | None:
     The parameters must be shards: `resharded`.
     """
     known: Sharding | None = model.__dict__.get(SHARDING)
-    if known is not None or not any(map(is_fully_sharded, model.modules())):
+    if known is not None or not any(map(_is_of_fully_shard, {*map(type, modules_of(model))})):
         return known
     paths: dict[int, list[str]] = {}
     states: dict[int, Any] = {}

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.errors import RefusedError
+from lora_fx.models.walking import modules_of, named_modules_of
 
 FOLLOWS = "_lora_fx_follows"
 """Attribute of a function that stands for the forward of a module's class, whichever that is."""
@@ -53,7 +54,7 @@ def follows_class(function: Any) -> bool:
 
 def follow_class(model: nn.Module) -> None:
     """Let accelerate's hooks run around the forward of whatever class a module has by then, in place."""
-    for module in model.modules():
+    for module in modules_of(model):
         if accelerate_hooks(module) and replaced_forward(module) is None:
             kind: Any = type(module)
             vars(module)[_OLD] = MethodType(_class_forward(kind), module)
@@ -85,10 +86,10 @@ def rebind(twin: nn.Module, copies: Mapping[int, object]) -> None:
     Raises:
         RefusedError: naming the functions that reach the model by a global variable.
     """
-    own = {id(module) for module in twin.modules()}
+    own = {*map(id, modules_of(twin))}
     modules = {key: module for key, module in copies.items() if id(module) in own}
     problems: list[tuple[str, str]] = []
-    for path, module in twin.named_modules():
+    for path, module in named_modules_of(twin):
         rebinding = Rebinding(modules, None)
         _rebind_all(module, rebinding)
         problems += [(f"{path}.{name}".lstrip("."), reason) for name, reason in rebinding.problems]

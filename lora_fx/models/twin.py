@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_fx.errors import RefusedError
+from lora_fx.models.copying import copied_tree
 from lora_fx.models.fsdp import SHARDING, plain_shell, resharded, sharding_of
 from lora_fx.models.offload import offloading_hook
 from lora_fx.models.overrides import accelerate_hooks, follow_class, rebind
 from lora_fx.models.shards import is_sharded
 from lora_fx.models.torch_internals import deepcopy
+from lora_fx.models.walking import modules_of, parameters_in
 
 
 def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
@@ -28,7 +30,7 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
     Raises:
         RefusedError: if the model has uninitialised (lazy) parameters or cannot be copied; says which part.
     """
-    return twin_without(model, list(model.modules()), lambda _: None, freeze)
+    return twin_without(model, modules_of(model), lambda _: None, freeze)
 
 
 def twin_without(
@@ -58,7 +60,7 @@ def twin_without(
             base = plain_shell(layer) if base is None and sharding is not None else base
             if base is not None:
                 memo[id(layer)] = deepcopy(base, memo)
-        twin: nn.Module = deepcopy(model, memo)
+        twin = copied_tree(model, memo)
     except Exception as error:
         parts = list(_uncopyable_parts(model)) or [("(root)", f"{type(error).__name__}: {error}")]
         raise RefusedError(
@@ -95,8 +97,8 @@ def _alias(parameter: nn.Parameter, freeze: bool) -> Tensor:
 
 def refuse_lazy(model: nn.Module) -> None:
     """Raise RefusedError, naming each, if the model has parameters without a shape."""
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
-    if lazy:
+    if any(map(_is_lazy, parameters_in(modules_of(model)))):
+        lazy = [name for name, parameter in model.named_parameters() if _is_lazy(parameter)]
         raise RefusedError(
             "the model has parameters without a shape",
             [(name, "not initialised") for name in lazy],
@@ -104,11 +106,15 @@ def refuse_lazy(model: nn.Module) -> None:
         )
 
 
+def _is_lazy(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, UninitializedParameter)
+
+
 def _refuse_slots(model: nn.Module) -> None:
     """Raise RefusedError, naming each, if modules keep attributes in slots: a copy, torch's too, comes without them."""
-    known = {kind: _slots_of(kind) for kind in set(map(type, model.modules()))}
-    slots = [(path, name) for path, module in model.named_modules() for name in known[type(module)]]
-    if slots:
+    known = {kind: _slots_of(kind) for kind in set(map(type, modules_of(model)))}
+    if any(known.values()):
+        slots = [(path, name) for path, module in model.named_modules() for name in known[type(module)]]
         raise RefusedError(
             "modules keep attributes in __slots__, which copies of a module do not have",
             [(path or "(root)", name) for path, name in slots],
@@ -144,6 +150,7 @@ def _uncopyable_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def is_meta(model: nn.Module) -> bool:
     """Whether the model has no values: all its parameters are on the meta device, and none is offloaded."""
-    parameters = list(model.parameters())
+    modules = modules_of(model)
+    parameters = parameters_in(modules)
     on_meta = bool(parameters) and all(p.device == torch.device("meta") for p in parameters)
-    return on_meta and not any(map(offloading_hook, model.modules()))
+    return on_meta and not any(map(offloading_hook, modules))

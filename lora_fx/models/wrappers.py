@@ -5,6 +5,7 @@ import re
 from torch import nn
 
 from lora_fx.errors import RefusedError
+from lora_fx.models.walking import named_modules_of
 
 _SEGMENTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NESTED = re.compile(rf"(^|\.)(?:{'|'.join(_SEGMENTS)})(?=\.|$)")
@@ -84,8 +85,11 @@ def without_wrappers(name: str) -> str:
 
 def holds_peft(model: nn.Module) -> list[str]:
     """Return the paths of the modules that hold adapters of PEFT."""
-    layers = (
-        (path, {base.__module__ + "." + base.__qualname__ for base in type(module).__mro__})
-        for path, module in model.named_modules()
-    )
-    return [path for path, names in layers if "peft.tuners.tuners_utils.BaseTunerLayer" in names]
+    named = named_modules_of(model)
+    kinds = {kind for kind in {type(module) for _, module in named} if _is_of_peft(kind)}
+    return [path for path, module in named if type(module) in kinds] if kinds else []
+
+
+def _is_of_peft(kind: type) -> bool:
+    names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    return "peft.tuners.tuners_utils.BaseTunerLayer" in names

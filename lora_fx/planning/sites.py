@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, Self
 
 from lora_fx.rules.ruleset import Match
 from lora_fx.text import shortened
@@ -44,6 +44,9 @@ class Site:
     """Whether code reads the weight, instead of (or besides) calling the module that owns it."""
     outside: bool = False
     """Whether some of that code is another module's than the owner's."""
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self  # it never changes
 
     @property
     def paths(self) -> tuple[str, ...]:

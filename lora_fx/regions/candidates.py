@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_fx.adapters.attach import attached_to, shown_parameters
 from lora_fx.models.swap import original_class
+from lora_fx.models.walking import modules_of, named_modules_of
 from lora_fx.passes.flatten import is_plain_layer
 from lora_fx.text import dotted
 
@@ -57,7 +58,7 @@ def _is_innermost(parent: nn.Module, child: nn.Module) -> bool:
     """Whether the block is repeated, or holds no blocks that are: a graph of many layers could not be shared."""
     if _is_checkpointing_layer(child):
         return True
-    return _occurs_twice(child, parent) or not any(_has_twins(module) for module in child.modules())
+    return _occurs_twice(child, parent) or not any(map(_has_twins, modules_of(child)))
 
 
 def _occurs_twice(child: nn.Module, parent: nn.Module) -> bool:
@@ -117,13 +118,20 @@ def _is_layer(model: nn.Module, site: str) -> bool:
 
 def structure_of(module: nn.Module) -> tuple[Any, ...]:
     """Return what is equal for identical blocks: classes, names, shapes, dtypes, adapters."""
-    return tuple(_facts(path, inner) for path, inner in module.named_modules())
+    return tuple(_facts(path, inner) for path, inner in named_modules_of(module))
 
 
 def _facts(path: str, module: nn.Module) -> tuple[Any, ...]:
-    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors)
+    shapes: list[tuple[Any, ...]] = []
+    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for table in tables:
+        met = {id(None)}  # one that has two names counts once
+        for name, tensor in table.items():
+            if id(tensor) not in met:
+                met.add(id(tensor))
+                shapes.append((name, tuple(tensor.shape), tensor.dtype, tensor.device))
     adapters = tuple(
-        (adapter.spec.lora, adapter.spec.mixed, adapter.spec.parameter, adapter.call) for adapter in attached_to(module)
+        (adapter.spec.lora, adapter.spec.mixed, adapter.spec.parameter, adapter.call)
+        for adapter in (attached_to(module) if module._modules else ())
     )
-    return (path, original_class(module), shapes, adapters, shown_parameters(module))
+    return (path, original_class(module), tuple(shapes), adapters, shown_parameters(module))

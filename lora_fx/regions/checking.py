@@ -18,9 +18,10 @@ from lora_fx.capture.calls.objects import copied, is_plain_object, objects_diffe
 from lora_fx.capture.guards import Match
 from lora_fx.capture.tracing.copies import copied_module
 from lora_fx.capture.tracing.recording import Records
-from lora_fx.liveness.heads import uninstall
+from lora_fx.liveness.heads import LATE, uninstall
 from lora_fx.models.swap import Swapped, take_off
 from lora_fx.models.torch_internals import pytree
+from lora_fx.models.walking import devices_of, modules_of, named_buffers_of
 from lora_fx.regions.gradients import Run, gradients_differ, rounded_otherwise, values_differ
 from lora_fx.regions.program import Program
 from lora_fx.regions.thin import ThinLinears
@@ -66,7 +67,7 @@ class Replay:
         self._before = stand_in(call.module)
         args, kwargs = copied((call.args, call.kwargs), _copy)
         self.call = ModuleCall(call.module, call.forward, args, kwargs)
-        devices = {tensor.device for tensor in (*tensors_in((call.args, call.kwargs)), *call.module.parameters())}
+        devices = {tensor.device for tensor in tensors_in((call.args, call.kwargs))} | devices_of(call.module)
         self.ambient = ambient_state(devices)
         self.random = RandomState(self.ambient.devices)
 
@@ -124,7 +125,8 @@ class Replay:
     def _differs_with_noise(self, program: Program, match: Match) -> str | None:
         """Return how program and forward differ with other factors in the adapters, gradients included."""
         module = self.call.module
-        if program.proven_with_noise or not is_adapted(module) or any(p.is_meta for p in module.parameters()):
+        on_meta = any(device.type == "meta" for device in devices_of(module))
+        if program.proven_with_noise or not is_adapted(module) or on_meta:
             return None
         mine, theirs, _ = self.both_with_noise(program.function, match)
         reason = difference(_detached(mine[0]), _detached(theirs[0]))
@@ -202,8 +204,8 @@ def _left_behind_differs(mine: ModuleCall, theirs: ModuleCall) -> str | None:
     """Return how what the program wrote in place differs from what the forward wrote."""
     if _objects_differ((mine.args, mine.kwargs), (theirs.args, theirs.kwargs)):
         return "it leaves other values in an argument"
-    expected = dict(theirs.module.named_buffers())
-    for name, buffer in mine.module.named_buffers():
+    expected = dict(named_buffers_of(theirs.module))
+    for name, buffer in named_buffers_of(mine.module):
         if name not in expected or _tensor_difference(buffer, expected[name]) is not None:
             return f"it leaves other values in buffer {name}"
     return None
@@ -249,10 +251,12 @@ def _tensor_difference(one: Any, other: Tensor) -> str | None:
 def stand_in(module: nn.Module) -> nn.Module:
     """Return a copy of a block that shares its parameters, has buffers of its own, and runs no graphs."""
     duplicate = copied_module(module)
-    for inner in duplicate.modules():
-        uninstall(inner)
-        inner.__dict__.pop(PREFIX, None)
-        if inner.__dict__.pop(REGION, None) is not None:
+    for inner in modules_of(duplicate):
+        own = inner.__dict__
+        if LATE in own:
+            uninstall(inner)
+        own.pop(PREFIX, None)
+        if own.pop(REGION, None) is not None:
             take_off(inner, RunsGraphs)
     return duplicate
 
@@ -263,7 +267,7 @@ def with_noise(duplicate: nn.Module) -> None:
     With B = 0, as adapters start, a graph that leaves one out or feeds it the wrong input would look right.
     """
     generator = torch.Generator().manual_seed(0)
-    for module in duplicate.modules():
+    for module in modules_of(duplicate):
         if STATE in module.__dict__:
             module.__dict__[STATE].switch.act_everywhere()
     for _, adapter in all_attached(duplicate):

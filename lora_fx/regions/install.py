@@ -9,11 +9,12 @@ from torch import nn
 from lora_fx.capture.captured import Captured
 from lora_fx.models.swap import swap, take_off
 from lora_fx.models.tensors import dotted
+from lora_fx.models.walking import modules_of, named_modules_of
 from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.candidates import structure_of
 from lora_fx.regions.checking import PREFIX, REGION, RunsGraphs
 from lora_fx.regions.program import make_program
-from lora_fx.regions.region import GuardedRegion, Region, region_of
+from lora_fx.regions.region import GuardedRegion, Region
 
 
 def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()) -> None:
@@ -59,12 +60,10 @@ def uninstall(module: nn.Module) -> None:
     module.__dict__.pop(PREFIX, None)
 
 
-def regions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region]]:
-    """Yield (path, module, region) for every region of the model."""
-    for path, module in model.named_modules():
-        region = region_of(module)
-        if region is not None:
-            yield path, module, region
+def regions(model: nn.Module) -> list[tuple[str, nn.Module, Region]]:
+    """Return (path, module, region) for every region of the model."""
+    named = named_modules_of(model)
+    return [(path, module, module.__dict__[REGION]) for path, module in named if REGION in module.__dict__]
 
 
 def in_graphs(model: nn.Module) -> set[str]:
@@ -146,7 +145,7 @@ def remade(model: nn.Module, owners: Collection[int]) -> None:
     """
     blocks: dict[tuple[Any, ...], BlockPrograms] = {}
     for _, module, region in regions(model):
-        if not any(id(inner) in owners for inner in module.modules()):
+        if not any(id(inner) in owners for inner in modules_of(module)):
             continue
         key = (id(region.block), structure_of(module))
         if key not in blocks:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_fx.capture.captured import Captured
 from lora_fx.capture.tracing.inputs import VaryingSizes
 from lora_fx.models.swap import original_class
+from lora_fx.models.walking import modules_of
 from lora_fx.regions.candidates import structure_of
 
 MOST_KINDS = 64
@@ -28,6 +29,8 @@ _MOST_GRAPHS = 16
 _MOST_OBJECTS = 50_000
 _OPAQUE = (ModuleType, type, CodeType, BuiltinFunctionType, property, logging.Logger, re.Pattern)
 """What is the program's own, and no model's."""
+_UNLIKE = (*_OPAQUE, FunctionType, dict)
+"""What is not asked for all that it refers to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ def kind_of(module: nn.Module) -> Hashable:
 
     `structure_of`, and the forward of each class, which somebody may have replaced: guards do not compare torch's own.
     """
-    return structure_of(module), tuple(original_class(inner).forward for inner in module.modules())
+    return structure_of(module), tuple(original_class(inner).forward for inner in modules_of(module))
 
 
 def _keeps_alive(root: object) -> bool:
@@ -108,7 +111,8 @@ def _keeps_alive(root: object) -> bool:
     seen = {id(root)}
     waiting = [root]
     while waiting:
-        for value in _referents(waiting.pop()):
+        owner = waiting.pop()
+        for value in _referents(owner) if isinstance(owner, _UNLIKE) else gc.get_referents(owner):
             if id(value) in seen:
                 continue
             if isinstance(value, nn.Module) or (isinstance(value, Tensor) and not value.is_meta):

@@ -7,6 +7,7 @@ for the next time.  So a capture can cost time but never correctness.
 import time
 import warnings
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora_fx.errors import LoraFxWarning
 from lora_fx.liveness.rows import LazyRows, whole
 from lora_fx.models.layers import has_hooks
 from lora_fx.models.torch_internals import pytree
+from lora_fx.models.walking import modules_of
 from lora_fx.passes.pack import NOTHING_MIXED
 from lora_fx.progress.steps import block_called
 from lora_fx.regions.blocks import BlockPrograms
@@ -152,14 +154,17 @@ class Region:
         """Answer a call in a run that shows what blocks are called with: computed as far as it teaches anything."""
         assert self.thin is not None
         if not self.capturing:
-            shapes = tuple(leaf.value.shape for leaf in flatten(call.args, call.kwargs).tensors())
-            return self.thin.once((id(self.block), _signature(call), shapes), lambda: self.miss(call))
-        program, inputs = self._settled(call)
+            with self.thin.unseen():
+                shapes = tuple(leaf.value.shape for leaf in flatten(call.args, call.kwargs).tensors())
+                key: tuple[object, ...] = (id(self.block), _signature(call), shapes)
+            return self.thin.once(key, lambda: self.miss(call))
+        with self.thin.unseen():
+            program, inputs = self._settled(call)
+            key = (id(program), *map(_facts_of, inputs))
+            hit = None if program is None else self.find(call.module, call.args, call.kwargs)
         if program is None:
             with self.thin.whole():
                 return call.module.forward(*call.args, **call.kwargs)
-        key = (id(program), *map(_facts_of, inputs))
-        hit = self.find(call.module, call.args, call.kwargs)
         if hit is not None:
             return self.thin.once(key, lambda: hit[0].run(call.module, hit[1]))
         if program.verified and self.thin.purpose is Purpose.PROVE:
@@ -199,23 +204,30 @@ class Region:
         if not self.enabled or is_off(self):
             return call.by_forward()
         block_called(self.number, self.path)
-        self.misses[self.why_missed(call)] += 1
-        noted = self.block.sizes.noted(call.args, call.kwargs)
-        if not self._may_capture(call) or not self.block.lock.acquire(blocking=False):
+        with self._unseen():
+            self.misses[self.why_missed(call)] += 1
+            noted = self.block.sizes.noted(call.args, call.kwargs)
+            learns = self._may_capture(call) and self.block.lock.acquire(blocking=False)
+        if not learns:
             result = call.by_forward()
             noted()  # only now: sizes that the forward refuses do not count
             return result
         try:
             started = time.perf_counter()
-            replay = self._kept(call)
+            with self._unseen():
+                replay = self._kept(call)
             result = call.by_forward()
-            noted()
-            if replay is not None:
-                self._learn(replay, result)
+            with self._unseen():
+                noted()
+                if replay is not None:
+                    self._learn(replay, result)
             self.block.seconds += time.perf_counter() - started
             return result
         finally:
             self.block.lock.release()
+
+    def _unseen(self) -> AbstractContextManager[None]:
+        return self.thin.unseen() if self.thin is not None and not self.thin.paused else nullcontext()
 
     def _kept(self, call: ModuleCall) -> Replay | None:
         """Return the call as it was before the forward; None if it cannot be kept, with the reason noted."""
@@ -274,7 +286,7 @@ class Region:
 
     def _may_capture(self, call: ModuleCall) -> bool:
         # with a hook inside, capturing would fire it more often than the user calls the model
-        if not self.capturing or any(map(has_hooks, list(call.module.modules())[1:])):
+        if not self.capturing or any(map(has_hooks, modules_of(call.module)[1:])):
             return False
         if self.captures >= MOST_GRAPHS:
             self._warn_once()

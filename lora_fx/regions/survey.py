@@ -18,6 +18,7 @@ from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
+from lora_fx.models.walking import devices_of, modules_of
 from lora_fx.progress.steps import step
 from lora_fx.regions.candidates import block_regions, inner_regions, structure_of
 from lora_fx.regions.checking import with_noise
@@ -160,7 +161,7 @@ def _is_inside(path: str, owners: Iterable[str]) -> bool:
 def _retreat(twin: nn.Module, sites: Sequence[str], failures: dict[str, str]) -> list[str]:
     """Take off the regions that became no graph; return the smaller ones to try inside them."""
     smaller = []
-    for path, module, region in list(regions(twin)):
+    for path, module, region in regions(twin):
         if region.block.failures:
             failures[path] = "; ".join(dict.fromkeys(region.block.failures.values()))
         if region.mine:
@@ -282,7 +283,7 @@ def run_modes(
         modes: (training, grad mode) of the runs.
         purpose: what for; what is not needed for it is not computed.
     """
-    blocks = sum(1 for _ in regions(model)) or 1
+    blocks = len(regions(model)) or 1
     with (
         unchanged_modes(model),
         unchanged_random(model),
@@ -346,7 +347,7 @@ def trial_twin(model: nn.Module, freeze: bool = True) -> Iterator[nn.Module]:
 @contextlib.contextmanager
 def unchanged_modes(model: nn.Module) -> Iterator[None]:
     """Give every module its training flag back."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in modules_of(model)]
     try:
         yield
     finally:
@@ -357,7 +358,7 @@ def unchanged_modes(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def unchanged_random(model: nn.Module) -> Iterator[None]:
     """Give the generators of torch, Python and numpy their state back."""
-    state, random_state = RandomState(tuple({p.device for p in model.parameters()})), PythonRandomState()
+    state, random_state = RandomState(tuple(devices_of(model))), PythonRandomState()
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ with the same facts, is answered alike.  A block of which something is still to 
 
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lora_fx.models.torch_internals import pytree, without_function_mode
+from lora_fx.models.torch_internals import function_modes, pytree, without_function_mode
 
 _FEATURES = 4
 """How many of its input's features a thin linear multiplies: enough for values that differ from row to row."""
@@ -58,6 +58,14 @@ class ThinLinears(TorchFunctionMode):
         kwargs = kwargs or {}
         cut = _CUTS.get(func)
         return func(*(cut(*args) if cut is not None else args), **kwargs)
+
+    def unseen(self) -> AbstractContextManager[None]:
+        """Return a context in which this thread's functions do not pass through here: most are questions about shapes.
+
+        Only where no other mode was entered since.
+        """
+        modes = function_modes()
+        return without_function_mode(self) if modes and modes[-1] is self else nullcontext()
 
     @contextmanager
     def whole(self) -> Iterator[None]:

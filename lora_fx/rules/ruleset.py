@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from lora_fx.errors import SourceSpan
 from lora_fx.rules.keys import BY_EXPERTS, LORA_DEFAULTS
@@ -36,6 +36,9 @@ class LoRAConfig:
     """By what r is divided at a bank, 0 for the number of its matrices; what is planned is divided already."""
     invocation: tuple[int, ...] = ()
     """Ids of the tokens from whose last occurrence on it acts; none: on every token."""
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self  # it never changes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that a rule file would hold, without invocations and what is of banks, as by default."""

@@ -1,6 +1,5 @@
 """Plain Python objects that hold tensors (a KV cache, a config): what they are, copies of them, and comparing them."""
 
-import copy
 import enum
 import functools
 from collections import Counter
@@ -12,9 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.capture.calls.arguments import is_constant
+from lora_fx.models.copying import copied_value
 
 IDENTITIES = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, enum.Enum)
 """What is compared by identity, and holds nothing that a capture looks into."""
+_EXACT = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device})
+"""Types of constants that equal themselves."""
+_LEAVES = frozenset({*_EXACT, float, Tensor, nn.Parameter})
+"""Types of much of what is in arguments, in which there is nothing more."""
 
 
 def is_plain_object(value: object) -> bool:
@@ -48,14 +52,15 @@ def subclass_of(kind: type, mixin: type[StandIn]) -> type:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield every tensor that can be reached through attributes, lists, tuples and dicts, in the order of these."""
-    return (part for part in reachable(value) if isinstance(part, Tensor))
+    return iter([part for part in reachable(value) if isinstance(part, Tensor)])
 
 
-def reachable(value: Any, ends: tuple[type, ...] = ()) -> Iterator[Any]:
-    """Yield the value and what is in it: items of lists, tuples and dicts, the dicts of the attributes of objects.
+def reachable(value: Any, ends: tuple[type, ...] = ()) -> list[Any]:
+    """Return the value and what is in it: items of lists, tuples and dicts, the dicts of the attributes of objects.
 
     Objects of the types in `ends` are left out, with what is in them.
     """
+    found: list[Any] = []
     waiting = [value]
     seen: dict[int, Any] = {}  # with the part itself: attributes that a property makes would be gone
     while waiting:
@@ -63,13 +68,16 @@ def reachable(value: Any, ends: tuple[type, ...] = ()) -> Iterator[Any]:
         if id(part) in seen or isinstance(part, ends):
             continue
         seen[id(part)] = part
-        yield part
+        found.append(part)
+        if type(part) in _LEAVES:
+            continue
         if isinstance(part, (list, tuple)):
             waiting.extend(reversed(part))
         elif isinstance(part, dict):
             waiting.extend(reversed(dict.values(part)))
         elif is_plain_object(part):
             waiting.append(vars(part))
+    return found
 
 
 def copied(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
@@ -81,9 +89,9 @@ def copied(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
         value: any value; reached are tensors in attributes, lists, tuples and dicts.
         tensor: gives what stands for a tensor in the copy; asked once for a tensor that is held twice.
     """
-    kept = (part for part in reachable(value) if isinstance(part, (Tensor, nn.Module)))
+    kept = [part for part in reachable(value) if isinstance(part, (Tensor, nn.Module))]
     memo: dict[int, Any] = {id(part): tensor(part) if isinstance(part, Tensor) else part for part in kept}
-    return copy.deepcopy(value, memo)
+    return copied_value(value, memo)
 
 
 class Undo:
@@ -138,7 +146,12 @@ def objects_differ(
         (mine, parts), (others, other_parts) = _taken_apart(a, attributes), _taken_apart(b, attributes)
         if mine != others:
             return True
-        waiting.extend(zip(parts, other_parts, strict=True))
+        for part, other_part in zip(parts, other_parts, strict=True):
+            if type(part) in _EXACT and type(other_part) in _EXACT:
+                if type(part) is not type(other_part) or part != other_part:
+                    return True
+            elif part is not other_part:
+                waiting.append((part, other_part))
     return False
 
 
@@ -147,7 +160,7 @@ def _taken_apart(value: Any, attributes: Callable[[Any], dict[str, Any]]) -> tup
     if isinstance(value, (list, tuple)):
         return len(value), list(value)
     if isinstance(value, dict):
-        return list(map(_key, value)), list(dict.values(value))
+        return [key if type(key) is str else _key(key) for key in value], list(dict.values(value))
     if isinstance(value, (set, frozenset)):
         return Counter(map(_key, value)), []
     if isinstance(value, functools.partial):

@@ -6,7 +6,6 @@ plain object that it holds, gets a dynamic subclass of its class that reports ca
 """
 
 import sys
-from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -20,9 +19,10 @@ from lora_fx.capture.calls.reasons import Untraceable
 from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
 from lora_fx.capture.reads.frozen import Freezer, OfType, Unfreezable
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
-from lora_fx.models.copying import copied_tree
+from lora_fx.models.copying import THEMSELVES, copied_tree
 from lora_fx.models.fsdp import is_mark, plain_shell
 from lora_fx.models.swap import is_swapped, origin, swap, unswap
+from lora_fx.models.walking import buffers_in, modules_of, named_modules_of, parameters_in
 
 _LISTENER = "_lora_fx_listener"
 _PATH = "_lora_fx_access"
@@ -65,7 +65,7 @@ class Listener:
         if reports(value):
             self.dependencies.held[place] = OfType(type(original))
             return
-        paths = {id(module): path for path, module in self.original.named_modules()}
+        paths = {id(module): path for path, module in named_modules_of(self.original)}
         try:
             self.dependencies.held[place] = Freezer(paths).freeze(value if isinstance(value, Tensor) else original)
         except Unfreezable as error:
@@ -220,7 +220,7 @@ def reporting_copy(module: nn.Module, listener: Listener) -> nn.Module:
     (BatchNorm's `num_batches_tracked`) for real, even under fake tensors.
     """
     duplicate = copied_module(module)
-    for path, child in list(duplicate.named_modules()):
+    for path, child in named_modules_of(duplicate):
         _as_seen(child)
         unswap(child)
         _report_objects(child, module.get_submodule(path), path, listener)
@@ -248,15 +248,20 @@ def copied_module(module: nn.Module) -> nn.Module:
     return copied_tree(plain_shell(module) or module, {id(kept): kept for kept in _shared(module)})
 
 
-def _shared(module: nn.Module) -> Iterator[object]:
-    yield from module.parameters()
-    own = {id(part) for part in (*module.modules(), *module.buffers())}
-    for child in module.modules():
-        for value in vars(child).values():
-            items = value if isinstance(value, (list, tuple)) else (value,)
-            yield from (item for item in items if isinstance(item, (Tensor, nn.Module)) and id(item) not in own)
+def _shared(module: nn.Module) -> list[object]:
+    modules = modules_of(module)
+    kept: list[object] = [*parameters_in(modules)]
+    own = {*map(id, modules), *map(id, buffers_in(modules))}
+    for child in modules:
+        for value in child.__dict__.values():
+            if type(value) in THEMSELVES:
+                continue
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, (Tensor, nn.Module)) and id(item) not in own:
+                    kept.append(item)
         for table in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks):
-            yield from table.values()
+            kept += table.values()
+    return kept
 
 
 def _report_objects(duplicate: Any, original: Any, path: str, listener: Listener) -> None:

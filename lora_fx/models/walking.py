@@ -1,0 +1,76 @@
+"""The modules, parameters and buffers of a model as lists, each made in one loop.
+
+torch's own `named_modules` passes every module through a generator of each level above it; a model is walked through
+some hundred times before its first step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = nn.Module.named_modules
+_ALSO_PLAIN = nn.Module.modules
+
+
+def named_modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what `model.named_modules()` yields, in its order; classes that have a method of their own are asked."""
+    found: list[tuple[str, nn.Module]] = []
+    met: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in met:
+            continue
+        if type(module).named_modules is not _PLAIN:
+            return list(model.named_modules())
+        met.add(module)
+        found.append((path, module))
+        children = module._modules
+        if children:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+    return found
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return what `model.modules()` yields, in its order."""
+    found: list[nn.Module] = []
+    met: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module in met:
+            continue
+        if type(module).named_modules is not _PLAIN or type(module).modules is not _ALSO_PLAIN:
+            return list(model.modules())
+        met.add(module)
+        found.append(module)
+        if module._modules:
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return found
+
+
+def parameters_in(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters that the modules hold, each once, in their order."""
+    return list({id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
+
+
+def buffers_in(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the buffers that the modules hold, each once, in their order."""
+    return list({id(b): b for module in modules for b in module._buffers.values() if b is not None}.values())
+
+
+def named_buffers_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return what `model.named_buffers()` yields, in its order."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, module in named_modules_of(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in found:
+                found[id(buffer)] = (f"{path}.{name}" if path else name, buffer)
+    return list(found.values())
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Return the devices of the model's parameters."""
+    return {parameter.device for parameter in parameters_in(modules_of(model))}
