@@ -72,11 +72,10 @@ def resharded(model: nn.Module) -> nn.Module:
     After a forward the root's are whole, and rounded where a policy says so; torch's `state_dict` does the same.
     """
     modules = modules_of(model)
-    for kind in {*map(type, modules)}:
-        if _is_of_fully_shard(kind):
-            for module in modules:
-                if type(module) is kind:
-                    module.reshard()  # type: ignore[operator]
+    kinds = {kind for kind in {*map(type, modules)} if _is_of_fully_shard(kind)}
+    for module in modules if kinds else ():
+        if type(module) in kinds:
+            module.reshard()  # type: ignore[operator]
     return model
 
 
