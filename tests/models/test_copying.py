@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import enum
+from collections import Counter, OrderedDict, namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lora_fx
-from lora_fx.models.copying import _is_plain, copied_tree
+from lora_fx.models.copying import _is_plain, _is_simple, copied_tree, copied_value
 from tests.support.portraits import difference, portrait_of_state
 from tests.support.zoo import ZOO, Specimen, rules
 
@@ -104,8 +107,8 @@ def test_copy_is_that_of_deepcopy(make: Callable[[], Holder]):
 
 
 def test_only_modules_whose_classes_leave_it_to_python_are_copied_at_once():
-    assert all(map(_is_plain, plain().modules()))
-    assert [type(module).__name__ for module in special().children_ if not _is_plain(module)] == [
+    assert all(map(_is_plain, map(type, plain().modules())))
+    assert [type(module).__name__ for module in special().children_ if not _is_plain(type(module))] == [
         "Own", "Stateful", "Delegating", "MultiheadAttention", "ParametrizedLinear",
     ]  # fmt: skip
     layer = nn.Linear(2, 2)
@@ -117,7 +120,7 @@ def test_copies_are_made_at_once_where_torchs_compiler_has_replaced_the_method_t
     set_state, told = nn.Module.__setstate__, []
     monkeypatch.setattr(nn.Module, "__setstate__", lambda self, state: told.append(self) or set_state(self, state))
     model = plain()
-    assert all(map(_is_plain, model.modules()))
+    assert all(map(_is_plain, map(type, model.modules())))
     assert {id(child) for child in copied_tree(model, {}).modules()} == {id(child) for child in told}
 
 
@@ -152,3 +155,102 @@ def test_what_cannot_be_copied_raises_as_in_deepcopy():
     model[0].generator = (number for number in range(3))
     with pytest.raises(TypeError, match="generator"):
         copied_tree(model, {})
+
+
+class Named:
+    """Answers questions about itself as transformers' configurations do."""
+
+    def __init__(self) -> None:
+        self.size, self.names, self.inner = 3, ["a", {"b": (1, [2])}], None
+
+    def __getattribute__(self, name: str) -> Any:
+        return super().__getattribute__("size" if name == "width" else name)
+
+
+class Borrowing(Named):
+    """Copies itself, as only its objects tell."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__deepcopy__":
+            return lambda memo: "copied by itself"
+        return super().__getattribute__(name)
+
+
+class Slotted:
+    __slots__ = ("__dict__", "first")
+
+
+class Reduced:
+    def __reduce__(self) -> Any:
+        return (str, ("made anew",))
+
+
+class Kept:
+    def __getstate__(self) -> dict[str, Any]:
+        return {"kept": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    inner: Any
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+Pair = namedtuple("Pair", ("first", "second"))
+
+
+def odd_values() -> dict[str, Any]:
+    named, slotted, ring, kept = Named(), Slotted(), [1], Kept()
+    named.inner, slotted.first, slotted.other = named, [1], {2: "two"}
+    ring.append((ring, ring))
+    kept.lost = 1
+    shared = [Frozen(["x"])]
+    return {
+        "named": named, "slotted": slotted, "ring": ring, "kept": kept, "shared": (shared, shared, Color.RED),
+        "counted": Counter("aab"), "ordered": OrderedDict(b=[1], a=2), "pair": Pair([1], (2,)), "set": {1, (2, 3)},
+        "constants": (1, ("a", None)), "type": Named, "method": named.__init__, "keys": {(1, Color.RED): [0.5]},
+        "reduced": Reduced(), "borrowing": Borrowing(), "tensor": torch.ones(2), "size": torch.Size([1]),
+    }  # fmt: skip
+
+
+def outline(value: Any, met: dict[int, int]) -> Any:
+    """Return a value as nested tuples: of what is in it for the second time, which one it is."""
+    if isinstance(value, (int, float, str, type(None), type, enum.Enum, torch.Size)):
+        return repr(value)
+    if id(value) in met:
+        return met[id(value)]
+    met[id(value)] = len(met)
+    name = type(value).__name__
+    if callable(value):
+        return name, outline(value.__self__, met)
+    if isinstance(value, torch.Tensor):
+        return name, value.tolist()
+    if isinstance(value, dict):
+        return name, [(outline(key, met), outline(part, met)) for key, part in value.items()]
+    if isinstance(value, (list, tuple, set)):
+        return name, [outline(part, met) for part in value]
+    slots = [outline(getattr(value, slot), met) for slot in ("first", "inner") if slot in dir(type(value))]
+    own = object.__getattribute__(value, "__dict__") if hasattr(value, "__dict__") else {}
+    return name, slots, [(key, outline(part, met)) for key, part in own.items()]
+
+
+def test_copy_of_a_value_is_that_of_deepcopy():
+    value = odd_values()
+    mine, theirs = copied_value(value, {}), copy.deepcopy(value)
+    for name in value:
+        assert outline(mine[name], {}) == outline(theirs[name], {}), name
+        assert (mine[name] is value[name]) == (theirs[name] is value[name]) or name == "size"
+    assert outline(mine, {}) == outline(theirs, {})
+    assert mine["method"].__self__ is mine["named"]
+    assert [name for name, part in value.items() if _is_simple(part)] == ["named"]
+
+
+def test_the_memo_says_what_stands_in_the_copy_of_a_value():
+    value = odd_values()
+    memo = {id(value["tensor"]): "a tensor", id(value["shared"][0]): "a list"}
+    copied = copied_value(value, memo)
+    assert (copied["tensor"], copied["shared"]) == ("a tensor", ("a list", "a list", Color.RED))
+    assert copied_value(value["named"], memo) is copied["named"]

@@ -1,0 +1,65 @@
+"""The lists of a model's modules, parameters and buffers are those that torch yields."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_fx.models.walking import (
+    buffers_in,
+    devices_of,
+    modules_of,
+    named_buffers_of,
+    named_modules_of,
+    parameters_in,
+)
+from tests.support.zoo import ZOO
+
+
+class OwnNames(nn.Linear):
+    """Calls its modules otherwise, as wrappers do."""
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
+        for path, module in super().named_modules(memo, prefix, remove_duplicate):
+            yield path.upper(), module
+
+
+def tied() -> nn.Module:
+    inner = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model = nn.ModuleDict({"a": inner, "b": nn.ModuleList([inner[1], nn.ModuleDict({"c": inner}), nn.Linear(2, 2)])})
+    model["b"][2].weight = inner[0].weight
+    model["b"][2].register_buffer("mean", inner[1].running_mean)
+    model["b"][2].nothing = None
+    model.register_module("none", None)
+    return model
+
+
+def holding(child: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.ModuleList([child]), nn.Linear(2, 2))
+
+
+def check(model: nn.Module) -> None:
+    assert named_modules_of(model) == list(model.named_modules())
+    modules = modules_of(model)
+    assert modules == list(model.modules())
+    assert list(map(id, parameters_in(modules))) == list(map(id, model.parameters()))
+    assert list(map(id, buffers_in(modules))) == list(map(id, model.buffers()))
+    named = [(name, id(buffer)) for name, buffer in named_buffers_of(model)]
+    assert named == [(name, id(buffer)) for name, buffer in model.named_buffers()]
+    assert devices_of(model) == {parameter.device for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("model", [tied(), holding(OwnNames(2, 2)), nn.Linear(2, 2, device="meta"), nn.Identity()])
+def test_lists_are_those_of_torch(model: nn.Module):
+    check(model)
+
+
+def test_lists_of_real_models_are_those_of_torch():
+    for specimen in ZOO:
+        check(specimen.build())
+
+
+def test_a_scripted_module_is_walked_too():
+    check(torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))))
