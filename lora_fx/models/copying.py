@@ -24,6 +24,17 @@ _METHODS: dict[str, tuple[Any, ...]] = {
 """By what a class may be copied if its objects are copied attribute by attribute."""
 _INHERITED = ("__getstate__", "__setstate__")
 """Which methods of `nn.Module`, as they are now, it must have besides: torch's compiler replaces one of them."""
+_OF_OBJECTS = {
+    "__new__": object.__new__,
+    "__reduce_ex__": object.__reduce_ex__,
+    "__reduce__": object.__reduce__,
+    "__getstate__": object.__getstate__,
+    "__setstate__": None,
+    "__getattr__": None,
+    "__getnewargs_ex__": None,
+    "__getnewargs__": None,
+}
+"""The methods of a class whose objects are copied as `object` has it."""
 
 
 def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -152,20 +163,10 @@ def _fill(made: dict[Any, Any], given: dict[Any, Any], memo: dict[int, Any]) -> 
 def _is_simple(value: Any) -> bool:
     """Whether an object's copy is a new one of its class with copies of its attributes, and nothing else happens."""
     kind: Any = type(value)
-    if (
-        kind.__reduce_ex__ is not object.__reduce_ex__
-        or kind.__reduce__ is not object.__reduce__
-        or kind.__getstate__ is not object.__getstate__
-        or kind.__new__ is not object.__new__
-        or kind in copyreg.dispatch_table
-        or hasattr(kind, "__setstate__")
-        or hasattr(kind, "__getattr__")
-        or hasattr(kind, "__getnewargs_ex__")
-        or hasattr(kind, "__getnewargs__")
-        or not kind.__dictoffset__
-        or kind.__itemsize__
-        or kind.__basicsize__ > _PLAIN_SIZE
-    ):
+    for name, known in _OF_OBJECTS.items():
+        if getattr(kind, name, None) is not known:
+            return False
+    if kind in copyreg.dispatch_table or not kind.__dictoffset__ or kind.__basicsize__ > _PLAIN_SIZE:
         return False
     for base in kind.__mro__:
         if base.__dict__.get("__slots__"):
