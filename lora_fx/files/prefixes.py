@@ -1,5 +1,8 @@
 """Outputs of frozen blocks in a directory: one safetensors file each, whole or not there."""
 
+import contextlib
+import secrets
+import time
 import warnings
 from pathlib import Path
 
@@ -7,13 +10,16 @@ import torch
 from safetensors import safe_open
 
 from lora_fx.errors import LoraFxWarning
-from lora_fx.files.atomic import write_files
+from lora_fx.files.atomic import settle, write_synced
 from lora_fx.files.safetensors import read_raw
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.regions.prefix.digests import digest_of
 from lora_fx.regions.prefix.entries import Entry
 
 _NAME = "output"
+_PARTS = ".parts"
+"""Where files are before they are whole."""
+_OLD_SECONDS = 86_400
 
 
 class Directory:
@@ -31,6 +37,14 @@ class Directory:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._writes = True
+        with contextlib.suppress(OSError):
+            self._delete_old_parts()
+
+    def _delete_old_parts(self) -> None:
+        """Delete what writers that were killed have left; what lives is not as old."""
+        for part in (self._folder / _PARTS).glob("*"):
+            if time.time() - part.lstat().st_mtime > _OLD_SECONDS:
+                part.unlink(missing_ok=True)
 
     def _place(self, key: bytes) -> Path:
         return self._folder / key.hex()[:2] / f"{key.hex()}.safetensors"
@@ -56,8 +70,19 @@ class Directory:
             return
         metadata = {"end": entry.end.hex(), "bits": digest_of(entry.value).hex()}
         try:
-            write_files({self._place(key): canonical_safetensors({_NAME: entry.value}, metadata)})
+            self._write(self._place(key), canonical_safetensors({_NAME: entry.value}, metadata))
         except OSError as error:
             self._writes = False
             text = f"outputs of frozen blocks are kept in memory alone: {self._folder} cannot be written to: {error}"
             warnings.warn(text, LoraFxWarning, stacklevel=2)
+
+    def _write(self, place: Path, content: bytes) -> None:
+        """Write a file: whole, or not there."""
+        part = self._folder / _PARTS / f"{place.name}.{secrets.token_hex(8)}"
+        for folder in (part.parent, place.parent):
+            folder.mkdir(exist_ok=True)
+        try:
+            write_synced(part, content)
+            settle(part, place)
+        finally:
+            part.unlink(missing_ok=True)

@@ -58,6 +58,16 @@ def between_calls(model: nn.Module, roots: Iterable[nn.Module] = ()) -> Iterator
             door.open.set()
 
 
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Return a context in which no other thread changes the model as `between_calls` does; for who reads all of it."""
+    if len(sys._current_frames()) == 1 or _is_in(sys._getframe(), frozenset(map(id, model.modules()))):
+        yield
+        return
+    with _CHANGING:
+        yield
+
+
 class _Door:
     """A hook at which calls of other threads wait."""
 

@@ -14,6 +14,7 @@ from lora_fx.adapters.selection import Selection, switched_off
 from lora_fx.adapters.trained import choose_moved_buffers, forget, settle, trained_owners
 from lora_fx.errors import RefusedError
 from lora_fx.liveness.heads import late_modules
+from lora_fx.models.between import unchanged
 from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.fsdp import SHARDING, partitioned, sharded_again
 from lora_fx.models.offload import keep_loaded
@@ -83,9 +84,15 @@ def merged(tuned: nn.Module) -> nn.Module:
     """
     record_in(tuned)
     tuned = with_values(tuned)
-    places = placed_in(tuned)
-    check_mergeable(tuned)
-    twin = _plain_twin(tuned, Merge())
+    with unchanged(tuned):
+        check_mergeable(tuned)
+        model = _merged(tuned)
+    warn_of_narrowed(model)
+    return model
+
+
+def _merged(tuned: nn.Module) -> nn.Module:
+    places, twin = placed_in(tuned), _plain_twin(tuned, Merge())
     for place, copied in zip(places, placed_in(twin), strict=False):  # nothing is left of a GraphModule's
         copied.record.switch.everywhere = place.record.switch.now()
     settle(twin)
@@ -98,9 +105,7 @@ def merged(tuned: nn.Module) -> nn.Module:
     base = set(map(without_wrappers, base_in(places)))
     names = [name for name, _ in twin.named_parameters(remove_duplicate=False) if without_wrappers(name) in base]
     own_parameters(twin, names, requires_grad=False)  # trained whole: the adapted model may go on training its own
-    model = _flagged(twin, tuned, places)
-    warn_of_narrowed(model)
-    return model
+    return _flagged(twin, tuned, places)
 
 
 def _merge_module(owner: nn.Module) -> None:

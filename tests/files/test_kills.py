@@ -17,7 +17,9 @@ from lora_fx.files.adapter.folder import file_in
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.adapter.read import read_adapters
 from lora_fx.files.checkpoint.outfolder import JOURNAL
+from lora_fx.files.prefixes import Directory
 from lora_fx.files.replacing import staged
+from lora_fx.regions.prefix.entries import Entry
 from tests.support.killing import killed_before, kills
 from tests.support.merging import Q, base_tensors, contents, factors, write_adapter, write_base
 
@@ -278,6 +280,32 @@ def test_merge_killed_before_any_step_is_continued_to_the_same_bytes(tmp_path, e
             work()
         assert files(out) == expected
     assert steps >= 30 // every
+
+
+# -- outputs that `cached_prefix` keeps
+
+
+def test_an_output_that_is_kept_is_whole_or_not_there_wherever_its_writer_is_killed(tmp_path):
+    folder, key, entry = tmp_path / "kept", b"key", Entry(b"end", torch.arange(6.0))
+
+    def seen():
+        found = Directory(folder).get(key)
+        assert found is None or (found.end == entry.end and torch.equal(found.value, entry.value))
+        return found is not None
+
+    states = [seen() for _ in kills(lambda: Directory(folder).put(key, entry), lambda: shutil.rmtree(folder, True))]
+    assert states == sorted(states)
+    assert len({*states}) == 2
+    shutil.rmtree(folder)
+    assert killed_before(4, lambda: Directory(folder).put(key, entry))
+    (left,) = (path for path in folder.rglob("*") if path.is_file())
+    Directory(folder)
+    assert left.exists()  # its writer may live
+    os.utime(left, (0, 0))
+    Directory(folder).put(key, entry)
+    assert [path for path in folder.rglob("*") if path.is_file()] == [
+        folder / key.hex()[:2] / f"{key.hex()}.safetensors"
+    ]
 
 
 # -- PEFT

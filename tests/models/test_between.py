@@ -10,8 +10,10 @@ import time
 import torch
 from torch import nn
 
+import lora_fx
 from lora_fx.models.between import between_calls
-from tests.support.endurance import threads_at_once
+from tests.support import faultcases
+from tests.support.endurance import running, threads_at_once
 
 
 class Slow(nn.Module):
@@ -113,3 +115,27 @@ def test_no_call_mixes_two_states_of_an_adapted_model(tmp_path):
     found = threads_at_once(3, 3, tmp_path)
     assert {name: served.mixed for name, served in found.items()} == {name: [] for name in found}
     assert all(served.calls and served.changes == 3 for served in found.values())
+
+
+def test_what_is_saved_or_merged_while_another_thread_swaps_is_one_of_the_two(tmp_path):
+    tuned = copy.deepcopy(faultcases.adapted())
+    wholes = {}
+    for name, scale in (("one", 1.0), ("two", 2.0)):
+        with torch.no_grad():
+            for parameter in lora_fx.parameters(tuned, "plain"):
+                parameter.mul_(scale)
+        lora_fx.save(tuned, tmp_path / name, adapter="plain")
+        wholes[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+    stop = threading.Event()
+
+    def swap() -> None:
+        while not stop.is_set():
+            for name in wholes:
+                lora_fx.swap(tuned, tmp_path / name, adapter="plain")
+
+    saved = set()
+    for _ in running([threading.Thread(target=swap)], stop):
+        for _ in range(12):
+            lora_fx.save(tuned, tmp_path / "now", adapter="plain")
+            saved.add((tmp_path / "now" / "adapter_model.safetensors").read_bytes())
+    assert saved <= {*wholes.values()}

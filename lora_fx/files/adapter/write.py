@@ -18,6 +18,7 @@ from lora_fx.files.adapter.describe import Described, describe
 from lora_fx.files.adapter.folder import replace_files
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.values import canonical_safetensors
+from lora_fx.models.between import unchanged
 from lora_fx.models.fsdp import is_partitioned, resharded
 from lora_fx.models.shards import by_first, is_sharded
 from lora_fx.models.tensors import get_tensor
@@ -55,16 +56,17 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str | Non
     if lost:
         facts = [(name, "has no values") for name in [*lost][:8]]
         raise AdapterFileError(str(folder), "the adapter is on the meta device and has no values to save", facts)
-    described = describe(tuned, adapter)
-    _warn_of_moved_buffers(tuned)
+    with unchanged(given):  # until all is written: what is described shares the model's memory
+        described = describe(tuned, adapter)
+        _warn_of_moved_buffers(tuned)
 
-    def write() -> None:
-        files: dict[Path, bytes] = {}
-        for one in described:
-            files |= files_of(one, Path() if one is described[0] else Path(one.name))
-        write_adapter(folder, files)
+        def write() -> None:
+            files: dict[Path, bytes] = {}
+            for one in described:
+                files |= files_of(one, Path() if one is described[0] else Path(one.name))
+            write_adapter(folder, files)
 
-    by_one_process(given, write)
+        by_one_process(given, write)
 
 
 def by_one_process(tuned: nn.Module, write: Callable[[], None]) -> None:
