@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lora_fx.models.torch_internals import deepcopy
+
 _TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 """Of a module's attributes: its children, tensors and hooks."""
 Held = tuple[object, Sequence[str]]
@@ -50,7 +52,7 @@ class _Before:
         self._module, self._kind = module, type(module)
         self._attributes = dict(vars(module))
         self._tables = [(table, _contents(table)) for name in _TABLES if (table := vars(module).get(name)) is not None]
-        self._graph = copy.deepcopy(module.graph) if graphs and isinstance(module, fx.GraphModule) else None
+        self._graph = deepcopy(module.graph) if graphs and isinstance(module, fx.GraphModule) else None
 
     def restore(self) -> None:
         """Let it be that again."""
