@@ -1,7 +1,7 @@
 """combine: several adapters of a model → one more, which is their weighted sum or what a method makes of them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -12,7 +12,6 @@ from lora_fx.adapters.attach import Attached
 from lora_fx.adapters.factors.blending import Blend, Majority, truncated, truncated_matrix
 from lora_fx.adapters.factors.moved import MovedA
 from lora_fx.adapters.factors.spec import ModelRecord
-from lora_fx.adapters.trained import added_rows
 from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.wrappers import seen_through
@@ -20,7 +19,7 @@ from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.tuned.build import whole_record_in
-from lora_fx.tuned.several import adapters_called, attach_more, biases_with, changing, refuse_name, trained_with
+from lora_fx.tuned.several import adapters_called, attach_more, changing, refuse_name, trained_beside
 from lora_fx.tuned.switching import selection_of
 
 Method = Literal[
@@ -169,15 +168,9 @@ def _sites(tuned: nn.Module, weights: Mapping[str, float]) -> dict[str, list[Par
     return {path: [found[path][name] for name in weights if name in found[path]] for path in paths}
 
 
-def _refuse_beside(tuned: nn.Module, record: ModelRecord, names: Iterable[str]) -> None:
+def _refuse_beside(tuned: nn.Module, record: ModelRecord, names: Collection[str]) -> None:
     """Refuse adapters with rows, biases or modules of the model's own: a product B A has no place for them."""
-    rows = [(name, f"'{whose}' trains rows of it") for name, whose, _ in added_rows(tuned) if whose in names]
-    trained = [
-        (one.path, f"'{name}' trains it")
-        for name in names
-        for one in (*trained_with(tuned, record, name), *biases_with(tuned, record, name))
-    ]
-    if facts := [*rows, *trained]:
+    if facts := trained_beside(tuned, record, names):
         raise RefusedError("these cannot be combined to one adapter", facts, "lora_fx.use sums what they compute")
 
 

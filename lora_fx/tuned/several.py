@@ -226,6 +226,16 @@ def biases_with(tuned: nn.Module, record: ModelRecord, adapter: str) -> Sequence
     return () if plan is None else plan.biases
 
 
+def trained_beside(tuned: nn.Module, record: ModelRecord, names: Collection[str]) -> list[tuple[str, str]]:
+    """Return (name, whose it is) for the model's own rows, biases and modules that adapters of these names train."""
+    rows = [(name, f"'{whose}' trains rows of it") for name, whose, _ in added_rows(tuned) if whose in names]
+    return rows + [
+        (one.path, f"'{name}' trains it")
+        for name in names
+        for one in (*trained_with(tuned, record, name), *biases_with(tuned, record, name))
+    ]
+
+
 def _plan_with(tuned: nn.Module, record: ModelRecord, adapter: str) -> Plan | None:
     """Return the plan by which an adapter trains parts of the model itself, if it does."""
     if any(whose == adapter for _, whose, _ in added_tensors(tuned)):

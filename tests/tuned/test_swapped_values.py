@@ -142,6 +142,16 @@ def test_a_file_that_does_not_fit_changes_nothing(made, told, tmp_path):
     assert all(torch.equal(tuned.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("more", [{"bias": "all"}, {"bias": "lora_only"}, {"train": ["blocks.0.out"]}], ids=str)
+def test_an_adapter_that_trains_more_than_its_factors_is_not_half_replaced(more):
+    rules = {"rules": [{"match": {"name": "**.{q,k}"}, "lora": {"r": 2, "init": "random"}}]}
+    tuned, plain = lora_fx.apply(model(), {**rules, **more}), lora_fx.apply(model(), rules)
+    before = values(tuned)
+    with pytest.raises(lora_fx.RefusedError, match="'default' trains it"):
+        lora_fx.swap(tuned, lora_fx.adapter_state(plain), adapter="default")
+    assert all(torch.equal(tuned.state_dict()[name], tensor) for name, tensor in before.items())
+
+
 def test_biases_and_names_that_are_not_there_are_refused(tmp_path):
     lora_fx.save(other(bias=True), tmp_path / "bias")
     with pytest.raises(lora_fx.RefusedError, match="its bias is trained"):

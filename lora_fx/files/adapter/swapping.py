@@ -26,7 +26,7 @@ from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.text import listing
 from lora_fx.tuned.build import whole_record_in
-from lora_fx.tuned.several import adapters_called, known_switches
+from lora_fx.tuned.several import adapters_called, known_switches, trained_beside
 from lora_fx.tuned.undo import removed
 
 Mismatch = tuple[str, str, str]
@@ -54,23 +54,36 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
         AdapterMismatchError: names every tensor or site that is missing, too much, of a rank above the adapter's, of
             other slices, DoRA in place of plain LoRA or the reverse, not finite, or of another base.
         AdapterFileError: as `load`.
-        RefusedError: the file holds biases or modules that are trained whole; the adapter has no values here.  In all
-            these cases nothing has changed.
+        RefusedError: the file holds biases, rows of embeddings or modules that are trained whole, or the adapter has
+            such; the adapter has no values here.  In all these cases nothing has changed.
     """
     tuned = seen_through(tuned)
-    known_switches(tuned, adapter)
+    is_whole = any(switch.whole for switch in known_switches(tuned, adapter))
     refuse_sharded(
         tuned, "an adapter of a sharded model gets no values from a file", "lora_fx.load_adapter_state, with DTensors"
     )
     slots = list(adapters_called(tuned, adapter))
     if lost := [(path, "on the meta device") for path, one in slots if one.lora_A.weight.is_meta]:
         raise RefusedError("the adapter has no values here that could be replaced", lost)
+    if is_whole:
+        _refuse_beside(tuned, slots, adapter)
     if isinstance(source, Mapping):
         copies = _from_state(slots, source, adapter)
     else:
         copies = from_file(slots, _file(tuned, source, adapter))
     with between_calls(tuned):
         write_together(copies)
+
+
+def _refuse_beside(tuned: nn.Module, slots: list[tuple[str, Attached]], adapter: str) -> None:
+    """Raise RefusedError for an adapter of which more is trained than A and B: what is left would be another one's."""
+    facts = [(path, f"'{adapter}' trains its bias") for path, one in slots if one.trained_bias is not None]
+    facts += trained_beside(tuned, whole_record_in(tuned), (adapter,))
+    if facts:
+        advice = "lora_fx.load_adapter_state takes all of them; or drop it, and lora_fx.add the other one"
+        raise RefusedError(
+            "more of the adapter is trained than what a swap replaces; nothing was changed", facts, advice
+        )
 
 
 # -- of a state
