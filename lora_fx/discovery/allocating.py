@@ -51,8 +51,9 @@ def allocate(
     next rank goes where it gains most for each parameter (with `mean_r`: for each rank).  Without data the gain of a
     direction is its share of the weight's spectrum, σ² / ‖W‖²; with data it is σ² of the mean gradient of the loss for
     the weight: in proportion to it, to first order, a step along it lowers the loss.  alpha follows r, so that the
-    alpha / r of each rule stays, and with it the scaling; rsLoRA's then goes with √r, as in PEFT.  Modules under `train:`, biases and magnitudes are not counted.  The same call gives the
-    same ranks; a weight, or the gradients of a few, are held at once.
+    alpha / r of each rule stays, and with it the scaling; rsLoRA's then goes with √r, as in PEFT.  Modules under
+    `train:`, biases and magnitudes are not counted.  The same call gives the same ranks; a weight, or the gradients of
+    a few, are held at once.
 
     Args:
         model: as for `plan`, with values; with data a twin runs, in eval mode.
