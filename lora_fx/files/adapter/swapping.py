@@ -65,12 +65,12 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
     slots = list(adapters_called(tuned, adapter))
     if lost := [(path, "on the meta device") for path, one in slots if one.lora_A.weight.is_meta]:
         raise RefusedError("the adapter has no values here that could be replaced", lost)
-    if is_whole:
-        _refuse_beside(tuned, slots, adapter)
     if isinstance(source, Mapping):
         copies = _from_state(slots, source, adapter)
     else:
         copies = from_file(slots, _file(tuned, source, adapter))
+    if is_whole:
+        _refuse_beside(tuned, slots, adapter)
     with between_calls(tuned):
         write_together(copies)
 
