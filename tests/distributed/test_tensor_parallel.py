@@ -1,4 +1,4 @@
-"""Adapters go with the weights that `parallelize_module` shards over two processes, and nothing else changes."""
+"""Adapters go with the weights that `parallelize_module` shards over two processes, or with the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -120,3 +120,16 @@ def test_rows_of_a_batch_and_new_adapters_are_refused_by_name(ranks):
     for rank in ranks:
         assert rank["several"]["rows"].startswith("RefusedError: adapters cannot be chosen row by row")
         assert "is a DTensor" in rank["several"]["add"]
+
+
+def test_halves_of_an_adapted_decoder_train_as_stages_of_a_pipeline_and_run_as_graphs(ranks):
+    for rank in ranks:
+        mine = rank["pipelined"]
+        torch.testing.assert_close(mine["losses"], mine["losses of one"], rtol=1e-5, atol=1e-6)
+        assert mine["hits"] >= 6  # two parts of a batch in each of three steps
+        assert mine["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+        values, expected = mine["values"]
+        assert values.keys() == expected.keys()
+        for name, value in values.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert sum(rank["pipelined"]["own"] for rank in ranks) == ranks[0]["pipelined"]["all"]

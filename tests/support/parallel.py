@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lora_fx
+from tests.support.pipelined import pipelined
 from tests.support.sharded import SLICED, Tokens, adapted, alike, base, files, refusal, rule, tokens, values_of, whole
 
 LAYERS = "blocks.*.{q,v,up,down}"
@@ -69,7 +70,8 @@ def train(model: nn.Module, steps: int = 4, clips: bool = False) -> list[float]:
 def treated(folder: Path) -> dict[str, Any]:
     """Everything that is done to tensor parallel models, beside the same models whole."""
     found = {kind: _both(KINDS[kind], folder / kind) for kind in KINDS}
-    return found | {"several": _several(folder / "several"), "others": _others(), "refused": _refused()}
+    found |= {"several": _several(folder / "several"), "others": _others(), "refused": _refused()}
+    return found | {"pipelined": pipelined(folder / "pipelined")}
 
 
 def _both(those: dict[str, Any], folder: Path) -> dict[str, Any]:
