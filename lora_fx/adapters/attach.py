@@ -296,7 +296,7 @@ def in_use(owner: nn.Module, parameter: str = "weight") -> list[tuple[Attached, 
 
 def _partners(home: nn.Module, adapter: str) -> tuple[nn.Module, nn.Module | None, DoRAMagnitude | None]:
     holders = [home._modules.get(name) for name in CHILDREN[1:]]  # torch.compile cannot read a `:=` in here
-    lora_b, dropout, magnitude = (None if holder is None else holder._modules.get(adapter) for holder in holders)
+    lora_b, dropout, magnitude = [None if holder is None else holder._modules.get(adapter) for holder in holders]
     assert lora_b is not None
     assert magnitude is None or isinstance(magnitude, DoRAMagnitude)
     return lora_b, dropout, magnitude

@@ -75,6 +75,8 @@ def _prefixes(here: str, there: str) -> tuple[str, str]:
     >>> _prefixes("unet.mid.q", "mid.q")
     ('unet.', '')
     """
+    if here == there:
+        return "", ""
     mine, its = here.split(".") if here else [], there.split(".") if there else []
     while mine and its and mine[-1] == its[-1]:
         mine.pop()

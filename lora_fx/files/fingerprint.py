@@ -39,4 +39,5 @@ def same_values(before: list[float] | None, now: list[float] | None) -> bool:
     if before is None or now is None:
         return True
     scale = max(map(abs, before), default=0.0)
-    return all(abs(a - b) <= TOLERANCE * max(abs(a), 1e-3 * scale) for a, b in zip(before, now, strict=True))
+    near = [abs(a - b) <= TOLERANCE * max(abs(a), 1e-3 * scale) for a, b in zip(before, now, strict=True)]
+    return all(near)

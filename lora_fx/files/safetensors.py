@@ -106,7 +106,8 @@ def _tensors(path: Path, content: dict[str, Any]) -> Iterator[tuple[str, RawTens
         except (KeyError, TypeError, ValueError):
             _damaged(path, f"{name}: {entry!r:.80} describes no tensor")
         # bounds come before products: a shape may hold a thousand numbers of a thousand digits
-        if not all(type(number) is int and 0 <= number <= _LARGEST for number in (*shape, start, end)):
+        numbers = (*shape, start, end)
+        if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) > _LARGEST:
             _damaged(path, f"{name}: sizes and offsets must be whole numbers, not below 0 and not beyond {_LARGEST:,}")
         if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _LARGEST:
             _damaged(path, f"{name}: no tensor has a shape of {len(shape)} sizes, {list(shape)!s:.80}")

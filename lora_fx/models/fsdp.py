@@ -81,17 +81,17 @@ def resharded(model: nn.Module) -> nn.Module:
 
 def has_parts(model: nn.Module) -> bool:
     """Whether processes hold parts of a model; in one loop: `named_modules` goes through all levels for each module."""
-    met, waiting = set(), [model]
+    met, waiting, kinds, tensors = set(), [model], set(), dict[type, Tensor]()
     while waiting:
         module = waiting.pop()
         if id(module) in met:
             continue
         met.add(id(module))
-        held = (*module._parameters.values(), *module._buffers.values())
-        if _is_of_fully_shard(type(module)) or any(map(is_sharded, held)):
-            return True
-        waiting += [child for child in module._modules.values() if child is not None]
-    return False
+        kinds.add(type(module))
+        for held in (*module._parameters.values(), *module._buffers.values()):
+            tensors[type(held)] = held  # type: ignore[assignment]
+        waiting.extend(filter(None.__ne__, module._modules.values()))  # type: ignore[arg-type]
+    return any(map(_is_of_fully_shard, kinds)) or any(map(is_sharded, tensors.values()))
 
 
 def refuse_sharded(model: nn.Module, what: str, advice: str) -> None:

@@ -60,8 +60,8 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     """
     module = model
     for name in filter(None, path.split(".")):
-        module = module if name in module._modules else inside(module)
-        module = module.get_submodule(name)
+        child = module._modules.get(name)
+        module = inside(module).get_submodule(name) if child is None else child
     return module
 
 

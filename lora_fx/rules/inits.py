@@ -1,5 +1,6 @@
 """How the first values of A and B are made, by name; what each scheme needs and does is stated here alone."""
 
+import functools
 import re
 
 FRESH = ("kaiming", "gaussian", "orthogonal", "random")
@@ -21,6 +22,7 @@ def is_init(name: object) -> bool:
     return isinstance(name, str) and (name in INITS or re.fullmatch(FAST_PISSA, name) is not None)
 
 
+@functools.cache
 def iterations_of(init: str) -> int | None:
     """Return the subspace iterations of a fast PiSSA; None for any other scheme.
 
@@ -30,6 +32,7 @@ def iterations_of(init: str) -> int | None:
     return int(init.rpartition("_")[2]) if re.fullmatch(FAST_PISSA, init) else None
 
 
+@functools.cache
 def is_moved(init: str) -> bool:
     """Whether A and B start at A₀ and B₀ ≠ 0, and scaling · B₀ A₀ is taken away: the model starts at its base."""
     return init in _MOVED or iterations_of(init) is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -172,3 +175,29 @@ def test_of_several_in_a_directory_the_one_of_the_name_is_taken(tmp_path):
     lora_fx.swap(tuned, lora_fx.adapter_state(other()), adapter="b")
     lora_fx.swap(tuned, tmp_path, adapter="b")
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in tuned.state_dict().items())
+
+
+def test_a_base_that_has_changed_since_the_last_swap_is_looked_at_anew(tmp_path):
+    tuned, other = two(), alone(WIDE, "b")
+    lora_fx.save(other, tmp_path)
+    lora_fx.swap(tuned, tmp_path, adapter="b")
+    kept = tuned.__dict__["lora_fx_base"]
+    lora_fx.swap(tuned, tmp_path, adapter="b")
+    assert tuned.__dict__["lora_fx_base"] is kept
+    for copied in (copy.deepcopy(tuned), pickle.loads(pickle.dumps(tuned))):
+        assert copied.__dict__["lora_fx_base"].base is None
+        lora_fx.swap(copied, tmp_path, adapter="b")
+    weight = tuned.blocks[0].k._parameters["weight"]
+    for change in (
+        lambda: weight.data.add_(1),  # in place
+        lambda: tuned.blocks[0].k._parameters.update(weight=nn.Parameter(weight + 2, requires_grad=False)),
+        lambda: setattr(weight, "data", weight + 3),
+    ):
+        before = weight.detach().clone()
+        with torch.no_grad():
+            change()
+        with pytest.raises(lora_fx.AdapterMismatchError, match="trained on other values"):
+            lora_fx.swap(tuned, tmp_path, adapter="b")
+        weight.data = before
+        tuned.blocks[0].k._parameters["weight"] = weight
+        lora_fx.swap(tuned, tmp_path, adapter="b")

@@ -39,6 +39,8 @@ def planned_biases(file: AdapterFile, modules: Mapping[str, str]) -> Iterator[Tr
 
 def bias_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Yield how the biases of a file do not fit those of a model."""
+    if not file.biases:
+        return
     own = {without_wrappers(name): tensor for name, tensor in model.named_parameters(remove_duplicate=False)}
     for name, tensor in file.biases.items():
         if name not in own:

@@ -100,7 +100,10 @@ def _is_name(value: object) -> bool:
 
 
 def _are_values(value: object) -> bool:
-    return value is None or (isinstance(value, list) and len(value) == SAMPLES and all(map(_is_value, value)))
+    if value is None:
+        return True
+    are_floats = isinstance(value, list) and len(value) == SAMPLES and {*map(type, value)} == {float}
+    return are_floats or (isinstance(value, list) and len(value) == SAMPLES and all(map(_is_value, value)))
 
 
 def _is_value(value: object) -> bool:
@@ -124,7 +127,7 @@ def _noted(stem: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise ValueError("; ".join(f"{stem}: {name} is {saved[name]!r:.60}" for name in wrong))
     noted: dict[str, Any] = {"lora_fa": False, **OF_BANKS, **saved}  # files of before there were these keys have none
-    given = {part.name: noted[part.name] for part in fields(LoRAConfig) if part.name != _INVOCATION}
+    given = {name: noted[name] for name in _GIVEN}
     lora = LoRAConfig(**given, invocation=tuple(saved.get(_INVOCATION, ())))
     known = {"path": saved.get("path", stem), "lora": lora, "rule": saved["rule"], "op": saved["op"]}
     known |= {name: saved[name] for name in NOTED if name in saved}
@@ -152,6 +155,7 @@ def _are_slices(value: object) -> bool:
 
 
 _INVOCATION = "invocation"
+_GIVEN = tuple(part.name for part in fields(LoRAConfig) if part.name != _INVOCATION)
 _FITS: dict[str, Callable[[Any], bool]] = {
     _INVOCATION: lambda value: isinstance(value, list) and all(is_whole(token, 0) for token in value),
     "r": is_whole,

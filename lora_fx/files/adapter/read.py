@@ -184,7 +184,7 @@ class _AdapterReader:
             biases={name: self.tensors[key] for key, name in self._biases(paths).items()},
         )
 
-    @property
+    @functools.cached_property
     def _noted(self) -> dict[str, dict[str, Any]]:
         return {} if self.header is None else self.header.sites
 

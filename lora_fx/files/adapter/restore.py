@@ -25,7 +25,7 @@ from lora_fx.files.fingerprint import same_values, sample_values
 from lora_fx.models.samples import Samples
 from lora_fx.models.shards import part_of, whole
 from lora_fx.models.tensors import get_tensor, own_parameters
-from lora_fx.models.wrappers import without_wrappers
+from lora_fx.models.wrappers import module_at, without_wrappers
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.planned import (
     IN_A_GRAPH,
@@ -150,7 +150,7 @@ def _mismatches(
         if site is None:
             yield saved.path, _factor_text(given), "has no such linear"
             continue
-        yield from _other_factors(saved, site, form_of(site, model.get_submodule(site.owner)))
+        yield from _other_factors(saved, site, form_of(site, module_at(model, site.owner)))
         if saved.bias is not None and not site.bias:
             yield saved.path, "a bias", "none that belongs to the site"
         if saved.calls and site.calls not in (None, saved.calls):
@@ -216,6 +216,8 @@ def _size_text(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
 
 
 def _module_mismatches(file: AdapterFile, model: nn.Module) -> Iterator[Mismatch]:
+    if not (file.modules or file.header.trained or file.claimed):
+        return
     state = {without_wrappers(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, tensor in file.modules.items():
         if name not in state:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import HOME, Attached
 from lora_fx.adapters.factors.moved import MovedA, MovedB
-from lora_fx.discovery.sites import take_inventory, uses_in
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.codec import as_plain
+from lora_fx.files.adapter.keptbase import base_of
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, name_of, slices_in
@@ -25,9 +25,7 @@ from lora_fx.models.tensors import dotted
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.text import listing
-from lora_fx.tuned.build import whole_record_in
 from lora_fx.tuned.several import adapters_called, known_switches, trained_beside
-from lora_fx.tuned.undo import removed
 
 Mismatch = tuple[str, str, str]
 Copies = list[tuple[Tensor, Tensor]]
@@ -191,14 +189,14 @@ def _filled(value: Tensor, target: Tensor) -> Tensor:
 
 def _file(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str) -> AdapterFile:
     """Return the adapter of a directory, checked against the base of the model."""
-    base = removed(tuned)
+    base, inventory = base_of(tuned)
     files = resolved(read_adapters(directory), base)
     named = [file for file in files if name_of(file) == adapter] or files
     if len(named) > 1:
         names = ", ".join(map(name_of, files))
         raise ValueError(f"the directory has adapters {names}, and none is called '{adapter}'")
     peftfiles.warn_of_missing(named[0], base)
-    check(named, take_inventory(base, uses_in(whole_record_in(tuned).plan)), base)
+    check(named, inventory, base)
     refuse_more(named[0])
     return named[0]
 
@@ -261,7 +259,8 @@ class _Pair:
         targets += [(one.lora_A.weight, one.lora_A.values_of(A)), (one.lora_B.weight, one.lora_B.values_of(B))]
         if one.magnitude is not None and saved.magnitude is not None:
             targets.append((one.magnitude.weight, one.magnitude.taken(saved.magnitude)))
-        yield from ((target, _filled(value.to(target), target)) for target, value in targets)
+        for target, value in targets:
+            yield target, _filled(value.to(target), target)
 
 
 def _invoked(invocation: tuple[int, ...]) -> str:

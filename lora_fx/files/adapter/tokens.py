@@ -123,6 +123,8 @@ def with_ties(file: AdapterFile, model: nn.Module) -> AdapterFile:
 
 def row_mismatches(file: AdapterFile, model: nn.Module, tables: Sequence[EmbeddingTable]) -> Iterator[Mismatch]:
     """Yield how the rows of a file do not fit the weights of a model."""
+    if not file.rows:
+        return
     own = {without_wrappers(name): tensor for name, tensor in model.named_parameters(remove_duplicate=False)}
     refused = {without_wrappers(name): table.refusal for table in tables for name in (table.weight, *table.tied)}
     for path, (ids, rows) in file.rows.items():

@@ -1,0 +1,83 @@
+"""The base of an adapted model and its sites, kept for the next file that is checked against it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_fx.adapters.dicts import AdapterDict
+from lora_fx.discovery.sites import take_inventory, uses_in
+from lora_fx.planning.plan import Plan
+from lora_fx.planning.planned import Inventory
+from lora_fx.tuned.build import whole_record_in
+from lora_fx.tuned.undo import removed
+
+_KEPT = "lora_fx_base"
+"""Attribute of an adapted model: its KeptBase."""
+_PLAIN = (bool, int, float, str)
+
+
+@dataclass(slots=True, eq=False)
+class KeptBase:
+    """What `base_of` has made, and of what; copies and pickles of a model begin without it."""
+
+    plan: Plan | None = None
+    parts: tuple[Any, ...] = ()
+    base: nn.Module | None = None
+    inventory: Inventory | None = None
+
+    def __reduce__(self) -> Any:
+        return KeptBase, ()
+
+
+def base_of(tuned: nn.Module) -> tuple[nn.Module, Inventory]:
+    """Return the base of an adapted model and its sites, as `removed` and `take_inventory` do; to be read alone.
+
+    What is there from before serves again while the model has the same modules, classes, attributes, and tensors in the
+    same memory: its weights lie there, so a look at their values sees what they are now.
+
+    Raises:
+        RefusedError: as `removed`.
+    """
+    plan, kept = whole_record_in(tuned).plan, tuned.__dict__.get(_KEPT)
+    parts = _parts_of(tuned)
+    if kept is not None and kept.plan is plan and parts is not None and kept.parts == parts:
+        return kept.base, kept.inventory
+    base = removed(tuned)
+    inventory = take_inventory(base, uses_in(plan))
+    tuned.__dict__.pop(_KEPT, None)
+    if parts is not None:
+        tuned.__dict__[_KEPT] = KeptBase(plan, parts, base, inventory)
+    return base, inventory
+
+
+def _parts_of(tuned: nn.Module) -> tuple[Any, ...] | None:
+    """Return what a model is made of but for its adapters; None if that does not tell where its values lie.
+
+    In one loop: `named_modules` goes through all levels for each module.
+    """
+    parts: list[Any] = []
+    waiting, met = [tuned], set[int]()
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, AdapterDict):
+            continue
+        parts.append((id(module), type(module), id(module.__dict__.get("forward"))))
+        if id(module) in met:
+            continue
+        met.add(id(module))
+        for name, value in module.__dict__.items():
+            if type(value) in _PLAIN and name != "training":
+                parts.append((name, value))
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+                    return None
+                parts.append((name, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+        for name, child in module._modules.items():
+            if child is not None:
+                parts.append(name)
+                waiting.append(child)
+    return tuple(parts)
