@@ -115,8 +115,9 @@ def _listed(
     rows: Mapping[int, TokenRows],
 ) -> ListedAdapter:
     whole = {id(one): one for one in own if id(one) not in rows}
-    parameters = [*(parameter for _, adapter in group for parameter in adapter.parameters()), *whole.values()]
-    parameters += [one.rows for one in rows.values()]
+    found = [*(parameter for _, adapter in group for parameter in adapter.parameters()), *whole.values()]
+    found += [one.rows for one in rows.values()]
+    parameters = list({id(parameter): parameter for parameter in found}.values())  # a site's bias is in both
     dtypes = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in parameters)
     return ListedAdapter(
         name=name,
