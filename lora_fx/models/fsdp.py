@@ -90,7 +90,9 @@ def has_parts(model: nn.Module) -> bool:
         kinds.add(type(module))
         for held in (*module._parameters.values(), *module._buffers.values()):
             tensors[type(held)] = held  # type: ignore[assignment]
-        waiting.extend(filter(None.__ne__, module._modules.values()))  # type: ignore[arg-type]
+        for child in module._modules.values():
+            if child is not None:
+                waiting.append(child)
     return any(map(_is_of_fully_shard, kinds)) or any(map(is_sharded, tensors.values()))
 
 
