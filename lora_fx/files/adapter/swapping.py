@@ -25,6 +25,7 @@ from lora_fx.models.tensors import dotted
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.text import listing
+from lora_fx.tuned.build import whole_record_in
 from lora_fx.tuned.several import adapters_called, known_switches, trained_beside
 
 Mismatch = tuple[str, str, str]
