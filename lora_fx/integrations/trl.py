@@ -7,6 +7,7 @@ its path.
 """
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -38,13 +39,14 @@ class Reference(nn.Module):
     """A model's base, or another adapter of it, to be called like the model: in eval mode and without gradients.
 
     It runs the adapted model itself, as `lora_fx.disabled` or `lora_fx.use` do in this thread.  It has no parameters:
-    nobody trains, moves, shards or averages the model by it.  Whatever else it is asked for is the model's, and its
-    `state_dict` is that of the reference.
+    nobody trains, moves, shards or averages the model by it.  Methods of the model (`generate`) run so too.  Modules
+    that it is asked for are the model's own, and the base's inside of a call alone.  `state_dict` is the reference's.
     """
 
     def __init__(self, tuned: nn.Module, adapter: str | None) -> None:
         super().__init__()
         object.__setattr__(self, "_tuned", tuned)  # no child: its parameters are not those of the reference
+        self._is_shown = False
         self._adapter = adapter
         self.eval()
 
@@ -61,21 +63,32 @@ class Reference(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_tuned" not in self.__dict__:
             return super().__getattr__(name)
-        return getattr(self.__dict__["_tuned"], name)
+        found = getattr(self.__dict__["_tuned"], name)
+        return self._as_reference(found) if inspect.ismethod(found) and not self.__dict__["_is_shown"] else found
+
+    def _as_reference(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def shown(*args: Any, **kwargs: Any) -> Any:
+            with self.shown(), torch.no_grad():
+                return method(*args, **kwargs)
+
+        return shown
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """Let the model be the reference, in this thread, until the block ends."""
         training = [module for module in self._tuned.modules() if module.training]
         chosen = disabled(self._tuned) if self._adapter is None else chosen_for_a_while(self._tuned, self._adapter)
-        with chosen:
-            try:
+        outermost, self._is_shown = not self._is_shown, True
+        try:
+            with chosen:
                 for module in training:
                     module.training = False
                 yield
-            finally:
-                for module in training:
-                    module.training = True
+        finally:
+            self._is_shown = not outermost
+            for module in training:
+                module.training = True
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the values that the reference computes with, by which TRL knows what it has computed before."""
@@ -176,10 +189,12 @@ def trainer_of(kind: Callable[..., Trainer], tuned: nn.Module, *, args: Any, **o
     if taken:
         raise TypeError(f"trainer_of gives {kind.__name__} the model and its reference: leave out {listing(taken)}")
     _check_arguments(kind, args)
-    base = reference(tuned)
-    if "ref_model" in inspect.signature(kind).parameters:
-        return kind(tuned, ref_model=base, args=args, **options)
+    if _is_given_one(kind):
+        return kind(tuned, ref_model=reference(tuned), args=args, **options)
     beta = args.beta
+    if not beta:  # no reference is asked for
+        return kind(tuned, args=args, **options)
+    base = reference(tuned)
     args.beta = 0.0  # else the class loads a model by its path
     try:
         trainer: Any = kind(tuned, args=args, **options)
@@ -187,14 +202,20 @@ def trainer_of(kind: Callable[..., Trainer], tuned: nn.Module, *, args: Any, **o
         args.beta = beta
     if getattr(trainer, "ref_model", base) is not None or getattr(trainer, "beta", None) != 0.0:
         raise RefusedError(f"this version of {kind.__name__} has its reference in another way")
-    trainer.ref_model, trainer.beta = base if beta else None, beta
+    trainer.ref_model, trainer.beta = base, beta
     return trainer  # type: ignore[no-any-return]
+
+
+def _is_given_one(kind: Callable[..., object]) -> bool:
+    """Whether a class, or one that it is derived from, takes its reference as an argument."""
+    kinds = [one for one in getattr(kind, "__mro__", (kind,)) if one is not object]
+    return any("ref_model" in inspect.signature(one).parameters for one in kinds)
 
 
 def _check_arguments(kind: Callable[..., object], args: Any) -> None:
     """Raise RefusedError for what no shared reference can be right for."""
     facts = []
-    if "ref_model" not in inspect.signature(kind).parameters and getattr(args, "beta", None) is None:
+    if not _is_given_one(kind) and getattr(args, "beta", None) is None:
         facts.append(("reference", f"{kind.__name__} has none: give it the model itself"))
     if getattr(args, "sync_ref_model", False):
         facts.append(("sync_ref_model", "the reference is the base, and cannot follow the model"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +197,48 @@ def test_save_model_after_training_writes_the_adapter(tmp_path):
     with torch.no_grad():
         assert_same(BERT.call(loaded), BERT.call(tuned.eval()))
     assert not any("pooler.dense.weight" in key for key in keys(tmp_path / "saved" / "model.safetensors"))
+
+
+class Hub:
+    """Keeps what is uploaded in a folder, in place of a server."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def create_repo(self, name: str, **_: Any) -> Any:
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(
+        self,
+        folder_path: str,
+        ignore_patterns: Any = None,
+        path_in_repo: str = "",
+        run_as_future: bool = False,
+        **_: Any,
+    ) -> Any:
+        ignored = shutil.ignore_patterns(*(ignore_patterns or ()))
+        shutil.copytree(folder_path, self.folder / path_in_repo, dirs_exist_ok=True, ignore=ignored)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def test_what_a_trainer_pushes_while_it_trains_is_the_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: Hub(tmp_path / "hub"))
+    tuned = adapted(BERT, random=False, optimise=False)
+    options = {"push_to_hub": True, "hub_model_id": "me/run", "hub_strategy": "checkpoint", "hub_always_push": True}
+    done = trainer(BERT, tmp_path / "run", tuned, **options)
+    done.train()
+    with torch.no_grad():
+        expected = BERT.call(tuned.eval())
+    for folder in (tmp_path / "hub", tmp_path / "hub" / "last-checkpoint"):
+        with torch.no_grad():
+            assert_same(BERT.call(lora_fx.load(BERT.build(), folder, BERT.inputs(2, 6))), expected)
+        assert not (folder / "config.json").exists(), "nobody takes it for a whole model"
+        assert not any("pooler.dense.weight" in key for key in keys(folder / "model.safetensors"))
+    done.push_to_hub()
+    with torch.no_grad():
+        assert_same(BERT.call(lora_fx.load(BERT.build(), tmp_path / "hub", BERT.inputs(2, 6))), expected)
 
 
 def test_columns_of_a_model_whose_root_is_a_region_are_not_dropped(tmp_path):

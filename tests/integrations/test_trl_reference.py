@@ -47,6 +47,15 @@ def test_reference_has_no_parameters_and_is_the_model_in_all_else():
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
+def test_methods_of_a_reference_run_with_the_base_shown():
+    tuned = filled(lora_fx.apply(llama(), RULES)).train()
+    ref = reference(tuned, trained=True)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    expected = llama().generate(IDS, **options)
+    assert torch.equal(ref.generate(IDS, **options), expected)
+    assert not torch.equal(tuned.eval().generate(IDS, **options), expected)
+
+
 def test_forwards_that_others_put_on_a_reference_are_called_with_the_base_shown():
     tuned = filled(lora_fx.apply(llama(), RULES))
     ref = reference(tuned, trained=True)
