@@ -48,9 +48,9 @@ def test_reference_has_no_parameters_and_is_the_model_in_all_else():
 
 
 def test_methods_of_a_reference_run_with_the_base_shown():
-    tuned = filled(lora_fx.apply(llama(), RULES)).train()
+    tuned = filled(lora_fx.apply(llama(), RULES), 2.0).train()
     ref = reference(tuned, trained=True)
-    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     expected = llama().generate(IDS, **options)
     assert torch.equal(ref.generate(IDS, **options), expected)
     assert not torch.equal(tuned.eval().generate(IDS, **options), expected)

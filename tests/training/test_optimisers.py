@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,8 +36,9 @@ def base() -> nn.Module:
 
 
 def adapted(backend: str = "auto", model: nn.Module | None = None) -> nn.Module:
+    model = base() if model is None else model
     torch.manual_seed(2)
-    return lora_fx.apply(model or base(), RULES, (X,), backend=backend)
+    return lora_fx.apply(model, RULES, (X,), backend=backend)
 
 
 def torchao(name: str) -> Callable[[Any], torch.optim.Optimizer]:
@@ -63,8 +65,19 @@ def step(tuned: nn.Module, optimiser: torch.optim.Optimizer) -> float:
     return loss.item()
 
 
+def from_disk(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state as a checkpoint holds it; torchao's cannot be copied otherwise."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 @pytest.mark.filterwarnings("ignore")  # torchao's own
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if "4" in name or "Fp8" in name else []) for name in OPTIMISERS],
+)
 def test_optimiser_trains_graphs_as_modules_and_goes_on_from_its_state(name):
     runs = []
     for backend in ("auto", "modules"):
@@ -73,7 +86,7 @@ def test_optimiser_trains_graphs_as_modules_and_goes_on_from_its_state(name):
         losses = [step(tuned, optimiser) for _ in range(STEPS)]
         other = copy.deepcopy(tuned)
         resumed = OPTIMISERS[name](lora_fx.parameters(other))
-        resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+        resumed.load_state_dict(from_disk(optimiser.state_dict()))
         last = step(tuned, optimiser)
         assert step(other, resumed) == last
         assert last < losses[0]
@@ -97,7 +110,9 @@ def swapped_on_conversion() -> Iterator[None]:
     "change",
     [
         lambda tuned: tuned.double(),
-        lambda tuned: tuned.load_state_dict({name: value + 0.01 for name, value in tuned.state_dict().items()}),
+        lambda tuned: tuned.load_state_dict(
+            {name: value + 0.01 if "lora_" in name else value.clone() for name, value in tuned.state_dict().items()}
+        ),
     ],
 )
 def test_parameters_that_are_swapped_on_conversion_stay_those_of_the_optimiser_and_leave_the_base(change):
