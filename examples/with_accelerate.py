@@ -20,11 +20,11 @@ def base() -> nn.Sequential:
 
 
 def main(folder: str) -> None:
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # or processes do not find each other
     model = base()
     x = torch.randn(64, 16)
     data = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=16 // accelerator.num_processes)
-    tuned = lora_fx.apply(model, r=4, target="**", example_inputs=(x[:2],))  # first this, then prepare
+    tuned = lora_fx.apply(model, r=4, target=["0", "2"], example_inputs=(x[:2],))  # first this, then prepare
     optimizer = torch.optim.AdamW(lora_fx.parameters(tuned), lr=1e-2)
     wrapped, optimizer, data = accelerator.prepare(tuned, optimizer, data)
     for _ in range(5):
