@@ -121,6 +121,7 @@ class StackedFactors:
 
     def __init__(self) -> None:
         self._made: WeakKeyDictionary[nn.Module, _KeptStack] = WeakKeyDictionary()
+        self._changing = threading.Lock()
 
     def of(self, layer: nn.Module, names: tuple[str | None, ...], factors: Mapping[str, Plain]) -> Stacked:
         """Return the factors of a layer, as they were kept or made now; the names say in which order."""
@@ -128,12 +129,16 @@ class StackedFactors:
         made = self._made.get(layer)
         if made is None or not made.is_of(names, factors, sources):
             with torch.no_grad():
-                made = self._made[layer] = _KeptStack.of(names, factors, sources)
+                made = _KeptStack.of(names, factors, sources)
+            with self._changing:  # another thread may go through them
+                self._made[layer] = made
         return made.result
 
     def compare(self, trained_alone: bool = False) -> None:
         """Forget what is no longer what it was made of, by its values; with `trained_alone`, of trained factors."""
-        kept = [(layer, made) for layer, made in list(self._made.items()) if made.is_trained or not trained_alone]
+        with self._changing:
+            all_made = list(self._made.items())
+        kept = [(layer, made) for layer, made in all_made if made.is_trained or not trained_alone]
         asked = [(layer, made) for layer, made in kept if made.is_in_place]
         equal = all_equal([(made.shown, [one.detach() for one in made.sources]) for _, made in asked])
         current = {id(made) for (_, made), is_equal in zip(asked, equal, strict=True) if is_equal}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -269,3 +270,26 @@ def test_threads_with_the_same_choice_do_not_disturb_each_other():
     assert len(found) == 15
     for together in found:
         assert_close(together, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_one_thread_compares_while_another_stacks():
+    kept, failed, layers = stacking.StackedFactors(), [], [nn.Identity() for _ in range(3000)]
+    factors = {"a": stacking.Plain(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)}
+    interval = sys.getswitchinterval()
+
+    def compare() -> None:
+        try:
+            while worker.is_alive():
+                kept.compare(trained_alone=True)
+        except RuntimeError as error:
+            failed.append(error)
+
+    worker = threading.Thread(target=lambda: [kept.of(layer, ("a",), factors) for layer in layers])
+    sys.setswitchinterval(1e-5)
+    try:
+        worker.start()
+        compare()
+        worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
