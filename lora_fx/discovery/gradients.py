@@ -1,5 +1,6 @@
 """The mean gradient of a loss for the weights of sites, a few weights at a time; the model stays unchanged."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -85,11 +86,18 @@ def _taken(
 
 
 def _weights(twin: nn.Module, sites: Sequence[PlannedSite], who: str) -> dict[str, nn.Parameter]:
-    """Return the twin's own parameters of the sites: the caller's share their memory alone."""
+    """Return the twin's own parameters of the sites: the caller's share their memory alone.
+
+    Of a weight that is tied, each site gets a parameter of its own, in place: what its adapter changes is one use of it.
+    """
     weights: dict[str, nn.Parameter] = {}
     quantised = []
+    users = Counter(id(parameter) for _, parameter in twin.named_parameters(remove_duplicate=False))
     for site in sites:
-        weight = twin.get_submodule(site.site.owner)._parameters[site.site.weight.rpartition(".")[2]]
+        owner, name = twin.get_submodule(site.site.owner), site.site.weight.rpartition(".")[2]
+        weight = owner._parameters[name]
+        if isinstance(weight, nn.Parameter) and users[id(weight)] > 1 and not is_quantised(weight):
+            weight = owner._parameters[name] = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or is_quantised(weight):
             quantised.append((site.path, "its weight is quantised"))
         elif weight.is_meta:
@@ -102,7 +110,7 @@ def _weights(twin: nn.Module, sites: Sequence[PlannedSite], who: str) -> dict[st
 
 
 def _groups(sites: Sequence[PlannedSite], weights: dict[str, nn.Parameter]) -> Iterator[list[PlannedSite]]:
-    """Yield the sites in groups whose weights have few enough numbers; what shares a weight is together."""
+    """Yield the sites in groups whose weights have few enough numbers; several in one parameter are together."""
     group: list[PlannedSite] = []
     numbers = 0
     by_weight: dict[int, list[PlannedSite]] = {}
