@@ -88,7 +88,7 @@ def _taken(
 def _weights(twin: nn.Module, sites: Sequence[PlannedSite], who: str) -> dict[str, nn.Parameter]:
     """Return the twin's own parameters of the sites: the caller's share their memory alone.
 
-    Of a weight that is tied, each site gets a parameter of its own, in place: what its adapter changes is one use of it.
+    Of a tied weight each site gets a parameter of its own, in place: its adapter changes that use of it alone.
     """
     weights: dict[str, nn.Parameter] = {}
     quantised = []
@@ -110,7 +110,7 @@ def _weights(twin: nn.Module, sites: Sequence[PlannedSite], who: str) -> dict[st
 
 
 def _groups(sites: Sequence[PlannedSite], weights: dict[str, nn.Parameter]) -> Iterator[list[PlannedSite]]:
-    """Yield the sites in groups whose weights have few enough numbers; several in one parameter are together."""
+    """Yield the sites in groups whose weights have few enough numbers; what shares one is together."""
     group: list[PlannedSite] = []
     numbers = 0
     by_weight: dict[int, list[PlannedSite]] = {}
