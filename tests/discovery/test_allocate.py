@@ -159,22 +159,6 @@ def test_the_same_call_gives_the_same_and_leaves_the_model_and_random_numbers_al
     assert model.training
 
 
-def test_a_tied_head_counts_by_its_own_gradient_and_not_by_that_of_the_embedding():
-    class Tied(nn.Module):
-        def __init__(self, is_tied: bool) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.words, self.q, self.head = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 12, bias=False)
-            self.head.weight = self.words.weight if is_tied else nn.Parameter(self.words.weight.detach().clone())
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.head(torch.tanh(self.q(self.words(ids))))
-
-    data = [(torch.arange(12).view(3, 4),)]
-    tied, apart = (lora_fx.allocate(Tied(so), rules("{q,head}"), data=data, loss=squared).sites for so in (True, False))
-    assert [(site.path, site.r, site.size) for site in tied] == [(s.path, s.r, s.size) for s in apart]
-
-
 def test_gradients_of_a_few_weights_at_a_time_are_the_same(monkeypatch):
     model = Three()
     whole = lora_fx.allocate(model, rules(), data=DATA, loss=squared)
