@@ -18,13 +18,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import READS, Attached, attached_to
+from lora_fx.adapters.attach import READS, Attached, all_attached, attached_to
 from lora_fx.adapters.factors.kinds import EmbeddingA
 from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.errors import RefusedError
+from lora_fx.models.fsdp import SHARDING
 from lora_fx.models.quantised import is_quantised
-from lora_fx.models.shards import follows, is_sharded, placed
+from lora_fx.models.shards import follows, is_sharded, is_sharded_plainly, placed
 from lora_fx.models.swap import original_class
 
 _WITH_ROWS = (LoRAFactor, MovedA, MovedB, EmbeddingA)
@@ -69,6 +70,7 @@ def _obstacle(owner: nn.Module, adapter: Attached) -> str:
         "parts of its weight are adapted (slices)": adapter.spec.slices is not None,
         "it acts from an invocation on": bool(lora.invocation),
         "its weight is quantised": weight is not None and is_quantised(weight),
+        "its weight is sharded in strides": weight is not None and not is_sharded_plainly(weight),
         "it is no linear": adapter.spec.site.op not in ("linear", "embedding"),
         "its factors are of another kind": not set(kinds) <= set(_WITH_ROWS),
     }
@@ -100,6 +102,40 @@ def _place(factor: nn.Module, weight: Any, along: dict[int, int]) -> None:
             factor._parameters[name] = nn.Parameter(sharded(parameter), parameter.requires_grad)
     for name, buffer in list(factor._buffers.items()):
         factor._buffers[name] = sharded(buffer)
+
+
+def _owners(twin: nn.Module) -> list[nn.Module]:
+    """Return the modules of a twin with adapters beside tensor parallel weights; FSDP2's shards are another matter."""
+    if SHARDING in vars(twin):
+        return []
+    owners = {id(one.owner): one.owner for _, one in all_attached(twin) if is_sharded(one.base_weight)}
+    return list(owners.values())
+
+
+def refuse_unplaceable(twin: nn.Module) -> None:
+    """Raise RefusedError, naming each, if adapters that a twin has got cannot be sharded as their weights are."""
+    facts = [(one.spec.path, why) for at in _owners(twin) for one in attached_to(at) if (why := _obstacle(at, one))]
+    if facts:
+        advice = "leave these sites out of the rules, or adapt them as plain LoRA"
+        raise RefusedError("these adapters cannot be sharded with their weights", list(dict.fromkeys(facts)), advice)
+
+
+def placed_beside(twin: nn.Module) -> nn.Module:
+    """Return the twin itself, in which new factors are sharded as their weights imply; collective where any is.
+
+    Those beside whole weights get the values of the first process.
+    """
+    owners = _owners(twin)
+    for owner in owners:
+        place_beside(owner)
+    weight: Any = next((one.base_weight for owner in owners for one in attached_to(owner)), None)
+    for _, one in () if weight is None else all_attached(twin):
+        for held in filter(None, (one.lora_A, one.lora_B, one.magnitude)):
+            for tensor in (*held.parameters(), *held.buffers()):
+                if not is_sharded(tensor):
+                    shared: Any = placed(tensor, weight, follows(weight, {}))
+                    tensor.detach().copy_(shared.to_local())
+    return twin
 
 
 def refuse_rows(owner: nn.Module, path: str) -> None:

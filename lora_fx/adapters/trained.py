@@ -249,7 +249,7 @@ def _base_value(owner: nn.Module, state: TrainedState, name: str, own: Tensor) -
     base = state.base[name]
     if base.device != own.device or base.dtype != own.dtype:  # the adapted model was moved since
         base = base.to(own.device, own.dtype)
-    base = part_of(base, own)
+    base = base if torch.compiler.is_compiling() else part_of(base, own)
     if name not in owner._buffers or not owner.training:
         return base
     if name not in state.spare or state.spare[name].device != base.device:

@@ -10,9 +10,11 @@ from torch import Tensor, fx, nn
 
 from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import SHARDING, Sharding, has_parts, resharded, sharded_again, sharding_of
-from lora_fx.models.shards import is_sharded, part_of, sharded_names
+from lora_fx.models.overrides import parallel_modules, without_parallel
+from lora_fx.models.shards import is_sharded, part_of
 from lora_fx.models.twin import make_twin
 
+_PLAN = "load it without tp_plan; lora_fx.apply, then parallelize_module, or parallelize_module, then lora_fx.apply"
 _BEFORE = "lora_fx.apply or lora_fx.load first, also on the meta device; parallelize_module and the like then"
 
 
@@ -21,14 +23,14 @@ def refuse_unjoinable(model: nn.Module) -> None:
     if not has_parts(model):
         return
     what = "processes hold parts of this model: new factors would be in nobody's group"
-    sharding = sharding_of(resharded(model))
-    if sharding is None:
-        facts = [(name, "is a DTensor, and not of fully_shard") for name in sharded_names(model)]
-        raise RefusedError(what, facts[:8], _BEFORE)
-    if sharding.problem:
-        raise RefusedError(what, [("(root)", sharding.problem)], _BEFORE)
     if isinstance(model, fx.GraphModule):
-        raise RefusedError(what, [("(root)", "fully_shard was called on a GraphModule")], "lora_fx.apply before")
+        raise RefusedError(what, [("(root)", "a GraphModule was sharded")], "lora_fx.apply before")
+    if paths := parallel_modules(model):
+        facts = [(path, "its forward is transformers' own, around the class's") for path in paths[:8]]
+        raise RefusedError("adapters would not be seen by transformers' tensor parallelism (tp_plan)", facts, _PLAN)
+    sharding = sharding_of(resharded(model))
+    if sharding is not None and sharding.problem:  # without a sharding the weights tell how factors are placed
+        raise RefusedError(what, [("(root)", sharding.problem)], _BEFORE)
 
 
 def outline(model: nn.Module) -> nn.Module:
@@ -37,6 +39,7 @@ def outline(model: nn.Module) -> nn.Module:
         return model
     twin = make_twin(model, freeze=False)
     vars(twin).pop(SHARDING, None)
+    without_parallel(twin)
     empty: dict[int, Tensor] = {}
     for module in twin.modules():
         for table in (module._parameters, module._buffers):

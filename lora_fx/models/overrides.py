@@ -21,6 +21,10 @@ _MOST_ITEMS = 1_000
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OLD = "_old_forward"
 """Where accelerate's hooks keep the forward that they run around."""
+_TORCH = "torch.distributed.tensor."
+"""What the modules of hooks begin with that torch's parallel styles register."""
+_TRANSFORMERS = "transformers.distributed."
+"""What the modules of forwards begin with that transformers' parallel styles put on instances."""
 
 
 def accelerate_hooks(module: nn.Module) -> list[Any]:
@@ -68,6 +72,21 @@ def _class_forward(kind: Any) -> Callable[..., Any]:
 
     setattr(forward, FOLLOWS, True)
     return forward
+
+
+def parallel_modules(model: nn.Module) -> list[str]:
+    """Return the paths of modules around whose forward transformers (5.23, `tp_plan`) has put tensor parallelism."""
+    found = ((path, vars(module).get("forward")) for path, module in model.named_modules())
+    return [path for path, forward in found if str(getattr(forward, "__module__", "")).startswith(_TRANSFORMERS)]
+
+
+def without_parallel(model: nn.Module) -> None:
+    """Take off the hooks that torch's parallel styles have registered, in place."""
+    for module in model.modules():
+        hooks: tuple[dict[int, Any], ...] = (module._forward_hooks, module._forward_pre_hooks)  # type: ignore[assignment]
+        for table in hooks:
+            for key in [key for key, hook in table.items() if str(getattr(hook, "__module__", "")).startswith(_TORCH)]:
+                del table[key]
 
 
 def with_class_forwards(model: nn.Module) -> None:

@@ -147,6 +147,14 @@ def by_first(like: Tensor, work: Callable[[], None]) -> None:
         raise outcome[0]
 
 
+def is_sharded_plainly(tensor: Tensor) -> bool:
+    """Whether each process has one piece of a tensor, or all of it, along each dimension of its mesh."""
+    if not is_sharded(tensor):
+        return True
+    library, held = _dtensors(), tensor.detach()
+    return all(type(one) in (library.Shard, library.Replicate) for one in held.placements)  # type: ignore[attr-defined]
+
+
 def follows(weight: Tensor, along: Mapping[int, int]) -> list[Any]:
     """Return the placements of a tensor that has some dimensions of a sharded weight: by the weight's, its own.
 

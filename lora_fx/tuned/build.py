@@ -8,6 +8,7 @@ from torch import fx, nn
 from lora_fx.adapters.adapt import adapt_sites, own_what_is_trained
 from lora_fx.adapters.attach import all_attached, record_of
 from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.adapters.parallel import placed_beside, refuse_unplaceable
 from lora_fx.adapters.placed import Placed, is_trained, placed_in
 from lora_fx.adapters.starting import start_adapters, values_of
 from lora_fx.adapters.trained import added_rows, added_tensors
@@ -46,6 +47,7 @@ def build(model: nn.Module, plan: Plan, start: bool = True) -> nn.Module:
     if isinstance(twin, fx.GraphModule) and any(site.backend == "graph" for site in plan.adapted):
         rewrite(twin, Inject(plan, record))
     adapt_sites(twin, plan, record)
+    refuse_unplaceable(twin)
     find_invocations(twin)
     own_what_is_trained(model, twin, record)
     if start:
@@ -107,7 +109,7 @@ def finished(twin: nn.Module, plan: Plan, backend: str) -> nn.Module:
         RefusedError: as `joined`.
     """
     _check_backend(twin, plan, backend)
-    return joined(twin)
+    return joined(placed_beside(twin))
 
 
 def _check_backend(twin: nn.Module, plan: Plan, backend: str) -> None:

@@ -11,7 +11,7 @@ from tests.support.parallel import BOTH, COLUMNS, ROWS
 from tests.support.processes import in_processes
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-KINDS = (*parallel.KINDS, "several")
+KINDS = (*parallel.KINDS, "several", "after")
 OUTPUTS = ("output", "output of base", "output of copy", "output of merged", "output of removed")
 
 
@@ -22,7 +22,7 @@ def ranks(tmp_path_factory):
 
 def test_losses_are_those_of_one_process(ranks):
     for rank in ranks:
-        for kind in parallel.KINDS:
+        for kind in (*parallel.KINDS, "after"):
             torch.testing.assert_close(rank[kind]["losses"], rank[kind]["losses of one"], rtol=1e-5, atol=1e-6)
 
 
@@ -133,3 +133,28 @@ def test_halves_of_an_adapted_decoder_train_as_stages_of_a_pipeline_and_run_as_g
         for name, value in values.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
     assert sum(rank["pipelined"]["own"] for rank in ranks) == ranks[0]["pipelined"]["all"]
+
+
+def test_a_model_that_is_parallel_already_is_adapted_alike_on_all_processes(ranks):
+    one, other = (rank["after"]["first"] for rank in ranks)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert one["blocks.0.q.lora_A.default.weight"].any()
+    placed = ranks[0]["after"]["placed"]
+    assert placed["blocks.0.down.lora_A.default.weight"] == ROWS
+    assert placed["head.lora_B.default.weight"] == COLUMNS
+    for rank in ranks:
+        before, after = rank["after"]["base"]
+        assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+def test_an_adapter_is_loaded_into_a_model_that_is_parallel_already(ranks):
+    for rank in ranks:
+        mine, expected = rank["after"]["loaded"]
+        assert mine.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(mine[name], expected[name])] == []
+        torch.testing.assert_close(*rank["after"]["output of loaded"], rtol=1e-6, atol=1e-6)
+
+
+def test_what_cannot_be_placed_beside_shards_is_refused_by_name(ranks):
+    for rank in ranks:
+        assert "parts of its weight are adapted (slices)" in rank["after"]["slices"]

@@ -71,7 +71,7 @@ def treated(folder: Path) -> dict[str, Any]:
     """Everything that is done to tensor parallel models, beside the same models whole."""
     found = {kind: _both(KINDS[kind], folder / kind) for kind in KINDS}
     found |= {"several": _several(folder / "several"), "others": _others(), "refused": _refused()}
-    return found | {"pipelined": pipelined(folder / "pipelined")}
+    return found | {"pipelined": pipelined(folder / "pipelined"), "after": _after(folder / "after")}
 
 
 def _both(those: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -108,6 +108,32 @@ def read_off(tuned: nn.Module, same: nn.Module, folder: Path) -> dict[str, Any]:
         "report": str(lora_fx.inspect(tuned)),
         "unchanged": (before, values_of(tuned)),
     }
+
+
+def _after(folder: Path) -> dict[str, Any]:
+    """A model that is tensor parallel already is adapted, and an adapter loaded into it; beside one that is whole."""
+    model = parallel(base())
+    torch.manual_seed(dist.get_rank())  # each process draws otherwise
+    those = rules(rule(LAYERS), rule("head", init="pissa"), rule("embed", dora=True, adapter="b"), train=["norm"])
+    tuned = lora_fx.apply(model, those, (tokens(),))
+    first = values_of(tuned)
+    same = alike(adapted(those, backend="modules"), first)
+    losses = {"losses": train(tuned), "losses of one": train(same)}
+    result = read_off(tuned, same, folder)
+    loaded = lora_fx.load(model, folder / "parallel", (tokens(),))
+    lora_fx.use(loaded, ["default", "b"])
+    with torch.no_grad():
+        result["output of loaded"] = (loaded(tokens()), tuned(tokens()))
+    return (
+        losses
+        | result
+        | {
+            "first": first,
+            "loaded": (values_of(loaded), values_of(tuned)),
+            "base": (values_of(model), base().state_dict()),
+            "slices": refusal(lambda: lora_fx.apply(model, SLICED)),
+        }
+    )
 
 
 def both_adapters() -> nn.Module:
