@@ -67,7 +67,6 @@ def test_what_is_saved_merged_removed_and_loaded_is_that_of_a_whole_model(ranks,
     ("what", "told"),
     [
         ("outside", "head.lora_A.default.weight  is in no module of fully_shard"),
-        ("parallel", "head.weight  is a DTensor, and not of fully_shard"),
         ("dtypes", "(root)  embed.lora_A.default.weight, embed.lora_B.default.weight float32; norm.weight, norm.bias bfloat16"),
         ("rows", "are not taken from shards"),
         ("data", "data shows it nothing"),

@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import lora_fx
 from tests.support import sharded
@@ -127,10 +125,9 @@ def _adapted_later(name: str, make: Any, rules: dict[str, Any], inputs: Any, fol
 
 def _refused_later() -> dict[str, str]:
     """What cannot be adapted once it is sharded."""
-    alone, parallel, mixed = base(), base(), base().bfloat16()
+    alone, mixed = base(), base().bfloat16()
     for block in alone.get_submodule("blocks").children():
         fully_shard(block)
-    parallelize_module(parallel, init_device_mesh("cpu", (dist.get_world_size(),)), {"head": ColwiseParallel()})
     sharded.sharded(mixed)
     everywhere = {"version": 1, "rules": [rule("blocks.*.q"), rule("head")]}
     rows = {"version": 1, "rules": [rule("blocks.*.q")], "tokens": [{"name": "embed", "ids": [1, 5]}]}
@@ -139,7 +136,6 @@ def _refused_later() -> dict[str, str]:
     refusal = sharded.refusal
     return {
         "outside": refusal(lambda: lora_fx.apply(alone, everywhere, (tokens(),))),
-        "parallel": refusal(lambda: lora_fx.apply(parallel, everywhere, (tokens(),))),
         "dtypes": refusal(lambda: lora_fx.apply(mixed, trained, (tokens(),))),
         "rows": refusal(lambda: lora_fx.apply(whole_model, rows, (tokens(),))),
         "data": refusal(lambda: lora_fx.plan_from_data(whole_model, everywhere, [(tokens(),)])),
