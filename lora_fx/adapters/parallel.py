@@ -62,7 +62,7 @@ def refuse_unshardable(owner: nn.Module) -> None:
 
 def _obstacle(owner: nn.Module, adapter: Attached) -> str:
     """Return why an adapter cannot be sharded with its weight; empty if it can."""
-    lora, weight = adapter.spec.lora, owner._parameters.get(adapter.spec.parameter)
+    lora, weight = adapter.spec.lora, _weight(adapter)
     kinds = (type(adapter.lora_A), type(adapter.lora_B))
     reasons = {
         "code reads its weight, and multiplies by it itself": bool(getattr(type(owner), READS, ())),
@@ -108,8 +108,13 @@ def _owners(twin: nn.Module) -> list[nn.Module]:
     """Return the modules of a twin with adapters beside tensor parallel weights; FSDP2's shards are another matter."""
     if SHARDING in vars(twin):
         return []
-    owners = {id(one.owner): one.owner for _, one in all_attached(twin) if is_sharded(one.base_weight)}
+    owners = {id(one.owner): one.owner for _, one in all_attached(twin) if is_sharded(_weight(one))}
     return list(owners.values())
+
+
+def _weight(adapter: Attached) -> Any:
+    """Return the weight as its owner holds it: an offloaded one is not asked for."""
+    return adapter.owner._parameters.get(adapter.spec.parameter)
 
 
 def refuse_unplaceable(twin: nn.Module) -> None:
@@ -128,7 +133,8 @@ def placed_beside(twin: nn.Module) -> nn.Module:
     owners = _owners(twin)
     for owner in owners:
         place_beside(owner)
-    weight: Any = next((one.base_weight for owner in owners for one in attached_to(owner)), None)
+    sharded = (_weight(one) for owner in owners for one in attached_to(owner) if is_sharded(_weight(one)))
+    weight = next(sharded, None)
     for _, one in () if weight is None else all_attached(twin):
         for held in filter(None, (one.lora_A, one.lora_B, one.magnitude)):
             for tensor in (*held.parameters(), *held.buffers()):
