@@ -134,7 +134,7 @@ def placed_beside(twin: nn.Module) -> nn.Module:
     for owner in owners:
         place_beside(owner)
     sharded = (_weight(one) for owner in owners for one in attached_to(owner) if is_sharded(_weight(one)))
-    weight = next(sharded, None)
+    weight: Any = next(sharded, None)
     for _, one in () if weight is None else all_attached(twin):
         for held in filter(None, (one.lora_A, one.lora_B, one.magnitude)):
             for tensor in (*held.parameters(), *held.buffers()):
