@@ -83,7 +83,7 @@ def parallel_modules(model: nn.Module) -> list[str]:
 def without_parallel(model: nn.Module) -> None:
     """Take off the hooks that torch's parallel styles have registered, in place."""
     for module in model.modules():
-        hooks: tuple[dict[int, Any], ...] = (module._forward_hooks, module._forward_pre_hooks)  # type: ignore[assignment]
+        hooks: tuple[dict[int, Any], ...] = (module._forward_hooks, module._forward_pre_hooks)
         for table in hooks:
             for key in [key for key, hook in table.items() if str(getattr(hook, "__module__", "")).startswith(_TORCH)]:
                 del table[key]
