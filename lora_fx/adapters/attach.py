@@ -30,9 +30,10 @@ from lora_fx.adapters.trained import VALUES, added_rows, added_value
 from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import resharded
 from lora_fx.models.offload import computing_device, keep_loaded, offloading_hook, stored_weight
+from lora_fx.models.packed import PackedWeight, held_weight
 from lora_fx.models.shards import gather_held, is_sharded, unsharded
 from lora_fx.models.swap import unswap
-from lora_fx.models.tensors import dotted, get_tensor
+from lora_fx.models.tensors import dotted
 from lora_fx.models.twin import make_twin
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
@@ -93,9 +94,7 @@ class Attached:
     @property
     def stored_shape(self) -> torch.Size:
         """The shape of the base weight."""
-        weight = self.owner._parameters[self.spec.parameter]
-        assert weight is not None
-        return weight.shape
+        return held_weight(self.owner, self.spec.parameter).shape
 
     def trained(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the adapter that its rule trains: all but A of LoRA-FA."""
@@ -163,10 +162,9 @@ def record_of(plan: Plan, model: nn.Module) -> ModelRecord:
 
 def spec_of(planned: PlannedSite, record: ModelRecord, model: nn.Module) -> AdapterSpec:
     """Return what the adapter at a planned site of the model knows of itself."""
-    weight = get_tensor(model, planned.site.weight)
+    weight = held_weight(model.get_submodule(planned.site.owner), planned.site.weight.rpartition(".")[2])
     assert planned.lora is not None
-    assert weight is not None
-    mixed = adapter_dtype(weight) != weight.dtype
+    mixed = adapter_dtype(weight) != weight.dtype or isinstance(weight, PackedWeight)  # which takes an x of any dtype
     calls = (planned.calls or 0) if planned.per_call else 0
     return AdapterSpec(planned.site, planned.lora, planned.rule or "", mixed, record, planned.slices, calls)
 
@@ -179,8 +177,7 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
     DoRA, `lora_magnitude_vector.<adapter>.weight` [out], a convolution's [1, out, 1…]; all in the owner's mode (train
     or eval) and on the device on which it computes.  A of LoRA-FA requires no gradient.
     """
-    weight = owner._parameters[spec.parameter]
-    assert weight is not None
+    weight = held_weight(owner, spec.parameter)
     home, name = _home(owner, spec), spec.adapter
     pairs = [_factors(owner, weight, spec) for _ in range(max(1, spec.calls))]
     for factor in (factor for pair in pairs for factor in pair):

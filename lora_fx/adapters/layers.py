@@ -42,6 +42,7 @@ from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.adapters.tokens import Tokens, refuse_reading, unknown_tokens
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output, bias_of
+from lora_fx.models.packed import held_weight, is_packed
 from lora_fx.models.swap import MADE_BY, original_class, swap, take_off
 from lora_fx.models.tensors import dotted
 from lora_fx.models.torch_internals import in_backward, transformation
@@ -66,7 +67,7 @@ def reading(names: tuple[str, ...], are_experts: bool = False) -> type:
 def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
     def read(owner: nn.Module) -> Tensor | None:
         base = owner._parameters[name]
-        if base is None or wants_parameter():
+        if base is None or is_packed(owner) or wants_parameter():  # codes are no weight: nothing is multiplied by them
             return base
         try:
             used = in_use(owner, name)
@@ -216,9 +217,7 @@ class AdaptedLayer(ShowsAdapters):
     @property
     def _stored(self) -> Tensor:
         """The base weight itself."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight
+        return held_weight(self, "weight")  # type: ignore[arg-type]
 
     def _number_of_call(self, names: Iterable[str]) -> int:
         """Return the number of the call that begins, and count it, if one of these adapters has factors for each."""

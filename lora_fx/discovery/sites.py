@@ -16,6 +16,7 @@ from lora_fx.models.code import refuse_odd_names
 from lora_fx.models.fsdp import partitioned
 from lora_fx.models.joining import outline, refuse_unjoinable
 from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_shape
+from lora_fx.models.packed import PackedWeight, values_in
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
 from lora_fx.models.twin import refuse_lazy
@@ -46,8 +47,13 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
     else:
         sites = tuple(_Finder(model, uses or NOTHING_SHOWN).sites())
     named = model.named_modules(remove_duplicate=False)
-    modules = tuple((path, sum(p.numel() for p in parameters_in(modules_of(module)))) for path, module in named)
-    total, tables = sum(p.numel() for p in parameters_in(modules_of(model))), tuple(tables_in(model))
+    numbers = values_in(model)
+
+    def count(part: nn.Module) -> int:
+        return sum(numbers.get(id(p), p.numel()) for p in parameters_in(modules_of(part)))
+
+    modules = tuple((path, count(module)) for path, module in named)
+    total, tables = count(model), tuple(tables_in(model))
     return Inventory(type(model).__name__, sites, modules, total, in_graph, tables, biases_in(model))
 
 
@@ -149,13 +155,14 @@ class _Finder:
         (path, *aliases), module = known.names, known.module
         own = {dotted(name, "weight") for name in known.names}
         use = self.uses.weights.get(dotted(path, "weight"))
+        fits = kind.packed and kind.refusal is None
         stored = next(module.parameters(), None)  # reading a parametrized `weight` would run its power iteration
         return Site(
             path=path,
             op=kind.op,
             classes=class_names(type(module)),
             shape=kind.shape,
-            dtype=_dtype_name(module.weight if stored is None else stored),
+            dtype=_dtype_name(PackedWeight(module) if fits else module.weight if stored is None else stored),
             bias=getattr(module, "bias", None) is not None,
             calls=self._calls(path, kind, use),
             aliases=tuple(aliases),

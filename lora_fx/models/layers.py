@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.models.overrides import accelerate_hooks, replaced_forward
+from lora_fx.models.packed import is_packed, is_packed_class, own_forward, problem_of
 from lora_fx.models.swap import original_class, unswapped
 from lora_fx.planning.sites import Layout
 
@@ -35,6 +36,8 @@ class LayerKind:
     refusal: str | None = None
     aliases: tuple[str, ...] = ()
     """Other names of a raw parameter, below its owner's."""
+    packed: bool = False
+    """Whether it holds codes, and is run as it is: no F.linear on its weight does the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 
 @functools.singledispatch
 def _kind_of_class(module: nn.Module) -> LayerKind | None:
+    if is_packed(module):
+        return _packed_linear(module)
     if not _is_conv1d_of_transformers(original_class(module)):
         return None
     weight = module._parameters.get("weight")
@@ -98,6 +103,8 @@ def base_output(layer: nn.Module, input: Tensor) -> Tensor:
 
     The same kernels as in the forward of its class: the result is bit-equal to it.
     """
+    if is_packed(layer):
+        return own_forward(layer, input)
     weight, bias = layer._parameters["weight"], bias_of(layer)
     assert weight is not None
     if isinstance(layer, nn.Linear):
@@ -133,7 +140,8 @@ def has_hooks(module: nn.Module) -> bool:
 def is_layer(module: nn.Module) -> bool:
     """Whether `kind_of` knows the module, without reading anything from it but its class."""
     kind = original_class(module)
-    return _kind_of_class.dispatch(kind) is not _kind_of_others or _is_conv1d_of_transformers(kind)
+    known = _kind_of_class.dispatch(kind) is not _kind_of_others
+    return known or _is_conv1d_of_transformers(kind) or is_packed_class(kind)
 
 
 def _is_conv1d_of_transformers(kind: type) -> bool:
@@ -143,9 +151,21 @@ def _is_conv1d_of_transformers(kind: type) -> bool:
 
 @_kind_of_class.register
 def _linear(module: nn.Linear) -> LayerKind:
+    if is_packed(module):
+        return _packed_linear(module)
     called = not has_own_forward(type(module))
     shape = (module.out_features, module.in_features)
     return LayerKind("linear", "out_in", shape, called, _refusal(module, called))
+
+
+def _packed_linear(module: Any) -> LayerKind:
+    shape = (module.out_features, module.in_features)
+    problem = problem_of(module)
+    if problem is None and accelerate_hooks(module):
+        problem = "accelerate moves its weight, and does not know what it holds beside its codes"
+    if problem is not None:
+        problem = f"a {original_class(module).__name__} of {original_class(module).__module__.split('.')[0]}: {problem}"
+    return LayerKind("linear", "out_in", shape, True, problem, packed=True)
 
 
 @_kind_of_class.register

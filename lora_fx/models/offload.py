@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.models.overrides import accelerate_hooks
+from lora_fx.models.packed import PackedWeight, is_packed
 
 
 def offloading_hook(module: nn.Module) -> Any:
@@ -16,9 +17,13 @@ def offloading_hook(module: nn.Module) -> Any:
 def stored_weight(owner: nn.Module, name: str) -> Tensor:
     """Return a parameter of the module with its values, also where they are offloaded; it may be read from a file.
 
+    Of a packed layer it is a PackedWeight.
+
     Raises:
         KeyError: the module has no such parameter.
     """
+    if name == "weight" and is_packed(owner):
+        return PackedWeight(owner)
     weight, hook = owner._parameters[name], offloading_hook(owner)
     if weight is None:
         raise KeyError(name)

@@ -15,6 +15,7 @@ from lora_fx.models.copying import copied_tree
 from lora_fx.models.fsdp import SHARDING, plain_shell, resharded, sharding_of
 from lora_fx.models.offload import offloading_hook
 from lora_fx.models.overrides import accelerate_hooks, follow_class, rebind
+from lora_fx.models.packed import copies_of_packed, settle_packed_
 from lora_fx.models.shards import is_sharded
 from lora_fx.models.torch_internals import deepcopy
 from lora_fx.models.walking import modules_of, parameters_in
@@ -52,6 +53,7 @@ def twin_without(
     sharding = sharding_of(resharded(model))
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     memo: dict[int, object] = {id(p): _alias(p, freeze) for p in parameters}
+    memo |= {id(held): own for module in modules for held, own in copies_of_packed(module)}
     memo |= {id(t): t.detach() for t in _computed_tensors(modules)}
     memo |= {id(kept): kept for kept in _kept_by_hooks(modules)}
     try:
@@ -70,6 +72,7 @@ def twin_without(
         ) from error
     rebind(twin, memo)
     follow_class(twin)
+    settle_packed_(twin)
     if sharding is not None:
         vars(twin)[SHARDING] = sharding
     return twin

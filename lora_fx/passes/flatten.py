@@ -72,4 +72,4 @@ def is_plain_layer(module: nn.Module) -> bool:
     if attached(module) is not None:
         return True
     kind = kind_of(module)
-    return kind is not None and kind.called and kind.refusal is None
+    return kind is not None and kind.called and kind.refusal is None and not kind.packed

@@ -19,6 +19,7 @@ from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.fsdp import SHARDING, partitioned, sharded_again
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
+from lora_fx.models.packed import is_packed, make_plain_
 from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.shards import part_of
 from lora_fx.models.swap import unswap
@@ -116,6 +117,8 @@ def _merge_module(owner: nn.Module) -> None:
     keep_loaded(owner)
     detach(owner)
     for name, weight in weights.items():
+        if is_packed(owner):
+            make_plain_(owner, weight)
         setattr(owner, name, nn.Parameter(weight, requires_grad=False))
 
 

@@ -23,6 +23,7 @@ from lora_fx.adapters.fused.terms import Facts, Term, autocast_dtype, product_dt
 from lora_fx.adapters.selection import Chosen
 from lora_fx.adapters.stacked import Plain
 from lora_fx.models.layers import bias_of, has_hooks, linear_layout
+from lora_fx.models.packed import PackedWeight, is_packed, is_packed_class
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.torch_internals import (
     any_global_hook,
@@ -32,9 +33,17 @@ from lora_fx.models.torch_internals import (
     tracing_state,
     transformation,
 )
+from lora_fx.models.swap import unswapped
 from lora_fx.planning.planned import FUSED_DTYPES, obstacle_to_fusing
+from lora_fx.planning.sites import Layout
 
-_layout_of = functools.cache(linear_layout)
+
+
+@functools.cache
+def _layout_of(kind: type) -> Layout | None:
+    return "out_in" if is_packed_class(unswapped(kind)) else linear_layout(kind)
+
+
 _FLOATS = {getattr(torch, name): name for name in FUSED_DTYPES}
 _FACTORS = frozenset(
     (
@@ -97,6 +106,8 @@ def term_of(layer: Any, chosen: Chosen, x: Tensor) -> Term | None:
         return None
     parameters = layer._parameters
     weight, bias = parameters.get("weight"), bias_of(layer)
+    if is_packed(layer):
+        weight = PackedWeight(layer, x.dtype)
     plain = is_plain(weight)
     cast = autocast_dtype(x.device.type)
     if not (plain or (cast is None and is_quantised(weight))) or weight.requires_grad:
@@ -127,8 +138,8 @@ def row_factors(layer: Any, names: Sequence[str | None], x: Tensor) -> dict[str,
     kind: Any = type(layer)
     if _layout_of(kind) is None or not x.is_floating_point():
         return None
-    weight = layer._parameters["weight"]
-    dtype = weight.dtype if weight.dtype in _FLOATS else x.dtype
+    dtype = x.dtype if is_packed(layer) else layer._parameters["weight"].dtype
+    dtype = dtype if dtype in _FLOATS else x.dtype
     found: dict[str, Plain] = {}
     for name in filter(None, names):
         factors = _factors_of(layer, name, 1.0, dtype) if dtype in _FLOATS else None

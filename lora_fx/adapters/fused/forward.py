@@ -60,10 +60,10 @@ def adapted(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, ...]:
 
 def _flat(term: Term, x: Tensor) -> Tensor | None:
     """Return what one layer computes, in as few operations as can be; None where there is more to it."""
-    facts, weight, bias, A, B, scale = term.as_multiplied(x.dtype)
+    facts, weight, _, A, B, scale = term.as_multiplied(x.dtype)
     if facts.in_out or scale is not None or facts.p or facts.runs or A.dtype != x.dtype:
         return None
-    y = F.linear(x, weight, bias)
+    y = term.layer(x, weight)
     if not y.is_contiguous():
         return None
     rows, h = y, F.linear(x, A)

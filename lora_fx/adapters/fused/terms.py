@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.adapters.fused.masks import keeping, kept_in_parts
+from lora_fx.models.packed import PackedWeight
 from lora_fx.models.torch_internals import any_autocast_enabled
 
 Produce = Callable[..., Tensor]
@@ -58,6 +59,8 @@ class Term(NamedTuple):
 
     def layer(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return what the frozen layer would compute with a weight, as it computes it."""
+        if isinstance(weight, PackedWeight):
+            return weight.multiplied(x)
         if not self.facts.in_out:
             return F.linear(x, weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])

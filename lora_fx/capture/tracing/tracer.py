@@ -30,6 +30,7 @@ from lora_fx.capture.tracing.proxies import Proxies, is_proxy, settle
 from lora_fx.capture.tracing.recording import NeedsRecord, Records, fake_result, of_shape
 from lora_fx.capture.tracing.writer import TRANSFORMED, GraphWriter, holds_tensor
 from lora_fx.models.layers import has_hooks, has_own_forward, is_layer
+from lora_fx.models.packed import is_packed_class
 from lora_fx.models.torch_internals import (
     Fakes,
     FunctionMode,
@@ -159,6 +160,8 @@ class Tracer(Listener, FunctionMode):
         node_args, node_kwargs = self.writer.argument(tuple(args)), self.writer.argument(kwargs)
         if path in self.opaque:
             return self._recorded(path, self.writer.emit("call_module", path, node_args, node_kwargs), (args, kwargs))
+        if is_packed_class(class_of(module)):  # it may pack its codes anew, and must not with fakes
+            raise NeedsRecord(path, f"{path} computes with codes, by kernels of its own")
         with self.paused():
             try:
                 result = module.forward(*args, **kwargs)
@@ -323,7 +326,8 @@ class Tracer(Listener, FunctionMode):
 def is_leaf(module: nn.Module) -> bool:
     """Whether a graph calls the module as a whole: layers that compute as torch's own, and modules with hooks."""
     kind = class_of(module)
-    if has_hooks(module) or (is_layer(module) and not has_own_forward(kind)) or "forward" in vars(module):
+    plain = is_layer(module) and not has_own_forward(kind)
+    if has_hooks(module) or plain or "forward" in vars(module) or is_packed_class(kind):
         return True
     home = kind.__module__
     return home.startswith(("torch.nn", "torch.ao")) and not isinstance(module, _OPEN)
