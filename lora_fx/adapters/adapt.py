@@ -59,6 +59,10 @@ def read_in_graph(model: nn.Module) -> set[str]:
 def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) -> None:
     """Give the twin values of its own for all else that training will change, and keep the model's in the record."""
     names = trained_parameters(twin)
+    codes = [name for name in names if (held := get_tensor(twin, name)) is not None and not held.is_floating_point()]
+    if codes:
+        facts = [(name, "holds codes, not numbers") for name in codes]
+        raise RefusedError("quantised weights cannot be trained whole (`train:`)", facts, "give them an adapter")
     record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
     before = {name: parameter for name in names if (parameter := get_tensor(model, name)) is not None}
     kept = {id(parameter): whole(parameter) for parameter in before.values()}  # what is tied stays so

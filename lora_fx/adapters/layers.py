@@ -217,7 +217,7 @@ class AdaptedLayer(ShowsAdapters):
     @property
     def _stored(self) -> Tensor:
         """The base weight itself."""
-        return held_weight(self, "weight")  # type: ignore[arg-type]
+        return held_weight(self, "weight")
 
     def _number_of_call(self, names: Iterable[str]) -> int:
         """Return the number of the call that begins, and count it, if one of these adapters has factors for each."""

@@ -21,6 +21,7 @@ from lora_fx.exporters.running import call_with, outputs_of_both, run_client, wo
 from lora_fx.exporters.target import Refusal, Target, expressed, refusals
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
+from lora_fx.models.packed import held_weight
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
 from lora_fx.tuned.undo import removed
@@ -118,7 +119,7 @@ def _projection_beside(adapters: Sequence[PlainAdapter], tuned: nn.Module) -> It
     beside = [adapter for adapter in adapters if adapter.path.endswith(_QKV)]
     if beside and not any(adapter.path.endswith(".out_proj") for adapter in adapters):
         path, rank = f"{beside[0].path.rpartition('.')[0]}.out_proj", beside[0].rank
-        out, inner = tuned.get_submodule(path)._parameters["weight"].shape  # type: ignore[union-attr]
+        out, inner = held_weight(tuned.get_submodule(path), "weight").shape
         like = beside[0].A
         yield PlainAdapter(path, like.new_zeros(rank, inner), like.new_zeros(out, rank), 1.0)
 

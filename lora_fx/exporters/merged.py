@@ -20,7 +20,7 @@ from lora_fx.exporters.running import call_with, largest_difference, outputs_of,
 from lora_fx.exporters.target import Refusal, Target, expressed, features
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
-from lora_fx.models.quantised import dequantised_
+from lora_fx.models.packed import dequantised_
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
 from lora_fx.passes.merge import check_mergeable

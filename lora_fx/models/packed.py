@@ -1,40 +1,22 @@
 """Linears of quantisation libraries: codes and scales that only their own forward multiplies by.
 
 Such a layer is run as it is, and its weight shows itself as a `PackedWeight`: a tensor of the shape of W that holds
-nothing, and reads the layer when somebody asks for numbers.  What a library's layer holds is told by one `Packing`.
+nothing, and reads the layer when somebody asks for numbers.  What a library's layer holds is told by its `Packing`.
 """
 
 import functools
-import importlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lora_fx.models.packings import KNOWN, Packing
+from lora_fx.models.quantised import dequantised_parameters_, is_quantised
 from lora_fx.models.swap import original_class
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """How one class of layers holds its weight."""
-
-    holds: str
-    """The parameter with the codes."""
-    problem: Callable[[Any], str]
-    """Why the layer cannot be adapted as it is now; "" if it can."""
-    dtype: Callable[[Any], torch.dtype | None]
-    """Of the numbers that the codes stand for; None where the layer has lost it."""
-    read: Callable[[Any], Tensor]
-    """Returns these numbers, [out, in], a new tensor."""
-    again: Callable[[Any, Tensor], nn.Module]
-    """Returns a layer that holds other numbers, quantised with the settings of this one; this one stays unchanged."""
-    copied: Callable[[Any], Iterator[tuple[object, object]]]
-    """Yields each object of the layer that a copy shares or gets in another way, with what stands in the copy."""
-    settle: Callable[[Any], None] = lambda _: None
-    """Keeps a copy, in place, from what would spoil its training."""
 
 
 class PackedWeight(Tensor):
@@ -49,14 +31,14 @@ class PackedWeight(Tensor):
     def __new__(cls, layer: nn.Module, dtype: torch.dtype | None = None) -> "PackedWeight":
         """Return the weight of a packed layer, in a dtype; None: in the layer's own, float32 where it has lost it."""
         packing, codes = _packing(layer), _codes(layer)
-        shape = (layer.out_features, layer.in_features)
-        made: PackedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        shape = _shape(layer)
+        made: PackedWeight = Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype or packing.dtype(layer) or torch.float32, device=codes.device
         )
         made._layer = layer
         return made
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """Return the numbers that the codes stand for."""
         with torch.no_grad():
             return _packing(self._layer).read(self._layer).to(self.dtype)
@@ -66,7 +48,7 @@ class PackedWeight(Tensor):
         return own_forward(self._layer, x)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
         args, kwargs = tree_map_only(PackedWeight, PackedWeight.dequantize, (args, kwargs or {}))
@@ -78,10 +60,10 @@ class PackedWeight(Tensor):
 
 def is_packed(module: nn.Module) -> bool:
     """Whether the module is a linear that holds codes, whose forward is run as it is."""
-    return _packing_of(original_class(module)) is not None
+    return is_packed_class(original_class(module))
 
 
-def is_packed_class(kind: type) -> bool:
+def is_packed_class(kind: Any) -> bool:
     """Whether a class without swaps is of such linears."""
     return _packing_of(kind) is not None
 
@@ -91,6 +73,11 @@ def problem_of(module: nn.Module) -> str | None:
     if _codes_or_none(module) is None:
         return "it holds no codes yet"
     return _packing(module).problem(module) or None
+
+
+def faked(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return a tensor without values like what the layer computes of x: its kernels are not run for it."""
+    return x.new_empty(*x.shape[:-1], _shape(layer)[0])
 
 
 def own_forward(layer: nn.Module, x: Tensor) -> Tensor:
@@ -111,7 +98,7 @@ def held_weight(owner: nn.Module, name: str) -> Tensor:
 
 def copies_of_packed(module: nn.Module) -> Iterator[tuple[object, object]]:
     """Yield what a copy of a layer shares or gets in another way, if it is a packed one."""
-    packing = _packing_of(original_class(module))
+    packing = _known(module)
     if packing is not None and _codes_or_none(module) is not None:
         yield from packing.copied(module)
 
@@ -119,23 +106,32 @@ def copies_of_packed(module: nn.Module) -> Iterator[tuple[object, object]]:
 def settle_packed_(model: nn.Module) -> None:
     """Keep the packed layers of a copy from what would spoil its training, in place."""
     for module in model.modules():
-        packing = _packing_of(original_class(module))
+        packing = _known(module)
         if packing is not None:
             packing.settle(module)
 
 
 def quantised_alike(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """Return a packed layer with other numbers, quantised with the settings of this one, which stays unchanged."""
-    return _packing(layer).again(layer, weight)
+    """Return a packed layer with other numbers, quantised with the settings of this one, which stays unchanged.
+
+    Its bias is this one's; it has no hooks and no adapters.
+    """
+    made = _packing(layer).again(layer, weight)
+    own = {name: type(value)() for name, value in vars(made).items() if name in _OF_HOOKS or name == "_modules"}
+    vars(made).update(own)
+    for name in [name for name in vars(made) if name.startswith("lora_fx")]:
+        del vars(made)[name]
+    return made
 
 
 def make_plain_(layer: nn.Module, weight: Tensor) -> None:
     """Turn a packed layer without adapters into an nn.Linear with this weight, in place; its hooks and name stay."""
     bias = layer._parameters.get("bias")
     bias = bias if bias is not None else getattr(layer, "bias", None)
-    plain = nn.Linear(layer.in_features, layer.out_features, False, device="meta")  # type: ignore[arg-type]
-    kept = {name: value for name, value in vars(layer).items() if name in _OF_HOOKS or name == "training"}
-    vars(plain).update(kept)
+    rows, columns = _shape(layer)
+    plain = nn.Linear(columns, rows, False, device="meta")
+    take_hooks(plain, layer)
+    plain.training = layer.training
     layer.__class__ = nn.Linear
     vars(layer).clear()
     vars(layer).update(vars(plain))
@@ -144,8 +140,47 @@ def make_plain_(layer: nn.Module, weight: Tensor) -> None:
         layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
 
 
-_OF_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-             "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")  # fmt: skip
+def take_hooks(layer: nn.Module, other: nn.Module) -> None:
+    """Give a layer the hooks of another one, in place."""
+    vars(layer).update({name: value for name, value in vars(other).items() if name in _OF_HOOKS})
+
+
+_OF_HOOKS = frozenset(
+    f"_{which}hooks{more}"
+    for which in ("forward_", "forward_pre_", "backward_", "backward_pre_")
+    for more in ("", "_with_kwargs", "_always_called")
+)
+
+
+def lost_dtype(layer: nn.Module, usual: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of a packed layer's numbers; where it has lost it the usual one of its model, or float16."""
+    return _packing(layer).dtype(layer) or usual or torch.float16
+
+
+def usual_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of most floating point parameters of a model that are no adapter's; None without any."""
+    dtypes = Counter(p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name)
+    return max(dtypes, key=lambda dtype: dtypes[dtype], default=None)
+
+
+def forget_quantiser(model: nn.Module) -> None:
+    """Take transformers' notes of a quantiser off a model of which nothing is quantised any longer, in place.
+
+    With them `save_pretrained` would write plain weights beside a config.json that calls them quantised.
+    """
+    config = vars(model).get("config")
+    if not hasattr(config, "quantization_config") or any(True for _ in packed_layers(model)):
+        return
+    if any(is_quantised(parameter) for parameter in model.parameters()):
+        return
+    for owner, names in ((config, _NOTES_OF_CONFIG), (model, _NOTES_OF_MODEL)):
+        for name in names:
+            vars(owner).pop(name, None)
+
+
+_NOTES_OF_CONFIG = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
+_NOTES_OF_MODEL = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit",
+                   "is_4bit_serializable", "is_8bit_serializable")  # fmt: skip
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -158,14 +193,32 @@ def values_in(model: nn.Module) -> dict[int, int]:
     numbers = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for _, layer in packed_layers(model):
         if (codes := _codes_or_none(layer)) is not None:
-            numbers[id(codes)] = int(layer.out_features) * int(layer.in_features)  # type: ignore[arg-type]
+            numbers[id(codes)] = math.prod(_shape(layer))
     return numbers
 
 
+def dequantised_(model: nn.Module) -> nn.Module:
+    """Give the model plain parameters in place of all quantised ones, in place, and return it."""
+    for _, layer in list(packed_layers(model)):
+        make_plain_(layer, PackedWeight(layer, lost_dtype(layer, usual_dtype(model))).dequantize())
+    dequantised = dequantised_parameters_(model)
+    forget_quantiser(dequantised)
+    return dequantised
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    return int(layer.out_features), int(layer.in_features)
+
+
 def _packing(layer: nn.Module) -> Packing:
-    packing = _packing_of(original_class(layer))
+    packing = _known(layer)
     assert packing is not None
     return packing
+
+
+def _known(module: nn.Module) -> Packing | None:
+    kind: Any = original_class(module)
+    return _packing_of(kind)
 
 
 def _codes(layer: nn.Module) -> Tensor:
@@ -179,154 +232,11 @@ def _codes_or_none(layer: nn.Module) -> Tensor | None:
 
 
 @functools.cache
-def _packing_of(kind: type) -> Packing | None:
+def _packing_of(kind: Any) -> Packing | None:
     """Return how the layers of a class hold their weight, if it computes by the forward of a class that is known."""
     for base in kind.__mro__:
-        packing = _KNOWN.get(f"{base.__module__}.{base.__qualname__}")
+        packing = KNOWN.get(f"{base.__module__}.{base.__qualname__}")
         if packing is not None:
             same: Any = getattr(kind, "forward", None), getattr(base, "forward", None)
             return packing if same[0] is same[1] else None
     return None
-
-
-# -- bitsandbytes
-
-
-def _functions() -> Any:
-    """bitsandbytes' own functions: whoever has one of its layers has imported it."""
-    return importlib.import_module("bitsandbytes.functional")
-
-
-def _problem_4bit(layer: Any) -> str:
-    weight, state = layer._parameters["weight"], _state_4bit(layer)
-    if weight.is_meta:
-        return "its codes are on the meta device: load the model onto the device on which it trains"
-    if state is None:
-        return "its weight is not quantised yet; move it to the device on which it trains before"
-    if getattr(state, "packing_format_for_cpu", False):
-        return (
-            "bitsandbytes has repacked its weight for inference, through which no gradient passes; load it anew and "
-            "adapt it before the first call in eval mode"
-        )
-    return ""
-
-
-def _state_4bit(layer: Any) -> Any:
-    return getattr(layer._parameters["weight"], "quant_state", None) or vars(layer).get("quant_state")
-
-
-def _dtype_4bit(layer: Any) -> torch.dtype | None:
-    return getattr(_state_4bit(layer), "dtype", None)
-
-
-def _read_4bit(layer: Any) -> Tensor:
-    state, codes = _state_4bit(layer), layer._parameters["weight"]
-    numbers: Tensor = _functions().dequantize_4bit(codes.data.view(-1, 1), state)
-    return numbers
-
-
-def _again_4bit(layer: Any, weight: Tensor) -> nn.Module:
-    state = _state_4bit(layer)
-    made = _bare(layer)
-    old = layer._parameters["weight"]
-    made._parameters["weight"] = type(old)(
-        weight.detach().to(state.dtype).contiguous(),
-        requires_grad=False,
-        blocksize=state.blocksize,
-        compress_statistics=state.nested,
-        quant_type=state.quant_type,
-        quant_storage=old.dtype,
-    ).to(weight.device)
-    made.quant_state = made._parameters["weight"].quant_state  # type: ignore[union-attr]
-    return made
-
-
-def _copied_4bit(layer: Any) -> Iterator[tuple[object, object]]:
-    """The codes are shared; the state is a copy that shares its tensors, as bitsandbytes changes it in place."""
-    weight, state = layer._parameters["weight"], _state_4bit(layer)
-    if state is None:
-        return
-    own = _shallow(state)
-    if getattr(state, "state2", None) is not None:
-        own.state2 = _shallow(state.state2)
-    made = torch.Tensor._make_subclass(type(weight), weight.data, False)  # type: ignore[attr-defined]
-    vars(made).update(vars(weight) | {"quant_state": own, "module": None})
-    yield weight, made
-    for held in {id(one): one for one in (state, vars(layer).get("quant_state")) if one is not None}.values():
-        yield held, own
-
-
-def _settle_4bit(layer: Any) -> None:
-    """A call in eval mode would pack the codes for a kernel of AVX-512, through which no gradient ever passes again."""
-    vars(layer)["support_avx512bf16_for_cpu"] = False
-
-
-def _shallow(value: Any) -> Any:
-    made = object.__new__(type(value))
-    vars(made).update(vars(value))
-    return made
-
-
-def _problem_8bit(layer: Any) -> str:
-    weight = layer._parameters["weight"]
-    if layer.state.has_fp16_weights or weight.dtype != torch.int8:
-        return "its weight is not quantised (has_fp16_weights, or not moved to the device on which it trains)"
-    if weight.is_meta:
-        return "its codes are on the meta device: load the model onto the device on which it trains"
-    return ""
-
-
-def _dtype_8bit(layer: Any) -> torch.dtype | None:
-    bias = layer._parameters.get("bias")
-    return None if bias is None else bias.dtype
-
-
-def _scales_8bit(layer: Any) -> Tensor:
-    weight, state = layer._parameters["weight"], layer.state
-    scales: Tensor = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
-    return scales
-
-
-def _read_8bit(layer: Any) -> Tensor:
-    numbers: Tensor = _functions().int8_vectorwise_dequant(layer._parameters["weight"].data, _scales_8bit(layer))
-    return numbers
-
-
-def _again_8bit(layer: Any, weight: Tensor) -> nn.Module:
-    made = _bare(layer)
-    codes, scales, _ = _functions().int8_vectorwise_quant(weight.detach().to(torch.float16).contiguous())
-    old = layer._parameters["weight"]
-    new = torch.Tensor._make_subclass(type(old), codes, False)  # type: ignore[attr-defined]
-    vars(new).update(CB=codes, SCB=scales, has_fp16_weights=False)
-    made._parameters["weight"] = new
-    made.state = _shallow(layer.state)
-    vars(made.state).update(CB=None, SCB=None)
-    return made
-
-
-def _copied_8bit(layer: Any) -> Iterator[tuple[object, object]]:
-    """Codes and scales are shared; a forward moves them from the parameter to the state, so each has both its own."""
-    weight, state = layer._parameters["weight"], layer.state
-    made = torch.Tensor._make_subclass(type(weight), weight.data, False)  # type: ignore[attr-defined]
-    vars(made).update(vars(weight))
-    yield weight, made
-    yield state, _shallow(state)
-
-
-def _bare(layer: Any) -> Any:
-    """Return a shallow copy of a layer with tables of its own."""
-    made = object.__new__(original_class(layer))
-    vars(made).update({name: dict(v) if name in _TABLES else v for name, v in vars(layer).items()})
-    return made
-
-
-_TABLES = ("_parameters", "_buffers", "_modules")
-
-_KNOWN: dict[str, Packing] = {
-    "bitsandbytes.nn.modules.Linear4bit": Packing(
-        "weight", _problem_4bit, _dtype_4bit, _read_4bit, _again_4bit, _copied_4bit, _settle_4bit
-    ),
-    "bitsandbytes.nn.modules.Linear8bitLt": Packing(
-        "weight", _problem_8bit, _dtype_8bit, _read_8bit, _again_8bit, _copied_8bit
-    ),
-}

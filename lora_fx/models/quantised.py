@@ -16,8 +16,8 @@ def dense(weight: Tensor) -> Tensor:
     return plain
 
 
-def dequantised_(model: nn.Module) -> nn.Module:
-    """Give the model plain parameters in place of all quantised ones, in place, and return it."""
+def dequantised_parameters_(model: nn.Module) -> nn.Module:
+    """Give the model plain parameters in place of those that can dequantise themselves, in place, and return it."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and is_quantised(parameter):

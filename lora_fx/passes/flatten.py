@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import attached, has_call_factors, shown_parameters
 from lora_fx.adapters.trained import holds_rows
 from lora_fx.models.layers import has_hooks, kind_of, linear_layout
+from lora_fx.models.packed import is_packed
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.sites import first_argument
@@ -42,7 +43,7 @@ def _flatten(editor: Editor, node: fx.Node, foreseen: Collection[str]) -> None:
         # an adapter that is added to the output, rather than to a weight that the layer shows
         if path in foreseen or (attached(module) is not None and not shown_parameters(module)):
             flat = write.graph.call_function(adapted_output, (x, write.graph.get_attr(path)))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and not is_packed(module):
             arguments = [x, write.graph.create_node("get_attr", f"{path}.weight")]  # get_attr() would ask what is there
             if module.bias is not None:
                 arguments.append(write.graph.get_attr(f"{path}.bias"))
@@ -72,4 +73,4 @@ def is_plain_layer(module: nn.Module) -> bool:
     if attached(module) is not None:
         return True
     kind = kind_of(module)
-    return kind is not None and kind.called and kind.refusal is None and not kind.packed
+    return kind is not None and kind.called and kind.refusal is None

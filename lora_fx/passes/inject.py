@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from lora_fx.adapters.attach import Attached, attach, attached_to, is_adapted, r
 from lora_fx.adapters.factors.lora import add_low_rank, as_rows
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.errors import RefusedError
+from lora_fx.models.packed import is_packed
 from lora_fx.models.tensors import dotted
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor, Writer
@@ -39,6 +40,9 @@ class Inject(Pass):
         if taken:
             advice = 'give the adapter another name; or backend="modules", which leaves the graph as it is'
             raise RefusedError("the code of a GraphModule cannot name these adapters", taken, advice)
+        coded = [(path, "DoRA") for path in self._dora() if is_packed(graph_module.get_submodule(path))]
+        if coded:
+            raise RefusedError("the graph of a GraphModule reads codes here, of which no length is taken", coded)
         used = {use.parameter for use in raw_uses(graph_module)}
         dropped = [
             (planned.path, f"DoRA, dropout {planned.lora.dropout:g}")
@@ -48,6 +52,11 @@ class Inject(Pass):
         if dropped:
             advice = 'leave out `dropout`, or give backend="modules"'
             raise RefusedError("in a graph DoRA computes these weights as a whole, without a dropout", dropped, advice)
+
+    def _dora(self) -> Iterator[str]:
+        """Yield the paths of the modules that get an adapter with lengths."""
+        sites = (site for site in self.plan.adapted if site.lora is not None and site.lora.dora)
+        return (site.site.owner for site in sites)
 
     def run(self, editor: Editor) -> None:
         record = self.record or record_of(self.plan, editor.graph_module)

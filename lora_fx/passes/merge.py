@@ -11,7 +11,7 @@ from lora_fx.adapters.attach import STATE, Attached, all_attached, attached_to, 
 from lora_fx.adapters.factors.lora import as_rows, folded_weight
 from lora_fx.errors import InvariantError, MergeError
 from lora_fx.models.fsdp import is_partitioned
-from lora_fx.models.packed import is_packed, make_plain_
+from lora_fx.models.packed import is_packed, lost_dtype, make_plain_, usual_dtype
 from lora_fx.models.quantised import dense, is_quantised
 from lora_fx.models.shards import is_finite, is_sharded, part_of, whole
 from lora_fx.models.tensors import dotted
@@ -43,7 +43,8 @@ class Merge(Pass):
             weight, owner = folded([(adapter, 1.0)]), owner_path(path, adapter)
             name = dotted(owner, adapter.spec.parameter)
             editor.change_modules(owner, detach, path)
-            if is_packed(editor.graph_module.get_submodule(owner)):
+            if is_packed(layer := editor.graph_module.get_submodule(owner)):
+                weight = weight.to(lost_dtype(layer, usual_dtype(editor.graph_module)))
                 editor.change_modules(owner, functools.partial(make_plain_, weight=weight), path)
             editor.set_tensor(name, nn.Parameter(weight, name in adapter.spec.record.requires_grad), path)
 

@@ -3,20 +3,26 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, owner_path
 from lora_fx.errors import LoraFxWarning, MergeError
 from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.packed import held_weight, is_packed, quantised_alike, take_hooks
 from lora_fx.models.quantised import dense, is_quantised
 from lora_fx.passes.merge import used_at
 from lora_fx.progress.steps import step
 from lora_fx.text import columns, dotted
 from lora_fx.tuned.undo import merged
 
-Quantise = Callable[[nn.Module], object]
-"""Quantises every linear in a module, in place: `lambda module: quantize_(module, Int8WeightOnlyConfig())`."""
+Quantise = Callable[[nn.Module], object] | Literal["same"]
+"""Quantises every linear in a module, in place: `lambda module: quantize_(module, Int8WeightOnlyConfig())`.
+
+"same": with the settings that the base's layer has (bitsandbytes').
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +40,19 @@ def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Mod
     """Return the merged model with its once quantised weights quantised again, and what that cost at each site.
 
     Raises:
-        MergeError: nothing was quantised, or the function does not quantise a merged layer.
+        MergeError: nothing was quantised, or the function does not quantise a merged layer; "same", and a layer does
+            not tell its settings.
     """
     sites = quantised_sites(tuned)
-    model = merged(tuned)
+    _refuse_unknown_settings(tuned, sites, quantise)
+    model = merged(tuned, stays_plain=False)
     costs = []
     with step("quantising", len(sites), "weights") as doing:
         for path, adapter in sites:
             owner, name = owner_path(path, adapter), adapter.spec.parameter
             exact = model.get_parameter(f"{owner}.{name}".lstrip(".")).detach()
-            again = _quantised_again(model, owner, name, quantise)
+            like = tuned.get_submodule(owner)
+            again = _quantised_again(model, owner, name, partial(_alike, like) if quantise == "same" else quantise)
             costs.append(_cost(path, dense(adapter.base_weight), exact, dense(again)))
             doing.advance(path)
     return model, costs
@@ -68,14 +77,36 @@ def quantised_sites(tuned: nn.Module) -> list[tuple[str, Attached]]:
     return sites
 
 
-def _quantised_again(model: nn.Module, path: str, name: str, quantise: Quantise) -> Tensor:
+def _refuse_unknown_settings(tuned: nn.Module, sites: list[tuple[str, Attached]], quantise: Quantise) -> None:
+    unknown = [
+        (path, f"a {type(adapter.base_weight).__name__} does not tell how it was quantised")
+        for path, adapter in sites
+        if quantise == "same" and not is_packed(tuned.get_submodule(owner_path(path, adapter)))
+    ]
+    if unknown:
+        advice = "give a function: requantize=lambda module: quantize_(module, Int8WeightOnlyConfig())"
+        raise MergeError("these weights cannot be quantised as they were; nothing was merged", unknown, advice)
+
+
+def _alike(like: nn.Module, shell: nn.Module) -> None:
+    """Quantise the one layer in a shell as another one is, in place."""
+    layer = shell.get_submodule("0")
+    weight = layer.get_parameter("weight")
+    again = quantised_alike(like, weight)
+    again.train(layer.training)
+    again._parameters["bias"] = layer._parameters["bias"]
+    take_hooks(again, layer)
+    shell.add_module("0", again)
+
+
+def _quantised_again(model: nn.Module, path: str, name: str, quantise: Callable[[nn.Module], object]) -> Tensor:
     """Quantise one layer of the model, in place, and return its weight."""
     shell = nn.Sequential(model.get_submodule(path))
     quantise(shell)
     layer = shell[0]
     if path:
         model.set_submodule(path, layer)
-    weight = layer._parameters.get(name)
+    weight = held_weight(layer, name) if is_packed(layer) else layer._parameters.get(name)
     if weight is None or not is_quantised(weight):
         raise MergeError("the merged weight is as plain as before", [(path, "`requantize` has not quantised it")])
     return weight

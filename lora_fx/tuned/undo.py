@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import SWITCH, adapted_owners, attached_to, detach, with_values
@@ -19,7 +20,7 @@ from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.fsdp import SHARDING, partitioned, sharded_again
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
-from lora_fx.models.packed import is_packed, make_plain_
+from lora_fx.models.packed import forget_quantiser, is_packed, lost_dtype, make_plain_, usual_dtype
 from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.shards import part_of
 from lora_fx.models.swap import unswap
@@ -75,10 +76,14 @@ def _refuse_lost(tuned: nn.Module, base: Mapping[str, Tensor]) -> None:
         )
 
 
-def merged(tuned: nn.Module) -> nn.Module:
+def merged(tuned: nn.Module, *, stays_plain: bool = True) -> nn.Module:
     """Return a plain model with every adapter folded into its base weight; the adapted model stays unchanged.
 
     Of a model that FSDP2 has sharded it is one that is sharded alike, and every process makes its part.
+
+    Args:
+        tuned: an adapted model.
+        stays_plain: whether what was quantised is not quantised again: then transformers' notes of it are dropped.
 
     Raises:
         MergeError: naming every site whose merged weight would not be finite; nothing is merged then.
@@ -88,6 +93,8 @@ def merged(tuned: nn.Module) -> nn.Module:
     with unchanged(tuned):
         check_mergeable(tuned)
         model = _merged(tuned)
+    if stays_plain:
+        forget_quantiser(model)
     warn_of_narrowed(model)
     return model
 
@@ -100,7 +107,7 @@ def _merged(tuned: nn.Module) -> nn.Module:
     owners = adapted_owners(twin)
     with step("merging", len(owners), "layers") as doing:
         for owner in owners:
-            _merge_module(owner)
+            _merge_module(owner, usual_dtype(twin))
             doing.advance()
     _untie(tuned, twin)
     base = set(map(without_wrappers, base_in(places)))
@@ -109,8 +116,8 @@ def _merged(tuned: nn.Module) -> nn.Module:
     return _flagged(twin, tuned, places)
 
 
-def _merge_module(owner: nn.Module) -> None:
-    """Fold the adapters of one module into its weights."""
+def _merge_module(owner: nn.Module, dtype: torch.dtype | None) -> None:
+    """Fold the adapters of one module into its weights; `dtype` is for one that has lost its own."""
     weights = {name: folded(used) for name, used in used_at(owner).items()}
     if any(is_quantised(one.base_weight) for one in attached_to(owner) if one.spec.parameter in weights):
         forget_quantisation(owner)
@@ -118,6 +125,7 @@ def _merge_module(owner: nn.Module) -> None:
     detach(owner)
     for name, weight in weights.items():
         if is_packed(owner):
+            weight = weight.to(lost_dtype(owner, dtype))
             make_plain_(owner, weight)
         setattr(owner, name, nn.Parameter(weight, requires_grad=False))
 

@@ -17,7 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lora_fx.models.packed import packed_layers
 from lora_fx.models.quantised import is_quantised
+from lora_fx.models.tensors import dotted
 from lora_fx.planning.planned import PlannedSite
 
 GAIN = 0.02
@@ -83,6 +85,7 @@ def contraction_teller(model: nn.Module) -> Callable[[PlannedSite], str]:
     """Return a function that says how an adapted linear layer of the model will be computed; empty for other sites."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     quantised = frozenset(name for name, parameter in model.named_parameters() if is_quantised(parameter))
+    quantised |= {dotted(path, "weight") for path, _ in packed_layers(model)}
     return functools.partial(_order, device, quantised)
 
 

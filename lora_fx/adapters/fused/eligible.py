@@ -25,6 +25,7 @@ from lora_fx.adapters.stacked import Plain
 from lora_fx.models.layers import bias_of, has_hooks, linear_layout
 from lora_fx.models.packed import PackedWeight, is_packed, is_packed_class
 from lora_fx.models.quantised import is_quantised
+from lora_fx.models.swap import unswapped
 from lora_fx.models.torch_internals import (
     any_global_hook,
     dispatch_depth,
@@ -33,10 +34,8 @@ from lora_fx.models.torch_internals import (
     tracing_state,
     transformation,
 )
-from lora_fx.models.swap import unswapped
 from lora_fx.planning.planned import FUSED_DTYPES, obstacle_to_fusing
 from lora_fx.planning.sites import Layout
-
 
 
 @functools.cache

@@ -30,10 +30,11 @@ from lora_fx.capture.tracing.proxies import Proxies, is_proxy, settle
 from lora_fx.capture.tracing.recording import NeedsRecord, Records, fake_result, of_shape
 from lora_fx.capture.tracing.writer import TRANSFORMED, GraphWriter, holds_tensor
 from lora_fx.models.layers import has_hooks, has_own_forward, is_layer
-from lora_fx.models.packed import is_packed_class
+from lora_fx.models.packed import faked, is_packed_class
 from lora_fx.models.torch_internals import (
     Fakes,
     FunctionMode,
+    any_autocast_enabled,
     enter_autocast,
     exit_autocast,
     is_tensor_function,
@@ -160,11 +161,12 @@ class Tracer(Listener, FunctionMode):
         node_args, node_kwargs = self.writer.argument(tuple(args)), self.writer.argument(kwargs)
         if path in self.opaque:
             return self._recorded(path, self.writer.emit("call_module", path, node_args, node_kwargs), (args, kwargs))
-        if is_packed_class(class_of(module)):  # it may pack its codes anew, and must not with fakes
+        codes = is_packed_class(class_of(module))  # such a layer may pack its codes anew, and must not with fakes
+        if codes and any_autocast_enabled():
             raise NeedsRecord(path, f"{path} computes with codes, by kernels of its own")
         with self.paused():
             try:
-                result = module.forward(*args, **kwargs)
+                result = faked(module, *args) if codes else module.forward(*args, **kwargs)
             except Exception as error:
                 self._refusal = f"{path} cannot run on fake tensors: {reason_of(error)}"
                 raise NeedsRecord(path, self._refusal) from error
