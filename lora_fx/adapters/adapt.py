@@ -1,18 +1,34 @@
 """From a plan to a twin with adapters: own values for what will be trained, an adapter beside each weight."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.attach import SWITCH, adapter_dtype, adapter_prefixes, all_attached, attach, spec_of
+from lora_fx.adapters.attach import (
+    STATE,
+    SWITCH,
+    AdapterState,
+    adapter_dtype,
+    adapter_prefixes,
+    all_attached,
+    attach,
+    attached_to,
+    has_call_factors,
+    shown_parameters,
+    spec_of,
+)
 from lora_fx.adapters.factors.spec import ModelRecord
-from lora_fx.adapters.layers import adapt, count_calls_anew, read_by_kernels, stop_counting
+from lora_fx.adapters.layers import AdaptedLayer, AdaptedPacked, count_calls_anew, reading, stop_counting
 from lora_fx.adapters.placed import is_trained, placed_in
+from lora_fx.adapters.rawweight.known_experts import BANKS, interface_of
 from lora_fx.adapters.selection import Switch
+from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.adapters.tokenrows import TokenRows
 from lora_fx.adapters.trained import TRAINED, add_rows, add_value, added_tensors, choose_values
 from lora_fx.errors import RefusedError
 from lora_fx.models.shards import is_sharded, whole
+from lora_fx.models.packed import is_packed
+from lora_fx.models.swap import original_class, swap, take_off
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
@@ -158,3 +174,36 @@ def trained_parameters(twin: nn.Module) -> list[str]:
     whole = [name for name, _ in twin.named_parameters(remove_duplicate=False) if is_trained(name, places)]
     biases = [dotted(path, "bias") for path, adapter in all_attached(twin) if adapter.trained_bias is not None]
     return list(dict.fromkeys((*whole, *biases)))
+
+
+def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:
+    """Let the adapters that the module holds take part in what it computes, in place.
+
+    Args:
+        owner: a module with adapters.
+        reads: names of the adapted parameters that code reads; where it is none, the module is called.
+        kernel: whether torch's fused kernels read its weights in eval mode.
+    """
+    shown_now = shown_parameters(owner)
+    names = (*shown_now, *(name for name in reads if name not in shown_now))
+    are_experts = set(names) == set(BANKS) and interface_of(original_class(owner)) is not None
+    if STATE not in owner.__dict__ or names != shown_now:
+        take_off(owner, ShowsAdapters)
+        swap(owner, reading(names, are_experts) if names else AdaptedPacked if is_packed(owner) else AdaptedLayer)
+    switch, called = next(attached_to(owner)).spec.record.switch, 0 if has_call_factors(owner) else None
+    owner.__dict__[STATE] = AdapterState(switch, kernel, called)
+
+
+_KERNELS = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAttention: ("out_proj", "")}
+"""Children of torch's own classes ("" is the class itself) whose weights are handed to a kernel in eval mode."""
+
+
+def read_by_kernels(model: nn.Module) -> set[str]:
+    """Return the paths of modules whose weights torch's own layers hand to fused kernels."""
+    return {
+        dotted(path, name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for kind, names in _KERNELS.items()
+        if issubclass(original_class(module), kind)
+        for name in names
+    }

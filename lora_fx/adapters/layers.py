@@ -19,7 +19,6 @@ from lora_fx.adapters.attach import (
     AdapterState,
     Attached,
     attached_to,
-    has_call_factors,
     in_use,
     low_rank_of,
     shown_parameters,
@@ -32,7 +31,7 @@ from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
 from lora_fx.adapters.parallel import refuse_rows
 from lora_fx.adapters.rawweight.factored import Factored
-from lora_fx.adapters.rawweight.known_experts import BANKS, experts_output, interface_of
+from lora_fx.adapters.rawweight.known_experts import experts_output
 from lora_fx.adapters.rawweight.ofrows import WeightOfRows
 from lora_fx.adapters.rawweight.weight import LoRAWeight, Part
 from lora_fx.adapters.reads import take_over, wants_parameter
@@ -42,9 +41,8 @@ from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.adapters.tokens import Tokens, refuse_reading, unknown_tokens
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output, bias_of
-from lora_fx.models.packed import held_weight, is_packed
-from lora_fx.models.swap import MADE_BY, original_class, swap, take_off
-from lora_fx.models.tensors import dotted
+from lora_fx.models.packed import held_weight, own_forward
+from lora_fx.models.swap import MADE_BY
 from lora_fx.models.torch_internals import in_backward, transformation
 
 
@@ -67,7 +65,7 @@ def reading(names: tuple[str, ...], are_experts: bool = False) -> type:
 def _reader(name: str) -> Callable[[nn.Module], Tensor | None]:
     def read(owner: nn.Module) -> Tensor | None:
         base = owner._parameters[name]
-        if base is None or is_packed(owner) or wants_parameter():  # codes are no weight: nothing is multiplied by them
+        if base is None or wants_parameter():
             return base
         try:
             used = in_use(owner, name)
@@ -217,7 +215,9 @@ class AdaptedLayer(ShowsAdapters):
     @property
     def _stored(self) -> Tensor:
         """The base weight itself."""
-        return held_weight(self, "weight")
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
 
     def _number_of_call(self, names: Iterable[str]) -> int:
         """Return the number of the call that begins, and count it, if one of these adapters has factors for each."""
@@ -321,6 +321,19 @@ class AdaptedLayer(ShowsAdapters):
         return base_output(self, input)
 
 
+class AdaptedPacked(AdaptedLayer):
+    """Mixin for a layer that holds codes: it computes by its own forward, and its `weight` is what it is without us."""
+
+    weight: Any = property(lambda layer: layer._parameters["weight"], take_over("weight"))
+
+    @property
+    def _stored(self) -> Tensor:
+        return held_weight(self, "weight")
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        return own_forward(self, input)
+
+
 def _next_call(owner: nn.Module, calls: int) -> int:
     """Return the number of the call that begins, and count it."""
     if in_backward():
@@ -357,36 +370,3 @@ def _set_calls(root: nn.Module, within: bool) -> None:
         state = module.__dict__.get(STATE)
         if state is not None and state.called is not None:
             module.__dict__[STATE] = replace(state, called=0, within=within)
-
-
-def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:
-    """Let the adapters that the module holds take part in what it computes, in place.
-
-    Args:
-        owner: a module with adapters.
-        reads: names of the adapted parameters that code reads; where it is none, the module is called.
-        kernel: whether torch's fused kernels read its weights in eval mode.
-    """
-    shown_now = shown_parameters(owner)
-    names = (*shown_now, *(name for name in reads if name not in shown_now))
-    are_experts = set(names) == set(BANKS) and interface_of(original_class(owner)) is not None
-    if STATE not in owner.__dict__ or names != shown_now:
-        take_off(owner, ShowsAdapters)
-        swap(owner, reading(names, are_experts) if names else AdaptedLayer)
-    switch, called = next(attached_to(owner)).spec.record.switch, 0 if has_call_factors(owner) else None
-    owner.__dict__[STATE] = AdapterState(switch, kernel, called)
-
-
-_KERNELS = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAttention: ("out_proj", "")}
-"""Children of torch's own classes ("" is the class itself) whose weights are handed to a kernel in eval mode."""
-
-
-def read_by_kernels(model: nn.Module) -> set[str]:
-    """Return the paths of modules whose weights torch's own layers hand to fused kernels."""
-    return {
-        dotted(path, name)
-        for path, module in model.named_modules(remove_duplicate=False)
-        for kind, names in _KERNELS.items()
-        if issubclass(original_class(module), kind)
-        for name in names
-    }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.models.overrides import accelerate_hooks, replaced_forward
-from lora_fx.models.packed import is_packed, is_packed_class, own_forward, problem_of
+from lora_fx.models.packed import is_packed, is_packed_class, problem_of
 from lora_fx.models.swap import original_class, unswapped
 from lora_fx.planning.sites import Layout
 
@@ -103,8 +103,6 @@ def base_output(layer: nn.Module, input: Tensor) -> Tensor:
 
     The same kernels as in the forward of its class: the result is bit-equal to it.
     """
-    if is_packed(layer):
-        return own_forward(layer, input)
     weight, bias = layer._parameters["weight"], bias_of(layer)
     assert weight is not None
     if isinstance(layer, nn.Linear):

@@ -1,7 +1,7 @@
 """Linears of quantisation libraries: codes and scales that only their own forward multiplies by.
 
 Such a layer is run as it is, and its weight shows itself as a `PackedWeight`: a tensor of the shape of W that holds
-nothing, and reads the layer when somebody asks for numbers.  What a library's layer holds is told by its `Packing`.
+nothing, and reads the layer when somebody asks for numbers.  What a library's layer holds is told by its `CodeLayout`.
 """
 
 import functools
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from lora_fx.models.packings import KNOWN, Packing
+from lora_fx.models.packings import KNOWN, CodeLayout
 from lora_fx.models.quantised import dequantised_parameters_, is_quantised
 from lora_fx.models.swap import original_class
+from lora_fx.models.torch_internals import pytree, tensor_without_memory
 
 
 class PackedWeight(Tensor):
@@ -32,7 +32,7 @@ class PackedWeight(Tensor):
         """Return the weight of a packed layer, in a dtype; None: in the layer's own, float32 where it has lost it."""
         packing, codes = _packing(layer), _codes(layer)
         shape = _shape(layer)
-        made: PackedWeight = Tensor._make_wrapper_subclass(
+        made: PackedWeight = tensor_without_memory(
             cls, shape, dtype=dtype or packing.dtype(layer) or torch.float32, device=codes.device
         )
         made._layer = layer
@@ -51,7 +51,7 @@ class PackedWeight(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
-        args, kwargs = tree_map_only(PackedWeight, PackedWeight.dequantize, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only(PackedWeight, PackedWeight.dequantize, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -169,11 +169,11 @@ def forget_quantiser(model: nn.Module) -> None:
     With them `save_pretrained` would write plain weights beside a config.json that calls them quantised.
     """
     config = vars(model).get("config")
-    if not hasattr(config, "quantization_config") or any(True for _ in packed_layers(model)):
+    if getattr(config, "quantization_config", None) is None or any(True for _ in packed_layers(model)):
         return
     if any(is_quantised(parameter) for parameter in model.parameters()):
         return
-    for owner, names in ((config, _NOTES_OF_CONFIG), (model, _NOTES_OF_MODEL)):
+    for owner, names in ((config, _NOTES_OF_CONFIG), (model, _NOTES_OF_MODEL)):  # both are the copy's own
         for name in names:
             vars(owner).pop(name, None)
 
@@ -210,13 +210,13 @@ def _shape(layer: Any) -> tuple[int, int]:
     return int(layer.out_features), int(layer.in_features)
 
 
-def _packing(layer: nn.Module) -> Packing:
+def _packing(layer: nn.Module) -> CodeLayout:
     packing = _known(layer)
     assert packing is not None
     return packing
 
 
-def _known(module: nn.Module) -> Packing | None:
+def _known(module: nn.Module) -> CodeLayout | None:
     kind: Any = original_class(module)
     return _packing_of(kind)
 
@@ -232,7 +232,7 @@ def _codes_or_none(layer: nn.Module) -> Tensor | None:
 
 
 @functools.cache
-def _packing_of(kind: Any) -> Packing | None:
+def _packing_of(kind: Any) -> CodeLayout | None:
     """Return how the layers of a class hold their weight, if it computes by the forward of a class that is known."""
     for base in kind.__mro__:
         packing = KNOWN.get(f"{base.__module__}.{base.__qualname__}")

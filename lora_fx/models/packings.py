@@ -16,7 +16,7 @@ from lora_fx.models.swap import original_class
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
+class CodeLayout:
     """How one class of layers holds its weight."""
 
     holds: str
@@ -95,7 +95,7 @@ def _copied_4bit(layer: Any) -> Iterator[tuple[object, object]]:
     own = _shallow(state)
     if getattr(state, "state2", None) is not None:
         own.state2 = _shallow(state.state2)
-    made = torch.Tensor._make_subclass(type(weight), weight.data, False)
+    made = type(weight)(weight.data, requires_grad=False)
     vars(made).update(vars(weight) | {"quant_state": own, "module": None})
     yield weight, made
     for held in {id(one): one for one in (state, vars(layer).get("quant_state")) if one is not None}.values():
@@ -142,7 +142,7 @@ def _again_8bit(layer: Any, weight: Tensor) -> nn.Module:
     made: nn.Module = _bare(layer)
     codes, scales, _ = _functions().int8_vectorwise_quant(weight.detach().to(torch.float16).contiguous())
     old = layer._parameters["weight"]
-    new = torch.Tensor._make_subclass(type(old), codes, False)
+    new = type(old)(codes, requires_grad=False)
     vars(new).update(CB=codes, SCB=scales, has_fp16_weights=False)
     made._parameters["weight"] = new
     state = _shallow(layer.state)
@@ -154,7 +154,7 @@ def _again_8bit(layer: Any, weight: Tensor) -> nn.Module:
 def _copied_8bit(layer: Any) -> Iterator[tuple[object, object]]:
     """Codes and scales are shared; a forward moves them from the parameter to the state, so each has both its own."""
     weight, state = layer._parameters["weight"], layer.state
-    made = torch.Tensor._make_subclass(type(weight), weight.data, False)
+    made = type(weight)(weight.data, requires_grad=False)
     vars(made).update(vars(weight))
     yield weight, made
     yield state, _shallow(state)
@@ -167,11 +167,11 @@ def _bare(layer: Any) -> Any:
     return made
 
 
-KNOWN: dict[str, Packing] = {
-    "bitsandbytes.nn.modules.Linear4bit": Packing(
+KNOWN: dict[str, CodeLayout] = {
+    "bitsandbytes.nn.modules.Linear4bit": CodeLayout(
         "weight", _problem_4bit, _dtype_4bit, _read_4bit, _again_4bit, _copied_4bit, _settle_4bit
     ),
-    "bitsandbytes.nn.modules.Linear8bitLt": Packing(
+    "bitsandbytes.nn.modules.Linear8bitLt": CodeLayout(
         "weight", _problem_8bit, _dtype_8bit, _read_8bit, _again_8bit, _copied_8bit
     ),
 }

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from lora_fx.adapters.adapt import read_in_graph
+from lora_fx.adapters.adapt import adapt, read_in_graph
 from lora_fx.adapters.attach import STATE, Attached, all_attached
-from lora_fx.adapters.layers import adapt
 from lora_fx.errors import InvariantError, RefusedError
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
