@@ -26,8 +26,8 @@ from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.adapters.tokenrows import TokenRows
 from lora_fx.adapters.trained import TRAINED, add_rows, add_value, added_tensors, choose_values
 from lora_fx.errors import RefusedError
-from lora_fx.models.shards import is_sharded, whole
 from lora_fx.models.packed import is_packed
+from lora_fx.models.shards import is_sharded, whole
 from lora_fx.models.swap import original_class, swap, take_off
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.planning.plan import Plan

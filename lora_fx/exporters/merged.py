@@ -43,7 +43,7 @@ def refused(tuned: nn.Module) -> Iterator[Refusal]:
 
 def write(tuned: nn.Module, path: Path) -> None:
     """Write the directory, or one file where the path ends in `.safetensors`."""
-    model = dequantised_(merged(tuned))
+    model = dequantised_(merged(tuned, stays_plain=False))
     if _saves_itself(model, path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of generation settings that the base has too
@@ -69,7 +69,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
     """Return max |Δ| of ours against `from_pretrained`, or against the plain model with the file in it."""
-    model, call = dequantised_(merged(tuned)).eval(), call_with(sample)
+    model, call = dequantised_(merged(tuned, stays_plain=False)).eval(), call_with(sample)
     if _saves_itself(model, path):
         client = partial(clients.from_pretrained, original_class(model), path, call)
     else:

