@@ -160,6 +160,12 @@ def _copied_8bit(layer: Any) -> Iterator[tuple[object, object]]:
     yield state, _shallow(state)
 
 
+def _settle_8bit(layer: Any) -> None:
+    """The first call moves codes and scales from the parameter to the state; shared by a copy, it would lose them."""
+    if getattr(layer._parameters["weight"], "CB", None) is not None and not layer.state.has_fp16_weights:
+        layer.init_8bit_state()
+
+
 def _bare(layer: Any) -> Any:
     """Return a shallow copy of a layer with tables of its own."""
     made = object.__new__(original_class(layer))
@@ -172,6 +178,6 @@ KNOWN: dict[str, CodeLayout] = {
         "weight", _problem_4bit, _dtype_4bit, _read_4bit, _again_4bit, _copied_4bit, _settle_4bit
     ),
     "bitsandbytes.nn.modules.Linear8bitLt": CodeLayout(
-        "weight", _problem_8bit, _dtype_8bit, _read_8bit, _again_8bit, _copied_8bit
+        "weight", _problem_8bit, _dtype_8bit, _read_8bit, _again_8bit, _copied_8bit, _settle_8bit
     ),
 }
