@@ -16,6 +16,7 @@ from lora_fx.adapters.dicts import AdapterHome
 from lora_fx.adapters.parallel import given_to_shard
 from lora_fx.adapters.reads import is_distributing
 from lora_fx.models.swap import Swapped
+from lora_fx.models.walking import as_usual
 from lora_fx.text import visible
 
 
@@ -28,6 +29,7 @@ class ShowsAdapters(Swapped, nn.Module):
         replica.__dict__[STATE] = replace(state, switch=state.switch.fixed())
         return replica
 
+    @as_usual
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:

@@ -22,7 +22,7 @@ from lora_fx.adapters.tokenrows import TokenRows, embedded, looks_up_plainly, mu
 from lora_fx.errors import RefusedError
 from lora_fx.models.shards import part_of
 from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap, take_off
-from lora_fx.models.walking import named_modules_of
+from lora_fx.models.walking import as_usual, named_modules_of
 from lora_fx.models.wrappers import inside, module_at
 from lora_fx.text import dotted
 
@@ -60,6 +60,7 @@ class ChoosesValues(Swapped, nn.Module):
         replica.__dict__[TRAINED] = TrainedState(state.switch.fixed(), state.base, state.owners, state.spare)
         return replica
 
+    @as_usual
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
         if memo is None and VALUES in self._modules and is_distributing(sys._getframe(1)):
             facts = [(name, "has values beside the model's own") for name in chosen_names(self)]

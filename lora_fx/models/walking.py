@@ -4,26 +4,45 @@ torch's own `named_modules` passes every module through a generator of each leve
 some hundred times before its first step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _PLAIN = nn.Module.named_modules
 _ALSO_PLAIN = nn.Module.modules
+_USUAL: set[Any] = {_PLAIN}
+
+
+def as_usual(function: _Function) -> _Function:
+    """Return the function itself, a `named_modules` that yields to all but torch's sharding what the class's would."""
+    _USUAL.add(function)
+    return function
+
+
+def _is_usual(kind: type) -> bool:
+    """Whether modules of a class are listed as torch lists them."""
+    own = [base.__dict__["named_modules"] for base in kind.__mro__ if "named_modules" in base.__dict__]
+    return _USUAL.issuperset(own)
 
 
 def named_modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return what `model.named_modules()` yields, in its order; classes that have a method of their own are asked."""
     found: list[tuple[str, nn.Module]] = []
     met: set[nn.Module] = set()
+    usual: set[type] = set()
     waiting = [("", model)]
     while waiting:
         path, module = waiting.pop()
         if module in met:
             continue
-        if type(module).named_modules is not _PLAIN:
-            return list(model.named_modules())
+        kind = type(module)
+        if kind.named_modules is not _PLAIN and kind not in usual:
+            if not _is_usual(kind):
+                return list(model.named_modules())
+            usual.add(kind)
         met.add(module)
         found.append((path, module))
         children = module._modules
@@ -37,13 +56,17 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     """Return what `model.modules()` yields, in its order."""
     found: list[nn.Module] = []
     met: set[nn.Module] = set()
+    usual: set[type] = set()
     waiting = [model]
     while waiting:
         module = waiting.pop()
         if module in met:
             continue
-        if type(module).named_modules is not _PLAIN or type(module).modules is not _ALSO_PLAIN:
-            return list(model.modules())
+        kind = type(module)
+        if (kind.named_modules is not _PLAIN or kind.modules is not _ALSO_PLAIN) and kind not in usual:
+            if kind.modules is not _ALSO_PLAIN or not _is_usual(kind):
+                return list(model.modules())
+            usual.add(kind)
         met.add(module)
         found.append(module)
         if module._modules:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+import lora_fx
 from lora_fx.models.walking import (
+    _is_usual,
     buffers_in,
     devices_of,
     modules_of,
@@ -63,3 +65,11 @@ def test_lists_of_real_models_are_those_of_torch():
 
 def test_a_scripted_module_is_walked_too():
     check(torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))))
+
+
+def test_an_adapted_model_is_walked_in_one_loop():
+    tuned = lora_fx.apply(nn.Sequential(nn.Linear(2, 2), nn.Embedding(3, 2)), r=1, target="*", backend="modules")
+    check(tuned)
+    assert all(map(_is_usual, map(type, tuned.modules())))
+    assert not _is_usual(OwnNames)
+    assert not _is_usual(type("Adapted", (type(tuned[0]), OwnNames), {}))
