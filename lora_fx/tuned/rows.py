@@ -252,6 +252,11 @@ def _first_input(
 def _kind_of(
     module: nn.Module, rows: AdapterRows, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
 ) -> tuple[object, ...]:
-    """Return what calls have in common in which layers see the batch in the same places."""
+    """Return what calls have in common in which layers see the batch in the same places.
+
+    Models pack tokens where a mask says that there is padding, and only there.
+    """
     which = next(number for number, model in enumerate(rows.models) if model is module)
-    return (which, rows.dim, *kind_of(module, len(rows.names), args, kwargs, given))
+    masks = [value for name, value in kwargs.items() if "mask" in name and isinstance(value, Tensor)]
+    padded = tuple(not bool(mask.all()) for mask in masks if mask.dim() == 2 and not mask.is_floating_point())
+    return (which, rows.dim, padded, *kind_of(module, len(rows.names), args, kwargs, given))

@@ -219,3 +219,21 @@ def test_a_token_that_is_picked_in_its_own_row_is_that_rows():
     with lora_fx.rows(tuned, NAMES):
         together = tuned(ids)
     assert_close(together, one_by_one(tuned, NAMES, ids), atol=1e-6, rtol=1e-6)
+
+
+class PacksPadded(MovesTokens):
+    """Packs where there is padding, and only there."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        assert mask is not None
+        return super().forward(x, mask) if not mask.all() else self.q(x.flatten(0, 1)).view_as(x)
+
+
+def test_a_batch_with_padding_is_looked_at_though_one_without_was():
+    tuned, x, mask = with_b(PacksPadded("packed")), tokens(4, 6), torch.ones(4, 6, dtype=torch.long)
+    with lora_fx.rows(tuned, NAMES):
+        together = tuned(x, mask=mask)
+        mask[1, 2:] = 0  # four tokens less, so that there are as many for each row
+        with pytest.raises(lora_fx.RefusedError, match=r"cannot be seen\n +q +its input is \[20, 6\]"):
+            tuned(x, mask=mask)
+    assert_close(together, one_by_one(tuned, NAMES, x, mask[:1].fill_(1)), atol=1e-6, rtol=1e-6)
