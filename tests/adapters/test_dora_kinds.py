@@ -121,6 +121,7 @@ def test_removing_and_switching_off_give_the_base_bit_by_bit(kind: Kind, backend
         assert torch.equal(run(tuned, sample), run(base.requires_grad_(False), sample))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, _", crossed(KINDS, ["auto"]))
 def test_saved_adapter_loads_bit_equal_into_a_fresh_base(kind: Kind, _: str, tmp_path):
     tuned, sample = trained(kind, dropout=DROPOUT), kind.sample()
@@ -142,6 +143,7 @@ def test_dropout_reaches_the_product_alone(kind: Kind):
     assert relative(run(tuned, sample, training=True), run(tuned, sample)) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.linear and kind.drops], ids=lambda kind: kind.name)
 def test_mean_over_dropouts_is_the_output_without(kind: Kind):
     tuned, sample = trained(kind, dropout=DROPOUT), kind.sample()

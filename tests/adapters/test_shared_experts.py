@@ -72,6 +72,7 @@ def loop() -> Kind:
 # -- values
 
 
+@pytest.mark.slow
 @shared_kinds
 def test_factors_are_one_for_all_experts_or_one_for_each_and_the_plan_counts_them(kind: Kind, share: str):
     plan = lora_fx.plan(kind.build(), rules(kind, share), kind.sample())

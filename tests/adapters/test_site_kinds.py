@@ -161,6 +161,7 @@ def test_base_keys_stay_and_factors_stand_beside_them(kind: Kind):
         assert B.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, _", crossed(KINDS, ["auto"]))
 def test_saved_adapter_loads_bit_equal_into_a_fresh_base(kind: Kind, _: str, tmp_path):
     tuned, sample = trained(kind), kind.sample()
@@ -181,6 +182,7 @@ def assert_same(tuned: nn.Module, loaded: nn.Module, kind: Kind) -> None:
         assert torch.equal(run(tuned, kind.sample(), training), run(loaded, kind.sample(), training))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.linear and kind.drops], ids=lambda kind: kind.name)
 def test_dropout_acts_and_its_mean_is_the_adapter_without(kind: Kind):
     tuned, sample = trained(kind), kind.sample()

@@ -129,6 +129,7 @@ def only_state(tuned: nn.Module) -> Any:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "target"), [(name, "**") for name in MODELS] + [(name, "**.[qc]*") for name in ("llama", "bert")]
 )

@@ -293,6 +293,7 @@ def test_layers_of_a_detection_head_are_in_no_block(tmp_path):
     assert active(checked(model, tmp_path)) == ["layers.*.{fc1,fc2}"]
 
 
+@pytest.mark.slow
 def test_experts_can_be_left_out(tmp_path):
     kind, config = CONFIGS["mixtral"]()
     text = checked(kind(config), tmp_path)

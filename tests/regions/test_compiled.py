@@ -74,6 +74,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}, {"lora_fa": True}], ids=str)
 @pytest.mark.parametrize("forward", BLOCKS, ids=lambda function: function.__name__)

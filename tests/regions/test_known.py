@@ -211,6 +211,7 @@ CHANGES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 def test_model_that_differs_in_something_hidden_is_itself(change: Callable[[nn.Module], None]):
     adapted(made())

@@ -127,6 +127,7 @@ def losses(model: nn.Module, steps: int) -> Tensor:
     return torch.stack(values)
 
 
+@pytest.mark.slow
 def test_sixty_steps_have_the_losses_of_sixty_steps_without_passes():
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     runs = [losses(adapted(BERT, random=False, optimise=optimise, **quiet), 60) for optimise in (True, False)]

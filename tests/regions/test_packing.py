@@ -246,6 +246,7 @@ def test_a_cache_of_keys_keeps_all_rows() -> None:
     assert "use_cache=False" in str(lora_fx.inspect(packs))
 
 
+@pytest.mark.slow
 def test_hooks_and_hidden_states_see_what_they_saw() -> None:
     packs, plain = pair(bert(), padded())
     assert_same_step(packs, plain, lambda outputs: outputs.hidden_states[2].square().sum(), **padded(), output_hidden_states=True)  # fmt: skip
@@ -269,6 +270,7 @@ def test_padding_asked_for_after_an_optimisers_step_is_an_error_and_real_rows_ar
         print(hidden.sum())
 
 
+@pytest.mark.slow
 def test_autocast_that_was_on_is_on_when_padding_is_made() -> None:
     packs, plain = pair(bert().float(), padded())
     for _ in range(2):  # the first captures, as no sample was under autocast
@@ -286,6 +288,7 @@ def test_a_tensor_that_is_written_to_is_written_to() -> None:
     assert hidden[:, 4].any()
 
 
+@pytest.mark.slow
 def test_gradients_of_the_tensor_itself_are_there_for_whoever_asks_first() -> None:
     packs, plain = pair(bert("BertForMaskedLM").bert, padded())  # without a pooler, which uses rows
     found = []
@@ -307,6 +310,7 @@ class Doubled(torch.autograd.Function):
         return gradient * 2
 
 
+@pytest.mark.slow
 def test_a_function_that_torch_does_not_ask_about_meets_the_value_and_gradients_of_real_rows_arrive() -> None:
     packs, plain = pair(bert(), padded())
     assert_same_step(packs, plain, lambda outputs: real((Doubled.apply(outputs[0]),)), **padded())
@@ -362,11 +366,13 @@ def test_the_proof_finds_that_padding_reaches_real_rows(neighbours: bool) -> Non
     assert ("not optimised: liveness: on packed rows" in str(lora_fx.inspect(packs))) is neighbours
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_model_packs_by_itself() -> None:
     packs, plain = pair(bert(), padded())
     assert_same_step(copy.deepcopy(packs), plain, real, **padded())
 
 
+@pytest.mark.slow
 def test_padding_asked_for_in_another_mode_or_without_adapters_is_an_error() -> None:
     packs, _ = pair(bert(), padded())
     hidden = packs(**padded())[0]
@@ -387,6 +393,7 @@ def test_a_cast_to_the_same_dtype_is_the_tensor_itself_also_when_it_is_written_t
     assert not hidden.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low", [-1e4, -1e9])
 def test_a_mask_under_which_weights_need_not_be_zero_is_no_padding_and_the_report_says_so(low: float) -> None:
     mask = torch.zeros(BATCH, 1, 1, LENGTH, dtype=torch.float64).masked_fill(

@@ -106,6 +106,7 @@ def assert_same(plain: nn.Module, model: nn.Module, x: Tensor) -> None:
         assert (plain(x) - expected).abs().max() <= 2e-6 * expected.abs().max().clamp(min=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "how"), [*((case, how) for case in CASES for how in ("fx", "export")), ("plain", "decomposed")]
 )

@@ -32,6 +32,7 @@ def why(cache: lora_fx.PrefixCache) -> str:
 # -- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimise", [True, False, ["stack", "recompute", "liveness"]], ids=["usual", "plain", "live"])
 @pytest.mark.parametrize("make", [llama, bert])
 def test_two_shuffled_epochs_have_the_same_losses_and_gradients(make, optimise) -> None:
@@ -45,6 +46,7 @@ def test_two_shuffled_epochs_have_the_same_losses_and_gradients(make, optimise) 
     assert not cache.report.otherwise
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing() -> None:
     def checkpointed() -> nn.Module:
         tuned = adapted(llama())

@@ -85,6 +85,7 @@ def test_arguments_of_later_blocks_count() -> None:
 # -- room
 
 
+@pytest.mark.slow
 def test_what_has_no_room_is_computed() -> None:
     batches = shuffled(3)
     expected, tuned = trained(adapted(llama()), batches), adapted(llama())
@@ -97,6 +98,7 @@ def test_what_has_no_room_is_computed() -> None:
     assert cache.report.left_out > 0
 
 
+@pytest.mark.slow
 def test_a_directory_serves_the_next_run(tmp_path) -> None:
     batches = shuffled(2)
     expected, tuned = trained(adapted(llama()), batches), adapted(llama())
@@ -133,6 +135,7 @@ def test_a_directory_that_cannot_be_written_to_is_told(tmp_path) -> None:
 # -- around
 
 
+@pytest.mark.slow
 def test_copies_and_files_of_the_model_have_nothing_of_it() -> None:
     tuned = adapted(llama())
     with lora_fx.cached_prefix(tuned):

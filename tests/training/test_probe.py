@@ -96,6 +96,7 @@ def with_head(rules: dict[str, Any]) -> dict[str, Any]:
     return {**rules, "rules": [{"match": {"name": "blocks.{0,1}.{q,k,out}"}, "lora": {"r": 2}}], "train": ["blocks.2"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "rules", "loss", "why"),
     [

@@ -39,6 +39,7 @@ def _both(specimen: Specimen, lora: tuple[tuple[str, object], ...]) -> tuple[nn.
     return graph, modules
 
 
+@pytest.mark.slow
 @specimens
 @pytest.mark.parametrize("training", [False, True])
 def test_adapted_model_starts_bit_equal_to_its_base_at_every_shape(specimen: Specimen, training: bool):
