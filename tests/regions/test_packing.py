@@ -17,12 +17,8 @@ from lora_fx.regions.install import regions
 
 transformers = pytest.importorskip("transformers")
 ENCODER = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64
+}  # fmt: skip
 DECODER = {**ENCODER, "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0}
 BATCH, LENGTH, PACKS = 4, 12, ("stack", "recompute", "liveness")
 
@@ -270,7 +266,6 @@ def test_padding_asked_for_after_an_optimisers_step_is_an_error_and_real_rows_ar
         print(hidden.sum())
 
 
-@pytest.mark.slow
 def test_autocast_that_was_on_is_on_when_padding_is_made() -> None:
     packs, plain = pair(bert().float(), padded())
     for _ in range(2):  # the first captures, as no sample was under autocast
@@ -288,7 +283,6 @@ def test_a_tensor_that_is_written_to_is_written_to() -> None:
     assert hidden[:, 4].any()
 
 
-@pytest.mark.slow
 def test_gradients_of_the_tensor_itself_are_there_for_whoever_asks_first() -> None:
     packs, plain = pair(bert("BertForMaskedLM").bert, padded())  # without a pooler, which uses rows
     found = []
