@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lora_fx.models.torch_internals import MODULE_CALLS
+from lora_fx.models.walking import modules_of
 
 _SECONDS = 0.0005
 """How long a thread that changes a model sleeps before it looks again."""
@@ -36,7 +37,7 @@ def between_calls(model: nn.Module, roots: Iterable[nn.Module] = ()) -> Iterator
     if len(sys._current_frames()) == 1:  # a thread can only be started by this one
         yield
         return
-    modules = frozenset(map(id, model.modules()))
+    modules = frozenset(map(id, modules_of(model)))
     if _is_in(sys._getframe(), modules):
         yield
         return
@@ -61,7 +62,7 @@ def between_calls(model: nn.Module, roots: Iterable[nn.Module] = ()) -> Iterator
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Return a context in which no other thread changes the model as `between_calls` does; for who reads all of it."""
-    if len(sys._current_frames()) == 1 or _is_in(sys._getframe(), frozenset(map(id, model.modules()))):
+    if len(sys._current_frames()) == 1 or _is_in(sys._getframe(), frozenset(map(id, modules_of(model)))):
         yield
         return
     with _CHANGING:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.models.torch_internals import deepcopy
+from lora_fx.models.walking import modules_of
 
 _TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 """Of a module's attributes: its children, tensors and hooks."""
@@ -27,7 +28,7 @@ def all_or_nothing(model: nn.Module, held: Iterable[Held] = (), graphs: bool = F
         held: other objects that change with it.
         graphs: whether the graphs of GraphModules change too.  Those that come back are copies.
     """
-    before = [_Before(module, graphs) for module in model.modules()]
+    before = [_Before(module, graphs) for module in modules_of(model)]
     objects = [(one, {name: (value, _contents(value)) for name, value in _named(one, names)}) for one, names in held]
     try:
         yield

@@ -12,32 +12,10 @@ from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
 import lora_fx
+from tests.support.moe import IDS, IMPLEMENTATIONS, model, rules
 
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-SIZES = {
-    "hidden_size": 16, "vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.3,
-}  # fmt: skip
 NAMES = ["b", None, "a"]
-IDS = torch.randint(1, 50, (3, 6), generator=torch.Generator().manual_seed(0))
-
-
-def model(implementation: str, kind: str = "mixtral") -> nn.Module:
-    torch.manual_seed(0)
-    if kind == "mixtral":
-        made: Any = MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=4))
-    else:
-        sizes = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-        made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sizes))
-    made.config._experts_implementation = implementation
-    return made.eval()
-
-
-def rules(*names: str, **lora: Any) -> dict[str, Any]:
-    return {"rules": [{"match": {"name": list(names)}, "lora": {"r": 2, "init": "random", "alpha": 16, **lora}}]}
 
 
 ATTENTION, EXPERTS = rules("**.{q,v}_proj"), rules("**.experts.*_proj")
