@@ -243,12 +243,18 @@ def _codes_or_none(layer: nn.Module) -> Tensor | None:
     return layer._parameters.get(_packing(layer).holds)
 
 
-@functools.cache
 def _packing_of(kind: Any) -> CodeLayout | None:
     """Return how the layers of a class hold their weight, if it computes by the forward of a class that is known."""
+    return _found(kind) if torch.compiler.is_compiling() else _remembered(kind)  # torch.compile warns of caches
+
+
+def _found(kind: Any) -> CodeLayout | None:
     for base in kind.__mro__:
         packing = KNOWN.get(f"{base.__module__}.{base.__qualname__}")
         if packing is not None:
             same: Any = getattr(kind, "forward", None), getattr(base, "forward", None)
             return packing if same[0] is same[1] else None
     return None
+
+
+_remembered = functools.cache(_found)
