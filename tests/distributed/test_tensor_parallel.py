@@ -10,7 +10,10 @@ from tests.support import parallel
 from tests.support.parallel import BOTH, COLUMNS, ROWS
 from tests.support.processes import in_processes
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.slow,
+]
 KINDS = (*parallel.KINDS, "several", "after")
 OUTPUTS = ("output", "output of base", "output of copy", "output of merged", "output of removed")
 

@@ -215,6 +215,7 @@ def _both_ways(request, monkeypatch):
         monkeypatch.setattr(running, "_run", FRESH)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_both_ways")
 def test_client_returns_fails_with_its_last_words_or_is_killed(tmp_path):
     assert run_client("x", partial(sum, [1, 2])) == 3

@@ -43,6 +43,7 @@ def distance(module: Any, tuned: nn.Module, sample: Sample) -> float:
     return float((module(**sample.kwargs) - tuned(**sample.kwargs)).abs().max())
 
 
+@pytest.mark.slow
 def test_values_lie_beside_the_program(folder: Path):
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["default.safetensors", "model.base.safetensors", "model.pt2", "top.safetensors"]

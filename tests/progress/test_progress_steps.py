@@ -251,6 +251,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("progress", "most"), [("None", 0), ("True", 8), ("False", 0)])
 def test_a_pipe_gets_nothing_unasked_and_few_plain_lines_when_asked(progress, most):
     ended = subprocess.run([sys.executable, "-c", _SCRIPT, progress], capture_output=True, text=True, check=True)

@@ -87,6 +87,7 @@ def test_block_computes_what_it_computes_by_modules_compiled_or_with_a_reason(fo
     assert ("compile" in done) != bool(reasons)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_compiled_block_keeps_less_where_a_is_frozen_and_compiles_no_more(dropout: float):

@@ -124,6 +124,7 @@ def test_tenth_model_is_proven_and_not_captured(counts: Counter[str]):
     agree(tuned, made(9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("specimen", ZOO, ids=lambda specimen: specimen.name)
 def test_second_model_gets_the_graphs_of_the_first(specimen: Specimen, counts: Counter[str]):
     plans = [lora_fx.plan(specimen.build(), rules(specimen.rule), specimen.sample()) for _ in range(2)]

@@ -135,6 +135,7 @@ def writes(layer: nn.Module, how: str) -> None:
             layer.weight.data = layer.weight * 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", ["in place", "through data", "one entry through data", "another parameter", "another data"]
 )
