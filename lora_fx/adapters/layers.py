@@ -276,8 +276,10 @@ class AdaptedLayer(ShowsAdapters):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _row_by_row(self, rows: AdapterRows, input: Tensor) -> Tensor:
-        refuse_rows(self, self._path())
         base = self.base_forward(input)
+        if not self.lora_A._modules:  # all of its adapters were dropped
+            return base
+        refuse_rows(self, self._path())
         if rows.seen is not None:
             rows.seen.note(self, input)
             return base
