@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import sys
 import threading
@@ -16,14 +18,30 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_fx
+from lora_fx.files.adapter.keptbase import KEPT
 from lora_fx.passes.editor import Editor
 
 FAULTS: tuple[type[BaseException], ...] = (RuntimeError, MemoryError, KeyboardInterrupt)
 _OURS = str(Path(lora_fx.__file__).parent)
 
 
+@functools.cache
+def _cleaning(path: str) -> frozenset[int]:
+    """Return the lines of a file that Python itself does not protect: `with`, which is left again, `try`, `finally`."""
+    found: set[int] = set()
+    for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.With):
+            found |= {node.lineno, *(item.context_expr.lineno for item in node.items)}
+        elif isinstance(node, ast.Try):
+            found |= {node.lineno}  # no exception arises there, and the `with` around it would not end
+            found |= {line for part in node.finalbody for line in range(part.lineno, (part.end_lineno or 0) + 1)}
+        elif isinstance(node, ast.FunctionDef) and node.name == "__exit__":
+            found |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    return frozenset(found)
+
+
 class _Counter:
-    """Counts lines of lora_fx that run, in all threads, and raises at one of them."""
+    """Counts lines of lora_fx that run, in all threads, and raises at one of them, or at the next that cleans nothing up."""
 
     def __init__(self, at: int | None, fault: type[BaseException]) -> None:
         self.count, self.at, self.fault = 0, at, fault
@@ -34,7 +52,8 @@ class _Counter:
             return None
         if event == "line":
             self.count += 1
-            if self.count == self.at:
+            is_due = self.at is not None and self.count >= self.at and not self.place
+            if is_due and frame.f_lineno not in _cleaning(frame.f_code.co_filename):
                 self.place = f"{frame.f_code.co_filename.removeprefix(_OURS)[1:]}:{frame.f_lineno}"
                 raise self.fault("a fault for a test")
         return self.traced
@@ -121,8 +140,8 @@ def portrait(model: nn.Module) -> dict[str, object]:
 
 def _attributes(module: nn.Module) -> Iterator[object]:
     for name, value in sorted(vars(module).items()):
-        if name == "_graph":
-            continue  # of which the nodes are compared
+        if name in ("_graph", KEPT):
+            continue  # of a graph the nodes are compared; what a swap keeps for the next one changes nothing
         if name in ("_parameters", "_buffers"):
             yield name, [(key, _tensor(tensor)) for key, tensor in value.items()]
         elif name == "_modules":

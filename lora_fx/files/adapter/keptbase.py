@@ -12,7 +12,7 @@ from lora_fx.planning.planned import Inventory
 from lora_fx.tuned.build import whole_record_in
 from lora_fx.tuned.undo import removed
 
-_KEPT = "lora_fx_base"
+KEPT = "lora_fx_base"
 """Attribute of an adapted model: its KeptBase."""
 _PLAIN = (bool, int, float, str)
 
@@ -39,15 +39,15 @@ def base_of(tuned: nn.Module) -> tuple[nn.Module, Inventory]:
     Raises:
         RefusedError: as `removed`.
     """
-    plan, kept = whole_record_in(tuned).plan, tuned.__dict__.get(_KEPT)
+    plan, kept = whole_record_in(tuned).plan, tuned.__dict__.get(KEPT)
     parts = _parts_of(tuned)
     if kept is not None and kept.plan is plan and parts is not None and kept.parts == parts:
         return kept.base, kept.inventory
     base = removed(tuned)
     inventory = take_inventory(base, uses_in(plan))
-    tuned.__dict__.pop(_KEPT, None)
+    tuned.__dict__.pop(KEPT, None)
     if parts is not None:
-        tuned.__dict__[_KEPT] = KeptBase(plan, parts, base, inventory)
+        tuned.__dict__[KEPT] = KeptBase(plan, parts, base, inventory)
     return base, inventory
 
 
