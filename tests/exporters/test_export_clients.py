@@ -16,7 +16,6 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import ExportError
 from lora_fx.exporters import target_named
-from lora_fx.exporters.target import FEATURES
 from lora_fx.models.samples import Sample
 from tests.support.exporting import rule, specimen, tuned_of, written
 from tests.support.peers import BERT, DIT, LLAMA, UNET, VIT, Peer
@@ -24,6 +23,10 @@ from tests.support.peers import BERT, DIT, LLAMA, UNET, VIT, Peer
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 LIMIT = 1e-5
 """Of max |Δ| in float32."""
+
+
+def expressed(target: str) -> list[str]:
+    return [feature for feature, how in target_named(target).expresses.items() if how != "refused"]
 
 
 def needs(target: str) -> None:
@@ -56,12 +59,12 @@ def test_from_pretrained_loads_merged_weights(peer, tmp_path):
     assert (tmp_path / "x" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature != "calls"])
+@pytest.mark.parametrize("feature", expressed("merged"))
 def test_merged_weights_hold_every_feature(feature, tmp_path):
     assert verified(*specimen(feature), "merged", tmp_path / "x.safetensors") < LIMIT
 
 
-@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature != "calls"])
+@pytest.mark.parametrize("feature", expressed("peft"))
 def test_peft_computes_the_same_for_every_feature(feature, tmp_path):
     assert verified(*specimen(feature), "peft", tmp_path / "x") < LIMIT
 

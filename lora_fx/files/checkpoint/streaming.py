@@ -213,9 +213,18 @@ class _Merge:
         self._write_shards(workers)
         if self.base.index is not None:
             self._write_json(self.base.index, _index(self.plan))
+        self._refuse_lost()
         if self.base.config is not None:
             self._write_json(CONFIG, _config(self.plan, self.options))
         self.journal.close()
+
+    def _refuse_lost(self) -> None:
+        """Raise MergeError if files that were written are gone: config.json would make a checkpoint without them."""
+        names = (*self.base.carried, *self.base.shards, *filter(None, (self.base.index,)))
+        lost = [(name, "was written, and is gone") for name in names if not place_in(self.out, name).exists()]
+        if lost:
+            advice = "see what deletes files there; merge again with the same arguments"
+            raise MergeError(f"{self.out}: somebody has deleted files of the merge", lost, advice)
 
     def _write_json(self, name: str, changed: dict[str, Any] | None) -> None:
         if changed is None:

@@ -102,6 +102,20 @@ def test_damaged_journal_is_told(tmp_path, base, adapter):
         merge_checkpoint(base, adapter, tmp_path / "out")
 
 
+def test_a_carried_file_that_is_deleted_during_the_merge_makes_it_no_checkpoint(tmp_path, sharded, adapter):
+    (sharded / "tokenizer.json").write_text("{}")
+    out = tmp_path / "out"
+
+    def delete(done, _, __):
+        (out / "tokenizer.json").unlink(missing_ok=True)
+
+    with pytest.raises(MergeError, match="somebody has deleted files of the merge"):
+        merge_checkpoint(sharded, adapter, out, progress=delete)
+    assert not looks_complete(out)
+    merge_checkpoint(sharded, adapter, out)
+    assert (out / "tokenizer.json").read_text() == "{}"
+
+
 def test_leftovers_of_a_start_that_was_killed_do_not_hinder(tmp_path, base, adapter):
     out = tmp_path / "out"
     out.mkdir()
