@@ -52,6 +52,9 @@ def _run(work: Work, rank: int, number: int, folder: Path, seconds: float) -> No
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=number)
         torch.save(work(folder), folder / f"{rank}.result")
+        if dist.is_initialized():
+            dist.barrier()
+        os._exit(0)  # gloo's threads, when the interpreter ends, have aborted a process that was done
     except BaseException:
         (folder / f"{rank}.failed").write_text(f"rank {rank}\n{traceback.format_exc()}")
         raise
