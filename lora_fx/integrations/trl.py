@@ -129,17 +129,18 @@ def reference(tuned: nn.Module, *, adapter: str | None = None, trained: bool = F
 
 def _check_start(tuned: nn.Module) -> None:
     """Raise RefusedError where what is in use has values of its own, or none that can be seen (ZeRO-3)."""
+    active = [one for one in list_adapters(tuned) if one.active]
     moved = [
         (one.name, "holds no values here" if one.norm is None else f"‖ΔW‖ = {one.norm:.3g}")
-        for one in list_adapters(tuned)
-        if one.active and one.norm != 0
+        for one in active
+        if one.norm != 0
     ]
     whole = with_values(tuned)
     base = base_in(placed_in(tuned))
     moved += [(name, "is trained, and not the base's") for name in base if not _is_like(whole, name, base[name])]
-    active = {one.name for one in list_adapters(tuned) if one.active}
+    names = {one.name for one in active}
     for name, adapter, rows in added_rows(whole):
-        if adapter in active and not _is_like(whole, name, rows.rows, rows):
+        if adapter in names and not _is_like(whole, name, rows.rows, rows):
             moved.append((name, f"has {len(rows.ids)} trained rows"))
     if moved:
         raise RefusedError(

@@ -80,20 +80,10 @@ def resharded(model: nn.Module) -> nn.Module:
 
 
 def has_parts(model: nn.Module) -> bool:
-    """Whether processes hold parts of a model; in one loop: `named_modules` goes through all levels for each module."""
-    met, waiting, kinds, tensors = set(), [model], set(), dict[type, Tensor]()
-    while waiting:
-        module = waiting.pop()
-        if id(module) in met:
-            continue
-        met.add(id(module))
-        kinds.add(type(module))
-        for held in (*module._parameters.values(), *module._buffers.values()):
-            tensors[type(held)] = held  # type: ignore[assignment]
-        for child in module._modules.values():
-            if child is not None:
-                waiting.append(child)
-    return any(map(_is_of_fully_shard, kinds)) or any(map(is_sharded, tensors.values()))
+    """Whether processes hold parts of a model."""
+    modules = modules_of(model)
+    tensors = {type(t): t for module in modules for t in (*module._parameters.values(), *module._buffers.values())}
+    return any(map(_is_of_fully_shard, {*map(type, modules)})) or any(map(is_sharded, tensors.values()))
 
 
 def refuse_sharded(model: nn.Module, what: str, advice: str) -> None:

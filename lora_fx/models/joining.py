@@ -72,10 +72,8 @@ def joined(twin: nn.Module) -> nn.Module:
     _refuse_dtypes(twin, how)
     new = dict(_new(twin, how))
     model = sharded_again(twin)
-    values: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name in new and not parameter.is_meta:
-            values[id(parameter)] = new[name]
             with torch.no_grad():
                 parameter.copy_(part_of(new[name], parameter, of_first=True))
     return model
