@@ -40,12 +40,18 @@ def called(model: nn.Module, done: list[str], name: str = "call") -> threading.T
     return thread
 
 
-def test_a_change_waits_for_calls_that_run_and_calls_that_begin_wait_for_it():
+def in_a_call() -> tuple[Slow, list[str], threading.Thread]:
+    """Return a model, what is done with it, and a thread whose call of it has begun."""
     model, done = Slow(), []
     model.begun.append(threading.Event())
     model.go_on.append(threading.Event())
     first = called(model, done)
     assert model.begun[0].wait(20)
+    return model, done, first
+
+
+def test_a_change_waits_for_calls_that_run_and_calls_that_begin_wait_for_it():
+    model, done, first = in_a_call()
 
     def change() -> None:
         with between_calls(model):
@@ -94,11 +100,7 @@ def test_a_change_inside_of_a_call_or_of_another_change_does_not_wait_for_itself
 
 
 def test_a_call_that_runs_already_passes_through_to_its_parts():
-    model, done = Slow(), []
-    model.begun.append(threading.Event())
-    model.go_on.append(threading.Event())
-    first = called(model, done)
-    assert model.begun[0].wait(20)
+    model, done, first = in_a_call()
 
     def change() -> None:
         with between_calls(model, [model.inner]):
