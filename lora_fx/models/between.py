@@ -4,23 +4,25 @@ Nothing waits where nothing is changed: a model that is only called has no lock 
 """
 
 import contextlib
+import functools
+import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from lora_fx.models.torch_internals import MODULE_CALLS
 from lora_fx.models.walking import modules_of
+from lora_fx.models.wrappers import seen_through
 
+P, R = ParamSpec("P"), TypeVar("R")
 _SECONDS = 0.0005
 """How long a thread that changes a model sleeps before it looks again."""
-_CHANGING = threading.RLock()
-_CHANGED: list[frozenset[int]] = []
-"""The modules of the models that the thread which holds the lock is changing, by their ids."""
 
 
 @contextlib.contextmanager
@@ -28,88 +30,181 @@ def between_calls(model: nn.Module, roots: Iterable[nn.Module] = ()) -> Iterator
     """Return a context in which no other thread is in a call of the model: those that run end first, new ones wait.
 
     A call is `model(…)`, and of `generate` one for each token; a forward that torch.compile has made is not seen.  In a
-    call of the model itself, as in a hook of it, nothing is waited for.
+    call of the model itself, as in a hook of it, nothing is waited for but others that change it from such a place.
 
     Args:
         model: the model.
-        roots: modules in it that others call by themselves; their calls wait too.
+        roots: modules in it that others call by themselves; their calls wait too.  Of other parts that are called by
+            themselves those calls wait that follow one which was waited for.
     """
     if len(sys._current_frames()) == 1:  # a thread can only be started by this one
         yield
         return
-    modules = frozenset(map(id, modules_of(model)))
-    if _is_in(sys._getframe(), modules):
-        yield
-        return
-    with _CHANGING:
-        if any(not modules.isdisjoint(one) for one in _CHANGED):
+    change = _Change(model)
+    with change.alone() as is_behind_doors:
+        if change.is_inside or is_behind_doors:
             yield
             return
-        door = _Door(threading.get_ident(), modules)
-        doors = {id(one): one for one in (model, *roots)}.values()
-        handles = [one.register_forward_pre_hook(door, prepend=True) for one in doors]
-        _CHANGED.append(modules)
-        try:
-            door.wait_for_calls()
+        with change.behind_doors((model, *roots)):
             yield
-        finally:
-            _CHANGED.remove(modules)
-            for handle in handles:
-                handle.remove()
-            door.open.set()
 
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Return a context in which no other thread changes the model as `between_calls` does; for who reads all of it."""
-    if len(sys._current_frames()) == 1 or _is_in(sys._getframe(), frozenset(map(id, modules_of(model)))):
+    if len(sys._current_frames()) == 1:
         yield
         return
-    with _CHANGING:
+    with _Change(model).alone():
         yield
+
+
+def one_at_a_time(function: Callable[Concatenate[nn.Module, P], R]) -> Callable[Concatenate[nn.Module, P], R]:
+    """Return a function of a model that runs as a whole before or after others that change it: what it checks holds."""
+
+    @functools.wraps(function)
+    def alone(tuned: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
+        with unchanged(seen_through(tuned)):
+            return function(tuned, *args, **kwargs)
+
+    return alone
+
+
+class _Change:
+    """What a thread is changing, or waits to change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.thread = threading.get_ident()
+        self.modules = frozenset(map(id, modules_of(model)))
+        self.is_inside = _outermost(sys._getframe(), self.modules) is not None
+        """Whether a call of the model is running in this thread: then whoever waits for calls waits for this."""
+        self.open = threading.Event()
+        """Set when calls in other threads need not wait."""
+        self.has_doors = False
+        self._waiting: set[int] = set()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Let no other thread change any of it meanwhile; give whether this one lets calls of it wait already."""
+        try:
+            with _LOCK:
+                own = [one for one in _CHANGES if one.thread == self.thread and self._touches(one)]
+                if not own:
+                    _LOCK.wait_for(lambda: not any(map(self._waits_for, _CHANGES)))
+                _CHANGES.append(self)
+            yield any(one.has_doors for one in own)
+        finally:
+            with _LOCK:
+                if self in _CHANGES:
+                    _CHANGES.remove(self)
+                    _LOCK.notify_all()
+
+    def _touches(self, other: "_Change") -> bool:
+        return not self.modules.isdisjoint(other.modules)
+
+    def _waits_for(self, other: "_Change") -> bool:
+        """Whether another thread's change must end before this one: not one that waits for the call this is in."""
+        return other.thread != self.thread and self._touches(other) and (other.is_inside or not self.is_inside)
+
+    @contextlib.contextmanager
+    def behind_doors(self, roots: Iterable[nn.Module]) -> Iterator[None]:
+        """Wait until no other thread is in a call, and let new ones wait until the context ends."""
+        handles, self.has_doors = {}, True
+        try:
+            called = list(roots)
+            while called:
+                for module in called:  # whoever calls a part again and again would never be seen outside of it
+                    if id(module) not in handles:
+                        handles[id(module)] = module.register_forward_pre_hook(_Door(self), prepend=True)
+                called = self._called()
+                if called:
+                    time.sleep(_SECONDS)
+            yield
+        finally:
+            self.open.set()
+            for handle in handles.values():
+                handle.remove()
+
+    def _called(self) -> list[nn.Module]:
+        """Return what threads are in calls of, but for the owner and those that wait; of each the first module."""
+        frames = sys._current_frames()
+        others = [frame for thread, frame in frames.items() if thread not in (self.thread, *self._waiting)]
+        return [module for frame in others if (module := _outermost(frame, self.modules)) is not None]
+
+    def wait(self, module: nn.Module) -> None:
+        """Let a call that has just begun wait in another thread, where it is not a part of one that runs."""
+        thread = threading.get_ident()
+        if thread == self.thread or self.open.is_set():
+            return
+        if id(module) not in self.modules and not getattr(module, "_is_replica", False):
+            return  # a stand-in, called for a call that is waited for
+        if _outermost(_around_call(sys._getframe(), module), self.modules) is None:
+            self._waiting.add(thread)
+            self.open.wait()
 
 
 class _Door:
     """A hook at which calls of other threads wait."""
 
-    def __init__(self, owner: int, modules: frozenset[int]) -> None:
-        self.open = threading.Event()
-        self._owner, self._modules = owner, modules
-        self._waiting: set[int] = set()
+    def __init__(self, change: _Change) -> None:
+        self._change = change
 
     def __call__(self, module: nn.Module, *_: object) -> None:
-        if torch.compiler.is_compiling():
-            return
-        thread = threading.get_ident()
-        if thread == self._owner or self.open.is_set() or _is_in(sys._getframe(), self._modules - {id(module)}):
-            return
-        self._waiting.add(thread)
-        self.open.wait()
+        if not torch.compiler.is_compiling():
+            self._change.wait(module)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _opened, ()  # nobody changes a copy
-
-    def wait_for_calls(self) -> None:
-        """Return when no thread but the owner and those that wait is in a call."""
-        while True:
-            frames = sys._current_frames()
-            others = [frame for thread, frame in frames.items() if thread not in (self._owner, *self._waiting)]
-            if not any(_is_in(frame, self._modules) for frame in others):
-                return
-            del frames, others  # they hold what is computed there
-            time.sleep(_SECONDS)
+        return _Opened, ()  # nobody changes a copy
 
 
-def _opened() -> _Door:
-    door = _Door(0, frozenset())
-    door.open.set()
-    return door
+class _Opened:
+    """What a door is in a copy of a model."""
+
+    def __call__(self, *_: object) -> None:
+        """Do nothing."""
 
 
-def _is_in(frame: FrameType | None, modules: frozenset[int]) -> bool:
-    """Whether a thread, by its innermost frame, is in a call of one of these modules."""
+def _is_call(frame: FrameType) -> bool:
+    return frame.f_code in MODULE_CALLS
+
+
+def _outermost(frame: FrameType | None, modules: frozenset[int]) -> nn.Module | None:
+    """Return the first of these modules that a thread, by its innermost frame, is in a call of; None if in none."""
+    found: nn.Module | None = None
     while frame is not None:
-        if frame.f_code in MODULE_CALLS and id(frame.f_locals.get("self")) in modules:
-            return True
+        if _is_call(frame) and id(module := frame.f_locals.get("self")) in modules:
+            found = module
         frame = frame.f_back
-    return False
+    return found
+
+
+def _around_call(frame: FrameType | None, module: nn.Module) -> FrameType | None:
+    """Return the frame from which the innermost call of a module was made."""
+    is_met = False
+    while frame is not None:
+        is_of_module = _is_call(frame) and frame.f_locals.get("self") is module
+        if is_met and not is_of_module:
+            return frame
+        is_met = is_met or is_of_module
+        frame = frame.f_back
+    return None
+
+
+_LOCK = threading.Condition()
+_CHANGES: list[_Change] = []
+"""What threads are changing."""
+
+
+def _only_this_thread() -> None:
+    """Forget, in a process that has been forked, what threads were doing that are not in it."""
+    global _LOCK
+    _LOCK = threading.Condition()
+    for change in list(_CHANGES):
+        if change.thread != threading.get_ident():
+            change.open = threading.Event()  # the other one's lock may be held by nobody now
+            change.open.set()
+            _CHANGES.remove(change)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_only_this_thread)

@@ -13,6 +13,7 @@ from lora_fx.adapters.factors.blending import Blend, Majority, truncated, trunca
 from lora_fx.adapters.factors.moved import MovedA
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.errors import RefusedError
+from lora_fx.models.between import one_at_a_time
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.planned import PlannedSite
@@ -30,6 +31,7 @@ Part = tuple[Attached, float]
 """An adapter at a site, and weight · scaling."""
 
 
+@one_at_a_time
 def combine(
     tuned: nn.Module,
     adapters: Sequence[str] | Mapping[str, float],

@@ -14,7 +14,7 @@ from lora_fx.adapters.stacked import forget_kept
 from lora_fx.adapters.starting import start_adapters
 from lora_fx.adapters.trained import added_rows, added_tensors, keep_alone, trained_names, trained_owners
 from lora_fx.errors import RefusedError
-from lora_fx.models.between import between_calls
+from lora_fx.models.between import between_calls, one_at_a_time
 from lora_fx.models.restoring import Held, all_or_nothing
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import seen_through
@@ -38,6 +38,7 @@ def adapters_called(tuned: nn.Module, name: str) -> Iterator[tuple[str, Attached
     return all_attached(tuned, name)
 
 
+@one_at_a_time
 def drop(tuned: nn.Module, adapter: str) -> None:
     """Take an adapter and its parameters away from a model, in place; nothing of another adapter changes.
 
@@ -58,6 +59,7 @@ def drop(tuned: nn.Module, adapter: str) -> None:
         take_off(tuned, record, (adapter,))
 
 
+@one_at_a_time
 def rename(tuned: nn.Module, adapter: str, name: str) -> None:
     """Give an adapter of a model another name, in place: its keys change with it, its values and its use do not.
 

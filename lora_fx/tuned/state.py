@@ -10,7 +10,7 @@ from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.adapters.trained import added_tensors, parameters_of, trained_owners
 from lora_fx.errors import AdapterMismatchError, RefusedError
-from lora_fx.models.between import between_calls
+from lora_fx.models.between import between_calls, one_at_a_time
 from lora_fx.models.fsdp import resharded
 from lora_fx.models.restoring import write_together
 from lora_fx.models.shards import is_finite
@@ -80,6 +80,7 @@ def _of_one(tuned: nn.Module, adapter: str) -> Iterator[Tensor]:
         yield from (own for name in names if (own := owner._buffers.get(name)) is not None)
 
 
+@one_at_a_time
 def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor], adapter: str | None = None) -> None:
     """Write what `adapter_state` has returned into a model adapted alike, in place: all of it or nothing.
 

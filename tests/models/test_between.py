@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import threading
 import time
 
+import pytest
 import torch
 from torch import nn
 
@@ -14,6 +16,7 @@ import lora_fx
 from lora_fx.models.between import between_calls
 from tests.support import faultcases
 from tests.support.endurance import running, threads_at_once
+from tests.support.zoo import features
 
 
 class Slow(nn.Module):
@@ -114,6 +117,92 @@ def test_a_call_that_runs_already_passes_through_to_its_parts():
     first.join(20)
     changing.join(20)
     assert sorted(done) == ["call", "change"]
+
+
+def test_a_call_for_which_a_change_waits_may_change_another_model_and_ask_its_own():
+    """What waits for a call must not hold what the call needs: nothing would ever end."""
+    model, other, done, first = faultcases.graph_module(), nn.Linear(1, 1), [], threading.Event()
+
+    def hook(*_: object) -> None:
+        first.set()
+        time.sleep(0.05)  # now the other thread waits for this call
+        with between_calls(other), lora_fx.use(model, None):
+            done.append("changed in a call")
+
+    def change() -> None:
+        lora_fx.use(model, None)
+        done.append("changed")
+
+    handle = model.register_forward_pre_hook(hook)
+    calling = threading.Thread(target=lambda: model(features(2, 3)), daemon=True)
+    changing = threading.Thread(target=change, daemon=True)
+    calling.start()
+    assert first.wait(20)
+    changing.start()
+    for thread in (calling, changing):
+        thread.join(20)
+        assert not thread.is_alive(), "they wait for each other"
+    handle.remove()
+    assert done == ["changed in a call", "changed"]
+    assert not model._forward_pre_hooks
+
+
+def test_a_change_comes_through_where_a_part_is_called_again_and_again():
+    class Sleepy(nn.Module):
+        def forward(self) -> None:
+            time.sleep(0.005)
+
+    model, stop = nn.Sequential(Sleepy()), threading.Event()
+
+    def calls() -> None:
+        while not stop.is_set():
+            model[0]()
+
+    def change() -> None:
+        for _ in range(5):
+            with between_calls(model):
+                changes.append(1)
+
+    changes: list[int] = []
+    calling, changing = threading.Thread(target=calls), threading.Thread(target=change, daemon=True)
+    calling.start()
+    changing.start()
+    changing.join(5)
+    stop.set()
+    calling.join(20)
+    assert changes == [1] * 5
+    assert not model[0]._forward_pre_hooks
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_that_is_forked_during_a_change_does_not_wait_for_it():
+    model, begun, end = nn.Linear(2, 2), threading.Event(), threading.Event()
+
+    def change() -> None:
+        with between_calls(model):
+            begun.set()
+            assert end.wait(20)
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    assert begun.wait(20)
+    child = os.fork()
+    if not child:
+        ended = []
+
+        def work() -> None:
+            model(torch.zeros(1, 2))
+            with between_calls(model):
+                ended.append(1)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(5)
+        os._exit(0 if ended else 1)
+    status = os.waitpid(child, 0)[1]
+    end.set()
+    changing.join(20)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_no_call_mixes_two_states_of_an_adapted_model(tmp_path):

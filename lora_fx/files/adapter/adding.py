@@ -18,6 +18,7 @@ from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, decided, fill, in_turn, name_of
 from lora_fx.files.adapter.swapping import from_file, refuse_more
 from lora_fx.files.adapter.write import save
+from lora_fx.models.between import one_at_a_time
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.restoring import write_together
 from lora_fx.models.wrappers import seen_through
@@ -36,6 +37,7 @@ Source: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet | nn
 """Rules, the directory of an adapter, or an adapted model."""
 
 
+@one_at_a_time
 def add(
     tuned: nn.Module,
     source: Source | None = None,

@@ -18,7 +18,7 @@ from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, name_of, slices_in
 from lora_fx.files.adapter.site import SavedSite
-from lora_fx.models.between import between_calls
+from lora_fx.models.between import between_calls, one_at_a_time
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.restoring import write_together
 from lora_fx.models.tensors import dotted
@@ -33,6 +33,7 @@ Copies = list[tuple[Tensor, Tensor]]
 """What is written where."""
 
 
+@one_at_a_time
 def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor], *, adapter: str) -> None:
     """Give an adapter of a model other values, in place: its tensors stay where they are, and so does what uses them.
 
