@@ -142,9 +142,10 @@ class StackedFactors:
         asked = [(layer, made) for layer, made in kept if made.is_in_place]
         equal = all_equal([(made.shown, [one.detach() for one in made.sources]) for _, made in asked])
         current = {id(made) for (_, made), is_equal in zip(asked, equal, strict=True) if is_equal}
-        for layer, made in kept:
-            if id(made) not in current:
-                self._made.pop(layer, None)
+        with self._changing:
+            for layer, made in kept:
+                if id(made) not in current and self._made.get(layer) is made:
+                    del self._made[layer]
 
 
 _KEPT: WeakKeyDictionary[nn.Module, dict[tuple[str | None, ...], StackedFactors]] = WeakKeyDictionary()
