@@ -10,7 +10,10 @@ import contextlib
 import functools
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -41,12 +44,12 @@ class Reference(nn.Module):
     It runs the adapted model itself, as `lora_fx.disabled` or `lora_fx.use` do in this thread.  It has no parameters:
     nobody trains, moves, shards or averages the model by it.  Methods of the model (`generate`) run so too.  Modules
     that it is asked for are the model's own, and the base's inside of a call alone.  `state_dict` is the reference's.
+    Several threads may call it; the mode is the model's, so that none trains the model meanwhile.
     """
 
     def __init__(self, tuned: nn.Module, adapter: str | None) -> None:
         super().__init__()
         object.__setattr__(self, "_tuned", tuned)  # no child: its parameters are not those of the reference
-        self._is_shown = False
         self._adapter = adapter
         self.eval()
 
@@ -64,7 +67,7 @@ class Reference(nn.Module):
         if name.startswith("__") or "_tuned" not in self.__dict__:
             return super().__getattr__(name)
         found = getattr(self.__dict__["_tuned"], name)
-        return self._as_reference(found) if inspect.ismethod(found) and not self.__dict__["_is_shown"] else found
+        return self._as_reference(found) if inspect.ismethod(found) and id(self) not in _SHOWN.get() else found
 
     def _as_reference(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -77,18 +80,15 @@ class Reference(nn.Module):
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """Let the model be the reference, in this thread, until the block ends."""
-        training = [module for module in self._tuned.modules() if module.training]
         chosen = disabled(self._tuned) if self._adapter is None else chosen_for_a_while(self._tuned, self._adapter)
-        outermost, self._is_shown = not self._is_shown, True
-        try:
-            with chosen:
-                for module in training:
-                    module.training = False
+        with chosen, _in_eval_mode(self._tuned):
+            _SHOWN.set((*_SHOWN.get(), id(self)))
+            try:
                 yield
-        finally:
-            self._is_shown = not outermost
-            for module in training:
-                module.training = True
+            finally:
+                left = list(_SHOWN.get())
+                left.remove(id(self))
+                _SHOWN.set(tuple(left))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the values that the reference computes with, by which TRL knows what it has computed before."""
@@ -98,6 +98,38 @@ class Reference(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{type(self._tuned).__name__}, {self._adapter or 'its base'}"
+
+
+_SHOWN: ContextVar[tuple[int, ...]] = ContextVar("lora_fx_references", default=())
+"""The references, by their ids, as which this thread shows a model."""
+_MODES = threading.Lock()
+_IN_EVAL: dict[int, "_InEval"] = {}
+"""The models that somebody shows as a reference, by their ids."""
+
+
+@dataclass(slots=True)
+class _InEval:
+    training: list[nn.Module]
+    users: int = 0
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Let a model be in eval mode until the last of those who want that has ended: threads may overlap."""
+    with _MODES:
+        mode = _IN_EVAL.setdefault(id(model), _InEval([module for module in model.modules() if module.training]))
+        mode.users += 1
+    try:
+        for module in mode.training:
+            module.training = False
+        yield
+    finally:
+        with _MODES:
+            mode.users -= 1
+            if not mode.users:
+                del _IN_EVAL[id(model)]
+                for module in mode.training:
+                    module.training = True
 
 
 def reference(tuned: nn.Module, *, adapter: str | None = None, trained: bool = False) -> Reference:

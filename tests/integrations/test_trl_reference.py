@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -54,6 +55,38 @@ def test_methods_of_a_reference_run_with_the_base_shown():
     expected = llama().generate(IDS, **options)
     assert torch.equal(ref.generate(IDS, **options), expected)
     assert not torch.equal(tuned.eval().generate(IDS, **options), expected)
+
+
+def test_threads_that_ask_a_reference_at_once_all_get_the_base():
+    """One that ends first must not take eval mode, or the base, from one that runs."""
+    tuned = filled(lora_fx.apply(llama(), RULES)).train()
+    ref, expected, wrong = reference(tuned, trained=True), logits(llama()), []
+    inside, left = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with ref.shown():
+            inside.set()
+            assert left.wait(20)
+
+    other = threading.Thread(target=first)
+    other.start()
+    assert inside.wait(20)
+    with ref.shown():
+        left.set()
+        other.join(20)
+        wrong += [module for module in tuned.modules() if module.training]
+    assert wrong == []
+    assert tuned.training
+    inside.clear()
+    left.clear()
+    other = threading.Thread(target=first)
+    other.start()
+    assert inside.wait(20)
+    found = ref.prepare_inputs_for_generation  # as a method is asked for while another thread shows the base
+    assert found.__wrapped__ is not None
+    left.set()
+    other.join(20)
+    assert torch.equal(ref(input_ids=IDS).logits, expected)
 
 
 def test_forwards_that_others_put_on_a_reference_are_called_with_the_base_shown():
