@@ -101,7 +101,9 @@ def write_note(
 
 
 def note_of(cache: Any, batch: int, used: Mapping[str, tuple[int, ...]]) -> CacheNote | None:
-    """Return what a cache carries; None if nothing, as one that the base alone has filled, or if it was changed since.
+    """Return what a cache carries; None if it is empty, or nobody needs to know.
+
+    Of one that another model has filled, or that was changed since, its tokens are unknown, and no adapter acts in it.
 
     Args:
         cache: that a call is given.
@@ -112,8 +114,10 @@ def note_of(cache: Any, batch: int, used: Mapping[str, tuple[int, ...]]) -> Cach
         RefusedError: adapters act in rows of a cache that code has changed since; or were not there when it was filled.
     """
     note: CacheNote | None = getattr(cache, "__dict__", {}).get(_NOTE)
-    if note is None or length_of(cache) == 0:
+    if cache is None or length_of(cache) == 0:
         return None
+    if note is None:
+        return None if length_of(cache) is None else _unseen(cache, batch, used)
     if later := [(f"'{name}'", "was added later") for name, ids in used.items() if ids not in note.acts]:
         advice = "give all tokens at once"
         raise RefusedError("nobody has looked for the invocations of adapters in this cache", later, advice)
@@ -126,7 +130,16 @@ def note_of(cache: Any, batch: int, used: Mapping[str, tuple[int, ...]]) -> Cach
             [(f"'{name}'", "acts from its invocation on") for name in acting],
             "call `generate`, or give all tokens at once",
         )
-    return None
+    return _unseen(cache, batch, used)
+
+
+def _unseen(cache: Any, batch: int, used: Mapping[str, tuple[int, ...]]) -> CacheNote | None:
+    """Return what is known of a cache whose tokens nobody has seen: an invocation may begin among the last."""
+    longest = max(map(len, used.values()), default=1) - 1
+    if not longest:
+        return None
+    acts = {ids: torch.zeros(batch, dtype=torch.bool) for ids in used.values()}
+    return CacheNote(acts, torch.full((batch, longest), UNKNOWN), Tensors(cache))
 
 
 def length_of(cache: Any) -> int | None:

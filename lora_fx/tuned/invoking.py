@@ -206,7 +206,8 @@ def _tokens_of(
     if unseen and refuses:
         facts = [(f"'{name}'", f"has the invocation {list(switch.invocations[name])}") for name in unseen]
         advice = f"say with `{OFFSETS}` where adapters act"
-        raise RefusedError("an invocation may have begun in what the model was given as embeddings", facts, advice)
+        what = "an invocation may have begun in tokens that the model has not seen (embeddings, a cache of others)"
+        raise RefusedError(what, facts, advice)
     return Tokens(starts, batch, length, kept)
 
 

@@ -146,6 +146,17 @@ def test_an_invocation_that_began_in_the_cache_counts_once_it_is_whole():
     assert not torch.allclose(rest[:, 0], base[:, 0])
 
 
+def test_an_invocation_that_may_have_begun_in_a_cache_of_unknown_tokens_is_refused():
+    tuned, ids = invoked(), prompts()[[0]]
+    with torch.no_grad():
+        of_base = llama()(input_ids=ids[:, :5], use_cache=True).past_key_values
+        repeated = tuned(input_ids=ids[:, :5], use_cache=True).past_key_values
+        repeated.batch_repeat_interleave(2)
+        for cache, rows in ((of_base, 1), (repeated, 2)):
+            with pytest.raises(RefusedError, match="may have begun in tokens that the model has not seen"):
+                tuned(input_ids=ids[:, 5:].expand(rows, -1), past_key_values=cache)
+
+
 def test_a_copied_cache_goes_on_alike():
     tuned = invoked()
     with torch.no_grad():

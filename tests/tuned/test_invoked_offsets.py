@@ -60,7 +60,7 @@ def test_a_cache_of_embeddings_goes_on_with_ids():
         cache = tuned(inputs_embeds=embedded(tuned, ids[:, :10]), alora_offsets=[7, 3, None, 1]).past_key_values
         assert_close(tuned(input_ids=ids[:, 10:], past_key_values=cache).logits, whole[:, 10:], **CLOSE)
         cache = tuned(inputs_embeds=embedded(tuned, ids[[0], :4]), alora_offsets=[None]).past_key_values
-        with pytest.raises(RefusedError, match="may have begun in what the model was given as embeddings"):
+        with pytest.raises(RefusedError, match="may have begun in tokens that the model has not seen"):
             tuned(input_ids=ids[[0], 4:], past_key_values=cache)  # the invocation begins with the last of the four
         rest = tuned(input_ids=ids[[0], 4:], past_key_values=cache, alora_offsets=[8]).logits
         base = llama()(input_ids=ids[[0]]).logits[:, 4:]
