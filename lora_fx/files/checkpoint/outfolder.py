@@ -115,14 +115,19 @@ def entered(folder: Path) -> Iterator[None]:
 def inputs_of(base: BaseCheckpoint, adapters: Sequence[tuple[Path, Path]], options: dict[str, Any]) -> dict[str, Any]:
     """Return what the result depends on: files of the base by size and time, headers and adapters by their hash."""
     names = [*base.shards, *filter(None, (base.index, CONFIG if base.config is not None else None))]
-    stats = {name: (base.folder / name).stat() for name in names}
     return {
         "format": FORMAT,
-        "base": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "base": {name: size_and_time(base.folder / name) for name in names},
         "headers": {name: file.sha256 for name, file in base.shards.items()},
         "adapters": [[_sha256(file) for file in files] for files in adapters],
         **options,
     }
+
+
+def size_and_time(path: Path) -> list[int]:
+    """Return a file's size, and when it was last written."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _sha256(path: Path) -> str:

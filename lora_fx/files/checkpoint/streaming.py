@@ -30,6 +30,7 @@ from lora_fx.files.checkpoint.outfolder import (
     is_read_only,
     open_journal,
     part_of,
+    size_and_time,
     write_whole,
 )
 from lora_fx.files.checkpoint.plan import MergePlan, OutShard, out_shard
@@ -213,13 +214,22 @@ class _Merge:
         self._write_shards(workers)
         if self.base.index is not None:
             self._write_json(self.base.index, _index(self.plan))
-        self._refuse_lost()
+        self._refuse_changed()
         if self.base.config is not None:
             self._write_json(CONFIG, _config(self.plan, self.options))
         self.journal.close()
 
-    def _refuse_lost(self) -> None:
-        """Raise MergeError if files that were written are gone: config.json would make a checkpoint without them."""
+    def _refuse_changed(self) -> None:
+        """Raise MergeError if files that were written are gone, or some of the base were replaced meanwhile.
+
+        config.json would make a checkpoint of what is left, or of parts of both.
+        """
+        known: dict[str, list[int]] = self.journal.inputs["base"]
+        others = [name for name, stat in known.items() if size_and_time(self.base.folder / name) != stat]
+        if others:
+            facts = [(name, "is another file than when the merge began") for name in others]
+            advice = f"delete {self.out}, and merge again when nobody writes the base"
+            raise MergeError(f"{self.out}: the base was changed while it was merged", facts, advice)
         names = (*self.base.carried, *self.base.shards, *filter(None, (self.base.index,)))
         lost = [(name, "was written, and is gone") for name in names if not place_in(self.out, name).exists()]
         if lost:

@@ -116,6 +116,13 @@ def test_a_carried_file_that_is_deleted_during_the_merge_makes_it_no_checkpoint(
     assert (out / "tokenizer.json").read_text() == "{}"
 
 
+def test_a_base_that_is_written_during_the_merge_makes_it_no_checkpoint(tmp_path, sharded, adapter):
+    first = min(sharded.glob("*.safetensors"))
+    with pytest.raises(MergeError, match=f"{first.name} +is another file than when the merge began"):
+        merge_checkpoint(sharded, adapter, tmp_path / "out", progress=lambda *_: os.utime(first, ns=(1, 1)))
+    assert not looks_complete(tmp_path / "out")
+
+
 def test_leftovers_of_a_start_that_was_killed_do_not_hinder(tmp_path, base, adapter):
     out = tmp_path / "out"
     out.mkdir()
