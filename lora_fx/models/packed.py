@@ -166,6 +166,22 @@ def usual_dtype(model: nn.Module) -> torch.dtype | None:
     return max(dtypes, key=lambda dtype: dtypes[dtype], default=None)
 
 
+def warn_of_two_dtypes(merged: nn.Module, tuned: nn.Module) -> None:
+    """Say if layers that held codes are plain now in another dtype than most of the model: codes took an x of any."""
+    paths = {f"{path}.weight" for path, _ in packed_layers(tuned)}
+    dtypes = Counter(p.dtype for name, p in merged.named_parameters() if p.is_floating_point() and name not in paths)
+    usual = max(dtypes, key=lambda dtype: dtypes[dtype], default=None)
+    plain = {p.dtype for name, p in merged.named_parameters() if name in paths and p.is_floating_point()}
+    if usual is not None and plain - {usual}:
+        told = listing(str(dtype).removeprefix("torch.") for dtype in plain)
+        warnings.warn(
+            f"merged layers are {told}, as what their codes stand for, and most other parameters {usual}: layers that "
+            f"are plain take inputs of their own dtype alone; `.to({usual})` gives the merged model one",
+            LoraFxWarning,
+            stacklevel=4,
+        )
+
+
 def forget_quantiser(model: nn.Module) -> None:
     """Take transformers' notes of a quantiser off a model of which nothing is quantised any longer, in place.
 

@@ -20,7 +20,7 @@ from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.fsdp import SHARDING, partitioned, sharded_again
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
-from lora_fx.models.packed import forget_quantiser, is_packed, lost_dtype, make_plain_, usual_dtype
+from lora_fx.models.packed import forget_quantiser, is_packed, lost_dtype, make_plain_, usual_dtype, warn_of_two_dtypes
 from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.shards import part_of
 from lora_fx.models.swap import unswap
@@ -95,6 +95,7 @@ def merged(tuned: nn.Module, *, stays_plain: bool = True) -> nn.Module:
         model = _merged(tuned)
     if stays_plain:
         forget_quantiser(model)
+        warn_of_two_dtypes(model, tuned)
     warn_of_narrowed(model)
     return model
 

@@ -135,6 +135,14 @@ def test_bfloat16_inputs_are_kept_as_they_are():
     assert (merged(x) - result).float().norm() <= 2e-2 * result.float().norm()
 
 
+def test_merged_layers_of_another_dtype_than_the_model_are_told():
+    tuned = tuned_of(model_of("NF4")).to(torch.bfloat16)  # what the codes stand for stays float32
+    with pytest.warns(lora_fx.LoraFxWarning, match=r"merged layers are float32, .*`\.to\(torch\.bfloat16\)`"):
+        merged = lora_fx.merge(tuned).to(torch.bfloat16)
+    expected = tuned(X.bfloat16()).float()
+    assert (merged(X.bfloat16()).float() - expected).norm() <= 2e-2 * expected.norm()
+
+
 def test_copies_pickles_files_and_autocast():
     model = model_of("int8")
     tuned = tuned_of(model)
