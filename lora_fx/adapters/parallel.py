@@ -24,6 +24,7 @@ from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import SHARDING
+from lora_fx.models.packed import is_packed
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.shards import follows, is_sharded, is_sharded_plainly, placed
 from lora_fx.models.swap import original_class
@@ -69,7 +70,7 @@ def _obstacle(owner: nn.Module, adapter: Attached) -> str:
         "each call has an adapter of its own": adapter.call is not None,
         "parts of its weight are adapted (slices)": adapter.spec.slices is not None,
         "it acts from an invocation on": bool(lora.invocation),
-        "its weight is quantised": weight is not None and is_quantised(weight),
+        "its weight is quantised": is_packed(owner) or (weight is not None and is_quantised(weight)),
         "its weight is sharded in strides": weight is not None and not is_sharded_plainly(weight),
         "it is no linear": adapter.spec.site.op not in ("linear", "embedding"),
         "its factors are of another kind": not set(kinds) <= set(_WITH_ROWS),
