@@ -20,7 +20,8 @@ from lora_fx.models.torch_internals import MODULE_CALLS
 from lora_fx.models.walking import modules_of
 from lora_fx.models.wrappers import seen_through
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _SECONDS = 0.0005
 """How long a thread that changes a model sleeps before it looks again."""
 
