@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,8 +20,7 @@ from lora_fx.models.torch_internals import MODULE_CALLS
 from lora_fx.models.walking import modules_of
 from lora_fx.models.wrappers import seen_through
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _SECONDS = 0.0005
 """How long a thread that changes a model sleeps before it looks again."""
 
@@ -60,15 +59,15 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def one_at_a_time(function: Callable[Concatenate[nn.Module, P], R]) -> Callable[Concatenate[nn.Module, P], R]:
+def one_at_a_time(function: _Function) -> _Function:
     """Return a function of a model that runs as a whole before or after others that change it: what it checks holds."""
 
     @functools.wraps(function)
-    def alone(tuned: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
+    def alone(tuned: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with unchanged(seen_through(tuned)):
             return function(tuned, *args, **kwargs)
 
-    return alone
+    return alone  # type: ignore[return-value]
 
 
 class _Change:
