@@ -206,5 +206,5 @@ def _only_this_thread() -> None:
             _CHANGES.remove(change)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_only_this_thread)
+if (at_fork := getattr(os, "register_at_fork", None)) is not None:  # Windows forks nothing
+    at_fork(after_in_child=_only_this_thread)
