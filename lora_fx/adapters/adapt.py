@@ -26,8 +26,9 @@ from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.adapters.tokenrows import TokenRows
 from lora_fx.adapters.trained import TRAINED, add_rows, add_value, added_tensors, choose_values
 from lora_fx.errors import RefusedError
+from lora_fx.models.fsdp import SHARDING
 from lora_fx.models.packed import is_packed
-from lora_fx.models.shards import is_sharded, whole
+from lora_fx.models.shards import is_sharded, part_of, unsharded, whole
 from lora_fx.models.swap import original_class, swap, take_off
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.planning.plan import Plan
@@ -113,10 +114,11 @@ def give_values(twin: nn.Module, plan: Plan, record: ModelRecord, adapter: str) 
         own = get_tensor(owner, name)
         if own is None:
             continue
-        base = state.base[name] if state is not None and name in state.base else own.detach()
+        base = state.base[name] if state is not None and name in state.base else unsharded(own).detach()
         choose_values(owner, record.switch, {name: base}, {name: ()})
         if id(own) not in copies:  # what is tied stays so
             value = base.detach().to(own.device, own.dtype, copy=True)
+            value = value if SHARDING in vars(twin) else part_of(value, own)  # fully_shard will do so itself
             copies[id(own)] = nn.Parameter(value) if isinstance(own, nn.Parameter) else value
         add_value(owner, adapter, name, copies[id(own)])
         changed[owner] = None

@@ -13,7 +13,7 @@ All three are DTensors, as the weight is, so that torch knows what a product is 
 gradients, which for a whole factor are the sum of what all processes have.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,9 +78,12 @@ def _obstacle(owner: nn.Module, adapter: Attached) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def place_beside(owner: nn.Module) -> None:
-    """Shard the factors of a layer as its weight implies, in place, with the first process's values; collective."""
-    for adapter in attached_to(owner):
+def place_beside(owner: nn.Module, names: Collection[str] | None = None) -> None:
+    """Shard the factors of a layer as its weight implies, in place, with the first process's values; collective.
+
+    With `names`, those of adapters that are called so.
+    """
+    for adapter in _called(attached_to(owner), names):
         weight = owner._parameters[adapter.spec.parameter]
         if weight is None or not is_sharded(weight):
             continue
@@ -105,12 +108,15 @@ def _place(factor: nn.Module, weight: Any, along: dict[int, int]) -> None:
         factor._buffers[name] = sharded(buffer)
 
 
-def _owners(twin: nn.Module) -> list[nn.Module]:
-    """Return the modules of a twin with adapters beside tensor parallel weights; FSDP2's shards are another matter."""
+def _called(adapters: Iterable[Attached], names: Collection[str] | None) -> Iterator[Attached]:
+    return (one for one in adapters if names is None or one.spec.adapter in names)
+
+
+def _parallel(twin: nn.Module, names: Collection[str] | None) -> list[Attached]:
+    """Return the adapters of a twin beside tensor parallel weights; FSDP2's shards are another matter."""
     if SHARDING in vars(twin):
         return []
-    owners = {id(one.owner): one.owner for _, one in all_attached(twin) if is_sharded(_weight(one))}
-    return list(owners.values())
+    return [one for one in _called((one for _, one in all_attached(twin)), names) if is_sharded(_weight(one))]
 
 
 def _weight(adapter: Attached) -> Any:
@@ -118,25 +124,23 @@ def _weight(adapter: Attached) -> Any:
     return adapter.owner._parameters.get(adapter.spec.parameter)
 
 
-def refuse_unplaceable(twin: nn.Module) -> None:
+def refuse_unplaceable(twin: nn.Module, names: Collection[str] | None = None) -> None:
     """Raise RefusedError, naming each, if adapters that a twin has got cannot be sharded as their weights are."""
-    facts = [(one.spec.path, why) for at in _owners(twin) for one in attached_to(at) if (why := _obstacle(at, one))]
+    facts = [(one.spec.path, why) for one in _parallel(twin, names) if (why := _obstacle(one.owner, one))]
     if facts:
         advice = "leave these sites out of the rules, or adapt them as plain LoRA"
         raise RefusedError("these adapters cannot be sharded with their weights", list(dict.fromkeys(facts)), advice)
 
 
-def placed_beside(twin: nn.Module) -> nn.Module:
+def placed_beside(twin: nn.Module, names: Collection[str] | None = None) -> nn.Module:
     """Return the twin itself, in which new factors are sharded as their weights imply; collective where any is.
 
-    Those beside whole weights get the values of the first process.
+    Those beside whole weights get the values of the first process.  With `names`, of adapters that are called so.
     """
-    owners = _owners(twin)
-    for owner in owners:
-        place_beside(owner)
-    sharded = (_weight(one) for owner in owners for one in attached_to(owner) if is_sharded(_weight(one)))
-    weight: Any = next(sharded, None)
-    for _, one in () if weight is None else all_attached(twin):
+    for owner in {id(one.owner): one.owner for one in _parallel(twin, names)}.values():
+        place_beside(owner, names)
+    weight: Any = next(map(_weight, _parallel(twin, None)), None)
+    for one in () if weight is None else _called((one for _, one in all_attached(twin)), names):
         for held in filter(None, (one.lora_A, one.lora_B, one.magnitude)):
             for tensor in (*held.parameters(), *held.buffers()):
                 if not is_sharded(tensor):

@@ -13,7 +13,6 @@ from lora_fx.discovery.tables import biases_in, tables_in
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse
 from lora_fx.errors import RefusedError
 from lora_fx.models.code import refuse_odd_names
-from lora_fx.models.fsdp import partitioned
 from lora_fx.models.joining import outline, refuse_unjoinable
 from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_shape
 from lora_fx.models.packed import PackedWeight, values_in
@@ -22,6 +21,7 @@ from lora_fx.models.ties import ties
 from lora_fx.models.twin import refuse_lazy
 from lora_fx.models.walking import modules_of, parameters_in
 from lora_fx.models.wrappers import holds_peft, seen_through
+from lora_fx.models.zero import partitioned
 from lora_fx.passes.rawsites import GraphUse, computed_uses, raw_uses
 from lora_fx.passes.sites import site_calls
 from lora_fx.planning.plan import Plan

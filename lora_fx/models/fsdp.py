@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx.errors import RefusedError
 from lora_fx.models.shards import is_sharded, sharded_names
 from lora_fx.models.swap import layers_of, swap
+from lora_fx.models.torch_internals import composed_states
 from lora_fx.models.walking import modules_of
 
 SHARDING = "lora_fx_sharding"
@@ -30,6 +31,24 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_KEYS_OF_HOOKS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_SETTINGS = [
+    "reduce_grads",
+    "all_reduce_grads",
+    "reshard_after_backward",
+    "reduce_scatter_max_input_buffers",
+    "gradient_divide_factor",
+    "reduce_scatter_unused_params",
+    "force_sum_reduction_for_comms",
+    "unshard_async_op",
+    "unshard_in_backward",
+    "_all_reduce_hook",
+    "_all_reduce_hook_stream",
+    "_all_gather_comm",
+    "_reduce_scatter_comm",
+]
+"""What a group of parameters may have been told since `fully_shard`."""
+_PREFETCH = ("_states_to_forward_prefetch", "_states_to_backward_prefetch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +129,7 @@ def sharding_of(model: nn.Module) -> Sharding | None:
     paths: dict[int, list[str]] = {}
     states: dict[int, Any] = {}
     for path, module in model.named_modules():
-        if is_fully_sharded(module):
-            state: Any = module._get_fsdp_state()
+        if (state := _state_of(module)) is not None:
             states[id(state)] = state
             paths.setdefault(id(state), []).append(path)
     first = next((group for state in states.values() for group in _groups(state)), None)
@@ -240,6 +258,70 @@ def _is_of_fsdp(hook: Any) -> bool:
     return str(home).startswith("torch.distributed.fsdp.")
 
 
+def take_apart(model: nn.Module, how: Sharding) -> Callable[[], None]:
+    """Make the modules of a sharded model plain ones with the same shards, in place.
+
+    Returns what tells the groups, once the model is sharded again, what they had been told since `fully_shard`.
+
+    Raises:
+        RefusedError: gradients are there that have not been reduced, or the root is outside; nothing is changed then.
+    """
+    states = {id(state): state for module in model.modules() if (state := _state_of(module)) is not None}.values()
+    groups = [group for state in states for group in _groups(state)]
+    held = (p.unsharded_accumulated_grad is not None for group in groups for p in group.fsdp_params)
+    if any(held) or any(getattr(group, "_partial_reduce_output", None) is not None for group in groups):
+        advice = "call this after a backward with set_requires_gradient_sync(True)"
+        raise RefusedError("processes hold gradients that have not been reduced", [("(root)", "accumulated")], advice)
+    roots = {state._is_root for state in states}
+    if False in roots and True not in roots:
+        raise RefusedError(
+            "the model is a part of one that FSDP2 runs as a whole",
+            [("(root)", "its root is outside")],
+            "ask the whole one",
+        )
+    told = [(state._modules[0], _told(state)) for state in states]
+    for module in model.modules():
+        _make_plain(module)
+    vars(model)[SHARDING] = how
+    return lambda: _tell(told)
+
+
+def _state_of(module: nn.Module) -> Any:
+    return module._get_fsdp_state() if is_fully_sharded(module) else None  # type: ignore[operator]
+
+
+def _told(state: Any) -> tuple[list[dict[str, Any]], dict[str, list[nn.Module]]]:
+    settings = [{n: vars(group)[n] for n in _SETTINGS if n in vars(group)} for group in _groups(state)]
+    return settings, {name: [other._modules[0] for other in getattr(state, name)] for name in _PREFETCH}
+
+
+def _tell(told: Sequence[tuple[nn.Module, tuple[list[dict[str, Any]], dict[str, list[nn.Module]]]]]) -> None:
+    for module, (settings, prefetched) in told:
+        state = _state_of(module)
+        for group, own in zip(_groups(state), settings, strict=False):
+            vars(group).update(own)
+        for name, modules in prefetched.items():
+            setattr(state, name, [_state_of(other) for other in modules])
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Take FSDP2 off one module, in place: tables of hooks stay, as what was returned for others' hooks needs them."""
+    own = vars(module)
+    for table in (own[name] for name in _HOOKS if name in own):
+        for key in [key for key, hook in table.items() if _is_of_fsdp(hook)]:
+            del table[key]
+            for name in _KEYS_OF_HOOKS:
+                own[name].pop(key, None)
+    kind, mixins = layers_of(type(module))
+    if _is_of_fully_shard(type(module)):
+        module.__class__ = _class_before(kind)
+        for mixin in mixins:
+            swap(module, mixin)
+    for name in [name for name in own if is_mark(name)]:
+        del own[name]
+    composed_states.pop(module, None)
+
+
 # -- sharded again
 
 
@@ -299,30 +381,9 @@ def _put_back(model: nn.Module, shards: dict[tuple[int, str], nn.Parameter]) -> 
         for name in list(module._parameters):
             if (id(module), name) in shards:
                 module._parameters[name] = shards[id(module), name]
-        if is_fully_sharded(module):
-            state: Any = module._get_fsdp_state()  # type: ignore[operator]
+        if (state := _state_of(module)) is not None:
             states[id(state)] = state
     for state in states.values():
         for group in _groups(state):
             for parameter in group.fsdp_params:
                 parameter.reset_sharded_param()
-
-
-def partitioned(model: nn.Module) -> list[tuple[str, str]]:
-    """Return (name, why) of each parameter that DeepSpeed's ZeRO-3 has taken away but for a part."""
-    named = model.named_parameters(remove_duplicate=False)
-    return [(name, f"ZeRO-3 has partitioned it, {list(p.shape)}") for name, p in named if is_partitioned(p)]
-
-
-def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has left an empty tensor in the place of a parameter."""
-    held = all(getattr(parameter, name, None) is not None for name in ("ds_id", "ds_tensor"))
-    return held and parameter.numel() == 0  # lazy parameters have no number of elements: asked last
-
-
-def numbers_in(parameter: Tensor) -> int:
-    """Return how many numbers a parameter has, on all processes together."""
-    if is_partitioned(parameter):
-        number: int = parameter.ds_numel  # type: ignore[attr-defined]
-        return number
-    return parameter.numel()

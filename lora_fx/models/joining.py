@@ -3,13 +3,15 @@
 What is decided of such a model is decided on its outline, a model without values in which every parameter is whole.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.errors import RefusedError
-from lora_fx.models.fsdp import SHARDING, Sharding, has_parts, resharded, sharded_again, sharding_of
+from lora_fx.models.between import between_calls
+from lora_fx.models.fsdp import SHARDING, Sharding, has_parts, resharded, sharded_again, sharding_of, take_apart
 from lora_fx.models.overrides import parallel_modules, without_parallel
 from lora_fx.models.shards import is_sharded, part_of
 from lora_fx.models.twin import make_twin
@@ -68,8 +70,7 @@ def joined(twin: nn.Module) -> nn.Module:
     how: Sharding | None = vars(twin).get(SHARDING)
     if how is None:
         return twin
-    _refuse_outside(twin, how)
-    _refuse_dtypes(twin, how)
+    refuse_unfit_for_groups(twin)
     new = dict(_new(twin, how))
     model = sharded_again(twin)
     for name, parameter in model.named_parameters():
@@ -77,6 +78,51 @@ def joined(twin: nn.Module) -> nn.Module:
             with torch.no_grad():
                 parameter.copy_(part_of(new[name], parameter, of_first=True))
     return model
+
+
+def refuse_unfit_for_groups(twin: nn.Module) -> None:
+    """Raise what `joined` raises, of a model that is to be sharded again; nothing is changed."""
+    how: Sharding | None = vars(twin).get(SHARDING)
+    if how is not None:
+        _refuse_outside(twin, how)
+        _refuse_dtypes(twin, how)
+
+
+@contextlib.contextmanager
+def apart(model: nn.Module, needed: bool = True) -> Iterator[None]:
+    """Let a sharded model be plain modules with the same shards in this block, in place; sharded again at its end.
+
+    What is new joins the groups, as by `joined`: whoever adds it asks `refuse_unfit_for_groups` before the end.  What
+    is gone is in none.  Shards stay the same objects, which optimizers hold.  Of a model that `fully_shard` has not
+    sharded nothing happens; nor, if it is not `needed`, of one that is refused.
+
+    Raises:
+        RefusedError: as `refuse_unjoinable` and `take_apart`; before anything is changed.
+    """
+    if not has_parts(model):
+        yield
+        return
+    with between_calls(model):
+        tell = _taken_apart(model, needed)
+        try:
+            yield
+        finally:
+            if tell is not None:
+                joined(model)
+                tell()
+
+
+def _taken_apart(model: nn.Module, needed: bool) -> Callable[[], None] | None:
+    try:
+        if SHARDING in vars(model):
+            return None
+        refuse_unjoinable(model)
+        how = sharding_of(model)
+        return None if how is None else take_apart(model, how)
+    except RefusedError:
+        if needed:
+            raise
+        return None
 
 
 def _new(twin: nn.Module, how: Sharding) -> Iterator[tuple[str, Tensor]]:

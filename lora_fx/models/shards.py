@@ -44,6 +44,12 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def processes_of(tensor: Tensor) -> int:
+    """Return how many processes share a sharded tensor."""
+    number: int = tensor.detach().device_mesh.size()  # type: ignore[attr-defined]
+    return number
+
+
 def gather_held(module: nn.Module) -> None:
     """Put whole tensors in the place of those that a module itself holds sharded, in place; collective then."""
     for name, parameter in module._parameters.items():
@@ -115,12 +121,18 @@ def values_at(weight: Tensor, positions: Sequence[int]) -> Tensor:
 
 
 def _places_of(part: Any, dim: int) -> Tensor:
-    """Return which indices of a dimension this process holds."""
-    library = _dtensors()
-    numbers = torch.arange(part.shape[dim])
-    along = [library.Shard(0) if placement.is_shard(dim) else library.Replicate() for placement in part.placements]
-    spread = library.distribute_tensor(numbers, part.device_mesh, along, src_data_rank=None)
-    own: Tensor = spread.to_local().cpu()
+    """Return which indices of a dimension this process holds.
+
+    Tensor parallel parts that FSDP2 parts again are placed in strides: later dimensions of the mesh come first there.
+    """
+    mesh = part.device_mesh
+    at = [number for number, one in enumerate(part.placements) if getattr(one, "dim", None) in (dim, dim - part.dim())]
+    plain = [number for number in at if type(part.placements[number]) is _dtensors().Shard]
+    own = torch.arange(part.shape[dim])
+    for number in (*plain, *reversed([number for number in at if number not in plain])):
+        pieces = own.chunk(mesh.size(number))
+        here = mesh.get_coordinate()[number]
+        own = pieces[here] if here < len(pieces) else own[:0]
     return own
 
 

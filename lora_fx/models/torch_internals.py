@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.autograd import forward_ad
+from torch.distributed._composable_state import _module_state_mapping as composed_states
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.graph_module import _CodeOnlyModule
@@ -47,7 +48,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointFunction
 
-__all__ = ["DispatchMode", "FakeTensor", "enter_autocast", "exit_autocast", "pytree"]
+__all__ = ["DispatchMode", "FakeTensor", "composed_states", "enter_autocast", "exit_autocast", "pytree"]
 
 FunctionMode = PreDispatchTorchFunctionMode
 """Base for a mode that sees torch functions; torch tells this class, and only this, of autocast regions."""

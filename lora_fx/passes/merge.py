@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import STATE, Attached, all_attached, attached_to, detach, in_use, is_adapted, owner_path
 from lora_fx.adapters.factors.lora import as_rows, folded_weight
 from lora_fx.errors import InvariantError, MergeError
-from lora_fx.models.fsdp import is_partitioned
 from lora_fx.models.packed import is_packed, lost_dtype, make_plain_, usual_dtype
 from lora_fx.models.quantised import dense, is_quantised
 from lora_fx.models.shards import is_finite, is_sharded, part_of, whole
 from lora_fx.models.tensors import dotted
+from lora_fx.models.zero import is_partitioned
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.remove import erase_lora_nodes

@@ -8,13 +8,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import Attached
+from lora_fx.adapters.attach import Attached, with_values
 from lora_fx.adapters.factors.blending import Blend, Majority, truncated, truncated_matrix
 from lora_fx.adapters.factors.moved import MovedA
 from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.adapters.parallel import placed_beside
 from lora_fx.errors import RefusedError
 from lora_fx.models.between import one_at_a_time
-from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.joining import apart
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
@@ -55,7 +56,7 @@ def combine(
     - the same with `_svd`: of the ΔW themselves, which are formed site by site, then the nearest of rank `r`.
 
     The new adapter has the scaling 1 and no dropout.  The names and numbers are those of PEFT's
-    `add_weighted_adapter`.
+    `add_weighted_adapter`.  Every process calls it that holds a part of the model.
 
     Args:
         tuned: an adapted model.
@@ -75,12 +76,11 @@ def combine(
             sites that not all have, where A and B are summed.
     """
     tuned = seen_through(tuned)
-    refuse_sharded(tuned, "a new adapter would be in no shard group of this model", "combine before fully_shard")
     record = whole_record_in(tuned)
     weights = dict(selection_of(record.switch.names, adapters).weights)
     recipe = _recipe(weights, method, r, density, majority, seed)
     refuse_name(adapter, record.switch.names)
-    sites = _sites(tuned, weights)
+    sites = _sites(with_values(tuned), weights)
     _refuse_beside(tuned, record, weights)
     _refuse_kinds(sites)
     if recipe.of_factors:
@@ -89,7 +89,7 @@ def combine(
         made = {path: recipe.made(parts) for path, parts in sites.items()}
     planned = tuple(_planned(sites[path][0][0], A.shape[-2], adapter) for path, (A, _) in made.items())
     plan = replace(record.plan, sites=planned, train=(), tokens=(), biases=(), rules={})
-    with changing(tuned, record):
+    with apart(tuned), changing(tuned, record):
         with torch.random.fork_rng(devices=[]):  # fresh factors draw numbers
             attach_more(tuned, plan, record, start=False)
         with torch.no_grad():
@@ -97,6 +97,7 @@ def combine(
                 A, B = made[one.spec.path]
                 one.lora_A.weight.copy_(A.reshape(one.lora_A.weight.shape)).requires_grad_(trainable)
                 one.lora_B.weight.copy_(B.reshape(one.lora_B.weight.shape)).requires_grad_(trainable)
+        placed_beside(tuned, [adapter])
 
 
 @dataclass(frozen=True, slots=True)

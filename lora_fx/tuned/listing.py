@@ -11,8 +11,8 @@ from lora_fx.adapters.attach import Attached, all_attached, with_values
 from lora_fx.adapters.norms import product_square, wide_matrices
 from lora_fx.adapters.tokenrows import TokenRows
 from lora_fx.adapters.trained import added_rows, parameters_of
-from lora_fx.models.fsdp import numbers_in
 from lora_fx.models.wrappers import seen_through
+from lora_fx.models.zero import numbers_in
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import columns, count
 from lora_fx.tuned.switching import names_of, switches_in

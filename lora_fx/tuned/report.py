@@ -9,8 +9,8 @@ from lora_fx.adapters.attach import STATE, Attached, all_attached
 from lora_fx.adapters.placed import placed_in
 from lora_fx.adapters.trained import added_rows
 from lora_fx.liveness.heads import late_modules
-from lora_fx.models.fsdp import numbers_in
 from lora_fx.models.wrappers import seen_through
+from lora_fx.models.zero import numbers_in
 from lora_fx.passes.pack import NOTHING_MIXED
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.planning.rows import fold_rows

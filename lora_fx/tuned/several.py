@@ -9,12 +9,14 @@ from torch import fx, nn
 from lora_fx.adapters.adapt import adapt_sites, give_values
 from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of, owner_path
 from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.adapters.parallel import refuse_unplaceable
 from lora_fx.adapters.selection import Selection, Switch
 from lora_fx.adapters.stacked import forget_kept
 from lora_fx.adapters.starting import start_adapters
 from lora_fx.adapters.trained import added_rows, added_tensors, keep_alone, trained_names, trained_owners
 from lora_fx.errors import RefusedError
 from lora_fx.models.between import between_calls, one_at_a_time
+from lora_fx.models.joining import apart, refuse_unfit_for_groups
 from lora_fx.models.restoring import Held, all_or_nothing
 from lora_fx.models.twin import make_twin
 from lora_fx.models.wrappers import seen_through
@@ -42,7 +44,7 @@ def adapters_called(tuned: nn.Module, name: str) -> Iterator[tuple[str, Attached
 def drop(tuned: nn.Module, adapter: str) -> None:
     """Take an adapter and its parameters away from a model, in place; nothing of another adapter changes.
 
-    Where it was in use, what is left of the selection is.
+    Where it was in use, what is left of the selection is.  Every process calls it that holds a part of the model.
 
     Raises:
         ValueError: there is none of this name.
@@ -54,7 +56,7 @@ def drop(tuned: nn.Module, adapter: str) -> None:
         raise RefusedError(f"'{adapter}' is the only adapter", advice="lora_fx.remove returns the base model")
     _refuse_shared(tuned, adapter)
     record = whole_record_in(tuned)
-    with changing(tuned, record):
+    with apart(tuned, needed=False), changing(tuned, record):  # else groups hold what is gone
         ask_layers(tuned)
         take_off(tuned, record, (adapter,))
 
@@ -278,6 +280,8 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
     if start:
         start_adapters(tuned, names)
     changed = {id(owner) for name in names for owner in give_values(tuned, plan, record, name)}
+    refuse_unplaceable(tuned, names)
+    refuse_unfit_for_groups(tuned)
     remade(tuned, changed | {id(owner) for owner in adapted_owners(tuned)} - before)
 
 

@@ -13,7 +13,7 @@ from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.models.between import between_calls, one_at_a_time
 from lora_fx.models.fsdp import resharded
 from lora_fx.models.restoring import write_together
-from lora_fx.models.shards import is_finite
+from lora_fx.models.shards import is_finite, is_sharded, part_of
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.build import held
 from lora_fx.tuned.several import adapters_called, refuse_trained_together
@@ -86,7 +86,8 @@ def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor], adapter: s
 
     Args:
         tuned: an adapted model.
-        state: of all its adapters; or, with `adapter`, of that one, whose name the state's has to be.
+        state: of all its adapters; or, with `adapter`, of that one, whose name the state's has to be.  Of a sharded
+            model each tensor may also be whole.
         adapter: as for `adapter_state`; other adapters stay as they are.
 
     Raises:
@@ -101,7 +102,9 @@ def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor], adapter: s
         advice = "give the state of a model that was adapted by the same rules; nothing was loaded"
         raise AdapterMismatchError("the state does not fit this adapted model", wrong, advice)
     with between_calls(tuned):
-        write_together([(own[name], value) for name, value in state.items()])  # it is the model's own memory
+        write_together(
+            [(own[name], part_of(value, own[name])) for name, value in state.items()]
+        )  # it is the model's own memory
 
 
 def _differs(own: Tensor | None, given: Tensor | None) -> tuple[str, str] | None:
@@ -109,7 +112,8 @@ def _differs(own: Tensor | None, given: Tensor | None) -> tuple[str, str] | None
     if own is None or given is None or not isinstance(given, Tensor):
         return _told(given), _told(own)
     narrower = torch.promote_types(own.dtype, given.dtype) != own.dtype
-    if own.is_meta or given.is_meta or narrower or own.shape != given.shape or type(own) is not type(given.detach()):
+    alike = type(given.detach()) in (type(own), Tensor) if is_sharded(own) else type(own) is type(given.detach())
+    if own.is_meta or given.is_meta or narrower or own.shape != given.shape or not alike:
         return _told(given), _told(own)
     if given.is_floating_point() and not is_finite(given):
         return "NaN or infinite values", _told(own)

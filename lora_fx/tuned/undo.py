@@ -17,7 +17,7 @@ from lora_fx.errors import RefusedError
 from lora_fx.liveness.heads import late_modules
 from lora_fx.models.between import unchanged
 from lora_fx.models.dtypes import warn_of_narrowed
-from lora_fx.models.fsdp import SHARDING, partitioned, sharded_again
+from lora_fx.models.fsdp import SHARDING, sharded_again
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
 from lora_fx.models.packed import forget_quantiser, is_packed, lost_dtype, make_plain_, usual_dtype, warn_of_two_dtypes
@@ -29,6 +29,7 @@ from lora_fx.models.ties import mark_untied, memory_of, says_tied, tied_names
 from lora_fx.models.torch_internals import deepcopy, uncompiled_if_stale
 from lora_fx.models.twin import is_meta, make_twin, twin_without
 from lora_fx.models.wrappers import without_wrappers
+from lora_fx.models.zero import partitioned
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.merge import Merge, check_mergeable, folded, used_at

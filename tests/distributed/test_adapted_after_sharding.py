@@ -77,3 +77,29 @@ def test_what_would_be_in_no_group_is_refused_by_name_on_every_process(few, what
     for rank in few:
         assert rank["refused"][what].startswith("RefusedError: ")
         assert told in rank["refused"][what]
+
+
+def test_adapters_are_added_combined_and_swapped_in_place_as_on_a_whole_model(few):
+    for rank in few:
+        grown = rank["grown"]
+        for what in ("unchanged", "grown", "state", "merged", "removed"):
+            assert _unlike(grown[what]) == []
+        saved, expected = grown["files"]
+        assert saved == expected
+        torch.testing.assert_close(*grown["losses"], rtol=1e-5, atol=1e-5)
+        for mine, whole in grown["after"]:
+            torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
+        assert grown["hits"] > 0
+
+
+def test_what_optimizers_hold_and_groups_were_told_outlasts_an_added_adapter(few):
+    for rank in few:
+        assert rank["grown"]["kept"] == (True, True)
+        assert rank["grown"]["hooks"] == 0
+        in_groups, there = rank["grown"]["held"]
+        assert in_groups == there
+
+
+def test_an_adapter_that_cannot_be_added_leaves_the_sharded_model_as_it_was(few):
+    for rank in few:
+        assert rank["grown"]["clashing"].startswith("RefusedError: an adapter cannot stand beside a weight")

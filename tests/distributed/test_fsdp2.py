@@ -59,6 +59,16 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(ranks, folder):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tuned.state_dict().items())
 
 
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_is_read_by_four_adapted_before_or_after(ranks, folder):
+    (folder / "four").mkdir()
+    expected = ranks[0]["plain"]["before"]
+    for rank in in_processes(4, sharded.read_by_more, folder / "four"):
+        for read in rank.values():
+            assert read.keys() == expected.keys()
+            assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("what", ["merged", "removed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_and_removed_models_have_the_bits_of_whole_ones(ranks, kind, what):

@@ -23,7 +23,7 @@ def started(tmp_path_factory):
     return in_processes(2, sharded.started_empty, tmp_path_factory.mktemp("started"))
 
 
-@pytest.mark.parametrize("what", ["add", "swap", "combine", "export", "requantize", "remerge", "extract"])
+@pytest.mark.parametrize("what", ["export", "requantize", "remerge", "extract"])
 def test_what_shards_do_not_allow_is_refused_by_name(refused, what):
     for rank in refused:
         assert rank["texts"][what].startswith("RefusedError: ")

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
     pytest.mark.slow,
 ]
-KINDS = (*parallel.KINDS, "several", "after")
+KINDS = (*parallel.KINDS, "several", "after", "grown")
 OUTPUTS = ("output", "output of base", "output of copy", "output of merged", "output of removed")
 
 
@@ -25,7 +25,7 @@ def ranks(tmp_path_factory):
 
 def test_losses_are_those_of_one_process(ranks):
     for rank in ranks:
-        for kind in (*parallel.KINDS, "after"):
+        for kind in (*parallel.KINDS, "after", "grown"):
             torch.testing.assert_close(rank[kind]["losses"], rank[kind]["losses of one"], rtol=1e-5, atol=1e-6)
 
 
@@ -119,10 +119,22 @@ def test_what_cannot_be_sharded_is_refused_by_name_before_it_is_changed(ranks, w
         assert shards == []
 
 
-def test_rows_of_a_batch_and_new_adapters_are_refused_by_name(ranks):
+def test_rows_of_a_batch_are_refused_by_name(ranks):
     for rank in ranks:
         assert rank["several"]["rows"].startswith("RefusedError: adapters cannot be chosen row by row")
-        assert "is a DTensor" in rank["several"]["add"]
+
+
+def test_adapters_are_added_combined_and_swapped_in_place_as_on_a_whole_model(ranks):
+    for rank in ranks:
+        grown = rank["grown"]
+        for what in ("grown", "state"):
+            mine, expected = grown[what]
+            assert mine.keys() == expected.keys()
+            assert [name for name in expected if not torch.equal(mine[name], expected[name])] == []
+        assert grown["kept"] == 8  # A and B of `b`, of two layers in two blocks; what was dropped is gone
+        assert grown["placed"]["head.lora_A.c.weight"] == BOTH
+        assert grown["placed"]["head.lora_B.c.weight"] == COLUMNS
+        assert "parts of its weight are adapted (slices)" in grown["slices"]
 
 
 def test_halves_of_an_adapted_decoder_train_as_stages_of_a_pipeline_and_run_as_graphs(ranks):

@@ -70,14 +70,15 @@ def train(model: nn.Module, steps: int = 4, clips: bool = False) -> list[float]:
 def treated(folder: Path) -> dict[str, Any]:
     """Everything that is done to tensor parallel models, beside the same models whole."""
     found = {kind: _both(KINDS[kind], folder / kind) for kind in KINDS}
-    found |= {"several": _several(folder / "several"), "others": _others(), "refused": _refused()}
+    found |= _several(folder / "several") | {"others": _others(), "refused": _refused()}
     return found | {"pipelined": pipelined(folder / "pipelined"), "after": _after(folder / "after")}
 
 
 def _both(those: dict[str, Any], folder: Path) -> dict[str, Any]:
     tuned = parallel(adapted(those, backend="auto" if those is PLAIN else "modules"))
     same, clips = adapted(those, backend="modules"), those is PLAIN
-    losses = {"losses": train(tuned, clips=clips), "losses of one": train(same, clips=clips)}
+    steps = 50 if those is PLAIN else 4
+    losses = {"losses": train(tuned, steps, clips), "losses of one": train(same, steps, clips)}
     return losses | read_off(tuned, same, folder)
 
 
@@ -149,8 +150,38 @@ def _several(folder: Path) -> dict[str, Any]:
         lora_fx.use(model, {"default": 0.5, "b": 2})
     result = read_off(tuned, same, folder)
     result["rows"] = refusal(lambda: _rows(tuned))
-    result["add"] = refusal(lambda: lora_fx.add(tuned, rules(rule("blocks.*.v")), adapter="c"))
-    return result
+    held = [*lora_fx.parameters(tuned)]
+    for model, seed in ((tuned, 7 + dist.get_rank()), (same, 7)):  # the values of the first process are taken
+        torch.manual_seed(seed)
+        _grow(model, folder)
+    grown = {"grown": (values_of(tuned), values_of(same)), "kept": _are_in(held, tuned)}
+    grown |= {"losses": train(tuned), "losses of one": train(same)}
+    trained = values_of(tuned)
+    lora_fx.load_adapter_state(same, {name: trained[name] for name in lora_fx.adapter_state(same)})
+    lora_fx.load_adapter_state(tuned, lora_fx.adapter_state(same))
+    grown["state"] = values_of(tuned), trained
+    clashing = rules(rule("blocks.*.q"), {**rule("blocks.*.up"), "slices": {"of": ["a", "b", "c"], "adapt": ["a"]}})
+    grown["slices"] = refusal(lambda: lora_fx.add(tuned, clashing, adapter="x"))
+    return {"several": result, "grown": grown | read_off(tuned, same, folder / "grown")}
+
+
+def _grow(model: nn.Module, folder: Path) -> None:
+    """Add, combine, swap, drop and rename adapters in place."""
+    lora_fx.add(
+        model,
+        rules(rule("blocks.*.v", init="pissa"), rule("head", init="random"), train=["norm", "embed"]),
+        adapter="c",
+    )
+    lora_fx.combine(model, {"default": 0.5, "b": 2.0}, adapter="d", method="cat")
+    lora_fx.swap(model, {name: value + 0.125 for name, value in lora_fx.adapter_state(model, "b").items()}, adapter="b")
+    lora_fx.drop(model, "default")
+    lora_fx.rename(model, "d", "default")
+    lora_fx.use(model, {"default": 1, "b": 0.5, "c": 0.5})
+
+
+def _are_in(held: list[nn.Parameter], model: nn.Module) -> int:
+    there = {id(parameter) for parameter in model.parameters()}
+    return sum(id(parameter) in there for parameter in held)
 
 
 def _rows(tuned: nn.Module) -> None:

@@ -134,6 +134,18 @@ def treated(folder: Path) -> dict[str, Any]:
     return {name: _treated(rules, folder / name) for name, rules in RULES.items()} | {"several": _several(folder)}
 
 
+def read_by_more(folder: Path) -> dict[str, Any]:
+    """What other processes have written as a checkpoint of adapters, read onto a mesh of these, first and last."""
+    later = sharded(base())
+    read = {}
+    for name, tuned in (("first", sharded(adapted(PLAIN))), ("last", lora_fx.apply(later, PLAIN, (tokens(),)))):
+        state = lora_fx.adapter_state(tuned)
+        checkpoint.load(state, checkpoint_id=folder.parent / "plain" / "checkpoint")
+        lora_fx.load_adapter_state(tuned, state)
+        read[name] = values_of(tuned)
+    return read
+
+
 def _treated(rules: dict[str, Any], folder: Path) -> dict[str, Any]:
     tuned = sharded(adapted(rules))
     losses = train(tuned)
@@ -207,7 +219,7 @@ def _several(folder: Path) -> dict[str, Any]:
 
 def refused(folder: Path) -> dict[str, Any]:
     """What cannot be done to a sharded model, and where one process alone has a reason."""
-    tuned, rules = sharded(adapted(PLAIN)), {"version": 1, "rules": [rule("blocks.*.v")]}
+    tuned = sharded(adapted(PLAIN))
     plain = sharded(base())
     before = values_of(tuned)
     lora_fx.save(tuned, folder / "adapter")
@@ -216,9 +228,6 @@ def refused(folder: Path) -> dict[str, Any]:
     texts = {
         "remerge": refusal(lambda: lora_fx.remerge(plain)),
         "extract": refusal(lambda: lora_fx.extract(plain, base())),
-        "add": refusal(lambda: lora_fx.add(tuned, rules, adapter="b")),
-        "swap": refusal(lambda: lora_fx.swap(tuned, folder / "adapter", adapter="default")),
-        "combine": refusal(lambda: lora_fx.combine(tuned, {"default": 1.0}, adapter="b", method="cat")),
         "export": refusal(lambda: lora_fx.export(tuned, folder / "out", "peft")),
         "requantize": refusal(lambda: lora_fx.merge(tuned, requantize=lambda module: module)),
         "save in a file": refusal(lambda: lora_fx.save(tuned, folder / "file")),

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_fx.adapters.attach import with_values
 from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.adapters.parallel import placed_beside
 from lora_fx.adapters.trained import added_rows, added_tensors
 from lora_fx.discovery.sites import take_inventory, uses_in
 from lora_fx.files.adapter import peftfiles
@@ -19,7 +20,7 @@ from lora_fx.files.adapter.restore import check, decided, fill, in_turn, name_of
 from lora_fx.files.adapter.swapping import from_file, refuse_more
 from lora_fx.files.adapter.write import save
 from lora_fx.models.between import one_at_a_time
-from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.joining import apart
 from lora_fx.models.restoring import write_together
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.decide import decide, on_modules
@@ -52,7 +53,8 @@ def add(
     """Put one more adapter on an adapted model, in place, beside those that are there.
 
     It is not used before `lora_fx.use` says so; base weights and other adapters stay as they are, and nothing is
-    captured again.  All sites or none get it.
+    captured again.  All sites or none get it.  Every process calls it that holds a part of the model, with the same
+    arguments; factors get the values of the first.
 
     Args:
         tuned: an adapted model.
@@ -71,9 +73,15 @@ def add(
         AdapterFileError, AdapterMismatchError: as `load`; also for an adapter of another base.
     """
     tuned = seen_through(tuned)
-    refuse_sharded(tuned, "a new adapter would be in no shard group of this model", "add it before fully_shard")
     record = whole_record_in(tuned)
     given: Source = rules_or_short(source, target, r, alpha)
+    with apart(tuned):
+        _add(tuned, record, given, adapter, rank, trainable)
+
+
+def _add(
+    tuned: nn.Module, record: ModelRecord, given: Source, adapter: str | None, rank: int | None, trainable: bool
+) -> None:
     if isinstance(given, nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             save(with_values(seen_through(given)), folder)
@@ -210,6 +218,7 @@ def _attach(
         else:
             fill(tuned, [file], names[0])
         peftfiles.refuse_beyond_peft(tuned, [file])
+    placed_beside(tuned, names)
     for name in names:
         for _, one in adapters_called(tuned, name):
             for parameter in one.trained():

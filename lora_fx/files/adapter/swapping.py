@@ -19,8 +19,9 @@ from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, name_of, slices_in
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.models.between import between_calls, one_at_a_time
-from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.fsdp import has_parts, resharded
 from lora_fx.models.restoring import write_together
+from lora_fx.models.shards import part_of, unsharded
 from lora_fx.models.tensors import dotted
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.planning.sites import CONVOLUTIONS
@@ -40,7 +41,7 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
     Nothing is captured or compiled again.  Calls of the model in other threads end before, or begin after the change
     (each token of `generate` is a call, and compiled code does not wait).  A lower rank than the adapter's is filled up
     with zeros; where a file has another scaling, B is multiplied by its ratio to the adapter's.  Dropout stays the
-    adapter's.
+    adapter's.  Every process calls it that holds a part of the model, with the same values.
 
     Args:
         tuned: an adapted model.
@@ -59,9 +60,10 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
     """
     tuned = seen_through(tuned)
     is_whole = any(switch.whole for switch in known_switches(tuned, adapter))
-    refuse_sharded(
-        tuned, "an adapter of a sharded model gets no values from a file", "lora_fx.load_adapter_state, with DTensors"
-    )
+    sharded = has_parts(tuned)
+    if sharded:
+        resharded(tuned)
+        source = {k: unsharded(v) for k, v in source.items()} if isinstance(source, Mapping) else source
     slots = list(adapters_called(tuned, adapter))
     if lost := [(path, "on the meta device") for path, one in slots if one.lora_A.weight.is_meta]:
         raise RefusedError("the adapter has no values here that could be replaced", lost)
@@ -71,6 +73,8 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
         copies = from_file(slots, _file(tuned, source, adapter))
     if is_whole:
         _refuse_beside(tuned, slots, adapter)
+    if sharded:
+        copies = [(target, part_of(value, target)) for target, value in copies]
     with between_calls(tuned):
         write_together(copies)
 
@@ -181,7 +185,7 @@ def _filled(value: Tensor, target: Tensor) -> Tensor:
     """Return the value in the shape of the target, zero where it has no rank."""
     if value.shape == target.shape:
         return value
-    whole = torch.zeros_like(target)
+    whole = torch.zeros(target.shape, dtype=target.dtype, device=target.device)
     whole[tuple(slice(size) for size in value.shape)] = value
     return whole
 
@@ -262,7 +266,7 @@ class _Pair:
         if one.magnitude is not None and saved.magnitude is not None:
             targets.append((one.magnitude.weight, one.magnitude.taken(saved.magnitude)))
         for target, value in targets:
-            yield target, _filled(value.to(target), target)
+            yield target, _filled(value.to(target.device, target.dtype), target)
 
 
 def _invoked(invocation: tuple[int, ...]) -> str:

@@ -19,10 +19,11 @@ from lora_fx.files.adapter.folder import replace_files
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.between import unchanged
-from lora_fx.models.fsdp import is_partitioned, resharded
-from lora_fx.models.shards import by_first, is_sharded
+from lora_fx.models.fsdp import resharded
+from lora_fx.models.shards import by_first, is_sharded, processes_of
 from lora_fx.models.tensors import get_tensor
 from lora_fx.models.wrappers import seen_through, without_wrappers
+from lora_fx.models.zero import is_partitioned
 from lora_fx.text import listing
 from lora_fx.tuned.build import trainable
 
@@ -71,7 +72,7 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str | Non
 
 def by_one_process(tuned: nn.Module, write: Callable[[], None]) -> None:
     """Let one of the processes write that hold parts of what an adapted model trains; the others wait for it."""
-    shared = next(filter(is_sharded, trainable(tuned)), None)
+    shared = max(filter(is_sharded, trainable(tuned)), key=processes_of, default=None)  # some are on a part of a mesh
     if shared is None:
         write()
     else:
