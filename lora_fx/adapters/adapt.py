@@ -17,6 +17,7 @@ from lora_fx.adapters.attach import (
     shown_parameters,
     spec_of,
 )
+from lora_fx.adapters.dicts import modules_beside
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import AdaptedLayer, AdaptedPacked, count_calls_anew, reading, stop_counting
 from lora_fx.adapters.placed import is_trained, placed_in
@@ -40,7 +41,7 @@ from lora_fx.text import dotted
 def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
     """Adapt every site of a plan that has no adapter yet on the module that owns it, in place."""
     twin.__dict__[SWITCH] = record.switch
-    known = {(path, adapter.spec.adapter) for path, adapter in all_attached(twin)}
+    known = {(path, name) for name in plan.adapters for path, _ in all_attached(twin, name)}
     kernels, in_code = read_by_kernels(twin), read_in_graph(twin)
     owners: dict[str, list[PlannedSite]] = {}
     with step("adapting", len(plan.adapted), "sites") as doing:
@@ -61,7 +62,7 @@ def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
         names = [planned.site.weight.rpartition(".")[2] for planned in read]
         adapt(twin.get_submodule(path), names, path in kernels)
     counts = count_calls_anew in twin._forward_pre_hooks.values()
-    if not counts and any(adapter.call is not None for _, adapter in all_attached(twin)):
+    if not counts and any(one.call is not None for name in plan.adapters for _, one in all_attached(twin, name)):
         twin.register_forward_pre_hook(count_calls_anew)
         twin.register_forward_hook(stop_counting, always_call=True)
 
@@ -202,6 +203,8 @@ _KERNELS = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAtte
 
 def read_by_kernels(model: nn.Module) -> set[str]:
     """Return the paths of modules whose weights torch's own layers hand to fused kernels."""
+    if not any(issubclass(kind, tuple(_KERNELS)) for kind in {type(module) for _, module in modules_beside(model)}):
+        return set()
     return {
         dotted(path, name)
         for path, module in model.named_modules(remove_duplicate=False)

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.dicts import AdapterDict, AdapterHome, holding_modules
+from lora_fx.adapters.dicts import AdapterDict, AdapterHome, holding_modules, modules_beside
 from lora_fx.adapters.factors.dora import DoRAMagnitude, fresh_magnitude
 from lora_fx.adapters.factors.initialise import Kind, initialise
 from lora_fx.adapters.factors.kinds import (
@@ -194,9 +195,11 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
         values = unsharded(stored_weight(owner, spec.parameter)).to(first[0].weight.device)
         _holder(home, "lora_magnitude_vector")[name] = fresh_magnitude(values, first[0], second[0], spec)
     for child in CHILDREN:
-        if child in home._modules:
-            home._modules[child].train(owner.training)  # type: ignore[union-attr]
-    return [adapter for adapter in attached_to(owner) if adapter.spec is spec]
+        if (holder := home._modules.get(child)) is not None:
+            holder.training = owner.training
+            if (own := holder._modules.get(name)) is not None:
+                own.train(owner.training)
+    return [adapter for adapter in attached_to(owner, name) if adapter.spec is spec]
 
 
 def _home(owner: nn.Module, spec: AdapterSpec) -> nn.Module:
@@ -282,6 +285,13 @@ def attached(owner: nn.Module, parameter: str = "weight") -> Attached | None:
     return next((adapter for adapter in attached_to(owner) if adapter.spec.parameter == parameter), None)
 
 
+def first_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
+    """Yield (path of the site, adapter) for the first adapter of every module that has some, in model order."""
+    for path, module in holding_modules(model):
+        for adapter in islice(attached_to(module), 1):
+            yield (path if adapter.spec.path_is_owner else dotted(path, adapter.spec.parameter)), adapter
+
+
 def in_use(owner: nn.Module, parameter: str = "weight") -> list[tuple[Attached, float]]:
     """Return the adapters that the call which begins uses at one weight of the module, each with its weight."""
     state: AdapterState | None = owner.__dict__.get(STATE)
@@ -358,7 +368,8 @@ def with_values(tuned: nn.Module) -> nn.Module:
 
 def adapted_owners(model: nn.Module) -> list[nn.Module]:
     """Return every module that owns a weight which is adapted, or was until its last adapter was dropped."""
-    return [module for module in model.modules() if STATE in module.__dict__ or next(attached_to(module), None)]
+    modules = modules_beside(model)
+    return [module for _, module in modules if STATE in module.__dict__ or next(attached_to(module), None)]
 
 
 def owner_path(path: str, adapter: Attached) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_fx.models.walking import named_modules_of
+
 
 class AdapterDict(nn.ModuleDict):
     """Modules by the name of their adapter, which may be that of an attribute of ModuleDict, as `train` is."""
@@ -28,6 +30,11 @@ class AdapterHome(nn.Module):
     def __init__(self, parameter: str) -> None:
         super().__init__()
         self.parameter = parameter
+
+
+def modules_beside(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what `named_modules` yields, in its order, without what is in adapters, of which there may be many."""
+    return named_modules_of(model, (AdapterDict,))
 
 
 def holding_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import all_attached
+from lora_fx.adapters.attach import first_attached
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.models.wrappers import without_wrappers
 
@@ -56,7 +56,7 @@ class Placed:
 def placed_in(model: nn.Module) -> list[Placed]:
     """Return every adapted model that is in this one, or that this one is a part of; none if nothing is adapted."""
     by_record: dict[int, tuple[ModelRecord, Counter[tuple[str, str]]]] = {}
-    for path, adapter in all_attached(model):
+    for path, adapter in first_attached(model):  # several at a site are of one model
         record = adapter.spec.record
         _, prefixes = by_record.setdefault(id(record), (record, Counter()))
         prefixes[_prefixes(without_wrappers(path), without_wrappers(adapter.spec.path))] += 1

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters.dicts import AdapterDict
+from lora_fx.adapters.dicts import AdapterDict, modules_beside
 from lora_fx.adapters.reads import is_distributing, take_over, wants_parameter
 from lora_fx.adapters.selection import Selection, Switch
 from lora_fx.adapters.tokenrows import TokenRows, embedded, looks_up_plainly, multiplied, with_rows
 from lora_fx.errors import RefusedError
 from lora_fx.models.shards import part_of
 from lora_fx.models.swap import MADE_BY, Swapped, original_class, swap, take_off
-from lora_fx.models.walking import as_usual, named_modules_of
+from lora_fx.models.walking import as_usual
 from lora_fx.models.wrappers import inside, module_at
 from lora_fx.text import dotted
 
@@ -301,7 +301,7 @@ def chosen_names(owner: nn.Module) -> tuple[str, ...]:
 
 def trained_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedState]]:
     """Yield (path, module, state) for every module that has several values of something."""
-    for path, module in named_modules_of(model):
+    for path, module in modules_beside(model):
         state = module.__dict__.get(TRAINED)
         if state is not None:
             yield path, module, state

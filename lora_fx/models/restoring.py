@@ -51,8 +51,8 @@ class _Before:
 
     def __init__(self, module: nn.Module, graphs: bool) -> None:
         self._module, self._kind = module, type(module)
-        self._attributes = dict(vars(module))
-        self._tables = [(table, _contents(table)) for name in _TABLES if (table := vars(module).get(name)) is not None]
+        self._attributes = attributes = vars(module).copy()
+        self._filled = {name: table.copy() for name in _TABLES if (table := attributes.get(name))}
         self._graph = deepcopy(module.graph) if graphs and isinstance(module, fx.GraphModule) else None
 
     def restore(self) -> None:
@@ -62,8 +62,9 @@ class _Before:
         for name in attributes.keys() - self._attributes.keys():
             del attributes[name]
         attributes.update(self._attributes)
-        for table, contents in self._tables:
-            _refill(table, contents)
+        for name in _TABLES:
+            if (table := self._attributes.get(name)) is not None:
+                _refill(table, self._filled.get(name, ()))
         if self._graph is not None:
             assert isinstance(self._module, fx.GraphModule)
             self._module.graph = self._graph

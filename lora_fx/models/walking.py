@@ -28,8 +28,11 @@ def _is_usual(kind: type) -> bool:
     return _USUAL.issuperset(own)
 
 
-def named_modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return what `model.named_modules()` yields, in its order; classes that have a method of their own are asked."""
+def named_modules_of(model: nn.Module, beside: tuple[type[nn.Module], ...] = ()) -> list[tuple[str, nn.Module]]:
+    """Return what `model.named_modules()` yields, in its order; classes that have a method of their own are asked.
+
+    Children of the kinds `beside`, and all that is in them, may be left out.
+    """
     found: list[tuple[str, nn.Module]] = []
     met: set[nn.Module] = set()
     usual: set[type] = set()
@@ -48,7 +51,11 @@ def named_modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
         children = module._modules
         if children:
             prefix = f"{path}." if path else ""
-            waiting += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+            waiting += [
+                (prefix + name, child)
+                for name, child in reversed(children.items())
+                if child is not None and not isinstance(child, beside)
+            ]
     return found
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from lora_fx.adapters.dicts import modules_beside
 from lora_fx.capture.captured import Captured
 from lora_fx.models.swap import swap, take_off
 from lora_fx.models.tensors import dotted
-from lora_fx.models.walking import modules_of, named_modules_of
+from lora_fx.models.walking import modules_of
 from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.candidates import structure_of
 from lora_fx.regions.checking import PREFIX, REGION, RunsGraphs
@@ -62,7 +63,7 @@ def uninstall(module: nn.Module) -> None:
 
 def regions(model: nn.Module) -> list[tuple[str, nn.Module, Region]]:
     """Return (path, module, region) for every region of the model."""
-    named = named_modules_of(model)
+    named = modules_beside(model)
     return [(path, module, module.__dict__[REGION]) for path, module in named if REGION in module.__dict__]
 
 

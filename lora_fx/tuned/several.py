@@ -74,7 +74,7 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
         return
     refuse_name(name, names_of(switches))
     record = whole_record_in(tuned)
-    with changing(tuned, record):
+    with changing(tuned, record, renamed=adapter):
         ask_layers(tuned)
         for owner in tuned.modules():
             for one in attached_to(owner):
@@ -92,13 +92,14 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
 
 
 @contextlib.contextmanager
-def changing(tuned: nn.Module, record: ModelRecord) -> Iterator[None]:
+def changing(tuned: nn.Module, record: ModelRecord, renamed: str = "") -> Iterator[None]:
     """Return a context in which the adapters of a model change in place: if anything ends it early, all is as before.
 
-    Values of adapters that were there are not kept.  Calls in other threads see what was before, or what is after.
+    Values of adapters that were there are not kept; nor are names, but for that of the one to be renamed.  Calls in
+    other threads see what was before, or what is after.
     """
     held: list[Held] = [(record, ("added",)), (record.switch, _SWITCHED)]
-    held += [(one.spec, ("lora",)) for _, one in all_attached(tuned)]
+    held += [(one.spec, ("lora",)) for _, one in all_attached(tuned, renamed)]  # none: each adapter has a name
     held += [(state, ("base", "owners", "spare")) for _, _, state in trained_owners(tuned)]
     held += [(region, ("block", "mine")) for _, _, region in regions(tuned)]
     with between_calls(tuned), all_or_nothing(tuned, held, graphs=True):
@@ -142,10 +143,10 @@ def _refuse_trained(tuned: nn.Module, plan: Plan) -> None:
     values = {dotted(path, name) for path, _, state in trained_owners(tuned) for name in state.base}
     facts = [(site.path, "is trained whole") for site in plan.adapted if site.site.weight in values]
     inside = tuple(f"{trained.path}." for trained in plan.train)
-    facts += [(path, "has an adapter") for path, _ in all_attached(tuned) if f"{path}.".startswith(inside)]
     rows = {planned.weight for planned in plan.tokens}
-    adapted = ((path, dotted(owner_path(path, one), one.spec.parameter)) for path, one in all_attached(tuned))
-    facts += [(path, "has an adapter") for path, weight in adapted if weight in rows]
+    for path, one in all_attached(tuned) if inside or rows else ():
+        if f"{path}.".startswith(inside) or dotted(owner_path(path, one), one.spec.parameter) in rows:
+            facts.append((path, "has an adapter"))
     if facts:
         advice = "leave these sites out, or the module out of `train:` and `tokens:`"
         raise RefusedError("an adapter cannot stand beside a weight that another one trains whole", facts, advice)

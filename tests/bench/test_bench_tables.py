@@ -279,5 +279,14 @@ def test_changing_adapters_captures_and_compiles_nothing(capsys):
     assert rows["swap, of a directory"][1] <= 150 * tensors + 3000  # the base is not made again
 
 
+def test_an_adapter_beside_others_takes_no_more_calls_than_the_first(capsys):
+    benchmark("adding").main(["--linears", "40", "--last", "6", "--repeats", "0"])
+    rows = {
+        what: list(map(int, calls)) for what, _, _, *calls in map(cells_of, capsys.readouterr().out.splitlines()[2:])
+    }
+    assert list(rows) == ["the first adapter", "adapter 6"]
+    assert rows["adapter 6"][0] < rows["the first adapter"][0] < rows["the first adapter"][1] < rows["adapter 6"][1]
+
+
 def cells_of(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]

@@ -1,0 +1,92 @@
+"""What one more adapter costs on a model of many layers: `python benchmarks/adding.py` prints it.
+
+A model of 1,001 small linears, adapters of rank 4 on all of them by modules, beside PEFT.  The first adapter, and the
+tenth beside nine others: CPU seconds (the median of several models) and the Python functions that are called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from switch import calls_of
+from torch import nn
+
+import lora_fx
+from tests.support.performance import told
+
+RANK, WIDTH = 4, 8
+RULES = {"version": 1, "rules": [{"match": {"name": "*"}, "lora": {"r": RANK}}]}
+HEADS = ("1,001 linears", "CPU seconds", "of PEFT", "Python calls", "of PEFT")
+Steps = dict[str, Callable[[], object]]
+"""What is measured, by the name of the adapter that it adds."""
+
+
+def base(linears: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(linears)))
+
+
+def ours(linears: int, last: int) -> Steps:
+    """Return the calls that put adapters on one model, the first to the last."""
+    plain, twin = base(linears), list[nn.Module]()
+
+    def first() -> None:
+        twin.append(lora_fx.apply(plain, RULES, backend="modules"))
+
+    def another(number: int) -> Callable[[], object]:
+        return lambda: lora_fx.add(twin[0], RULES, adapter=f"a{number}")
+
+    return {"1": first} | {str(number): another(number) for number in range(2, last + 1)}
+
+
+def peft(linears: int, last: int) -> Steps:
+    """Return the same calls of PEFT."""
+    plain, wrapped = base(linears), list[nn.Module]()
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[str(number) for number in range(linears)])
+
+    def first() -> None:
+        wrapped.append(get_peft_model(plain, config, adapter_name="a1"))
+
+    def another(number: int) -> Callable[[], object]:
+        return lambda: wrapped[0].add_adapter(f"a{number}", config)
+
+    return {"1": first} | {str(number): another(number) for number in range(2, last + 1)}
+
+
+def seconds(step: Callable[[], object]) -> float:
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--linears", type=int, default=1001)
+    parser.add_argument("--last", type=int, default=10, help="the number of adapters")
+    parser.add_argument("--repeats", type=int, default=5, help="0: count only")
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*adapter", module="peft")
+    spent = {kind: dict[str, list[float]]() for kind in (ours, peft)}
+    for _ in range(options.repeats):
+        for kind, times in spent.items():  # in turns, so that both see the same machine
+            for name, step in kind(options.linears, options.last).items():
+                times.setdefault(name, []).append(seconds(step))
+    calls = {kind: {n: calls_of(step) for n, step in kind(options.linears, options.last).items()} for kind in spent}
+    rows = []
+    for name, what in (("1", "the first adapter"), (str(options.last), f"adapter {options.last}")):
+        times = [f"{statistics.median(spent[kind][name]):.2f}" if options.repeats else "" for kind in spent]
+        rows.append((what, *times, *(str(calls[kind][name]) for kind in spent)))
+    told(options.write, "adding", [HEADS, *rows], keys=1)
+
+
+if __name__ == "__main__":
+    main()
