@@ -45,9 +45,11 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def _same_start():
+    from lora_fx.discovery.looks import LOOKS
     from lora_fx.regions.known import KNOWN
 
     KNOWN.clear()  # what other tests have captured
+    LOOKS.clear()
     torch.manual_seed(0)
     threads, path = torch.get_num_threads(), list(sys.path)
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))

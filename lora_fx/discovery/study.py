@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
+from lora_fx.discovery.looks import LOOKS, Look
 from lora_fx.discovery.sites import refuse_unfit, take_inventory, uses_in, uses_in_graph
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse, weight_uses
 from lora_fx.errors import CaptureError, RefusedError
@@ -55,6 +56,8 @@ class Observed:
     """Empty where there are none, or where the model does not run on them here."""
     note: str = ""
     """Why it could not be watched while it ran, or not run."""
+    look: Look | None = None
+    """What is known of it from now on; None where changes to it could not be told."""
 
     def planned(self, decisions: Decisions, backend: str = "auto") -> Plan:
         """Return the plan of what is decided, with each site's backend: "modules" captures nothing.
@@ -71,9 +74,7 @@ class Observed:
 
     def _with_captures(self, decisions: Decisions, notes: tuple[str, ...]) -> Plan:
         """Return the plan with the graphs that are captured; without samples, those that are provably safe to trace."""
-        with trial_twin(self.model) as twin, step(total=10, share=CAPTURING):
-            wanted = [site.path for site in decisions.adapted]
-            captured = survey(twin, self.samples, wanted) if self.samples else survey_symbolically(twin, wanted)
+        captured = self._surveyed([site.path for site in decisions.adapted])
         passes = foreseen_passes(captured, decisions, self.model)
         sites = tuple(_with_backend(site, captured, passes) for site in decisions.sites)
         if not self.samples and any(site.decision == "adapt" and site.backend == "module" for site in sites):
@@ -85,18 +86,33 @@ class Observed:
         capture = Study(captured, self.samples)
         return Plan.of(decisions, sites=sites, notes=notes, regions=regions, capture=capture)
 
+    def _surveyed(self, wanted: list[str]) -> Survey:
+        """Return which submodules run as graphs, as it is known or found out now."""
+        if self.look is not None and (captured := self.look.survey(wanted)) is not None:
+            left_out(CAPTURING)
+            return captured
+        with trial_twin(self.model) as twin, step(total=10, share=CAPTURING):
+            captured = survey(twin, self.samples, wanted) if self.samples else survey_symbolically(twin, wanted)
+        if self.look is not None:
+            self.look.keep(wanted, captured)
+        return captured
+
 
 def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | None = None) -> Observed:
     """Return the model with how it uses its weights, seen in a run of each sample in eval mode; it stays unchanged.
 
     A twin runs.  Without samples, and for a GraphModule, nothing runs; `known` tells how raw parameters are used where
-    no run shows it.
+    no run shows it.  What was found out about the same model and inputs, as long as nothing has changed, is not again.
 
     Raises:
         RefusedError: the model cannot be adapted at all.
         CaptureError: the model refuses the user's own inputs.
     """
     refuse_unfit(model)
+    state = LOOKS.state(model, tried) if not known else None
+    if state is not None and (look := LOOKS.of(model, state)) is not None:
+        left_out(1)
+        return Observed(model, look.inventory, tried.items if look.runs else (), look.note, look)
     model, tried = _outlined(model, tried)
     uses, samples, note = None, tried.items, ""
     runs = not isinstance(model, fx.GraphModule)
@@ -110,7 +126,10 @@ def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | 
     if known:
         uses = uses or NOTHING_SHOWN
         uses = replace(uses, weights={**known, **uses.weights})
-    return Observed(model, take_inventory(model, uses), samples, note)
+    inventory = take_inventory(model, uses)
+    if state is None or (samples and samples is not tried.items):
+        return Observed(model, inventory, samples, note)
+    return Observed(model, inventory, samples, note, LOOKS.learn(model, state, inventory, bool(samples), note))
 
 
 def _outlined(model: nn.Module, tried: Samples) -> tuple[nn.Module, Samples]:

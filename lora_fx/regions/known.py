@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -74,9 +74,15 @@ class KnownGraphs:
             self._kinds.move_to_end(kind)
             return self._kinds[kind]
 
+    def holds(self, graphs: Iterable[Captured]) -> bool:
+        """Whether all these graphs are kept here: then they hold on to no model and no values."""
+        with self._lock:
+            kept = {id(known.captured) for kind in self._kinds.values() for known in kind}
+        return kept.issuperset(map(id, graphs))
+
     def learn(self, kind: Hashable, known: Known, instead: Captured | None = None) -> None:
         """Keep a graph, in the place of one that it makes superfluous; not if it holds on to a model or to values."""
-        if not self._most or _keeps_alive((kind, known)):
+        if not self._most or keeps_alive((kind, known)):
             return
         with self._lock:
             others = (other for other in self._kinds.pop(kind, ()) if other.captured is not instead)
@@ -106,7 +112,7 @@ def kind_of(module: nn.Module) -> Hashable:
     return structure_of(module), tuple(original_class(inner).forward for inner in modules_of(module))
 
 
-def _keeps_alive(root: object) -> bool:
+def keeps_alive(root: object) -> bool:
     """Whether there is a way from an object to a module, or to a tensor with values, that leads through no library."""
     seen = {id(root)}
     waiting = [root]
