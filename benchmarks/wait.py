@@ -3,14 +3,16 @@
 Seconds of processor time of a forward of the example inputs, of `plan` and `apply`, of the module backend and of PEFT's
 `get_peft_model`; and how often the model ran, whole and only to show what its blocks are called with.  Each model
 is made in a process of its own, after a small one of the same class, so that imports are not measured; what that one
-has captured is forgotten.  With `--next`, what is done for the first model of a class and for the next one: how often a
-block is captured, a graph compared with a forward, and the model run; and how many functions written in Python are
-called, in thousands, a generator counting each time that it goes on.
+has captured is forgotten.  With `--next`, what is done for the first model of a class, the next one and that
+once more: how often a block is captured, a graph compared with a forward, and the model run; how many functions written
+in Python are called, in thousands, a generator counting each time that it goes on; and the FLOPs of products, attention
+and convolutions, backward passes included, over those of one forward of the inputs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import multiprocessing
@@ -26,12 +28,16 @@ from typing import Any, TypeVar
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import lora_fx
-from lora_fx.models.samples import Sample
+from lora_fx.discovery import study
+from lora_fx.discovery.looks import LOOKS
+from lora_fx.models.samples import Sample, samples_for
 from lora_fx.models.torch_internals import function_modes
-from lora_fx.regions import learning
+from lora_fx.regions import checking, learning, survey
 from lora_fx.regions.checking import Replay
 from lora_fx.regions.known import KNOWN
 from lora_fx.regions.thin import ThinLinears
@@ -39,7 +45,7 @@ from tests.support.performance import told
 
 T = TypeVar("T")
 HEAD = ("model", "inputs", "forward", "plan", "apply", "over forward", "modules", "PEFT", "runs whole", "shows")
-NEXT = ("model", "inputs", "which", "captures", "compared", "runs whole", "shows", "Python calls")
+NEXT = ("model", "inputs", "which", "captures", "compared", "runs whole", "shows", "Python calls", "FLOPs over forward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +78,25 @@ class Case:
         return lora_fx.call(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
+@dataclass(slots=True)
+class Runs:
+    whole: int = 0
+    shown: int = 0
+
+
+RUNS = Runs()
+"""Since it was last set to none.  Not of a class: a model whose classes change is looked at again."""
+
+
 class Counted(nn.Module):
     """Mixin that counts the runs of a model and of its twins."""
-
-    whole = 0
-    shown = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         result = super().forward(*args, **kwargs)  # a run that the model refuses does not count
         if any(isinstance(mode, ThinLinears) for mode in function_modes()):
-            Counted.shown += 1
+            RUNS.shown += 1
         else:
-            Counted.whole += 1
+            RUNS.whole += 1
         return result
 
 
@@ -114,6 +127,7 @@ def warm_up(case: Case, sample: Sample | None) -> None:
     """Adapt a small model of the class, and forget its graphs."""
     lora_fx.apply(case.model(small=True), r=8, target="all-linear", example_inputs=sample)
     KNOWN.clear()
+    LOOKS.clear()
 
 
 def counted(where: Any, name: str) -> list[None]:
@@ -147,19 +161,89 @@ def calls_of(work: Callable[[], object]) -> int:
     return calls
 
 
-def compared(case: Case) -> Iterator[tuple[str, ...]]:
-    """Yield a line for the first model of a class and one for the next, whose weights are others."""
-    sample = case.sample()
+class Flops(TorchDispatchMode):
+    """Adds up the FLOPs of products, attention and convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        self.sum += formula(*args, **(kwargs or {}), out_val=result) if formula is not None else 0
+        return result
+
+
+@contextlib.contextmanager
+def flops() -> Iterator[Flops]:
+    """Give the sum of what runs of models and of blocks compute; around these there is no mode that could be seen."""
+    counting = Flops()
+    places = ((study, "weight_uses"), (survey, "_run"), (survey, "_sends_gradients"), (checking, "in_clean_thread"))
+    before = [(where, name, getattr(where, name)) for where, name in places]
+
+    inside = threading.local()
+
+    def counted_in(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if hasattr(inside, "already"):
+                return function(*args)
+            inside.already = True
+            try:
+                with counting:
+                    return function(*args)
+            finally:
+                del inside.already
+
+        return run
+
+    for where, name, function in before:
+        threads = name == "in_clean_thread"
+        seen = (lambda work: IN_CLEAN_THREAD(counted_in(work))) if threads else counted_in(function)
+        setattr(where, name, seen)
+    try:
+        yield counting
+    finally:
+        for where, name, function in before:
+            setattr(where, name, function)
+
+
+IN_CLEAN_THREAD = checking.in_clean_thread
+
+
+def tries(case: Case, sample: Sample | None) -> Iterator[tuple[str, functools.partial[nn.Module]]]:
+    """Yield what adapts the first model of a class, the next one, whose weights are others, and that one again."""
     warm_up(case, sample)
+    settings: dict[str, Any] = {"r": 8, "target": "all-linear", "example_inputs": sample}
+    yield "first", functools.partial(lora_fx.apply, case.model(), **settings)
+    model = case.model()
+    yield "next", functools.partial(lora_fx.apply, model, **settings)
+    yield "again", functools.partial(lora_fx.apply, model, **settings)
+
+
+def compared(case: Case) -> Iterator[tuple[str, ...]]:
+    """Yield a line for each of the tries."""
+    sample = case.sample()
+    computed = [over_forward(case, adapt) for _, adapt in tries(case, sample)]
     captures, proofs = counted(learning, "capture"), counted(Replay, "difference")
-    for which in ("first", "next"):
-        adapt = functools.partial(lora_fx.apply, case.model(), r=8, target="all-linear", example_inputs=sample)
-        Counted.whole = Counted.shown = 0
+    for (which, adapt), ratio in zip(tries(case, sample), computed, strict=True):
+        RUNS.whole = RUNS.shown = 0
         captures.clear()
         proofs.clear()
         calls = calls_of(adapt)
-        numbers = (len(captures), len(proofs), Counted.whole, Counted.shown)
-        yield (case.name, named(case), which, *map(str, numbers), f"{calls / 1000:.0f}")
+        numbers = (len(captures), len(proofs), RUNS.whole, RUNS.shown)
+        yield (case.name, named(case), which, *map(str, numbers), f"{calls / 1000:.0f}", f"{ratio:.2f}")
+
+
+def over_forward(case: Case, adapt: functools.partial[nn.Module]) -> float:
+    """Return the FLOPs of what adapts a model over those of a forward of its inputs."""
+    model = adapt.args[0]
+    sample = samples_for(model, case.sample()).items[0]
+    with flops() as computed:
+        adapt()
+    with Flops() as one, torch.no_grad():
+        model(*sample.args, **sample.kwargs)
+    return computed.sum / one.sum
 
 
 def named(case: Case) -> str:
@@ -175,10 +259,10 @@ def measured(case: Case) -> Iterator[str]:
     if sample is not None:
         with torch.no_grad():
             forward = min(seconds(lambda: model(*sample.args, **sample.kwargs))[0] for _ in range(3))
-    Counted.whole = Counted.shown = 0
+    RUNS.whole = RUNS.shown = 0
     plan_time, plan = seconds(lambda: lora_fx.plan(model, r=8, target="all-linear", example_inputs=sample))
     apply_time, _ = seconds(lambda: lora_fx.apply(model, plan))
-    whole, shown = Counted.whole, Counted.shown
+    whole, shown = RUNS.whole, RUNS.shown
     modules, _ = seconds(lambda: lora_fx.apply(model, r=8, target="all-linear", backend="modules"))
     peer, _ = seconds(lambda: get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")))
     yield case.name
