@@ -24,6 +24,8 @@ _METHODS: dict[str, tuple[Any, ...]] = {
 """By what a class may be copied if its objects are copied attribute by attribute."""
 _INHERITED = ("__getstate__", "__setstate__")
 """Which methods of `nn.Module`, as they are now, it must have besides: torch's compiler replaces one of them."""
+_GIVEN_TO_ALL = nn.Module().__dict__.keys()
+"""The attributes of every module of this version of torch; one of an older file may lack some."""
 _OF_OBJECTS = {
     "__new__": object.__new__,
     "__reduce_ex__": object.__reduce_ex__,
@@ -59,7 +61,10 @@ def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for own, name in left:
         own[name] = copied_value(own[name], memo)
     for made, own in attributes:
-        nn.Module.__setstate__(made, own)  # type: ignore[no-untyped-call]
+        if own.keys() >= _GIVEN_TO_ALL:  # then that is all that torch does
+            object.__setattr__(made, "__dict__", own)
+        else:
+            nn.Module.__setstate__(made, own)  # type: ignore[no-untyped-call]
     duplicate: nn.Module = memo[id(module)]
     return duplicate
 

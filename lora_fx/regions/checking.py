@@ -71,9 +71,11 @@ class Replay:
         self.ambient = ambient_state(devices)
         self.random = RandomState(self.ambient.devices)
 
-    def again(self, copy: Callable[[Tensor], Tensor] = _copy) -> ModuleCall:
-        """Return the call with a copy of the module and of the arguments: a forward may write to both."""
-        module = stand_in(self._before)
+    def again(self, copy: Callable[[Tensor], Tensor] = _copy, module: nn.Module | None = None) -> ModuleCall:
+        """Return the call with a copy of the arguments and, unless one is given, of the module: a forward may write
+        to both.
+        """
+        module = stand_in(self._before) if module is None else module
         return ModuleCall(module, module.forward, *copied((self.call.args, self.call.kwargs), copy))
 
     def difference(self, program: Program, match: Match, answer: Any) -> str | None:
@@ -112,7 +114,7 @@ class Replay:
             after.restore()
 
     def _differs_from_answer(self, program: Program, match: Match, answer: Any, after: RandomState) -> str | None:
-        mine = self.again()
+        mine = self.again(module=self._before if program.leaves_module else None)
         inputs = match(self.call.module, mine.args, mine.kwargs)
         if isinstance(inputs, int):
             return f"its own guard refuses it: {program.guard.reasons[inputs]}"

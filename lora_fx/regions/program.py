@@ -83,6 +83,9 @@ class Program:
     labelled: Labelled | None = None
     """Its code for the rows that somebody asks for; None if it has none."""
     why_not_labelled: str = ""
+    leaves_module: bool = False
+    """Whether its code can change nothing of a module but what copies of it share: it reads parameters only, and calls
+    no submodule as a whole."""
     ones: set[frozenset[str]] = field(default_factory=set)
     """Sets of symbolic sizes for which it has been proven right when they are 1."""
 
@@ -214,6 +217,7 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     program = Program(
         captured, guard, graph, function, fast, fast_passes, packed, why, checks, frozenset(computes), static
     )
+    program.leaves_module = _leaves_module(graph, module)
     if {LIVENESS, LOSS} <= set(passes) and not checks:
         program.labelled, program.why_not_labelled = _labelled(graph_module, module, passes, captured)
     if COMPILE in passes:
@@ -222,6 +226,14 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
         except Unfit as reason:
             program.why_not_compiled = str(reason)
     return program
+
+
+def _leaves_module(graph: fx.Graph, module: nn.Module) -> bool:
+    """Whether a graph calls no submodule as a whole, and reads parameters and layers with their adapters only."""
+    if any(node.op == "call_module" for node in graph.nodes):
+        return False
+    names = [str(node.target) for node in graph.nodes if node.op == "get_attr" and node.target != ITSELF]
+    return all(isinstance(attribute_at(module, name), (nn.Parameter, nn.Module)) for name in names)
 
 
 def _lifted(graph_module: fx.GraphModule, module: nn.Module, captured: Captured) -> Lifted:
@@ -299,6 +311,8 @@ def _optimised(
 
     The function is None where none of them did.
     """
+    if not any(step.name in passes for step in _OPTIMISATIONS):
+        return None, ()
     copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
     apply_pass(Inline(), Editor(copied))
     return _optimise(copied, module, passes)

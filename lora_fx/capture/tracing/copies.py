@@ -6,6 +6,7 @@ plain object that it holds, gets a dynamic subclass of its class that reports ca
 """
 
 import sys
+from collections import OrderedDict
 from types import MethodType
 from typing import Any
 
@@ -26,6 +27,8 @@ from lora_fx.models.walking import buffers_in, modules_of, named_modules_of, par
 
 _LISTENER = "_lora_fx_listener"
 _PATH = "_lora_fx_access"
+_HOLD_NONE = THEMSELVES | {dict, OrderedDict, set}
+"""Types of attributes that are no tensor, module or sequence of them."""
 _INTERNAL = frozenset({*vars(nn.Module()), *vars(nn.Module), _LISTENER, _PATH}) - {"training"}
 
 
@@ -254,7 +257,7 @@ def _shared(module: nn.Module) -> list[object]:
     own = {*map(id, modules), *map(id, buffers_in(modules))}
     for child in modules:
         for value in child.__dict__.values():
-            if type(value) in THEMSELVES:
+            if type(value) in _HOLD_NONE:
                 continue
             for item in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(item, (Tensor, nn.Module)) and id(item) not in own:
