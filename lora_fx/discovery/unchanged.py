@@ -160,7 +160,7 @@ class _Walk:
             self.facts.append(kind.__name__)
         else:
             self._same(kind)
-            self._waiting += [vars(part)] if hasattr(part, "__dict__") else []
+            self._waiting += _attributes(part)
         if isinstance(part, (set, frozenset)):
             if not all(type(item) in _CONSTANTS for item in part):
                 raise ChangesUnseen("a set of objects")
@@ -201,8 +201,7 @@ class _Walk:
             if id(base) not in self._seen:
                 self._seen[id(base)] = (len(self._seen), base)
                 self._class(base)
-        own = [vars(part)] if hasattr(part, "__dict__") else []
-        self._inside(id(kind), own + [getattr(part, name) for name in slots if hasattr(part, name)])
+        self._inside(id(kind), _attributes(part) + [getattr(part, name, None) for name in slots])
 
     def _class(self, kind: type) -> None:
         """Note the code of a class, and what its module has besides: a flag, a function that somebody may replace."""
@@ -227,6 +226,11 @@ class _Walk:
         if type(value) in (list, tuple, dict, set):
             parts = [*value, *value.values()] if isinstance(value, dict) else value
             yield tuple(repr(part) if type(part) in _CONSTANTS else id(part) for part in parts)
+
+
+def _attributes(part: Any) -> list[Any]:
+    """Return the table of an object's attributes, if it has one."""
+    return [own] if (own := getattr(part, "__dict__", None)) is not None else []
 
 
 def _some_values(tensor: Tensor) -> int | None:
