@@ -128,7 +128,7 @@ def apply(
             "graph" refuses what is in no graph; "modules" captures nothing.
         optimise: whether graphs are cheaper to train by "stack" (siblings share one product by A) and "recompute"
             (cheap inputs are not kept), or names, also "loss" (logits that only a loss reads are never whole), "halve"
-            (activations in bfloat16), "compile" (torch.compile), "liveness" (no padding).  Calls may round otherwise.
+            (activations in bfloat16), "attention" (not kept), "compile", "liveness" (no padding).  Calls may round.
         target: in place of rules, as for `plan`, as are `r`, `alpha` and `progress`: `apply(model, r=8, target="*")`.
 
     Raises:

@@ -1,7 +1,7 @@
 """What graphs on packed rows call in the place of what asks for sizes, reshapes, drops out or returns."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -9,9 +9,24 @@ from torch import Tensor
 from lora_fx.liveness.padding import Rows, packed_rows, unpacked_rows
 
 
+class HasSizes(Protocol):
+    """What knows how many sequences there are, and of what length."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+
 def whole_size(x: Tensor, rows: Rows, asked: int | str | None) -> Any:
     """Return the size that x has with all its rows; stands in graphs."""
-    shape = torch.Size((rows.batch, rows.length, *x.shape[2:]))
+    return size_of(rows, x.shape[2:], asked)
+
+
+def size_of(rows: HasSizes, behind: Sequence[int], asked: int | str | None) -> Any:
+    """Return the size of a tensor [batch, length, *behind] of all rows, or of one sequence; stands in graphs."""
+    shape = torch.Size((rows.batch, rows.length, *behind))
     if asked == "numel":
         return shape.numel()
     if asked == "is_contiguous":

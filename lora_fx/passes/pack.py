@@ -73,6 +73,8 @@ class Pack(Pass):
     captured: Captured
     name: str = "pack"
     packing: Packing | None = field(default=None, init=False)
+    reading: "Reading | None" = field(default=None, init=False)
+    """What it has found the nodes to be."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         if any(writes(node) for node in graph_module.graph.nodes):
@@ -81,7 +83,7 @@ class Pack(Pass):
             raise NotPacked("the dropout of adapters draws for rows of padding too")
 
     def run(self, editor: Editor) -> None:
-        reading = Reading(editor.graph_module, self.captured)
+        self.reading = reading = Reading(editor.graph_module, self.captured)
         masks = list(reading.masks())
         self.packing = _packing(reading, masks)
         _Rewriting(editor, reading).rewrite()

@@ -38,19 +38,27 @@ class Recompute(Pass):
     name: str = "recompute"
 
     def run(self, editor: Editor) -> None:
-        # a statement that changes an object, such as a cache of keys, does no harm
-        changes_no_tensor = (set_attribute, set_item, append_item)
-        if any(writes(node) and node.target not in changes_no_tensor for node in editor.graph.nodes):
-            return
-        for number, node in enumerate(list(editor.graph.nodes)):
-            if node.target is adapted_siblings or is_adapted_linear(node, editor.graph_module):
-                chain = _chain(node)
-                if chain is not None and _may_move(node, chain.x, editor.graph_module):
-                    _rewrite(editor, node, chain, f"adapted_making_{number}")
+        make_again(editor, _chain, "adapted_making")
+
+
+def make_again(editor: Editor, chain_of: "Callable[[fx.Node], Chain | None]", name: str) -> None:
+    """Let each call of adapted layers make its input from where the chain begins that `chain_of` gives for the call.
+
+    Not in a graph that writes to tensors in place, nor across random numbers.
+    """
+    # a statement that changes an object, such as a cache of keys, does no harm
+    changes_no_tensor = (set_attribute, set_item, append_item)
+    if any(writes(node) and node.target not in changes_no_tensor for node in editor.graph.nodes):
+        return
+    for number, node in enumerate(list(editor.graph.nodes)):
+        if node.target is adapted_siblings or is_adapted_linear(node, editor.graph_module):
+            chain = chain_of(node)
+            if chain is not None and _may_move(node, chain.x, editor.graph_module):
+                _rewrite(editor, node, chain, f"{name}_{number}")
 
 
 @dataclass(slots=True)
-class _Chain:
+class Chain:
     """Operations that end in `x`, in the order in which they were found: users before what they use."""
 
     x: fx.Node
@@ -95,24 +103,24 @@ def _root(node: fx.Node) -> fx.Node:
     return node
 
 
-def _chain(call: fx.Node) -> _Chain | None:
+def _chain(call: fx.Node) -> Chain | None:
     """Return the chain before a call of adapted layers that saves the most; None if none saves anything."""
     x = call.args[0]
     assert isinstance(x, fx.Node)
-    best = max(itertools.islice(_chains(x), _LONGEST), key=_Chain.gain, default=None)
+    best = max(itertools.islice(_chains(x), _LONGEST), key=Chain.gain, default=None)
     return best if best is not None and best.gain() > 0 else None
 
 
-def _chains(x: fx.Node) -> Iterator[_Chain]:
+def _chains(x: fx.Node) -> Iterator[Chain]:
     """Yield longer and longer chains: each takes in the cheapest operation, of equals the latest, that it can.
 
     Such an operation is repeatable and has no user outside but for x.
     """
-    chain = _Chain(x, [])
+    chain = Chain(x, [])
     fit = [x] if is_repeatable(x) else []
     while fit:
         cheapest = max(fit, key=lambda source: (-work_of(source), source))
-        chain = _Chain(x, [*chain.nodes, cheapest])
+        chain = Chain(x, [*chain.nodes, cheapest])
         yield chain
         fit = [source for source in chain.inputs if is_repeatable(source) and source.users.keys() <= set(chain.nodes)]
 
@@ -132,7 +140,7 @@ def _may_move(call: fx.Node, x: fx.Node, graph_module: fx.GraphModule) -> bool:
     return True
 
 
-def _rewrite(editor: Editor, call: fx.Node, chain: _Chain, name: str) -> None:
+def _rewrite(editor: Editor, call: fx.Node, chain: Chain, name: str) -> None:
     """Let the call take the chain's inputs, and make its own input from them."""
     layers: list[Any] = list(call.args[1:])
     inputs, x = chain.inputs, chain.x
@@ -161,7 +169,7 @@ def _replace(editor: Editor, call: fx.Node, results: list[fx.Node], site: str) -
     editor.erase(call, site)
 
 
-def _function_of(chain: _Chain) -> Callable[..., Tensor]:
+def _function_of(chain: Chain) -> Callable[..., Tensor]:
     """Return the chain as a function of its inputs."""
     graph = fx.Graph()
     made = {node: graph.placeholder(f"x{number}") for number, node in enumerate(chain.inputs)}

@@ -22,19 +22,35 @@ from lora_fx.passes.rowwise import (
 
 _KEEPS_SHAPE = frozenset({"softmax", "log_softmax"})
 _ALONG = frozenset({"mean", "sum", "amax", "amin", "var", "norm", "logsumexp"})
+_REPEATS = frozenset({"view", "reshape", "expand"})
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten"})
 
 
-def token_axes(reading: Reading) -> dict[fx.Node, int]:
-    """Return the dimension of the tokens for each node of a graph that holds rows, as far as it can be followed."""
+def token_axes(reading: Reading, repeats: bool = False) -> dict[fx.Node, int]:
+    """Return the dimension of the tokens for each node of a graph that holds rows, as far as it can be followed.
+
+    Args:
+        reading: of the graph.
+        repeats: whether to follow what repeats keys for groups of heads, through expansions and changes of shape.
+    """
     axes: dict[fx.Node, int] = {}
     for node, state in reading.state.items():
         if node.op == "output" or state == FIXED:
             continue
         axis = 1 if state == ROWS else _axis(node, reading, axes)
+        if axis is None and repeats and operation(node) in _REPEATS and node.all_input_nodes[0] in axes:
+            axis = _unmoved(node, reading, axes[node.all_input_nodes[0]])
         if axis is not None and (operation(node) in SPLITS or _has_tokens(node, axis, reading)):
             axes[node] = axis
     return axes
+
+
+def _unmoved(node: fx.Node, reading: Reading, axis: int) -> int | None:
+    """Return where tokens are after a change of shape that leaves the batch, the tokens and all behind them."""
+    before, after = reading.shape(node.all_input_nodes[0]) or (), reading.shape(node) or ()
+    place = axis + len(after) - len(before)
+    keeps = place > 0 and before[axis:] == after[place:] and before[:1] == after[:1] == reading.lead[:1]
+    return place if keeps and (operation(node) != "expand" or place == axis) else None
 
 
 def _has_tokens(node: fx.Node, axis: int, reading: Reading) -> bool:

@@ -15,6 +15,8 @@ from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.recording import of_shape
 from lora_fx.models.code import UncompiledGraph, compiled
 from lora_fx.models.tensors import attribute_at
+from lora_fx.passes.apart import Apart
+from lora_fx.passes.attend import Attend
 from lora_fx.passes.contract import Pass, apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
@@ -30,7 +32,7 @@ from lora_fx.regions.labelling import Labelled
 from lora_fx.regions.packing import Packed
 
 _USUAL: tuple[Pass, ...] = (Stack(), Recompute())
-_OPTIMISATIONS: tuple[Pass, ...] = (*_USUAL, Halve())
+_OPTIMISATIONS: tuple[Pass, ...] = (*_USUAL, Attend(), Halve())
 USUAL = tuple(optimisation.name for optimisation in _USUAL)
 """What is done to programs to make training cheaper."""
 COMPILE = "compile"
@@ -284,8 +286,10 @@ def _packed(
         apply_pass(pack, Editor(copied))
     except NotPacked as reason:
         return None, str(reason)
-    function, _ = _optimise(copied, module, passes)
     assert pack.packing is not None
+    assert pack.reading is not None
+    apply_pass(Apart(pack.reading), Editor(copied))
+    function, _ = _optimise(copied, module, passes)
     return Packed(function or compiled(copied.graph, _title(module)), pack.packing), ""
 
 

@@ -377,5 +377,5 @@ def test_the_comparison_finds_a_loss_or_a_gradient_that_is_wrong(
 
 
 def test_an_unknown_name_is_refused_and_the_known_ones_are_listed():
-    with pytest.raises(ValueError, match="stack, recompute, halve, compile, loss"):
+    with pytest.raises(ValueError, match="stack, recompute, attention, halve, compile, loss"):
         adapted(llama(), ["lost"])
