@@ -18,8 +18,8 @@ from lora_fx.bench.counters import flops
 from lora_fx.errors import RefusedError
 from lora_fx.liveness.rows import LazyRows
 from lora_fx.regions.install import regions
-from tests.regions.test_packing import BATCH, LENGTH, assert_same_step, bert, gradients, llama, padded
-from tests.regions.test_packing import pair as pair_of
+from tests.support.paddedmodels import BATCH, LENGTH, assert_same_step, bert, gradients, in_float32, llama, padded
+from tests.support.paddedmodels import pair as pair_of
 
 transformers = pytest.importorskip("transformers")
 LEFT_OUT = ["stack", "recompute", "liveness", "loss"]
@@ -243,7 +243,7 @@ def test_rows_asked_for_after_an_optimisers_step_are_an_error(optimiser: Any) ->
 
 
 def test_autocast_that_was_on_is_on_when_rows_are_made() -> None:
-    late, plain = pair(llama().float(), labelled())
+    late, plain = pair(in_float32(llama), labelled())
     found = []
     for model in (late, plain):
         for _ in range(2):  # the first captures, as no sample was under autocast
@@ -302,7 +302,7 @@ def test_code_that_is_not_the_forward_is_found_and_given_up(monkeypatch: pytest.
     import lora_fx.passes.labels as labels
 
     monkeypatch.setattr(labels, "at_tokens", wrong_tokens)
-    late, plain = pair(llama(), labelled())
+    late, plain = pair(copy.deepcopy(llama()), labelled())  # of which nothing has been proven
     assert_same_step(late, plain, its_loss, **labelled())
     assert calls(late) == (0, 0)
     assert "labels: on the rows that are asked for" in str(lora_fx.inspect(late))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from tests.support.kept import copy_of
 
 pytest.importorskip("transformers")
 
@@ -54,7 +55,11 @@ def rules(invocation: list[int] | None = INVOCATION, name: str = NAMES, **more: 
 
 
 def invoked(inputs: Any = None, model: nn.Module | None = None, **options: Any) -> nn.Module:
-    """Return the model with the adapter "default"; with inputs, as graphs."""
+    """Return the model with the adapter "default"; with inputs, as graphs, which copies of `llama()` share."""
+    return copy_of(_invoked, inputs, **options) if model is None else _invoked(inputs, model, **options)
+
+
+def _invoked(inputs: Any, model: nn.Module | None = None, **options: Any) -> nn.Module:
     base = llama() if model is None else model
     torch.manual_seed(1)
     return lora_fx.apply(base, rules(), inputs, backend="auto" if inputs else "modules", **options)
@@ -74,6 +79,16 @@ def in_peft(model: nn.Module, name: str = "default", invocation: list[int] | Non
     return peft.get_peft_model(copy.deepcopy(model), config, adapter_name=name).eval()
 
 
+def pair(inputs: Any = None) -> tuple[nn.Module, Any]:
+    """Return a model of ours, which came from PEFT, and PEFT's: with the same values."""
+    return copy_of(_pair, inputs)
+
+
+def _pair(inputs: Any) -> tuple[nn.Module, Any]:
+    theirs = in_peft(llama())
+    return lora_fx.from_peft(theirs, inputs), theirs
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return the gradients of the factors, by path and factor."""
     found = {}
@@ -90,6 +105,10 @@ def logits(model: nn.Module, **given: Tensor) -> Tensor:
 
 def two(inputs: Any = None) -> nn.Module:
     """Return a model with "default", which acts from its invocation on, "plain", and "other" with another one."""
+    return copy_of(_two, inputs)
+
+
+def _two(inputs: Any) -> nn.Module:
     tuned = invoked(inputs)
     for name, tokens in (("plain", None), ("other", prompts()[2, 4:6].tolist())):
         torch.manual_seed(len(name))

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+import lora_fx
+from tests.support.kept import copy_of
+
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 SIZES = {
     "hidden_size": 16, "vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -30,3 +33,17 @@ def model(implementation: str, kind: str = "mixtral") -> nn.Module:
 
 def rules(*names: str, **lora: Any) -> dict[str, Any]:
     return {"rules": [{"match": {"name": list(names)}, "lora": {"r": 2, "init": "random", "alpha": 16, **lora}}]}
+
+
+def adapted(implementation: str, first: dict[str, Any], kind: str) -> nn.Module:
+    torch.manual_seed(1)
+    return lora_fx.apply(model(implementation, kind), first, {"input_ids": IDS})
+
+
+def two(implementation: str, first: dict[str, Any], second: dict[str, Any], kind: str = "mixtral") -> nn.Module:
+    """Return a model with the adapters "a", by the first rules, and "b"."""
+    tuned = copy_of(adapted, implementation, first, kind)
+    lora_fx.rename(tuned, "default", "a")
+    torch.manual_seed(2)
+    lora_fx.add(tuned, second, adapter="b")
+    return tuned

@@ -170,6 +170,11 @@ def _applied(peer: Peer, dropout: float, config: tuple[tuple[str, Any], ...], op
 _kept = functools.cache(_applied)
 
 
+@functools.cache
+def _kept_modules(peer: Peer, dropout: float, config: tuple[tuple[str, Any], ...]) -> nn.Module:
+    return lora_fx.apply(peer.build(**dict(config)), rules(r=2, dropout=dropout), backend="modules")
+
+
 def adapted(
     peer: Peer,
     backend: str = "auto",
@@ -185,7 +190,7 @@ def adapted(
     """
     options = (dropout, tuple(config.items()), optimise)
     if backend == "modules":
-        tuned = lora_fx.apply(peer.build(**config), rules(r=2, dropout=dropout), backend="modules")
+        tuned = copy.deepcopy(_kept_modules(peer, dropout, tuple(config.items())))
     else:
         tuned = _applied(peer, *options) if fresh else copy.deepcopy(_kept(peer, *options))
     if random:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from tests.support.kept import copy_of, kept
 
 transformers = pytest.importorskip("transformers")
 UPPER = {"version": 1, "rules": [{"match": {"name": "**.{layers,layer}.{2..3}.**"}, "lora": {"r": 4, "alpha": 8}}]}
@@ -17,12 +18,14 @@ SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_atten
 ROWS, LENGTH = 10, 12
 
 
+@kept
 def llama(**more: Any) -> nn.Module:
     torch.manual_seed(0)
     settings = {**SIZES, "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0, **more}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
 
 
+@kept
 def bert(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
     off = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -43,6 +46,10 @@ def rows(chosen: Iterable[int]) -> dict[str, Tensor]:
 
 def adapted(model: nn.Module, **settings: Any) -> nn.Module:
     """Return an adapted model in train mode, always with the same adapters, B not 0."""
+    return copy_of(_adapted, model, **settings)
+
+
+def _adapted(model: nn.Module, **settings: Any) -> nn.Module:
     inputs = {name: value for name, value in rows(range(4)).items() if name != "labels"}
     tuned = lora_fx.apply(model, UPPER, inputs, **settings)
     generator = torch.Generator().manual_seed(3)

@@ -140,7 +140,7 @@ def writes(layer: nn.Module, how: str) -> None:
     "how", ["in place", "through data", "one entry through data", "another parameter", "another data"]
 )
 def test_changed_base_weights_are_seen_however_they_were_changed(how: str) -> None:
-    expected, tuned = adapted(llama()), adapted(copy.deepcopy(llama()))
+    expected, tuned = adapted(llama()), adapted(llama())
     with lora_fx.cached_prefix(tuned) as cache:
         tuned(**rows([0, 1]))
         for model in (expected, tuned):
@@ -245,7 +245,7 @@ def test_inputs_that_require_a_gradient_get_it() -> None:
 
 
 def test_disabled_adapters_and_other_runs_of_the_base_are_right() -> None:
-    base, tuned = llama().eval(), adapted(llama()).eval()
+    base, tuned = copy.deepcopy(llama()).eval(), adapted(llama()).eval()
     with lora_fx.cached_prefix(tuned), torch.no_grad():
         for _ in range(2):
             tuned(**rows([0, 1]))

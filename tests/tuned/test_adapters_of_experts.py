@@ -14,17 +14,9 @@ pytest.importorskip("transformers")
 import lora_fx
 from lora_fx.adapters.rawweight import known_experts
 from lora_fx.adapters.rawweight.experts import routed_experts
-from tests.support.moe import IDS, IMPLEMENTATIONS, model, rules
+from tests.support.moe import IDS, IMPLEMENTATIONS, model, rules, two
 
 EXPERTS = rules("**.experts.*_proj")
-
-
-def two(implementation: str, first: dict[str, Any], second: dict[str, Any], kind: str = "mixtral") -> nn.Module:
-    torch.manual_seed(1)
-    tuned = lora_fx.apply(model(implementation, kind), first, {"input_ids": IDS})
-    lora_fx.rename(tuned, "default", "a")
-    lora_fx.add(tuned, second, adapter="b")
-    return tuned
 
 
 def logits(tuned: nn.Module, ids: Tensor = IDS) -> Tensor:

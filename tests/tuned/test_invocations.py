@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 import lora_fx
@@ -24,6 +23,7 @@ from tests.support.invoked import (
     left_padded,
     llama,
     logits,
+    pair,
     prompts,
     rules,
     two,
@@ -34,12 +34,6 @@ pytestmark = pytest.mark.filterwarnings(*OF_OTHERS)
 GIVEN = {"input_ids": prompts()}
 BACKENDS = pytest.mark.parametrize("inputs", [None, GIVEN], ids=["modules", "graphs"])
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
-
-
-def pair(inputs: Any = None) -> tuple[nn.Module, Any]:
-    """Return a model of ours and PEFT's with the same values."""
-    theirs = in_peft(llama())
-    return lora_fx.from_peft(theirs, inputs), theirs
 
 
 @pytest.mark.parametrize(

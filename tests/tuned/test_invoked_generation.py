@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.testing import assert_close
 import lora_fx
 from lora_fx.errors import RefusedError
 from tests.support.around import OF_OTHERS
-from tests.support.invoked import in_peft, invoked, left_padded, llama, prompts, rules
+from tests.support.invoked import invoked, left_padded, llama, pair, prompts, rules
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(*OF_OTHERS)
@@ -21,11 +20,6 @@ GIVEN = {"input_ids": prompts()}
 BACKENDS = pytest.mark.parametrize("inputs", [None, GIVEN], ids=["modules", "graphs"])
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 OPTIONS = {"max_new_tokens": 8, "do_sample": False}
-
-
-def pair(inputs: Any = None) -> tuple[nn.Module, Any]:
-    theirs = in_peft(llama())
-    return lora_fx.from_peft(theirs, inputs), theirs
 
 
 def greedy(tuned: nn.Module, ids: Tensor, number: int, mask: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import lora_fx
 from lora_fx.errors import RefusedError
 from tests.support.around import OF_OTHERS
-from tests.support.invoked import in_peft, invoked, llama, prompts, rules
+from tests.support.invoked import invoked, llama, pair, prompts, rules
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(*OF_OTHERS)
@@ -26,8 +26,7 @@ def embedded(tuned: nn.Module, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("inputs", [None, {"input_ids": prompts()}], ids=["modules", "graphs"])
 def test_embeddings_with_offsets_give_what_ids_give_and_what_peft_gives(inputs):
-    theirs = in_peft(llama())
-    ours = lora_fx.from_peft(theirs, inputs)
+    ours, theirs = pair(inputs)
     given = {"inputs_embeds": embedded(ours, prompts()), "alora_offsets": OFFSETS}
     found = ours(**given).logits
     assert_close(found, ours(input_ids=prompts()).logits, **CLOSE)

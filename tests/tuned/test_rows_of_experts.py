@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -13,20 +12,12 @@ from torch.testing import assert_close
 pytest.importorskip("transformers")
 
 import lora_fx
-from tests.support.moe import IDS, IMPLEMENTATIONS, model, rules
+from tests.support.moe import IDS, IMPLEMENTATIONS, rules, two
 
 NAMES = ["b", None, "a"]
 
 
 ATTENTION, EXPERTS = rules("**.{q,v}_proj"), rules("**.experts.*_proj")
-
-
-def two(implementation: str, first: dict[str, Any], second: dict[str, Any], kind: str = "mixtral") -> nn.Module:
-    torch.manual_seed(1)
-    tuned = lora_fx.apply(model(implementation, kind), first, {"input_ids": IDS})
-    lora_fx.rename(tuned, "default", "a")
-    lora_fx.add(tuned, second, adapter="b")
-    return tuned
 
 
 def logits(tuned: nn.Module, ids: Tensor = IDS) -> Tensor:
