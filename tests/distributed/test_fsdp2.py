@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return in_processes(2, sharded.treated, folder)
+    return in_processes(2, sharded.treated, folder, fresh=True)
 
 
 @pytest.mark.parametrize("kind", sharded.RULES)

@@ -20,7 +20,7 @@ OUTPUTS = ("output", "output of base", "output of copy", "output of merged", "ou
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return in_processes(2, parallel.treated, tmp_path_factory.mktemp("parallel"))
+    return in_processes(2, parallel.treated, tmp_path_factory.mktemp("parallel"), fresh=True)
 
 
 def test_losses_are_those_of_one_process(ranks):

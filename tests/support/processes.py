@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 import time
 import traceback
 import warnings
@@ -16,15 +17,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 Work = Callable[[Path], Any]
+FORKS = sys.platform == "linux"
+"""Elsewhere a fork of a process that has imported torch may not run."""
+IMPORTED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "tests.support.sharded"]
+"""What is imported once for all of them, which takes most of the time of a process that imports it itself."""
 
 
-def in_processes(number: int, work: Work, folder: Path, seconds: float = 300) -> list[Any]:
+def in_processes(number: int, work: Work, folder: Path, seconds: float = 300, fresh: bool = False) -> list[Any]:
     """Return what a function of a module returns in each of so many processes, by rank.
+
+    They are forks of one that has imported torch and lora_fx, if that can be; `fresh` ones import all by themselves, and
+    walk over sets of words in an order of their own.
 
     Raises:
         RuntimeError: it failed in one of them, or one did not come back: with the traceback of each.
     """
-    context = mp.get_context("spawn")
+    forked = FORKS and not fresh
+    context = mp.get_context("forkserver" if forked else "spawn")
+    if forked:
+        context.set_forkserver_preload(IMPORTED)
     processes = [context.Process(target=_run, args=(work, rank, number, folder, seconds)) for rank in range(number)]
     for process in processes:
         process.start()
