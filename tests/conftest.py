@@ -20,9 +20,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 LONGEST = (
-    "test_shared_zoo.py", "test_fuzz.py", "test_site_kinds.py", "test_optimised_training.py", "test_export_executorch.py",
-    "test_hazards.py", "test_docs.py", "test_optimised.py", "test_backends_agree.py",
+    "test_shared_zoo.py", "test_fuzz.py", "test_site_kinds.py", "test_export_executorch.py", "test_hazards.py",
+    "test_compiled.py", "test_dora_kinds.py", "test_export_pt2.py", "test_kills.py", "test_export_onnx.py",
+    "test_interruptions.py", "test_trl.py", "test_bench_tables.py", "test_shared_experts.py", "test_examples.py",
+    "test_trainer.py", "test_adapted_state.py", "test_cached_prefix.py", "test_optimised_training.py", "test_packing.py",
+    "test_labels.py", "test_routed_experts.py", "test_remerge_fuzz.py", "test_optimised.py", "test_adapted_compile.py",
+    "test_invocations.py", "test_rows_of_experts.py", "test_adapters_of_experts.py", "test_backends_agree.py",
+    "test_tensor_parallel.py", "test_known.py", "test_lora_fa.py", "test_heads.py", "test_draft.py", "test_docs.py",
 )  # fmt: skip
+"""Files that take 25 seconds or more in the default suite or in the slow one, the longest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):

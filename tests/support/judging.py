@@ -192,14 +192,28 @@ def judge(trial: Trial) -> Verdict:
         return _judge(trial)
 
 
+def run_in_graphs(trial: Trial) -> None:
+    """Adapt the module and make every call, and compare nothing: its graphs are known from now on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = trial.make()
+        trial.reset()
+        seed(0)
+        record(_in_graphs(model, trial)[1], trial)
+
+
+def _in_graphs(model: nn.Module, trial: Trial) -> tuple[lora_fx.Plan, nn.Module]:
+    samples = [lora_fx.call(*args, **kwargs) for args, kwargs in trial.samples()]
+    plan = lora_fx.plan(model, rules(trial.rule, r=2), samples)
+    return plan, lora_fx.apply(model, plan, optimise=False)  # which are compared bit by bit
+
+
 def _judge(trial: Trial) -> Verdict:
     model = trial.make()
     trial.reset()
     seed(0)
     before = (portrait_of_state(model), luck_outside_of_torch())
-    samples = [lora_fx.call(*args, **kwargs) for args, kwargs in trial.samples()]
-    plan = lora_fx.plan(model, rules(trial.rule, r=2), samples)
-    graph = lora_fx.apply(model, plan, optimise=False)  # which are compared bit by bit
+    plan, graph = _in_graphs(model, trial)
     modules = lora_fx.apply(model, plan, backend="modules")
     after = (portrait_of_state(model), luck_outside_of_torch())
     silent = difference(after, before, "after apply")

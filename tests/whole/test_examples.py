@@ -28,7 +28,7 @@ NEEDS = {
 }
 TOGETHER = ("fsdp2",)
 """Run by torchrun."""
-LONG = ("dpo", "grpo", "serve", "sft", "with_lightning", "with_trainer")
+LONG = ("dpo", "grpo", "nine_rates", "serve", "sft", "with_lightning", "with_trainer")
 SAID = {
     "dpo": "Reference(LlamaForCausalLM, its base)",
     "grpo": "Reference(LlamaForCausalLM, its base)",

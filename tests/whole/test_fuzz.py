@@ -16,7 +16,7 @@ from lora_fx.regions.install import regions
 from tests.support.fuzzing import RandomModule, random_modules
 from tests.support.judging import Verdict, judge
 
-FEW, SOME, MANY = 20, 600, 2000
+FEW, SOME, MANY = 20, 400, 2200
 """Examples in every run of the tests, in the slow ones, and in those of `make fuzz`."""
 PORTION = 200
 
@@ -89,13 +89,13 @@ def test_random_modules_are_never_silently_wrong_and_mostly_run_in_graphs():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 1 + SOME // PORTION))
-def test_six_hundred_random_modules_are_never_silently_wrong(seed: int):
+def test_hundreds_of_random_modules_are_never_silently_wrong(seed: int):
     means_something(fuzz(PORTION, seed))
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("seed", range(101, 101 + MANY // PORTION))
-def test_two_thousand_random_modules_are_never_silently_wrong(seed: int):
+def test_thousands_of_random_modules_are_never_silently_wrong(seed: int):
     means_something(fuzz(PORTION, seed))
 
 
