@@ -42,6 +42,25 @@ def test_two_blocks_in_four_steps_are_graphs_and_train_as_without(ranks, kind, h
     assert ranks[0][kind]["auto"]["losses"] == ranks[1][kind]["auto"]["losses"]
 
 
+@pytest.mark.parametrize(
+    ("way", "hits"),
+    [("data parallel", 100), ("fully_shard", 100), ("checkpointed", 200), ("bfloat16 policy without graphs", 0)],
+)
+def test_losses_of_fifty_steps_on_halves_of_each_batch_are_those_of_one_process(ranks, way, hits):
+    for rank in ranks:
+        losses, found, of_one = rank["fifty"][way]
+        assert len(losses) == 50
+        torch.testing.assert_close(losses, of_one, rtol=1e-5, atol=1e-5)
+        assert found == hits
+
+
+def test_graphs_round_to_bfloat16_elsewhere_and_train_alike_for_fifty_steps(ranks):
+    for rank in ranks:
+        losses, found, of_one = rank["fifty"]["bfloat16 policy"]
+        torch.testing.assert_close(losses, of_one, rtol=1e-3, atol=1e-3)
+        assert found == 98  # but the first call of each block, in another dtype
+
+
 def test_a_block_with_sharded_modules_inside_runs_without_a_graph(ranks):
     for rank in ranks:
         graphs, modules = rank["sharded inside"]["auto"], rank["sharded inside"]["modules"]

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora_fx
+from tests.support.fiftysteps import fifty
 from tests.support.sharded import PLAIN, Block, Tokens, adapted, files, rule, sharded, tokens, train
 
 RULES = {"version": 1, "rules": [rule("blocks.*.{q,v,up,down}")]}
@@ -31,7 +32,8 @@ def trained(folder: Path) -> dict[str, Any]:
         "trained in bfloat16": _mixed,
         "llama checkpointed": functools.partial(_llama, folder=folder),
     }
-    return {name: {with_graphs: run(with_graphs) for with_graphs in ("auto", "modules")} for name, run in kinds.items()}
+    found = {name: {graphs: run(graphs) for graphs in ("auto", "modules")} for name, run in kinds.items()}
+    return found | {"fifty": fifty()}
 
 
 def _report(tuned: nn.Module, losses: list[float]) -> dict[str, Any]:
