@@ -69,6 +69,21 @@ def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return duplicate
 
 
+def passes_on_copying(module: nn.Module) -> bool:
+    """Whether what copies a module is that of another, which it asks for attributes: torch's `checkpoint_wrapper`."""
+    if "__deepcopy__" in vars(module) or getattr(type(module), "__deepcopy__", None) is not None:
+        return False
+    return getattr(module, "__deepcopy__", None) is not None
+
+
+def copied_alone(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return a deep copy of a module as Python makes it, whatever the modules in it say of copies of themselves."""
+    made: nn.Module = object.__new__(type(module))
+    memo[id(module)] = made
+    nn.Module.__setstate__(made, deepcopy(nn.Module.__getstate__(module), memo))  # type: ignore[no-untyped-call]
+    return made
+
+
 def _filled(own: dict[str, Any], memo: dict[int, Any]) -> list[str]:
     """Put copies in the place of a module's attributes, and return the names of those that may hold other modules'."""
     left = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_fx.errors import RefusedError
-from lora_fx.models.copying import copied_tree
+from lora_fx.models.copying import copied_alone, copied_tree, passes_on_copying
 from lora_fx.models.fsdp import SHARDING, plain_shell, resharded, sharding_of
 from lora_fx.models.offload import offloading_hook
 from lora_fx.models.overrides import accelerate_hooks, follow_class, rebind
@@ -59,9 +59,10 @@ def twin_without(
     try:
         for layer in reversed(modules):  # those inside of others first
             base = under(layer)
-            base = plain_shell(layer) if base is None and sharding is not None else base
+            if base is None and sharding is not None:
+                base = plain_shell(layer) or (layer if passes_on_copying(layer) else None)
             if base is not None:
-                memo[id(layer)] = deepcopy(base, memo)
+                memo[id(layer)] = copied_alone(base, memo) if passes_on_copying(base) else deepcopy(base, memo)
         twin = copied_tree(model, memo)
     except Exception as error:
         parts = list(_uncopyable_parts(model)) or [("(root)", f"{type(error).__name__}: {error}")]

@@ -68,6 +68,12 @@ def test_a_block_with_sharded_modules_inside_runs_without_a_graph(ranks):
         torch.testing.assert_close(graphs["losses"], modules["losses"], rtol=1e-6, atol=1e-6)
 
 
+def test_blocks_in_wrappers_of_checkpointing_are_merged_as_whole_ones(ranks):
+    for rank in ranks:
+        mine, whole = rank["wrapped after"]["auto"]["merged"]
+        assert [name for name in whole if not torch.equal(mine[name], whole[name])] == []
+
+
 def test_trainers_save_from_every_process_or_from_the_main_one_with_gathered_values(ranks):
     for rank in ranks:
         saved = rank["llama checkpointed"]["auto"]

@@ -15,7 +15,19 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora_fx
 from tests.support.fiftysteps import fifty
-from tests.support.sharded import PLAIN, Block, Tokens, adapted, files, rule, sharded, tokens, train
+from tests.support.sharded import (
+    PLAIN,
+    Block,
+    Tokens,
+    adapted,
+    alike,
+    files,
+    rule,
+    sharded,
+    tokens,
+    train,
+    values_of,
+)
 
 RULES = {"version": 1, "rules": [rule("blocks.*.{q,v,up,down}")]}
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -76,7 +88,9 @@ def _wrapped_before(backend: str) -> dict[str, Any]:
 def _wrapped_after(backend: str) -> dict[str, Any]:
     tuned = sharded(adapted(RULES, backend=backend))
     apply_activation_checkpointing(tuned, check_fn=lambda module: isinstance(module, Block))
-    return _report(tuned, train(tuned, 4))
+    result = _report(tuned, train(tuned, 4))
+    same = alike(adapted(RULES, backend=backend), values_of(tuned))
+    return result | {"merged": (values_of(lora_fx.merge(tuned)), values_of(lora_fx.merge(same)))}
 
 
 def _sharded_inside(backend: str) -> dict[str, Any]:
