@@ -58,7 +58,7 @@ def test_graphs_round_to_bfloat16_elsewhere_and_train_alike_for_fifty_steps(rank
     for rank in ranks:
         losses, found, of_one = rank["fifty"]["bfloat16 policy"]
         torch.testing.assert_close(losses, of_one, rtol=1e-3, atol=1e-3)
-        assert found == 98  # but the first call of each block, in another dtype
+        assert found == 99  # but the first call, in another dtype: blocks of one kind share what is captured
 
 
 def test_a_block_with_sharded_modules_inside_runs_without_a_graph(ranks):
