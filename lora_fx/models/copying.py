@@ -76,10 +76,13 @@ def passes_on_copying(module: nn.Module) -> bool:
     return getattr(module, "__deepcopy__", None) is not None
 
 
-def copied_alone(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a deep copy of a module as Python makes it, whatever the modules in it say of copies of themselves."""
+def copied_alone(module: nn.Module, memo: dict[int, Any], called: nn.Module) -> nn.Module:
+    """Return a deep copy of a module as Python makes it, whatever the modules in it say of copies of themselves.
+
+    It stands in the place of the module that is `called` by that name: hooks in it may hold that.
+    """
     made: nn.Module = object.__new__(type(module))
-    memo[id(module)] = made
+    memo[id(module)] = memo[id(called)] = made
     nn.Module.__setstate__(made, deepcopy(nn.Module.__getstate__(module), memo))  # type: ignore[no-untyped-call]
     return made
 

@@ -62,7 +62,7 @@ def twin_without(
             if base is None and sharding is not None:
                 base = plain_shell(layer) or (layer if passes_on_copying(layer) else None)
             if base is not None:
-                memo[id(layer)] = copied_alone(base, memo) if passes_on_copying(base) else deepcopy(base, memo)
+                memo[id(layer)] = copied_alone(base, memo, layer) if passes_on_copying(base) else deepcopy(base, memo)
         twin = copied_tree(model, memo)
     except Exception as error:
         parts = list(_uncopyable_parts(model)) or [("(root)", f"{type(error).__name__}: {error}")]
