@@ -55,9 +55,13 @@ if TYPE_CHECKING:
     from lora_fx.integrations.frompeft import from_peft as from_peft
     from lora_fx.integrations.peftrules import rules_from_peft as rules_from_peft
     from lora_fx.integrations.topeft import to_peft as to_peft
+    from lora_fx.meshes.counting import budget as budget
     from lora_fx.models.samples import call as call
     from lora_fx.planning.allocation import AllocatedSite as AllocatedSite
     from lora_fx.planning.allocation import Allocation as Allocation
+    from lora_fx.planning.budget import Budget as Budget
+    from lora_fx.planning.budget import Mesh as Mesh
+    from lora_fx.planning.budget import StepCost as StepCost
     from lora_fx.planning.plan import Plan as Plan
     from lora_fx.planning.planned import PlannedSite as PlannedSite
     from lora_fx.planning.recipes import RateProbe as RateProbe
@@ -123,6 +127,8 @@ _HOMES = {
     "lora_fx.integrations.topeft": "to_peft",
     "lora_fx.integrations.peftrules": "rules_from_peft",
     "lora_fx.planning.allocation": "AllocatedSite Allocation",
+    "lora_fx.meshes.counting": "budget",
+    "lora_fx.planning.budget": "Budget Mesh StepCost",
     "lora_fx.planning.plan": "Plan",
     "lora_fx.planning.planned": "PlannedSite",
     "lora_fx.planning.recipes": "RateProbe Recipe RecipeChoice",

@@ -108,32 +108,52 @@ class Tally(DispatchMode):  # type: ignore[no-untyped-call]
         self.flops = self.calls = 0
         self.peak = 0
         """The most bytes that were live at once of the storages that the step makes."""
-        self._now = 0
-        self._known: set[int] = set()
+        self.live = 0
+        """The bytes of those that are live now."""
+        self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
+        given = [*tensors_in((args, kwargs))]
+        before = {tensor.untyped_storage()._cdata for tensor in given}
         result = func(*args, **(kwargs or {}))
         self.calls += 1
-        formula = _FORMULAS.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        for tensor in tensors_in(result):
+            self.flops += self.share(func, given, formula(*args, **(kwargs or {}), out_val=result))
+        made = [*tensors_in(result)]
+        for tensor in made:
             self._add(tensor, before)
-        self.peak = max(self.peak, self._now)
+        self.after(func, given, made)
+        self.peak = max(self.peak, self.live)
         return result
+
+    def share(self, func: Any, given: list[Tensor], flops: int) -> int:
+        """Return how many of the FLOPs of an operator count."""
+        return flops
+
+    def after(self, func: Any, given: list[Tensor], made: list[Tensor]) -> None:
+        """Look at what an operator was given and has made."""
+
+    def size_of(self, tensor: Tensor) -> int:
+        """Return the bytes that the storage of a new tensor counts as."""
+        return 0 if tensor.device.type == "meta" else tensor.untyped_storage().nbytes()
+
+    def resize(self, key: int, size: int) -> None:
+        """Let a storage that is live count as so many bytes from now on."""
+        self.live += size - self._known[key]
+        self._known[key] = size
 
     def _add(self, tensor: Tensor, before: set[int]) -> None:
         storage = tensor.untyped_storage()
-        fresh = storage._cdata not in self._known and storage._cdata not in before
-        if fresh and tensor.device.type != "meta":
-            self._known.add(storage._cdata)
-            self._now += storage.nbytes()
-            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        key = storage._cdata
+        if key not in self._known and key not in before:
+            self._known[key] = size = self.size_of(tensor)
+            self.live += size
+            weakref.finalize(storage, self.gone, key)
 
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._now -= size
+    def gone(self, key: int) -> None:
+        """Forget a storage that is no more."""
+        self.live -= self._known.pop(key, 0)
 
 
 def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
@@ -147,7 +167,7 @@ def _matrix_vector(*tensors: Tensor, **_: Any) -> int:
 
 
 _ATEN = torch.ops.aten
-_FORMULAS: dict[Any, Callable[..., int]] = {
+FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     _ATEN.addmm_: flop_registry[_ATEN.addmm],
     _ATEN.baddbmm_: flop_registry[_ATEN.baddbmm],

@@ -1,7 +1,5 @@
 """`lora-fx bench`."""
 
-import re
-
 import click
 
 from lora_fx.cli.options import (
@@ -10,12 +8,11 @@ from lora_fx.cli.options import (
     progress_option,
     rules_argument,
     rules_of,
+    sizes_of,
     trust_option,
     watched,
 )
 from lora_fx.cli.output import write
-
-_SIZES = re.compile(r"(\d+)[x×](\d+)")
 
 
 @click.command("bench", short_help="Measure a training step of MODEL with adapters by RULES.")
@@ -51,7 +48,7 @@ def command(
     stand full fine-tuning and, on request, PEFT.  MODEL is made with values, and needs inputs: those that its factory
     returns with it, its class's own, or --tokens.
     """
-    sizes = _sizes(tokens)
+    sizes = sizes_of(tokens, "2x256")
     read = rules_of(rules)  # a misspelt rule is an error before torch is imported
     from lora_fx.bench.picture import report_html
     from lora_fx.bench.run import DTYPES, BenchOptions, bench
@@ -62,13 +59,3 @@ def command(
     report = bench(built, read, inputs, options, watched(no_progress))
     forms = {"json": report.to_json, "html": lambda: report_html(report), "text": report.__str__}
     write(forms[form](), output, form)
-
-
-def _sizes(tokens: str | None) -> tuple[int, int] | None:
-    """Return (batch, length)."""
-    if tokens is None:
-        return None
-    sizes = _SIZES.fullmatch(tokens)
-    if sizes is None or 0 in map(int, sizes.groups()):
-        raise click.UsageError(f"--tokens {tokens}: write batch and length as 2x256")
-    return int(sizes[1]), int(sizes[2])

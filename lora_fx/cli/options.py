@@ -1,5 +1,6 @@
 """What the verbs share: arguments, options, and what the shell completes."""
 
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 FORMATS = ("text", "json", "mermaid", "dot", "html")
 STANDARD = "-"
+_SIZES = re.compile(r"(\d+)[x×](\d+)")
 
 
 def complete_rules(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -43,6 +45,16 @@ def rules_argument(required: bool = True, many: bool = False) -> Callable[[F], F
 def format_option(*forms: str) -> Callable[[F], F]:
     """Add --format."""
     return click.option("--format", "form", type=click.Choice(forms), default="text", show_default=True)
+
+
+def sizes_of(tokens: str | None, example: str) -> tuple[int, int] | None:
+    """Return (batch, length) of --tokens; None where it is not given."""
+    if tokens is None:
+        return None
+    sizes = _SIZES.fullmatch(tokens)
+    if sizes is None or 0 in map(int, sizes.groups()):
+        raise click.UsageError(f"--tokens {tokens}: write batch and length as {example}")
+    return int(sizes[1]), int(sizes[2])
 
 
 def rules_of(name: str) -> "RuleSet":

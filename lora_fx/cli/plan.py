@@ -1,10 +1,11 @@
 """`lora-fx plan`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_fx.cli.mesh import MeshOptions, counted, mesh_options
 from lora_fx.cli.options import (
     FORMATS,
     STANDARD,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--all", "everything", is_flag=True, help="Show repeated blocks one by one.")
 @click.option("--stat", is_flag=True, help="Show only the sums, by rule.")
 @click.option("--expect", metavar="FILE", help="Compare with a saved plan; exit 1 and show what differs.")
+@mesh_options
 @output_option
 @progress_option
 @trust_option
@@ -46,12 +48,22 @@ def command(
     output: str,
     no_progress: bool,
     trust: bool,
+    **mesh: Any,
 ) -> None:
     """Show what RULES would do to MODEL, and why.
 
     Every weight that multiplies is listed with what would be done to it; nothing is changed.  MODEL may be a plan that
     was saved with --format json; RULES are left out then.
+
+    With --mesh a step of training is counted instead, on the meta device: bytes and FLOPs of each device.  Of the input
+    one device's step has that of MODEL's factory, or --tokens (1x2048).
     """
+    asked = MeshOptions(**mesh)
+    asked.check(form, other=everything or stat or expect is not None)
+    if asked.mesh is not None:
+        budget = counted(model, rules, asked, trust)
+        write(budget.to_json() if form == "json" else str(budget), output, form)
+        return
     from lora_fx.cli.rendering import plan_as, plan_diff_as
     from lora_fx.cli.saved import read_plan
     from lora_fx.planning.diff import plan_diff

@@ -37,8 +37,11 @@ def refuse_unjoinable(model: nn.Module) -> None:
 
 def outline(model: nn.Module) -> nn.Module:
     """Return the model itself; of one that is sharded, a twin on the meta device whose parameters are whole."""
-    if not has_parts(model):
-        return model
+    return without_values_of(model) if has_parts(model) else model
+
+
+def without_values_of(model: nn.Module) -> nn.Module:
+    """Return a twin of the model on the meta device, whose parameters are whole; the model stays unchanged."""
     twin = make_twin(model, freeze=False)
     vars(twin).pop(SHARDING, None)
     without_parallel(twin)

@@ -4,6 +4,7 @@ Blocks are identical where `structure_of` is equal.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,22 @@ def block_regions(model: nn.Module, sites: Iterable[str]) -> list[str]:
     if wanted and not _has_blocks(model) and _has_forward(model):
         return [""]
     return inner_regions(model, "", wanted)
+
+
+def outermost_blocks(model: nn.Module) -> list[str]:
+    """Return the paths of the repeated blocks that are in no other one, in model order; a shared one once."""
+    found: dict[int, str] = {}
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        kinds = Counter(original_class(child) for child in module.children())
+        for name, child in reversed(list(module.named_children())):
+            here = dotted(path, name)
+            if _has_children(child) and _is_block(module, child) and kinds[original_class(child)] > 1:
+                found.setdefault(id(child), here)
+            else:
+                waiting.append((here, child))
+    return [path for path, module in named_modules_of(model) if found.get(id(module)) == path]
 
 
 def inner_regions(model: nn.Module, path: str, sites: Iterable[str]) -> list[str]:

@@ -30,6 +30,7 @@ ORDER = [
     ["exporters", "integrations"],
     ["api"],
     ["bench"],
+    ["meshes"],
     ["cli"],
 ]
 """Folders and files at the root in the order of the pipeline: each imports those of earlier rows, and itself."""

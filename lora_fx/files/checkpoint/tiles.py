@@ -150,7 +150,7 @@ def fold_tile(
     Raises:
         OverflowError: a value is NaN or infinite.
     """
-    stored, delta = source.read(tile, scratch), _delta(fold, tile)
+    stored, delta = source.read(tile, scratch), _product(fold, tile, scratch)
     written = scratch.take("written", tile.elements, target.dtype)
     sums = Sums()
     for part in _blocks(fold, tile, noise):
@@ -176,10 +176,10 @@ def _fold_block(
     lengths: Tensor | None,
     scratch: Scratch,
 ) -> Sums:
-    """Round W + ΔW of a part of a tile; `values` are W as it is stored, ΔW, and what is to be written."""
+    """Round W + ΔW of a part of a tile; `values` are W as it is stored, ΔW unscaled, and what is to be written."""
     stored, delta, written = values
     base = scratch.take("base", stored.numel(), torch.promote_types(delta.dtype, stored.dtype)).copy_(stored)
-    delta = delta.to(base.dtype)
+    delta = delta.mul_(_scaling(fold)).to(base.dtype)
     merged = torch.add(base, delta, out=scratch.take("merged", base.numel(), base.dtype))
     if fold.magnitude is not None:
         _set_lengths(fold, tile, merged.view(tile.shape), lengths)
@@ -192,10 +192,24 @@ def _fold_block(
     return Sums(*(float(torch.dot(a, b)) for a, b in ((base, base), (delta, delta), (change, delta))))
 
 
-def _delta(fold: WeightFold, tile: Tile) -> Tensor:
-    """Return Σ scaling · B A of a tile, flat, float32 or wider."""
-    first, *others = (low_rank_weight(t.right[:, tile.columns], t.left[tile.rows], t.scaling) for t in fold.terms)
-    return sum(others, start=first).view(-1)
+def _product(fold: WeightFold, tile: Tile, scratch: Scratch) -> Tensor:
+    """Return B A of a tile, flat, float32 or wider, which `_scaling` is still missing; of several Σ scaling · B A.
+
+    It lives in the scratch memory: two new tensors for each tile would take longer than the product.
+    """
+    if len(fold.terms) > 1:
+        first, *others = (low_rank_weight(t.right[:, tile.columns], t.left[tile.rows], t.scaling) for t in fold.terms)
+        return sum(others, start=first).view(-1)
+    left, right = fold.terms[0].left[tile.rows], fold.terms[0].right[:, tile.columns]
+    wide = torch.float64 if right.dtype == torch.float64 else torch.float32
+    product = scratch.take("product", tile.elements, wide)
+    torch.mm(left.to(wide), right.to(wide), out=product.view(tile.shape))
+    return product
+
+
+def _scaling(fold: WeightFold) -> float:
+    """Return what `_product` is still to be multiplied by, part by part while it is in a core's cache."""
+    return fold.terms[0].scaling if len(fold.terms) == 1 else 1.0
 
 
 def _set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:
@@ -221,7 +235,7 @@ def lengths_of(fold: WeightFold, source: OpenTensor, scratch: Scratch) -> Tensor
     """Return ‖W + scaling · B A‖ of every output, float64, in one pass over the weight."""
     squares = torch.zeros(fold.rows if fold.outputs_first else fold.columns, dtype=torch.float64)
     for tile in tiles(fold.rows, fold.columns, fold.rank):
-        stored, delta = source.read(tile, scratch), _delta(fold, tile)
+        stored, delta = source.read(tile, scratch), _product(fold, tile, scratch).mul_(_scaling(fold))
         base = scratch.take("base", stored.numel(), torch.promote_types(delta.dtype, stored.dtype)).copy_(stored)
         merged = base.add_(delta).view(tile.shape)
         part = merged.square_().sum(dim=1 if fold.outputs_first else 0, dtype=torch.float64)

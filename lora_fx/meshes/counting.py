@@ -1,0 +1,202 @@
+"""What training an adapted model takes on each device of a mesh of FSDP2 and tensor parallelism, before it is tried."""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_fx.api import Rules
+from lora_fx.bench.counters import no_collection
+from lora_fx.bench.subjects import loss_of
+from lora_fx.capture.calls.objects import tensors_in
+from lora_fx.discovery.study import planned_for
+from lora_fx.errors import RefusedError
+from lora_fx.meshes.onedevice import KernelAttention, OneDevice
+from lora_fx.meshes.splits import Splits, splits_of
+from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.joining import without_values_of
+from lora_fx.models.quantised import is_quantised
+from lora_fx.models.samples import Sample, samples_for, without_values
+from lora_fx.planning.budget import Budget, Mesh, StepCost
+from lora_fx.planning.plan import Plan
+from lora_fx.regions.candidates import outermost_blocks
+from lora_fx.tuned import build
+from lora_fx.tuned.optimizing import parameters
+
+
+def budget(
+    model: nn.Module,
+    rules_or_plan: Rules | Plan,
+    example_inputs: object = None,
+    *,
+    mesh: str | Mapping[str, int] | Mesh = "dp=1",
+    tp_plan: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    optimizer_states: int = 2,
+) -> Budget:
+    """Return what a step of training takes on each device of a mesh: bytes and FLOPs; nothing is allocated.
+
+    The adapted model runs on the meta device, both passes, with and without checkpointing, and everything that it makes
+    is counted; a part of what tensor parallelism splits counts as a part.  Blocks run as modules; as graphs they keep
+    less.  The page "Beyond one machine" of the documentation has the formulas.
+
+    Args:
+        model: as for `plan`, with or without values; it stays unchanged.
+        rules_or_plan: as for `apply`.
+        example_inputs: of one step of one device, as for `plan`, of which the first counts.
+        mesh: `dp=8,tp=4`, or a dict: over `dp` devices `fully_shard` shards, block by block; `tp` share each layer.
+        tp_plan: styles (`colwise`, `rowwise`…) by names or globs; None: that of a model of transformers.
+        dtype: of the base's parameters; None leaves them as they are.
+        optimizer_states: numbers that the optimiser keeps for each that is trained; AdamW keeps two.
+
+    Raises:
+        RefusedError: no inputs, an axis that is not counted, a plan that splits nothing or what cannot be split,
+            quantised or sharded weights, a GraphModule, a model that does not run on the meta device.
+        LoraFxError: as `apply`.
+    """
+    wanted = Mesh.of(mesh)
+    if type(optimizer_states) is not int or optimizer_states < 0:
+        raise ValueError(f"optimizer_states is {optimizer_states!r}; it must be a whole number, not below 0")
+    _refuse_uncountable(model)
+    samples = samples_for(model, example_inputs)
+    if not samples.items:
+        raise RefusedError("there are no inputs to count a step with", advice="give example_inputs")
+    sample = without_values(samples).items[0]
+    empty = without_values_of(model)
+    for parameter in empty.parameters():
+        if dtype is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    _choose_experts(empty)
+    base = {name for name, _ in (*empty.named_parameters(), *empty.named_buffers())}
+    plan = planned_for(empty, rules_or_plan, sample, "modules")
+    build.check_refusals(plan)
+    tuned = build.build(empty, plan).train()
+    return _Counted(plan, tuned, base, sample, wanted, splits_of(tuned, wanted, tp_plan)).budget(optimizer_states)
+
+
+def _refuse_uncountable(model: nn.Module) -> None:
+    refuse_sharded(model, "a model that is sharded already is not counted", "count before it is sharded")
+    if isinstance(model, fx.GraphModule):
+        raise RefusedError("a GraphModule is not counted", advice="give the model that it was made from")
+    codes = [(name, "is quantised") for name, parameter in model.named_parameters() if _holds_codes(parameter)]
+    if codes:
+        raise RefusedError("quantised weights are not counted", codes[:8], "give the model that it was quantised from")
+
+
+def _holds_codes(parameter: Tensor) -> bool:
+    return is_quantised(parameter) or not (parameter.is_floating_point() or parameter.is_complex())
+
+
+def _choose_experts(model: nn.Module) -> None:
+    """Let experts of transformers multiply groups of rows, in place: a loop over experts needs values."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "_experts_implementation"):
+        model.config = copy.copy(config)
+        for module in model.modules():
+            if getattr(module, "config", None) is config:
+                module.config = model.config
+        model.config._experts_implementation = "grouped_mm"
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """An adapted model on the meta device, whose bytes and steps are counted."""
+
+    plan: Plan
+    tuned: nn.Module
+    base: set[str]
+    """Names of the parameters and buffers that the base has."""
+    sample: Sample
+    mesh: Mesh
+    splits: Splits
+
+    def budget(self, optimizer_states: int) -> Budget:
+        blocks = outermost_blocks(self.tuned)
+        named = dict(self.tuned.named_parameters())
+        trained = [p for p in named.values() if p.requires_grad]
+        frozen = [p for name, p in named.items() if name in self.base and not p.requires_grad]
+        others = [p for name, p in named.items() if name not in self.base and not p.requires_grad]
+        gradients = sum(map(self._shard, trained))
+        values = sum(map(self._shard, (*trained, *others)))
+        buffers = {name: b.untyped_storage().nbytes() for name, b in self.tuned.named_buffers()}
+        added = sum(size for name, size in buffers.items() if name not in self.base)
+        before = sum(p.nbytes for name, p in named.items() if name in self.base and p.requires_grad)
+        return Budget(
+            model=self.plan.model,
+            source=self.plan.source,
+            mesh=self.mesh,
+            inputs=tuple(f"{_name(given.dtype)} {list(given.shape)}" for given in self._inputs()),
+            dtypes=tuple(sorted({_name(p.dtype) for p in (*frozen, *trained) if p.is_floating_point()})),
+            weights=sum(map(self._shard, frozen)) + sum(buffers.values()) - added + before,
+            adapters=values + added,
+            optimizer=optimizer_states * gradients,
+            gradients=gradients,
+            gathered=self._gathered(blocks),
+            plain=self._step(()),
+            checkpointed=self._step(blocks) if blocks else None,
+            blocks=len(blocks),
+        )
+
+    def _inputs(self) -> Iterable[Tensor]:
+        return tensors_in((self.sample.args, self.sample.kwargs))
+
+    def _whole(self, parameter: Tensor) -> int:
+        """Return the bytes of a parameter that `fully_shard` has gathered."""
+        return math.prod(self.splits.local(parameter, self.mesh.tp)) * parameter.element_size()
+
+    def _shard(self, parameter: Tensor) -> int:
+        """Return the bytes of the first device's part of a parameter: FSDP2 pads rows, so that all parts are equal."""
+        shape = self.splits.local(parameter, self.mesh.tp)
+        rows, *rest = shape or (1,)
+        return -(-rows // self.mesh.dp) * math.prod(rest) * parameter.element_size()
+
+    def _gathered(self, blocks: Sequence[str]) -> int:
+        """Return the most bytes that are whole at once: what is in no block, and two blocks one after the other."""
+        if self.mesh.dp == 1:
+            return 0
+        inside = {path: [*self.tuned.get_submodule(path).parameters()] for path in blocks}
+        owned = {id(parameter) for group in inside.values() for parameter in group}
+        root = [parameter for parameter in self.tuned.parameters() if id(parameter) not in owned]
+        sizes = [sum(map(self._whole, group)) for group in inside.values()]
+        gradients = [sum(self._whole(p) for p in group if p.requires_grad) for group in (root, *inside.values())]
+        pairs = [a + b for a, b in pairwise(sizes)] or sizes or [0]
+        return sum(map(self._whole, root)) + max(pairs) + max(gradients)
+
+    def _step(self, checkpointed: Sequence[str]) -> StepCost:
+        split = [p for p in self.tuned.parameters() if id(p) in self.splits.dims]
+        device = OneDevice(self.mesh.tp, self.tuned, split)
+        handles = [module.register_forward_hook(device.gathering) for module in self.splits.gathered]
+        handles += [p.register_post_accumulate_grad_hook(_drop) for p in parameters(self.tuned)]
+        wrapped = [self.tuned.get_submodule(path) for path in checkpointed]
+        for module in wrapped:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+        try:
+            with no_collection(), device, KernelAttention():
+                loss = loss_of(self.tuned(*self.sample.args, **self.sample.kwargs))
+                kept = device.live
+                torch.autograd.backward(loss)  # `loss.backward` would leave the mode of attention behind
+        except Exception as error:  # whatever a forward takes exception to
+            fact = [("(root)", f"{type(error).__name__}: {str(error).strip()[:300]}")]
+            raise RefusedError("the model does not run on the meta device, so a step is not counted", fact) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in wrapped:
+                del module.forward
+        return StepCost(kept, device.peak, device.flops)
+
+
+def _drop(parameter: Tensor) -> Any:
+    """Forget a gradient as soon as it is there: what they take is counted by itself."""
+    parameter.grad = None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

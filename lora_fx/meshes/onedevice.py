@@ -1,0 +1,140 @@
+"""What a step makes on one device of a mesh, seen as the whole model runs on the meta device.
+
+Of a weight that is split over `tp` devices each has 1 / tp.  What is computed of such a part is a part too, and what is
+made of both a part of the activations and of the weights that they meet is a sum over the parts, and whole:
+
+    columns   x whole, W split along its outputs: x Wᵀ split; in the backward pass dY split, W split: dX whole
+    rows      x split, W split along its inputs: x Wᵀ whole; in the backward pass dY whole, W split: dX split
+
+The same holds for A and B, so that nothing has to know what a layer is.  Attention over heads that are split is split.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lora_fx.bench.counters import Tally
+from lora_fx.models.torch_internals import pytree
+
+_ATEN = torch.ops.aten
+_SUMS = frozenset(
+    (
+        _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.addmm_, _ATEN.baddbmm_, _ATEN._grouped_mm, _ATEN.mv,
+        _ATEN.addmv,
+    )
+)  # fmt: skip
+"""Operators that multiply what they are given last, and sum."""
+
+
+class OneDevice(Tally):
+    """Counts what one of `tp` devices makes, computes and holds of a step on the meta device."""
+
+    def __init__(self, tp: int, model: nn.Module, split: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._tp = tp
+        self._weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._split = {tensor.untyped_storage()._cdata for tensor in split}
+
+    def share(self, func: Any, given: list[Tensor], flops: int) -> int:
+        """Of an operator on parts each device computes its part."""
+        return flops // self._tp if self._parts(given) else flops
+
+    def size_of(self, tensor: Tensor) -> int:
+        """Return the bytes of the whole; `after` knows whether it is a part."""
+        return tensor.untyped_storage().nbytes()
+
+    def after(self, func: Any, given: list[Tensor], made: list[Tensor]) -> None:
+        """Note what is made of parts, and what is made of weights alone, such as a cast."""
+        is_part = self._makes_part(func._overloadpacket, given)
+        of_weights = bool(given) and all(self._is_weight(tensor) for tensor in given)
+        for tensor in made:
+            key = tensor.untyped_storage()._cdata
+            if of_weights:
+                self._weights.add(key)
+            if is_part:
+                self.mark(tensor, is_part=True)
+
+    def mark(self, tensor: Tensor, is_part: bool) -> None:
+        """Let a tensor count as a part of what all devices have, or as whole."""
+        key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+        (self._split.add if is_part else self._split.discard)(key)
+        if key in self._known:
+            self.resize(key, -(-size // self._tp) if is_part else size)
+
+    def gone(self, key: int) -> None:
+        """Forget a storage; the next one may have its number."""
+        super().gone(key)
+        self._split.discard(key)
+        self._weights.discard(key)
+
+    def _parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        return [tensor for tensor in tensors if tensor.untyped_storage()._cdata in self._split]
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._weights
+
+    def _makes_part(self, packet: Any, given: list[Tensor]) -> bool:
+        parts = self._parts(given)
+        if packet in _SUMS:
+            factors = self._parts(given[-3:-1] if packet is _ATEN._grouped_mm else given[-2:])
+            return len(parts) > 0 and not (len(factors) == 2 and any(map(self._is_weight, factors)))
+        # rows of a split table are looked up where they are, and summed
+        return len(parts) > 0 and packet is not _ATEN.embedding
+
+    def gathering(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Return a layer's output whole: a hook for layers whose outputs are gathered."""
+        return pytree.tree_map_only(Tensor, lambda tensor: _Gathered.apply(tensor, self), output)
+
+
+class _Gathered(torch.autograd.Function):
+    """All parts of a tensor; in the backward pass each device takes its part of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, device: OneDevice) -> Tensor:
+        ctx.device = device
+        whole = part.clone()
+        device.mark(whole, is_part=False)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        part = gradients[0].clone()
+        ctx.device.mark(part, is_part=True)
+        return part, None
+
+
+class KernelAttention(TorchFunctionMode):
+    """Attention as kernels compute it: without a matrix of scores, which the meta device would make."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function: Callable[..., Any] = func
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            function = _attention
+        return function(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return what `scaled_dot_product_attention` does on the meta device; arguments are its."""
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (tensor.repeat_interleave(times, -3) for tensor in (key, value))
+    if query.shape[-1] == value.shape[-1] and query.dim() == 4:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    if query.dim() != 4:
+        lifted = (tensor.reshape(-1, 1, *tensor.shape[-2:]) for tensor in (query, key, value))
+        return _attention(*lifted, None, dropout_p, is_causal, scale).reshape(*query.shape[:-1], value.shape[-1])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]

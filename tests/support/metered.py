@@ -1,0 +1,135 @@
+"""What a process really allocates in a step: bytes of local storages, as they are after each operator."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_fx
+from lora_fx.bench.counters import FORMULAS
+
+RULES = {
+    "version": 1,
+    "rules": [{"name": "all", "match": {"name": "**.{q,k,v,o,gate,up,down}_proj"}, "lora": {"r": 4, "alpha": 8}}],
+}
+
+
+def llama(**more: Any) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "attn_implementation": "sdpa", **more}))
+
+
+def inputs() -> dict[str, Any]:
+    ids = torch.randint(0, 256, (2, 96), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def adapted() -> nn.Module:
+    return lora_fx.apply(llama(), RULES, backend="modules").train()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    tensor = tensor.detach()
+    tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return getattr(tensor, "elem", tensor)  # of a collective that may not be done yet
+
+
+def bytes_of(tensors: Iterator[Tensor] | list[Tensor]) -> int:
+    held = {part.untyped_storage()._cdata: part.untyped_storage().nbytes() for part in map(local, tensors)}
+    return sum(held.values())
+
+
+class Meter(TorchDispatchMode):
+    """The bytes of all storages that were made since, as they are after each operator; FLOPs of what is local."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.flops = 0
+        self._made: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {part.untyped_storage()._cdata for part in _parts((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            args, kwargs, out = pytree.tree_map_only(Tensor, local, (args, kwargs or {}, result))
+            self.flops += formula(*args, **kwargs, out_val=out)
+        for part in _parts(result):
+            storage = part.untyped_storage()
+            if storage._cdata not in before:
+                self._made.setdefault(storage._cdata, weakref.ref(storage))
+                weakref.finalize(storage, self._made.pop, storage._cdata, None)
+        self.peak = max(self.peak, self.live())
+        return result
+
+    def live(self, but: list[Tensor] | None = None) -> int:
+        """Return the bytes that are live now, without those of some tensors."""
+        left_out = {local(tensor).untyped_storage()._cdata for tensor in but or ()}
+        storages = [storage() for key, storage in list(self._made.items()) if key not in left_out]
+        return sum(storage.nbytes() for storage in storages if storage is not None)
+
+
+def _parts(value: Any) -> list[Tensor]:
+    return [local(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def metered(tuned: nn.Module) -> dict[str, int]:
+    """Return what a process has and makes in two steps of training; the second is measured."""
+    trained = list(lora_fx.parameters(tuned))
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
+    tuned(**inputs()).loss.backward()
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    found = {"optimizer": bytes_of(states), "gradients": bytes_of([p.grad for p in trained])}
+    optimizer.zero_grad()
+    tuned.reshard() if hasattr(tuned, "reshard") else None
+    ids = {id(parameter) for parameter in trained}
+    frozen = [parameter for parameter in tuned.parameters() if id(parameter) not in ids]
+    found |= {"weights": bytes_of([*frozen, *tuned.buffers()]), "adapters": bytes_of(trained)}
+    with Meter() as meter:
+        loss = tuned(**inputs()).loss
+        found["kept"] = meter.live(but=list(tuned.parameters()))
+        loss.backward()
+    return found | {"peak": meter.peak, "flops": meter.flops}
+
+
+def sharded(tuned: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in tuned.model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(tuned, mesh=mesh)
+
+
+def parallel(tuned: nn.Module) -> nn.Module:
+    """Make a model tensor parallel by the plan that transformers brings with it."""
+    gathered = ColwiseParallel(output_layouts=Replicate())
+    styles = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel(), "colwise_gather_output": gathered}
+    plan = {name: styles[style] for name, style in tuned._tp_plan.items()}
+    return parallelize_module(tuned, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+def treated(_folder: Path) -> dict[str, dict[str, int]]:
+    """What a process of two has and makes, of a model that is sharded, or tensor parallel; plain and checkpointed."""
+    found = {}
+    for name, way in {"dp": sharded, "tp": parallel}.items():
+        found[name] = metered(way(adapted()))
+        tuned = adapted()
+        tuned.gradient_checkpointing_enable({"use_reentrant": False})
+        found[f"{name} checkpointed"] = metered(way(tuned))
+    return found
