@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     context: click.Context,
+    /,
     model: str,
     rules: str | None,
     form: str,

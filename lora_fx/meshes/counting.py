@@ -96,13 +96,13 @@ def _holds_codes(parameter: Tensor) -> bool:
 
 def _choose_experts(model: nn.Module) -> None:
     """Let experts of transformers multiply groups of rows, in place: a loop over experts needs values."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "_experts_implementation"):
-        model.config = copy.copy(config)
+        own = copy.copy(config)
+        own._experts_implementation = "grouped_mm"
         for module in model.modules():
             if getattr(module, "config", None) is config:
-                module.config = model.config
-        model.config._experts_implementation = "grouped_mm"
+                module.config = own
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,8 @@ class _Counted:
         split = [p for p in self.tuned.parameters() if id(p) in self.splits.dims]
         device = OneDevice(self.mesh.tp, self.tuned, split)
         handles = [module.register_forward_hook(device.gathering) for module in self.splits.gathered]
-        handles += [p.register_post_accumulate_grad_hook(_drop) for p in parameters(self.tuned)]
+        trained: list[Any] = list(parameters(self.tuned))
+        handles += [parameter.register_post_accumulate_grad_hook(_drop) for parameter in trained]
         wrapped = [self.tuned.get_submodule(path) for path in checkpointed]
         for module in wrapped:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)

@@ -29,7 +29,7 @@ _SUMS = frozenset(
 """Operators that multiply what they are given last, and sum."""
 
 
-class OneDevice(Tally):
+class OneDevice(Tally):  # type: ignore[no-untyped-call]
     """Counts what one of `tp` devices makes, computes and holds of a step on the meta device."""
 
     def __init__(self, tp: int, model: nn.Module, split: Iterable[Tensor]) -> None:
@@ -86,7 +86,7 @@ class OneDevice(Tally):
 
     def gathering(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Return a layer's output whole: a hook for layers whose outputs are gathered."""
-        return pytree.tree_map_only(Tensor, lambda tensor: _Gathered.apply(tensor, self), output)
+        return pytree.tree_map_only(Tensor, lambda tensor: _gathered(tensor, self), output)
 
 
 class _Gathered(torch.autograd.Function):
@@ -104,6 +104,9 @@ class _Gathered(torch.autograd.Function):
         part = gradients[0].clone()
         ctx.device.mark(part, is_part=True)
         return part, None
+
+
+_gathered: Any = _Gathered.apply
 
 
 class KernelAttention(TorchFunctionMode):
@@ -125,16 +128,17 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> Any:
     """Return what `scaled_dot_product_attention` does on the meta device; arguments are its."""
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = (tensor.repeat_interleave(times, -3) for tensor in (key, value))
     if query.shape[-1] == value.shape[-1] and query.dim() == 4:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        flash: Any = _ATEN._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     if query.dim() != 4:
-        lifted = (tensor.reshape(-1, 1, *tensor.shape[-2:]) for tensor in (query, key, value))
-        return _attention(*lifted, None, dropout_p, is_causal, scale).reshape(*query.shape[:-1], value.shape[-1])
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        q, k, v = (tensor.reshape(-1, 1, *tensor.shape[-2:]) for tensor in (query, key, value))
+        result = _attention(q, k, v, None, dropout_p, is_causal, scale)
+        return result.reshape(*query.shape[:-1], value.shape[-1])
+    efficient: Any = _ATEN._scaled_dot_product_efficient_attention
     return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]

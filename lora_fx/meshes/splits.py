@@ -102,15 +102,15 @@ def _split(
     """Note what one style splits; yield what cannot be."""
     if style in _NOTHING:
         return
-    if path in parameters:
-        weight, owner, bias = parameters[path], modules[path.rpartition(".")[0]], None
-    else:
-        owner, bias = modules[path], modules[path]._parameters.get("bias")
+    owner, bias = modules[path.rpartition(".")[0] if path in parameters else path], None
+    weight = parameters.get(path)
+    if weight is None:
         kinds = nn.Embedding if style in _EMBEDDINGS else (nn.Linear, nn.Embedding)
         if not isinstance(owner, kinds):
             yield path, f"{style} is not for {type(owner).__name__}"
             return
-        weight = owner.weight
+        weight, bias = owner._parameters["weight"], owner._parameters.get("bias")
+    assert weight is not None
     along_outputs = style in OUTPUTS
     first_is_outputs = not isinstance(owner, nn.Embedding)
     dim = weight.dim() - (2 if along_outputs == first_is_outputs else 1)
