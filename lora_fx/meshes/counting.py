@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from lora_fx.api import Rules
 from lora_fx.bench.counters import no_collection
 from lora_fx.bench.subjects import loss_of
-from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.discovery.study import planned_for
 from lora_fx.errors import RefusedError
 from lora_fx.meshes.onedevice import KernelAttention, OneDevice
@@ -23,7 +22,8 @@ from lora_fx.meshes.splits import Splits, splits_of
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.joining import without_values_of
 from lora_fx.models.quantised import is_quantised
-from lora_fx.models.samples import Sample, samples_for, without_values
+from lora_fx.models.samples import Sample, Samples, samples_for, samples_of, without_values
+from lora_fx.models.torch_internals import pytree
 from lora_fx.planning.budget import Budget, Mesh, StepCost
 from lora_fx.planning.plan import Plan
 from lora_fx.regions.candidates import outermost_blocks
@@ -65,20 +65,19 @@ def budget(
     if type(optimizer_states) is not int or optimizer_states < 0:
         raise ValueError(f"optimizer_states is {optimizer_states!r}; it must be a whole number, not below 0")
     _refuse_uncountable(model)
-    samples = samples_for(model, example_inputs)
-    if not samples.items:
+    samples = samples_for(model, None).items if example_inputs is None else samples_of(example_inputs)
+    if not samples:
         raise RefusedError("there are no inputs to count a step with", advice="give example_inputs")
-    sample = without_values(samples).items[0]
     empty = without_values_of(model)
     for parameter in empty.parameters():
         if dtype is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     _choose_experts(empty)
     base = {name for name, _ in (*empty.named_parameters(), *empty.named_buffers())}
-    plan = planned_for(empty, rules_or_plan, sample, "modules")
+    plan = planned_for(empty, rules_or_plan, samples[0], "modules")
     build.check_refusals(plan)
     tuned = build.build(empty, plan).train()
-    return _Counted(plan, tuned, base, sample, wanted, splits_of(tuned, wanted, tp_plan)).budget(optimizer_states)
+    return _Counted(plan, tuned, base, samples[0], wanted, splits_of(tuned, wanted, tp_plan)).budget(optimizer_states)
 
 
 def _refuse_uncountable(model: nn.Module) -> None:
@@ -133,7 +132,7 @@ class _Counted:
             source=self.plan.source,
             mesh=self.mesh,
             inputs=tuple(f"{_name(given.dtype)} {list(given.shape)}" for given in self._inputs()),
-            dtypes=tuple(sorted({_name(p.dtype) for p in (*frozen, *trained) if p.is_floating_point()})),
+            dtypes=tuple(sorted({_name(p.dtype) for name, p in named.items() if name in self.base})),
             weights=sum(map(self._shard, frozen)) + sum(buffers.values()) - added + before,
             adapters=values + added,
             optimizer=optimizer_states * gradients,
@@ -145,7 +144,7 @@ class _Counted:
         )
 
     def _inputs(self) -> Iterable[Tensor]:
-        return tensors_in((self.sample.args, self.sample.kwargs))
+        return _tensors(self.sample)
 
     def _whole(self, parameter: Tensor) -> int:
         """Return the bytes of a parameter that `fully_shard` has gathered."""
@@ -172,17 +171,21 @@ class _Counted:
     def _step(self, checkpointed: Sequence[str]) -> StepCost:
         split = [p for p in self.tuned.parameters() if id(p) in self.splits.dims]
         device = OneDevice(self.mesh.tp, self.tuned, split)
+        sample = without_values(Samples((self.sample,), True, True)).items[0]
+        for given, meta in zip(self._inputs(), _tensors(sample), strict=True):
+            if not given.is_floating_point() and not given.is_meta:
+                device.numbers.know(meta, given.detach().cpu())
         handles = [module.register_forward_hook(device.gathering) for module in self.splits.gathered]
         trained: list[Any] = list(parameters(self.tuned))
         handles += [parameter.register_post_accumulate_grad_hook(_drop) for parameter in trained]
         wrapped = [self.tuned.get_submodule(path) for path in checkpointed]
         for module in wrapped:
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+            module.forward = _checkpointed(module.forward)
         try:
             with no_collection(), device, KernelAttention():
-                loss = loss_of(self.tuned(*self.sample.args, **self.sample.kwargs))
+                loss = loss_of(self.tuned(*sample.args, **sample.kwargs))
                 kept = device.live
-                torch.autograd.backward(loss)  # `loss.backward` would leave the mode of attention behind
+                loss.backward()  # type: ignore[no-untyped-call]
         except Exception as error:  # whatever a forward takes exception to
             fact = [("(root)", f"{type(error).__name__}: {str(error).strip()[:300]}")]
             raise RefusedError("the model does not run on the meta device, so a step is not counted", fact) from error
@@ -194,9 +197,24 @@ class _Counted:
         return StepCost(kept, device.peak, device.flops)
 
 
+def _checkpointed(forward: Callable[..., Any]) -> Any:
+    """Return a forward whose activations are made again in the backward pass, where modes for functions have gone."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with KernelAttention():
+            return forward(*args, **kwargs)
+
+    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+
+
 def _drop(parameter: Tensor) -> Any:
     """Forget a gradient as soon as it is there: what they take is counted by itself."""
     parameter.grad = None
+
+
+def _tensors(sample: Sample) -> list[Tensor]:
+    """Return the tensors of a sample, one that is in it twice twice."""
+    return [leaf for leaf in pytree.tree_leaves((sample.args, sample.kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _name(dtype: torch.dtype) -> str:

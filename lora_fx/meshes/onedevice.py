@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.bench.counters import Tally
+from lora_fx.meshes.numbers import KnownNumbers
 from lora_fx.models.torch_internals import pytree
 
 _ATEN = torch.ops.aten
@@ -35,8 +36,17 @@ class OneDevice(Tally):  # type: ignore[no-untyped-call]
     def __init__(self, tp: int, model: nn.Module, split: Iterable[Tensor]) -> None:
         super().__init__()
         self._tp = tp
+        self.numbers = KnownNumbers()
         self._weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self._split = {tensor.untyped_storage()._cdata for tensor in split}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = self.numbers.answer(func, args)
+        if answer is not None:
+            return answer
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.numbers.follow(func, args, kwargs or {}, result)
+        return result
 
     def share(self, func: Any, given: list[Tensor], flops: int) -> int:
         """Of an operator on parts each device computes its part."""

@@ -36,11 +36,10 @@ DEEPSEEK_V3 = {
 )
 def test_a_device_has_its_part_of_hundreds_of_billions_of_parameters(config, parameters, computing, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    asked = ("plan", f"hf:{tmp_path}", "attention", "--mesh", "dp=8,tp=4", "--tokens", "1x1024", "--format", "json")
+    asked = ("plan", f"hf:{tmp_path}", "qkvo", "--mesh", "dp=8,tp=4", "--tokens", "1x1024", "--format", "json")
     result = run(*asked)
     assert result.exit_code == 0, result.output
     budget = json.loads(result.output)
-    print(result.output)
     assert budget["devices"] == 32
     products = 4 * computing * 1024  # of both passes, the base frozen
     assert budget["plain"]["flops"] >= products / 4

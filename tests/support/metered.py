@@ -120,6 +120,7 @@ def parallel(tuned: nn.Module) -> nn.Module:
     """Make a model tensor parallel by the plan that transformers brings with it."""
     gathered = ColwiseParallel(output_layouts=Replicate())
     styles = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel(), "colwise_gather_output": gathered}
+    styles["embedding_rowwise"] = RowwiseParallel(input_layouts=Replicate())
     plan = {name: styles[style] for name, style in tuned._tp_plan.items()}
     return parallelize_module(tuned, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
 
