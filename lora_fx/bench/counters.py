@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from lora_fx.capture.calls.ambient import no_collections
-from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.models.torch_internals import DispatchMode
 
 Work = Callable[[], object]
@@ -113,14 +112,14 @@ class Tally(DispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [*tensors_in((args, kwargs))]
+        given = operands((*args, *(kwargs or {}).values()))
         before = {tensor.untyped_storage()._cdata for tensor in given}
         result = func(*args, **(kwargs or {}))
         self.calls += 1
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flops += self.share(func, given, formula(*args, **(kwargs or {}), out_val=result))
-        made = [*tensors_in(result)]
+        made = operands((result,))
         for tensor in made:
             self._add(tensor, before)
         self.after(func, given, made)
@@ -154,6 +153,17 @@ class Tally(DispatchMode):  # type: ignore[no-untyped-call]
     def gone(self, key: int) -> None:
         """Forget a storage that is no more."""
         self.live -= self._known.pop(key, 0)
+
+
+def operands(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among the arguments of an operator, or what it returns, and in lists of them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) in (list, tuple):
+            found += operands(value)
+    return found
 
 
 def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:

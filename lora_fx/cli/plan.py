@@ -56,14 +56,15 @@ def command(
     Every weight that multiplies is listed with what would be done to it; nothing is changed.  MODEL may be a plan that
     was saved with --format json; RULES are left out then.
 
-    With --mesh a step of training is counted instead, on the meta device: bytes and FLOPs of each device.  Of the input
-    one device's step has that of MODEL's factory, or --tokens (1x2048).
+    With --mesh a step of training is counted instead, on the meta device: bytes and FLOPs of each device.  The inputs
+    of one device are those that MODEL's factory gives, or --tokens (of hf: 1x2048).
     """
     asked = MeshOptions(**mesh)
     asked.check(form, other=everything or stat or expect is not None)
     if asked.mesh is not None:
         budget = counted(model, rules, asked, trust)
-        write(budget.to_json() if form == "json" else str(budget), output, form)
+        columns = terminal_width() if output == STANDARD else None
+        write(budget.to_json() if form == "json" else budget.text(columns), output, form)
         return
     from lora_fx.cli.rendering import plan_as, plan_diff_as
     from lora_fx.cli.saved import read_plan

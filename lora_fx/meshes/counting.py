@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lora_fx.bench.counters import no_collection
 from lora_fx.bench.subjects import loss_of
 from lora_fx.discovery.study import planned_for
 from lora_fx.errors import RefusedError
+from lora_fx.meshes.groups import NOTHING, Groups, groups_of
 from lora_fx.meshes.onedevice import KernelAttention, OneDevice
 from lora_fx.meshes.splits import Splits, splits_of
 from lora_fx.models.fsdp import refuse_sharded
@@ -118,6 +118,7 @@ class _Counted:
 
     def budget(self, optimizer_states: int) -> Budget:
         blocks = outermost_blocks(self.tuned)
+        groups = groups_of(self.tuned, blocks, self._whole) if self.mesh.dp > 1 else NOTHING
         named = dict(self.tuned.named_parameters())
         trained = [p for p in named.values() if p.requires_grad]
         frozen = [p for name, p in named.items() if name in self.base and not p.requires_grad]
@@ -137,9 +138,9 @@ class _Counted:
             adapters=values + added,
             optimizer=optimizer_states * gradients,
             gradients=gradients,
-            gathered=self._gathered(blocks),
-            plain=self._step(()),
-            checkpointed=self._step(blocks) if blocks else None,
+            gathered=groups.most,
+            plain=self._step((), groups),
+            checkpointed=self._step(blocks, groups) if blocks else None,
             blocks=len(blocks),
         )
 
@@ -156,19 +157,7 @@ class _Counted:
         rows, *rest = shape or (1,)
         return -(-rows // self.mesh.dp) * math.prod(rest) * parameter.element_size()
 
-    def _gathered(self, blocks: Sequence[str]) -> int:
-        """Return the most bytes that are whole at once: what is in no block, and two blocks one after the other."""
-        if self.mesh.dp == 1:
-            return 0
-        inside = {path: [*self.tuned.get_submodule(path).parameters()] for path in blocks}
-        owned = {id(parameter) for group in inside.values() for parameter in group}
-        root = [parameter for parameter in self.tuned.parameters() if id(parameter) not in owned]
-        sizes = [sum(map(self._whole, group)) for group in inside.values()]
-        gradients = [sum(self._whole(p) for p in group if p.requires_grad) for group in (root, *inside.values())]
-        pairs = [a + b for a, b in pairwise(sizes)] or sizes or [0]
-        return sum(map(self._whole, root)) + max(pairs) + max(gradients)
-
-    def _step(self, checkpointed: Sequence[str]) -> StepCost:
+    def _step(self, checkpointed: Sequence[str], groups: Groups) -> StepCost:
         split = [p for p in self.tuned.parameters() if id(p) in self.splits.dims]
         device = OneDevice(self.mesh.tp, self.tuned, split)
         sample = without_values(Samples((self.sample,), True, True)).items[0]
@@ -178,6 +167,7 @@ class _Counted:
         handles = [module.register_forward_hook(device.gathering) for module in self.splits.gathered]
         trained: list[Any] = list(parameters(self.tuned))
         handles += [parameter.register_post_accumulate_grad_hook(_drop) for parameter in trained]
+        handles += groups.followed(self.tuned, device)
         wrapped = [self.tuned.get_submodule(path) for path in checkpointed]
         for module in wrapped:
             module.forward = _checkpointed(module.forward)
@@ -194,7 +184,7 @@ class _Counted:
                 handle.remove()
             for module in wrapped:
                 del module.forward
-        return StepCost(kept, device.peak, device.flops)
+        return StepCost(kept, device.peak, device.most, device.flops)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.capture.calls.objects import tensors_in
+from lora_fx.bench.counters import operands
 from lora_fx.models.torch_internals import pytree
 
 _MOST = 1 << 22
@@ -36,14 +36,17 @@ class KnownNumbers:
 
     def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Compute beside what an operator has made of numbers that are known."""
-        given, made = [*tensors_in((args, kwargs))], [*tensors_in(result)]
+        made = operands((result,))
+        if not any(id(tensor) in self._values for tensor in made) and any(map(_is_other, made)):
+            return
+        given = operands((*args, *kwargs.values()))
         if all(id(tensor) in self._values for tensor in given) and made and not any(map(_is_other, made)):
             try:
                 args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: self._values[id(tensor)], (args, kwargs))
                 values = func(*args, **(kwargs | ({"device": "cpu"} if "device" in kwargs else {})))
             except (RuntimeError, NotImplementedError):  # not on this device, not with these dtypes
                 return
-            for tensor, value in zip(made, tensors_in(values), strict=True):
+            for tensor, value in zip(made, operands((values,)), strict=True):
                 self.know(tensor, value)
         elif any(id(tensor) in self._values for tensor in made):
             self._values.clear()  # changed in place by what is not known; views of it may be known too

@@ -37,6 +37,8 @@ class OneDevice(Tally):  # type: ignore[no-untyped-call]
         super().__init__()
         self._tp = tp
         self.numbers = KnownNumbers()
+        self.gathered = self.most = 0
+        """Bytes that are gathered now, and the most that were live at once with what was gathered then."""
         self._weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self._split = {tensor.untyped_storage()._cdata for tensor in split}
 
@@ -66,6 +68,7 @@ class OneDevice(Tally):  # type: ignore[no-untyped-call]
                 self._weights.add(key)
             if is_part:
                 self.mark(tensor, is_part=True)
+        self.most = max(self.most, self.live + self.gathered)
 
     def mark(self, tensor: Tensor, is_part: bool) -> None:
         """Let a tensor count as a part of what all devices have, or as whole."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from lora_fx.errors import RefusedError
 from lora_fx.planning.render.notebook import InNotebook
-from lora_fx.text import columns, count, json_text, scaled
+from lora_fx.text import columns, count, json_text, scaled, wrapped
 
 _AXES = {"dp": "FSDP2 shards over it", "tp": "tensor parallelism"}
 _AXIS = re.compile(r"([A-Za-z_]\w*)=([0-9]{1,6})")
@@ -73,6 +73,8 @@ class StepCost:
     """Bytes of activations between the two passes."""
     peak: int
     """Most bytes of activations and temporary results at once, of both passes; gradients are not in it."""
+    most: int
+    """The same with what `fully_shard` has gathered at each time."""
     flops: int
     """Floating point operations of products, convolutions and attention, of both passes."""
 
@@ -108,15 +110,15 @@ class Budget(InNotebook):
 
     def total(self, step: StepCost) -> int:
         """Return the bytes of one device at the peak of a step."""
-        return self.weights + self.adapters + self.optimizer + self.gradients + self.gathered + step.peak
+        return self.weights + self.adapters + self.optimizer + self.gradients + step.most
 
     def __str__(self) -> str:
         return self.text()
 
-    def text(self) -> str:
-        """Return the header and a table of bytes and FLOPs."""
+    def text(self, width: int | None = None) -> str:
+        """Return the header and a table of bytes and FLOPs; lines longer than `width` are broken."""
         steps = [step for step in (self.plain, self.checkpointed) if step is not None]
-        names = ("", "plain", f"{count(self.blocks, 'block')} checkpointed")
+        names = ("", "plain", "checkpointed")
 
         def row(name: str, *numbers: int, unit: str = "B") -> tuple[str, ...]:
             return name, *(scaled(number, unit) for number in numbers)
@@ -124,14 +126,15 @@ class Budget(InNotebook):
         rows = [
             names[: len(steps) + 1],
             *(row(name, *[size] * len(steps)) for name, size in self._lasting().items()),
-            row("activations between the passes", *(step.kept for step in steps)),
-            row("activations and temporaries, at most", *(step.peak for step in steps)),
+            row("activations between passes", *(step.kept for step in steps)),
+            row("with temporaries, at most", *(step.peak for step in steps)),
             row("all of it, at most", *map(self.total, steps)),
             row("a step computes", *(step.flops for step in steps), unit="FLOP"),
         ]
         whom = f"each of {self.mesh.devices:,} devices ({self.mesh})" if self.mesh.devices > 1 else "one device"
         heading = f"{self.model} · {self.source} · {whom} · {', '.join(self.dtypes)}"
-        return "\n".join([heading, f"  inputs: {', '.join(self.inputs)}", "", columns(rows)])
+        given = f"  {count(self.blocks, 'block')}; inputs: {', '.join(self.inputs)}"
+        return wrapped("\n".join([heading, given, "", columns(rows)]), width)
 
     def _lasting(self) -> dict[str, int]:
         return {
@@ -139,7 +142,7 @@ class Budget(InNotebook):
             "adapters": self.adapters,
             "optimiser states": self.optimizer,
             "gradients": self.gradients,
-            "gathered for a while": self.gathered,
+            "gathered, at most": self.gathered,
         }
 
     def to_json(self) -> str:

@@ -146,7 +146,7 @@ def test_models_that_cannot_be_counted_are_refused_by_name():
 
 def test_the_command_prints_a_table_or_json_and_refuses_what_does_not_go_together(tmp_path):
     asked = ("plan", SMALL, "attention", "--mesh", "dp=4,tp=2", "--split", "layers.*.{q,k}_proj=colwise_gather_output")
-    golden("plan-mesh.txt", run(*asked).output)
+    golden("plan-mesh-60.txt", run(*asked, columns=60).output)
     assert json.loads(run(*asked, "--format", "json").output)["mesh"] == {"dp": 4, "tp": 2}
     for more, says in (
         (("--format", "dot"), "as text or json"),

@@ -80,13 +80,19 @@ class Scratch:
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
+        self._taken: dict[str, Tensor] = {}
+        """What each name was taken as last: mostly the same again, and cutting it takes time."""
 
     def take(self, name: str, number: int, dtype: torch.dtype) -> Tensor:
         """Return a flat tensor of uninitialised values, valid until the name is taken again."""
+        last = self._taken.get(name)
+        if last is not None and last.dtype == dtype and len(last) == number:
+            return last
         size = number * dtype.itemsize
         if name not in self._memory or len(self._memory[name]) < size:
             self._memory[name] = torch.empty(size, dtype=torch.uint8)
-        return self._memory[name][:size].view(dtype)
+        self._taken[name] = taken = self._memory[name][:size].view(dtype)
+        return taken
 
 
 def bytes_of(flat: Tensor) -> memoryview:
@@ -152,7 +158,8 @@ def fold_tile(
     """
     stored, delta = source.read(tile, scratch), _product(fold, tile, scratch)
     written = scratch.take("written", tile.elements, target.dtype)
-    sums = Sums()
+    is_first = (tile.rows.start, tile.columns.start) == (0, 0)
+    sums = Sums(delta=_square(fold) if is_first and fold.magnitude is None else 0.0)
     for part in _blocks(fold, tile, noise):
         sums += _fold_block(fold, tile, part, (stored[part], delta[part], written[part]), noise, lengths, scratch)
     if not math.isfinite(sums.survived) and not bool(torch.isfinite(written).all()):
@@ -179,7 +186,7 @@ def _fold_block(
     """Round W + ΔW of a part of a tile; `values` are W as it is stored, ΔW unscaled, and what is to be written."""
     stored, delta, written = values
     base = scratch.take("base", stored.numel(), torch.promote_types(delta.dtype, stored.dtype)).copy_(stored)
-    delta = delta.mul_(_scaling(fold)).to(base.dtype)
+    delta = (delta if _scaling(fold) == 1 else delta.mul_(_scaling(fold))).to(base.dtype)
     merged = torch.add(base, delta, out=scratch.take("merged", base.numel(), base.dtype))
     if fold.magnitude is not None:
         _set_lengths(fold, tile, merged.view(tile.shape), lengths)
@@ -189,7 +196,15 @@ def _fold_block(
     else:
         _round(merged, tile, written, noise)
     change = merged.copy_(written).sub_(base)
-    return Sums(*(float(torch.dot(a, b)) for a, b in ((base, base), (delta, delta), (change, delta))))
+    square = 0.0 if fold.magnitude is None else float(torch.dot(delta, delta))
+    return Sums(float(torch.dot(base, base)), square, float(torch.dot(change, delta)))
+
+
+def _square(fold: WeightFold) -> float:
+    """Return ‖Σ scaling · B A‖² of a whole weight: Σ over pairs of scaling · scaling' · ⟨Bᵀ B', A A'ᵀ⟩, float64."""
+    terms = [(term.left.double(), term.right.double(), term.scaling) for term in fold.terms]
+    pairs = [(a, b) for a in terms for b in terms]
+    return sum(s * t * float(torch.sum((B.t() @ D) * (A @ C.t()))) for (B, A, s), (D, C, t) in pairs)
 
 
 def _product(fold: WeightFold, tile: Tile, scratch: Scratch) -> Tensor:
@@ -202,14 +217,21 @@ def _product(fold: WeightFold, tile: Tile, scratch: Scratch) -> Tensor:
         return sum(others, start=first).view(-1)
     left, right = fold.terms[0].left[tile.rows], fold.terms[0].right[:, tile.columns]
     wide = torch.float64 if right.dtype == torch.float64 else torch.float32
+    left = left.to(wide) * fold.terms[0].scaling if _scales_exactly(fold) else left.to(wide)
     product = scratch.take("product", tile.elements, wide)
-    torch.mm(left.to(wide), right.to(wide), out=product.view(tile.shape))
+    torch.mm(left, right.to(wide), out=product.view(tile.shape))
     return product
+
+
+def _scales_exactly(fold: WeightFold) -> bool:
+    """Whether scaling · (B A) and (scaling · B) A have the same bits: where it is a power of two, as it mostly is."""
+    scaling = fold.terms[0].scaling
+    return scaling >= 1 and math.frexp(scaling)[0] == 0.5
 
 
 def _scaling(fold: WeightFold) -> float:
     """Return what `_product` is still to be multiplied by, part by part while it is in a core's cache."""
-    return fold.terms[0].scaling if len(fold.terms) == 1 else 1.0
+    return fold.terms[0].scaling if len(fold.terms) == 1 and not _scales_exactly(fold) else 1.0
 
 
 def _set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:
