@@ -96,7 +96,7 @@ def _holds_codes(parameter: Tensor) -> bool:
 def _choose_experts(model: nn.Module) -> None:
     """Let experts of transformers multiply groups of rows, in place: a loop over experts needs values."""
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "_experts_implementation"):
+    if getattr(config, "_experts_implementation", None) is not None:
         own = copy.copy(config)
         own._experts_implementation = "grouped_mm"
         for module in model.modules():

@@ -75,6 +75,6 @@ def _holding_in_backward(device: OneDevice, size: int) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         for tensor in tensors_in(output):
             if tensor.requires_grad:
-                tensor.register_hook(_holding(device, size))
+                tensor.register_hook(_holding(device, size))  # type: ignore[no-untyped-call]
 
     return hook

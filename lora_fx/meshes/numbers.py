@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_fx.bench.counters import operands
 from lora_fx.models.torch_internals import pytree
 
+_ATEN = torch.ops.aten
 _MOST = 1 << 22
 """Numbers of a tensor that is computed beside."""
 
@@ -30,7 +31,7 @@ class KnownNumbers:
 
     def answer(self, func: Any, args: Any) -> Any:
         """Return the number that an operator asks for; None where it asks for none, or it is not known."""
-        if func is not torch.ops.aten._local_scalar_dense.default or id(args[0]) not in self._values:
+        if func is not _ATEN._local_scalar_dense.default or id(args[0]) not in self._values:
             return None
         return self._values[id(args[0])].item()
 
