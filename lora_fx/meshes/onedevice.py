@@ -143,15 +143,18 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     """Return what `scaled_dot_product_attention` does on the meta device; arguments are its."""
-    if enable_gqa and key.shape[-3] != query.shape[-3]:
-        times = query.shape[-3] // key.shape[-3]
-        key, value = (tensor.repeat_interleave(times, -3) for tensor in (key, value))
     if query.shape[-1] == value.shape[-1] and query.dim() == 4:
         flash: Any = _ATEN._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    if query.dim() != 4 and (enable_gqa or attn_mask is not None):  # as it is, with its scores
+        whole = torch.nn.functional.scaled_dot_product_attention
+        return whole(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if query.dim() != 4:
         q, k, v = (tensor.reshape(-1, 1, *tensor.shape[-2:]) for tensor in (query, key, value))
         result = _attention(q, k, v, None, dropout_p, is_causal, scale)
         return result.reshape(*query.shape[:-1], value.shape[-1])
+    if enable_gqa and key.shape[-3] != query.shape[-3]:  # the kernel before takes fewer heads of keys as they are
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (tensor.repeat_interleave(times, -3) for tensor in (key, value))
     efficient: Any = _ATEN._scaled_dot_product_efficient_attention
     return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
