@@ -83,6 +83,7 @@ def copied_alone(module: nn.Module, memo: dict[int, Any], called: nn.Module) -> 
     """
     made: nn.Module = object.__new__(type(module))
     memo[id(module)] = memo[id(called)] = made
+    memo.setdefault(id(memo), []).append(module)  # as copy.deepcopy: its id is nobody else's until all copies are made
     nn.Module.__setstate__(made, deepcopy(nn.Module.__getstate__(module), memo))  # type: ignore[no-untyped-call]
     return made
 
