@@ -21,7 +21,7 @@ NEVER = 1 << 40
 """Where an adapter begins to act in a row without its invocation: behind every token."""
 
 
-def last_occurrences(ids: Tensor, invocation: tuple[int, ...]) -> Tensor:
+def last_occurrences(ids: Tensor, invocation: tuple[int, ...], mask: object = None) -> Tensor:
     """Return where a sequence occurs in each row for the last time: the place of its first token, else NEVER.
 
     >>> last_occurrences(torch.tensor([[7, 5, 7, 5], [7, 7, 7, 7]]), (7, 5)).tolist() == [2, NEVER]
@@ -30,12 +30,18 @@ def last_occurrences(ids: Tensor, invocation: tuple[int, ...]) -> Tensor:
     Args:
         ids: of tokens, [batch, tokens].
         invocation: one or more ids.
+        mask: an attention mask for these tokens, or for more before them: padding has the ids of others, and is none.
     """
     width = len(invocation)
     if ids.shape[1] < width:
         return ids.new_full(ids.shape[:1], NEVER, dtype=torch.long)
     wanted = torch.tensor(invocation, dtype=ids.dtype, device=ids.device)
     there = (ids.unfold(1, width, 1) == wanted).all(-1)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == len(ids):
+        real = torch.ones_like(ids, dtype=torch.bool)
+        length = min(ids.shape[1], mask.shape[1])
+        real[:, ids.shape[1] - length :] = mask[:, mask.shape[1] - length :].to(ids.device) != 0
+        there &= real.unfold(1, width, 1).all(-1)
     places = torch.arange(there.shape[1], device=ids.device)
     last = torch.where(there, places, -1).amax(1)
     return torch.where(last < 0, NEVER, last)

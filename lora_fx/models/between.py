@@ -18,7 +18,6 @@ from torch import nn
 
 from lora_fx.models.torch_internals import MODULE_CALLS
 from lora_fx.models.walking import modules_of
-from lora_fx.models.wrappers import seen_through
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _SECONDS = 0.0005
@@ -64,7 +63,7 @@ def one_at_a_time(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def alone(tuned: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with unchanged(seen_through(tuned)):
+        with unchanged(tuned) if isinstance(tuned, nn.Module) else contextlib.nullcontext():
             return function(tuned, *args, **kwargs)
 
     return alone  # type: ignore[return-value]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_fx.errors import LoraFxWarning
 from lora_fx.models.packings import KNOWN, CodeLayout
 from lora_fx.models.quantised import dequantised_parameters_, is_quantised
+from lora_fx.models.shards import is_sharded
 from lora_fx.models.swap import original_class
 from lora_fx.models.torch_internals import pytree, tensor_without_memory
 from lora_fx.text import listing
@@ -28,7 +29,8 @@ class PackedWeight(Tensor):
     Any operation of torch's on it is one on its numbers.
     """
 
-    _layer: nn.Module
+    layer: nn.Module
+    """The layer that holds the codes."""
 
     @staticmethod
     def __new__(cls, layer: nn.Module, dtype: torch.dtype | None = None) -> "PackedWeight":
@@ -38,17 +40,17 @@ class PackedWeight(Tensor):
         made: PackedWeight = tensor_without_memory(
             cls, shape, dtype=dtype or packing.dtype(layer) or torch.float32, device=codes.device
         )
-        made._layer = layer
+        made.layer = layer
         return made
 
     def dequantize(self) -> Tensor:
         """Return the numbers that the codes stand for."""
         with torch.no_grad():
-            return _packing(self._layer).read(self._layer).to(self.dtype)
+            return _packing(self.layer).read(self.layer).to(self.dtype)
 
     def multiplied(self, x: Tensor) -> Tensor:
         """Return what the layer computes of x without its adapters: W x + b, by its own forward."""
-        return own_forward(self._layer, x)
+        return own_forward(self.layer, x)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -58,7 +60,7 @@ class PackedWeight(Tensor):
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"PackedWeight(of {original_class(self._layer).__name__}, {tuple(self.shape)}, {self.dtype})"
+        return f"PackedWeight(of {original_class(self.layer).__name__}, {tuple(self.shape)}, {self.dtype})"
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -214,6 +216,11 @@ _NOTES_OF_MODEL = ("hf_quantizer", "is_quantized", "quantization_method", "is_lo
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, layer) of every packed layer of a model."""
     return ((path, module) for path, module in model.named_modules() if is_packed(module))
+
+
+def holds_shards(layer: nn.Module) -> bool:
+    """Whether this process has a part of a packed layer's codes."""
+    return is_sharded(_codes_or_none(layer))
 
 
 def values_in(model: nn.Module) -> dict[int, int]:

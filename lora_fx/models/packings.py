@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx.models.shards import is_sharded, whole
 from lora_fx.models.swap import original_class
 
 
@@ -66,7 +67,7 @@ def _dtype_4bit(layer: Any) -> torch.dtype | None:
 
 
 def _read_4bit(layer: Any) -> Tensor:
-    state, codes = _state_4bit(layer), layer._parameters["weight"]
+    state, codes = _state_4bit(layer), whole(layer._parameters["weight"])  # gathered, where FSDP2 shards them
     numbers: Tensor = _functions().dequantize_4bit(codes.data.view(-1, 1), state)
     return numbers
 
@@ -95,9 +96,10 @@ def _copied_4bit(layer: Any) -> Iterator[tuple[object, object]]:
     own = _shallow(state)
     if getattr(state, "state2", None) is not None:
         own.state2 = _shallow(state.state2)
-    made = type(weight)(weight.data, requires_grad=False)
-    vars(made).update(vars(weight) | {"quant_state": own, "module": None})
-    yield weight, made
+    if not is_sharded(weight):  # else it is a DTensor, as any other one
+        made = type(weight)(weight.data, requires_grad=False)
+        vars(made).update(vars(weight) | {"quant_state": own, "module": None})
+        yield weight, made
     for held in {id(one): one for one in (state, vars(layer).get("quant_state")) if one is not None}.values():
         yield held, own
 
@@ -154,9 +156,10 @@ def _again_8bit(layer: Any, weight: Tensor) -> nn.Module:
 def _copied_8bit(layer: Any) -> Iterator[tuple[object, object]]:
     """Codes and scales are shared; a forward moves them from the parameter to the state, so each has both its own."""
     weight, state = layer._parameters["weight"], layer.state
-    made = type(weight)(weight.data, requires_grad=False)
-    vars(made).update(vars(weight))
-    yield weight, made
+    if not is_sharded(weight):
+        made = type(weight)(weight.data, requires_grad=False)
+        vars(made).update(vars(weight))
+        yield weight, made
     yield state, _shallow(state)
 
 

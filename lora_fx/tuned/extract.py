@@ -16,7 +16,9 @@ from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.discovery.sites import take_inventory
 from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.models.fsdp import refuse_sharded
-from lora_fx.models.tensors import get_tensor
+from lora_fx.models.packed import held_weight, is_packed
+from lora_fx.models.quantised import dense
+from lora_fx.models.tensors import dotted, get_tensor
 from lora_fx.models.twin import is_meta
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
@@ -107,8 +109,11 @@ def warn_of_losses(report: ExtractReport) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return parameters | dict(model.named_buffers(remove_duplicate=False))
+    """Return parameters and buffers by their names; of layers that hold codes what these stand for."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    packed = (pair for pair in model.named_modules(remove_duplicate=False) if is_packed(pair[1]))
+    return tensors | {dotted(path, "weight"): held_weight(layer, "weight") for path, layer in packed}
 
 
 def _check(tuned_full: nn.Module, base: nn.Module) -> None:
@@ -151,7 +156,7 @@ def _differing(tuned_full: nn.Module, base: nn.Module) -> dict[str, float]:
 def difference(tuned: Tensor, base: Tensor) -> Tensor:
     """Return tuned - base in float32 (float64 where one of them is), on the device of the base; both stay unchanged."""
     wide = torch.float64 if torch.float64 in (tuned.dtype, base.dtype) else torch.float32
-    return tuned.detach().to(base.device, wide) - base.detach().to(wide)
+    return dense(tuned.detach()).to(base.device, wide) - dense(base.detach()).to(wide)
 
 
 # -- which sites
@@ -196,10 +201,7 @@ def _unfit(base: nn.Module, site: PlannedSite) -> str | None:
 
 def _fill(path: str, adapter: Attached, tuned_full: nn.Module, base: nn.Module) -> ExtractedSite:
     """Give the adapter the best values of its rank, in place."""
-    name = f"{path}.weight"
-    ours, theirs = get_tensor(base, name), get_tensor(tuned_full, name)
-    assert ours is not None
-    assert theirs is not None
+    ours, theirs = (held_weight(model.get_submodule(path), "weight") for model in (base, tuned_full))
     delta, r = difference(theirs, ours), adapter.spec.lora.r
     left, values, right = torch.linalg.svd(delta, full_matrices=False)
     kept = min(r, len(values))

@@ -196,7 +196,7 @@ def _tokens_of(
     known = torch.cat((before, stream), 1)
     starts, unseen = {}, list[str]()
     for name, tokens in switch.invocations.items():
-        start = last_occurrences(known, tokens) - before.shape[1]
+        start = last_occurrences(known, tokens, named.get("attention_mask")) - before.shape[1]
         if note is not None and tokens in note.acts:
             acts = note.acts[tokens].to(stream.device)
             start = torch.where((start > length) & acts, 0, start)

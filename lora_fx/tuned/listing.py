@@ -11,6 +11,7 @@ from lora_fx.adapters.attach import Attached, all_attached, with_values
 from lora_fx.adapters.norms import product_square, wide_matrices
 from lora_fx.adapters.tokenrows import TokenRows
 from lora_fx.adapters.trained import added_rows, parameters_of
+from lora_fx.models.between import one_at_a_time
 from lora_fx.models.wrappers import seen_through
 from lora_fx.models.zero import numbers_in
 from lora_fx.planning.render.notebook import InNotebook
@@ -79,6 +80,7 @@ def _row(adapter: ListedAdapter) -> tuple[str, ...]:
     return (adapter.name, used, *sizes, adapter.dtype, norm, ", ".join(more))
 
 
+@one_at_a_time
 def list_adapters(tuned: nn.Module) -> AdapterList:
     """Return what adapters the model has: sites, parameters, what this thread uses, dtype and ‖ΔW‖ of each.
 

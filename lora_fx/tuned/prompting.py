@@ -111,7 +111,7 @@ def _prompted(
     _refuse_moving(given, kwargs)
     starts = starts_given(switch, offsets, *given[0].shape[:2]) if offsets is not None else {}
     for name, tokens in switch.invocations.items() if offsets is None else ():
-        starts[name] = last_occurrences(given[0], tokens)
+        starts[name] = last_occurrences(given[0], tokens, kwargs.get("attention_mask"))
     before = _PROMPTS.get()
     _PROMPTS.set((*before, Prompt(switch, tuple(given), starts)))
     try:

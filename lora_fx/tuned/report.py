@@ -9,6 +9,7 @@ from lora_fx.adapters.attach import STATE, Attached, all_attached
 from lora_fx.adapters.placed import placed_in
 from lora_fx.adapters.trained import added_rows
 from lora_fx.liveness.heads import late_modules
+from lora_fx.models.between import one_at_a_time
 from lora_fx.models.wrappers import seen_through
 from lora_fx.models.zero import numbers_in
 from lora_fx.passes.pack import NOTHING_MIXED
@@ -177,6 +178,7 @@ def _late(tuned: nn.Module) -> tuple[LateReport, ...]:
     return (*there, *refused)
 
 
+@one_at_a_time
 def report(tuned: nn.Module) -> Report:
     """Return the report of an adapted model; RefusedError if it is not adapted."""
     record, places = record_in(tuned), placed_in(tuned)

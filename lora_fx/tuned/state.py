@@ -20,6 +20,7 @@ from lora_fx.tuned.several import adapters_called, refuse_trained_together
 from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
 
 
+@one_at_a_time
 def adapter_state(tuned: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """Return what is trained as a state dict, for a checkpoint of one's own; it shares its memory with the model.
 

@@ -143,6 +143,14 @@ def test_merged_layers_of_another_dtype_than_the_model_are_told():
     assert (merged(X.bfloat16()).float() - expected).norm() <= 2e-2 * expected.norm()
 
 
+@pytest.mark.parametrize("kind", ["NF4", "int8"])
+def test_an_adapter_is_extracted_from_what_codes_stand_for(kind: str):
+    model = model_of(kind)
+    tuned = tuned_of(model)
+    extracted = lora_fx.extract(model, lora_fx.merge(tuned), r=4)
+    assert (extracted(X) - tuned(X)).norm() <= 1e-4 * tuned(X).norm()
+
+
 def test_copies_pickles_files_and_autocast():
     model = model_of("int8")
     tuned = tuned_of(model)

@@ -173,3 +173,16 @@ def test_an_adapter_is_loaded_into_a_model_that_is_parallel_already(ranks):
 def test_what_cannot_be_placed_beside_shards_is_refused_by_name(ranks):
     for rank in ranks:
         assert "parts of its weight are adapted (slices)" in rank["after"]["slices"]
+
+
+def test_codes_that_fsdp_shards_are_trained_and_saved_and_what_else_there_is_refused_by_name(ranks):
+    pytest.importorskip("bitsandbytes")
+    for rank in ranks:
+        mine = rank["packed"]
+        torch.testing.assert_close(*mine["losses"], rtol=1e-5, atol=1e-6)
+        found, expected = mine["files"]
+        assert found.keys() == expected.keys()
+        torch.testing.assert_close(*mine["removed"], rtol=1e-5, atol=1e-6)
+        assert "its codes are sharded: lora_fx.save, and merge beside the base" in mine["merge"]
+        assert "adapters do not join shards of a quantised base" in mine["apply"]
+        assert "its weight is quantised" in mine["parallel"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,12 @@ def treated(folder: Path) -> dict[str, Any]:
     """Everything that is done to tensor parallel models, beside the same models whole."""
     found = {kind: _both(KINDS[kind], folder / kind) for kind in KINDS}
     found |= _several(folder / "several") | {"others": _others(), "refused": _refused()}
-    return found | {"pipelined": pipelined(folder / "pipelined"), "after": _after(folder / "after")}
+    found |= {"pipelined": pipelined(folder / "pipelined"), "after": _after(folder / "after")}
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        from tests.support.packedshards import packed
+
+        found["packed"] = packed(folder / "packed")
+    return found
 
 
 def _both(those: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lora_fx.adapters.tokens import NEVER, last_occurrences
 from lora_fx.errors import RefusedError
 from tests.support.around import OF_OTHERS
 from tests.support.invoked import (
+    INVOCATION,
     STARTS,
     gradients,
     in_peft,
@@ -42,6 +43,18 @@ CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 )
 def test_the_last_occurrence_counts_and_only_a_whole_one(ids, last):
     assert last_occurrences(torch.tensor([ids]), (1, 2)).item() == last
+
+
+def test_padding_has_no_invocation_in_it_though_its_ids_be_the_same():
+    tuned, ids, mask = invoked(), prompts()[[0, 2]], torch.ones(2, 12, dtype=torch.long)
+    ids[0, 7:10] = ids[1, :3] = torch.tensor(INVOCATION)
+    mask[0, 7:] = mask[1, :2] = 0  # on the right all of one, on the left a part of one
+    with torch.no_grad():
+        found = tuned(input_ids=ids, attention_mask=mask).logits
+        assert_close(found[:1, :7], tuned(input_ids=ids[:1, :7]).logits, **CLOSE)
+        assert torch.equal(found[1, 2:], llama()(input_ids=ids, attention_mask=mask).logits[1, 2:])
+    options = {"attention_mask": mask[1:], "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(tuned.generate(ids[1:], **options), llama().generate(ids[1:], **options))
 
 
 def test_rows_shorter_than_the_invocation_have_none():
