@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
+from lora_fx.files.adapter.keptbase import KEPT
 from lora_fx.regions.install import regions
 from tests.support.twoadapters import BACKENDS, DORA, WIDE, alone, factors, given, model, two, values
 
@@ -201,3 +202,13 @@ def test_a_base_that_has_changed_since_the_last_swap_is_looked_at_anew(tmp_path)
         weight.data = before
         tuned.blocks[0].k._parameters["weight"] = weight
         lora_fx.swap(tuned, tmp_path, adapter="b")
+
+
+def test_what_a_swap_keeps_of_the_base_moves_with_the_model(tmp_path):
+    tuned = two()
+    lora_fx.save(other(), tmp_path)
+    lora_fx.swap(tuned, tmp_path, adapter="b")
+    tuned.double()
+    kept = {id(parameter) for parameter in tuned.__dict__[KEPT].base.parameters()}
+    assert kept <= {id(parameter) for parameter in tuned.parameters()}, "nothing of it is a second copy"
+    lora_fx.swap(tuned, tmp_path, adapter="b")

@@ -38,7 +38,6 @@ Source: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet | nn
 """Rules, the directory of an adapter, or an adapted model."""
 
 
-@one_at_a_time
 def add(
     tuned: nn.Module,
     source: Source | None = None,
@@ -73,23 +72,24 @@ def add(
         AdapterFileError, AdapterMismatchError: as `load`; also for an adapter of another base.
     """
     tuned = seen_through(tuned)
-    record = whole_record_in(tuned)
+    whole_record_in(tuned)
     given: Source = rules_or_short(source, target, r, alpha)
-    with apart(tuned):
-        _add(tuned, record, given, adapter, rank, trainable)
-
-
-def _add(
-    tuned: nn.Module, record: ModelRecord, given: Source, adapter: str | None, rank: int | None, trainable: bool
-) -> None:
     if isinstance(given, nn.Module):
         with tempfile.TemporaryDirectory() as folder:
-            save(with_values(seen_through(given)), folder)
-            _add_read(tuned, record, read_adapters(folder), adapter, rank, trainable)
-    elif _is_directory(given):
-        _add_read(tuned, record, read_adapters(given), adapter, rank, trainable)  # type: ignore[arg-type]
+            save(with_values(seen_through(given)), folder)  # before: nobody holds one model and waits for another
+            _add(tuned, folder, adapter, rank, trainable)
     else:
-        rules = read_rules(given)
+        _add(tuned, given, adapter, rank, trainable)
+
+
+@one_at_a_time
+def _add(tuned: nn.Module, given: Source, adapter: str | None, rank: int | None, trainable: bool) -> None:
+    record = whole_record_in(tuned)
+    with apart(tuned):
+        if _is_directory(given):
+            _add_read(tuned, record, read_adapters(given), adapter, rank, trainable)  # type: ignore[arg-type]
+            return
+        rules = read_rules(given)  # type: ignore[arg-type]
         plan = _named(on_modules(decide(rules, _inventory(tuned, record.plan, _asks_base(rules)))), adapter)
         check_refusals(plan)
         if rank is not None:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.dicts import AdapterDict
 from lora_fx.discovery.sites import take_inventory, uses_in
+from lora_fx.models.tensors import dotted
+from lora_fx.models.walking import named_modules_of
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory
 from lora_fx.tuned.build import whole_record_in
@@ -47,8 +49,19 @@ def base_of(tuned: nn.Module) -> tuple[nn.Module, Inventory]:
     inventory = take_inventory(base, uses_in(plan))
     tuned.__dict__.pop(KEPT, None)
     if parts is not None:
+        _share_parameters(base, tuned)
         tuned.__dict__[KEPT] = KeptBase(plan, parts, base, inventory)
     return base, inventory
+
+
+def _share_parameters(base: nn.Module, tuned: nn.Module) -> None:
+    """Let a base have the model's own parameters, in place: copies would keep memory that the model has left."""
+    own = dict(tuned.named_parameters(remove_duplicate=False))
+    for path, module in named_modules_of(base):
+        for name, parameter in module._parameters.items():
+            mine = own.get(dotted(path, name))
+            if mine is not None and parameter is not None and mine.data_ptr() == parameter.data_ptr():
+                module._parameters[name] = mine
 
 
 def _parts_of(tuned: nn.Module) -> tuple[Any, ...] | None:
