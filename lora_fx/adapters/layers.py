@@ -42,6 +42,7 @@ from lora_fx.adapters.tokens import Tokens, refuse_reading, unknown_tokens
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output, bias_of
 from lora_fx.models.packed import held_weight, own_forward
+from lora_fx.models.shards import added_up
 from lora_fx.models.swap import MADE_BY
 from lora_fx.models.torch_internals import in_backward, transformation
 
@@ -170,6 +171,8 @@ class AdaptedLayer(ShowsAdapters):
             return self.base_forward(input)
         settings = settings_without_input(self, chosen, input)
         base = convolved(self.base_forward, settings, self._stored, input) if settings else self.base_forward(input)
+        if "lora_magnitude_vector" in self._modules and not torch.compiler.is_compiling():
+            base = added_up(base)
         number = self._number_of_call(name for name, _ in chosen)
         result = base
         for name, share in chosen:

@@ -225,11 +225,14 @@ def holds_shards(layer: nn.Module) -> bool:
 
 def values_in(model: nn.Module) -> dict[int, int]:
     """Return how many values each parameter stands for, by its identity: those of W where it holds codes."""
-    numbers = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    for _, layer in packed_layers(model):
-        if (codes := _codes_or_none(layer)) is not None:
-            numbers[id(codes)] = math.prod(_shape(layer))
-    return numbers
+    return {id(parameter): parameter.numel() for parameter in model.parameters()} | values_of_codes(model)
+
+
+def values_of_codes(model: nn.Module) -> dict[int, int]:
+    """Return how many values each parameter with codes stands for, by its identity."""
+    layers = (layer for _, layer in packed_layers(model))
+    held = ((layer, _codes_or_none(layer)) for layer in layers)
+    return {id(codes): math.prod(_shape(layer)) for layer, codes in held if codes is not None}
 
 
 def dequantised_(model: nn.Module) -> nn.Module:

@@ -95,6 +95,21 @@ def summed(values: Tensor, like: Tensor) -> Tensor:
     return total
 
 
+def added_up(tensor: Tensor) -> Tensor:
+    """Return the tensor itself; where processes hold parts of a sum, the sum, through which gradients pass: collective.
+
+    torch takes the parts that an embedding sharded by rows gives once, and not twice.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    held: Any = tensor
+    if not any(placement.is_partial() for placement in held.placements):
+        return tensor
+    whole_ones = [_dtensors().Replicate() if one.is_partial() else one for one in held.placements]
+    total: Tensor = held.redistribute(placements=whole_ones)
+    return total
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite, of a sharded tensor on every process: collective then."""
     if not is_sharded(tensor):

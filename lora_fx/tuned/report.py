@@ -10,6 +10,7 @@ from lora_fx.adapters.placed import placed_in
 from lora_fx.adapters.trained import added_rows
 from lora_fx.liveness.heads import late_modules
 from lora_fx.models.between import one_at_a_time
+from lora_fx.models.packed import values_of_codes
 from lora_fx.models.wrappers import seen_through
 from lora_fx.models.zero import numbers_in
 from lora_fx.passes.pack import NOTHING_MIXED
@@ -188,7 +189,8 @@ def report(tuned: nn.Module) -> Report:
     covered = in_graphs(tuned)
     sites = tuple(_site(tuned, path, adapter, covered) for path, adapter in all_attached(tuned))
     ran = tuple(_region(region) for _, _, region in regions(tuned))
-    total = sum(map(numbers_in, tuned.parameters()))
+    coded = values_of_codes(tuned)
+    total = sum(coded.get(id(parameter)) or numbers_in(parameter) for parameter in tuned.parameters())
     trained = sum(numbers_in(p) for p in trainable(tuned) if p.requires_grad)
     return Report(record.plan.model, sites, ran, tuple(whole), trained, total, _late(tuned), prefix_report(tuned))
 

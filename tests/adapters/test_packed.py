@@ -63,7 +63,10 @@ def test_adapter_is_exact_beside_codes_which_stay_where_they_are(kind: str):
     expected = model(X)
     tuned = tuned_of(model, with_values=False)
     assert torch.equal(tuned(X), expected), "B = 0"
-    assert {site.backend for site in lora_fx.inspect(tuned).sites} == {"graph"}
+    report = lora_fx.inspect(tuned)
+    assert {site.backend for site in report.sites} == {"graph"}
+    ends = sum(layer.bias.numel() for layer in map(model.get_submodule, PATHS) if layer.bias is not None)
+    assert report.total == 4 * 64 * 128 + 4 * 64 + ends + 4 * 4 * (64 + 128), "of codes what they stand for"
     for path in PATHS:
         held, own = model.get_submodule(path)._parameters["weight"], tuned.get_submodule(path)._parameters["weight"]
         assert type(held) is type(own)
