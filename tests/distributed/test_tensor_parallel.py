@@ -92,6 +92,11 @@ def test_compiled_code_and_autocast_compute_the_same(ranks):
         torch.testing.assert_close(*rank["others"]["cast"], rtol=2e-2, atol=2e-2)
 
 
+def test_dora_of_an_embedding_whose_rows_are_sharded_is_that_of_the_whole_one(ranks):
+    for rank in ranks:
+        torch.testing.assert_close(*rank["others"]["by rows"], rtol=1e-5, atol=1e-5)
+
+
 def test_frozen_weights_stay_frozen_where_torch_forgets_it(ranks):
     assert ranks[0]["others"]["flags"] == [False]
 

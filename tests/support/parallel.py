@@ -209,6 +209,12 @@ def _others() -> dict[str, Any]:
     with torch.autocast("cpu", torch.bfloat16):
         cast = (tuned(tokens()), same(tokens()))
     sequence = parallel(make(), **{"blocks.*.norm": SequenceParallel(), "blocks.*.v": SequenceParallel()})
+    of_embedding = rules(rule("embed", dora=True))
+    by_rows = {"embed": RowwiseParallel(input_layouts=Replicate())}
+    by_rows_and_whole = (
+        parallel(adapted(of_embedding, backend="modules"), **by_rows)(tokens()).detach(),
+        adapted(of_embedding, backend="modules")(tokens()).detach(),
+    )
     dropped = parallel(make(dropout=0.5)).train()
     torch.manual_seed(dist.get_rank())  # each process drops others
     train(dropped, 2)
@@ -216,6 +222,7 @@ def _others() -> dict[str, Any]:
         "grads": grads,
         "compiled": (compiled.detach(), same(tokens()).detach()),
         "cast": cast,
+        "by rows": by_rows_and_whole,
         "flags": [p.requires_grad for name, p in sequence.named_parameters() if name == "blocks.0.v.weight"],
         "dropped": {name: p.to_local() for name, p in dropped.named_parameters() if _is_whole_factor(name, p)},
     }
