@@ -150,7 +150,7 @@ def test_merged_layers_of_another_dtype_than_the_model_are_told():
 def test_an_adapter_is_extracted_from_what_codes_stand_for(kind: str):
     model = model_of(kind)
     tuned = tuned_of(model)
-    extracted = lora_fx.extract(model, lora_fx.merge(tuned), r=4)
+    extracted = lora_fx.extract(lora_fx.merge(tuned), model, r=4)
     assert (extracted(X) - tuned(X)).norm() <= 1e-4 * tuned(X).norm()
 
 
