@@ -27,6 +27,7 @@ from lora_fx.models.walking import devices_of
 from lora_fx.regions.prefix.digests import digest_of_kernels
 
 _MOST_PARTS = 200_000
+_MOST_FACTS = 1_000_000
 _VALUES = 256
 """About how many of a tensor's values are looked at: a write to `.data` leaves its version as it was."""
 _CONSTANTS = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size})
@@ -90,6 +91,8 @@ class _Walk:
     _seen: dict[int, tuple[int, Any]] = field(default_factory=dict)
     """With the parts themselves: the id of one that is gone may be another's."""
     _waiting: list[Any] = field(default_factory=list)
+    _slots: dict[type, list[str]] = field(default_factory=dict)
+    """The names of the attributes that objects of a class have in slots."""
 
     def through(self, roots: Sequence[Any]) -> None:
         self._waiting += reversed(roots)
@@ -100,7 +103,7 @@ class _Walk:
                 self.facts.append((kind.__name__, part))
             elif id(part) in self._seen:
                 self.facts.append(("again", self._seen[id(part)][0]))
-            elif len(self._seen) > _MOST_PARTS:
+            elif len(self._seen) > _MOST_PARTS or len(self.facts) > _MOST_FACTS:
                 raise ChangesUnseen("more than can be looked at")
             else:
                 self._seen[id(part)] = (len(self._seen), part)
@@ -131,9 +134,20 @@ class _Walk:
             self._object(part, kind)
 
     def _inside(self, what: object, parts: Sequence[Any]) -> None:
-        """Note what a part is, and go through what is in it next."""
+        """Note what a part is, and go through what is in it next, constants and empty containers at once."""
         self.facts.append((what, len(parts)))
-        self._waiting += reversed(parts)
+        more = []
+        for part in parts:
+            kind = type(part)
+            if kind in _CONSTANTS:
+                self.facts += (kind, part)
+            elif kind in _CONTAINERS and not part:
+                self.facts.append(kind)
+            else:
+                self.facts.append(...)
+                more.append(part)
+        more.reverse()
+        self._waiting += more
 
     def _same(self, part: Any, *facts: object) -> None:
         """Note that a part must be the same object."""
@@ -187,21 +201,16 @@ class _Walk:
 
     def _object(self, part: Any, kind: type) -> None:
         """Note a module or an object of a Python class, with its attributes and the code of its class."""
-        made_by_python = all(base is object or base.__flags__ & _IS_PYTHON for base in kind.__mro__)
-        slots = [
-            name
-            for base in kind.__mro__
-            for name, value in vars(base).items()
-            if type(value) is types.MemberDescriptorType
-        ]
-        if not made_by_python:
-            raise ChangesUnseen(kind.__name__)
+        if kind not in self._slots:
+            if not all(base is object or base.__flags__ & _IS_PYTHON for base in kind.__mro__):
+                raise ChangesUnseen(kind.__name__)
+            for base in kind.__mro__[:-1]:
+                if id(base) not in self._seen:
+                    self._class(base)
+            members = [item for base in kind.__mro__ for item in vars(base).items()]
+            self._slots[kind] = [name for name, value in members if type(value) is types.MemberDescriptorType]
         self._same(part)
-        for base in kind.__mro__[:-1]:
-            if id(base) not in self._seen:
-                self._seen[id(base)] = (len(self._seen), base)
-                self._class(base)
-        self._inside(id(kind), _attributes(part) + [getattr(part, name, None) for name in slots])
+        self._inside(id(kind), _attributes(part) + [getattr(part, name, None) for name in self._slots[kind]])
 
     def _class(self, kind: type) -> None:
         """Note the code of a class, and what its module has besides: a flag, a function that somebody may replace."""

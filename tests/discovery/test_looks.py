@@ -257,6 +257,7 @@ def test_what_cannot_be_compared_is_looked_at_again():
     for mode in (Seeing(), Dispatching(), torch.inference_mode()):
         with mode:
             assert LOOKS.state(model, tried) is None
+    assert LOOKS.state(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(16, 16))), tried) is None
     handle = model.handle = Handle(1)
     before = LOOKS.state(model, tried)
     handle.held = 2
