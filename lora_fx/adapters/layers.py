@@ -43,7 +43,7 @@ from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output, bias_of
 from lora_fx.models.packed import held_weight, own_forward
 from lora_fx.models.shards import added_up
-from lora_fx.models.swap import MADE_BY
+from lora_fx.models.swap import MADE_BY, original_class
 from lora_fx.models.torch_internals import in_backward, transformation
 
 
@@ -326,10 +326,27 @@ class AdaptedLayer(ShowsAdapters):
         return base_output(self, input)
 
 
+def _codes(layer: nn.Module) -> Any:
+    if "weight" not in layer._parameters:  # what it holds has another name
+        raise AttributeError(f"a {type(layer).__name__} with codes has no weight")
+    return layer._parameters["weight"]
+
+
 class AdaptedPacked(AdaptedLayer):
     """Mixin for a layer that holds codes: it computes by its own forward, and its `weight` is what it is without us."""
 
-    weight: Any = property(lambda layer: layer._parameters["weight"], take_over("weight"))
+    weight: Any = property(_codes, take_over("weight"))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the layer's class gives, with the adapters: hqq's gives what it holds itself, no child."""
+        state: Any = super().state_dict(*args, **kwargs)
+        kind: Any = original_class(self)
+        if kind.state_dict is not nn.Module.state_dict:
+            given, prefix = kwargs.get("destination"), kwargs.get("prefix", "")
+            for name, child in self._modules.items():
+                if child is not None:
+                    child.state_dict(destination=state if given is None else given, prefix=f"{prefix}{name}.")
+        return state
 
     @property
     def _stored(self) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
@@ -156,7 +157,8 @@ class _Finder:
         own = {dotted(name, "weight") for name in known.names}
         use = self.uses.weights.get(dotted(path, "weight"))
         fits = kind.packed and kind.refusal is None
-        stored = next(module.parameters(), None)  # reading a parametrized `weight` would run its power iteration
+        tensors = chain(module.parameters(), module.buffers())  # a parametrized `weight` would run its power iteration
+        stored = next(tensors, None)
         return Site(
             path=path,
             op=kind.op,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_fx.models.compressed import coded_embedding, runs_as_its_class
 from lora_fx.models.overrides import accelerate_hooks, replaced_forward
 from lora_fx.models.packed import is_packed, is_packed_class, problem_of
 from lora_fx.models.swap import original_class, unswapped
@@ -64,7 +65,7 @@ def known_modules(model: nn.Module) -> list[KnownModule]:
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return what a module does with its weight; None for modules that are not known by class."""
     kind: LayerKind | None = _kind_of_class(module)
-    if kind is None or not kind.called or replaced_forward(module) is None:
+    if kind is None or not kind.called or kind.packed or replaced_forward(module) is None or runs_as_its_class(module):
         return kind
     return replace(kind, called=False, refusal=_refusal(module, False))
 
@@ -182,7 +183,7 @@ def _convolution(
 @_kind_of_class.register
 def _embedding(module: nn.Embedding) -> LayerKind:
     called = not has_own_forward(type(module))
-    refusal = _refusal(module, called)
+    refusal = coded_embedding(module) or _refusal(module, called)
     if module.max_norm is not None:
         refusal = (
             "max_norm rescales the rows that are looked up, base and delta together: no merged weight does the same; "

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import LoraFxWarning
-from lora_fx.models.packings import KNOWN, CodeLayout
+from lora_fx.models.codelayout import CodeLayout
+from lora_fx.models.compressed import SCHEME, settle_compressed_
+from lora_fx.models.grids import Grid
+from lora_fx.models.packings import KNOWN, NOT_RUN, found_on
 from lora_fx.models.quantised import dequantised_parameters_, is_quantised
 from lora_fx.models.shards import is_sharded
 from lora_fx.models.swap import original_class
@@ -65,7 +68,7 @@ class PackedWeight(Tensor):
 
 def is_packed(module: nn.Module) -> bool:
     """Whether the module is a linear that holds codes, whose forward is run as it is."""
-    return is_packed_class(original_class(module))
+    return _known(module) is not None
 
 
 def is_packed_class(kind: Any) -> bool:
@@ -109,7 +112,12 @@ def copies_of_packed(module: nn.Module) -> Iterator[tuple[object, object]]:
 
 
 def settle_packed_(model: nn.Module) -> None:
-    """Keep the packed layers of a copy from what would spoil its training, in place."""
+    """Keep the packed layers of a copy from what would spoil its training, in place.
+
+    Raises:
+        RefusedError: naming what cannot be kept.
+    """
+    settle_compressed_(model)
     for module in model.modules():
         packing = _known(module)
         if packing is not None:
@@ -127,6 +135,11 @@ def quantised_alike(layer: nn.Module, weight: Tensor) -> nn.Module:
     for name in [name for name in vars(made) if name.startswith("lora_fx")]:
         del vars(made)[name]
     return made
+
+
+def grid_kept_by(layer: nn.Module) -> Grid | None:
+    """Return the grid on which a packed layer's numbers lie, if `quantised_alike` keeps it; else None."""
+    return _packing(layer).grid(layer)
 
 
 def make_plain_(layer: nn.Module, weight: Tensor) -> None:
@@ -256,7 +269,10 @@ def _packing(layer: nn.Module) -> CodeLayout:
 
 def _known(module: nn.Module) -> CodeLayout | None:
     kind: Any = original_class(module)
-    return _packing_of(kind)
+    packing = _packing_of(kind)
+    if packing is None and (SCHEME in vars(module) or kind.__module__.startswith(NOT_RUN)):
+        return found_on(module)
+    return packing
 
 
 def _codes(layer: nn.Module) -> Tensor:
@@ -266,7 +282,7 @@ def _codes(layer: nn.Module) -> Tensor:
 
 
 def _codes_or_none(layer: nn.Module) -> Tensor | None:
-    return layer._parameters.get(_packing(layer).holds)
+    return _packing(layer).codes(layer)
 
 
 def _packing_of(kind: Any) -> CodeLayout | None:

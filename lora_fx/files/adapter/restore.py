@@ -22,10 +22,11 @@ from lora_fx.files.adapter.resolve import resolved, uses_in_files
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.adapter.tokens import fill_rows, misfitting_rows, planned_rows, row_mismatches
 from lora_fx.files.fingerprint import same_values, sample_values
+from lora_fx.models.packed import is_packed
 from lora_fx.models.samples import Samples
 from lora_fx.models.shards import part_of, whole
 from lora_fx.models.tensors import get_tensor, own_parameters
-from lora_fx.models.wrappers import module_at, without_wrappers
+from lora_fx.models.wrappers import inside, module_at, without_wrappers
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.planned import (
     IN_A_GRAPH,
@@ -240,17 +241,22 @@ def _other_base(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
     # of a site that is refused there may be no weight to look at
     usable = {path: site for path, site in sites.items() if site.refusal is None}
     known = {saved.path: usable[saved.path].weight for saved in file.sites if saved.path in usable}
-    weights = {path: weight for path, name in known.items() if (weight := get_tensor(model, name)) is not None}
+    weights = {path: weight for path, name in known.items() if (weight := _readable(model, name)) is not None}
     for path, weight in weights.items():
         if not same_values(file.header.base.get(path), sample_values(weight)):
             yield known[path], "trained on other values", "is another base, or was changed since"
+
+
+def _readable(model: nn.Module, name: str) -> Tensor | None:
+    """Return the weight of a site; None where a layer holds codes in its place."""
+    return None if is_packed(inside(module_at(model, name.rpartition(".")[0]))) else get_tensor(model, name)
 
 
 def compared_values(files: Sequence[AdapterFile], decisions: Decisions, model: nn.Module) -> int:
     """Return of how many base weights a file notes values that the model has too."""
     sites = {path: planned.site for planned in decisions.adapted for path in planned.site.paths}
     noted = (saved.path for file in files for saved in file.sites if file.header.base.get(saved.path))
-    weights = (get_tensor(model, name) for name in {sites[path].weight for path in noted if path in sites})
+    weights = (_readable(model, name) for name in {sites[path].weight for path in noted if path in sites})
     return sum(weight is not None and sample_values(weight) is not None for weight in weights)
 
 

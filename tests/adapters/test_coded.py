@@ -1,0 +1,226 @@
+"""Linears of compressed-tensors and hqq: the base stays codes, the adapter is exact beside it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lora_fx
+from tests.support.codedmodels import INT4, KINDS, PATHS, compress_, copied, expected_of, hqq, numbers, plain
+from tests.support.sitekinds import randomise_
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+X = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+INT4_KIND = "compressed-tensors W4A16"
+ONE_OF_EACH = [INT4_KIND, "compressed-tensors W8A8", "hqq 4 bits"]
+
+
+def rules(**rule: Any) -> dict[str, Any]:
+    return {"version": 1, "rules": [{"match": {"name": ["**.up", "**.down"]}, "lora": {"r": 4, **rule}}]}
+
+
+def tuned_of(model: nn.Module, **rule: Any) -> nn.Module:
+    tuned = lora_fx.apply(model, rules(**rule), (X,))
+    randomise_(tuned)
+    return tuned
+
+
+def dense_twin(tuned: nn.Module) -> nn.Module:
+    """Return the same blocks with plain linears on W + scaling · B A of dequantised W."""
+    model = plain()
+    for path in PATHS:
+        layer, own = tuned.get_submodule(path), model.get_submodule(path)
+        A, B = layer.lora_A.default, layer.lora_B.default.weight
+        own.weight.data = (numbers(layer) + A.spec.scaling * (B @ A.weight)).detach()
+    return model
+
+
+def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    result = model(x)
+    result.square().mean().backward()
+    assert x.grad is not None
+    return result.detach(), x.grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_is_exact_beside_codes_which_stay_where_they_are(kind: str):
+    model = KINDS[kind]()
+    before = {name: (type(p), p.data_ptr()) for name, p in model.named_parameters()}
+    keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
+    expected = expected_of(model, X)
+    tuned = lora_fx.apply(model, rules(), (X,))
+    assert torch.equal(tuned(X), expected), "B = 0"
+    assert {site.backend for site in lora_fx.inspect(tuned).sites} == {"graph"}
+    own = dict(tuned.named_parameters())
+    assert all((type(own[name]), own[name].data_ptr()) == known for name, known in before.items()), "no code is copied"
+    assert not any(own[name].requires_grad for name in before)
+    randomise_(tuned)
+    twin, tolerance = dense_twin(tuned), 3e-2 if "W8A8" in kind else 1e-5  # which rounds its inputs as well
+    (result, grad), (wanted, wanted_grad) = gradients(tuned, X), gradients(twin, X)
+    assert (result - wanted).norm() <= tolerance * wanted.norm()
+    assert (grad - wanted_grad).norm() <= tolerance * wanted_grad.norm(), "gradients pass through the base"
+    merged = lora_fx.merge(tuned)
+    assert {type(merged.get_submodule(path)) for path in PATHS} == {nn.Linear}
+    assert (merged(X) - wanted).norm() <= 1e-5 * wanted.norm()
+    removed = lora_fx.remove(tuned)
+    assert torch.equal(removed(X), expected)
+    assert list(removed.state_dict()) == keys
+    assert {name: (type(p), p.data_ptr()) for name, p in model.named_parameters()} == before, "nothing is decompressed"
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(X), expected), "the model that was given goes on as before"
+    assert torch.equal(tuned(X), result), "and so does the adapted one"
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_modules_states_files_copies_autocast_and_checkpoints(kind: str, tmp_path: Path):
+    model = KINDS[kind]()
+    tuned = tuned_of(model, dropout=0.5)
+    in_modules = lora_fx.apply(model, rules(dropout=0.5), (X,), backend="modules")
+    lora_fx.load_adapter_state(in_modules, lora_fx.adapter_state(tuned))
+    for training in (True, False):
+        results = []
+        for one in (tuned, in_modules):
+            torch.manual_seed(3)
+            results.append(gradients(one.train(training), X))
+        assert all(map(torch.equal, *results))
+    expected = tuned(X)
+    state = tuned.state_dict()
+    assert {name for name in state if "lora_" in name} == set(lora_fx.adapter_state(tuned))
+    lora_fx.save(tuned, tmp_path / "adapter")
+    assert torch.equal(lora_fx.load(model, tmp_path / "adapter").eval()(X), expected)
+    assert torch.equal(copy.deepcopy(tuned)(X), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        result, grad = gradients(tuned, X)
+        assert (result - expected).norm() <= 2e-2 * expected.norm()
+        assert grad.dtype is torch.float32
+    x = X.clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(tuned, x, use_reentrant=False).square().mean().backward()
+    assert torch.allclose(x.grad, gradients(tuned, X)[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [*ONE_OF_EACH, "compressed-tensors W4A16, asymmetric"])
+def test_merged_weights_are_quantised_again_as_they_were_and_the_cost_is_told(kind: str):
+    model = KINDS[kind]()
+    tuned = tuned_of(model)
+    again, costs = lora_fx.merged_and_requantised(tuned, "same")
+    exact = lora_fx.merge(tuned)
+    for path, cost in zip(PATHS, costs, strict=True):
+        layer, before = again.get_submodule(path), model.get_submodule(path)
+        assert isinstance(layer, type(before))
+        assert layer._parameters.keys() == before._parameters.keys()
+        assert not [name for name, _ in layer.named_parameters() if "lora" in name]
+        lost = (numbers(layer).float() - exact.get_submodule(path).weight).abs().max()
+        assert 0 < float(lost) == pytest.approx(cost.largest, rel=1e-4)
+    assert 0 < (again(X) - exact(X)).norm() < 0.3 * exact(X).norm()
+
+
+def test_what_asks_for_numbers_gets_those_that_the_codes_stand_for_and_bfloat16_stays():
+    for kind in ONE_OF_EACH:
+        tuned = tuned_of(KINDS[kind](), dora=True)
+        merged = lora_fx.merge(tuned)
+        assert (merged(X) - tuned(X)).norm() <= (3e-2 if "W8A8" in kind else 1e-5) * merged(X).norm()
+        gradients(tuned, X)
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in lora_fx.parameters(tuned))
+    model = plain().bfloat16()
+    compress_(model, INT4)
+    from compressed_tensors.compressors import ModelCompressor
+
+    ModelCompressor().compress_model(model)
+    tuned, kept = lora_fx.apply(model, rules(), (X.bfloat16(),)), []
+    x = X.bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = tuned(x)
+    assert result.dtype is torch.bfloat16
+    products = [t for t in kept if t.dtype is torch.float32 and t.numel() >= x.numel()]
+    assert not products, "no copy of x in float32"
+    assert not [t for t in kept if t.shape in ((128, 64), (64, 128)) and t.is_floating_point()], "no weight is kept"
+    result.float().sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("kind", [INT4_KIND, "hqq 4 bits"])
+def test_losses_are_those_of_peft_on_the_same_base(kind: str):
+    peft = pytest.importorskip("peft")
+    model, ours, theirs = KINDS[kind](), [], []
+    tuned = tuned_of(model, alpha=8)
+    base = copied(model) if "compressed" in kind else KINDS[kind]()
+    other = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"]))
+    for path in PATHS:
+        for factor in ("lora_A", "lora_B"):
+            value = tuned.get_parameter(f"{path}.{factor}.default.weight")
+            other.get_parameter(f"base_model.model.{path}.{factor}.default.weight").data.copy_(value.data)
+    for one, losses in ((tuned, ours), (other, theirs)):
+        optimizer = torch.optim.AdamW([p for n, p in one.named_parameters() if "lora_" in n], 1e-2)
+        for step in range(5):
+            loss = F.mse_loss(one(X + step / 8), X)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_models_that_compressed_tensors_has_decompressed_are_plain_ones():
+    model = copied(KINDS[INT4_KIND]())
+    tuned = tuned_of(model)
+    wanted = dense_twin_of_plain(tuned)
+    assert (tuned(X) - wanted(X)).norm() <= 1e-5 * wanted(X).norm()
+    assert {site.backend for site in lora_fx.inspect(tuned).sites} == {"graph"}
+    merged = lora_fx.merge(tuned)
+    assert (merged(X) - wanted(X)).norm() <= 1e-5 * wanted(X).norm()
+    rounding = copied(KINDS["compressed-tensors W8A8"]())
+    expected = rounding(X)
+    tuned = lora_fx.apply(rounding, rules(), (X,))
+    assert torch.equal(tuned(X), expected)
+    assert gradients(tuned, X)[1].norm() > 0.5 * gradients(plain(), X)[1].norm(), (
+        "straight through, where theirs pass by"
+    )
+
+
+def dense_twin_of_plain(tuned: nn.Module) -> nn.Module:
+    model = plain()
+    for path in PATHS:
+        layer, own = tuned.get_submodule(path), model.get_submodule(path)
+        A, B = layer.lora_A.default, layer.lora_B.default.weight
+        own.weight.data = (layer._parameters["weight"] + A.spec.scaling * (B @ A.weight)).detach()
+    return model
+
+
+def fake_gptq() -> nn.Module:
+    """Return a layer as gptqmodel has them, by name, shapes and buffers; the library does not build here."""
+    kind = type("TorchQuantLinear", (nn.Module,), {"__module__": "gptqmodel.nn_modules.qlinear.torch"})
+    layer = kind()
+    layer.in_features, layer.out_features = 64, 64
+    layer.register_buffer("qweight", torch.zeros(8, 64, dtype=torch.int32))
+    return layer
+
+
+def cases() -> list[tuple[nn.Module, str]]:
+    """Return models and what is said of their layer `0.up`."""
+    not_yet, gptq, scaled = plain(), plain(), hqq(4)()
+    compress_(not_yet, INT4)
+    scaled.get_submodule("0.up").meta["quant_scale"] = True
+    gptq[0].up = fake_gptq()
+    replaced = KINDS[INT4_KIND]()
+    replaced.get_submodule("0.up").forward = lambda x: x
+    return [
+        (not_yet, "rounded at each call"),
+        (scaled, "scales are codes too"),
+        (gptq, "TorchQuantLinear of gptqmodel: what its kernels do with the codes"),
+        (replaced, "something else than compressed-tensors has replaced its forward"),
+    ]
+
+
+def test_what_is_not_known_to_train_is_refused_by_name():
+    for model, reason in cases():
+        with pytest.raises(lora_fx.RefusedError, match=reason):
+            lora_fx.apply(model, {"version": 1, "rules": [{"match": {"name": "0.up"}, "lora": {"r": 4}}]})
+    with pytest.raises(lora_fx.RefusedError, match=r"0\.up\.[A-Za-z_]+ +holds codes"):
+        lora_fx.apply(KINDS["hqq 4 bits"](), {**rules(), "train": ["0.up"]}, (X,))
