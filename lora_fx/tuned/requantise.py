@@ -21,7 +21,7 @@ from lora_fx.tuned.undo import merged
 Quantise = Callable[[nn.Module], object] | Literal["same"]
 """Quantises every linear in a module, in place: `lambda module: quantize_(module, Int8WeightOnlyConfig())`.
 
-"same": with the settings that the base's layer has (bitsandbytes').
+"same": with the settings that the base's layer has (bitsandbytes', compressed-tensors', hqq's).
 """
 
 
@@ -65,16 +65,24 @@ def quantised_sites(tuned: nn.Module) -> list[tuple[str, Attached]]:
         MergeError: there is none.
         RefusedError: processes hold parts of the model.
     """
-    refuse_sharded(tuned, "the weights of a sharded model are not quantised again", "lora_fx.merge, then quantise")
-    sites = [
-        (path if used[0][0].spec.path_is_owner else dotted(path, used[0][0].spec.parameter), used[0][0])
-        for path, owner in tuned.named_modules()
-        for used in used_at(owner).values()
-        if is_quantised(used[0][0].base_weight)
-    ]
+    sites = [(path, adapter) for path, adapter in sites_in_use(tuned) if is_quantised(adapter.base_weight)]
     if not sites:
         raise MergeError("no weight whose adapters are in use is quantised: there is nothing to quantise again")
     return sites
+
+
+def sites_in_use(tuned: nn.Module) -> list[tuple[str, Attached]]:
+    """Return the path of each weight whose adapters are in use, with one of its adapters.
+
+    Raises:
+        RefusedError: processes hold parts of the model.
+    """
+    refuse_sharded(tuned, "the weights of a sharded model are not quantised again", "lora_fx.merge, then quantise")
+    return [
+        (path if used[0][0].spec.path_is_owner else dotted(path, used[0][0].spec.parameter), used[0][0])
+        for path, owner in tuned.named_modules()
+        for used in used_at(owner).values()
+    ]
 
 
 def _refuse_unknown_settings(tuned: nn.Module, sites: list[tuple[str, Attached]], quantise: Quantise) -> None:
@@ -88,13 +96,22 @@ def _refuse_unknown_settings(tuned: nn.Module, sites: list[tuple[str, Attached]]
         raise MergeError("these weights cannot be quantised as they were; nothing was merged", unknown, advice)
 
 
+def quantise_as(model: nn.Module, path: str, like: nn.Module) -> None:
+    """Quantise one plain layer of the model as a packed layer is, in place."""
+    _quantised_again(model, path, "weight", partial(_alike, like))
+
+
 def _alike(like: nn.Module, shell: nn.Module) -> None:
     """Quantise the one layer in a shell as another one is, in place."""
     layer = shell.get_submodule("0")
     weight = layer.get_parameter("weight")
     again = quantised_alike(like, weight)
     again.train(layer.training)
-    again._parameters["bias"] = layer._parameters["bias"]
+    bias = layer._parameters["bias"]
+    if "bias" in vars(again):  # hqq's, which is no parameter
+        vars(again)["bias"] = None if bias is None else bias.detach()
+    else:
+        again._parameters["bias"] = bias
     take_hooks(again, layer)
     shell.add_module("0", again)
 
