@@ -28,7 +28,7 @@ class CompressedLinear(nn.Linear):
     quantization_scheme: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        result: Tensor = _Product.apply(input, self._parameters["bias"], self)  # type: ignore[no-untyped-call]
+        result: Tensor = _CodedProduct.apply(input, self._parameters["bias"], self)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -40,7 +40,7 @@ class CompressedEmbedding(nn.Embedding):
         return F.embedding(input, numbers_of(self), *settings)
 
 
-class _Product(torch.autograd.Function):
+class _CodedProduct(torch.autograd.Function):
     """x Wᵀ + b with the numbers that codes stand for now; nothing of their size is kept for the backward pass."""
 
     @staticmethod
