@@ -2,8 +2,9 @@
 
 A decoder of four layers of width 768 with adapters of rank 8 on all its linears.  Forward: 64 rows without gradients,
 over the base on the same batch, beside PEFT's mixed batch (`adapter_names`).  Jobs: eight adapters that are trained at
-once, each on its own rows with a loss of its own, over eight steps of PEFT, one for each adapter.  Time is the median
-of paired ratios, beside that of the base over itself, as `lora_fx.bench` measures; FLOPs are counted.
+once, each on its own rows with a loss of its own, over eight steps of PEFT, one for each adapter; and the frozen base's
+step on all rows over eight steps of it.  Time is the median of paired ratios, beside that of the base over itself, as
+`lora_fx.bench` measures; FLOPs are counted.
 """
 
 from __future__ import annotations
@@ -95,10 +96,6 @@ def jobs(tokens: int) -> dict[str, Callable[[], object]]:
     ours, theirs = tuned(JOBS, ids).train(), peft(JOBS).train()
     names = [f"a{number}" for number in range(JOBS)]
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        each = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
-        return each.mean(1).sum()
-
     def of_theirs() -> None:
         for number, name in enumerate(names):
             theirs.set_adapter(name)
@@ -112,6 +109,27 @@ def jobs(tokens: int) -> dict[str, Callable[[], object]]:
         ours.zero_grad()
 
     return {"PEFT": of_theirs, "PEFT again": of_theirs, "lora_fx": of_ours}
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the losses of the rows."""
+    each = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    return each.mean(1).sum()
+
+
+def without_adapters(tokens: int) -> dict[str, Callable[[], object]]:
+    """Return the same steps of the frozen base, with the gradient of its inputs: what is to be won at most."""
+    ids, plain = batch(JOBS, tokens), base().train()
+
+    def step(rows: Tensor) -> None:
+        inputs = plain.get_input_embeddings()(rows).requires_grad_()  # type: ignore[operator]
+        loss(plain(inputs_embeds=inputs).logits, rows).backward()
+
+    def of_each() -> None:
+        for row in ids.split(1):
+            step(row)
+
+    return {"eight": of_each, "eight again": of_each, "lora_fx": lambda: step(ids)}
 
 
 def measured(steps: dict[str, Callable[[], object]], rounds: int, attempts: int) -> Timing:
@@ -129,7 +147,7 @@ def row_of(
     flops = {name: counters.flops(step) for name, step in steps.items()}
     timing = measured(steps, rounds, attempts) if rounds else None
     spent = [_ratio(timing, name) for name in ("lora_fx", "PEFT")]
-    counted = [f"{flops[name] / flops[reference]:.2f}" for name in ("lora_fx", "PEFT")]
+    counted = [f"{flops[name] / flops[reference]:.2f}" if name in flops else "" for name in ("lora_fx", "PEFT")]
     control = "" if timing is None else f"{timing.control.ratio:.3f}"
     return (what, *map(str, sizes), *spent, *counted, control)
 
@@ -137,7 +155,7 @@ def row_of(
 def _ratio(timing: Timing | None, name: str) -> str:
     if timing is None:
         return ""
-    return "" if timing.void else timing.ratios[name].text()
+    return "" if timing.void or name not in timing.ratios else timing.ratios[name].text()
 
 
 def main() -> None:
@@ -152,6 +170,10 @@ def main() -> None:
     cases = [
         *(("forward, over the base", forwards, ROWS, count, tokens) for tokens in options.tokens for count in (8, 64)),
         *(("step, over PEFT's eight", lambda _, tokens: jobs(tokens), JOBS, JOBS, tokens) for tokens in options.jobs),
+        *(
+            ("the base's, over its eight", lambda _, tokens: without_adapters(tokens), JOBS, 0, tokens)
+            for tokens in options.jobs
+        ),
     ]
     rows = []
     for what, steps, batch_size, count, tokens in cases:
