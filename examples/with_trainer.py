@@ -32,7 +32,7 @@ with TemporaryDirectory() as home:
     whole = trainer(Path(home, "whole"), 4)
     whole.train()
     trainer(Path(home, "part"), 2).train()
-    resumed = trainer(Path(home, "part"), 4)
+    resumed = trainer(Path(home, "part"), 4)  # the same rules and adapter's name: values are matched by their keys
     resumed.train(resume_from_checkpoint=True)
     for one, other in zip(lora_fx.parameters(whole.model), lora_fx.parameters(resumed.model), strict=True):
         assert torch.equal(one, other)

@@ -273,7 +273,7 @@ def merge(
 
     Raises:
         MergeError: a merged weight would not be finite; names every such site, and nothing is merged.
-        ValueError, RefusedError: as `lora_fx.use`.
+        ValueError, RefusedError: as `lora_fx.use`; ValueError also for a `requantize` that is no function.
     """
     tuned = with_values(seen_through(tuned))
     chosen = switching.chosen_for_a_while(tuned, adapters)

@@ -65,9 +65,11 @@ def refuse_unfit(model: nn.Module) -> None:
     names Python misreads.
     """
     if is_adapted(model):
-        raise RefusedError(
-            "the model is adapted already", advice="lora_fx.remove(model) or lora_fx.merge(model) gives one that is not"
+        advice = (
+            'lora_fx.add(model, …, adapter="b") puts another adapter beside, from rules or a folder; '
+            "lora_fx.remove(model) or lora_fx.merge(model) gives a model without any"
         )
+        raise RefusedError("the model is adapted already", advice=advice)
     if isinstance(model, torch.jit.ScriptModule):
         raise RefusedError("a TorchScript model cannot be adapted", advice="adapt the nn.Module it was made from")
     if seen_through(model) is not model:

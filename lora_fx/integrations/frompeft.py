@@ -123,7 +123,7 @@ def _adapters_in(model: Any, wanted: str | None) -> list[str]:
 def _problems(model: Any, name: str) -> Iterator[tuple[str, str]]:
     """Yield what keeps a model of PEFT's from being its base with the adapter and nothing else."""
     if not is_adapter_name(name):
-        yield name, "is no name of an adapter here: letters, digits and _, a letter first"
+        yield name, "is no name here: letters, digits and _, a letter first; save it, and lora_fx.load its folder"
     scaled = peft_library("from_peft").tuners.lora.LoraLayer
     for path, layer in _layers(model):
         if layer.merged:

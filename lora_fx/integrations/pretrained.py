@@ -147,7 +147,7 @@ class AdaptedPretrained(AdaptedModel, AdaptedTokens):
         if "adapter_names" in kwargs:
             raise RefusedError(
                 "adapter_names chooses among adapters of PEFT, and this model has one of lora_fx",
-                advice="call it without; each twin of lora_fx.apply or lora_fx.load has its own adapter",
+                advice="call it without, in `with lora_fx.rows(model, names):`; None there is PEFT's '__base__'",
             )
         return super().forward(*args, **kwargs)
 

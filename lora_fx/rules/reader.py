@@ -44,6 +44,9 @@ def read_rules(rules: str | os.PathLike[str] | Mapping[str, object] | RuleSet) -
     path = shipped.find(name)
     if not os.path.lexists(path):
         raise _missing(name, path)
+    if path.name == "adapter_config.json":
+        hint = f"lora_fx.rules_from_peft({name!r}, model) makes rules of it"
+        raise RuleError(name, [Problem("this is the configuration of an adapter of PEFT's", hint=hint)])
     source, root = read_file(path, name)
     return _RuleReader(source).read(root)
 

@@ -42,7 +42,10 @@ def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Mod
     Raises:
         MergeError: nothing was quantised, or the function does not quantise a merged layer; "same", and a layer does
             not tell its settings.
+        ValueError: neither "same" nor a function.
     """
+    if quantise != "same" and not callable(quantise):
+        raise ValueError(f'requantize is {quantise!r}; it must be "same", or a function that quantises a module in place')
     sites = quantised_sites(tuned)
     _refuse_unknown_settings(tuned, sites, quantise)
     model = merged(tuned, stays_plain=False)

@@ -122,7 +122,8 @@ def refuse_name(name: str, known: Collection[str]) -> None:
     if not is_adapter_name(name):
         raise ValueError(f"an adapter cannot be called {name!r}: letters, digits and _, a letter first")
     if name in known:
-        raise ValueError(f"there is an adapter called '{name}' already; drop or rename it, or take another name")
+        cure = 'take another name (adapter="b"), or drop or rename that one'
+        raise ValueError(f"there is an adapter called '{name}' already; {cure}")
 
 
 def _refuse_shared(tuned: nn.Module, adapter: str) -> None:

@@ -106,7 +106,7 @@ def read_checkpoint(folder: Path) -> BaseCheckpoint:
         MergeError: no safetensors checkpoint, damaged files, an index that contradicts them.
     """
     if not folder.is_dir():
-        raise MergeError(f"{folder}: not a directory")
+        raise MergeError(f"{folder}: not a directory", advice="give the path of a checkpoint's folder, without `hf:`")
     name = _entry(folder)
     index = name if name.endswith(INDEX_END) else None
     placed = {} if index is None else weight_map(folder / index)
