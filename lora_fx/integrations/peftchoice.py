@@ -9,7 +9,7 @@ from lora_fx.errors import RefusedError
 from lora_fx.files.adapter.configuration import Configuration
 from lora_fx.files.adapter.names import ends_of, has_end
 from lora_fx.files.adapter.patterns import whole_match
-from lora_fx.integrations.pefttargets import ALL_LINEAR, CLASSIFIERS
+from lora_fx.integrations.pefttargets import ALL_LINEAR, CLASSIFIERS, EMBEDDINGS
 from lora_fx.models.layers import kind_of, linear_layout, model_type
 from lora_fx.models.swap import original_class
 from lora_fx.planning.draft.peftdefaults import DEFAULT_TARGETS
@@ -66,7 +66,21 @@ def saved_modules(config: Configuration, model: nn.Module) -> list[str]:
         if ends:
             is_segment = all(has_end(path, (name,)) for path in ends)
             patterns.append(f"**.{'' if is_segment else '*'}{glob_of(name)}")
-    return patterns
+    return patterns + [glob_of(path) for path in _tied_to_saved(config, model)]
+
+
+def ties_what_is_saved(config: Configuration) -> bool:
+    """Whether PEFT trains what is tied to one of modules_to_save with it, as one weight."""
+    return config.ensure_weight_tying and any(has_end(name, EMBEDDINGS) for name in config.modules_to_save)
+
+
+def _tied_to_saved(config: Configuration, model: nn.Module) -> list[str]:
+    if not ties_what_is_saved(config):
+        return []
+    weights = {path: module._parameters.get("weight") for path, module in model.named_modules() if path}
+    saved = {path for path in weights if path.endswith(tuple(config.modules_to_save))}
+    tied = {id(weights[path]) for path in saved if weights[path] is not None and has_end(path, EMBEDDINGS)}
+    return [path for path, weight in weights.items() if id(weight) in tied and path not in saved]
 
 
 def choices(config: Configuration, inventory: Inventory, model: nn.Module) -> Chosen:

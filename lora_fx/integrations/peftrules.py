@@ -14,7 +14,7 @@ from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.files.adapter.configuration import Configuration
 from lora_fx.files.adapter.patterns import Patterns, plain_name
 from lora_fx.files.adapter.tokens import ROWS
-from lora_fx.integrations.peftchoice import Chosen, choices, listed, saved_modules, targets_for
+from lora_fx.integrations.peftchoice import Chosen, choices, listed, saved_modules, targets_for, ties_what_is_saved
 from lora_fx.integrations.peftsettings import Settings, checked, for_model, lora_of, settings_of
 from lora_fx.integrations.pefttargets import ALL_LINEAR
 from lora_fx.integrations.pefttokens import entries_by_name, entries_for
@@ -84,6 +84,8 @@ def _by_name(config: Configuration, settings: Settings) -> RuleDict:
         tokens = entries_by_name(config)
         if tokens is None:
             raise _NeedsModelError(ROWS, "those of the model's input embeddings")
+        if ties_what_is_saved(config):
+            raise _NeedsModelError("ensure_weight_tying", "what is tied to modules_to_save is trained too")
     except _NeedsModelError as error:
         raise RefusedError(
             "what the configuration means depends on the model",

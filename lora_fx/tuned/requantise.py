@@ -45,7 +45,7 @@ def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Mod
         ValueError: neither "same" nor a function.
     """
     if quantise != "same" and not callable(quantise):
-        raise ValueError(f'requantize is {quantise!r}; it must be "same", or a function that quantises a module in place')
+        raise ValueError(f'requantize is {quantise!r}; it must be "same", or a function that quantises a module')
     sites = quantised_sites(tuned)
     _refuse_unknown_settings(tuned, sites, quantise)
     model = merged(tuned, stays_plain=False)

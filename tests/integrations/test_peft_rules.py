@@ -22,7 +22,7 @@ import lora_fx
 from lora_fx.errors import AdapterFileError, LoraFxError, RefusedError, RuleError
 from lora_fx.planning.draft.peftdefaults import DEFAULT_TARGETS
 from tests.support import zoo
-from tests.support.around import OF_OTHERS, llama
+from tests.support.around import IDS, OF_OTHERS, llama, logits
 from tests.support.peftchoices import drawn, of_peft, of_rules
 from tests.support.peftkinds import gpt2, mixtral
 from tests.support.peftrows import MODELS
@@ -170,6 +170,7 @@ NEEDS_MODEL = {
     "is an expression": {"target_modules": ["q_proj"], "rank_pattern": {".*q_proj": 2}},
     "beside an expression": {"target_modules": ".*q_proj", "rank_pattern": {"q_proj": 2}},
     "look-around": {"target_modules": "(?!x).*q_proj"},
+    "ensure_weight_tying": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
 }
 
 
@@ -177,6 +178,23 @@ NEEDS_MODEL = {
 def test_what_depends_on_the_model_asks_for_it(words):
     with pytest.raises(RefusedError, match=f"depends on the model(.|\n)*{words}(.|\n)*give the model too"):
         lora_fx.rules_from_peft(NEEDS_MODEL[words])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.filterwarnings("ignore:You have requested ensure_weight_tying:UserWarning")
+def test_what_is_trained_whole_and_tied_takes_the_step_that_peft_takes(saved, tied):
+    config = peft.LoraConfig(**Q, modules_to_save=saved, ensure_weight_tying=True)
+    rules = lora_fx.rules_from_peft(config, llama(tied))
+    models = [lora_fx.apply(llama(tied), rules), peft.get_peft_model(llama(tied), config).eval()]
+    for model in models:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.grad = None  # first values of A are drawn
+        optimizer.step()
+    torch.testing.assert_close(*map(logits, models))
 
 
 Q = {"target_modules": ["q_proj"]}
