@@ -1,4 +1,6 @@
-"""Every test starts from the same random state, knows no graphs, and has as many threads as TEST_THREADS says, or one.
+"""Every test starts from the same random state, and has as many threads as TEST_THREADS says, or one.
+
+A file starts without known graphs, and in some of them each test does.
 
 What a test puts on the path of modules is taken off it again: processes that are spawned later would import it.
 """
@@ -9,6 +11,7 @@ import gc
 import os
 import shutil
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -30,6 +33,15 @@ LONGEST = (
 )  # fmt: skip
 """Files that take 25 seconds or more in the default suite or in the slow one, the longest first."""
 
+ABOUT_CAPTURES = {
+    "capture", "discovery", "passes", "test_known.py", "test_regions.py", "test_thin.py",
+    "test_fuzz.py", "test_hazards.py", "test_judging.py", "test_shared_zoo.py", "test_faults.py",
+}  # fmt: skip
+"""Folders and files of which each test begins with no graph that is known; in others the first of a kind captures it.
+
+There a test of a model like one before takes its graph, and proves it anew, as a second model of a process does.
+"""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     """Let the longest files come first, so that none of them is alone at the end, where files are spread over processes."""
@@ -49,13 +61,19 @@ def pytest_terminal_summary(terminalreporter):
                 terminalreporter.write_line(f"{report.nodeid.split('::')[-1]}: {value}")
 
 
-@pytest.fixture(autouse=True)
-def _same_start():
-    from lora_fx.discovery.looks import LOOKS
+@pytest.fixture(autouse=True, scope="module")
+def _no_graphs_of_other_files():
     from lora_fx.regions.known import KNOWN
 
-    KNOWN.clear()  # what other tests have captured
-    LOOKS.clear()
+    KNOWN.clear()
+
+
+@pytest.fixture(autouse=True)
+def _same_start(request: pytest.FixtureRequest):
+    from lora_fx.regions.known import KNOWN
+
+    if ABOUT_CAPTURES & {*request.path.relative_to(Path(__file__).parent).parts}:
+        KNOWN.clear()  # what other tests have captured
     torch.manual_seed(0)
     threads, path = torch.get_num_threads(), list(sys.path)
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
