@@ -101,12 +101,12 @@ _WORDS = {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
 
 def llama(**config: Any) -> nn.Module:
     settings = {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **config}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES, **_WORDS, **settings))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES | _WORDS | settings))
 
 
 def bert(**config: Any) -> nn.Module:
     return transformers.BertForSequenceClassification(
-        transformers.BertConfig(**_SIZES, **_WORDS, num_labels=5, **config)
+        transformers.BertConfig(**_SIZES | _WORDS | {"num_labels": 5} | config)
     )
 
 
@@ -118,7 +118,7 @@ def t5(**config: Any) -> nn.Module:
 
 def vit(**config: Any) -> nn.Module:
     settings = {"image_size": 16, "patch_size": 4, "num_labels": 5, "hidden_dropout_prob": 0.1, **config}
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**_SIZES, **settings))
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**_SIZES | settings))
 
 
 def dit() -> nn.Module:
