@@ -20,6 +20,7 @@ from lora_fx.planning.plan import Plan
 from tests.adapters.test_known_experts import NUMBER, Mixture, adapted, close, given, is_one_operation, qwen
 from tests.adapters.test_known_experts import run as stepped
 from tests.support.compoundkinds import EXPERTS
+from tests.support.kept import copy_of
 from tests.support.sitekinds import (
     BACKENDS,
     RANK,
@@ -56,6 +57,11 @@ def rules(kind: Kind, share: str = "outer", **lora: Any) -> dict[str, Any]:
 
 
 def started(kind: Kind, share: str = "outer", backend: str = "modules", **lora: Any) -> nn.Module:
+    return copy_of(_started, kind.name, share, backend, **lora)
+
+
+def _started(name: str, share: str, backend: str, **lora: Any) -> nn.Module:
+    kind = next(kind for kind in EXPERTS if kind.name == name)
     return lora_fx.apply(kind.build(), rules(kind, share, **lora), kind.sample(), backend=backend)
 
 
