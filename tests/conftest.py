@@ -1,6 +1,6 @@
 """Every test starts from the same random state, and has as many threads as TEST_THREADS says, or one.
 
-A file starts without known graphs, and in some of them each test does.
+A file starts without known graphs, and in most of them each test does.
 
 What a test puts on the path of modules is taken off it again: processes that are spawned later would import it.
 """
@@ -33,13 +33,10 @@ LONGEST = (
 )  # fmt: skip
 """Files that take 25 seconds or more in the default suite or in the slow one, the longest first."""
 
-ABOUT_CAPTURES = {
-    "capture", "discovery", "passes", "test_known.py", "test_regions.py", "test_thin.py",
-    "test_fuzz.py", "test_hazards.py", "test_judging.py", "test_shared_zoo.py", "test_faults.py",
-}  # fmt: skip
-"""Folders and files of which each test begins with no graph that is known; in others the first of a kind captures it.
+KEEPING_GRAPHS = {"integrations", "liveness", "tuned"}
+"""Folders of tests that are not about capturing: the first of a file that meets a kind of block captures its graph.
 
-There a test of a model like one before takes its graph, and proves it anew, as a second model of a process does.
+Later ones take it and prove it anew, as a second model of a process does; in other folders each test begins without any.
 """
 
 
@@ -70,9 +67,11 @@ def _no_graphs_of_other_files():
 
 @pytest.fixture(autouse=True)
 def _same_start(request: pytest.FixtureRequest):
+    from lora_fx.discovery.looks import LOOKS
     from lora_fx.regions.known import KNOWN
 
-    if ABOUT_CAPTURES & {*request.path.relative_to(Path(__file__).parent).parts}:
+    LOOKS.clear()
+    if request.path.relative_to(Path(__file__).parent).parts[0] not in KEEPING_GRAPHS:
         KNOWN.clear()  # what other tests have captured
     torch.manual_seed(0)
     threads, path = torch.get_num_threads(), list(sys.path)
