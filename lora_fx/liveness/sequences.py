@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.liveness.head import version_of
@@ -57,7 +58,7 @@ class Sequences:
     """The sequences of a batch of which rows are kept."""
 
     each: tuple[One, ...]
-    _parts: dict[tuple[object, ...], tuple[Tensor, list[Tensor | None]]] = field(default_factory=dict)
+    _parts: dict[tuple[object, ...], tuple[Tensor, list[Any]]] = field(default_factory=dict)
 
     def parts(self, given: Any, operand: Operand) -> Sequence[Any]:
         """Return an operand's part for each sequence, those of rows and of what trains differentiable."""
@@ -68,18 +69,47 @@ class Sequences:
         if given.requires_grad:
             return [one.of(given, operand.dims) for one in self.each]
         key = (given.data_ptr(), given.shape, given.stride(), given.dtype, version_of(given), operand)
-        if key not in self._parts:
-            if len(self._parts) >= _REMEMBERED:
-                del self._parts[next(iter(self._parts))]
+        known = self._parts.get(key)
+        if known is None:
             parts = [one.of(given, operand.dims) for one in self.each]
             # the tensor is held, so that its memory is nobody else's as long as it is known by its address
-            self._parts[key] = given, [None if operand.is_mask and _is_idle(part) else part for part in parts]
-        return self._parts[key][1]
+            known = self._parts[key] = given, [_as_mask(part) for part in parts] if operand.is_mask else parts
+            for oldest in list(self._parts)[:-_REMEMBERED]:
+                self._parts.pop(oldest, None)
+        return known[1]
 
 
-def _is_idle(mask: Tensor) -> bool:
-    """Whether a mask allows everything, and adds nothing."""
-    return bool(mask.all()) if mask.dtype is torch.bool else not bool(mask.any())
+_CAUSAL = object()
+"""Stands for the mask that allows each query the keys up to its own."""
+
+
+def _as_mask(mask: Tensor) -> Any:
+    """Return a mask as `attended` takes it: None where it allows all and adds nothing, _CAUSAL where it is that."""
+    if bool(mask.all()) if mask.dtype is torch.bool else not bool(mask.any()):
+        return None
+    if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
+        return mask
+    ones = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device)
+    if mask.dtype is torch.bool:
+        return _CAUSAL if bool((mask == ones.tril()).all()) else mask
+    low = torch.finfo(mask.dtype).min / 2  # what is lower has a weight of exactly 0: each query may see itself
+    causal = torch.where(ones.tril(), mask == 0, mask <= low)
+    return _CAUSAL if bool(causal.all()) else mask
+
+
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **more: Any,
+) -> Tensor:
+    """Return torch's attention, of all sequences or of one; stands in graphs of sequences."""
+    if attn_mask is _CAUSAL:
+        attn_mask, is_causal = None, True
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **more)
 
 
 _SEQUENCES: "weakref.WeakKeyDictionary[Rows, Sequences | None]" = weakref.WeakKeyDictionary()

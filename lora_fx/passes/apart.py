@@ -2,8 +2,8 @@
 
 What mixes rows is unpacked before and packed after it; where it keeps sequences apart, as attention does with what is
 around it (heads, rotations of positions, repeated keys), each sequence goes through alone, as many rows long as are
-kept of it.  Nothing is copied into zeros then, no weight of padding is computed, and a mask that allows the rest is
-left out.  Sums are then in another order, which the proof of packed code covers.
+kept of it.  Nothing is copied into zeros then, no weight of padding is computed, and a mask that allows the rest, or
+all keys up to each query's own, is left out.  Sums are then in another order, which the proof of packed code covers.
 """
 
 import re
@@ -15,14 +15,14 @@ import networkx as nx
 from torch import fx
 
 from lora_fx.liveness.padding import packed_rows, unpacked_rows
-from lora_fx.liveness.sequences import BATCH, OF_ALL, OF_ROWS, OTHER, TOKENS, Operand, apart, of_no_module
+from lora_fx.liveness.sequences import BATCH, OF_ALL, OF_ROWS, OTHER, TOKENS, Operand, apart, attended, of_no_module
 from lora_fx.models.code import compiled
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.onrows import size_of, whole_size
 from lora_fx.passes.pack import FIXED, MIXED, ROWS, Reading
 from lora_fx.passes.pointwise import operation
-from lora_fx.passes.rowwise import ALONG_A_DIMENSION, ATTENTION, argument, is_dropout
+from lora_fx.passes.rowwise import ALONG_A_DIMENSION, ATTENTION, ENTRY_BY_ENTRY, Shape, argument, is_dropout
 from lora_fx.passes.tokenaxis import token_axes
 
 _SIZES_GO_TO = frozenset({"view", "reshape", "expand", "getitem", "unflatten"})
@@ -126,35 +126,54 @@ class _Stretch:
             else:
                 dims.append(OTHER)
         users = [user for user in source.users if user in self.mixed]
-        is_mask = all(operation(user) == ATTENTION and _masks_only(source, user) for user in users)
+        masked = [_masks_only(source, user) for user in users]
+        for user, is_mask in zip(users, masked, strict=True):
+            self._check_tokens(source, dims, user, is_mask)
+        is_mask = all(masked)
         return Operand(tuple(dims) if any(dims) else OF_ALL, is_mask and any(dims))
+
+    def _check_tokens(self, source: fx.Node, dims: list[str], user: fx.Node, is_mask: bool) -> None:
+        """Hold that what is fixed has the hidden states' tokens where its length is theirs, not as many others.
+
+        So it is where it meets them entry by entry, and in a mask of their own keys.  Keys of another sequence that is
+        as long (an encoder's) are none of theirs.
+        """
+        if TOKENS not in dims:
+            return
+        if is_mask and len(user.args) >= 3 and all(read in self.mixed for read in user.args[:3]):
+            return
+        if operation(user) not in ENTRY_BY_ENTRY or not any(
+            self._meets(dims, self.reading.shape(read) or ()) for read in user.all_input_nodes if read in self.mixed
+        ):
+            raise _Whole
+
+    def _meets(self, dims: list[str], shape: Shape) -> bool:
+        """Whether the tokens of an operand broadcast along those of a tensor of rows."""
+        pairs = zip(reversed(dims), reversed(shape), strict=False)
+        return len(dims) <= len(shape) and all(size == self.reading.lead[1] for what, size in pairs if what == TOKENS)
 
     def _size(self, node: fx.Node, user: fx.Node) -> None:
         """Take in what makes a size, which each sequence has its own of."""
         if user in self.mixed and operation(user) not in _SIZES_GO_TO:
             raise _Whole
         if node.target is not whole_size and self._place(node) is None:
-            if operation(node) not in _MAKE_SIZES or any(source in self.mixed for source in node.all_input_nodes):
-                self._check_inside(node)
+            if operation(node) not in _MAKE_SIZES:
+                raise _Whole
             for source in node.all_input_nodes:
                 self._take(source, node)
         self.inner.add(node)
 
     def _place(self, node: fx.Node) -> int | None:
         """Return 0 where a node is the number of sequences, 1 where it is their length; None if it is not seen here."""
-        source, dim = node.args[0], argument(node, 1, "dim")
-        if operation(node) != "size" or type(dim) is not int or not isinstance(source, fx.Node):
-            return None
-        size = (self.reading.shape(source) or ())[dim]
-        return self.reading.lead.index(size) if size in self.reading.lead else None
-
-    def _check_inside(self, node: fx.Node) -> None:
-        """Hold that the size of what is mixed is asked for by nobody else."""
-        if operation(node) not in _MAKE_SIZES or not all(user in self.inner for user in node.users):
-            raise _Whole
+        dim = argument(node, 1, "dim")
+        shape = self.reading.shape(node.all_input_nodes[0]) if operation(node) == "size" and type(dim) is int else None
+        return self.reading.lead.index(shape[dim]) if shape and shape[dim] in self.reading.lead else None
 
     def _check_results(self) -> None:
-        """Hold that the last node alone is used by others, as packed rows."""
+        """Hold that the last node alone is used by others, as packed rows, and sizes of what is mixed by nobody else."""
+        for node in self.inner - self.mixed:
+            if self.mixed.intersection(node.all_input_nodes) and not self.inner.issuperset(node.users):
+                raise _Whole
         for node in self.mixed:
             outside = [user for user in node.users if user not in self.inner]
             if outside and (node is not self.result or any(user.target is not packed_rows for user in outside)):
@@ -183,6 +202,8 @@ class _Stretch:
                 made[node] = self._copied_size(graph, node, rows)
             else:
                 made[node] = graph.node_copy(node, made.__getitem__)
+                if operation(node) == ATTENTION:
+                    made[node].target = attended
         graph.output(made[self.result])
         function = apart(of_no_module(compiled(graph, "<lora_fx attention of a sequence>")), (*self.operands.values(),))
         for packed in list(self.result.users):
@@ -198,4 +219,8 @@ class _Stretch:
 
 def _masks_only(mask: fx.Node, attention: fx.Node) -> bool:
     """Whether a node is the mask of an attention, and none of its other operands."""
-    return mask is argument(attention, 3, "attn_mask") and mask not in attention.args[:3]
+    return (
+        operation(attention) == ATTENTION
+        and mask is argument(attention, 3, "attn_mask")
+        and mask not in attention.args[:3]
+    )

@@ -37,6 +37,14 @@ class Attend(Pass):
         make_again(editor, _chain, "adapted_attending")
 
 
+def why_kept(graph: fx.Graph) -> str:
+    """Return why the result of an attention in a graph is kept; "" if the graph has none."""
+    found = [node for node in graph.nodes if operation(node) == ATTENTION]
+    if not found:
+        return ""
+    return "no adapted layer takes its result" if all(map(_is_attention, found)) else "it drops out"
+
+
 def _chain(call: fx.Node) -> Chain | None:
     """Return the attention before a call of adapted layers, with what only shows its operands and result."""
     x = call.args[0]

@@ -16,7 +16,7 @@ from lora_fx.capture.tracing.recording import of_shape
 from lora_fx.models.code import UncompiledGraph, compiled
 from lora_fx.models.tensors import attribute_at
 from lora_fx.passes.apart import Apart
-from lora_fx.passes.attend import Attend
+from lora_fx.passes.attend import ATTEND, Attend, why_kept
 from lora_fx.passes.contract import Pass, apply_pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
@@ -82,6 +82,8 @@ class Program:
     compiling: Compiling | None = None
     """Its code by torch.compile, which is made at the first call of each kind; None where there can be none."""
     why_not_compiled: str = ""
+    why_attention_kept: str = ""
+    """Why the result of its attention is kept, though it was asked to be made again."""
     labelled: Labelled | None = None
     """Its code for the rows that somebody asks for; None if it has none."""
     why_not_labelled: str = ""
@@ -109,7 +111,12 @@ class Program:
     def given_up(self) -> tuple[str, ...]:
         """Why an optimisation that was asked for is not done, or not to every call."""
         reasons = (self.why_not_compiled, *(self.compiling.reasons if self.compiling is not None else ()))
-        return (*filter(None, (self.why_not_fast,)), *(f"not compiled: {reason}" for reason in filter(None, reasons)))
+        kept = (f"attention: {reason}" for reason in (self.why_attention_kept,) if reason)
+        return (
+            *filter(None, (self.why_not_fast,)),
+            *kept,
+            *(f"not compiled: {reason}" for reason in filter(None, reasons)),
+        )
 
     @property
     def may_pack(self) -> bool:
@@ -220,6 +227,8 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
         captured, guard, graph, function, fast, fast_passes, packed, why, checks, frozenset(computes), static
     )
     program.leaves_module = _leaves_module(graph, module)
+    if ATTEND in passes and ATTEND not in fast_passes:
+        program.why_attention_kept = why_kept(graph)
     if {LIVENESS, LOSS} <= set(passes) and not checks:
         program.labelled, program.why_not_labelled = _labelled(graph_module, module, passes, captured)
     if COMPILE in passes:

@@ -27,7 +27,8 @@ def attention_seen() -> Iterator[list[tuple[int, int, bool]]]:
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is ATTENTION:
-                seen.append((args[0].shape[0], args[0].shape[2], (kwargs or {}).get("attn_mask") is not None))
+                mask = args[3] if len(args) > 3 else (kwargs or {}).get("attn_mask")
+                seen.append((args[0].shape[0], args[0].shape[2], mask is not None))
             return func(*args, **(kwargs or {}))
 
     with Mode():
@@ -59,7 +60,7 @@ def test_each_sequence_goes_alone_and_steps_are_the_same(build: Any, inputs: dic
         packs(**inputs)
     lengths = mask.sum(1).tolist()
     assert [(batch, queries) for batch, queries, _ in seen] == [(1, length) for length in lengths] * 3
-    assert {masked for _, _, masked in seen} == {build is llama}, "of an encoder no mask is left"
+    assert not any(masked for _, _, masked in seen), "what is left is all, or causal"
 
 
 def test_sequences_that_are_too_short_and_dropout_of_attention_go_together(monkeypatch) -> None:
@@ -79,40 +80,45 @@ def test_sequences_that_are_too_short_and_dropout_of_attention_go_together(monke
     assert {queries for _, queries, _ in seen} == {LENGTH}
 
 
-class Scaled(nn.Module):
-    """Attention whose scores depend on how long sequences are, padding included."""
+class Attending(nn.Module):
+    """Attention whose scores may depend on how long sequences are, padding included."""
 
-    def __init__(self) -> None:
+    def __init__(self, scaled: bool) -> None:
         super().__init__()
         self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.scaled = scaled
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         query, key, value = (layer(x)[:, None] for layer in (self.query, self.key, self.value))
-        mixed = ATTENTION(query * (x.shape[1] / 7), key, value, attn_mask=mask)
-        return x + self.out(mixed[:, 0])
+        scaled = query * (x.shape[1] / 7) if self.scaled else query
+        return x + self.out(ATTENTION(scaled, key, value, attn_mask=mask)[:, 0])
 
 
 class Tower(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, scaled: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Scaled() for _ in range(2))
+        self.layers = nn.ModuleList(Attending(scaled) for _ in range(2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer(x, mask[:, None, None, :])
+            x = layer(x, mask[:, None])
         return x
 
 
-def test_what_computes_with_the_length_of_a_batch_sees_all_of_it() -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_masks_of_pairs_are_parted_and_what_computes_with_the_length_of_a_batch_sees_all_of_it(scaled: bool) -> None:
     torch.manual_seed(0)
-    mask = padded()["attention_mask"].bool()
+    real_ones = padded()["attention_mask"].bool()
+    pairs = (torch.rand(BATCH, LENGTH, LENGTH) > 0.3) | torch.eye(LENGTH, dtype=torch.bool)
+    mask = pairs & real_ones[:, None]
     inputs = {"x": torch.randn(BATCH, LENGTH, 16, dtype=torch.float64), "mask": mask}
-    packs, plain = pair(Tower().double(), inputs)
-    assert_same_step(packs, plain, lambda output: output[mask].square().sum(), **inputs)
+    packs, plain = pair(Tower(scaled).double(), inputs)
+    assert_same_step(packs, plain, lambda output: output[real_ones].square().sum(), **inputs)
     assert packed_calls(packs) == [1, 1]
     with attention_seen() as seen:
         packs(**inputs)
-    assert {queries for _, queries, _ in seen} == {LENGTH}
+    whole, each = [(BATCH, LENGTH, True)], [(1, length, True) for length in real_ones.sum(1).tolist()]
+    assert seen == 2 * (whole if scaled else each)
 
 
 def test_attention_that_is_made_again_keeps_packed_rows_only() -> None:
@@ -123,3 +129,42 @@ def test_attention_that_is_made_again_keeps_packed_rows_only() -> None:
         assert packed_calls(packs) == [1, 1, 1]
         kept.append(saved_bytes(lambda model=packs: model(**padded()), [*packs.parameters(), *packs.buffers()]))
     assert kept[1] < 0.85 * kept[0]
+
+
+class Reading(nn.Module):
+    """Attention to the own tokens, and to those of something read, which may be as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.other = Attending(False), nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor, read: Tensor, its: Tensor) -> Tensor:
+        x = self.own(x, mask)
+        query, key, value = (layer(y)[:, None] for layer, y in zip(self.other, (x, read, read), strict=False))
+        return x + self.other[3](ATTENTION(query, key, value, attn_mask=its)[:, 0])
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Reading() for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor, read: Tensor, its: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None], read, its[:, None, None])
+        return x
+
+
+def test_a_sequence_that_is_read_keeps_its_tokens_though_it_is_as_long() -> None:
+    torch.manual_seed(0)
+    x, read = torch.randn(2, BATCH, LENGTH, 16, dtype=torch.float64)
+    mask = padded()["attention_mask"].bool()
+    inputs = {"x": x, "mask": mask, "read": read, "its": mask}
+    packs, plain = pair(Decoder().double(), inputs)
+    for its in (mask, mask.flip(0), mask.flip(1)):  # where padding is the same, the first could not tell
+        given = {**inputs, "its": its}
+        assert_same_step(packs, plain, lambda output: output[mask].square().sum(), **given)
+    assert packed_calls(packs) == [3, 3]
+    with attention_seen() as seen:
+        packs(**inputs)
+    assert [queries for _, queries, _ in seen[-5:]] == [*mask.sum(1).tolist(), LENGTH]
