@@ -170,7 +170,7 @@ class _Stretch:
         return self.reading.lead.index(shape[dim]) if shape and shape[dim] in self.reading.lead else None
 
     def _check_results(self) -> None:
-        """Hold that the last node alone is used by others, as packed rows, and sizes of what is mixed by nobody else."""
+        """Hold that only the last node is used by others, as packed rows, and sizes of what is mixed by nobody else."""
         for node in self.inner - self.mixed:
             if self.mixed.intersection(node.all_input_nodes) and not self.inner.issuperset(node.users):
                 raise _Whole
