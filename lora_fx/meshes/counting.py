@@ -172,7 +172,7 @@ class _Counted:
         for module in wrapped:
             module.forward = _checkpointed(module.forward)
         try:
-            with no_collection(), device, KernelAttention():
+            with torch.enable_grad(), no_collection(), device, KernelAttention():
                 loss = loss_of(self.tuned(*sample.args, **sample.kwargs))
                 kept = device.live
                 loss.backward()  # type: ignore[no-untyped-call]
