@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import attached_to
 from lora_fx.adapters.parallel import refuse_unshardable
+from lora_fx.adapters.trained import holds_rows
 from lora_fx.errors import RefusedError
 from lora_fx.planning.budget import Mesh
 from lora_fx.rules.globs import PatternError
@@ -117,6 +118,9 @@ def _split(
     gathers = OUTPUTS.get(style, False) or isinstance(owner, nn.Embedding)
     if weight.shape[dim] % tp and not gathers:
         yield path, f"{weight.shape[dim]:,} {'outputs' if along_outputs else 'inputs'} do not divide by tp={tp}"
+        return
+    if holds_rows(owner):
+        yield path, "rows of it are trained alone (`tokens:`), which is not sharded"
         return
     refuse_unshardable(owner)
     found.dims[id(weight)] = dim
