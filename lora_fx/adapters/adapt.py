@@ -20,6 +20,7 @@ from lora_fx.adapters.attach import (
 from lora_fx.adapters.dicts import modules_beside
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import AdaptedLayer, AdaptedPacked, count_calls_anew, reading, stop_counting
+from lora_fx.adapters.parallel import refuse_trained_parts
 from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.adapters.rawweight.known_experts import BANKS, interface_of
 from lora_fx.adapters.selection import Switch
@@ -81,6 +82,8 @@ def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) 
     if codes:
         facts = [(name, "holds codes, not numbers") for name in codes]
         raise RefusedError("quantised weights cannot be trained whole (`train:`)", facts, "give them an adapter")
+    owners = ((twin.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names)
+    refuse_trained_parts(twin, owners)
     record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
     before = {name: parameter for name in names if (parameter := get_tensor(model, name)) is not None}
     kept = {id(parameter): whole(parameter) for parameter in before.values()}  # what is tied stays so
@@ -110,6 +113,7 @@ def give_values(twin: nn.Module, plan: Plan, record: ModelRecord, adapter: str) 
     """
     copies: dict[int, Tensor] = {}
     changed: dict[nn.Module, None] = {}
+    refuse_trained_parts(twin, _trained_by(twin, plan))
     for owner, name in _trained_by(twin, plan):
         state = owner.__dict__.get(TRAINED)
         own = get_tensor(owner, name)

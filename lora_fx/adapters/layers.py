@@ -29,7 +29,7 @@ from lora_fx.adapters.fused.convolution import Settings, convolved, settings_wit
 from lora_fx.adapters.fused.eligible import row_factors, term_of
 from lora_fx.adapters.fused.forward import adapted
 from lora_fx.adapters.fused.terms import Term
-from lora_fx.adapters.parallel import refuse_rows
+from lora_fx.adapters.parallel import on_parts, refuse_rows
 from lora_fx.adapters.rawweight.factored import Factored
 from lora_fx.adapters.rawweight.known_experts import experts_output
 from lora_fx.adapters.rawweight.ofrows import WeightOfRows
@@ -42,7 +42,7 @@ from lora_fx.adapters.tokens import Tokens, refuse_reading, unknown_tokens
 from lora_fx.errors import RefusedError
 from lora_fx.models.layers import base_output, bias_of
 from lora_fx.models.packed import held_weight, own_forward
-from lora_fx.models.shards import added_up
+from lora_fx.models.shards import added_up, is_sharded
 from lora_fx.models.swap import MADE_BY, original_class
 from lora_fx.models.torch_internals import in_backward, transformation
 
@@ -260,8 +260,10 @@ class AdaptedLayer(ShowsAdapters):
             magnitude = whole if alone else lambda onto, delta: whole(base, delta, onto=onto, share=share)
         scaling = lora.scaling if lora.dora else lora.scaling * share
         one_hot = A.spec.site.op == "embedding"
-        first = functools.partial(convolved, A, settings, A.filters) if settings else A
-        return add_low_rank(result, input, first, B, dropout, magnitude, scaling, A.spec.mixed, one_hot)
+        first, second = functools.partial(convolved, A, settings, A.filters) if settings else A, B
+        if not torch.compiler.is_compiling() and is_sharded(A._parameters["weight"]) and not is_sharded(input):
+            first, second = on_parts(A, B)
+        return add_low_rank(result, input, first, second, dropout, magnitude, scaling, A.spec.mixed, one_hot)
 
     def adapted_term(self, input: Tensor) -> Term | None:
         """Return the layer with its adapters as a term of a fused product with the input, if it can be one."""

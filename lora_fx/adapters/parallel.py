@@ -16,21 +16,28 @@ gradients, which for a whole factor are the sum of what all processes have.
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import READS, Attached, all_attached, attached_to
 from lora_fx.adapters.factors.kinds import EmbeddingA
-from lora_fx.adapters.factors.lora import LoRAFactor
+from lora_fx.adapters.factors.lora import LoRAFactor, TensorMap
 from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import SHARDING
+from lora_fx.models.overrides import parallel_style, parallel_styles
 from lora_fx.models.packed import is_packed
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.shards import follows, is_sharded, is_sharded_plainly, placed
 from lora_fx.models.swap import original_class
+from lora_fx.text import dotted
 
 _WITH_ROWS = (LoRAFactor, MovedA, MovedB, EmbeddingA)
 """Factors whose `weight` is A or B itself, or what they are made of row by row and column by column."""
+_STYLES = ("", "ColwiseParallel", "RowwiseParallel", "EmbeddingParallel")
+"""Styles of transformers' tensor parallelism in which gradients and products of factors are known; empty for none."""
+_QUANTISED = "_hf_quantized_needs_local_tp"
+"""Attribute by which transformers' tensor parallelism knows layers that multiply by quantised parts."""
 
 
 def given_to_shard(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -64,13 +71,16 @@ def refuse_unshardable(owner: nn.Module) -> None:
 def _obstacle(owner: nn.Module, adapter: Attached) -> str:
     """Return why an adapter cannot be sharded with its weight; empty if it can."""
     lora, weight = adapter.spec.lora, _weight(adapter)
-    kinds = (type(adapter.lora_A), type(adapter.lora_B))
+    kinds, style = (type(adapter.lora_A), type(adapter.lora_B)), parallel_style(owner)
+    quantised = is_packed(owner) or getattr(owner, _QUANTISED, False)
     reasons = {
         "code reads its weight, and multiplies by it itself": bool(getattr(type(owner), READS, ())),
         "each call has an adapter of its own": adapter.call is not None,
         "parts of its weight are adapted (slices)": adapter.spec.slices is not None,
         "it acts from an invocation on": bool(lora.invocation),
-        "its weight is quantised": is_packed(owner) or (weight is not None and is_quantised(weight)),
+        "its weight is quantised": quantised or (weight is not None and is_quantised(weight)),
+        "transformers multiplies parts of rows, and DoRA's lengths are those of whole ones": bool(style) and lora.dora,
+        "transformers adds its bias by itself": bool(style) and lora.bias,
         "its weight is sharded in strides": weight is not None and not is_sharded_plainly(weight),
         "it is no linear": adapter.spec.site.op not in ("linear", "embedding"),
         "its factors are of another kind": not set(kinds) <= set(_WITH_ROWS),
@@ -127,9 +137,29 @@ def _weight(adapter: Attached) -> Any:
 def refuse_unplaceable(twin: nn.Module, names: Collection[str] | None = None) -> None:
     """Raise RefusedError, naming each, if adapters that a twin has got cannot be sharded as their weights are."""
     facts = [(one.spec.path, why) for one in _parallel(twin, names) if (why := _obstacle(one.owner, one))]
+    styles = parallel_styles(twin)
+    for path, one in all_attached(twin) if styles else ():
+        above = [at for at in styles if styles[at] not in _STYLES and f"{path}.".startswith(f"{at}." if at else "")]
+        if above and (names is None or one.spec.adapter in names):
+            facts += [(path, f"transformers' style {styles[at]} stands around {at or 'the model'}") for at in above]
     if facts:
         advice = "leave these sites out of the rules, or adapt them as plain LoRA"
         raise RefusedError("these adapters cannot be sharded with their weights", list(dict.fromkeys(facts)), advice)
+
+
+def refuse_trained_parts(twin: nn.Module, trained: Iterable[tuple[nn.Module, str]]) -> None:
+    """Raise RefusedError, naming each, if values are trained in modules that transformers' tensor parallelism runs.
+
+    Where no gradient is wanted it puts parts in their place by itself, and passes by what a module shows.
+    """
+    styles = parallel_styles(twin)
+    paths = {id(module): path for path, module in twin.named_modules()} if styles else {}
+    names = [dotted(paths[id(owner)], name) for owner, name in trained] if styles else []
+    inside = [name for name in names if any(name.startswith(f"{at}." if at else "") for at in styles)]
+    if inside:
+        facts = [(name, "its module runs by tp_plan") for name in inside[:8]]
+        advice = "leave it out of `train:`, and `bias` out of the rule; adapters are right there"
+        raise RefusedError("these values cannot be trained under transformers' tensor parallelism", facts, advice)
 
 
 def placed_beside(twin: nn.Module, names: Collection[str] | None = None) -> nn.Module:
@@ -147,6 +177,20 @@ def placed_beside(twin: nn.Module, names: Collection[str] | None = None) -> nn.M
                     shared: Any = placed(tensor, weight, follows(weight, {}))
                     tensor.detach().copy_(shared.to_local())
     return twin
+
+
+def on_parts(A: LoRAFactor, B: LoRAFactor) -> tuple[TensorMap, TensorMap]:
+    """Return the products by what this process holds of two factors.
+
+    transformers multiplies parts of inputs by parts of weights where no gradient is wanted, and sums, or puts side by
+    side, what comes of it: so it is with B A, as one of both is whole.
+    """
+    return _by_part(A.matrix), _by_part(B.matrix)
+
+
+def _by_part(matrix: Any) -> TensorMap:
+    part = matrix.to_local()
+    return lambda x: F.linear(x.to(part.dtype), part)
 
 
 def refuse_rows(owner: nn.Module, path: str) -> None:

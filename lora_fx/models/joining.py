@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from lora_fx.errors import RefusedError
 from lora_fx.models.between import between_calls
 from lora_fx.models.fsdp import SHARDING, Sharding, has_parts, resharded, sharded_again, sharding_of, take_apart
-from lora_fx.models.overrides import parallel_modules, without_parallel
+from lora_fx.models.overrides import unknown_parallel, without_parallel
 from lora_fx.models.packed import holds_shards, packed_layers
 from lora_fx.models.shards import is_sharded, part_of
 from lora_fx.models.twin import make_twin
 
-_PLAN = "load it without tp_plan; lora_fx.apply, then parallelize_module, or parallelize_module, then lora_fx.apply"
+_PLAN = "load it without tp_plan; lora_fx.apply, then parallelize_module"
 _BEFORE = "lora_fx.apply or lora_fx.load first, also on the meta device; parallelize_module and the like then"
 
 
@@ -30,8 +30,8 @@ def refuse_unjoinable(model: nn.Module) -> None:
         raise RefusedError(what, [("(root)", "a GraphModule was sharded")], "lora_fx.apply before")
     if codes := [(path, "its codes are sharded") for path, layer in packed_layers(model) if holds_shards(layer)]:
         raise RefusedError("adapters do not join shards of a quantised base", codes[:8], _BEFORE)
-    if paths := parallel_modules(model):
-        facts = [(path, "its forward is transformers' own, around the class's") for path in paths[:8]]
+    if paths := unknown_parallel(model):
+        facts = [(path, "transformers' forward stands in the place of the class's") for path in paths[:8]]
         raise RefusedError("adapters would not be seen by transformers' tensor parallelism (tp_plan)", facts, _PLAN)
     sharding = sharding_of(resharded(model))
     if sharding is not None and sharding.problem:  # without a sharding the weights tell how factors are placed

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.models.compressed import coded_embedding, runs_as_its_class
-from lora_fx.models.overrides import accelerate_hooks, replaced_forward
+from lora_fx.models.overrides import accelerate_hooks, parallel_style, replaced_forward
 from lora_fx.models.packed import is_packed, is_packed_class, problem_of
 from lora_fx.models.swap import original_class, unswapped
 from lora_fx.planning.sites import Layout
@@ -129,6 +129,7 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
     return bool(
         accelerate_hooks(module)
+        or parallel_style(module)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

@@ -25,6 +25,8 @@ _TORCH = "torch.distributed.tensor."
 """What the modules of hooks begin with that torch's parallel styles register."""
 _TRANSFORMERS = "transformers.distributed."
 """What the modules of forwards begin with that transformers' parallel styles put on instances."""
+_ORIGINAL, _STYLE = "original_forward", "self"
+"""Variables in which such a forward keeps the one that it runs around, and its style."""
 
 
 def accelerate_hooks(module: nn.Module) -> list[Any]:
@@ -36,10 +38,13 @@ def accelerate_hooks(module: nn.Module) -> list[Any]:
 def replaced_forward(module: nn.Module) -> Any:
     """Return what stands in the place of the forward of the module's class, below accelerate's hooks; None if nothing.
 
-    accelerate's hooks run around a forward, and do nothing to what it computes.
+    accelerate's hooks run around a forward, and do nothing to what it computes; nor does transformers' tensor
+    parallelism, which places what goes in and comes out.
     """
     own = vars(module)
     forward = own.get(_OLD) if accelerate_hooks(module) else own.get("forward")
+    cells = _cells_of_parallel(forward)
+    forward = cells[_ORIGINAL].cell_contents if cells else forward
     is_class_forward = isinstance(forward, MethodType) and forward.__self__ is module and _is_of_class(forward, module)
     return None if is_class_forward else forward
 
@@ -57,11 +62,17 @@ def follows_class(function: Any) -> bool:
 
 
 def follow_class(model: nn.Module) -> None:
-    """Let accelerate's hooks run around the forward of whatever class a module has by then, in place."""
+    """Let what accelerate and transformers put around a forward run that of the class a module has then, in place."""
     for module in modules_of(model):
-        if accelerate_hooks(module) and replaced_forward(module) is None:
-            kind: Any = type(module)
-            vars(module)[_OLD] = MethodType(_class_forward(kind), module)
+        cells = _cells_of_parallel(vars(module).get("forward"))
+        if not (cells or accelerate_hooks(module)) or replaced_forward(module) is not None:
+            continue
+        kind: Any = type(module)
+        forward = MethodType(_class_forward(kind), module)
+        if cells:
+            cells[_ORIGINAL].cell_contents = forward
+        else:
+            vars(module)[_OLD] = forward
 
 
 @functools.cache
@@ -74,15 +85,42 @@ def _class_forward(kind: Any) -> Callable[..., Any]:
     return forward
 
 
-def parallel_modules(model: nn.Module) -> list[str]:
-    """Return the paths of modules around whose forward transformers (5.23, `tp_plan`) has put tensor parallelism."""
+def parallel_style(module: nn.Module) -> str:
+    """Return the style of transformers' tensor parallelism (5.23, `tp_plan`) around a forward; empty if none."""
+    forward = vars(module).get("forward")
+    if forward is None or not str(getattr(forward, "__module__", "")).startswith(_TRANSFORMERS):
+        return ""
+    cells = _cells_of_parallel(forward)
+    return type(cells[_STYLE].cell_contents).__name__ if _STYLE in cells else "unknown"
+
+
+def _cells_of_parallel(forward: Any) -> dict[str, CellType]:
+    """Return the variables of a forward of transformers' tensor parallelism that runs another; none of all others."""
+    if not isinstance(forward, FunctionType) or not forward.__module__.startswith(_TRANSFORMERS):
+        return {}
+    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    return cells if _ORIGINAL in cells else {}
+
+
+def parallel_styles(model: nn.Module) -> dict[str, str]:
+    """Return the styles of transformers' tensor parallelism in a model, by the paths of the modules."""
+    if not any("forward" in vars(module) for module in modules_of(model)):
+        return {}
+    return {path: style for path, module in model.named_modules() if (style := parallel_style(module))}
+
+
+def unknown_parallel(model: nn.Module) -> list[str]:
+    """Return the paths of modules with a forward of transformers' parallelism that is not known to run another."""
     found = ((path, vars(module).get("forward")) for path, module in model.named_modules())
-    return [path for path, forward in found if str(getattr(forward, "__module__", "")).startswith(_TRANSFORMERS)]
+    of_transformers = ((path, f) for path, f in found if str(getattr(f, "__module__", "")).startswith(_TRANSFORMERS))
+    return [path for path, forward in of_transformers if not _cells_of_parallel(forward)]
 
 
 def without_parallel(model: nn.Module) -> None:
-    """Take off the hooks that torch's parallel styles have registered, in place."""
+    """Take off what tensor parallelism has put around modules, torch's hooks and transformers' forwards, in place."""
     for module in model.modules():
+        if parallel_style(module):
+            del vars(module)["forward"]
         hooks: tuple[dict[int, Any], ...] = (module._forward_hooks, module._forward_pre_hooks)
         for table in hooks:
             for key in [key for key, hook in table.items() if str(getattr(hook, "__module__", "")).startswith(_TORCH)]:

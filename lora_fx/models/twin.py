@@ -20,6 +20,8 @@ from lora_fx.models.shards import is_sharded
 from lora_fx.models.torch_internals import deepcopy
 from lora_fx.models.walking import modules_of, parameters_in
 
+_MESHES = ("_device_mesh", "_mesh_manager")
+
 
 def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
     """Return a copy of the model's structure whose parameters share the model's storage; the model stays unchanged.
@@ -55,7 +57,7 @@ def twin_without(
     memo: dict[int, object] = {id(p): _alias(p, freeze) for p in parameters}
     memo |= {id(held): own for module in modules for held, own in copies_of_packed(module)}
     memo |= {id(t): t.detach() for t in _computed_tensors(modules)}
-    memo |= {id(kept): kept for kept in _kept_by_hooks(modules)}
+    memo |= {id(kept): kept for kept in (*_kept_by_hooks(modules), *_meshes(modules))}
     try:
         for layer in reversed(modules):  # those inside of others first
             base = under(layer)
@@ -85,6 +87,12 @@ def _kept_by_hooks(modules: Sequence[nn.Module]) -> Iterator[object]:
         for hook in accelerate_hooks(module):
             tables = (getattr(hook, "weights_map", None), getattr(hook, "tied_params_map", None))
             yield from (table for table in tables if table is not None)
+
+
+def _meshes(modules: Sequence[nn.Module]) -> Iterator[object]:
+    """Yield the meshes that transformers' models hold (`tp_plan`): of process groups there are no copies."""
+    for module in modules:
+        yield from (vars(module)[name] for name in _MESHES if name in vars(module))
 
 
 def _alias(parameter: nn.Parameter, freeze: bool) -> Tensor:
