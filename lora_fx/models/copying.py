@@ -60,8 +60,9 @@ def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     left = [(own, name) for _, own in attributes for name in _filled(own, memo)]
     for own, name in left:
         own[name] = copied_value(own[name], memo)
+    replaced = nn.Module.__setstate__.__qualname__ != "Module.__setstate__"  # torch's compiler notes which are new
     for made, own in attributes:
-        if own.keys() >= _GIVEN_TO_ALL:  # then that is all that torch does
+        if not replaced and own.keys() >= _GIVEN_TO_ALL:  # then that is all that torch does
             object.__setattr__(made, "__dict__", own)
         else:
             nn.Module.__setstate__(made, own)  # type: ignore[no-untyped-call]

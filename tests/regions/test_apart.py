@@ -20,15 +20,15 @@ ATTENTION = nn.functional.scaled_dot_product_attention
 
 
 @contextmanager
-def attention_seen() -> Iterator[list[tuple[int, int, bool]]]:
+def attention_seen() -> Iterator[list[tuple[int, int, int, bool]]]:
     """Note (sequences, queries, whether there is a mask) of each attention that is computed."""
-    seen: list[tuple[int, int, bool]] = []
+    seen: list[tuple[int, int, int, bool]] = []
 
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is ATTENTION:
                 mask = args[3] if len(args) > 3 else (kwargs or {}).get("attn_mask")
-                seen.append((args[0].shape[0], args[0].shape[2], mask is not None))
+                seen.append((args[0].shape[0], args[0].shape[2], args[1].shape[2], mask is not None))
             return func(*args, **(kwargs or {}))
 
     with Mode():
@@ -59,8 +59,8 @@ def test_each_sequence_goes_alone_and_steps_are_the_same(build: Any, inputs: dic
     with attention_seen() as seen:
         packs(**inputs)
     lengths = mask.sum(1).tolist()
-    assert [(batch, queries) for batch, queries, _ in seen] == [(1, length) for length in lengths] * 3
-    assert not any(masked for _, _, masked in seen), "what is left is all, or causal"
+    assert [call[:3] for call in seen] == [(1, length, length) for length in lengths] * 3
+    assert not any(masked for *_, masked in seen), "what is left is all, or causal"
 
 
 def test_sequences_that_are_too_short_and_dropout_of_attention_go_together(monkeypatch) -> None:
@@ -69,7 +69,7 @@ def test_sequences_that_are_too_short_and_dropout_of_attention_go_together(monke
     assert_same_step(packs, plain, real, **padded())
     with attention_seen() as seen:
         packs(**padded())
-    assert seen == [(4, LENGTH, True)] * 3
+    assert seen == [(4, LENGTH, LENGTH, True)] * 3
     monkeypatch.undo()
     packs, _ = pair(bert(attention_probs_dropout_prob=0.2, attn_implementation="sdpa"), padded())
     for _ in range(2):
@@ -77,7 +77,7 @@ def test_sequences_that_are_too_short_and_dropout_of_attention_go_together(monke
     assert packed_calls(packs) == [2, 2, 2]
     with attention_seen() as seen:
         packs(**padded())
-    assert {queries for _, queries, _ in seen} == {LENGTH}
+    assert {queries for _, queries, _, _ in seen} == {LENGTH}
 
 
 class Attending(nn.Module):
@@ -117,7 +117,8 @@ def test_masks_of_pairs_are_parted_and_what_computes_with_the_length_of_a_batch_
     assert packed_calls(packs) == [1, 1]
     with attention_seen() as seen:
         packs(**inputs)
-    whole, each = [(BATCH, LENGTH, True)], [(1, length, True) for length in real_ones.sum(1).tolist()]
+    whole = [(BATCH, LENGTH, LENGTH, True)]
+    each = [(1, length, length, True) for length in real_ones.sum(1).tolist()]
     assert seen == 2 * (whole if scaled else each)
 
 
@@ -167,4 +168,4 @@ def test_a_sequence_that_is_read_keeps_its_tokens_though_it_is_as_long() -> None
     assert packed_calls(packs) == [3, 3]
     with attention_seen() as seen:
         packs(**inputs)
-    assert [queries for _, queries, _ in seen[-5:]] == [*mask.sum(1).tolist(), LENGTH]
+    assert [call[:3] for call in seen[-BATCH:]] == [(1, length, LENGTH) for length in mask.sum(1).tolist()]
