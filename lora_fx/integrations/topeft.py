@@ -38,6 +38,7 @@ def to_peft(tuned: nn.Module) -> nn.Module:
     peft = peft_library("to_peft")
     refuse_sharded(seen_through(tuned), "PEFT's adapters would be in no shard group of this model", _ADVICE)
     tuned = with_values(seen_through(tuned))
+    _refuse_without_weights(tuned)
     described = _described(tuned)
     used = _used(tuned)
     base = removed(tuned)
@@ -48,6 +49,14 @@ def to_peft(tuned: nn.Module) -> nn.Module:
     for module, mode in modes:
         module.training = mode
     return model
+
+
+def _refuse_without_weights(tuned: nn.Module) -> None:
+    """Raise RefusedError for layers that hold codes alone, as compressed-tensors packs them: PEFT asks for a weight."""
+    sites = [(path, one) for path, one in all_attached(tuned) if one.spec.parameter == "weight"]
+    facts = [(path, "holds codes and no weight") for path, one in sites if not hasattr(one.owner, "weight")]
+    if facts:
+        raise RefusedError("PEFT's layers read the weight of theirs", facts, "merge, or lora_fx.save for PEFT to load")
 
 
 def _used(tuned: nn.Module) -> list[str]:

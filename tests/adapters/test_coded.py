@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,21 @@ def test_what_is_not_known_to_train_is_refused_by_name():
             lora_fx.apply(model, {"version": 1, "rules": [{"match": {"name": "0.up"}, "lora": {"r": 4}}]})
     with pytest.raises(lora_fx.RefusedError, match=r"0\.up\.[A-Za-z_]+ +holds codes"):
         lora_fx.apply(KINDS["hqq 4 bits"](), {**rules(), "train": ["0.up"]}, (X,))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, while it traces the libraries
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_copies_of_files_compiled_code_and_graph_modules_compute_the_same_and_peft_has_it_or_it_is_refused(kind: str):
+    tuned = tuned_of(KINDS[kind]())
+    expected = tuned(X)
+    assert torch.equal(pickle.loads(pickle.dumps(tuned))(X), expected)
+    others = [torch.compile(tuned, backend="eager")]
+    if "hqq" not in kind:  # torch.fx cannot trace how it unpacks
+        others.append(lora_fx.apply(torch.fx.symbolic_trace(KINDS[kind]()), rules()))
+        lora_fx.load_adapter_state(others[-1], lora_fx.adapter_state(tuned))
+    if kind == INT4_KIND:
+        with pytest.raises(lora_fx.RefusedError, match="holds codes and no weight"):
+            lora_fx.to_peft(tuned)
+    else:
+        others.append(lora_fx.to_peft(tuned))
+    assert all((other(X) - expected).norm() <= 1e-6 * expected.norm() for other in others)

@@ -320,7 +320,7 @@ STANDS_OTHERWISE = {
     "q_proj +its adapter is merged into the base": merged,
     "its adapter is switched off": switched_off,
     r"layers\.1\.self_attn\.q_proj +has a hook": hooked,
-    r"a\-b +is no name of an adapter": lambda: in_peft(llama(), "a-b", **Q),
+    r"a\-b +is no name here": lambda: in_peft(llama(), "a-b", **Q),
 }
 
 
