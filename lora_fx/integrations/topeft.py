@@ -54,7 +54,8 @@ def to_peft(tuned: nn.Module) -> nn.Module:
 def _refuse_without_weights(tuned: nn.Module) -> None:
     """Raise RefusedError for layers that hold codes alone, as compressed-tensors packs them: PEFT asks for a weight."""
     sites = [(path, one) for path, one in all_attached(tuned) if one.spec.parameter == "weight"]
-    facts = [(path, "holds codes and no weight") for path, one in sites if not hasattr(one.owner, "weight")]
+    linears = [(path, one.owner) for path, one in sites if isinstance(one.owner, nn.Linear)]  # PEFT knows hqq's
+    facts = [(path, "holds codes and no weight") for path, owner in linears if not hasattr(owner, "weight")]
     if facts:
         raise RefusedError("PEFT's layers read the weight of theirs", facts, "merge, or lora_fx.save for PEFT to load")
 
