@@ -12,6 +12,7 @@ from lora_fx.files.adapter.describe import Described, beyond_peft, describe
 from lora_fx.files.adapter.names import split_bias_key
 from lora_fx.integrations.peftlibrary import peft_library, rows_it_lacks, state_of
 from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.packed import is_packed
 from lora_fx.models.tensors import own_parameters
 from lora_fx.models.wrappers import seen_through
 from lora_fx.tuned.listing import list_adapters
@@ -55,7 +56,8 @@ def _refuse_without_weights(tuned: nn.Module) -> None:
     """Raise RefusedError for layers that hold codes alone, as compressed-tensors packs them: PEFT asks for a weight."""
     sites = [(path, one) for path, one in all_attached(tuned) if one.spec.parameter == "weight"]
     linears = [(path, one.owner) for path, one in sites if isinstance(one.owner, nn.Linear)]  # PEFT knows hqq's
-    facts = [(path, "holds codes and no weight") for path, owner in linears if not hasattr(owner, "weight")]
+    packed = [(path, owner) for path, owner in linears if is_packed(owner)]
+    facts = [(path, "holds codes and no weight") for path, owner in packed if "weight" not in owner._parameters]
     if facts:
         raise RefusedError("PEFT's layers read the weight of theirs", facts, "merge, or lora_fx.save for PEFT to load")
 
