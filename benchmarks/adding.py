@@ -10,7 +10,7 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -66,6 +66,17 @@ def seconds(step: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
+def counted(steps: Steps, names: Collection[str]) -> dict[str, int]:
+    """Return how many Python functions some of the calls call, which are made one after the other."""
+    calls = {}
+    for name, step in steps.items():
+        if name in names:
+            calls[name] = calls_of(step)
+        else:
+            step()
+    return calls
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--linears", type=int, default=1001)
@@ -80,9 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind, times in spent.items():  # in turns, so that both see the same machine
             for name, step in kind(options.linears, options.last).items():
                 times.setdefault(name, []).append(seconds(step))
-    calls = {kind: {n: calls_of(step) for n, step in kind(options.linears, options.last).items()} for kind in spent}
+    shown = {"1": "the first adapter", str(options.last): f"adapter {options.last}"}
+    calls = {kind: counted(kind(options.linears, options.last), shown) for kind in spent}
     rows = []
-    for name, what in (("1", "the first adapter"), (str(options.last), f"adapter {options.last}")):
+    for name, what in shown.items():
         times = [f"{statistics.median(spent[kind][name]):.2f}" if options.repeats else "" for kind in spent]
         rows.append((what, *times, *(str(calls[kind][name]) for kind in spent)))
     told(options.write, "adding", [HEADS, *rows], keys=1)

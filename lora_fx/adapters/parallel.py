@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import READS, Attached, all_attached, attached_to
+from lora_fx.adapters.dicts import holding_modules
 from lora_fx.adapters.factors.kinds import EmbeddingA
 from lora_fx.adapters.factors.lora import LoRAFactor, TensorMap
 from lora_fx.adapters.factors.moved import MovedA, MovedB
@@ -124,7 +125,8 @@ def _called(adapters: Iterable[Attached], names: Collection[str] | None) -> Iter
 
 def _parallel(twin: nn.Module, names: Collection[str] | None) -> list[Attached]:
     """Return the adapters of a twin beside tensor parallel weights; FSDP2's shards are another matter."""
-    if SHARDING in vars(twin):
+    weights = (weight for _, owner in holding_modules(twin) for weight in owner._parameters.values())
+    if SHARDING in vars(twin) or not any(weight is not None and is_sharded(weight) for weight in weights):
         return []
     return [one for one in _called((one for _, one in all_attached(twin)), names) if is_sharded(_weight(one))]
 

@@ -58,7 +58,12 @@ def _all_linear(model: nn.Module, task: object) -> list[str]:
 
 
 def saved_modules(config: Configuration, model: nn.Module) -> list[str]:
-    """Return what rules have under `train` for PEFT's modules_to_save: it means every module whose path ends so."""
+    """Return what rules have under `train` for PEFT's modules_to_save: it means every module whose path ends so.
+
+    Raises:
+        RefusedError: PEFT would train two weights where the model has one.
+    """
+    _refuse_parted(config, model)
     paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
     patterns = []
     for name in config.modules_to_save:
@@ -67,6 +72,20 @@ def saved_modules(config: Configuration, model: nn.Module) -> list[str]:
             is_segment = all(has_end(path, (name,)) for path in ends)
             patterns.append(f"**.{'' if is_segment else '*'}{glob_of(name)}")
     return patterns + [glob_of(path) for path in _tied_to_saved(config, model)]
+
+
+def _refuse_parted(config: Configuration, model: nn.Module) -> None:
+    if ties_what_is_saved(config):
+        return
+    first: dict[int, str] = {}
+    facts = []
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight") if path.endswith(tuple(config.modules_to_save)) else None
+        if weight is not None and (other := first.setdefault(id(weight), path)) != path:
+            facts.append((path, f"is tied to {other}, and PEFT trains a copy of each"))
+    if facts:
+        advice = "set ensure_weight_tying=True, which trains the one weight, or leave one of them out"
+        raise RefusedError("modules_to_save would become two weights of one", facts, advice)
 
 
 def ties_what_is_saved(config: Configuration) -> bool:

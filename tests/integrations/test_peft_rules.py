@@ -197,6 +197,13 @@ def test_what_is_trained_whole_and_tied_takes_the_step_that_peft_takes(saved, ti
     torch.testing.assert_close(*map(logits, models))
 
 
+def test_tied_modules_of_which_peft_trains_a_copy_each_are_refused():
+    both = {**Q, "modules_to_save": ["embed_tokens", "lm_head"]}
+    with pytest.raises(RefusedError, match=r"lm_head +is tied to model.embed_tokens, and PEFT trains a copy of each"):
+        lora_fx.rules_from_peft(both, llama(True))
+    assert lora_fx.rules_from_peft(both, llama(False))["train"] == ["**.embed_tokens", "**.lm_head"]
+
+
 Q = {"target_modules": ["q_proj"]}
 REFUSED = {
     "VeLoRA": peft.LoraConfig(**Q, velora_config=peft.VeloraConfig()),
