@@ -261,7 +261,7 @@ class AdaptedLayer(ShowsAdapters):
         scaling = lora.scaling if lora.dora else lora.scaling * share
         one_hot = A.spec.site.op == "embedding"
         first, second = functools.partial(convolved, A, settings, A.filters) if settings else A, B
-        if not torch.compiler.is_compiling() and is_sharded(A._parameters["weight"]) and not is_sharded(input):
+        if not torch.compiler.is_compiling() and is_sharded(A._parameters.get("weight")) and not is_sharded(input):
             first, second = on_parts(A, B)
         return add_low_rank(result, input, first, second, dropout, magnitude, scaling, A.spec.mixed, one_hot)
 

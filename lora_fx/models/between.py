@@ -87,9 +87,10 @@ class _Change:
         """Let no other thread change any of it meanwhile; give whether this one lets calls of it wait already."""
         try:
             with _LOCK:
-                own = [one for one in _CHANGES if one.thread == self.thread and self._touches(one)]
+                mine = [one for one in _CHANGES if one.thread == self.thread]
+                own = [one for one in mine if self._touches(one)]
                 if not own:
-                    _LOCK.wait_for(lambda: not any(map(self._waits_for, _CHANGES)))
+                    self._wait_in_turn(is_free=not mine and not _is_in_a_call(sys._getframe()))
                 _CHANGES.append(self)
             yield any(one.has_doors for one in own)
         finally:
@@ -97,6 +98,24 @@ class _Change:
                 if self in _CHANGES:
                     _CHANGES.remove(self)
                     _LOCK.notify_all()
+
+    def _wait_in_turn(self, is_free: bool) -> None:
+        """Wait until no other thread changes any of it, with the lock held.
+
+        Who is free, in no call and no change for which others wait, lets those go first that came first: a thread that
+        makes one change after the other would keep them waiting for ever.
+        """
+        _QUEUE.append(self)
+        try:
+            _LOCK.wait_for(
+                lambda: (
+                    not any(map(self._waits_for, _CHANGES))
+                    and not (is_free and any(map(self._touches, _QUEUE[: _QUEUE.index(self)])))
+                )
+            )
+        finally:
+            _QUEUE.remove(self)
+            _LOCK.notify_all()
 
     def _touches(self, other: "_Change") -> bool:
         return not self.modules.isdisjoint(other.modules)
@@ -167,6 +186,13 @@ def _is_call(frame: FrameType) -> bool:
     return frame.f_code in MODULE_CALLS
 
 
+def _is_in_a_call(frame: FrameType | None) -> bool:
+    """Whether a thread, by its innermost frame, is in a call of any module."""
+    while frame is not None and not _is_call(frame):
+        frame = frame.f_back
+    return frame is not None
+
+
 def _outermost(frame: FrameType | None, modules: frozenset[int]) -> nn.Module | None:
     """Return the first of these modules that a thread, by its innermost frame, is in a call of; None if in none."""
     found: nn.Module | None = None
@@ -192,12 +218,15 @@ def _around_call(frame: FrameType | None, module: nn.Module) -> FrameType | None
 _LOCK = threading.Condition()
 _CHANGES: list[_Change] = []
 """What threads are changing."""
+_QUEUE: list[_Change] = []
+"""What threads wait to change, first come first."""
 
 
 def _only_this_thread() -> None:
     """Forget, in a process that has been forked, what threads were doing that are not in it."""
     global _LOCK
     _LOCK = threading.Condition()
+    _QUEUE.clear()
     for change in list(_CHANGES):
         if change.thread != threading.get_ident():
             change.open = threading.Event()  # the other one's lock may be held by nobody now
