@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from tests.support.codedmodels import INT4, KINDS, PATHS, compress_, copied, expected_of, hqq, numbers, plain
-from tests.support.sitekinds import randomise_
+from tests.support.sitekinds import randomise_, result_and_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 X = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
@@ -42,14 +42,6 @@ def dense_twin(tuned: nn.Module) -> nn.Module:
     return model
 
 
-def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.clone().requires_grad_()
-    result = model(x)
-    result.square().mean().backward()
-    assert x.grad is not None
-    return result.detach(), x.grad
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_is_exact_beside_codes_which_stay_where_they_are(kind: str):
     model = KINDS[kind]()
@@ -64,7 +56,7 @@ def test_adapter_is_exact_beside_codes_which_stay_where_they_are(kind: str):
     assert not any(own[name].requires_grad for name in before)
     randomise_(tuned)
     twin, tolerance = dense_twin(tuned), 3e-2 if "W8A8" in kind else 1e-5  # which rounds its inputs as well
-    (result, grad), (wanted, wanted_grad) = gradients(tuned, X), gradients(twin, X)
+    (result, grad), (wanted, wanted_grad) = result_and_gradient(tuned, X), result_and_gradient(twin, X)
     assert (result - wanted).norm() <= tolerance * wanted.norm()
     assert (grad - wanted_grad).norm() <= tolerance * wanted_grad.norm(), "gradients pass through the base"
     merged = lora_fx.merge(tuned)
@@ -89,7 +81,7 @@ def test_modules_states_files_copies_autocast_and_checkpoints(kind: str, tmp_pat
         results = []
         for one in (tuned, in_modules):
             torch.manual_seed(3)
-            results.append(gradients(one.train(training), X))
+            results.append(result_and_gradient(one.train(training), X))
         assert all(map(torch.equal, *results))
     expected = tuned(X)
     state = tuned.state_dict()
@@ -98,12 +90,12 @@ def test_modules_states_files_copies_autocast_and_checkpoints(kind: str, tmp_pat
     assert torch.equal(lora_fx.load(model, tmp_path / "adapter").eval()(X), expected)
     assert torch.equal(copy.deepcopy(tuned)(X), expected)
     with torch.autocast("cpu", torch.bfloat16):
-        result, grad = gradients(tuned, X)
+        result, grad = result_and_gradient(tuned, X)
         assert (result - expected).norm() <= 2e-2 * expected.norm()
         assert grad.dtype is torch.float32
     x = X.clone().requires_grad_()
     torch.utils.checkpoint.checkpoint(tuned, x, use_reentrant=False).square().mean().backward()
-    assert torch.allclose(x.grad, gradients(tuned, X)[1], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(x.grad, result_and_gradient(tuned, X)[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [*ONE_OF_EACH, "compressed-tensors W4A16, asymmetric"])
@@ -127,7 +119,7 @@ def test_what_asks_for_numbers_gets_those_that_the_codes_stand_for_and_bfloat16_
         tuned = tuned_of(KINDS[kind](), dora=True)
         merged = lora_fx.merge(tuned)
         assert (merged(X) - tuned(X)).norm() <= (3e-2 if "W8A8" in kind else 1e-5) * merged(X).norm()
-        gradients(tuned, X)
+        result_and_gradient(tuned, X)
         assert all(p.grad is not None and p.grad.isfinite().all() for p in lora_fx.parameters(tuned))
     model = plain().bfloat16()
     compress_(model, INT4)
@@ -181,7 +173,7 @@ def test_models_that_compressed_tensors_has_decompressed_are_plain_ones():
     expected = rounding(X)
     tuned = lora_fx.apply(rounding, rules(), (X,))
     assert torch.equal(tuned(X), expected)
-    assert gradients(tuned, X)[1].norm() > 0.5 * gradients(plain(), X)[1].norm(), (
+    assert result_and_gradient(tuned, X)[1].norm() > 0.5 * result_and_gradient(plain(), X)[1].norm(), (
         "straight through, where theirs pass by"
     )
 

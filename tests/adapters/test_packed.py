@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from tests.support.packedkinds import KINDS, bnb, eight_bit, four_bit, loaded, model_of, numbers
-from tests.support.sitekinds import randomise_
+from tests.support.sitekinds import randomise_, result_and_gradient
 
 X = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
 PATHS = [f"{block}.{name}" for block in (0, 1) for name in ("up", "down")]
@@ -48,14 +48,6 @@ def dense_twin(tuned: nn.Module) -> nn.Module:
     return model
 
 
-def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.clone().requires_grad_()
-    result = model(x)
-    result.square().mean().backward()
-    assert x.grad is not None
-    return result.detach(), x.grad
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_is_exact_beside_codes_which_stay_where_they_are(kind: str):
     model = model_of(kind)
@@ -73,7 +65,7 @@ def test_adapter_is_exact_beside_codes_which_stay_where_they_are(kind: str):
         assert held.data_ptr() == own.data_ptr(), "no code is copied"
     randomise_(tuned)
     twin, tolerance = dense_twin(tuned), 2e-2 if "int8" in kind else 1e-5  # int8 rounds its inputs as well
-    (result, grad), (wanted, wanted_grad) = gradients(tuned, X), gradients(twin, X)
+    (result, grad), (wanted, wanted_grad) = result_and_gradient(tuned, X), result_and_gradient(twin, X)
     assert (result - wanted).norm() <= tolerance * wanted.norm()
     assert (grad - wanted_grad).norm() <= tolerance * wanted_grad.norm(), "gradients pass through the base"
     merged = lora_fx.merge(tuned)
@@ -94,17 +86,17 @@ def test_modules_give_the_bits_of_graphs_in_both_modes_and_with_dropout():
         results = []
         for one in (tuned, in_modules):
             torch.manual_seed(3)
-            results.append(gradients(one.train(training), X))
+            results.append(result_and_gradient(one.train(training), X))
         assert all(map(torch.equal, *results))
 
 
 def test_an_evaluation_between_two_steps_takes_no_gradient_away():
     """bitsandbytes packs codes anew for a kernel of AVX-512 that has no gradient; a layer that is adapted does not."""
     tuned = tuned_of(model_of("NF4"))
-    before = gradients(tuned, X)[1]
+    before = result_and_gradient(tuned, X)[1]
     with torch.no_grad():
         tuned.eval()(X)
-    assert torch.equal(gradients(tuned.train(), X)[1], before)
+    assert torch.equal(result_and_gradient(tuned.train(), X)[1], before)
 
 
 @pytest.mark.parametrize("rule", [{"dora": True}, {"init": "pissa"}, {"bias": True}], ids=str)
@@ -117,7 +109,7 @@ def test_what_asks_for_numbers_gets_those_that_the_codes_stand_for(rule: dict[st
         assert torch.allclose(layer.lora_magnitude_vector.default.weight, numbers(layer).norm(dim=1))
     randomise_(tuned)
     assert (lora_fx.merge(tuned)(X) - tuned(X)).norm() <= 1e-5 * tuned(X).norm()
-    gradients(tuned, X)
+    result_and_gradient(tuned, X)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in lora_fx.parameters(tuned))
 
 

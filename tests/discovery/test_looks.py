@@ -24,6 +24,7 @@ from lora_fx.models.samples import samples_for
 from lora_fx.regions import learning
 from lora_fx.regions.checking import Replay
 from lora_fx.regions.install import regions
+from tests.support.countedcalls import counted_calls
 from tests.support.zoo import features, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_fx.LoraFxWarning")
@@ -70,20 +71,8 @@ class Layers(nn.Module):
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often models are watched and surveyed, graphs captured and compared."""
-    counted: Counter[str] = Counter()
-
-    def count(where: object, name: str) -> None:
-        function = getattr(where, name)
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            counted[name] += 1
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(where, name, counting)
-
-    for where, name in ((study, "weight_uses"), (study, "survey"), (learning, "capture"), (Replay, "difference")):
-        count(where, name)
-    return counted
+    looks = [(study, "weight_uses"), (study, "survey"), (learning, "capture"), (Replay, "difference")]
+    return counted_calls(monkeypatch, looks)
 
 
 def made() -> Layers:

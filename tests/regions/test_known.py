@@ -20,6 +20,7 @@ from lora_fx.regions import learning
 from lora_fx.regions.checking import Replay
 from lora_fx.regions.install import regions
 from lora_fx.regions.known import KNOWN, KnownGraphs, kind_of
+from tests.support.countedcalls import counted_calls
 from tests.support.zoo import ZOO, Specimen, features, randomise_, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_fx.LoraFxWarning")
@@ -65,20 +66,7 @@ class Model(nn.Module):
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often graphs are captured, and compared with a forward."""
-    counted: Counter[str] = Counter()
-
-    def count(where: object, name: str) -> None:
-        function = getattr(where, name)
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            counted[name] += 1
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(where, name, counting)
-
-    count(learning, "capture")
-    count(Replay, "difference")
-    return counted
+    return counted_calls(monkeypatch, [(learning, "capture"), (Replay, "difference")])
 
 
 def made(seed: int = 0, make: Callable[[], nn.Module] = Block) -> nn.Module:

@@ -196,3 +196,12 @@ def gradients(result: Tensor, tuned: nn.Module) -> list[Tensor]:
     number = torch.arange(result.numel(), dtype=result.dtype)
     loss = (result * (number.cos() + (7 * number).sin())).sum()
     return list(torch.autograd.grad(loss, list(factors(tuned).values())))
+
+
+def result_and_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a model makes of x, and the gradient that reaches x."""
+    x = x.clone().requires_grad_()
+    result = model(x)
+    result.square().mean().backward()
+    assert x.grad is not None
+    return result.detach(), x.grad
