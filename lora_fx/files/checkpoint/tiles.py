@@ -202,9 +202,17 @@ def _fold_block(
 
 def _square(fold: WeightFold) -> float:
     """Return ‖Σ scaling · B A‖² of a whole weight: Σ over pairs of scaling · scaling' · ⟨Bᵀ B', A A'ᵀ⟩, float64."""
-    terms = [(term.left.double(), term.right.double(), term.scaling) for term in fold.terms]
-    pairs = [(a, b) for a in terms for b in terms]
-    return sum(s * t * float(torch.sum((B.t() @ D) * (A @ C.t()))) for (B, A, s), (D, C, t) in pairs)
+    pairs = [(a, b) for a in fold.terms for b in fold.terms]
+    inner = (_inner(a.left.t(), b.left.t()) * _inner(a.right, b.right) for a, b in pairs)
+    return sum(a.scaling * b.scaling * float(both.sum()) for (a, b), both in zip(pairs, inner, strict=True))
+
+
+def _inner(first: Tensor, second: Tensor) -> Tensor:
+    """Return first @ secondᵀ in float64, a few columns at a time: a whole factor may be larger than a tile."""
+    step = max(1, TILE // max(1, len(first), len(second)))
+    starts = range(0, first.shape[1], step)
+    products = (first[:, at : at + step].double() @ second[:, at : at + step].double().t() for at in starts)
+    return sum(products, start=torch.zeros(len(first), len(second), dtype=torch.float64))
 
 
 def _product(fold: WeightFold, tile: Tile, scratch: Scratch) -> Tensor:
