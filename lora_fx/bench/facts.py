@@ -12,6 +12,7 @@ from torch import nn
 from lora_fx.bench.subjects import FrozenBase, Subject
 from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.graphdiff.render.text import folded
+from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.samples import Sample
 from lora_fx.tuned.report import RegionReport, Report, report
 
@@ -67,15 +68,11 @@ def setting_of(base: FrozenBase, ours: Subject, rules: str, before: Report) -> S
         sites=len(inspected.sites),
         in_graphs=sum(site.backend == "graph" for site in inspected.sites),
         trainable=inspected.trainable,
-        dtype=", ".join(sorted(map(_name, kinds))),
-        inputs=tuple(f"{_name(given.dtype)} {list(given.shape)}" for given in tensors_in(sample)),
+        dtype=", ".join(sorted(map(name_of_dtype, kinds))),
+        inputs=tuple(f"{name_of_dtype(given.dtype)} {list(given.shape)}" for given in tensors_in(sample)),
         tokens=_tokens(base.sample),
         notes=tuple(_notes(before.regions, inspected.regions)),
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _tokens(sample: Sample) -> int | None:

@@ -14,6 +14,7 @@ from lora_fx.discovery.tables import biases_in, tables_in
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse
 from lora_fx.errors import RefusedError
 from lora_fx.models.code import refuse_odd_names
+from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.joining import outline, refuse_unjoinable
 from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_shape
 from lora_fx.models.packed import PackedWeight, values_in
@@ -257,7 +258,7 @@ def _taken_name(module: nn.Module, name: str) -> str | None:
 
 def _dtype_name(tensor: Tensor | nn.Module) -> str:
     assert isinstance(tensor, Tensor)
-    return str(tensor.dtype).removeprefix("torch.")
+    return name_of_dtype(tensor.dtype)
 
 
 def _graph_sites(graph_module: fx.GraphModule) -> Iterator[tuple[Site, bool]]:

@@ -13,6 +13,7 @@ from lora_fx.adapters.attach import CHILDREN, HOME
 from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.rawweight.products import COPIES, VIEWS, name_of
 from lora_fx.graphdiff.graphs import Weight
+from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.layers import kind_of
 
 _PRODUCTS = frozenset(
@@ -25,7 +26,7 @@ _PRODUCTS = frozenset(
 def weights_in(module: nn.Module) -> dict[str, Weight]:
     """Return the facts of every parameter of a module, by name; one that has several names is there under each."""
     named = module.named_parameters(remove_duplicate=False)
-    return {name: Weight(tuple(weight.shape), str(weight.dtype).removeprefix("torch.")) for name, weight in named}
+    return {name: Weight(tuple(weight.shape), name_of_dtype(weight.dtype)) for name, weight in named}
 
 
 def totals(parameters: Iterable[Tensor]) -> tuple[int, int]:

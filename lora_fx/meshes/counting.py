@@ -19,6 +19,7 @@ from lora_fx.errors import RefusedError
 from lora_fx.meshes.groups import NOTHING, Groups, groups_of
 from lora_fx.meshes.onedevice import KernelAttention, OneDevice
 from lora_fx.meshes.splits import Splits, splits_of
+from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.joining import without_values_of
 from lora_fx.models.quantised import is_quantised
@@ -132,8 +133,8 @@ class _Counted:
             model=self.plan.model,
             source=self.plan.source,
             mesh=self.mesh,
-            inputs=tuple(f"{_name(given.dtype)} {list(given.shape)}" for given in self._inputs()),
-            dtypes=tuple(sorted({_name(p.dtype) for name, p in named.items() if name in self.base})),
+            inputs=tuple(f"{name_of_dtype(given.dtype)} {list(given.shape)}" for given in self._inputs()),
+            dtypes=tuple(sorted({name_of_dtype(p.dtype) for name, p in named.items() if name in self.base})),
             weights=sum(map(self._shard, frozen)) + sum(buffers.values()) - added + before,
             adapters=values + added,
             optimizer=optimizer_states * gradients,
@@ -205,7 +206,3 @@ def _drop(parameter: Tensor) -> Any:
 def _tensors(sample: Sample) -> list[Tensor]:
     """Return the tensors of a sample, one that is in it twice twice."""
     return [leaf for leaf in pytree.tree_leaves((sample.args, sample.kwargs)) if isinstance(leaf, Tensor)]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -38,7 +38,7 @@ def warn_of_narrowed_file(config: Mapping[str, Any], tensors: Iterable[tuple[str
         level: as `stacklevel` of `warnings.warn`, from here.
     """
     noted = str(config.get("dtype") or config.get("torch_dtype"))
-    read = next((dtype for dtype in _COMPARED if _text(dtype) == noted), None)
+    read = next((dtype for dtype in _COMPARED if name_of_dtype(dtype) == noted), None)
     wide = [] if read is None else [(name, dtype) for name, dtype in tensors if _is_wider(dtype, read)]
     composed = any(isinstance(value, Mapping) and "model_type" in value for value in config.values())
     if read is None or not wide or composed or importlib.util.find_spec("transformers") is None:
@@ -60,14 +60,15 @@ def _warn_of_rounding(read: torch.dtype, tensors: Iterable[tuple[str, torch.dtyp
     kept = [part for name in names for part in getattr(model, name, None) or ()]  # of an object: also its parts' own
     wide = [(name, dtype) for name, dtype in tensors if _is_wider(dtype, read) and not any(p in name for p in kept)]
     if wide:
-        rounded = listing([f"{name} ({_text(dtype)})" for name, dtype in wide])
+        rounded = listing([f"{name} ({name_of_dtype(dtype)})" for name, dtype in wide])
         warnings.warn(
-            f"config.json says one dtype for all, {_text(read)}, and from_pretrained rounds to it what the class does "
-            f"not keep apart: {rounded}; from_pretrained(dtype=torch.float32) keeps all values",
+            f"config.json says one dtype for all, {name_of_dtype(read)}, and from_pretrained rounds to it what the "
+            f"class does not keep apart: {rounded}; from_pretrained(dtype=torch.float32) keeps all values",
             LoraFxWarning,
             stacklevel=level,
         )
 
 
-def _text(dtype: torch.dtype) -> str:
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """Return a dtype's name as torch has it, without the module: `float32`."""
     return str(dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.models.compressed import coded_embedding, runs_as_its_class
+from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.overrides import accelerate_hooks, parallel_style, replaced_forward
 from lora_fx.models.packed import is_packed, is_packed_class, problem_of
 from lora_fx.models.swap import original_class, unswapped
@@ -213,7 +214,7 @@ def _refusal(module: nn.Module, called: bool) -> str | None:
     if weight is None:
         return "its weight is computed at each call (weight_norm, spectral_norm); remove that before"
     if not called and not (type(weight) is nn.Parameter and weight.is_floating_point()):
-        name, dtype = type(module).__name__, str(weight.dtype).removeprefix("torch.")
+        name, dtype = type(module).__name__, name_of_dtype(weight.dtype)
         weight_words = f"type {type(weight).__name__} and dtype {dtype}"
         return f"class {name} has a forward of its own; what it does with a weight of {weight_words} is not known"
     return None

@@ -88,15 +88,19 @@ def _class_forward(kind: Any) -> Callable[..., Any]:
 def parallel_style(module: nn.Module) -> str:
     """Return the style of transformers' tensor parallelism (5.23, `tp_plan`) around a forward; empty if none."""
     forward = vars(module).get("forward")
-    if forward is None or not str(getattr(forward, "__module__", "")).startswith(_TRANSFORMERS):
+    if not _is_of_parallel(forward):
         return ""
     cells = _cells_of_parallel(forward)
     return type(cells[_STYLE].cell_contents).__name__ if _STYLE in cells else "unknown"
 
 
+def _is_of_parallel(forward: object) -> bool:
+    return str(getattr(forward, "__module__", "")).startswith(_TRANSFORMERS)
+
+
 def _cells_of_parallel(forward: Any) -> dict[str, CellType]:
     """Return the variables of a forward of transformers' tensor parallelism that runs another; none of all others."""
-    if not isinstance(forward, FunctionType) or not forward.__module__.startswith(_TRANSFORMERS):
+    if not isinstance(forward, FunctionType) or not _is_of_parallel(forward):
         return {}
     cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
     return cells if _ORIGINAL in cells else {}
@@ -104,16 +108,14 @@ def _cells_of_parallel(forward: Any) -> dict[str, CellType]:
 
 def parallel_styles(model: nn.Module) -> dict[str, str]:
     """Return the styles of transformers' tensor parallelism in a model, by the paths of the modules."""
-    if not any("forward" in vars(module) for module in modules_of(model)):
-        return {}
-    return {path: style for path, module in model.named_modules() if (style := parallel_style(module))}
+    replaced = [(path, module) for path, module in named_modules_of(model) if "forward" in vars(module)]
+    return {path: style for path, module in replaced if (style := parallel_style(module))}
 
 
 def unknown_parallel(model: nn.Module) -> list[str]:
     """Return the paths of modules with a forward of transformers' parallelism that is not known to run another."""
-    found = ((path, vars(module).get("forward")) for path, module in model.named_modules())
-    of_transformers = ((path, f) for path, f in found if str(getattr(f, "__module__", "")).startswith(_TRANSFORMERS))
-    return [path for path, forward in of_transformers if not _cells_of_parallel(forward)]
+    found = ((path, vars(module).get("forward")) for path, module in named_modules_of(model))
+    return [path for path, forward in found if _is_of_parallel(forward) and not _cells_of_parallel(forward)]
 
 
 def without_parallel(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import functools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_fx.errors import LoraFxWarning
 from lora_fx.models.codelayout import CodeLayout
 from lora_fx.models.compressed import SCHEME, settle_compressed_
+from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.grids import Grid
 from lora_fx.models.packings import KNOWN, NOT_RUN, found_on
 from lora_fx.models.quantised import dequantised_parameters_, is_quantised
@@ -177,18 +178,21 @@ def lost_dtype(layer: nn.Module, usual: torch.dtype | None) -> torch.dtype:
 
 def usual_dtype(model: nn.Module) -> torch.dtype | None:
     """Return the dtype of most floating point parameters of a model that are no adapter's; None without any."""
-    dtypes = Counter(p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name)
+    return _most_usual(p for name, p in model.named_parameters() if "lora_" not in name)
+
+
+def _most_usual(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    dtypes = Counter(tensor.dtype for tensor in tensors if tensor.is_floating_point())
     return max(dtypes, key=lambda dtype: dtypes[dtype], default=None)
 
 
 def warn_of_two_dtypes(merged: nn.Module, tuned: nn.Module) -> None:
     """Say if layers that held codes are plain now in another dtype than most of the model: codes took an x of any."""
     paths = {f"{path}.weight" for path, _ in packed_layers(tuned)}
-    dtypes = Counter(p.dtype for name, p in merged.named_parameters() if p.is_floating_point() and name not in paths)
-    usual = max(dtypes, key=lambda dtype: dtypes[dtype], default=None)
+    usual = _most_usual(p for name, p in merged.named_parameters() if name not in paths)
     plain = {p.dtype for name, p in merged.named_parameters() if name in paths and p.is_floating_point()}
     if usual is not None and plain - {usual}:
-        told = listing(str(dtype).removeprefix("torch.") for dtype in plain)
+        told = listing(map(name_of_dtype, plain))
         warnings.warn(
             f"merged layers are {told}, as what their codes stand for, and most other parameters {usual}: layers that "
             f"are plain take inputs of their own dtype alone; `.to({usual})` gives the merged model one",

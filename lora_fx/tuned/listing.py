@@ -12,6 +12,7 @@ from lora_fx.adapters.norms import product_square, wide_matrices
 from lora_fx.adapters.tokenrows import TokenRows
 from lora_fx.adapters.trained import added_rows, parameters_of
 from lora_fx.models.between import one_at_a_time
+from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.wrappers import seen_through
 from lora_fx.models.zero import numbers_in
 from lora_fx.planning.render.notebook import InNotebook
@@ -120,7 +121,7 @@ def _listed(
     found = [*(parameter for _, adapter in group for parameter in adapter.parameters()), *whole.values()]
     found += [one.rows for one in rows.values()]
     parameters = list({id(parameter): parameter for parameter in found}.values())  # a site's bias is in both
-    dtypes = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in parameters)
+    dtypes = dict.fromkeys(name_of_dtype(parameter.dtype) for parameter in parameters)
     return ListedAdapter(
         name=name,
         sites=len({path for path, _ in group}),

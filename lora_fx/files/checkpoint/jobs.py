@@ -32,6 +32,7 @@ from lora_fx.files.checkpoint.tiles import (
 )
 from lora_fx.files.safetensors import RawFile, RawTensor
 from lora_fx.files.values import DTYPES
+from lora_fx.models.dtypes import name_of_dtype
 
 _COPIED_AT_ONCE = 1 << 24
 _GIVEN_AHEAD = 2
@@ -218,7 +219,7 @@ def _row(tensor: OutTensor, work: Work, sums: Sums) -> MergedTensor:
     return MergedTensor(
         name=tensor.name,
         shape=tensor.entry.shape,
-        dtype=str(DTYPES[tensor.entry.dtype]).removeprefix("torch."),
+        dtype=name_of_dtype(DTYPES[tensor.entry.dtype]),
         how="added" if tensor.base is None else changed,
         adapters=work.adapters,
         relative_delta=_short(sqrt(sums.delta / sums.base)) if sums.base else None,
