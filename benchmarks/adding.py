@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -35,29 +36,29 @@ def base(linears: int) -> nn.Module:
 
 def ours(linears: int, last: int) -> Steps:
     """Return the calls that put adapters on one model, the first to the last."""
-    plain, twin = base(linears), list[nn.Module]()
-
-    def first() -> None:
-        twin.append(lora_fx.apply(plain, RULES, backend="modules"))
-
-    def another(number: int) -> Callable[[], object]:
-        return lambda: lora_fx.add(twin[0], RULES, adapter=f"a{number}")
-
-    return {"1": first} | {str(number): another(number) for number in range(2, last + 1)}
+    plain = base(linears)
+    return _steps(
+        lambda: lora_fx.apply(plain, RULES, backend="modules"),
+        lambda twin, name: lora_fx.add(twin, RULES, adapter=name),
+        last,
+    )
 
 
 def peft(linears: int, last: int) -> Steps:
     """Return the same calls of PEFT."""
-    plain, wrapped = base(linears), list[nn.Module]()
+    plain = base(linears)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[str(number) for number in range(linears)])
+    return _steps(
+        lambda: get_peft_model(plain, config, adapter_name="a1"),
+        lambda wrapped, name: wrapped.add_adapter(name, config),
+        last,
+    )
 
-    def first() -> None:
-        wrapped.append(get_peft_model(plain, config, adapter_name="a1"))
 
-    def another(number: int) -> Callable[[], object]:
-        return lambda: wrapped[0].add_adapter(f"a{number}", config)
-
-    return {"1": first} | {str(number): another(number) for number in range(2, last + 1)}
+def _steps(first: Callable[[], nn.Module], another: Callable[[Any, str], object], last: int) -> Steps:
+    made: list[nn.Module] = []
+    others = {str(number): lambda name=f"a{number}": another(made[0], name) for number in range(2, last + 1)}
+    return {"1": lambda: made.append(first()), **others}
 
 
 def seconds(step: Callable[[], object]) -> float:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fx
+from tests.support.besidepeft import losses_of_both
 from tests.support.codedmodels import INT4, KINDS, PATHS, compress_, copied, expected_of, hqq, numbers, plain
 from tests.support.sitekinds import randomise_, result_and_gradient
 
@@ -142,22 +142,11 @@ def test_what_asks_for_numbers_gets_those_that_the_codes_stand_for_and_bfloat16_
 @pytest.mark.parametrize("kind", [INT4_KIND, "hqq 4 bits"])
 def test_losses_are_those_of_peft_on_the_same_base(kind: str):
     peft = pytest.importorskip("peft")
-    model, ours, theirs = KINDS[kind](), [], []
+    model = KINDS[kind]()
     tuned = tuned_of(model, alpha=8)
     base = copied(model) if "compressed" in kind else KINDS[kind]()
     other = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"]))
-    for path in PATHS:
-        for factor in ("lora_A", "lora_B"):
-            value = tuned.get_parameter(f"{path}.{factor}.default.weight")
-            other.get_parameter(f"base_model.model.{path}.{factor}.default.weight").data.copy_(value.data)
-    for one, losses in ((tuned, ours), (other, theirs)):
-        optimizer = torch.optim.AdamW([p for n, p in one.named_parameters() if "lora_" in n], 1e-2)
-        for step in range(5):
-            loss = F.mse_loss(one(X + step / 8), X)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+    ours, theirs = losses_of_both(tuned, other, PATHS, X)
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fx
+from tests.support.besidepeft import losses_of_both
 from tests.support.packedkinds import KINDS, bnb, eight_bit, four_bit, loaded, model_of, numbers
 from tests.support.sitekinds import randomise_, result_and_gradient
 
@@ -227,22 +227,11 @@ def test_a_subclass_with_a_forward_of_its_own_is_refused_and_codes_are_not_train
 
 def test_losses_and_factors_are_those_of_peft_on_the_same_base():
     peft = pytest.importorskip("peft")
-    model, ours, theirs = model_of("NF4"), [], []
+    model = model_of("NF4")
     tuned = tuned_of(model, alpha=8)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"])
     other = peft.get_peft_model(copy.deepcopy(model), config)
-    for path in PATHS:
-        for factor in ("lora_A", "lora_B"):
-            value = tuned.get_parameter(f"{path}.{factor}.default.weight")
-            other.get_parameter(f"base_model.model.{path}.{factor}.default.weight").data.copy_(value.data)
-    for one, losses in ((tuned, ours), (other, theirs)):
-        optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], 1e-2)
-        for step in range(5):
-            loss = F.mse_loss(one(X + step / 8), X)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+    ours, theirs = losses_of_both(tuned, other, PATHS, X)
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 

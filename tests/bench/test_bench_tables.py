@@ -277,7 +277,8 @@ def test_changing_adapters_captures_and_compiles_nothing(capsys):
     assert rows["use"][0] == rows["use, in a with"][0] == rows["rows"][0] == 0
     tensors = 2 * 7
     assert rows["swap, of a state"][0] <= 3 * tensors + 20  # each value is summed, copied, and the old one kept
-    assert rows["swap, of a state"][1] <= 25 * tensors + 900  # frames are looked through where other threads live
+    looked_through = 700 if len(sys._current_frames()) > 1 else 0  # frames, where other threads live
+    assert rows["swap, of a state"][1] <= 25 * tensors + 200 + looked_through
     assert rows["swap, of a directory"][1] <= 150 * tensors + 3000  # the base is not made again
 
 
