@@ -110,7 +110,7 @@ def _refused(tuned: nn.Module) -> Iterator[Refusal]:
         known = ", ".join(LAYOUTS)
         yield "", f"the layout of {name} in GGUF has not been tested, only that of {known}; {_MERGE}"
         return
-    tied = _tied(tuned)
+    tied = tied_paths(tuned)
     for path, adapter in all_attached(tuned):
         reason = _reason(path, adapter, layout, path in tied)
         if reason is not None:
@@ -136,14 +136,16 @@ def _reason(path: str, adapter: Attached, layout: GgufLayout, tied: bool) -> str
     return None
 
 
-def _tied(tuned: nn.Module) -> set[str]:
+def tied_paths(tuned: nn.Module) -> set[str]:
+    """Return the paths of the weights that have another use; a file holds each once."""
     sites = record_in(tuned).plan.adapted
     return {planned.path for planned in sites if planned.site.tied_to} | (
-        {"lm_head", "model.embed_tokens"} if _config(tuned).tie_word_embeddings else set()
+        {"lm_head", "model.embed_tokens"} if config_of(tuned).tie_word_embeddings else set()
     )
 
 
-def _config(tuned: nn.Module) -> Any:
+def config_of(tuned: nn.Module) -> Any:
+    """Return the settings of a model of transformers."""
     return tuned.config
 
 
@@ -161,7 +163,7 @@ def _write(tuned: nn.Module, path: Path, base: str | Path | None = None) -> None
     for adapter in adapters:
         name, rest = layout.tensor(adapter.path), adapter.alpha / alpha
         assert name is not None
-        A, B = _laid_out(adapter, name, layout, _config(tuned))
+        A, B = _laid_out(adapter, name, layout, config_of(tuned))
         writer.add_tensor(f"{name}.lora_a", _array(A))
         writer.add_tensor(f"{name}.lora_b", _array(B if rest == 1 else B * rest))
     writer.write_header_to_file()
@@ -175,10 +177,15 @@ def _laid_out(adapter: PlainAdapter, name: str, layout: GgufLayout, config: Any)
     A, B = adapter.A, adapter.B
     if name == f"{_ENDS['model.embed_tokens']}.weight":  # llama.cpp looks tokens up in A: it is the other way round
         A = A.t()
-    if layout.permuted and name.endswith(("attn_q.weight", "attn_k.weight")):
-        heads = config.num_attention_heads if name.endswith("attn_q.weight") else config.num_key_value_heads
-        B = permuted_rows(B, heads)
-    return A, B
+    return A, as_stored(B, name, layout, config)
+
+
+def as_stored(rows: Tensor, name: str, layout: GgufLayout, config: Any) -> Tensor:
+    """Return a matrix [out, …] with its rows in the order that a tensor of the file has them."""
+    if not layout.permuted or not name.endswith(("attn_q.weight", "attn_k.weight")):
+        return rows
+    heads = config.num_attention_heads if name.endswith("attn_q.weight") else config.num_key_value_heads
+    return permuted_rows(rows, heads)
 
 
 def _common(alphas: Iterable[float]) -> float:
@@ -200,7 +207,7 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, base: str | Path | Non
             "gguf", "llama.cpp needs the base model as a GGUF file", advice="give base='model.gguf', in float32"
         )
     prompts = _prompts(tuned, sample)
-    words = min(_config(tuned).vocab_size, _MOST_WORDS)
+    words = min(config_of(tuned).vocab_size, _MOST_WORDS)
     theirs = run_client("gguf", partial(clients.gguf, Path(base), path, prompts, words))
     ours = without_and_with(tuned, lambda: _log_probabilities(tuned, prompts))
     return max(map(_difference, ours, theirs))

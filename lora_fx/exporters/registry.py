@@ -9,7 +9,7 @@ from lora_fx.text import listing, nearest
 
 GROUP = "lora_fx.targets"
 """Group of entry points; each names a `Target`: `mine = "my_package.my_target:TARGET"`."""
-BUILT_IN = ("merged", "peft", "vllm", "onnx", "gguf", "diffusers", "kohya", "mlx", "pt2", "executorch")
+BUILT_IN = ("merged", "peft", "vllm", "onnx", "gguf", "gguf_q4_0", "diffusers", "kohya", "mlx", "pt2", "executorch")
 
 
 def names() -> list[str]:

@@ -19,6 +19,8 @@ from lora_fx.models.grids import Grid, grid_of_groups
 
 SCHEME = "quantization_scheme"
 """Attribute of modules that compressed-tensors has taken over."""
+_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of scales that are those of what the codes stand for."""
 _STATUS, _HOOK = "quantization_status", "ct_decompress_hook"
 
 
@@ -187,7 +189,7 @@ def _problem(layer: Any) -> str:
 def _dtype(layer: Any) -> torch.dtype | None:
     held = layer._parameters["weight_scale" if _holds_codes(layer) else "weight"]
     dtype: torch.dtype = held.dtype
-    return dtype
+    return dtype if dtype in _NUMBERS else torch.bfloat16  # into which the library reads codes of 4 and 8 bit floats
 
 
 def _again(layer: Any, weight: Tensor) -> nn.Module:

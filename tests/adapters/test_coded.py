@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.errors import RefusedError
 from tests.support.besidepeft import losses_of_both
 from tests.support.codedmodels import INT4, KINDS, PATHS, compress_, copied, expected_of, hqq, numbers, plain
 from tests.support.sitekinds import randomise_, result_and_gradient
@@ -112,6 +113,45 @@ def test_merged_weights_are_quantised_again_as_they_were_and_the_cost_is_told(ki
         lost = (numbers(layer).float() - exact.get_submodule(path).weight).abs().max()
         assert 0 < float(lost) == pytest.approx(cost.largest, rel=1e-4)
     assert 0 < (again(X) - exact(X)).norm() < 0.3 * exact(X).norm()
+
+
+_SLOW = [pytest.param(preset, marks=pytest.mark.slow) for preset in ("NVFP4A16", "MXFP4", "MXFP8A16")]
+
+
+@pytest.mark.parametrize("preset", ["NVFP4", "MXFP4A16", *_SLOW])
+def test_floats_of_few_bits_train_as_the_decompressed_model_and_stay_what_they_are(preset: str):
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+    weights, inputs = (PRESET_SCHEMES[preset].get(part) for part in ("weights", "input_activations"))
+    compress_(model := plain().bfloat16(), weights, inputs)
+    compressors.ModelCompressor().compress_model(model)
+    x, held = X.bfloat16(), {name: p.data_ptr() for name, p in model.named_parameters()}
+    tuned, dense = lora_fx.apply(model, rules(), (x,)), copied(model)
+    assert torch.equal(tuned(x), dense(x)), "the library's bits, with what it rounds of inputs"
+    for path in PATHS:  # it lets no gradient through where it rounds inputs: compared without
+        tuned.get_submodule(path).quantization_enabled = dense.get_submodule(path).quantization_enabled = False
+    beside = lora_fx.apply(dense, rules(), (x,))
+    lora_fx.load_adapter_state(beside, lora_fx.adapter_state(tuned))
+    losses: list[list[float]] = [[], []]
+    for one, found in zip((tuned, beside), losses, strict=True):
+        optimizer = torch.optim.SGD(lora_fx.parameters(one.train()), 0.5)
+        for _ in range(4):
+            optimizer.zero_grad()
+            (loss := one(x).float().square().mean()).backward()
+            optimizer.step()
+            found.append(loss.item())
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+    merged, exact = lora_fx.merge(tuned.eval()), lora_fx.merge(beside.eval())
+    assert all(torch.equal(merged.get_submodule(path).weight, exact.get_submodule(path).weight) for path in PATHS)
+    assert merged.get_submodule(PATHS[0]).weight.dtype is torch.bfloat16
+    again, costs = lora_fx.merged_and_requantised(tuned, "same")
+    assert torch.equal(copied(again)(x), again(x)), "the library reads them"
+    assert len(costs) == len(PATHS)
+    with pytest.raises(RefusedError, match="whose codes are not written one by one"):
+        lora_fx.merged_on_grid(tuned, [(x,), (x,)])
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == held
 
 
 def test_what_asks_for_numbers_gets_those_that_the_codes_stand_for_and_bfloat16_stays():

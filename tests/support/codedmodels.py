@@ -54,11 +54,16 @@ def compress_(model: nn.Module, weights: dict[str, Any], inputs: dict[str, Any] 
     quantization.apply_quantization_config(model, config, show_progress=False)
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and hasattr(layer, "quantization_scheme"):
-            settings = layer.quantization_scheme.weights
+            settings, whole = layer.quantization_scheme.weights, None
             values = layer.weight.detach()
-            if settings.strategy == "group":
+            if settings.strategy == "tensor_group":
+                whole = helpers.generate_gparam(values.amin(), values.amax())
+                layer.weight_global_scale.data.copy_(whole)
+            if hasattr(layer, "input_global_scale"):
+                layer.input_global_scale.data.copy_(helpers.generate_gparam(torch.tensor(-4.0), torch.tensor(4.0)))
+            if settings.strategy in ("group", "tensor_group"):
                 values = values.unflatten(1, (-1, settings.group_size))
-            found = helpers.calculate_qparams(values.amin(-1), values.amax(-1), settings)
+            found = helpers.calculate_qparams(values.amin(-1), values.amax(-1), settings, global_scale=whole)
             for name, value in zip(("weight_scale", "weight_zero_point"), found, strict=True):
                 old = getattr(layer, name)
                 old.data.copy_(value.view_as(old))

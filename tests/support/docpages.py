@@ -116,7 +116,8 @@ def _capabilities() -> str:
     for target in targets:
         options = "<br>".join(f"`{key}`: {about}" for key, about in target.options.items())
         extra = f"`lora-fx[{target.extra}]`" if target.extra else ""
-        rows.append(f"| `{target.name}` | {target.writes} | {target.client} | {extra} | {options} |")
+        client = target.client if target.verify else ""
+        rows.append(f"| `{target.name}` | {target.writes} | {client} | {extra} | {options} |")
     rows += ["", f"| | {' | '.join(f'`{target.name}`' for target in targets)} |", f"|---|{'---|' * len(targets)}"]
     for feature, words in FEATURES.items():
         rows.append(f"| {words} | {' | '.join(_SIGNS[target.expresses[feature]] for target in targets)} |")

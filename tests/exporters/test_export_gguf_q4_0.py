@@ -1,0 +1,123 @@
+"""A merged model in Q4_0 for llama.cpp: the codes that were chosen, in blocks that the gguf package reads."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("gguf")
+
+import gguf
+import numpy as np
+
+import lora_fx
+from lora_fx.errors import ExportError
+from lora_fx.exporters import clients, running
+from tests.support.ggufbase import VOCABULARY, language_model, prompts, write_base
+from tests.support.zoo import randomise_, rules
+
+LINEARS = {"match": {"name": "model.layers.**", "op": "linear"}, "lora": {"r": 4, "alpha": 8}}
+pytestmark = pytest.mark.filterwarnings("ignore:the grid cannot hold the adapter")
+
+
+def adapted(*chosen: dict[str, Any]) -> nn.Module:
+    tuned = lora_fx.apply(language_model("Llama"), {"version": 1, "rules": list(chosen)}, backend="modules")
+    randomise_(tuned)
+    return tuned
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [
+        {"input_ids": torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(seed))}
+        for seed in range(4)
+    ]
+
+
+def held(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, np.ndarray]]]:
+    """Return the settings of a file, and its tensors' types and bytes."""
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return fields, {tensor.name: (tensor.tensor_type.name, np.array(tensor.data)) for tensor in reader.tensors}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """Return the adapted model, and the folder of its base and of what was exported."""
+    folder = tmp_path_factory.mktemp("q4_0")
+    write_base("Llama", language_model("Llama"), folder / "base.gguf")
+    tuned = adapted({"match": {"name": "**.gate_proj"}, "skip": "base only"}, LINEARS)
+    lora_fx.add(tuned, {"version": 1, "rules": [{"match": {"name": "**.gate_proj"}, "lora": {"r": 2}}]}, adapter="idle")
+    lora_fx.use(tuned, "default")
+    lora_fx.export(tuned, folder / "whole.gguf", "gguf_q4_0", base=folder / "base.gguf", data=batches())
+    return tuned, folder
+
+
+def test_adapted_weights_are_the_chosen_codes_and_all_else_is_the_bases_bytes(made: tuple[nn.Module, Path]):
+    tuned, folder = made
+    merged, sites = lora_fx.merged_on_grid(tuned, batches(), grid="q4_0")
+    write_base("Llama", merged, folder / "merged.gguf")
+    (settings, tensors), (_, exact) = held(folder / "whole.gguf"), held(folder / "merged.gguf")
+    before, old = held(folder / "base.gguf")
+    assert settings == before | {"general.file_type": gguf.LlamaFileType.MOSTLY_Q4_0, "general.quantization_version": 2}
+    assert tensors.keys() == old.keys()
+    coded = {name for name, (kind, _) in tensors.items() if kind == "Q4_0"}
+    assert len(coded) == len(sites) == 12
+    for name, (kind, data) in tensors.items():
+        if name in coded:
+            assert np.array_equal(gguf.dequantize(data, gguf.GGMLQuantizationType.Q4_0), exact[name][1]), name
+        else:
+            assert (kind, data.tobytes()) == ("F32", old[name][1].tobytes())
+
+
+@pytest.mark.slow
+def test_llama_cpp_computes_what_the_merged_model_computes(made: tuple[nn.Module, Path]):
+    pytest.importorskip("xllamacpp")
+    tuned, folder = made
+    lora_fx.export(tuned, folder / "adapter.gguf", "gguf", adapter="default")
+    rows = [row.tolist() for row in prompts()["input_ids"]]
+    asked = partial(clients.gguf, folder / "whole.gguf", folder / "adapter.gguf", rows, VOCABULARY)
+    theirs, _ = running.run_client("gguf", asked)
+    merged, _ = lora_fx.merged_on_grid(tuned, batches(), grid="q4_0")
+    for row, words in zip(rows, theirs, strict=True):
+        with torch.no_grad():
+            models = (merged, language_model("Llama"))
+            ours, base = (model(torch.tensor([row])).logits[0, -1].log_softmax(-1) for model in models)
+        there = torch.tensor([words[word] for word in range(VOCABULARY)])
+        assert (there - ours).norm() <= 0.15 * (base - ours).norm(), "it rounds what it multiplies by to eight bits"
+
+
+def test_what_the_file_cannot_hold_or_is_not_of_this_base_is_refused_by_name(tmp_path: Path):
+    base = tmp_path / "base.gguf"
+    write_base("Llama", language_model("Llama"), base)
+    other = language_model("Llama")
+    nn.init.normal_(other.model.layers[1].mlp.up_proj.weight)
+    write_base("Llama", other, tmp_path / "other.gguf")
+    write_base("Qwen2", language_model("Qwen2"), tmp_path / "qwen2.gguf")
+    (tmp_path / "text.gguf").write_text("GGUF" * 20)
+    out, before = tmp_path / "out.gguf", sorted(tmp_path.iterdir())
+    tuned = adapted(LINEARS)
+    for reason, given in {
+        r"needs the base model as a GGUF file, and batches of inputs": {"base": base},
+        r"layers.1.mlp.up_proj +blk.1.ffn_up.weight has other values": {"base": tmp_path / "other.gguf"},
+        r"is a 'qwen2', the model a 'llama'": {"base": tmp_path / "qwen2.gguf"},
+        r"cannot be read as GGUF": {"base": tmp_path / "text.gguf"},
+    }.items():
+        with pytest.raises(ExportError, match=reason):
+            lora_fx.export(tuned, out, "gguf_q4_0", **given, **({} if "needs" in reason else {"data": batches()}))
+    for reason, chosen in {
+        "codes are chosen for linear layers": ("Llama", rules("model.embed_tokens")),
+        "biases as they were": ("Qwen2", rules("**.q_proj", bias=True)),
+        "trained whole as it was": ("Llama", rules("**.q_proj", train=["lm_head"])),
+        "rows of 80: Q4_0 takes multiples of 32": ("Llama", rules("**.down_proj")),
+    }.items():
+        kind, wanted = chosen
+        sizes = {"intermediate_size": 80} if "rows" in reason else {}
+        refused = lora_fx.apply(language_model(kind, **sizes), wanted, backend="modules")
+        with pytest.raises(ExportError, match=reason):
+            lora_fx.export(refused, out, "gguf_q4_0", base=base, data=batches())
+    assert sorted(tmp_path.iterdir()) == before
