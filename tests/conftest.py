@@ -11,6 +11,7 @@ import gc
 import os
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,8 +41,17 @@ Later ones take it and prove it anew, as a second model of a process does; in ot
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Let the longest files come first, so that none of them is alone at the end, where files are spread over processes."""
+    """Leave crossed cases that are not in the sample to `make fuzz`, and let the longest files come first.
+
+    The sample is told by the names of cases, so that it stays the same. Were a long file the last, it would be alone at
+    the end, where files are spread over processes.
+    """
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None and zlib.crc32(item.nodeid.encode()) % sampled.args[0]:
+            item.add_marker(pytest.mark.fuzz)
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 

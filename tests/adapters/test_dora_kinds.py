@@ -39,6 +39,7 @@ some = pytest.mark.parametrize("kind", SEVERAL, ids=lambda kind: kind.name)
 
 
 @every
+@pytest.mark.sampled(2)
 def test_model_starts_bit_equal_to_its_base(kind: Kind, backend: str):
     assert_starts_as_its_base(kind, started(kind, backend, dropout=DROPOUT), torch.float32, kind.raw)
 
@@ -66,6 +67,7 @@ def test_lengths_start_as_those_of_the_base_in_the_shape_of_peft(kind: Kind):
 
 
 @every
+@pytest.mark.sampled(2)
 def test_output_and_gradients_are_those_of_the_weights(kind: Kind, backend: str):
     tuned, sample = trained(kind, backend), kind.sample()
     result, expected = run(tuned, sample, grad=True), dora_reference(kind, tuned, sample)
@@ -123,6 +125,7 @@ def test_removing_and_switching_off_give_the_base_bit_by_bit(kind: Kind, backend
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, _", crossed(KINDS, ["auto"]))
+@pytest.mark.sampled(2)
 def test_saved_adapter_loads_bit_equal_into_a_fresh_base(kind: Kind, _: str, tmp_path):
     tuned, sample = trained(kind, dropout=DROPOUT), kind.sample()
     lora_fx.save(tuned, tmp_path)

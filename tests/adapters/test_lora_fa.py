@@ -55,6 +55,7 @@ def is_embedding(kind: Kind) -> bool:
     "backend", [pytest.param(name, marks=[pytest.mark.slow] if name == "auto" else []) for name in BACKENDS]
 )
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.quick], ids=lambda kind: kind.name)
+@pytest.mark.sampled(2)
 def test_b_gets_the_gradient_of_plain_lora_and_a_none(kind: Kind, backend: str):
     if is_embedding(kind):
         with pytest.raises(lora_fx.RefusedError, match="LoRA-FA would leave A of an embedding at zero"):

@@ -80,6 +80,7 @@ def loop() -> Kind:
 
 @pytest.mark.slow
 @shared_kinds
+@pytest.mark.sampled(2)
 def test_factors_are_one_for_all_experts_or_one_for_each_and_the_plan_counts_them(kind: Kind, share: str):
     plan = lora_fx.plan(kind.build(), rules(kind, share), kind.sample())
     tuned = started(kind, share)
@@ -112,6 +113,7 @@ def test_model_starts_bit_equal_to_its_base(kind: Kind, backend: str):
         for share in SHARES
     ],
 )  # fmt: skip
+@pytest.mark.sampled(2)
 def test_output_and_gradients_are_those_of_the_dense_weights(kind: Kind, backend: str, share: str):
     tuned, sample = trained(kind, share, backend), kind.sample()
     result, expected = run(tuned, sample, grad=True), reference(kind, tuned, sample)
@@ -231,6 +233,7 @@ def test_a_bank_of_one_expert_is_the_same_shared_or_not():
 
 @pytest.mark.slow
 @shared_kinds
+@pytest.mark.sampled(2)
 def test_saving_and_loading_keeps_every_bit_and_the_sharing(kind: Kind, share: str, tmp_path: Any):
     tuned, sample = trained(kind, share, dropout=0.2), kind.sample()
     lora_fx.save(tuned, tmp_path / "a")

@@ -164,6 +164,7 @@ def test_base_keys_stay_and_factors_stand_beside_them(kind: Kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, _", crossed(KINDS, ["auto"]))
+@pytest.mark.sampled(2)
 def test_saved_adapter_loads_bit_equal_into_a_fresh_base(kind: Kind, _: str, tmp_path):
     tuned, sample = trained(kind), kind.sample()
     lora_fx.save(tuned, tmp_path)
@@ -232,6 +233,7 @@ def crossings() -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "backend", "dtype", "dropout"), crossings())
+@pytest.mark.sampled(2)
 def test_crossings(kind: Kind, backend: str, dtype: torch.dtype, dropout: float):
     tuned, sample = kind.adapted(backend, dtype, dropout), kind.sample(dtype)
     assert_starts_as_its_base(kind, tuned, dtype)

@@ -35,6 +35,7 @@ def test_adapters_of_several_ranks_and_scalings_with_rslora_dora_and_modules_tra
 
 
 @each((LLAMA, BERT, VIT, DIT))
+@pytest.mark.sampled(2)
 def test_real_architectures(peer: Peer, tmp_path: Path):
     # half a minute of conversion for each two blocks
     one = {} if peer is DIT else {"num_hidden_layers": 1}
@@ -50,6 +51,7 @@ KINDS_TESTED = (
 
 
 @pytest.mark.parametrize("name", KINDS_TESTED)
+@pytest.mark.sampled(2)
 def test_kinds_of_sites(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(executorch, "run_client", lambda name, client: client())
     (kind,) = (one for one in KINDS if one.name == name)

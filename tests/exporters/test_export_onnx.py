@@ -208,6 +208,7 @@ def assert_verified(exported: Exported) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS_TESTED)
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.sampled(2)
 def test_kinds_of_sites(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(target, "run_client", lambda name, client: client())
     (kind,) = (one for one in KINDS if one.name == name)
@@ -219,6 +220,7 @@ def test_kinds_of_sites(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 @each((LLAMA, BERT, VIT, DIT, T5, UNET))
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.sampled(2)
 def test_real_architectures(peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(target, "run_client", lambda name, client: client())
     sample = Sample((), peer.inputs(3, 7))

@@ -122,6 +122,7 @@ def test_program_that_aotinductor_has_compiled(tmp_path: Path):
 @pytest.mark.slow
 @each((LLAMA, BERT, VIT, DIT, T5, UNET))
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.sampled(2)
 def test_real_architectures(peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(target, "run_client", lambda name, client: client())
     sample = Sample((), peer.inputs(3, 7))
@@ -142,6 +143,7 @@ UNTRACEABLE = ("loop over experts", "eager")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[::3], ids=lambda kind: kind.name)  # a third of them: torch.export takes its time
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.sampled(2)
 def test_kinds_of_sites(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(target, "run_client", lambda name, client: client())
     tuned = kind.adapted()

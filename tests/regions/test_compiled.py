@@ -78,6 +78,7 @@ UNFIT = {
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}, {"lora_fa": True}], ids=str)
 @pytest.mark.parametrize("forward", BLOCKS, ids=lambda function: function.__name__)
+@pytest.mark.sampled(2)
 def test_block_computes_what_it_computes_by_modules_compiled_or_with_a_reason(forward: Any, lora: dict[str, Any]):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LoraFxWarning)

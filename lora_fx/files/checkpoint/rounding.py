@@ -10,7 +10,7 @@ from torch import Tensor
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS = ("nearest", "stochastic")
 _INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
-_AT_ONCE = 1 << 16
+_AT_ONCE = 1 << 14
 _PER_COUNTER = 8
 """Numbers of 32 bits that Philox gives for each of its counters."""
 

@@ -209,7 +209,7 @@ def _square(fold: WeightFold) -> float:
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:
     """Return first @ secondᵀ in float64, a few columns at a time: a whole factor may be larger than a tile."""
-    step = max(1, TILE // max(1, len(first), len(second)))
+    step = max(1, BLOCK // max(1, len(first), len(second)))
     starts = range(0, first.shape[1], step)
     products = (first[:, at : at + step].double() @ second[:, at : at + step].double().t() for at in starts)
     return sum(products, start=torch.zeros(len(first), len(second), dtype=torch.float64))

