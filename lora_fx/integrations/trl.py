@@ -203,8 +203,9 @@ def _check_frozen(tuned: nn.Module, adapter: str) -> None:
 def trainer_of(kind: Callable[..., Trainer], tuned: nn.Module, *, args: Any, **options: Any) -> Trainer:
     """Return a trainer of TRL's whose reference is the base of the adapted model itself; no other base is loaded.
 
-    For DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer, and what is derived from them.  In every call of the reference
-    the model computes what `reference` says; losses are those that TRL has with a new adapter of PEFT's.
+    For DPOTrainer, KTOTrainer, OnlineDPOTrainer, GRPOTrainer, RLOOTrainer, and what is derived from them.  In every
+    call of the reference the model computes what `reference` says; losses are those that TRL has with a new adapter of
+    PEFT's.
 
     Args:
         kind: the class of the trainer.

@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 
 import peft
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
+from trl.experimental import online_dpo
 from trl.trainer import base_trainer
 
 import lora_fx
@@ -45,7 +46,7 @@ def labelled() -> Any:
 
 def logs_of_both(kind: Any, config: Any, folder: Any, data: Any, size: int = 2, **options: Any) -> tuple[Any, Any, Any]:
     """Return the trainer of an adapted model and both logs: PEFT's, and that trainer's, from the same A."""
-    more = {"reward_funcs": reward} if kind in (GRPOTrainer, RLOOTrainer) else {}
+    more = {"reward_funcs": reward} if kind in (GRPOTrainer, RLOOTrainer, online_dpo.OnlineDPOTrainer) else {}
     dropout = options.pop("dropout", 0.0)
     torch.manual_seed(1)
     start = peft.get_peft_model(decoder(), peft.LoraConfig(**PEFT, lora_dropout=dropout))
@@ -110,6 +111,17 @@ def test_grpo_without_a_reference_has_none(tmp_path):
 def test_kto_logs_what_it_logs_with_peft(tmp_path):
     _, expected, found = logs_of_both(KTOTrainer, KTOConfig, tmp_path, labelled())
     assert_alike(found, expected)
+
+
+def test_online_dpo_logs_what_it_logs_with_peft(tmp_path, monkeypatch):
+    """With PEFT the reference is the adapter switched off; of any other model TRL would copy all of it."""
+    monkeypatch.setattr(online_dpo.online_dpo_trainer, "create_reference_model", None)
+    ours, expected, found = logs_of_both(
+        online_dpo.OnlineDPOTrainer, online_dpo.OnlineDPOConfig, tmp_path, prompts(), max_new_tokens=6, dropout=0.3
+    )
+    assert_alike(found, expected)
+    assert isinstance(ours.ref_model, Reference)
+    assert found[-2]["rewards/margins"] != 0 != found[-2]["objective/kl"], "the model has left its reference"
 
 
 def test_reference_that_follows_the_model_is_refused_before_anything_is_made(tmp_path):
