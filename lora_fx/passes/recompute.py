@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
+from lora_fx.adapters.fused.origin import told_layer_norm
 from lora_fx.adapters.fused.siblings import adapted_siblings, making
 from lora_fx.capture.tracing.proxies import append_item, set_attribute, set_item
 from lora_fx.capture.tracing.writer import writes
@@ -22,6 +25,7 @@ from lora_fx.models.code import compiled
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import adapted_output
+from lora_fx.passes.onrows import shown_rows
 from lora_fx.passes.pointwise import bytes_of, is_alias, is_quiet, is_repeatable, kept_by_autograd, work_of
 from lora_fx.passes.stack import draws, is_adapted_linear
 
@@ -33,12 +37,29 @@ _PRICE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Recompute(Pass):
-    """Make inputs of adapted layers again.  Ensures: the same results and gradients."""
+    """Make inputs of adapted layers again.  Ensures: the same results and gradients.
+
+    A norm in half precision that ends the block tells its ε, so that layers of the next block can do the same.
+    """
 
     name: str = "recompute"
 
     def run(self, editor: Editor) -> None:
         make_again(editor, _chain, "adapted_making")
+        for node in list(editor.graph.nodes):
+            if node.target is F.layer_norm and _is_half(node) and any(_ends(user) for user in node.users):
+                with editor.writing_after(node, "") as write:
+                    told = write.graph.call_function(told_layer_norm, node.args, node.kwargs)
+                editor.replace(node, told, "")
+
+
+def _is_half(node: fx.Node) -> bool:
+    return "tensor" in node.meta and node.meta["tensor"][1] in (torch.bfloat16, torch.float16)
+
+
+def _ends(node: fx.Node) -> bool:
+    """Whether it is what the block returns, which layers of the next block may multiply."""
+    return node.op == "output" or node.target is shown_rows
 
 
 def make_again(editor: Editor, chain_of: "Callable[[fx.Node], Chain | None]", name: str) -> None:

@@ -10,12 +10,20 @@ from lora_fx.capture.calls.objects import tensors_in
 
 Run = tuple[Any, Any, nn.Module]
 """(result, arguments, module) of a run with gradients."""
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+_HALVES = (torch.bfloat16, torch.float16)
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in _HALVES}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, **{dtype: 8 * eps for dtype, eps in _EPS.items()}}
 """Of the largest value: gradients that are summed up in another order round differently."""
+_TOLERANCE_OF_ALL = {dtype: 4 * eps for dtype, eps in _EPS.items()}
+"""Of the root mean square, in half precision, where a factor that is wrong by less than the largest rounding matters."""
 _MASKED = 1e4
 """Values of this size are those of masks."""
 _OF_NOISE = 8
 """How many times what rounding does to a gradient two of them may differ by, where that is more than the tolerance."""
+_OF_MOTION = 2
+"""The same by root mean square, in half precision: there rounding moves all gradients by so much that 8 times hide errors."""
+_ALL_NOISE = 0.25
+"""From which part of its size on a gradient that rounding moves so far is nothing but rounding."""
 _FAR_OFF = 50.0
 
 
@@ -41,7 +49,7 @@ def gradients_differ(
     if far and shaken is not None:
         again = shaken()
         moved = dict(zip(names, _gradients(_outputs(again[0]), again), strict=True))
-        far = {name: (a, b) for name, (a, b) in far.items() if not _is_noise(a, b, moved[name])}
+        far = {name: (a, b) for name, (a, b) in far.items() if not _is_noise(a, b, moved[name], precision)}
     return f"the gradient of {next(iter(far))} differs" if far else None
 
 
@@ -111,11 +119,24 @@ def with_far_rows(hidden: Tensor, dead: Tensor) -> Callable[[Tensor], Tensor]:
     return copy
 
 
-def _is_noise(a: Tensor, b: Tensor, moved: Tensor | None) -> bool:
-    return moved is not None and bool((a - b).abs().max() <= _OF_NOISE * (moved - b).abs().max())
+def _is_noise(a: Tensor, b: Tensor, moved: Tensor | None, precision: torch.dtype | None) -> bool:
+    if moved is None:
+        return False
+    if precision in _HALVES and _size(moved, b) < _ALL_NOISE * _size(b):
+        return _size(a, b) <= _OF_MOTION * _size(moved, b)
+    return bool((a - b).abs().max() <= _OF_NOISE * (moved - b).abs().max())
 
 
 def _far(a: Tensor, b: Tensor, precision: torch.dtype | None) -> bool:
+    precision = precision or b.dtype
     scale = b.abs().max() if b.numel() else b.new_zeros(())
-    tolerance = max(_TOLERANCE[b.dtype], _TOLERANCE.get(precision or b.dtype, 0.1))
-    return not bool(((a - b).abs() <= tolerance * scale + 1e-12).all() | ~torch.isfinite(scale))
+    if not bool(torch.isfinite(scale)):
+        return False
+    tolerance = max(_TOLERANCE[b.dtype], _TOLERANCE.get(precision, 0.1))
+    near = bool(((a - b).abs() <= tolerance * scale + 1e-12).all())
+    return not near or (precision in _HALVES and _size(a, b) > _TOLERANCE_OF_ALL[precision] * _size(b) + 1e-12)
+
+
+def _size(a: Tensor, b: Tensor | None = None) -> float:
+    """Return the root of the sum of squares of a, or of its difference from b, in float64."""
+    return float(torch.linalg.vector_norm(a.double() if b is None else a.double() - b.double()))

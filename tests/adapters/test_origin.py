@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_fx.adapters.fused.origin import origin
+from lora_fx.adapters.fused.origin import origin, told_layer_norm
 from tests.adapters.test_fused import IN, OUT, adapted, tensors_of
 
 NORMS = {
@@ -68,6 +68,21 @@ def test_norm_in_float32_of_bfloat16_is_made_again_and_one_whose_mean_is_rounded
     assert make is not None
     torch.testing.assert_close(make(*kept), mixed)
     assert origin(rounded) == ((rounded,), None)
+
+
+@norms
+def test_norm_in_bfloat16_that_tells_its_epsilon_is_made_again_bit_by_bit(kind: str):
+    norm = norm_of(kind, torch.bfloat16)
+    x = told_layer_norm(given(torch.bfloat16), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    assert torch.equal(x, norm(given(torch.bfloat16)))
+    kept, make = origin(x)
+    assert make is not None
+    assert all(tensor is not x for tensor in kept)
+    for context in (torch.no_grad(), torch.enable_grad(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            made = make(*kept)
+            assert made.dtype is torch.bfloat16
+            assert torch.equal(made, x)
 
 
 def test_output_of_a_norm_is_not_kept():

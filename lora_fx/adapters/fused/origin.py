@@ -10,12 +10,33 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.models.torch_internals import hook_on_saved, moves_tensors, packing
 
 Made = tuple[tuple[Tensor | None, ...], Callable[..., Tensor] | None]
 _EXACT = (torch.float32, torch.float64)
+_EPSILON = "lora_fx_epsilon"
+"""Under which name a node of autograd knows the ε of its layer norm, of which torch keeps nothing."""
+
+
+def told_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Return torch's layer norm, from whose result the layers behind it know how to make it again; stands in graphs.
+
+    Arguments have the names that torch gives them: graphs call it as they called that.
+    """
+    result = F.layer_norm(input, normalized_shape, weight, bias, eps)
+    if result.grad_fn is not None:
+        notes: Any = result.grad_fn.metadata
+        notes[_EPSILON] = eps
+    return result
 
 
 def kept_of(
@@ -50,7 +71,8 @@ def origin(x: Tensor) -> Made:
     """Return (tensors, function): what autograd keeps of the layer norm that made x, and what makes x of them again.
 
     Else ((x,), None): where x comes from elsewhere or has been changed in place since, where a hook of torch's
-    (offloading, checkpointing) was given what the norm keeps, and where its mean is kept in half precision.
+    (offloading, checkpointing) was given what the norm keeps, and where its mean is kept in half precision and nobody
+    has told its ε (`told_layer_norm`).
     """
     node = x.grad_fn
     if type(node).__name__ == "NativeLayerNormBackward0" and x._version == 0 and not moves_tensors(packing()):
@@ -63,10 +85,21 @@ def _of_norm(node: Any, x: Tensor) -> Made | None:
     if moves_tensors(hook_on_saved(node, "input")):
         return None
     given, mean, deviation = node._saved_input, node._saved_result1, node._saved_result2
-    if type(given) is not Tensor or given.dtype != x.dtype or mean.dtype not in _EXACT:
+    if type(given) is not Tensor or given.dtype != x.dtype:
         return None
+    if mean.dtype not in _EXACT:
+        epsilon = node.metadata.get(_EPSILON)
+        again = functools.partial(_normed_again, node._saved_normalized_shape, epsilon)
+        return None if epsilon is None else ((given, node._saved_weight, node._saved_bias), again)
     kept = (given, mean.detach(), deviation.detach(), node._saved_weight, node._saved_bias)
     return kept, functools.partial(_normed, len(node._saved_normalized_shape))
+
+
+def _normed_again(
+    shape: Sequence[int], epsilon: float, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # as it was: else its result would have another dtype
+        return F.layer_norm(x, shape, weight, bias, epsilon)
 
 
 def _normed(
