@@ -15,13 +15,13 @@ _EPS = {dtype: torch.finfo(dtype).eps for dtype in _HALVES}
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, **{dtype: 8 * eps for dtype, eps in _EPS.items()}}
 """Of the largest value: gradients that are summed up in another order round differently."""
 _TOLERANCE_OF_ALL = {dtype: 4 * eps for dtype, eps in _EPS.items()}
-"""Of the root mean square, in half precision, where a factor that is wrong by less than the largest rounding matters."""
+"""Of the root mean square, in half precision: a factor that is wrong shows there, and rounding evens out."""
 _MASKED = 1e4
 """Values of this size are those of masks."""
 _OF_NOISE = 8
 """How many times what rounding does to a gradient two of them may differ by, where that is more than the tolerance."""
 _OF_MOTION = 2
-"""The same by root mean square, in half precision: there rounding moves all gradients by so much that 8 times hide errors."""
+"""The same by root mean square, in half precision: what rounding does there is so much that 8 times would hide errors."""
 _ALL_NOISE = 0.25
 """From which part of its size on a gradient that rounding moves so far is nothing but rounding."""
 _FAR_OFF = 50.0
