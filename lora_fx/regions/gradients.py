@@ -21,7 +21,7 @@ _MASKED = 1e4
 _OF_NOISE = 8
 """How many times what rounding does to a gradient two of them may differ by, where that is more than the tolerance."""
 _OF_MOTION = 2
-"""The same by root mean square, in half precision: what rounding does there is so much that 8 times would hide errors."""
+"""The same by root mean square, in half precision: rounding does so much there that 8 times would hide errors."""
 _ALL_NOISE = 0.25
 """From which part of its size on a gradient that rounding moves so far is nothing but rounding."""
 _FAR_OFF = 50.0
