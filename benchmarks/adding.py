@@ -24,7 +24,7 @@ from tests.support.performance import told
 
 RANK, WIDTH = 4, 8
 RULES = {"version": 1, "rules": [{"match": {"name": "*"}, "lora": {"r": RANK}}]}
-HEADS = ("1,001 linears", "CPU seconds", "of PEFT", "Python calls", "of PEFT")
+HEADS = ("1,001 linears", "CPU seconds", "PEFT's CPU seconds", "Python calls", "PEFT's Python calls")
 Steps = dict[str, Callable[[], object]]
 """What is measured, by the name of the adapter that it adds."""
 

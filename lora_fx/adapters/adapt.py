@@ -1,6 +1,6 @@
 """From a plan to a twin with adapters: own values for what will be trained, an adapter beside each weight."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor, fx, nn
 
@@ -12,7 +12,6 @@ from lora_fx.adapters.attach import (
     adapter_prefixes,
     all_attached,
     attach,
-    attached_to,
     has_call_factors,
     shown_parameters,
     spec_of,
@@ -21,7 +20,7 @@ from lora_fx.adapters.dicts import modules_beside
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.layers import AdaptedLayer, AdaptedPacked, count_calls_anew, reading, stop_counting
 from lora_fx.adapters.parallel import refuse_trained_parts
-from lora_fx.adapters.placed import is_trained, placed_in
+from lora_fx.adapters.placed import Placed, placed_in, trained_names_among
 from lora_fx.adapters.rawweight.known_experts import BANKS, interface_of
 from lora_fx.adapters.selection import Switch
 from lora_fx.adapters.shown import ShowsAdapters
@@ -33,6 +32,7 @@ from lora_fx.models.packed import is_packed
 from lora_fx.models.shards import is_sharded, part_of, unsharded, whole
 from lora_fx.models.swap import original_class, swap, take_off
 from lora_fx.models.tensors import get_tensor, own_parameters
+from lora_fx.models.walking import all_buffers_of, all_names_of, all_parameters_of
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.progress.steps import step
@@ -44,26 +44,28 @@ def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
     twin.__dict__[SWITCH] = record.switch
     known = {(path, name) for name in plan.adapters for path, _ in all_attached(twin, name)}
     kernels, in_code = read_by_kernels(twin), read_in_graph(twin)
-    owners: dict[str, list[PlannedSite]] = {}
+    owners: dict[str, tuple[nn.Module, list[PlannedSite]]] = {}
     with step("adapting", len(plan.adapted), "sites") as doing:
         for planned in plan.adapted:
             assert planned.lora is not None
             if (planned.path, planned.lora.adapter) not in known:
-                attach(twin.get_submodule(planned.site.owner), spec_of(planned, record, twin))
+                path = planned.site.owner
+                owner, sites = owners.get(path) or owners.setdefault(path, (twin.get_submodule(path), []))
+                attach(owner, spec_of(planned, record, owner))
                 if planned.lora.invocation:
                     record.switch.invocations[planned.lora.adapter] = planned.lora.invocation
-                owners.setdefault(planned.site.owner, []).append(planned)
+                sites.append(planned)
             doing.advance(planned.path)
-    for path, sites in owners.items():
+    for path, (owner, sites) in owners.items():
         read = [
             planned
             for planned in sites
             if planned.site.read or planned.site.parameter or path in kernels or planned.site.weight in in_code
         ]
         names = [planned.site.weight.rpartition(".")[2] for planned in read]
-        adapt(twin.get_submodule(path), names, path in kernels)
+        adapt(owner, names, path in kernels, record.switch)
     counts = count_calls_anew in twin._forward_pre_hooks.values()
-    if not counts and any(one.call is not None for name in plan.adapters for _, one in all_attached(twin, name)):
+    if not counts and any(planned.per_call and planned.calls for planned in plan.adapted):
         twin.register_forward_pre_hook(count_calls_anew)
         twin.register_forward_hook(stop_counting, always_call=True)
 
@@ -77,27 +79,29 @@ def read_in_graph(model: nn.Module) -> set[str]:
 
 def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) -> None:
     """Give the twin values of its own for all else that training will change, and keep the model's in the record."""
-    names = trained_parameters(twin)
+    places = placed_in(twin)
+    names = _trained_parameters(twin, places)
     codes = [name for name in names if (held := get_tensor(twin, name)) is not None and not held.is_floating_point()]
     if codes:
         facts = [(name, "holds codes, not numbers") for name in codes]
         raise RefusedError("quantised weights cannot be trained whole (`train:`)", facts, "give them an adapter")
-    owners = ((twin.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names)
+    owners = [(twin.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
     refuse_trained_parts(twin, owners)
-    record.base = {name: buffer.detach() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    record.base = {name: buffer.detach() for name, buffer in all_buffers_of(model)}
     before = {name: parameter for name in names if (parameter := get_tensor(model, name)) is not None}
     kept = {id(parameter): whole(parameter) for parameter in before.values()}  # what is tied stays so
     record.base |= {name: kept[id(parameter)] for name, parameter in before.items()}
     own_parameters(twin, names, requires_grad=True)
     record.switch.whole = tuple(dict.fromkeys((*names, *(rows.weight for rows in record.plan.tokens))))
-    _choose_trained(twin, names, record)
+    _choose_trained(twin, names, record, places)
     _give_rows(twin, record.plan, record.switch)
 
 
-def _choose_trained(twin: nn.Module, names: Collection[str], record: ModelRecord) -> None:
+def _choose_trained(twin: nn.Module, names: Collection[str], record: ModelRecord, places: Sequence[Placed]) -> None:
     """Let modules show their trained values only where the adapters are used that were trained with them."""
-    places, together = placed_in(twin), record.switch.names
-    buffers = (name for name, _ in twin.named_buffers(remove_duplicate=False) if is_trained(name, places))
+    buffers, together = trained_names_among(all_buffers_of(twin), places), record.switch.names
+    if not names and not buffers:
+        return
     biased = {dotted(path, "bias"): (one.spec.adapter,) for path, one in all_attached(twin) if one.spec.lora.bias}
     for name in (*names, *buffers):
         path, _, last = name.rpartition(".")
@@ -113,8 +117,9 @@ def give_values(twin: nn.Module, plan: Plan, record: ModelRecord, adapter: str) 
     """
     copies: dict[int, Tensor] = {}
     changed: dict[nn.Module, None] = {}
-    refuse_trained_parts(twin, _trained_by(twin, plan))
-    for owner, name in _trained_by(twin, plan):
+    trained = _trained_by(twin, plan)
+    refuse_trained_parts(twin, trained)
+    for owner, name in trained:
         state = owner.__dict__.get(TRAINED)
         own = get_tensor(owner, name)
         if own is None:
@@ -171,25 +176,30 @@ def _trained_by(twin: nn.Module, plan: Plan) -> list[tuple[nn.Module, str]]:
     for bias in plan.biases:
         path, _, name = bias.path.rpartition(".")
         found.append((twin.get_submodule(path), name))
-    owners = (twin.get_submodule(site.site.owner) for site in plan.adapted if site.lora is not None and site.lora.bias)
+    biased = [site.site.owner for site in plan.adapted if site.lora is not None and site.lora.bias]
+    owners = map(twin.get_submodule, biased)
     return [*found, *((owner, "bias") for owner in owners if owner._parameters.get("bias") is not None)]
 
 
 def trained_parameters(twin: nn.Module) -> list[str]:
     """Return the names of what is trained beside A and B: parameters of modules under `train:`, biases of rules."""
-    places = placed_in(twin)
-    whole = [name for name, _ in twin.named_parameters(remove_duplicate=False) if is_trained(name, places)]
+    return _trained_parameters(twin, placed_in(twin))
+
+
+def _trained_parameters(twin: nn.Module, places: Sequence[Placed]) -> list[str]:
+    whole = trained_names_among(all_parameters_of(twin), places)
     biases = [dotted(path, "bias") for path, adapter in all_attached(twin) if adapter.trained_bias is not None]
     return list(dict.fromkeys((*whole, *biases)))
 
 
-def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:
+def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool, switch: Switch) -> None:
     """Let the adapters that the module holds take part in what it computes, in place.
 
     Args:
         owner: a module with adapters.
         reads: names of the adapted parameters that code reads; where it is none, the module is called.
         kernel: whether torch's fused kernels read its weights in eval mode.
+        switch: what the model uses.
     """
     shown_now = shown_parameters(owner)
     names = (*shown_now, *(name for name in reads if name not in shown_now))
@@ -197,8 +207,7 @@ def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool) -> None:
     if STATE not in owner.__dict__ or names != shown_now:
         take_off(owner, ShowsAdapters)
         swap(owner, reading(names, are_experts) if names else AdaptedPacked if is_packed(owner) else AdaptedLayer)
-    switch, called = next(attached_to(owner)).spec.record.switch, 0 if has_call_factors(owner) else None
-    owner.__dict__[STATE] = AdapterState(switch, kernel, called)
+    owner.__dict__[STATE] = AdapterState(switch, kernel, 0 if has_call_factors(owner) else None)
 
 
 _KERNELS = {nn.TransformerEncoderLayer: ("linear1", "linear2"), nn.MultiheadAttention: ("out_proj", "")}
@@ -211,7 +220,7 @@ def read_by_kernels(model: nn.Module) -> set[str]:
         return set()
     return {
         dotted(path, name)
-        for path, module in model.named_modules(remove_duplicate=False)
+        for path, module in all_names_of(model)
         for kind, names in _KERNELS.items()
         if issubclass(original_class(module), kind)
         for name in names

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from lora_fx.models.shards import gather_held, is_sharded, unsharded
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import dotted
 from lora_fx.models.twin import make_twin
+from lora_fx.models.walking import all_parameters_of
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.rules.inits import is_moved
@@ -157,21 +157,21 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
 
 def record_of(plan: Plan, model: nn.Module) -> ModelRecord:
     """Return the record that all adapters of the plan share; `model` tells which parameters were trained before."""
-    trained = frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
+    trained = frozenset(name for name, p in all_parameters_of(model) if p.requires_grad)
     return ModelRecord(replace(plan, capture=None, first_values=None), trained, Switch(plan.adapters))
 
 
-def spec_of(planned: PlannedSite, record: ModelRecord, model: nn.Module) -> AdapterSpec:
-    """Return what the adapter at a planned site of the model knows of itself."""
-    weight = held_weight(model.get_submodule(planned.site.owner), planned.site.weight.rpartition(".")[2])
+def spec_of(planned: PlannedSite, record: ModelRecord, owner: nn.Module) -> AdapterSpec:
+    """Return what the adapter at a planned site, whose weight the owner holds, knows of itself."""
+    weight = held_weight(owner, planned.site.weight.rpartition(".")[2])
     assert planned.lora is not None
     mixed = adapter_dtype(weight) != weight.dtype or isinstance(weight, PackedWeight)  # which takes an x of any dtype
     calls = (planned.calls or 0) if planned.per_call else 0
     return AdapterSpec(planned.site, planned.lora, planned.rule or "", mixed, record, planned.slices, calls)
 
 
-def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
-    """Add freshly initialised factors to the owner of a base weight, and return them; no key of the owner changes.
+def attach(owner: nn.Module, spec: AdapterSpec) -> None:
+    """Add freshly initialised factors to the owner of a base weight, in place; no key of the owner changes.
 
     Adds `lora_A.<adapter>.weight` [r, in] and `lora_B.<adapter>.weight` [out, r] to the owner, or, for a raw parameter,
     to a module `<parameter>_lora` in it; where the rule asks for it a parameterless `lora_dropout.<adapter>` and, for
@@ -182,10 +182,10 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
     home, name = _home(owner, spec), spec.adapter
     pairs = [_factors(owner, weight, spec) for _ in range(max(1, spec.calls))]
     for factor in (factor for pair in pairs for factor in pair):
-        factor.of = spec
+        factor.__dict__["of"] = spec  # what nn.Module asks of a value that is set, no spec is
     first, second = zip(*pairs, strict=True)
-    for A in first:
-        A.weight.requires_grad_(not spec.lora.lora_fa)
+    for A in first if spec.lora.lora_fa else ():
+        A.weight.requires_grad_(False)
     _holder(home, "lora_A")[name] = CallFactors(first) if spec.calls else first[0]
     _holder(home, "lora_B")[name] = CallFactors(second) if spec.calls else second[0]
     if spec.lora.dropout:
@@ -197,9 +197,8 @@ def attach(owner: nn.Module, spec: AdapterSpec) -> list[Attached]:
     for child in CHILDREN:
         if (holder := home._modules.get(child)) is not None:
             holder.training = owner.training
-            if (own := holder._modules.get(name)) is not None:
-                own.train(owner.training)
-    return [adapter for adapter in attached_to(owner, name) if adapter.spec is spec]
+            if not owner.training and (own := holder._modules.get(name)) is not None:
+                own.train(False)
 
 
 def _home(owner: nn.Module, spec: AdapterSpec) -> nn.Module:
@@ -285,13 +284,6 @@ def attached(owner: nn.Module, parameter: str = "weight") -> Attached | None:
     return next((adapter for adapter in attached_to(owner) if adapter.spec.parameter == parameter), None)
 
 
-def first_attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
-    """Yield (path of the site, adapter) for the first adapter of every module that has some, in model order."""
-    for path, module in holding_modules(model):
-        for adapter in islice(attached_to(module), 1):
-            yield (path if adapter.spec.path_is_owner else dotted(path, adapter.spec.parameter)), adapter
-
-
 def in_use(owner: nn.Module, parameter: str = "weight") -> list[tuple[Attached, float]]:
     """Return the adapters that the call which begins uses at one weight of the module, each with its weight."""
     state: AdapterState | None = owner.__dict__.get(STATE)
@@ -311,7 +303,9 @@ def _partners(home: nn.Module, adapter: str) -> tuple[nn.Module, nn.Module | Non
 
 def has_call_factors(owner: nn.Module) -> bool:
     """Whether each call of the module has an adapter of its own."""
-    return any(adapter.call is not None for adapter in attached_to(owner))
+    homes = [owner, *(child for child in owner._modules.values() if isinstance(child, AdapterHome))]
+    factors = [home._modules.get("lora_A") for home in homes]
+    return any(isinstance(one, CallFactors) for holder in factors if holder for one in holder._modules.values())
 
 
 def shown_parameters(owner: nn.Module) -> tuple[str, ...]:

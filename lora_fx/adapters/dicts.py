@@ -37,6 +37,13 @@ def modules_beside(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return named_modules_of(model, (AdapterDict,))
 
 
+def without_factors(model: nn.Module) -> list[nn.Module]:
+    """Return all modules of a model and what holds its adapters, but not what is in an adapter."""
+    found = [module for _, module in modules_beside(model)]
+    held = [child for module in found for child in module._modules.values() if isinstance(child, AdapterDict)]
+    return list({id(module): module for module in (*found, *held)}.values())
+
+
 def holding_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield what `named_modules` does, in its order, but for modules that hold none, and what is in adapters.
 

@@ -13,7 +13,7 @@ All three are DTensors, as the weight is, so that torch knows what a product is 
 gradients, which for a whole factor are the sum of what all processes have.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -125,8 +125,8 @@ def _called(adapters: Iterable[Attached], names: Collection[str] | None) -> Iter
 
 def _parallel(twin: nn.Module, names: Collection[str] | None) -> list[Attached]:
     """Return the adapters of a twin beside tensor parallel weights; FSDP2's shards are another matter."""
-    weights = (weight for _, owner in holding_modules(twin) for weight in owner._parameters.values())
-    if SHARDING in vars(twin) or not any(weight is not None and is_sharded(weight) for weight in weights):
+    kinds = {type(weight): weight for _, owner in holding_modules(twin) for weight in owner._parameters.values()}
+    if SHARDING in vars(twin) or not any(weight is not None and is_sharded(weight) for weight in kinds.values()):
         return []
     return [one for one in _called((one for _, one in all_attached(twin)), names) if is_sharded(_weight(one))]
 
@@ -149,12 +149,12 @@ def refuse_unplaceable(twin: nn.Module, names: Collection[str] | None = None) ->
         raise RefusedError("these adapters cannot be sharded with their weights", list(dict.fromkeys(facts)), advice)
 
 
-def refuse_trained_parts(twin: nn.Module, trained: Iterable[tuple[nn.Module, str]]) -> None:
+def refuse_trained_parts(twin: nn.Module, trained: Sequence[tuple[nn.Module, str]]) -> None:
     """Raise RefusedError, naming each, if values are trained in modules that transformers' tensor parallelism runs.
 
     Where no gradient is wanted it puts parts in their place by itself, and passes by what a module shows.
     """
-    styles = parallel_styles(twin)
+    styles = parallel_styles(twin) if trained else {}
     paths = {id(module): path for path, module in twin.named_modules()} if styles else {}
     names = [dotted(paths[id(owner)], name) for owner, name in trained] if styles else []
     inside = [name for name in names if any(name.startswith(f"{at}." if at else "") for at in styles)]
@@ -169,9 +169,10 @@ def placed_beside(twin: nn.Module, names: Collection[str] | None = None) -> nn.M
 
     Those beside whole weights get the values of the first process.  With `names`, of adapters that are called so.
     """
-    for owner in {id(one.owner): one.owner for one in _parallel(twin, names)}.values():
+    parallel = _parallel(twin, None)
+    for owner in {id(one.owner): one.owner for one in _called(parallel, names)}.values():
         place_beside(owner, names)
-    weight: Any = next(map(_weight, _parallel(twin, None)), None)
+    weight: Any = next(map(_weight, parallel), None)
     for one in () if weight is None else _called((one for _, one in all_attached(twin)), names):
         for held in filter(None, (one.lora_A, one.lora_B, one.magnitude)):
             for tensor in (*held.parameters(), *held.buffers()):

@@ -5,14 +5,17 @@ unet knows the site as `mid.q`, names here begin with `unet.`, and names there w
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import first_attached
-from lora_fx.adapters.factors.spec import ModelRecord
+from lora_fx.adapters.attach import attached_to
+from lora_fx.adapters.dicts import AdapterHome, holding_modules
+from lora_fx.adapters.factors.lora import LoRAFactor
+from lora_fx.adapters.factors.spec import AdapterSpec, ModelRecord
 from lora_fx.models.wrappers import without_wrappers
+from lora_fx.text import dotted
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,29 @@ class Placed:
 def placed_in(model: nn.Module) -> list[Placed]:
     """Return every adapted model that is in this one, or that this one is a part of; none if nothing is adapted."""
     by_record: dict[int, tuple[ModelRecord, Counter[tuple[str, str]]]] = {}
-    for path, adapter in first_attached(model):  # several at a site are of one model
-        record = adapter.spec.record
-        _, prefixes = by_record.setdefault(id(record), (record, Counter()))
-        prefixes[_prefixes(without_wrappers(path), without_wrappers(adapter.spec.path))] += 1
+    for path, spec in _first_specs(model):  # several at a site are of one model
+        record = spec.record
+        _, prefixes = by_record.get(id(record)) or by_record.setdefault(id(record), (record, Counter()))
+        found = ("", "") if path == spec.path else _prefixes(without_wrappers(path), without_wrappers(spec.path))
+        prefixes[found] += 1
     # a module that bears two names may stand first under another one here: what most say counts
     return [Placed(record, *prefixes.most_common(1)[0][0]) for record, prefixes in by_record.values()]
+
+
+def _first_specs(model: nn.Module) -> Iterator[tuple[str, AdapterSpec]]:
+    """Yield (path of the site, what it knows of itself) for the first adapter of every module that has some."""
+    for path, module in holding_modules(model):
+        spec = None if "lora_A" not in module._modules else _first_spec(module._modules["lora_A"])
+        if spec is None or isinstance(module, AdapterHome):
+            spec = next((adapter.spec for adapter in attached_to(module)), None)
+        if spec is not None:
+            yield (path if spec.path_is_owner else dotted(path, spec.parameter)), spec
+
+
+def _first_spec(holder: nn.Module | None) -> AdapterSpec | None:
+    """Return what the first of the factors in a `lora_A` knows of itself; None where that is not plain to see."""
+    first = None if holder is None else next(iter(holder._modules.values()), None)
+    return first.spec if isinstance(first, LoRAFactor) else None
 
 
 def base_in(places: Iterable[Placed]) -> dict[str, Tensor]:
@@ -82,6 +102,13 @@ def _prefixes(here: str, there: str) -> tuple[str, str]:
         mine.pop()
         its.pop()
     return "".join(f"{name}." for name in mine), "".join(f"{name}." for name in its)
+
+
+def trained_names_among(named: Iterable[tuple[str, Tensor]], places: Sequence[Placed]) -> list[str]:
+    """Return which names of parameters or buffers are of modules that are trained whole, or of trained biases."""
+    if not any(place.whole or place.biases for place in places):
+        return []
+    return [name for name, _ in named if is_trained(name, places)]
 
 
 def is_trained(name: str, places: Iterable[Placed]) -> bool:

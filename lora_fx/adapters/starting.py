@@ -1,6 +1,6 @@
 """Where adapters start that are made from more than random numbers: from parts of their weights, or from data."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from lora_fx.adapters.factors.moved import MovedFactor
 from lora_fx.errors import RefusedError
 from lora_fx.models.quantised import dense
 from lora_fx.models.shards import unsharded
+from lora_fx.planning.plan import Plan
 from lora_fx.progress.steps import step
 from lora_fx.rules.inits import FRESH, FROM_DATA
 
@@ -21,12 +22,15 @@ def values_of(first_values: object) -> Mapping[str, Factors]:
     return first_values if isinstance(first_values, Mapping) else {}
 
 
-def start_adapters(twin: nn.Module, names: Collection[str], first_values: object = None) -> None:
-    """Give adapters of these names that start at parts of their weights, or at values from data, these, in place.
+def start_adapters(twin: nn.Module, plan: Plan, first_values: object = None) -> None:
+    """Give adapters of a plan that start at parts of their weights, or at values from data, these, in place.
 
     On the meta device nothing has values.
     """
     values = values_of(first_values)
+    if {planned.lora.init for planned in plan.adapted if planned.lora is not None} <= {*FRESH}:
+        return
+    names = plan.adapters
     made = [(path, a) for path, a in all_attached(twin) if a.spec.lora.init not in FRESH and a.spec.adapter in names]
     if made:
         with step("first values", len(made), "sites") as doing:

@@ -15,6 +15,7 @@ from torch import nn
 from lora_fx.capture.reads.frozen import Freezer, Frozen, Unfreezable
 from lora_fx.capture.reads.sources import ValueSource
 from lora_fx.discovery.unchanged import ModelState, state_of
+from lora_fx.models.collecting import collected_later
 from lora_fx.models.joining import outline
 from lora_fx.models.samples import Samples
 from lora_fx.models.walking import named_modules_of
@@ -78,7 +79,8 @@ class Looks:
         if not self._most or outline(model) is not model:
             return None
         calls = [(sample.args, sample.kwargs) for sample in tried.items]
-        return state_of(model, calls if tried.given and not tried.on_meta else (), calls)
+        with collected_later():
+            return state_of(model, calls if tried.given and not tried.on_meta else (), calls)
 
     def of(self, model: nn.Module, state: ModelState) -> Look | None:
         """Return what was found out about the model in this state."""

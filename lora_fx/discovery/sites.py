@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +13,7 @@ from lora_fx.discovery.tables import biases_in, tables_in
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse
 from lora_fx.errors import RefusedError
 from lora_fx.models.code import refuse_odd_names
+from lora_fx.models.collecting import collected_later
 from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.joining import outline, refuse_unjoinable
 from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_shape
@@ -21,7 +21,7 @@ from lora_fx.models.packed import PackedWeight, values_in
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
 from lora_fx.models.twin import refuse_lazy
-from lora_fx.models.walking import modules_of, parameters_in
+from lora_fx.models.walking import all_names_of, buffers_in, modules_of, parameters_in
 from lora_fx.models.wrappers import holds_peft, seen_through
 from lora_fx.models.zero import partitioned
 from lora_fx.passes.rawsites import GraphUse, computed_uses, raw_uses
@@ -33,6 +33,7 @@ from lora_fx.planning.sites import Site
 UNKNOWN_USE = "a raw parameter: how it is used shows only with example_inputs"
 
 
+@collected_later()
 def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
     """Return the sites and modules of a model; it stays unchanged, and needs no values (the meta device will do).
 
@@ -48,7 +49,7 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
         sites, in_graph = tuple(site for site, _ in placed), frozenset(site.path for site, inside in placed if inside)
     else:
         sites = tuple(_Finder(model, uses or NOTHING_SHOWN).sites())
-    named = model.named_modules(remove_duplicate=False)
+    named = all_names_of(model)
     numbers = values_in(model)
 
     def count(part: nn.Module) -> int:
@@ -160,8 +161,7 @@ class _Finder:
         own = {dotted(name, "weight") for name in known.names}
         use = self.uses.weights.get(dotted(path, "weight"))
         fits = kind.packed and kind.refusal is None
-        tensors = chain(module.parameters(), module.buffers())  # a parametrized `weight` would run its power iteration
-        stored = next(tensors, None)
+        stored = _first_tensor(module)  # a parametrized `weight` would run its power iteration
         return Site(
             path=path,
             op=kind.op,
@@ -238,6 +238,12 @@ class _Finder:
             bias=owner._parameters.get("bias") is not None,
             tied_to=self._tied_to(weight, (f"{path}.weight",)),
         )
+
+
+def _first_tensor(module: nn.Module) -> Tensor | None:
+    """Return the first parameter in a module, or, where it has none, the first buffer."""
+    inside = modules_of(module)
+    return next(iter((*parameters_in(inside), *buffers_in(inside))), None)
 
 
 def _odd_shape(parameter: Tensor, op: str, flat: bool) -> str:

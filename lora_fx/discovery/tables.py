@@ -8,6 +8,7 @@ from lora_fx.models.offload import offloading_hook
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
+from lora_fx.models.walking import all_names_of, all_parameters_of
 from lora_fx.planning.planned import EmbeddingTable
 
 
@@ -15,7 +16,7 @@ def biases_in(model: nn.Module) -> tuple[tuple[str, int], ...]:
     """Return (name, number of parameters) of every parameter called `bias`; of a tied one the number stands once."""
     seen: set[int] = set()
     found = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in all_parameters_of(model):
         if name.rpartition(".")[2] == "bias" and parameter.is_floating_point():
             found.append((name, 0 if id(parameter) in seen else parameter.numel()))
             seen.add(id(parameter))
@@ -26,7 +27,7 @@ def tables_in(model: nn.Module) -> Iterator[EmbeddingTable]:
     """Yield the weight of every embedding, under each of its names, and whether rows of it can be trained alone."""
     tied = ties(model)
     paths: dict[nn.Embedding, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in all_names_of(model):
         if isinstance(module, nn.Embedding):
             paths.setdefault(module, []).append(path)
     for module, names in paths.items():

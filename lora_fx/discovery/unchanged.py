@@ -11,7 +11,7 @@ import os
 import sys
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,7 +141,7 @@ class _Walk:
             kind = type(part)
             if kind in _CONSTANTS:
                 self.facts += (kind, part)
-            elif kind in _CONTAINERS and not part:
+            elif (kind in _CONTAINERS and not part) or (kind is OrderedDict and not (part or part.__dict__)):
                 self.facts.append(kind)
             else:
                 self.facts.append(...)
@@ -181,7 +181,7 @@ class _Walk:
             self.facts.append(frozenset(part))
         elif isinstance(part, dict):
             keys = tuple(part.keys())
-            if all(type(key) is str for key in keys):
+            if {*map(type, keys)} <= {str}:
                 self._inside(keys, list(dict.values(part)))
             else:
                 self._inside("dict", [*keys, *dict.values(part)])

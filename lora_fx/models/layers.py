@@ -14,6 +14,7 @@ from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.overrides import accelerate_hooks, parallel_style, replaced_forward
 from lora_fx.models.packed import is_packed, is_packed_class, problem_of
 from lora_fx.models.swap import original_class, unswapped
+from lora_fx.models.walking import all_names_of
 from lora_fx.planning.sites import Layout
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -58,7 +59,7 @@ class KnownModule:
 def known_modules(model: nn.Module) -> list[KnownModule]:
     """Return every module of a model, in model order; one with several names stands once."""
     names: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in all_names_of(model):
         names.setdefault(module, []).append(path)
     return [KnownModule(tuple(paths), module, kind_of(module), raw_kinds(module)) for module, paths in names.items()]
 

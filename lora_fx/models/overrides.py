@@ -108,6 +108,8 @@ def _cells_of_parallel(forward: Any) -> dict[str, CellType]:
 
 def parallel_styles(model: nn.Module) -> dict[str, str]:
     """Return the styles of transformers' tensor parallelism in a model, by the paths of the modules."""
+    if not [module for module in modules_of(model) if "forward" in module.__dict__]:
+        return {}
     replaced = [(path, module) for path, module in named_modules_of(model) if "forward" in vars(module)]
     return {path: style for path, module in replaced if (style := parallel_style(module))}
 

@@ -24,6 +24,7 @@ from lora_fx.models.quantised import dequantised_parameters_, is_quantised
 from lora_fx.models.shards import is_sharded
 from lora_fx.models.swap import original_class
 from lora_fx.models.torch_internals import pytree, tensor_without_memory
+from lora_fx.models.walking import modules_of, named_modules_of, parameters_in
 from lora_fx.text import listing
 
 
@@ -119,7 +120,7 @@ def settle_packed_(model: nn.Module) -> None:
         RefusedError: naming what cannot be kept.
     """
     settle_compressed_(model)
-    for module in model.modules():
+    for module in modules_of(model):
         packing = _known(module)
         if packing is not None:
             packing.settle(module)
@@ -232,7 +233,7 @@ _NOTES_OF_MODEL = ("hf_quantizer", "is_quantized", "quantization_method", "is_lo
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, layer) of every packed layer of a model."""
-    return ((path, module) for path, module in model.named_modules() if is_packed(module))
+    return ((path, module) for path, module in named_modules_of(model) if is_packed(module))
 
 
 def holds_shards(layer: nn.Module) -> bool:
@@ -242,7 +243,7 @@ def holds_shards(layer: nn.Module) -> bool:
 
 def values_in(model: nn.Module) -> dict[int, int]:
     """Return how many values each parameter stands for, by its identity: those of W where it holds codes."""
-    return {id(parameter): parameter.numel() for parameter in model.parameters()} | values_of_codes(model)
+    return {id(parameter): parameter.numel() for parameter in parameters_in(modules_of(model))} | values_of_codes(model)
 
 
 def values_of_codes(model: nn.Module) -> dict[int, int]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lora_fx.models.together import is_dense, share_memory
 from lora_fx.models.torch_internals import deepcopy
-from lora_fx.models.walking import modules_of
 
 _TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 """Of a module's attributes: its children, tensors and hooks."""
@@ -18,17 +18,17 @@ Held = tuple[object, Sequence[str]]
 
 
 @contextlib.contextmanager
-def all_or_nothing(model: nn.Module, held: Iterable[Held] = (), graphs: bool = False) -> Iterator[None]:
-    """Return a context: if anything ends it early, a kill aside, the model has the modules and attributes from before.
+def all_or_nothing(modules: Iterable[nn.Module], held: Iterable[Held] = (), graphs: bool = False) -> Iterator[None]:
+    """Return a context: if anything ends it early, a kill aside, modules have the children and attributes from before.
 
     Values of tensors are not kept; `write_together` is for those.  Nor is what modules hold besides, as lists.
 
     Args:
-        model: changed in place in the context.
+        modules: those of a model that are changed in place in the context, or may be.
         held: other objects that change with it.
         graphs: whether the graphs of GraphModules change too.  Those that come back are copies.
     """
-    before = [_Before(module, graphs) for module in modules_of(model)]
+    before = [_Before(module, graphs) for module in modules]
     objects = [(one, {name: (value, _contents(value)) for name, value in _named(one, names)}) for one, names in held]
     try:
         yield
@@ -87,6 +87,7 @@ def write_together(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write values (second) into tensors (first), in place: all of them, or none where something ends it early."""
     with torch.no_grad():
         before = [(target, target.clone()) for target, _ in copies]
+        copies = _apart(copies)
         try:
             for target, value in copies:
                 target.copy_(value)
@@ -94,3 +95,14 @@ def write_together(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
             for target, value in before:
                 target.copy_(value)
             raise
+
+
+def _apart(copies: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+    """Return the same, with copies of the values where one may lie in the memory of another's target."""
+    if not copies:
+        return copies
+    targets, values = zip(*copies, strict=True)
+    plain = all(type(one) in (Tensor, nn.Parameter) and is_dense(one) for one in (*targets, *values))
+    if plain and not share_memory(targets, values):
+        return copies
+    return [(target, value.clone()) for target, value in copies]

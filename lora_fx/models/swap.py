@@ -112,10 +112,14 @@ def unswap(module: nn.Module) -> None:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that the module has without swaps."""
-    kind: type[nn.Module] = unswapped(type(module))
-    return kind
+    kind: Any = type(module)
+    while _ORIGIN in kind.__dict__:
+        kind = kind.__dict__[_ORIGIN][0]
+    return kind  # type: ignore[no-any-return]
 
 
 def unswapped(kind: type) -> type:
     """Return the class without swaps."""
-    return layers_of(kind)[0]
+    while _ORIGIN in kind.__dict__:
+        kind = kind.__dict__[_ORIGIN][0]
+    return kind

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from lora_fx.models.shards import is_sharded
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import set_tensor
+from lora_fx.models.walking import all_parameters_of
 
 
 def ties(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
     """Return for each tied parameter, by identity, every name under which it or another view of its memory is found."""
     groups: dict[object, list[tuple[str, Tensor]]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in all_parameters_of(model):
         groups.setdefault(memory_of(parameter), []).append((name, parameter))
     return {
         id(parameter): tuple(name for name, _ in group)

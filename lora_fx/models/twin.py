@@ -109,7 +109,8 @@ def _alias(parameter: nn.Parameter, freeze: bool) -> Tensor:
 
 def refuse_lazy(model: nn.Module) -> None:
     """Raise RefusedError, naming each, if the model has parameters without a shape."""
-    if any(map(_is_lazy, parameters_in(modules_of(model)))):
+    kinds = {*map(type, parameters_in(modules_of(model)))}
+    if any(issubclass(kind, UninitializedParameter) for kind in kinds):
         lazy = [name for name, parameter in model.named_parameters() if _is_lazy(parameter)]
         raise RefusedError(
             "the model has parameters without a shape",

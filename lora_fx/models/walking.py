@@ -14,6 +14,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _PLAIN = nn.Module.named_modules
 _ALSO_PLAIN = nn.Module.modules
 _USUAL: set[Any] = {_PLAIN}
+_DEEPEST = 200
+"""How many levels of modules are passed without asking torch, whose limit is Python's."""
 
 
 def as_usual(function: _Function) -> _Function:
@@ -79,6 +81,55 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
         if module._modules:
             waiting += [child for child in reversed(module._modules.values()) if child is not None]
     return found
+
+
+def all_names_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what `model.named_modules(remove_duplicate=False)` yields, in its order: each module by all its names."""
+    found: list[tuple[str, nn.Module]] = []
+    usual: set[type] = set()
+    waiting = [("", model, 0)]
+    while waiting:
+        path, module, depth = waiting.pop()
+        kind = type(module)
+        if kind not in usual:
+            if not _is_usual(kind):
+                return list(model.named_modules(remove_duplicate=False))
+            usual.add(kind)
+        if depth > _DEEPEST:  # it may be in itself: torch's own way says so
+            return list(model.named_modules(remove_duplicate=False))
+        found.append((path, module))
+        if module._modules:
+            prefix = f"{path}." if path else ""
+            waiting += [
+                (prefix + name, child, depth + 1)
+                for name, child in reversed(module._modules.items())
+                if child is not None
+            ]
+    return found
+
+
+def all_parameters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return what `model.named_parameters(remove_duplicate=False)` yields, in its order: each by all its names."""
+    if type(model).named_parameters is not nn.Module.named_parameters:
+        return list(model.named_parameters(remove_duplicate=False))
+    return [
+        (f"{path}.{name}" if path else name, parameter)
+        for path, module in all_names_of(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+
+def all_buffers_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return what `model.named_buffers(remove_duplicate=False)` yields, in its order: each by all its names."""
+    if type(model).named_buffers is not nn.Module.named_buffers:
+        return list(model.named_buffers(remove_duplicate=False))
+    return [
+        (f"{path}.{name}" if path else name, buffer)
+        for path, module in all_names_of(model)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
 def parameters_in(modules: Sequence[nn.Module]) -> list[nn.Parameter]:

@@ -2,16 +2,18 @@
 
 from torch import Tensor, nn
 
+from lora_fx.models.walking import all_parameters_of
+
 
 def partitioned(model: nn.Module) -> list[tuple[str, str]]:
     """Return (name, why) of each parameter that DeepSpeed's ZeRO-3 has taken away but for a part."""
-    named = model.named_parameters(remove_duplicate=False)
+    named = all_parameters_of(model)
     return [(name, f"ZeRO-3 has partitioned it, {list(p.shape)}") for name, p in named if is_partitioned(p)]
 
 
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 has left an empty tensor in the place of a parameter."""
-    held = all(getattr(parameter, name, None) is not None for name in ("ds_id", "ds_tensor"))
+    held = getattr(parameter, "ds_id", None) is not None and getattr(parameter, "ds_tensor", None) is not None
     return held and parameter.numel() == 0  # lazy parameters have no number of elements: asked last
 
 

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.adapt import adapt, read_in_graph
 from lora_fx.adapters.attach import STATE, Attached, all_attached
+from lora_fx.adapters.selection import Switch
 from lora_fx.errors import InvariantError, RefusedError
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
@@ -52,11 +53,13 @@ class Ask(Pass):
         read = read_in_graph(editor.graph_module)
         erase_lora_nodes(editor)
         owners: dict[nn.Module, list[str]] = {}
+        switches: dict[nn.Module, Switch] = {}
         for _, one in in_nodes(editor.graph_module):
+            switches[one.owner] = one.spec.record.switch
             is_read = not one.spec.path_is_owner or one.spec.site.read or one.spec.site.weight in read
             owners.setdefault(one.owner, []).extend([one.spec.parameter] if is_read else [])
         for owner, names in owners.items():
-            adapt(owner, names, kernel=False)
+            adapt(owner, names, False, switches[owner])
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         left = [(subgraph.path, "") for subgraph in lora_nodes(graph_module)] + [

@@ -64,7 +64,7 @@ class Inject(Pass):
         called |= {use.parameter for use in raw_uses(editor.graph_module)}
         for decision in self.plan.adapted:
             if decision.path in called:
-                spec = spec_of(decision, record, editor.graph_module)
+                spec = spec_of(decision, record, editor.graph_module.get_submodule(decision.site.owner))
                 editor.change_modules(decision.site.owner, functools.partial(attach, spec=spec), decision.path)
         splice_adapters(editor)
         splice_raw(editor)

@@ -29,16 +29,16 @@ class Decisions:
 
     @property
     def adapted(self) -> tuple[PlannedSite, ...]:
-        return tuple(site for site in self.sites if site.decision == "adapt")
+        return tuple([site for site in self.sites if site.decision == "adapt"])
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters of the sites, in the order of these."""
-        return tuple(dict.fromkeys(site.lora.adapter for site in self.adapted if site.lora is not None))
+        return tuple(dict.fromkeys([site.lora.adapter for site in self.adapted if site.lora is not None]))
 
     @property
     def refused(self) -> tuple[PlannedSite, ...]:
-        return tuple(site for site in self.sites if site.decision == "refuse")
+        return tuple([site for site in self.sites if site.decision == "refuse"])
 
     @property
     def cautions(self) -> tuple[str, ...]:

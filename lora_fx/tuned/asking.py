@@ -7,6 +7,7 @@ from torch import fx, nn
 from lora_fx.adapters.attach import SWITCH
 from lora_fx.models.between import between_calls, unchanged
 from lora_fx.models.restoring import all_or_nothing
+from lora_fx.models.walking import modules_of
 from lora_fx.passes.ask import Ask, in_nodes, not_asking
 from lora_fx.passes.contract import rewrite
 
@@ -30,7 +31,7 @@ def ask_layers(tuned: nn.Module) -> None:
         found = [one for one in found if in_nodes(one)]
         for graph_module in found:
             Ask().requires(graph_module)
-        with all_or_nothing(tuned, graphs=True):
+        with all_or_nothing(modules_of(tuned), graphs=True):
             for graph_module in found:
                 rewrite(graph_module, Ask())
 

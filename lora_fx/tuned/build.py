@@ -15,6 +15,7 @@ from lora_fx.adapters.trained import added_rows, added_tensors
 from lora_fx.discovery.study import Study
 from lora_fx.errors import CaptureError, LoraFxWarning, RefusedError
 from lora_fx.liveness.heads import put_outermost
+from lora_fx.models.collecting import collected_later
 from lora_fx.models.fsdp import has_parts
 from lora_fx.models.joining import joined
 from lora_fx.models.tensors import get_tensor
@@ -36,6 +37,7 @@ from lora_fx.tuned.heads import install_late
 from lora_fx.tuned.invoking import find_invocations
 
 
+@collected_later()
 def build(model: nn.Module, plan: Plan, start: bool = True) -> nn.Module:
     """Return an adapted twin of the model as the plan says, with every site on the module backend.
 
@@ -51,7 +53,7 @@ def build(model: nn.Module, plan: Plan, start: bool = True) -> nn.Module:
     find_invocations(twin)
     own_what_is_trained(model, twin, record)
     if start:
-        start_adapters(twin, record.switch.names, plan.first_values)
+        start_adapters(twin, plan, plan.first_values)
     return twin
 
 

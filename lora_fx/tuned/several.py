@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.adapt import adapt_sites, give_values
 from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of, owner_path
+from lora_fx.adapters.dicts import without_factors
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.parallel import refuse_unplaceable
 from lora_fx.adapters.selection import Selection, Switch
@@ -16,6 +17,7 @@ from lora_fx.adapters.starting import start_adapters
 from lora_fx.adapters.trained import added_rows, added_tensors, keep_alone, trained_names, trained_owners
 from lora_fx.errors import RefusedError
 from lora_fx.models.between import between_calls, one_at_a_time
+from lora_fx.models.collecting import collected_later
 from lora_fx.models.joining import apart, refuse_unfit_for_groups
 from lora_fx.models.restoring import Held, all_or_nothing
 from lora_fx.models.twin import make_twin
@@ -95,14 +97,14 @@ def rename(tuned: nn.Module, adapter: str, name: str) -> None:
 def changing(tuned: nn.Module, record: ModelRecord, renamed: str = "") -> Iterator[None]:
     """Return a context in which the adapters of a model change in place: if anything ends it early, all is as before.
 
-    Values of adapters that were there are not kept; nor are names, but for that of the one to be renamed.  Calls in
-    other threads see what was before, or what is after.
+    Values of adapters that were there are not kept, nor what else their factors are: nothing changes these.  Nor are
+    names, but for that of the one to be renamed.  Calls in other threads see what was before, or what is after.
     """
     held: list[Held] = [(record, ("added",)), (record.switch, _SWITCHED)]
     held += [(one.spec, ("lora",)) for _, one in all_attached(tuned, renamed)]  # none: each adapter has a name
     held += [(state, ("base", "owners", "spare")) for _, _, state in trained_owners(tuned)]
     held += [(region, ("block", "mine")) for _, _, region in regions(tuned)]
-    with between_calls(tuned), all_or_nothing(tuned, held, graphs=True):
+    with between_calls(tuned), collected_later(), all_or_nothing(without_factors(tuned), held, graphs=True):
         yield
 
 
@@ -280,7 +282,7 @@ def attach_more(tuned: nn.Module, plan: Plan, record: ModelRecord, start: bool) 
     adapt_sites(tuned, plan, record)
     find_invocations(tuned)
     if start:
-        start_adapters(tuned, names)
+        start_adapters(tuned, plan)
     changed = {id(owner) for name in names for owner in give_values(tuned, plan, record, name)}
     refuse_unplaceable(tuned, names)
     refuse_unfit_for_groups(tuned)

@@ -10,6 +10,9 @@ from torch import nn
 import lora_fx
 from lora_fx.models.walking import (
     _is_usual,
+    all_buffers_of,
+    all_names_of,
+    all_parameters_of,
     buffers_in,
     devices_of,
     modules_of,
@@ -50,6 +53,10 @@ def check(model: nn.Module) -> None:
     assert list(map(id, buffers_in(modules))) == list(map(id, model.buffers()))
     named = [(name, id(buffer)) for name, buffer in named_buffers_of(model)]
     assert named == [(name, id(buffer)) for name, buffer in model.named_buffers()]
+    assert all_names_of(model) == list(model.named_modules(remove_duplicate=False))
+    for found, theirs in ((all_parameters_of, model.named_parameters), (all_buffers_of, model.named_buffers)):
+        by_name = [(name, id(tensor)) for name, tensor in theirs(remove_duplicate=False)]
+        assert [(name, id(tensor)) for name, tensor in found(model)] == by_name
     assert devices_of(model) == {parameter.device for parameter in model.parameters()}
 
 
@@ -73,3 +80,10 @@ def test_an_adapted_model_is_walked_in_one_loop():
     assert all(map(_is_usual, map(type, tuned.modules())))
     assert not _is_usual(OwnNames)
     assert not _is_usual(type("Adapted", (type(tuned[0]), OwnNames), {}))
+
+
+def test_a_module_that_holds_itself_is_no_endless_list():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.append(model)
+    with pytest.raises(RecursionError):
+        all_names_of(model)

@@ -10,6 +10,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.models.restoring import all_or_nothing, write_together
+from lora_fx.models.walking import modules_of
 from tests.support import faultcases
 from tests.support.faultcases import EDITING, at_edits, at_lines
 from tests.support.faults import FAULTS, ends_at, lines, portrait
@@ -60,7 +61,7 @@ def test_what_a_change_has_done_to_a_model_is_undone_in_its_order():
     before, keys = portrait(model), [*model.state_dict()]
 
     def change() -> None:
-        with all_or_nothing(model):
+        with all_or_nothing(modules_of(model)):
             first = model._modules.pop("0")
             model.add_module("0", first)
             model.note, model[1].training = "new", False
@@ -73,7 +74,7 @@ def test_what_a_change_has_done_to_a_model_is_undone_in_its_order():
         change()
     assert portrait(model) == before
     assert [*model.state_dict()] == keys
-    with all_or_nothing(model):
+    with all_or_nothing(modules_of(model)):
         model.note = "new"
     assert model.note == "new"
 

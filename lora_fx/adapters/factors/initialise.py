@@ -24,22 +24,22 @@ def initialise(lora_A: Tensor, lora_B: Tensor, init: str, kind: Kind = "matrix")
             B normal, as PEFT and loralib do it ("random" fills both).
     """
     order = ((lora_B, False), (lora_A, True)) if kind == "embedding" else ((lora_A, True), (lora_B, False))
-    for factor, is_A in order:
-        fill(factor, is_A, init, kind)
+    with torch.no_grad():
+        for factor, is_A in order:
+            fill(factor, is_A, init, kind)
 
 
 def fill(factor: Tensor, is_A: bool, init: str, kind: Kind) -> None:
-    """Fill one factor in place, as `initialise` does."""
+    """Fill one factor in place, as `initialise` does, where no gradient is wanted."""
     draw: Callable[[Tensor], object]
     if kind == "embedding":
-        draw = nn.init.zeros_ if is_A and init != "random" else nn.init.normal_
+        draw = Tensor.zero_ if is_A and init != "random" else nn.init.normal_
     elif is_A:
-        draw = _INITIALISE_A.get(init, nn.init.zeros_)
+        draw = _INITIALISE_A.get(init, Tensor.zero_)
     else:
-        draw = _kaiming if init == "random" else nn.init.zeros_
-    with torch.no_grad():
-        for matrix in factor if kind == "bank" else (factor,):
-            draw(matrix)
+        draw = _kaiming if init == "random" else Tensor.zero_
+    for matrix in factor if kind == "bank" else (factor,):
+        draw(matrix)
 
 
 _kaiming = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))

@@ -32,7 +32,7 @@ class LoRAFactor(nn.Module):
     def __init__(self, weight: Tensor, spec: AdapterSpec | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.spec = spec
+        self.__dict__["spec"] = spec  # it is nothing that nn.Module registers
 
     def forward(self, x: Tensor) -> Tensor:
         """Return weight · x in the weight's dtype; x is [..., columns of the weight]."""

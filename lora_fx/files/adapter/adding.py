@@ -20,6 +20,7 @@ from lora_fx.files.adapter.restore import check, decided, fill, in_turn, name_of
 from lora_fx.files.adapter.swapping import from_file, refuse_more
 from lora_fx.files.adapter.write import save
 from lora_fx.models.between import one_at_a_time
+from lora_fx.models.collecting import collected_later
 from lora_fx.models.joining import apart
 from lora_fx.models.restoring import write_together
 from lora_fx.models.wrappers import seen_through
@@ -72,9 +73,9 @@ def add(
         AdapterFileError, AdapterMismatchError: as `load`; also for an adapter of another base.
     """
     tuned = seen_through(tuned)
-    whole_record_in(tuned)
     given: Source = rules_or_short(source, target, r, alpha)
     if isinstance(given, nn.Module):
+        whole_record_in(tuned)
         with tempfile.TemporaryDirectory() as folder:
             save(with_values(seen_through(given)), folder)  # before: nobody holds one model and waits for another
             _add(tuned, folder, adapter, rank, trainable)
@@ -85,7 +86,7 @@ def add(
 @one_at_a_time
 def _add(tuned: nn.Module, given: Source, adapter: str | None, rank: int | None, trainable: bool) -> None:
     record = whole_record_in(tuned)
-    with apart(tuned):
+    with apart(tuned), collected_later():
         if _is_directory(given):
             _add_read(tuned, record, read_adapters(given), adapter, rank, trainable)  # type: ignore[arg-type]
             return
@@ -219,12 +220,14 @@ def _attach(
             fill(tuned, [file], names[0])
         peftfiles.refuse_beyond_peft(tuned, [file])
     placed_beside(tuned, names)
+    if trainable:
+        return  # as all that is new is
     for name in names:
         for _, one in adapters_called(tuned, name):
             for parameter in one.trained():
-                parameter.requires_grad_(trainable)
+                parameter.requires_grad_(False)
     own = [(whose, value) for _, whose, value in added_tensors(tuned)]
     own += [(whose, rows.rows) for _, whose, rows in added_rows(tuned)]
     for whose, value in own:
         if whose in names and isinstance(value, nn.Parameter):
-            value.requires_grad_(trainable)
+            value.requires_grad_(False)
