@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx.models.torch_internals import all_equal
+from lora_fx.models.together import all_equal
 
 MOST_KEPT = 4
 """Of how many choices of adapters a model keeps stacked factors: each is a second copy of their values."""

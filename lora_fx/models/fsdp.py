@@ -78,10 +78,11 @@ class Sharding:
 
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this module."""
-    return _is_of_fully_shard(type(module))
+    return is_of_fully_shard(type(module))
 
 
-def _is_of_fully_shard(kind: type) -> bool:
+def is_of_fully_shard(kind: type) -> bool:
+    """Whether modules of a class are those that `fully_shard` was called on."""
     return getattr(kind, "_get_fsdp_state", None) is not None
 
 
@@ -91,7 +92,7 @@ def resharded(model: nn.Module) -> nn.Module:
     After a forward the root's are whole, and rounded where a policy says so; torch's `state_dict` does the same.
     """
     modules = modules_of(model)
-    kinds = {kind for kind in {*map(type, modules)} if _is_of_fully_shard(kind)}
+    kinds = {kind for kind in {*map(type, modules)} if is_of_fully_shard(kind)}
     for module in modules if kinds else ():
         if type(module) in kinds:
             module.reshard()  # type: ignore[operator]
@@ -102,7 +103,7 @@ def has_parts(model: nn.Module) -> bool:
     """Whether processes hold parts of a model."""
     modules = modules_of(model)
     tensors = {type(t): t for module in modules for t in (*module._parameters.values(), *module._buffers.values())}
-    return any(map(_is_of_fully_shard, {*map(type, modules)})) or any(map(is_sharded, tensors.values()))
+    return any(map(is_of_fully_shard, {*map(type, modules)})) or any(map(is_sharded, tensors.values()))
 
 
 def refuse_sharded(model: nn.Module, what: str, advice: str) -> None:
@@ -124,7 +125,7 @@ def sharding_of(model: nn.Module) -> Sharding | None:
     The parameters must be shards: `resharded`.
     """
     known: Sharding | None = model.__dict__.get(SHARDING)
-    if known is not None or not any(map(_is_of_fully_shard, {*map(type, modules_of(model))})):
+    if known is not None or not any(map(is_of_fully_shard, {*map(type, modules_of(model))})):
         return known
     paths: dict[int, list[str]] = {}
     states: dict[int, Any] = {}
@@ -234,7 +235,7 @@ def plain_shell(module: nn.Module) -> nn.Module | None:
 
 
 def _class_before(kind: type) -> type:
-    if not _is_of_fully_shard(kind):
+    if not is_of_fully_shard(kind):
         return kind
     before: type = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]
     return before
@@ -313,7 +314,7 @@ def _make_plain(module: nn.Module) -> None:
             for name in _KEYS_OF_HOOKS:
                 own[name].pop(key, None)
     kind, mixins = layers_of(type(module))
-    if _is_of_fully_shard(type(module)):
+    if is_of_fully_shard(type(module)):
         module.__class__ = _class_before(kind)
         for mixin in mixins:
             swap(module, mixin)

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 def is_sharded(tensor: Tensor | None) -> bool:
     """Whether it is a DTensor, of a module that not every torch has."""
-    return type(tensor).__module__.startswith("torch.distributed")
+    return is_kind_of_shards(type(tensor))
+
+
+def is_kind_of_shards(kind: type) -> bool:
+    """Whether tensors of a class are sharded."""
+    return kind.__module__.startswith("torch.distributed")
 
 
 def _dtensors() -> Any:

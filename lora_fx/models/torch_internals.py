@@ -379,22 +379,7 @@ def rebuilds_graph(frame: FrameType) -> bool:
     return code.co_filename.startswith("<eval_with_key>") and isinstance(frame.f_locals.get("self"), _CodeOnlyModule)
 
 
-def all_equal(groups: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[bool]:
-    """Return of each group whether its tensors equal their partners; a GPU is waited for once, for all groups.
-
-    NaN equals nothing.
-    """
-    found = [all(map(torch.equal, ones, others)) if _on_cpu(ones) else False for ones, others in groups]
-    waiting: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    for number, (ones, others) in enumerate(groups):
-        if not _on_cpu(ones):
-            largest = torch._foreach_norm(torch._foreach_sub(list(ones), list(others)), math.inf)
-            waiting.setdefault(ones[0].device, []).append((number, torch.stack(largest).float().amax()))
-    for differences in waiting.values():
-        for (number, _), value in zip(differences, torch.stack([one for _, one in differences]).tolist(), strict=True):
-            found[number] = value == 0
-    return found
-
-
-def _on_cpu(tensors: Sequence[Tensor]) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in tensors)
+foreach_copy: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
+foreach_norm: Callable[[list[Tensor], float], Sequence[Tensor]] = torch._foreach_norm
+foreach_sub: Callable[[list[Tensor], list[Tensor]], Sequence[Tensor]] = torch._foreach_sub
+"""What is done to many tensors in one call."""

@@ -7,8 +7,9 @@ from torch import nn
 from lora_fx.errors import RefusedError
 from lora_fx.models.walking import named_modules_of
 
-_SEGMENTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_NESTED = re.compile(rf"(^|\.)(?:{'|'.join(_SEGMENTS)})(?=\.|$)")
+WRAPPING = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Names of children that wrappers inside of a model put into the names of what they hold."""
+_NESTED = re.compile(rf"(^|\.)(?:{'|'.join(WRAPPING)})(?=\.|$)")
 _PARALLEL = {
     "torch.nn.parallel.data_parallel": "module",
     "torch.nn.parallel.distributed": "module",
@@ -67,7 +68,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 def inside(module: nn.Module) -> nn.Module:
     """Return the module inside of wrappers that stand within a model; any other as it is."""
-    names = (*_SEGMENTS, _PARALLEL.get(type(module).__module__, ""))
+    names = (*WRAPPING, _PARALLEL.get(type(module).__module__, ""))
     inner = next((child for name in names if (child := module._modules.get(name)) is not None), None)
     return module if inner is None else inside(inner)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.models import torch_internals
+from lora_fx.models import together, torch_internals
 from tests.support import zoo
 from tests.support.zoo import rules
 
@@ -70,14 +70,14 @@ def test_words_of_torch_to_itself_reach_nobody_who_adapts_an_exported_module():
 
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "elsewhere"])
 def test_groups_of_tensors_are_compared_value_by_value(on_cpu, monkeypatch):
-    monkeypatch.setattr(torch_internals, "_on_cpu", lambda _: on_cpu)
+    monkeypatch.setattr(together, "_on_cpu", lambda _: on_cpu)
     one = [torch.ones(3, 2), torch.zeros(4)]
     least = [torch.ones(3, 2), torch.full((4,), 1e-38)]
     nan = [torch.full((3, 2), float("nan")), torch.zeros(4)]
     bfloat = [tensor.bfloat16() for tensor in one]
     groups = [(one, one), (one, least), (nan, nan), (bfloat, bfloat), (one, [tensor.clone() for tensor in one])]
-    assert torch_internals.all_equal(groups) == [True, False, False, True, True]
-    assert torch_internals.all_equal([]) == []
+    assert together.all_equal(groups) == [True, False, False, True, True]
+    assert together.all_equal([]) == []
 
 
 def test_compiled_code_runs_uncompiled_where_it_may_be_stale_and_else_as_it_is():

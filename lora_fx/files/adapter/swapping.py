@@ -14,6 +14,7 @@ from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.codec import as_plain
 from lora_fx.files.adapter.keptbase import base_of
+from lora_fx.files.adapter.plainstate import plain_copies
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
 from lora_fx.files.adapter.restore import check, name_of, slices_in
@@ -23,6 +24,7 @@ from lora_fx.models.fsdp import has_parts, resharded
 from lora_fx.models.restoring import write_together
 from lora_fx.models.shards import part_of, unsharded
 from lora_fx.models.tensors import dotted
+from lora_fx.models.together import copied_together
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.text import listing
@@ -60,6 +62,10 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
     """
     tuned = seen_through(tuned)
     is_whole = any(switch.whole for switch in known_switches(tuned, adapter))
+    if isinstance(source, Mapping) and not is_whole and (plain := plain_copies(tuned, source, adapter)) is not None:
+        with between_calls(tuned):
+            copied_together(*plain)
+        return
     sharded = has_parts(tuned)
     if sharded:
         resharded(tuned)
