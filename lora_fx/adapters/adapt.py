@@ -27,9 +27,9 @@ from lora_fx.adapters.shown import ShowsAdapters
 from lora_fx.adapters.tokenrows import TokenRows
 from lora_fx.adapters.trained import TRAINED, add_rows, add_value, added_tensors, choose_values
 from lora_fx.errors import RefusedError
-from lora_fx.models.fsdp import SHARDING
+from lora_fx.models.fsdp import SHARDING, parts_before
 from lora_fx.models.packed import is_packed
-from lora_fx.models.shards import is_sharded, part_of, unsharded, whole
+from lora_fx.models.shards import is_sharded, part_of, split, unsharded, whole
 from lora_fx.models.swap import original_class, swap, take_off
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.walking import all_buffers_of, all_names_of, all_parameters_of
@@ -119,6 +119,7 @@ def give_values(twin: nn.Module, plan: Plan, record: ModelRecord, adapter: str) 
     changed: dict[nn.Module, None] = {}
     trained = _trained_by(twin, plan)
     refuse_trained_parts(twin, trained)
+    before = parts_before(twin) if trained else {}
     for owner, name in trained:
         state = owner.__dict__.get(TRAINED)
         own = get_tensor(owner, name)
@@ -128,7 +129,10 @@ def give_values(twin: nn.Module, plan: Plan, record: ModelRecord, adapter: str) 
         choose_values(owner, record.switch, {name: base}, {name: ()})
         if id(own) not in copies:  # what is tied stays so
             value = base.detach().to(own.device, own.dtype, copy=True)
-            value = value if SHARDING in vars(twin) else part_of(value, own)  # fully_shard will do so itself
+            if SHARDING not in vars(twin):  # fully_shard will do so itself
+                value = part_of(value, own)
+            elif (held := before.get(id(own))) is not None:
+                value = split(value, held.device_mesh, held.placements)
             copies[id(own)] = nn.Parameter(value) if isinstance(own, nn.Parameter) else value
         add_value(owner, adapter, name, copies[id(own)])
         changed[owner] = None

@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import READS, Attached, all_attached, attached_to
-from lora_fx.adapters.dicts import holding_modules
 from lora_fx.adapters.factors.kinds import EmbeddingA
 from lora_fx.adapters.factors.lora import LoRAFactor, TensorMap
 from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.errors import RefusedError
-from lora_fx.models.fsdp import SHARDING
+from lora_fx.models.fsdp import SHARDING, Sharding, parts_before
 from lora_fx.models.overrides import parallel_style, parallel_styles
 from lora_fx.models.packed import is_packed
 from lora_fx.models.quantised import is_quantised
-from lora_fx.models.shards import follows, is_sharded, is_sharded_plainly, placed
+from lora_fx.models.shards import follows, is_kind_of_shards, is_sharded, is_sharded_plainly, placed
 from lora_fx.models.swap import original_class
+from lora_fx.models.walking import modules_of, parameters_in
 from lora_fx.text import dotted
 
 _WITH_ROWS = (LoRAFactor, MovedA, MovedB, EmbeddingA)
@@ -63,15 +63,15 @@ def given_to_shard(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def refuse_unshardable(owner: nn.Module) -> None:
     """Raise RefusedError if the adapters of a layer cannot be sharded with its weight."""
-    facts = [(one.spec.path, why) for one in attached_to(owner) if (why := _obstacle(owner, one))]
+    facts = [(one.spec.path, why) for one in attached_to(owner) if (why := _obstacle(one, _weight(one)))]
     if facts:
         advice = "leave this layer out of the plan of parallelize_module, or its adapter as plain LoRA"
         raise RefusedError("this adapter cannot be sharded with its weight", list(dict.fromkeys(facts)), advice)
 
 
-def _obstacle(owner: nn.Module, adapter: Attached) -> str:
+def _obstacle(adapter: Attached, weight: Any) -> str:
     """Return why an adapter cannot be sharded with its weight; empty if it can."""
-    lora, weight = adapter.spec.lora, _weight(adapter)
+    lora, owner = adapter.spec.lora, adapter.owner
     kinds, style = (type(adapter.lora_A), type(adapter.lora_B)), parallel_style(owner)
     quantised = is_packed(owner) or getattr(owner, _QUANTISED, False)
     reasons = {
@@ -89,20 +89,20 @@ def _obstacle(owner: nn.Module, adapter: Attached) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def place_beside(owner: nn.Module, names: Collection[str] | None = None) -> None:
-    """Shard the factors of a layer as its weight implies, in place, with the first process's values; collective.
+def place_beside(owner: nn.Module) -> None:
+    """Shard the factors of a layer as its weight implies, in place, with the first process's values; collective."""
+    for adapter in attached_to(owner):
+        weight = _weight(adapter)
+        if weight is not None and is_sharded(weight):
+            _place_all(adapter, weight)
 
-    With `names`, those of adapters that are called so.
-    """
-    for adapter in _called(attached_to(owner), names):
-        weight = owner._parameters[adapter.spec.parameter]
-        if weight is None or not is_sharded(weight):
-            continue
-        outputs, inputs = (0, 1) if adapter.spec.site.layout == "out_in" else (1, 0)
-        _place(adapter.lora_A, weight, {inputs: 1})
-        _place(adapter.lora_B, weight, {outputs: 0})
-        if adapter.magnitude is not None:
-            _place(adapter.magnitude, weight, {outputs: 0})
+
+def _place_all(adapter: Attached, weight: Any) -> None:
+    outputs, inputs = (0, 1) if adapter.spec.site.layout == "out_in" else (1, 0)
+    _place(adapter.lora_A, weight, {inputs: 1})
+    _place(adapter.lora_B, weight, {outputs: 0})
+    if adapter.magnitude is not None:
+        _place(adapter.magnitude, weight, {outputs: 0})
 
 
 def _place(factor: nn.Module, weight: Any, along: dict[int, int]) -> None:
@@ -123,12 +123,18 @@ def _called(adapters: Iterable[Attached], names: Collection[str] | None) -> Iter
     return (one for one in adapters if names is None or one.spec.adapter in names)
 
 
-def _parallel(twin: nn.Module, names: Collection[str] | None) -> list[Attached]:
-    """Return the adapters of a twin beside tensor parallel weights; FSDP2's shards are another matter."""
-    kinds = {type(weight): weight for _, owner in holding_modules(twin) for weight in owner._parameters.values()}
-    if SHARDING in vars(twin) or not any(weight is not None and is_sharded(weight) for weight in kinds.values()):
+def _parallel(twin: nn.Module, names: Collection[str] | None) -> list[tuple[Attached, Any]]:
+    """Return the adapters of a twin beside tensor parallel weights, each with its weight.
+
+    Where FSDP2 has parted these again it is the weight as it was before, without values; other shards are FSDP2's.
+    """
+    if not _is_split(twin):
         return []
-    return [one for one in _called((one for _, one in all_attached(twin)), names) if is_sharded(_weight(one))]
+    before = parts_before(twin)
+    given = [(one, _weight(one)) for one in _called((one for _, one in all_attached(twin)), names)]
+    if SHARDING in vars(twin):
+        return [(one, before[id(weight)]) for one, weight in given if id(weight) in before]
+    return [(one, weight) for one, weight in given if is_sharded(weight)]
 
 
 def _weight(adapter: Attached) -> Any:
@@ -138,7 +144,7 @@ def _weight(adapter: Attached) -> Any:
 
 def refuse_unplaceable(twin: nn.Module, names: Collection[str] | None = None) -> None:
     """Raise RefusedError, naming each, if adapters that a twin has got cannot be sharded as their weights are."""
-    facts = [(one.spec.path, why) for one in _parallel(twin, names) if (why := _obstacle(one.owner, one))]
+    facts = [(one.spec.path, why) for one, weight in _parallel(twin, names) if (why := _obstacle(one, weight))]
     styles = parallel_styles(twin)
     for path, one in all_attached(twin) if styles else ():
         above = [at for at in styles if styles[at] not in _STYLES and f"{path}.".startswith(f"{at}." if at else "")]
@@ -169,17 +175,32 @@ def placed_beside(twin: nn.Module, names: Collection[str] | None = None) -> nn.M
 
     Those beside whole weights get the values of the first process.  With `names`, of adapters that are called so.
     """
-    parallel = _parallel(twin, None)
-    for owner in {id(one.owner): one.owner for one in _called(parallel, names)}.values():
-        place_beside(owner, names)
-    weight: Any = next(map(_weight, parallel), None)
-    for one in () if weight is None else _called((one for _, one in all_attached(twin)), names):
-        for held in filter(None, (one.lora_A, one.lora_B, one.magnitude)):
-            for tensor in (*held.parameters(), *held.buffers()):
-                if not is_sharded(tensor):
-                    shared: Any = placed(tensor, weight, follows(weight, {}))
-                    tensor.detach().copy_(shared.to_local())
+    if not _is_split(twin):
+        return twin
+    for one, weight in _parallel(twin, names):
+        _place_all(one, weight)
+    for like in _one_of_each_mesh(twin):
+        for one in _called((one for _, one in all_attached(twin)), names):
+            for held in filter(None, (one.lora_A, one.lora_B, one.magnitude)):
+                for tensor in (*held.parameters(), *held.buffers()):
+                    if not is_sharded(tensor):
+                        shared: Any = placed(tensor, like, follows(like, {}))
+                        tensor.detach().copy_(shared.to_local())
     return twin
+
+
+def _is_split(twin: nn.Module) -> bool:
+    """Whether tensor parallelism has split weights of a twin."""
+    how: Sharding | None = vars(twin).get(SHARDING)
+    if how is not None:
+        return bool(how.before)
+    return any(map(is_kind_of_shards, {*map(type, parameters_in(modules_of(twin)))}))
+
+
+def _one_of_each_mesh(twin: nn.Module) -> Collection[Any]:
+    """Return a weight of each mesh over which tensor parallelism has split any, as `_parallel` does."""
+    weights: Iterable[Any] = parts_before(twin).values() if SHARDING in vars(twin) else twin.parameters()
+    return {weight.device_mesh: weight for weight in weights if is_sharded(weight)}.values()
 
 
 def on_parts(A: LoRAFactor, B: LoRAFactor) -> tuple[TensorMap, TensorMap]:

@@ -5,19 +5,19 @@ have these.  So a twin of a sharded model is a tree of plain modules whose param
 they were sharded; what is given to callers is sharded again by it.
 """
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx.errors import RefusedError
-from lora_fx.models.shards import is_sharded, sharded_names
+from lora_fx.models.shards import is_sharded, sharded_names, split
 from lora_fx.models.swap import layers_of, swap
 from lora_fx.models.torch_internals import composed_states
 from lora_fx.models.walking import modules_of
+from lora_fx.text import dotted
 
 SHARDING = "lora_fx_sharding"
 """Attribute of the twin of a sharded model: its Sharding."""
@@ -69,8 +69,16 @@ class Sharding:
     """Names of the parameters that are not sharded."""
     along: dict[str, Any]
     """Of those that are not sharded along their first dimension: how they are."""
+    before: dict[str, tuple[Any, Any]]
+    """Of those that were DTensors before (tensor parallel): on which mesh, and how they were placed there."""
+    meshes: frozenset[Any]
+    """On which the shards are; what tensor parallelism alone has split is on others."""
     problem: str = ""
     """Why it cannot be done again."""
+
+    def is_shard(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the model, or of its twin, is a shard of FSDP2."""
+        return is_sharded(tensor) and tensor.detach().device_mesh in self.meshes  # type: ignore[attr-defined]
 
     def __deepcopy__(self, _memo: object) -> "Sharding":
         return self  # it holds process groups, of which there are no copies
@@ -130,23 +138,69 @@ def sharding_of(model: nn.Module) -> Sharding | None:
     paths: dict[int, list[str]] = {}
     states: dict[int, Any] = {}
     for path, module in model.named_modules():
-        if (state := _state_of(module)) is not None:
+        if (state := state_of(module)) is not None:
             states[id(state)] = state
             paths.setdefault(id(state), []).append(path)
-    first = next((group for state in states.values() for group in _groups(state)), None)
+    first = next((group for state in states.values() for group in groups_of(state)), None)
     if first is None:
         return None
     groups = [ShardGroup(tuple(paths[key]), _options(state, first)) for key, state in states.items()]
     problems = (_problem(state) for state in states.values())
+    held = dict(_held_by_groups(model, states.values()))
+    meshes = frozenset(p.sharded_param.device_mesh for p in held.values())
+    named: Iterable[tuple[str, Any]] = model.named_parameters(remove_duplicate=False)
     return Sharding(
         groups=tuple(_inner_first(groups)),
-        apart=frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if not is_sharded(p)),
-        along=dict(_other_placements(model, states.values())),
+        apart=frozenset(name for name, p in named if not (is_sharded(p) and p.device_mesh in meshes)),
+        along={name: p.fsdp_placement for name, p in held.items() if p.fsdp_placement.dim != 0},
+        before={name: spec for name, p in held.items() if (spec := _placed_before(p)) is not None},
+        meshes=meshes,
         problem=next(filter(None, problems), ""),
     )
 
 
-def _groups(state: Any) -> list[Any]:
+def _held_by_groups(model: nn.Module, states: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, what FSDP2 notes of it) of every parameter that is in a group."""
+    noted: dict[tuple[int, str], Any] = {}
+    for held in (p for state in states for group in groups_of(state) for p in group.fsdp_params):
+        info = held._module_info
+        places = ((info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True))
+        noted |= {(id(module), name): held for module, name in places}
+    for path, module in model.named_modules(remove_duplicate=False):
+        yield from (
+            (dotted(path, name), noted[id(module), name]) for name in module._parameters if (id(module), name) in noted
+        )
+
+
+def _placed_before(parameter: Any) -> tuple[Any, Any] | None:
+    """Return how a parameter was placed before, None if it was no DTensor; torch before 2.13 names it otherwise."""
+    own = vars(parameter)
+    if not parameter.is_dtensor:
+        return None
+    spec = own.get("_unsharded_dtensor_spec", own.get("_tp_spec"))
+    return spec.mesh, spec.placements
+
+
+def parts_before(twin: nn.Module) -> dict[int, Any]:
+    """Return what tensor parallelism had made of a twin's parameters before `fully_shard`, by their identity.
+
+    These have no values; parameters that were no DTensors are not among them.
+    """
+    how: Sharding | None = vars(twin).get(SHARDING)
+    if how is None or not how.before:
+        return {}
+    named = twin.named_parameters(remove_duplicate=False)
+    return {id(p): empty_before(how, name, p) for name, p in named if name in how.before}
+
+
+def empty_before(how: Sharding, name: str, parameter: Tensor) -> Tensor:
+    """Return a tensor without values like a parameter before `fully_shard`: whole, or split by tensor parallelism."""
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    spec = how.before.get(name)
+    return empty if spec is None else split(empty, *spec)
+
+
+def groups_of(state: Any) -> list[Any]:
     """Return the groups of parameters of a state; torch before 2.12 has one or none."""
     several = getattr(state, "_fsdp_param_groups", None)
     if several is not None:
@@ -156,7 +210,7 @@ def _groups(state: Any) -> list[Any]:
 
 def _options(state: Any, other: Any) -> dict[str, Any]:
     """Return what `fully_shard` was given; of a state without parameters of its own as far as another group tells."""
-    group = next(iter(_groups(state)), other)
+    group = next(iter(groups_of(state)), other)
     return {
         "mesh": group.mesh_info.mesh,
         "reshard_after_forward": _reshard_after_forward(state, group),
@@ -177,25 +231,14 @@ def _reshard_after_forward(state: Any, group: Any) -> bool | int | None:
 
 def _problem(state: Any) -> str:
     """Return why a call of `fully_shard` cannot be made again."""
-    groups = _groups(state)
+    groups = groups_of(state)
     if len(groups) > 1:
         return "parameters of one module are on several meshes"
     if any(getattr(group.mesh_info, "is_spmd_mesh", False) for group in groups):
         return "it was called with dp_mesh_dims"
     if any(getattr(group.mesh_info, "shard_mesh_size", None) is None for group in groups):
         return "parameters are replicated, and not sharded"
-    if any(parameter.is_dtensor for group in groups for parameter in group.fsdp_params):
-        return "parameters were DTensors before (tensor parallel)"
     return ""
-
-
-def _other_placements(model: nn.Module, states: Any) -> Iterator[tuple[str, Any]]:
-    placed = {
-        id(p.sharded_param): p.fsdp_placement for state in states for group in _groups(state) for p in group.fsdp_params
-    }
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if (placement := placed.get(id(parameter))) is not None and placement.dim != 0:
-            yield name, placement
 
 
 def _inner_first(groups: Sequence[ShardGroup]) -> list[ShardGroup]:
@@ -267,8 +310,8 @@ def take_apart(model: nn.Module, how: Sharding) -> Callable[[], None]:
     Raises:
         RefusedError: gradients are there that have not been reduced, or the root is outside; nothing is changed then.
     """
-    states = {id(state): state for module in model.modules() if (state := _state_of(module)) is not None}.values()
-    groups = [group for state in states for group in _groups(state)]
+    states = {id(state): state for module in model.modules() if (state := state_of(module)) is not None}.values()
+    groups = [group for state in states for group in groups_of(state)]
     held = (p.unsharded_accumulated_grad is not None for group in groups for p in group.fsdp_params)
     if any(held) or any(getattr(group, "_partial_reduce_output", None) is not None for group in groups):
         advice = "call this after a backward with set_requires_gradient_sync(True)"
@@ -287,22 +330,22 @@ def take_apart(model: nn.Module, how: Sharding) -> Callable[[], None]:
     return lambda: _tell(told)
 
 
-def _state_of(module: nn.Module) -> Any:
+def state_of(module: nn.Module) -> Any:
     return module._get_fsdp_state() if is_fully_sharded(module) else None  # type: ignore[operator]
 
 
 def _told(state: Any) -> tuple[list[dict[str, Any]], dict[str, list[nn.Module]]]:
-    settings = [{n: vars(group)[n] for n in _SETTINGS if n in vars(group)} for group in _groups(state)]
+    settings = [{n: vars(group)[n] for n in _SETTINGS if n in vars(group)} for group in groups_of(state)]
     return settings, {name: [other._modules[0] for other in getattr(state, name)] for name in _PREFETCH}
 
 
 def _tell(told: Sequence[tuple[nn.Module, tuple[list[dict[str, Any]], dict[str, list[nn.Module]]]]]) -> None:
     for module, (settings, prefetched) in told:
-        state = _state_of(module)
-        for group, own in zip(_groups(state), settings, strict=False):
+        state = state_of(module)
+        for group, own in zip(groups_of(state), settings, strict=False):
             vars(group).update(own)
         for name, modules in prefetched.items():
-            setattr(state, name, [_state_of(other) for other in modules])
+            setattr(state, name, [state_of(other) for other in modules])
 
 
 def _make_plain(module: nn.Module) -> None:
@@ -321,70 +364,3 @@ def _make_plain(module: nn.Module) -> None:
     for name in [name for name in own if is_mark(name)]:
         del own[name]
     composed_states.pop(module, None)
-
-
-# -- sharded again
-
-
-def sharded_again(model: nn.Module) -> nn.Module:
-    """Return the model itself, in place sharded as the model was that it is a twin of; one of another as it is.
-
-    Parameters that are shards stay those shards; plain ones in the place of shards, and new ones, are sharded, from the
-    values that every process has.  What was no shard stays so.  Nothing is sent.
-
-    Raises:
-        RefusedError: it was sharded in a way that cannot be done again; before anything is changed.
-    """
-    how: Sharding | None = vars(model).get(SHARDING)
-    if how is None:
-        return model
-    if how.problem:
-        advice = "lora_fx.save writes the adapter, which loads beside a base that is not sharded"
-        raise RefusedError(
-            "a model that is sharded in this way cannot be given back", [("(root)", how.problem)], advice
-        )
-    del vars(model)[SHARDING]
-    shards = _with_empty_places(model)
-    fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
-    named = list(model.named_parameters(remove_duplicate=False))
-    ignored = {parameter for name, parameter in named if name in how.apart}
-    along = {id(parameter): how.along[name] for name, parameter in named if name in how.along}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for group in how.groups:
-        inside = [modules[path] for path in group.paths if path in modules]
-        if inside:
-            one_or_all = inside[0] if len(inside) == 1 else inside
-            placed: Callable[[nn.Parameter], Any] | None = (lambda p: along.get(id(p))) if along else None
-            fully_shard(one_or_all, **group.options, shard_placement_fn=placed, ignored_params=ignored or None)
-    _put_back(model, shards)
-    return model
-
-
-def _with_empty_places(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
-    """Put parameters without values in the place of a model's shards, in place; return these by where they belong."""
-    empty: dict[int, nn.Parameter] = {}
-    shards: dict[tuple[int, str], nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or not is_sharded(parameter):
-                continue
-            shards[id(module), name] = parameter
-            if id(parameter) not in empty:
-                values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-                empty[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
-            module._parameters[name] = empty[id(parameter)]
-    return shards
-
-
-def _put_back(model: nn.Module, shards: dict[tuple[int, str], nn.Parameter]) -> None:
-    states: dict[int, Any] = {}
-    for module in model.modules():
-        for name in list(module._parameters):
-            if (id(module), name) in shards:
-                module._parameters[name] = shards[id(module), name]
-        if (state := _state_of(module)) is not None:
-            states[id(state)] = state
-    for state in states.values():
-        for group in _groups(state):
-            for parameter in group.fsdp_params:
-                parameter.reset_sharded_param()

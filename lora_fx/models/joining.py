@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 
 from lora_fx.errors import RefusedError
 from lora_fx.models.between import between_calls
-from lora_fx.models.fsdp import SHARDING, Sharding, has_parts, resharded, sharded_again, sharding_of, take_apart
+from lora_fx.models.fsdp import SHARDING, Sharding, has_parts, resharded, sharding_of, take_apart
 from lora_fx.models.overrides import unknown_parallel, without_parallel
 from lora_fx.models.packed import holds_shards, packed_layers
-from lora_fx.models.shards import is_sharded, part_of
+from lora_fx.models.resharding import sharded_again
+from lora_fx.models.shards import is_sharded, part_of, whole
 from lora_fx.models.twin import make_twin
 
 _PLAN = "load it without tp_plan; lora_fx.apply, then parallelize_module"
@@ -82,7 +83,7 @@ def joined(twin: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if name in new and not parameter.is_meta:
             with torch.no_grad():
-                parameter.copy_(part_of(new[name], parameter, of_first=True))
+                parameter.copy_(part_of(whole(new[name]), parameter, of_first=True))
     return model
 
 
@@ -132,9 +133,9 @@ def _taken_apart(model: nn.Module, needed: bool) -> Callable[[], None] | None:
 
 
 def _new(twin: nn.Module, how: Sharding) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters that came after the model was sharded, whole."""
+    """Yield the parameters that came after the model was sharded, as they are before `fully_shard`."""
     for name, parameter in twin.named_parameters():
-        if name not in how.apart and not is_sharded(parameter):
+        if name not in how.apart and not how.is_shard(parameter):
             yield name, parameter.detach()
 
 

@@ -79,6 +79,8 @@ def part_of(tensor: Tensor, like: Tensor, of_first: bool = False) -> Tensor:
         return tensor
     other: Any = like.detach()
     mesh, placements = other.device_mesh, other.placements
+    if not is_sharded_plainly(like):
+        return _part_in_strides(tensor.detach(), other, of_first)
     source = 0 if of_first else None
     made: Any = _dtensors().distribute_tensor(tensor.detach(), mesh, placements, src_data_rank=source)
     local, device = made.to_local(), other.to_local().device
@@ -87,6 +89,30 @@ def part_of(tensor: Tensor, like: Tensor, of_first: bool = False) -> Tensor:
         made = type(made).from_local(local.to(device), mesh, placements, run_check=False, shape=shape, stride=stride)
     shared: Tensor = made
     return shared
+
+
+def _part_in_strides(tensor: Tensor, like: Any, of_first: bool) -> Tensor:
+    """Return what `part_of` does of a tensor that FSDP2 parts after tensor parallelism, evenly or not."""
+    library, mesh = _dtensors(), like.device_mesh
+    if of_first:
+        tensor = library.distribute_tensor(tensor, mesh, [library.Replicate()] * mesh.ndim).to_local()
+    for dim in range(like.dim()):
+        tensor = tensor.index_select(dim, _places_of(like, dim).to(tensor.device))
+    made: Tensor = library.DTensor.from_local(
+        tensor.to(like.to_local().device),
+        mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+    return made
+
+
+def split(tensor: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """Return a tensor that every process has whole with placements on a mesh; nothing is sent."""
+    made: Tensor = _dtensors().distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    return made
 
 
 def summed(values: Tensor, like: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ from lora_fx.errors import RefusedError
 from lora_fx.liveness.heads import late_modules
 from lora_fx.models.between import unchanged
 from lora_fx.models.dtypes import warn_of_narrowed
-from lora_fx.models.fsdp import SHARDING, sharded_again
+from lora_fx.models.fsdp import SHARDING
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
 from lora_fx.models.packed import forget_quantiser, is_packed, lost_dtype, make_plain_, usual_dtype, warn_of_two_dtypes
 from lora_fx.models.quantised import forget_quantisation, is_quantised
+from lora_fx.models.resharding import sharded_again
 from lora_fx.models.shards import part_of
 from lora_fx.models.swap import unswap
 from lora_fx.models.tensors import borrowed, get_tensor, own_parameters, set_tensor

@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return in_processes(4, twobytwo.by_four, tmp_path_factory.mktemp("four"))
+    return in_processes(4, twobytwo.by_four, tmp_path_factory.mktemp("four"), seconds=900)
 
 
 def test_four_processes_train_as_one(ranks):
@@ -42,23 +42,55 @@ def test_fully_shard_over_pairs_that_share_layers_trains_as_one_process_for_fift
         assert len(mine) == 50
         torch.testing.assert_close(mine, of_one, rtol=1e-5, atol=1e-5)
         # graphs step aside for the hooks of layers that are split, and their tensors
+        torch.testing.assert_close(*rank["two by two"]["output"], rtol=1e-5, atol=1e-5)
         assert rank["two by two"]["hits"] == {"embed": 50, "blocks.0": 0, "blocks.1": 50, "head": 0}
 
 
-def test_what_pairs_share_is_shown_and_saved_as_one(ranks):
+PAIRS = pytest.mark.parametrize("way", ["grown", "later"])
+
+
+def unlike(pair):
+    mine, expected = pair
+    assert mine.keys() == expected.keys()
+    return [name for name in expected if not torch.equal(mine[name], expected[name])]
+
+
+@PAIRS
+def test_what_pairs_share_is_shown_and_saved_as_one(ranks, way):
     for rank in ranks:
-        found = rank["two by two"]
+        found = rank[way]
         assert found["files"][0] == found["files"][1]
-        assert found["norm"][0] == pytest.approx(found["norm"][1], rel=1e-6)
-        for output in ("output", "output of base"):
+        assert found["listed"][0] == found["listed"][1]
+        torch.testing.assert_close(*found["losses"], rtol=1e-5, atol=1e-5)
+        for output in ("output", "output of base", "output of merged", "output of removed"):
             torch.testing.assert_close(*found[output], rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_pairs_share_is_not_given_back_nor_grown(ranks):
+@PAIRS
+def test_what_pairs_share_is_given_back_bit_by_bit_and_shared_alike(ranks, way):
     for rank in ranks:
-        found = rank["two by two"]
-        for text in found["refused"].values():
-            assert text.startswith("RefusedError: ")
-            assert "parameters were DTensors before (tensor parallel)" in text
-        before, after = found["unchanged"]
-        assert all(torch.equal(before[name], after[name]) for name in before)
+        found = rank[way]
+        for what in ("merged", "removed", "unchanged"):
+            assert unlike(found[what]) == []
+        for placed in found["placed again"]:
+            assert placed == {name: found["placed"][name] for name in placed}
+        assert "_StridedShard" in found["placed"]["blocks.0.q.weight"]
+
+
+def test_what_pairs_share_grows_in_place_as_one(ranks):
+    for rank in ranks:
+        found = rank["grown"]
+        assert unlike(found["grown"]) == []
+        assert unlike(found["state"]) == []
+        assert found["kept"] == 8  # A and B of `b`, of two layers in two blocks
+        assert "_StridedShard" in found["placed"]["head.lora_B.c.weight"]
+        assert "parts of its weight are adapted (slices)" in found["slices"]
+
+
+def test_what_pairs_share_already_is_adapted_alike(ranks):
+    for rank in ranks:
+        found = rank["later"]
+        torch.testing.assert_close(*found["losses of first"], rtol=1e-5, atol=1e-5)
+        for what in ("first", "loaded", "base"):
+            assert unlike(found[what]) == []
+        assert "parts of its weight are adapted (slices)" in found["slices"]

@@ -159,7 +159,7 @@ def _several(folder: Path) -> dict[str, Any]:
     held = [*lora_fx.parameters(tuned)]
     for model, seed in ((tuned, 7 + dist.get_rank()), (same, 7)):  # the values of the first process are taken
         torch.manual_seed(seed)
-        _grow(model, folder)
+        grow(model, folder)
     grown = {"grown": (values_of(tuned), values_of(same)), "kept": _are_in(held, tuned)}
     grown |= {"losses": train(tuned), "losses of one": train(same)}
     trained = values_of(tuned)
@@ -171,7 +171,7 @@ def _several(folder: Path) -> dict[str, Any]:
     return {"several": result, "grown": grown | read_off(tuned, same, folder / "grown")}
 
 
-def _grow(model: nn.Module, folder: Path) -> None:
+def grow(model: nn.Module, folder: Path) -> None:
     """Add, combine, swap, drop and rename adapters in place."""
     lora_fx.add(
         model,
