@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.options import F, rules_of, sizes_of
+from lora_fx.planning.budget import Mesh
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -14,8 +15,13 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def mesh_options(function: F) -> F:
     """Add the options that say on which mesh a step is counted, and what it is."""
     options: list[Callable[[F], F]] = [
-        click.option("--mesh", metavar="dp=N,tp=M", help="Count what each device of a mesh takes in a step instead."),
+        click.option(
+            "--mesh", metavar="dp=N,tp=M,pp=P", help="Count what each device of a mesh takes in a step instead."
+        ),
         click.option("--tokens", metavar="BxS", help="With --mesh: token ids, batch by length, of one device's step."),
+        click.option(
+            "--micro-batches", type=click.IntRange(1), help="With pp in --mesh: of a step; default: as many as stages."
+        ),
         click.option("--dtype", type=click.Choice(_DTYPES), help="With --mesh: of the base.  Default: its own."),
         click.option(
             "--split", multiple=True, metavar="GLOB=STYLE", help="With --mesh: what tp splits, such as '**.up=colwise'."
@@ -32,6 +38,7 @@ class MeshOptions:
 
     mesh: str | None
     tokens: str | None
+    micro_batches: int | None
     dtype: str | None
     split: Sequence[str]
 
@@ -42,8 +49,8 @@ class MeshOptions:
             form: of the output.
             other: whether an option was given that shows a plan in some way.
         """
-        if self.mesh is None and (self.tokens or self.dtype or self.split):
-            raise click.UsageError("--tokens, --dtype and --split are for --mesh")
+        if self.mesh is None and (self.tokens or self.micro_batches or self.dtype or self.split):
+            raise click.UsageError("--tokens, --micro-batches, --dtype and --split are for --mesh")
         if self.mesh is not None and other:
             raise click.UsageError("--mesh shows a table of bytes, and no plan: leave out --all, --stat and --expect")
         if self.mesh is not None and form not in ("text", "json"):
@@ -56,11 +63,15 @@ def counted(model: str, rules: str | None, asked: MeshOptions, trust: bool) -> A
         raise click.UsageError("RULES are missing: --mesh runs the model, which a saved plan does not have")
     sizes = sizes_of(asked.tokens, "1x2048")
     read = rules_of(rules)  # a misspelt rule is an error before torch is imported
+    mesh = Mesh.of(asked.mesh or "")
+    if mesh.pp == 1 and asked.micro_batches:
+        raise click.UsageError("--micro-batches is for pp in --mesh")
     from lora_fx.cli.models.stepped import stepped
     from lora_fx.meshes.counting import budget
 
     built, inputs, dtype = stepped(model, sizes, asked.dtype, trust)
-    return budget(built, read, inputs, mesh=asked.mesh or "", tp_plan=_styles(asked.split) or None, dtype=dtype)
+    styles = _styles(asked.split) or None
+    return budget(built, read, inputs, mesh=mesh, tp_plan=styles, dtype=dtype, micro_batches=asked.micro_batches)
 
 
 def _styles(split: Sequence[str]) -> dict[str, str]:

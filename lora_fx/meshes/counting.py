@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from lora_fx.discovery.study import planned_for
 from lora_fx.errors import RefusedError
 from lora_fx.meshes.groups import NOTHING, Groups, groups_of
 from lora_fx.meshes.onedevice import KernelAttention, OneDevice
+from lora_fx.meshes.pipelines import Pipeline, pipeline_of
 from lora_fx.meshes.splits import Splits, splits_of
 from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.fsdp import refuse_sharded
@@ -41,6 +42,7 @@ def budget(
     tp_plan: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     optimizer_states: int = 2,
+    micro_batches: int | None = None,
 ) -> Budget:
     """Return what a step of training takes on each device of a mesh: bytes and FLOPs; nothing is allocated.
 
@@ -51,20 +53,26 @@ def budget(
     Args:
         model: as for `plan`, with or without values; it stays unchanged.
         rules_or_plan: as for `apply`.
-        example_inputs: of one step of one device, as for `plan`, of which the first counts.
-        mesh: `dp=8,tp=4`, or a dict: over `dp` devices `fully_shard` shards, block by block; `tp` share each layer.
+        example_inputs: of one step of one device, as for `plan`, of which the first counts; with `pp` of a micro-batch.
+        mesh: `dp=8,tp=4`, or a dict: over `dp` devices `fully_shard` shards, block by block; `tp` share each layer;
+            `pp` are the stages of a pipeline, with as many blocks each (not yet with `dp`).
         tp_plan: styles (`colwise`, `rowwise`…) by names or globs; None: that of a model of transformers.
         dtype: of the base's parameters; None leaves them as they are.
         optimizer_states: numbers that the optimiser keeps for each that is trained; AdamW keeps two.
+        micro_batches: of a step of the pipeline (1F1B); None: as many as stages.
 
     Raises:
-        RefusedError: no inputs, an axis that is not counted, a plan that splits nothing or what cannot be split,
-            quantised or sharded weights, a GraphModule, a model that does not run on the meta device.
+        RefusedError: no inputs, an axis that is not counted, a plan that splits nothing or what cannot be split, blocks
+            that are no equal stages, quantised or sharded weights, a GraphModule, a model that does not run on the meta
+            device.
         LoraFxError: as `apply`.
     """
     wanted = Mesh.of(mesh)
     if type(optimizer_states) is not int or optimizer_states < 0:
         raise ValueError(f"optimizer_states is {optimizer_states!r}; it must be a whole number, not below 0")
+    many = wanted.pp if micro_batches is None else micro_batches
+    if type(many) is not int or many < 1 or (wanted.pp == 1 and micro_batches is not None):
+        raise ValueError(f"micro_batches is {many!r}; it must be a whole number above 0, and is for meshes with pp")
     _refuse_uncountable(model)
     samples = samples_for(model, None).items if example_inputs is None else samples_of(example_inputs)
     if not samples:
@@ -78,7 +86,8 @@ def budget(
     plan = planned_for(empty, rules_or_plan, samples[0], "modules")
     build.check_refusals(plan)
     tuned = build.build(empty, plan).train()
-    return _Counted(plan, tuned, base, samples[0], wanted, splits_of(tuned, wanted, tp_plan)).budget(optimizer_states)
+    splits = splits_of(tuned, wanted, tp_plan)
+    return _Counted(plan, tuned, base, samples[0], wanted, splits, optimizer_states, many).budget()
 
 
 def _refuse_uncountable(model: nn.Module) -> None:
@@ -116,17 +125,42 @@ class _Counted:
     sample: Sample
     mesh: Mesh
     splits: Splits
+    optimizer_states: int
+    micro_batches: int
 
-    def budget(self, optimizer_states: int) -> Budget:
+    def budget(self) -> Budget:
         blocks = outermost_blocks(self.tuned)
+        if self.mesh.pp > 1:
+            return self._of_stages(blocks)
         groups = groups_of(self.tuned, blocks, self._whole) if self.mesh.dp > 1 else NOTHING
-        named = dict(self.tuned.named_parameters())
+        plain = self._step((), groups)
+        return self._with(lambda *_: True, groups.most, plain, self._step(blocks, groups) if blocks else None, blocks)
+
+    def _of_stages(self, blocks: Sequence[str]) -> Budget:
+        plain, checkpointed = pipeline_of(blocks, self.mesh.pp), pipeline_of(blocks, self.mesh.pp)
+        steps = zip(self._stages(plain, ()), self._stages(checkpointed, blocks), strict=True)
+        stages = tuple(
+            self._with(partial(plain.has, number), 0, once, again, plain.paths[number])
+            for number, (once, again) in enumerate(steps)
+        )
+        return replace(max(stages, key=lambda one: one.total(one.plain)), stages=stages)
+
+    def _with(
+        self,
+        has: Callable[[str, Tensor], bool],
+        gathered: int,
+        plain: StepCost,
+        checkpointed: StepCost | None,
+        blocks: Sequence[str],
+    ) -> Budget:
+        """Return the budget of a device that has some of the parameters and buffers."""
+        named = {name: p for name, p in self.tuned.named_parameters() if has(name, p)}
         trained = [p for p in named.values() if p.requires_grad]
         frozen = [p for name, p in named.items() if name in self.base and not p.requires_grad]
         others = [p for name, p in named.items() if name not in self.base and not p.requires_grad]
         gradients = sum(map(self._shard, trained))
         values = sum(map(self._shard, (*trained, *others)))
-        buffers = {name: b.untyped_storage().nbytes() for name, b in self.tuned.named_buffers()}
+        buffers = {name: b.untyped_storage().nbytes() for name, b in self.tuned.named_buffers() if has(name, b)}
         added = sum(size for name, size in buffers.items() if name not in self.base)
         before = sum(p.nbytes for name, p in named.items() if name in self.base and p.requires_grad)
         return Budget(
@@ -137,12 +171,13 @@ class _Counted:
             dtypes=tuple(sorted({name_of_dtype(p.dtype) for name, p in named.items() if name in self.base})),
             weights=sum(map(self._shard, frozen)) + sum(buffers.values()) - added + before,
             adapters=values + added,
-            optimizer=optimizer_states * gradients,
+            optimizer=self.optimizer_states * gradients,
             gradients=gradients,
-            gathered=groups.most,
-            plain=self._step((), groups),
-            checkpointed=self._step(blocks, groups) if blocks else None,
+            gathered=gathered,
+            plain=plain,
+            checkpointed=checkpointed,
             blocks=len(blocks),
+            micro_batches=self.micro_batches,
         )
 
     def _inputs(self) -> Iterable[Tensor]:
@@ -159,22 +194,39 @@ class _Counted:
         return -(-rows // self.mesh.dp) * math.prod(rest) * parameter.element_size()
 
     def _step(self, checkpointed: Sequence[str], groups: Groups) -> StepCost:
+        device = self._device()
+        kept = self._run(device, checkpointed, groups.followed(self.tuned, device), None)
+        return StepCost(kept, device.peak, device.most, device.flops)
+
+    def _stages(self, pipeline: Pipeline, checkpointed: Sequence[str]) -> list[StepCost]:
+        device = self._device()
+        self._run(device, checkpointed, pipeline.followed(self.tuned, device), pipeline)
+        pipeline.check()
+        return pipeline.costs(device, self.micro_batches)
+
+    def _device(self) -> OneDevice:
         split = [p for p in self.tuned.parameters() if id(p) in self.splits.dims]
-        device = OneDevice(self.mesh.tp, self.tuned, split)
+        return OneDevice(self.mesh.tp, self.tuned, split)
+
+    def _run(self, device: OneDevice, checkpointed: Sequence[str], handles: list[Any], of: Pipeline | None) -> int:
+        """Run both passes on the meta device; return the bytes that live between them."""
         sample = without_values(Samples((self.sample,), True, True)).items[0]
         for given, meta in zip(self._inputs(), _tensors(sample), strict=True):
             if not given.is_floating_point() and not given.is_meta:
                 device.numbers.know(meta, given.detach().cpu())
-        handles = [module.register_forward_hook(device.gathering) for module in self.splits.gathered]
+        handles += [module.register_forward_hook(device.gathering) for module in self.splits.gathered]
         trained: list[Any] = list(parameters(self.tuned))
         handles += [parameter.register_post_accumulate_grad_hook(_drop) for parameter in trained]
-        handles += groups.followed(self.tuned, device)
         wrapped = [self.tuned.get_submodule(path) for path in checkpointed]
         for module in wrapped:
             module.forward = _checkpointed(module.forward)
         try:
             with torch.enable_grad(), no_collection(), device, KernelAttention():
-                loss = loss_of(self.tuned(*sample.args, **sample.kwargs))
+                output: Any = self.tuned(*sample.args, **sample.kwargs)
+                loss = loss_of(output)
+                if of is not None:
+                    of.between_passes(device, output)
+                output = None
                 kept = device.live
                 loss.backward()  # type: ignore[no-untyped-call]
         except Exception as error:  # whatever a forward takes exception to
@@ -185,7 +237,7 @@ class _Counted:
                 handle.remove()
             for module in wrapped:
                 del module.forward
-        return StepCost(kept, device.peak, device.most, device.flops)
+        return kept
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Any:

@@ -39,6 +39,8 @@ class OneDevice(Tally):  # type: ignore[no-untyped-call]
         self.numbers = KnownNumbers()
         self.gathered = self.most = 0
         """Bytes that are gathered now, and the most that were live at once with what was gathered then."""
+        self.seen: Callable[[OneDevice, list[Tensor], list[Tensor]], None] | None = None
+        """Is told after each operator, with what that was given and has made."""
         self._weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self._split = {tensor.untyped_storage()._cdata for tensor in split}
 
@@ -69,6 +71,16 @@ class OneDevice(Tally):  # type: ignore[no-untyped-call]
             if is_part:
                 self.mark(tensor, is_part=True)
         self.most = max(self.most, self.live + self.gathered)
+        if self.seen is not None:
+            self.seen(self, given, made)
+
+    def bytes_of(self, tensor: Tensor) -> int:
+        """Return the bytes of a tensor that this device has made; 0 for what was there before."""
+        return self._known.get(tensor.untyped_storage()._cdata, 0)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the number and the bytes of each storage that this device has made and that is live."""
+        return list(self._known.items())
 
     def mark(self, tensor: Tensor, is_part: bool) -> None:
         """Let a tensor count as a part of what all devices have, or as whole."""

@@ -9,7 +9,7 @@ from lora_fx.errors import RefusedError
 from lora_fx.planning.render.notebook import InNotebook
 from lora_fx.text import columns, count, json_text, scaled, wrapped
 
-_AXES = {"dp": "FSDP2 shards over it", "tp": "tensor parallelism"}
+_AXES = {"dp": "FSDP2 shards over it", "tp": "tensor parallelism", "pp": "stages of a pipeline"}
 _AXIS = re.compile(r"([A-Za-z_]\w*)=([0-9]{1,6})")
 
 
@@ -21,21 +21,23 @@ class Mesh:
     """Devices over which `fully_shard` shards; each has inputs of its own."""
     tp: int = 1
     """Devices that share each layer of the plan of tensor parallelism; all have the same inputs."""
+    pp: int = 1
+    """Stages of a pipeline, with as many blocks each; each has all micro-batches."""
 
     @property
     def devices(self) -> int:
         """How many there are in all."""
-        return self.dp * self.tp
+        return self.dp * self.tp * self.pp
 
     def __str__(self) -> str:
-        return f"dp={self.dp}, tp={self.tp}"
+        return f"dp={self.dp}, tp={self.tp}" + (f", pp={self.pp}" if self.pp > 1 else "")
 
     @staticmethod
     def of(axes: "str | Mapping[str, int] | Mesh") -> "Mesh":
         """Return the mesh that a text (`dp=8,tp=4`) or a table of sizes describes.
 
         Raises:
-            RefusedError: an axis of another name or twice, or a size that is no whole number above 0.
+            RefusedError: an axis of another name or twice, a size that is no whole number above 0, `pp` with `dp`.
         """
         if isinstance(axes, Mesh):
             return axes
@@ -51,7 +53,11 @@ class Mesh:
             raise RefusedError(
                 "this mesh cannot be counted", problems or [("mesh", "has no axis")], f"axes are {known}"
             )
-        return Mesh(**sizes)
+        mesh = Mesh(**sizes)
+        if mesh.dp > 1 < mesh.pp:
+            facts = [("mesh", str(mesh))]
+            raise RefusedError("stages that FSDP2 shards are not counted", facts, "count pp alone, or with tp")
+        return mesh
 
 
 def _read(text: str) -> dict[str, int]:
@@ -70,7 +76,7 @@ class StepCost:
     """What the two passes of a step take on one device, beside what is there all the time."""
 
     kept: int
-    """Bytes of activations between the two passes."""
+    """Bytes of activations between the two passes; of a stage also its buffers for what it receives."""
     peak: int
     """Most bytes of activations and temporary results at once, of both passes; gradients are not in it."""
     most: int
@@ -106,7 +112,11 @@ class Budget(InNotebook):
     checkpointed: StepCost | None
     """With each block checkpointed; None for a model without repeated blocks."""
     blocks: int
-    """How many blocks are sharded, and checkpointed, each by itself."""
+    """How many blocks are sharded, and checkpointed, each by itself; with stages those of this one."""
+    micro_batches: int = 1
+    """Of a step of a pipeline, in each of which `inputs` are."""
+    stages: "tuple[Budget, ...]" = ()
+    """Of a pipeline, what each stage takes; the budget itself is that of the stage that takes most."""
 
     def total(self, step: StepCost) -> int:
         """Return the bytes of one device at the peak of a step."""
@@ -132,9 +142,24 @@ class Budget(InNotebook):
             row("a step computes", *(step.flops for step in steps), unit="FLOP"),
         ]
         whom = f"each of {self.mesh.devices:,} devices ({self.mesh})" if self.mesh.devices > 1 else "one device"
+        if self.stages:
+            whom = f"the fullest of {len(self.stages)} stages ({self.mesh}, {self.micro_batches} micro-batches)"
         heading = f"{self.model} · {self.source} · {whom} · {', '.join(self.dtypes)}"
         given = f"  {count(self.blocks, 'block')}; inputs: {', '.join(self.inputs)}"
-        return wrapped("\n".join([heading, given, "", columns(rows)]), width)
+        lines = [heading, given, "", columns(rows), *self._of_stages()]
+        return wrapped("\n".join(lines), width)
+
+    def _of_stages(self) -> list[str]:
+        if not self.stages:
+            return []
+        rows: list[tuple[str, ...]] = [
+            ("stage", "blocks", "weights", "adapters", "activations", "all of it", "checkpointed")
+        ]
+        for number, stage in enumerate(self.stages):
+            sizes = [stage.weights, stage.adapters, stage.plain.kept, stage.total(stage.plain)]
+            sizes += [stage.total(stage.checkpointed)] if stage.checkpointed else []
+            rows.append((str(number), str(stage.blocks), *(scaled(size, "B") for size in sizes)))
+        return ["", columns(rows)]
 
     def _lasting(self) -> dict[str, int]:
         return {
@@ -148,14 +173,12 @@ class Budget(InNotebook):
     def to_json(self) -> str:
         """Return the budget as JSON; sizes are bytes."""
 
-        def step(cost: StepCost | None) -> dict[str, Any] | None:
-            return None if cost is None else {**asdict(cost), "total": self.total(cost)}
+        def step(budget: Budget, cost: StepCost | None) -> dict[str, Any] | None:
+            return None if cost is None else {**asdict(cost), "total": budget.total(cost)}
 
-        document = {
-            "schema_version": self.schema_version,
-            **asdict(self),
-            "devices": self.mesh.devices,
-            "plain": step(self.plain),
-            "checkpointed": step(self.checkpointed),
-        }
+        def table(budget: Budget) -> dict[str, Any]:
+            steps = {"plain": step(budget, budget.plain), "checkpointed": step(budget, budget.checkpointed)}
+            return {**asdict(budget), **steps, "stages": [table(stage) for stage in budget.stages]}
+
+        document = {"schema_version": self.schema_version, **table(self), "devices": self.mesh.devices}
         return json_text(document, indent=1)

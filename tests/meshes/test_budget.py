@@ -86,6 +86,62 @@ def test_a_device_of_a_mesh_has_its_part_of_weights_and_of_what_lies_between_the
     assert one.plain.flops - mesh.plain.flops > products * 3 / 4
 
 
+def test_a_stage_of_a_pipeline_has_its_blocks_and_the_micro_batches_that_are_on_their_way():
+    one, piped = counted(), counted(mesh="pp=3", micro_batches=5)
+    x, block, head = 4 * ROWS * WIDE, WIDE * INNER * 2 + INNER + WIDE, WIDE * 5 + 5
+    assert [stage.weights for stage in piped.stages] == [4 * block, 4 * block, 4 * (block + head)]
+    assert sum(stage.adapters for stage in piped.stages) == one.adapters
+    assert sum(stage.plain.flops for stage in piped.stages) == 5 * one.plain.flops
+    assert [stage.blocks for stage in piped.stages] == [1, 1, 1]
+    first, middle, last = (stage.plain.kept for stage in piped.stages)
+    buffers = 5 * x  # of what is received, and of gradients of what is sent
+    own = (first - buffers) / 3  # three micro-batches are on their way
+    assert own == (middle - 2 * buffers) / 2
+    assert last - buffers > 0
+    fewer = counted(mesh="pp=3", micro_batches=1)
+    assert fewer.stages[0].plain.kept == own + x
+    assert piped.total(piped.plain) == max(stage.total(stage.plain) for stage in piped.stages)
+    assert counted(mesh="pp=3").micro_batches == 3
+    assert counted(mesh="tp=4,pp=3", tp_plan=SPLIT).stages[0].weights < piped.stages[0].weights
+    document = json.loads(piped.to_json())
+    assert [stage["plain"]["kept"] for stage in document["stages"]] == [first, middle, last]
+    for wrong in ({"mesh": "pp=3", "micro_batches": 0}, {"micro_batches": 2}):
+        with pytest.raises(ValueError, match="micro_batches"):
+            counted(**wrong)
+
+
+def test_what_several_stages_use_each_has_and_blocks_out_of_order_are_no_pipeline():
+    class Tied(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ends = nn.Linear(WIDE, WIDE, bias=False)
+
+        def forward(self, x):
+            x = self.ends(x)
+            for block in self.blocks:
+                x = block(x)
+            return x @ self.ends.weight
+
+    class Backwards(Stack):
+        def forward(self, x):
+            for block in reversed(self.blocks):
+                x = block(x)
+            return x
+
+    class Skips(Stack):
+        def forward(self, x):
+            skipped = self.blocks[0](x)
+            return self.blocks[2](self.blocks[1](skipped) + skipped)
+
+    first, middle, last = lora_fx.budget(Tied(), RULES, rows(), mesh="pp=3").stages
+    assert first.weights - middle.weights == 4 * (WIDE * WIDE + WIDE * 5 + 5), "and the head that nobody uses"
+    assert last.weights - middle.weights == 4 * WIDE * WIDE
+    with pytest.raises(lora_fx.RefusedError, match=r"blocks\.2 +runs where blocks\.0 is next"):
+        lora_fx.budget(Backwards(), RULES, rows(), mesh="pp=3")
+    with pytest.raises(lora_fx.RefusedError, match=r"blocks\.2 +is given what the block before has not made"):
+        lora_fx.budget(Skips(), RULES, rows(), mesh="pp=3")
+
+
 def test_plans_and_dtypes_are_taken_and_the_model_stays_as_it_was():
     model, x = Stack().to("meta"), rows()
     plan = lora_fx.plan(model, RULES, x)
@@ -103,7 +159,9 @@ def test_plans_and_dtypes_are_taken_and_the_model_stays_as_it_was():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mesh": "dp=2,pp=2"}, "pp  is no axis that is counted here"),
+        ({"mesh": "dp=2,cp=2"}, "cp  is no axis that is counted here"),
+        ({"mesh": "dp=2,pp=3"}, "stages that FSDP2 shards are not counted"),
+        ({"mesh": "pp=2"}, "3 repeated blocks for pp=2"),
         ({"mesh": "dp=2,dp=4"}, "is there twice"),
         ({"mesh": "eight"}, "is not NAME=SIZE"),
         ({"mesh": {"dp": 0}}, "0 is no whole number above 0"),
@@ -147,7 +205,7 @@ def test_models_that_cannot_be_counted_are_refused_by_name():
 def test_the_command_prints_a_table_or_json_and_refuses_what_does_not_go_together(tmp_path):
     asked = ("plan", SMALL, "attention", "--mesh", "dp=4,tp=2", "--split", "layers.*.{q,k}_proj=colwise_gather_output")
     golden("plan-mesh-60.txt", run(*asked, columns=60).output)
-    assert json.loads(run(*asked, "--format", "json").output)["mesh"] == {"dp": 4, "tp": 2}
+    assert json.loads(run(*asked, "--format", "json").output)["mesh"] == {"dp": 4, "tp": 2, "pp": 1}
     for more, says in (
         (("--format", "dot"), "as text or json"),
         (("--stat",), "leave out --all, --stat and --expect"),
@@ -158,5 +216,8 @@ def test_the_command_prints_a_table_or_json_and_refuses_what_does_not_go_togethe
         result = run(*asked, *more)
         assert result.exit_code == 2 or says in result.output
         assert says in result.output
+    shown = run("plan", SMALL, "attention", "--mesh", "pp=3", "--micro-batches", "4", columns=80)
+    golden("plan-mesh-stages-80.txt", shown.output)
+    assert "is for pp" in run(*asked, "--micro-batches", "4").output
     assert "are for --mesh" in run("plan", SMALL, "attention", "--dtype", "float16").output
     assert "RULES are missing" in run("plan", "saved.json", "--mesh", "dp=2").output

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 import lora_fx
 from lora_fx.bench.counters import FORMULAS
@@ -25,6 +26,9 @@ RULES = {
     "version": 1,
     "rules": [{"name": "all", "match": {"name": "**.{q,k,v,o,gate,up,down}_proj"}, "lora": {"r": 4, "alpha": 8}}],
 }
+
+PARTS = 3
+"""Micro-batches of a pipeline's step."""
 
 
 def llama(**more: Any) -> LlamaForCausalLM:
@@ -89,12 +93,11 @@ def _parts(value: Any) -> list[Tensor]:
     return [local(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def metered(tuned: nn.Module) -> dict[str, int]:
+def metered(tuned: nn.Module, step: Callable[[nn.Module, Meter], int]) -> dict[str, int]:
     """Return what a process has and makes in two steps of training; the second is measured."""
     trained = list(lora_fx.parameters(tuned))
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
-    with Meter() as meter:  # knows the memory into which parameters are gathered, which is given back in between
-        tuned(**inputs()).loss.backward()
+    optimizer, meter = torch.optim.AdamW(trained, lr=1e-3, foreach=False), Meter()
+    step(tuned, meter)  # knows the memory into which parameters are gathered, which is given back in between
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     found = {"optimizer": bytes_of(states), "gradients": bytes_of([p.grad for p in trained])}
@@ -104,35 +107,108 @@ def metered(tuned: nn.Module) -> dict[str, int]:
     frozen = [parameter for parameter in tuned.parameters() if id(parameter) not in ids]
     found |= {"weights": bytes_of([*frozen, *tuned.buffers()]), "adapters": bytes_of(trained)}
     meter.peak = meter.flops = 0
-    with meter:
-        loss = tuned(**inputs()).loss
-        found["kept"] = meter.live(but=list(tuned.parameters()))
-        loss.backward()
+    found["kept"] = step(tuned, meter)
     return found | {"peak": meter.peak, "flops": meter.flops}
 
 
-def sharded(tuned: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def stepped(tuned: nn.Module, meter: Meter) -> int:
+    """Run both passes; return the bytes that live between them."""
+    with meter:
+        loss = tuned(**inputs()).loss
+        kept = meter.live(but=list(tuned.parameters()))
+        loss.backward()
+    return kept
+
+
+class Stage(nn.Module):
+    """One of two stages of a Llama."""
+
+    def __init__(self, tuned: Any, number: int) -> None:
+        super().__init__()
+        half = len(tuned.model.layers) // 2
+        self.layers = tuned.model.layers[number * half : (number + 1) * half]
+        self.rotary = tuned.model.rotary_emb
+        self.embed = tuned.model.embed_tokens if number == 0 else None
+        self.norm, self.head = (tuned.model.norm, tuned.lm_head) if number else (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.embed is None else self.embed(x)
+        positions = torch.arange(x.shape[1])[None]
+        turns = self.rotary(x, positions)
+        for layer in self.layers:
+            x = layer(x, position_ids=positions, position_embeddings=turns)
+        return x if self.head is None else self.head(self.norm(x))
+
+
+def piped(mesh: Any) -> Callable[[nn.Module, Meter], int]:
+    """Return a step of 1F1B; what is kept is seen when a stage first goes backwards, which is when it has most."""
+    schedules: list[tuple[Schedule1F1B, list[int]]] = []
+
+    def step(stage: nn.Module, meter: Meter) -> int:
+        if not schedules:
+            ends = PipelineStage(stage, mesh.get_local_rank(), 2, torch.device("cpu"), group=mesh.get_group())
+            kept: list[int] = []
+            backward = ends.backward_one_chunk
+
+            def watched(*args: Any, **kwargs: Any) -> None:
+                kept.append(meter.live(but=list(stage.parameters())))
+                backward(*args, **kwargs)
+
+            ends.backward_one_chunk = watched
+            schedules.append((Schedule1F1B(ends, PARTS, loss_fn=_loss), kept))
+        schedule, kept = schedules[0]
+        kept.clear()
+        ids = inputs()["input_ids"].repeat(PARTS, 1)
+        with meter:
+            schedule.step(
+                *(() if mesh.get_local_rank() else (ids,)),
+                target=ids if mesh.get_local_rank() else None,
+                return_outputs=False,
+            )
+        return kept[0]
+
+    return step
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return ForCausalLMLoss(logits, labels, vocab_size=logits.shape[-1])
+
+
+def sharded(tuned: nn.Module, mesh: Any) -> nn.Module:
     for block in tuned.model.layers:
         fully_shard(block, mesh=mesh)
     return fully_shard(tuned, mesh=mesh)
 
 
-def parallel(tuned: nn.Module) -> nn.Module:
+def parallel(tuned: nn.Module, mesh: Any) -> nn.Module:
     """Make a model tensor parallel by the plan that transformers brings with it."""
     gathered = ColwiseParallel(output_layouts=Replicate())
     styles = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel(), "colwise_gather_output": gathered}
     styles["embedding_rowwise"] = RowwiseParallel(input_layouts=Replicate())
     plan = {name: styles[style] for name, style in tuned._tp_plan.items()}
-    return parallelize_module(tuned, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+    return parallelize_module(tuned, mesh, plan)
 
 
-def treated(_folder: Path) -> dict[str, dict[str, int]]:
-    """What a process of two has and makes, of a model that is sharded, or tensor parallel; plain and checkpointed."""
+def by_four(_folder: Path) -> dict[str, dict[str, int]]:
+    """What a process of four, two by two, has and makes of a model; plain and checkpointed.
+
+    Where it is split along one axis alone, both pairs do the same.
+    """
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("first", "tp"))
+    first, tp = mesh["first"], mesh["tp"]
+    ways: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "dp=2": lambda tuned: sharded(tuned, first),
+        "tp=2": lambda tuned: parallel(tuned, tp),
+        "dp=2,tp=2": lambda tuned: sharded(parallel(tuned, tp), first),
+        "pp=2": lambda tuned: Stage(tuned, first.get_local_rank()),
+        "tp=2,pp=2": lambda tuned: Stage(parallel(tuned, tp), first.get_local_rank()),
+    }
     found = {}
-    for name, way in {"dp": sharded, "tp": parallel}.items():
-        found[name] = metered(way(adapted()))
-        tuned = adapted()
-        tuned.gradient_checkpointing_enable({"use_reentrant": False})
-        found[f"{name} checkpointed"] = metered(way(tuned))
+    for name, way in ways.items():
+        for more in ("", " checkpointed"):
+            tuned = adapted()
+            if more:
+                tuned.gradient_checkpointing_enable({"use_reentrant": False})
+                tuned.disable_input_require_grads()  # for blocks that reenter; it would keep what is not yet reduced
+            found[name + more] = metered(way(tuned).train(), piped(first) if "pp" in name else stepped)
     return found
