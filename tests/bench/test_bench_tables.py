@@ -158,6 +158,7 @@ def test_logits_that_are_never_whole_are_counted_beside_those_that_are(capsys):
     assert float(cells[8][5]) < float(cells[7][5])  # of the few rows that are labelled the last block alone
 
 
+@pytest.mark.slow
 def test_padding_that_is_left_out_is_counted_beside_what_computes_it(capsys):
     words = ["--rounds", "0", "--width", "128", "--shape", "4", "16", "--models", "bert", "--shares", "0.53", "1.0"]
     benchmark("padding").main(words)
@@ -170,6 +171,7 @@ def test_padding_that_is_left_out_is_counted_beside_what_computes_it(capsys):
     assert cells[5][3:] == cells[6][3:]  # without padding it is what runs today
 
 
+@pytest.mark.slow
 def test_frozen_blocks_that_are_not_computed_again_are_counted_beside_those_that_are(capsys):
     benchmark("prefix").main(["--rounds", "0", "--width", "128", "--shape", "4", "16", "--models", "llama"])
     head, _, *lines = capsys.readouterr().out.splitlines()

@@ -273,6 +273,7 @@ def test_known_graph_that_is_wrong_is_forgotten_and_captured_again(counts: Count
 
 
 @pytest.mark.parametrize("specimen", ZOO, ids=lambda specimen: specimen.name)
+@pytest.mark.sampled(3)
 def test_no_model_and_no_weight_is_kept_alive(specimen: Specimen):
     model = specimen.build()
     plan = lora_fx.plan(model, rules(specimen.rule), specimen.sample())

@@ -150,9 +150,10 @@ LARGE = (T5, UNET)
 """Those of `PEERS` with many kinds of blocks, each of which takes its time to capture."""
 
 
-def each(peers: tuple[Peer, ...], slow: tuple[Peer, ...] = ()) -> pytest.MarkDecorator:
-    """Run a test once for each peer; for those in `slow` only where slow tests run."""
+def each(peers: tuple[Peer, ...], slow: tuple[Peer, ...] = (), fuzz: tuple[Peer, ...] = ()) -> pytest.MarkDecorator:
+    """Run a test once for each peer; for those in `slow` only where slow tests run, for those in `fuzz` where all do."""
     marked = [pytest.param(peer, marks=pytest.mark.slow) for peer in slow]
+    marked += [pytest.param(peer, marks=pytest.mark.fuzz) for peer in fuzz]
     return pytest.mark.parametrize("peer", [*peers, *marked], ids=lambda peer: peer.name)
 
 

@@ -25,7 +25,7 @@ def logits(tuned: nn.Module, ids: Tensor = IDS) -> Tensor:
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("kind", ["mixtral", "qwen"])
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen", marks=pytest.mark.slow)])
 def test_what_is_used_of_several_adapters_on_banks_is_what_is_merged(implementation: str, kind: str):
     tuned = two(implementation, EXPERTS, rules("**.experts.*_proj", "**.q_proj", r=4, share="outer"), kind)
     base = logits(model(implementation, kind))

@@ -32,7 +32,7 @@ def one_by_one(tuned: nn.Module, names: list[str | None]) -> Iterator[Tensor]:
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("kind", ["mixtral", "qwen"])
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen", marks=pytest.mark.slow)])
 def test_rows_have_adapters_of_the_attention_around_routed_experts(implementation: str, kind: str):
     tuned = two(implementation, ATTENTION, rules("**.{k,o}_proj", r=3), kind)
     with lora_fx.rows(tuned, NAMES):
@@ -142,6 +142,7 @@ def each_alone(tuned: nn.Module, names: list[str | None], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("length", [1, 2, 6])
 @pytest.mark.parametrize("same", [True, False], ids=["same prompts", "other prompts"])
 @pytest.mark.parametrize("words", [True, False], ids=["ids", "values"])
+@pytest.mark.sampled(3)
 def test_layers_whose_tokens_are_picked_by_values_get_no_adapters_of_rows(
     seed: int, length: int, same: bool, words: bool
 ):

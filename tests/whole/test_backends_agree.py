@@ -52,6 +52,7 @@ def test_adapted_model_starts_bit_equal_to_its_base_at_every_shape(specimen: Spe
 
 @specimens
 @pytest.mark.parametrize("lora", [{}, {"dora": True}, {"dropout": 0.3}, {"rslora": True, "bias": True}], ids=str)
+@pytest.mark.sampled(2)
 def test_backends_give_the_same_outputs_and_gradients(specimen: Specimen, lora: dict[str, object]):
     graph, modules = both(specimen, **lora)
     randomise_(graph)

@@ -67,6 +67,7 @@ def test_there_is_an_example_of_each_kind():
     assert [path.stem for path in EXAMPLES] == kinds
 
 
+@pytest.mark.slow
 def test_example_for_several_processes_runs_with_two(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES[0].parents[1]), "OMP_NUM_THREADS": "1"}
