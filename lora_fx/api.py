@@ -31,6 +31,7 @@ from lora_fx.planning import explain as explaining
 from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
 from lora_fx.progress.steps import ShowProgress, counting, running
+from lora_fx.rules.peftwords import answering_peft
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.rules.short import Target, rules_or_short
@@ -44,6 +45,7 @@ Rules: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet
 ChosenBackend: TypeAlias = Literal["auto", "graph", "modules"]
 
 
+@answering_peft
 def plan(
     model: nn.Module,
     rules: Rules | None = None,
@@ -102,6 +104,7 @@ def explain(
     return explaining.explain(plan, read, seen.inventory, path, contraction_teller(model))
 
 
+@answering_peft
 def apply(
     model: nn.Module,
     rules_or_plan: Rules | Plan | None = None,
@@ -157,6 +160,7 @@ def disabled(tuned: nn.Module) -> AbstractContextManager[None]:
     return undo.disabled(seen_through(tuned))
 
 
+@answering_peft
 def load(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -169,8 +173,7 @@ def load(
 
     Reads what `save` and PEFT write.  Files and model are checked against each other before anything is made.  Of
     several adapters in the directory the first is in use, and those that share no weight with it or each other;
-    `lora_fx.use` chooses among all.
-    `example_inputs`, `optimise` and `progress` are as for `apply`.
+    `lora_fx.use` chooses among all.  `example_inputs`, `optimise` and `progress` are as for `apply`.
 
     Raises:
         AdapterFileError: missing, damaged or contradictory files.

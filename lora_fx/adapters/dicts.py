@@ -1,11 +1,35 @@
 """What holds the modules of adapters, each by its adapter's name."""
 
+import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from torch import nn
 
-from lora_fx.models.walking import named_modules_of
+from lora_fx.errors import RefusedError
+from lora_fx.models.walking import as_usual, named_modules_of
+
+_PEFT = "peft.tuners"
+_INJECTING = (f"{_PEFT}.", "peft.mapping")
+"""What the modules of PEFT begin with that look through a model before they put adapters into it."""
+_LISTS = "torch.nn.modules.module"
+
+
+def _refuse_peft(frame: FrameType | None) -> None:
+    """Raise RefusedError if PEFT is about to put adapters into an adapted model, by the frame that lists its modules.
+
+    It would take our factors for its own, put them into its files, let graphs of GraphModules call its layers for ours,
+    and merge into the base's memory, which the caller's model shares.
+    """
+    while frame is not None and frame.f_globals.get("__name__") == _LISTS:
+        frame = frame.f_back
+    if frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_INJECTING):
+        raise RefusedError(
+            "PEFT cannot put adapters into a model that lora_fx has adapted",
+            advice='lora_fx.add(tuned, lora_fx.rules_from_peft(config), adapter="b") or lora_fx.add(tuned, directory, '
+            'adapter="b") puts one beside; lora_fx.to_peft(tuned) gives a PeftModel, which takes more',
+        )
 
 
 class AdapterDict(nn.ModuleDict):
@@ -13,6 +37,17 @@ class AdapterDict(nn.ModuleDict):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         self._modules[name] = module  # type: ignore[assignment]
+
+    @as_usual
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        """Return what every module does.
+
+        Raises:
+            RefusedError: PEFT asks, to put modules of its own in the place of this model's.
+        """
+        if _PEFT in sys.modules:
+            _refuse_peft(sys._getframe(1))
+        return super().named_modules(memo, prefix, remove_duplicate)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training":  # the mode, whatever an adapter is called

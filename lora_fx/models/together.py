@@ -44,16 +44,18 @@ def are_alike(targets: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
     Then nothing can end the copying in the middle: no value is converted, sent or drawn out.
     """
     both = [*targets, *values]
-    if not {*map(type, both)} <= {*_KINDS} or not all(map(is_dense, both)):
+    if not {*map(type, both)} <= {*_KINDS} or {tensor.layout for tensor in both} != {torch.strided}:
         return False
-    if len({(tensor.dtype, tensor.device) for tensor in both}) != 1:
+    if {tensor.is_contiguous() for tensor in both} != {True}:
+        return False
+    if len({tensor.dtype for tensor in both}) > 1 or len({tensor.device for tensor in both}) > 1:
         return False
     return [target.shape for target in targets] == [value.shape for value in values]
 
 
 def share_memory(targets: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
     """Whether memory of a value is that of a target, but for its own; both are plain tensors with values."""
-    owned = sorted((target.data_ptr(), target.data_ptr() + target.nbytes) for target in targets)
+    owned = sorted([(target.data_ptr(), target.data_ptr() + target.nbytes) for target in targets])
     starts = [start for start, _ in owned]
     for target, value in zip(targets, values, strict=True):
         start = value.data_ptr()

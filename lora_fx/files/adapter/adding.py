@@ -27,6 +27,7 @@ from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory
+from lora_fx.rules.peftwords import answering_peft
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.rules.short import Target, rules_or_short
@@ -39,6 +40,7 @@ Source: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet | nn
 """Rules, the directory of an adapter, or an adapted model."""
 
 
+@answering_peft
 def add(
     tuned: nn.Module,
     source: Source | None = None,

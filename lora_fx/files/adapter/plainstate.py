@@ -16,8 +16,10 @@ from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.models.fsdp import is_of_fully_shard
 from lora_fx.models.shards import is_kind_of_shards
 from lora_fx.models.together import are_alike, share_memory
+from lora_fx.models.torch_internals import foreach_norm
 from lora_fx.models.wrappers import WRAPPING
 
+_WEIGHT = ".weight"
 _VALUES = ("lora_A", "lora_B", "lora_magnitude_vector")
 _PLAIN = frozenset({LoRAFactor, EmbeddingA, ConvolutionA, ConvolutionB, SharedFactor, DoRAMagnitude})
 """Of what modules beside a weight `weight` is all that a state has."""
@@ -34,8 +36,8 @@ def plain_copies(
     if found is None or len(found) != len(state):
         return None
     name = adapter if next(iter(found), None) in state else _name_in(state)
-    keys = found if name == adapter else [_renamed(key, adapter, name) for key in found]
-    values = [state.get(key) for key in keys]
+    cut, end = len(adapter) + len(_WEIGHT), name + _WEIGHT
+    values = [state.get(key if name == adapter else key[:-cut] + end) for key in found]
     targets = list(found.values())
     given = [value for value in values if isinstance(value, Tensor)]
     if len(given) < len(values) or not are_alike(targets, given) or share_memory(targets, given):
@@ -47,7 +49,7 @@ def _targets(tuned: nn.Module, adapter: str) -> dict[str, Tensor] | None:
     """Return the tensors of an adapter by their keys in a state; None where one walk does not tell all of them."""
     found: dict[str, Tensor] = {}
     kinds: set[type] = set()
-    met: set[int] = set()
+    met, end = set[int](), adapter + _WEIGHT
     waiting: list[tuple[str, nn.Module]] = [("", tuned)]
     while waiting:
         path, module = waiting.pop()
@@ -56,7 +58,8 @@ def _targets(tuned: nn.Module, adapter: str) -> dict[str, Tensor] | None:
         met.add(id(module))
         kinds.add(type(module))
         for table in (module._parameters, module._buffers):
-            kinds.update(map(type, table.values()))
+            if table:
+                kinds.update(map(type, table.values()))
         for name, child in reversed(module._modules.items()):
             if child is None:
                 continue
@@ -71,7 +74,7 @@ def _targets(tuned: nn.Module, adapter: str) -> dict[str, Tensor] | None:
                 if type(own) not in _PLAIN or weight is None or weight.is_meta:
                     return None
                 kinds.add(type(weight))
-                found[f"{path}.{name}.{adapter}.weight" if path else f"{name}.{adapter}.weight"] = weight
+                found[f"{path}.{name}.{end}" if path else f"{name}.{end}"] = weight
     is_sharded = any(map(is_of_fully_shard, kinds)) or any(map(is_kind_of_shards, kinds))
     return None if is_sharded else found
 
@@ -82,11 +85,7 @@ def _name_in(state: Mapping[str, Tensor]) -> str:
     return parts[1] if len(parts) == 3 else ""
 
 
-def _renamed(key: str, adapter: str, name: str) -> str:
-    return f"{key[: -len(adapter) - len('.weight')]}{name}.weight"
-
-
 def _are_finite(values: Sequence[Tensor]) -> bool:
-    """Whether all values are finite: a sum is not if one is not, and seldom otherwise."""
+    """Whether all values are finite: no length is if one is not; nor those of values whose squares are too large."""
     with torch.no_grad():
-        return bool(torch.stack([value.sum() for value in values]).isfinite().all())
+        return bool(torch.stack(list(foreach_norm(list(values), 2))).isfinite().all())
