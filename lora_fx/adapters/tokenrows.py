@@ -6,10 +6,30 @@ it.  Whatever else reads the weight gets W with the rows in it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lora_fx.text import listing
+
+IDS = "_extra_state"
+"""The end of the key under which a state has the ids of rows, which stand beside it under `rows`."""
+
+
+def same_ids(one: object, other: object) -> bool:
+    """Whether two values of that key are the ids of the same tokens."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.is_meta or other.is_meta:
+        return False
+    return one.shape == other.shape and one.tolist() == other.tolist()
+
+
+def told_ids(ids: object) -> str:
+    """Return the ids of a state as they are shown."""
+    if not isinstance(ids, Tensor) or ids.is_meta:
+        return "that it does not tell"
+    return listing(map(str, ids.flatten().tolist()), 20)
 
 
 class TokenRows(nn.Module):
@@ -23,6 +43,24 @@ class TokenRows(nn.Module):
         """In ascending order, each once."""
         self.rows = rows
         self._index = _index_of(self.ids, rows.device)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the ids for a state dict, under `_extra_state` beside `rows`."""
+        return torch.tensor(self.ids, dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Do nothing: ids are compared before, and never taken over."""
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
+    ) -> None:
+        """Take the rows of a state dict; where it says that they are of other tokens, add an error of torch's."""
+        given = state.get(prefix + IDS)
+        if given is not None and not same_ids(given, self.get_extra_state()):
+            told = f"rows of tokens {told_ids(given)} in the place of those of {told_ids(self.get_extra_state())}"
+            errors.append(f"{prefix}rows: {told}")
+            return
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
     def index(self, device: torch.device) -> Tensor:
         """Return the ids as a tensor on a device, [n]."""

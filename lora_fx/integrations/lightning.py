@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.placed import placed_in
+from lora_fx.adapters.tokenrows import IDS
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.fingerprint import same_values, sample_values
 from lora_fx.training.recorder import Recorder
@@ -190,11 +191,13 @@ def load_adapter_checkpoint(module: nn.Module, path: str | os.PathLike[str]) -> 
     state = dict(checkpoint["state_dict"])
     _fill_base(module, state, "")
     own = module.state_dict()
-    pairs = ((name, _shape(state.get(name)), _shape(own.get(name))) for name in {**own, **state})
+    pairs = ((name, _told(name, state.get(name)), _told(name, own.get(name))) for name in {**own, **state})
     if wrong := [(name, theirs, ours) for name, theirs, ours in pairs if theirs != ours]:
         raise AdapterMismatchError("the checkpoint does not fit this module", wrong, "nothing was loaded")
     module.load_state_dict(state)
 
 
-def _shape(value: object) -> str:
+def _told(name: str, value: object) -> str:
+    if name.endswith(IDS) and isinstance(value, Tensor):
+        return f"tokens {value.tolist()}"
     return f"{list(value.shape)}" if isinstance(value, Tensor) else "has none" if value is None else "no tensor"

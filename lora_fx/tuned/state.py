@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.adapters.placed import is_trained, placed_in
-from lora_fx.adapters.trained import added_tensors, parameters_of, trained_owners
+from lora_fx.adapters.tokenrows import IDS, same_ids, told_ids
+from lora_fx.adapters.trained import added_rows, added_tensors, parameters_of, trained_owners
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.models.between import between_calls, one_at_a_time
 from lora_fx.models.fsdp import resharded
@@ -25,8 +26,8 @@ def adapter_state(tuned: nn.Module, adapter: str | None = None) -> dict[str, Ten
     """Return what is trained as a state dict, for a checkpoint of one's own; it shares its memory with the model.
 
     Its names are those of `tuned.state_dict()`: adapters (A of LoRA-FA too, which was drawn), where PiSSA and its kin
-    started, trained biases, and the modules under `train:` with their buffers, each tensor once.  `save` writes files
-    that others read; this is for `torch.save` beside an optimizer's state.
+    started, trained biases, rows of tokens with the ids of these, and the modules under `train:` with their buffers,
+    each tensor once.  `save` writes files that others read; this is for `torch.save` beside an optimizer's state.
 
     Args:
         tuned: an adapted model, which stays unchanged.
@@ -48,7 +49,17 @@ def adapter_state(tuned: nn.Module, adapter: str | None = None) -> dict[str, Ten
             refuse_trained_together(tuned, adapter)
             own = {id(tensor) for tensor in _of_one(tuned, adapter)}
             state = {name: tensor for name, tensor in state.items() if id(tensor) in own}
-    return {name: tensor.detach() for name, tensor in state.items()}
+    return {name: tensor.detach() for name, tensor in state.items()} | _ids(tuned, state)
+
+
+def _ids(tuned: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return of the rows of tokens in a state the ids, by their keys in `tuned.state_dict()`."""
+    rows = {id(one.rows): one for _, _, one in added_rows(tuned)}
+    return {
+        name.removesuffix("rows") + IDS: rows[id(tensor)].get_extra_state()
+        for name, tensor in state.items()
+        if id(tensor) in rows
+    }
 
 
 def _whole(tuned: nn.Module) -> dict[str, Tensor]:
@@ -94,24 +105,26 @@ def load_adapter_state(tuned: nn.Module, state: Mapping[str, Tensor], adapter: s
     Raises:
         ValueError: no adapter has the name.
         AdapterMismatchError: names every tensor that is missing, too much, of another shape, of more bits than the
-            model's, or not finite.
+            model's, or not finite; and rows of other tokens.
         RefusedError: as `adapter_state`.
     """
     own = adapter_state(tuned, adapter)
-    pairs = ((name, _differs(own.get(name), state.get(name))) for name in {**own, **state})
+    pairs = ((name, _differs(name, own.get(name), state.get(name))) for name in {**own, **state})
     if wrong := [(name, *differs) for name, differs in pairs if differs is not None]:
         advice = "give the state of a model that was adapted by the same rules; nothing was loaded"
         raise AdapterMismatchError("the state does not fit this adapted model", wrong, advice)
     with between_calls(tuned):
         write_together(
-            [(own[name], part_of(value, own[name])) for name, value in state.items()]
+            [(own[name], part_of(value, own[name])) for name, value in state.items() if not name.endswith(IDS)]
         )  # it is the model's own memory
 
 
-def _differs(own: Tensor | None, given: Tensor | None) -> tuple[str, str] | None:
+def _differs(name: str, own: Tensor | None, given: Tensor | None) -> tuple[str, str] | None:
     """Return (what is given, what the model has) where one cannot be copied into the other without loss."""
     if own is None or given is None or not isinstance(given, Tensor):
         return _told(given), _told(own)
+    if name.endswith(IDS):
+        return None if same_ids(given, own) else (f"tokens {told_ids(given)}", f"tokens {told_ids(own)}")
     narrower = torch.promote_types(own.dtype, given.dtype) != own.dtype
     alike = type(given.detach()) in (type(own), Tensor) if is_sharded(own) else type(own) is type(given.detach())
     if own.is_meta or given.is_meta or narrower or own.shape != given.shape or not alike:
