@@ -280,9 +280,9 @@ def test_changing_adapters_captures_and_compiles_nothing(capsys):
     assert all(row[2:] == [0, 0] for row in rows.values())
     assert rows["use"][0] == rows["use, in a with"][0] == rows["rows"][0] == 0
     tensors = 2 * 7
-    assert rows["swap, of a state"][0] <= 3 * tensors + 20  # each value is summed, copied, and the old one kept
+    assert rows["swap, of a state"][0] <= 20  # whatever the number of tensors
     looked_through = 700 if len(sys._current_frames()) > 1 else 0  # frames, where other threads live
-    assert rows["swap, of a state"][1] <= 25 * tensors + 200 + looked_through
+    assert rows["swap, of a state"][1] <= 200 + looked_through
     assert rows["swap, of a directory"][1] <= 150 * tensors + 3000  # the base is not made again
 
 

@@ -72,5 +72,7 @@ def by_hand(tuned: Any, rows: dict[int, Tensor], tied: bool = True) -> Any:
             plain.words.weight[row] = value
     same = lora_fx.apply(plain, {"rules": rules()["rules"]}, backend="modules")
     state = lora_fx.adapter_state(tuned)
-    lora_fx.load_adapter_state(same, {name: value for name, value in state.items() if not name.endswith("rows")})
+    lora_fx.load_adapter_state(
+        same, {name: value for name, value in state.items() if not name.endswith(("rows", "_extra_state"))}
+    )
     return same
