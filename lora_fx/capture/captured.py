@@ -3,7 +3,7 @@
 import enum
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -14,7 +14,9 @@ from lora_fx.capture.calls.ambient import AmbientState, ambient_state, in_clean_
 from lora_fx.capture.calls.arguments import FlatCall, GuardCheck, Leaf, flatten, is_constant, positional_names, rebuild
 from lora_fx.capture.calls.objects import copied, is_plain_object
 from lora_fx.capture.calls.reasons import Untraceable, reason_of
-from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
+from lora_fx.capture.reads.dependencies import Dependencies
+from lora_fx.capture.reads.opennumbers import OpenNumbers, UsedOtherwise
+from lora_fx.capture.reads.places import AttributePath
 from lora_fx.capture.tracing.inputs import Input, Inputs, VaryingSizes
 from lora_fx.capture.tracing.outputs import write_output
 from lora_fx.capture.tracing.recording import NeedsRecord, Records
@@ -67,6 +69,7 @@ def capture(
     kwargs: dict[str, Any],
     varying: VaryingSizes = frozenset(),
     record: Callable[[], Records] | None = None,
+    left_open: frozenset[AttributePath] = frozenset(),
 ) -> Captured:
     """Return the forward of the module for calls like this one, as a graph; module and arguments stay unchanged.
 
@@ -77,17 +80,21 @@ def capture(
         varying: sizes that are known to vary; a part of the forward that turns one into a constant stays a call.
         record: makes the same call for real and returns what the submodules returned; asked at most once, for those
             that cannot run on fake tensors.
+        left_open: places of integers of the module that the graph shall have as parameters, if the forward uses them as
+            no more than an index.
 
     Raises:
         NotCaptured: with the reason.
     """
     flat = flatten(args, kwargs, positional_names(original_class(module).forward)[1:])
     refuse_opaque(flat)
-    call = _Call(module, args, kwargs, flat, varying, ambient_state({leaf.value.device for leaf in flat.tensors()}))
+    around = ambient_state({leaf.value.device for leaf in flat.tensors()})
+    call = _Call(module, args, kwargs, flat, varying, around)
 
     def work() -> Captured:
         with call.around.active():
-            return _with_retreats(call, record)
+            found = _left_open(replace(call, left_open=left_open), record) if left_open else None
+            return found or _with_retreats(call, record)
 
     with _LOCK, quiet_fakes():
         return in_clean_thread(work)
@@ -124,6 +131,7 @@ class _Call:
     flat: FlatCall
     varying: VaryingSizes
     around: AmbientState
+    left_open: frozenset[AttributePath] = frozenset()
 
     def captured(self, opaque: Mapping[str, str], records: Records | None) -> Captured:
         """Make one attempt."""
@@ -134,9 +142,12 @@ class _Call:
         inputs.admit(self.flat)
         tensors = sum(isinstance(given.stand_in, Tensor) for given in inputs.given)
         tracer.varying = list(inputs.symbols(self.varying))
+        tracer.open = tracer.globals.open = OpenNumbers(self.left_open, inputs.required)
         stand_ins = inputs.stand_ins
         result = tracer.run(*rebuild(self.args, self.kwargs, lambda leaf: stand_ins.get(id(leaf), leaf)))
         write_output(writer, result)
+        if tracer.open.given and tracer.may_tell_open_numbers:
+            raise UsedOtherwise
         writer.drop_unused()
         refuse_odd_names(writer.graph, paths=False)
         read = {str(node.target) for node in writer.graph.nodes if node.op == "get_attr"}
@@ -151,9 +162,19 @@ class _Call:
             dependencies=tracer.dependencies,
             ambient=self.around,
             owned={name: _facts(tracer.module, name) for name in sorted(tracer.dependencies.owned | read)},
-            parameters=(),
+            parameters=tuple(tracer.open.given),
             example=rebuild(self.args, self.kwargs, _stub),
         )
+
+
+def _left_open(call: _Call, record: Callable[[], Records] | None) -> Captured | None:
+    """Return the capture with integers left open; None if the forward uses them otherwise, or fails."""
+    try:
+        return _with_retreats(call, record)
+    except BakesSize:
+        raise
+    except (UsedOtherwise, NotCaptured):
+        return None
 
 
 def _with_retreats(call: _Call, record: Callable[[], Records] | None) -> Captured:

@@ -13,7 +13,7 @@ from torch import fx
 
 from lora_fx.capture.calls.arguments import GuardCheck, Leaf
 from lora_fx.capture.captured import Captured
-from lora_fx.capture.reads.dependencies import AttributePath
+from lora_fx.capture.reads.places import AttributePath
 from lora_fx.capture.tracing.inputs import Input, NumberInput, ObjectInput, TensorInput
 
 _INDEX = re.compile(r"(?<=\[)(\d+)(?=\])|\b(\d+)(?= (?:not )?in )")

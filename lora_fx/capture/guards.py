@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lora_fx.capture.calls.arguments import Leaf, is_constant
 from lora_fx.capture.captured import Captured
-from lora_fx.capture.reads.dependencies import AttributePath
 from lora_fx.capture.reads.frozen import Freezer, Frozen, Inside, OfType
+from lora_fx.capture.reads.places import AttributePath
 from lora_fx.capture.tracing.inputs import NumberInput, TensorInput, size_name
 from lora_fx.liveness.rows import LazyRows
 from lora_fx.models.code import attribute

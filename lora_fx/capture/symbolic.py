@@ -20,8 +20,9 @@ from lora_fx.capture.calls.ambient import no_collections
 from lora_fx.capture.calls.arguments import GuardCheck, is_constant
 from lora_fx.capture.calls.reasons import Untraceable, reason_of
 from lora_fx.capture.captured import Captured, NotCaptured
-from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
+from lora_fx.capture.reads.dependencies import Dependencies
 from lora_fx.capture.reads.libraries import is_standard_library
+from lora_fx.capture.reads.places import AttributePath
 from lora_fx.capture.tracing.copies import Listener, path_of, reporting_copy
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.tracer import is_leaf

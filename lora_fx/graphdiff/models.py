@@ -16,8 +16,8 @@ from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.trained import VALUES
 from lora_fx.capture.calls.arguments import rebuild
 from lora_fx.capture.captured import Captured, NotCaptured, capture
-from lora_fx.capture.reads.dependencies import AttributePath
 from lora_fx.capture.reads.frozen import Freezer, Frozen, OfType, Unfreezable
+from lora_fx.capture.reads.places import AttributePath
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.discovery.study import CAPTURING, observed
 from lora_fx.graphdiff.canonical import Statements, adapted_graph, describe_spec, placed, statements_of

@@ -54,6 +54,8 @@ def capture_new(block: BlockPrograms, replay: Replay, result: object) -> Program
     varying = block.sizes.varying(call.args, call.kwargs)
     captured, static = _captured(block, replay, varying)
     program = make_program(captured, call.module, block.passes, static)
+    if captured.parameters:  # that this one is proven now; if it is not, the program is dropped
+        program.guard.proven.add(program.parameters_of(call.module))
     difference = replay.difference(program, program.guard.match, result)
     if difference is not None:
         raise NotCaptured(f"the graph is not the forward: {difference}")
@@ -103,7 +105,8 @@ def _captured(block: BlockPrograms, replay: Replay, varying: VaryingSizes) -> tu
     """Return a graph of the call, and whether it is for these sizes only though they are known to vary."""
     call = replay.call
     try:
-        return capture(call.module, call.args, call.kwargs, varying, replay.recorded), False
+        left_open = frozenset(place for program in block.programs for place in program.captured.parameters)
+        return capture(call.module, call.args, call.kwargs, varying, replay.recorded, left_open), False
     except BakesSize:
         if not varying or _has_most_static(block):
             raise

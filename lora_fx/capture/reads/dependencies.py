@@ -4,18 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fx.capture.reads.frozen import Frozen
+from lora_fx.capture.reads.places import AttributePath
 from lora_fx.capture.reads.sources import ValueSource
-
-
-@dataclass(frozen=True, slots=True)
-class AttributePath:
-    """An attribute: of the module at `path`, and from there on along `attributes` (`config`, `hidden_act`)."""
-
-    path: str
-    attributes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return ".".join(filter(None, (self.path, *self.attributes)))
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_fx.capture.calls.arguments import CONSTANTS
 from lora_fx.capture.calls.objects import is_plain_object
 from lora_fx.capture.reads.libraries import is_library_module
+from lora_fx.capture.reads.opennumbers import refuse_open
 from lora_fx.models.code import attribute
 
 _MOST_PARTS = 256
@@ -159,6 +160,7 @@ class Freezer:
         self._left -= 1
         if self._left < 0:
             raise Unfreezable("with too much in it to be compared at every call")
+        refuse_open(value)
         if isinstance(value, CONSTANTS):
             return Constant(value)
         if isinstance(value, Tensor):

@@ -17,9 +17,11 @@ from lora_fx.adapters.trained import chosen_names
 from lora_fx.capture.calls.arguments import is_constant
 from lora_fx.capture.calls.objects import StandIn, is_plain_object, subclass_of
 from lora_fx.capture.calls.reasons import Untraceable
-from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
+from lora_fx.capture.reads.dependencies import Dependencies
 from lora_fx.capture.reads.frozen import Freezer, OfType, Unfreezable
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
+from lora_fx.capture.reads.opennumbers import OpenNumbers
+from lora_fx.capture.reads.places import AttributePath
 from lora_fx.models.copying import THEMSELVES, copied_tree
 from lora_fx.models.fsdp import is_mark, plain_shell
 from lora_fx.models.swap import is_swapped, origin, swap, unswap
@@ -43,6 +45,8 @@ class Listener:
     original: nn.Module
     owned: dict[int, str]
     """Path of each parameter and buffer of the copy by its identity."""
+    open: OpenNumbers | None = None
+    """Integers that are left open."""
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module of the copy was called; return what the call returns."""
@@ -56,9 +60,13 @@ class Listener:
         """The forward does what cannot be followed."""
         raise Untraceable(reason)
 
-    def read(self, place: AttributePath, value: Any) -> None:
-        """The constant `value` was read at `place`."""
+    def read(self, place: AttributePath, value: Any) -> Any:
+        """The constant `value` was read at `place`; return what the forward sees."""
+        left_open = self.open.of(place, value) if self.open is not None else None
+        if left_open is not None:
+            return left_open
         self.dependencies.read.setdefault(place, list(value) if isinstance(value, list) else value)
+        return value
 
     def held(self, place: AttributePath, value: Any) -> None:
         """Something that is neither constant nor method was read at `place`."""
@@ -114,7 +122,7 @@ class _Reporting:
         if name in _INTERNAL or name.startswith("__"):
             _heard_inside(listener, own, name, value)
         elif name in own or not isinstance(vars_of_class(type(self), name), property):  # a property's own code is heard
-            _heard(listener, self, own, name, value)
+            return _heard(listener, self, own, name, value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -138,16 +146,18 @@ def _listening(own: dict[str, Any]) -> Listener | None:
     return listener if listener is not None and listener.listening else None
 
 
-def _heard(listener: Listener, owner: Any, own: dict[str, Any], name: str, value: Any) -> None:
+def _heard(listener: Listener, owner: Any, own: dict[str, Any], name: str, value: Any) -> Any:
+    """Let the listener hear of a value; return what the forward sees."""
     place = _place(own, name)
     if is_constant(value):
-        listener.read(place, value)
-    elif isinstance(value, MethodType) and name not in own and value.__self__ in (owner, type(owner)):
+        return listener.read(place, value)
+    if isinstance(value, MethodType) and name not in own and value.__self__ in (owner, type(owner)):
         listener.method(place)
     elif isinstance(value, nn.Module) and _PATH in vars(value):
         listener.child(place, value)
     else:
         listener.held(place, value)
+    return value
 
 
 def _heard_inside(listener: Listener, own: dict[str, Any], name: str, value: Any) -> None:
@@ -195,7 +205,7 @@ class ReportingModule(_Reporting, nn.Module):
             if isinstance(value, (Tensor, nn.Module)):
                 listener.child(_place(own, name), value)
             else:
-                _heard(listener, self, own, name, value)
+                return _heard(listener, self, own, name, value)
         return value
 
 

@@ -23,6 +23,7 @@ from lora_fx.capture.reads.codes import Named, codes_inside, named_by
 from lora_fx.capture.reads.frozen import UNCHANGING, Freezer, Frozen, Unfreezable
 from lora_fx.capture.reads.functions import CACHED, Functions, cells_of
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
+from lora_fx.capture.reads.opennumbers import OpenNumbers
 from lora_fx.capture.reads.sources import ValueSource
 from lora_fx.capture.tracing.copies import plain_class
 
@@ -53,6 +54,7 @@ class Globals:
         self._freezer = _OutsideFreezer({id(child): path for path, child in module.named_modules()})
         self._functions = Functions()
         self._caches: dict[Any, int] = {}
+        self.open: OpenNumbers | None = None
 
     # -- while the forward runs
 
@@ -107,6 +109,8 @@ class Globals:
 
     def _started(self, frame: types.FrameType) -> None:
         code = frame.f_code
+        if self.open is not None and "type" in code.co_names:
+            self.open.met(code, frame.f_locals)
         problem = self._known.get(code)
         if problem is None or (code.co_freevars and code not in self._inside):  # another closure may run the same code
             problem = self._known[code] = self._judged(frame)

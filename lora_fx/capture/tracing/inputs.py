@@ -192,7 +192,7 @@ def _symbol(size: Any) -> str | None:
 
 def _spoken(access: str) -> str:
     """Return an access as people say it: `past_key_values.layers[0].keys`."""
-    spoken = re.sub(r"^kwargs\['(\w+)'\]", r"\1", access)
+    spoken = re.sub(r"^kwargs\['(\w+)'\]", r"\1", access.replace("«", "").replace("»", ""))
     return re.sub(r"^args\[(\d+)\]", r"argument \1", spoken)
 
 

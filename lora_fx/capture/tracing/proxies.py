@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_fx.capture.calls.arguments import is_constant
 from lora_fx.capture.calls.objects import IDENTITIES, StandIn, Undo, is_plain_object, subclass_of
 from lora_fx.capture.calls.reasons import Untraceable
+from lora_fx.capture.reads.opennumbers import OpenNumber, refuse_open
 from lora_fx.models.code import attribute
 
 _STATE = "_lora_fx_proxy"
@@ -48,6 +49,8 @@ class _State:
     """Attributes, indices or keys whose value is still the object's own."""
     changed: bool = False
     """Whether the forward has set an item."""
+    open: dict[int, OpenNumber] = field(default_factory=dict)
+    """By which open number an index was given, for items of a list that are found so."""
 
 
 def set_attribute(target: object, name: str, value: object) -> None:
@@ -197,12 +200,32 @@ class ProxyList(list[Any]):
 
     def _item(self, index: int) -> Any:
         state = _state(self)
+        for number in state.open.values():
+            number.is_not(index)
         if index in state.raw:
             list.__setitem__(self, index, state.proxies.of(list.__getitem__(self, index), f"{state.access}[{index}]"))
             state.raw.discard(index)
         return list.__getitem__(self, index)
 
+    def _open_item(self, number: OpenNumber) -> Any:
+        """Return the item that an open number finds, and nothing else does."""
+        state, index = _state(self), number.value
+        if index >= len(self):
+            raise IndexError("list index out of range")
+        if index in state.raw:
+            found = state.proxies.of(list.__getitem__(self, index), f"{state.access}[{number.text}]")
+            list.__setitem__(self, index, found)
+            state.raw.discard(index)
+            for other in {*range(len(self))} - state.raw - state.open.keys() - {index}:
+                number.is_not(other)
+            state.open[index] = number
+        if state.open.get(index) is not number:
+            number.spoil()
+        return list.__getitem__(self, index)
+
     def __getitem__(self, key: Any) -> Any:
+        if type(key) is OpenNumber:
+            return self._open_item(key)
         if isinstance(key, slice):
             return [self._item(index) for index in range(*key.indices(len(self)))]
         index = key.__index__()
@@ -214,9 +237,12 @@ class ProxyList(list[Any]):
         return (self._item(index) for index in range(len(self)))
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        refuse_open(key)
         if isinstance(key, slice):
             raise Untraceable(f"the forward sets a slice of {access_of(self)}")
         index = range(len(self))[key.__index__()]
+        for number in _state(self).open.values():
+            number.is_not(index)
         _state(self).proxies.host.wrote(set_item, self, index, value)
         _state(self).raw.discard(index)
         list.__setitem__(self, index, value)
@@ -246,6 +272,7 @@ class ProxyDict(dict[Any, Any]):
     """The proxy of a dict: values are resolved when they are read, and whether a key is there is guarded."""
 
     def _known(self, key: Any) -> bool:
+        refuse_open(key)
         if not is_constant(key):
             raise Untraceable(f"the forward looks up an object of type {type(key).__name__} in {access_of(self)}")
         is_there = dict.__contains__(self, key)
@@ -271,6 +298,7 @@ class ProxyDict(dict[Any, Any]):
         return self[key] if self._known(key) else default
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        refuse_open(key)
         if not is_constant(key):
             raise Untraceable(f"the forward sets an item of {access_of(self)} under a key that is not constant")
         state = _state(self)

@@ -20,7 +20,8 @@ from torch import fx, nn
 
 from lora_fx.capture.calls.ambient import PythonRandomState, no_collections
 from lora_fx.capture.calls.reasons import Untraceable, reason_of
-from lora_fx.capture.reads.dependencies import AttributePath, Dependencies
+from lora_fx.capture.reads.dependencies import Dependencies
+from lora_fx.capture.reads.places import AttributePath
 from lora_fx.capture.reads.tensor_queries import POINTERS, TensorQuery, kind_of_query
 from lora_fx.capture.tracing.changes import changed_attribute, changed_registration, tables_of
 from lora_fx.capture.tracing.copies import Listener, class_of, path_of, reporting_copy
@@ -320,6 +321,12 @@ class Tracer(Listener, FunctionMode):
     def _raise_if_refused(self) -> None:
         if self._refusal is not None:
             raise Untraceable(self._refusal)
+
+    @property
+    def may_tell_open_numbers(self) -> bool:
+        """Whether the forward may have gone another way for being given stand-ins of integers."""
+        spoiled = self.open is not None and self.open.spoiled
+        return spoiled or bool(self.dependencies.retreats)
 
     def _specialised(self) -> int:
         return sum(self.fakes.is_constant(symbol) for symbol in self.varying)

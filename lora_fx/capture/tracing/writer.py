@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from lora_fx.capture.calls.arguments import CONSTANTS
 from lora_fx.capture.calls.objects import Undo
 from lora_fx.capture.calls.reasons import Untraceable
+from lora_fx.capture.reads.opennumbers import refuse_open
 from lora_fx.capture.tracing.proxies import is_proxy
 from lora_fx.models.torch_internals import (
     FakeTensor,
@@ -107,6 +108,7 @@ class GraphWriter:
         """
         if isinstance(value, Tensor):
             return self._tensor(value)
+        refuse_open(value)
         if id(value) in self.inputs:
             return self.inputs[id(value)]
         if is_proxy(value):
