@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from lora_fx.files.adapter.write import save as save
     from lora_fx.files.checkpoint.report import MergedTensor as MergedTensor
     from lora_fx.files.checkpoint.report import MergeReport as MergeReport
+    from lora_fx.files.covariances import input_covariances as input_covariances
     from lora_fx.files.rulefile import draft_rules as draft_rules
     from lora_fx.graphdiff.deltas.audit import Audit as Audit
     from lora_fx.graphdiff.deltas.audit import AuditedSite as AuditedSite
@@ -113,6 +114,7 @@ _HOMES = {
     "lora_fx.files.adapter.swapping": "swap",
     "lora_fx.files.adapter.write": "save",
     "lora_fx.files.checkpoint.report": "MergeReport MergedTensor",
+    "lora_fx.files.covariances": "input_covariances",
     "lora_fx.files.rulefile": "draft_rules",
     "lora_fx.errors": (
         "AdapterFileError AdapterMismatchError CaptureError ExportError InvariantError LoraFxError LoraFxWarning "

@@ -341,14 +341,14 @@ def merge_checkpoint(
     rounding: Rounding = "nearest",
     seed: int = 0,
     adapter: str | None = None,
+    covariances: str | os.PathLike[str] | None = None,
     progress: ShowProgress = None,
 ) -> MergeReport:
     """Write a checkpoint with adapters folded in and return what was done to each tensor; no model is made.
 
     W' = W + Σ scaling · B A over the adapters, accumulated in float32 and rounded once (DoRA: m · V / ‖V‖).  Base and
     adapters stay unchanged; all other tensors are copied byte by byte, and so are tokenizer and configuration.  Memory
-    does not grow with the model.  A run that was killed is continued by the same call; until the end the directory has
-    no `config.json`.
+    does not grow with the model.  A killed run is continued by the same call; until its end there is no `config.json`.
 
     Args:
         base_dir: a directory with `model.safetensors`, or with shards and their index.
@@ -358,18 +358,18 @@ def merge_checkpoint(
         rounding: "nearest", or "stochastic", whose mean is the exact value.
         seed: of the stochastic rounding; the same seed gives the same bytes.
         adapter: of each directory the one of this name; needed where it has several for one weight.
+        covariances: of `input_covariances`: codes (compressed-tensors' integers) are chosen by it; None: the nearest.
         progress: as for `plan`; a function is called with (bytes written, bytes in all, name of the tensor).
 
     Raises:
         AdapterFileError: missing or damaged adapter files.
         AdapterMismatchError: names or shapes that the checkpoint has not, or another base; all of them.
-        MergeError: quantised bases, expert banks, ambiguous names, a directory that is not ours, a full disk, values
-            that would not be finite.
+        MergeError: other quantised bases, expert banks, ambiguous names, a directory that is not ours, a full disk,
+            values that would not be finite.
     """
-    adapters = [adapter_dir] if isinstance(adapter_dir, (str, os.PathLike)) else list(adapter_dir)
-    options = streaming.MergeOptions(out_dtype, rounding, seed)
+    options = streaming.MergeOptions(out_dtype, rounding, seed, covariances)
     with counting("merge", progress) as written:
-        return streaming.merge_files(base_dir, adapters, out_dir, options, written, adapter)
+        return streaming.merge_files(base_dir, adapter_dir, out_dir, options, written, adapter)
 
 
 def extract(

@@ -16,6 +16,7 @@ from lora_fx.cli.output import show
 @click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
 @click.option("--adapter", help="Of each directory the one of this name, where it has several for one weight.")
+@click.option("--covariances", type=click.Path(), help="File by which codes are chosen (lora_fx.input_covariances).")
 @format_option("text", "json")
 @click.option("--all", "everything", is_flag=True, help="Show every tensor, not only those that rounding hurt most.")
 @progress_option
@@ -27,6 +28,7 @@ def command(
     rounding: str,
     seed: int,
     adapter: str | None,
+    covariances: str | None,
     form: str,
     everything: bool,
     no_progress: bool,
@@ -38,5 +40,6 @@ def command(
     from lora_fx.api import merge_checkpoint
 
     how: Any = {"out_dtype": out_dtype, "rounding": rounding, "seed": seed, "adapter": adapter}
+    how["covariances"] = covariances
     report = merge_checkpoint(base, adapters, output, **how, progress=watched(no_progress))
     show(report.to_json() if form == "json" else report.text(everything))

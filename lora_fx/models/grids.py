@@ -30,8 +30,8 @@ class Grid:
         codes = (values / self.scale + self.zero).round().clamp(self.low, self.high)
         return codes if self.fixed is None else codes.where(self.fixed.isnan(), self.fixed)
 
-    def part(self, columns: Tensor) -> "Grid":
-        """Return the grid of chosen columns."""
+    def part(self, columns: Tensor | slice) -> "Grid":
+        """Return the grid of chosen columns; of a slice it is a view."""
         fixed = None if self.fixed is None else self.fixed[:, columns]
         return Grid(self.scale[:, columns], self.zero[:, columns], self.low, self.high, fixed)
 

@@ -1,24 +1,23 @@
 """Merge into quantised weights whose codes are chosen by what the layers are given: the base's grid, or GGUF's Q4_0."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.attach import Attached, owner_path, with_values
-from lora_fx.adapters.factors.rounding import Moment, guided_codes
-from lora_fx.discovery.inputs import Noted, note_inputs
+from lora_fx.adapters.attach import owner_path, with_values
+from lora_fx.adapters.factors.rounding import guided_codes
 from lora_fx.errors import LoraFxWarning, MergeError, RefusedError
 from lora_fx.models.grids import Grid, codes_of, grid_of, q4_0_grid, with_codes
 from lora_fx.models.packed import grid_kept_by, is_packed
 from lora_fx.models.quantised import dense
-from lora_fx.models.samples import Sample, samples_of
 from lora_fx.models.wrappers import seen_through
 from lora_fx.progress.steps import ShowProgress, running, step
 from lora_fx.text import columns
+from lora_fx.tuned.moments import Given, Moments, at_once, is_linear, moments_of, parted
 from lora_fx.tuned.requantise import quantise_as, quantised_sites, sites_in_use
 from lora_fx.tuned.switching import Adapters, chosen_for_a_while
 from lora_fx.tuned.undo import merged
@@ -26,11 +25,7 @@ from lora_fx.tuned.undo import merged
 GridName = Literal["base", "q4_0"]
 _Holds = Literal["codes", "values", "layer"]
 
-_HELD_OUT = 4
-"""One batch in so many is not used for rounding, but to see what it gives."""
 _LITTLE = 0.5
-_BYTES = 1 << 30
-"""Of X Xᵀ, what is there at once: a model of many layers runs on the data several times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +59,9 @@ class _Site:
         """Return what the merged layer holds, or is quantised from."""
         return with_codes(self.base, codes) if self.holds == "codes" else self.grid.values(codes).to(dtype)
 
-    def cost(self) -> int:
-        return 2 * 4 * self.base.shape[1] ** 2
+    @property
+    def given(self) -> Given:
+        return Given(self.path, self.owner, self.base.shape[1])
 
 
 def merged_on_grid(
@@ -106,19 +102,15 @@ def merged_on_grid(
     Source: Frantar et al. 2022, arXiv:2210.17323.
     """
     tuned = with_values(seen_through(tuned))
-    batches = [sample for batch in data for sample in samples_of(batch)]
-    if len(batches) < 2:
-        facts = [("batches", f"{len(batches)}, where two are needed: one to round by, one to see what it gives")]
-        raise RefusedError("codes are chosen by data", facts, "give data=[batch, batch, …]")
-    shown = max(1, len(batches) // _HELD_OUT)
+    rounding, held = parted(data)
     with chosen_for_a_while(tuned, adapters), running("merge", progress, 4):
-        sites = _sites(tuned, grid)
-        model, found = merged(tuned, stays_plain=all(site.holds != "layer" for site in sites)), []
+        sites = {site.path: site for site in _sites(tuned, grid)}
+        model, found = merged(tuned, stays_plain=all(site.holds != "layer" for site in sites.values())), []
         with step("choosing codes", len(sites), "weights") as doing:
-            for some in _at_once(sites):
-                met, held = _met(model, some, batches[:-shown]), _met(model, some, batches[-shown:])
-                for site in some:
-                    found.append(_put(model, site, met[site.path], held[site.path]))
+            for some in at_once([site.given for site in sites.values()]):
+                for path, met in moments_of(model, some, rounding, held).items():
+                    site = sites[path]
+                    found.append(_put(model, site, met))
                     if site.holds == "layer":
                         quantise_as(model, site.owner, tuned.get_submodule(site.owner))
                     doing.advance(site.path)
@@ -138,7 +130,7 @@ def _sites(tuned: nn.Module, name: GridName) -> list[_Site]:
         layer = tuned.get_submodule(owner)
         packed = name == "base" and is_packed(layer)
         grid = q4_0_grid(dense(base)) if name == "q4_0" else grid_kept_by(layer) if packed else grid_of(base)
-        if not _is_linear(tuned, owner, adapter):
+        if not is_linear(tuned, owner, adapter):
             refused.append((path, f"of a {type(tuned.get_submodule(owner)).__name__}, which is not a linear layer"))
         elif grid is None:
             refused.append((path, _without_grid(base, name)))
@@ -157,40 +149,17 @@ def _without_grid(base: Tensor, name: GridName) -> str:
     return f"rows of {base.shape[1]}: Q4_0 takes multiples of 32, and scales within float16"
 
 
-def _is_linear(tuned: nn.Module, owner: str, adapter: Attached) -> bool:
-    return isinstance(tuned.get_submodule(owner), nn.Linear) and adapter.spec.parameter == "weight"
-
-
-def _at_once(sites: Sequence[_Site]) -> Iterator[list[_Site]]:
-    """Yield the sites in their order, so many at a time as their X Xᵀ may be there at once."""
-    some: list[_Site] = []
-    for site in sites:
-        if some and sum(one.cost() for one in (*some, site)) > _BYTES:
-            yield some
-            some = []
-        some.append(site)
-    yield some
-
-
-def _met(model: nn.Module, sites: Sequence[_Site], batches: Sequence[Sample]) -> dict[str, Moment]:
-    met = {site.path: Moment() for site in sites}
-    note_inputs(model, [Noted(site.owner, site.path, met[site.path]) for site in sites], batches)
-    if missed := [(path, "never called with a row that counts") for path, moment in met.items() if not moment.count]:
-        raise RefusedError("the data does not reach these; nothing was merged", missed, "give other batches")
-    return met
-
-
 @torch.no_grad()
-def _put(model: nn.Module, site: _Site, met: Moment, held: Moment) -> OnGrid:
+def _put(model: nn.Module, site: _Site, met: Moments) -> OnGrid:
     """Give a layer of the merged model its codes, in place, and return what they keep."""
     layer = model.get_submodule(site.owner)
     target, before = layer.get_parameter(site.name).float(), dense(site.base).float()
-    effect = held.size(target - before)
+    effect = met.held.size(target - before)
 
     def kept(codes: Tensor) -> float:
-        return 1 - held.size(site.grid.values(codes) - target) / effect if effect else 1.0
+        return 1 - met.held.size(site.grid.values(codes) - target) / effect if effect else 1.0
 
-    near, guided = site.grid.nearest(target), guided_codes(target, site.grid, met)
+    near, guided = site.grid.nearest(target), guided_codes(target, site.grid, met.rounding)
     codes = guided if kept(guided) > kept(near) else near
     weight = site.weight(codes, layer.get_parameter(site.name).dtype)
     layer._parameters[site.name] = nn.Parameter(weight, requires_grad=False)

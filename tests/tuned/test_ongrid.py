@@ -13,7 +13,7 @@ from lora_fx.adapters.factors.rounding import Moment, guided_codes
 from lora_fx.errors import LoraFxWarning, MergeError, RefusedError
 from lora_fx.models.grids import Grid, codes_of, grid_of, with_codes
 from lora_fx.models.quantised import is_quantised
-from lora_fx.tuned import ongrid
+from lora_fx.tuned import moments
 from lora_fx.tuned.ongrid import merged_on_grid
 from tests.support.exporting import rule, written
 
@@ -130,7 +130,7 @@ def test_adapter_that_changes_nothing_changes_no_code():
 
 def test_layers_are_noted_in_several_runs_where_their_moments_are_too_large_together(monkeypatch):
     tuned = trained(2.0)
-    monkeypatch.setattr(ongrid, "_BYTES", 1)
+    monkeypatch.setattr(moments, "_BYTES", 1)
     _, sites = merged_on_grid(tuned, batches(2.0))
     assert all(site.kept > 0.7 for site in sites)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_fx.errors import MergeError
 from lora_fx.files.adapter.names import CONFIG_FILE as ADAPTER_CONFIG
+from lora_fx.files.checkpoint.codes import CODES, CodedWeight, CodeSettings, find_codes, settings_of
 from lora_fx.files.safetensors import RawFile, RawTensor, read_raw
 from lora_fx.sources.document import read_json
 from lora_fx.sources.regular import UnreadableError, is_inside, is_regular
@@ -43,8 +44,31 @@ class BaseCheckpoint:
     """Files that hold weights in another form; they would be the unmerged ones."""
 
     def find(self, name: str) -> tuple[RawFile, RawTensor] | None:
-        """Return the file and the entry of a tensor, None if there is none."""
-        return next(((file, file.tensors[name]) for file in self.shards.values() if name in file.tensors), None)
+        """Return the file and the entry of a tensor, None if there is none; of one that is held as codes W's shape."""
+        found = next(((file, file.tensors[name]) for file in self.shards.values() if name in file.tensors), None)
+        if found is not None or (coded := self.coded(name)) is None:
+            return found
+        if isinstance(coded, str):
+            return next(iter(self.shards.values())), RawTensor(CODES, (0, 0), 0, 0)
+        return coded.codes[0], RawTensor(CODES, (coded.rows, coded.columns), 0, 0)
+
+    @functools.cached_property
+    def quantised(self) -> tuple[CodeSettings, ...] | str | None:
+        """What config.json says of its codes, or why they are not known; None where nothing is quantised."""
+        method = next(filter(None, (section.get("quantization_config") for section in self.sections)), None)
+        return settings_of(method if isinstance(method, dict) else {"quant_method": method}) if method else None
+
+    @functools.cached_property
+    def _coded(self) -> dict[str, CodedWeight | str | None]:
+        return {}
+
+    def coded(self, name: str) -> CodedWeight | str | None:
+        """Return where the codes of a weight lie, or why nothing can be merged into them; None for a plain one."""
+        if not isinstance(self.quantised, tuple):
+            return None
+        if name not in self._coded:
+            self._coded[name] = find_codes(self.shards, self.quantised, name)
+        return self._coded[name]
 
     @property
     def sections(self) -> list[dict[str, Any]]:

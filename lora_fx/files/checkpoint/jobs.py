@@ -13,7 +13,8 @@ from typing import Self
 import torch
 
 from lora_fx.errors import MergeError
-from lora_fx.files.checkpoint.plan import OutShard, OutTensor, Value, WeightFold, Work
+from lora_fx.files.checkpoint.coded import writing as writing_codes
+from lora_fx.files.checkpoint.plan import CodeFold, OutShard, OutTensor, Value, WeightFold, Work
 from lora_fx.files.checkpoint.rawbytes import RawBytes
 from lora_fx.files.checkpoint.report import MergedTensor
 from lora_fx.files.checkpoint.rounding import Noise
@@ -122,6 +123,10 @@ def _copy(file: RawBytes, source: RawBytes, position: int, target: int, size: in
 
 def _tensor_jobs(tensor: OutTensor, shard: OutShard, files: OpenFiles, noise: Noise | None) -> Iterator[Job]:
     target = OpenTensor(files.target, shard.data_start + tensor.entry.start, DTYPES[tensor.entry.dtype])
+    if isinstance(tensor.work, CodeFold):
+        for size, write in writing_codes(tensor.work, lambda located: files.tensor(*located), target):
+            yield Job(tensor.name, size, write)
+        return
     if isinstance(tensor.work, WeightFold):
         writing = _folding(tensor.work, files.tensor(tensor.work.file, tensor.work.base), target, noise)
     else:
@@ -215,7 +220,7 @@ def report_rows(shard: OutShard, sums: dict[str, Sums]) -> list[MergedTensor]:
 
 
 def _row(tensor: OutTensor, work: Work, sums: Sums) -> MergedTensor:
-    changed = "merged" if isinstance(work, WeightFold) else "replaced"
+    changed = "replaced" if isinstance(work, Value) else "merged"
     return MergedTensor(
         name=tensor.name,
         shape=tensor.entry.shape,
@@ -224,6 +229,7 @@ def _row(tensor: OutTensor, work: Work, sums: Sums) -> MergedTensor:
         adapters=work.adapters,
         relative_delta=_short(sqrt(sums.delta / sums.base)) if sums.base else None,
         survived=_short(sums.survived / sums.delta) if sums.delta else None,
+        kept=_short(1 - sqrt(sums.missed / sums.effect)) if sums.effect else None,
     )
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
+from lora_fx.files.checkpoint.codes import CodedWeight
+from lora_fx.files.covariances import LayerInputs
 from lora_fx.files.safetensors import BITS, RawFile, RawTensor, header_bytes
 from lora_fx.files.values import FLOATS, NAME_OF
 
@@ -44,6 +46,20 @@ class WeightFold:
 
 
 @dataclass(frozen=True, slots=True)
+class CodeFold:
+    """The same of a weight that is held as codes, on the grid of its base."""
+
+    fold: WeightFold
+    coded: CodedWeight
+    inputs: LayerInputs | None
+    """By which codes are chosen; None takes the nearest."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return self.fold.adapters
+
+
+@dataclass(frozen=True, slots=True)
 class Value:
     """A tensor trained whole, which takes the place of the base's."""
 
@@ -51,7 +67,8 @@ class Value:
     adapters: tuple[str, ...]
 
 
-Work = WeightFold | Value
+PlainWork = WeightFold | Value
+Work = PlainWork | CodeFold
 
 
 @dataclass(frozen=True, slots=True)

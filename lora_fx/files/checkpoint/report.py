@@ -27,6 +27,8 @@ class MergedTensor:
     adapters: tuple[str, ...]
     relative_delta: float | None = None
     survived: float | None = None
+    kept: float | None = None
+    """Where codes are chosen by inputs X that were not used for it: 1 - ‖(W' − W − D) X‖ / ‖D X‖."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold, for `from_dict`."""
@@ -37,11 +39,17 @@ class MergedTensor:
         """Return what `to_dict` gave, also after a journey through JSON."""
         return MergedTensor(**{**saved, "shape": tuple(saved["shape"]), "adapters": tuple(saved["adapters"])})
 
+    def share(self) -> float:
+        """Return what is left of the adapter: of its effect where that is known, else of its delta."""
+        return (self.survived or 0.0) if self.kept is None else self.kept
+
     def row(self) -> tuple[str, ...]:
         size = " × ".join(map(str, self.shape))
         if self.relative_delta is None:
             return (self.name, size, self.dtype, self.how)
         survived = "" if self.survived is None else f"survived {self.survived:.1%}"
+        if self.kept is not None:
+            survived = f"kept {self.kept:.1%}"
         return (self.name, size, self.dtype, self.how, f"‖Δ‖/‖W‖ {self.relative_delta:.2g}", survived)
 
 
@@ -81,7 +89,7 @@ class MergeReport(InNotebook):
         if everything:
             return self.tensors
         measured = [tensor for tensor in self.tensors if tensor.survived is not None]
-        return sorted(measured, key=lambda tensor: tensor.survived or 0.0)[:_MOST_SHOWN]
+        return sorted(measured, key=MergedTensor.share)[:_MOST_SHOWN]
 
     def to_json(self) -> str:
         """Return the report as JSON."""

@@ -19,7 +19,9 @@ from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.checkpoint import tied
 from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
 from lora_fx.files.checkpoint.names import Prefix, find_prefix, no_such_key
-from lora_fx.files.checkpoint.plan import LowRankTerm, MergePlan, OutTensor, Value, WeightFold, Work
+from lora_fx.files.checkpoint.ontocodes import onto_codes
+from lora_fx.files.checkpoint.plan import LowRankTerm, MergePlan, OutTensor, PlainWork, Value, WeightFold
+from lora_fx.files.covariances import Covariances
 from lora_fx.files.fingerprint import same_values
 from lora_fx.files.safetensors import RawFile, RawTensor
 from lora_fx.files.values import DTYPES, FLOATS, NAME_OF, sample
@@ -33,14 +35,19 @@ _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Those of transformers that store their linears as [in, out]."""
 
 
-def plan_merge(base: BaseCheckpoint, adapters: Sequence[AdapterFile], out_dtype: torch.dtype | None) -> MergePlan:
+def plan_merge(
+    base: BaseCheckpoint,
+    adapters: Sequence[AdapterFile],
+    out_dtype: torch.dtype | None,
+    covariances: Covariances | None = None,
+) -> MergePlan:
     """Return what becomes of every tensor of the checkpoint.
 
     Raises:
         AdapterMismatchError: names or shapes that the checkpoint does not have, or another base; all of them.
         MergeError: what cannot be merged here, with the reason for each.
     """
-    _refuse_quantised(base)
+    _refuse_quantised(base, out_dtype)
     _refuse_wrapped(base, [site.stem for adapter in adapters for site in adapter.sites])
     planner = _Planner(base)
     for adapter in adapters:
@@ -55,16 +62,21 @@ def plan_merge(base: BaseCheckpoint, adapters: Sequence[AdapterFile], out_dtype:
         refused = list(dict.fromkeys(refusals))
         raise MergeError("the adapter cannot be merged into this checkpoint; nothing was written", refused)
     additions = tuple(_addition(key, works.pop(key)) for key in [*works] if base.find(key) is None)
-    return MergePlan(base, works, additions, tied.needs_untying(base, tokens), out_dtype)
+    if additions and base.quantised is not None:
+        added = [(addition.name, "would be read as codes, or not at all") for addition in additions]
+        raise MergeError(f"{base.folder}: is quantised, and its config.json tells of no more layers", added)
+    done = onto_codes(base, works, planner.paths, covariances)
+    return MergePlan(base, done, additions, tied.needs_untying(base, tokens), out_dtype)
 
 
-def _refuse_quantised(base: BaseCheckpoint) -> None:
-    method = next(filter(None, (section.get("quantization_config") for section in base.sections)), None)
-    if method is not None:
-        name = method.get("quant_method", "?") if isinstance(method, dict) else method
+def _refuse_quantised(base: BaseCheckpoint, out_dtype: torch.dtype | None) -> None:
+    reason = base.quantised
+    if isinstance(reason, tuple) and out_dtype is not None:
+        raise MergeError(f"{base.folder}: is quantised, and codes have no other dtype", advice="leave out_dtype out")
+    if isinstance(reason, str):
         raise MergeError(
             f"{base.folder}: is quantised, and quantised weights cannot be merged into here; nothing was written",
-            [("quantization_config", f"quant_method {name!s:.60}")],
+            [("quantization_config", reason)],
             "give the checkpoint that it was quantised from, or load the model and use lora_fx.merge",
         )
 
@@ -92,6 +104,8 @@ class _Planner:
     values: dict[str, list[Value]] = field(default_factory=dict)
     mismatches: list[tuple[str, str, str]] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
+    paths: dict[str, str] = field(default_factory=dict)
+    """Of the sites, by the keys of their weights."""
 
     def place(self, adapter: AdapterFile) -> None:
         """Find what one adapter changes in the checkpoint."""
@@ -139,7 +153,9 @@ class _Planner:
     ) -> None:
         file, entry = where
         possible = _layouts(site, entry)
-        refusal = _refusal(site, key, entry, possible, usual)
+        coded = self.base.coded(key)
+        possible = possible if coded is None else tuple(way for way in possible if way == "out_in")
+        refusal = coded if isinstance(coded, str) else _refusal(site, key, entry, possible, usual, coded is not None)
         if refusal is not None:
             self.refusals.append((key, refusal))
         elif not possible:
@@ -148,13 +164,16 @@ class _Planner:
             self.mismatches.append((key, "trained on other values", "is another base, or was changed since"))
         else:
             chosen = possible[0] if len(possible) == 1 or usual is None else usual
+            self.paths[key] = site.path
             self.folds.setdefault(key, []).append(_fold(adapter, site, file, entry, chosen))
 
     def _place_value(self, name: str, value: Value, prefix: Prefix, is_site: bool) -> None:
         """Note a tensor that replaces the base's; a whole module that the base lacks (a new head) is added."""
         key, tensor = self._key(name, prefix), value.tensor
         where = self.base.find(key)
-        if where is None and (is_site or prefix.gained):
+        if self.base.coded(key) is not None:
+            self.refusals.append((key, "is held as codes here, and trained whole: nothing is quantised anew here"))
+        elif where is None and (is_site or prefix.gained):
             self.mismatches.append((key, str(list(tensor.shape)), self._no_such_key(key)))
         elif where is not None and where[1].shape != tuple(tensor.shape):
             self.mismatches.append((key, str(list(tensor.shape)), str(list(where[1].shape))))
@@ -166,9 +185,9 @@ class _Planner:
     def _no_such_key(self, key: str) -> str:
         return no_such_key(key, self.base) if len(self.mismatches) < MOST_SHOWN // 10 else "has no such key"
 
-    def works(self) -> dict[str, Work]:
+    def works(self) -> dict[str, PlainWork]:
         """Return one work for each key, of all adapters together."""
-        works: dict[str, Work] = {key: self._united(key, folds) for key, folds in self.folds.items()}
+        works: dict[str, PlainWork] = {key: self._united(key, folds) for key, folds in self.folds.items()}
         return works | {key: self._only(key, values) for key, values in self.values.items()}
 
     def _united(self, key: str, folds: Sequence[WeightFold]) -> WeightFold:
@@ -213,11 +232,11 @@ def _usual_layout(adapter: AdapterFile, base: BaseCheckpoint, placed: Sequence[_
 
 
 def _refusal(
-    site: SavedSite, key: str, entry: RawTensor, possible: Sequence[Layout], usual: Layout | None
+    site: SavedSite, key: str, entry: RawTensor, possible: Sequence[Layout], usual: Layout | None, coded: bool
 ) -> str | None:
     if site.calls:
         return "has an adapter of its own for each call, which no one weight can hold"
-    if entry.dtype not in FLOATS:
+    if entry.dtype not in FLOATS and not coded:
         return f"is stored as {entry.dtype}: quantised weights cannot be merged into here"
     if len(entry.shape) == 3 and site.lora_A.dim() == 2 and not (possible and "expert" not in key):
         return f"is a bank of experts {list(entry.shape)}; load the model and use lora_fx.merge"
@@ -292,11 +311,11 @@ def _convertible(tensor: Tensor, dtype: str) -> bool:
     return (dtype in FLOATS and tensor.is_floating_point()) or DTYPES.get(dtype) == tensor.dtype
 
 
-def _shape_of(work: Work) -> tuple[int, ...]:
+def _shape_of(work: PlainWork) -> tuple[int, ...]:
     return work.base.shape if isinstance(work, WeightFold) else tuple(work.tensor.shape)
 
 
-def _addition(key: str, work: Work) -> OutTensor:
+def _addition(key: str, work: PlainWork) -> OutTensor:
     if isinstance(work, WeightFold):
         dtype, shape = work.base.dtype, work.base.shape
     else:

@@ -33,13 +33,14 @@ from lora_fx.files.checkpoint.outfolder import (
     size_and_time,
     write_whole,
 )
-from lora_fx.files.checkpoint.plan import MergePlan, OutShard, out_shard
+from lora_fx.files.checkpoint.plan import CodeFold, MergePlan, OutShard, out_shard
 from lora_fx.files.checkpoint.rawbytes import Syncing
 from lora_fx.files.checkpoint.report import MergeReport
 from lora_fx.files.checkpoint.rounding import ROUNDINGS, Noise
 from lora_fx.files.checkpoint.sites import plan_merge
 from lora_fx.files.checkpoint.tiles import Sums
-from lora_fx.files.values import DTYPES
+from lora_fx.files.covariances import read_covariances
+from lora_fx.files.values import DTYPES, FLOATS
 from lora_fx.models.dtypes import warn_of_narrowed_file
 from lora_fx.progress.steps import Progress
 from lora_fx.sources.regular import UnreadableError, check_path
@@ -58,6 +59,8 @@ class MergeOptions:
     out_dtype: str | None = None
     rounding: str = "nearest"
     seed: int = 0
+    covariances: AnyPath | None = None
+    """A file by which codes are chosen."""
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -75,7 +78,7 @@ class MergeOptions:
 
 def merge_files(
     base_dir: AnyPath,
-    adapter_dirs: Sequence[AnyPath],
+    adapter_dirs: AnyPath | Sequence[AnyPath],
     out_dir: AnyPath,
     options: MergeOptions,
     progress: Progress,
@@ -93,22 +96,31 @@ def merge_files(
     _refuse_overlap(base.folder, out)
     check_folder(out)
     adapters = _read(adapter_dirs, adapter)
-    plan = plan_merge(base, adapters, options.dtype)
+    covariances = None if options.covariances is None else read_covariances(options.covariances)
+    plan = plan_merge(base, adapters, options.dtype, covariances)
+    _refuse_noise(plan, options)
     _warn_of_narrowed(plan)
-    inputs = inputs_of(base, [adapter.files for adapter in adapters], asdict(options))
+    known = {"covariances": None if covariances is None else size_and_time(covariances.file.path)}
+    inputs = inputs_of(base, [adapter.files for adapter in adapters], asdict(options) | known)
     merge = _Merge(plan, out, options, open_journal(out, inputs), progress)
     merge.check_space()
-    with _told(out), entered(out), _one_thread_each() as number:
+    with _told(out), entered(out), _workers(covariances is not None) as number:
         merge.journal = open_journal(out, inputs)  # another merge may have been here since
         merge.run(number)
     return merge.report()
+
+
+def _refuse_noise(plan: MergePlan, options: MergeOptions) -> None:
+    coded = [(key, "is held as codes") for key, work in plan.works.items() if isinstance(work, CodeFold)]
+    if coded and options.rounding != "nearest":
+        raise MergeError(f"rounding='{options.rounding}' is for floats; nothing was written", coded)
 
 
 def _warn_of_narrowed(plan: MergePlan) -> None:
     """Name what the merge writes more exactly than config.json lets it be read."""
     if plan.base.config and plan.out_dtype is None:
         entries = [(key, plan.base.find(key)) for key in plan.works]
-        written = {key: where[1].dtype for key, where in entries if where is not None}
+        written = {key: where[1].dtype for key, where in entries if where is not None and where[1].dtype in FLOATS}
         written |= {addition.name: addition.entry.dtype for addition in plan.additions}
         warn_of_narrowed_file(plan.base.config, ((key, DTYPES[name]) for key, name in written.items()), 5)
 
@@ -120,7 +132,8 @@ def _refuse_overlap(base: Path, out: Path) -> None:
         raise MergeError(f"{out}: is the base itself, in it or around it; nothing was written")
 
 
-def _read(folders: Sequence[AnyPath], adapter: str | None) -> list[AdapterFile]:
+def _read(folders: AnyPath | Sequence[AnyPath], adapter: str | None) -> list[AdapterFile]:
+    folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     if not folders:
         raise MergeError("there is no adapter to merge")
     files = [file for folder in folders for file in _of_folder(folder, adapter)]
@@ -162,9 +175,15 @@ def _told(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """Give the number of workers: as many as torch uses threads, each of which then computes on one."""
+def _workers(alone: bool) -> Iterator[int]:
+    """Give the number of workers: as many as torch uses threads, each of which then computes on one.
+
+    Alone, one worker has all threads: what it holds of a weight grows with it, and is there once.
+    """
     threads = torch.get_num_threads()
+    if alone:
+        yield 1
+        return
     torch.set_num_threads(1)
     try:
         yield max(1, min(_MOST_WORKERS, threads))

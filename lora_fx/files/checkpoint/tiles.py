@@ -59,8 +59,8 @@ def tiles(rows: int, columns: int, rank: int) -> Iterator[Tile]:
     wide = min(columns, _WIDEST, max(_FEWEST_COLUMNS, TILE // rank))
     high = min(rows, max(1, TILE // wide), max(_FEWEST_ROWS, TILE // rank))
     high = max(high, min(rows, _FEWEST_ROWS))
-    for some_rows in _even(rows, high):
-        for some_columns in _even(columns, wide):
+    for some_rows in even(rows, high):
+        for some_columns in even(columns, wide):
             yield Tile(some_rows, some_columns, columns)
 
 
@@ -70,7 +70,8 @@ def chunks(number: int) -> Iterator[Tile]:
         yield Tile(slice(0, 1), slice(start, min(start + TILE, number)), number)
 
 
-def _even(size: int, most: int) -> Iterator[slice]:
+def even(size: int, most: int) -> Iterator[slice]:
+    """Yield parts of nearly equal size, none larger than the most."""
     number = -(-size // most)
     yield from (slice(size * i // number, size * (i + 1) // number) for i in range(number))
 
@@ -134,9 +135,19 @@ class Sums:
     base: float = 0.0
     delta: float = 0.0
     survived: float = 0.0
+    effect: float = 0.0
+    """‖D X‖² on inputs that were held back, where codes are chosen by inputs."""
+    missed: float = 0.0
+    """‖(W' - W - D) X‖²."""
 
     def __add__(self, other: "Sums") -> "Sums":
-        return Sums(self.base + other.base, self.delta + other.delta, self.survived + other.survived)
+        return Sums(
+            self.base + other.base,
+            self.delta + other.delta,
+            self.survived + other.survived,
+            self.effect + other.effect,
+            self.missed + other.missed,
+        )
 
 
 def fold_tile(
@@ -189,7 +200,7 @@ def _fold_block(
     delta = (delta if _scaling(fold) == 1 else delta.mul_(_scaling(fold))).to(base.dtype)
     merged = torch.add(base, delta, out=scratch.take("merged", base.numel(), base.dtype))
     if fold.magnitude is not None:
-        _set_lengths(fold, tile, merged.view(tile.shape), lengths)
+        set_lengths(fold, tile, merged.view(tile.shape), lengths)
         delta = torch.sub(merged, base, out=delta)
     if noise is None:
         written.copy_(merged)
@@ -231,6 +242,11 @@ def _product(fold: WeightFold, tile: Tile, scratch: Scratch) -> Tensor:
     return product
 
 
+def delta_of(fold: WeightFold, tile: Tile, scratch: Scratch) -> Tensor:
+    """Return Σ scaling · B A of a tile, flat, float32 or wider; it lives in the scratch memory."""
+    return _product(fold, tile, scratch).mul_(_scaling(fold))
+
+
 def _scales_exactly(fold: WeightFold) -> bool:
     """Whether scaling · (B A) and (scaling · B) A have the same bits: where it is a power of two, as it mostly is."""
     scaling = fold.terms[0].scaling
@@ -242,7 +258,7 @@ def _scaling(fold: WeightFold) -> float:
     return fold.terms[0].scaling if len(fold.terms) == 1 and not _scales_exactly(fold) else 1.0
 
 
-def _set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:
+def set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:
     """Give every output of V its length m, in place."""
     assert fold.magnitude is not None
     outputs = _outputs(fold, tile)
@@ -265,7 +281,7 @@ def lengths_of(fold: WeightFold, source: OpenTensor, scratch: Scratch) -> Tensor
     """Return ‖W + scaling · B A‖ of every output, float64, in one pass over the weight."""
     squares = torch.zeros(fold.rows if fold.outputs_first else fold.columns, dtype=torch.float64)
     for tile in tiles(fold.rows, fold.columns, fold.rank):
-        stored, delta = source.read(tile, scratch), _product(fold, tile, scratch).mul_(_scaling(fold))
+        stored, delta = source.read(tile, scratch), delta_of(fold, tile, scratch)
         base = scratch.take("base", stored.numel(), torch.promote_types(delta.dtype, stored.dtype)).copy_(stored)
         merged = base.add_(delta).view(tile.shape)
         part = merged.square_().sum(dim=1 if fold.outputs_first else 0, dtype=torch.float64)

@@ -1,0 +1,134 @@
+"""What the inputs of adapted layers are like on a model's data, in a file: a merge on disk chooses codes by it.
+
+Of each layer two matrices X Xᵀ [in, in] in float32, `PATH.rounding` of the batches to round by and `PATH.held` of those
+that show what it gives: 8 · in² bytes.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lora_fx.adapters.attach import owner_path, with_values
+from lora_fx.errors import MergeError, RefusedError
+from lora_fx.files.replacing import staged
+from lora_fx.files.safetensors import RawFile, RawTensor, header_bytes, read_raw
+from lora_fx.files.values import refuse_unwritable
+from lora_fx.models.wrappers import seen_through
+from lora_fx.progress.steps import ShowProgress, running, step
+from lora_fx.tuned.moments import Given, at_once, is_linear, moments_of, parted
+from lora_fx.tuned.requantise import sites_in_use
+from lora_fx.tuned.switching import Adapters, chosen_for_a_while
+from lora_fx.tuned.undo import merged
+
+_PARTS = ("rounding", "held")
+_MARK = "lora_fx.covariances"
+
+
+def input_covariances(
+    tuned: nn.Module,
+    data: Iterable[object],
+    path: str | os.PathLike[str],
+    *,
+    adapters: Adapters = None,
+    progress: ShowProgress = None,
+) -> list[str]:
+    """Write what the adapted linear layers of a model are given on the data, and return their paths.
+
+    `merge_checkpoint(…, covariances=path)` then chooses the codes of a quantised checkpoint as `merged_on_grid` does.
+    The layers are looked at in the merged model; the adapted one stays unchanged.  The file takes 8 · in² bytes for
+    each layer; 1 GB of it is in memory at a time, for which the model runs on the data several times.
+
+    Args:
+        tuned: an adapted model.
+        data: two batches or more, each as `example_inputs` of `plan`, on the model's device.
+        path: of the file, which is written whole or not at all; one that is there is replaced.
+        adapters: as for `merge`: those that will be merged.
+        progress: as for `plan`.
+
+    Raises:
+        RefusedError: fewer than two batches, no adapted linear layer, one that the data does not reach, a sharded
+            model; nothing is written.
+        MergeError: as `merge`.
+    """
+    tuned, place = with_values(seen_through(tuned)), Path(path)
+    rounding, held = parted(data)
+    with chosen_for_a_while(tuned, adapters), running("look at inputs", progress, 4):
+        layers = _layers(tuned)
+        model = merged(tuned, stays_plain=False)
+        header = header_bytes(_entries(layers), {_MARK: "1", "batches": json.dumps([len(rounding), len(held)])})
+        with staged(place, _refuse_folder) as stage, stage.open("xb") as file:
+            file.write(header)
+            with step("looking at inputs", len(layers), "layers") as doing:
+                for some in at_once(layers):
+                    for name, found in moments_of(model, some, rounding, held).items():
+                        for moment in found:
+                            file.write(moment.total.float().cpu().contiguous().numpy().data)
+                        doing.advance(name)
+    return [layer.path for layer in layers]
+
+
+def _layers(tuned: nn.Module) -> list[Given]:
+    found = [(path, owner_path(path, adapter), adapter) for path, adapter in sites_in_use(tuned)]
+    layers = [
+        Given(path, owner, adapter.base_weight.shape[1])
+        for path, owner, adapter in found
+        if is_linear(tuned, owner, adapter)
+    ]
+    if not layers:
+        raise RefusedError("no adapter is in use at a linear layer: no inputs to look at")
+    refuse_unwritable(layer.path for layer in layers)
+    return layers
+
+
+def _entries(layers: Sequence[Given]) -> Iterable[tuple[str, RawTensor]]:
+    position = 0
+    for layer in layers:
+        for part in _PARTS:
+            end = position + 4 * layer.width**2
+            yield f"{layer.path}.{part}", RawTensor("F32", (layer.width, layer.width), position, end)
+            position = end
+
+
+def _refuse_folder(_new: Path, old: Path) -> None:
+    if old.is_dir():
+        raise RefusedError("covariances are one file", [(str(old), "is a directory")])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """Where X Xᵀ of a layer's inputs lies: of batches to round by, and of those that were held back."""
+
+    rounding: tuple[RawFile, RawTensor]
+    held: tuple[RawFile, RawTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Covariances:
+    """A file that `input_covariances` wrote, opened."""
+
+    file: RawFile
+
+    def of(self, path: str, width: int) -> LayerInputs | str:
+        """Return where those of a site are, or why there are none for a weight of so many columns."""
+        entries = [self.file.tensors.get(f"{path}.{part}") for part in _PARTS]
+        if entries[0] is None or entries[1] is None:
+            return f"has none of {path}"
+        if any(entry is None or entry.dtype != "F32" or entry.shape != (width, width) for entry in entries):
+            return f"has {list(entries[0].shape)} of {path}, for rows of {width}"
+        return LayerInputs((self.file, entries[0]), (self.file, entries[1]))
+
+
+def read_covariances(path: str | os.PathLike[str]) -> Covariances:
+    """Return what a file of covariances holds; no matrix is read.
+
+    Raises:
+        MergeError: it is missing, cut off, or of another kind.
+    """
+    file = read_raw(Path(path))
+    if file.metadata.get(_MARK) != "1":
+        raise MergeError(f"{file.path}: is no file of `lora_fx.input_covariances`")
+    return Covariances(file)
