@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fx.errors import RefusedError
@@ -45,7 +46,7 @@ class AdapterDict(nn.ModuleDict):
         Raises:
             RefusedError: PEFT asks, to put modules of its own in the place of this model's.
         """
-        if _PEFT in sys.modules:
+        if not torch.compiler.is_compiling() and _PEFT in sys.modules:
             _refuse_peft(sys._getframe(1))
         return super().named_modules(memo, prefix, remove_duplicate)
 

@@ -3,6 +3,8 @@
 Values and not a hash, since the same base is often loaded in another dtype.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -26,12 +28,14 @@ def sample_values(weight: Tensor) -> list[float] | None:
         return [float(value) for value in values_at(weight, sample_positions(weight.numel()))]
     flat = weight.detach().reshape(-1)
     positions = torch.tensor(sample_positions(flat.numel()), device=flat.device)
-    return [float(value) for value in flat[positions].double().cpu()]
+    found: list[float] = flat[positions].double().tolist()
+    return found
 
 
-def sample_positions(number: int) -> list[int]:
+@functools.lru_cache(maxsize=1024)
+def sample_positions(number: int) -> tuple[int, ...]:
     """Return where `sample_values` looks in a weight of so many values."""
-    return [int(position) for position in torch.linspace(0, number - 1, VALUES, dtype=torch.float64).round()]
+    return tuple(map(int, torch.linspace(0, number - 1, VALUES, dtype=torch.float64).round().tolist()))
 
 
 def same_values(before: list[float] | None, now: list[float] | None) -> bool:

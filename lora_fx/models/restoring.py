@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.models.together import is_dense, share_memory
+from lora_fx.models.together import are_alike, copied_together, is_dense, share_memory
 from lora_fx.models.torch_internals import deepcopy
 
 _TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
@@ -85,8 +85,12 @@ def _refill(table: Any, contents: Any) -> None:
 
 def write_together(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write values (second) into tensors (first), in place: all of them, or none where something ends it early."""
+    targets, values = [target for target, _ in copies], [value for _, value in copies]
+    if are_alike(targets, values) and not share_memory(targets, values):
+        copied_together(targets, values)
+        return
     with torch.no_grad():
-        before = [(target, target.clone()) for target, _ in copies]
+        before = [(target, target.clone()) for target in targets]
         copies = _apart(copies)
         try:
             for target, value in copies:

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,24 @@ def share_memory(targets: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
         if at >= 0 and owned[at][1] > start and start != target.data_ptr():
             return True
     return False
+
+
+def surely_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values are finite, as seen from the lengths of the tensors; False where that does not tell.
+
+    No length is finite if a value is not; nor is that of values whose squares are too large.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    known = [tensor for group in groups.values() for tensor in group]
+    if not {*map(type, known)} <= {*_KINDS} or not {tensor.layout for tensor in known} <= {torch.strided}:
+        return False
+    if not all(dtype.is_floating_point for dtype, _ in groups):
+        return False
+    with torch.no_grad():
+        lengths = [torch.stack(list(foreach_norm(group, 2))) for group in groups.values()]
+        return all(bool(length.isfinite().all()) for length in lengths)
 
 
 def copied_together(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -84,3 +84,13 @@ def test_ids_go_with_their_adapter_and_with_copies():
     ]  # fmt: skip
     on_meta = lora_fx.apply(model().to("meta"), rules(), backend="modules").to_empty(device="cpu")
     assert on_meta.state_dict()[KEY].tolist() == IDS
+
+
+def test_checkpoints_of_lightning_with_rows_of_other_tokens_change_nothing(tmp_path):
+    lightning = pytest.importorskip("lora_fx.integrations.lightning", exc_type=ImportError)
+    torch.save({"state_dict": trained(given=rules(OTHERS)).state_dict()}, tmp_path / "other.ckpt")
+    tuned = trained()
+    before = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    with pytest.raises(lora_fx.AdapterMismatchError, match=r"tokens \[3, 8, 11\] .*tokens \[3, 7, 11\]"):
+        lightning.load_adapter_checkpoint(tuned, tmp_path / "other.ckpt")
+    assert all_equal(tuned, before)

@@ -4,9 +4,8 @@ What is not as plain as that (a lower rank, another device or dtype, PiSSA, slic
 `swapping` to take apart, which says what is wrong.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.dicts import AdapterDict
@@ -15,8 +14,7 @@ from lora_fx.adapters.factors.kinds import ConvolutionA, ConvolutionB, Embedding
 from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.models.fsdp import is_of_fully_shard
 from lora_fx.models.shards import is_kind_of_shards
-from lora_fx.models.together import are_alike, share_memory
-from lora_fx.models.torch_internals import foreach_norm
+from lora_fx.models.together import are_alike, share_memory, surely_finite
 from lora_fx.models.wrappers import WRAPPING
 
 _WEIGHT = ".weight"
@@ -42,7 +40,7 @@ def plain_copies(
     given = [value for value in values if isinstance(value, Tensor)]
     if len(given) < len(values) or not are_alike(targets, given) or share_memory(targets, given):
         return None
-    return (targets, given) if _are_finite(given) else None
+    return (targets, given) if surely_finite(given) else None
 
 
 def _targets(tuned: nn.Module, adapter: str) -> dict[str, Tensor] | None:
@@ -83,9 +81,3 @@ def _name_in(state: Mapping[str, Tensor]) -> str:
     """Return the name of the adapter that the first key of a state is of."""
     parts = next(iter(state), "").rsplit(".", 2)
     return parts[1] if len(parts) == 3 else ""
-
-
-def _are_finite(values: Sequence[Tensor]) -> bool:
-    """Whether all values are finite: no length is if one is not; nor those of values whose squares are too large."""
-    with torch.no_grad():
-        return bool(torch.stack(list(foreach_norm(list(values), 2))).isfinite().all())

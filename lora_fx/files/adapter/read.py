@@ -43,6 +43,7 @@ from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.files.safetensors import read_raw
 from lora_fx.files.values import DTYPES
+from lora_fx.models.together import surely_finite
 from lora_fx.models.wrappers import without_wrappers
 from lora_fx.rules.inits import is_moved
 from lora_fx.rules.ruleset import LoRAConfig
@@ -257,11 +258,16 @@ class _AdapterReader:
         """Return why the values cannot be what they are read as."""
         if not tensor.is_floating_point() and key not in self._owners:
             return f"is of {str(tensor.dtype).removeprefix('torch.')}, not of a floating point dtype"
-        if not _is_finite(tensor):
+        if not self._finite and not _is_finite(tensor):
             return "has NaN or infinite values"
         # PEFT and most models hold factors in float32
         overflows = tensor.dtype == torch.float64 and not _is_finite(tensor.float())
         return "has values that are too large for float32" if overflows else None
+
+    @functools.cached_property
+    def _finite(self) -> bool:
+        """Whether all values are known to be finite, without a look at each tensor."""
+        return surely_finite(self.tensors.values())
 
     @functools.cached_property
     def _owners_of_parameters(self) -> frozenset[str]:

@@ -24,7 +24,7 @@ from lora_fx.models.fsdp import has_parts, resharded
 from lora_fx.models.restoring import write_together
 from lora_fx.models.shards import part_of, unsharded
 from lora_fx.models.tensors import dotted
-from lora_fx.models.together import copied_together
+from lora_fx.models.together import copied_together, surely_finite
 from lora_fx.models.wrappers import seen_through, without_wrappers
 from lora_fx.planning.sites import CONVOLUTIONS
 from lora_fx.text import listing
@@ -178,13 +178,8 @@ def _told(tensor: object) -> str:
 
 
 def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether all values are finite: a sum is not if one is not, and seldom otherwise."""
-    totals: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors.values():
-        totals.setdefault((tensor.device, tensor.dtype), []).append(tensor.sum())
-    if all(bool(torch.stack(group).isfinite().all()) for group in totals.values()):
-        return True
-    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    """Whether all values are finite."""
+    return surely_finite(tensors.values()) or all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def _filled(value: Tensor, target: Tensor) -> Tensor:
