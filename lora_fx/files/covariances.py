@@ -14,18 +14,22 @@ from torch import nn
 
 from lora_fx.adapters.attach import owner_path, with_values
 from lora_fx.errors import MergeError, RefusedError
+from lora_fx.files.fingerprint import VALUES, sample_values
 from lora_fx.files.replacing import staged
 from lora_fx.files.safetensors import RawFile, RawTensor, header_bytes, read_raw
 from lora_fx.files.values import refuse_unwritable
+from lora_fx.models.quantised import dense, is_quantised
 from lora_fx.models.wrappers import seen_through
 from lora_fx.progress.steps import ShowProgress, running, step
+from lora_fx.sources.document import parse_json
+from lora_fx.sources.regular import UnreadableError
 from lora_fx.tuned.moments import Given, at_once, is_linear, moments_of, parted
 from lora_fx.tuned.requantise import sites_in_use
 from lora_fx.tuned.switching import Adapters, chosen_for_a_while
 from lora_fx.tuned.undo import merged
 
 _PARTS = ("rounding", "held")
-_MARK = "lora_fx.covariances"
+_MARK, _VALUES = "lora_fx.covariances", "values"
 
 
 def input_covariances(
@@ -59,7 +63,7 @@ def input_covariances(
     with chosen_for_a_while(tuned, adapters), running("look at inputs", progress, 4):
         layers = _layers(tuned)
         model = merged(tuned, stays_plain=False)
-        header = header_bytes(_entries(layers), {_MARK: "1", "batches": json.dumps([len(rounding), len(held)])})
+        header = header_bytes(_entries(layers), {_MARK: "1", _VALUES: json.dumps(_values(tuned))})
         with staged(place, _refuse_folder) as stage, stage.open("xb") as file:
             file.write(header)
             with step("looking at inputs", len(layers), "layers") as doing:
@@ -84,6 +88,12 @@ def _layers(tuned: nn.Module) -> list[Given]:
     return layers
 
 
+def _values(tuned: nn.Module) -> dict[str, list[float] | None]:
+    """Return a few numbers of each base weight that is codes: those of one that will be quantised yet will differ."""
+    weights = ((path, adapter.base_weight) for path, adapter in sites_in_use(tuned))
+    return {path: sample_values(dense(weight)) for path, weight in weights if is_quantised(weight)}
+
+
 def _entries(layers: Sequence[Given]) -> Iterable[tuple[str, RawTensor]]:
     position = 0
     for layer in layers:
@@ -104,6 +114,8 @@ class LayerInputs:
 
     rounding: tuple[RawFile, RawTensor]
     held: tuple[RawFile, RawTensor]
+    values: list[float] | None
+    """A few of the base's numbers, to know it by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +123,7 @@ class Covariances:
     """A file that `input_covariances` wrote, opened."""
 
     file: RawFile
+    values: dict[str, list[float] | None]
 
     def of(self, path: str, width: int) -> LayerInputs | str:
         """Return where those of a site are, or why there are none for a weight of so many columns."""
@@ -119,7 +132,7 @@ class Covariances:
             return f"has none of {path}"
         if any(entry is None or entry.dtype != "F32" or entry.shape != (width, width) for entry in entries):
             return f"has {list(entries[0].shape)} of {path}, for rows of {width}"
-        return LayerInputs((self.file, entries[0]), (self.file, entries[1]))
+        return LayerInputs((self.file, entries[0]), (self.file, entries[1]), self.values.get(path))
 
 
 def read_covariances(path: str | os.PathLike[str]) -> Covariances:
@@ -131,4 +144,11 @@ def read_covariances(path: str | os.PathLike[str]) -> Covariances:
     file = read_raw(Path(path))
     if file.metadata.get(_MARK) != "1":
         raise MergeError(f"{file.path}: is no file of `lora_fx.input_covariances`")
-    return Covariances(file)
+    try:
+        values = parse_json(file.metadata.get(_VALUES, "{}").encode())
+        right = all(noted is None or [*map(type, noted)] == [float] * VALUES for noted in values.values())
+    except (UnreadableError, AttributeError, TypeError):
+        right = False
+    if not right:
+        raise MergeError(f"{file.path}: is damaged: what it notes of the base is no table of numbers")
+    return Covariances(file, values)

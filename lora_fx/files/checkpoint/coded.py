@@ -4,6 +4,7 @@ Scales and zeros stay.  The nearest codes are taken, or, where the covariance of
 GPTQ's order gives, if they are better on inputs that were not used for them.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,10 @@ from torch import Tensor
 from lora_fx.adapters.factors.rounding import Moment, Prepared, chosen_codes, prepared
 from lora_fx.files.checkpoint.codes import CodedWeight, Located
 from lora_fx.files.checkpoint.plan import CodeFold
+from lora_fx.files.checkpoint.rawbytes import RawBytes
 from lora_fx.files.checkpoint.tiles import OpenTensor, Scratch, Sums, Tile, delta_of, even, set_lengths
+from lora_fx.files.fingerprint import sample_positions
+from lora_fx.files.values import DTYPES
 from lora_fx.models.grids import Grid
 
 _AT_ONCE = 1 << 16
@@ -78,15 +82,37 @@ class _Weight:
 
 def writing(fold: CodeFold, opened: Callable[[Located], OpenTensor], target: OpenTensor) -> Iterator[tuple[int, Write]]:
     """Yield (bytes, what writes them) for the codes of a weight; guided ones are written by one call."""
-    coded, scratch = fold.coded, Scratch()
-    scale = _whole(opened(coded.scale), coded.scale, scratch).clone()
-    zero = None if coded.zero is None else _zeros(coded, _whole(opened(coded.zero), coded.zero, scratch).clone())
-    weight = _Weight(fold, opened(coded.codes), scale.view(_by_rows(coded, scale)), zero, target)
+    coded, weight = fold.coded, _opened(fold, opened, target)
     if fold.inputs is not None:
         yield coded.codes[1].end - coded.codes[1].start, partial(_fold_guided, weight, opened)
         return
     for tile in weight.tiles():
         yield weight.words(tile).elements * target.dtype.itemsize, partial(_fold_nearest, weight, tile)
+
+
+def _opened(fold: CodeFold, opened: Callable[[Located], OpenTensor], target: OpenTensor) -> _Weight:
+    coded, scratch = fold.coded, Scratch()
+    scale = _whole(opened(coded.scale), coded.scale, scratch).clone()
+    zero = None if coded.zero is None else _zeros(coded, _whole(opened(coded.zero), coded.zero, scratch).clone())
+    return _Weight(fold, opened(coded.codes), scale.view(_by_rows(coded, scale)), zero, target)
+
+
+def sampled(fold: CodeFold) -> list[float]:
+    """Return the numbers of the base that `sample_values` looks at."""
+    coded, scratch, found = fold.coded, Scratch(), []
+    with contextlib.ExitStack() as files:
+
+        def opened(located: Located) -> OpenTensor:
+            file, entry = located
+            raw = RawBytes(file.path, "r")
+            files.callback(raw.close)
+            return OpenTensor(raw, file.data_start + entry.start, DTYPES[entry.dtype])
+
+        weight = _opened(fold, opened, opened(coded.codes))
+        for row, column in (divmod(at, coded.columns) for at in sample_positions(coded.rows * coded.columns)):
+            tile = Tile(slice(row, row + 1), slice(0, coded.columns), coded.columns)
+            found.append(float(weight.values(weight.grid(tile), weight.read(tile, scratch))[0, column]))
+    return found
 
 
 def _by_rows(coded: CodedWeight, numbers: Tensor) -> tuple[int, int]:

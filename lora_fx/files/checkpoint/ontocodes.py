@@ -4,9 +4,11 @@ from collections.abc import Mapping
 
 from lora_fx.errors import MergeError
 from lora_fx.files.checkpoint.basefiles import BaseCheckpoint
+from lora_fx.files.checkpoint.coded import sampled
 from lora_fx.files.checkpoint.codes import CodedWeight
 from lora_fx.files.checkpoint.plan import CodeFold, PlainWork, WeightFold, Work
 from lora_fx.files.covariances import Covariances
+from lora_fx.files.fingerprint import same_values
 
 
 def onto_codes(
@@ -27,8 +29,10 @@ def onto_codes(
         inputs = None if covariances is None else covariances.of(paths[key], coded.columns)
         if isinstance(inputs, str):
             missing.append((key, inputs))
-        else:
-            done[coded.key] = CodeFold(work, coded, inputs)
+            continue
+        done[coded.key] = fold = CodeFold(work, coded, inputs)
+        if inputs is not None and inputs.values is not None and not same_values(inputs.values, sampled(fold)):
+            missing.append((key, f"is of another base: {paths[key]} has other values here"))
     if covariances is not None:
         _refuse_unfitting(covariances, missing, any(isinstance(work, CodeFold) for work in done.values()))
     return done

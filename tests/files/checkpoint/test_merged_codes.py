@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
+from lora_fx.cli import main
 from lora_fx.errors import MergeError, RefusedError
 from lora_fx.files.checkpoint import coded
 from tests.support.codedmodels import INT4, compress_, copied
@@ -164,6 +166,27 @@ def test_lengths_several_adapters_several_rows_at_a_time_and_nearest_where_they_
     )
 
 
+def test_shards_and_the_command_give_the_same_codes(tmp_path: Path):
+    model, compressor = made(*KINDS["int4"])
+    model.save_pretrained(tmp_path / "shards", max_shard_size="9KB")
+    compressor.update_config(str(tmp_path / "shards"))
+    placed = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert placed[f"{SITES[0]}.weight_packed"] != placed[f"{SITES[0]}.weight_scale"]
+    base = checkpoint(tmp_path / "base", "int4")
+    tuned, adapter, inputs = tuned_on(base), tmp_path / "adapter", tmp_path / "inputs"
+    lora_fx.save(tuned, adapter)
+    lora_fx.input_covariances(tuned, batches(), inputs)
+    lora_fx.merge_checkpoint(base, adapter, tmp_path / "whole", covariances=inputs)
+    words = ["merge", tmp_path / "shards", adapter, "-o", tmp_path / "out", "--covariances", inputs]
+    result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    assert "kept" in result.output
+    held = {key: tensor for file in (tmp_path / "out").glob("*.safetensors") for key, tensor in load_file(file).items()}
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert held.keys() == whole.keys()
+    assert all(torch.equal(held[key], tensor) for key, tensor in whole.items())
+
+
 def assert_same_codes(one: Path, other: Path) -> None:
     assert all(torch.equal(codes, codes_in(other)[path]) for path, codes in codes_in(one).items())
 
@@ -183,11 +206,13 @@ def test_what_codes_cannot_hold_or_files_do_not_fit_is_refused_by_name_and_nothi
     }.items():
         save_file(tensors, tmp_path / name, {"lora_fx.covariances": "1"})
     save_file(held, tmp_path / "others", {"format": "pt"})
+    save_file(held, tmp_path / "torn", {"lora_fx.covariances": "1", "values": '{"a": [1.0]}'})
     for reason, given in {
         r"down_proj.weight +has none of": {"covariances": tmp_path / "few"},
         r"q_proj.weight +has \[8, 8\] of .*, for rows of 64": {"covariances": tmp_path / "wide"},
         r"no inputs have the covariance": {"covariances": tmp_path / "odd"},
         r"covariance of its inputs has NaN": {"covariances": tmp_path / "nan"},
+        r"is damaged: what it notes": {"covariances": tmp_path / "torn"},
         r"is no file of `lora_fx.input_covariances`": {"covariances": tmp_path / "others"},
         r"is quantised, and codes have no other dtype": {"out_dtype": "float16"},
         r"rounding='stochastic' is for floats": {"rounding": "stochastic"},
@@ -203,6 +228,11 @@ def test_what_codes_cannot_hold_or_files_do_not_fit_is_refused_by_name_and_nothi
     with pytest.raises(RefusedError, match="1, where two are needed"):
         lora_fx.input_covariances(tuned, batches()[:1], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    held = load_file((other := shutil.copytree(base, tmp_path / "other")) / "model.safetensors")
+    held[f"{SITES[0]}.weight_scale"] *= 1.1
+    save_file(held, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MergeError, match=r"q_proj.weight +is of another base"):
+        lora_fx.merge_checkpoint(other, adapter, out, covariances=inputs)
     config = json.loads((base / "config.json").read_text())
     for reason, changed in {
         "quant_method gptq": {"quant_method": "gptq"},
