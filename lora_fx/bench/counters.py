@@ -114,7 +114,7 @@ class Tally(DispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = operands((*args, *(kwargs or {}).values()))
         before = {tensor.untyped_storage()._cdata for tensor in given}
-        result = func(*args, **(kwargs or {}))
+        result = self.call(func, args, kwargs or {})
         self.calls += 1
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
@@ -125,6 +125,10 @@ class Tally(DispatchMode):  # type: ignore[no-untyped-call]
         self.after(func, given, made)
         self.peak = max(self.peak, self.live)
         return result
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return what an operator does."""
+        return func(*args, **kwargs)
 
     def share(self, func: Any, given: list[Tensor], flops: int) -> int:
         """Return how many of the FLOPs of an operator count."""

@@ -52,6 +52,14 @@ class OneDevice(Tally):  # type: ignore[no-untyped-call]
         self.numbers.follow(func, args, kwargs or {}, result)
         return result
 
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return what an operator does; torch's groups of products are for bfloat16 alone on the meta device."""
+        if func is _ATEN._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            a, b = args[:2]
+            groups = [len(args[2])] if a.dim() == b.dim() == 2 else [len(a)] if a.dim() == b.dim() else []
+            return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+        return func(*args, **kwargs)
+
     def share(self, func: Any, given: list[Tensor], flops: int) -> int:
         """Of an operator on parts each device computes its part."""
         return flops // self._tp if self._parts(given) else flops
@@ -155,12 +163,15 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     """Return what `scaled_dot_product_attention` does on the meta device; arguments are its."""
+    is_trained = (
+        attn_mask is not None and attn_mask.requires_grad
+    )  # as T5's biases are, which no kernel gives a gradient
+    if is_trained or (query.dim() != 4 and (enable_gqa or attn_mask is not None)):  # as it is, with its scores
+        whole = torch.nn.functional.scaled_dot_product_attention
+        return whole(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if query.shape[-1] == value.shape[-1] and query.dim() == 4:
         flash: Any = _ATEN._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-    if query.dim() != 4 and (enable_gqa or attn_mask is not None):  # as it is, with its scores
-        whole = torch.nn.functional.scaled_dot_product_attention
-        return whole(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if query.dim() != 4:
         q, k, v = (tensor.reshape(-1, 1, *tensor.shape[-2:]) for tensor in (query, key, value))
         result = _attention(q, k, v, None, dropout_p, is_causal, scale)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import lora_fx
+from lora_fx.bench.counters import flops
 from tests.support.clitools import run
 
 transformers = pytest.importorskip("transformers")
@@ -46,3 +48,27 @@ def test_a_device_has_its_part_of_hundreds_of_billions_of_parameters(config, par
     assert budget["checkpointed"]["kept"] < budget["plain"]["kept"] / 5
     assert lora_fx.Mesh.of("dp=8,tp=4").devices == 32
     assert budget["weights"] >= 2 * parameters / 32
+
+
+def test_experts_in_float32_and_trained_biases_of_attention_are_counted():
+    """On the meta device torch multiplies groups in bfloat16 alone, and its kernels give a mask no gradient."""
+    sizes = {"num_attention_heads": 4, "vocab_size": 64}
+    mixtral = transformers.MixtralConfig(
+        **sizes, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4
+    )
+    mixtral._experts_implementation = "grouped_mm"
+    t5 = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=64, dropout_rate=0, decoder_start_token_id=0
+    )
+    ids = torch.arange(32).reshape(2, 16)
+    given = {"input_ids": ids, "labels": ids, "use_cache": False}
+    for kind, config, sites in (
+        (transformers.MixtralForCausalLM, mixtral, "**.{q,v}_proj"),
+        (transformers.T5ForConditionalGeneration, t5, "**.{q,v,relative_attention_bias}"),
+    ):
+        rules = {"version": 1, "rules": [{"match": {"name": sites}, "lora": {"r": 4, "alpha": 4}}]}
+        tuned = lora_fx.apply(kind(config), rules, backend="modules").train()
+        real = flops(lambda tuned=tuned: tuned(**given).loss.backward())
+        assert lora_fx.budget(kind(config), rules, given).plain.flops == real
+    with pytest.raises(lora_fx.RefusedError, match=r"decoder\.block\.0 +is given what the block before has not made"):
+        lora_fx.budget(kind(config), rules, given, mesh="pp=2")
