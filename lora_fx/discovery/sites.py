@@ -16,7 +16,7 @@ from lora_fx.models.code import refuse_odd_names
 from lora_fx.models.collecting import collected_later
 from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.joining import outline, refuse_unjoinable
-from lora_fx.models.layers import KnownModule, LayerKind, known_modules, site_shape
+from lora_fx.models.layers import KnownModule, LayerKind, in_eight_bits, known_modules, site_shape
 from lora_fx.models.packed import PackedWeight, values_in
 from lora_fx.models.tensors import dotted
 from lora_fx.models.ties import ties
@@ -181,8 +181,8 @@ class _Finder:
     def _calls(self, path: str, kind: LayerKind, use: WeightUse | None) -> int | None:
         if not self.uses.complete:
             return None
-        number = 0 if use is None else use.calls
-        return max(number, self.uses.calls.get(path, 0)) if kind.called else number
+        number, called = 0 if use is None else use.calls, self.uses.calls.get(path, 0)
+        return max(number, called) if kind.called else number or called  # a forward of its own may hide the product
 
     def _used(self, name: str, parameter: Tensor, known: LayerKind | None) -> LayerKind | None:
         """Return what a run has shown of a raw parameter, or what its owner's class does with it."""
@@ -253,7 +253,7 @@ def _odd_shape(parameter: Tensor, op: str, flat: bool) -> str:
         return f"a weight of {parameter.dim()} dimensions is not supported"
     if not parameter.is_floating_point():
         return f"a weight of dtype {_dtype_name(parameter)} is not supported"
-    return ""
+    return in_eight_bits(parameter)
 
 
 def _taken_name(module: nn.Module, name: str) -> str | None:

@@ -33,6 +33,8 @@ class CodeLayout:
     """Yields each object of the layer that a copy shares or gets in another way, with what stands in the copy."""
     settle: Callable[[Any], None] = lambda _: None
     """Keeps a copy, in place, from what would spoil its training."""
+    broken: Callable[[Any], str] = lambda _: ""
+    """Why the layer, once adapted, cannot be called now; "" if it can."""
     grid: Callable[[Any], Grid | None] = lambda _: None
     """Returns the grid of the numbers, if `again` keeps it; numbers on it then keep their codes."""
 

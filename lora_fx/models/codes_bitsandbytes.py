@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.models.codelayout import CodeLayout, bare, held, shallow
-from lora_fx.models.shards import is_sharded, whole
+from lora_fx.models.shards import is_sharded
 
 
 def _functions() -> Any:
@@ -39,7 +39,7 @@ def _dtype_4bit(layer: Any) -> torch.dtype | None:
 
 
 def _read_4bit(layer: Any) -> Tensor:
-    state, codes = _state_4bit(layer), whole(layer._parameters["weight"])  # gathered, where FSDP2 shards them
+    state, codes = _state_4bit(layer), layer._parameters["weight"]
     numbers: Tensor = _functions().dequantize_4bit(codes.data.view(-1, 1), state)
     return numbers
 
@@ -135,5 +135,12 @@ def _settle_8bit(layer: Any) -> None:
         layer.init_8bit_state()
 
 
+def _broken_8bit(layer: Any) -> str:
+    """bitsandbytes reads codes and scales off its own kind of parameter, which what FSDP2 gathers is not."""
+    return "" if hasattr(layer._parameters["weight"], "CB") else "fully_shard has sharded its codes"
+
+
 FOUR_BITS = CodeLayout(held("weight"), _problem_4bit, _dtype_4bit, _read_4bit, _again_4bit, _copied_4bit, _settle_4bit)
-EIGHT_BITS = CodeLayout(held("weight"), _problem_8bit, _dtype_8bit, _read_8bit, _again_8bit, _copied_8bit, _settle_8bit)
+EIGHT_BITS = CodeLayout(
+    held("weight"), _problem_8bit, _dtype_8bit, _read_8bit, _again_8bit, _copied_8bit, _settle_8bit, _broken_8bit
+)

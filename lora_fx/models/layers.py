@@ -218,7 +218,17 @@ def _refusal(module: nn.Module, called: bool) -> str | None:
         name, dtype = type(module).__name__, name_of_dtype(weight.dtype)
         weight_words = f"type {type(weight).__name__} and dtype {dtype}"
         return f"class {name} has a forward of its own; what it does with a weight of {weight_words} is not known"
-    return None
+    return in_eight_bits(weight) or None
+
+
+def in_eight_bits(weight: Tensor) -> str:
+    """Return why a weight of bare 8-bit floating point numbers cannot be adapted; empty for any other."""
+    if not weight.is_floating_point() or weight.dtype.itemsize > 1:
+        return ""
+    return (
+        f"its weight is bare {name_of_dtype(weight.dtype)}: torch's layers do not multiply by it, and a change would "
+        "be rounded away; convert it, or quantise with torchao"
+    )
 
 
 def raw_kinds(module: nn.Module) -> dict[str, LayerKind]:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.errors import LoraFxWarning
-from lora_fx.models.codelayout import CodeLayout
+from lora_fx.errors import LoraFxWarning, RefusedError
+from lora_fx.models.codelayout import CodeLayout, bare
 from lora_fx.models.compressed import SCHEME, settle_compressed_
 from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.grids import Grid
 from lora_fx.models.packings import KNOWN, NOT_RUN, found_on
 from lora_fx.models.quantised import dequantised_parameters_, is_quantised
-from lora_fx.models.shards import is_sharded
+from lora_fx.models.shards import gather_held, is_sharded
 from lora_fx.models.swap import original_class
 from lora_fx.models.torch_internals import pytree, tensor_without_memory
 from lora_fx.models.walking import modules_of, named_modules_of, parameters_in
@@ -49,9 +49,10 @@ class PackedWeight(Tensor):
         return made
 
     def dequantize(self) -> Tensor:
-        """Return the numbers that the codes stand for."""
+        """Return the numbers that the codes stand for; gathered where codes are sharded: collective then."""
         with torch.no_grad():
-            return _packing(self.layer).read(self.layer).to(self.dtype)
+            layer = _gathered(self.layer) if holds_shards(self.layer) else self.layer
+            return _packing(layer).read(layer).to(self.dtype)
 
     def multiplied(self, x: Tensor) -> Tensor:
         """Return what the layer computes of x without its adapters: W x + b, by its own forward."""
@@ -91,8 +92,17 @@ def faked(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def own_forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return what a packed layer computes by the forward of its class."""
+    """Return what a packed layer computes by the forward of its class.
+
+    Raises:
+        RefusedError: what its library asks of the codes is not there.
+    """
     kind: Any = original_class(layer)
+    if why := _packing(layer).broken(layer):
+        advice = (
+            "bitsandbytes' layers in 4 bits run there; or let each process hold all of it (DistributedDataParallel)"
+        )
+        raise RefusedError("a quantised layer does not run as it is held", [(kind.__name__, why)], advice)
     result: Tensor = kind.forward(layer, x)
     return result
 
@@ -239,6 +249,13 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def holds_shards(layer: nn.Module) -> bool:
     """Whether this process has a part of a packed layer's codes."""
     return is_sharded(_codes_or_none(layer))
+
+
+def _gathered(layer: nn.Module) -> nn.Module:
+    """Return a copy of a packed layer that holds all of its codes and scales; collective."""
+    made: nn.Module = bare(layer)
+    gather_held(made)
+    return made
 
 
 def values_in(model: nn.Module) -> dict[int, int]:

@@ -61,6 +61,44 @@ def test_graphs_round_to_bfloat16_elsewhere_and_train_alike_for_fifty_steps(rank
         assert found == 99  # but the first call, in another dtype: blocks of one kind share what is captured
 
 
+@pytest.mark.parametrize(
+    ("kind", "codes"),
+    [
+        ("compressed-tensors W4A16, asymmetric", {torch.int32, torch.int64}),
+        ("compressed-tensors FP8", set()),  # they are floating point
+        ("compressed-tensors W8A8", {torch.int8}),
+        ("hqq 4 bits", {torch.uint8}),
+        ("hqq 3 bits", {torch.int32}),
+    ],
+)
+def test_codes_that_are_sharded_train_and_are_saved_as_whole_ones_and_what_else_there_is_refused_by_name(
+    ranks, kind, codes
+):
+    if "coded" not in ranks[0]:
+        pytest.skip("bitsandbytes, compressed-tensors and hqq are not installed")
+    for rank in ranks:
+        found = rank["coded"][kind]
+        assert set(found["codes"]) == codes
+        torch.testing.assert_close(*found["losses"], rtol=1e-5, atol=1e-5)
+        assert found["losses"][0][-1] < found["losses"][0][0]
+        assert found["hits"] == [5, 5]
+        torch.testing.assert_close(*found["trained"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*found["output"], rtol=1e-5, atol=1e-5)
+        assert torch.equal(*found["removed"])
+        assert found["files"][0] == found["files"][1]
+        assert "its codes are sharded: lora_fx.save, and merge beside the base" in found["refused"]["merge"]
+        for what in ("add", "apply"):
+            assert "adapters do not join shards of a quantised base" in found["refused"][what]
+
+
+def test_eight_bits_of_bitsandbytes_say_that_they_do_not_run_sharded(ranks):
+    if "coded" not in ranks[0]:
+        pytest.skip("bitsandbytes, compressed-tensors and hqq are not installed")
+    for rank in ranks:
+        assert rank["coded"]["int8"].startswith("RefusedError: a quantised layer does not run as it is held")
+        assert "Linear8bitLt  fully_shard has sharded its codes" in rank["coded"]["int8"]
+
+
 def test_a_block_with_sharded_modules_inside_runs_without_a_graph(ranks):
     for rank in ranks:
         graphs, modules = rank["sharded inside"]["auto"], rank["sharded inside"]["modules"]

@@ -74,15 +74,19 @@ def test_what_would_be_wrong_there_is_refused_by_name(ranks, what, told):
 
 @pytest.mark.parametrize(
     ("order", "hits"),
-    [("before", 20), ("before, loaded by one", 20), ("before, checkpointed", 20), ("after", 15)],
+    [
+        ("before", 20),
+        ("before, loaded by one", 20),
+        ("before, checkpointed", 40),
+        ("before, checkpointed, with a cache", 20),  # what is made again meets a cache that is filled, and is no hit
+        ("after", 15),  # blocks are captured at their first calls
+    ],
 )
 def test_a_model_that_accelerate_shards_trains_and_is_saved_as_a_whole_one(ranks, order, hits):
     for rank in ranks:
         found = rank["accelerate"][order]
         torch.testing.assert_close(*found["losses"], rtol=1e-5, atol=1e-5)
-        assert (
-            found["hits"] >= hits
-        )  # adapted after, blocks are captured at their first calls; checkpointed, half of the calls are hits
+        assert found["hits"] >= hits
         assert found["sharded"] == "FSDPModule"
         assert found["files"][0] == found["files"][1]
         mine, whole = found["merged"]

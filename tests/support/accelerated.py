@@ -29,8 +29,12 @@ def prepared(home: Path, folder: Path) -> dict[str, Any]:
         "before": {"cpu_ram_efficient_loading": False},
         "before, loaded by one": {"cpu_ram_efficient_loading": True},
         "before, checkpointed": {"cpu_ram_efficient_loading": False, "activation_checkpointing": True},
+        "before, checkpointed, with a cache": {"cpu_ram_efficient_loading": False, "activation_checkpointing": True},
     }.items():
-        tuned, same = _adapted(read_base(home, False)), _adapted(read_base(home, False))
+        model, plain = read_base(home, False), read_base(home, False)
+        if name == "before, checkpointed":  # what is made again would meet the keys of the first time
+            model.config.use_cache = plain.config.use_cache = False
+        tuned, same = _adapted(model), _adapted(plain)
         alike(same, _of_first(values_of(tuned)))
         alike(tuned, values_of(same))
         optimizer = torch.optim.AdamW(lora_fx.parameters(tuned), lr=1e-3)

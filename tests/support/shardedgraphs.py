@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ def trained(folder: Path) -> dict[str, Any]:
         "llama checkpointed": functools.partial(_llama, folder=folder),
     }
     found = {name: {graphs: run(graphs) for graphs in ("auto", "modules")} for name, run in kinds.items()}
+    if all(map(importlib.util.find_spec, ("bitsandbytes", "compressed_tensors", "hqq"))):
+        from tests.support.packedshards import coded
+
+        found["coded"] = coded(folder / "coded")
     return found | {"fifty": fifty()}
 
 
