@@ -137,7 +137,7 @@ def _settle_8bit(layer: Any) -> None:
 
 def _broken_8bit(layer: Any) -> str:
     """bitsandbytes reads codes and scales off its own kind of parameter, which what FSDP2 gathers is not."""
-    return "" if hasattr(layer._parameters["weight"], "CB") else "fully_shard has sharded its codes"
+    return "" if "CB" in vars(layer._parameters["weight"]) else "fully_shard has sharded its codes"
 
 
 FOUR_BITS = CodeLayout(held("weight"), _problem_4bit, _dtype_4bit, _read_4bit, _again_4bit, _copied_4bit, _settle_4bit)
