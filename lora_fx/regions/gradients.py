@@ -138,5 +138,6 @@ def _far(a: Tensor, b: Tensor, precision: torch.dtype | None) -> bool:
 
 
 def _size(a: Tensor, b: Tensor | None = None) -> float:
-    """Return the root of the sum of squares of a, or of its difference from b, in float64."""
-    return float(torch.linalg.vector_norm(a.double() if b is None else a.double() - b.double()))
+    """Return the root of the sum of squares of a, or of its difference from b, in float32 at the least."""
+    wide = torch.promote_types(a.dtype, torch.float32)  # float64 is not on all devices
+    return float(torch.linalg.vector_norm(a.to(wide) if b is None else a.to(wide) - b.to(wide)))
