@@ -190,17 +190,11 @@ def parallel(tuned: nn.Module, mesh: Any) -> nn.Module:
 
 
 def by_four(_folder: Path) -> dict[str, dict[str, int]]:
-    """What a process of four, two by two, has and makes of a model; plain and checkpointed.
-
-    Where it is split along one axis alone, both pairs do the same.
-    """
+    """What a process of four, two by two, has and makes of a model; plain and checkpointed."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("first", "tp"))
     first, tp = mesh["first"], mesh["tp"]
     ways: dict[str, Callable[[nn.Module], nn.Module]] = {
-        "dp=2": lambda tuned: sharded(tuned, first),
-        "tp=2": lambda tuned: parallel(tuned, tp),
         "dp=2,tp=2": lambda tuned: sharded(parallel(tuned, tp), first),
-        "pp=2": lambda tuned: Stage(tuned, first.get_local_rank()),
         "tp=2,pp=2": lambda tuned: Stage(parallel(tuned, tp), first.get_local_rank()),
     }
     found = {}
