@@ -4,13 +4,14 @@ torch's own `named_modules` passes every module through a generator of each leve
 some hundred times before its first step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Held = TypeVar("_Held", bound=Tensor)
 _PLAIN = nn.Module.named_modules
 _ALSO_PLAIN = nn.Module.modules
 _USUAL: set[Any] = {_PLAIN}
@@ -112,23 +113,22 @@ def all_parameters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return what `model.named_parameters(remove_duplicate=False)` yields, in its order: each by all its names."""
     if type(model).named_parameters is not nn.Module.named_parameters:
         return list(model.named_parameters(remove_duplicate=False))
-    return [
-        (f"{path}.{name}" if path else name, parameter)
-        for path, module in all_names_of(model)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
+    return _all_held(model, lambda module: module._parameters)
 
 
 def all_buffers_of(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return what `model.named_buffers(remove_duplicate=False)` yields, in its order: each by all its names."""
     if type(model).named_buffers is not nn.Module.named_buffers:
         return list(model.named_buffers(remove_duplicate=False))
+    return _all_held(model, lambda module: module._buffers)
+
+
+def _all_held(model: nn.Module, held: Callable[[nn.Module], Mapping[str, _Held | None]]) -> list[tuple[str, _Held]]:
     return [
-        (f"{path}.{name}" if path else name, buffer)
+        (f"{path}.{name}" if path else name, tensor)
         for path, module in all_names_of(model)
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        for name, tensor in held(module).items()
+        if tensor is not None
     ]
 
 
