@@ -54,6 +54,7 @@ def budget(
         model: as for `plan`, with or without values; it stays unchanged.
         rules_or_plan: as for `apply`.
         example_inputs: of one step of one device, as for `plan`, of which the first counts; with `pp` of a micro-batch.
+            Models of transformers fill no KV cache unless `use_cache=True` is among them.
         mesh: `dp=8,tp=4`, or a dict: over `dp` devices `fully_shard` shards, block by block; `tp` share each layer;
             `pp` are the stages of a pipeline, with as many blocks each (not yet with `dp`).
         tp_plan: styles (`colwise`, `rowwise`…) by names or globs; None: that of a model of transformers.
@@ -71,8 +72,10 @@ def budget(
     if type(optimizer_states) is not int or optimizer_states < 0:
         raise ValueError(f"optimizer_states is {optimizer_states!r}; it must be a whole number, not below 0")
     many = wanted.pp if micro_batches is None else micro_batches
-    if type(many) is not int or many < 1 or (wanted.pp == 1 and micro_batches is not None):
-        raise ValueError(f"micro_batches is {many!r}; it must be a whole number above 0, and is for meshes with pp")
+    if type(many) is not int or many < 1:
+        raise ValueError(f"micro_batches is {many!r}; it must be a whole number above 0")
+    if wanted.pp == 1 and micro_batches is not None:
+        raise ValueError(f"micro_batches is {many}, and the mesh ({wanted}) has no pp: a pipeline alone has them")
     _refuse_uncountable(model)
     samples = samples_for(model, None).items if example_inputs is None else samples_of(example_inputs)
     if not samples:
@@ -81,7 +84,7 @@ def budget(
     for parameter in empty.parameters():
         if dtype is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    _choose_experts(empty)
+    _choose_for_training(empty)
     base = {name for name, _ in (*empty.named_parameters(), *empty.named_buffers())}
     plan = planned_for(empty, rules_or_plan, samples[0], "modules")
     build.check_refusals(plan)
@@ -103,15 +106,25 @@ def _holds_codes(parameter: Tensor) -> bool:
     return is_quantised(parameter) or not (parameter.is_floating_point() or parameter.is_complex())
 
 
-def _choose_experts(model: nn.Module) -> None:
-    """Let experts of transformers multiply groups of rows, in place: a loop over experts needs values."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "_experts_implementation", None) is not None:
-        own = copy.copy(config)
-        own._experts_implementation = "grouped_mm"
-        for module in model.modules():
-            if getattr(module, "config", None) is config:
-                module.config = own
+def _choose_for_training(model: nn.Module) -> None:
+    """Let modules of transformers do what a step of training does, in place, where a call does not say it.
+
+    They fill no KV cache, as under their own checkpointing; and experts multiply groups of rows: a loop over experts
+    needs values.
+    """
+    root: Any = getattr(model, "config", None)
+    changed: dict[int, Any] = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        told: dict[str, object] = {"use_cache": False} if getattr(config, "use_cache", None) is True else {}
+        if config is root and getattr(config, "_experts_implementation", None) is not None:
+            told["_experts_implementation"] = "grouped_mm"
+        if told and id(config) not in changed:
+            changed[id(config)] = copy.copy(config)
+            for name, value in told.items():
+                setattr(changed[id(config)], name, value)
+        if told:
+            module.config = changed[id(config)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,8 +89,12 @@ class Pipeline:
             facts = [(path, f"runs where {other} is next") for path, other in pairs if path != other][:1]
             raise RefusedError("this model is no pipeline: its blocks do not run once, one after the other", facts)
         if self._passing:
-            facts = [(path, "is given what the block before has not made") for path in self._passing]
-            raise RefusedError("this model is no pipeline: gradients pass between its blocks in another way", facts)
+            facts = [(path, "is given what the block before has not made") for path in dict.fromkeys(self._passing)]
+            raise RefusedError(
+                "this model is no pipeline: gradients pass between its blocks in another way",
+                facts,
+                "a stage may train the stage before through its results alone; a KV cache needs use_cache=False",
+            )
 
     def costs(self, device: OneDevice, micro_batches: int) -> list[StepCost]:
         """Return what a step of 1F1B takes on each stage, which keeps min(stages - i, m) micro-batches between passes.

@@ -41,6 +41,8 @@ class Mesh:
         """
         if isinstance(axes, Mesh):
             return axes
+        if not isinstance(axes, str | Mapping):
+            raise RefusedError("this mesh cannot be read", [("mesh", f"is {axes!r}")], "write dp=8,tp=4")
         sizes = _read(axes) if isinstance(axes, str) else dict(axes)
         problems = [(name, "is no axis that is counted here") for name in sizes if name not in _AXES]
         problems += [

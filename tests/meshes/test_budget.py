@@ -105,8 +105,11 @@ def test_a_stage_of_a_pipeline_has_its_blocks_and_the_micro_batches_that_are_on_
     assert counted(mesh="tp=4,pp=3", tp_plan=SPLIT).stages[0].weights < piped.stages[0].weights
     document = json.loads(piped.to_json())
     assert [stage["plain"]["kept"] for stage in document["stages"]] == [first, middle, last]
-    for wrong in ({"mesh": "pp=3", "micro_batches": 0}, {"micro_batches": 2}):
-        with pytest.raises(ValueError, match="micro_batches"):
+    for wrong, says in (
+        ({"mesh": "pp=3", "micro_batches": 0}, "must be a whole number above 0"),
+        ({"micro_batches": 2}, "has no pp"),
+    ):
+        with pytest.raises(ValueError, match=says):
             counted(**wrong)
 
 
@@ -156,6 +159,27 @@ def test_plans_and_dtypes_are_taken_and_the_model_stays_as_it_was():
     assert document["devices"] == 1
 
 
+def test_a_step_of_training_fills_no_kv_cache_unless_it_is_asked_for():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+    )
+    ids, rules = torch.arange(8).reshape(1, 8), {"rules": [{"match": {"name": "**.v_proj"}, "lora": {"r": 2}}]}
+    with_cache, without, plain = (
+        {"input_ids": ids, "labels": ids} | more for more in ({"use_cache": True}, {"use_cache": False}, {})
+    )
+    model = transformers.LlamaForCausalLM(config)
+    said, quiet, asked = (lora_fx.budget(model, rules, given) for given in (without, plain, with_cache))
+    assert said == quiet
+    assert said.checkpointed.kept < asked.checkpointed.kept
+    assert len(lora_fx.budget(model, rules, plain, mesh="pp=2").stages) == 2
+    with pytest.raises(lora_fx.RefusedError, match="needs use_cache=False") as refused:
+        lora_fx.budget(model, rules, with_cache, mesh="pp=2")
+    assert str(refused.value).count("model.layers.1") == 1
+    assert config.use_cache
+    assert model.config is config
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -165,6 +189,7 @@ def test_plans_and_dtypes_are_taken_and_the_model_stays_as_it_was():
         ({"mesh": "dp=2,dp=4"}, "is there twice"),
         ({"mesh": "eight"}, "is not NAME=SIZE"),
         ({"mesh": {"dp": 0}}, "0 is no whole number above 0"),
+        ({"mesh": 8}, "mesh  is 8"),
         ({"mesh": "tp=2"}, "brings no plan of tensor parallelism"),
         ({"mesh": "dp=2", "tp_plan": SPLIT}, "needs a mesh with tp"),
         ({"mesh": "tp=2", "tp_plan": {"blocks.*.up": "sequence_parallel"}}, "styles that are not counted"),
