@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from lora_fx.cli.options import F, rules_of, sizes_of
-from lora_fx.planning.budget import Mesh
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -62,6 +61,8 @@ def counted(model: str, rules: str | None, asked: MeshOptions, trust: bool) -> A
     if rules is None:
         raise click.UsageError("RULES are missing: --mesh runs the model, which a saved plan does not have")
     sizes = sizes_of(asked.tokens, "1x2048")
+    from lora_fx.planning.budget import Mesh
+
     read = rules_of(rules)  # a misspelt rule is an error before torch is imported
     mesh = Mesh.of(asked.mesh or "")
     if mesh.pp == 1 and asked.micro_batches:
