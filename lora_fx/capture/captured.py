@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,6 +26,7 @@ from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import attribute_at
 from lora_fx.models.torch_internals import Fakes, quiet_fakes
 
+_Found = TypeVar("_Found")
 _LOCK = threading.RLock()
 _MOST_RESTARTS = 24
 
@@ -86,18 +87,44 @@ def capture(
     Raises:
         NotCaptured: with the reason.
     """
-    flat = flatten(args, kwargs, positional_names(original_class(module).forward)[1:])
-    refuse_opaque(flat)
-    around = ambient_state({leaf.value.device for leaf in flat.tensors()})
-    call = _Call(module, args, kwargs, flat, varying, around)
+    call = _call(module, args, kwargs, varying)
 
     def work() -> Captured:
+        found = _left_open(call, record, left_open) if left_open else None
+        return found if found is not None and not found.dependencies.retreats else _with_retreats(call, record)
+
+    return _worked(call, work)
+
+
+def capture_open(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    varying: VaryingSizes,
+    record: Callable[[], Records] | None,
+    left_open: frozenset[AttributePath],
+) -> Captured | None:
+    """Return what `capture` does if the forward uses the integers as no more than an index, else None.
+
+    What is a call in it (`dependencies.retreats`) may be one for being given stand-ins: a capture without tells.
+    """
+    call = _call(module, args, kwargs, varying)
+    return _worked(call, lambda: _left_open(call, record, left_open))
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], varying: VaryingSizes) -> "_Call":
+    flat = flatten(args, kwargs, positional_names(original_class(module).forward)[1:])
+    refuse_opaque(flat)
+    return _Call(module, args, kwargs, flat, varying, ambient_state({leaf.value.device for leaf in flat.tensors()}))
+
+
+def _worked(call: "_Call", work: Callable[[], _Found]) -> _Found:
+    def around() -> _Found:
         with call.around.active():
-            found = _left_open(replace(call, left_open=left_open), record) if left_open else None
-            return found or _with_retreats(call, record)
+            return work()
 
     with _LOCK, quiet_fakes():
-        return in_clean_thread(work)
+        return in_clean_thread(around)
 
 
 def refuse_opaque(flat: FlatCall) -> None:
@@ -146,7 +173,7 @@ class _Call:
         stand_ins = inputs.stand_ins
         result = tracer.run(*rebuild(self.args, self.kwargs, lambda leaf: stand_ins.get(id(leaf), leaf)))
         write_output(writer, result)
-        if tracer.open.given and tracer.may_tell_open_numbers:
+        if tracer.open.given and tracer.open.spoiled:
             raise UsedOtherwise
         writer.drop_unused()
         refuse_odd_names(writer.graph, paths=False)
@@ -167,12 +194,12 @@ class _Call:
         )
 
 
-def _left_open(call: _Call, record: Callable[[], Records] | None) -> Captured | None:
+def _left_open(
+    call: _Call, record: Callable[[], Records] | None, left_open: frozenset[AttributePath]
+) -> Captured | None:
     """Return the capture with integers left open; None if the forward uses them otherwise, or fails."""
     try:
-        return _with_retreats(call, record)
-    except BakesSize:
-        raise
+        return _with_retreats(replace(call, left_open=left_open), record)
     except (UsedOtherwise, NotCaptured):
         return None
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lora_fx.capture.calls.objects import tensors_in
-from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture
+from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture, capture_open
 from lora_fx.capture.generalise import generalise
 from lora_fx.capture.tracing.inputs import VaryingSizes
 from lora_fx.regions.blocks import BlockPrograms
@@ -60,7 +60,7 @@ def capture_new(block: BlockPrograms, replay: Replay, result: object) -> Program
     if difference is not None:
         raise NotCaptured(f"the graph is not the forward: {difference}")
     program.verified = not any(tensor.is_meta for tensor in tensors_in((call.args, call.kwargs)))
-    program, other = _generalised(block, program, replay, result)
+    program, other = _generalised(block, program, replay, result, frozenset() if static else varying)
     if other is not None:
         block.programs.remove(other)
     block.programs.append(program)
@@ -118,11 +118,12 @@ def _has_most_static(block: BlockPrograms) -> bool:
 
 
 def _generalised(
-    block: BlockPrograms, program: Program, replay: Replay, result: object
+    block: BlockPrograms, program: Program, replay: Replay, result: object, varying: VaryingSizes
 ) -> tuple[Program, Program | None]:
     """Return a program for both this one and one of an identical block, and the latter; else this one."""
     for other in block.programs:
-        captured = generalise(other.captured, program.captured)
+        pair = generalise(other.captured, program.captured)
+        captured = None if pair is None else _opened(program, pair, replay, varying)
         if captured is None:
             continue
         both = make_program(captured, replay.call.module, block.passes)
@@ -132,3 +133,15 @@ def _generalised(
             both.ones |= other.ones & program.ones
             return both, other
     return program, None
+
+
+def _opened(program: Program, pair: Captured, replay: Replay, varying: VaryingSizes) -> Captured | None:
+    """Return a program's capture with the integers open in which a pair differs; None if they are more than indices.
+
+    The pair alone does not tell what else other numbers lead to: `if self.layer_idx > 1` is false in both.
+    """
+    call, places = replay.call, frozenset(pair.parameters)
+    found = capture_open(call.module, call.args, call.kwargs, varying, replay.recorded, places)
+    if found is None or {*found.parameters} != places:
+        return None
+    return found if found.dependencies.retreats == program.captured.dependencies.retreats else None

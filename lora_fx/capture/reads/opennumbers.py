@@ -1,9 +1,10 @@
 """Integers of a module that a capture leaves open: a layer's number, which finds its part of a KV cache.
 
-Two captures of identical blocks have shown that such an integer is all in which they differ (`generalise`).  A later
-capture, of a call of another kind, gives the forward a stand-in for it that can do two things: pick an item of a list
-among the arguments, and be compared with a plain integer.  The one becomes `«place»` in the text of an access; of the
-other the guard asks that each value compares alike.  Any other use spoils the capture, which is then made without.
+Two captures of identical blocks have shown that such an integer is all in which they differ (`generalise`).  A capture
+with it left open gives the forward a stand-in that can do two things: find an item of a list or dict among the
+arguments, and be compared with a plain integer.  The one becomes `«place»` in the text of an access, or an input of the
+graph where the item is set; of the other the guard asks that each value compares alike.  Any other use spoils the
+capture, and each integer gets a graph of its own.
 """
 
 import operator
@@ -88,11 +89,13 @@ class OpenNumber:
         self._owner.spoiled = True
         raise UsedOtherwise(str(self._place))
 
-    def is_not(self, index: int) -> None:
-        """The item of this index of a list in which it finds another one was reached otherwise."""
-        if index == self.value:
+    def is_not(self, other: object) -> None:
+        """The item that this index, key or open number finds was reached otherwise: it must find another one."""
+        value = other.value if type(other) is OpenNumber else other
+        if value == self.value or isinstance(value, float):  # whose text may be no number: `nan`
             self.spoil()
-        self.require(f"{self.text} != {index}")
+        if isinstance(value, int):
+            self.require(f"{self.text} != {other.text if type(other) is OpenNumber else value}")
 
     def require(self, expression: str) -> None:
         self._owner.required(expression, f"value of {self._place}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from lora_fx.capture.calls.arguments import FlatCall, GuardCheck, Leaf, is_constant
+from lora_fx.capture.reads.opennumbers import OpenNumber
 from lora_fx.capture.tracing.proxies import Proxies, access_of
 from lora_fx.capture.tracing.writer import GraphWriter
 from lora_fx.models.torch_internals import Fakes, symbol_of
@@ -138,7 +139,9 @@ class Inputs:
 
     def wrote(self, function: Callable[..., None], proxy: Any, key: object, value: object) -> None:
         if self.listening():
-            self.writer.emit("call_function", function, (self.writer.argument(proxy), key, self.writer.argument(value)))
+            given = self._number(key) if type(key) is OpenNumber else key
+            args = (self.writer.argument(proxy), given, self.writer.argument(value))
+            self.writer.emit("call_function", function, args)
 
     # -- making inputs
 
@@ -151,6 +154,11 @@ class Inputs:
         fake = self.fakes.tensor(value, _identifier(name), [False] * value.dim())
         self._give(access, name, value, fake)
         return fake
+
+    def _number(self, number: OpenNumber) -> fx.Node:
+        """Return the node of an open number by which an item is set."""
+        known = self.writer.inputs.get(id(number))
+        return known or self._give(number.text, _spoken(number.text), number.value, number)
 
     def _object(self, proxy: Any) -> fx.Node:
         """Return the node of an object that the graph mentions."""
@@ -177,6 +185,8 @@ def _input(given: _Given) -> Input:
     value, stand_in = given.value, given.stand_in
     if isinstance(stand_in, torch.SymInt):
         return NumberInput(given.access, given.name, value, _symbol(stand_in))
+    if type(stand_in) is OpenNumber:
+        return NumberInput(given.access, given.name, value, None)
     if not isinstance(stand_in, Tensor):
         return ObjectInput(given.access, given.name)
     symbols = tuple(_symbol(size) for size in stand_in.shape)

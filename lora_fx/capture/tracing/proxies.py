@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_fx.capture.calls.arguments import is_constant
 from lora_fx.capture.calls.objects import IDENTITIES, StandIn, Undo, is_plain_object, subclass_of
 from lora_fx.capture.calls.reasons import Untraceable
-from lora_fx.capture.reads.opennumbers import OpenNumber, refuse_open
+from lora_fx.capture.reads.opennumbers import OpenNumber
 from lora_fx.models.code import attribute
 
 _STATE = "_lora_fx_proxy"
@@ -50,7 +50,28 @@ class _State:
     changed: bool = False
     """Whether the forward has set an item."""
     open: dict[int, OpenNumber] = field(default_factory=dict)
-    """By which open number an index was given, for items of a list that are found so."""
+    """By which open number an index or key was given, for items that are found so."""
+
+    def found_by(self, key: Any, touched: set[Any]) -> Any:
+        """Return the index or key that was given; what an open number finds, nothing else may find, and it no more.
+
+        Args:
+            key: an open number, or a constant.
+            touched: what of the list or dict is no longer as it was before the forward.
+        """
+        if type(key) is not OpenNumber:
+            for number in self.open.values():
+                number.is_not(key)
+            return key
+        if self.open.get(key.value) is not key:
+            for other in {*touched, *self.open}:
+                key.is_not(self.open.get(other, other))
+            self.open[key.value] = key
+        return key.value
+
+
+def _text(key: Any) -> str:
+    return key.text if type(key) is OpenNumber else repr(key)
 
 
 def set_attribute(target: object, name: str, value: object) -> None:
@@ -198,53 +219,41 @@ def _refused(name: str) -> Callable[..., Any]:
 class ProxyList(list[Any]):
     """The proxy of a list: items are resolved when they are read."""
 
-    def _item(self, index: int) -> Any:
+    def _item(self, key: Any) -> Any:
         state = _state(self)
-        for number in state.open.values():
-            number.is_not(index)
+        index = state.found_by(key, {*range(len(self))} - state.raw)
         if index in state.raw:
-            list.__setitem__(self, index, state.proxies.of(list.__getitem__(self, index), f"{state.access}[{index}]"))
-            state.raw.discard(index)
-        return list.__getitem__(self, index)
-
-    def _open_item(self, number: OpenNumber) -> Any:
-        """Return the item that an open number finds, and nothing else does."""
-        state, index = _state(self), number.value
-        if index >= len(self):
-            raise IndexError("list index out of range")
-        if index in state.raw:
-            found = state.proxies.of(list.__getitem__(self, index), f"{state.access}[{number.text}]")
+            found = state.proxies.of(list.__getitem__(self, index), f"{state.access}[{_text(key)}]")
             list.__setitem__(self, index, found)
             state.raw.discard(index)
-            for other in {*range(len(self))} - state.raw - state.open.keys() - {index}:
-                number.is_not(other)
-            state.open[index] = number
-        if state.open.get(index) is not number:
-            number.spoil()
         return list.__getitem__(self, index)
 
+    def _index(self, key: Any) -> Any:
+        """Return an index from 0 on, or the open number that it is."""
+        if type(key) is not OpenNumber:
+            index = key.__index__()
+            if not -len(self) <= index < len(self):
+                raise IndexError("list index out of range")
+            return index % len(self)
+        if key >= len(self):
+            raise IndexError("list index out of range")
+        return key
+
     def __getitem__(self, key: Any) -> Any:
-        if type(key) is OpenNumber:
-            return self._open_item(key)
         if isinstance(key, slice):
             return [self._item(index) for index in range(*key.indices(len(self)))]
-        index = key.__index__()
-        if not -len(self) <= index < len(self):
-            raise IndexError("list index out of range")
-        return self._item(index % len(self))
+        return self._item(self._index(key))
 
     def __iter__(self) -> Iterator[Any]:
         return (self._item(index) for index in range(len(self)))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        refuse_open(key)
         if isinstance(key, slice):
             raise Untraceable(f"the forward sets a slice of {access_of(self)}")
-        index = range(len(self))[key.__index__()]
-        for number in _state(self).open.values():
-            number.is_not(index)
-        _state(self).proxies.host.wrote(set_item, self, index, value)
-        _state(self).raw.discard(index)
+        state, key = _state(self), self._index(key)
+        index = state.found_by(key, {*range(len(self))} - state.raw)
+        state.proxies.host.wrote(set_item, self, key, value)
+        state.raw.discard(index)
         list.__setitem__(self, index, value)
 
     def append(self, value: Any) -> None:
@@ -271,41 +280,44 @@ class ProxyList(list[Any]):
 class ProxyDict(dict[Any, Any]):
     """The proxy of a dict: values are resolved when they are read, and whether a key is there is guarded."""
 
-    def _known(self, key: Any) -> bool:
-        refuse_open(key)
-        if not is_constant(key):
+    def _known(self, key: Any) -> tuple[bool, Any]:
+        """Return whether a key is there, and the key itself for an open number."""
+        if type(key) is not OpenNumber and not is_constant(key):
             raise Untraceable(f"the forward looks up an object of type {type(key).__name__} in {access_of(self)}")
-        is_there = dict.__contains__(self, key)
         state = _state(self)
-        if key in state.raw or not is_there:
+        found = state.found_by(key, {*dict.keys(self)} - state.raw)
+        is_there = dict.__contains__(self, found)
+        if found in state.raw or not is_there:
             text = "in" if is_there else "not in"
-            state.proxies.host.required(f"{key!r} {text} {state.access}", f"keys of {state.access}")
-        return is_there
+            state.proxies.host.required(f"{_text(key)} {text} {state.access}", f"keys of {state.access}")
+        return is_there, found
 
     def __contains__(self, key: object) -> bool:
-        return self._known(key)
+        return self._known(key)[0]
 
     def __getitem__(self, key: Any) -> Any:
-        if not self._known(key):
-            raise KeyError(key)
+        is_there, found = self._known(key)
+        if not is_there:
+            raise KeyError(found)
         state = _state(self)
-        if key in state.raw:
-            dict.__setitem__(self, key, state.proxies.of(dict.__getitem__(self, key), f"{state.access}[{key!r}]"))
-            state.raw.discard(key)
-        return dict.__getitem__(self, key)
+        if found in state.raw:
+            access = f"{state.access}[{_text(key)}]"
+            dict.__setitem__(self, found, state.proxies.of(dict.__getitem__(self, found), access))
+            state.raw.discard(found)
+        return dict.__getitem__(self, found)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if self._known(key) else default
+        return self[key] if self._known(key)[0] else default
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        refuse_open(key)
-        if not is_constant(key):
+        if type(key) is not OpenNumber and not is_constant(key):
             raise Untraceable(f"the forward sets an item of {access_of(self)} under a key that is not constant")
         state = _state(self)
+        found = state.found_by(key, {*dict.keys(self)} - state.raw)
         state.proxies.host.wrote(set_item, self, key, value)
-        state.raw.discard(key)
+        state.raw.discard(found)
         state.changed = True
-        dict.__setitem__(self, key, value)
+        dict.__setitem__(self, found, value)
 
     def _all_keys(self) -> list[Any]:
         keys = list(dict.__iter__(self))

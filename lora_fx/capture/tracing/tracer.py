@@ -322,12 +322,6 @@ class Tracer(Listener, FunctionMode):
         if self._refusal is not None:
             raise Untraceable(self._refusal)
 
-    @property
-    def may_tell_open_numbers(self) -> bool:
-        """Whether the forward may have gone another way for being given stand-ins of integers."""
-        spoiled = self.open is not None and self.open.spoiled
-        return spoiled or bool(self.dependencies.retreats)
-
     def _specialised(self) -> int:
         return sum(self.fakes.is_constant(symbol) for symbol in self.varying)
 
