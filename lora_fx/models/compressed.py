@@ -183,7 +183,16 @@ def _problem(layer: Any) -> str:
         return "something else than compressed-tensors has replaced its forward"
     if _holds_codes(layer) and layer.quantization_scheme.format is None:
         return "its scheme does not tell the format of its codes"
+    if _holds_codes(layer) and _has_unread_zeros(layer):
+        return "its zeros are not packed as its codes are: from_pretrained made them up, and no call can read them"
     return ""
+
+
+def _has_unread_zeros(layer: Any) -> bool:
+    """Whether packed codes stand beside zeros that are not, as where transformers left out those of another size."""
+    settings, zero = layer.quantization_scheme.weights, _state(layer).get("weight_zero_point")
+    is_packed = layer.quantization_scheme.format == "pack-quantized" and settings.strategy in ("group", "channel")
+    return is_packed and not settings.symmetric and zero is not None and zero.dtype != torch.int32
 
 
 def _dtype(layer: Any) -> torch.dtype | None:

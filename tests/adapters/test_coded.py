@@ -233,7 +233,11 @@ def cases() -> list[tuple[nn.Module, str]]:
     gptq[0].up = fake_gptq()
     replaced = KINDS[INT4_KIND]()
     replaced.get_submodule("0.up").forward = lambda x: x
+    unread = KINDS["compressed-tensors W4A16, asymmetric"]()
+    layer = unread.get_submodule("0.up")
+    layer.weight_zero_point = nn.Parameter(torch.zeros(layer.weight_scale.shape, dtype=torch.int8), requires_grad=False)
     return [
+        (unread, "zeros are not packed as its codes are"),
         (not_yet, "rounded at each call"),
         (scaled, "scales are codes too"),
         (gptq, "TorchQuantLinear of gptqmodel: what its kernels do with the codes"),
