@@ -166,7 +166,9 @@ def __getattr__(name: str) -> object:
         return getattr(importlib.import_module(_HOME_OF[name]), name)
     if name in ("errors", "passes"):
         return importlib.import_module(f"lora_fx.{name}")
-    raise AttributeError(f"module 'lora_fx' has no attribute {name!r}")
+    words = importlib.import_module("lora_fx.rules.peftwords").NAMES
+    there = f"; {words[name]} does that" if name in words else ""
+    raise AttributeError(f"module 'lora_fx' has no attribute {name!r}{there}")
 
 
 def __dir__() -> list[str]:

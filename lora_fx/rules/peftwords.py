@@ -1,10 +1,15 @@
-"""What PEFT calls otherwise: a keyword of its `LoraConfig`, given to a function of ours, is answered by name."""
+"""What PEFT calls otherwise, and what rules say: a keyword or a name that is not here is answered by what is.
+
+Keywords of PEFT's `LoraConfig`, and keys of rules, given to a function of ours; PEFT's functions and methods, looked
+for in `lora_fx`.
+"""
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
+from lora_fx.rules.keys import LORA, RULE, TOP
 from lora_fx.text import columns
 
 _Arguments = ParamSpec("_Arguments")
@@ -54,17 +59,45 @@ _OF_CALLS = {
     "adapter_name": 'in the rules: `adapter`; or lora_fx.rename(tuned, "default", name)',
 }
 _IN_FILES = "the adapter's files say it"
+_WHERE_BASE_IS = "not needed: the adapter goes where the base is"
+_OF_RULES = {
+    **{name: f"in the rules: `{name}` at the top" for name in TOP.keys},
+    **{name: f"in the rules: `{name}` of one of them" for name in RULE.keys},
+    **{name: f"in the rules: `lora: {{{key.example}}}`" for name, key in LORA.keys.items()},
+}
+"""Keys of rules, which no function takes as keywords."""
+_OF_PEFT = _IN_RULES | dict.fromkeys(_UNNEEDED, _NOT_NEEDED) | dict.fromkeys(_LACKING, _THERE_IS_NONE) | _OF_CALLS
 WORDS: Mapping[str, Mapping[str, str]] = {
-    "": _IN_RULES | dict.fromkeys(_UNNEEDED, _NOT_NEEDED) | dict.fromkeys(_LACKING, _THERE_IS_NONE) | _OF_CALLS,
+    "": _OF_RULES | _OF_PEFT,
     "add": {"adapter_name": "adapter=…", "is_trainable": "trainable=…", "model_id": "the directory, as the source"},
     "load": {
-        **dict.fromkeys((*_IN_RULES, "r", "alpha", "target", "rules", "config", "peft_config"), _IN_FILES),
+        **dict.fromkeys((*_OF_RULES, *_IN_RULES, "r", "alpha", "target", "rules", "config", "peft_config"), _IN_FILES),
         "adapter_name": 'lora_fx.rename(tuned, "default", name)',
         "model_id": "the directory",
+        **dict.fromkeys(("device_map", "torch_device"), _WHERE_BASE_IS),
         "is_trainable": "not needed: what is loaded is trained; requires_grad_(False) freezes",
     },
 }
-"""By the name of a function ("" for all), what stands for a keyword of PEFT there."""
+"""By the name of a function ("" for all), what stands for a keyword there that it does not take."""
+NAMES: Mapping[str, str] = {
+    "LoraConfig": "lora_fx.apply(model, r=8, target=[…]), or rules; lora_fx.rules_from_peft(config, model) makes them",
+    "PeftModel": "lora_fx.load(model, directory)",
+    "add_adapter": "lora_fx.add(tuned, rules, adapter=name)",
+    "add_weighted_adapter": "lora_fx.combine(tuned, {name: weight}, adapter=name)",
+    "delete_adapter": "lora_fx.drop(tuned, name)",
+    "disable_adapter": "lora_fx.disabled(tuned)",
+    "from_pretrained": "lora_fx.load(model, directory)",
+    "get_peft_model": "lora_fx.apply(model, r=8, target=[…])",
+    "get_peft_model_state_dict": "lora_fx.adapter_state(tuned)",
+    "load_adapter": "lora_fx.add(tuned, directory, adapter=name)",
+    "merge_and_unload": "lora_fx.merge(tuned)",
+    "print_trainable_parameters": "lora_fx.print_trainable(tuned)",
+    "save_pretrained": "lora_fx.save(tuned, directory)",
+    "set_adapter": "lora_fx.use(tuned, name)",
+    "set_peft_model_state_dict": "lora_fx.load_adapter_state(tuned, state)",
+    "unload": "lora_fx.remove(tuned)",
+}
+"""What does here what a function, class or method of PEFT does."""
 
 
 def answering_peft(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -82,5 +115,13 @@ def answering_peft(function: Callable[_Arguments, _Result]) -> Callable[_Argumen
 
 
 def _answer(function: str, words: Mapping[str, str]) -> str:
-    end = "lora_fx.rules_from_peft(config) makes rules of a whole LoraConfig"
-    return "\n".join([f"{function}() does not take what PEFT calls", columns(list(words.items())), end])
+    has_ours = any(name in _OF_RULES and name not in _OF_PEFT for name in words)
+    if function == "load":
+        end = "load(model, directory) reads all that lora_fx.save and PEFT write"
+    elif has_ours:
+        rules = '{"rules": [{"match": {"name": "**.q_proj"}, "lora": {"r": 8}}]}'
+        end = f"lora_fx.{function}(model, {rules}) has rules"
+    else:
+        end = "lora_fx.rules_from_peft(config, model) makes rules of a whole LoraConfig"
+    what = "these arguments" if has_ours else "what PEFT calls"
+    return "\n".join([f"{function}() does not take {what}", columns(list(words.items())), end])

@@ -44,7 +44,9 @@ def short_rules(target: Target | None = None, r: int | None = None, alpha: float
         RuleError: no globs, or a value that no rule can have.
     """
     wanted = DEFAULT if target is None else target
-    scale = 2 * r if alpha is None and isinstance(r, int) else alpha
+    if isinstance(wanted, (list, tuple)) and not wanted:
+        raise RuleError(_SOURCE, [Problem("target is an empty list", hint='give names, as target=["q_proj"]')])
+    scale = 2 * r if alpha is None and isinstance(r, int) and r > 0 else alpha
     lora = {name: value for name, value in (("r", r), ("alpha", scale)) if value is not None}
     file = read_rules(wanted) if isinstance(wanted, str) and wanted in shipped.names() else None
     globs: list[object] = ["**"] if file else [*wanted] if isinstance(wanted, (list, tuple)) else [wanted]

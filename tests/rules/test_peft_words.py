@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import lora_fx
-from lora_fx.rules.peftwords import WORDS
+from lora_fx.rules.peftwords import NAMES, WORDS
 
 MODEL = nn.Sequential(nn.Linear(4, 4))
 
@@ -32,10 +32,29 @@ def test_keywords_of_peft_are_answered(call, said):
     with pytest.raises(TypeError) as raised:
         call()
     head, *lines, end = str(raised.value).splitlines()
-    assert "PEFT" in head
-    assert "rules_from_peft" in end
+    assert "() does not take " in head
+    assert ("reads all that" if "load()" in head else "rules_from_peft") in end
     assert [line.split()[0] for line in lines] == [*said]
     assert all(words in line for line, words in zip(lines, said.values(), strict=True))
+
+
+def test_keys_of_rules_and_functions_of_peft_are_answered_too():
+    for call, told in (
+        (
+            lambda: lora_fx.apply(MODEL, target="*", dropout=0.1, lora_alpha=4),
+            "dropout     in the rules: `lora: {dropout:",
+        ),
+        (lambda: lora_fx.plan(MODEL, target="*", train=["0"]), "train  in the rules: `train` at the top"),
+        (lambda: lora_fx.load(MODEL, "nowhere", dropout=0.1), "dropout  the adapter's files say it"),
+    ):
+        with pytest.raises(TypeError, match="does not take") as raised:
+            call()
+        assert told in str(raised.value)
+    with pytest.raises(AttributeError, match=r"get_peft_model'; lora_fx\.apply\(model, r=8"):
+        lora_fx.get_peft_model  # noqa: B018
+    for words in NAMES.values():
+        assert callable(getattr(lora_fx, words.split(".")[1].split("(")[0]))
+    assert not hasattr(lora_fx, "nothing")
 
 
 def test_other_keywords_are_what_python_says_of_them_and_signatures_are_strict():

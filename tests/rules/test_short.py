@@ -67,7 +67,7 @@ def test_plan_of_a_target_can_be_saved_and_applied(model):
         ({"rules": "attention", "target": "up", "alpha": 4}, "target and alpha cannot stand beside rules or a plan"),
         ({"r": 0}, "r must be at least 1"),
         ({"r": True}, "r must be an integer"),
-        ({"target": []}, "rules is an empty list"),
+        ({"target": []}, "target is an empty list"),
         ({"target": [3]}, "name must be a string"),
         ({"target": 3}, "name must be a string"),
         ({"target": "a.[", "r": 2}, "a.["),
@@ -89,3 +89,9 @@ def test_dict_needs_no_version_and_a_wrong_one_is_refused(model):
     assert lora_fx.plan(model, rules).adapted == lora_fx.plan(model, {"version": 1, **rules}).adapted
     with pytest.raises(RuleError, match="version must be 1"):
         lora_fx.plan(model, {"version": 2, **rules})
+
+
+def test_a_rank_of_nothing_is_one_problem(model):
+    with pytest.raises(RuleError, match="r must be at least 1") as refused:
+        lora_fx.plan(model, target="up", r=0)
+    assert "problems" not in str(refused.value)
