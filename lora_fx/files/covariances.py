@@ -129,9 +129,9 @@ class Covariances:
         """Return where those of a site are, or why there are none for a weight of so many columns."""
         entries = [self.file.tensors.get(f"{path}.{part}") for part in _PARTS]
         if entries[0] is None or entries[1] is None:
-            return f"has none of {path}"
+            return f"the file has no covariance of {path}"
         if any(entry is None or entry.dtype != "F32" or entry.shape != (width, width) for entry in entries):
-            return f"has {list(entries[0].shape)} of {path}, for rows of {width}"
+            return f"the file has {list(entries[0].shape)} of {path}, for rows of {width}"
         return LayerInputs((self.file, entries[0]), (self.file, entries[1]), self.values.get(path))
 
 

@@ -79,7 +79,8 @@ def budget(
     _refuse_uncountable(model)
     samples = samples_for(model, None).items if example_inputs is None else samples_of(example_inputs)
     if not samples:
-        raise RefusedError("there are no inputs to count a step with", advice="give example_inputs")
+        advice = "give example_inputs; on the command line a factory gives them, or hf:DIRECTORY has tokens"
+        raise RefusedError("there are no inputs to count a step with", advice=advice)
     empty = without_values_of(model)
     for parameter in empty.parameters():
         if dtype is not None and parameter.is_floating_point():

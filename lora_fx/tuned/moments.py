@@ -40,7 +40,7 @@ def parted(data: Iterable[object]) -> tuple[list[Sample], list[Sample]]:
     Raises:
         RefusedError: there are fewer than two.
     """
-    batches = [sample for batch in data for sample in samples_of(batch)]
+    batches = [sample for batch in data for sample in samples_of(batch, "a batch of the data")]
     if len(batches) < 2:
         facts = [("batches", f"{len(batches)}, where two are needed: one to round by, one to see what it gives")]
         raise RefusedError("codes are chosen by data", facts, "give data=[batch, batch, …]")

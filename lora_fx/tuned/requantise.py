@@ -16,6 +16,7 @@ from lora_fx.models.quantised import dense, is_quantised
 from lora_fx.passes.merge import used_at
 from lora_fx.progress.steps import step
 from lora_fx.text import columns, dotted
+from lora_fx.tuned.build import record_in
 from lora_fx.tuned.undo import merged
 
 Quantise = Callable[[nn.Module], object] | Literal["same"]
@@ -70,7 +71,10 @@ def quantised_sites(tuned: nn.Module) -> list[tuple[str, Attached]]:
     """
     sites = [(path, adapter) for path, adapter in sites_in_use(tuned) if is_quantised(adapter.base_weight)]
     if not sites:
-        raise MergeError("no weight whose adapters are in use is quantised: there is nothing to quantise again")
+        advice = 'lora_fx.merge(tuned) is for plain weights; lora_fx.merged_on_grid(…, grid="q4_0") rounds those'
+        raise MergeError(
+            "no weight whose adapters are in use is quantised: there is nothing to quantise again", advice=advice
+        )
     return sites
 
 
@@ -78,8 +82,9 @@ def sites_in_use(tuned: nn.Module) -> list[tuple[str, Attached]]:
     """Return the path of each weight whose adapters are in use, with one of its adapters.
 
     Raises:
-        RefusedError: processes hold parts of the model.
+        RefusedError: the model is not adapted, or processes hold parts of it.
     """
+    record_in(tuned)
     refuse_sharded(tuned, "the weights of a sharded model are not quantised again", "lora_fx.merge, then quantise")
     return [
         (path if used[0][0].spec.path_is_owner else dotted(path, used[0][0].spec.parameter), used[0][0])

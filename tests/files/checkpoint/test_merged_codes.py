@@ -208,8 +208,8 @@ def test_what_codes_cannot_hold_or_files_do_not_fit_is_refused_by_name_and_nothi
     save_file(held, tmp_path / "others", {"format": "pt"})
     save_file(held, tmp_path / "torn", {"lora_fx.covariances": "1", "values": '{"a": [1.0]}'})
     for reason, given in {
-        r"down_proj.weight +has none of": {"covariances": tmp_path / "few"},
-        r"q_proj.weight +has \[8, 8\] of .*, for rows of 64": {"covariances": tmp_path / "wide"},
+        r"down_proj.weight +the file has no covariance of": {"covariances": tmp_path / "few"},
+        r"q_proj.weight +the file has \[8, 8\] of .*, for rows of 64": {"covariances": tmp_path / "wide"},
         r"no inputs have the covariance": {"covariances": tmp_path / "odd"},
         r"covariance of its inputs has NaN": {"covariances": tmp_path / "nan"},
         r"is damaged: what it notes": {"covariances": tmp_path / "torn"},
@@ -227,6 +227,10 @@ def test_what_codes_cannot_hold_or_files_do_not_fit_is_refused_by_name_and_nothi
         lora_fx.merge_checkpoint(tmp_path / "plain", adapter, out, covariances=inputs)
     with pytest.raises(RefusedError, match="1, where two are needed"):
         lora_fx.input_covariances(tuned, batches()[:1], tmp_path / "none")
+    with pytest.raises(RefusedError, match="the model is not adapted"):
+        lora_fx.input_covariances(plain, batches(), tmp_path / "none")
+    with pytest.raises(lora_fx.CaptureError, match="a batch of the data is a bare tensor"):
+        lora_fx.input_covariances(tuned, [torch.zeros(2, 2)], tmp_path / "none")
     assert not (tmp_path / "none").exists()
     held = load_file((other := shutil.copytree(base, tmp_path / "other")) / "model.safetensors")
     held[f"{SITES[0]}.weight_scale"] *= 1.1
