@@ -3,6 +3,7 @@
 import copyreg
 from collections import OrderedDict
 from typing import Any
+from weakref import CallableProxyType, ProxyType, WeakKeyDictionary, WeakSet, WeakValueDictionary, proxy, ref
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from lora_fx.models.walking import modules_of
 THEMSELVES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
 """Types of what a deep copy takes as it is; sizes are numbers."""
 _TABLES = (OrderedDict, dict, set)
+_PROXIES = (ProxyType, CallableProxyType)
+_WEAK = frozenset({ref, *_PROXIES, WeakSet, WeakKeyDictionary, WeakValueDictionary})
+"""Types of what deepcopy lets refer to the original: a block of the copy would call a layer of the model through it."""
 _METHODS: dict[str, tuple[Any, ...]] = {
     "__new__": (object.__new__,),
     "__getattr__": (nn.Module.__getattr__,),
@@ -40,7 +44,7 @@ _OF_OBJECTS = {
 
 
 def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return `copy.deepcopy(module, memo)`: the module stays unchanged.
+    """Return `copy.deepcopy(module, memo)`: but weak references are to modules of the copy; the module stays unchanged.
 
     Where the classes of all modules leave copying to Python, they get their attributes at once, not one by one.
 
@@ -54,7 +58,7 @@ def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     modules = {id(child): child for child in modules_of(module)}
     own_way = any("__deepcopy__" in child.__dict__ for child in modules.values())
     if own_way or not memo.keys().isdisjoint(modules) or not all(map(_is_plain, {*map(type, modules.values())})):
-        return deepcopy(module, memo)
+        return _copied_by_python(module, memo, modules)
     memo.update((key, object.__new__(type(child))) for key, child in modules.items())
     attributes = [(memo[key], nn.Module.__getstate__(child)) for key, child in modules.items()]  # type: ignore[no-untyped-call]
     left = [(own, name) for _, own in attributes for name in _filled(own, memo)]
@@ -67,6 +71,16 @@ def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         else:
             nn.Module.__setstate__(made, own)  # type: ignore[no-untyped-call]
     duplicate: nn.Module = memo[id(module)]
+    return duplicate
+
+
+def _copied_by_python(module: nn.Module, memo: dict[int, Any], modules: dict[int, nn.Module]) -> nn.Module:
+    proxies = [value for child in modules.values() for value in vars(child).values() if type(value) in _PROXIES]
+    memo.update((id(value), value) for value in proxies)  # else what they stand for would be copied once more
+    duplicate: nn.Module = deepcopy(module, memo)
+    made = [memo[key] for key, child in modules.items() if memo.get(key, child) is not child]
+    for own in [vars(one) for one in made if isinstance(one, nn.Module)]:
+        own.update({name: _copied_weak(value, memo) for name, value in own.items() if type(value) in _WEAK})
     return duplicate
 
 
@@ -140,6 +154,8 @@ def copied_value(value: Any, memo: dict[int, Any]) -> Any:
         return memo[key]
     if kind is tuple:
         return _copied_tuple(value, memo)
+    if kind in _WEAK:
+        return _copied_weak(value, memo)
     made: Any
     if kind is list:
         made = memo[key] = []
@@ -161,6 +177,29 @@ def copied_value(value: Any, memo: dict[int, Any]) -> Any:
     else:
         made = deepcopy(value, memo)
     return made
+
+
+def _copied_weak(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a weak reference, or a table of such, with copies in the place of what has been copied."""
+
+    def of(part: Any) -> Any:
+        return memo.get(id(part), part)
+
+    kind = type(value)
+    if kind is WeakSet:
+        return WeakSet(map(of, value))
+    if kind is WeakKeyDictionary:
+        return WeakKeyDictionary({of(key): copied_value(part, memo) for key, part in value.items()})
+    if kind is WeakValueDictionary:
+        return WeakValueDictionary({key: of(part) for key, part in value.items()})
+    try:
+        held = value.__repr__.__self__ if kind in _PROXIES else value()
+    except ReferenceError:
+        return value
+    made = of(held)
+    if made is held:
+        return value
+    return proxy(made) if kind in _PROXIES else ref(made)
 
 
 def _copied_tuple(value: tuple[Any, ...], memo: dict[int, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import weakref
 from collections import Counter, OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrizations
 import lora_fx
 from lora_fx.models.copying import _is_plain, _is_simple, copied_tree, copied_value
 from tests.support.portraits import difference, portrait_of_state
-from tests.support.zoo import ZOO, Specimen, rules
+from tests.support.zoo import ZOO, Specimen, randomise_, rules
 
 
 class Own(nn.Module):
@@ -254,3 +255,54 @@ def test_the_memo_says_what_stands_in_the_copy_of_a_value():
     copied = copied_value(value, memo)
     assert (copied["tensor"], copied["shared"]) == ("a tensor", ("a list", "a list", Color.RED))
     assert copied_value(value["named"], memo) is copied["named"]
+
+
+class Called(nn.Module):
+    """Calls a layer of the module that holds it, which it knows by weak references only."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.up = weakref.ref(owner)
+        self.known = {"owner": [self.up]}
+        self.by_name = weakref.WeakValueDictionary({"owner": owner})
+        self.numbers = weakref.WeakKeyDictionary({owner: [1]})
+        self.all = weakref.WeakSet([owner])
+        object.__setattr__(self, "near", weakref.proxy(owner))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up().layer(x)
+
+
+class Calls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.called = nn.Linear(4, 4), Called(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(x)
+
+
+class CopiesItself(Calls):
+    """Leaves no way but Python's own."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> nn.Module:
+        made = memo[id(self)] = object.__new__(type(self))
+        nn.Module.__setstate__(made, copy.deepcopy(nn.Module.__getstate__(self), memo))
+        return made
+
+
+@pytest.mark.parametrize("kind", [Calls, CopiesItself])
+def test_weak_references_of_a_copy_are_to_modules_of_the_copy(kind: type[nn.Module]) -> None:
+    model = kind()
+    tuned = lora_fx.apply(model, rules(r=2), backend="modules")
+    randomise_(tuned)
+    x = torch.randn(2, 4)
+    assert torch.equal(tuned(x), tuned.layer(x))
+    assert not torch.equal(tuned(x), model(x))
+    for one in (model, tuned):
+        inner = one.called
+        assert inner.up() is one
+        assert inner.near.__repr__.__self__ is one
+        assert [*inner.by_name.values(), *inner.numbers, *inner.all] == [one] * 3
+    if kind is Calls:
+        assert tuned.called.known["owner"][0]() is tuned
