@@ -6,7 +6,7 @@
 #            raises an AssertionError in eval mode.
 # Expected:  the same gradient of x before and after an evaluation.
 # Seen:      before: a gradient; after: None.  On CPUs without avx512_bf16 this is not so (exit 1: "changed").
-# Way out:   layer.support_avx512bf16_for_cpu = False before the first call, as lora_fx does in its twins.
+# Way out:   layer.support_avx512bf16_for_cpu = False before the first call.
 # Exit:      0 while it is so, 1 when it has changed.
 set -euo pipefail
 folder=$(mktemp -d)

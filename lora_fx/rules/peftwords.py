@@ -74,6 +74,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys((*_OF_RULES, *_IN_RULES, "r", "alpha", "target", "rules", "config", "peft_config"), _IN_FILES),
         "adapter_name": 'lora_fx.rename(tuned, "default", name)',
         "model_id": "the directory",
+        "adapter": "all are loaded, and lora_fx.use(tuned, name) chooses; the directory of one alone has its name",
         **dict.fromkeys(("device_map", "torch_device"), _WHERE_BASE_IS),
         "is_trainable": "not needed: what is loaded is trained; requires_grad_(False) freezes",
     },

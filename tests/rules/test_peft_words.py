@@ -46,6 +46,7 @@ def test_keys_of_rules_and_functions_of_peft_are_answered_too():
         ),
         (lambda: lora_fx.plan(MODEL, target="*", train=["0"]), "train  in the rules: `train` at the top"),
         (lambda: lora_fx.load(MODEL, "nowhere", dropout=0.1), "dropout  the adapter's files say it"),
+        (lambda: lora_fx.load(MODEL, "nowhere", adapter="b"), "adapter  all are loaded"),
     ):
         with pytest.raises(TypeError, match="does not take") as raised:
             call()

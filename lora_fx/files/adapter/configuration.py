@@ -1,5 +1,6 @@
 """adapter_config.json → a checked Configuration."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from lora_fx.text import listing
 Fact = tuple[str, str]
 Names = dict[str, None]
 """A set that keeps its order."""
+_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""What is the name of a repository there."""
 _MOST_BYTES = 64 << 20
 _MOST_WHOLE, _LARGEST = 2**31 - 1, 3.4028234663852886e38
 """What counts and ranks can be, and float32's largest: PEFT and the models compute in it."""
@@ -160,6 +163,8 @@ def _must_exist(path: Path) -> None:
     except (OSError, ValueError):
         inside = _folders_with_one(path.parent)
         advice = f"these folders in it hold one: {listing(inside)}" if inside else "give the directory of an adapter"
+        if not path.parent.exists() and _ON_HUB.fullmatch(str(path.parent)):
+            advice += f'; huggingface_hub.snapshot_download("{path.parent}") returns that of one on the hub'
         raise AdapterFileError(f"{path!s:.300}", "does not exist", advice=advice) from None
 
 

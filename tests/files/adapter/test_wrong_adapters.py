@@ -230,3 +230,11 @@ def test_file_without_a_fingerprint_loads_onto_any_base_of_its_shape(saved):
 def test_adapted_model_takes_no_second_adapter(saved):
     with pytest.raises(RefusedError, match="adapted already"):
         lora_fx.load(adapted(), saved)
+
+
+def test_the_name_of_a_repository_is_answered_with_what_fetches_it():
+    with pytest.raises(AdapterFileError, match=r'snapshot_download\("someone/an-adapter"\)'):
+        lora_fx.load(model(), "someone/an-adapter")
+    with pytest.raises(AdapterFileError) as refused:
+        lora_fx.load(model(), "some/where/else")
+    assert "snapshot" not in str(refused.value)
