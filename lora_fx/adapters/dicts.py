@@ -12,8 +12,7 @@ from lora_fx.errors import RefusedError
 from lora_fx.models.walking import as_usual, named_modules_of
 
 _PEFT = "peft.tuners"
-_INJECTING = (f"{_PEFT}.", "peft.mapping")
-"""What the modules of PEFT begin with that look through a model before they put adapters into it."""
+"""The package of PEFT that looks through a model before it puts adapters into it; prompts for a model are elsewhere."""
 _LISTS = "torch.nn.modules.module"
 
 
@@ -25,7 +24,7 @@ def _refuse_peft(frame: FrameType | None) -> None:
     """
     while frame is not None and frame.f_globals.get("__name__") == _LISTS:
         frame = frame.f_back
-    if frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_INJECTING):
+    if frame is not None and str(frame.f_globals.get("__name__", "")).startswith(f"{_PEFT}."):
         raise RefusedError(
             "PEFT cannot put adapters into a model that lora_fx has adapted",
             advice='lora_fx.add(tuned, lora_fx.rules_from_peft(config), adapter="b") or lora_fx.add(tuned, directory, '

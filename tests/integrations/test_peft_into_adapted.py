@@ -54,6 +54,32 @@ def test_an_adapted_model_takes_no_adapters_of_peft(kind: str, folder):
     assert torch.equal(tuned(given()), out)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # PEFT asks transformers by its old name
+def test_prompts_of_peft_go_before_an_adapted_model_which_is_given_to_us_without_them():
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    rules = {"version": 1, "rules": [{"match": {"name": "**.q_proj"}, "lora": {"r": 2, "init": "random"}}]}
+    tuned = lora_fx.apply(llama, rules, backend="modules").eval()
+    ids = torch.arange(6).view(2, 3)
+    alone = tuned(ids).logits
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    around = peft.get_peft_model(tuned, prompts).eval()
+    assert around(ids).logits.shape == (2, 5, 20)
+    assert torch.equal(tuned(ids).logits, alone)
+    for function in (lora_fx.merge, lora_fx.remove, lora_fx.inspect):
+        with pytest.raises(lora_fx.RefusedError, match="PEFT holds this model"):
+            function(around)
+
+
 def test_what_is_advised_instead_works(folder):
     tuned = MODELS["modules"]()
     config = peft.LoraConfig(target_modules=["k"], **CONFIG)
