@@ -39,6 +39,9 @@ _DATES = ("now", "today", "utcnow")
 _QUESTIONS = ("is_", "are_", "get_")
 _ASKED_BY_NAME = frozenset({torch.get_default_dtype, torch.get_num_threads, torch.get_num_interop_threads})
 
+_UNHEARD = frozenset({"__getattribute__", "__getstate__"})
+"""What gives attributes of a module without its own class's asking, by which reads are heard."""
+
 
 class Globals:
     """Everything outside that one capture has met."""
@@ -120,6 +123,8 @@ class Globals:
     def _judged(self, frame: types.FrameType) -> str:
         """Note what the function that starts relies on; return why that cannot be guarded, or nothing."""
         code = frame.f_code
+        if (unheard := _UNHEARD.intersection(code.co_names)) and code.co_name not in _UNHEARD:
+            return f"the forward reads attributes by {min(unheard)}()"
         self._inside.update(codes_inside(code))
         try:
             for named in named_by(code):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_fx.capture.captured import NotCaptured
-from tests.support.capturing import Block, Colour, captured, put, told_after, x
+from tests.support.capturing import Block, Colour, captured, put, refusal, told_after, x
 
 
 class Config:
@@ -116,3 +116,12 @@ def test_adding_to_a_buffer_in_place_is_no_write_of_an_attribute():
     module.register_buffer("steps", torch.zeros((), dtype=torch.long))
     assert captured(module, x()).dependencies.retreats == {}
     assert module.steps == 0
+
+
+@pytest.mark.parametrize(
+    "late",
+    [lambda self: object.__getattribute__(self, "number") > 1, lambda self: self.__getstate__()["number"] > 1],
+    ids=["__getattribute__", "__getstate__"],
+)
+def test_attributes_that_are_read_unheard_are_refused(late):
+    assert "the forward reads attributes by __get" in refusal(lambda self, x: x + late(self), number=2)
