@@ -58,6 +58,19 @@ def _named(code: CodeType) -> Iterator[Named]:
         yield Named(root, tuple(attributes), module)
 
 
+@functools.lru_cache(maxsize=4096)
+def compares_identity(code: CodeType) -> bool:
+    """Whether the code asks `is` of two values of which neither is None, True, False or `...`."""
+    before = ""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IS_OP" and before != "constant":
+            return True
+        if instruction.opname not in _SILENT:
+            constant = instruction.opname == "LOAD_CONST" and type(instruction.argval) is not int
+            before = "constant" if constant else instruction.opname
+    return False
+
+
 def codes_inside(code: CodeType) -> Iterator[CodeType]:
     """Yield the code of the functions, lambdas and comprehensions that the code makes when it runs."""
     for constant in code.co_consts:

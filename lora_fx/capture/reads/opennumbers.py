@@ -40,7 +40,7 @@ class OpenNumbers:
         return self.given[place]
 
     def met(self, code: CodeType, values: Mapping[str, object]) -> None:
-        """Code that names `type` starts, with these arguments: it is spoiled if it may ask that of an open number."""
+        """Code that asks `type` or `is` starts, with these arguments: it is spoiled if it may ask an open number."""
         names = {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
         read = any(place.attributes[-1] in names for place in self.places)
         self.spoiled = self.spoiled or read or _holds_open(list(values.values()))

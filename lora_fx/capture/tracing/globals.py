@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_fx.capture.calls.arguments import CONSTANTS, is_constant
 from lora_fx.capture.calls.objects import Undo, reachable
-from lora_fx.capture.reads.codes import Named, codes_inside, named_by
+from lora_fx.capture.reads.codes import Named, codes_inside, compares_identity, named_by
 from lora_fx.capture.reads.frozen import UNCHANGING, Freezer, Frozen, Unfreezable
 from lora_fx.capture.reads.functions import CACHED, Functions, cells_of
 from lora_fx.capture.reads.libraries import is_library_file, is_library_module
@@ -112,7 +112,7 @@ class Globals:
 
     def _started(self, frame: types.FrameType) -> None:
         code = frame.f_code
-        if self.open is not None and "type" in code.co_names:
+        if self.open is not None and ("type" in code.co_names or compares_identity(code)):
             self.open.met(code, frame.f_locals)
         problem = self._known.get(code)
         if problem is None or (code.co_freevars and code not in self._inside):  # another closure may run the same code

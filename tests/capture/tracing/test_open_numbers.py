@@ -21,6 +21,7 @@ from tests.support.capturing import Block, x
 from tests.support.peers import LLAMA, VOCABULARY, assert_same, tokens
 
 PLACE = AttributePath("", ("layer_number",))
+LAST = 3
 Forward = Callable[[Any, Tensor, Any], Any]
 
 
@@ -191,6 +192,7 @@ OTHERWISE: dict[str, Forward] = {
     "a slice": lambda self, x, cache: x + len(cache.layers[self.layer_number :]),
     "a range": lambda self, x, cache: x + len(range(self.layer_number)),
     "a set": lambda self, x, cache: x + (self.layer_number in {0, 5}),
+    "the same number": lambda self, x, cache: x + 1 if self.layer_number is LAST else x + cache.layers[self.layer_number],
     "a result": lambda self, x, cache: (x + 1, self.layer_number),
     "swallowed": swallowed, "beside": beside, "beside before": beside_before, "put": put, "kept": kept,
     "of another class": of_another_class, "asked elsewhere": asked_elsewhere,
