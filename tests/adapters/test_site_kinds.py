@@ -60,6 +60,7 @@ def trained(kind: Kind, backend: str = "modules", dtype: torch.dtype = torch.flo
 
 
 @every
+@pytest.mark.sampled(2)
 def test_adapted_model_starts_bit_equal_to_its_base(kind: Kind, backend: str):
     assert_starts_as_its_base(kind, started(kind, backend), torch.float32)
 

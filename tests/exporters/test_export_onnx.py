@@ -218,7 +218,7 @@ def test_kinds_of_sites(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@each((LLAMA, DIT, T5), fuzz=(BERT, VIT, UNET))
+@each((LLAMA, T5), fuzz=(DIT, BERT, VIT, UNET))
 @pytest.mark.filterwarnings("ignore")
 def test_real_architectures(peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(target, "run_client", lambda name, client: client())
