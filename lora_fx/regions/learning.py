@@ -1,5 +1,7 @@
 """How the blocks of one kind come to a program for a call: one that waits is proven, one is recalled, or captured."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from lora_fx.capture.calls.objects import tensors_in
@@ -144,4 +146,6 @@ def _opened(program: Program, pair: Captured, replay: Replay, varying: VaryingSi
     found = capture_open(call.module, call.args, call.kwargs, varying, replay.recorded, places)
     if found is None or {*found.parameters} != places:
         return None
-    return found if found.dependencies.retreats == program.captured.dependencies.retreats else None
+    if found.dependencies.retreats != program.captured.dependencies.retreats:
+        return None
+    return replace(found, example=pair.example)  # of the first block, before which a cache has nothing of this one

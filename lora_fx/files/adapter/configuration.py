@@ -17,7 +17,7 @@ from lora_fx.text import listing
 Fact = tuple[str, str]
 Names = dict[str, None]
 """A set that keeps its order."""
-_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 """What is the name of a repository there."""
 _MOST_BYTES = 64 << 20
 _MOST_WHOLE, _LARGEST = 2**31 - 1, 3.4028234663852886e38
@@ -163,7 +163,7 @@ def _must_exist(path: Path) -> None:
     except (OSError, ValueError):
         inside = _folders_with_one(path.parent)
         advice = f"these folders in it hold one: {listing(inside)}" if inside else "give the directory of an adapter"
-        if not path.parent.exists() and _ON_HUB.fullmatch(str(path.parent)):
+        if _ON_HUB.fullmatch(str(path.parent)) and not path.parent.exists():
             advice += f'; huggingface_hub.snapshot_download("{path.parent}") returns that of one on the hub'
         raise AdapterFileError(f"{path!s:.300}", "does not exist", advice=advice) from None
 
