@@ -6,6 +6,6 @@ tracing/      the run of a private copy on fake tensors, which writes every torc
 captured      the result: a graph and what it relies on
 guards        everything that the capture relied on, compiled into one Python function
 symbolic      torch.fx's own tracer, without inputs, where it is provably safe
-generalise    the captures of two blocks that differ in the layer's number alone, as one; later ones leave it open
-              (`reads/opennumbers`)
+differing     in which integers, a layer's number, two captures of identical blocks differ and in nothing else: later
+              ones leave these open (`reads/opennumbers`)
 """

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.capture.captured import BakesSize, Captured, NotCaptured, capture, capture_open
-from lora_fx.capture.generalise import generalise
+from lora_fx.capture.differing import differing_numbers
 from lora_fx.capture.tracing.inputs import VaryingSizes
 from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.checking import Replay
@@ -124,8 +124,7 @@ def _generalised(
 ) -> tuple[Program, Program | None]:
     """Return a program for both this one and one of an identical block, and the latter; else this one."""
     for other in block.programs:
-        pair = generalise(other.captured, program.captured)
-        captured = None if pair is None else _opened(program, pair, replay, varying)
+        captured = _opened(program, other.captured, replay, varying)
         if captured is None:
             continue
         both = make_program(captured, replay.call.module, block.passes)
@@ -137,15 +136,17 @@ def _generalised(
     return program, None
 
 
-def _opened(program: Program, pair: Captured, replay: Replay, varying: VaryingSizes) -> Captured | None:
-    """Return a program's capture with the integers open in which a pair differs; None if they are more than indices.
+def _opened(program: Program, other: Captured, replay: Replay, varying: VaryingSizes) -> Captured | None:
+    """Return a program's capture with the integers open in which an earlier one differs; None if it does otherwise.
 
     The pair alone does not tell what else other numbers lead to: `if self.layer_idx > 1` is false in both.
     """
-    call, places = replay.call, frozenset(pair.parameters)
+    call, places = replay.call, differing_numbers(other, program.captured)
+    if not places:
+        return None
     found = capture_open(call.module, call.args, call.kwargs, varying, replay.recorded, places)
     if found is None or {*found.parameters} != places:
         return None
     if found.dependencies.retreats != program.captured.dependencies.retreats:
         return None
-    return replace(found, example=pair.example)  # of the first block, before which a cache has nothing of this one
+    return replace(found, example=other.example)  # of the first block, before which a cache has nothing of this one

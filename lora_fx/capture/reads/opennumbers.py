@@ -1,6 +1,6 @@
 """Integers of a module that a capture leaves open: a layer's number, which finds its part of a KV cache.
 
-Two captures of identical blocks have shown that such an integer is all in which they differ (`generalise`).  A capture
+Two captures of identical blocks have shown that such an integer is all in which they differ (`differing`).  A capture
 with it left open gives the forward a stand-in that can do two things: find an item of a list or dict among the
 arguments, and be compared with a plain integer.  The one becomes `«place»` in the text of an access, or an input of the
 graph where the item is set; of the other the guard asks that each value compares alike.  Any other use spoils the
