@@ -1,20 +1,22 @@
 """What libraries put around a model: torch.compile, DataParallel, DDP, FSDP, activation checkpointing, PEFT."""
 
 import re
+import warnings
 
 from torch import nn
 
-from lora_fx.errors import RefusedError
+from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.models.walking import named_modules_of
 
 WRAPPING = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Names of children that wrappers inside of a model put into the names of what they hold."""
 _NESTED = re.compile(rf"(^|\.)(?:{'|'.join(WRAPPING)})(?=\.|$)")
+_CHECKPOINTING = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
 _PARALLEL = {
     "torch.nn.parallel.data_parallel": "module",
     "torch.nn.parallel.distributed": "module",
     "torch._dynamo.eval_frame": "_orig_mod",
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper": "_checkpoint_wrapped_module",
+    _CHECKPOINTING: "_checkpoint_wrapped_module",
 }
 """By the module that defines the class: the name of the child that is the model."""
 
@@ -82,6 +84,27 @@ def without_wrappers(name: str) -> str:
     if "_orig_mod" in name or "_wrapped_module" in name:  # most have none of it, and are asked for by the thousand
         name = _NESTED.sub("", name)
     return name.lstrip(".")
+
+
+def warn_of_cache_made_again(model: nn.Module, level: int) -> None:
+    """Warn where a layer that torch's reentrant checkpointing wraps would meet the KV cache that it has filled itself.
+
+    What it computes again in the backward pass then has other gradients, with or without adapters
+    (findings/transformers_cache_meets_reentrant_checkpoint.sh).
+
+    Args:
+        level: as `stacklevel` of `warnings.warn`, from here.
+    """
+    if getattr(getattr(model, "config", None), "use_cache", False) is not True:
+        return
+    wrappers = [module for module in model.modules() if type(module).__module__ == _CHECKPOINTING]
+    if any(vars(wrapper)["checkpoint_impl"].name == "REENTRANT" for wrapper in wrappers):
+        warnings.warn(
+            "layers are checkpointed with CheckpointImpl.REENTRANT, and config.use_cache is on: in training they would "
+            "meet the cache that they have filled, and get wrong gradients; set model.config.use_cache = False",
+            LoraFxWarning,
+            stacklevel=level,
+        )
 
 
 def holds_peft(model: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ from lora_fx.models.fsdp import has_parts
 from lora_fx.models.joining import joined
 from lora_fx.models.tensors import get_tensor
 from lora_fx.models.twin import make_twin
-from lora_fx.models.wrappers import module_at
+from lora_fx.models.wrappers import module_at, warn_of_cache_made_again
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.halve import HALVE
 from lora_fx.passes.inject import Inject
@@ -104,13 +104,15 @@ def install_graphs(twin: nn.Module, plan: Plan, passes: tuple[str, ...]) -> None
 
 
 def finished(twin: nn.Module, plan: Plan, backend: str) -> nn.Module:
-    """Return the twin itself, in place sharded as its model is; warn where a planned graph could not be proven.
+    """Return the twin itself, in place sharded as its model is; warn where a planned graph could not be proven, or the
+    model's checkpointing would meet a cache.
 
     Raises:
         CaptureError: backend="graph" and a site is in no graph.
         RefusedError: as `joined`.
     """
     _check_backend(twin, plan, backend)
+    warn_of_cache_made_again(twin, level=5)
     return joined(placed_beside(twin))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.models.wrappers import without_wrappers
-from tests.support.around import assert_close, filled
+from tests.support.around import assert_close, filled, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of PEFT
 RULES = {"version": 1, "rules": [{"match": {"name": "**", "op": "linear"}, "lora": {"r": 2, "alpha": 4}}]}
@@ -183,3 +184,23 @@ def test_names_without_wrappers():
     assert without_wrappers("_orig_mod.layers.0._checkpoint_wrapped_module.q") == "layers.0.q"
     assert without_wrappers("layers.my_orig_mod.q") == "layers.my_orig_mod.q"
     assert without_wrappers("a._orig_mod") == "a"
+
+
+@pytest.mark.parametrize(
+    ("how", "cache", "warned"), [("REENTRANT", True, 1), ("REENTRANT", False, 0), ("NO_REENTRANT", True, 0)]
+)
+def test_layers_that_would_meet_the_cache_they_have_filled_are_told_of(how, cache, warned):
+    pytest.importorskip("transformers")
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+
+    model = llama()
+    model.config.use_cache = cache
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0], checkpoint_impl=CheckpointImpl[how])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        lora_fx.apply(
+            model, {"version": 1, "rules": [{"match": {"name": "**.q_proj"}, "lora": {"r": 2}}]}, backend="modules"
+        )
+    told = [one for one in seen if "meet the cache" in str(one.message)]
+    assert len(told) == warned
+    assert all(one.filename == __file__ for one in told)
