@@ -34,10 +34,13 @@ LONGEST = (
 )  # fmt: skip
 """Files that take 25 seconds or more in the default suite or in the slow one, the longest first."""
 
-KEEPING_GRAPHS = {"integrations", "liveness", "tuned"}
-"""Folders of tests that are not about capturing: the first of a file that meets a kind of block captures its graph.
+MANY_OBJECTS = 100_000
+"""A look through so many takes some 30 ms."""
 
-Later ones take it and prove it anew, as a second model of a process does; in other folders each test begins without any.
+KEEPING_GRAPHS = {"integrations", "liveness", "tuned", "test_dora_slices.py", "test_labels.py", "test_around_wrappers.py"}
+"""Folders and files of tests that are not about capturing: the first of a file that meets a kind of block captures its graph.
+
+Later ones take it and prove it anew, as a second model of a process does; elsewhere each test begins without any.
 """
 
 
@@ -75,13 +78,28 @@ def _no_graphs_of_other_files():
     KNOWN.clear()
 
 
+def _freeze_what_stays(collections: list[int] = [0]):  # noqa: B006
+    """Let collections look at what is new only, once a test has had all objects looked through and they are many.
+
+    Libraries that tests import and models that they share stay as long as the process; steps that are counted begin
+    with a collection, which would walk over all of them.
+    """
+    now = gc.get_stats()[2]["collections"]
+    if now != collections[0] and len(gc.get_objects()) > MANY_OBJECTS:
+        gc.collect()
+        gc.freeze()
+    collections[0] = gc.get_stats()[2]["collections"]
+
+
 @pytest.fixture(autouse=True)
 def _same_start(request: pytest.FixtureRequest):
     from lora_fx.discovery.looks import LOOKS
     from lora_fx.regions.known import KNOWN
 
+    _freeze_what_stays()
     LOOKS.clear()
-    if request.path.relative_to(Path(__file__).parent).parts[0] not in KEEPING_GRAPHS:
+    place = request.path.relative_to(Path(__file__).parent)
+    if KEEPING_GRAPHS.isdisjoint((place.parts[0], place.name)):
         KNOWN.clear()  # what other tests have captured
     torch.manual_seed(0)
     threads, path = torch.get_num_threads(), list(sys.path)
