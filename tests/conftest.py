@@ -37,8 +37,11 @@ LONGEST = (
 MANY_OBJECTS = 100_000
 """A look through so many takes some 30 ms."""
 
-KEEPING_GRAPHS = {"integrations", "liveness", "tuned", "test_dora_slices.py", "test_labels.py", "test_around_wrappers.py"}
-"""Folders and files of tests that are not about capturing: the first of a file that meets a kind of block captures its graph.
+KEEPING_GRAPHS = {
+    "integrations", "liveness", "tuned",
+    "test_dora_slices.py", "test_labels.py", "test_around_wrappers.py",
+}  # fmt: skip
+"""Folders and files of tests not about capturing: the first of a file that meets a kind of block captures its graph.
 
 Later ones take it and prove it anew, as a second model of a process does; elsewhere each test begins without any.
 """
@@ -78,17 +81,22 @@ def _no_graphs_of_other_files():
     KNOWN.clear()
 
 
-def _freeze_what_stays(collections: list[int] = [0]):  # noqa: B006
+def _freeze_what_stays():
     """Let collections look at what is new only, once a test has had all objects looked through and they are many.
 
     Libraries that tests import and models that they share stay as long as the process; steps that are counted begin
     with a collection, which would walk over all of them.
     """
-    now = gc.get_stats()[2]["collections"]
-    if now != collections[0] and len(gc.get_objects()) > MANY_OBJECTS:
+    if gc.get_stats()[2]["collections"] == _seen["collections"]:
+        return
+    if len(gc.get_objects()) > MANY_OBJECTS:
         gc.collect()
         gc.freeze()
-    collections[0] = gc.get_stats()[2]["collections"]
+    _seen["collections"] = gc.get_stats()[2]["collections"]
+
+
+_seen = {"collections": 0}
+"""How many times all objects had been looked through when the last test began."""
 
 
 @pytest.fixture(autouse=True)
