@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx import exporters
 from lora_fx.adapters.attach import with_values
-from lora_fx.adapters.fused.contraction import contraction_teller
+from lora_fx.discovery.foreseeing import teller_of
 from lora_fx.discovery.study import CAPTURING, observed, planned_for
 from lora_fx.files.adapter import restore
 from lora_fx.files.adapter.read import read_adapters
@@ -101,7 +101,7 @@ def explain(
     with running("explain", progress, 1 + CAPTURING):
         seen = observed(model, samples_for(model, example_inputs))
         plan = seen.planned(decide(read, seen.inventory, strict=False))
-    return explaining.explain(plan, read, seen.inventory, path, contraction_teller(model))
+    return explaining.explain(plan, read, seen.inventory, path, teller_of(plan, model))
 
 
 @answering_peft

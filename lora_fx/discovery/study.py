@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
+from lora_fx.discovery.foreseeing import Foreseen, foresee, with_head
 from lora_fx.discovery.looks import LOOKS, Look
 from lora_fx.discovery.sites import refuse_unfit, take_inventory, uses_in, uses_in_graph
 from lora_fx.discovery.weight_uses import NOTHING_SHOWN, Uses, WeightUse, weight_uses
@@ -26,7 +27,6 @@ from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import DEAD, NOT_RUN, Inventory, PlannedRegion, PlannedSite
 from lora_fx.progress.steps import left_out, step
-from lora_fx.regions.program import USUAL, foreseen
 from lora_fx.regions.survey import Survey, survey, survey_symbolically, trial_twin
 from lora_fx.rules.reader import read_rules
 
@@ -44,6 +44,7 @@ class Study:
 
     survey: Survey
     samples: tuple[Sample, ...]
+    foreseen: Foreseen
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +76,20 @@ class Observed:
     def _with_captures(self, decisions: Decisions, notes: tuple[str, ...]) -> Plan:
         """Return the plan with the graphs that are captured; without samples, those that are provably safe to trace."""
         captured = self._surveyed([site.path for site in decisions.adapted])
-        passes = foreseen_passes(captured, decisions, self.model)
-        sites = tuple(_with_backend(site, captured, passes) for site in decisions.sites)
+        seen = foresee(captured, decisions, self.model)
+        sites = tuple(_with_backend(site, captured, seen) for site in decisions.sites)
         if not self.samples and any(site.decision == "adapt" and site.backend == "module" for site in sites):
             notes = (*notes, _MORE_WITH_INPUTS)
         regions = tuple(
-            PlannedRegion(path, "graph" if path in captured.graphs else "module", captured.failures.get(path, ""))
+            PlannedRegion(
+                path,
+                "graph" if path in captured.graphs else "module",
+                captured.failures.get(path, ""),
+                seen.by_name(path),
+            )
             for path in dict.fromkeys((*captured.graphs, *captured.failures))
         )
-        capture = Study(captured, self.samples)
+        sites, capture = with_head(sites, self.model, captured), Study(captured, self.samples, seen)
         return Plan.of(decisions, sites=sites, notes=notes, regions=regions, capture=capture)
 
     def _surveyed(self, wanted: list[str]) -> Survey:
@@ -256,36 +262,14 @@ def planned_for(model: nn.Module, rules_or_plan: Any, example_inputs: object, ba
     return seen.planned(decide(wanted, seen.inventory), backend)
 
 
-def foreseen_passes(captured: Survey, decisions: Decisions, model: nn.Module) -> dict[str, set[str]]:
-    """Return what the optimisations will do at each fused site, by its path, in the survey's graphs."""
-    fused = {path for site in decisions.adapted if not site.not_fused for path in site.site.paths}
-    passes: dict[str, set[str]] = {}
-    known: dict[tuple[int, frozenset[str]], dict[str, set[str]]] = {}
-    for path, structure in captured.structures.items():
-        block = model.get_submodule(path)
-        inside = frozenset(name for name, _ in block.named_modules() if name and dotted(path, name) in fused)
-        for graph, _ in captured.library.get(structure, ()):
-            key = (id(graph), inside)
-            if key not in known:
-                known[key] = {}
-                with contextlib.suppress(AttributeError):  # it reads what a forward makes first
-                    known[key] = foreseen(graph, block, inside)
-            for name, does in known[key].items():
-                passes.setdefault(dotted(path, name), set()).update(does)
-    return passes
-
-
-def _with_backend(site: PlannedSite, captured: Survey, passes: Mapping[str, set[str]]) -> PlannedSite:
+def _with_backend(site: PlannedSite, captured: Survey, seen: Foreseen) -> PlannedSite:
     """Return the planned site with how it is computed: its backend, and what makes it cheaper to train."""
     in_graph = not captured.covered.isdisjoint((*site.site.paths, site.site.weight))
-    does: set[str] = set()
-    if site.decision == "adapt" and not site.not_fused:
-        does = {"fuse"}.union(*(passes.get(path, set()) for path in site.site.paths))
     return replace(
         site,
         backend="graph" if in_graph else "module",
         backend_reason="" if in_graph else _reason(site, captured),
-        passes=tuple(name for name in ("fuse", *USUAL) if name in does),
+        passes=seen.passes_of(site),
     )
 
 

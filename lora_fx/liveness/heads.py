@@ -112,6 +112,19 @@ def late_modules(model: nn.Module) -> list[tuple[nn.Module, LateState]]:
     return [(module, module.__dict__[LATE]) for module in modules_of(model) if LATE in module.__dict__]
 
 
+def wide_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linears with more outputs than inputs, by path, as a head that makes logits is."""
+    linears = {p: m for p, m in model.named_modules() if linear_layout(type(m)) == "out_in"}
+    return {p: m for p, m in linears.items() if int(m.out_features) > int(m.in_features)}
+
+
+def named_head(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear that a model of transformers says makes its logits, by path; no more than one."""
+    asked = getattr(model, "get_output_embeddings", None)
+    head = asked() if callable(asked) else None
+    return {path: module for path, module in wide_linears(model).items() if module is head}
+
+
 def around_the_call(module: nn.Module, input: Any) -> str:
     """Return why nothing can be late in a call like this one, whatever the module is; empty if it can."""
     if not torch.is_grad_enabled():

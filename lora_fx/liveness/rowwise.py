@@ -1,4 +1,4 @@
-"""The operations on rows after which a lazy tensor is lazy still: casts, scalars, a softcap, and choices among rows."""
+"""The operations after which lazy rows are lazy: casts, scalars, a constant row, a softcap, and choices among rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_fx.errors import RefusedError
 from lora_fx.liveness.rows import LazyRows, handles, lazy
 from lora_fx.liveness.sources import Cast, Derived, Step
 
@@ -13,6 +14,7 @@ _Functions = tuple[Callable[..., Any], ...]
 _CASTS: _Functions = (Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double)
 _TO: Callable[..., Any] = Tensor.to
 _SCALED: _Functions = (Tensor.mul, Tensor.div, Tensor.true_divide, torch.mul, torch.div, torch.true_divide)
+_ADDED: _Functions = (Tensor.add, torch.add, Tensor.sub, torch.sub)
 _BENT: _Functions = (Tensor.tanh, torch.tanh)
 _RESHAPED: _Functions = (
     Tensor.view,
@@ -31,6 +33,8 @@ def install() -> None:
         handles(function)(_cast(function))
     for function in _SCALED:
         handles(function)(_by_number(function))
+    for function in _ADDED:
+        handles(function)(_by_row(function))
     for function in _BENT:
         handles(function)(_each_row(function))
     for function in (*_RESHAPED, *_RESHAPED_BY_TORCH, Tensor.contiguous):
@@ -78,6 +82,38 @@ def _by_number(function: Callable[..., Tensor]) -> Callable[..., Any]:
         if kwargs or len(others) != 1 or type(others[0]) not in (int, float):
             return NotImplemented
         return _stepped(rows, lambda tensor: function(tensor, others[0]))
+
+    return handler
+
+
+class _WithRow:
+    """The step that adds one row of numbers, such as a bias of logits that is kept in a buffer, to each."""
+
+    def __init__(self, function: Callable[..., Tensor], row: Tensor) -> None:
+        self._function, self._row, self._version = function, row, row._version
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if self._row._version != self._version:
+            raise RefusedError(
+                "what was added to a tensor that is computed late has been written to since",
+                advice="write to it after the loss has been computed, or add a clone of it",
+            )
+        return self._function(rows, self._row.view(-1))
+
+
+def _by_row(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    def handler(rows: Any, *others: Any, **kwargs: Any) -> Any:
+        if kwargs or len(others) != 1 or not isinstance(rows, LazyRows):
+            return NotImplemented
+        row = others[0]
+        if type(row) in (int, float):
+            return _stepped(rows, lambda tensor: function(tensor, row))
+        if type(row) is not Tensor or row.requires_grad or row.device != rows.device or row.is_inference():
+            return NotImplemented
+        fits = row.numel() == row.shape[-1] == rows.shape[-1] if row.dim() else False
+        if not fits or row.dim() > rows.dim() or not row.is_contiguous() or row.dtype is not rows.dtype:
+            return NotImplemented
+        return _stepped(rows, _WithRow(function, row))
 
     return handler
 

@@ -24,6 +24,7 @@ from lora_fx.passes.rowwise import ATTENTION, QUESTIONS, SPLITS, argument, broad
 from lora_fx.passes.stack import draws
 from lora_fx.passes.tokenaxis import aligned, token_axes
 
+DRAWS = "the dropout of adapters draws for all rows at once"
 _PRODUCTS = ("matmul", "bmm", ATTENTION)
 
 
@@ -70,7 +71,7 @@ def labels_of(graph_module: fx.GraphModule, captured: Captured, title: str) -> L
     if any(writes(node) for node in nodes):
         raise NotPacked("it writes in place, or to a cache (pass use_cache=False)")
     if any(node.target is adapted_output and draws(node, graph_module) for node in nodes):
-        raise NotPacked("the dropout of adapters draws for all rows at once")
+        raise NotPacked(DRAWS)
     if any(operation(node) == "dropout" and _may_drop(node) for node in nodes):
         raise NotPacked("its dropout draws for all rows at once")
     reading = _Reading(graph_module, captured)

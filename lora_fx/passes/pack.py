@@ -42,6 +42,8 @@ FIXED, ROWS, MIXED = "fixed", "rows", "mixed"
 """What a node's value is: the same whatever the hidden states are; rows of them, kept apart; anything else of them."""
 
 
+DRAWS = "the dropout of adapters draws for rows of padding too"
+NO_HIDDEN = "it has no hidden states [batch, tokens, width] among its arguments"
 NOTHING_MIXED = "nothing in it mixes rows"
 
 
@@ -80,7 +82,7 @@ class Pack(Pass):
         if any(writes(node) for node in graph_module.graph.nodes):
             raise NotPacked("it writes in place, or to a cache (pass use_cache=False)")
         if any(node.target is adapted_output and draws(node, graph_module) for node in graph_module.graph.nodes):
-            raise NotPacked("the dropout of adapters draws for rows of padding too")
+            raise NotPacked(DRAWS)
 
     def run(self, editor: Editor) -> None:
         self.reading = reading = Reading(editor.graph_module, self.captured)
@@ -133,7 +135,7 @@ class Reading:
                 if any(size.isdigit() for size in shape[:2]):
                     break
                 return node  # type: ignore[no-any-return]
-        raise NotPacked("it has no hidden states [batch, tokens, width] among its arguments")
+        raise NotPacked(NO_HIDDEN)
 
     def _state(self, node: fx.Node) -> str:
         if node.op in ("placeholder", "get_attr"):

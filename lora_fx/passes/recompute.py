@@ -102,8 +102,8 @@ class Chain:
         """
         kept = [self.x, *(value for node in self.nodes for value in kept_by_autograd(node))]
         wanted = [value for value in self.inputs if value.op != "get_attr"]
-        before, after = set(map(_root, kept)), set(map(_root, wanted))
-        anyway = {_root(value) for value in (*kept, *wanted) if self._is_kept(value)}
+        before, after = set(map(shown_by, kept)), set(map(shown_by, wanted))
+        anyway = {shown_by(value) for value in (*kept, *wanted) if self._is_kept(value)}
         work = sum(bytes_of(node) * work_of(node) for node in self.nodes)
         saved, added = before - after - anyway, after - before - anyway
         return sum(map(bytes_of, saved)) - sum(map(bytes_of, added)) - _PRICE * work
@@ -114,7 +114,7 @@ class Chain:
         return any(node in kept_by_autograd(other) for other in others if is_repeatable(other))
 
 
-def _root(node: fx.Node) -> fx.Node:
+def shown_by(node: fx.Node) -> fx.Node:
     """Return the node whose storage this one shows."""
     while is_alias(node):
         source = node.args[0]

@@ -1,7 +1,7 @@
 """Why a site is adapted or not: what each rule says of it, in their order.  Pure data; no torch here."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lora_fx.errors import LONGEST_NAME, MOST_SHOWN, LoraFxError
 from lora_fx.planning.plan import Plan
@@ -12,15 +12,15 @@ from lora_fx.rules.patterns import NamePattern, glob_of, nearest_names
 from lora_fx.rules.ruleset import Rule, RuleSet
 from lora_fx.text import columns, count, listing, shortened, thousands, visible
 
-Contraction = Callable[[PlannedSite], str]
-"""Tells in which order a site's products are taken; empty where there is nothing to tell."""
+Teller = Callable[[PlannedSite], Iterable[str]]
+"""Tells in lines how a site will be computed: in which order of products, and what makes it cheaper or why not."""
 
 
 class UnknownPathError(LoraFxError, ValueError):
     """There is nothing at a path."""
 
 
-def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contraction: Contraction) -> str:
+def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, teller: Teller) -> str:
     """Return why the sites at a path (a site's name, one of its aliases, a glob, or a module with sites in it) are
     adapted or not.
 
@@ -29,7 +29,7 @@ def explain(plan: Plan, rules: RuleSet, inventory: Inventory, path: str, contrac
     """
     exact = [planned for planned in plan.sites if path in (*planned.site.paths, planned.site.weight)]
     if named := exact or _matched(plan, path):
-        parts = [_explained(planned, rules, contraction(planned)) for planned in named[:MOST_SHOWN]]
+        parts = [_explained(planned, rules, teller(planned)) for planned in named[:MOST_SHOWN]]
         left = named[MOST_SHOWN:]
         return "\n\n".join([*parts, *([f"… and {count(len(left), 'more site')}"] if left else [])])
     inside = [planned for planned in plan.sites if planned.path.startswith(f"{path}.")]
@@ -63,10 +63,9 @@ def _unknown(inventory: Inventory, path: str) -> str:
     )
 
 
-def _explained(planned: PlannedSite, rules: RuleSet, contraction: str) -> str:
+def _explained(planned: PlannedSite, rules: RuleSet, computed: Iterable[str]) -> str:
     lines = [visible(planned.path), columns(_facts(planned.site)), "", f"  {_verdict(planned)}"]
-    if contraction:
-        lines.append(f"  contraction: {contraction}")
+    lines += [f"  {told}" for told in computed]
     return "\n".join([*lines, _rule_lines(planned, rules.rules)])
 
 

@@ -61,7 +61,7 @@ class Plan(InNotebook, Decisions):
 
         Where the table is wider than `width`, each site takes two lines; other long lines are broken.
         """
-        lines = [*self._modules(), *region_lines(self.regions), *training_lines(self.adapted)]
+        lines = [*self._modules(), *region_lines(self.regions), *training_lines(self.sites, self.regions)]
         notes = [f"  note: {note}" for note in self.notes]
         parts = [self.header, "", table(rows_of(self.sites, fold), width), *lines, *notes, "", self.sums]
         return wrapped("\n".join(parts), width)

@@ -59,7 +59,8 @@ class PlannedSite:
     per_call: bool = False
     """Whether each call of the site has an adapter of its own."""
     passes: tuple[str, ...] = ()
-    """What makes it cheaper to train, as far as it is known before: "fuse", "stack", "recompute"."""
+    """What makes it cheaper to train, as far as it is known before: "fuse", "stack", "recompute"; "loss" of the layer
+    that the model says makes its logits, where that name is given and only a loss turns out to read them."""
     backend: Backend = "module"
     backend_reason: str = ""
     """Why this backend, when it is not the graph."""
@@ -191,12 +192,24 @@ def train_reason(pattern: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedPass:
+    """What an optimisation that is done by its name only would do to a block, or why not."""
+
+    name: str
+    """As `optimise` takes it; "labels" is what "liveness" and "loss" do together to a last block."""
+    reason: str = ""
+    """Why it would not be done; empty if it would."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedRegion:
     """A submodule whose forward will run as a guarded graph, or the reason why it will not."""
 
     path: str
     backend: Backend
     reason: str = ""
+    by_name: tuple[PlannedPass, ...] = ()
+    """What finds nothing in it to do, such as no attention, is left out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from lora_fx.text import shortened
 
 SCHEMA_VERSION = 1
 _DECIDED = ("decision", "reason", "rule", "lora", "slices", "per_call", "passes", "backend", "backend_reason")
-_PASSES = {"fuse", "stack", "recompute"}
+_PASSES = {"fuse", "stack", "recompute", "loss"}
 P = TypeVar("P")
 
 

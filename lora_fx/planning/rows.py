@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lora_fx.planning.planned import PlannedRegion, PlannedSite
 from lora_fx.rules.inits import FRESH
@@ -11,6 +11,7 @@ from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.text import columns, listing, visible
 
 _PASSES = {"fuse": "fused", "stack": "stacked with siblings", "recompute": "with inputs made again instead of kept"}
+LOSS_IF = "loss (where nothing else is seen to read its output)"
 SYMBOLS = {"adapt": "+", "train": "+", "keep": "·", "skip": "·", "refuse": "!"}
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 """A number among the names of a path, such as that of a layer."""
@@ -95,12 +96,23 @@ def region_lines(regions: Sequence[PlannedRegion]) -> list[str]:
     return _lines_by_reason("not a graph", [(region.path or "(root)", region.reason) for region in failed])
 
 
-def training_lines(adapted: Sequence[PlannedSite]) -> list[str]:
-    """Return how many adapted sites the passes make cheaper to train, and why some are left alone."""
+def training_lines(sites: Sequence[PlannedSite], regions: Sequence[PlannedRegion]) -> list[str]:
+    """Return how many adapted sites are cheaper to train, and why some are not; and what is done by its name only."""
+    adapted = [site for site in sites if site.decision == "adapt"]
     counts = Counter(name for site in adapted for name in site.passes)
     cheaper = [f"{counts[name]} {text}" for name, text in _PASSES.items() if counts[name]]
     lines = [f"  in training: {', '.join(cheaper)}"] if cheaper else []
-    return lines + _lines_by_reason("not fused", [(site.path, site.not_fused) for site in adapted if site.not_fused])
+    lines += _lines_by_reason("not fused", [(site.path, site.not_fused) for site in adapted if site.not_fused])
+    named = [(region.path or "(root)", told_passes({p.name: p.reason for p in region.by_name})) for region in regions]
+    named += [(site.path, LOSS_IF) for site in sites if "loss" in site.passes]
+    return lines + _lines_by_reason("by name", [(path, told) for path, told in named if told])
+
+
+def told_passes(reasons: Mapping[str, str]) -> str:
+    """Return what is done, then what is not and why: from optimisations with why not, or nothing."""
+    parts = [", ".join(name for name, why in reasons.items() if not why)]
+    parts += [f"no {name} ({why})" for name, why in reasons.items() if why]
+    return "; ".join(filter(None, parts))
 
 
 def _lines_by_reason(what: str, reasons: Sequence[tuple[str, str]]) -> list[str]:

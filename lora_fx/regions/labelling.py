@@ -1,6 +1,7 @@
 """Compute a last block's rows where they are asked for: by a loss, of the tokens that have a label."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,13 @@ class Deferring:
     """Identities of the module's own parameters as they were found; empty in a copy."""
     otherwise: dict[str, None] = field(default_factory=dict)
     """Why calls were not left for later."""
+    turn: int = 1
+    """The how manieth of calls in a row the latest one was: a block that a model runs again and again is given its own
+    result."""
+    turns: int = 1
+    """The most of them; only the last can be left for later."""
+    latest: "weakref.ref[Tensor] | None" = None
+    """Its latest result."""
 
     def __getstate__(self) -> tuple[bool, bool]:
         return self.last, self.wanted
@@ -59,6 +67,27 @@ class Deferring:
     def __setstate__(self, state: tuple[bool, bool]) -> None:
         self.last, self.wanted = state
         self.tally, self.weights, self.otherwise = RowTally(), (), {}
+        self.turn, self.turns, self.latest = 1, 1, None
+
+    def follow(self, labelled: Labelled | None, inputs: Sequence[Any], packing: RowTally) -> None:
+        """Note of a call that is about to be made whether its hidden states are the latest result.
+
+        What was asked for before more such calls in a row were seen than ever was asked for by the block itself.
+        """
+        if labelled is None or not self.last:
+            return
+        hidden, before = inputs[labelled.labels.hidden], None if self.latest is None else self.latest()
+        in_a_row = before is not None and (hidden is before or hidden is _made_of(before))
+        self.turn = self.turn + 1 if in_a_row else 1
+        if self.turn > self.turns:
+            self.turns, self.tally.asked, packing.asked = self.turn, 0, 0
+
+    def noted(self, labelled: Labelled | None, result: Any) -> Any:
+        """Return the result of that call, and note it."""
+        if labelled is not None and self.last:
+            leaf = pytree.tree_leaves(result)[labelled.labels.leaves[0].place]
+            self.latest = weakref.ref(leaf) if isinstance(leaf, Tensor) else None
+        return result
 
     def obstacle(self, labelled: Labelled, module: nn.Module, inputs: Sequence[Any]) -> str:
         """Return why a call cannot be left for later; empty if it can."""
@@ -74,6 +103,11 @@ class Deferring:
         if not any(isinstance(value, Tensor) and value.requires_grad for value in (*inputs, *module.parameters())):
             return "no gradient passes through it"
         return ""
+
+
+def _made_of(value: Tensor) -> Tensor | None:
+    """Return what has been computed of a tensor that was left for later."""
+    return value.lazy_value.made if type(value) is LazyRows else None
 
 
 class Around:
@@ -217,7 +251,7 @@ class BlockRows(LateRows):
 
 def may_be_deferred(deferring: Deferring, labelled: Labelled, module: nn.Module, inputs: Sequence[Any]) -> bool:
     """Whether a call may be left for later: of a last block, which nothing follows, and which draws nothing."""
-    if not deferring.last or deferring.tally.stopped:
+    if not deferring.last or deferring.tally.stopped or deferring.turn < deferring.turns:
         return False
     reason = deferring.obstacle(labelled, module, inputs)
     if reason:

@@ -8,6 +8,7 @@ from torch import nn
 from lora_fx.liveness.padding import Rows
 from lora_fx.liveness.rows import LazyRows
 from lora_fx.regions.checking import ModuleCall, Replay
+from lora_fx.regions.compiled import UNCOMPILED
 from lora_fx.regions.labelling import DeferredCall, Deferring, may_be_deferred
 from lora_fx.regions.labelproof import prove_labelled
 from lora_fx.regions.packing import PackedCall, RowTally, is_packed, may_be_packed
@@ -24,13 +25,28 @@ def answered(
     call: ModuleCall,
     program: Program,
     inputs: Inputs,
+    by_compiler: Callable[[ModuleCall, Program, Inputs], Any],
 ) -> Any:
-    """Return what a program gives of a call, of whose arguments all rows are there."""
+    """Return what a program gives of a call, of whose arguments all rows are there.
+
+    Where none of them is left out, by what `by_compiler` answers; it gives UNCOMPILED if that is nothing.
+    """
     labelled = program.labelled if program.may_defer and deferring.wanted else None
     if labelled is not None and not labelled.proven and not labelled.draws(call.module) and may_be_packed(call.module):
         prove_labelled(kept, call, program)
     rows = rows_to_run(kept, tally, call, program, inputs)
+    deferring.follow(program.labelled, inputs, tally)
+    if rows is None and not may_be_left(deferring, call.module, program, inputs):
+        answer = by_compiler(call, program, inputs)
+        if answer is not UNCOMPILED:
+            return deferring.noted(program.labelled, answer)
     return _run(tally, deferring, call.module, program, inputs, rows)
+
+
+def may_be_left(deferring: Deferring, module: nn.Module, program: Program, inputs: Inputs) -> bool:
+    """Whether a call's rows may be left for those who ask for them."""
+    labelled = program.labelled
+    return labelled is not None and program.may_defer and may_be_deferred(deferring, labelled, module, inputs)
 
 
 def answered_late(tally: RowTally, deferring: Deferring, call: ModuleCall, program: Program, inputs: Inputs) -> Any:
@@ -39,6 +55,7 @@ def answered_late(tally: RowTally, deferring: Deferring, call: ModuleCall, progr
     rows = packed.rows(call.module, inputs) if packed is not None and is_packed(packed, inputs) else None
     if packed is None or not packed.proven or rows is None:
         return NotImplemented
+    deferring.follow(program.labelled, inputs, tally)
     return _run(tally, deferring, call.module, program, inputs, rows)
 
 
@@ -52,8 +69,9 @@ def _run(
         return packed.run(PackedCall(packed, program.function, module, inputs, rows, tally))
 
     labelled = program.labelled
-    if labelled is None or not program.may_defer or not may_be_deferred(deferring, labelled, module, inputs):
-        return otherwise()
+    if labelled is None or not may_be_left(deferring, module, program, inputs):
+        return deferring.noted(labelled, otherwise())
     given = inputs[labelled.labels.hidden]
     left = rows if type(given) is LazyRows else None
-    return DeferredCall(labelled, module, inputs, left, otherwise, deferring.tally).result()
+    late = DeferredCall(labelled, module, inputs, left, otherwise, deferring.tally).result()
+    return deferring.noted(labelled, late)

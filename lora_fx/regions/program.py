@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import ITSELF, attached
-from lora_fx.adapters.fused.siblings import adapted_siblings
 from lora_fx.capture.captured import Captured
 from lora_fx.capture.guards import Guard, compile_guard
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.recording import of_shape
 from lora_fx.models.code import UncompiledGraph, compiled
 from lora_fx.models.tensors import attribute_at
+from lora_fx.passes.afresh import Afresh
 from lora_fx.passes.apart import Apart
 from lora_fx.passes.attend import ATTEND, Attend, why_kept
 from lora_fx.passes.contract import Pass, apply_pass
@@ -25,7 +25,7 @@ from lora_fx.passes.inline import Inline, inlined
 from lora_fx.passes.labels import labels_of
 from lora_fx.passes.lift import Lifted, Unfit, lifted
 from lora_fx.passes.pack import NotPacked, Pack
-from lora_fx.passes.recompute import Recompute, is_making
+from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.stack import Stack
 from lora_fx.regions.compiling import Compiling, compiling_of, may_be_fast
 from lora_fx.regions.labelling import Labelled
@@ -38,9 +38,11 @@ USUAL = tuple(optimisation.name for optimisation in _USUAL)
 COMPILE = "compile"
 OPTIMISATIONS = (*(optimisation.name for optimisation in _OPTIMISATIONS), COMPILE)
 """What can be done, in this order; the others by their names only."""
-_CALLS = "it calls a submodule as a whole, and checks what that returns"
+CALLS = "it calls a submodule as a whole, and checks what that returns"
 LIVENESS = "liveness"
 """What is done besides, to programs for calls with padding."""
+LABELS = "labels"
+"""What both that and the next name together do to last blocks."""
 LOSS = "loss"
 """The name by which heads compute single rows: with both, last blocks do too."""
 
@@ -220,7 +222,7 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     computes = bypassed | set(_weights_read(graph, module))
     function = compiled(graph, _title(module))
     fast, fast_passes = (None, ()) if checks else _optimised(graph_module, module, passes)
-    packed, why = None, _CALLS if checks and LIVENESS in passes else ""
+    packed, why = None, CALLS if checks and LIVENESS in passes else ""
     if LIVENESS in passes and not checks:
         packed, why = _packed(graph_module, module, passes, captured)
     program = Program(
@@ -249,9 +251,8 @@ def _leaves_module(graph: fx.Graph, module: nn.Module) -> bool:
 
 def _lifted(graph_module: fx.GraphModule, module: nn.Module, captured: Captured) -> Lifted:
     """Return the graph for a compiler: siblings share a product, and what to make again is the compiler's choice."""
-    copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
-    for step in (Inline(), Stack()):
-        apply_pass(step, Editor(copied))
+    copied = _plainer(graph_module, module)
+    apply_pass(Stack(), Editor(copied))
     return lifted(copied, captured)
 
 
@@ -266,30 +267,19 @@ def _title(module: nn.Module) -> str:
     return f"<lora_fx graph of {type(module).__name__}>"
 
 
-def foreseen(captured: Captured, module: nn.Module, paths: frozenset[str]) -> dict[str, set[str]]:
-    """Return which optimisations a graph will have at the layers of these paths, once they are adapted."""
-    graph_module = UncompiledGraph(module, copy.deepcopy(captured.graph))
-    editor = Editor(graph_module)
-    passes: tuple[Pass, ...] = (Flatten(paths), Inline(), *_USUAL)
-    for graph_pass in passes:
-        apply_pass(graph_pass, editor)
-    optimisations: dict[str, set[str]] = {}
-    for node in graph_module.graph.nodes:
-        names = {"stack": node.target is adapted_siblings or is_making(node), "recompute": is_making(node)}
-        layers = [str(read.target) for read in node.all_input_nodes if read.op == "get_attr" and read.target in paths]
-        for path in layers:
-            optimisations.setdefault(path, set()).update(name for name, holds in names.items() if holds)
-        if len(layers) == 1:
-            optimisations[layers[0]].discard("stack")
-    return optimisations
+def _plainer(graph_module: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
+    """Return a copy of a graph as passes read it best."""
+    copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
+    for step in (Inline(), Afresh()):
+        apply_pass(step, Editor(copied))
+    return copied
 
 
 def _packed(
     graph_module: fx.GraphModule, module: nn.Module, passes: Collection[str], captured: Captured
 ) -> tuple[Packed | None, str]:
     """Return the code of a copy of the graph on packed rows, optimised as well; or None, and why there is none."""
-    copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
-    apply_pass(Inline(), Editor(copied))
+    copied = _plainer(graph_module, module)
     pack = Pack(captured)
     try:
         apply_pass(pack, Editor(copied))
@@ -306,8 +296,7 @@ def _labelled(
     graph_module: fx.GraphModule, module: nn.Module, passes: Collection[str], captured: Captured
 ) -> tuple[Labelled | None, str]:
     """Return the code of a copy of the graph for rows that are asked for; or None, and why there is none."""
-    copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
-    apply_pass(Inline(), Editor(copied))
+    copied = _plainer(graph_module, module)
     try:
         labels = labels_of(copied, captured, _title(module))
     except NotPacked as reason:
@@ -326,8 +315,7 @@ def _optimised(
     """
     if not any(step.name in passes for step in _OPTIMISATIONS):
         return None, ()
-    copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
-    apply_pass(Inline(), Editor(copied))
+    copied = _plainer(graph_module, module)
     return _optimise(copied, module, passes)
 
 

@@ -61,14 +61,10 @@ class GuardedRegion(RunsGraphs):
         if (
             hit is not None
             and hit[0].compiling is not None
-            and hit[0].packed is None
-            and not (region.deferring.last and hit[0].labelled)
-            and not late
-            and not region.checking
+            and not (hit[0].may_pack or hit[0].may_defer or late)
             and may_be_compiled()
         ):
-            call = ModuleCall(self, super().forward, args, kwargs)
-            answer = compiled_answer(call, *hit, region.block, region.path)
+            answer = region.by_compiler(ModuleCall(self, super().forward, args, kwargs), *hit)
             if answer is not UNCOMPILED:
                 return answer
         if hit is not None and not (late or region.checking or hit[0].wants_care):
@@ -121,7 +117,13 @@ class Region:
             return self.attempt(call, program, inputs)
         if program.wants_proof:
             self.prove_fast(call, program)
-        return answered(self._kept, self.tally, self.deferring, call, program, inputs)
+        return answered(self._kept, self.tally, self.deferring, call, program, inputs, self.by_compiler)
+
+    def by_compiler(self, call: ModuleCall, program: Program, inputs: tuple[Any, ...]) -> Any:
+        """Return what compiled code gives of a call; UNCOMPILED if there is none for it."""
+        if program.compiling is None or self.checking or not may_be_compiled():
+            return UNCOMPILED
+        return compiled_answer(call, program, inputs, self.block, self.path)
 
     def meet_late(self, call: ModuleCall, hit: Hit | None) -> Any:
         """Return what a call gives among whose arguments are tensors that are not computed yet."""

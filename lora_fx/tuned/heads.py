@@ -12,10 +12,9 @@ from torch import nn
 from lora_fx.adapters.fused.terms import product_dtype
 from lora_fx.adapters.selection import acting_everywhere
 from lora_fx.capture.calls.objects import tensors_in
-from lora_fx.liveness.heads import LATE, LateHead, LateState, install, late_modules, uninstall
+from lora_fx.liveness.heads import LATE, LateHead, LateState, install, late_modules, named_head, uninstall, wide_linears
 from lora_fx.liveness.rows import LazyRows, whole
 from lora_fx.liveness.sources import LazyValue
-from lora_fx.models.layers import linear_layout
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta
 from lora_fx.regions.checking import with_noise
@@ -81,7 +80,7 @@ def _install_found(twin: nn.Module, samples: Sequence[Sample]) -> dict[str, str]
 
 def _found(copy: nn.Module, samples: Sequence[Sample]) -> dict[str, str]:
     """Return the paths of the linears that make logits, each with why they cannot be late, or nothing."""
-    tried = _candidates(copy) if samples else _named_by_the_model(copy)
+    tried = wide_linears(copy) if samples else named_head(copy)
     for path, module in tried.items():
         install(module, LateHead, LateState(path, made=[]))
     found: dict[str, str] = {}
@@ -91,23 +90,10 @@ def _found(copy: nn.Module, samples: Sequence[Sample]) -> dict[str, str]:
     if not samples:
         return dict.fromkeys(tried, "")
     # of the one that the model names, why it was not late is of interest
-    named = _named_by_the_model(copy) if not found else {}
+    named = named_head(copy) if not found else {}
     return found or {
         p: next(iter(m.__dict__[LATE].otherwise), "") for p, m in named.items() if m.__dict__[LATE].otherwise
     }
-
-
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linears of which there is one each, with more outputs than inputs."""
-    linears = {p: m for p, m in model.named_modules() if linear_layout(type(m)) == "out_in"}
-    return {p: m for p, m in linears.items() if int(m.out_features) > int(m.in_features)}
-
-
-def _named_by_the_model(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear that a transformers model says makes its logits."""
-    asked = getattr(model, "get_output_embeddings", None)
-    head = asked() if callable(asked) else None
-    return {path: module for path, module in _candidates(model).items() if module is head}
 
 
 def _run(copy: nn.Module, sample: Sample) -> dict[str, str]:

@@ -53,6 +53,10 @@ ROWWISE: dict[str, Callable[[Any], Any]] = {
     "to": lambda t: t.to("cpu", torch.float16),
     "to by name": lambda t: t.to(dtype=torch.bfloat16, device=torch.device("cpu")),
     "scale": lambda t: 2 * t / 3.0,
+    "add": lambda t: t + 1,
+    "add to": lambda t: 1 + t,
+    "add a row": lambda t: t.double() + torch.arange(5.0, dtype=torch.float64),
+    "take a row": lambda t: t.flatten(0, 1) - torch.arange(5.0).unsqueeze(0),
     "softcap": lambda t: torch.tanh(t / 30.0) * 30.0,
     "shift": lambda t: t[..., :-1, :].contiguous(),
     "flatten": lambda t: t.float().view(-1, 5),
@@ -72,8 +76,7 @@ WHOLE: dict[str, Callable[[Any], Any]] = {
     "one number": lambda t: t[0, 1, 2],
     "list": lambda t: t[[0]],
     "transpose": lambda t: t.transpose(1, 2),
-    "add": lambda t: t + 1,
-    "add to": lambda t: 1 + t,
+    "add a part of a row": lambda t: t + torch.arange(3.0).unsqueeze(1),
     "scale by a tensor": lambda t: t * torch.tensor(2.0),
     "reshape the columns": lambda t: t.reshape(-1),
     "softmax": lambda t: t.softmax(-1),
@@ -182,6 +185,14 @@ def test_code_that_torch_does_not_ask_about_meets_the_value_and_its_gradients_ar
         source.gradients(result + below.sum()), source.gradients(eager.square().sum() + eager.sum()), strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_a_row_that_is_added_is_the_one_from_then() -> None:
+    row, source = torch.ones(1, 5), Product()
+    result = lazy(source) + row
+    row.mul_(2)
+    with pytest.raises(RefusedError, match="has been written to since"):
+        result.lazy_value.take(numbers(0))
 
 
 def test_no_gradient_passes_where_torch_passes_none():

@@ -34,6 +34,9 @@ def test_adapted_site_is_told_with_what_each_rule_says_of_it():
         "",
         "  adapt by rest: r=4 scaling=4, 128 parameters; backend graph",
         "  contraction: factored below 512 tokens, merged from there on",
+        "  in training: fuse; no stack (no other adapted layer multiplies its input); no recompute (making its input again "
+        "would save too few bytes for its time)",
+        "  by name, to h.0: compile; no attention (no adapted layer takes its result); no liveness (…)",
         "    wide  shape: out = 16 is not >=48",
         "    head  name h.0.c_proj does not match lm_head",
         "    rest  matches, and decides",

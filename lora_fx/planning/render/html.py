@@ -163,7 +163,7 @@ class _Sections:
     def notes(self) -> str:
         """Return what has to be known besides."""
         plan = self.plan
-        lines = [*region_lines(self.regions), *training_lines(plan.adapted), *plan.notes]
+        lines = [*region_lines(self.regions), *training_lines(plan.sites, self.regions), *plan.notes]
         items = "".join(self.entries.add(f"<li>{escape(line.strip())}</li>", []) for line in lines)
         return f"<section><h2>Notes</h2><ul>{items}</ul></section>" if items else ""
 

@@ -1,0 +1,69 @@
+"""afresh: what writes into a tensor that the graph has just made makes another one instead, as other passes need it.
+
+`sums /= total` of a router, or `buckets += offset` of positions: nobody else has the tensor, so it is the same as
+`sums = sums / total`.  For copies of a region graph: the code that is proven bit by bit writes as the forward does.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from torch import fx
+
+from lora_fx.capture.tracing.writer import writes
+from lora_fx.passes.contract import Pass
+from lora_fx.passes.editor import Editor
+from lora_fx.passes.pointwise import is_alias, operation
+from lora_fx.passes.rowwise import ALONG_A_DIMENSION, ENTRY_BY_ENTRY
+
+_WRITTEN = frozenset({"add", "sub", "mul", "div", "true_divide", "clamp", "masked_fill", "pow", "neg", "abs"})
+"""Operations whose forms with and without an underscore compute the same numbers."""
+_MAKES = (ENTRY_BY_ENTRY | ALONG_A_DIMENSION | {"linear", "matmul", "bmm"}) - {"contiguous", "dropout"}
+"""Operations whose result has memory of its own, unless it is an alias."""
+_CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "double"})
+_MAKE_TWO = frozenset({"topk", "sort"})
+"""Operations that make two tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Afresh(Pass):
+    """Write into no tensor that the graph has made for itself.  Ensures: the same results and gradients."""
+
+    name: str = "afresh"
+
+    def run(self, editor: Editor) -> None:
+        for node in list(editor.graph.nodes):
+            if node.op == "call_method" and writes(node) and _may_be_made(node):
+                with editor.writing_after(node, "") as write:
+                    made = write.graph.call_method(str(node.target)[:-1], node.args, node.kwargs)
+                made.meta.update(node.meta)
+                written = node.args[0]
+                assert isinstance(written, fx.Node)
+                editor.replace_uses(written, made, "", but=functools.partial(_is_no_later, made))
+                editor.replace(node, made, "")
+
+
+def _is_no_later(made: fx.Node, user: fx.Node) -> bool:
+    return user <= made
+
+
+def _may_be_made(node: fx.Node) -> bool:
+    """Whether the tensor that a node writes to is the graph's own, shown by no other, and keeps dtype and size."""
+    x, *others = node.all_input_nodes
+    if str(node.target)[:-1] not in _WRITTEN or node.args[0] is not x or x in others or "tensor" not in x.meta:
+        return False
+    if not _is_made(x) or any(is_alias(user) for user in x.users):
+        return False
+    tensors = [other for other in others if "tensor" in other.meta]
+    return all(other.meta["tensor"][1] is x.meta["tensor"][1] for other in tensors)
+
+
+def _is_made(x: fx.Node) -> bool:
+    """Whether a tensor has memory of its own, in which no other tensor lies."""
+    source = x.all_input_nodes[0] if x.all_input_nodes else None
+    if source is None or x.kwargs.get("inplace") or "out" in x.kwargs or any(value is True for value in x.args):
+        return False
+    if operation(x) == "getitem":
+        return operation(source) in _MAKE_TWO
+    if operation(x) in _CASTS and "tensor" not in source.meta:
+        return False  # perhaps it had the dtype already
+    return operation(x) in _MAKES and not is_alias(x)
