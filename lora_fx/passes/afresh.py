@@ -35,9 +35,9 @@ class Afresh(Pass):
             if node.op == "call_method" and writes(node) and _may_be_made(node):
                 with editor.writing_after(node, "") as write:
                     made = write.graph.call_method(str(node.target)[:-1], node.args, node.kwargs)
-                made.meta.update(node.meta)
                 written = node.args[0]
                 assert isinstance(written, fx.Node)
+                made.meta.update(written.meta)
                 editor.replace_uses(written, made, "", but=functools.partial(_is_no_later, made))
                 editor.replace(node, made, "")
 

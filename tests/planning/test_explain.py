@@ -36,7 +36,7 @@ def test_adapted_site_is_told_with_what_each_rule_says_of_it():
         "  contraction: factored below 512 tokens, merged from there on",
         "  in training: fuse; no stack (no other adapted layer multiplies its input); no recompute (making its input again "
         "would save too few bytes for its time)",
-        "  by name, to h.0: compile; no attention (no adapted layer takes its result); no liveness (…)",
+        "  by name, to h.0: attention, compile, halve; no liveness (its attention has no mask that says what is padding)",
         "    wide  shape: out = 16 is not >=48",
         "    head  name h.0.c_proj does not match lm_head",
         "    rest  matches, and decides",
