@@ -4,14 +4,16 @@ Values and not a hash, since the same base is often loaded in another dtype.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.shards import is_sharded, values_at
 
 VALUES = 8
+_PLAIN = (Tensor, nn.Parameter)
 TOLERANCE = 2.0**-6
 """Relative; bfloat16 keeps 8 bits."""
 
@@ -29,6 +31,25 @@ def sample_values(weight: Tensor) -> list[float] | None:
     flat = weight.detach().reshape(-1)
     positions = torch.tensor(sample_positions(flat.numel()), device=flat.device)
     found: list[float] = flat[positions].double().tolist()
+    return found
+
+
+def samples_of(weights: Sequence[Tensor]) -> list[list[float] | None]:
+    """Return `sample_values` of each weight; of plain ones in one operation for each, and one for all of a dtype."""
+    found: list[list[float] | None] = [None] * len(weights)
+    alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for number, weight in enumerate(weights):
+        if type(weight) in _PLAIN and weight.layout is torch.strided:
+            if weight.dtype.is_floating_point and not weight.is_meta and weight.numel():
+                alike.setdefault((weight.dtype, weight.device), []).append(number)
+        else:
+            found[number] = sample_values(weight)
+    with torch.no_grad():
+        for (_, device), numbers in alike.items():
+            places = torch.tensor([sample_positions(weights[at].numel()) for at in numbers], device=device).unbind()
+            looked = [weights[at].take(where) for at, where in zip(numbers, places, strict=True)]
+            for at, values in zip(numbers, torch.stack(looked).double().tolist(), strict=True):
+                found[at] = values
     return found
 
 

@@ -1,16 +1,18 @@
 """The values in a safetensors file: their dtypes, a few of them, and bytes that depend on nothing else."""
 
+import itertools
 import json
+import mmap
 from collections.abc import Iterable, Mapping
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from lora_fx.errors import RefusedError
+from lora_fx.errors import MergeError, RefusedError
 from lora_fx.files.fingerprint import sample_positions
 from lora_fx.files.safetensors import BITS, RawFile, RawTensor
-from lora_fx.sources.regular import SURROGATE
+from lora_fx.sources.regular import SURROGATE, open_regular
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """What can be merged into; everything else is only copied."""
@@ -18,6 +20,32 @@ DTYPES = FLOATS | {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+READ = DTYPES | {"C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+"""What values are read of."""
+
+
+def read_tensors(file: RawFile) -> dict[str, Tensor]:
+    """Return the tensors of a file, in the order of their bytes: views of one map of it, read when they are looked at.
+
+    All dtypes must be in `READ`.
+
+    Raises:
+        MergeError, OSError, UnreadableError: the file is another than when its header was read.
+    """
+    with open_regular(file.path) as opened:
+        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    if len(content) != file.size:
+        raise MergeError(f"{file.path}: had {file.size:,} bytes, and has {len(content):,}")
+    whole = torch.frombuffer(content, dtype=torch.uint8)
+    tensors: dict[str, Tensor] = {}
+    for dtype, group in itertools.groupby(file.tensors.items(), lambda item: item[1].dtype):
+        entries = dict(group)
+        first, last = file.data_start + min(e.start for e in entries.values()), file.data_start
+        last += max(entry.end for entry in entries.values())
+        values = whole[first:last] if first % (BITS[dtype] // 8) == 0 else whole[first:last].clone()
+        parts = values.view(READ[dtype]).split_with_sizes([entry.elements for entry in entries.values()])
+        tensors |= {name: part.view(entry.shape) for (name, entry), part in zip(entries.items(), parts, strict=True)}
+    return tensors
 
 
 def sample(file: RawFile, entry: RawTensor) -> list[float] | None:

@@ -130,6 +130,8 @@ def _problems(model: Any, name: str) -> Iterator[tuple[str, str]]:
             yield path, "its adapter is merged into the base; unmerge_adapter() takes it out"
         if layer.disable_adapters:
             yield path, "its adapter is switched off; enable_adapter_layers() switches it on"
+        if name in getattr(layer, "_lora_kasa_truncation_deferred", ()):
+            yield path, "KaSA has yet to take parts of its weight away; call the model once"
         hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
         if any(hooks) and not accelerate_hooks(layer):
             yield path, "has a hook, which PEFT's layer takes with it; put it on the twin"
@@ -148,6 +150,7 @@ def _file_of(model: Any, name: str) -> AdapterFile:
     settings, _ = settings_of(_inner(model).peft_config[name])
     # what a first value has changed in the base is in the base at hand
     config = configuration_of(settings | {"init_lora_weights": True}, f"adapter '{name}' of the model")
+    config = replace(config, init="kaiming")
     keyed = {f"{PREFIX}{key.removeprefix(PREFIX)}": value.detach() for key, value in state_of(model, name).items()}
     file = adapter_in_memory(name, config, keyed)
     frozen = _with_frozen_a(model, name)

@@ -20,6 +20,8 @@ _NO_RULE = {
     "velora_config": "VeLoRA: it keeps less for the backward pass, in another way",
     "monteclora_config": "MonteCLoRA: it samples factors while it trains",
     "lora_bias": "a bias of lora_B",
+    "kasa_config": "KaSA: it trains a diagonal between the factors",
+    "use_bdlora": "BD-LoRA: it trains only the blocks of the diagonal of a factor",
 }
 """What changes how a new adapter is trained, and no rule says."""
 

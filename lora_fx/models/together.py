@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,22 +65,46 @@ def share_memory(targets: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
     return False
 
 
-def surely_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all values are finite, as seen from the lengths of the tensors; False where that does not tell.
+_MOST_TOGETHER = 1 << 22
+"""Values that are put into one tensor to be summed: 16 MB of float32."""
 
-    No length is finite if a value is not; nor is that of values whose squares are too large.
+
+def surely_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values are finite, as seen from sums; False where that does not tell.
+
+    No sum is finite if a value is not; nor is that of values that are too large together.  Tensors that differ in their
+    first size alone are summed as one: for small ones a copy costs less than an operation for each.
     """
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    groups: dict[tuple[object, ...], list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    known = [tensor for group in groups.values() for tensor in group]
-    if not {*map(type, known)} <= {*_KINDS} or not {tensor.layout for tensor in known} <= {torch.strided}:
-        return False
-    if not all(dtype.is_floating_point for dtype, _ in groups):
-        return False
+        if type(tensor) not in _KINDS or tensor.layout is not torch.strided or not tensor.dtype.is_floating_point:
+            return False
+        groups.setdefault((tensor.shape[1:], tensor.dim(), tensor.dtype, tensor.device), []).append(tensor)
     with torch.no_grad():
-        lengths = [torch.stack(list(foreach_norm(group, 2))) for group in groups.values()]
-        return all(bool(length.isfinite().all()) for length in lengths)
+        sums = [part.sum(dtype=_wide(part.dtype)) for group in groups.values() for part in _joined(group)]
+        return all(math.isfinite(total.item()) for total in sums)
+
+
+def _joined(group: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield tensors that hold the values of all in a group, which differ in their first size alone."""
+    waiting: list[Tensor] = []
+    number = 0
+    for tensor in group:
+        size = tensor.numel()
+        if size >= _MOST_TOGETHER or not tensor.dim():
+            yield tensor
+            continue
+        if waiting and number + size > _MOST_TOGETHER:
+            yield torch.cat(waiting)
+            waiting, number = [], 0
+        waiting.append(tensor)
+        number += size
+    if waiting:
+        yield torch.cat(waiting)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def copied_together(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -14,12 +14,19 @@ FROM_DATA = (*FROM_INPUTS, "lora_ga", "loftq")
 INITS = (*FRESH, *DECOMPOSED, *FROM_DATA)
 FAST_PISSA = r"^pissa_niter_[1-9][0-9]?$"
 """PiSSA by a randomised SVD with so many subspace iterations."""
-_MOVED = (*DECOMPOSED, "corda", "corda_kpm", "lora_ga")
+OF_FILES = ("kasa",)
+"""No rule says these: files of PEFT's were trained so.  kasa: without the smallest singular parts of the weight."""
+_MOVED = (*DECOMPOSED, *OF_FILES, "corda", "corda_kpm", "lora_ga")
 
 
 def is_init(name: object) -> bool:
     """Whether there is a scheme of that name."""
     return isinstance(name, str) and (name in INITS or re.fullmatch(FAST_PISSA, name) is not None)
+
+
+def is_noted(name: object) -> bool:
+    """Whether an adapter can have started so: by a scheme, or in a file of PEFT's."""
+    return is_init(name) or name in OF_FILES
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 import lora_fx
 from lora_fx.files.adapter.keptbase import KEPT
+from lora_fx.files.adapter.plainstate import KEPT_TARGETS
 from lora_fx.passes.editor import Editor
 
 FAULTS: tuple[type[BaseException], ...] = (RuntimeError, MemoryError, KeyboardInterrupt)
@@ -140,7 +141,7 @@ def portrait(model: nn.Module) -> dict[str, object]:
 
 def _attributes(module: nn.Module) -> Iterator[object]:
     for name, value in sorted(vars(module).items()):
-        if name in ("_graph", KEPT):
+        if name in ("_graph", KEPT, KEPT_TARGETS):
             continue  # of a graph the nodes are compared; what a swap keeps for the next one changes nothing
         if name in ("_parameters", "_buffers"):
             yield name, [(key, _tensor(tensor)) for key, tensor in value.items()]

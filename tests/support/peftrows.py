@@ -109,7 +109,6 @@ def _row(name: str, model: str, *targets: str, refused: str = "", saved_for: str
 
 
 GROUPED = "its lora_A reads the channels of all {} groups of the convolution"
-BLOCKS = "BD-LoRA: a factor holds only the blocks of its diagonal"
 OURS = "lora_fx"
 ROWS = (
     Row("Vanilla MLP 1 LoRA", "MLP", {"target_modules": "lin0"}),
@@ -126,7 +125,6 @@ ROWS = (
         "lin0",
         kasa_config=peft.KasaConfig(),
         r=4,
-        refused="KaSA: it changes the base weights",
     ),
     _row("Vanilla MLP 1 LoRA with MiCA", "MLP", "lin0", init_lora_weights="mica", r=4),
     Row("Vanilla MLP 9 LoRA with DoRA", "MLP", {"target_modules": "lin1", "use_dora": True, "lora_alpha": 32}),
@@ -178,7 +176,6 @@ ROWS = (
         "lin0",
         "lin1",
         use_bdlora=BdLoraConfig(target_modules_bd_a=["lin0"], match_strict=False),
-        refused=BLOCKS,
     ),
     _row(
         "BD-LoRA B only",
@@ -186,7 +183,6 @@ ROWS = (
         "lin0",
         "lin1",
         use_bdlora=BdLoraConfig(target_modules_bd_b=["lin1"], nblocks=2, match_strict=False),
-        refused=BLOCKS,
     ),
     _row(
         "BD-LoRA both A and B",
@@ -194,7 +190,6 @@ ROWS = (
         "lin0",
         "lin1",
         use_bdlora=BdLoraConfig(target_modules_bd_a=["lin0"], target_modules_bd_b=["lin1"], nblocks=2),
-        refused=BLOCKS,
     ),
 )
 

@@ -2,6 +2,8 @@
 
 pissa   scaling · B A = the r largest singular parts of W, each value's root in A and in B
         Meng et al. 2024, arXiv:2404.02948, §3; fast: by Halko's randomised SVD, §4
+kasa    scaling · B A = the r smallest singular parts of W, which PEFT's KaSA takes away (Wang et al. 2024,
+        arXiv:2412.06071, §3.1)
 olora   B A = the first r columns and rows of W = Q R
         Büyükakyüz 2024, arXiv:2406.01775, §2.1; it does not divide by the scaling
 """
@@ -21,7 +23,7 @@ def decomposed(init: str, weight: Tensor, r: int, scaling: float) -> Factors:
     """Return A and B by the scheme of that name, in float32 (float64 for a float64 weight).
 
     Args:
-        init: one of `rules.inits.DECOMPOSED`, or a fast PiSSA, which draws from torch's global generator.
+        init: one of `rules.inits.DECOMPOSED` or `OF_FILES`, or a fast PiSSA, which draws from torch's global generator.
         weight: [out, in].
         r: at most its smaller side.
         scaling: by which B A will be multiplied; above 0.
@@ -31,6 +33,9 @@ def decomposed(init: str, weight: Tensor, r: int, scaling: float) -> Factors:
         if init == "olora":
             q, rest = torch.linalg.qr(wide)
             return rest[:r].contiguous(), q[:, :r].contiguous()
+        if init == "kasa":
+            left, values, right = torch.linalg.svd(wide, full_matrices=False)
+            return in_halves((left[:, -r:], values[-r:], right[-r:]), scaling)
         return in_halves(largest_parts(wide, r, iterations_of(init)), scaling)
 
 

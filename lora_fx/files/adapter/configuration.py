@@ -9,21 +9,32 @@ from typing import Any
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.names import CONFIG_FILE, ends_of, full_match, has_end
 from lora_fx.files.adapter.patterns import Patterns
-from lora_fx.rules.keys import BIASES
+from lora_fx.files.adapter.settings import OF_BLOCKS, PATTERNS, Fact, table, wrong_patterns, wrong_values
+from lora_fx.rules.inits import OF_FILES
 from lora_fx.sources.document import read_json
 from lora_fx.sources.regular import UnreadableError, is_regular
 from lora_fx.text import listing
 
-Fact = tuple[str, str]
 Names = dict[str, None]
 """A set that keeps its order."""
 _ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 """What is the name of a repository there."""
 _MOST_BYTES = 64 << 20
-_MOST_WHOLE, _LARGEST = 2**31 - 1, 3.4028234663852886e38
-"""What counts and ranks can be, and float32's largest: PEFT and the models compute in it."""
-_MOST_NAMES, _MOST_LAYER_NAMES = 256, 16
-"""Of what is compared with the name of every tensor, and of what is an expression."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Which factors have only the blocks of their diagonal in a file (`use_bdlora`)."""
+
+    number: int
+    of_A: tuple[str, ...]
+    """A layer's A has blocks if one of these is anywhere in its path."""
+    of_B: tuple[str, ...]
+
+    def holds(self, path: str, factor: str) -> bool:
+        """Whether `lora_A` or `lora_B` of the layer at a path has blocks."""
+        texts = {"lora_A": self.of_A, "lora_B": self.of_B}.get(factor, ())
+        return self.number > 1 and any(text in path for text in texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,9 @@ class Configuration:
     """`trainable_token_indices`: of the one embedding, or by ends of paths."""
     invocation: tuple[int, ...] = ()
     """`alora_invocation_tokens`: from whose last occurrence on it acts; none: on every token."""
+    blocks: Blocks | None = None
+    kasa: bool = False
+    """Whether a diagonal stands between the factors."""
 
     def rank_at(self, name: str) -> int:
         """Return the rank of a site that patterns call so."""
@@ -130,8 +144,8 @@ def configuration_of(config: Mapping[str, Any], source: str) -> Configuration:
     """
     if config.get("peft_type") != "LORA":
         raise _not_lora(source, config.get("peft_type"))
-    ranks, alphas = (Patterns[Any](_table(config.get(key))) for key in _PATTERNS)
-    wrong = [*_wrong_values(config), *_wrong_patterns(config, ranks, alphas)]
+    ranks, alphas = (Patterns[Any](table(config.get(key))) for key in PATTERNS)
+    wrong = [*wrong_values(config), *wrong_patterns(config, ranks, alphas)]
     if wrong:
         raise AdapterFileError(source, "holds what no configuration can hold", wrong)
     refused = list(_refused(config))
@@ -175,113 +189,6 @@ def _folders_with_one(folder: Path) -> list[str]:
         return []
 
 
-# -- types
-
-
-def is_whole(value: object, least: int = 1) -> bool:
-    """Whether it is an integer, not below the least and of 31 bits at most."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST_WHOLE
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a number that is finite in float32."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
-
-
-def is_share(value: Any) -> bool:
-    """Whether it is a number of at least 0 and below 1."""
-    return is_number(value) and 0 <= value < 1
-
-
-def _is_switch(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-
-
-def _are_few_names(value: object) -> bool:
-    return _are_names(value) and len(value) <= _MOST_NAMES  # type: ignore[arg-type]
-
-
-def _are_layer_names(value: object) -> bool:
-    return isinstance(value, str) or (_are_names(value) and len(value) <= _MOST_LAYER_NAMES)  # type: ignore[arg-type]
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _are_targets(value: object) -> bool:
-    return isinstance(value, str) or _are_names(value)
-
-
-def _are_rows(value: object) -> bool:
-    lists = list(value.values()) if isinstance(value, dict) else [value]
-    return len(lists) <= _MOST_NAMES and all(
-        rows is None or (isinstance(rows, list) and all(is_whole(row, 0) for row in rows)) for rows in lists
-    )
-
-
-def _is_bias(value: object) -> bool:
-    return value in BIASES
-
-
-def _are_tokens(value: object) -> bool:
-    return isinstance(value, list) and all(is_whole(token, 0) for token in value)
-
-
-def _are_layers(value: object) -> bool:
-    return all(is_whole(number, 0) for number in (value if isinstance(value, list) else [value]))
-
-
-_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "r": (is_whole, "an integer above 0"),
-    "lora_alpha": (is_number, "a number that is finite in float32"),
-    "lora_dropout": (is_share, "a number, at least 0 and below 1"),
-    "use_rslora": (_is_switch, "true or false"),
-    "use_dora": (_is_switch, "true or false"),
-    "target_modules": (_are_targets, "a string or a list of strings"),
-    "modules_to_save": (_are_few_names, "a list of strings"),
-    "target_parameters": (_are_names, "a list of strings"),
-    "exclude_modules": (_are_targets, "a string or a list of strings"),
-    "layers_to_transform": (_are_layers, "an integer or a list of integers"),
-    "layers_pattern": (_are_layer_names, "a string or a list of strings"),
-    "lora_bias": (_is_switch, "true or false"),
-    "bias": (_is_bias, f"one of {', '.join(BIASES)}"),
-    "trainable_token_indices": (_are_rows, "a list of integers, or one for each embedding"),
-    "alora_invocation_tokens": (_are_tokens, "a list of integers"),
-    "peft_version": (_is_text, "a string"),
-    "base_model_name_or_path": (_is_text, "a string"),
-}
-_PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-"""Each with the setting that it overrides, which must be given; of others null says as much as nothing."""
-
-
-def _wrong_values(config: Mapping[str, Any]) -> Iterator[Fact]:
-    for key, (fits, words) in _KINDS.items():
-        is_left_out = config.get(key) is None and (key not in config or key not in _PATTERNS.values())
-        if not is_left_out and not fits(config[key]):
-            yield key, f"must be {words}, found {config[key]!r:.60}"
-
-
-def _table(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _wrong_patterns(config: Mapping[str, Any], *tables: Patterns[Any]) -> Iterator[Fact]:
-    for (key, setting), patterns in zip(_PATTERNS.items(), tables, strict=True):
-        fits, words = _KINDS[setting]
-        if not isinstance(config.get(key), (dict, type(None))):
-            yield key, f"must be a mapping, found {config[key]!r:.60}"
-        for pattern, value in _table(config.get(key)).items():
-            if not fits(value):
-                yield f"{key} {pattern:.80}", f"must be {words}, found {value!r:.60}"
-            if pattern in patterns.problems:
-                yield f"{key} {pattern:.80}", patterns.problems[pattern]
-
-
 # -- meaning
 
 _ON_RESIDUAL = ("pissa", "olora")
@@ -290,11 +197,12 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _KNOWN = frozenset(
     {"alora_invocation_tokens", "alpha_pattern", "auto_mapping",
      "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
-     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-     "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
-     "megatron_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type", "peft_version",
-     "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
-     "task_type", "trainable_token_indices", "use_dora", "use_rslora", "velora_config"}
+     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "kasa_config",
+     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout",
+     "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type",
+     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+     "target_parameters", "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_rslora",
+     "velora_config"}
 )  # fmt: skip
 """Settings of PEFT (0.21) that change nothing of what a file's tensors mean, or that are read.
 
@@ -303,8 +211,6 @@ MiCA, VeLoRA and MonteCLoRA train A and B in another way, and compute with them 
 _REFUSED_SETTINGS = {
     "layer_replication": "layer replication: the model has other layers",
     "use_qalora": "QALoRA: lora_A takes its inputs in groups",
-    "use_bdlora": "BD-LoRA: a factor holds only the blocks of its diagonal",
-    "kasa_config": "KaSA: it changes the base weights",
     "arrow_config": "Arrow: a router chooses between adapters",
 }
 
@@ -319,6 +225,9 @@ _ON_EVERY_TOKEN = (
 """What an adapter that acts from an invocation on cannot have."""
 
 
+_VARIANTS = {"use_bdlora": "BD-LoRA", "kasa_config": "KaSA"}
+
+
 def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
     for key, name in _REFUSED_SETTINGS.items():
         if config.get(key):
@@ -329,7 +238,13 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Fact]:
     for key, words in _ON_EVERY_TOKEN if config.get("alora_invocation_tokens") else ():
         if config.get(key) and config[key] != "none":
             yield key, f"{words}, beside alora_invocation_tokens"
+    for key, name in _VARIANTS.items():
+        others = [other for other in (*_VARIANTS, "use_dora") if other != key and config.get(other)]
+        if config.get(key) and others:
+            yield key, f"{name} beside {listing(others)}, which PEFT has not either"
     init = _init_of(config)
+    if config.get("kasa_config") and init in _ON_RESIDUAL:
+        yield "kasa_config", f"KaSA beside {init}: each takes other parts of the base away"
     if init not in (*_HARMLESS_INITS, *_ON_RESIDUAL):
         why = "drawn anew at each load" if str(init).startswith("pissa_niter_") else "made from more than its weights"
         yield (
@@ -361,11 +276,23 @@ def _configuration(config: Mapping[str, Any], ranks: Patterns[int], alphas: Patt
         layers=frozenset([layers] if isinstance(layers, int) else layers or ()),
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
         lora_bias=bool(config.get("lora_bias")),
-        init=str(init) if (init := _init_of(config)) in _ON_RESIDUAL else "kaiming",
+        init=_residual_of(config),
+        kasa=bool(config.get("kasa_config")),
         bias=config.get("bias") or "none",
         token_rows=_token_rows(config.get("trainable_token_indices") or ()),
         invocation=tuple(config.get("alora_invocation_tokens") or ()),
+        blocks=_blocks(config.get("use_bdlora")),
     )
+
+
+def _blocks(value: Any) -> Blocks | None:
+    return Blocks(value.get("nblocks", 1), *(tuple(value.get(key) or ()) for key in OF_BLOCKS)) if value else None
+
+
+def _residual_of(config: Mapping[str, Any]) -> str:
+    """Return which parts of the weight are taken away; "kaiming" for none."""
+    init = "kasa" if config.get("kasa_config") else _init_of(config)
+    return str(init) if init in (*_ON_RESIDUAL, *OF_FILES) else "kaiming"
 
 
 def _init_of(config: Mapping[str, Any]) -> object:

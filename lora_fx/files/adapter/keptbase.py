@@ -31,6 +31,9 @@ class KeptBase:
     def __reduce__(self) -> Any:
         return KeptBase, ()
 
+    def __deepcopy__(self, _memo: object) -> "KeptBase":
+        return KeptBase()
+
 
 def base_of(tuned: nn.Module) -> tuple[nn.Module, Inventory]:
     """Return the base of an adapted model and its sites, as `removed` and `take_inventory` do; to be read alone.

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from lora_fx.rules.globs import PatternError
 from lora_fx.rules.patterns import EXPRESSION_PREFIX, NamePattern
@@ -129,7 +130,31 @@ def split_factor_key(key: str) -> tuple[str, str] | None:
 
 def stems_in(keys: Iterable[str]) -> list[str]:
     """Return what stands for the sites in the keys of a file."""
-    return sorted({parts[0] for key in keys if (parts := split_factor_key(key))})
+    found = [_FACTOR.fullmatch(key) or _EMBEDDING.fullmatch(key) for key in keys if ".lora_" in key]
+    return sorted({match["path"] or "" for match in found if match is not None})
+
+
+class SiteKeys(NamedTuple):
+    """The keys of what a file may hold of one site, but for its own bias."""
+
+    A: str
+    B: str
+    magnitude: str
+    added_bias: str
+    base: str
+    embedding: bool
+
+
+def site_keys(stem: str, keys: Container[str]) -> SiteKeys:
+    """Return the keys of a site's tensors in a file with these keys."""
+    begin = f"{PREFIX}{stem}." if stem else PREFIX
+    embedding = f"{begin}lora_embedding_A" in keys
+    first, second = (
+        (f"{begin}lora_embedding_A", f"{begin}lora_embedding_B")
+        if embedding
+        else (f"{begin}lora_A.weight", f"{begin}lora_B.weight")
+    )
+    return SiteKeys(first, second, magnitude_key(stem), added_bias_key(stem), base_key(stem), embedding)
 
 
 def factor_keys(stem: str, keys: Container[str]) -> tuple[str, str]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_fx.errors import AdapterFileError, RuleError
-from lora_fx.files.adapter.configuration import is_number, is_share, is_whole
 from lora_fx.files.adapter.names import METADATA_KEY
+from lora_fx.files.adapter.settings import is_number, is_share, is_whole
 from lora_fx.planning.sites import Layout
-from lora_fx.rules.inits import is_init
+from lora_fx.rules.inits import is_noted
 from lora_fx.rules.keys import OPS, is_adapter_name
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import OF_BANKS, LoRAConfig, Slices
@@ -166,7 +166,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "calls": lambda value: is_whole(value, least=0),
     "file_ranks": is_whole,
     "op": lambda value: value in (*OPS, "other"),
-    "init": is_init,
+    "init": is_noted,
     "layout": lambda value: value in get_args(Layout),
     "slices": _are_slices,
     "share": lambda value: value in ("none", "A", "B"),

@@ -67,7 +67,7 @@ class Patterns(Generic[Number]):
 
     def value(self, name: str, default: Number) -> Number:
         """Return what the first key that means the name says."""
-        fitting = self._fitting(name)
+        fitting = self._fitting(name) if self._keys else ()
         return self._values[fitting[0]] if fitting else default
 
     def items(self) -> list[tuple[str, Number]]:

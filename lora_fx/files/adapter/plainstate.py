@@ -5,6 +5,9 @@ What is not as plain as that (a lower rank, another device or dtype, PiSSA, slic
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +20,8 @@ from lora_fx.models.shards import is_kind_of_shards
 from lora_fx.models.together import are_alike, share_memory, surely_finite
 from lora_fx.models.wrappers import WRAPPING
 
+KEPT_TARGETS = "lora_fx_targets"
+"""Attribute of an adapted model: its KeptTargets."""
 _WEIGHT = ".weight"
 _VALUES = ("lora_A", "lora_B", "lora_magnitude_vector")
 _PLAIN = frozenset({LoRAFactor, EmbeddingA, ConvolutionA, ConvolutionB, SharedFactor, DoRAMagnitude})
@@ -30,8 +35,9 @@ def plain_copies(
 
     All of them are there, finite, and of the same shape, dtype and device; no process holds parts of the model.
     """
-    found = _targets(tuned, adapter)
-    if found is None or len(found) != len(state):
+    kept = targets_in(tuned, adapter)
+    found = {} if kept is None else kept.targets
+    if kept is None or len(found) != len(state):
         return None
     name = adapter if next(iter(found), None) in state else _name_in(state)
     cut, end = len(adapter) + len(_WEIGHT), name + _WEIGHT
@@ -43,17 +49,68 @@ def plain_copies(
     return (targets, given) if surely_finite(given) else None
 
 
-def _targets(tuned: nn.Module, adapter: str) -> dict[str, Tensor] | None:
-    """Return the tensors of an adapter by their keys in a state; None where one walk does not tell all of them."""
+@dataclass(slots=True, eq=False)
+class KeptTargets:
+    """What a walk has found, and of what; copies and pickles of a model begin without it.
+
+    The model itself is not held: it would hold itself, and its memory would wait for the garbage collector.
+    """
+
+    adapter: str = ""
+    inside: tuple[nn.Module, ...] = ()
+    """What was walked, but for the model itself."""
+    names: tuple[str, ...] = ()
+    """Of all children, in the order of `inside`."""
+    children: tuple[int, ...] = ()
+    kinds: tuple[type, ...] = ()
+    owners: tuple[nn.Module, ...] = ()
+    """The modules that hold the tensors, each its own as `weight`."""
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors, by their keys in a state."""
+    homes: Mapping[str, nn.Module] = field(default_factory=dict)
+    """By the key of each tensor, the module beside whose weight it is."""
+
+    def still_holds(self, tuned: nn.Module) -> bool:
+        """Whether a walk would find the same: the same modules of the same classes, with the same tensors."""
+        walked = (tuned, *self.inside)
+        return (
+            tuple([id(child) for module in walked for child in module._modules.values()]) == self.children
+            and tuple([name for module in walked for name in module._modules]) == self.names
+            and tuple(map(type, walked)) == self.kinds
+            and all(map(is_, [owner._parameters.get("weight") for owner in self.owners], self.targets.values()))
+        )
+
+    def __reduce__(self) -> Any:
+        return KeptTargets, ()
+
+    def __deepcopy__(self, _memo: object) -> "KeptTargets":
+        return KeptTargets()
+
+
+def targets_in(tuned: nn.Module, adapter: str) -> KeptTargets | None:
+    """Return the tensors of an adapter; None where one walk does not tell all of them."""
+    kept: KeptTargets | None = tuned.__dict__.get(KEPT_TARGETS)
+    if kept is None or kept.adapter != adapter or not kept.still_holds(tuned):
+        kept = _walked(tuned, adapter)
+        if kept is not None:
+            tuned.__dict__[KEPT_TARGETS] = kept
+    return kept
+
+
+def _walked(tuned: nn.Module, adapter: str) -> KeptTargets | None:
+    """Return the tensors of an adapter, and where they were found."""
     found: dict[str, Tensor] = {}
+    walked: dict[int, nn.Module] = {}
+    homes: dict[str, nn.Module] = {}
+    owners: list[nn.Module] = []
     kinds: set[type] = set()
-    met, end = set[int](), adapter + _WEIGHT
+    end = adapter + _WEIGHT
     waiting: list[tuple[str, nn.Module]] = [("", tuned)]
     while waiting:
         path, module = waiting.pop()
-        if id(module) in met:
+        if id(module) in walked:
             continue
-        met.add(id(module))
+        walked[id(module)] = module
         kinds.add(type(module))
         for table in (module._parameters, module._buffers):
             if table:
@@ -67,14 +124,31 @@ def _targets(tuned: nn.Module, adapter: str) -> dict[str, Tensor] | None:
                 if name in _VALUES:
                     return None
                 waiting.append((f"{path}.{name}" if path else name, child))
-            elif name in _VALUES and (own := child._modules.get(adapter)) is not None:
+            elif name in _VALUES:
+                walked[id(child)] = child
+                own = child._modules.get(adapter)
+                if own is None:
+                    continue
                 weight = own._parameters.get("weight")
                 if type(own) not in _PLAIN or weight is None or weight.is_meta:
                     return None
                 kinds.add(type(weight))
-                found[f"{path}.{name}.{end}" if path else f"{name}.{end}"] = weight
-    is_sharded = any(map(is_of_fully_shard, kinds)) or any(map(is_kind_of_shards, kinds))
-    return None if is_sharded else found
+                owners.append(own)
+                key = f"{path}.{name}.{end}" if path else f"{name}.{end}"
+                found[key], homes[key] = weight, module
+    if any(map(is_of_fully_shard, kinds)) or any(map(is_kind_of_shards, kinds)):
+        return None
+    modules = (*walked.values(),)
+    return KeptTargets(
+        adapter,
+        modules[1:],
+        tuple([name for module in modules for name in module._modules]),
+        tuple([id(child) for module in modules for child in module._modules.values()]),
+        tuple(map(type, modules)),
+        tuple(owners),
+        found,
+        homes,
+    )
 
 
 def _name_in(state: Mapping[str, Tensor]) -> str:

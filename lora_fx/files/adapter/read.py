@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from lora_fx.errors import AdapterFileError, MergeError
+from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.configuration import Configuration, read_configuration
 from lora_fx.files.adapter.folder import file_in
 from lora_fx.files.adapter.header import read_header
@@ -20,19 +19,17 @@ from lora_fx.files.adapter.names import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
+    SiteKeys,
     added_bias_key,
     base_key,
     begins_in,
     bias_key,
-    factor_key,
-    factor_keys,
     has_end,
-    is_copied_bias,
-    is_of_training,
     magnitude_key,
     module_to_save,
     owner_of,
     pattern_name,
+    site_keys,
     split_bias_key,
     split_factor_key,
     split_rows_key,
@@ -40,11 +37,9 @@ from lora_fx.files.adapter.names import (
 )
 from lora_fx.files.adapter.noted import Header
 from lora_fx.files.adapter.site import SavedSite
+from lora_fx.files.adapter.tensorfile import as_here, tensors_in
 from lora_fx.files.fingerprint import sample_values
-from lora_fx.files.safetensors import read_raw
-from lora_fx.files.values import DTYPES
 from lora_fx.models.together import surely_finite
-from lora_fx.models.wrappers import without_wrappers
 from lora_fx.rules.inits import is_moved
 from lora_fx.rules.ruleset import LoRAConfig
 
@@ -79,7 +74,8 @@ class AdapterFile:
         return not any(site.noted for site in self.sites)
 
 
-_READ = {*DTYPES, "C64", "F8_E4M3", "F8_E5M2"}
+_NARROW = {torch.float32, torch.float16, torch.bfloat16}
+"""Of which no finite value is too large for float32."""
 _LOOSE = re.compile(r"(?!.*(?:lora_|base_layer|original_module|modules_to_save)).+\.(?:weight|bias)", re.DOTALL)
 
 
@@ -97,10 +93,10 @@ def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFile]:
 def _read(root: Path, *names: str) -> AdapterFile:
     weights, configuration = (file_in(root, *names, name) for name in (WEIGHTS_FILE, CONFIG_FILE))
     config = read_configuration(configuration)
-    tensors, metadata = _read_tensors(weights)
+    tensors, metadata = tensors_in(weights)
     header = read_header(weights, metadata, tensors)
     if header is None:
-        tensors = _without_wrappers(weights, config, tensors)
+        tensors = as_here(weights, config, tensors)
     return _AdapterReader(root.joinpath(*names), (weights, configuration), config, tensors, header).read()
 
 
@@ -111,46 +107,7 @@ def adapter_in_memory(source: str, config: Configuration, tensors: dict[str, Ten
         AdapterFileError: tensors and configuration contradict each other.
     """
     path = Path(source)
-    return _AdapterReader(path, (path, path), config, _without_wrappers(path, config, tensors), None).read()
-
-
-def _without_wrappers(path: Path, config: Configuration, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what counts of PEFT's tensors, of a model in wrappers as torch.compile and FSDP put them around layers."""
-    left_out = [key for key in tensors if is_of_training(key) or (config.bias == "all" and is_copied_bias(key))]
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in left_out}
-    names = {key: without_wrappers(key) for key in tensors}
-    if len(set(names.values())) < len(names):
-        twice = [(key, name) for key, name in names.items() if key != name and name in tensors]
-        raise AdapterFileError(str(path), "has a tensor twice, inside of a wrapper and outside", twice)
-    return {names[key]: tensor for key, tensor in tensors.items()}
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not os.path.lexists(path):
-        old = path.with_name("adapter_model.bin")
-        advice = (
-            "it has only adapter_model.bin, a pickle, which is not read: convert it with PEFT" if old.is_file() else ""
-        )
-        raise AdapterFileError(str(path), "does not exist", advice=advice)
-    try:
-        raw = read_raw(path)  # whatever the header says is checked before the library sees it
-    except MergeError as error:
-        raise AdapterFileError(str(path), f"cannot be read: {_after(path, error)}") from error
-    other = [(name, f"is of {entry.dtype}") for name, entry in raw.tensors.items() if entry.dtype not in _READ]
-    if other:
-        raise AdapterFileError(str(path), "has values that lora_fx does not read", other)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: _wide(file.get_tensor(name)) for name in raw.tensors}, raw.metadata
-    except Exception as error:  # of the library's own, whatever it takes exception to
-        raise AdapterFileError(
-            str(path), f"cannot be read: {error}", advice="the file is cut off or damaged; copy it again"
-        ) from error
-
-
-def _after(path: Path, error: MergeError) -> str:
-    """Return what an error says behind the path."""
-    return str(error).removeprefix(f"{path}: ")
+    return _AdapterReader(path, (path, path), config, as_here(path, config, tensors), None).read()
 
 
 @dataclass(frozen=True)  # without slots: what is asked again and again is kept
@@ -201,6 +158,8 @@ class _AdapterReader:
     def _owners(self) -> dict[str, str]:
         """Paths of the modules trained whole, by the key of each tensor that belongs to one."""
         names = self.config.modules_to_save
+        if not names:
+            return {}
         owners = {key: module_to_save(key.removeprefix(PREFIX), names) for key in self.tensors}
         return {key: owner for key, owner in owners.items() if owner and split_factor_key(key) is None}
 
@@ -215,16 +174,22 @@ class _AdapterReader:
         """Return a few values of the base weights in the file: PEFT would put them in place of the model's."""
         return {path: sample_values(self.tensors[base_key(path)]) for path in paths if base_key(path) in self.tensors}
 
+    @functools.cached_property
+    def _keys(self) -> dict[str, SiteKeys]:
+        """The keys of each site, by its stem."""
+        return {stem: site_keys(stem, self.tensors) for stem in stems_in(self.tensors)}
+
     def _check(self, paths: list[str]) -> None:
-        facts = [fact for path in paths for fact in self._site_problems(path)]
+        facts = [fact for path in paths if not self._is_plain(path) for fact in self._site_problems(path)]
         if not paths:
             facts.append(("(file)", "has no lora_A or lora_B"))
         facts += self._row_problems()
         facts += [(key, "is of no kind that lora_fx knows") for key in self._unknown(paths)]
         facts += [(path, "is in the header but not in the file") for path in self._noted.keys() - {*paths}]
-        facts += [
-            (key, problem) for key, tensor in self.tensors.items() if (problem := self._value_problem(key, tensor))
-        ]
+        narrow = {tensor.dtype for tensor in self.tensors.values()} <= _NARROW
+        if not (narrow and self._finite):
+            problems = {key: self._value_problem(key, tensor) for key, tensor in self.tensors.items()}
+            facts += [(key, problem) for key, problem in problems.items() if problem is not None]
         if facts:
             raise AdapterFileError(self._weights, "is not a usable adapter", facts)
 
@@ -238,8 +203,22 @@ class _AdapterReader:
             if source.removesuffix(".weight") not in self._rows:
                 yield name, f"is tied to {source}, of which the file has no rows"
 
+    def _is_plain(self, path: str) -> bool:
+        """Whether a site is a product of two matrices of the rank that it should have: most are, and are asked once."""
+        keys, tensors = self._keys[path], self.tensors
+        A, B = tensors.get(keys.A), tensors.get(keys.B)
+        if A is None or B is None or A.dim() != 2 or B.dim() != 2 or not A.numel() or not B.numel():
+            return False
+        if self._has_biases or self.config.use_dora or keys.magnitude in tensors or self._is_parameter(path):
+            return False
+        return self._lora_of_config(path).r == A.shape[0] == B.shape[1]
+
+    @functools.cached_property
+    def _has_biases(self) -> bool:
+        return self.config.lora_bias or bool({key for key in self.tensors if key.endswith(".bias")})
+
     def _site_problems(self, path: str) -> Iterator[tuple[str, str]]:
-        keys = factor_keys(path, self.tensors)
+        keys = self._keys[path][:2]
         missing = [key for key in keys if key not in self.tensors]
         if missing:
             yield missing[0], "is missing"
@@ -289,11 +268,12 @@ class _AdapterReader:
                 yield key, f"has shape {list(vector.shape)}, not {list(outputs[:1])}"
 
     def _unknown(self, paths: list[str]) -> list[str]:
-        known = {key for path in paths for key in factor_keys(path, self.tensors)}
-        known |= {key(path) for path in paths for key in (base_key, self._bias_key, magnitude_key)}
-        known |= {added_bias_key(path) for path in paths if self.config.lora_bias}
+        known = {key for keys in self._keys.values() for key in (keys.A, keys.B, keys.base, keys.magnitude)}
+        if self._has_biases:
+            known |= {*map(self._bias_key, paths)}
+            known |= {keys.added_bias for keys in self._keys.values() if self.config.lora_bias}
         known |= {PREFIX + name for name in self._loose} | self._biases(paths).keys()
-        others = (key for key in self.tensors if key not in known and key not in self._owners)
+        others = [key for key in self.tensors if key not in known and key not in self._owners]
         return [key for key in others if split_rows_key(key) not in self._rows]
 
     @functools.cached_property
@@ -323,37 +303,57 @@ class _AdapterReader:
         return {name: self.tensors[key] for key, name in names.items() if _LOOSE.fullmatch(name) and key not in biases}
 
     def _site(self, stem: str) -> SavedSite:
-        known = self._noted.get(stem, {"path": stem, "lora": self._lora_of_config(stem)})
-        first, second = factor_keys(stem, self.tensors)
+        noted, keys = self._noted.get(stem), self._keys[stem]
+        is_biased = self._has_biases and not self._is_parameter(stem)
         site = SavedSite(
             stem=stem,
-            lora_A=self.tensors[first],
-            lora_B=self.tensors[second],
-            bias=None if self._is_parameter(stem) else self.tensors.get(self._bias_key(stem)),
-            magnitude=self.tensors.get(magnitude_key(stem)),
-            added_bias=self.tensors.get(added_bias_key(stem)),
-            embedding=first == factor_key(stem, "lora_embedding_A"),
-            noted=stem in self._noted,
-            **known,
+            lora_A=self.tensors[keys.A],
+            lora_B=self.tensors[keys.B],
+            bias=self.tensors.get(self._bias_key(stem)) if is_biased else None,
+            magnitude=self.tensors.get(keys.magnitude),
+            added_bias=self.tensors.get(keys.added_bias),
+            embedding=keys.embedding,
+            noted=noted is not None,
+            **({"path": stem, "lora": self._lora_of_config(stem)} if noted is None else noted),
         )
         if site.noted:
             self._must_agree(site)
         return site
 
     def _lora_of_config(self, path: str) -> LoRAConfig:
-        return LoRAConfig(
-            r=self.config.rank_at(pattern_name(path)),
-            alpha=self.config.alpha_at(pattern_name(path)),
-            dropout=self.config.lora_dropout,
-            init=self.config.init,
-            rslora=self.config.use_rslora,
-            dora=self.config.use_dora,
-            bias=self._bias_key(path) in self.tensors or added_bias_key(path) in self.tensors,
-            invocation=self.config.invocation,
-        )
+        name = pattern_name(path)
+        r, alpha = self.config.rank_at(name), self.config.alpha_at(name)
+        bias = self._has_biases and not {self._bias_key(path), added_bias_key(path)}.isdisjoint(self.tensors)
+        lora = self._loras.get((r, alpha, bias))
+        if lora is None:
+            lora = self._loras[r, alpha, bias] = LoRAConfig(
+                r=r,
+                alpha=alpha,
+                dropout=self.config.lora_dropout,
+                init=self.config.init,
+                rslora=self.config.use_rslora,
+                dora=self.config.use_dora,
+                bias=bias,
+                invocation=self.config.invocation,
+            )
+        return lora
+
+    @functools.cached_property
+    def _loras(self) -> dict[tuple[int, float, bool], LoRAConfig]:
+        """Settings that have been made: most sites have the same."""
+        return {}
+
+    @functools.cached_property
+    def _agreeing(self) -> set[tuple[int, int, int]]:
+        """Settings of header and configuration, by their ids, that have been found to agree."""
+        return set()
 
     def _must_agree(self, site: SavedSite) -> None:
         """The configuration, which other tools read, must scale as the header says, and mean the base itself."""
+        configured = self._lora_of_config(site.name)
+        pair = id(site.lora), id(configured), site.file_ranks
+        if pair in self._agreeing:  # both are kept as long as this reads
+            return
         if is_moved(self.config.init):
             of_peft = [("init_lora_weights", self.config.init), ("written by save", "true")]
             raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE}, by which the base is another", of_peft)
@@ -361,13 +361,14 @@ class _AdapterReader:
             told = [("invocation by the header", str(list(site.lora.invocation)))]
             told += [(f"by {CONFIG_FILE}", str(list(self.config.invocation)))]
             raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE} at {site.stem}", told)
-        scaling, configured = site.lora.scaling, self._lora_of_config(site.name)
+        scaling = site.lora.scaling
         if site.rank != configured.r or abs(configured.scaling - scaling) > 1e-6 * abs(scaling):
             facts = [
                 ("by the header", f"r {site.rank}", f"scaling {scaling:g}"),
                 (f"by {CONFIG_FILE}", f"r {configured.r}", f"scaling {configured.scaling:g}"),
             ]
             raise AdapterFileError(self._weights, f"contradicts {CONFIG_FILE} at {site.stem}", facts)
+        self._agreeing.add(pair)
 
 
 def _in_order(ids: tuple[int, ...], rows: Tensor) -> tuple[tuple[int, ...], Tensor]:
@@ -384,11 +385,6 @@ def _multiply(lora_a: Tensor, lora_b: Tensor) -> bool:
         return lora_a.shape[0] == lora_b.shape[1]
     ones = all(size == 1 for size in lora_b.shape[2:])
     return ones and lora_b.shape[1] > 0 and lora_a.shape[0] % lora_b.shape[1] == 0
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Return a tensor of 8-bit floats in float32, which holds each of their values; any other as it is."""
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def _is_finite(tensor: Tensor) -> bool:

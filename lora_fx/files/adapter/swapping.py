@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.codec import as_plain
 from lora_fx.files.adapter.keptbase import base_of
+from lora_fx.files.adapter.plainfile import plain_file_copies
 from lora_fx.files.adapter.plainstate import plain_copies
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
@@ -66,6 +67,11 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
         with between_calls(tuned):
             copied_together(*plain)
         return
+    files = [] if isinstance(source, Mapping) else read_adapters(source)
+    if len(files) == 1 and not is_whole and (fitting := plain_file_copies(tuned, files[0], adapter)) is not None:
+        with between_calls(tuned):
+            write_together(fitting)
+        return
     sharded = has_parts(tuned)
     if sharded:
         resharded(tuned)
@@ -76,7 +82,7 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
     if isinstance(source, Mapping):
         copies = _from_state(slots, source, adapter)
     else:
-        copies = from_file(slots, _file(tuned, source, adapter))
+        copies = from_file(slots, _file(tuned, files, adapter))
     if is_whole:
         _refuse_beside(tuned, slots, adapter)
     if sharded:
@@ -194,10 +200,10 @@ def _filled(value: Tensor, target: Tensor) -> Tensor:
 # -- of a file
 
 
-def _file(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str) -> AdapterFile:
-    """Return the adapter of a directory, checked against the base of the model."""
+def _file(tuned: nn.Module, read: Sequence[AdapterFile], adapter: str) -> AdapterFile:
+    """Return the adapter of that name out of a directory's, or the only one, checked against the base of the model."""
     base, inventory = base_of(tuned)
-    files = resolved(read_adapters(directory), base)
+    files = resolved(read, base)
     named = [file for file in files if name_of(file) == adapter] or files
     if len(named) > 1:
         names = ", ".join(map(name_of, files))
