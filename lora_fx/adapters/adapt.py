@@ -1,7 +1,8 @@
 """From a plan to a twin with adapters: own values for what will be trained, an adapter beside each weight."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import (
@@ -28,11 +29,12 @@ from lora_fx.adapters.tokenrows import TokenRows
 from lora_fx.adapters.trained import TRAINED, add_rows, add_value, added_tensors, choose_values
 from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import SHARDING, parts_before
-from lora_fx.models.packed import is_packed
+from lora_fx.models.packed import held_weight, is_packed
 from lora_fx.models.shards import is_sharded, part_of, split, unsharded, whole
 from lora_fx.models.swap import original_class, swap, take_off
 from lora_fx.models.tensors import get_tensor, own_parameters
 from lora_fx.models.walking import all_buffers_of, all_names_of, all_parameters_of
+from lora_fx.models.wrappers import module_at
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.progress.steps import step
@@ -45,13 +47,16 @@ def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
     known = {(path, name) for name in plan.adapters for path, _ in all_attached(twin, name)}
     kernels, in_code = read_by_kernels(twin), read_in_graph(twin)
     owners: dict[str, tuple[nn.Module, list[PlannedSite]]] = {}
-    with step("adapting", len(plan.adapted), "sites") as doing:
+    with torch.no_grad(), step("adapting", len(plan.adapted), "sites") as doing:
         for planned in plan.adapted:
             assert planned.lora is not None
             if (planned.path, planned.lora.adapter) not in known:
-                path = planned.site.owner
-                owner, sites = owners.get(path) or owners.setdefault(path, (twin.get_submodule(path), []))
-                attach(owner, spec_of(planned, record, owner))
+                path, _, name = planned.site.weight.rpartition(".")
+                if path not in owners:
+                    owners[path] = (module_at(twin, path), [])
+                owner, sites = owners[path]
+                weight = held_weight(owner, name)
+                attach(owner, spec_of(planned, record, weight), weight)
                 if planned.lora.invocation:
                     record.switch.invocations[planned.lora.adapter] = planned.lora.invocation
                 sites.append(planned)
@@ -60,7 +65,10 @@ def adapt_sites(twin: nn.Module, plan: Plan, record: ModelRecord) -> None:
         read = [
             planned
             for planned in sites
-            if planned.site.read or planned.site.parameter or path in kernels or planned.site.weight in in_code
+            if planned.site.read
+            or planned.site.parameter
+            or path in kernels
+            or (in_code and planned.site.weight in in_code)
         ]
         names = [planned.site.weight.rpartition(".")[2] for planned in read]
         adapt(owner, names, path in kernels, record.switch)
@@ -196,7 +204,7 @@ def _trained_parameters(twin: nn.Module, places: Sequence[Placed]) -> list[str]:
     return list(dict.fromkeys((*whole, *biases)))
 
 
-def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool, switch: Switch) -> None:
+def adapt(owner: nn.Module, reads: Collection[str], kernel: bool, switch: Switch) -> None:
     """Let the adapters that the module holds take part in what it computes, in place.
 
     Args:
@@ -206,9 +214,9 @@ def adapt(owner: nn.Module, reads: Iterable[str], kernel: bool, switch: Switch) 
         switch: what the model uses.
     """
     shown_now = shown_parameters(owner)
-    names = (*shown_now, *(name for name in reads if name not in shown_now))
-    are_experts = set(names) == set(BANKS) and interface_of(original_class(owner)) is not None
+    names = (*shown_now, *[name for name in reads if name not in shown_now]) if reads else shown_now
     if STATE not in owner.__dict__ or names != shown_now:
+        are_experts = set(names) == set(BANKS) and interface_of(original_class(owner)) is not None
         take_off(owner, ShowsAdapters)
         swap(owner, reading(names, are_experts) if names else AdaptedPacked if is_packed(owner) else AdaptedLayer)
     owner.__dict__[STATE] = AdapterState(switch, kernel, 0 if has_call_factors(owner) else None)

@@ -161,29 +161,27 @@ def record_of(plan: Plan, model: nn.Module) -> ModelRecord:
     return ModelRecord(replace(plan, capture=None, first_values=None), trained, Switch(plan.adapters))
 
 
-def spec_of(planned: PlannedSite, record: ModelRecord, owner: nn.Module) -> AdapterSpec:
-    """Return what the adapter at a planned site, whose weight the owner holds, knows of itself."""
-    weight = held_weight(owner, planned.site.weight.rpartition(".")[2])
+def spec_of(planned: PlannedSite, record: ModelRecord, weight: Tensor) -> AdapterSpec:
+    """Return what the adapter at a planned site knows of itself; the weight is that of `held_weight`."""
     assert planned.lora is not None
     mixed = adapter_dtype(weight) != weight.dtype or isinstance(weight, PackedWeight)  # which takes an x of any dtype
     calls = (planned.calls or 0) if planned.per_call else 0
     return AdapterSpec(planned.site, planned.lora, planned.rule or "", mixed, record, planned.slices, calls)
 
 
-def attach(owner: nn.Module, spec: AdapterSpec) -> None:
+def attach(owner: nn.Module, spec: AdapterSpec, weight: Tensor | None = None) -> None:
     """Add freshly initialised factors to the owner of a base weight, in place; no key of the owner changes.
 
     Adds `lora_A.<adapter>.weight` [r, in] and `lora_B.<adapter>.weight` [out, r] to the owner, or, for a raw parameter,
     to a module `<parameter>_lora` in it; where the rule asks for it a parameterless `lora_dropout.<adapter>` and, for
     DoRA, `lora_magnitude_vector.<adapter>.weight` [out], a convolution's [1, out, 1…]; all in the owner's mode (train
-    or eval) and on the device on which it computes.  A of LoRA-FA requires no gradient.
+    or eval) and on the device on which it computes.  A of LoRA-FA requires no gradient.  `weight`: as of `held_weight`.
     """
-    weight = held_weight(owner, spec.parameter)
+    weight = held_weight(owner, spec.parameter) if weight is None else weight
     home, name = _home(owner, spec), spec.adapter
-    pairs = [_factors(owner, weight, spec) for _ in range(max(1, spec.calls))]
-    for factor in (factor for pair in pairs for factor in pair):
+    first, second = zip(*[_factors(owner, weight, spec) for _ in range(spec.calls or 1)], strict=True)
+    for factor in (*first, *second):
         factor.__dict__["of"] = spec  # what nn.Module asks of a value that is set, no spec is
-    first, second = zip(*pairs, strict=True)
     for A in first if spec.lora.lora_fa else ():
         A.weight.requires_grad_(False)
     _holder(home, "lora_A")[name] = CallFactors(first) if spec.calls else first[0]
@@ -224,13 +222,13 @@ def _holder(home: nn.Module, child: str) -> nn.ModuleDict:
 
 def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAFactor, LoRAFactor]:
     """Return fresh factors A and B for a weight."""
-    device = computing_device(owner, weight)
+    device, dtype, is_banked = computing_device(owner, weight), adapter_dtype(weight), spec.site.is_banked
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=adapter_dtype(weight), device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    *bank, out_features = spec.site.shape[: 1 + spec.site.is_banked]
-    inner = spec.site.shape[1 + spec.site.is_banked :]
+    *bank, out_features = spec.site.shape[: 1 + is_banked]
+    inner = spec.site.shape[1 + is_banked :]
     rows = sum(map(len, spec.parts)) or out_features
     A: LoRAFactor
     B: LoRAFactor
@@ -252,18 +250,22 @@ def _factors(owner: nn.Module, weight: Tensor, spec: AdapterSpec) -> tuple[LoRAF
         else:
             B = SharedFactor(values, bank[0]) if share == "B" else LoRAFactor(values)
     kind: Kind = "bank" if bank else "embedding" if spec.site.op == "embedding" else "matrix"
-    initialise(A.weight, B.weight, spec.lora.init, kind)
+    initialise(A._parameters["weight"], B._parameters["weight"], spec.lora.init, kind)  # type: ignore[arg-type]
     return A, B
 
 
 def attached_to(owner: nn.Module, called: str | None = None) -> Iterator[Attached]:
     """Yield every adapter beside a weight of the module, or that of a name, in the order of its children."""
-    homes = [owner, *(child for child in owner._modules.values() if isinstance(child, AdapterHome))]
-    for home in homes:
-        factors = None if isinstance(owner, AdapterHome) else home._modules.get("lora_A")
+    for home in () if isinstance(owner, AdapterHome) else _homes(owner):
+        factors = home._modules.get("lora_A")
         for name, factor in () if factors is None else factors._modules.items():
             if called is None or name == called:
                 yield from _attached(owner, home, name, factor)
+
+
+def _homes(owner: nn.Module) -> list[nn.Module]:
+    """Return what may hold factors of the weights of a module: itself, and the homes of its raw parameters."""
+    return [owner, *[child for child in owner._modules.values() if isinstance(child, AdapterHome)]]
 
 
 def _attached(owner: nn.Module, home: nn.Module, name: str, factor: nn.Module | None) -> Iterator[Attached]:
@@ -303,9 +305,12 @@ def _partners(home: nn.Module, adapter: str) -> tuple[nn.Module, nn.Module | Non
 
 def has_call_factors(owner: nn.Module) -> bool:
     """Whether each call of the module has an adapter of its own."""
-    homes = [owner, *(child for child in owner._modules.values() if isinstance(child, AdapterHome))]
-    factors = [home._modules.get("lora_A") for home in homes]
-    return any(isinstance(one, CallFactors) for holder in factors if holder for one in holder._modules.values())
+    for home in _homes(owner):
+        holder = home._modules.get("lora_A")
+        for one in () if holder is None else holder._modules.values():
+            if isinstance(one, CallFactors):
+                return True
+    return False
 
 
 def shown_parameters(owner: nn.Module) -> tuple[str, ...]:

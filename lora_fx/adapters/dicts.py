@@ -80,18 +80,24 @@ def without_factors(model: nn.Module) -> list[nn.Module]:
 
 
 def holding_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what `named_modules` does, in its order, but for modules that hold none, and what is in adapters.
+    """Yield what `named_modules` does, in its order, of modules that hold adapters.
 
     In one loop: `named_modules` passes each module through all the levels above it.
     """
-    met, waiting = set(), [("", model)]
+    met: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
         if id(module) in met:
             continue
         met.add(id(module))
-        prefix = f"{path}." if path else ""
-        children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
-        if children:
+        children = module._modules
+        if not children:
+            continue
+        prefix, holds = f"{path}." if path else "", "lora_A" in children
+        for name, child in reversed(children.items()):
+            holds = holds or isinstance(child, AdapterHome)
+            if child is not None and not isinstance(child, AdapterDict):
+                waiting.append((prefix + name, child))
+        if holds:
             yield path, module
-            waiting += [pair for pair in reversed(children) if not isinstance(pair[1], AdapterDict)]

@@ -290,6 +290,8 @@ def _packing(layer: nn.Module) -> CodeLayout:
 
 
 def _known(module: nn.Module) -> CodeLayout | None:
+    if type(module) is nn.Linear and SCHEME not in vars(module):  # what most are is asked for often
+        return None
     kind: Any = original_class(module)
     packing = _packing_of(kind)
     if packing is None and (SCHEME in vars(module) or kind.__module__.startswith(NOT_RUN)):

@@ -52,7 +52,10 @@ class _Before:
     def __init__(self, module: nn.Module, graphs: bool) -> None:
         self._module, self._kind = module, type(module)
         self._attributes = attributes = vars(module).copy()
-        self._filled = {name: table.copy() for name in _TABLES if (table := attributes.get(name))}
+        self._filled: dict[str, Any] = {}
+        for name in _TABLES:  # in one call for each of a model's modules
+            if table := attributes.get(name):
+                self._filled[name] = table.copy()
         self._graph = deepcopy(module.graph) if graphs and isinstance(module, fx.GraphModule) else None
 
     def restore(self) -> None:

@@ -5,6 +5,7 @@ some hundred times before its first step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +40,7 @@ def named_modules_of(model: nn.Module, beside: tuple[type[nn.Module], ...] = ())
     found: list[tuple[str, nn.Module]] = []
     met: set[nn.Module] = set()
     usual: set[type] = set()
-    waiting = [("", model)]
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
         if module in met:
@@ -54,11 +55,9 @@ def named_modules_of(model: nn.Module, beside: tuple[type[nn.Module], ...] = ())
         children = module._modules
         if children:
             prefix = f"{path}." if path else ""
-            waiting += [
-                (prefix + name, child)
-                for name, child in reversed(children.items())
-                if child is not None and not isinstance(child, beside)
-            ]
+            for name, child in reversed(children.items()):
+                if child is not None and not isinstance(child, beside):
+                    waiting.append((prefix + name, child))
     return found
 
 
@@ -67,10 +66,10 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     met: set[nn.Module] = set()
     usual: set[type] = set()
-    waiting = [model]
+    waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        if module in met:
+        if module is None or module in met:
             continue
         kind = type(module)
         if (kind.named_modules is not _PLAIN or kind.modules is not _ALSO_PLAIN) and kind not in usual:
@@ -80,7 +79,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
         met.add(module)
         found.append(module)
         if module._modules:
-            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+            waiting.extend(reversed(module._modules.values()))
     return found
 
 
@@ -101,11 +100,9 @@ def all_names_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
         found.append((path, module))
         if module._modules:
             prefix = f"{path}." if path else ""
-            waiting += [
-                (prefix + name, child, depth + 1)
-                for name, child in reversed(module._modules.items())
-                if child is not None
-            ]
+            for name, child in reversed(module._modules.items()):
+                if child is not None:
+                    waiting.append((prefix + name, child, depth + 1))
     return found
 
 
@@ -113,14 +110,14 @@ def all_parameters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return what `model.named_parameters(remove_duplicate=False)` yields, in its order: each by all its names."""
     if type(model).named_parameters is not nn.Module.named_parameters:
         return list(model.named_parameters(remove_duplicate=False))
-    return _all_held(model, lambda module: module._parameters)
+    return _all_held(model, attrgetter("_parameters"))
 
 
 def all_buffers_of(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return what `model.named_buffers(remove_duplicate=False)` yields, in its order: each by all its names."""
     if type(model).named_buffers is not nn.Module.named_buffers:
         return list(model.named_buffers(remove_duplicate=False))
-    return _all_held(model, lambda module: module._buffers)
+    return _all_held(model, attrgetter("_buffers"))
 
 
 def _all_held(model: nn.Module, held: Callable[[nn.Module], Mapping[str, _Held | None]]) -> list[tuple[str, _Held]]:

@@ -12,7 +12,7 @@ from lora_fx.adapters.attach import Attached, attach, attached_to, is_adapted, r
 from lora_fx.adapters.factors.lora import add_low_rank, as_rows
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.errors import RefusedError
-from lora_fx.models.packed import is_packed
+from lora_fx.models.packed import held_weight, is_packed
 from lora_fx.models.tensors import dotted
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor, Writer
@@ -64,7 +64,8 @@ class Inject(Pass):
         called |= {use.parameter for use in raw_uses(editor.graph_module)}
         for decision in self.plan.adapted:
             if decision.path in called:
-                spec = spec_of(decision, record, editor.graph_module.get_submodule(decision.site.owner))
+                owner = editor.graph_module.get_submodule(decision.site.owner)
+                spec = spec_of(decision, record, held_weight(owner, decision.site.weight.rpartition(".")[2]))
                 editor.change_modules(decision.site.owner, functools.partial(attach, spec=spec), decision.path)
         splice_adapters(editor)
         splice_raw(editor)

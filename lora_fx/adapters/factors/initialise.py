@@ -1,6 +1,6 @@
 """First values of A and B.  All but `random` start with B = 0, so that an adapted model equals its base bit by bit."""
 
-import functools
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -24,7 +24,7 @@ def initialise(lora_A: Tensor, lora_B: Tensor, init: str, kind: Kind = "matrix")
             B normal, as PEFT and loralib do it ("random" fills both).
     """
     order = ((lora_B, False), (lora_A, True)) if kind == "embedding" else ((lora_A, True), (lora_B, False))
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
         for factor, is_A in order:
             fill(factor, is_A, init, kind)
 
@@ -42,7 +42,13 @@ def fill(factor: Tensor, is_A: bool, init: str, kind: Kind) -> None:
         draw(matrix)
 
 
-_kaiming = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
+def _kaiming(weight: Tensor) -> None:
+    """Fill as `nn.init.kaiming_uniform_` with a = √5 does, with the same bits; of a matrix in one call."""
+    if weight.dim() != 2 or not weight.numel() or type(weight) not in (Tensor, nn.Parameter) or torch.is_grad_enabled():
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        return
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(weight.shape[1]))
+    weight.uniform_(-bound, bound)
 
 
 def _gaussian(weight: Tensor) -> None:

@@ -51,8 +51,11 @@ class AdapterSpec:
     """Number of calls that have an adapter each; 0 if one adapter serves all calls."""
     parts: tuple[tuple[int, ...], ...] = field(init=False)
     """Rows of each adapted part; empty if the whole weight is adapted."""
+    parameter: str = field(init=False)
+    """Name of the base weight in the module that owns it."""
 
     def __post_init__(self) -> None:
+        self.parameter = self.site.parameter.rpartition(".")[2] or "weight"
         self.parts = () if self.slices is None else self.slices.rows(self.site.features[0])
 
     @property
@@ -66,11 +69,6 @@ class AdapterSpec:
     @property
     def scaling(self) -> float:
         return self.lora.scaling
-
-    @property
-    def parameter(self) -> str:
-        """Name of the base weight in the module that owns it."""
-        return self.site.weight.rpartition(".")[2]
 
     @property
     def path_is_owner(self) -> bool:

@@ -184,7 +184,9 @@ def _named(plan: Plan, name: str | None) -> Plan:
     if len(plan.adapters) > 1:
         told = ", ".join(plan.adapters)
         raise ValueError(f"there are several adapters in it ({told}), and one name: leave `adapter` out")
-    sites = (site if site.lora is None else replace(site, lora=replace(site.lora, adapter=name)) for site in plan.sites)
+    loras = {id(site.lora): site.lora for site in plan.sites}  # most sites have one together
+    own = {key: lora and replace(lora, adapter=name) for key, lora in loras.items()}
+    sites = [site if site.lora is None else replace(site, lora=own[id(site.lora)]) for site in plan.sites]
     tokens = tuple(replace(rows, adapter=name) for rows in plan.tokens)
     return replace(plan, sites=tuple(sites), tokens=tokens)
 
