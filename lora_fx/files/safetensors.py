@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -74,7 +74,7 @@ def read_raw(path: Path) -> RawFile:
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _damaged(path, "its metadata is not a table of strings")
-    tensors = dict(sorted(_tensors(path, content), key=lambda item: item[1][2:]))
+    tensors = {name: tensor for _, _, name, tensor in sorted(_tensors(path, content))}
     _check_ranges(path, tensors, size - 8 - length)
     return RawFile(path, 8 + length, size, hashlib.sha256(text).hexdigest(), tensors, metadata)
 
@@ -93,8 +93,12 @@ def _json(path: Path, text: bytes) -> dict[str, Any]:
     return content
 
 
-def _tensors(path: Path, content: dict[str, Any]) -> Iterator[tuple[str, RawTensor]]:
-    """Yield the entries; equal words and shapes are one object, and what was read goes: memory for 100,000 tensors."""
+def _tensors(path: Path, content: dict[str, Any]) -> list[tuple[int, int, str, RawTensor]]:
+    """Return the entries with where they begin and end, and their names.
+
+    Equal words and shapes are one object, and what was read goes: memory for 100,000 tensors.
+    """
+    found: list[tuple[int, int, str, RawTensor]] = []
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     for name in [*content]:
         entry = content.pop(name)
@@ -113,7 +117,10 @@ def _tensors(path: Path, content: dict[str, Any]) -> Iterator[tuple[str, RawTens
             _damaged(path, f"{name}: no tensor has a shape of {len(shape)} sizes, {list(shape)!s:.80}")
         if (end - start) * 8 != bits * math.prod(shape):
             _damaged(path, f"{name}: {dtype} {list(shape)} does not take {end - start:,} bytes")
-        yield sys.intern(name), RawTensor(sys.intern(dtype), shapes.setdefault(shape, shape), start, end)
+        found.append(
+            (start, end, sys.intern(name), RawTensor(sys.intern(dtype), shapes.setdefault(shape, shape), start, end))
+        )
+    return found
 
 
 def _check_ranges(path: Path, tensors: Mapping[str, RawTensor], size: int) -> None:

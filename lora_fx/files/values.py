@@ -40,8 +40,8 @@ def read_tensors(file: RawFile) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for dtype, group in itertools.groupby(file.tensors.items(), lambda item: item[1].dtype):
         entries = dict(group)
-        first, last = file.data_start + min(e.start for e in entries.values()), file.data_start
-        last += max(entry.end for entry in entries.values())
+        ends = [end for entry in entries.values() for end in entry[2:]]
+        first, last = file.data_start + min(ends), file.data_start + max(ends)
         values = whole[first:last] if first % (BITS[dtype] // 8) == 0 else whole[first:last].clone()
         parts = values.view(READ[dtype]).split_with_sizes([entry.elements for entry in entries.values()])
         tensors |= {name: part.view(entry.shape) for (name, entry), part in zip(entries.items(), parts, strict=True)}

@@ -80,7 +80,8 @@ def _header(content: Mapping[str, Any]) -> Header:
     tied = content.get("tied", {})
     if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
         raise ValueError(f"tied is {tied!r:.60}, not a table of names")
-    sites = {stem: _noted(stem, saved) for stem, saved in content["sites"].items()}
+    alike = _Alike()
+    sites = {stem: _noted(stem, saved, alike) for stem, saved in content["sites"].items()}
     places = Counter((site["path"], site.get("call")) for site in sites.values())
     if max(places.values(), default=1) > 1:
         raise ValueError(f"{places.most_common(1)[0][0][0]} is noted twice")
@@ -121,14 +122,32 @@ _CONTENT: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _noted(stem: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """What of the notes of earlier sites has been looked at: most sites say the same."""
+
+    fitting: set[tuple[str, type, object]] = field(default_factory=set)
+    loras: dict[tuple[object, ...], LoRAConfig] = field(default_factory=dict)
+
+
+def _noted(stem: str, saved: Mapping[str, Any], alike: _Alike) -> dict[str, Any]:
     """Return what is noted of a site as fields of a SavedSite."""
-    wrong = [name for name, fits in _FITS.items() if name in saved and not fits(saved[name])]
-    if wrong:
+    asked = [
+        (name, saved[name])
+        for name in _FITS
+        if name in saved
+        and not (type(saved[name]) in _SCALARS and (name, type(saved[name]), saved[name]) in alike.fitting)
+        and not (type(saved[name]) is str and name in _TEXTS)
+    ]
+    if wrong := [name for name, value in asked if not _FITS[name](value)]:
         raise ValueError("; ".join(f"{stem}: {name} is {saved[name]!r:.60}" for name in wrong))
+    if asked:
+        alike.fitting.update([(name, type(value), value) for name, value in asked if type(value) in _SCALARS])
     noted: dict[str, Any] = {"lora_fa": False, **OF_BANKS, **saved}  # files of before there were these keys have none
     given = {name: noted[name] for name in _GIVEN}
-    lora = LoRAConfig(**given, invocation=tuple(saved.get(_INVOCATION, ())))
+    invocation = tuple(saved.get(_INVOCATION, ()))
+    kind = (invocation, *given.values(), *map(type, given.values()))
+    lora = alike.loras.get(kind) or alike.loras.setdefault(kind, LoRAConfig(**given, invocation=invocation))
     known = {"path": saved.get("path", stem), "lora": lora, "rule": saved["rule"], "op": saved["op"]}
     known |= {name: saved[name] for name in NOTED if name in saved}
     parameter, call, calls = known.get("parameter", ""), known.get("call"), known.get("calls", 0)
@@ -155,6 +174,8 @@ def _are_slices(value: object) -> bool:
 
 
 _INVOCATION = "invocation"
+_TEXTS = ("path", "rule", "parameter")
+_SCALARS = (bool, int, float, str)
 _GIVEN = tuple(part.name for part in fields(LoRAConfig) if part.name != _INVOCATION)
 _FITS: dict[str, Callable[[Any], bool]] = {
     _INVOCATION: lambda value: isinstance(value, list) and all(is_whole(token, 0) for token in value),
@@ -174,6 +195,6 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("rslora", "dora", "bias", "read", "share_dropout", "lora_fa"), lambda value: isinstance(value, bool)
     ),
-    **{name: lambda value: isinstance(value, str) for name in ("path", "rule", "parameter")},
+    **{name: lambda value: isinstance(value, str) for name in _TEXTS},
 }
 """What each value of a note can be: a header may have been written by anybody."""
