@@ -53,9 +53,12 @@ def take_inventory(model: nn.Module, uses: Uses | None = None) -> Inventory:
     numbers = values_in(model)
 
     def count(part: nn.Module) -> int:
-        return sum(numbers.get(id(p), p.numel()) for p in parameters_in(modules_of(part)))
+        total = 0
+        for parameter in parameters_in(modules_of(part) if part._modules else (part,)):
+            total += numbers.get(id(parameter), parameter.numel())
+        return total
 
-    modules = tuple((path, count(module)) for path, module in named)
+    modules = tuple([(path, count(module)) for path, module in named])
     total, tables = count(model), tuple(tables_in(model))
     return Inventory(type(model).__name__, sites, modules, total, in_graph, tables, biases_in(model))
 

@@ -22,6 +22,7 @@ from lora_fx.models.joining import outline
 from lora_fx.models.layers import has_unknown_weights
 from lora_fx.models.samples import Sample, Samples, candidates, samples_for, without_values
 from lora_fx.models.tensors import dotted
+from lora_fx.models.walking import modules_of
 from lora_fx.planning.decide import check_used, decide, on_modules, still_fitting
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.plan import Plan
@@ -104,18 +105,22 @@ class Observed:
         return captured
 
 
-def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | None = None) -> Observed:
+def observed(
+    model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | None = None, graphs: bool = True
+) -> Observed:
     """Return the model with how it uses its weights, seen in a run of each sample in eval mode; it stays unchanged.
 
     A twin runs.  Without samples, and for a GraphModule, nothing runs; `known` tells how raw parameters are used where
     no run shows it.  What was found out about the same model and inputs, as long as nothing has changed, is not again.
+    Without `graphs`, nothing is kept where to find it again costs less than to see that nothing has changed.
 
     Raises:
         RefusedError: the model cannot be adapted at all.
         CaptureError: the model refuses the user's own inputs.
     """
     refuse_unfit(model)
-    state = LOOKS.state(model, tried) if not known else None
+    hides = any(map(has_unknown_weights, modules_of(model)))
+    state = LOOKS.state(model, tried) if not known and (graphs or tried.items or hides) else None
     if state is not None and (look := LOOKS.of(model, state)) is not None:
         left_out(1)
         return Observed(model, look.inventory, tried.items if look.runs else (), look.note, look)
@@ -127,7 +132,7 @@ def observed(model: nn.Module, tried: Samples, known: Mapping[str, WeightUse] | 
         with step(total=None):
             first = next(attempts)
             uses, samples, note = first if first[1] else next((other for other in attempts if other[1]), first)
-    if uses is None and runs and (samples or not note) and any(map(has_unknown_weights, model.modules())):
+    if uses is None and runs and hides and (samples or not note):
         uses = _symbolic_uses(model)
     if known:
         uses = uses or NOTHING_SHOWN
@@ -258,7 +263,7 @@ def planned_for(model: nn.Module, rules_or_plan: Any, example_inputs: object, ba
     tried = samples_for(model, example_inputs)
     if isinstance(wanted, Plan):
         return replace(renewed(model, wanted, tried, backend), first_values=wanted.first_values)
-    seen = observed(model, tried)
+    seen = observed(model, tried, graphs=backend != "modules")
     return seen.planned(decide(wanted, seen.inventory), backend)
 
 

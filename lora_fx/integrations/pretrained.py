@@ -53,9 +53,11 @@ def take_over(twin: nn.Module) -> nn.Module:
 
     Graphs come after it: they hold for the classes that they were made of.
     """
-    for module in modules_of(twin):
+    modules = modules_of(twin)
+    kinds = {kind for kind in set(map(type, modules)) if _has(kind, "save_pretrained")}
+    for module in modules if kinds else ():
         kind = type(module)
-        if _has(kind, "save_pretrained") and is_adapted(module):
+        if kind in kinds and is_adapted(module):
             refused = tuple(name for name in _REFUSED if _has(kind, name))
             swap(module, pretrained(refused, module is twin, _has(kind, "get_input_embeddings")))
     return twin

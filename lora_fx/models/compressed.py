@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_fx.errors import RefusedError
 from lora_fx.models.codelayout import CodeLayout, bare
 from lora_fx.models.grids import Grid, grid_of_groups
+from lora_fx.models.walking import modules_of, named_modules_of
 
 SCHEME = "quantization_scheme"
 """Attribute of modules that compressed-tensors has taken over."""
@@ -106,7 +107,7 @@ def settle_compressed_(twin: nn.Module) -> None:
     Raises:
         RefusedError: naming modules whose keys and values the library rounds, and classes that are not known.
     """
-    found = [(path, module) for path, module in twin.named_modules() if SCHEME in vars(module)]
+    found = [(path, module) for path, module in named_modules_of(twin) if SCHEME in vars(module)]
     refused = [(path, reason) for path, module in found if (reason := _obstacle(module))]
     if refused:
         raise RefusedError("compressed-tensors computes here in a way that cannot be kept", refused)
@@ -118,7 +119,7 @@ def settle_compressed_(twin: nn.Module) -> None:
         elif vars(module).get(_STATUS) in ("compressed", "decompressed"):
             del vars(module)["forward"]
             module.__class__ = CompressedLinear if type(module) is nn.Linear else CompressedEmbedding
-    for module in twin.modules():
+    for module in modules_of(twin):
         if vars(module).pop(_HOOK, None) is not None:
             table = module._forward_pre_hooks
             for key in [key for key, hook in table.items() if _HOOK in getattr(hook, "__qualname__", "")]:

@@ -122,7 +122,7 @@ def unknown_parallel(model: nn.Module) -> list[str]:
 
 def without_parallel(model: nn.Module) -> None:
     """Take off what tensor parallelism has put around modules, torch's hooks and transformers' forwards, in place."""
-    for module in model.modules():
+    for module in modules_of(model):
         if parallel_style(module):
             del vars(module)["forward"]
         hooks: tuple[dict[int, Any], ...] = (module._forward_hooks, module._forward_pre_hooks)
@@ -133,7 +133,7 @@ def without_parallel(model: nn.Module) -> None:
 
 def with_class_forwards(model: nn.Module) -> None:
     """Put the forward of the module's class wherever a function stands for it, in place: nothing of ours is left."""
-    for module in model.modules():
+    for module in modules_of(model):
         _rebind_all(module, Rebinding({}, type(module).forward))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_fx.models.shards import is_sharded
 from lora_fx.models.swap import original_class
 from lora_fx.models.tensors import set_tensor
-from lora_fx.models.walking import all_parameters_of
+from lora_fx.models.walking import all_parameters_of, modules_of
 
 
 def ties(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
@@ -51,7 +51,7 @@ def memory_of(tensor: Tensor) -> object:
 
 def says_tied(model: nn.Module) -> bool:
     """Whether a transformers model declares weights as tied that are not one: loading what it saves would tie them."""
-    for module in model.modules():
+    for module in modules_of(model):
         own = dict(module.named_parameters(remove_duplicate=False))
         if any(own[name] is not own[source] for name, source in _mapping(module).items()):
             return any(getattr(config, _FLAG, False) for config in _all_configs(model))
@@ -65,7 +65,7 @@ def mark_untied(model: nn.Module) -> None:
     memory of its own, or `save_pretrained` would leave it out and loading would invent it.  Where the flag means more
     (T5 scales by it), it stays: loading ties no weights that differ.
     """
-    mappings = [(module, mapping) for module in model.modules() if (mapping := _mapping(module))]
+    mappings = [(module, mapping) for module in modules_of(model) if (mapping := _mapping(module))]
     clear = not _flag_means_more(model)
     for module, mapping in mappings:
         own = dict(module.named_parameters(remove_duplicate=False))
@@ -100,7 +100,7 @@ def _say(module: nn.Module, kept: dict[str, str]) -> None:
 
 def _flag_means_more(model: nn.Module) -> bool:
     """Whether clearing the flag would change more than ties: what a forward computes, or what the config reads back."""
-    for kind in {original_class(module) for module in model.modules()}:
+    for kind in {original_class(module) for module in modules_of(model)}:
         code = getattr(inspect.unwrap(kind.forward), "__code__", None)
         if code is not None and _FLAG in code.co_names:
             return True
@@ -115,7 +115,7 @@ def _keeps_flag(config: Any) -> bool:
 
 
 def _all_configs(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
+    for module in modules_of(model):
         yield from _configs(getattr(module, "config", None))
 
 

@@ -52,6 +52,16 @@ def test_values_are_those_of_the_rule(kind, init):
         assert torch.equal(tuned.get_parameter(name), fresh.get_parameter(name))
 
 
+def test_kaiming_values_are_those_of_torch():
+    torch.manual_seed(2)
+    layer = nn.Linear(7, 5)
+    nn.init.kaiming_uniform_(expected := torch.empty(3, 7), a=5**0.5)
+    torch.manual_seed(2)
+    nn.Linear(7, 5)
+    tuned = lora_fx.apply(nn.Sequential(layer), {"version": 1, "rules": [rule("0", r=3)]}, backend="modules")
+    assert torch.equal(tuned[0].lora_A["default"].weight, expected)
+
+
 def test_both_factors_are_drawn_where_the_rule_says_so():
     tuned = started_empty("linear", init="random")
     reset(tuned)

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
 from lora_fx.files.adapter.keptbase import KEPT
+from lora_fx.files.adapter.plainstate import KEPT_TARGETS
 from lora_fx.regions.install import regions
-from tests.support.twoadapters import BACKENDS, DORA, WIDE, alone, factors, given, model, two, values
+from tests.support.twoadapters import BACKENDS, BOTH, DORA, WIDE, alone, factors, given, model, two, values
 
 
 def other(r: int = 3, alpha: float = 3.0, seed: int = 5, base: nn.Module | None = None, **lora) -> nn.Module:
@@ -178,20 +179,31 @@ def test_of_several_in_a_directory_the_one_of_the_name_is_taken(tmp_path):
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in tuned.state_dict().items())
 
 
-def test_a_base_that_has_changed_since_the_last_swap_is_looked_at_anew(tmp_path):
-    tuned, other = two(), alone(WIDE, "b")
+def beside(rules) -> nn.Module:
+    """Return a model with "a", and "b" by these rules."""
+    tuned = alone(BOTH, "a")
+    lora_fx.rename(tuned, "default", "a")
+    lora_fx.add(tuned, alone(rules, "b"), adapter="b")
+    return tuned
+
+
+@pytest.mark.parametrize(("rules", "kept"), [(WIDE, KEPT_TARGETS), (DORA, KEPT)], ids=["plain", "DoRA"])
+def test_a_base_that_has_changed_since_the_last_swap_is_looked_at_anew(rules, kept, tmp_path):
+    tuned, other = beside(rules), alone(rules, "b")
     lora_fx.save(other, tmp_path)
     lora_fx.swap(tuned, tmp_path, adapter="b")
-    kept = tuned.__dict__["lora_fx_base"]
+    known = tuned.__dict__[kept]
     lora_fx.swap(tuned, tmp_path, adapter="b")
-    assert tuned.__dict__["lora_fx_base"] is kept
+    assert tuned.__dict__[kept] is known
     for copied in (copy.deepcopy(tuned), pickle.loads(pickle.dumps(tuned))):
-        assert copied.__dict__["lora_fx_base"].base is None
+        empty = copied.__dict__[kept]
+        assert not any(getattr(empty, name) for name in empty.__slots__)
         lora_fx.swap(copied, tmp_path, adapter="b")
-    weight = tuned.blocks[0].k._parameters["weight"]
+    layer = tuned.blocks[0].k if rules is WIDE else tuned.blocks[0].q
+    weight = layer._parameters["weight"]
     for change in (
         lambda: weight.data.add_(1),  # in place
-        lambda: tuned.blocks[0].k._parameters.update(weight=nn.Parameter(weight + 2, requires_grad=False)),
+        lambda: layer._parameters.update(weight=nn.Parameter(weight + 2, requires_grad=False)),
         lambda: setattr(weight, "data", weight + 3),
     ):
         before = weight.detach().clone()
@@ -200,13 +212,13 @@ def test_a_base_that_has_changed_since_the_last_swap_is_looked_at_anew(tmp_path)
         with pytest.raises(lora_fx.AdapterMismatchError, match="trained on other values"):
             lora_fx.swap(tuned, tmp_path, adapter="b")
         weight.data = before
-        tuned.blocks[0].k._parameters["weight"] = weight
+        layer._parameters["weight"] = weight
         lora_fx.swap(tuned, tmp_path, adapter="b")
 
 
 def test_what_a_swap_keeps_of_the_base_moves_with_the_model(tmp_path):
-    tuned = two()
-    lora_fx.save(other(), tmp_path)
+    tuned = beside(DORA)
+    lora_fx.save(alone(DORA, "b"), tmp_path)
     lora_fx.swap(tuned, tmp_path, adapter="b")
     tuned.double()
     kept = {id(parameter) for parameter in tuned.__dict__[KEPT].base.parameters()}

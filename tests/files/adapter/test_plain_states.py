@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.files.adapter.plainfile import plain_file_copies
 from lora_fx.files.adapter.plainstate import plain_copies
+from lora_fx.files.adapter.read import read_adapters
 from lora_fx.models.restoring import write_together
 from tests.support.twoadapters import WIDE, alone, given, model, two, values
 
@@ -98,6 +100,78 @@ def test_values_that_lie_where_others_are_written_are_those_from_before(load: st
         lora_fx.load_adapter_state(tuned, state, adapter="b")
     expected = before | {one: before[other], other: before[one]}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in lora_fx.adapter_state(tuned, "b").items())
+
+
+FILES = {
+    "as it is": (WIDE, True),
+    "of a lower rank": ({"r": 2}, True),
+    "of another scaling": ({"r": 3, "alpha": 5, "rslora": True}, True),
+    "in half precision": (torch.bfloat16, True),
+    "with lengths": ({"r": 3, "dora": True}, False),
+    "of a higher rank": ({"r": 4}, False),
+    "acting from a token on": ({"r": 3, "invocation": [1]}, False),
+    "of an initialisation by parts": ({"r": 1, "init": "pissa"}, False),
+    "of fewer sites": ("**.k", False),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_plain_file_is_written_as_what_is_taken_apart(case, tmp_path, monkeypatch):
+    kind, is_plain = FILES[case]
+    rules = WIDE
+    if isinstance(kind, dict) and kind is not WIDE:
+        rules = {"version": 1, "rules": [{"match": {"name": "**.{k,out}"}, "lora": {"init": "random", **kind}}]}
+    elif isinstance(kind, str):
+        rules = {"version": 1, "rules": [{"match": {"name": kind}, "lora": {"r": 3}}]}
+    other = alone(rules, "b")
+    if kind is torch.bfloat16:
+        for name, tensor in lora_fx.adapter_state(other).items():
+            path, _, _ = name.rpartition(".")
+            other.get_submodule(path).weight = nn.Parameter(tensor.bfloat16())
+    lora_fx.save(other, tmp_path)
+    (file,) = read_adapters(tmp_path)
+    assert (plain_file_copies(with_wide(), file, "b") is not None) is is_plain
+
+    def swapped() -> dict[str, torch.Tensor] | str:
+        tuned = with_wide()
+        before = values(tuned)
+        try:
+            lora_fx.swap(tuned, tmp_path, adapter="b")
+        except lora_fx.LoraFxError as error:
+            assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.state_dict().items())
+            return str(error)
+        return values(tuned)
+
+    found = swapped()
+    monkeypatch.setattr("lora_fx.files.adapter.swapping.plain_file_copies", lambda *_: None)
+    expected = swapped()
+    assert isinstance(found, str) is not is_plain
+    if isinstance(found, str) or isinstance(expected, str):
+        assert found == expected
+    else:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+CHANGED = {
+    "dropped and added": lambda tuned: (lora_fx.drop(tuned, "b"), lora_fx.add(tuned, alone(WIDE, "b"), adapter="b")),
+    "renamed and back": lambda tuned: (lora_fx.rename(tuned, "b", "c"), lora_fx.rename(tuned, "c", "b")),
+    "another block": lambda tuned: setattr(tuned.blocks, "1", with_wide().blocks[1]),
+    "another parameter": lambda tuned: setattr(
+        tuned.blocks[0].k.lora_A["b"], "weight", nn.Parameter(torch.zeros(3, 6))
+    ),
+    "more adapters": lambda tuned: lora_fx.add(tuned, alone(WIDE, "b"), adapter="c"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_what_was_found_before_is_looked_for_again_where_the_model_has_changed(change: str):
+    tuned = with_wide()
+    lora_fx.swap(tuned, STATE, adapter="b")
+    CHANGED[change](tuned)
+    state = {name: tensor + 1 for name, tensor in STATE.items()}
+    lora_fx.swap(tuned, state, adapter="b")
+    own = lora_fx.adapter_state(tuned, "b")
+    assert all(torch.equal(own[name.replace("default", "b")], tensor) for name, tensor in state.items())
 
 
 def test_a_part_of_a_target_among_the_values_is_seen():
