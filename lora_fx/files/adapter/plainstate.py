@@ -4,7 +4,7 @@ What is not as plain as that (a lower rank, another device or dtype, PiSSA, slic
 `swapping` to take apart, which says what is wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -72,12 +72,9 @@ class KeptTargets:
 
     def still_holds(self, tuned: nn.Module) -> bool:
         """Whether a walk would find the same: the same modules of the same classes, with the same tensors."""
-        walked = (tuned, *self.inside)
-        return (
-            tuple([id(child) for module in walked for child in module._modules.values()]) == self.children
-            and tuple([name for module in walked for name in module._modules]) == self.names
-            and tuple(map(type, walked)) == self.kinds
-            and all(map(is_, [owner._parameters.get("weight") for owner in self.owners], self.targets.values()))
+        now = [owner._parameters.get("weight") for owner in self.owners]
+        return _seen((tuned, *self.inside)) == (self.names, self.children, self.kinds) and all(
+            map(is_, now, self.targets.values())
         )
 
     def __reduce__(self) -> Any:
@@ -138,17 +135,15 @@ def _walked(tuned: nn.Module, adapter: str) -> KeptTargets | None:
                 found[key], homes[key] = weight, module
     if any(map(is_of_fully_shard, kinds)) or any(map(is_kind_of_shards, kinds)):
         return None
-    modules = (*walked.values(),)
-    return KeptTargets(
-        adapter,
-        modules[1:],
-        tuple([name for module in modules for name in module._modules]),
-        tuple([id(child) for module in modules for child in module._modules.values()]),
-        tuple(map(type, modules)),
-        tuple(owners),
-        found,
-        homes,
-    )
+    names, children, classes = _seen((*walked.values(),))
+    return KeptTargets(adapter, (*walked.values(),)[1:], names, children, classes, tuple(owners), found, homes)
+
+
+def _seen(modules: Sequence[nn.Module]) -> tuple[tuple[str, ...], tuple[int, ...], tuple[type, ...]]:
+    """Return the names and the ids of all children of modules, and their own classes."""
+    names = [name for module in modules for name in module._modules]
+    children = [id(child) for module in modules for child in module._modules.values()]
+    return tuple(names), tuple(children), tuple(map(type, modules))
 
 
 def _name_in(state: Mapping[str, Tensor]) -> str:
