@@ -8,14 +8,16 @@ class plus the mixin.
 
 import copyreg
 import functools
+import types
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 from lora_fx.models.overrides import FOLLOWS
 
+_Item = TypeVar("_Item")
 _ORIGIN = "_lora_fx_origin"
 MADE_BY = "_lora_fx_made_by"
 """Attribute of a mixin that was made on demand: (function, arguments) that make it."""
@@ -60,8 +62,22 @@ def swapped_class(original: type, mixin: type) -> type:
     forward: Any = getattr(mixin, "forward", nn.Module.forward)
     if forward is not nn.Module.forward:  # of its own, or of the mixin that it was made from
         body["forward"] = _shown_as(original.forward, forward)  # type: ignore[attr-defined]
-    made: type = type(original)(original.__name__, (mixin, original), body)
+    made: type = type(original)(original.__name__, (*_laid_out_as(original), mixin, original), body)
     return made
+
+
+def _laid_out_as(original: type) -> tuple[type, ...]:
+    """Return what a subclass must list first to have the memory layout of its class, or Python keeps modules from it.
+
+    Of a class whose first base is abstract, a protocol or generic (`class Layer(Interface, nn.Module)`) an empty one on
+    the same base; of most classes nothing.
+    """
+    root: Any = original
+    while root.__dictoffset__:
+        root = root.__base__
+    if root is object:
+        return ()
+    return (types.new_class("Layout", (Generic[_Item] if root is Generic else root,)),)
 
 
 def _shown_as(original: Callable[..., Any], function: FunctionType) -> FunctionType:

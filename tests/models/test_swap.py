@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
 
 import pytest
 import torch
 from torch import nn
 
 from lora_fx.models.swap import Swapped, original_class, swap, swapped_class, unswap
+
+Item = TypeVar("Item")
 
 
 class Doubling(Swapped, nn.Module):
@@ -24,7 +29,26 @@ class Reduced(nn.Linear):
         return (Reduced, (self.in_features, self.out_features), self.__dict__)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: Reduced(2, 2)])
+class Interface(ABC):
+    @abstractmethod
+    def named(self): ...
+
+
+class WithInterface(Interface, nn.Linear):
+    """A class whose first base is abstract, which Python lays out in memory in another way."""
+
+    def named(self):
+        return "linear"
+
+
+class WithItems(Generic[Item], nn.Linear):
+    """A class whose first base is generic."""
+
+
+KINDS = [nn.Linear, Reduced, WithInterface, WithItems]
+
+
+@pytest.mark.parametrize("make", [functools.partial(kind, 2, 2) for kind in KINDS])
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_swapped_module_keeps_class_name_and_survives_copies(make, duplicate):
     module = make()
