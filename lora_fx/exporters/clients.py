@@ -125,10 +125,10 @@ def mlx(base: Path, adapter: Path, ids: Tensor) -> Both:
     return before, logits()
 
 
-def gguf(base: Path, adapter: Path, prompts: list[list[int]], words: int) -> list[list[dict[int, float]]]:
-    """Run a base model in llama.cpp with an adapter at scale 0 and at scale 1.
+def gguf(base: Path, adapter: Path | None, prompts: list[list[int]], words: int) -> list[list[dict[int, float]]]:
+    """Run a model in llama.cpp: with an adapter at scale 0 and at scale 1, or once without one.
 
-    Returns, for each scale and each prompt, the logarithms of the probabilities of the likeliest next words.
+    Returns, for each run and each prompt, the logarithms of the probabilities of the likeliest next words.
     """
     import xllamacpp  # type: ignore[import-untyped]
 
@@ -139,21 +139,24 @@ def gguf(base: Path, adapter: Path, prompts: list[list[int]], words: int) -> lis
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # half precision by default
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    lora = xllamacpp.CommonAdapterLoraInfo()
-    lora.path, lora.scale = str(adapter), 1.0
-    parameters.lora_adapters = [lora]
+    chosen: list[dict[str, Any]] = [{}]
+    if adapter is not None:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = str(adapter), 1.0
+        parameters.lora_adapters = [lora]
+        chosen = [{"lora": [{"id": 0, "scale": scale}]} for scale in (0.0, 1.0)]
     server = xllamacpp.Server(parameters)
-    return [[_next_words(server, prompt, words, scale) for prompt in prompts] for scale in (0.0, 1.0)]
+    return [[_next_words(server, prompt, words, choice) for prompt in prompts] for choice in chosen]
 
 
-def _next_words(server: Any, prompt: list[int], words: int, scale: float) -> dict[int, float]:
+def _next_words(server: Any, prompt: list[int], words: int, choice: dict[str, Any]) -> dict[int, float]:
     asked = {
         "prompt": prompt,
         "n_predict": 1,
         "n_probs": words,
         "temperature": 0.0,
         "cache_prompt": False,
-        "lora": [{"id": 0, "scale": scale}],
+        **choice,
     }
     answer = server.handle_completions(asked)
     if "choices" not in answer:

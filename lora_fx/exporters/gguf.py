@@ -33,7 +33,7 @@ _BESIDE = {
     "bias": "an adapter in GGUF holds no biases",
 }
 _MERGE = "merge the adapter (target 'merged') and convert that model"
-_MOST_WORDS = 1000
+MOST_WORDS = 1000
 """Of how many of the likeliest next words the probabilities are compared, where there are more."""
 
 
@@ -206,15 +206,15 @@ def _verify(tuned: nn.Module, path: Path, sample: Sample, base: str | Path | Non
         raise ExportError(
             "gguf", "llama.cpp needs the base model as a GGUF file", advice="give base='model.gguf', in float32"
         )
-    prompts = _prompts(tuned, sample)
-    words = min(config_of(tuned).vocab_size, _MOST_WORDS)
+    prompts = prompts_in(tuned, sample)
+    words = min(config_of(tuned).vocab_size, MOST_WORDS)
     theirs = run_client("gguf", partial(clients.gguf, Path(base), path, prompts, words))
-    ours = without_and_with(tuned, lambda: _log_probabilities(tuned, prompts))
-    return max(map(_difference, ours, theirs))
+    ours = without_and_with(tuned, lambda: log_probabilities(tuned, prompts))
+    return max(map(difference, ours, theirs))
 
 
-def _prompts(tuned: nn.Module, sample: Sample) -> list[list[int]]:
-    """Return the rows of the sample as lists of tokens, without padding; and the first half of each."""
+def prompts_in(tuned: nn.Module, sample: Sample) -> list[list[int]]:
+    """Return the rows of a sample as lists of tokens, without padding; and the first half of each."""
     _, kwargs = call_of(tuned, sample)
     ids = kwargs["input_ids"]
     mask = kwargs.get("attention_mask")
@@ -224,14 +224,14 @@ def _prompts(tuned: nn.Module, sample: Sample) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _log_probabilities(tuned: nn.Module, prompts: list[list[int]]) -> list[Tensor]:
+def log_probabilities(tuned: nn.Module, prompts: list[list[int]]) -> list[Tensor]:
     """Return the logarithms of the probabilities of every next word, for each prompt."""
     device = next(tuned.parameters()).device
     rows = (tuned(torch.tensor([prompt], device=device)).logits[0, -1] for prompt in prompts)
     return [row.float().log_softmax(-1).cpu() for row in rows]
 
 
-def _difference(ours: list[Tensor], theirs: list[dict[int, float]]) -> float:
+def difference(ours: list[Tensor], theirs: list[dict[int, float]]) -> float:
     values = [torch.tensor(list(words.values())) for words in theirs]
     chosen = [row[list(words)] for row, words in zip(ours, theirs, strict=True)]
     return largest_difference("gguf", chosen, values)

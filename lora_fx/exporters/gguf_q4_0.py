@@ -4,7 +4,8 @@ Settings, tokenizer and all that is not adapted are those of a GGUF file of the 
 """
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,27 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import ExportError, MergeError
-from lora_fx.exporters.gguf import LAYOUTS, GgufLayout, as_stored, config_of, tied_paths
+from lora_fx.exporters import clients
+from lora_fx.exporters.gguf import (
+    LAYOUTS,
+    MOST_WORDS,
+    GgufLayout,
+    as_stored,
+    config_of,
+    difference,
+    log_probabilities,
+    prompts_in,
+    tied_paths,
+)
+from lora_fx.exporters.running import run_client
 from lora_fx.exporters.target import Refusal, Target, expressed, refusals
-from lora_fx.models.packed import held_weight
+from lora_fx.models.packed import dequantised_, held_weight
 from lora_fx.models.quantised import dense
+from lora_fx.models.samples import Sample
 from lora_fx.models.swap import original_class
 from lora_fx.passes.merge import check_mergeable
 from lora_fx.tuned.ongrid import merged_on_grid
+from lora_fx.tuned.undo import merged
 
 _NAME = "gguf_q4_0"
 _ELSE = "merge the adapter (target 'merged'), convert that model and quantise it"
@@ -112,15 +127,21 @@ def _check_base(tuned: nn.Module, layout: GgufLayout, reader: Any, base: Path) -
 def _differences(ours: Tensor, tensor: Any) -> Iterator[str]:
     """Yield in what a tensor of a file is not this weight."""
     try:
-        values = importlib.import_module("gguf").dequantize(tensor.data, tensor.tensor_type)
+        theirs = _stored(tensor)
     except NotImplementedError:
         yield f"is {tensor.tensor_type.name}, which the gguf package cannot read"
         return
-    theirs = torch.from_numpy(values.astype("float32"))
     if theirs.shape != ours.shape:
         yield f"is {list(theirs.shape)} there, {list(ours.shape)} here"
     elif not (away := float((theirs - ours).norm() / ours.norm().clamp(min=1e-30))) < _ANOTHER:
         yield f"has other values: ‖Δ‖/‖W‖ {away:.2g}"
+
+
+def _stored(tensor: Any) -> Tensor:
+    """Return the numbers of a file's tensor as they lie there, float32."""
+    return torch.from_numpy(
+        importlib.import_module("gguf").dequantize(tensor.data, tensor.tensor_type).astype("float32")
+    )
 
 
 def _blocks(path: str, weight: Tensor) -> Any:
@@ -162,20 +183,96 @@ def _copy(reader: Any, path: Path, blocks: dict[str, Any]) -> None:
     writer.close()
 
 
+# -- in llama.cpp
+
+
+def _verify(tuned: nn.Module, path: Path, sample: Sample) -> float:
+    """Return max |Δ| of the logarithms of probabilities: llama.cpp's, and a model's that holds the file's weights.
+
+    The model rounds what layers multiply by as llama.cpp does there; its weights are compared with the merged ones.
+    """
+    layout = LAYOUTS[original_class(tuned).__name__]
+    prompts, words = prompts_in(tuned, sample), min(config_of(tuned).vocab_size, MOST_WORDS)
+    model = dequantised_(merged(tuned, stays_plain=False)).eval()
+    _take_weights_(model, layout, _opened(path, layout), {path for path, _ in all_attached(tuned)})
+    (theirs,) = run_client(_NAME, partial(clients.gguf, path, None, prompts, words))
+    return difference(log_probabilities(model, prompts), theirs)
+
+
+def _take_weights_(model: nn.Module, layout: GgufLayout, reader: Any, sites: set[str]) -> None:
+    """Give a merged model the weights of a file, and what llama.cpp rounds where it multiplies by them, in place.
+
+    Raises:
+        ExportError: an adapted weight is not there, or another one; llama.cpp's way with a type is not known here.
+    """
+    tensors, wrong = {tensor.name: tensor for tensor in reader.tensors}, []
+    for path, module in model.named_modules():
+        name = layout.tensor(path) if isinstance(module, (nn.Linear, nn.Embedding)) else None
+        if path == "lm_head" and name not in tensors and config_of(model).tie_word_embeddings:
+            name = layout.tensor("model.embed_tokens")
+        if name is None or name not in tensors:
+            continue
+        tensor, exact = tensors[name], module.weight.detach().float()
+        if problems := [*_differences(as_stored(exact.cpu(), name, layout, config_of(model)), tensor)]:
+            wrong += [(path, f"{name} {problem}") for problem in problems]
+        elif path in sites and tensor.tensor_type.name != "Q4_0":
+            wrong.append((path, f"{name} is {tensor.tensor_type.name}, not Q4_0"))
+        elif isinstance(module, nn.Linear) and tensor.tensor_type.name not in _ROUNDS:
+            wrong.append((path, f"{name} is {tensor.tensor_type.name}: give a base of {', '.join(_ROUNDS)}"))
+        else:
+            module.weight = nn.Parameter(_values(tensor, name, layout, model).to(module.weight), requires_grad=False)
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(partial(_round_inputs, how=_ROUNDS[tensor.tensor_type.name]))
+    if wrong:
+        raise ExportError(_NAME, "cannot be compared with llama.cpp; nothing was written", wrong)
+
+
+def _values(tensor: Any, name: str, layout: GgufLayout, model: nn.Module) -> Tensor:
+    """Return the numbers of a file's tensor, with the rows in the model's order."""
+    stored = _stored(tensor)
+    order = as_stored(torch.arange(len(stored)), name, layout, config_of(model))
+    values = torch.empty_like(stored)
+    values[order] = stored
+    return values
+
+
+def _round_inputs(_: nn.Module, given: tuple[Tensor, ...], how: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    return (how(given[0].float()).to(given[0].dtype), *given[1:])
+
+
+def _in_bytes(x: Tensor) -> Tensor:
+    """Return what GGUF's Q8_0 holds of values [..., n]: of 32 one scale in float16, and a byte each."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = (blocks * torch.where(scale > 0, 1 / scale, 0)).round()
+    return (codes * scale.half().float()).view(x.shape)
+
+
+_ROUNDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q4_0": _in_bytes,
+    "Q8_0": _in_bytes,
+    "F16": lambda x: x.half().float(),
+    "F32": lambda x: x,
+}
+"""What llama.cpp makes of what it multiplies by a weight of each type."""
+
 TARGET = Target(
     name=_NAME,
     writes="one file, the merged model for `llama-cli -m`: adapted weights in Q4_0, all else as in the base's file",
     client="llama.cpp",
     refused=_refused,
     write=_write,
+    verify=_verify,
     extra="gguf",
     needs=("gguf",),
+    verify_needs=("xllamacpp",),
     expresses=expressed(
         {"conv1d", "convolution", "embedding", "attention", "parameter", "experts", "calls", "invocation", *_REFUSED}
     ),
     options={
         "base": "the base model as a GGUF file, of any type",
-        "data": "from Python: two batches of inputs or more, by which codes are chosen, as for `merged_on_grid`",
+        "data": "two batches of inputs or more, by which codes are chosen, as for `merged_on_grid`; `--data`",
     },
     several="in use",
+    tolerance=2e-2,
 )

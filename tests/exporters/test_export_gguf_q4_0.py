@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 
 import lora_fx
 from lora_fx.errors import ExportError
-from lora_fx.exporters import clients, running
 from tests.support.ggufbase import VOCABULARY, language_model, prompts, write_base
 from tests.support.zoo import randomise_, rules
 
@@ -75,20 +73,25 @@ def test_adapted_weights_are_the_chosen_codes_and_all_else_is_the_bases_bytes(ma
 
 
 @pytest.mark.slow
-def test_llama_cpp_computes_what_the_merged_model_computes(made: tuple[nn.Module, Path]):
+def test_llama_cpp_computes_what_the_merged_model_computes_and_another_base_is_found_out(tmp_path: Path):
     pytest.importorskip("xllamacpp")
-    tuned, folder = made
-    lora_fx.export(tuned, folder / "adapter.gguf", "gguf", adapter="default")
-    rows = [row.tolist() for row in prompts()["input_ids"]]
-    asked = partial(clients.gguf, folder / "whole.gguf", folder / "adapter.gguf", rows, VOCABULARY)
-    theirs, _ = running.run_client("gguf", asked)
-    merged, _ = lora_fx.merged_on_grid(tuned, batches(), grid="q4_0")
-    for row, words in zip(rows, theirs, strict=True):
-        with torch.no_grad():
-            models = (merged, language_model("Llama"))
-            ours, base = (model(torch.tensor([row])).logits[0, -1].log_softmax(-1) for model in models)
-        there = torch.tensor([words[word] for word in range(VOCABULARY)])
-        assert (there - ours).norm() <= 0.15 * (base - ours).norm(), "it rounds what it multiplies by to eight bits"
+    tuned, asked = adapted(LINEARS), {"example_inputs": prompts(), "verify": True, "data": batches()}
+    for kind in ("F32", "F16", "Q8_0"):
+        write_base("Llama", language_model("Llama"), tmp_path / f"{kind}.gguf", kind)
+        done = lora_fx.export(tuned, tmp_path / "whole.gguf", "gguf_q4_0", base=tmp_path / f"{kind}.gguf", **asked)
+        assert done.difference <= done.tolerance < 0.05 * done.effect, "what layers multiply by is rounded as there"
+    other = language_model("Llama")
+    other.model.norm.weight.data *= 1.1  # of which no linear layer tells
+    write_base("Llama", other, tmp_path / "other.gguf")
+    write_base("Llama", language_model("Llama"), tmp_path / "Q5_1.gguf", "Q5_1")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for base, reason in {
+        "other": "llama.cpp computes something else",
+        "Q5_1": "lm_head +output.weight is Q5_1",
+    }.items():
+        with pytest.raises(ExportError, match=reason):
+            lora_fx.export(tuned, tmp_path / "whole.gguf", "gguf_q4_0", base=tmp_path / f"{base}.gguf", **asked)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_what_the_file_cannot_hold_or_is_not_of_this_base_is_refused_by_name(tmp_path: Path):

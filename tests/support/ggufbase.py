@@ -58,8 +58,8 @@ def language_model(kind: str, **settings: Any) -> nn.Module:
     return model
 
 
-def write_base(kind: str, model: nn.Module, path: Path) -> None:
-    """Write the model as a GGUF file in float32, with a vocabulary of meaningless words."""
+def write_base(kind: str, model: nn.Module, path: Path, head: str = "F32") -> None:
+    """Write the model as a GGUF file in float32, its head in another type, with a vocabulary of meaningless words."""
     writer = gguf.GGUFWriter(path, _GGUF.get(kind, kind.lower()))
     _write_settings(writer, kind, model.config)
     for name, value in model.state_dict().items():
@@ -67,7 +67,9 @@ def write_base(kind: str, model: nn.Module, path: Path) -> None:
             continue
         module, _, last = name.rpartition(".")
         value = _as_stored(kind, model.config, module, value)
-        writer.add_tensor(f"{_tensor_name(kind, module)}.{last}", value.float().contiguous().numpy())
+        stored = gguf.GGMLQuantizationType[head if module == "lm_head" else "F32"]
+        array = gguf.quantize(value.float().contiguous().numpy(), stored)
+        writer.add_tensor(f"{_tensor_name(kind, module)}.{last}", array, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
