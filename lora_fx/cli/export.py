@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from lora_fx.cli.options import model_argument, progress_option, trust_option, watched
+from lora_fx.cli.options import data_option, model_argument, progress_option, trust_option, watched
 from lora_fx.text import visible
 
 
@@ -16,6 +16,7 @@ from lora_fx.text import visible
 @click.option("--adapter", "name", help="Name of the only one to write, where the directory holds several.")
 @click.option("--verify", is_flag=True, help="Load it in its own client, and compare what both compute.")
 @click.option("--set", "options", metavar="KEY=VALUE", multiple=True, help="Option of the target; may be repeated.")
+@data_option
 @progress_option
 @trust_option
 def command(
@@ -26,20 +27,25 @@ def command(
     name: str | None,
     verify: bool,
     options: tuple[str, ...],
+    data: str | None,
     no_progress: bool,
     trust: bool,
 ) -> None:
     """Write MODEL with the ADAPTER of a directory for another program: whole, or not at all.
 
     MODEL needs its weights here.  The inputs that --verify compares on, and that some targets need, are those which the
-    factory returns with the model, or transformers' own `dummy_inputs`.
+    factory returns with the model, or transformers' own `dummy_inputs`.  Targets that choose codes by data
+    (gguf_q4_0) take --data: a .safetensors file of the model's arguments, rows of each, or a factory of batches.
     """
     given = _read(options)  # a misspelt option is an error before torch is imported
     from lora_fx.api import export, load
+    from lora_fx.cli.models.data import batches_of
     from lora_fx.cli.models.spec import load_model
     from lora_fx.exporters import target_named
 
     target_named(target)
+    if data is not None:
+        given["data"] = batches_of(data)
     built, inputs = load_model(model, weights=True, trust=trust)
     progress = watched(no_progress)
     tuned = load(built, adapter, progress=progress).eval()

@@ -29,6 +29,7 @@ model_argument = click.argument("model", type=click.Path())
 _OUTPUT = "File to write; - is the standard output."
 output_option = click.option("-o", "--output", type=click.Path(), default=STANDARD, help=_OUTPUT)
 trust_option = click.option("--trust", is_flag=True, help="Read a .pt2 file, which can run any code that is in it.")
+data_option = click.option("--data", metavar="FILE", help="Inputs to choose codes by: .safetensors, file.py:factory.")
 progress_option = click.option("--no-progress", is_flag=True, help="Do not show how far it is.")
 
 

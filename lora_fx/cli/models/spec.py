@@ -58,7 +58,7 @@ def load_model(spec: str, weights: bool = False, trust: bool = False) -> tuple[n
     if scheme == "hf":
         rest = directory_of(rest, weights)
     with contextlib.nullcontext() if weights else torch.device("meta"):
-        made = from_transformers(rest, weights) if scheme == "hf" else _called(scheme, rest)
+        made = from_transformers(rest, weights) if scheme == "hf" else called(scheme, rest)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ModelSpecError(f"'{spec}' gives an object of type {type(model).__name__}, not a torch.nn.Module")
@@ -134,8 +134,8 @@ def _meant(spec: str) -> str:
     return ""
 
 
-def _called(home: str, name: str) -> Any:
-    """Return what a factory of a module makes; a model that stands there is taken as it is."""
+def called(home: str, name: str) -> Any:
+    """Return what a factory of a module, or of a file `.py`, makes; a model that stands there is taken as it is."""
     module = _module_at(home)
     if name not in vars(module):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -177,14 +178,40 @@ def test_shards_and_the_command_give_the_same_codes(tmp_path: Path):
     lora_fx.save(tuned, adapter)
     lora_fx.input_covariances(tuned, batches(), inputs)
     lora_fx.merge_checkpoint(base, adapter, tmp_path / "whole", covariances=inputs)
-    words = ["merge", tmp_path / "shards", adapter, "-o", tmp_path / "out", "--covariances", inputs]
-    result = CliRunner().invoke(main, list(map(str, words)))
-    assert result.exit_code == 0, result.output
-    assert "kept" in result.output
-    held = {key: tensor for file in (tmp_path / "out").glob("*.safetensors") for key, tensor in load_file(file).items()}
+    rows = torch.cat([batch["input_ids"] for batch in batches()])
+    save_file({"input_ids": rows}, data := tmp_path / "data.safetensors")
+    (tmp_path / "made.py").write_text(
+        f"from safetensors.torch import load_file\nmake = lambda: [load_file({str(data)!r})['input_ids'][n:n + 4] for n in "
+        "range(0, 16, 4)]\ndicts = lambda: [{'input_ids': ids} for ids in make()]\n"
+    )
     whole = load_file(tmp_path / "whole" / "model.safetensors")
-    assert held.keys() == whole.keys()
-    assert all(torch.equal(held[key], tensor) for key, tensor in whole.items())
+    for n, given in enumerate(
+        (["--covariances", inputs], ["--data", f"{tmp_path / 'made.py'}:dicts"], ["--data", data])
+    ):
+        out = tmp_path / f"out{n}"
+        result = CliRunner().invoke(
+            main, [str(word) for word in ("merge", tmp_path / "shards", adapter, "-o", out, *given)]
+        )
+        assert result.exit_code == 0, result.output
+        assert "kept" in result.output
+        held = {key: tensor for file in out.glob("*.safetensors") for key, tensor in load_file(file).items()}
+        assert held.keys() == whole.keys()
+        if n < 2:  # the file is cut into eight batches, of which others are held back
+            assert all(torch.equal(held[key], tensor) for key, tensor in whole.items())
+    save_file({"a": rows, "b": rows[:3].clone()}, tmp_path / "uneven.safetensors")
+    for given, reason in {
+        ("--data", data, "--covariances", inputs): "two ways of one thing",
+        ("--data", tmp_path / "uneven.safetensors"): r"as many in each\n *a +\[16, 12\]\n *b +\[3, 12\]",
+        ("--data", f"{tmp_path / 'made.py'}:make"): "a bare tensor",
+        ("--data", f"{tmp_path / 'made.py'}:path"): "has no 'path'",
+        ("--data", "ids"): r"--data ids: give a \.safetensors file",
+        (adapter, "--data", data): "takes one directory",
+    }.items():
+        words = ["merge", tmp_path / "shards", adapter, "-o", tmp_path / "no", *given]
+        result = CliRunner().invoke(main, list(map(str, words)))
+        assert result.exit_code, given
+        assert re.search(reason, result.output + str(result.exception)), result.output
+    assert not (tmp_path / "no").exists()
 
 
 def assert_same_codes(one: Path, other: Path) -> None:
