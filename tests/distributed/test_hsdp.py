@@ -46,6 +46,24 @@ def test_fully_shard_over_pairs_that_share_layers_trains_as_one_process_for_fift
         assert rank["two by two"]["hits"] == {"embed": 50, "blocks.0": 0, "blocks.1": 50, "head": 0}
 
 
+@pytest.mark.parametrize(
+    ("way", "hits"),
+    [
+        ("data parallel", 100),
+        ("fully_shard", 100),
+        ("checkpointed", 200),
+        ("bfloat16 policy without graphs", 0),
+        ("split", 50),  # the second block, which is not split
+    ],
+)
+def test_losses_of_fifty_steps_in_four_processes_are_those_of_one(ranks, way, hits):
+    for rank in ranks:
+        losses, found, of_one = rank["fifty"][way]
+        assert len(losses) == 50
+        torch.testing.assert_close(losses, of_one, rtol=1e-5, atol=1e-5)
+        assert found == hits
+
+
 PAIRS = pytest.mark.parametrize("way", ["grown", "later"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import random
 import resource
@@ -27,8 +28,15 @@ from tests.support.zoo import Mlp, features
 
 State = dict[str, str]
 """Of a path: the hash of each file's bytes, by its name; nothing where nothing is."""
-TARGETS = ("merged", "peft", "vllm", "mlx", "kohya", "diffusers", "onnx", "gguf")
+TARGETS = ("merged", "peft", "vllm", "mlx", "kohya", "diffusers", "onnx", "gguf", "gguf_q4_0")
 """Of exports: those that take less than minutes.  The others end in the same step, which `tests/files/test_kills.py` kills."""
+_OF_TARGETS = {
+    "mlx": ("mlx", "transformers", "diffusers"),
+    "diffusers": ("transformers", "diffusers"),
+    "gguf": ("gguf", "transformers"),
+    "gguf_q4_0": ("gguf", "transformers"),
+}
+"""Targets that write models of other libraries alone, with what making one needs."""
 X = (features(2, 3),)
 
 
@@ -60,21 +68,42 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.startswith("."))
 
 
-def adapted(alpha: int) -> nn.Module:
-    torch.manual_seed(alpha)
-    rules = {"version": 1, "rules": [{"match": {"name": "fc*"}, "lora": {"r": 2, "alpha": alpha, "init": "random"}}]}
+def adapted(alpha: int, target: str = "") -> nn.Module:
+    model, names = _model_for(target)
+    rules = {"version": 1, "rules": [{"match": {"name": names}, "lora": {"r": 2, "alpha": alpha, "init": "random"}}]}
     torch.manual_seed(0)
-    return lora_fx.apply(Mlp(), rules).eval()
+    return lora_fx.apply(model, rules, backend="modules").eval()
+
+
+def _model_for(target: str) -> tuple[nn.Module, str]:
+    """Return a tiny model that a target can write, and the names of its adapted layers."""
+    if target.startswith("gguf"):
+        from tests.support.ggufbase import language_model
+
+        return language_model("Llama"), "model.layers.0.**.{q,down}_proj"
+    if target in _OF_TARGETS:
+        from tests.support.peers import LLAMA, UNET
+
+        return (LLAMA.build(), "**.q_proj") if target == "mlx" else (UNET.build(), "**.to_q")
+    torch.manual_seed(0)
+    return Mlp(), "fc*"
 
 
 def writers(folder: Path, targets: tuple[str, ...] = TARGETS) -> dict[str, Writer]:
-    """Return the writers by name: `save`, each target of export that is installed here, `merge_checkpoint`."""
+    """Return the writers by name: `save`, each target of export that is installed here, `merge_checkpoint` and others."""
     first, second = adapted(2), adapted(7)
     found = {"save": Writer(lambda path: lora_fx.save(first, path), lambda path: lora_fx.save(second, path))}
     for target in targets:
-        one = _exporter(first, target), _exporter(second, target)
+        if not all(map(importlib.util.find_spec, _OF_TARGETS.get(target, ()))):
+            continue
+        one = _exporter(adapted(2, target), target, folder), _exporter(adapted(7, target), target, folder)
         if (same := _is_exact(one[0], folder / target / "model")) is not None:
             found[f"export, {target}"] = Writer(*one, exact=same)
+    data = [(features(rows, 4),) for rows in (2, 3)]
+    found["input_covariances"] = Writer(
+        lambda path: lora_fx.input_covariances(first, [*data, X], path),
+        lambda path: lora_fx.input_covariances(second, data, path),
+    )
     tensors = [{f"layers.{n}.fc.weight": weight(64, 96), f"layers.{n}.norm": weight(64)} for n in range(3)]
     adapter = {key: tensor for n in range(3) for key, tensor in factors(f"layers.{n}.fc", 64, 96).items()}
     base, given = write_base(folder / "base", *tensors), write_adapter(folder / "adapter", adapter)
@@ -84,8 +113,16 @@ def writers(folder: Path, targets: tuple[str, ...] = TARGETS) -> dict[str, Write
     return found
 
 
-def _exporter(tuned: nn.Module, target: str) -> Callable[[Path], object]:
-    return lambda path: lora_fx.export(tuned, path, target, X)
+def _exporter(tuned: nn.Module, target: str, folder: Path) -> Callable[[Path], object]:
+    """Return what exports a model, to a target with what it needs beside it."""
+    inputs: object = None if target in _OF_TARGETS else X
+    options: dict[str, object] = {}
+    if target == "gguf_q4_0":
+        from tests.support.ggufbase import language_model, prompts, write_base
+
+        write_base("Llama", language_model("Llama"), folder / "base.gguf")
+        options = {"base": folder / "base.gguf", "data": [prompts(), prompts()]}
+    return lambda path: lora_fx.export(tuned, path, target, inputs, **options)
 
 
 def _is_exact(export: Callable[[Path], object], path: Path) -> bool | None:

@@ -1,4 +1,4 @@
-"""Work for two processes: fifty steps in each way of training on several, beside one process with the same data."""
+"""Work for several processes: fifty steps in each way of training on several, beside one process with the same data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.f
 def fifty() -> dict[str, Any]:
     """Return losses of each way, of one process with all data, and how many calls of blocks were graphs."""
     of_one = steps_of(adapted(RULES, backend="modules"), tokens, STEPS, together=True)
-    rounded = _halves_in_bfloat16(adapted(RULES, backend="modules"))
+    rounded = _parts_in_bfloat16(adapted(RULES, backend="modules"))
     found = {name: (*_trained(make), of_one) for name, make in WAYS.items()}
     found["bfloat16 policy"] = (*_trained(_policy), rounded)
     found["bfloat16 policy without graphs"] = (*_trained(lambda: _policy("modules")), rounded)
@@ -56,15 +56,15 @@ WAYS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _halves_in_bfloat16(same: nn.Module) -> list[float]:
-    """Train in one process as the policy does: parameters rounded for each half of a batch, gradients summed in float32."""
+def _parts_in_bfloat16(same: nn.Module) -> list[float]:
+    """Train in one process as the policy does: parameters rounded for each part of a batch, gradients summed in float32."""
     optimizer = torch.optim.AdamW(lora_fx.parameters(same), lr=1e-3)
     losses = []
     for step in range(STEPS):
         total = 0.0
-        for half in tokens(step).chunk(dist.get_world_size()):
+        for part in tokens(step).chunk(dist.get_world_size()):
             rounded = {name: parameter.to(torch.bfloat16) for name, parameter in same.named_parameters()}
-            loss = functional_call(same, rounded, (half,)).square().mean() / dist.get_world_size()
+            loss = functional_call(same, rounded, (part,)).square().mean() / dist.get_world_size()
             loss.backward()
             total += loss.item()
         optimizer.step()
