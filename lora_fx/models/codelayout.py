@@ -15,6 +15,12 @@ from lora_fx.models.grids import Grid
 from lora_fx.models.swap import original_class
 
 
+def _by_own_forward(layer: Any, x: Tensor) -> Tensor:
+    kind: Any = original_class(layer)
+    result: Tensor = kind.forward(layer, x)
+    return result
+
+
 @dataclass(frozen=True, slots=True)
 class CodeLayout:
     """How one class of layers holds its weight."""
@@ -37,6 +43,8 @@ class CodeLayout:
     """Why the layer, once adapted, cannot be called now; "" if it can."""
     grid: Callable[[Any], Grid | None] = lambda _: None
     """Returns the grid of the numbers, if `again` keeps it; numbers on it then keep their codes."""
+    run: Callable[[Any, Tensor], Tensor] = _by_own_forward
+    """Returns what the layer computes of x without its adapters."""
 
 
 def held(name: str) -> Callable[[Any], Tensor | None]:

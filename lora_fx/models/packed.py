@@ -103,8 +103,7 @@ def own_forward(layer: nn.Module, x: Tensor) -> Tensor:
             "bitsandbytes' layers in 4 bits run there; or let each process hold all of it (DistributedDataParallel)"
         )
         raise RefusedError("a quantised layer does not run as it is held", [(kind.__name__, why)], advice)
-    result: Tensor = kind.forward(layer, x)
-    return result
+    return _packing(layer).run(layer, x)
 
 
 def held_weight(owner: nn.Module, name: str) -> Tensor:
@@ -154,20 +153,33 @@ def grid_kept_by(layer: nn.Module) -> Grid | None:
     return _packing(layer).grid(layer)
 
 
-def make_plain_(layer: nn.Module, weight: Tensor) -> None:
-    """Turn a packed layer without adapters into an nn.Linear with this weight, in place; its hooks and name stay."""
+def make_plain_(model: nn.Module, layer: nn.Module, weight: Tensor) -> nn.Module:
+    """Turn a packed layer without adapters into an nn.Linear with this weight, in place, and return it.
+
+    Hooks and name stay.  Where Python cannot give it that class another module stands in its places, and it cannot be
+    called any more.
+    """
     bias = layer._parameters.get("bias")
     bias = bias if bias is not None else getattr(layer, "bias", None)
     rows, columns = _shape(layer)
     plain = nn.Linear(columns, rows, False, device="meta")
     take_hooks(plain, layer)
     plain.training = layer.training
-    layer.__class__ = nn.Linear
-    vars(layer).clear()
-    vars(layer).update(vars(plain))
+    try:
+        layer.__class__ = nn.Linear
+    except TypeError:  # of quanto's, which are abstract classes too
+        for module in modules_of(model):
+            places = [name for name, child in module._modules.items() if child is layer]
+            module._modules.update(dict.fromkeys(places, plain))
+        vars(layer).clear()  # who holds it in another way is told, and does not compute with the base
+        layer = plain
+    else:
+        vars(layer).clear()
+        vars(layer).update(vars(plain))
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return layer
 
 
 def take_hooks(layer: nn.Module, other: nn.Module) -> None:
@@ -273,7 +285,7 @@ def values_of_codes(model: nn.Module) -> dict[int, int]:
 def dequantised_(model: nn.Module) -> nn.Module:
     """Give the model plain parameters in place of all quantised ones, in place, and return it."""
     for _, layer in list(packed_layers(model)):
-        make_plain_(layer, PackedWeight(layer, lost_dtype(layer, usual_dtype(model))).dequantize())
+        make_plain_(model, layer, PackedWeight(layer, lost_dtype(layer, usual_dtype(model))).dequantize())
     dequantised = dequantised_parameters_(model)
     forget_quantiser(dequantised)
     return dequantised

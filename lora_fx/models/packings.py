@@ -9,6 +9,7 @@ from lora_fx.errors import RefusedError
 from lora_fx.models.codelayout import CodeLayout
 from lora_fx.models.codes_bitsandbytes import EIGHT_BITS, FOUR_BITS
 from lora_fx.models.codes_hqq import HQQ
+from lora_fx.models.codes_quanto import QUANTO
 from lora_fx.models.compressed import COMPRESSED, is_compressed
 from lora_fx.models.swap import original_class
 
@@ -16,6 +17,7 @@ KNOWN: dict[str, CodeLayout] = {
     "bitsandbytes.nn.modules.Linear4bit": FOUR_BITS,
     "bitsandbytes.nn.modules.Linear8bitLt": EIGHT_BITS,
     "hqq.core.quantize.HQQLinear": HQQ,
+    "optimum.quanto.nn.qlinear.QLinear": QUANTO,
     "lora_fx.models.compressed.CompressedLinear": COMPRESSED,
 }
 
@@ -58,7 +60,10 @@ def _refused(layer: Any, *_: Any) -> Any:
 
 _UNKNOWN = CodeLayout(
     _codes_of_others,
-    lambda _: "what its kernels do with the codes, and whether gradients pass, has not been run",
+    lambda _: (
+        "what its kernels do with the codes, and whether gradients pass, has not been run; dequantise the model with "
+        "the library that has quantised it, or adapt the one it was made from"
+    ),
     lambda _: None,
     _refused,
     _refused,

@@ -45,7 +45,8 @@ class Merge(Pass):
             editor.change_modules(owner, detach, path)
             if is_packed(layer := editor.graph_module.get_submodule(owner)):
                 weight = weight.to(lost_dtype(layer, usual_dtype(editor.graph_module)))
-                editor.change_modules(owner, functools.partial(make_plain_, weight=weight), path)
+                plain = functools.partial(make_plain_, editor.graph_module, weight=weight)
+                editor.change_modules(owner, plain, path)
             editor.set_tensor(name, nn.Parameter(weight, name in adapter.spec.record.requires_grad), path)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:

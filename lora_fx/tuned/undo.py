@@ -110,7 +110,7 @@ def _merged(tuned: nn.Module) -> nn.Module:
     owners = adapted_owners(twin)
     with step("merging", len(owners), "layers") as doing:
         for owner in owners:
-            _merge_module(owner, usual_dtype(twin))
+            _merge_module(twin, owner, usual_dtype(twin))
             doing.advance()
     _untie(tuned, twin)
     base = set(map(without_wrappers, base_in(places)))
@@ -119,8 +119,8 @@ def _merged(tuned: nn.Module) -> nn.Module:
     return _flagged(twin, tuned, places)
 
 
-def _merge_module(owner: nn.Module, dtype: torch.dtype | None) -> None:
-    """Fold the adapters of one module into its weights; `dtype` is for one that has lost its own."""
+def _merge_module(twin: nn.Module, owner: nn.Module, dtype: torch.dtype | None) -> None:
+    """Fold the adapters of one module of a twin into its weights; `dtype` is for one that has lost its own."""
     weights = {name: folded(used) for name, used in used_at(owner).items()}
     if any(is_quantised(one.base_weight) for one in attached_to(owner) if one.spec.parameter in weights):
         forget_quantisation(owner)
@@ -129,7 +129,7 @@ def _merge_module(owner: nn.Module, dtype: torch.dtype | None) -> None:
     for name, weight in weights.items():
         if is_packed(owner):
             weight = weight.to(lost_dtype(owner, dtype))
-            make_plain_(owner, weight)
+            owner = make_plain_(twin, owner, weight)
         setattr(owner, name, nn.Parameter(weight, requires_grad=False))
 
 

@@ -1,4 +1,4 @@
-"""Linears of compressed-tensors and hqq: the base stays codes, the adapter is exact beside it."""
+"""Linears of compressed-tensors, hqq and quanto: the base stays codes, the adapter is exact beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.sitekinds import randomise_, result_and_gradient
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 X = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
 INT4_KIND = "compressed-tensors W4A16"
-ONE_OF_EACH = [INT4_KIND, "compressed-tensors W8A8", "hqq 4 bits"]
+ONE_OF_EACH = [INT4_KIND, "compressed-tensors W8A8", "hqq 4 bits", "quanto int8"]
 
 
 def rules(**rule: Any) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def test_modules_states_files_copies_autocast_and_checkpoints(kind: str, tmp_pat
     assert torch.allclose(x.grad, result_and_gradient(tuned, X)[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [*ONE_OF_EACH, "compressed-tensors W4A16, asymmetric"])
+@pytest.mark.parametrize("kind", [*ONE_OF_EACH, "compressed-tensors W4A16, asymmetric", "quanto 4 bits"])
 def test_merged_weights_are_quantised_again_as_they_were_and_the_cost_is_told(kind: str):
     model = KINDS[kind]()
     tuned = tuned_of(model)
@@ -179,7 +179,7 @@ def test_what_asks_for_numbers_gets_those_that_the_codes_stand_for_and_bfloat16_
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("kind", [INT4_KIND, "hqq 4 bits"])
+@pytest.mark.parametrize("kind", [INT4_KIND, "hqq 4 bits", "quanto float8"])
 def test_losses_are_those_of_peft_on_the_same_base(kind: str):
     peft = pytest.importorskip("peft")
     model = KINDS[kind]()
@@ -216,21 +216,52 @@ def dense_twin_of_plain(tuned: nn.Module) -> nn.Module:
     return model
 
 
-def fake_gptq() -> nn.Module:
-    """Return a layer as gptqmodel has them, by name, shapes and buffers; the library does not build here."""
-    kind = type("TorchQuantLinear", (nn.Module,), {"__module__": "gptqmodel.nn_modules.qlinear.torch"})
-    layer = kind()
-    layer.in_features, layer.out_features = 64, 64
-    layer.register_buffer("qweight", torch.zeros(8, 64, dtype=torch.int32))
+def coded_by(library: str, name: str) -> nn.Module:
+    """Return a layer as a library has it, by name, shapes and buffers: gptqmodel does not build here, awq has no CPU."""
+    layer = type(name, (nn.Module,), {"__module__": library})()
+    layer.in_features, layer.out_features = 64, 128
+    layer.register_buffer("qweight", torch.zeros(8, 128, dtype=torch.int32))
     return layer
+
+
+OF_OTHERS = {
+    "TorchQuantLinear of gptqmodel": ("gptqmodel.nn_modules.qlinear.torch", "TorchQuantLinear"),
+    "AwqTorchQuantLinear of gptqmodel": ("gptqmodel.nn_modules.qlinear.torch_awq", "AwqTorchQuantLinear"),
+    "WQLinear_GEMM of awq": ("awq.modules.linear.gemm", "WQLinear_GEMM"),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_layers_of_gptq_and_awq_are_refused_by_name_before_anything_changes(name: str, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    model = plain()
+    model[0].up = coded_by(*OF_OTHERS[name])
+    one = {"version": 1, "rules": [{"match": {"name": "0.up"}, "lora": {"r": 4}}]}
+    lora_fx.save(tuned_of(plain()), tmp_path / "adapter")
+    tuned = lora_fx.apply(model, {"version": 1, "rules": [{"match": {"name": "1.up"}, "lora": {"r": 4}}]})
+    theirs = peft.get_peft_model(plain(), peft.LoraConfig(r=4, target_modules=["up", "down"]))
+    theirs.base_model.model[0].up.base_layer = model[0].up
+    models = (model, tuned, theirs)
+    before = [(list(one.state_dict()), [type(module) for module in one.modules()]) for one in models]
+    calls = {
+        "apply": lambda: lora_fx.apply(model, one),
+        "load": lambda: lora_fx.load(model, tmp_path / "adapter"),
+        "add": lambda: lora_fx.add(tuned, one, adapter="b"),
+        "add a file": lambda: lora_fx.add(tuned, tmp_path / "adapter", adapter="b"),
+        "from_peft": lambda: lora_fx.from_peft(theirs),
+    }
+    for call in calls.values():
+        with pytest.raises(RefusedError, match=rf"0\.up +an? {name}: .* has not been run; dequantise the model"):
+            call()
+    assert f"{name}: what its kernels do with the codes" in str(lora_fx.plan(model, one))
+    assert [(list(one.state_dict()), [type(module) for module in one.modules()]) for one in models] == before
 
 
 def cases() -> list[tuple[nn.Module, str]]:
     """Return models and what is said of their layer `0.up`."""
-    not_yet, gptq, scaled = plain(), plain(), hqq(4)()
+    not_yet, scaled = plain(), hqq(4)()
     compress_(not_yet, INT4)
     scaled.get_submodule("0.up").meta["quant_scale"] = True
-    gptq[0].up = fake_gptq()
     replaced = KINDS[INT4_KIND]()
     replaced.get_submodule("0.up").forward = lambda x: x
     unread = KINDS["compressed-tensors W4A16, asymmetric"]()
@@ -240,7 +271,6 @@ def cases() -> list[tuple[nn.Module, str]]:
         (unread, "zeros are not packed as its codes are"),
         (not_yet, "rounded at each call"),
         (scaled, "scales are codes too"),
-        (gptq, "TorchQuantLinear of gptqmodel: what its kernels do with the codes"),
         (replaced, "something else than compressed-tensors has replaced its forward"),
     ]
 

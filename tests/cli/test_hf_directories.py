@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_fx.cli.models import pretrained
 from lora_fx.cli.models.pretrained import ModelSpecError, from_transformers
+from lora_fx.errors import LoraFxWarning
 
 transformers = pytest.importorskip("transformers")
 BERT = {
@@ -119,3 +120,19 @@ def test_directory_with_an_adapter_gives_no_other_model_than_the_one_that_lies_t
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere"}))
     with pytest.raises(ModelSpecError, match="holds an adapter"):
         from_transformers(given, weights=True)
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["configuration", "weights"])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_codes_whose_layers_are_refused_are_named_before_a_model_is_made(tmp_path, method, weights):
+    given = _directory(tmp_path, quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ModelSpecError, match=f"are codes of {method}, which gptqmodel reads.*\n  give the directory"):
+        from_transformers(given, weights)
+
+
+def test_a_model_without_values_says_that_its_codes_are_shown_as_plain_linears(tmp_path):
+    given = _directory(tmp_path, quantization_config={"quant_method": "fp8"})
+    with pytest.warns(
+        LoraFxWarning, match="are codes of fp8; without values they are shown, and counted, as plain ones"
+    ):
+        assert isinstance(from_transformers(given, weights=False), nn.Module)

@@ -1,10 +1,11 @@
-"""Small models that compressed-tensors and hqq hold as codes, and the plain models that they compute as."""
+"""Small models that compressed-tensors, hqq and quanto hold as codes, and the plain models that they compute as."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,24 @@ def hqq(bits: int, axis: int = 1) -> Callable[[], nn.Module]:
     return make
 
 
+def quanto(weights: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        library = pytest.importorskip("optimum.quanto")
+        model = plain()
+        library.quantize(model, weights=getattr(library, weights))
+        if (
+            weights == "qint4"
+        ):  # what unpacks four bits is compiled at the first call; this is the library's own way in Python
+            extension = importlib.import_module("optimum.quanto.library.extensions").get_extension("quanto_cpp")
+            extension._lib = SimpleNamespace(
+                unpack=lambda codes, bits: torch.cat([codes >> at & (1 << bits) - 1 for at in range(0, 8, bits)])
+            )
+        library.freeze(model)
+        return model.requires_grad_(False)
+
+    return make
+
+
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "compressed-tensors W4A16": compressed(INT4),
@@ -93,6 +112,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     ),
     "hqq 4 bits": hqq(4),
     "hqq 3 bits": hqq(3, axis=0),
+    "quanto int8": quanto("qint8"),
+    "quanto float8": quanto("qfloat8"),
+    "quanto 4 bits": quanto("qint4"),
 }
 
 
@@ -104,7 +126,8 @@ def numbers(layer: Any) -> Tensor:
         return base.get_value_from_registry(layer.quantization_scheme.format).decompress(
             held, layer.quantization_scheme
         )["weight"]
-    return layer.dequantize() if hasattr(layer, "dequantize") else layer.weight
+    held = layer if hasattr(layer, "dequantize") else layer.weight
+    return held if type(held) is nn.Parameter else held.dequantize()
 
 
 def expected_of(model: nn.Module, x: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, LoraFxWarning
 from lora_fx.sources.document import read_json
 from lora_fx.sources.regular import UnreadableError, is_regular
 from lora_fx.text import columns, listing
@@ -47,6 +48,7 @@ def from_transformers(directory: str, weights: bool) -> nn.Module:
     try:
         with _offline():
             config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            _look_at_codes(file, config, weights)
             kind = _class_of(config, transformers)
             if kind is not None:
                 return _with_weights(kind, directory) if weights else kind(config)
@@ -105,6 +107,29 @@ def _named_code(path: str, content: Any) -> Iterator[tuple[str, str]]:
                     yield here, f"{name[:60]!r} is a kernel that is fetched from a hub"
         else:
             yield from _named_code(here, value)
+
+
+def _look_at_codes(file: Path, config: Any, weights: bool) -> None:
+    """Refuse a model whose linears nothing adapts; warn where one without values has plain ones in place of codes."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    if name in _NOT_ADAPTED:
+        raise ModelSpecError(
+            f"{file}: its linears are codes of {name}, which {_NOT_ADAPTED[name]} reads: what its kernels do with "
+            "them, and whether gradients pass, has not been run\n  give the directory of the model before it was "
+            "quantised, or dequantise it with the library that has quantised it"
+        )
+    if method is not None and not weights:
+        warnings.warn(
+            f"{file}: its linears are codes of {name}; without values they are shown, and counted, as plain ones",
+            LoraFxWarning,
+            stacklevel=2,
+        )
+
+
+_NOT_ADAPTED = {"gptq": "gptqmodel", "awq": "gptqmodel"}
+"""Ways of quantising whose layers are refused, and the library that has them."""
 
 
 def _comes_from_hub(implementation: str) -> bool:
