@@ -10,7 +10,7 @@ from lora_fx.models.quantised import is_quantised
 from lora_fx.models.swap import original_class
 
 
-class _Product(torch.autograd.Function):
+class _QuantoProduct(torch.autograd.Function):
     """What the library computes of x; its own backward pass multiplies two dtypes where autocast was on (0.2.7)."""
 
     @staticmethod
@@ -31,7 +31,7 @@ class _Product(torch.autograd.Function):
 
 
 def _run(layer: Any, x: Tensor) -> Tensor:
-    result: Tensor = _Product.apply(x, layer._parameters["bias"], layer)  # type: ignore[no-untyped-call]
+    result: Tensor = _QuantoProduct.apply(x, layer._parameters["bias"], layer)  # type: ignore[no-untyped-call]
     return result
 
 
