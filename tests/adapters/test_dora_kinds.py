@@ -94,6 +94,7 @@ def is_without_length(kind: Kind, gradient: Tensor) -> bool:
 
 
 @every
+@pytest.mark.sampled(2)
 def test_merged_weights_are_these(kind: Kind, backend: str):
     tuned, sample = trained(kind, backend), kind.sample()
     merged, base = lora_fx.merge(tuned), kind.build()

@@ -123,6 +123,7 @@ def assert_is_reference(layer: nn.Module, x: Tensor, slope: bool = True) -> None
 @pytest.mark.parametrize("p", [0.0, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize("kind", ["linear", "no bias", "Conv1D"])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.sampled(2)
 def test_value_and_gradients_are_those_of_the_formula(shape: str, kind: str, p: float, dora: bool):
     layer = adapted(kind.split()[0] if kind != "no bias" else "linear", bias=kind != "no bias", dropout=p, dora=dora)
     assert_is_reference(layer, SHAPES[shape]())
@@ -293,6 +294,7 @@ def test_what_is_saved_is_x_once_and_r_numbers_a_row():
 @pytest.mark.parametrize("slope", [True, False], ids=["x with gradient", "first layer"])
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}], ids=["plain", "dropout"])
 @pytest.mark.parametrize("kind", ["linear", "Conv1D"])
+@pytest.mark.sampled(2)
 def test_flops_of_a_step_are_those_of_the_formula(kind: str, options: dict[str, Any], slope: bool):
     layer, x = adapted(kind, **options), torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=slope)
     assert flops(lambda: layer(x).sum().backward()) == Linear(10, IN, OUT, RANK).factored(slope).total

@@ -264,6 +264,7 @@ def with_one_for_all_calls(backend: str) -> nn.Module:
 @pytest.mark.parametrize(
     "names", [["default", None, "plain", "again"], ["again"] * 4, ["plain", "default", "plain", "default"], [None] * 4]
 )
+@pytest.mark.sampled(2)
 def test_each_row_has_the_calls_of_its_own_adapter(names: list[str | None], training: bool, backend: str):
     tuned, (x,) = with_one_for_all_calls(backend).train(training), sample(4).args
     results = []

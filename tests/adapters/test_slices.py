@@ -167,6 +167,7 @@ def test_sliced_model_starts_bit_equal_to_its_base(sliced: Sliced, backend: str)
 @every_kind
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 @both
+@pytest.mark.sampled(2)
 def test_output_and_gradients_are_those_of_the_dense_weight(
     sliced: Sliced, backend: str, dtype: torch.dtype, allowed: float
 ):

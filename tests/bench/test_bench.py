@@ -137,6 +137,7 @@ def test_counting_leaves_the_graphs_of_an_adapted_model_in_use():
 
 @pytest.mark.parametrize("input_gradient", [True, False])
 @pytest.mark.parametrize("backend", ["auto", "modules"])
+@pytest.mark.sampled(2)
 def test_formula_of_one_linear_is_what_is_counted(input_gradient: bool, backend: str):
     layer, x = nn.Sequential(nn.Linear(M, OUT)), torch.randn(N, M)
     tuned = lora_fx.apply(layer, rules("**", r=R), (x,), backend)

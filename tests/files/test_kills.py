@@ -76,7 +76,7 @@ SOME, EVERY = 12, pytest.param(1, marks=pytest.mark.slow)
 SAVES = [
     pytest.param(("default",), SOME, id="some"),
     pytest.param(("default",), 1, id="every", marks=pytest.mark.slow),
-    pytest.param(("default", "other"), 1, id="every-two adapters", marks=pytest.mark.slow),
+    pytest.param(("default", "other"), 3, id="every third-two adapters", marks=pytest.mark.slow),
 ]
 
 

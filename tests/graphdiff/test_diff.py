@@ -11,9 +11,11 @@ from torch import fx, nn
 import lora_fx
 from tests.planning.test_plan import golden
 from tests.support import zoo
+from tests.support.kept import kept
 from tests.support.zoo import rules
 
 
+@kept
 def pair(specimen: zoo.Specimen, **lora: object) -> tuple[nn.Module, nn.Module]:
     model = specimen.build()
     return model, lora_fx.apply(model, rules(specimen.rule, **lora), specimen.sample())

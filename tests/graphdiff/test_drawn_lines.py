@@ -21,6 +21,7 @@ from lora_fx.graphdiff.render.svg import drawing
 from tests.support import zoo
 from tests.support.drawn import ends, trespassing
 from tests.support.graphs import decoder, edited, graph_from
+from tests.support.kept import kept
 
 
 def llama() -> GraphDiff:
@@ -52,6 +53,11 @@ MADE = {
 }
 
 
+@kept
+def made(name: str) -> GraphDiff:
+    return MADE[name]()
+
+
 def block_of(number: int, edges: dict[tuple[int, int], str]) -> Block:
     """Return a block whose boxes are its statements."""
     steps = [Step("same", f"m{k}", "op", f"m{k}()", f"m{k}()", "", "") for k in range(number)]
@@ -61,7 +67,7 @@ def block_of(number: int, edges: dict[tuple[int, int], str]) -> Block:
 @pytest.mark.parametrize("name", MADE)
 def test_lines_join_their_boxes_and_run_through_none(name):
     torch.manual_seed(0)
-    blocks = blocks_of(MADE[name]().comparison)
+    blocks = blocks_of(made(name).comparison)
     assert any(block.edges for block in blocks)
     for block in blocks:
         drawn, layout = drawing(block)
@@ -131,7 +137,7 @@ def test_long_lines_go_straight_and_a_chain_stands_in_one_column():
 @pytest.mark.parametrize(("name", "most"), [("llama", 1), ("encoder", 3), ("gpt", 0), ("mixer", 0), ("large", 0)])
 def test_few_lines_cross_and_pictures_stay_small(name, most):
     torch.manual_seed(0)
-    for block in blocks_of(MADE[name]().comparison):
+    for block in blocks_of(made(name).comparison):
         boxes, edges = boxes_of(block)
         layers, layout = layers_of(len(boxes), edges), layered(len(boxes), edges)
         assert crossings(layers, ordered(layers)) <= most

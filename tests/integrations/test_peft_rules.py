@@ -52,6 +52,7 @@ def made(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(2)
 def test_rules_choose_what_peft_chooses_or_both_refuse(kind, seed):
     model, config = made(kind), drawn(seed, made(kind))
     try:

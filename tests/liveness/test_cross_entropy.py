@@ -74,6 +74,7 @@ CASES = list(itertools.product(TOLERANCES, REDUCTIONS, SMOOTHINGS, YES, YES, (0,
 
 
 @pytest.mark.parametrize(("dtype", "reduction", "smoothing", "weighted", "capped", "ignored"), CASES)
+@pytest.mark.sampled(2)
 def test_loss_and_gradients_are_those_of_torch(
     dtype: torch.dtype, reduction: str, smoothing: float, weighted: bool, capped: bool, ignored: int
 ):

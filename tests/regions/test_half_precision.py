@@ -28,6 +28,7 @@ def used(tuned: nn.Module) -> Iterator[tuple[str, Program]]:
 
 @HALVES
 @pytest.mark.parametrize("peer", [BERT, LLAMA], ids=lambda peer: peer.name)
+@pytest.mark.sampled(2)
 def test_blocks_of_a_model_in_half_precision_run_fast_code_that_is_proven(peer: Peer, dtype: torch.dtype):
     off = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0} if peer is BERT else {}
     before = lora_fx.apply(peer.build(**off).to(dtype), zoo.rules(r=4), peer.inputs(3, 7))

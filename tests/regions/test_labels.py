@@ -47,6 +47,7 @@ def its_loss(outputs: Any) -> Tensor:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("head", ["LlamaForCausalLM", "BertForMaskedLM", "BertForTokenClassification"])
+@pytest.mark.sampled(2)
 def test_loss_and_gradients_are_those_of_the_forward_and_one_block_is_left_for_later(head: str, attention: str) -> None:
     build = llama if "Llama" in head else bert
     inputs = labelled()

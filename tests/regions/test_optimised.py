@@ -273,6 +273,7 @@ def assert_agree(pair: tuple[nn.Module, nn.Module], call: Callable[[nn.Module], 
 
 @pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, pytest.param({"dora": True}, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("forward", BLOCKS, ids=lambda function: function.__name__)
+@pytest.mark.sampled(2)
 def test_block_computes_what_it_computes_by_modules_gradients_of_gradients_included(forward: Any, lora: dict[str, Any]):
     pair = towers(forward, **lora)
     assert_agree(pair)

@@ -45,6 +45,7 @@ def real(outputs: Any) -> Tensor:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.sampled(2)
 def test_real_rows_and_gradients_are_those_of_the_forward_and_padding_is_not_computed(build, attention) -> None:
     packs, plain = pair(build(attn_implementation=attention), padded())
     assert_same_step(packs, plain, real, **padded())
@@ -55,6 +56,7 @@ def test_real_rows_and_gradients_are_those_of_the_forward_and_padding_is_not_com
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.sampled(2)
 def test_losses_with_ignored_labels_do_not_ask_for_padding(weighted: bool, smoothing: float) -> None:
     packs, plain = pair(bert("BertForMaskedLM"), padded())
     labels = padded()["input_ids"].where(padded()["attention_mask"].bool(), -100).flatten()

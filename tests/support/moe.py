@@ -13,6 +13,16 @@ import lora_fx
 from tests.support.kept import copy_of
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+FEW_CROSSED = pytest.mark.parametrize(
+    ("implementation", "kind"),
+    [
+        ("eager", "mixtral"),
+        ("grouped_mm", "mixtral"),
+        pytest.param("batched_mm", "qwen", marks=pytest.mark.slow),
+        pytest.param("eager", "qwen", marks=pytest.mark.slow),
+    ],
+)
+"""Each way beside another kind of model, for tests that capture much."""
 SIZES = {
     "hidden_size": 16, "vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.3,

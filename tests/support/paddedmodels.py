@@ -51,13 +51,13 @@ def in_float32(build: Any) -> nn.Module:
 
 
 def pair(model: nn.Module, inputs: Any, optimise: Any = PACKS, **more: Any) -> tuple[nn.Module, nn.Module]:
-    """Return the adapted model so optimised and without anything, with the same adapters, B not 0, in train mode."""
+    """Return the adapted model so optimised and one without graphs, with the same adapters, B not 0, in train mode."""
     return copy_of(_pair, model, inputs, optimise, **more)
 
 
 def _pair(model: nn.Module, inputs: Any, optimise: Any, **more: Any) -> tuple[nn.Module, nn.Module]:
     plan = lora_fx.plan(model, r=4, target="all-linear", example_inputs=inputs, **more)
-    packs, plain = (lora_fx.apply(model, plan, optimise=chosen) for chosen in (optimise, False))
+    packs, plain = lora_fx.apply(model, plan, optimise=optimise), lora_fx.apply(model, plan, backend="modules")
     torch.manual_seed(2)
     for parameter in lora_fx.parameters(packs):
         nn.init.normal_(parameter, std=0.1)

@@ -99,7 +99,7 @@ def test_whatever_is_changed_in_a_file_it_is_read_or_refused_in_our_words(tmp_pa
     path = runs.made_up(tmp_path / "run.jsonl", 5)
     content, chance = path.read_bytes(), random.Random(3)
     read = 0
-    for _ in range(1500):
+    for _ in range(500):
         changed = bytearray(content)
         for _ in range(chance.choice((1, 1, 3))):
             start = chance.randrange(len(changed))
@@ -111,7 +111,7 @@ def test_whatever_is_changed_in_a_file_it_is_read_or_refused_in_our_words(tmp_pa
             continue
         read += 1
         assert all((str(record), record.to_svg(), record.to_html(), json.loads(record.to_json())))
-    assert 100 < read < 1400
+    assert 30 < read < 470
 
 
 def test_file_is_read_as_it_grows_each_line_once(tmp_path):

@@ -168,6 +168,7 @@ def test_base_state_dict_fits_into_an_adapted_model_but_for_the_adapter():
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
 )
+@pytest.mark.sampled(2)
 def test_cast_model_gives_what_the_cast_module_backend_gives(peer: Peer, dtype: torch.dtype):
     results = []
     for model in pair(peer):
@@ -192,6 +193,7 @@ def test_model_cast_there_and_back_hits_its_first_graphs_again(peer: Peer):
 
 @each(QUICK, slow=LARGE)
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.sampled(2)
 def test_autocast_gives_what_it_gives_in_the_module_backend(peer: Peer, training: bool):
     results = []
     for model in pair(peer):

@@ -74,6 +74,7 @@ def trained(peer: Peer, model: nn.Module) -> tuple[Tensor, list[Tensor], Counter
 
 @each(QUICK, slow=LARGE)
 @REENTRANT
+@pytest.mark.sampled(2)
 def test_checkpointed_blocks_are_recomputed_and_gradients_stay_the_same(peer: Peer, reentrant: bool):
     graph, modules = pair(peer, fresh=True)
     *expected, without = trained(peer, modules)

@@ -34,6 +34,7 @@ SHAPES = {torch.float32: ((3, 7), (1, 6), (2, 1), (1, 1)), torch.bfloat16: ((3, 
 
 @each(QUICK, slow=LARGE)
 @pytest.mark.parametrize("dtype", SHAPES, ids=str)
+@pytest.mark.sampled(2)
 def test_adapted_model_starts_bit_equal_to_its_base_in_every_mode_and_shape(peer: Peer, dtype: torch.dtype):
     base, tuned = frozen(peer).to(dtype), adapted(peer, random=False).to(dtype)
     for training in (False, True):
@@ -92,6 +93,7 @@ def test_every_block_runs_as_a_graph_at_other_sizes(peer: Peer):
 
 @each((LLAMA, BERT, VIT), slow=(T5,))
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+@pytest.mark.sampled(2)
 def test_what_a_model_shows_of_its_inside_is_what_the_base_shows(peer: Peer, asked: str):
     settings = {"attn_implementation": "eager"}
     base, tuned = frozen(peer, **settings), adapted(peer, random=False, **settings)

@@ -31,6 +31,7 @@ def one_by_one(tuned: nn.Module, names: list[str | None], x: Tensor) -> Tensor:
 @BACKENDS
 @pytest.mark.parametrize("names", [MIXED, ["a", "a", "b", "b"], ["a"] * 4, [None] * 4, ["b", "a", "b", None]])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.sampled(2)
 def test_each_row_gives_what_it_gives_alone(inputs, names, training):
     tuned = two(inputs).train(training)
     with lora_fx.rows(tuned, names):

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import lora_fx
 from lora_fx.adapters.rawweight import known_experts
 from lora_fx.adapters.rawweight.experts import routed_experts
-from tests.support.moe import IDS, IMPLEMENTATIONS, model, rules, two
+from tests.support.moe import FEW_CROSSED, IDS, IMPLEMENTATIONS, model, rules, two
 
 EXPERTS = rules("**.experts.*_proj")
 
@@ -24,8 +24,7 @@ def logits(tuned: nn.Module, ids: Tensor = IDS) -> Tensor:
     return result
 
 
-@IMPLEMENTATIONS
-@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen", marks=pytest.mark.slow)])
+@FEW_CROSSED
 def test_what_is_used_of_several_adapters_on_banks_is_what_is_merged(implementation: str, kind: str):
     tuned = two(implementation, EXPERTS, rules("**.experts.*_proj", "**.q_proj", r=4, share="outer"), kind)
     base = logits(model(implementation, kind))
@@ -59,8 +58,9 @@ def test_combined_swapped_and_dropped_adapters_of_banks(implementation: str, tmp
     assert_close(logits(tuned), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [("eager", torch.float16), ("grouped_mm", torch.bfloat16)], ids=str
+)
 def test_experts_of_mixtral_are_one_operation_in_half_precision_whose_router_is_in_float32(
     implementation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):

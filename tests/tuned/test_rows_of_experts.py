@@ -12,7 +12,7 @@ from torch.testing import assert_close
 pytest.importorskip("transformers")
 
 import lora_fx
-from tests.support.moe import IDS, IMPLEMENTATIONS, rules, two
+from tests.support.moe import FEW_CROSSED, IDS, IMPLEMENTATIONS, rules, two
 
 NAMES = ["b", None, "a"]
 
@@ -31,8 +31,7 @@ def one_by_one(tuned: nn.Module, names: list[str | None]) -> Iterator[Tensor]:
             yield logits(tuned, IDS[number : number + 1])
 
 
-@IMPLEMENTATIONS
-@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen", marks=pytest.mark.slow)])
+@FEW_CROSSED
 def test_rows_have_adapters_of_the_attention_around_routed_experts(implementation: str, kind: str):
     tuned = two(implementation, ATTENTION, rules("**.{k,o}_proj", r=3), kind)
     with lora_fx.rows(tuned, NAMES):

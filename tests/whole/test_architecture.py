@@ -98,22 +98,27 @@ def test_a_class_name_is_used_once():
     assert {name: homes for name, homes in named.items() if len(homes) > 1} == {}
 
 
-@pytest.mark.parametrize("path", files(), ids=module_of)
-def test_nothing_up_to_planning_imports_torch(path):
-    own = module_of(path)
-    if own.split(".")[0] not in NO_TORCH or own.startswith("cli.models"):
-        return
-    for node in ast.walk(tree_of(path)):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        assert not any(name.split(".")[0] in ("torch", "numpy", "safetensors", "networkx") for name in names)
+def test_nothing_up_to_planning_imports_torch():
+    found = []
+    for path in files():
+        own = module_of(path)
+        if own.split(".")[0] not in NO_TORCH or own.startswith("cli.models"):
+            continue
+        for node in ast.walk(tree_of(path)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            large = [name for name in names if name.split(".")[0] in ("torch", "numpy", "safetensors", "networkx")]
+            found += [f"{own}: {name}" for name in large]
+    assert found == []
 
 
-@pytest.mark.parametrize("path", files(), ids=module_of)
-def test_private_torch_is_used_in_one_file_only(path):
-    allowed = {"exporters.clients": ["torch._inductor"]}.get(module_of(path), [])
-    if path.name != "torch_internals.py":
-        assert [use.split(": ")[1] for use in private_torch(tree_of(path))] == allowed
+def test_private_torch_is_used_in_one_file_only():
+    used = {
+        module_of(path): [use.split(": ")[1] for use in private_torch(tree_of(path))]
+        for path in files()
+        if path.name != "torch_internals.py"
+    }
+    assert {own: uses for own, uses in used.items() if uses} == {"exporters.clients": ["torch._inductor"]}
 
 
 @pytest.mark.parametrize(
@@ -139,9 +144,9 @@ def test_private_torch_is_seen_however_it_is_reached(code, uses):
     assert private_torch(ast.parse(code)) == uses
 
 
-@pytest.mark.parametrize("path", [*files(), *sorted(TESTS.rglob("*.py"))], ids=lambda path: "/".join(path.parts[-3:]))
-def test_files_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+def test_files_stay_short():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (*files(), *TESTS.rglob("*.py"))}
+    assert {"/".join(path.parts[-3:]): number for path, number in lines.items() if number > 400} == {}
 
 
 def functions() -> list[tuple[str, ast.FunctionDef]]:
@@ -178,14 +183,14 @@ def test_no_module_bears_the_name_of_a_public_function():
     assert not modules & {name for name in lora_fx.__all__ if name.islower()}
 
 
-@pytest.mark.parametrize("name", lora_fx.__all__)
-def test_public_names_are_documented(name):
-    thing = getattr(lora_fx, name)
-    assert thing.__doc__
-    if inspect.isfunction(thing):
-        first = thing.__doc__.partition("\n")[0]
-        says = first.startswith(("Return", "Write")) or ", in place" in first
-        assert says, "the first line says what comes back, or that something is changed in place"
+def test_public_names_are_documented():
+    things = {name: getattr(lora_fx, name) for name in lora_fx.__all__}
+    assert [name for name, thing in things.items() if not thing.__doc__] == []
+    first = {name: thing.__doc__.partition("\n")[0] for name, thing in things.items() if inspect.isfunction(thing)}
+    silent = [
+        name for name, says in first.items() if not says.startswith(("Return", "Write")) and ", in place" not in says
+    ]
+    assert silent == [], "the first line says what comes back, or that something is changed in place"
 
 
 def test_no_attribute_is_guessed():

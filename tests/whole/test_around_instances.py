@@ -136,6 +136,7 @@ before_and_after = pytest.mark.parametrize("when", ["before", "after"])
 @every_way
 @everywhere
 @before_and_after
+@pytest.mark.sampled(2)
 def test_adapters_act_and_are_trained_as_without_it(way, place, when):
     tuned, plain = disturbed(way, place, when), undisturbed()
     assert_close(tuned(given()), plain(given()))
@@ -149,6 +150,7 @@ def test_adapters_act_and_are_trained_as_without_it(way, place, when):
 @every_way
 @everywhere
 @before_and_after
+@pytest.mark.sampled(2)
 def test_merged_removed_copied_and_disabled_models_are_those_without_it(way, place, when, tmp_path):
     tuned, plain, x = disturbed(way, place, when), undisturbed(), given()
     assert_close(lora_fx.merge(tuned)(x), lora_fx.merge(plain)(x))
@@ -163,6 +165,7 @@ def test_merged_removed_copied_and_disabled_models_are_those_without_it(way, pla
 
 @every_way
 @everywhere
+@pytest.mark.sampled(2)
 def test_merged_model_is_its_own(way, place):
     tuned = disturbed.__wrapped__(way, place, "before")  # one to spoil
     merged, expected = lora_fx.merge(tuned), undisturbed()(given())
@@ -174,6 +177,7 @@ def test_merged_model_is_its_own(way, place):
 
 @every_way
 @everywhere
+@pytest.mark.sampled(2)
 def test_twin_leaves_the_model_alone(way, place):
     base = model()
     way(base.get_submodule(place))

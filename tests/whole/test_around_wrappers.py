@@ -117,6 +117,7 @@ def around(module: nn.Module, path: str, wrap: str) -> nn.Module:
 @pytest.mark.parametrize("wrap", ["compiled", "checkpointed"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.sampled(2)
 def test_part_in_a_wrapper_is_trained_saved_merged_and_copied_as_without(part, when, wrap, tmp_path):
     def made() -> nn.Module:
         torch.manual_seed(0)

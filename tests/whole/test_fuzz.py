@@ -16,9 +16,9 @@ from lora_fx.regions.install import regions
 from tests.support.fuzzing import RandomModule, random_modules
 from tests.support.judging import Verdict, judge
 
-FEW, SOME, MANY = 20, 400, 2200
+FEW, SOME, MANY = 20, 240, 2400
 """Examples in every run of the tests, in the slow ones, and in those of `make fuzz`."""
-PORTION = 200
+PORTION = 120
 
 
 @dataclass

@@ -84,6 +84,7 @@ def test_hazard_is_right_in_a_graph_or_says_why_it_runs_without(kind):
 
 @pytest.mark.slow
 @by_name("kind", HAZARDS)
+@pytest.mark.sampled(2)
 def test_hazard_as_a_block_is_right_in_a_graph_or_says_why_it_runs_without(kind):
     check(kind, OUTCOMES.get(kind.__name__, "graph"), as_block=True)
 
@@ -109,6 +110,7 @@ def turned(kind: type[nn.Module], made: list[nn.Module]) -> Trial:
 
 @pytest.mark.slow
 @by_name("kind", [kind for kind in HAZARDS if kind.__name__ not in REFUSED])
+@pytest.mark.sampled(2)
 def test_hazard_in_its_other_state_is_right_though_graphs_of_the_first_are_known(kind):
     run_in_graphs(trial_of(kind, False))  # what comes of it is judged by a test of its own
     made: list[nn.Module] = [kind()]

@@ -172,6 +172,7 @@ def test_tiles_cover_a_matrix_once_and_are_small(shape, rank):
 @pytest.mark.parametrize("shape", [s for s in SHAPES if min(s) >= 16])
 @pytest.mark.parametrize("rank", [1, 7, 16, 128])
 @pytest.mark.parametrize("stored", ["out_in", "in_out"])
+@pytest.mark.sampled(2)
 def test_tiles_have_the_bits_of_one_product(tmp_path, shape, rank, stored):
     out, inputs = shape
     before = torch.randn(shape)
