@@ -30,6 +30,7 @@ from lora_fx.adapters.trained import TRAINED, add_rows, add_value, added_tensors
 from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import SHARDING, parts_before
 from lora_fx.models.packed import held_weight, is_packed
+from lora_fx.models.quantised import is_quantised
 from lora_fx.models.shards import is_sharded, part_of, split, unsharded, whole
 from lora_fx.models.swap import original_class, swap, take_off
 from lora_fx.models.tensors import get_tensor, own_parameters
@@ -89,7 +90,8 @@ def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) 
     """Give the twin values of its own for all else that training will change, and keep the model's in the record."""
     places = placed_in(twin)
     names = _trained_parameters(twin, places)
-    codes = [name for name in names if (held := get_tensor(twin, name)) is not None and not held.is_floating_point()]
+    held = {name: tensor for name in names if (tensor := get_tensor(twin, name)) is not None}
+    codes = [name for name, tensor in held.items() if is_quantised(tensor) or not tensor.is_floating_point()]
     if codes:
         facts = [(name, "holds codes, not numbers") for name in codes]
         raise RefusedError("quantised weights cannot be trained whole (`train:`)", facts, "give them an adapter")

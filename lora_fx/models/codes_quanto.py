@@ -1,23 +1,30 @@
 """optimum-quanto's frozen `QLinear`: its weight is a tensor that holds codes, and knows how it is multiplied by."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.models.codelayout import CodeLayout, bare
-from lora_fx.models.quantised import is_quantised
+from lora_fx.models.codelayout import CodeLayout, bare, held
+from lora_fx.models.quantised import dense, is_quantised
 from lora_fx.models.swap import original_class
 
 
 class _QuantoProduct(torch.autograd.Function):
-    """What the library computes of x; its own backward pass multiplies two dtypes where autocast was on (0.2.7)."""
+    """What the library computes of x; under autocast its own multiplies two dtypes, forwards or backwards (0.2.7)."""
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
         kind: Any = original_class(layer)
-        result: Tensor = kind.forward(layer, x)
-        return result
+        dtype, device = layer._parameters["weight"].dtype, x.device.type
+        narrows = torch.is_autocast_enabled(device)
+        x = x.to(dtype) if narrows else x  # its kernels take one dtype alone
+        # which would narrow x, and not what two and four bits stand for
+        narrows = narrows and layer.weight_qtype.bits < 8 and dtype == torch.float32
+        with torch.autocast(device, enabled=False) if narrows else nullcontext():
+            result: Tensor = kind.forward(layer, x)
+        return result.to(torch.get_autocast_dtype(device)) if narrows else result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -35,17 +42,19 @@ def _run(layer: Any, x: Tensor) -> Tensor:
     return result
 
 
-def _codes(layer: Any) -> Tensor | None:
-    weight = layer._parameters.get("weight")
-    return weight if weight is not None and is_quantised(weight) else None
-
-
 def _problem(layer: Any) -> str:
     if layer.activation_qtype is not None:
         return "its inputs and results are rounded too (activations); quantise weights alone"
+    if not is_quantised(layer._parameters["weight"]):
+        return "its weight is rounded at each call; optimum.quanto.freeze(model) before"
     if layer._parameters["weight"].is_meta:
         return "its codes are on the meta device: load the model onto the device on which it trains"
     return ""
+
+
+def _broken(layer: Any) -> str:
+    """What is sharded of such a tensor are the numbers that it stands for."""
+    return "" if is_quantised(layer._parameters["weight"]) else "fully_shard has made plain numbers of its codes"
 
 
 def _dtype(layer: Any) -> torch.dtype:
@@ -55,8 +64,7 @@ def _dtype(layer: Any) -> torch.dtype:
 
 def _read(layer: Any) -> Tensor:
     with torch.no_grad():
-        numbers: Tensor = layer._parameters["weight"].dequantize()
-    return numbers
+        return dense(layer._parameters["weight"])
 
 
 def _again(layer: Any, weight: Tensor) -> nn.Module:
@@ -69,4 +77,4 @@ def _again(layer: Any, weight: Tensor) -> nn.Module:
     return made
 
 
-QUANTO = CodeLayout(_codes, _problem, _dtype, _read, _again, run=_run)
+QUANTO = CodeLayout(held("weight"), _problem, _dtype, _read, _again, broken=_broken, run=_run)

@@ -156,8 +156,8 @@ def grid_kept_by(layer: nn.Module) -> Grid | None:
 def make_plain_(model: nn.Module, layer: nn.Module, weight: Tensor) -> nn.Module:
     """Turn a packed layer without adapters into an nn.Linear with this weight, in place, and return it.
 
-    Hooks and name stay.  Where Python cannot give it that class another module stands in its places, and it cannot be
-    called any more.
+    Hooks and name stay.  Where Python cannot give it that class a new one stands in its places, with which it
+    shares all that it holds.
     """
     bias = layer._parameters.get("bias")
     bias = bias if bias is not None else getattr(layer, "bias", None)
@@ -171,7 +171,8 @@ def make_plain_(model: nn.Module, layer: nn.Module, weight: Tensor) -> nn.Module
         for module in modules_of(model):
             places = [name for name, child in module._modules.items() if child is layer]
             module._modules.update(dict.fromkeys(places, plain))
-        vars(layer).clear()  # who holds it in another way is told, and does not compute with the base
+        vars(layer).clear()  # who holds it in another way computes with the same tables of parameters
+        vars(layer).update(vars(plain), forward=functools.partial(nn.Linear.forward, layer))  # type: ignore[arg-type]
         layer = plain
     else:
         vars(layer).clear()

@@ -103,6 +103,18 @@ def test_modules_states_files_copies_autocast_and_checkpoints(kind: str, tmp_pat
     assert torch.allclose(x.grad, result_and_gradient(tuned, X)[1], rtol=1e-4, atol=1e-6)
 
 
+def test_quanto_trains_under_autocast_on_inputs_of_either_dtype_where_the_library_multiplies_two():
+    for kind in ("quanto int8", "quanto float8", "quanto 4 bits"):
+        tuned = tuned_of(KINDS[kind]())
+        expected = tuned(X)
+        for x in (X, X.bfloat16()):
+            with torch.autocast("cpu", torch.bfloat16):
+                result, grad = result_and_gradient(tuned, x)
+            assert (result - expected).norm() <= 3e-2 * expected.norm()
+            assert grad.isfinite().all()
+            assert grad.dtype is x.dtype
+
+
 @pytest.mark.parametrize("kind", [*ONE_OF_EACH, "compressed-tensors W4A16, asymmetric", "quanto 4 bits"])
 def test_merged_weights_are_quantised_again_as_they_were_and_the_cost_is_told(kind: str):
     model = KINDS[kind]()
@@ -220,6 +232,20 @@ def dense_twin_of_plain(tuned: nn.Module) -> nn.Module:
     return model
 
 
+UP = {"match": {"name": "**.up"}, "lora": {"r": 4}}
+
+
+class Aside(nn.Module):
+    """A model that holds a layer in a list too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.aside = model, [model.get_submodule("0.up")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) + self.aside[0](x).sum()
+
+
 def coded_by(library: str, name: str) -> nn.Module:
     """Return a layer as a library has it, by name, shapes and buffers: gptqmodel does not build here, awq has no CPU."""
     layer = type(name, (nn.Module,), {"__module__": library})()
@@ -269,9 +295,14 @@ def cases() -> list[tuple[nn.Module, str]]:
     replaced = KINDS[INT4_KIND]()
     replaced.get_submodule("0.up").forward = lambda x: x
     unread = KINDS["compressed-tensors W4A16, asymmetric"]()
+    unfrozen, rounded = KINDS["quanto int8"](), KINDS["quanto int8"]()
+    unfrozen[0].up.weight = nn.Parameter(plain()[0].up.weight)
+    rounded[0].up.activation_qtype = rounded[0].up.weight_qtype
     layer = unread.get_submodule("0.up")
     layer.weight_zero_point = nn.Parameter(torch.zeros(layer.weight_scale.shape, dtype=torch.int8), requires_grad=False)
     return [
+        (unfrozen, r"its weight is rounded at each call; optimum.quanto.freeze\(model\) before"),
+        (rounded, "inputs and results are rounded too"),
         (unread, "zeros are not packed as its codes are"),
         (not_yet, "rounded at each call"),
         (scaled, "scales are codes too"),
@@ -283,8 +314,23 @@ def test_what_is_not_known_to_train_is_refused_by_name():
     for model, reason in cases():
         with pytest.raises(lora_fx.RefusedError, match=reason):
             lora_fx.apply(model, {"version": 1, "rules": [{"match": {"name": "0.up"}, "lora": {"r": 4}}]})
-    with pytest.raises(lora_fx.RefusedError, match=r"0\.up\.[A-Za-z_]+ +holds codes"):
-        lora_fx.apply(KINDS["hqq 4 bits"](), {**rules(), "train": ["0.up"]}, (X,))
+    for kind in ("hqq 4 bits", "quanto int8"):
+        with pytest.raises(lora_fx.RefusedError, match=r"0\.down\.[A-Za-z_]+ +holds codes"):
+            lora_fx.apply(KINDS[kind](), {**rules(), "rules": [UP], "train": ["0.down"]}, (X,))
+
+
+def test_quanto_says_that_shards_are_not_its_codes_and_who_holds_a_layer_aside_computes_with_the_merged_one():
+    model = KINDS["quanto int8"]()
+    aside = Aside(model)
+    tuned = lora_fx.apply(aside, {"version": 1, "rules": [UP]}, (X,))
+    randomise_(tuned)
+    merged = lora_fx.merge(tuned)
+    assert type(merged.model[0].up) is nn.Linear
+    assert (merged(X) - tuned(X)).norm() <= 1e-5 * tuned(X).norm()
+    layer = tuned.model[0].up
+    layer._parameters["weight"] = nn.Parameter(torch.zeros(128, 64), requires_grad=False)  # what FSDP2 gathers
+    with pytest.raises(RefusedError, match=r"QLinear +fully_shard has made plain numbers of its codes"):
+        layer(X)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, while it traces the libraries
