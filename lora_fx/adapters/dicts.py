@@ -32,6 +32,10 @@ def _refuse_peft(frame: FrameType | None) -> None:
         )
 
 
+KEPT, KEPT_TARGETS = "lora_fx_base", "lora_fx_targets"
+"""Attributes of an adapted model: what a swap has found out about its base, and about an adapter."""
+
+
 class AdapterDict(nn.ModuleDict):
     """Modules by the name of their adapter, which may be that of an attribute of ModuleDict, as `train` is."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters.attach import SWITCH, adapted_owners, attached_to, detach, with_values
-from lora_fx.adapters.dicts import AdapterDict
+from lora_fx.adapters.dicts import KEPT, KEPT_TARGETS, AdapterDict
 from lora_fx.adapters.layers import count_calls_anew, stop_counting
 from lora_fx.adapters.placed import Placed, base_in, is_trained, placed_in
 from lora_fx.adapters.rows import LOOKS
@@ -204,6 +204,8 @@ def _flagged(twin: nn.Module, tuned: nn.Module, places: Sequence[Placed]) -> nn.
     twin.__dict__.pop(SWITCH, None)
     for module in twin.modules():
         unswap(module)
+        for name in (KEPT, KEPT_TARGETS):  # who unpickles a base need not have lora_fx
+            module.__dict__.pop(name, None)
     with_class_forwards(twin)
     return sharded_again(twin)
 

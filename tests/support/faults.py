@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_fx
-from lora_fx.files.adapter.keptbase import KEPT
-from lora_fx.files.adapter.plainstate import KEPT_TARGETS
+from lora_fx.adapters.dicts import KEPT, KEPT_TARGETS
 from lora_fx.passes.editor import Editor
 
 FAULTS: tuple[type[BaseException], ...] = (RuntimeError, MemoryError, KeyboardInterrupt)

@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
-from lora_fx.files.adapter.keptbase import KEPT
-from lora_fx.files.adapter.plainstate import KEPT_TARGETS
+from lora_fx.adapters.dicts import KEPT, KEPT_TARGETS
 from lora_fx.regions.install import regions
 from tests.support.twoadapters import BACKENDS, BOTH, DORA, WIDE, alone, factors, given, model, two, values
 
@@ -200,6 +199,8 @@ def test_a_base_that_has_changed_since_the_last_swap_is_looked_at_anew(rules, ke
         assert not any(getattr(empty, name) for name in empty.__slots__)
         lora_fx.swap(copied, tmp_path, adapter="b")
     layer = tuned.blocks[0].k if rules is WIDE else tuned.blocks[0].q
+    for plain in (lora_fx.remove(tuned), lora_fx.merge(tuned, adapters=["a", "b"])):
+        assert b"lora_fx" not in pickle.dumps(plain), "whoever reads it need not have lora_fx"
     weight = layer._parameters["weight"]
     for change in (
         lambda: weight.data.add_(1),  # in place

@@ -179,6 +179,8 @@ def _features(config: Configuration, header: Header) -> list[str]:
         "an adapter for each call": any(site.get("calls") for site in sites),
         "modules trained whole": bool(config.modules_to_save),
         "a bias of lora_B": config.lora_bias,
+        "blocks of a diagonal (BD-LoRA)": config.blocks is not None,
+        "a diagonal between the factors (KaSA)": config.kasa,
         f"started at parts of the base ({config.init})": is_moved(config.init),
         "rows of an embedding": bool(config.token_rows),
         "biases of other layers": config.bias == "all",

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.dicts import AdapterDict
+from lora_fx.adapters.dicts import KEPT, AdapterDict
 from lora_fx.discovery.sites import take_inventory, uses_in
 from lora_fx.models.tensors import dotted
 from lora_fx.models.walking import named_modules_of
@@ -14,8 +14,6 @@ from lora_fx.planning.planned import Inventory
 from lora_fx.tuned.build import whole_record_in
 from lora_fx.tuned.undo import removed
 
-KEPT = "lora_fx_base"
-"""Attribute of an adapted model: its KeptBase."""
 _PLAIN = (bool, int, float, str)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.adapters.dicts import AdapterDict
+from lora_fx.adapters.dicts import KEPT_TARGETS, AdapterDict
 from lora_fx.adapters.factors.dora import DoRAMagnitude
 from lora_fx.adapters.factors.kinds import ConvolutionA, ConvolutionB, EmbeddingA, SharedFactor
 from lora_fx.adapters.factors.lora import LoRAFactor
@@ -20,8 +20,6 @@ from lora_fx.models.shards import is_kind_of_shards
 from lora_fx.models.together import are_alike, share_memory, surely_finite
 from lora_fx.models.wrappers import WRAPPING
 
-KEPT_TARGETS = "lora_fx_targets"
-"""Attribute of an adapted model: its KeptTargets."""
 _WEIGHT = ".weight"
 _VALUES = ("lora_A", "lora_B", "lora_magnitude_vector")
 _PLAIN = frozenset({LoRAFactor, EmbeddingA, ConvolutionA, ConvolutionB, SharedFactor, DoRAMagnitude})
