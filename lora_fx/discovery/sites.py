@@ -245,6 +245,11 @@ class _Finder:
 
 def _first_tensor(module: nn.Module) -> Tensor | None:
     """Return the first parameter in a module, or, where it has none, the first buffer."""
+    own: list[Tensor | None] = [*module._parameters.values()]
+    own += [] if module._modules else [*module._buffers.values()]
+    for tensor in own:
+        if tensor is not None:
+            return tensor
     inside = modules_of(module)
     return next(iter((*parameters_in(inside), *buffers_in(inside))), None)
 

@@ -35,7 +35,7 @@ def memory_of(tensor: Tensor) -> object:
     """Return what is equal for tensors that are one weight: views of one memory in one shape."""
     if tensor.is_meta:
         return id(tensor)
-    if is_sharded(tensor):  # an empty part stands in memory too
+    if type(tensor) is not nn.Parameter and is_sharded(tensor):  # an empty part stands in memory too
         part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
         return (
             part.device,
