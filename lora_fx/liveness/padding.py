@@ -146,6 +146,34 @@ def dead_keys(mask: Tensor, batch: int, length: int) -> Tensor | None:
     return dead & ~(helpless & ~dead).any(-1, keepdim=True)
 
 
+def rows_attended(masks: Iterable[Tensor], batch: int, length: int) -> Rows | None:
+    """Return the rows of another sequence that attention to it may read, under its masks; None where that is not known.
+
+    Args:
+        masks: each […, queries or 1, keys], as for `rows_under`.
+        batch: how many sequences there are.
+        length: of each, in keys.
+    """
+    each = [forbidden_keys(mask, batch, length) for mask in masks]
+    known = [forbidden for forbidden in each if forbidden is not None]
+    return rows_but(functools.reduce(torch.logical_and, known)) if known and len(known) == len(each) else None
+
+
+def forbidden_keys(mask: Tensor, batch: int, length: int) -> Tensor | None:
+    """Return which keys [batch, length] no query of another sequence attends to; None where the mask is none of such.
+
+    As for `dead_keys`, weights must be exactly 0, and a sequence in which a query may attend to nothing keeps all.
+    """
+    if not 2 <= mask.dim() <= 4 or mask.shape[-1] != length or (mask.dim() == 4 and mask.shape[0] not in (1, batch)):
+        return None
+    allowed = mask if mask.dtype is torch.bool else _allowed(mask)
+    if allowed is None:
+        return None
+    allowed = allowed[(None,) * (4 - allowed.dim())]
+    forbidden = ~allowed.flatten(1, 2).any(1) & allowed.any(-1).flatten(1).all(1, keepdim=True)
+    return forbidden.expand(batch, length)
+
+
 def soft_minimum(masks: Iterable[Tensor]) -> float | None:
     """Return the least number in masks that is low as for padding, and yet not so low that a weight must be 0."""
     lowest = [float(mask.min()) for mask in masks if mask.is_floating_point() and mask.numel() and _is_soft(mask)]

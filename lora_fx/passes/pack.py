@@ -87,7 +87,7 @@ class Pack(Pass):
     def run(self, editor: Editor) -> None:
         self.reading = reading = Reading(editor.graph_module, self.captured)
         masks = list(reading.masks())
-        self.packing = _packing(reading, masks)
+        self.packing = packing_of(reading, masks)
         _Rewriting(editor, reading).rewrite()
 
 
@@ -247,7 +247,12 @@ def spoken(node: fx.Node) -> str:
     return f"{node.target} ({node.name})" if node.op == "call_module" else operation(node) or str(node.target)
 
 
-def _packing(reading: Reading, masks: list[tuple[fx.Node, bool]]) -> Packing:
+def packing_of(reading: Reading, masks: list[tuple[fx.Node, bool]]) -> Packing:
+    """Return what is known of a graph whose rows are read, under the masks of the attention in it.
+
+    Raises:
+        NotPacked: a mask is made of the rows, or of no argument.
+    """
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     wanted: dict[fx.Node, None] = {}
     waiting = [mask for mask, _ in masks]

@@ -217,13 +217,18 @@ class DeferredCall:
 
     def whole(self, number: int) -> Tensor:
         """Return all rows of a result."""
+        value = self.all_rows(number)
+        return whole(value) if type(value) is LazyRows else value
+
+    def all_rows(self, number: int) -> Tensor:
+        """Return a result as the whole call gives it."""
         if self._whole is None:
             self._check()
             self._tally.asked += 1
             with remade(self._ambient, None), self._around.again():
                 self._whole = pytree.tree_leaves(self._otherwise())
-        value = self._whole[self.labelled.labels.leaves[number].place]
-        return whole(value) if type(value) is LazyRows else value
+        value: Tensor = self._whole[self.labelled.labels.leaves[number].place]
+        return value
 
     def _check(self) -> None:
         check_unchanged(self._around.holds(self.module) and not is_apart(), "rows of a block")
@@ -241,6 +246,9 @@ class BlockRows(LateRows):
 
     def computed(self, asked: Asked, made: Made) -> Tensor:
         return self.call.rows_of(self.number, asked)
+
+    def all_rows(self) -> Tensor:
+        return self.call.all_rows(self.number)
 
     def whole(self) -> Tensor:
         return self.call.whole(self.number)

@@ -4,7 +4,7 @@ A last block gives such a tensor, where its result is likely to meet a loss (`la
 sum, a head or a cast is noted, and computed for the rows that somebody takes.  Whatever else meets it gets all rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class LateRows(RowSource):
 
     def note_taken(self) -> None:
         """Note that rows of what this is made of are used."""
+
+    def all_rows(self) -> Tensor:
+        """Return all rows but those of padding, which are computed where they are asked for; the same each time."""
+        raise NotImplementedError
 
     def take(self, rows: Tensor) -> Tensor:
         if is_most(rows, self.shape[:-1].numel()):
@@ -104,6 +108,11 @@ def _noted(func: Any, args: Sequence[Any], kwargs: dict[str, Any], first: LateRo
     return lazy(operation)
 
 
+def _all_of(value: LazyRows) -> Tensor:
+    late = late_in(value)
+    return value if late is None else late.all_rows()
+
+
 def _has_weights(function: Any) -> bool:
     """Whether all tensors but the first are the same for all rows."""
     return row_function(function) in HAVE_WEIGHTS
@@ -155,6 +164,7 @@ class RowOperation(LateRows):
         self.inputs = tuple({id(tensor): tensor for tensor in inputs if tensor.requires_grad}.values())
         self._ambient: AmbientState = ambient_state({self.device})
         self._unchanged = Unchanged(plain)
+        self._all: Tensor | None = None
 
     def applied(self, of_late: Any, asked: Asked) -> Any:
         """Return the function's result on the rows that are asked for, with what is given in the place of late rows."""
@@ -186,9 +196,18 @@ class RowOperation(LateRows):
             if late is not None:
                 late.note_taken()
 
+    def all_rows(self) -> Tensor:
+        if self._all is None:
+            self._all = self._of(_all_of)
+        return self._all
+
     def whole(self) -> Tensor:
+        return self._of(whole)
+
+    def _of(self, rows_of: Callable[[LazyRows], Tensor]) -> Tensor:
+        """Return the function's result on all rows, as they are given of what is late."""
         self._unchanged.check("rows")
-        args, kwargs = pytree.tree_map_only(LazyRows, whole, self._arguments)
+        args, kwargs = pytree.tree_map_only(LazyRows, rows_of, self._arguments)
         with remade(self._ambient, None):
             result: Tensor = self._function(*args, **kwargs)
         return result

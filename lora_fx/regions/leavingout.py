@@ -9,6 +9,7 @@ from lora_fx.liveness.padding import Rows
 from lora_fx.liveness.rows import LazyRows
 from lora_fx.regions.checking import ModuleCall, Replay
 from lora_fx.regions.compiled import UNCOMPILED
+from lora_fx.regions.crossing import Waiting, crossed, waiting_for_proof
 from lora_fx.regions.labelling import DeferredCall, Deferring, may_be_deferred
 from lora_fx.regions.labelproof import prove_labelled
 from lora_fx.regions.packing import PackedCall, RowTally, is_packed, may_be_packed
@@ -51,12 +52,40 @@ def may_be_left(deferring: Deferring, module: nn.Module, program: Program, input
 
 def answered_late(tally: RowTally, deferring: Deferring, call: ModuleCall, program: Program, inputs: Inputs) -> Any:
     """Return what a program gives of a call that has rows of hidden states only; NotImplemented if it needs all."""
+    if program.may_cross and may_be_packed(call.module):
+        inputs = crossed(program.crossings, call.module, inputs)
+        if not any(type(value) is LazyRows for value in inputs):
+            if _wants_all(tally, deferring, call.module, program, inputs):
+                return NotImplemented
+            return answered(_not_kept, tally, deferring, call, program, inputs, _not_compiled)
     packed = program.packed if program.may_pack and may_be_packed(call.module) else None
     rows = packed.rows(call.module, inputs) if packed is not None and is_packed(packed, inputs) else None
     if packed is None or not packed.proven or rows is None:
         return NotImplemented
     deferring.follow(program.labelled, inputs, tally)
     return _run(tally, deferring, call.module, program, inputs, rows)
+
+
+def unproven(program: Program, module: nn.Module, inputs: Inputs) -> list[Waiting]:
+    """Return what is to be proven of rows of other sequences on a call that has not all of them."""
+    return waiting_for_proof(program.crossings, module, inputs) if program.may_cross and may_be_packed(module) else []
+
+
+def _wants_all(tally: RowTally, deferring: Deferring, module: nn.Module, program: Program, inputs: Inputs) -> bool:
+    """Whether something is to be proven on a call, for which all rows must be there."""
+    packed, labelled = program.packed, program.labelled if deferring.wanted else None
+    packs = packed is not None and not packed.proven and not tally.stopped and packed.rows(module, inputs) is not None
+    defers = labelled is not None and not labelled.proven and not labelled.draws(module)
+    return program.wants_proof or packs or defers
+
+
+def _not_kept(call: ModuleCall) -> None:
+    """Stands for what keeps a call to prove something on it."""
+
+
+def _not_compiled(call: ModuleCall, program: Program, inputs: Inputs) -> Any:
+    """Stands for a compiler, which is given no call that lacks rows."""
+    return UNCOMPILED
 
 
 def _run(

@@ -36,6 +36,7 @@ class PackedRows(RowSource):
         self.shape = torch.Size((rows.batch, rows.length, packed.shape[-1]))
         self.dtype, self.device = packed.dtype, packed.device
         self.inputs = (packed,)
+        self._filled: Tensor | None = None
 
     def take(self, rows: Tensor) -> Tensor:
         """Return rows by their numbers: those at hand, unless one of them is padding."""
@@ -48,6 +49,12 @@ class PackedRows(RowSource):
         """Return all rows; those of padding are computed now."""
         others = self.call.whole(self.leaf)
         return torch.where(self.call.rows.dead.unsqueeze(-1), others, unpacked_rows(self.packed, self.call.rows))
+
+    def filled(self) -> Tensor:
+        """Return the rows with zeros among them, for those who read no others; the same tensor each time."""
+        if self._filled is None:
+            self._filled = unpacked_rows(self.packed, self.call.rows)
+        return self._filled
 
     def through(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return through(function, args, kwargs)

@@ -18,16 +18,18 @@ from lora_fx.passes.afresh import Afresh
 from lora_fx.passes.apart import Apart
 from lora_fx.passes.attend import ATTEND, Attend, why_kept
 from lora_fx.passes.contract import Pass, apply_pass
+from lora_fx.passes.cross import crossings_of
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
 from lora_fx.passes.halve import HALVE, Halve
 from lora_fx.passes.inline import Inline, inlined
 from lora_fx.passes.labels import labels_of
 from lora_fx.passes.lift import Lifted, Unfit, lifted
-from lora_fx.passes.pack import NotPacked, Pack
+from lora_fx.passes.pack import NotPacked, Pack, Packing
 from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.stack import Stack
 from lora_fx.regions.compiling import Compiling, compiling_of, may_be_fast
+from lora_fx.regions.crossing import Crossing
 from lora_fx.regions.labelling import Labelled
 from lora_fx.regions.packing import Packed
 
@@ -89,6 +91,8 @@ class Program:
     labelled: Labelled | None = None
     """Its code for the rows that somebody asks for; None if it has none."""
     why_not_labelled: str = ""
+    crossings: dict[int, Crossing] = field(default_factory=dict)
+    """Which of its inputs are rows of other sequences, whose padding may be left out, by their place."""
     leaves_module: bool = False
     """Whether its code can change nothing of a module but what copies of it share: it reads parameters only, and calls
     no submodule as a whole."""
@@ -129,6 +133,11 @@ class Program:
     def may_defer(self) -> bool:
         """Whether it has code for rows that are asked for that may answer a call now, or be proven on it."""
         return self.labelled is not None and may_be_fast()
+
+    @property
+    def may_cross(self) -> bool:
+        """Whether rows of another sequence may be left out of a call now, or that be proven on it."""
+        return bool(self.crossings) and may_be_fast()
 
     @property
     def labelled_proven(self) -> bool:
@@ -222,12 +231,15 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     computes = bypassed | set(_weights_read(graph, module))
     function = compiled(graph, _title(module))
     fast, fast_passes = (None, ()) if checks else _optimised(graph_module, module, passes)
+    crossings: dict[int, Packing] = {}
     packed, why = None, CALLS if checks and LIVENESS in passes else ""
     if LIVENESS in passes and not checks:
         packed, why = _packed(graph_module, module, passes, captured)
+        crossings = crossings_of(_plainer(graph_module, module), captured)
     program = Program(
         captured, guard, graph, function, fast, fast_passes, packed, why, checks, frozenset(computes), static
     )
+    program.crossings = {place: Crossing(packing) for place, packing in crossings.items()}
     program.leaves_module = _leaves_module(graph, module)
     if ATTEND in passes and ATTEND not in fast_passes:
         program.why_attention_kept = why_kept(graph)

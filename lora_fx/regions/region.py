@@ -31,10 +31,12 @@ from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
 from lora_fx.regions.compiled import UNCOMPILED, compiled_answer
 from lora_fx.regions.compiling import may_be_compiled
+from lora_fx.regions.crossing import Waiting
+from lora_fx.regions.crossproof import prove_crossings
 from lora_fx.regions.known import KNOWN, kind_of
 from lora_fx.regions.labelling import Deferring
 from lora_fx.regions.learning import capture_new, prove_waiting, recall
-from lora_fx.regions.leavingout import answered, answered_late
+from lora_fx.regions.leavingout import answered, answered_late, unproven
 from lora_fx.regions.packing import RowTally
 from lora_fx.regions.program import Program
 from lora_fx.regions.thin import Purpose, ThinLinears
@@ -127,15 +129,19 @@ class Region:
 
     def meet_late(self, call: ModuleCall, hit: Hit | None) -> Any:
         """Return what a call gives among whose arguments are tensors that are not computed yet."""
+        waiting: list[Waiting] = []
         if hit is not None:
             program, inputs = hit
             if program.why_not_packed == NOTHING_MIXED:
                 return call.by_forward()
+            waiting = unproven(program, call.module, inputs)
             answer = answered_late(self.tally, self.deferring, call, program, inputs)
             if answer is not NotImplemented:
                 return answer
         args, kwargs = pytree.tree_map_only(LazyRows, whole, (call.args, call.kwargs))
         call = ModuleCall(call.module, call.forward, args, kwargs)
+        if hit is not None:
+            prove_crossings(self._kept, call, hit[0].guard.match_ones, waiting)
         return self.meet(call, self.find(call.module, args, kwargs))
 
     def find(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hit | None:
