@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedPass, PlannedSite
 from lora_fx.planning.rows import LOSS_IF, told_passes
-from lora_fx.regions.foresight import Foresight, foreseen
+from lora_fx.regions.foresight import foreseen
 from lora_fx.regions.program import LABELS, LOSS, USUAL
 from lora_fx.regions.survey import Survey
 
@@ -61,7 +60,7 @@ class Foreseen:
 def foresee(captured: Survey, decisions: Decisions, model: nn.Module) -> Foreseen:
     """Return what will be done in the survey's graphs: what any graph of a block has, else why the first has it not."""
     adapted = {path: site for site in decisions.adapted for path in site.site.paths}
-    found, known = Foreseen(), dict[tuple[Any, ...], Foresight | None]()
+    found, known = Foreseen(), captured.foreseen
     for region, structure in captured.structures.items():
         block = model.get_submodule(region)
         inside = {name: adapted[path] for name, _ in block.named_modules() if (path := dotted(region, name)) in adapted}

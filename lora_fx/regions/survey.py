@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from lora_fx.models.walking import devices_of, modules_of
 from lora_fx.progress.steps import step
 from lora_fx.regions.candidates import block_regions, inner_regions, structure_of
 from lora_fx.regions.checking import with_noise
+from lora_fx.regions.foresight import Foresight
 from lora_fx.regions.install import (
     Library,
     called_whole,
@@ -54,6 +55,8 @@ class Survey:
     """Paths of the linears that graphs compute."""
     seconds: dict[tuple[Any, ...], float]
     """Time spent capturing and checking, by the structure of the block."""
+    foreseen: dict[tuple[Any, ...], Foresight | None] = field(default_factory=dict)
+    """What is known of the optimisations of a graph, by the graph and what is adapted in it."""
 
     @property
     def graphs(self) -> tuple[str, ...]:

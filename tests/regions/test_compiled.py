@@ -126,6 +126,22 @@ def test_sizes_that_vary_compile_nothing_after_the_first_step_of_their_kind():
 
 
 @pytest.mark.usefixtures("quick")
+def test_beside_liveness_batches_without_padding_are_compiled_and_others_are_right() -> None:
+    from tests.support.paddedmodels import assert_same_step, llama, padded, pair
+
+    short = {**padded(), "labels": torch.where(padded()["attention_mask"] > 0, padded()["input_ids"], -100)}
+    full = {**short, "attention_mask": torch.ones(4, 12, dtype=torch.long)}
+    named = ("stack", "recompute", "liveness", "loss", "compile")
+    both = pair(llama(num_hidden_layers=2), short, optimise=named)
+    counts = []
+    for inputs in (short, full, short, full):
+        assert_same_step(*both, lambda out: out.loss, **inputs)
+        counts.append(compilations(both[0]))
+    assert counts[0] < counts[1] == counts[3]
+    assert set(lora_fx.inspect(both[0]).regions[0].optimised) == {"stack", "recompute", "liveness", "compile"}
+
+
+@pytest.mark.usefixtures("quick")
 def test_patterns_of_gradients_and_autocast_are_kinds_of_calls():
     pair = towers()
     for model in pair:

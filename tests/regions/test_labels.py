@@ -18,7 +18,17 @@ from lora_fx.bench.counters import flops
 from lora_fx.errors import RefusedError
 from lora_fx.liveness.rows import LazyRows
 from lora_fx.regions.install import regions
-from tests.support.paddedmodels import BATCH, LENGTH, assert_same_step, bert, gradients, in_float32, llama, padded
+from tests.support.paddedmodels import (
+    BATCH,
+    ENCODER,
+    LENGTH,
+    assert_same_step,
+    bert,
+    gradients,
+    in_float32,
+    llama,
+    padded,
+)
 from tests.support.paddedmodels import pair as pair_of
 
 transformers = pytest.importorskip("transformers")
@@ -241,6 +251,21 @@ def test_rows_asked_for_after_an_optimisers_step_are_an_error(optimiser: Any) ->
     optimiser(list(lora_fx.parameters(late)), lr=0.1).step()
     with pytest.raises(RefusedError, match=r"since|written to"):
         print(outputs.logits.sum())
+
+
+def test_a_block_that_is_run_again_and_again_leaves_out_padding_and_the_last_time_rows_without_a_label() -> None:
+    torch.manual_seed(0)
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.AlbertConfig(**ENCODER, embedding_size=16, **off)
+    inputs = {**padded(), "labels": labelled()["labels"]}
+    late, plain = pair(transformers.AlbertForMaskedLM(config).double(), inputs)
+    for _ in range(4):
+        assert_same_step(late, plain, its_loss, **inputs)
+    region = next(region for path, _, region in regions(late) if path.endswith("groups.0"))
+    assert not region.tally.stopped
+    assert not region.deferring.tally.stopped
+    assert (region.tally.packed, region.deferring.tally.packed) > (6, 3)
+    assert not any(why for told in lora_fx.inspect(late).regions for why in told.given_up)
 
 
 def test_autocast_that_was_on_is_on_when_rows_are_made() -> None:
