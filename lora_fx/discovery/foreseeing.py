@@ -64,27 +64,21 @@ def foresee(captured: Survey, decisions: Decisions, model: nn.Module) -> Foresee
     for region, structure in captured.structures.items():
         block = model.get_submodule(region)
         inside = {name: adapted[path] for name, _ in block.named_modules() if (path := dotted(region, name)) in adapted}
-        fused, others = _parted(inside)
+        others = {name: site.not_fused for name, site in inside.items() if site.not_fused}
+        fused = frozenset(name for name in inside.keys() - others.keys() if name)
+        drops = any(site.lora is not None and site.lora.dropout for site in inside.values())
         for graph, _ in captured.library.get(structure, ()):
-            key = (id(graph), fused, frozenset(others.items()))
+            key = (id(graph), fused, frozenset(others.items()), drops)
             if key not in known:
                 known[key] = None
                 with contextlib.suppress(AttributeError):  # it reads what a forward makes first
-                    known[key] = foreseen(graph, block, fused, others)
+                    known[key] = foreseen(graph, block, fused, others, drops)
             if (seen := known[key]) is not None:
                 _add(found.regions.setdefault(region, {}), seen.block)
                 for name, reasons in seen.sites.items():
                     _add(found.sites.setdefault(dotted(region, name), {}), reasons)
     _keep_last(found.regions)
     return found
-
-
-def _parted(inside: Mapping[str, PlannedSite]) -> tuple[frozenset[str], dict[str, str]]:
-    """Return the paths of the sites that are fused, and why others are not; "" stands for a dropout of any."""
-    others = {name: site.not_fused for name, site in inside.items() if site.not_fused}
-    if any(site.lora is not None and site.lora.dropout for site in inside.values()):
-        others[""] = ""
-    return frozenset(inside.keys() - others.keys()), others
 
 
 def _add(known: Reasons, more: Mapping[str, str]) -> None:

@@ -51,7 +51,7 @@ def _may_be_made(node: fx.Node) -> bool:
     x, *others = node.all_input_nodes
     if str(node.target)[:-1] not in _WRITTEN or node.args[0] is not x or x in others or "tensor" not in x.meta:
         return False
-    if not _is_made(x) or any(is_alias(user) for user in x.users):
+    if not _is_made(x) or any(is_alias(user) and user < node for user in x.users):
         return False
     tensors = [other for other in others if "tensor" in other.meta]
     return all(other.meta["tensor"][1] is x.meta["tensor"][1] for other in tensors)

@@ -73,6 +73,6 @@ def _packed_behind(value: Any) -> PackedRows | None:
     if type(value) is not LazyRows or is_adopted(value):
         return None
     source = value.lazy_value.source
-    if isinstance(source, LateRows) and not value.lazy_value.is_whole:
+    if isinstance(source, LateRows):
         return _packed_behind(source.all_rows())
     return source if isinstance(source, PackedRows) else None

@@ -43,14 +43,17 @@ class Foresight:
     """What is done by its name only; nothing is said of what finds nothing to do: no attention, no tokens."""
 
 
-def foreseen(captured: Captured, module: nn.Module, fused: frozenset[str], others: Mapping[str, str]) -> Foresight:
+def foreseen(
+    captured: Captured, module: nn.Module, fused: frozenset[str], others: Mapping[str, str], drops: bool
+) -> Foresight:
     """Return what will be done to a graph once the layers of these paths are adapted; nothing is changed.
 
     Args:
         captured: the graph of a block.
         module: the block.
         fused: paths in it of the layers that will compute base and adapter as one operation.
-        others: why other adapted layers in it will not, by path; "dropout" of any stands under the empty path.
+        others: why other adapted layers in it will not, by path.
+        drops: whether an adapter in it has a dropout.
     """
     plain = UncompiledGraph(module, copy.deepcopy(captured.graph))
     apply_pass(Flatten(fused), Editor(plain))
@@ -67,7 +70,7 @@ def foreseen(captured: Captured, module: nn.Module, fused: frozenset[str], other
         stacked = "" if len(layers) > 1 else _ALONE if not layers or shared[inputs[layers[0]]] < 2 else _BETWEEN
         made = "" if is_making(node) else _why_not_made(node) if layers else ""
         sites |= {path: {"stack": stacked, "recompute": made} for path in layers}
-    return Foresight(sites, _of_block(plain, fast, module, captured, others))
+    return Foresight(sites, _of_block(plain, fast, module, captured, others, drops))
 
 
 def _copied(graph_module: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
@@ -85,19 +88,24 @@ def _why_not_made(call: fx.Node) -> str:
 
 
 def _of_block(
-    plain: fx.GraphModule, fast: fx.GraphModule, module: nn.Module, captured: Captured, others: Mapping[str, str]
+    plain: fx.GraphModule,
+    fast: fx.GraphModule,
+    module: nn.Module,
+    captured: Captured,
+    others: Mapping[str, str],
+    drops: bool,
 ) -> dict[str, str]:
     attention = why_kept(fast.graph)
     attends, halves = _does(Attend(), fast), _does(Halve(), fast)
     found = ({ATTEND: "" if attends else attention} if attends or attention else {}) | ({HALVE: ""} if halves else {})
-    unfused = next((f"{path}: {why}" for path, why in others.items() if path), "")
+    unfused = next((f"{path}: {why}" if path else why for path, why in others.items()), "")
     found[COMPILE] = _reason(lambda: lifted(_stacked(plain, module), captured)) or unfused
     if any(node.target is of_shape for node in plain.graph.nodes):
         return found | {LIVENESS: CALLS}
     packed = _reason(lambda: apply_pass(pack.Pack(captured), Editor(_copied(plain, module))))
     if packed in (pack.NOTHING_MIXED, pack.NO_HIDDEN):
         return found
-    if "" in others:
+    if drops:
         return found | {LIVENESS: pack.DRAWS, LABELS: labels_pass.DRAWS}
     return found | {
         LIVENESS: packed,

@@ -224,7 +224,7 @@ class DeferredCall:
         """Return a result as the whole call gives it."""
         if self._whole is None:
             self._check()
-            self._tally.asked += 1
+            self._tally.note_asked()
             with remade(self._ambient, None), self._around.again():
                 self._whole = pytree.tree_leaves(self._otherwise())
         value: Tensor = self._whole[self.labelled.labels.leaves[number].place]

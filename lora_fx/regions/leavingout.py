@@ -55,7 +55,7 @@ def answered_late(tally: RowTally, deferring: Deferring, call: ModuleCall, progr
     if program.may_cross and may_be_packed(call.module):
         inputs = crossed(program.crossings, call.module, inputs)
         if not any(type(value) is LazyRows for value in inputs):
-            if _wants_all(tally, deferring, call.module, program, inputs):
+            if wants_all(tally, deferring, call.module, program, inputs):
                 return NotImplemented
             return answered(_not_kept, tally, deferring, call, program, inputs, _not_compiled)
     packed = program.packed if program.may_pack and may_be_packed(call.module) else None
@@ -71,8 +71,10 @@ def unproven(program: Program, module: nn.Module, inputs: Inputs) -> list[Waitin
     return waiting_for_proof(program.crossings, module, inputs) if program.may_cross and may_be_packed(module) else []
 
 
-def _wants_all(tally: RowTally, deferring: Deferring, module: nn.Module, program: Program, inputs: Inputs) -> bool:
+def wants_all(tally: RowTally, deferring: Deferring, module: nn.Module, program: Program, inputs: Inputs) -> bool:
     """Whether something is to be proven on a call, for which all rows must be there."""
+    if any(type(value) is LazyRows for value in crossed(program.crossings, module, inputs)):
+        return False
     packed, labelled = program.packed, program.labelled if deferring.wanted else None
     packs = packed is not None and not packed.proven and not tally.stopped and packed.rows(module, inputs) is not None
     defers = labelled is not None and not labelled.proven and not labelled.draws(module)

@@ -1,6 +1,8 @@
 """Run a block's graph on the rows of real tokens, where its mask says that there are others."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,6 +22,19 @@ from lora_fx.regions.remaking import Remaking, Results, Unchanged, check_unchang
 
 MOST_ASKED = 2
 """How often the whole of what was packed may be asked for before a block stops packing, if that is most of the time."""
+
+
+_COUNTS: ContextVar[bool] = ContextVar("lora_fx_counts", default=True)
+
+
+@contextlib.contextmanager
+def uncounted(proving: bool) -> Iterator[None]:
+    """Let nobody count that all rows are asked for, if that is to prove something on them once."""
+    token = _COUNTS.set(_COUNTS.get() and not proving)
+    try:
+        yield
+    finally:
+        _COUNTS.reset(token)
 
 
 @dataclass(slots=True)
@@ -70,6 +85,10 @@ class RowTally:
     asked: int = 0
     why: ClassVar[str] = "what it leaves out is asked for: rows of padding are used outside of the blocks"
 
+    def note_asked(self) -> None:
+        """Note that all rows are asked for, unless it is to prove something on them."""
+        self.asked += _COUNTS.get()
+
     @property
     def stopped(self) -> bool:
         """Whether packing gains nothing, as most of its results are asked for as a whole."""
@@ -119,7 +138,7 @@ class PackedCall(Remaking):
         return () if self._before is None else (self._before[0],)
 
     def note_asked(self) -> None:
-        self._tally.asked += 1
+        self._tally.note_asked()
 
     def again(self, made: Results) -> list[Any]:
         check_unchanged(_state_of(self.module, self.inputs) == self._state)

@@ -36,8 +36,8 @@ from lora_fx.regions.crossproof import prove_crossings
 from lora_fx.regions.known import KNOWN, kind_of
 from lora_fx.regions.labelling import Deferring
 from lora_fx.regions.learning import capture_new, prove_waiting, recall
-from lora_fx.regions.leavingout import answered, answered_late, unproven
-from lora_fx.regions.packing import RowTally
+from lora_fx.regions.leavingout import answered, answered_late, unproven, wants_all
+from lora_fx.regions.packing import RowTally, uncounted
 from lora_fx.regions.program import Program
 from lora_fx.regions.thin import Purpose, ThinLinears
 
@@ -130,6 +130,7 @@ class Region:
     def meet_late(self, call: ModuleCall, hit: Hit | None) -> Any:
         """Return what a call gives among whose arguments are tensors that are not computed yet."""
         waiting: list[Waiting] = []
+        proving = False
         if hit is not None:
             program, inputs = hit
             if program.why_not_packed == NOTHING_MIXED:
@@ -138,7 +139,9 @@ class Region:
             answer = answered_late(self.tally, self.deferring, call, program, inputs)
             if answer is not NotImplemented:
                 return answer
-        args, kwargs = pytree.tree_map_only(LazyRows, whole, (call.args, call.kwargs))
+            proving = bool(waiting) or wants_all(self.tally, self.deferring, call.module, program, inputs)
+        with uncounted(proving):
+            args, kwargs = pytree.tree_map_only(LazyRows, whole, (call.args, call.kwargs))
         call = ModuleCall(call.module, call.forward, args, kwargs)
         if hit is not None:
             prove_crossings(self._kept, call, hit[0].guard.match_ones, waiting)

@@ -19,6 +19,7 @@ OWN: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda x: (x * 2).add_(x),
     "twice": lambda x: (x * 2).add_(x).mul_(3) + 1,
     "used before and after": lambda x: _divided(x.exp()),
+    "shown afterwards": lambda x: (x * 2).add_(x).view(-1)[1:] + 1,
     "of the largest": lambda x: _divided(x.topk(2).values),
 }
 OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
