@@ -14,6 +14,7 @@ from lora_fx.capture.tracing.writer import writes
 from lora_fx.passes.pack import FIXED, MIXED, NotPacked, Packing, Reading, packing_of
 from lora_fx.passes.pointwise import operation
 from lora_fx.passes.rowwise import ATTENTION
+from lora_fx.passes.tokenaxis import token_axes
 
 
 class _OtherReading(Reading):
@@ -29,17 +30,22 @@ class _OtherReading(Reading):
     def masks(self) -> Iterator[tuple[fx.Node, bool]]:
         """Yield the mask of each attention that has the rows as its keys."""
         for node, state in self.state.items():
-            if state != MIXED:
-                continue
-            if operation(node) == "softmax" and self._is_over_tokens(node):
-                yield self._mask_before(node)
-            elif operation(node) == ATTENTION and self._reads_rows(node):
+            if state == MIXED and operation(node) == ATTENTION and self._reads_rows(node):
                 yield self._mask_of_attention(node), False
 
     def _reads_rows(self, attention: fx.Node) -> bool:
         """Whether keys or values of an attention are made of the rows, one of each."""
         made = any(self.state[read] != FIXED for read in attention.all_input_nodes[1:3])
         return made and (self.shape(attention.all_input_nodes[1]) or ("", ""))[-2] == self.lead[1]
+
+    def only_attended(self) -> bool:
+        """Whether all that is made of the rows, row by row, goes into keys and values of attention and nowhere else."""
+        axes = token_axes(self, repeats=True)
+        return all(
+            user in axes or self.state[user] == FIXED or (operation(user) == ATTENTION and node in user.args[1:3])
+            for node in axes
+            for user in node.users
+        )
 
 
 def crossings_of(graph_module: fx.GraphModule, captured: Captured) -> dict[int, Packing]:
@@ -54,7 +60,8 @@ def crossings_of(graph_module: fx.GraphModule, captured: Captured) -> dict[int, 
     for place in [place for place, node in enumerate(placeholders) if _is_of_rows(node)][1:]:
         try:
             reading = _OtherReading(graph_module, captured, place)
-            if not any(size.isdigit() for size in reading.lead) and (masks := list(reading.masks())):
+            masks = list(reading.masks())
+            if masks and reading.only_attended() and not any(size.isdigit() for size in reading.lead):
                 found[place] = packing_of(reading, masks)
         except NotPacked:
             continue
