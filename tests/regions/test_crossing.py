@@ -60,7 +60,8 @@ def test_the_padding_of_an_encoder_is_not_computed_and_gradients_are_those_of_th
     for length, masked in ((7, False), (7, True), (7, True), (5, False), (7, True)):
         assert_same_step(late, plain, its_loss, **inputs(length, masked))
     packing = {path: region.tally for path, _, region in regions(late) if "encoder" in path}
-    assert [(tally.packed, tally.asked) for tally in packing.values()] == [(5, 0)] * 2
+    # once for all blocks: the first call with a mask of its own is one that no graph fits yet
+    assert [(tally.packed, tally.asked) for tally in packing.values()] == [(5, 1)] * 2
     given_up = [why for region in lora_fx.inspect(late).regions for why in region.given_up]
     assert not any("rows of padding are used" in why for why in given_up)
     memory = late(**inputs()).encoder_last_hidden_state
