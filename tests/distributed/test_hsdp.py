@@ -49,7 +49,6 @@ def test_fully_shard_over_pairs_that_share_layers_trains_as_one_process_for_fift
 @pytest.mark.parametrize(
     ("way", "hits"),
     [
-        ("data parallel", 100),
         ("fully_shard", 100),
         ("checkpointed", 200),
         ("split", 50),  # the second block, which is not split

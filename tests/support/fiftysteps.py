@@ -25,16 +25,24 @@ BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.f
 def fifty() -> dict[str, Any]:
     """Return losses of each way, of one process with all data, and how many calls of blocks were graphs."""
     found = in_float32()
-    rounded = _parts_in_bfloat16(adapted(RULES, backend="modules"))
+    rounded = _by_first(lambda: _parts_in_bfloat16(adapted(RULES, backend="modules")))
     found["bfloat16 policy"] = (*_trained(_policy), rounded)
     found["bfloat16 policy without graphs"] = (*_trained(lambda: _policy("modules")), rounded)
     return found
 
 
-def in_float32() -> dict[str, Any]:
-    """Return the same of the ways that round nothing."""
-    of_one = steps_of(adapted(RULES, backend="modules"), tokens, STEPS, together=True)
-    return {name: (*_trained(make), of_one) for name, make in WAYS.items()}
+def in_float32(*but: str) -> dict[str, Any]:
+    """Return the same of the ways that round nothing, but some."""
+    of_one = _by_first(lambda: steps_of(adapted(RULES, backend="modules"), tokens, STEPS, together=True))
+    return {name: (*_trained(make), of_one) for name, make in WAYS.items() if name not in but}
+
+
+def _by_first(compute: Callable[[], list[float]]) -> list[float]:
+    """Let the first process alone compute something for all."""
+    given = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(given)
+    assert given[0] is not None
+    return given[0]
 
 
 def _trained(make: Callable[[], nn.Module]) -> tuple[list[float], int]:

@@ -53,7 +53,7 @@ def by_four(folder: Path) -> dict[str, Any]:
 
 def _fifty() -> dict[str, tuple[list[float], int, list[float]]]:
     """Train in each way, and layers that all four processes share; return losses, hits of blocks, losses of one."""
-    found = in_float32()
+    found = in_float32("data parallel")  # pairs that have the same are
     tuned: Any = adapted(RULES)
     parallelize_module(tuned, init_device_mesh("cpu", (4,)), STYLES)
     losses = _train(tuned, None)
