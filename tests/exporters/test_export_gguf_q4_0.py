@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
 from torch import nn
 
 pytest.importorskip("gguf")
@@ -15,6 +17,7 @@ import gguf
 import numpy as np
 
 import lora_fx
+from lora_fx.cli import main
 from lora_fx.errors import ExportError
 from tests.support.ggufbase import VOCABULARY, language_model, prompts, write_base
 from tests.support.zoo import randomise_, rules
@@ -70,6 +73,24 @@ def test_adapted_weights_are_the_chosen_codes_and_all_else_is_the_bases_bytes(ma
             assert np.array_equal(gguf.dequantize(data, gguf.GGMLQuantizationType.Q4_0), exact[name][1]), name
         else:
             assert (kind, data.tobytes()) == ("F32", old[name][1].tobytes())
+
+
+def test_the_command_takes_rows_of_a_file_as_batches(tmp_path: Path):
+    tuned, rows = adapted(LINEARS), torch.cat([batch["input_ids"] for batch in batches()])
+    language_model("Llama").save_pretrained(tmp_path / "model")
+    lora_fx.save(tuned, tmp_path / "adapter")
+    save_file({"input_ids": rows}, tmp_path / "rows.safetensors")
+    write_base("Llama", language_model("Llama"), base := tmp_path / "base.gguf")
+    eight = [{"input_ids": pair} for pair in rows.split(2)]
+    lora_fx.export(tuned, tmp_path / "python.gguf", "gguf_q4_0", base=base, data=eight)
+    words = ["export", f"hf:{tmp_path / 'model'}", tmp_path / "adapter", "-o", tmp_path / "shell.gguf"]
+    words += ["--target", "gguf_q4_0", "--set", f"base={base}", "--data", tmp_path / "rows.safetensors"]
+    result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "shell.gguf").read_bytes() == (tmp_path / "python.gguf").read_bytes()
+    result = CliRunner().invoke(main, [*map(str, words[:5]), "--target", "gguf", *map(str, words[-2:])])
+    assert result.exit_code
+    assert "there is no option data" in result.output + str(result.exception)
 
 
 @pytest.mark.slow
