@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from torch import fx
 
 from lora_fx.capture.tracing.writer import writes
+from lora_fx.models.torch_internals import set_grad_enabled
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
+from lora_fx.passes.flatten import adapted_output
 from lora_fx.passes.pointwise import is_alias, operation
-from lora_fx.passes.rowwise import ALONG_A_DIMENSION, ENTRY_BY_ENTRY
+from lora_fx.passes.rowwise import ALONG_A_DIMENSION, ENTRY_BY_ENTRY, QUESTIONS
 
-_WRITTEN = frozenset({"add", "sub", "mul", "div", "true_divide", "clamp", "masked_fill", "pow", "neg", "abs"})
-"""Operations whose forms with and without an underscore compute the same numbers."""
+_WRITTEN = frozenset({"add", "sub", "mul", "div", "true_divide", "clamp", "masked_fill", "neg", "abs"})
+"""Operations whose forms with and without an underscore compute the same numbers, under autocast too (pow does not)."""
 _MAKES = (ENTRY_BY_ENTRY | ALONG_A_DIMENSION | {"linear", "matmul", "bmm"}) - {"contiguous", "dropout"}
 """Operations whose result has memory of its own, unless it is an alias."""
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "double"})
@@ -31,6 +33,8 @@ class Afresh(Pass):
     name: str = "afresh"
 
     def run(self, editor: Editor) -> None:
+        if any(node.target is set_grad_enabled for node in editor.graph.nodes):
+            return  # what is written without gradients keeps those that it has; what is made has none
         for node in list(editor.graph.nodes):
             if node.op == "call_method" and writes(node) and _may_be_made(node):
                 with editor.writing_after(node, "") as write:
@@ -51,19 +55,33 @@ def _may_be_made(node: fx.Node) -> bool:
     x, *others = node.all_input_nodes
     if str(node.target)[:-1] not in _WRITTEN or node.args[0] is not x or x in others or "tensor" not in x.meta:
         return False
-    if not _is_made(x) or any(is_alias(user) and user < node for user in x.users):
+    if not _is_made(x) or not all(_shows_nothing(user) for user in x.users if user < node):
         return False
-    tensors = [other for other in others if "tensor" in other.meta]
-    return all(other.meta["tensor"][1] is x.meta["tensor"][1] for other in tensors)
+    dtypes = [other.meta["tensor"][1] if "tensor" in other.meta else None for other in others]
+    return all(dtype is x.meta["tensor"][1] for dtype in dtypes)  # a weight may have any: none is noted
+
+
+def _shows_nothing(user: fx.Node) -> bool:
+    """Whether what an earlier user of a tensor gives is known to be no view of it: anything else may be one."""
+    if user.target is adapted_output:
+        return True
+    asks = operation(user) in QUESTIONS and "tensor" not in user.meta
+    return asks or operation(user) in _MAKE_TWO or _has_own_memory(user)
 
 
 def _is_made(x: fx.Node) -> bool:
     """Whether a tensor has memory of its own, in which no other tensor lies."""
     source = x.all_input_nodes[0] if x.all_input_nodes else None
-    if source is None or x.kwargs.get("inplace") or "out" in x.kwargs or any(value is True for value in x.args):
-        return False
-    if operation(x) == "getitem":
+    if source is not None and operation(x) == "getitem":
         return operation(source) in _MAKE_TWO
-    if operation(x) in _CASTS and "tensor" not in source.meta:
+    return _has_own_memory(x)
+
+
+def _has_own_memory(node: fx.Node) -> bool:
+    """Whether an operation puts its result into new memory."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    if source is None or node.kwargs.get("inplace") or "out" in node.kwargs or any(v is True for v in node.args):
+        return False
+    if operation(node) in _CASTS and "tensor" not in source.meta:
         return False  # perhaps it had the dtype already
-    return operation(x) in _MAKES and not is_alias(x)
+    return operation(node) in _MAKES and not is_alias(node)

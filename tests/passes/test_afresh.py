@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lora_fx.capture.tracing.writer import writes
 from lora_fx.models.code import UncompiledGraph, compiled
@@ -28,6 +29,14 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "what a view shows": lambda x: _through_a_view(x * 2),
     "of a wider dtype": lambda x: (x * 2).add_(x.double()),
     "perhaps itself": lambda x: x.contiguous().add_(1),
+    "what a dropout in eval mode gives back": lambda x: _after(x, lambda own: F.dropout(own, 0.5, False)),
+    "what is contiguous already": lambda x: _after(x, Tensor.contiguous),
+    "what a property shows": lambda x: _after(x, lambda own: own.mT.mT),
+    "data": lambda x: _after(x, lambda own: own.data),
+    "detached": lambda x: _after(x, Tensor.detach),
+    "a view by a function that is not listed": lambda x: _after(x, lambda own: torch.einsum("ij->ij", own)),
+    "what another function writes to": lambda x: _after(x, lambda own: F.hardtanh(own, 0, 3, True)),
+    "other numbers under autocast": lambda x: (x * 2).pow_(2),
 }
 
 
@@ -40,6 +49,13 @@ def _through_a_view(x: Tensor) -> Tensor:
     shown = x[0]
     x.add_(1)
     return shown + x
+
+
+def _after(x: Tensor, show: Callable[[Tensor], Tensor]) -> Tensor:
+    own = x * 2
+    shown = show(own)
+    own.add_(1)
+    return own * shown
 
 
 def after(forward: Callable[[Tensor], Tensor]) -> tuple[bool, Tensor, Tensor]:
@@ -57,3 +73,24 @@ def test_a_graph_writes_no_more_where_nobody_else_can_see_it(name: str) -> None:
     still_writes, made, expected = after((OWN | OTHERS)[name])
     assert torch.equal(made, expected)
     assert still_writes == (name in OTHERS)
+
+
+def test_what_is_written_without_gradients_is_written_as_before() -> None:
+    def forward(x: Tensor) -> Tensor:
+        own = x * 2
+        with torch.no_grad():
+            own.mul_(3)
+        return own
+
+    with torch.no_grad():  # which the graph sets too
+        assert after(forward)[0]
+
+
+def test_a_weight_of_another_dtype_is_added_as_the_forward_does() -> None:
+    module = Block(lambda self, x: (x * 2).add_(self.first.bias[:1]).mul_(self.row), row=nn.Buffer(torch.ones(1)))
+    x = torch.ones(2, 8, dtype=torch.float16)
+    with torch.no_grad():
+        graph = UncompiledGraph(module, captured(module, x).graph)
+        apply_pass(Afresh(), Editor(graph))
+        made = compiled(graph.graph, "<test>")(module, x)
+        assert made.dtype == torch.float16 and torch.equal(made, module(x))
