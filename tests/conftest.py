@@ -69,11 +69,21 @@ def _is_in_sample(case: pytest.Item, number: int) -> bool:
     """Whether a case is the one of so many that runs: squares of one colour of a board, so that each value is there."""
     place = 0
     for crossed in case.iter_markers("parametrize"):
-        names = crossed.args[0]
-        first = names.split(",")[0].strip() if isinstance(names, str) else names[0]
-        index = case.callspec.indices[first]  # type: ignore[attr-defined]
+        index = _index_in(crossed, case.callspec.params)  # type: ignore[attr-defined]
         place += index + index // number  # in one list of pairs too, the next kind has the other backend
     return place % number == 0
+
+
+def _index_in(crossed: pytest.Mark, params: dict[str, object]) -> int:
+    """Return which of the values that are crossed a case has; pytest itself counts whole cases."""
+    names, values = crossed.args
+    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    own = [params[name] for name in names]
+    for index, value in enumerate(values):
+        listed = value.values if isinstance(value, type(pytest.param())) else value if len(names) > 1 else (value,)
+        if all(one is other for one, other in zip(listed, own, strict=True)):
+            return index
+    raise ValueError(f"values of {names} can be gone through once only")
 
 
 def pytest_collection_finish():

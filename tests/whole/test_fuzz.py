@@ -16,7 +16,7 @@ from lora_fx.regions.install import regions
 from tests.support.fuzzing import RandomModule, random_modules
 from tests.support.judging import Verdict, judge
 
-FEW, SOME, MANY = 20, 240, 2400
+FEW, SOME, MANY = 12, 240, 2400
 """Examples in every run of the tests, in the slow ones, and in those of `make fuzz`."""
 PORTION = 120
 
