@@ -166,5 +166,5 @@ def test_verifying_needs_the_base_as_gguf(tmp_path: Path):
 def test_padding_is_no_part_of_a_prompt():
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     given = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
-    result = target._prompts(language_model("Llama"), Sample((), given))
+    result = target.prompts_in(language_model("Llama"), Sample((), given))
     assert result == [[5, 6, 7], [8, 9], [5, 6], [8]]
