@@ -150,6 +150,7 @@ def _value(rows: LazyRows) -> Tensor:
         inputs = value.source.inputs
         with torch.inference_mode(False), torch.enable_grad():
             value.made = _Edge.apply(value, lambda: plain, *inputs) if inputs else plain  # type: ignore[no-untyped-call]
+        value.version = value.made._version
     return value.whole().detach()
 
 

@@ -199,10 +199,7 @@ class Derived(RowSource):
     def whole(self) -> Tensor:
         before = self.parent.whole()
         if self.copies and self.parent.is_changed:
-            raise RefusedError(
-                "a tensor that is computed late was made of another one, and that has been written to since",
-                advice="write to it before anything is made of it, or to a clone of it",
-            )
+            raise written_since()
         made = self.operation(before)
         return made.detach() if self.cut else made
 
@@ -221,6 +218,14 @@ class Derived(RowSource):
     def steps(self) -> Steps:
         rows = None if self.rows is None else self.rows.reshape(-1)
         return self.parent.source.steps().then(rows, self.step)
+
+
+def written_since() -> RefusedError:
+    """Return the error of a tensor that cannot be computed any more."""
+    return RefusedError(
+        "a tensor that is computed late was made of another one, and that has been written to since",
+        advice="write to it before anything is made of it, or to a clone of it",
+    )
 
 
 def _itself(tensor: Tensor) -> Tensor:

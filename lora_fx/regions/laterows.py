@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_fx.capture.calls.ambient import AmbientState, ambient_state
 from lora_fx.liveness.asked import Asked, asked_of, asked_rows, is_most
 from lora_fx.liveness.rows import LazyRows, is_adopted, lazy, take, whole
-from lora_fx.liveness.sources import RowSource, leaves_of
+from lora_fx.liveness.sources import RowSource, leaves_of, written_since
 from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.remaking import Unchanged, remade
 from lora_fx.regions.rowfunctions import HAVE_WEIGHTS, is_all, keeps_rows, row_function
@@ -164,6 +164,11 @@ class RowOperation(LateRows):
         self.inputs = tuple({id(tensor): tensor for tensor in inputs if tensor.requires_grad}.values())
         self._ambient: AmbientState = ambient_state({self.device})
         self._unchanged = Unchanged(plain)
+        self._versions = [
+            (value, None if value.made is None else value.made._version)
+            for leaf in self._late
+            for value in leaf.lazy_value.chain()
+        ]
         self._all: Tensor | None = None
 
     def applied(self, of_late: Any, asked: Asked) -> Any:
@@ -179,7 +184,7 @@ class RowOperation(LateRows):
         return self._function(*args, **kwargs)
 
     def computed(self, asked: Asked, made: Made) -> Tensor:
-        self._unchanged.check("rows")
+        self._check()
 
         def of_late(value: LazyRows) -> Tensor:
             late = late_in(value)
@@ -188,6 +193,17 @@ class RowOperation(LateRows):
         with remade(self._ambient, None):
             result: Tensor = self.applied(of_late, asked)
         return result
+
+    def _check(self) -> None:
+        """Hold that nobody has written to what it is made of.
+
+        Raises:
+            RefusedError: somebody has.
+        """
+        self._unchanged.check("rows")
+        for value, version in self._versions:
+            if value.made is not None and value.made._version != (value.version if version is None else version):
+                raise written_since()
 
     def note_taken(self) -> None:
         for value in self._late:
@@ -206,7 +222,7 @@ class RowOperation(LateRows):
 
     def _of(self, rows_of: Callable[[LazyRows], Tensor]) -> Tensor:
         """Return the function's result on all rows, as they are given of what is late."""
-        self._unchanged.check("rows")
+        self._check()
         args, kwargs = pytree.tree_map_only(LazyRows, rows_of, self._arguments)
         with remade(self._ambient, None):
             result: Tensor = self._function(*args, **kwargs)

@@ -253,6 +253,23 @@ def test_rows_asked_for_after_an_optimisers_step_are_an_error(optimiser: Any) ->
         print(outputs.logits.sum())
 
 
+@pytest.mark.parametrize("shown", [lambda hidden: hidden, Tensor.detach], ids=["itself", "detached"])
+def test_what_was_made_of_rows_that_are_written_to_since_is_refused(shown: Any) -> None:
+    inputs = labelled()
+    late, plain = pair(llama(), inputs)
+
+    def loss(model: nn.Module, before: bool) -> Tensor:
+        hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+        made = None if before else hidden + 1
+        shown(hidden).mul_(2)
+        logits = model.lm_head(hidden + 1 if made is None else made)
+        return F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+
+    torch.testing.assert_close(loss(late, before=True), loss(plain, before=True), rtol=1e-6, atol=1e-6)
+    with pytest.raises(RefusedError, match="has been written to since"):
+        loss(late, before=False)
+
+
 def test_a_block_that_is_run_again_and_again_leaves_out_padding_and_the_last_time_rows_without_a_label() -> None:
     torch.manual_seed(0)
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
