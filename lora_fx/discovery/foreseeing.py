@@ -68,11 +68,13 @@ def foresee(captured: Survey, decisions: Decisions, model: nn.Module) -> Foresee
         fused = frozenset(name for name in inside.keys() - others.keys() if name)
         drops = any(site.lora is not None and site.lora.dropout for site in inside.values())
         for graph, _ in captured.library.get(structure, ()):
-            key = (id(graph), fused, frozenset(others.items()), drops)
+            known_of_it = found.regions.get(region, {})
+            asked = not known_of_it or any(known_of_it.values())  # else another graph of it does all already
+            key = (id(graph), fused, frozenset(others.items()), drops, asked)
             if key not in known:
                 known[key] = None
                 with contextlib.suppress(AttributeError):  # it reads what a forward makes first
-                    known[key] = foreseen(graph, block, fused, others, drops)
+                    known[key] = foreseen(graph, block, fused, others, drops, asked)
             if (seen := known[key]) is not None:
                 _add(found.regions.setdefault(region, {}), seen.block)
                 for name, reasons in seen.sites.items():

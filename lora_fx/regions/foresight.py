@@ -44,7 +44,7 @@ class Foresight:
 
 
 def foreseen(
-    captured: Captured, module: nn.Module, fused: frozenset[str], others: Mapping[str, str], drops: bool
+    captured: Captured, module: nn.Module, fused: frozenset[str], others: Mapping[str, str], drops: bool, block: bool
 ) -> Foresight:
     """Return what will be done to a graph once the layers of these paths are adapted; nothing is changed.
 
@@ -54,6 +54,7 @@ def foreseen(
         fused: paths in it of the layers that will compute base and adapter as one operation.
         others: why other adapted layers in it will not, by path.
         drops: whether an adapter in it has a dropout.
+        block: whether what is done to the block by name is asked for, too.
     """
     plain = UncompiledGraph(module, copy.deepcopy(captured.graph))
     apply_pass(Flatten(fused), Editor(plain))
@@ -70,7 +71,7 @@ def foreseen(
         stacked = "" if len(layers) > 1 else _ALONE if not layers or shared[inputs[layers[0]]] < 2 else _BETWEEN
         made = "" if is_making(node) else _why_not_made(node) if layers else ""
         sites |= {path: {"stack": stacked, "recompute": made} for path in layers}
-    return Foresight(sites, _of_block(plain, fast, module, captured, others, drops))
+    return Foresight(sites, _of_block(plain, fast, module, captured, others, drops) if block else {})
 
 
 def _copied(graph_module: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
