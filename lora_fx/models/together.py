@@ -75,22 +75,30 @@ def surely_finite(tensors: Iterable[Tensor]) -> bool:
     No sum is finite if a value is not; nor is that of values that are too large together.  Tensors that differ in their
     first size alone are summed as one: for small ones a copy costs less than an operation for each.
     """
-    groups: dict[tuple[object, ...], list[Tensor]] = {}
-    for tensor in tensors:
-        if type(tensor) not in _KINDS or tensor.layout is not torch.strided or not tensor.dtype.is_floating_point:
-            return False
-        groups.setdefault((tensor.shape[1:], tensor.dim(), tensor.dtype, tensor.device), []).append(tensor)
+    known = list(tensors)
+    if not {*map(type, known)} <= {*_KINDS} or not {tensor.layout for tensor in known} <= {torch.strided}:
+        return False
+    if not all(dtype.is_floating_point for dtype in {tensor.dtype for tensor in known}):
+        return False
+    groups: dict[object, list[Tensor]] = {}
+    are_of_one = len({tensor.dtype for tensor in known}) == len({tensor.device for tensor in known}) == 1
+    for tensor in known:
+        size = tensor.shape[1:]
+        groups.setdefault(size if are_of_one else (size, tensor.dtype, tensor.device), []).append(tensor)
     with torch.no_grad():
         sums = [part.sum(dtype=_wide(part.dtype)) for group in groups.values() for part in _joined(group)]
         return all(math.isfinite(total.item()) for total in sums)
 
 
 def _joined(group: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield tensors that hold the values of all in a group, which differ in their first size alone."""
+    """Yield tensors that hold the values of all in a group, which differ in their first size alone, or have none."""
+    sizes = [tensor.numel() for tensor in group]
+    if sum(sizes) <= _MOST_TOGETHER and 0 not in {tensor.dim() for tensor in group}:
+        yield torch.cat(list(group))
+        return
     waiting: list[Tensor] = []
     number = 0
-    for tensor in group:
-        size = tensor.numel()
+    for tensor, size in zip(group, sizes, strict=True):
         if size >= _MOST_TOGETHER or not tensor.dim():
             yield tensor
             continue
