@@ -4,7 +4,9 @@ The file has one alpha, and llama.cpp takes alpha / rank of a tensor as its scal
 the rest goes into its B.
 """
 
+import errno
 import importlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -168,8 +170,23 @@ def _write(tuned: nn.Module, path: Path, base: str | Path | None = None) -> None
         writer.add_tensor(f"{name}.lora_b", _array(B if rest == 1 else B * rest))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
+    write_tensors(writer)
+
+
+def write_tensors(writer: Any) -> None:
+    """Write the tensors of a `GGUFWriter` and end its files.
+
+    numpy hands on what it writes through a buffer of its own, and says nothing where the last of it finds no room.
+
+    Raises:
+        OSError: a file is shorter than what was written to it.
+    """
     writer.write_tensors_to_file()
+    ends = [(Path(file.name), file.tell()) for file in writer.fout]
     writer.close()
+    for path, end in ends:
+        if path.stat().st_size < end:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _laid_out(adapter: PlainAdapter, name: str, layout: GgufLayout, config: Any) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from lora_fx.exporters.gguf import (
     log_probabilities,
     prompts_in,
     tied_paths,
+    write_tensors,
 )
 from lora_fx.exporters.running import run_client
 from lora_fx.exporters.target import Refusal, Target, expressed, refusals
@@ -179,8 +180,7 @@ def _copy(reader: Any, path: Path, blocks: dict[str, Any]) -> None:
         writer.add_tensor(tensor.name, tensor.data if held is None else held, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer)
 
 
 # -- in llama.cpp

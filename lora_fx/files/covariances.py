@@ -4,9 +4,11 @@ Of each layer two matrices X Xᵀ [in, in] in float32, `PATH.rounding` of the ba
 that show what it gives: 8 · in² bytes.
 """
 
+import contextlib
+import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +57,7 @@ def input_covariances(
 
     Raises:
         RefusedError: fewer than two batches, no adapted linear layer, one that the data does not reach, a sharded
-            model; nothing is written.
+            model, a path that cannot be written; nothing is written.
         MergeError: as `merge`.
     """
     tuned, place = with_values(seen_through(tuned)), Path(path)
@@ -64,15 +66,36 @@ def input_covariances(
         layers = _layers(tuned)
         model = merged(tuned, stays_plain=False)
         header = header_bytes(_entries(layers), {_MARK: "1", _VALUES: json.dumps(_values(tuned))})
-        with staged(place, _refuse_folder) as stage, stage.open("xb") as file:
-            file.write(header)
-            with step("looking at inputs", len(layers), "layers") as doing:
-                for some in at_once(layers):
-                    for name, found in moments_of(model, some, rounding, held).items():
-                        for moment in found:
-                            file.write(moment.total.float().cpu().contiguous().numpy().data)
-                        doing.advance(name)
+        with contextlib.ExitStack() as opened, step("looking at inputs", len(layers), "layers") as doing:
+            with _told(place):
+                file = opened.enter_context(opened.enter_context(staged(place, _refuse_folder)).open("xb", buffering=0))
+                _write(file, header)
+            for some in at_once(layers):
+                met = moments_of(model, some, rounding, held)
+                with _told(place):
+                    for moment in (moment for found in met.values() for moment in found):
+                        _write(file, moment.total.float().cpu().contiguous().numpy().data.cast("B"))
+                for name in met:
+                    doing.advance(name)
+            with _told(place):
+                opened.pop_all().close()
     return [layer.path for layer in layers]
+
+
+@contextlib.contextmanager
+def _told(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        facts = [(str(place), error.strerror or str(error))]
+        raise RefusedError("covariances cannot be written", facts) from error
+
+
+def _write(file: io.FileIO, content: bytes | memoryview) -> None:
+    """Write all of it now: a buffer would try again when it is closed, and its error hide the one that is told."""
+    left = memoryview(content)
+    while len(left):
+        left = left[file.write(left) :]
 
 
 def _layers(tuned: nn.Module) -> list[Given]:

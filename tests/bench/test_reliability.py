@@ -5,11 +5,22 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 import lora_fx
-from tests.support.disasters import Ground, Writer, adapted, killed_at_random, on_full_disk, two_at_once
+from lora_fx.files.checkpoint.outfolder import free_bytes
+from tests.support.disasters import (
+    Ground,
+    Writer,
+    adapted,
+    killed_at_random,
+    on_full_disk,
+    read_only,
+    two_at_once,
+    writers,
+)
 from tests.support.docpages import ROOT
 from tests.support.performance import rows_between
 
@@ -55,6 +66,20 @@ def test_two_exports_to_one_place_leave_one_of_the_two_and_not_what_was_there_be
     )
     assert not found.wrong
     assert found.times["new"] == 4
+
+
+def test_writers_of_gguf_and_covariances_say_that_the_disk_is_full_or_read_only(tmp_path):
+    found = writers(tmp_path, ("gguf",))
+    for name in {"export, gguf", "input_covariances"} & found.keys():
+        full, closed = on_full_disk(found[name], 5), read_only(found[name])
+        assert not full.wrong + closed.wrong, name
+        assert full.times["refused"] == 5
+        assert closed.times["refused"] == 1
+
+
+def test_a_part_that_another_merge_has_named_meanwhile_takes_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [path / "gone"])
+    assert free_bytes(tmp_path) > 0
 
 
 def test_what_is_torn_or_lost_is_seen():

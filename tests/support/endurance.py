@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import os
 import random
@@ -34,12 +35,14 @@ class Held:
     objects: int
     """That Python's collector knows."""
     resident: int
-    """Bytes of memory."""
+    """Bytes of memory, without what is freed and could be given back."""
 
 
 def held(tuned: nn.Module) -> Held:
     """Return what this process holds now; needs Linux's /proc."""
     gc.collect()
+    if (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc keeps it for later
+        give_back(0)
     programs = {id(program) for _, _, region in regions(tuned) for program in region.block.programs}
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return Held(len(programs) + len(KNOWN), len(os.listdir("/proc/self/fd")), len(gc.get_objects()), resident)

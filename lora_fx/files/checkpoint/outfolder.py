@@ -73,8 +73,16 @@ def check_folder(folder: Path) -> None:
 def free_bytes(folder: Path) -> int:
     """Return how much may be written there: what is free, and what an interrupted run has left and will overwrite."""
     parent = _nearest(folder)
-    left = sum(path.lstat().st_size for path in folder.glob(f"{OURS}.*.part")) if folder.is_dir() else 0
+    left = sum(map(_size, folder.glob(f"{OURS}.*.part"))) if folder.is_dir() else 0
     return shutil.disk_usage(parent).free + left
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file; 0 where another merge has given it its name meanwhile."""
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def is_read_only(folder: Path) -> bool:
