@@ -51,6 +51,16 @@ def test_a_lower_rank_is_filled_up_and_another_scaling_goes_into_b(tmp_path):
     assert torch.equal(B[:, :2], new.blocks[0].k.lora_B["default"].weight * 2.5)
 
 
+def test_another_scaling_is_not_rounded_to_the_half_precision_of_a_file(tmp_path):
+    tuned, new = two(), other(r=2, alpha=0.7).bfloat16()
+    lora_fx.save(new, tmp_path)
+    lora_fx.swap(tuned, tmp_path, adapter="b")
+    theirs = new.blocks[0].k.lora_B["default"].weight
+    assert theirs.dtype == torch.bfloat16
+    B = factors(tuned, "b")["blocks.0.k.lora_B"]
+    torch.testing.assert_close(B[:, :2], theirs.float() * 0.35, rtol=1e-6, atol=0)
+
+
 def test_a_slot_may_have_room_for_higher_ranks(tmp_path):
     tuned = two()
     lora_fx.drop(tuned, "b")
@@ -111,6 +121,7 @@ FIRST = "blocks.0.k.lora_A.default.weight"
         (lambda state: state.update({FIRST: torch.zeros(4, 6)}), r"float32 \[4, 6\]"),
         (lambda state: state.update({FIRST: torch.zeros(3, 5)}), r"float32 \[3, 5\]"),
         (lambda state: state.update({FIRST: torch.zeros(3, 6).double()}), "float64"),
+        (lambda state: state.update({FIRST: torch.zeros(3, 6).to(torch.float8_e4m3fn)}), "float8_e4m3fn"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, told):

@@ -29,6 +29,11 @@ from lora_fx.planning.sites import CONVOLUTIONS, Layout, Site
 from lora_fx.rules.inits import pairs_of
 
 
+def scaled(factor: Tensor, ratio: float) -> Tensor:
+    """Return a factor times a number, in float32 at least: in half precision it would be rounded, or too small."""
+    return factor if ratio == 1 else factor.to(torch.promote_types(factor.dtype, torch.float32)) * ratio
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """How the factors of a site are laid out in a file."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_fx.adapters.factors.spec import AdapterSpec
+from lora_fx.files.adapter.codec import scaled
 from lora_fx.files.adapter.plainstate import targets_in
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
@@ -43,7 +44,7 @@ def plain_file_copies(tuned: nn.Module, file: AdapterFile, adapter: str) -> Copi
             if not spec.lora.alpha:
                 return None
             ratio = ratios[id(saved.lora), id(spec.lora)] = saved.lora.scaling / spec.lora.scaling
-        copies += [(A, saved.lora_A), (B, saved.lora_B if ratio == 1 else saved.lora_B * ratio)]
+        copies += [(A, saved.lora_A), (B, scaled(saved.lora_B, ratio))]
     return [(to, _fitting(to, value)) for to, value in copies] if _is_base(file, bases) else None
 
 

@@ -12,7 +12,7 @@ from lora_fx.adapters.attach import HOME, Attached
 from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
-from lora_fx.files.adapter.codec import as_plain
+from lora_fx.files.adapter.codec import as_plain, scaled
 from lora_fx.files.adapter.keptbase import base_of
 from lora_fx.files.adapter.plainfile import plain_file_copies
 from lora_fx.files.adapter.plainstate import plain_copies
@@ -172,7 +172,9 @@ def _wrong(key: str, own: Tensor | None, axis: int | None, given: object) -> Mis
     expected = list(own.shape)
     if axis is not None:
         expected[axis] = min(expected[axis], given.shape[axis])
-    narrower = own.dtype != given.dtype and torch.promote_types(own.dtype, given.dtype) != own.dtype
+    narrower = own.dtype != given.dtype and (
+        given.dtype.itemsize == 1 or torch.promote_types(own.dtype, given.dtype) != own.dtype  # no 8-bit float has one
+    )
     wrong = given.is_meta or narrower or list(given.shape) != expected
     return (key, _told(given), _told(own)) if wrong else None
 
@@ -262,7 +264,7 @@ class _Pair:
         one, saved = self.slot, self.saved
         A, B = as_plain(one, saved.lora_A, saved.lora_B)
         if saved.lora.scaling != one.spec.scaling:
-            B = B * (saved.lora.scaling / one.spec.scaling)
+            B = scaled(B, saved.lora.scaling / one.spec.scaling)
         targets: list[tuple[Tensor, Tensor]] = []
         if isinstance(one.lora_A, MovedA) and isinstance(one.lora_B, MovedB):
             r = one.lora_A.weight.shape[0]
