@@ -156,13 +156,14 @@ class AdaptedLayer(ShowsAdapters):
         """Return what the module computes with the adapters that are used."""
         if torch.compiler.is_compiling() and self.invocations():
             return self._outside_of_compiled(input)  # type: ignore[no-any-return]
-        rows = self.chosen_rows()
-        if rows is not None:
-            return self._row_by_row(rows, input)  # type: ignore[no-any-return]
-        chosen = self.chosen_adapters()
+        switch: Switch = self.__dict__[STATE].switch
+        selection = switch.for_call()
+        if selection.rows is not None:
+            return self._row_by_row(selection.rows, input)  # type: ignore[no-any-return]
+        chosen = selection.at(self.lora_A._modules)
         if not chosen:
             return self.base_forward(input)
-        tokens = self.tokens_of([name for name, _ in chosen]) if self.invocations() else None
+        tokens = self.tokens_of([name for name, _ in chosen]) if switch.invocations else None
         term = term_of(self, chosen, input) if tokens is None else None
         if term is not None:
             return adapted((term,), input)[0]
@@ -267,10 +268,12 @@ class AdaptedLayer(ShowsAdapters):
 
     def adapted_term(self, input: Tensor) -> Term | None:
         """Return the layer with its adapters as a term of a fused product with the input, if it can be one."""
-        if self.chosen_rows() is not None:
+        switch: Switch = self.__dict__[STATE].switch
+        selection = switch.for_call()
+        if selection.rows is not None:
             return None
-        chosen = self.chosen_adapters()
-        if not chosen or self.tokens_of([name for name, _ in chosen]) is not None:
+        chosen = selection.at(self.lora_A._modules)
+        if not chosen or (switch.invocations and self.tokens_of([name for name, _ in chosen]) is not None):
             return None
         return term_of(self, chosen, input)
 

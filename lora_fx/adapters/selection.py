@@ -60,7 +60,11 @@ class Selection:
                 [(str(name), "is used for some rows") for name in mixed],
                 "keep these sites out of the rules of what is used in `lora_fx.rows`",
             )
-        return tuple(pair for pair in self.weights if pair[0] in names)
+        found = []
+        for pair in self.weights:  # a generator would be two calls for each layer's
+            if pair[0] in names:
+                found.append(pair)
+        return tuple(found)
 
     def share(self, name: str) -> float:
         """Return how much of an adapter is used, 0 if it is not; 1 if it is used for some rows."""

@@ -8,6 +8,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -43,6 +44,14 @@ class Guard:
     source: str
     proven: set[tuple[int, ...]]
     """The values of these integers for which the graph has been proven."""
+    codes: tuple[CodeType, ...]
+    """Of the three functions."""
+    names: Mapping[str, Any]
+    """What the names in them stand for."""
+
+    def anew(self) -> "Guard":
+        """Return a guard of the same checks by which nothing has been proven."""
+        return _guard(self.codes, self.names, self.reasons, self.source)
 
 
 def compile_guard(captured: Captured, classes: Mapping[str, type]) -> Guard:
@@ -76,12 +85,12 @@ def compile_guard(captured: Captured, classes: Mapping[str, type]) -> Guard:
     so a tensor of three dimensions gets 6, and `reasons[6]` is "number of dimensions of x".
     """
     writer = _GuardWriter(captured, classes)
-    relaxed = [_relaxed(clause, captured) for clause in captured.size_guards]
-    source, reasons = writer.write(list(captured.size_guards), proven=True)
-    ones, _ = writer.write(relaxed, proven=True)
-    unproven, _ = writer.write(relaxed, proven=False)
-    match, match_ones, match_unproven = (_compiled(text, writer.names) for text in (source, ones, unproven))
-    return Guard(match, match_ones, match_unproven, tuple(reasons), source, writer.proven)
+    lines, reasons = writer.write()
+    sources = []
+    for instead in ({}, writer.at_ones, writer.at_ones | writer.unproven):
+        sources.append("\n".join([instead.get(number, line) for number, line in enumerate(lines)]))
+    codes = tuple([compile(source, "<lora_fx guard>", "exec") for source in sources])
+    return _guard(codes, writer.names, tuple(reasons), sources[0])
 
 
 def _relaxed(clause: str, captured: Captured) -> str:
@@ -91,10 +100,13 @@ def _relaxed(clause: str, captured: Captured) -> str:
     return _AT_LEAST_TWO.sub(r"1 <= ", clause)
 
 
-def _compiled(source: str, names: dict[str, Any]) -> Any:
-    scope = dict(names)
-    exec(compile(source, "<lora_fx guard>", "exec"), scope)
-    return scope["guard"]
+def _guard(codes: tuple[CodeType, ...], names: Mapping[str, Any], reasons: tuple[str, ...], source: str) -> Guard:
+    proven: set[tuple[int, ...]] = set()
+    scopes = [{**names, "proven": proven} for _ in codes]
+    for code, scope in zip(codes, scopes, strict=True):
+        exec(code, scope)
+    match, match_ones, match_unproven = [scope["guard"] for scope in scopes]
+    return Guard(match, match_ones, match_unproven, reasons, source, proven, codes, names)
 
 
 class _GuardWriter:
@@ -104,29 +116,30 @@ class _GuardWriter:
         self.captured = captured
         self.classes = classes
         self.names: dict[str, Any] = {**shape_guard_names, "Plain": (Tensor, nn.Parameter, LazyRows), "torch": torch}
+        self.names["proven"] = ()  # each guard has a set of its own
         self.module_names: dict[str, str] = {}
         self.object_names: dict[AttributePath, str] = {}
         self.lines: list[str] = []
         self.reasons: list[str] = []
+        self.at_ones: dict[int, str] = {}
+        """What stands in the place of a line, by its number, where sizes may be 1 that the capture took for more."""
+        self.unproven: dict[int, str] = {}
+        """The same, where parameters may have any values."""
         self.freezer = Freezer()
-        self.proven: set[tuple[int, ...]] = set()
-        self.names["proven"] = self.proven
         self.parameters = {f"«{place}»": f"p{index}" for index, place in enumerate(captured.parameters)}
 
-    def write(self, size_guards: list[str], proven: bool) -> tuple[str, list[str]]:
-        """Return (source, reasons); with `proven`, parameters must have values for which the graph was proven."""
+    def write(self) -> tuple[list[str], list[str]]:
+        """Return the lines of the source, of which `at_ones` and `unproven` tell others, and the reasons; once."""
         self.module_names = {"": "self"}
-        self.object_names = {}
-        self.reasons = []
         self.lines = ["def guard(self, args, kwargs):", "  try:"]
-        self._parameters(proven)
+        self._parameters()
         self._ambient()
         for check in self.captured.structure:
             self._check(check.expression, check.reason)
         self._inputs()
         self._identities()
-        for clause in size_guards:
-            self._check(clause, f"size: {self._readable(clause)}")
+        for clause in self.captured.size_guards:
+            self._check(clause, f"size: {self._readable(clause)}", self.at_ones, _relaxed(clause, self.captured))
         for leaf in self.captured.constants:
             self._constant(leaf)
         self._modules()
@@ -136,11 +149,19 @@ class _GuardWriter:
             self._frozen(frozen, source.access(self._name(source.root)), source.name)
         inputs = "".join(f"x{index}, " for index in range(len(self.captured.inputs)))
         self.lines += [f"  except {_FAILURES}: return {len(self.reasons)}", f"  return ({inputs})"]
-        return "\n".join(self.lines), [*self.reasons, "structure of the arguments"]
+        return self.lines, [*self.reasons, "structure of the arguments"]
 
-    def _check(self, expression: str, reason: str) -> None:
-        self.lines.append(f"    if not ({self._filled(expression)}): return {len(self.reasons)}")
+    def _check(
+        self, expression: str, reason: str, others: dict[int, str] | None = None, instead: str | None = None
+    ) -> None:
+        """Write a check; in the place of the line, `others` get the same with the expression `instead`."""
+        if others is not None and instead is not None:
+            others[len(self.lines)] = self._line(instead)
+        self.lines.append(self._line(expression))
         self.reasons.append(reason)
+
+    def _line(self, expression: str) -> str:
+        return f"    if not ({self._filled(expression)}): return {len(self.reasons)}"
 
     def _bind(self, name: str, expression: str) -> str:
         self.lines.append(f"    {name} = {self._filled(expression)}")
@@ -149,14 +170,14 @@ class _GuardWriter:
     def _frozen(self, frozen: Frozen, access: str, name: str) -> None:
         self._check(" and ".join(frozen.conditions(access, self._name)), f"value of {name}")
 
-    def _parameters(self, proven: bool) -> None:
+    def _parameters(self) -> None:
         for place, name in zip(self.captured.parameters, self.parameters.values(), strict=True):
             self._bind(name, functools.reduce(attribute, place.attributes, self._module(place.path)))
             self._check(f"type({name}) is int", f"value of {place}")
         if self.parameters:
             values = "".join(f"{name}, " for name in self.parameters.values())
-            expression = f"({values}) in proven" if proven else "True"
-            self._check(expression, f"value of {', '.join(map(str, self.captured.parameters))}")
+            reason = f"value of {', '.join(map(str, self.captured.parameters))}"
+            self._check(f"({values}) in proven", reason, self.unproven, "True")
 
     def _filled(self, text: str) -> str:
         for place, name in self.parameters.items():

@@ -22,7 +22,7 @@ from lora_fx.models.joining import outline
 from lora_fx.models.layers import has_unknown_weights
 from lora_fx.models.samples import Sample, Samples, candidates, samples_for, without_values
 from lora_fx.models.tensors import dotted
-from lora_fx.models.walking import modules_of
+from lora_fx.models.walking import modules_of, set_eval
 from lora_fx.planning.decide import check_used, decide, on_modules, still_fitting
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.plan import Plan
@@ -201,7 +201,7 @@ def _watched_uses(model: nn.Module, samples: Sequence[Sample]) -> Uses:
 def _trial_in_inference(model: nn.Module) -> Iterator[nn.Module]:
     with trial_twin(model) as twin, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        twin.eval()
+        set_eval(twin)
         yield twin
 
 

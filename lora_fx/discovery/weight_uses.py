@@ -6,6 +6,7 @@ tells which axis of the parameter is summed over, so which are its inputs.
 
 import contextlib
 import functools
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from lora_fx.adapters.rawweight.products import name_of
 from lora_fx.errors import RefusedError
 from lora_fx.models.tensors import dotted
 from lora_fx.models.torch_internals import DispatchMode
+from lora_fx.models.walking import all_parameters_of, named_modules_of
 from lora_fx.planning.sites import Layout
 
 
@@ -86,19 +88,29 @@ def weight_uses(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -
     watch = _Watch(model)
     with _module_stack(model, calls, watch.active), _unfused(), watch.functions, watch:
         model(*args, **kwargs)
-    banks = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in all_parameters_of(model):
+        first.setdefault(id(parameter), (name, parameter))
+    banks = {name for name, parameter in first.values() if parameter.dim() == 3}
     return Uses(calls, {name: seen.use(name in banks) for name, seen in watch.seen.items()})
+
+
+_SWITCHING = threading.RLock()
 
 
 @contextlib.contextmanager
 def _unfused() -> Iterator[None]:
-    """Keep nn.TransformerEncoderLayer from handing all of its weights to one kernel."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    """Keep nn.TransformerEncoderLayer from handing all of its weights to one kernel: one thread at a time.
+
+    The switch is the process's: two threads at once would leave it as the other had set it.
+    """
+    with _SWITCHING:
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager
@@ -114,7 +126,7 @@ def _module_stack(model: nn.Module, calls: dict[str, int], active: list[nn.Modul
             active.pop()
 
     with contextlib.ExitStack() as hooks:
-        for path, module in model.named_modules():
+        for path, module in named_modules_of(model):
             hooks.enter_context(module.register_forward_pre_hook(functools.partial(enter, path)))
             hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         yield
@@ -187,29 +199,31 @@ class _Watch(DispatchMode):
         """The parameters, by memory."""
         self._copies: dict[int | None, _Memory] = {}
         self._buffers = set(map(_storage, model.buffers())) - {None}
-        for path, module in model.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() >= 1 and (storage := _storage(parameter)) is not None:
+        for path, module in named_modules_of(model):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() >= 1 and (storage := _storage(parameter)) is not None:
                     axes = tuple(frozenset((axis,)) for axis in range(parameter.dim()))
                     whole = _Memory((_Origin({}, parameter.dim(), axes),), tuple(parameter.shape), parameter.stride())
                     memory = self._roots.setdefault(storage, whole)
                     memory.shown[0].owners[dotted(path, name)] = module
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self._refuse_writes(func, args)
+        name = _kernel_of(func)
+        if written := _written(func):
+            self._refuse_writes(func, args, written)
         result = func(*args, **(kwargs or {}))
-        name = name_of(func)
-        given = (part for value in args for part in (value if isinstance(value, (list, tuple)) else (value,)))
-        operands = [value for value in given if isinstance(value, Tensor)]
-        if any(map(self._memory, operands)) or name in _KERNELS:
+        operands = []
+        for value in args:
+            for part in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(part, Tensor):
+                    operands.append(part)
+        if name in _KERNELS or any(map(self._memory, operands)):
             self._note(name, args, operands, result)
         return result
 
-    def _refuse_writes(self, func: Any, args: Any) -> None:
+    def _refuse_writes(self, func: Any, args: Any, written: tuple[int, ...]) -> None:
         """Stop before a kernel writes to a parameter: the memory is that of the caller's model."""
-        for place in (
-            () if name_of(func) == "embedding_renorm_" else _written(func)
-        ):  # max_norm is refused where it counts
+        for place in () if name_of(func) == "embedding_renorm_" else written:  # max_norm is refused where it counts
             tensor = args[place] if place < len(args) else None
             memory = self._roots.get(_storage(tensor)) if isinstance(tensor, Tensor) else None
             if memory is not None:
@@ -237,7 +251,8 @@ class _Watch(DispatchMode):
 
     def _memory(self, tensor: Tensor) -> _Memory | None:
         """Return what lies in the tensor's memory; None if nothing of a parameter does."""
-        return self._roots.get(_storage(tensor)) or self._copies.get(_storage(tensor))
+        storage = _storage(tensor)
+        return self._roots.get(storage) or self._copies.get(storage)
 
     def _where(self, tensor: Tensor) -> tuple[_Origin, ...]:
         """Return what the tensor shows of parameters; nothing if it is not one and was not made of any."""
@@ -320,6 +335,9 @@ class _Watch(DispatchMode):
             seen.sides[sides] += 1
         seen.outside |= not inside
         seen.problem = seen.problem or problem
+
+
+_kernel_of = functools.cache(name_of)
 
 
 @functools.cache

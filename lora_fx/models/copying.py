@@ -25,9 +25,8 @@ _METHODS: dict[str, tuple[Any, ...]] = {
     "__reduce__": (object.__reduce__,),
     "__deepcopy__": (None,),
 }
-"""By what a class may be copied if its objects are copied attribute by attribute."""
-_INHERITED = ("__getstate__", "__setstate__")
-"""Which methods of `nn.Module`, as they are now, it must have besides: torch's compiler replaces one of them."""
+"""By what a class may be copied if its objects are copied attribute by attribute: one or the other of two."""
+_GETSTATE = nn.Module.__getstate__
 _GIVEN_TO_ALL = nn.Module().__dict__.keys()
 """The attributes of every module of this version of torch; one of an older file may lack some."""
 _OF_OBJECTS = {
@@ -56,12 +55,22 @@ def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         Exception: whatever the copy of an attribute raises.
     """
     modules = {id(child): child for child in modules_of(module)}
-    own_way = any("__deepcopy__" in child.__dict__ for child in modules.values())
-    if own_way or not memo.keys().isdisjoint(modules) or not all(map(_is_plain, {*map(type, modules.values())})):
+    kinds = set()
+    own_way = nn.Module.__getstate__ is not _GETSTATE or not memo.keys().isdisjoint(modules)
+    for child in modules.values():
+        kinds.add(type(child))
+        own_way = own_way or "__deepcopy__" in child.__dict__
+    if own_way or not all(map(_is_plain, kinds)):
         return _copied_by_python(module, memo, modules)
-    memo.update((key, object.__new__(type(child))) for key, child in modules.items())
-    attributes = [(memo[key], nn.Module.__getstate__(child)) for key, child in modules.items()]  # type: ignore[no-untyped-call]
-    left = [(own, name) for _, own in attributes for name in _filled(own, memo)]
+    for key, child in modules.items():
+        memo[key] = object.__new__(type(child))
+    attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+    left: list[tuple[dict[str, Any], str]] = []
+    for key, child in modules.items():
+        own = child.__dict__.copy()  # as `nn.Module.__getstate__`
+        own.pop("_compiled_call_impl", None)
+        attributes.append((memo[key], own))
+        _fill_module(own, memo, left)
     for own, name in left:
         own[name] = copied_value(own[name], memo)
     replaced = nn.Module.__setstate__.__qualname__ != "Module.__setstate__"  # torch's compiler notes which are new
@@ -103,9 +112,11 @@ def copied_alone(module: nn.Module, memo: dict[int, Any], called: nn.Module) -> 
     return made
 
 
-def _filled(own: dict[str, Any], memo: dict[int, Any]) -> list[str]:
-    """Put copies in the place of a module's attributes, and return the names of those that may hold other modules'."""
-    left = []
+def _fill_module(own: dict[str, Any], memo: dict[int, Any], left: list[tuple[dict[str, Any], str]]) -> None:
+    """Put copies in the place of a module's attributes, and note which of them may hold other modules'.
+
+    It is in one piece because a model has thousands of modules, and is copied for each comparison.
+    """
     for name, value in own.items():
         kind = type(value)
         if kind in THEMSELVES:
@@ -114,27 +125,30 @@ def _filled(own: dict[str, Any], memo: dict[int, Any]) -> list[str]:
         if key not in memo:
             if kind in _TABLES and not value:  # of hooks, mostly: deepcopy is slow at them
                 memo[key] = kind()
-            elif kind is dict and _is_known(value, memo):
-                memo[key] = {part: None if held is None else memo[id(held)] for part, held in value.items()}
+            elif kind is dict:
+                made: dict[str, Any] = {}
+                for part, held in value.items():
+                    if type(part) is not str or not (held is None or id(held) in memo):
+                        left.append((own, name))
+                        break
+                    made[part] = None if held is None else memo[id(held)]
+                else:
+                    own[name] = memo[key] = made
+                continue
             else:
-                left.append(name)
+                left.append((own, name))
                 continue
         own[name] = memo[key]
-    return left
-
-
-def _is_known(table: dict[Any, Any], memo: dict[int, Any]) -> bool:
-    """Whether a dict holds, by names, nothing but what the copy has something for."""
-    unknown = [key for key, part in table.items() if type(key) is not str or not (part is None or id(part) in memo)]
-    return not unknown
 
 
 def _is_plain(kind: Any) -> bool:
     if kind in copyreg.dispatch_table:
         return False
-    methods = [(getattr(kind, name, None), known) for name, known in _METHODS.items()]
-    methods += [(getattr(kind, name), (getattr(nn.Module, name),)) for name in _INHERITED]
-    return all(any(method is one for one in known) for method, known in methods)
+    for name, known in _METHODS.items():
+        method = getattr(kind, name, None)
+        if method is not known[0] and method is not known[-1]:
+            return False
+    return bool(kind.__getstate__ is nn.Module.__getstate__ and kind.__setstate__ is nn.Module.__setstate__)
 
 
 def copied_value(value: Any, memo: dict[int, Any]) -> Any:
@@ -160,7 +174,8 @@ def copied_value(value: Any, memo: dict[int, Any]) -> Any:
     if kind is list:
         made = memo[key] = []
         for part in value:
-            made.append(part if type(part) in THEMSELVES else copied_value(part, memo))
+            known = type(part) in THEMSELVES
+            made.append(part if known else memo[id(part)] if id(part) in memo else copied_value(part, memo))
     elif kind is dict:
         made = memo[key] = {}
         _fill(made, value, memo)
@@ -205,7 +220,8 @@ def _copied_weak(value: Any, memo: dict[int, Any]) -> Any:
 def _copied_tuple(value: tuple[Any, ...], memo: dict[int, Any]) -> Any:
     parts = []
     for part in value:
-        parts.append(part if type(part) in THEMSELVES else copied_value(part, memo))
+        known = type(part) in THEMSELVES
+        parts.append(part if known else memo[id(part)] if id(part) in memo else copied_value(part, memo))
     if id(value) in memo:  # it is in itself
         return memo[id(value)]
     made = value
@@ -221,7 +237,8 @@ def _fill(made: dict[Any, Any], given: dict[Any, Any], memo: dict[int, Any]) -> 
     """Put copies of a dict's keys and values into another dict."""
     for key, part in given.items():
         name = key if type(key) is str else copied_value(key, memo)
-        made[name] = part if type(part) in THEMSELVES else copied_value(part, memo)
+        known = type(part) in THEMSELVES
+        made[name] = part if known else memo[id(part)] if id(part) in memo else copied_value(part, memo)
 
 
 def _is_simple(value: Any) -> bool:

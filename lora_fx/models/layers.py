@@ -129,9 +129,10 @@ def bias_of(layer: nn.Module) -> Tensor | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
+    own = module.__dict__
     return bool(
-        accelerate_hooks(module)
-        or parallel_style(module)
+        ("_hf_hook" in own and accelerate_hooks(module))
+        or ("forward" in own and parallel_style(module))
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

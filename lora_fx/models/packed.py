@@ -22,7 +22,7 @@ from lora_fx.models.grids import Grid
 from lora_fx.models.packings import KNOWN, NOT_RUN, found_on
 from lora_fx.models.quantised import dequantised_parameters_, is_quantised
 from lora_fx.models.shards import gather_held, is_sharded
-from lora_fx.models.swap import original_class
+from lora_fx.models.swap import original_class, unswapped
 from lora_fx.models.torch_internals import pytree, tensor_without_memory
 from lora_fx.models.walking import modules_of, named_modules_of, parameters_in
 from lora_fx.text import listing
@@ -305,9 +305,9 @@ def _packing(layer: nn.Module) -> CodeLayout:
 def _known(module: nn.Module) -> CodeLayout | None:
     if type(module) is nn.Linear and SCHEME not in vars(module):  # what most are is asked for often
         return None
-    kind: Any = original_class(module)
-    packing = _packing_of(kind)
-    if packing is None and (SCHEME in vars(module) or kind.__module__.startswith(NOT_RUN)):
+    kind: Any = type(module)
+    packing, may_not_run = _facts_of(kind) if torch.compiler.is_compiling() else _remembered_facts(kind)
+    if packing is None and (may_not_run or SCHEME in module.__dict__):
         return found_on(module)
     return packing
 
@@ -337,3 +337,12 @@ def _found(kind: Any) -> CodeLayout | None:
 
 
 _remembered = functools.cache(_found)
+
+
+def _facts_of(kind: Any) -> tuple[CodeLayout | None, bool]:
+    """Return how the layers of a class hold their weight, and whether they may be of a library that does not run."""
+    original: Any = unswapped(kind)
+    return _packing_of(original), original.__module__.startswith(NOT_RUN)
+
+
+_remembered_facts = functools.cache(_facts_of)

@@ -4,7 +4,7 @@ torch's own `named_modules` passes every module through a generator of each leve
 some hundred times before its first step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -15,6 +15,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Held = TypeVar("_Held", bound=Tensor)
 _PLAIN = nn.Module.named_modules
 _ALSO_PLAIN = nn.Module.modules
+_PLAIN_SET = nn.Module.__setattr__
+_OF_TRANSFORMERS = ("transformers.modeling_utils", "PreTrainedModel.train")
+_EVAL_OF_TRANSFORMERS = ("transformers.modeling_utils", "PreTrainedModel.eval")
 _USUAL: set[Any] = {_PLAIN}
 _DEEPEST = 200
 """How many levels of modules are passed without asking torch, whose limit is Python's."""
@@ -147,6 +150,69 @@ def named_buffers_of(model: nn.Module) -> list[tuple[str, Tensor]]:
             if buffer is not None and id(buffer) not in found:
                 found[id(buffer)] = (f"{path}.{name}" if path else name, buffer)
     return list(found.values())
+
+
+def set_training(model: nn.Module, training: bool) -> None:
+    """Do what `model.train(training)` does, in place; classes that have a method of their own are asked."""
+    found: dict[int, nn.Module] = {}
+    plain: set[type] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in found:
+            continue
+        kind = type(module)
+        if kind not in plain:
+            if not _trains_plainly(kind, module):
+                model.train(training)
+                return
+            if kind.train is nn.Module.train:  # else it depends on the module
+                plain.add(kind)
+        if "train" in module.__dict__:
+            model.train(training)
+            return
+        found[id(module)] = module
+        for child in module._modules.values():
+            if child is not None:
+                waiting.append(child)
+    give_modes([(module, training) for module in found.values()])
+
+
+def set_eval(model: nn.Module) -> None:
+    """Do what `model.eval()` does, in place; classes that have a method of their own are asked."""
+    own: Any = type(model).eval
+    known = own is nn.Module.eval or (own.__module__, own.__qualname__) == _EVAL_OF_TRANSFORMERS
+    if known and "eval" not in model.__dict__:
+        set_training(model, False)
+    else:
+        model.eval()
+
+
+def give_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Set the training flag of each module, in place; classes that set attributes their own way do so."""
+    for module, training in modes:
+        if type(module).__setattr__ is _PLAIN_SET:
+            module.__dict__["training"] = training
+        else:
+            module.training = training
+
+
+def _trains_plainly(kind: Any, module: Any) -> bool:
+    """Whether setting the mode of a module sets its flag and the mode of its children, and does nothing else."""
+    plain = nn.Module
+    if kind.children is not plain.children or kind.named_children is not plain.named_children:
+        return False
+    own = kind.train
+    if own is plain.train:
+        return True
+    known = (own.__module__, own.__qualname__) == _OF_TRANSFORMERS  # 5.x: chooses its kernels anew, if it has any
+    return known and getattr(module, "use_kernels", None) is False and _has_plain_base(kind)
+
+
+def _has_plain_base(kind: type) -> bool:
+    """Whether the first two classes that define `train` are one and `nn.Module`."""
+    owners = [base for base in kind.__mro__ if "train" in vars(base)]
+    return len(owners) == 2 and owners[1] is nn.Module
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:

@@ -43,9 +43,11 @@ class Recompute(Pass):
     """
 
     name: str = "recompute"
+    runs: bool = True
+    """Whether the graph will run; of one that is only looked at no code is written."""
 
     def run(self, editor: Editor) -> None:
-        make_again(editor, _chain, "adapted_making")
+        make_again(editor, _chain, "adapted_making", self.runs)
         for node in list(editor.graph.nodes):
             if node.target is F.layer_norm and _is_half(node) and any(_ends(user) for user in node.users):
                 with editor.writing_after(node, "") as write:
@@ -62,7 +64,7 @@ def _ends(node: fx.Node) -> bool:
     return node.op == "output" or node.target is shown_rows
 
 
-def make_again(editor: Editor, chain_of: "Callable[[fx.Node], Chain | None]", name: str) -> None:
+def make_again(editor: Editor, chain_of: "Callable[[fx.Node], Chain | None]", name: str, runs: bool = True) -> None:
     """Let each call of adapted layers make its input from where the chain begins that `chain_of` gives for the call.
 
     Not in a graph that writes to tensors in place, nor across random numbers.
@@ -75,7 +77,8 @@ def make_again(editor: Editor, chain_of: "Callable[[fx.Node], Chain | None]", na
         if node.target is adapted_siblings or is_adapted_linear(node, editor.graph_module):
             chain = chain_of(node)
             if chain is not None and _may_move(node, chain.x, editor.graph_module):
-                _rewrite(editor, node, chain, f"{name}_{number}")
+                produce = _function_of(chain) if runs else _never_run
+                _rewrite(editor, node, chain, f"{name}_{number}", produce)
 
 
 @dataclass(slots=True)
@@ -161,12 +164,11 @@ def _may_move(call: fx.Node, x: fx.Node, graph_module: fx.GraphModule) -> bool:
     return True
 
 
-def _rewrite(editor: Editor, call: fx.Node, chain: Chain, name: str) -> None:
+def _rewrite(editor: Editor, call: fx.Node, chain: Chain, name: str, produce: Callable[..., Tensor]) -> None:
     """Let the call take the chain's inputs, and make its own input from them."""
     layers: list[Any] = list(call.args[1:])
     inputs, x = chain.inputs, chain.x
     others = [user for user in x.users if user is not call]
-    produce = _function_of(chain)
     site = str(call.meta.get("site", ""))
     with editor.writing_after(min((call, *others)).prev, site) as write:
         layers = [write.graph.get_attr(str(layer.target)) for layer in layers]
@@ -188,6 +190,10 @@ def _replace(editor: Editor, call: fx.Node, results: list[fx.Node], site: str) -
     for item in list(call.users):
         editor.replace(item, results[item.args[1]], site)  # type: ignore[index]
     editor.erase(call, site)
+
+
+def _never_run(*inputs: Tensor) -> Tensor:
+    raise AssertionError("this graph is only looked at")
 
 
 def _function_of(chain: Chain) -> Callable[..., Tensor]:

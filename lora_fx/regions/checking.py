@@ -127,8 +127,9 @@ class Replay:
     def _differs_with_noise(self, program: Program, match: Match) -> str | None:
         """Return how program and forward differ with other factors in the adapters, gradients included."""
         module = self.call.module
-        on_meta = any(device.type == "meta" for device in devices_of(module))
-        if program.proven_with_noise or not is_adapted(module) or on_meta:
+        if program.proven_with_noise or not is_adapted(module):
+            return None
+        if any(device.type == "meta" for device in devices_of(module)):
             return None
         mine, theirs, _ = self.both_with_noise(program.function, match)
         reason = difference(_detached(mine[0]), _detached(theirs[0]))

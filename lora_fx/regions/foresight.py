@@ -63,7 +63,7 @@ def foreseen(
     fast = _copied(plain, module)
     inputs = {str(n.args[1].target): n.args[0] for n in fast.graph.nodes if is_adapted_linear(n, fast)}
     shared = Counter(inputs.values())
-    for usual in (Stack(), Recompute()):
+    for usual in (Stack(), Recompute(runs=False)):
         apply_pass(usual, Editor(fast))
     sites: dict[str, dict[str, str]] = {}
     for node in fast.graph.nodes:

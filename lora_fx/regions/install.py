@@ -14,8 +14,8 @@ from lora_fx.models.walking import modules_of
 from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.candidates import structure_of
 from lora_fx.regions.checking import PREFIX, REGION, RunsGraphs
-from lora_fx.regions.program import make_program
 from lora_fx.regions.region import GuardedRegion, Region
+from lora_fx.regions.reuse import program_for
 
 
 def install(model: nn.Module, paths: Iterable[str], passes: tuple[str, ...] = ()) -> None:
@@ -136,7 +136,7 @@ def stock(
         region.block.seconds += seconds.get(structures[path], 0.0)
         for captured, static in library.get(structures[path], []):
             with contextlib.suppress(AttributeError):  # it reads what a forward makes first: then it is captured later
-                region.block.programs.append(make_program(captured, module, region.block.passes, static))
+                region.block.programs.append(program_for(captured, module, region.block.passes, static))
 
 
 def remade(model: nn.Module, owners: Collection[int]) -> None:
@@ -153,7 +153,7 @@ def remade(model: nn.Module, owners: Collection[int]) -> None:
             old, block = region.block, BlockPrograms(region.block.passes, sizes=region.block.sizes)
             for program in old.programs:
                 with contextlib.suppress(AttributeError):  # as in `stock`
-                    block.programs.append(make_program(program.captured, module, old.passes, program.static))
+                    block.programs.append(program_for(program.captured, module, old.passes, program.static))
             blocks[key] = block
         region.block = blocks[key]
         region.mine = []

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -26,11 +26,34 @@ from lora_fx.regions.candidates import structure_of
 MOST_KINDS = 64
 """Of how many kinds of block graphs are kept, unless `limit` says otherwise."""
 _MOST_GRAPHS = 16
+_MOST_CODES = 8
 _MOST_OBJECTS = 50_000
 _OPAQUE = (ModuleType, type, CodeType, BuiltinFunctionType, property, logging.Logger, re.Pattern)
 """What is the program's own, and no model's."""
 _UNLIKE = (*_OPAQUE, FunctionType, dict)
 """What is not asked for all that it refers to."""
+
+
+class Codes:
+    """What was written for one graph on modules of some makes; it holds no module and no values."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def of(self, key: Hashable) -> Any:
+        """Return what is kept by the key, or None."""
+        return self._kept.get(key)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()
+
+    def keep(self, key: Hashable, made: Any) -> None:
+        """Keep what was made, unless it holds on to a model or to values."""
+        if not keeps_alive((key, made)):
+            self._kept[key] = made
+            while len(self._kept) > _MOST_CODES:
+                self._kept.popitem(last=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +65,8 @@ class Known:
     """Whether it is for one size only that was known to vary."""
     varying: VaryingSizes
     """The sizes that were known to vary."""
+    codes: Codes = field(default_factory=Codes, compare=False)
+    """Code that was written for it."""
 
 
 class KnownGraphs:
@@ -73,6 +98,15 @@ class KnownGraphs:
                 return ()
             self._kinds.move_to_end(kind)
             return self._kinds[kind]
+
+    def codes(self, captured: Captured) -> Codes | None:
+        """Return what was written for a graph; None if the graph is not kept."""
+        with self._lock:
+            for kind in self._kinds.values():
+                for known in kind:
+                    if known.captured is captured:
+                        return known.codes
+        return None
 
     def holds(self, graphs: Iterable[Captured]) -> bool:
         """Whether all these graphs are kept here: then they hold on to no model and no values."""

@@ -11,7 +11,8 @@ from lora_fx.capture.tracing.inputs import VaryingSizes
 from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.checking import Replay
 from lora_fx.regions.known import KNOWN, Known, kind_of
-from lora_fx.regions.program import Program, make_program
+from lora_fx.regions.program import Program
+from lora_fx.regions.reuse import program_for
 
 MOST_STATIC = 4
 """How many programs of a kind may be for one size each, of a forward that loops over a size or so."""
@@ -55,7 +56,7 @@ def capture_new(block: BlockPrograms, replay: Replay, result: object) -> Program
     call = replay.call
     varying = block.sizes.varying(call.args, call.kwargs)
     captured, static = _captured(block, replay, varying)
-    program = make_program(captured, call.module, block.passes, static)
+    program = program_for(captured, call.module, block.passes, static)
     if captured.parameters:  # that this one is proven now; if it is not, the program is dropped
         program.guard.proven.add(program.parameters_of(call.module))
     difference = replay.difference(program, program.guard.match, result)
@@ -96,7 +97,7 @@ def _candidate(block: BlockPrograms, known: Known, replay: Replay) -> Program | 
         return None
     if id(known.captured) not in block.recalled:
         try:
-            program = make_program(known.captured, replay.call.module, block.passes, known.static)
+            program = program_for(known.captured, replay.call.module, block.passes, known.static)
         except AttributeError:  # it reads what a forward makes first
             program = None
         block.recalled[id(known.captured)] = (known.captured, program)
@@ -127,7 +128,7 @@ def _generalised(
         captured = _opened(program, other.captured, replay, varying)
         if captured is None:
             continue
-        both = make_program(captured, replay.call.module, block.passes)
+        both = program_for(captured, replay.call.module, block.passes)
         if _prove(both, replay, result):
             if other.verified:  # for these it is the other program, which has been proven
                 both.guard.proven.add(tuple(other.captured.dependencies.read[place] for place in captured.parameters))

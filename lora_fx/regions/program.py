@@ -1,6 +1,5 @@
 """A captured graph, made ready to run on the modules of one kind of block."""
 
-import copy
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from lora_fx.capture.captured import Captured
 from lora_fx.capture.guards import Guard, compile_guard
 from lora_fx.capture.tracing.inputs import TensorInput
 from lora_fx.capture.tracing.recording import of_shape
-from lora_fx.models.code import UncompiledGraph, compiled
+from lora_fx.models.code import UncompiledGraph, compiled, copied_graph
 from lora_fx.models.tensors import attribute_at
 from lora_fx.passes.afresh import Afresh
 from lora_fx.passes.apart import Apart
@@ -184,15 +183,33 @@ class Program:
         self.verified = False
         self.ones.clear()
 
+    def anew(self) -> "Program":
+        """Return a program with the same code of which nothing is proven."""
+        return Program(
+            self.captured,
+            self.guard.anew(),
+            self.graph,
+            self.function,
+            self.fast,
+            self.fast_passes,
+            self.packed,
+            self.why_not_packed,
+            self.may_give_up,
+            self.computes,
+            self.static,
+            why_attention_kept=self.why_attention_kept,
+            leaves_module=self.leaves_module,
+        )
+
     def ones_of(self, inputs: tuple[Tensor, ...]) -> frozenset[str]:
         """Return the symbolic sizes that are 1 in these inputs."""
-        return frozenset(
-            symbol
-            for declared, tensor in zip(self.captured.inputs, inputs, strict=True)
-            if isinstance(declared, TensorInput)
-            for symbol, size in zip(declared.symbols, tensor.shape, strict=False)
-            if symbol is not None and size == 1
-        )
+        found = set()
+        for declared, tensor in zip(self.captured.inputs, inputs, strict=True):
+            if isinstance(declared, TensorInput):
+                for symbol, size in zip(declared.symbols, tensor.shape, strict=False):
+                    if symbol is not None and size == 1:
+                        found.add(symbol)
+        return frozenset(found)
 
     def parameters_of(self, module: nn.Module) -> tuple[int, ...]:
         """Return the module's values of the integers that are parameters of the program."""
@@ -213,7 +230,7 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     Raises:
         AttributeError: the graph reads an attribute that this module has not.
     """
-    graph_module = UncompiledGraph(module, copy.deepcopy(captured.graph))
+    graph_module = UncompiledGraph(module, copied_graph(captured.graph))
     bypassed = _bypassed(graph_module)
     seen_into = {str(node.target) for node in inlined(graph_module)} if passes else set()
     if COMPILE in passes:
@@ -250,6 +267,7 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
             program.compiling = compiling_of(_lifted(graph_module, module, captured), captured)
         except Unfit as reason:
             program.why_not_compiled = str(reason)
+    graph.owning_module = None  # it would hold the module
     return program
 
 
@@ -281,7 +299,7 @@ def _title(module: nn.Module) -> str:
 
 def _plainer(graph_module: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
     """Return a copy of a graph as passes read it best."""
-    copied = UncompiledGraph(module, copy.deepcopy(graph_module.graph))
+    copied = UncompiledGraph(module, copied_graph(graph_module.graph))
     for step in (Inline(), Afresh()):
         apply_pass(step, Editor(copied))
     return copied

@@ -166,12 +166,11 @@ class Region:
         assert self.thin is not None
         if not self.capturing:
             with self.thin.unseen():
-                shapes = tuple(leaf.value.shape for leaf in flatten(call.args, call.kwargs).tensors())
-                key: tuple[object, ...] = (id(self.block), _signature(call), shapes)
+                key: tuple[object, ...] = (id(self.block), *_signature(call, sizes=True))
             return self.thin.once(key, lambda: self.miss(call))
         with self.thin.unseen():
             program, inputs = self._settled(call)
-            key = (id(program), *map(_facts_of, inputs))
+            key = (id(program), *_facts_of(inputs))
             hit = None if program is None else self.find(call.module, call.args, call.kwargs)
         if program is None:
             with self.thin.whole():
@@ -192,7 +191,7 @@ class Region:
             inputs = call.matched(program.guard.match_unproven)
             if isinstance(inputs, int):
                 continue
-            if any(isinstance(value, Tensor) and value.is_meta for value in inputs):
+            if _on_meta(inputs):
                 return program, inputs
             if program.verified and not program.wants_proof and not program.may_give_up:
                 compared = not self.checking or program.checks >= MOST_CHECKS
@@ -331,20 +330,37 @@ class Region:
             self._note_failure(replay.call, f"the capture failed: {reason_of(error)}")
 
 
-def _signature(call: ModuleCall) -> tuple[object, ...]:
-    """Return what calls have in common that all can or all cannot be captured (sizes other than 1 do not count)."""
+def _signature(call: ModuleCall, sizes: bool = False) -> tuple[object, ...]:
+    """Return what calls have in common that all can or all cannot be captured; sizes other than 1 count if asked.
+
+    What fails at a size of 1 may be captured at others.
+    """
     flat = flatten(call.args, call.kwargs)
-    around = ambient_state({leaf.value.device for leaf in flat.tensors()})
-    # what fails at a size of 1 may be captured at others
-    ones = tuple(tuple(size == 1 for size in leaf.value.shape) for leaf in flat.tensors())
-    return (flat.shape_free(), ones, call.module.training, around)
+    devices, shapes = set(), []
+    for leaf in flat.leaves:
+        if isinstance(leaf.value, Tensor):
+            shape = leaf.value.shape
+            devices.add(leaf.value.device)
+            shapes.append(shape if sizes else tuple([size == 1 for size in shape]))
+    return (flat.shape_free(), tuple(shapes), call.module.training, ambient_state(devices))
 
 
-def _facts_of(value: Any) -> object:
-    """Return what of a program's input decides on the shapes, dtypes and gradients of its results."""
-    if isinstance(value, Tensor):
-        return (value.shape, value.dtype, value.requires_grad)
-    return value if is_constant(value) else type(value)
+def _on_meta(inputs: tuple[Any, ...]) -> bool:
+    for value in inputs:  # noqa: SIM110 - a generator would be called again for each of them, in every call of a block
+        if isinstance(value, Tensor) and value.is_meta:
+            return True
+    return False
+
+
+def _facts_of(inputs: tuple[Any, ...]) -> list[object]:
+    """Return what of a program's inputs decides on the shapes, dtypes and gradients of its results."""
+    facts: list[object] = []
+    for value in inputs:
+        if isinstance(value, Tensor):
+            facts.append((value.shape, value.dtype, value.requires_grad))
+        else:
+            facts.append(value if is_constant(value) else type(value))
+    return facts
 
 
 def region_of(module: nn.Module) -> Region | None:

@@ -18,7 +18,7 @@ from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.models.samples import Sample
 from lora_fx.models.twin import is_meta, make_twin
-from lora_fx.models.walking import devices_of, modules_of
+from lora_fx.models.walking import devices_of, give_modes, modules_of, set_eval, set_training
 from lora_fx.progress.steps import step
 from lora_fx.regions.candidates import block_regions, inner_regions, structure_of
 from lora_fx.regions.checking import with_noise
@@ -209,7 +209,7 @@ def without_gradient(twin: nn.Module, samples: Sequence[Sample]) -> list[str]:
         step("looking for gradients", 2 * len(samples)) as doing,
     ):
         warnings.simplefilter("ignore")
-        twin.eval()
+        set_eval(twin)
         for sample, small in (
             *((shrunk(sample), True) for sample in samples),
             *((sample, False) for sample in samples),
@@ -296,7 +296,7 @@ def run_modes(
         warnings.simplefilter("ignore")  # of the model, about runs that the user has not asked for
         done = 0
         for training, grad in modes:
-            model.train(training)
+            set_training(model, training)
             for sample in samples:
                 with torch.set_grad_enabled(grad), contextlib.ExitStack() as stack:
                     if training or may_fail:  # some models refuse to train on such a batch; the user will not either
@@ -354,8 +354,7 @@ def unchanged_modes(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        give_modes(flags)
 
 
 @contextlib.contextmanager

@@ -50,14 +50,16 @@ class ThinLinears(TorchFunctionMode):
             return answer()
         if key not in self._answers:
             self._answers[key] = answer()
-        return pytree.tree_map_only(Tensor, torch.clone, self._answers[key])
+        given = self._answers[key]
+        return given.clone() if type(given) is Tensor else pytree.tree_map_only(Tensor, torch.clone, given)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         cut = _CUTS.get(func)
-        return func(*(cut(*args) if cut is not None else args), **kwargs)
+        if cut is not None:
+            args = cut(*args)
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def unseen(self) -> AbstractContextManager[None]:
         """Return a context in which this thread's functions do not pass through here: most are questions about shapes.
@@ -81,13 +83,13 @@ class ThinLinears(TorchFunctionMode):
 def _cut_linear(x: Any = None, weight: Any = None, *rest: Any) -> tuple[Any, ...]:
     if _is_large(weight) and _fits(x, weight.shape[1]):
         return (x[..., :_FEATURES], weight[:, :_FEATURES], *rest)
-    return tuple(given for given in (x, weight) if given is not None) + rest
+    return (x, weight, *rest) if weight is not None else () if x is None else (x,)
 
 
 def _cut_addmm(bias: Any = None, x: Any = None, weight: Any = None, *rest: Any) -> tuple[Any, ...]:
     if _is_large(weight) and _fits(x, weight.shape[0]):
         return (bias, x[:, :_FEATURES], weight[:_FEATURES], *rest)
-    return tuple(given for given in (bias, x, weight) if given is not None) + rest
+    return (bias, x, weight, *rest) if weight is not None else tuple(given for given in (bias, x) if given is not None)
 
 
 _CUTS: dict[Any, Callable[..., tuple[Any, ...]]] = {F.linear: _cut_linear, torch.addmm: _cut_addmm}

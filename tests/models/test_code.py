@@ -1,5 +1,6 @@
 """A name is never read as code: whatever modules, tensors, attributes and arguments are called."""
 
+import copy
 import enum
 import warnings
 
@@ -11,7 +12,7 @@ import lora_fx
 from lora_fx import RefusedError
 from lora_fx.capture.symbolic import capture_symbolically
 from lora_fx.models import code
-from lora_fx.models.code import UncompiledGraph, attribute, compiled, refuse_odd_names, stays_itself
+from lora_fx.models.code import UncompiledGraph, attribute, compiled, copied_graph, refuse_odd_names, stays_itself
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.editor import Editor
 from lora_fx.regions.checking import REGION
@@ -214,3 +215,26 @@ def test_uncompiled_graph_makes_no_source(monkeypatch):
     rewrite_nothing = Editor(held)
     rewrite_nothing.finish()
     assert rewrite(held).modified is False
+
+
+def test_copy_of_a_graph_is_that_of_deepcopy():
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y", torch.Tensor)
+    both = graph.call_function(torch.cat, ([x, y],), {"dim": 0})
+    both.meta["site"] = "a"
+    part = graph.call_method("narrow", (both, 0), {"start": 1, "length": 2})
+    graph.output({"part": part, "both": (both, slice(None, None, 2))})
+    made, expected = copied_graph(graph), copy.deepcopy(graph)
+    made.lint()
+
+    def facts(of: fx.Graph) -> list[object]:
+        return [
+            (n.op, n.target, n.name, n.type, str(n.args), str(n.kwargs), n.meta, [*map(str, n.users)]) for n in of.nodes
+        ]
+
+    assert facts(made) == facts(expected)
+    assert made.python_code("self").src == expected.python_code("self").src
+    assert len(made.find_nodes(op="call_function", target=torch.cat)) == 1
+    next(iter(made.nodes)).meta["new"] = True
+    assert all(node.graph is made for node in made.nodes)
+    assert facts(graph) == facts(expected)

@@ -19,6 +19,8 @@ from lora_fx.models.walking import (
     named_buffers_of,
     named_modules_of,
     parameters_in,
+    set_eval,
+    set_training,
 )
 from tests.support.zoo import ZOO
 
@@ -87,3 +89,69 @@ def test_a_module_that_holds_itself_is_no_endless_list():
     model.append(model)
     with pytest.raises(RecursionError):
         all_names_of(model)
+
+
+class Frozen(nn.BatchNorm1d):
+    """Stays in eval mode, as detectors keep their norms."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)
+
+
+class Hiding(nn.Sequential):
+    """Keeps a child from torch's own way through the modules."""
+
+    def children(self) -> Iterator[nn.Module]:
+        return iter(list(super().children())[1:])
+
+
+class Noting(nn.Linear):
+    """Sets its attributes its own way."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self.__dict__["last"] = (name, value)
+
+
+@pytest.mark.parametrize(
+    "make", [tied, lambda: Frozen(2), lambda: Hiding(nn.Linear(2, 2), nn.ReLU()), lambda: Noting(2, 2)]
+)
+def test_modes_are_set_as_torch_sets_them(make: Any) -> None:
+    for mode in (False, True, False):
+        model, other = nn.Sequential(make(), nn.Dropout()), nn.Sequential(make(), nn.Dropout())
+        other[1].training = model[1].training = not mode
+        set_training(model, mode) if mode else set_eval(model)
+        other.train(mode)
+        assert [module.training for module in model.modules()] == [module.training for module in other.modules()]
+        assert [vars(m).get("last") for m in model.modules()] == [vars(m).get("last") for m in other.modules()]
+    calls = []
+    model[1].train = lambda mode: calls.append(mode)
+    set_training(model, True)
+    assert calls == [True]
+
+
+def test_modes_of_transformers_models_are_set_without_their_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    model = transformers.BertModel(transformers.BertConfig(**small))
+    set_eval(model)
+    assert not any(module.training for module in model.modules())
+    called = []
+    monkeypatch.setattr(
+        nn.Linear, "train", lambda self, mode=True: (called.append(mode), nn.Module.train(self, mode))[1]
+    )
+    set_training(model, True)
+    assert all(module.training for module in model.modules())
+    assert called, "a class with a way of its own is asked"
+    monkeypatch.undo()
+    monkeypatch.setattr(type(model), "use_kernels", True)
+    monkeypatch.setattr(type(model), "set_use_kernels", lambda self, use: called.append(use))
+    called.clear()
+    set_training(model, False)
+    assert called == [True], "it chooses its kernels anew"

@@ -20,6 +20,7 @@ from lora_fx.regions import learning
 from lora_fx.regions.checking import Replay
 from lora_fx.regions.install import regions
 from lora_fx.regions.known import KNOWN, KnownGraphs, kind_of
+from lora_fx.regions.program import Program
 from tests.support.countedcalls import counted_calls
 from tests.support.zoo import ZOO, Specimen, features, randomise_, rules
 
@@ -261,12 +262,43 @@ def test_known_graph_that_is_wrong_is_forgotten_and_captured_again(counts: Count
                 node.args = node.args[::-1]
             elif node.target is torch.tanh:
                 node.target = torch.sigmoid
+        known.codes.clear()
     counts.clear()
     agree(adapted(made()), made())
     assert counts["capture"] == 2
     counts.clear()
     adapted(made())
     assert counts["capture"] == 0
+
+
+def test_code_that_is_written_for_a_known_graph_is_used_again_and_nothing_of_it_is_proven_by_another_model():
+    first, second = adapted(made()), adapted(made(1))
+    ones = {id(p.function): p for _, _, region in regions(first) for p in region.block.programs}
+    others = [p for _, _, region in regions(second) for p in region.block.programs]
+    assert {id(program.function) for program in others} == ones.keys()
+    assert all(program is not ones[id(program.function)] and program.verified for program in others)
+    unlike = lora_fx.apply(made(2), rules(r=2), (features(2, 6),))
+    settings = made(3)
+    for block in settings.blocks:
+        block.act.approximate = "tanh"
+    for tuned in (unlike, adapted(settings)):
+        assert ones.keys().isdisjoint(id(p.function) for _, _, region in regions(tuned) for p in region.block.programs)
+    code = next(iter(ones.values())).anew()
+    assert (code.verified, code.proven_with_noise, code.fast_proven, code.ones, code.guard.proven) == (
+        False, False, False, set(), set(),
+    )  # fmt: skip
+
+
+def test_code_that_is_wrong_is_not_used_again(counts: Counter[str]):
+    adapted(made())
+    for known in [known for kind in list(KNOWN._kinds) for known in KNOWN.of(kind)]:
+        for code in [code for code in known.codes._kept.values() if isinstance(code, Program)]:
+            code.function = lambda module, x, function=code.function: function(module, x) * 1.5
+    counts.clear()
+    tuned = adapted(made(1))
+    assert counts["capture"] > 0
+    assert all(program.verified for _, _, region in regions(tuned) for program in region.block.programs)
+    agree(tuned, made(1))
 
 
 # -- what is kept

@@ -339,7 +339,7 @@ def test_error_of_a_capture_is_a_reason_and_never_the_users(monkeypatch):
     def broken(captured, module, passes, static):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(learning, "make_program", broken)
+    monkeypatch.setattr(learning, "program_for", broken)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tuned(**call.kwargs), lora_fx.remove(tuned)(**call.kwargs))
     assert "the capture failed: RuntimeError: broken on purpose" in lora_fx.inspect(tuned).regions[0].failures

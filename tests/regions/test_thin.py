@@ -122,7 +122,7 @@ def test_blocks_of_one_kind_are_run_once_where_they_only_show_their_calls(monkey
 
 
 def test_wrong_graph_is_found_though_other_blocks_are_thin(monkeypatch: pytest.MonkeyPatch, all_thin: None):
-    make = learning.make_program
+    make = learning.program_for
 
     def broken(*given: object, **named: object) -> object:
         program = make(*given, **named)
@@ -130,7 +130,7 @@ def test_wrong_graph_is_found_though_other_blocks_are_thin(monkeypatch: pytest.M
         program.function = lambda module, *inputs: function(module, *inputs) * 1.5
         return program
 
-    monkeypatch.setattr(learning, "make_program", broken)
+    monkeypatch.setattr(learning, "program_for", broken)
     specimen = next(specimen for specimen in ZOO if specimen.name == "gpt")
     plan = lora_fx.plan(specimen.build(), rules(specimen.rule), specimen.sample())
     assert all("is not the forward" in region.reason for region in plan.regions if region.reason)

@@ -97,7 +97,7 @@ def test_examination_finds_a_graph_that_computes_something_else(monkeypatch):
         return made
 
     for place in (install, learning):  # graphs of the base, and those captured later
-        monkeypatch.setattr(place, "make_program", sabotaged)
+        monkeypatch.setattr(place, "program_for", sabotaged)
     outcome = examine(Wrong().eval(), lambda batch, length: ((zoo.features(batch, length),), {}), lambda out: [out])
     assert outcome.wrong
     assert all("(4, 12)" in wrong for wrong in outcome.wrong)

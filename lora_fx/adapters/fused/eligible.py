@@ -104,7 +104,7 @@ def term_of(layer: Any, chosen: Chosen, x: Tensor) -> Term | None:
     if layout is None or not is_plain(x):
         return None
     parameters = layer._parameters
-    weight, bias = parameters.get("weight"), bias_of(layer)
+    weight, bias = parameters.get("weight"), _own_bias(layer, kind)
     if is_packed(layer):
         weight = PackedWeight(layer, x.dtype)
     plain = is_plain(weight)
@@ -115,8 +115,10 @@ def term_of(layer: Any, chosen: Chosen, x: Tensor) -> Term | None:
         bias is None or (is_plain(bias) and bias.dtype == weight.dtype)
     ):
         return None
-    found = [_factors_of(layer, name, share, weight.dtype) for name, share in chosen]
-    factors = _joined(found)
+    if len(chosen) == 1:
+        factors = _factors_of(layer, *chosen[0], weight.dtype)
+    else:
+        factors = _joined([_factors_of(layer, name, share, weight.dtype) for name, share in chosen])
     if factors is None:
         return None
     first, second, scaling, p, runs, spec, magnitude = factors
@@ -127,7 +129,7 @@ def term_of(layer: Any, chosen: Chosen, x: Tensor) -> Term | None:
     if cast is not None:
         weight, bias = weight.to(cast), None if bias is None else bias.to(cast)
         first, second = first.to(cast), second.to(cast)
-    seed = _seed(layer, spec.lora.share_dropout, x, p)
+    seed = _seed(layer, spec.lora.share_dropout, x, p) if p else None
     merged = plain and not runs and merges(x, weight, first, second, p > 0, scale is not None)
     return Term(Facts(scaling, layout == "in_out", p, seed, merged, runs), weight, bias, first, second, scale)
 
@@ -152,7 +154,8 @@ def _factors_of(layer: Any, name: str, share: float, dtype: torch.dtype) -> _Fac
     """Return the factors of one adapter of a layer; None if more happens there than two products."""
     modules = layer._modules
     A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    p = dropout_of(modules.get("lora_dropout"), name)
+    holder = modules.get("lora_dropout")
+    p = 0.0 if holder is None else dropout_of(holder, name)
     if p is None or not are_plain_factors(A, B):
         return None
     first, second, spec = A._parameters["weight"], B._parameters["weight"], A.spec
@@ -169,9 +172,7 @@ def _factors_of(layer: Any, name: str, share: float, dtype: torch.dtype) -> _Fac
 
 
 def _joined(found: Sequence[_Factors | None]) -> _Factors | None:
-    """Return the factors of one adapter, or of several as one: all A below each other; None if they do not join."""
-    if len(found) == 1:
-        return found[0]
+    """Return the factors of several adapters as one: all A below each other; None if they do not join."""
     several = [factors for factors in found if factors is not None]
     if len(several) < len(found) or any(one.p or one.runs or one.magnitude is not None for one in several):
         return None
@@ -208,7 +209,12 @@ def dropout_of(holder: Any, adapter: str) -> float | None:
     return dropout.p if is_possible(dropout.p) else None
 
 
-def _seed(layer: Any, shares: bool, x: Tensor, p: float) -> Tensor | None:
-    if not p:
-        return None
+def _own_bias(layer: Any, kind: Any) -> Tensor | None:
+    """Return the bias with which a layer computes, where no compiler follows."""
+    parameters: dict[str, Tensor | None] = layer._parameters
+    shown = getattr(kind, "bias", ...)  # a property, where it is trained
+    return parameters["bias"] if shown is ... and "bias" in parameters else bias_of(layer)
+
+
+def _seed(layer: Any, shares: bool, x: Tensor, p: float) -> Tensor:
     return shared_seed(x, p, id(layer)) if shares and not x.is_inference() else new_seed(x)

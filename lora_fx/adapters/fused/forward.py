@@ -92,15 +92,23 @@ def adapted_from(
         halved: which of the inputs are kept in bfloat16, if they are in float32.
     """
     with_x = shows and any(tensor.requires_grad for tensor in inputs)  # else x gets no gradient, and none is asked for
-    group = Group(tuple(term.facts for term in terms), bundled(terms), produce, len(inputs), with_x, halved)
-    tensors = list(inputs)
+    facts, tensors = [], list(inputs)
     for term in terms:
+        facts.append(term.facts)
         tensors += term[1:]  # type: ignore[arg-type]
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    group = Group(tuple(facts), bundled(terms), produce, len(inputs), with_x, halved)
+    if torch.is_grad_enabled() and _wants_gradient(tensors):
         made = _Adapted.apply(group, terms, x, *tensors)[: len(terms) + with_x]  # type: ignore[no-untyped-call]
         return (*made, x) if shows and not with_x else tuple(made)
     results = outputs_of(group, x, terms)[0]
     return (*results, x) if shows else tuple(results)
+
+
+def _wants_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    for tensor in tensors:  # noqa: SIM110 - as a generator it would be called for each of them, in each layer
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def outputs_of(

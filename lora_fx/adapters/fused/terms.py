@@ -54,7 +54,7 @@ class Term(NamedTuple):
         With float16, small gradients need the range of float32.
         """
         if dtype is torch.bfloat16 and self.A.dtype is torch.float32:
-            return self._replace(A=self.A.to(dtype), B=self.B.to(dtype))
+            return Term(self.facts, self.weight, self.bias, self.A.to(dtype), self.B.to(dtype), self.scale)
         return self
 
     def layer(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import contextlib
 import gc
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -50,10 +50,28 @@ def in_clean_thread(work: Callable[[], T]) -> T:
     Modes, hooks on saved tensors and autocast are per thread: a capture in the middle of a checkpointed backward, or
     under somebody's dispatch mode, must neither be seen by them nor see them.
     """
-    # their number is per thread in OpenMP, and other splits of a product round differently
-    threads = (torch.get_num_threads(),)
-    with ThreadPoolExecutor(1, "lora_fx capture", torch.set_num_threads, threads) as executor:
-        return executor.submit(work).result()
+    threads = (
+        torch.get_num_threads()
+    )  # their number is per thread in OpenMP, and other splits of a product round otherwise
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            torch.set_num_threads(threads)
+            results.append(work())
+        except BaseException as error:  # raised where it is waited for
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="lora_fx capture")
+    thread.start()
+    thread.join()
+    if errors:
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # else error, traceback and frame would hold one another
+    return results[0]
 
 
 @contextlib.contextmanager

@@ -56,15 +56,18 @@ class FlatCall:
 
     def shape_free(self) -> tuple[object, ...]:
         """Return what must be equal for two calls to have a chance at the same graph (sizes apart)."""
-        return (*((check.expression,) for check in self.structure), *(_leaf_signature(leaf) for leaf in self.leaves))
-
-
-def _leaf_signature(leaf: Leaf) -> tuple[object, ...]:
-    if isinstance(leaf.value, Tensor):
-        return (leaf.access, leaf.value.dtype, leaf.value.device, leaf.value.dim())
-    if is_constant(leaf.value):
-        return (leaf.access, type(leaf.value), repr(leaf.value))
-    return (leaf.access, type(leaf.value))
+        facts: list[object] = []
+        for check in self.structure:
+            facts.append(check.expression)
+        for leaf in self.leaves:
+            value = leaf.value
+            if isinstance(value, Tensor):
+                facts.append((leaf.access, value.dtype, value.device, value.dim()))
+            elif is_constant(value):
+                facts.append((leaf.access, type(value), repr(value)))
+            else:
+                facts.append((leaf.access, type(value)))
+        return tuple(facts)
 
 
 def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -10,22 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.capture.calls.arguments import is_constant
+from lora_fx.capture.calls.arguments import CONSTANTS, is_constant
 from lora_fx.models.copying import copied_value
 
 IDENTITIES = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, enum.Enum)
 """What is compared by identity, and holds nothing that a capture looks into."""
+_NO_OBJECTS = (nn.Module, Tensor, dict, list, tuple, set, *IDENTITIES, *CONSTANTS)
+_TENSORS = frozenset({Tensor, nn.Parameter})
 _EXACT = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device})
 """Types of constants that equal themselves."""
+_STRINGS = {str}
 _LEAVES = frozenset({*_EXACT, float, Tensor, nn.Parameter})
 """Types of much of what is in arguments, in which there is nothing more."""
 
 
 def is_plain_object(value: object) -> bool:
     """Whether the value is an instance of a Python class with attributes of its own, and not part of a model."""
-    if isinstance(value, (nn.Module, Tensor, torch.Generator, dict, list, tuple, set, *IDENTITIES)):
+    kind = type(value)
+    if issubclass(kind, _NO_OBJECTS) or torch.Generator in kind.__mro__:  # whether it is one is a question in Python
         return False
-    return not is_constant(value) and isinstance(getattr(value, "__dict__", None), dict)
+    if getattr(value, "__class__", kind) is not kind and isinstance(value, _NO_OBJECTS):  # it stands for another
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict)
 
 
 class StandIn:
@@ -65,15 +71,16 @@ def reachable(value: Any, ends: tuple[type, ...] = ()) -> list[Any]:
     seen: dict[int, Any] = {}  # with the part itself: attributes that a property makes would be gone
     while waiting:
         part = waiting.pop()
-        if id(part) in seen or isinstance(part, ends):
+        kind = type(part)
+        if id(part) in seen or (ends and isinstance(part, ends)):
             continue
         seen[id(part)] = part
         found.append(part)
-        if type(part) in _LEAVES:
+        if kind in _LEAVES:
             continue
-        if isinstance(part, (list, tuple)):
+        if issubclass(kind, (list, tuple)):
             waiting.extend(reversed(part))
-        elif isinstance(part, dict):
+        elif issubclass(kind, dict):
             waiting.extend(reversed(dict.values(part)))
         elif is_plain_object(part):
             waiting.append(vars(part))
@@ -141,9 +148,16 @@ def objects_differ(
         if a is b or (id(a), id(b)) in seen:
             continue
         seen[id(a), id(b)] = (a, b)
+        if type(a) in _TENSORS and type(a) is type(b):
+            if tensors_differ(a, b):
+                return True
+            continue
         if kind(a) is not kind(b) or (isinstance(a, Tensor) and tensors_differ(a, b)):
             return True
-        (mine, parts), (others, other_parts) = _taken_apart(a, attributes), _taken_apart(b, attributes)
+        if type(a) is dict and [*map(type, a)] == [*map(type, b)] == [str] * len(a):
+            mine, parts, others, other_parts = list(a), list(a.values()), list(b), list(b.values())
+        else:
+            (mine, parts), (others, other_parts) = _taken_apart(a, attributes), _taken_apart(b, attributes)
         if mine != others:
             return True
         for part, other_part in zip(parts, other_parts, strict=True):
@@ -160,7 +174,8 @@ def _taken_apart(value: Any, attributes: Callable[[Any], dict[str, Any]]) -> tup
     if isinstance(value, (list, tuple)):
         return len(value), list(value)
     if isinstance(value, dict):
-        return [key if type(key) is str else _key(key) for key in value], list(dict.values(value))
+        keys = list(value)
+        return (keys if {*map(type, keys)} == _STRINGS else list(map(_key, keys))), list(dict.values(value))
     if isinstance(value, (set, frozenset)):
         return Counter(map(_key, value)), []
     if isinstance(value, functools.partial):

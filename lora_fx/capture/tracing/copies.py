@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import shown_parameters
+from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.trained import chosen_names
 from lora_fx.capture.calls.arguments import is_constant
 from lora_fx.capture.calls.objects import StandIn, is_plain_object, subclass_of
@@ -254,7 +255,8 @@ def _as_seen(module: nn.Module) -> None:
 
 
 def copied_module(module: nn.Module) -> nn.Module:
-    """Return a copy that shares parameters, hooks, and what lies outside (a model, a rotary table) with the module.
+    """Return a copy that shares parameters, hooks, what adapters know of themselves, and what lies outside (a model, a
+    rotary table) with the module.
 
     Of a module that FSDP2 shards it is a plain one: while it is called its parameters are whole.
     """
@@ -269,8 +271,11 @@ def _shared(module: nn.Module) -> list[object]:
         for value in child.__dict__.values():
             if type(value) in _HOLD_NONE:
                 continue
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, (Tensor, nn.Module)) and id(item) not in own:
+            if type(value) is AdapterSpec:  # which no forward changes
+                kept.append(value)
+                continue
+            for item in value if issubclass(type(value), (list, tuple)) else (value,):
+                if issubclass(type(item), (Tensor, nn.Module)) and id(item) not in own:
                     kept.append(item)
         for table in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks):
             kept += table.values()
