@@ -46,7 +46,7 @@ def faults(quick: bool) -> Iterator[tuple[str, Rows]]:
         for name, case in faultcases.cases(Path(folder)).items():
             if quick and not name.startswith(("drop", "GraphModule")):
                 continue
-            found = faultcases.at_lines(*case, 2 if quick else 9)
+            found = faultcases.at_lines(*case, 2 if quick else 100)
             rows.append((name, str(found.tried), str(found.tried - found.went_on), _count(found.changed)))
     yield "faults", rows
     rows = [("change of a graph", "edits, a fault after each", "left something changed")]
