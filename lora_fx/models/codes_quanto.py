@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.models.codelayout import CodeLayout, bare, held
-from lora_fx.models.quantised import dense, is_quantised
+from lora_fx.models.quantised import dense, gradients_beside_codes, is_quantised
 from lora_fx.models.swap import original_class
 
 
@@ -32,9 +32,7 @@ class _QuantoProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        onto_x = grad @ _read(ctx.layer).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        onto_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return onto_x, onto_bias, None
+        return gradients_beside_codes(grad, ctx.needs_input_grad, lambda: _read(ctx.layer))
 
 
 def _run(layer: Any, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_fx.errors import RefusedError
 from lora_fx.models.codelayout import CodeLayout, bare
 from lora_fx.models.grids import Grid, grid_of_groups
+from lora_fx.models.quantised import gradients_beside_codes
 from lora_fx.models.walking import modules_of, named_modules_of
 
 SCHEME = "quantization_scheme"
@@ -58,9 +59,7 @@ class _CodedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        onto_x = grad @ numbers_of(ctx.layer).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        onto_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return onto_x, onto_bias, None
+        return gradients_beside_codes(grad, ctx.needs_input_grad, lambda: numbers_of(ctx.layer))
 
 
 def _rounded(layer: Any, values: Tensor, which: str, settings: Any) -> Tensor:

@@ -1,5 +1,7 @@
 """Weights that are not plain tensors of numbers: quantised ones, which say themselves what numbers they stand for."""
 
+from collections.abc import Callable, Sequence
+
 from torch import Tensor, nn
 
 
@@ -14,6 +16,21 @@ def dense(weight: Tensor) -> Tensor:
         return weight
     plain: Tensor = weight.dequantize()
     return plain
+
+
+def gradients_beside_codes(
+    grad: Tensor, needed: Sequence[bool], numbers: Callable[[], Tensor]
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """Return the gradients of x and of the bias of x Wᵀ + b, and none of the layer whose codes W is; of those needed.
+
+    Args:
+        grad: of the result, [..., out].
+        needed: of x and of the bias, whether it is.
+        numbers: reads W, [out, in], which is not kept from the forward pass.
+    """
+    onto_x = grad @ numbers().to(grad.dtype) if needed[0] else None
+    onto_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needed[1] else None
+    return onto_x, onto_bias, None
 
 
 def dequantised_parameters_(model: nn.Module) -> nn.Module:
