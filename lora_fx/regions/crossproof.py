@@ -3,14 +3,11 @@
 import functools
 from collections.abc import Callable
 
-from torch import Tensor
-
 from lora_fx.capture.guards import Match
 from lora_fx.liveness.padding import Rows
-from lora_fx.models.torch_internals import pytree
-from lora_fx.regions.checking import ModuleCall, Replay, difference
+from lora_fx.regions.checking import ModuleCall, Replay
 from lora_fx.regions.crossing import Crossing, Waiting
-from lora_fx.regions.gradients import with_far_rows
+from lora_fx.regions.packproof import depends_on
 
 
 def prove_crossings(
@@ -36,10 +33,5 @@ def prove_crossings(
 
 def _reaches(replay: Replay, match: Match, crossing: Crossing, rows: Rows, _: object) -> str | None:
     """Return that something depends on a row that is left out, if it does."""
-    inputs = replay.call.matched(match)
-    assert not isinstance(inputs, int)
-    results = []
-    for call in (replay.again(), replay.again(with_far_rows(inputs[crossing.packing.hidden], rows.dead))):
-        replay.random.restore()
-        results.append(pytree.tree_map_only(Tensor, Tensor.detach, replay.run(call.by_forward)))
-    return None if difference(*results) is None else "what it gives depends on padding"
+    found = depends_on(replay, match, crossing.packing.hidden, rows, lambda result: result)
+    return "what it gives depends on padding" if found else None

@@ -1,6 +1,5 @@
 """What the optimisations will do to a kind of block: seen on its graph, before anything is adapted, or why not."""
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import fx, nn
 from lora_fx.adapters.fused.siblings import adapted_siblings
 from lora_fx.capture.captured import Captured
 from lora_fx.capture.tracing.recording import of_shape
-from lora_fx.models.code import UncompiledGraph
+from lora_fx.models.code import UncompiledGraph, copied_graph
 from lora_fx.passes import labels as labels_pass
 from lora_fx.passes import pack
 from lora_fx.passes.afresh import Afresh
@@ -56,11 +55,11 @@ def foreseen(
         drops: whether an adapter in it has a dropout.
         block: whether what is done to the block by name is asked for, too.
     """
-    plain = UncompiledGraph(module, copy.deepcopy(captured.graph))
+    plain = _copied(captured.graph, module)
     apply_pass(Flatten(fused), Editor(plain))
     for step in (Inline(), Afresh()):
         apply_pass(step, Editor(plain))
-    fast = _copied(plain, module)
+    fast = _copied(plain.graph, module)
     inputs = {str(n.args[1].target): n.args[0] for n in fast.graph.nodes if is_adapted_linear(n, fast)}
     shared = Counter(inputs.values())
     for usual in (Stack(), Recompute(runs=False)):
@@ -74,8 +73,8 @@ def foreseen(
     return Foresight(sites, _of_block(plain, fast, module, captured, others, drops) if block else {})
 
 
-def _copied(graph_module: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
-    return UncompiledGraph(module, copy.deepcopy(graph_module.graph))
+def _copied(graph: fx.Graph, module: nn.Module) -> fx.GraphModule:
+    return UncompiledGraph(module, copied_graph(graph))
 
 
 def _why_not_made(call: fx.Node) -> str:
@@ -103,7 +102,7 @@ def _of_block(
     found[COMPILE] = _reason(lambda: lifted(_stacked(plain, module), captured)) or unfused
     if any(node.target is of_shape for node in plain.graph.nodes):
         return found | {LIVENESS: CALLS}
-    packed = _reason(lambda: apply_pass(pack.Pack(captured), Editor(_copied(plain, module))))
+    packed = _reason(lambda: apply_pass(pack.Pack(captured), Editor(_copied(plain.graph, module))))
     if packed in (pack.NOTHING_MIXED, pack.NO_HIDDEN):
         return found
     if drops:
@@ -122,7 +121,7 @@ def _does(step: Pass, graph_module: fx.GraphModule) -> bool:
 
 
 def _stacked(graph_module: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
-    copied = _copied(graph_module, module)
+    copied = _copied(graph_module.graph, module)
     apply_pass(Stack(), Editor(copied))
     return copied
 

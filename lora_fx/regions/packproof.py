@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_fx.capture.guards import Match
 from lora_fx.liveness.padding import Rows
 from lora_fx.models.torch_internals import pytree
 from lora_fx.regions.checking import ModuleCall, Replay, difference
@@ -66,14 +67,27 @@ def _differs(replay: Replay, program: Program, packed: Packed, rows: Rows) -> st
 
 def _reaches(replay: Replay, program: Program, packed: Packed, rows: Rows) -> str | None:
     """Return whether something that is kept depends on a row that is left out."""
-    inputs = replay.call.matched(program.guard.match_ones)
+    found = depends_on(
+        replay, program.guard.match_ones, packed.packing.hidden, rows, lambda result: _kept(result, rows)
+    )
+    return "what is kept depends on padding" if found else None
+
+
+def depends_on(replay: Replay, match: Match, place: int, rows: Rows, kept: Callable[[Any], Any]) -> bool:
+    """Whether what is kept of a forward's result changes by a bit where rows that are left out are far off.
+
+    Args:
+        match: gives the inputs of a program from the call.
+        place: of the input that has the rows.
+        kept: returns what is compared of a result.
+    """
+    inputs = replay.call.matched(match)
     assert not isinstance(inputs, int)
-    hidden = inputs[packed.packing.hidden]
     results = []
-    for call in (replay.again(), replay.again(with_far_rows(hidden, rows.dead))):
+    for call in (replay.again(), replay.again(with_far_rows(inputs[place], rows.dead))):
         replay.random.restore()
-        results.append(pytree.tree_map_only(Tensor, Tensor.detach, _kept(replay.run(call.by_forward), rows)))
-    return None if difference(*results) is None else "what is kept depends on padding"
+        results.append(pytree.tree_map_only(Tensor, Tensor.detach, kept(replay.run(call.by_forward))))
+    return difference(*results) is not None
 
 
 def _of_kept(run: Run, rows: Rows) -> Run:
