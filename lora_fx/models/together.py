@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lora_fx.models.torch_internals import foreach_copy, foreach_norm, foreach_sub
 
-_KINDS = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
+"""Classes of tensors that are numbers in memory and nothing else."""
 
 
 def all_equal(groups: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[bool]:
@@ -44,7 +45,7 @@ def are_alike(targets: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
     Then nothing can end the copying in the middle: no value is converted, sent or drawn out.
     """
     both = [*targets, *values]
-    if not {*map(type, both)} <= {*_KINDS} or {tensor.layout for tensor in both} != {torch.strided}:
+    if not {*map(type, both)} <= {*PLAIN} or {tensor.layout for tensor in both} != {torch.strided}:
         return False
     if {tensor.is_contiguous() for tensor in both} != {True}:
         return False
@@ -76,7 +77,7 @@ def surely_finite(tensors: Iterable[Tensor]) -> bool:
     first size alone are summed as one: for small ones a copy costs less than an operation for each.
     """
     known = list(tensors)
-    if not {*map(type, known)} <= {*_KINDS} or not {tensor.layout for tensor in known} <= {torch.strided}:
+    if not {*map(type, known)} <= {*PLAIN} or not {tensor.layout for tensor in known} <= {torch.strided}:
         return False
     if not all(dtype.is_floating_point for dtype in {tensor.dtype for tensor in known}):
         return False

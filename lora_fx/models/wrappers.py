@@ -6,7 +6,7 @@ import warnings
 from torch import nn
 
 from lora_fx.errors import LoraFxWarning, RefusedError
-from lora_fx.models.walking import named_modules_of
+from lora_fx.models.walking import modules_of, named_modules_of
 
 WRAPPING = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Names of children that wrappers inside of a model put into the names of what they hold."""
@@ -97,7 +97,7 @@ def warn_of_cache_made_again(model: nn.Module, level: int) -> None:
     """
     if getattr(getattr(model, "config", None), "use_cache", False) is not True:
         return
-    wrappers = [module for module in model.modules() if type(module).__module__ == _CHECKPOINTING]
+    wrappers = [module for module in modules_of(model) if type(module).__module__ == _CHECKPOINTING]
     if any(vars(wrapper)["checkpoint_impl"].name == "REENTRANT" for wrapper in wrappers):
         warnings.warn(
             "layers are checkpointed with CheckpointImpl.REENTRANT, and config.use_cache is on: in training they would "

@@ -29,6 +29,15 @@ from lora_fx.planning.sites import CONVOLUTIONS, Layout, Site
 from lora_fx.rules.inits import pairs_of
 
 
+def filled(value: Tensor, target: Tensor) -> Tensor:
+    """Return the value in the shape of the target, zero where it has no rank."""
+    if value.shape == target.shape:
+        return value
+    whole = torch.zeros(target.shape, dtype=target.dtype, device=target.device)
+    whole[tuple(slice(size) for size in value.shape)] = value
+    return whole
+
+
 def scaled(factor: Tensor, ratio: float) -> Tensor:
     """Return a factor times a number, in float32 at least: in half precision it would be rounded, or too small."""
     return factor if ratio == 1 else factor.to(torch.promote_types(factor.dtype, torch.float32)) * ratio

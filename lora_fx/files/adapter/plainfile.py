@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_fx.adapters.factors.spec import AdapterSpec
-from lora_fx.files.adapter.codec import scaled
+from lora_fx.files.adapter.codec import filled, scaled
 from lora_fx.files.adapter.plainstate import targets_in
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.fingerprint import same_values, samples_of
+from lora_fx.models.together import PLAIN
 from lora_fx.rules.ruleset import LoRAConfig
 
 Copies = list[tuple[Tensor, Tensor]]
-_KINDS = (Tensor, nn.Parameter)
 
 
 def plain_file_copies(tuned: nn.Module, file: AdapterFile, adapter: str) -> Copies | None:
@@ -36,7 +36,7 @@ def plain_file_copies(tuned: nn.Module, file: AdapterFile, adapter: str) -> Copi
             return None
         spec: AdapterSpec | None = home._modules["lora_A"]._modules[adapter].__dict__.get("of")  # type: ignore[union-attr]
         base = home._parameters.get("weight")
-        if spec is None or base is None or type(base) not in _KINDS or base.is_meta or not _is_plain(saved, spec, A, B):
+        if spec is None or base is None or type(base) not in PLAIN or base.is_meta or not _is_plain(saved, spec, A, B):
             return None
         bases.append(base)
         ratio = ratios.get((id(saved.lora), id(spec.lora)))
@@ -81,11 +81,7 @@ def _is_base(file: AdapterFile, bases: list[Tensor]) -> bool:
 
 
 def _fitting(target: Tensor, value: Tensor) -> Tensor:
-    """Return a value in the dtype, place and shape of its target, zero where it has no rank."""
+    """Return a value in the dtype, place and shape of its target."""
     if value.dtype is not target.dtype or value.device != target.device:
         value = value.to(target.device, target.dtype)
-    if value.shape == target.shape:
-        return value
-    whole = target.new_zeros(target.shape)
-    whole[: value.shape[0], : value.shape[1]] = value
-    return whole
+    return filled(value, target)

@@ -12,7 +12,7 @@ from lora_fx.adapters.attach import HOME, Attached
 from lora_fx.adapters.factors.moved import MovedA, MovedB
 from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
-from lora_fx.files.adapter.codec import as_plain, scaled
+from lora_fx.files.adapter.codec import as_plain, filled, scaled
 from lora_fx.files.adapter.keptbase import base_of
 from lora_fx.files.adapter.plainfile import plain_file_copies
 from lora_fx.files.adapter.plainstate import plain_copies
@@ -122,7 +122,7 @@ def _from_state(slots: list[tuple[str, Attached]], state: Mapping[str, Tensor], 
     if not _all_finite(given):
         found = [(key, "NaN or infinite values", "") for key, value in given.items() if not _all_finite({key: value})]
         _raise_if(found)
-    return [(mine, _filled(value, mine)) for _, mine, _, value in pairs if mine is not None and value is not None]
+    return [(mine, filled(value, mine)) for _, mine, _, value in pairs if mine is not None and value is not None]
 
 
 def _tensors(path: str, one: Attached) -> Iterator[tuple[str, str, Tensor, int | None]]:
@@ -188,15 +188,6 @@ def _told(tensor: object) -> str:
 def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Whether all values are finite."""
     return surely_finite(tensors.values()) or all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-
-
-def _filled(value: Tensor, target: Tensor) -> Tensor:
-    """Return the value in the shape of the target, zero where it has no rank."""
-    if value.shape == target.shape:
-        return value
-    whole = torch.zeros(target.shape, dtype=target.dtype, device=target.device)
-    whole[tuple(slice(size) for size in value.shape)] = value
-    return whole
 
 
 # -- of a file
@@ -268,14 +259,14 @@ class _Pair:
         targets: list[tuple[Tensor, Tensor]] = []
         if isinstance(one.lora_A, MovedA) and isinstance(one.lora_B, MovedB):
             r = one.lora_A.weight.shape[0]
-            A, B = _filled(A, A.new_zeros(2 * r, A.shape[1])), _filled(B, B.new_zeros(B.shape[0], 2 * r))
+            A, B = filled(A, A.new_zeros(2 * r, A.shape[1])), filled(B, B.new_zeros(B.shape[0], 2 * r))
             targets = [(one.lora_A.start, A[r:]), (one.lora_B.start, -B[:, r:])]
             A, B = A[:r], B[:, :r]
         targets += [(one.lora_A.weight, one.lora_A.values_of(A)), (one.lora_B.weight, one.lora_B.values_of(B))]
         if one.magnitude is not None and saved.magnitude is not None:
             targets.append((one.magnitude.weight, one.magnitude.taken(saved.magnitude)))
         for target, value in targets:
-            yield target, _filled(value.to(target.device, target.dtype), target)
+            yield target, filled(value.to(target.device, target.dtype), target)
 
 
 def _invoked(invocation: tuple[int, ...]) -> str:
