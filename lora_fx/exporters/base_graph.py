@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.adapters.placed import base_in, placed_in
 from lora_fx.errors import ExportError
+from lora_fx.files.adapter.codec import scaled
 from lora_fx.files.fingerprint import sample_values
 from lora_fx.models.tensors import get_tensor
 from lora_fx.planning.planned import PlannedSite
@@ -115,7 +116,7 @@ def _fill(twin: Attached, tuned: Attached) -> None:
     A, B = twin.lora_A.weight.zero_(), twin.lora_B.weight.zero_()
     B = B.narrow(1 if tuned.spec.site.op in CONVOLUTIONS else -1, 0, rank)
     A.narrow(by_rank, 0, rank).copy_(tuned.lora_A.plain)
-    B.copy_((tuned.lora_B.plain * tuned.spec.scaling).reshape(B.shape))
+    B.copy_(scaled(tuned.lora_B.plain, tuned.spec.scaling).reshape(B.shape))
     lengths = tuned.lengths()
     if twin.magnitude is not None and lengths is not None:
         twin.magnitude.weight.copy_(lengths)

@@ -14,6 +14,7 @@ from torch import nn
 from lora_fx.adapters.attach import all_attached
 from lora_fx.errors import ExportError
 from lora_fx.exporters import clients, peft
+from lora_fx.exporters.plain import multiplied
 from lora_fx.exporters.running import call_with, outputs_of_both, run_client, worst_difference
 from lora_fx.exporters.target import Refusal, Target, expressed, refusals
 from lora_fx.files.adapter.describe import describe
@@ -72,7 +73,7 @@ def write(tuned: nn.Module, path: Path, component: str = "") -> None:
     (described,) = describe(tuned)
     component = component or _component_of(tuned)
     scalings = {factor_key(without_wrappers(path), "lora_B"): a.spec.scaling for path, a in all_attached(tuned)}
-    folded = {key: value * scalings.get(key, 1.0) for key, value in described.tensors.items()}
+    folded = {key: multiplied(value, scalings.get(key, 1.0)) for key, value in described.tensors.items()}
     tensors = {f"{component}.{key.removeprefix(PREFIX)}": value for key, value in folded.items()}
     ranks = {"r": described.config["r"], "rank_pattern": described.config["rank_pattern"]}
     alphas = {"lora_alpha": ranks["r"], "alpha_pattern": ranks["rank_pattern"], "use_rslora": False}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.attach import Attached, all_attached
 from lora_fx.errors import ExportError
 from lora_fx.exporters import clients
-from lora_fx.exporters.plain import PlainAdapter, plain_adapters
+from lora_fx.exporters.plain import PlainAdapter, multiplied, plain_adapters
 from lora_fx.exporters.program import call_of
 from lora_fx.exporters.running import largest_difference, run_client, without_and_with
 from lora_fx.exporters.target import Refusal, Target, expressed, refusals
@@ -167,7 +167,7 @@ def _write(tuned: nn.Module, path: Path, base: str | Path | None = None) -> None
         assert name is not None
         A, B = _laid_out(adapter, name, layout, config_of(tuned))
         writer.add_tensor(f"{name}.lora_a", _array(A))
-        writer.add_tensor(f"{name}.lora_b", _array(B if rest == 1 else B * rest))
+        writer.add_tensor(f"{name}.lora_b", _array(multiplied(B, rest)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     write_tensors(writer)

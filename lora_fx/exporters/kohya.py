@@ -97,7 +97,8 @@ def _prefix_of(tuned: nn.Module) -> str:
 def write(tuned: nn.Module, path: Path, prefix: str = "") -> None:
     """Write the file, with one alpha for all layers."""
     adapters = list(plain_adapters(tuned))
-    alpha = float(adapters[0].alpha)
+    written = torch.tensor(adapters[0].alpha, dtype=torch.float32)
+    alpha = float(written)
     before = f"{prefix or _prefix_of(tuned)}_"
     if _is_text(tuned):
         adapters += _projection_beside(adapters, tuned)
@@ -107,7 +108,7 @@ def write(tuned: nn.Module, path: Path, prefix: str = "") -> None:
         name = f"{before}{_flat(adapter.path)}"
         tensors[f"{name}.lora_down.weight"] = adapter.A
         tensors[f"{name}.lora_up.weight"] = adapter.with_scaling(alpha / adapter.rank).B
-        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+        tensors[f"{name}.alpha"] = written.clone()
         if adapter.magnitude is not None:
             ones = (1 for _ in adapter.A.shape[1:])
             tensors[f"{name}.dora_scale"] = adapter.magnitude.reshape(-1, *ones)

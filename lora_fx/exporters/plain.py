@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
-from lora_fx.files.adapter.codec import encoded
+from lora_fx.files.adapter.codec import encoded, scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,22 @@ class PlainAdapter:
         """Return the same adapter with another scaling, made up for in B."""
         if scaling == self.scaling:
             return self
-        return replace(self, B=self.B * (self.scaling / scaling), scaling=scaling)
+        return replace(self, B=multiplied(self.B, self.scaling / scaling), scaling=scaling)
 
     def with_rank(self, rank: int) -> "PlainAdapter":
         """Return the same adapter, of matrices, with a higher rank: zero rows in A, zero columns in B."""
         more = rank - self.rank
         return replace(self, A=F.pad(self.A, (0, 0, 0, more)), B=F.pad(self.B, (0, more)))
+
+
+def multiplied(factor: Tensor, ratio: float) -> Tensor:
+    """Return a factor times a number, in its own dtype where that holds the product, else in float32: readers round it.
+
+    Half precision, rounded here and again by what the reader computes, would lose more than the adapter has.
+    """
+    product = scaled(factor, ratio)
+    narrow = product.to(factor.dtype)
+    return narrow if torch.equal(narrow.to(product.dtype), product) else product
 
 
 def plain_adapters(tuned: nn.Module) -> Iterator[PlainAdapter]:
