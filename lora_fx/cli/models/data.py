@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_fx.api import load
@@ -15,7 +14,9 @@ from lora_fx.cli.models.spec import called, load_model
 from lora_fx.errors import RefusedError
 from lora_fx.files.covariances import input_covariances
 from lora_fx.files.safetensors import read_raw
+from lora_fx.files.values import READ, read_tensors
 from lora_fx.models.samples import samples_of
+from lora_fx.sources.regular import UnreadableError
 from lora_fx.text import columns
 
 FORMS = "a .safetensors file, package.module:factory or file.py:factory"
@@ -48,8 +49,15 @@ def batches_of(spec: str) -> list[object]:
 
 
 def _of_file(path: Path) -> list[object]:
-    read_raw(path)  # which says what is wrong with a file
-    tensors = load_file(path)
+    file = read_raw(path)
+    if other := [f"{name} is of {entry.dtype}" for name, entry in file.tensors.items() if entry.dtype not in READ]:
+        raise ModelSpecError(f"--data {path}: {'; '.join(other)}, of which torch makes no inputs")
+    try:
+        tensors = {
+            name: tensor.clone() for name, tensor in read_tensors(file).items()
+        }  # the file may change after this
+    except (OSError, UnreadableError) as error:
+        raise ModelSpecError(f"--data {path}: cannot be read: {error}") from error
     rows = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
     if len(set(rows.values())) != 1 or min(rows.values()) < 2:
         found = columns([(name, str(list(tensor.shape))) for name, tensor in sorted(tensors.items())]) or "  no tensors"
