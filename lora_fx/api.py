@@ -25,12 +25,13 @@ from lora_fx.graphdiff.graphs import Graph
 from lora_fx.graphdiff.models import Comparable, graph_diff, graph_of
 from lora_fx.integrations.loaded import twin_of
 from lora_fx.integrations.pretrained import take_over
+from lora_fx.models.modes import making
 from lora_fx.models.samples import samples_for
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning import explain as explaining
 from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
-from lora_fx.progress.steps import ShowProgress, counting, running
+from lora_fx.progress.steps import ShowProgress, counting
 from lora_fx.rules.peftwords import answering_peft
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
@@ -79,7 +80,7 @@ def plan(
         RefusedError: the model is adapted already, compiled, or cannot be copied.
     """
     read = read_rules(rules_or_short(rules, target, r, alpha))
-    with running("plan", progress, 1 + CAPTURING):
+    with making("plan", progress, 1 + CAPTURING):
         seen = observed(model, samples_for(model, example_inputs))
         return seen.planned(decide(read, seen.inventory))
 
@@ -98,7 +99,7 @@ def explain(
         RuleError, CaptureError, RefusedError: as `plan`; a rule that matches nothing is not an error here.
     """
     read = read_rules(rules)
-    with running("explain", progress, 1 + CAPTURING):
+    with making("explain", progress, 1 + CAPTURING):
         seen = observed(model, samples_for(model, example_inputs))
         plan = seen.planned(decide(read, seen.inventory, strict=False))
     return explaining.explain(plan, read, seen.inventory, path, teller_of(plan, model))
@@ -142,7 +143,7 @@ def apply(
     """
     passes = build.optimisations(optimise)
     wanted = rules_or_short(rules_or_plan, target, r, alpha)
-    with running("apply", progress, 7 + CAPTURING):
+    with making("apply", progress, 7 + CAPTURING):
         plan = planned_for(model, wanted, example_inputs, backend)
         build.check_refusals(plan)
         twin = take_over(build.build(model, plan))
@@ -181,7 +182,7 @@ def load(
         RefusedError: a site that cannot be adapted.
     """
     passes = build.optimisations(optimise)
-    with running("load", progress, 9 + CAPTURING):
+    with making("load", progress, 9 + CAPTURING):
         return twin_of(model, *restore.fitted(directory, model, samples_for(model, example_inputs)), passes)
 
 
@@ -203,7 +204,7 @@ def diff(
         LoraFxError: a file cannot be read, or is a program and not trusted.
         CaptureError: a model refuses the example inputs.
     """
-    with running("diff", progress, 2):
+    with making("diff", progress, 2):
         return graph_diff(a, b, example_inputs, trust)
 
 
@@ -280,7 +281,7 @@ def merge(
     """
     tuned = with_values(seen_through(tuned))
     chosen = switching.chosen_for_a_while(tuned, adapters)
-    with chosen, running("merge", progress, 2 if requantize is None else 4):
+    with chosen, making("merge", progress, 2 if requantize is None else 4):
         if requantize is None:
             return undo.merged(tuned)
         model, costs = requantise.merged_and_requantised(tuned, requantize)
@@ -328,7 +329,7 @@ def export(
     tuned = exporters.readable(seen_through(tuned))
     tuned = tuned if adapter is None else only(tuned, adapter)
     given = samples_for(tuned, example_inputs).items
-    with running("export", progress, 10 if verify else 6):
+    with making("export", progress, 10 if verify else 6):
         return exporters.export(tuned, Path(path), target, given[0] if given else None, verify, **options)
 
 
@@ -380,8 +381,7 @@ def extract(
     At each linear whose weight differs, B A is the truncated singular value decomposition of W_tuned - W_base, the
     nearest matrix of rank r (Eckart and Young 1936), with √σ in A and in B, computed in float32 (float64 for float64).
     The scaling is 1 (alpha = r).  The twin is as `apply` returns it: it can be saved, trained, merged.  What differs
-    outside of linears (biases, norms) is lost, and a LoraFxWarning names it; `lora_fx.extracted` returns
-    a report with the retained energy of each site beside the twin.
+    outside of linears (biases, norms) is lost, and a LoraFxWarning names it; `lora_fx.extracted` tells of energies.
 
     Args:
         tuned_full: the model after full fine-tuning.
@@ -394,7 +394,7 @@ def extract(
         RefusedError: two architectures, no difference, values that are not finite, rules with DoRA or slices.
         RuleError, NoMatchError: as `plan`.
     """
-    with running("extract", progress, 5):
+    with making("extract", progress, 5):
         twin, report = extraction.extracted(tuned_full, base, r, rules)
     extraction.warn_of_losses(report)
     return take_over(twin)

@@ -13,6 +13,7 @@ from lora_fx.discovery.gradients import Loss, gradients_of
 from lora_fx.discovery.study import observed
 from lora_fx.errors import InvariantError, RefusedError
 from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.modes import making
 from lora_fx.models.offload import stored_weight
 from lora_fx.models.quantised import dense
 from lora_fx.models.samples import Sample, samples_for, samples_of
@@ -21,7 +22,7 @@ from lora_fx.planning.decide import decide
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite
 from lora_fx.planning.ranks import RHO, Gains, spread, with_ranks
-from lora_fx.progress.steps import ShowProgress, running, step
+from lora_fx.progress.steps import ShowProgress, step
 from lora_fx.rules.inits import ranks_needed
 from lora_fx.rules.keys import RANK
 from lora_fx.rules.reader import read_rules
@@ -83,7 +84,7 @@ def allocate(
     if batches is not None and not batches:
         raise RefusedError("data has no batches", advice="give some, or leave data out: ranks go by the spectrum then")
     given = batches[:1] if example_inputs is None and batches else example_inputs
-    with running("allocate", progress, 4):
+    with making("allocate", progress, 4):
         refuse_sharded(
             model, "processes hold parts of this model, and its ranks are not allocated", "before fully_shard"
         )

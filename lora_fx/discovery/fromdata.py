@@ -16,6 +16,7 @@ from lora_fx.discovery.redistributed import redistributed
 from lora_fx.discovery.study import CAPTURING, observed
 from lora_fx.errors import CaptureError, RefusedError
 from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.modes import making
 from lora_fx.models.offload import stored_weight
 from lora_fx.models.quantised import dense
 from lora_fx.models.samples import Sample, samples_for, samples_of
@@ -23,7 +24,7 @@ from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.ranks import RHO
-from lora_fx.progress.steps import ShowProgress, running
+from lora_fx.progress.steps import ShowProgress
 from lora_fx.regions.survey import trial_twin
 from lora_fx.rules.inits import FROM_DATA, FROM_INPUTS
 from lora_fx.rules.reader import read_rules
@@ -66,7 +67,7 @@ def plan_from_data(
     batches = [sample for batch in _batches(data) for sample in samples_of(batch, "a batch of `data`")]
     given = (batches[:1] or None) if example_inputs is None else example_inputs
     wanted = read_rules(rules)
-    with running("plan_from_data", progress, 3 + CAPTURING):
+    with making("plan_from_data", progress, 3 + CAPTURING):
         refuse_sharded(
             model, "processes hold parts of this model, and data shows it nothing", "plan from data before fully_shard"
         )

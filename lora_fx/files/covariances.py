@@ -20,9 +20,10 @@ from lora_fx.files.fingerprint import VALUES, sample_values
 from lora_fx.files.replacing import staged
 from lora_fx.files.safetensors import RawFile, RawTensor, header_bytes, read_raw
 from lora_fx.files.values import refuse_unwritable
+from lora_fx.models.modes import making
 from lora_fx.models.quantised import dense, is_quantised
 from lora_fx.models.wrappers import seen_through
-from lora_fx.progress.steps import ShowProgress, running, step
+from lora_fx.progress.steps import ShowProgress, step
 from lora_fx.sources.document import parse_json
 from lora_fx.sources.regular import UnreadableError
 from lora_fx.tuned.moments import Given, at_once, is_linear, moments_of, parted
@@ -62,7 +63,7 @@ def input_covariances(
     """
     tuned, place = with_values(seen_through(tuned)), Path(path)
     rounding, held = parted(data)
-    with chosen_for_a_while(tuned, adapters), running("look at inputs", progress, 4):
+    with chosen_for_a_while(tuned, adapters), making("look at inputs", progress, 4):
         layers = _layers(tuned)
         model = merged(tuned, stays_plain=False)
         header = header_bytes(_entries(layers), {_MARK: "1", _VALUES: json.dumps(_values(tuned))})

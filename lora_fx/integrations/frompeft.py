@@ -17,11 +17,12 @@ from lora_fx.integrations.loaded import twin_of
 from lora_fx.integrations.peftlibrary import peft_library, state_of
 from lora_fx.integrations.peftsettings import settings_of
 from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.modes import making
 from lora_fx.models.overrides import accelerate_hooks
 from lora_fx.models.samples import samples_for
 from lora_fx.models.twin import twin_without
 from lora_fx.models.wrappers import holds_peft, without_wrappers
-from lora_fx.progress.steps import ShowProgress, running
+from lora_fx.progress.steps import ShowProgress
 from lora_fx.rules.keys import is_adapter_name
 from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.text import listing
@@ -61,7 +62,7 @@ def from_peft(
     refuse_sharded(peft_model, "PEFT's adapters in a sharded model are not taken over", "from_peft before fully_shard")
     names = _adapters_in(peft_model, adapter)
     active = {adapter} if adapter is not None else _active(peft_model)
-    with running("from_peft", progress, 9 + CAPTURING):
+    with making("from_peft", progress, 9 + CAPTURING):
         files = sorted((_file_of(peft_model, name) for name in names), key=_is_adapter_alone)
         base = _base_of(peft_model)
         twin = twin_of(base, *restore.fitted_files(files[:1], base, samples_for(base, example_inputs)), passes)

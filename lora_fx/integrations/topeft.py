@@ -12,6 +12,7 @@ from lora_fx.files.adapter.describe import Described, beyond_peft, describe
 from lora_fx.files.adapter.names import split_bias_key
 from lora_fx.integrations.peftlibrary import peft_library, rows_it_lacks, state_of
 from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.modes import normal_tensors
 from lora_fx.models.packed import is_packed
 from lora_fx.models.tensors import own_parameters
 from lora_fx.models.wrappers import seen_through
@@ -22,6 +23,7 @@ _ADVICE = "lora_fx.save writes what PEFT reads"
 _BIAS = ".base_layer.bias"
 
 
+@normal_tensors()
 def to_peft(tuned: nn.Module) -> nn.Module:
     """Return a `peft.PeftModel` on the base, with the values of the model's adapters; the adapted model itself stays.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import CaptureError
+from lora_fx.models.modes import normal
 from lora_fx.models.torch_internals import pytree
 from lora_fx.models.twin import is_meta
 from lora_fx.models.wrappers import check_module
@@ -43,7 +44,7 @@ def samples_for(model: nn.Module, example_inputs: object) -> Samples:
     """
     check_module(model)
     samples = next(_made_up(model), ()) if example_inputs is None else samples_of(example_inputs)
-    tried = Samples(samples, example_inputs is not None, False)
+    tried = Samples(tuple(map(_normal, samples)), example_inputs is not None, False)
     return without_values(tried) if is_meta(model) else tried
 
 
@@ -58,6 +59,13 @@ def candidates(model: nn.Module, tried: Samples) -> Iterator[tuple[Sample, ...]]
     if not tried.given:
         for samples in itertools.islice(_made_up(model), 1, None):
             yield tuple(map(_on_meta, samples)) if tried.on_meta else samples
+
+
+def _normal(sample: Sample) -> Sample:
+    """Return the sample with what was made in inference mode as autograd takes it."""
+    held = (sample.args, sample.kwargs)
+    sealed = any(isinstance(one, Tensor) and one.is_inference() for one in pytree.tree_leaves(held))
+    return Sample(*pytree.tree_map_only(Tensor, normal, held)) if sealed else sample
 
 
 def _on_meta(sample: Sample) -> Sample:

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from lora_fx.errors import RefusedError
 from lora_fx.models.copying import copied_alone, copied_tree, passes_on_copying
 from lora_fx.models.fsdp import SHARDING, plain_shell, resharded, sharding_of
+from lora_fx.models.modes import normal, normal_tensors
 from lora_fx.models.offload import offloading_hook
 from lora_fx.models.overrides import accelerate_hooks, follow_class, rebind
 from lora_fx.models.packed import copies_of_packed, settle_packed_
@@ -36,6 +37,7 @@ def make_twin(model: nn.Module, freeze: bool = True) -> nn.Module:
     return twin_without(model, modules_of(model), lambda _: None, freeze)
 
 
+@normal_tensors()
 def twin_without(
     model: nn.Module, modules: Sequence[nn.Module], under: Callable[[nn.Module], nn.Module | None], freeze: bool
 ) -> nn.Module:
@@ -56,7 +58,7 @@ def twin_without(
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     memo: dict[int, object] = {id(p): _alias(p, freeze) for p in parameters}
     memo |= {id(held): own for module in modules for held, own in copies_of_packed(module)}
-    memo |= {id(t): t.detach() for t in _computed_tensors(modules)}
+    memo |= {id(t): normal(t).detach() for t in _computed_tensors(modules)}
     memo |= {id(kept): kept for kept in (*_kept_by_hooks(modules), *_meshes(modules))}
     try:
         for layer in reversed(modules):  # those inside of others first
@@ -99,7 +101,7 @@ def _alias(parameter: nn.Parameter, freeze: bool) -> Tensor:
     flag = parameter.requires_grad and not freeze
     if type(parameter) is not nn.Parameter and not parameter.requires_grad and not is_sharded(parameter):
         return parameter  # quantised weights carry state that detach() drops; frozen, they can serve both models
-    alias = parameter.detach()
+    alias = normal(parameter).detach()
     if not isinstance(alias, nn.Parameter):
         alias = nn.Parameter(alias, requires_grad=flag)
     alias.requires_grad_(flag)

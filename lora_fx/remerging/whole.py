@@ -14,6 +14,7 @@ from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.errors import LoraFxWarning, MergeError
 from lora_fx.models.code import module_of
 from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.modes import normal_tensors
 from lora_fx.models.samples import Sample, samples_of
 from lora_fx.models.ties import mark_untied, tied_names
 from lora_fx.models.torch_internals import pytree
@@ -68,6 +69,7 @@ def remerge(model: nn.Module | torch.export.ExportedProgram, example_inputs: obj
     return result.model
 
 
+@normal_tensors()
 def remerged(model: nn.Module | torch.export.ExportedProgram, example_inputs: object = None) -> RemergeResult:
     """Return what `remerge` returns, and a report; takes and raises the same, and warns of nothing."""
     module = module_of(model) if isinstance(model, torch.export.ExportedProgram) else model

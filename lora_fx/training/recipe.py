@@ -8,10 +8,11 @@ from torch import nn
 from lora_fx.discovery.gradients import Loss
 from lora_fx.discovery.study import CAPTURING, observed
 from lora_fx.errors import RefusedError
+from lora_fx.models.modes import making
 from lora_fx.models.samples import samples_for, samples_of
 from lora_fx.models.twin import is_meta
 from lora_fx.planning.recipes import Recipe, check_task, recipe_for
-from lora_fx.progress.steps import ShowProgress, running
+from lora_fx.progress.steps import ShowProgress
 from lora_fx.training.probing import LEAST_BATCHES, probe_rates
 
 _EACH_SIDE = 4
@@ -68,7 +69,7 @@ def recipe(
     if batches is not None and is_meta(model):
         raise RefusedError("probing needs the model's weights", [("found", "a model on the meta device")])
     given = batches[:1] if example_inputs is None and batches else example_inputs
-    with running("recipe", progress, 4 if batches is None else 4 + CAPTURING):
+    with making("recipe", progress, 4 if batches is None else 4 + CAPTURING):
         found = recipe_for(observed(model, samples_for(model, given)).inventory, task, full_lr)
         if batches is None:
             return found

@@ -16,6 +16,7 @@ from lora_fx.adapters.parallel import placed_beside
 from lora_fx.errors import RefusedError
 from lora_fx.models.between import one_at_a_time
 from lora_fx.models.joining import apart
+from lora_fx.models.modes import normal_tensors
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
@@ -85,11 +86,11 @@ def combine(
     _refuse_kinds(sites)
     if recipe.of_factors:
         _refuse_unlike(sites, len(weights), method)
-    with torch.no_grad():
+    with normal_tensors(), torch.no_grad():
         made = {path: recipe.made(parts) for path, parts in sites.items()}
     planned = tuple(_planned(sites[path][0][0], A.shape[-2], adapter) for path, (A, _) in made.items())
     plan = replace(record.plan, sites=planned, train=(), tokens=(), biases=(), rules={})
-    with apart(tuned), changing(tuned, record):
+    with apart(tuned), changing(tuned, record), normal_tensors():
         with torch.random.fork_rng(devices=[]):  # fresh factors draw numbers
             attach_more(tuned, plan, record, start=False)
         with torch.no_grad():

@@ -12,10 +12,11 @@ from lora_fx.adapters.attach import owner_path, with_values
 from lora_fx.adapters.factors.rounding import guided_codes
 from lora_fx.errors import LoraFxWarning, MergeError, RefusedError
 from lora_fx.models.grids import Grid, codes_of, grid_of, q4_0_grid, with_codes
+from lora_fx.models.modes import making
 from lora_fx.models.packed import grid_kept_by, is_packed
 from lora_fx.models.quantised import dense
 from lora_fx.models.wrappers import seen_through
-from lora_fx.progress.steps import ShowProgress, running, step
+from lora_fx.progress.steps import ShowProgress, step
 from lora_fx.text import columns
 from lora_fx.tuned.moments import Given, Moments, at_once, is_linear, moments_of, parted
 from lora_fx.tuned.requantise import quantise_as, quantised_sites, sites_in_use
@@ -103,7 +104,7 @@ def merged_on_grid(
     """
     tuned = with_values(seen_through(tuned))
     rounding, held = parted(data)
-    with chosen_for_a_while(tuned, adapters), running("merge", progress, 4):
+    with chosen_for_a_while(tuned, adapters), making("merge", progress, 4):
         sites = {site.path: site for site in _sites(tuned, grid)}
         model, found = merged(tuned, stays_plain=all(site.holds != "layer" for site in sites.values())), []
         with step("choosing codes", len(sites), "weights") as doing:

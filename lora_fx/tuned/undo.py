@@ -18,6 +18,7 @@ from lora_fx.liveness.heads import late_modules
 from lora_fx.models.between import unchanged
 from lora_fx.models.dtypes import warn_of_narrowed
 from lora_fx.models.fsdp import SHARDING
+from lora_fx.models.modes import normal_tensors
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
 from lora_fx.models.packed import forget_quantiser, is_packed, lost_dtype, make_plain_, usual_dtype, warn_of_two_dtypes
@@ -44,6 +45,7 @@ from lora_fx.tuned.heads import uninstall_late
 from lora_fx.tuned.invoking import begin_call, end_call
 
 
+@normal_tensors()
 def removed(tuned: nn.Module) -> nn.Module:
     """Return the base model, bit-equal to the one given to `apply`; the adapted model stays unchanged.
 
@@ -102,6 +104,7 @@ def merged(tuned: nn.Module, *, stays_plain: bool = True) -> nn.Module:
     return model
 
 
+@normal_tensors()
 def _merged(tuned: nn.Module) -> nn.Module:
     places, twin = placed_in(tuned), _plain_twin(tuned, Merge())
     for place, copied in zip(places, placed_in(twin), strict=False):  # nothing is left of a GraphModule's

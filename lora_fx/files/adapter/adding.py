@@ -22,6 +22,7 @@ from lora_fx.files.adapter.write import save
 from lora_fx.models.between import one_at_a_time
 from lora_fx.models.collecting import collected_later
 from lora_fx.models.joining import apart
+from lora_fx.models.modes import normal_tensors
 from lora_fx.models.restoring import write_together
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.decide import decide, on_modules
@@ -88,7 +89,7 @@ def add(
 @one_at_a_time
 def _add(tuned: nn.Module, given: Source, adapter: str | None, rank: int | None, trainable: bool) -> None:
     record = whole_record_in(tuned)
-    with apart(tuned), collected_later():
+    with apart(tuned), collected_later(), normal_tensors():
         if _is_directory(given):
             _add_read(tuned, record, read_adapters(given), adapter, rank, trainable)  # type: ignore[arg-type]
             return
