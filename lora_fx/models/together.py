@@ -2,12 +2,12 @@
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.models.torch_internals import foreach_copy, foreach_norm, foreach_sub
+from lora_fx.models.torch_internals import foreach_copy, foreach_norm, foreach_sub, kinds_checked
 
 PLAIN = (Tensor, nn.Parameter)
 """Classes of tensors that are numbers in memory and nothing else."""
@@ -54,14 +54,46 @@ def are_alike(targets: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
     return [target.shape for target in targets] == [value.shape for value in values]
 
 
+class Alike:
+    """What was found of tensors and of values that are alike; others of the same kinds need not be looked through."""
+
+    def __init__(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self._targets, self._values = kinds_checked(targets), kinds_checked(values)
+        self._groups = _groups(values)
+        self._sizes = [value.nbytes for value in values]
+
+    @classmethod
+    def of(cls, targets: Sequence[Tensor], values: Sequence[Tensor]) -> "Alike | None":
+        """Return what is known of them if they are alike (`are_alike`)."""
+        return cls(targets, values) if are_alike(targets, values) else None
+
+    def holds(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+        """Whether these are surely alike too; False where that must be looked for."""
+        return self._targets(targets) and self._values(values)
+
+    def share_memory(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+        """Whether those for which it holds share memory, as `share_memory` sees it."""
+        return _overlap(targets, self._sizes, values, self._sizes)
+
+    def surely_finite(self, values: Sequence[Tensor]) -> bool:
+        """Whether values for which it holds are finite, as `surely_finite` sees it."""
+        return _have_finite_sums(values, self._groups)
+
+
 def share_memory(targets: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
     """Whether memory of a value is that of a target, but for its own; both are plain tensors with values."""
-    owned = sorted([(target.data_ptr(), target.data_ptr() + target.nbytes) for target in targets])
+    return _overlap(targets, [one.nbytes for one in targets], values, [one.nbytes for one in values])
+
+
+def _overlap(
+    targets: Sequence[Tensor], their_sizes: Sequence[int], values: Sequence[Tensor], sizes: Sequence[int]
+) -> bool:
+    own = [*map(Tensor.data_ptr, targets)]
+    owned = sorted(zip(own, their_sizes, strict=True))
     starts = [start for start, _ in owned]
-    for target, value in zip(targets, values, strict=True):
-        start = value.data_ptr()
-        at = bisect.bisect_left(starts, start + value.nbytes) - 1
-        if at >= 0 and owned[at][1] > start and start != target.data_ptr():
+    for mine, start, size in zip(own, map(Tensor.data_ptr, values), sizes, strict=True):
+        at = bisect.bisect_left(starts, start + size) - 1
+        if at >= 0 and start != mine and sum(owned[at]) > start:
             return True
     return False
 
@@ -81,35 +113,36 @@ def surely_finite(tensors: Iterable[Tensor]) -> bool:
         return False
     if not all(dtype.is_floating_point for dtype in {tensor.dtype for tensor in known}):
         return False
-    groups: dict[object, list[Tensor]] = {}
-    are_of_one = len({tensor.dtype for tensor in known}) == len({tensor.device for tensor in known}) == 1
-    for tensor in known:
-        size = tensor.shape[1:]
-        groups.setdefault(size if are_of_one else (size, tensor.dtype, tensor.device), []).append(tensor)
+    return _have_finite_sums(known, _groups(known))
+
+
+def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the numbers of tensors in groups that differ in their first size alone, small enough to be put into one."""
+    alike: dict[object, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        alone = None if tensor.dim() and tensor.numel() < _MOST_TOGETHER else number
+        alike.setdefault((tensor.shape[1:], tensor.dtype, tensor.device, alone), []).append(number)
+    found: list[list[int]] = []
+    for group in alike.values():
+        total = _MOST_TOGETHER
+        for number in group:
+            size = tensors[number].numel()
+            if total + size > _MOST_TOGETHER:
+                found.append([])
+                total = 0
+            found[-1].append(number)
+            total += size
+    return found
+
+
+def _have_finite_sums(tensors: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> bool:
+    sums: list[Tensor] = []
     with torch.no_grad():
-        sums = [part.sum(dtype=_wide(part.dtype)) for group in groups.values() for part in _joined(group)]
+        for group in groups:
+            ones = [tensors[number] for number in group]
+            one = torch.cat(ones) if len(ones) > 1 else ones[0]
+            sums.append(one.sum(dtype=_wide(one.dtype)))
         return all(math.isfinite(total.item()) for total in sums)
-
-
-def _joined(group: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield tensors that hold the values of all in a group, which differ in their first size alone, or have none."""
-    sizes = [tensor.numel() for tensor in group]
-    if sum(sizes) <= _MOST_TOGETHER and 0 not in {tensor.dim() for tensor in group}:
-        yield torch.cat(list(group))
-        return
-    waiting: list[Tensor] = []
-    number = 0
-    for tensor, size in zip(group, sizes, strict=True):
-        if size >= _MOST_TOGETHER or not tensor.dim():
-            yield tensor
-            continue
-        if waiting and number + size > _MOST_TOGETHER:
-            yield torch.cat(waiting)
-            waiting, number = [], 0
-        waiting.append(tensor)
-        number += size
-    if waiting:
-        yield torch.cat(waiting)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

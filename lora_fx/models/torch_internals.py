@@ -383,3 +383,12 @@ foreach_copy: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy
 foreach_norm: Callable[[list[Tensor], float], Sequence[Tensor]] = torch._foreach_norm
 foreach_sub: Callable[[list[Tensor], list[Tensor]], Sequence[Tensor]] = torch._foreach_sub
 """What is done to many tensors in one call."""
+
+
+def kinds_checked(tensors: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], bool]:
+    """Return a check, in one call, that as many others surely have the classes, dtypes, sizes, … of these tensors.
+
+    It asks what torch.compile does before it runs what it has made.
+    """
+    guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    return lambda others: guards.check(*others)

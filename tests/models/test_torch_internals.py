@@ -94,3 +94,14 @@ def test_compiled_code_runs_uncompiled_where_it_may_be_stale_and_else_as_it_is()
         with stale, torch_internals.uncompiled_if_stale():
             compiled(torch.zeros(2, 4))
         assert len(compilations) == expected
+
+
+def test_kinds_of_tensors_are_surely_the_same_only_where_all_that_copying_asks_of_them_is():
+    check = torch_internals.kinds_checked([torch.zeros(2, 3), torch.zeros(4)])
+    assert check([torch.ones(2, 3), torch.ones(4)])
+    for other in (
+        torch.ones(3, 2).T, torch.ones(2, 3).half(), torch.ones(2, 3, device="meta"), torch.ones(2, 3).to_sparse(),
+        torch.ones(2, 4), torch.ones(6), torch.nn.Parameter(torch.ones(2, 3)),
+    ):  # fmt: skip
+        assert not check([other, torch.ones(4)])
+    assert not torch_internals.kinds_checked([torch.zeros(2, dtype=torch.complex64)])([torch.ones(2, dtype=torch.complex64).conj()])

@@ -124,12 +124,59 @@ FIRST = "blocks.0.k.lora_A.default.weight"
         (lambda state: state.update({FIRST: torch.zeros(3, 6).to(torch.float8_e4m3fn)}), "float8_e4m3fn"),
     ],
 )
-def test_a_state_that_does_not_fit_changes_nothing(change, told):
+@pytest.mark.parametrize("is_first", [True, False], ids=["at first", "after one that fits"])
+def test_a_state_that_does_not_fit_changes_nothing(change, told, is_first):
     tuned = two()
+    if not is_first:
+        lora_fx.swap(tuned, lora_fx.adapter_state(other()), adapter="b")
     before = values(tuned)
     with pytest.raises(lora_fx.AdapterMismatchError, match=told):
         lora_fx.swap(tuned, spoiled(lora_fx.adapter_state(other()), change), adapter="b")
     assert all(torch.equal(tuned.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def into_a_transposed_tensor(tuned):
+    weight = tuned.blocks[0].k.lora_A["b"].weight
+    weight.data = torch.zeros(weight.shape[::-1]).T
+
+
+def into_another_dtype(tuned):
+    weight = tuned.blocks[0].k.lora_A["b"].weight
+    weight.data = weight.data.double()
+
+
+def into_new_tensors(tuned):
+    for name, weight in tuned.named_parameters():
+        if ".b." in name:
+            weight.data = torch.zeros_like(weight)
+
+
+@pytest.mark.parametrize("change", [into_a_transposed_tensor, into_another_dtype, into_new_tensors])
+def test_tensors_that_have_changed_since_the_last_swap_get_the_values_too(change):
+    tuned, state = two(), lora_fx.adapter_state(other())
+    lora_fx.swap(tuned, state, adapter="b")
+    change(tuned)
+    lora_fx.swap(tuned, state, adapter="b")
+    for name, value in state.items():
+        assert torch.equal(tuned.get_parameter(name.replace("default", "b")).float(), value), name
+
+
+def test_a_module_with_the_adapter_that_came_since_the_last_swap_is_found():
+    tuned, state = two(), lora_fx.adapter_state(other())
+    lora_fx.swap(tuned, state, adapter="b")
+    tuned.blocks[0].more = two().blocks[0].k
+    with pytest.raises(lora_fx.AdapterMismatchError, match="has none"):
+        lora_fx.swap(tuned, state, adapter="b")
+
+
+def test_values_in_the_memory_of_other_tensors_of_the_adapter_are_read_before_they_are_written():
+    tuned, state = two(), lora_fx.adapter_state(other())
+    lora_fx.swap(tuned, state, adapter="b")
+    own = {name.replace(".b.", ".default."): value for name, value in lora_fx.adapter_state(tuned, "b").items()}
+    first, second = (f"blocks.{number}.k.lora_A.default.weight" for number in (0, 1))
+    lora_fx.swap(tuned, own | {first: own[second], second: own[first]}, adapter="b")
+    assert torch.equal(tuned.blocks[0].k.lora_A["b"].weight, state[second])
+    assert torch.equal(tuned.blocks[1].k.lora_A["b"].weight, state[first])
 
 
 def moved_base() -> nn.Module:

@@ -6,7 +6,8 @@ What is not as plain as that (a lower rank, another device or dtype, PiSSA, slic
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import is_
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,10 +18,11 @@ from lora_fx.adapters.factors.kinds import ConvolutionA, ConvolutionB, Embedding
 from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.models.fsdp import is_of_fully_shard
 from lora_fx.models.shards import is_kind_of_shards
-from lora_fx.models.together import are_alike, share_memory, surely_finite
+from lora_fx.models.together import Alike
 from lora_fx.models.wrappers import WRAPPING
 
 _WEIGHT = ".weight"
+_MODULES, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
 _VALUES = ("lora_A", "lora_B", "lora_magnitude_vector")
 _PLAIN = frozenset({LoRAFactor, EmbeddingA, ConvolutionA, ConvolutionB, SharedFactor, DoRAMagnitude})
 """Of what modules beside a weight `weight` is all that a state has."""
@@ -38,13 +40,15 @@ def plain_copies(
     if kept is None or len(found) != len(state):
         return None
     name = adapter if next(iter(found), None) in state else _name_in(state)
-    cut, end = len(adapter) + len(_WEIGHT), name + _WEIGHT
-    values = [state.get(key if name == adapter else key[:-cut] + end) for key in found]
-    targets = list(found.values())
+    targets, values = list(found.values()), list(map(state.get, kept.called(name)))
     given = [value for value in values if isinstance(value, Tensor)]
-    if len(given) < len(values) or not are_alike(targets, given) or share_memory(targets, given):
+    if len(given) < len(values):
         return None
-    return (targets, given) if surely_finite(given) else None
+    if kept.alike is None or not kept.alike.holds(targets, given):
+        kept.alike = Alike.of(targets, given)
+    if kept.alike is None or kept.alike.share_memory(targets, given):
+        return None
+    return (targets, given) if kept.alike.surely_finite(given) else None
 
 
 @dataclass(slots=True, eq=False)
@@ -57,23 +61,37 @@ class KeptTargets:
     adapter: str = ""
     inside: tuple[nn.Module, ...] = ()
     """What was walked, but for the model itself."""
-    names: tuple[str, ...] = ()
+    names: Sequence[str] = ()
     """Of all children, in the order of `inside`."""
-    children: tuple[int, ...] = ()
-    kinds: tuple[type, ...] = ()
+    children: Sequence[nn.Module | None] = ()
+    kinds: Sequence[type] = ()
     owners: tuple[nn.Module, ...] = ()
     """The modules that hold the tensors, each its own as `weight`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors, by their keys in a state."""
     homes: Mapping[str, nn.Module] = field(default_factory=dict)
     """By the key of each tensor, the module beside whose weight it is."""
+    alike: Alike | None = None
+    """Of the tensors and the values of the last swap."""
+    keys: dict[str, Sequence[str]] = field(default_factory=dict)
+    """Of the tensors, in states that call the adapter otherwise: those of the last such state."""
 
     def still_holds(self, tuned: nn.Module) -> bool:
         """Whether a walk would find the same: the same modules of the same classes, with the same tensors."""
-        now = [owner._parameters.get("weight") for owner in self.owners]
-        return _seen((tuned, *self.inside)) == (self.names, self.children, self.kinds) and all(
-            map(is_, now, self.targets.values())
+        names, children, kinds = _seen((tuned, *self.inside))
+        now = map(dict.get, map(_PARAMETERS, self.owners), repeat("weight"))
+        return (
+            (names, kinds) == (self.names, self.kinds)
+            and all(map(is_, children, self.children))  # as many as there are names
+            and all(map(is_, now, self.targets.values()))
         )
+
+    def called(self, name: str) -> Sequence[str]:
+        """Return the keys of the tensors where the adapter has another name."""
+        if name not in self.keys:
+            cut, end = len(self.adapter) + len(_WEIGHT), name + _WEIGHT
+            self.keys = {name: [key[:-cut] + end for key in self.targets]}
+        return self.keys[name]
 
     def __reduce__(self) -> Any:
         return KeptTargets, ()
@@ -137,11 +155,11 @@ def _walked(tuned: nn.Module, adapter: str) -> KeptTargets | None:
     return KeptTargets(adapter, (*walked.values(),)[1:], names, children, classes, tuple(owners), found, homes)
 
 
-def _seen(modules: Sequence[nn.Module]) -> tuple[tuple[str, ...], tuple[int, ...], tuple[type, ...]]:
-    """Return the names and the ids of all children of modules, and their own classes."""
-    names = [name for module in modules for name in module._modules]
-    children = [id(child) for module in modules for child in module._modules.values()]
-    return tuple(names), tuple(children), tuple(map(type, modules))
+def _seen(modules: Sequence[nn.Module]) -> tuple[list[str], list[nn.Module | None], list[type]]:
+    """Return the names of all children of modules, the children, and the modules' own classes."""
+    tables = list(map(_MODULES, modules))
+    children = chain.from_iterable(map(dict.values, tables))
+    return list(chain.from_iterable(tables)), list(children), list(map(type, modules))
 
 
 def _name_in(state: Mapping[str, Tensor]) -> str:
