@@ -117,7 +117,7 @@ def surely_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Return the numbers of tensors in groups that differ in their first size alone, small enough to be put into one."""
+    """Return the numbers of tensors in groups that differ in their first size alone, each small enough to be joined."""
     alike: dict[object, list[int]] = {}
     for number, tensor in enumerate(tensors):
         alone = None if tensor.dim() and tensor.numel() < _MOST_TOGETHER else number

@@ -104,4 +104,6 @@ def test_kinds_of_tensors_are_surely_the_same_only_where_all_that_copying_asks_o
         torch.ones(2, 4), torch.ones(6), torch.nn.Parameter(torch.ones(2, 3)),
     ):  # fmt: skip
         assert not check([other, torch.ones(4)])
-    assert not torch_internals.kinds_checked([torch.zeros(2, dtype=torch.complex64)])([torch.ones(2, dtype=torch.complex64).conj()])
+    assert not torch_internals.kinds_checked([torch.zeros(2, dtype=torch.complex64)])(
+        [torch.ones(2, dtype=torch.complex64).conj()]
+    )
