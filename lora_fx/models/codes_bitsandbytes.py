@@ -48,7 +48,8 @@ def _again_4bit(layer: Any, weight: Tensor) -> nn.Module:
     state = _state_4bit(layer)
     made: nn.Module = bare(layer)
     old = layer._parameters["weight"]
-    made._parameters["weight"] = type(old)(
+    kind = importlib.import_module("bitsandbytes.nn").Params4bit  # of codes that were gathered it is torch's own
+    made._parameters["weight"] = kind(
         weight.detach().to(state.dtype).contiguous(),
         requires_grad=False,
         blocksize=state.blocksize,

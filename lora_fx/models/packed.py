@@ -21,7 +21,7 @@ from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.grids import Grid
 from lora_fx.models.packings import KNOWN, NOT_RUN, found_on
 from lora_fx.models.quantised import dequantised_parameters_, is_quantised
-from lora_fx.models.shards import gather_held, is_sharded
+from lora_fx.models.shards import gather_held, is_sharded, is_sharded_by_rows, part_of
 from lora_fx.models.swap import original_class, unswapped
 from lora_fx.models.torch_internals import pytree, tensor_without_memory
 from lora_fx.models.walking import modules_of, named_modules_of, parameters_in
@@ -138,8 +138,9 @@ def settle_packed_(model: nn.Module) -> None:
 def quantised_alike(layer: nn.Module, weight: Tensor) -> nn.Module:
     """Return a packed layer with other numbers, quantised with the settings of this one, which stays unchanged.
 
-    Its bias is this one's; it has no hooks and no adapters.
+    Its bias is this one's; it has no hooks and no adapters.  Collective where the codes of this one are sharded.
     """
+    layer = _gathered(layer) if holds_shards(layer) else layer
     made = _packing(layer).again(layer, weight)
     own = {name: type(value)() for name, value in vars(made).items() if name in _OF_HOOKS or name == "_modules"}
     vars(made).update(own)
@@ -262,6 +263,20 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def holds_shards(layer: nn.Module) -> bool:
     """Whether this process has a part of a packed layer's codes."""
     return is_sharded(_codes_or_none(layer))
+
+
+def holds_other_shards(layer: nn.Module) -> bool:
+    """Whether this process has a part of a packed layer's codes that is not rows of them."""
+    return holds_shards(layer) and not is_sharded_by_rows(_codes(layer))
+
+
+def part_beside_codes(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """Return rows of a tensor that every process has whole: those that go with the rows of a packed layer's codes.
+
+    Where a process has all codes it is the tensor itself; nothing is sent.
+    """
+    codes = _codes_or_none(layer)
+    return tensor if codes is None else part_of(tensor, codes)
 
 
 def _gathered(layer: nn.Module) -> nn.Module:

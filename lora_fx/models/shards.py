@@ -5,7 +5,7 @@ comes back from it.
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +40,19 @@ def whole(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     part: Any = tensor.detach()
     local, mesh = part.to_local(), part.device_mesh
-    if local.device.type != mesh.device_type:  # CPUOffloadPolicy keeps it where its mesh sends nothing
-        local = local.to(mesh.device_type)
+    sent = local.view(torch.uint8) if _is_float8(tensor) else local  # gloo knows no such floats
+    if sent.device.type != mesh.device_type:  # CPUOffloadPolicy keeps it where its mesh sends nothing
+        sent = sent.to(mesh.device_type)
+    if sent is not local:
         part = type(part).from_local(
-            local, mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
+            sent, mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
         )
     gathered: Tensor = part.full_tensor()
-    return gathered
+    return gathered if gathered.dtype is tensor.dtype else gathered.view(tensor.dtype)
+
+
+def _is_float8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 1
 
 
 def processes_of(tensor: Tensor) -> int:
@@ -65,6 +71,13 @@ def gather_held(module: nn.Module) -> None:
             module._buffers[name] = whole(buffer)
 
 
+def part_held(module: nn.Module, like: Tensor, but: Collection[str] = ()) -> None:
+    """Shard what a module itself holds whole in parameters, but for some names, as another tensor is; in place."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and name not in but:
+            module._parameters[name] = nn.Parameter(part_of(parameter, like), parameter.requires_grad)
+
+
 def unsharded(tensor: Tensor) -> Tensor:
     """Return the tensor itself; where it is sharded, gathered and without its gradient: collective then."""
     return whole(tensor) if is_sharded(tensor) else tensor
@@ -73,7 +86,8 @@ def unsharded(tensor: Tensor) -> Tensor:
 def part_of(tensor: Tensor, like: Tensor, of_first: bool = False) -> Tensor:
     """Return a tensor that every process has whole as `like` is: sharded in the same way, or as it is.
 
-    Nothing is sent; but with `of_first` the values are those of the first process: collective then.
+    A part has memory of its own, so that nothing of the rest stays.  Nothing is sent; but with `of_first` the values
+    are those of the first process: collective then.
     """
     if not is_sharded(like) or is_sharded(tensor):
         return tensor
@@ -84,11 +98,17 @@ def part_of(tensor: Tensor, like: Tensor, of_first: bool = False) -> Tensor:
     source = 0 if of_first else None
     made: Any = _dtensors().distribute_tensor(tensor.detach(), mesh, placements, src_data_rank=source)
     local, device = made.to_local(), other.to_local().device
-    if local.device != device:
+    own = local.to(device) if local.device != device else _of_its_own(local)
+    if own is not local:
         shape, stride = made.shape, made.stride()
-        made = type(made).from_local(local.to(device), mesh, placements, run_check=False, shape=shape, stride=stride)
+        made = type(made).from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
     shared: Tensor = made
     return shared
+
+
+def _of_its_own(part: Tensor) -> Tensor:
+    """Return the tensor itself, or a copy where it keeps the memory of more than itself."""
+    return part if part.untyped_storage().nbytes() <= part.nbytes else part.clone()
 
 
 def _part_in_strides(tensor: Tensor, like: Any, of_first: bool) -> Tensor:
@@ -211,6 +231,12 @@ def is_sharded_plainly(tensor: Tensor) -> bool:
         return True
     library, held = _dtensors(), tensor.detach()
     return all(type(one) in (library.Shard, library.Replicate) for one in held.placements)  # type: ignore[attr-defined]
+
+
+def is_sharded_by_rows(tensor: Tensor) -> bool:
+    """Whether each process has one piece of a sharded tensor's first dimension, or all of it."""
+    held: Any = tensor.detach()
+    return is_sharded_plainly(tensor) and all(getattr(one, "dim", 0) == 0 for one in held.placements)
 
 
 def follows(weight: Tensor, along: Mapping[int, int]) -> list[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters.attach import STATE, Attached, all_attached, attached_to, detach, in_use, is_adapted, owner_path
 from lora_fx.adapters.factors.lora import as_rows, folded_weight
 from lora_fx.errors import InvariantError, MergeError
-from lora_fx.models.packed import PackedWeight, holds_shards, is_packed, lost_dtype, make_plain_, usual_dtype
+from lora_fx.models.packed import PackedWeight, holds_other_shards, is_packed, lost_dtype, make_plain_, usual_dtype
 from lora_fx.models.quantised import dense, is_quantised
 from lora_fx.models.shards import is_finite, is_sharded, part_of, whole
 from lora_fx.models.tensors import dotted
@@ -163,8 +163,8 @@ def _taken_apart(weight: Tensor) -> str:
         return (
             "ZeRO-3 has partitioned its weight: lora_fx.save writes gathered adapters, lora_fx.merge_checkpoint folds"
         )
-    if isinstance(weight, PackedWeight) and holds_shards(weight.layer):
-        return "its codes are sharded: lora_fx.save, and merge beside the base that is not sharded"
+    if isinstance(weight, PackedWeight) and holds_other_shards(weight.layer):
+        return "its codes are sharded, and not by rows: lora_fx.save, and merge beside the base that is not sharded"
     if is_sharded(weight) and is_quantised(weight.to_local()):  # type: ignore[attr-defined]
         return "its weight is quantised and sharded"
     return ""

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from lora_fx.adapters.attach import Attached, owner_path
 from lora_fx.errors import LoraFxWarning, MergeError
-from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.fsdp import refuse_sharded, resharded, sharding_of, take_apart
 from lora_fx.models.packed import held_weight, is_packed, quantised_alike, take_hooks
 from lora_fx.models.quantised import dense, is_quantised
+from lora_fx.models.resharding import sharded_again
+from lora_fx.models.shards import gather_held, part_held, whole
 from lora_fx.passes.merge import used_at
 from lora_fx.progress.steps import step
 from lora_fx.text import columns, dotted
@@ -40,6 +42,8 @@ class Requantised:
 def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Module, list[Requantised]]:
     """Return the merged model with its once quantised weights quantised again, and what that cost at each site.
 
+    Of a sharded model each weight is gathered by itself, on every process, and its codes are sharded as they were.
+
     Raises:
         MergeError: nothing was quantised, or the function does not quantise a merged layer; "same", and a layer does
             not tell its settings.
@@ -47,29 +51,38 @@ def merged_and_requantised(tuned: nn.Module, quantise: Quantise) -> tuple[nn.Mod
     """
     if quantise != "same" and not callable(quantise):
         raise ValueError(f'requantize is {quantise!r}; it must be "same", or a function that quantises a module')
-    sites = quantised_sites(tuned)
+    if quantise != "same":
+        refuse_sharded(tuned, "a function quantises whole layers, and each process has a part", 'requantize="same"')
+    sites = quantised_sites(tuned, parts=True)
     _refuse_unknown_settings(tuned, sites, quantise)
     model = merged(tuned, stays_plain=False)
+    how = sharding_of(resharded(model))
+    if how is not None:
+        take_apart(model, how)
     costs = []
     with step("quantising", len(sites), "weights") as doing:
         for path, adapter in sites:
             owner, name = owner_path(path, adapter), adapter.spec.parameter
-            exact = model.get_parameter(f"{owner}.{name}".lstrip(".")).detach()
-            like = tuned.get_submodule(owner)
+            part, like = model.get_parameter(dotted(owner, name)), tuned.get_submodule(owner)
+            exact = whole(part)
+            gather_held(model.get_submodule(owner))
             again = _quantised_again(model, owner, name, partial(_alike, like) if quantise == "same" else quantise)
             costs.append(_cost(path, dense(adapter.base_weight), exact, dense(again)))
+            if how is not None:
+                layer = model.get_submodule(owner)
+                part_held(layer, part, [held for held in layer._parameters if dotted(owner, held) in how.apart])
             doing.advance(path)
-    return model, costs
+    return sharded_again(model), costs
 
 
-def quantised_sites(tuned: nn.Module) -> list[tuple[str, Attached]]:
+def quantised_sites(tuned: nn.Module, parts: bool = False) -> list[tuple[str, Attached]]:
     """Return the path of each quantised weight whose adapters are in use, with one of its adapters.
 
     Raises:
         MergeError: there is none.
-        RefusedError: processes hold parts of the model.
+        RefusedError: processes hold parts of the model, and are not asked for `parts`.
     """
-    sites = [(path, adapter) for path, adapter in sites_in_use(tuned) if is_quantised(adapter.base_weight)]
+    sites = [(path, adapter) for path, adapter in sites_in_use(tuned, parts) if is_quantised(adapter.base_weight)]
     if not sites:
         advice = 'lora_fx.merge(tuned) is for plain weights; lora_fx.merged_on_grid(…, grid="q4_0") rounds those'
         raise MergeError(
@@ -78,14 +91,16 @@ def quantised_sites(tuned: nn.Module) -> list[tuple[str, Attached]]:
     return sites
 
 
-def sites_in_use(tuned: nn.Module) -> list[tuple[str, Attached]]:
+def sites_in_use(tuned: nn.Module, parts: bool = False) -> list[tuple[str, Attached]]:
     """Return the path of each weight whose adapters are in use, with one of its adapters.
 
     Raises:
-        RefusedError: the model is not adapted, or processes hold parts of it.
+        RefusedError: the model is not adapted, or processes hold parts of it, and are not asked for `parts`.
     """
     record_in(tuned)
-    refuse_sharded(tuned, "the weights of a sharded model are not quantised again", "lora_fx.merge, then quantise")
+    if not parts:
+        advice = 'merge(…, requantize="same"), or lora_fx.save, and beside the base that is not sharded'
+        refuse_sharded(tuned, "codes of a sharded model are not chosen by its inputs", advice)
     return [
         (path if used[0][0].spec.path_is_owner else dotted(path, used[0][0].spec.parameter), used[0][0])
         for path, owner in tuned.named_modules()

@@ -21,7 +21,15 @@ from lora_fx.models.fsdp import SHARDING
 from lora_fx.models.modes import normal_tensors
 from lora_fx.models.offload import keep_loaded
 from lora_fx.models.overrides import with_class_forwards
-from lora_fx.models.packed import forget_quantiser, is_packed, lost_dtype, make_plain_, usual_dtype, warn_of_two_dtypes
+from lora_fx.models.packed import (
+    forget_quantiser,
+    is_packed,
+    lost_dtype,
+    make_plain_,
+    part_beside_codes,
+    usual_dtype,
+    warn_of_two_dtypes,
+)
 from lora_fx.models.quantised import forget_quantisation, is_quantised
 from lora_fx.models.resharding import sharded_again
 from lora_fx.models.shards import part_of
@@ -131,7 +139,7 @@ def _merge_module(twin: nn.Module, owner: nn.Module, dtype: torch.dtype | None) 
     detach(owner)
     for name, weight in weights.items():
         if is_packed(owner):
-            weight = weight.to(lost_dtype(owner, dtype))
+            weight = part_beside_codes(owner, weight.to(lost_dtype(owner, dtype)))
             owner = make_plain_(twin, owner, weight)
         setattr(owner, name, nn.Parameter(weight, requires_grad=False))
 

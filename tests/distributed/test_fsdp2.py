@@ -87,6 +87,12 @@ def test_merged_and_removed_models_are_sharded_and_run(ranks, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_process_keeps_nothing_of_merged_weights_but_its_part(ranks, kind):
+    for rank in ranks:
+        assert rank[kind]["own memory"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_removed_model_trains_what_the_base_trained(ranks, kind):
     for rank in ranks:
         mine, expected = rank[kind]["flags"]

@@ -15,9 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import lora_fx
+from lora_fx.models.shards import whole as gathered
 from tests.support import codedmodels
 from tests.support.packedkinds import model_of
-from tests.support.sharded import files, refusal, rule, whole
+from tests.support.sharded import files, keeps_no_more, refusal, rule, whole
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
 RULES = {"version": 1, "rules": [rule("*.{up,down}", bias=True)]}
@@ -36,13 +37,38 @@ def packed(folder: Path) -> dict[str, Any]:
         lora_fx.save(same, folder / "whole")
     dist.barrier()
     column = {"0.up": ColwiseParallel()}
+    lora_fx.load_adapter_state(same, {name: whole(p) for name, p in lora_fx.adapter_state(tuned).items()})
+    result |= _folded(tuned, same, X)
     return result | {
         "files": (files(folder / "sharded"), files(folder / "whole")),
         "removed": (lora_fx.remove(tuned)(X).detach(), model(X).detach()),
-        "merge": refusal(lambda: lora_fx.merge(tuned)),
         "apply": refusal(lambda: lora_fx.apply(sharded(copy.deepcopy(model)), RULES, (X,))),
         "parallel": refusal(lambda: parallelize_module(copy.deepcopy(same), mesh, column)),
     }
+
+
+def _folded(tuned: nn.Module, same: nn.Module, x: torch.Tensor) -> dict[str, Any]:
+    """Return what a sharded model and a whole one with its values merge to, into plain weights and into codes."""
+    merged, of_one = lora_fx.merge(tuned), lora_fx.merge(same)
+    again, costs = lora_fx.merged_and_requantised(tuned, "same")
+    again_of_one, costs_of_one = lora_fx.merged_and_requantised(same, "same")
+    values = [_bits_of(model) for model in (merged, of_one, again, again_of_one)]
+    with torch.no_grad():
+        outputs = (merged(x), of_one(x)), (again(x), again_of_one(x))
+    return {
+        "merged": values[:2],
+        "quantised again": values[2:],
+        "costs": (costs, costs_of_one),
+        "outputs of merged": outputs,
+        "own memory": [keeps_no_more(model) for model in (merged, again)],
+        "refused to quantise": refusal(lambda: lora_fx.merge(tuned, requantize=lambda module: module)),
+    }
+
+
+def _bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return all values of a model, gathered; those of one byte as bytes, as gloo knows no 8-bit floats."""
+    values = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
+    return {name: value.view(torch.uint8) if value.dtype.itemsize == 1 else value for name, value in values.items()}
 
 
 CODED = [
@@ -78,8 +104,8 @@ def _coded(kind: str, folder: Path) -> dict[str, Any]:
     if dist.get_rank() == 0:
         lora_fx.save(same, folder / "whole")
     dist.barrier()
+    result |= _folded(tuned, same, ROWS)
     refused = {
-        "merge": refusal(lambda: lora_fx.merge(tuned)),
         "add": refusal(lambda: lora_fx.add(tuned, rules, adapter="b")),
         "apply": refusal(lambda: lora_fx.apply(sharded(codedmodels.KINDS[kind]()), rules, (ROWS,))),
     }

@@ -94,6 +94,27 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
+def assert_folded_as_whole_ones(found: dict[str, Any]) -> None:
+    """Assert that merged weights and codes have the bits of whole ones, cost the same, and are sharded."""
+    for what in ("merged", "quantised again"):
+        here, of_one = found[what]
+        also = {name for name in of_one if ".weight." in name}  # bitsandbytes' of codes that are whole
+        assert here.keys() == of_one.keys() - also
+        assert all(torch.equal(value, of_one[name]) for name, value in here.items()), what
+    for here, of_one in found["outputs of merged"]:
+        torch.testing.assert_close(here, of_one, rtol=1e-5, atol=1e-6)
+    assert found["costs"][0] == found["costs"][1] != []
+    assert found["own memory"] == [True, True]
+    assert "a function quantises whole layers" in found["refused to quantise"]
+
+
+def keeps_no_more(model: nn.Module) -> bool:
+    """Whether a process keeps the memory of its parts alone: none is a view of a tensor that was whole."""
+    parts = [p for p in model.parameters() if hasattr(p, "to_local") and p.shape[0] > 1]
+    kept = (part.to_local().untyped_storage().nbytes() < part.numel() * part.element_size() for part in parts)
+    return bool(parts) and all(kept)
+
+
 def train(model: nn.Module, steps: int = 2) -> list[float]:
     """Train an adapted model on the same data in every process; return the losses."""
     optimizer = torch.optim.SGD(lora_fx.parameters(model), lr=0.1)
@@ -178,6 +199,7 @@ def all_of(tuned: nn.Module, same: nn.Module, folder: Path, inputs: Tensor | Non
     return outputs | {
         "files": (there, files(folder / "whole")),
         "merged": (values_of(merged), values_of(whole_merged)),
+        "own memory": keeps_no_more(merged),
         "removed": (values_of(removed), values_of(whole_removed)),
         "flags": (_flags(removed), _flags(whole_removed)),
         "classes": (type(merged).__mro__[2].__name__, type(removed.blocks[0]).__mro__[2].__name__),
