@@ -31,7 +31,6 @@ def main(folder: str) -> None:
     mesh = init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))  # starts the group of processes
     rank = dist.get_rank()
     x = torch.randn(8, 32, device=device)
-
     tuned = lora_fx.apply(model().to(device), r=4, target=["**.up", "**.down"], example_inputs=(x,))  # first this,
     for block in tuned:  # then shard: blocks keep their graphs
         fully_shard(block, mesh=mesh)
@@ -48,8 +47,6 @@ def main(folder: str) -> None:
 
     lora_fx.save(tuned, folder)  # every process calls it, and the first writes
     merged = lora_fx.merge(tuned)  # sharded as the model is
-    torch.manual_seed(0)
-    x = torch.randn(8, 32, device=device)
     with torch.no_grad():
         difference = (merged(x) - tuned(x)).abs().max()
     if rank == 0:
