@@ -11,10 +11,20 @@ def partitioned(model: nn.Module) -> list[tuple[str, str]]:
     return [(name, f"ZeRO-3 has partitioned it, {list(p.shape)}") for name, p in named if is_partitioned(p)]
 
 
+def of_zero3(model: nn.Module) -> list[tuple[str, str]]:
+    """Return (name, why) of each parameter that is ZeRO-3's, those that it has gathered for a while among them."""
+    named = all_parameters_of(model)
+    return partitioned(model) or [(n, "ZeRO-3 has gathered it for a while") for n, p in named if is_of_zero3(p)]
+
+
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 has left an empty tensor in the place of a parameter."""
-    held = getattr(parameter, "ds_id", None) is not None and getattr(parameter, "ds_tensor", None) is not None
-    return held and parameter.numel() == 0  # lazy parameters have no number of elements: asked last
+    return is_of_zero3(parameter) and parameter.numel() == 0  # lazy parameters have no number of elements: asked last
+
+
+def is_of_zero3(parameter: Tensor) -> bool:
+    """Whether a parameter is ZeRO-3's, which has hooks on each module that it finds its parameters by."""
+    return getattr(parameter, "ds_id", None) is not None and getattr(parameter, "ds_tensor", None) is not None
 
 
 def numbers_in(parameter: Tensor) -> int:

@@ -14,7 +14,7 @@ from lora_fx.models.packed import PackedWeight, holds_other_shards, is_packed, l
 from lora_fx.models.quantised import dense, is_quantised
 from lora_fx.models.shards import is_finite, is_sharded, part_of, whole
 from lora_fx.models.tensors import dotted
-from lora_fx.models.zero import is_partitioned
+from lora_fx.models.zero import is_of_zero3, is_partitioned
 from lora_fx.passes.contract import Pass
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.remove import erase_lora_nodes
@@ -163,6 +163,8 @@ def _taken_apart(weight: Tensor) -> str:
         return (
             "ZeRO-3 has partitioned its weight: lora_fx.save writes gathered adapters, lora_fx.merge_checkpoint folds"
         )
+    if is_of_zero3(weight):
+        return "ZeRO-3 has gathered its weight: its hooks would be in the merged model, and look for their parameters"
     if isinstance(weight, PackedWeight) and holds_other_shards(weight.layer):
         return "its codes are sharded, and not by rows: lora_fx.save, and merge beside the base that is not sharded"
     if is_sharded(weight) and is_quantised(weight.to_local()):  # type: ignore[attr-defined]

@@ -39,7 +39,7 @@ from lora_fx.models.ties import mark_untied, memory_of, says_tied, tied_names
 from lora_fx.models.torch_internals import deepcopy, uncompiled_if_stale
 from lora_fx.models.twin import is_meta, make_twin, twin_without
 from lora_fx.models.wrappers import without_wrappers
-from lora_fx.models.zero import partitioned
+from lora_fx.models.zero import of_zero3
 from lora_fx.passes.contract import rewrite
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.merge import Merge, check_mergeable, folded, used_at
@@ -75,7 +75,7 @@ def removed(tuned: nn.Module) -> nn.Module:
 
 
 def _refuse_lost(tuned: nn.Module, base: Mapping[str, Tensor]) -> None:
-    if lost := partitioned(tuned):
+    if lost := of_zero3(tuned):
         raise RefusedError("ZeRO-3 holds the parameters of this model", lost[:8], "lora_fx.disabled gives its base")
     places = placed_in(tuned)
     now = ((name, get_tensor(tuned, name)) for name, tensor in base.items() if tensor.is_meta)

@@ -69,6 +69,15 @@ def test_partitioned_weights_are_neither_merged_nor_removed(partitioned):
     assert caught.value.refusals[0] == ("embed.weight", "ZeRO-3 has partitioned it, [0]")
 
 
+def test_gathered_weights_are_neither_merged_nor_removed_as_hooks_of_deepspeed_would_be_in_the_result(partitioned):
+    with gathered(list(partitioned.parameters())):
+        with pytest.raises(lora_fx.MergeError, match="ZeRO-3 has gathered its weight"):
+            lora_fx.merge(partitioned)
+        with pytest.raises(lora_fx.RefusedError, match="ZeRO-3 holds the parameters") as caught:
+            lora_fx.remove(partitioned)
+    assert caught.value.refusals[0] == ("embed.weight", "ZeRO-3 has gathered it for a while")
+
+
 @pytest.mark.parametrize("what", [lora_fx.deltas, lora_fx.adapter_state, lora_fx.audit])
 def test_values_that_are_not_here_are_not_shown(partitioned, what):
     with pytest.raises(lora_fx.RefusedError, match="this process holds no values") as caught:
