@@ -35,6 +35,13 @@ def _refuse_peft(frame: FrameType | None) -> None:
 KEPT, KEPT_TARGETS = "lora_fx_base", "lora_fx_targets"
 """Attributes of an adapted model: what a swap has found out about its base, and about an adapter."""
 
+_ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
+
+
+def unspeakable(adapter: str) -> bool:
+    """Whether code cannot name the modules of an adapter: what holds them has an attribute of that name."""
+    return adapter in _ATTRIBUTES
+
 
 class AdapterDict(nn.ModuleDict):
     """Modules by the name of their adapter, which may be that of an attribute of ModuleDict, as `train` is."""

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from lora_fx.adapters.attach import HOME, all_attached, attached_to
+from lora_fx.adapters.dicts import unspeakable
 from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.trained import VALUES
 from lora_fx.capture.calls.arguments import rebuild
@@ -122,9 +123,12 @@ class _Blocks:
     def statements(self, path: str, captured: Captured) -> Statements | None:
         """Return the statements of the block at a path for the call of `captured`, which may be another model's.
 
-        None if the block cannot be captured for that call: then its modules are compared.
+        None if the block cannot be captured for that call, or no statement has room for its adapters: then its modules
+        are compared.
         """
         module = self.model.get_submodule(path)
+        if _has_several(module) or any(unspeakable(one.spec.adapter) for _, one in all_attached(module)):
+            return None  # a statement has one adapter, by its name
         known = self.known.setdefault((structure_of(module), id(captured)), [])
         for block in known:
             if block is None or _reads_the_same(module, block[0], captured):
@@ -213,8 +217,6 @@ def _graph(blocks: _Blocks, captures: Mapping[str, Captured]) -> Graph:
         nodes, weights = placed(statements_of(model.graph, model), model, "")
         covered = {""}
     for path, captured in captures.items():
-        if _has_several(model.get_submodule(path)):
-            continue  # a statement has one adapter: these blocks are shown module by module
         statements = blocks.statements(path, captured)
         if statements is not None:
             block, read = placed(statements, model.get_submodule(path), path)

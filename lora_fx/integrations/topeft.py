@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapters.attach import all_attached, owner_path, with_values
+from lora_fx.adapters.dicts import unspeakable
 from lora_fx.errors import AdapterFileError, RefusedError
 from lora_fx.files.adapter.describe import Described, beyond_peft, describe
 from lora_fx.files.adapter.names import split_bias_key
@@ -21,6 +22,7 @@ from lora_fx.tuned.undo import removed
 
 _ADVICE = "lora_fx.save writes what PEFT reads"
 _BIAS = ".base_layer.bias"
+_TAKEN = "is an attribute of nn.ModuleDict, as which PEFT holds adapters by their names; lora_fx.rename gives another"
 
 
 @normal_tensors()
@@ -85,6 +87,7 @@ def _described(tuned: nn.Module) -> list[Described]:
         RefusedError: naming every site that PEFT cannot have, or would compute otherwise.
     """
     problems = list(beyond_peft(tuned))
+    problems += [(one.name, _TAKEN) for one in list_adapters(tuned) if unspeakable(one.name)]
     for path, adapter in all_attached(tuned):
         if not owner_path(path, adapter):
             problems.append((path, "PEFT cannot adapt what the model itself owns, only what a module in it does"))

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from lora_fx.adapters.attach import Attached, attach, attached_to, is_adapted, record_of, shown_parameters, spec_of
+from lora_fx.adapters.dicts import unspeakable
 from lora_fx.adapters.factors.lora import add_low_rank, as_rows
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.errors import RefusedError
@@ -34,9 +35,7 @@ class Inject(Pass):
     def requires(self, graph_module: fx.GraphModule) -> None:
         if is_adapted(graph_module):
             raise RefusedError("the model is adapted already", advice="lora_fx.remove or lora_fx.merge it before")
-        names = self.plan.adapters
-        attributes = dir(nn.ModuleDict())
-        taken = [(name, "is an attribute of nn.ModuleDict") for name in names if name in attributes]
+        taken = [(name, "is an attribute of nn.ModuleDict") for name in self.plan.adapters if unspeakable(name)]
         if taken:
             advice = 'give the adapter another name; or backend="modules", which leaves the graph as it is'
             raise RefusedError("the code of a GraphModule cannot name these adapters", taken, advice)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.attach import attached_to
+from lora_fx.adapters.dicts import modules_beside
 from lora_fx.adapters.rows import LAYOUTS, Layout, Unclear, are_alike, layouts_that_fit
 from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.errors import RefusedError
@@ -137,7 +138,7 @@ def _seen(
     What was seen before of a layer counts.
     """
     with trial_twin(model) as twin:
-        own = {copied: model.get_submodule(path) for path, copied in twin.named_modules()}
+        own = {copied: model.get_submodule(path) for path, copied in modules_beside(twin)}
         runs = RowRuns(twin, batch, guess, args, kwargs)
         before, after = runs.first(), runs.inputs(moved=True)
         first, second = (runs.inputs(moved, alike_inside=True) for moved in (False, True))

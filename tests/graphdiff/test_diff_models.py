@@ -206,3 +206,24 @@ def test_whether_a_base_is_frozen_or_in_train_mode_is_no_difference():
     assert {c.path.split(".")[-1] for c in diff.changes} == {"linear1", "linear2"}
     assert len(diff.changes) == 4
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("region", [zoo.call_encoder(), None], ids=["blocks", "modules"])
+def test_adapters_beside_each_other_are_each_shown(region):
+    model, tuned = encoder(r=4)
+    lora_fx.add(tuned, rules("**.{query,value}", r=2, adapter="other"))
+    diff = lora_fx.diff(model, tuned, region)
+    changes = {change.path: "\n".join(change.added) for change in diff.changes}
+    assert len(changes) == 6
+    for layer in range(3):
+        both = changes[f"layer.{layer}.attention.query"]
+        assert "query.lora_B.default(query.lora_A.default(x)" in both
+        assert "query.lora_B.other(query.lora_A.other(x)" in both
+    assert not lora_fx.diff(tuned, tuned, region)
+
+
+def test_an_adapter_that_code_cannot_name_is_shown():
+    model, tuned = encoder(adapter="train")
+    diff = lora_fx.diff(model, tuned, zoo.call_encoder())
+    assert len(diff.changes) == 6
+    assert all("lora_A" in "\n".join(change.added) for change in diff.changes)

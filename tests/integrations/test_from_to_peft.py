@@ -370,3 +370,11 @@ def test_dora_beside_plain_lora_is_refused_by_name():
     tuned = lora_fx.apply(llama(), {"rules": [each("**.q_proj", dora=True), each("**.v_proj")]})
     with pytest.raises(RefusedError, match=r"layers\.0\.self_attn\.v_proj +is plain LoRA beside others that are not"):
         lora_fx.to_peft(tuned)
+
+
+def test_a_name_that_peft_cannot_hold_is_refused_and_another_is_taken():
+    tuned = filled(lora_fx.apply(llama(), {"rules": [each("**.q_proj", adapter="train")]}))
+    with pytest.raises(RefusedError, match=r"train +is an attribute of nn\.ModuleDict.*lora_fx\.rename"):
+        lora_fx.to_peft(tuned)
+    lora_fx.rename(tuned, "train", "mine")
+    assert_close(logits(lora_fx.to_peft(tuned)), logits(tuned))
