@@ -7,13 +7,13 @@ Everything is counted; nothing is timed but where a kill falls.  `--write docs/r
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from tests.support import disasters, faultcases
 from tests.support.disasters import Found, Writer
-from tests.support.endurance import SETTLED, Held, long_run, threads_at_once
+from tests.support.endurance import SETTLED, SUBJECTS, Held, long_run, threads_at_once
 from tests.support.performance import told
 
 Rows = list[tuple[str, ...]]
@@ -31,11 +31,12 @@ import json, sys, tempfile, warnings
 from dataclasses import asdict
 from pathlib import Path
 import torch
-from tests.support.endurance import long_run
+from tests.support.endurance import SUBJECTS, long_run
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 with tempfile.TemporaryDirectory() as folder:
-    print(json.dumps([asdict(held) for held in long_run(int(sys.argv[1]), Path(folder), int(sys.argv[2]))]))
+    found = long_run(int(sys.argv[2]), Path(folder), int(sys.argv[3]), SUBJECTS[sys.argv[1]])
+    print(json.dumps([asdict(held) for held in found]))
 """
 
 
@@ -89,20 +90,20 @@ def _writers(quick: bool) -> Iterator[tuple[str, Writer]]:
 
 
 def long(quick: bool) -> Iterator[tuple[str, Rows]]:
-    """Yield what a process holds after many steps, in a process of its own."""
+    """Yield what a process holds after many steps, in a process of its own, with lora_fx and without."""
     steps, settled = (30, 10) if quick else (5000, SETTLED)
-    if quick:
-        with tempfile.TemporaryDirectory() as folder:
-            first, last = map(asdict, long_run(steps, Path(folder), settled))
-    else:
-        import json
-
-        command = [sys.executable, "-c", _LONG, str(steps), str(settled)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-        first, last = json.loads(done.stdout.splitlines()[-1])
-    rows: Rows = [("steps", *(name for name, _ in _shown(Held(**first))))]
-    for step, one in ((settled, first), (steps, last)):
-        rows.append((f"{step:,}", *(text for _, text in _shown(Held(**one)))))
+    rows: Rows = [("adapted by", "steps", *(name for name, _ in _shown(Held(0, 0, 0, 0, 0, 0))))]
+    for name, start in SUBJECTS.items():
+        if quick:
+            with tempfile.TemporaryDirectory() as folder:
+                found = long_run(steps, Path(folder), settled, start)
+        else:
+            command = [sys.executable, "-c", _LONG, name, str(steps), str(settled)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+            first, last = json.loads(done.stdout.splitlines()[-1])
+            found = Held(**first), Held(**last)
+        for step, one in zip((settled, steps), found, strict=True):
+            rows.append((name, f"{step:,}", *(text for _, text in _shown(one))))
     yield "long", rows
 
 
@@ -111,6 +112,8 @@ def _shown(held: Held) -> list[tuple[str, str]]:
         ("graphs", str(held.graphs)),
         ("open files", str(held.files)),
         ("objects of Python", f"{held.objects:,}"),
+        ("freed tuples", f"{held.tuples:,}"),
+        ("in use (MB)", f"{held.used / 1e6:.1f}"),
         ("memory (MB)", f"{held.resident / 1e6:.1f}"),
     ]
 
