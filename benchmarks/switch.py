@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_fx
+from lora_fx.adapters.dicts import KEPT_TARGETS
 from lora_fx.regions.install import regions
 from tests.support.performance import told
 
@@ -118,11 +119,16 @@ class Bench:
             with lora_fx.rows(self.model, ["a", "b"]):
                 pass
 
+        def directory() -> None:
+            self.model.__dict__.pop(KEPT_TARGETS, None)
+            lora_fx.swap(self.model, self.folder, adapter="b")
+
         return {
             "use": use,
             "use, in a with": use_here,
             "swap, of a state": lambda: lora_fx.swap(self.model, self.state, adapter="b"),
-            "swap, of a directory": lambda: lora_fx.swap(self.model, self.folder, adapter="b"),
+            "swap, of a directory": directory,
+            "swap, of the same directory again": lambda: lora_fx.swap(self.model, self.folder, adapter="b"),
             "rows": rows,
         }
 
@@ -159,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.layers, options.width, Path(folder))
+        time.sleep(3 * bool(options.repeats))  # what has just been written is read each time
         rows = [bench.row(what, step, options.repeats) for what, step in bench.steps().items()]
     table = [HEADS, *rows]
     told(options.write, "switch", table if options.repeats else [row[:2] + row[3:] for row in table])

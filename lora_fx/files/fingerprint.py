@@ -34,23 +34,34 @@ def sample_values(weight: Tensor) -> list[float] | None:
     return found
 
 
-def samples_of(weights: Sequence[Tensor]) -> list[list[float] | None]:
-    """Return `sample_values` of each weight; of plain ones in one operation for each, and one for all of a dtype."""
-    found: list[list[float] | None] = [None] * len(weights)
-    alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for number, weight in enumerate(weights):
-        if type(weight) in _PLAIN and weight.layout is torch.strided:
-            if weight.dtype.is_floating_point and not weight.is_meta and weight.numel():
+class SampledWeights:
+    """Weights whose `sample_values` may be asked for again, while they are of the same kinds and sizes."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights = weights
+        self._places: list[tuple[list[int], Sequence[Tensor]]] = []
+        """Of plain weights of a dtype and device, their numbers and where each is looked at."""
+        alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for number, weight in enumerate(weights):
+            if _is_plain(weight) and weight.dtype.is_floating_point and not weight.is_meta and weight.numel():
                 alike.setdefault((weight.dtype, weight.device), []).append(number)
-        else:
-            found[number] = sample_values(weight)
-    with torch.no_grad():
         for (_, device), numbers in alike.items():
-            places = torch.tensor([sample_positions(weights[at].numel()) for at in numbers], device=device).unbind()
-            looked = [weights[at].take(where) for at, where in zip(numbers, places, strict=True)]
-            for at, values in zip(numbers, torch.stack(looked).double().tolist(), strict=True):
-                found[at] = values
-    return found
+            places = torch.tensor([sample_positions(weights[at].numel()) for at in numbers], device=device)
+            self._places.append((numbers, places.unbind()))
+
+    def values(self) -> list[list[float] | None]:
+        """Return `sample_values` of each, as they are now: plain ones in one operation each, and one for a dtype."""
+        found = [None if _is_plain(weight) else sample_values(weight) for weight in self._weights]
+        with torch.no_grad():
+            for numbers, places in self._places:
+                looked = [self._weights[at].take(where) for at, where in zip(numbers, places, strict=True)]
+                for at, values in zip(numbers, torch.stack(looked).double().tolist(), strict=True):
+                    found[at] = values
+        return found
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in _PLAIN and weight.layout is torch.strided
 
 
 @functools.lru_cache(maxsize=1024)

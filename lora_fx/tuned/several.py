@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.adapt import adapt_sites, give_values
 from lora_fx.adapters.attach import Attached, adapted_owners, all_attached, attached_to, holders_of, owner_path
-from lora_fx.adapters.dicts import without_factors
+from lora_fx.adapters.dicts import KEPT_TARGETS, without_factors
 from lora_fx.adapters.factors.spec import ModelRecord
 from lora_fx.adapters.parallel import refuse_unplaceable
 from lora_fx.adapters.selection import Selection, Switch
@@ -61,6 +61,7 @@ def drop(tuned: nn.Module, adapter: str) -> None:
     with apart(tuned, needed=False), changing(tuned, record):  # else groups hold what is gone
         ask_layers(tuned)
         take_off(tuned, record, (adapter,))
+        tuned.__dict__.pop(KEPT_TARGETS, None)  # of a swap: it would hold the tensors that are gone
 
 
 @one_at_a_time

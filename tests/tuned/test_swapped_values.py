@@ -275,6 +275,18 @@ def test_a_base_that_has_changed_since_the_last_swap_is_looked_at_anew(rules, ke
         lora_fx.swap(tuned, tmp_path, adapter="b")
 
 
+def test_another_weight_in_the_memory_of_one_that_was_looked_at_is_looked_at_too(tmp_path):
+    tuned, other = beside(DORA), alone(DORA, "b")
+    lora_fx.save(other, tmp_path)
+    lora_fx.swap(tuned, tmp_path, adapter="b")
+    layer = tuned.blocks[0].q
+    weight, memory = layer.weight, layer.weight.data
+    weight.data = memory.clone()
+    layer._parameters["weight"] = nn.Parameter(memory.add_(1), requires_grad=False)
+    with pytest.raises(lora_fx.AdapterMismatchError, match="trained on other values"):
+        lora_fx.swap(tuned, tmp_path, adapter="b")
+
+
 def test_what_a_swap_keeps_of_the_base_moves_with_the_model(tmp_path):
     tuned = beside(DORA)
     lora_fx.save(alone(DORA, "b"), tmp_path)

@@ -1,6 +1,9 @@
 """The base of an adapted model and its sites, kept for the next file that is checked against it."""
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +26,14 @@ class KeptBase:
 
     plan: Plan | None = None
     parts: tuple[Any, ...] = ()
+    tensors: tuple["weakref.ref[Tensor]", ...] = ()
+    """Of the model: another one may lie where one of them lay, and the base has not that one."""
     base: nn.Module | None = None
     inventory: Inventory | None = None
+
+    def is_of(self, parts: tuple[Any, ...], tensors: Sequence[Tensor]) -> bool:
+        """Whether it was made of a model of these parts, with the same tensors."""
+        return self.parts == parts and all(map(is_, tensors, (one() for one in self.tensors)))
 
     def __reduce__(self) -> Any:
         return KeptBase, ()
@@ -43,15 +52,15 @@ def base_of(tuned: nn.Module) -> tuple[nn.Module, Inventory]:
         RefusedError: as `removed`.
     """
     plan, kept = whole_record_in(tuned).plan, tuned.__dict__.get(KEPT)
-    parts = _parts_of(tuned)
-    if kept is not None and kept.plan is plan and parts is not None and kept.parts == parts:
+    found = _parts_of(tuned)
+    if kept is not None and kept.plan is plan and found is not None and kept.is_of(*found):
         return kept.base, kept.inventory
     base = removed(tuned)
     inventory = take_inventory(base, uses_in(plan))
     tuned.__dict__.pop(KEPT, None)
-    if parts is not None:
+    if found is not None:
         _share_parameters(base, tuned)
-        tuned.__dict__[KEPT] = KeptBase(plan, parts, base, inventory)
+        tuned.__dict__[KEPT] = KeptBase(plan, found[0], tuple(map(weakref.ref, found[1])), base, inventory)
     return base, inventory
 
 
@@ -65,12 +74,13 @@ def _share_parameters(base: nn.Module, tuned: nn.Module) -> None:
                 module._parameters[name] = mine
 
 
-def _parts_of(tuned: nn.Module) -> tuple[Any, ...] | None:
-    """Return what a model is made of but for its adapters; None if that does not tell where its values lie.
+def _parts_of(tuned: nn.Module) -> tuple[tuple[Any, ...], list[Tensor]] | None:
+    """Return what a model is made of but for its adapters, and its tensors; None if that does not tell of its values.
 
     In one loop: `named_modules` goes through all levels for each module.
     """
     parts: list[Any] = []
+    tensors: list[Tensor] = []
     waiting, met = [tuned], set[int]()
     while waiting:
         module = waiting.pop()
@@ -89,9 +99,10 @@ def _parts_of(tuned: nn.Module) -> tuple[Any, ...] | None:
                     continue
                 if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
                     return None
+                tensors.append(tensor)
                 parts.append((name, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
         for name, child in module._modules.items():
             if child is not None:
                 parts.append(name)
                 waiting.append(child)
-    return tuple(parts)
+    return tuple(parts), tensors

@@ -8,20 +8,36 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lora_fx.adapters.dicts import KEPT_TARGETS
 from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.files.adapter.codec import filled, scaled
-from lora_fx.files.adapter.plainstate import targets_in
+from lora_fx.files.adapter.keptfile import MOST_FILES, KeptFile, Stamp
+from lora_fx.files.adapter.plainstate import KeptTargets, targets_in
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.files.adapter.site import SavedSite
-from lora_fx.files.fingerprint import same_values, samples_of
+from lora_fx.files.fingerprint import SampledWeights, same_values
 from lora_fx.models.together import PLAIN
 from lora_fx.rules.ruleset import LoRAConfig
 
 Copies = list[tuple[Tensor, Tensor]]
 
 
-def plain_file_copies(tuned: nn.Module, file: AdapterFile, adapter: str) -> Copies | None:
-    """Return what is written where so that an adapter of the model computes what a file holds; or None."""
+def copies_again(tuned: nn.Module, stamp: Stamp | None, adapter: str) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Return the tensors of an adapter and the values for them in a file that was swapped in before; or None."""
+    kept: KeptTargets | None = tuned.__dict__.get(KEPT_TARGETS)
+    if stamp is None or kept is None or stamp not in kept.files or targets_in(tuned, adapter) is not kept:
+        return None
+    found = kept.files[stamp].copies()
+    if found is None:
+        del kept.files[stamp]
+    return found
+
+
+def plain_file_copies(tuned: nn.Module, file: AdapterFile, adapter: str, stamp: Stamp | None = None) -> Copies | None:
+    """Return what is written where so that an adapter of the model computes what a file holds; or None.
+
+    With the stamp of the file before it was read, it is kept for `copies_again`.
+    """
     if file.header.trained or file.modules or file.rows or file.biases or file.config.blocks or file.config.kasa:
         return None
     kept = targets_in(tuned, adapter)
@@ -29,6 +45,7 @@ def plain_file_copies(tuned: nn.Module, file: AdapterFile, adapter: str) -> Copi
         return None
     targets, copies, ratios = kept.targets, Copies(), dict[tuple[int, int], float]()
     bases: list[Tensor] = []
+    homes: list[nn.Module] = []
     for saved in file.sites:
         pair = [f"{saved.path}.{factor}.{adapter}.weight".lstrip(".") for factor in ("lora_A", "lora_B")]
         A, B, home = targets.get(pair[0]), targets.get(pair[1]), kept.homes.get(pair[0])
@@ -39,13 +56,18 @@ def plain_file_copies(tuned: nn.Module, file: AdapterFile, adapter: str) -> Copi
         if spec is None or base is None or type(base) not in PLAIN or base.is_meta or not _is_plain(saved, spec, A, B):
             return None
         bases.append(base)
+        homes.append(home)
         ratio = ratios.get((id(saved.lora), id(spec.lora)))
         if ratio is None:
             if not spec.lora.alpha:
                 return None
             ratio = ratios[id(saved.lora), id(spec.lora)] = saved.lora.scaling / spec.lora.scaling
         copies += [(A, saved.lora_A), (B, scaled(saved.lora_B, ratio))]
-    return [(to, _fitting(to, value)) for to, value in copies] if _is_base(file, bases) else None
+    if not _is_base(file, bases):
+        return None
+    if stamp is not None and set(ratios.values()) == {1.0} and (again := KeptFile.of(copies, homes)) is not None:
+        kept.files = dict([*kept.files.items(), (stamp, again)][-MOST_FILES:])
+    return [(to, _fitting(to, value)) for to, value in copies]
 
 
 def _is_plain(saved: SavedSite, spec: AdapterSpec, A: Tensor, B: Tensor) -> bool:
@@ -76,7 +98,7 @@ def _trains_alike(saved: LoRAConfig, own: LoRAConfig) -> bool:
 def _is_base(file: AdapterFile, bases: list[Tensor]) -> bool:
     """Whether the file was made on these weights, as far as it notes some of their values."""
     noted: Mapping[str, list[float] | None] = file.header.base
-    found = zip((saved.path for saved in file.sites), samples_of(bases), strict=True)
+    found = zip((saved.path for saved in file.sites), SampledWeights(bases).values(), strict=True)
     return all(noted.get(path) == values or same_values(noted.get(path), values) for path, values in found)
 
 

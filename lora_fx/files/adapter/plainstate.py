@@ -16,6 +16,7 @@ from lora_fx.adapters.dicts import KEPT_TARGETS, AdapterDict
 from lora_fx.adapters.factors.dora import DoRAMagnitude
 from lora_fx.adapters.factors.kinds import ConvolutionA, ConvolutionB, EmbeddingA, SharedFactor
 from lora_fx.adapters.factors.lora import LoRAFactor
+from lora_fx.files.adapter.keptfile import KeptFile, Stamp
 from lora_fx.models.fsdp import is_of_fully_shard
 from lora_fx.models.shards import is_kind_of_shards
 from lora_fx.models.together import Alike
@@ -73,6 +74,8 @@ class KeptTargets:
     """By the key of each tensor, the module beside whose weight it is."""
     alike: Alike | None = None
     """Of the tensors and the values of the last swap."""
+    files: dict[Stamp, KeptFile] = field(default_factory=dict)
+    """Of the last swaps that took the values of a file as they are."""
     keys: dict[str, Sequence[str]] = field(default_factory=dict)
     """Of the tensors, in states that call the adapter otherwise: those of the last such state."""
 

@@ -21,7 +21,7 @@ from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved, uses_in_files
 from lora_fx.files.adapter.site import SavedSite
 from lora_fx.files.adapter.tokens import fill_rows, misfitting_rows, planned_rows, row_mismatches
-from lora_fx.files.fingerprint import same_values, sample_values, samples_of
+from lora_fx.files.fingerprint import SampledWeights, same_values, sample_values
 from lora_fx.models.packed import is_packed
 from lora_fx.models.samples import Samples
 from lora_fx.models.shards import part_of, whole
@@ -242,7 +242,7 @@ def _other_base(file: AdapterFile, sites: dict[str, Site], model: nn.Module) -> 
     usable = {path: site for path, site in sites.items() if site.refusal is None}
     known = {saved.path: usable[saved.path].weight for saved in file.sites if saved.path in usable}
     weights = {path: weight for path, name in known.items() if (weight := _readable(model, name)) is not None}
-    for path, values in zip(weights, samples_of([*weights.values()]), strict=True):
+    for path, values in zip(weights, SampledWeights([*weights.values()]).values(), strict=True):
         if not same_values(file.header.base.get(path), values):
             yield known[path], "trained on other values", "is another base, or was changed since"
 

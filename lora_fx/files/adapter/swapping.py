@@ -14,7 +14,8 @@ from lora_fx.errors import AdapterMismatchError, RefusedError
 from lora_fx.files.adapter import peftfiles
 from lora_fx.files.adapter.codec import as_plain, filled, scaled
 from lora_fx.files.adapter.keptbase import base_of
-from lora_fx.files.adapter.plainfile import plain_file_copies
+from lora_fx.files.adapter.keptfile import Stamp, stamp_of
+from lora_fx.files.adapter.plainfile import copies_again, plain_file_copies
 from lora_fx.files.adapter.plainstate import plain_copies
 from lora_fx.files.adapter.read import AdapterFile, read_adapters
 from lora_fx.files.adapter.resolve import resolved
@@ -63,12 +64,13 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
     """
     tuned = seen_through(tuned)
     is_whole = any(switch.whole for switch in known_switches(tuned, adapter))
-    if isinstance(source, Mapping) and not is_whole and (plain := plain_copies(tuned, source, adapter)) is not None:
+    stamp = None if isinstance(source, Mapping) or is_whole else stamp_of(source)
+    if not is_whole and (plain := _plain(tuned, source, adapter, stamp)) is not None:
         with between_calls(tuned):
             copied_together(*plain)
         return
     files = [] if isinstance(source, Mapping) else read_adapters(source)
-    if len(files) == 1 and not is_whole and (fitting := plain_file_copies(tuned, files[0], adapter)) is not None:
+    if len(files) == 1 and not is_whole and (fitting := plain_file_copies(tuned, files[0], adapter, stamp)) is not None:
         with between_calls(tuned):
             write_together(fitting)
         return
@@ -89,6 +91,15 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
         copies = [(target, part_of(value, target)) for target, value in copies]
     with between_calls(tuned):
         write_together(copies)
+
+
+def _plain(
+    tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor], adapter: str, stamp: Stamp | None
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Return the tensors of an adapter and the values for them, where these can be copied as they are."""
+    if isinstance(source, Mapping):
+        return plain_copies(tuned, source, adapter)
+    return copies_again(tuned, stamp, adapter)
 
 
 def _refuse_beside(tuned: nn.Module, slots: list[tuple[str, Attached]], adapter: str) -> None:
