@@ -9,8 +9,8 @@ from torch import nn
 
 from lora_fx.errors import Problem, RefusedError, RuleError
 from lora_fx.files.adapter.configuration import Configuration, configuration_of, read_json_of
-from lora_fx.files.adapter.names import CONFIG_FILE
-from lora_fx.integrations.pefttargets import EMBEDDINGS, FUSED_IN_EXPERTS, HEADS_OF_TASKS
+from lora_fx.files.adapter.names import CONFIG_FILE, HEADS_OF_TASKS
+from lora_fx.integrations.pefttargets import EMBEDDINGS, FUSED_IN_EXPERTS
 from lora_fx.models.layers import raw_kinds
 from lora_fx.rules.inits import FROM_DATA, INITS, is_init
 

@@ -1,7 +1,7 @@
 """An adapted model → the tensors, the configuration and the metadata that are written for it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from lora_fx.files.adapter.biases import biases_by_key
 from lora_fx.files.adapter.codec import encoded, has_other_border
 from lora_fx.files.adapter.header import header_text
 from lora_fx.files.adapter.names import (
+    HEADS_OF_TASKS,
     METADATA_KEY,
     PREFIX,
     anchored,
@@ -232,7 +233,7 @@ def _describe(
     tensors |= {key: _plain(rows).clone() for key, rows in beside.rows.tensors.items()}  # tied ones are one here
     tensors |= biases_by_key(_biases(tuned, name, beside.biases), [(used.path, used.adapter) for used in group])
     tensors = dict(sorted(tensors.items()))
-    config = _config(tuned, sites, beside, beyond)
+    config = _config(tuned, sites, beside, beyond, {*trained, *map(without_wrappers, claimed)})
     record = record_in(tuned)
     plan = record.added.get(name, record.plan)
     content = {
@@ -290,7 +291,9 @@ def _plain(tensor: Tensor) -> Tensor:
     return whole(tensor).to("cpu").contiguous()
 
 
-def _config(tuned: nn.Module, sites: Sequence[SavedSite], beside: _Beside, beyond_peft: str | None) -> dict[str, Any]:
+def _config(
+    tuned: nn.Module, sites: Sequence[SavedSite], beside: _Beside, beyond_peft: str | None, saved: Collection[str]
+) -> dict[str, Any]:
     """Return PEFT's configuration; ranks and alphas that are not the most common go into anchored patterns."""
     loras = {site.name: site.lora for site in sites}
     rslora = all(lora.rslora for lora in loras.values())
@@ -299,7 +302,7 @@ def _config(tuned: nn.Module, sites: Sequence[SavedSite], beside: _Beside, beyon
     rank, alpha = _most_common(ranks), _most_common(alphas)
     parameters = sorted(site.parameter for site in sites if site.parameter and beyond_peft is None)
     own = adapter_prefixes(tuned)
-    modules = (without_wrappers(name) for name, _ in tuned.named_modules() if not f"{name}.".startswith(own))
+    modules = [without_wrappers(name) for name, _ in tuned.named_modules() if not f"{name}.".startswith(own)]
     layers = target_modules((site.stem for site in sites if not site.parameter), modules)
     invocation = next(iter(loras.values())).invocation
     return {
@@ -319,7 +322,7 @@ def _config(tuned: nn.Module, sites: Sequence[SavedSite], beside: _Beside, beyon
         "rank_pattern": {anchored(name): value for name, value in sorted(ranks.items()) if value != rank},
         "target_modules": layers if beyond_peft is None else beyond_peft,
         **({"target_parameters": parameters} if parameters else {}),
-        "task_type": _task_of(tuned),
+        "task_type": _told(_task_of(tuned), modules, saved),
         **({ROWS: beside.rows.indices} if beside.rows.indices else {}),
         "use_dora": any(lora.dora for lora in loras.values()),
         "use_rslora": rslora,
@@ -360,6 +363,12 @@ def _task_of(tuned: nn.Module) -> str | None:
     task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
     generates = getattr(getattr(tuned, "config", None), "is_encoder_decoder", None)  # image models are called so too
     return None if generates is None or (task == "SEQ_2_SEQ_LM" and not generates) else task
+
+
+def _told(task: str | None, modules: Iterable[str], saved: Collection[str]) -> str | None:
+    """Return the task if PEFT can be told: it takes heads for trained whole then, and fails without their tensors."""
+    heads = HEADS_OF_TASKS.get(task or "", ())
+    return None if any(name.endswith(heads) and name not in saved for name in modules) else task
 
 
 def _name_of(tuned: nn.Module) -> str | None:

@@ -12,6 +12,12 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 METADATA_KEY = "lora_fx"
+HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What a task adds to `modules_to_save`: ends of names (PEFT 0.21, `peft/peft_model.py`)."""
 _LONGEST_EXPRESSION = 10_000
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}((?P<path>.+)\.)?(?P<factor>lora_[AB])\.weight", re.DOTALL)
 _EMBEDDING = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<factor>lora_embedding_[AB])", re.DOTALL)
