@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.errors import RefusedError
 from lora_fx.liveness.rows import LazyRows, handles, lazy
 from lora_fx.liveness.sources import Cast, Derived, Step
+from lora_fx.models.torch_internals import pytree
 
 _Functions = tuple[Callable[..., Any], ...]
 _CASTS: _Functions = (Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double)
@@ -86,21 +86,6 @@ def _by_number(function: Callable[..., Tensor]) -> Callable[..., Any]:
     return handler
 
 
-class _WithRow:
-    """The step that adds one row of numbers, such as a bias of logits that is kept in a buffer, to each."""
-
-    def __init__(self, function: Callable[..., Tensor], row: Tensor) -> None:
-        self._function, self._row, self._version = function, row, row._version
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        if self._row._version != self._version:
-            raise RefusedError(
-                "what was added to a tensor that is computed late has been written to since",
-                advice="write to it after the loss has been computed, or add a clone of it",
-            )
-        return self._function(rows, self._row.view(-1))
-
-
 def _by_row(function: Callable[..., Tensor]) -> Callable[..., Any]:
     def handler(rows: Any, *others: Any, **kwargs: Any) -> Any:
         if kwargs or len(others) != 1 or not isinstance(rows, LazyRows):
@@ -108,12 +93,13 @@ def _by_row(function: Callable[..., Tensor]) -> Callable[..., Any]:
         row = others[0]
         if type(row) in (int, float):
             return _stepped(rows, lambda tensor: function(tensor, row))
-        if type(row) is not Tensor or row.requires_grad or row.device != rows.device or row.is_inference():
+        if type(row) is not Tensor or row.requires_grad or row.device != rows.device:
             return NotImplemented
         fits = row.numel() == row.shape[-1] == rows.shape[-1] if row.dim() else False
         if not fits or row.dim() > rows.dim() or not row.is_contiguous() or row.dtype is not rows.dtype:
             return NotImplemented
-        return _stepped(rows, _WithRow(function, row))
+        taken = row.clone().view(-1)  # what is written to it later, `row.data` and numpy's view too, is not meant
+        return _stepped(rows, lambda tensor: function(tensor, taken))
 
     return handler
 
@@ -172,7 +158,8 @@ def _chosen(rows: LazyRows, index: Any) -> Any:
     numbers = numbers[places] if places else numbers
     copies = any(isinstance(place, Tensor) for place in places)
     shape = torch.Size((*numbers.shape, rows.shape[-1]))
-    return _derived(rows, shape, lambda tensor: tensor[index], rows=numbers, copies=copies)
+    taken = pytree.tree_map_only(Tensor, Tensor.clone, index)  # what is written to it later is not meant
+    return _derived(rows, shape, lambda tensor: tensor[taken], rows=numbers, copies=copies)
 
 
 def _dimensions(place: Any) -> int:

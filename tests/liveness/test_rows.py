@@ -187,12 +187,30 @@ def test_code_that_torch_does_not_ask_about_meets_the_value_and_its_gradients_ar
         torch.testing.assert_close(one, other)
 
 
-def test_a_row_that_is_added_is_the_one_from_then() -> None:
-    row, source = torch.ones(1, 5), Product()
-    result = lazy(source) + row
-    row.mul_(2)
-    with pytest.raises(RefusedError, match="has been written to since"):
-        result.lazy_value.take(numbers(0))
+@pytest.mark.parametrize("kind", ["counted", "by data", "by numpy", "in inference mode"])
+def test_a_row_that_is_added_is_the_one_from_then_whoever_writes_to_it(kind: str) -> None:
+    with torch.inference_mode(kind == "in inference mode"):
+        row = torch.ones(1, 5)
+    source = Product()
+    result, eager = lazy(source) + row, source.eager() + torch.ones(1, 5)
+    assert type(result) is LazyRows
+    if kind == "counted":
+        row.mul_(2)
+    elif kind == "by numpy":
+        row.numpy()[:] = 2
+    else:
+        with torch.inference_mode(kind != "by data"):
+            row.data.mul_(2)
+    assert torch.equal(whole(result), eager)
+
+
+@pytest.mark.parametrize("index", [torch.tensor([1, 0]), torch.tensor([True, False])], ids=["numbers", "mask"])
+def test_rows_are_those_that_were_chosen_whatever_is_written_to_the_index_later(index: Tensor) -> None:
+    source, index = Product(), index.clone()
+    result, eager = lazy(source)[index], source.eager()[index]
+    assert type(result) is LazyRows
+    index.copy_(index.flip(0))
+    assert torch.equal(whole(result), eager)
 
 
 def test_no_gradient_passes_where_torch_passes_none():
