@@ -4,6 +4,9 @@ A sharded bfloat16 checkpoint of random weights, of Llama's shapes, and an adapt
 16).  Time is that of a merge over that of a plain copy of the same files, paired, in the same order and both synced to
 disk; the copy without syncing is printed beside.  Memory is the largest RSS of a process that does nothing else, above
 the same process before the merge, with everything imported; the adapter's own bytes are printed beside.
+
+The floor is what the arithmetic alone takes where nothing is read or written, all values lie in cache and the threads
+share it evenly: the products B A; W to float32, added and rounded; and what the report sums up.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from lora_fx import merge_checkpoint
 
 RANK = 16
 SHARD_BYTES = 1 << 30
+ROWS = 32
+"""Rows of a weight whose values are computed at a time for the floor."""
 SIZES = {"wide": 4096, "inner": 11008, "vocabulary": 32000}
 MEASURED = """
 import json, sys
@@ -120,7 +125,8 @@ def merged(base: Path, adapter: Path, out: Path) -> float:
     return time.perf_counter() - started
 
 
-def measure_time(base: Path, adapter: Path, work: Path, pairs: int) -> None:
+def measure_time(base: Path, adapter: Path, work: Path, pairs: int) -> float:
+    """Print what a merge takes beside a copy, and return the seconds of the copy that is synced."""
     rows = []
     copied(base, work / "first", synced=True)  # what was just written is on disk and in the page cache
     shutil.rmtree(work / "first")
@@ -140,6 +146,42 @@ def measure_time(base: Path, adapter: Path, work: Path, pairs: int) -> None:
     unsynced = statistics.median(c / a for a, _, c in rows)
     print(f"copy {synced:.2f} s synced ({plain:.2f} s not synced), merge {merge:.2f} s (synced)")
     print(f"merge over copy: {ratio:.2f} (over a copy that is not synced: {unsynced:.2f}); {pairs} pairs, medians")
+    return synced
+
+
+def arithmetic(sites: list[tuple[str, int, int]]) -> dict[str, float]:
+    """Return the seconds that one thread takes for the steps of a merge of these linears."""
+    seconds = dict.fromkeys(("product", "sum", "report"), 0.0)
+    for _, out, inputs in sites:
+        left, right = torch.randn(ROWS, RANK), torch.randn(RANK, inputs)
+        stored = weight(ROWS, inputs).view(-1)
+        base, delta, merged = (torch.empty(stored.numel()) for _ in range(3))
+        for _ in range(out // ROWS):
+            times = [time.perf_counter()]
+            torch.mm(left, right, out=delta.view(ROWS, inputs))
+            times.append(time.perf_counter())
+            base.copy_(stored)
+            stored.copy_(torch.add(base, delta, out=merged))
+            times.append(time.perf_counter())
+            torch.dot(base, base)
+            torch.dot(merged.copy_(stored).sub_(base), delta)
+            times.append(time.perf_counter())
+            for name, begun, ended in zip(seconds, times, times[1:], strict=False):
+                seconds[name] += ended - begun
+    return seconds
+
+
+def measure_floor(sites: list[tuple[str, int, int]], copy: float, pairs: int) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        runs = [arithmetic(sites) for _ in range(pairs)]
+    finally:
+        torch.set_num_threads(threads)
+    best = {name: min(run[name] for run in runs) for name in runs[0]}
+    floor = sum(best.values()) / threads
+    steps = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in best.items())
+    print(f"floor of the arithmetic: {floor / copy:.2f} of the synced copy ({steps}; over {threads} threads)")
 
 
 def measure_memory(base: Path, adapter: Path, work: Path, adapter_bytes: int) -> None:
@@ -171,7 +213,8 @@ def main() -> None:
             f"{size / 1e9:.1f} GB in {shards} shards, {len(sites)} adapted linears, {torch.get_num_threads()} threads"
         )
         measure_memory(work / "base", work / "adapter", work, adapter_bytes)
-        measure_time(work / "base", work / "adapter", work, options.pairs)
+        synced = measure_time(work / "base", work / "adapter", work, options.pairs)
+        measure_floor(sites, synced, options.pairs)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """A merged file as a row of small jobs that are independent of each other, and the threads that do them."""
 
-import queue
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from math import sqrt
 from pathlib import Path
 from typing import Self
@@ -36,8 +37,6 @@ from lora_fx.files.values import DTYPES
 from lora_fx.models.dtypes import name_of_dtype
 
 _COPIED_AT_ONCE = 1 << 24
-_GIVEN_AHEAD = 2
-"""Jobs for each thread that are given out at a time, so that none waits for the next."""
 NoiseOf = Callable[[str], Noise | None]
 
 
@@ -167,14 +166,14 @@ def _casting(read: ReadTile, elements: int, target: OpenTensor, noise: Noise | N
 
 
 class Workers:
-    """Threads with memory of their own, kept from file to file; with one, the calling thread does the work."""
+    """Threads with memory of their own, kept from file to file; the calling thread is one of them.
+
+    A thread that only gives out jobs would need Python's lock after each, and the others would wait for it.
+    """
 
     def __init__(self, number: int) -> None:
-        self._number = number
+        self._own, *self._others = (Scratch() for _ in range(number))
         self._threads = ThreadPoolExecutor(number)
-        self._unused: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
-        for _ in range(number):
-            self._unused.put(Scratch())
 
     def __enter__(self) -> Self:
         return self
@@ -184,30 +183,48 @@ class Workers:
 
     def run(self, todo: Iterator[Job], done: Callable[[Job, Sums | None], object]) -> None:
         """Do all jobs and pass each result to `done`, in the calling thread; after an error others end theirs."""
-        if self._number == 1:
-            for job in todo:
-                done(job, self._do(job))
-            return
-        running: dict[Future[Sums | None], Job] = {}
+        row = _Row(todo)
+        running = [self._threads.submit(row.work, scratch) for scratch in self._others]
         try:
-            while True:
-                for job in islice(todo, _GIVEN_AHEAD * self._number - len(running)):
-                    running[self._threads.submit(self._do, job)] = job
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    done(running.pop(future), future.result())
+            row.work(self._own, lambda: row.tell(done))
         finally:
-            for future in running:
-                future.cancel()
+            row.end()
             wait(running)
+        for future in running:
+            future.result()
+        row.tell(done)
 
-    def _do(self, job: Job) -> Sums | None:
-        scratch = self._unused.get()
+
+class _Row:
+    """Jobs that several threads take, one after the other, until all are done or one has failed."""
+
+    def __init__(self, todo: Iterator[Job]) -> None:
+        self._todo, self._lock = todo, threading.Lock()
+        self._done: deque[tuple[Job, Sums | None]] = deque()
+
+    def work(self, scratch: Scratch, after_each: Callable[[], object] = lambda: None) -> None:
+        """Do jobs as long as there are any."""
         try:
-            return job.do(scratch)
-        finally:
-            self._unused.put(scratch)
+            while (job := self._take()) is not None:
+                self._done.append((job, job.do(scratch)))
+                after_each()
+        except BaseException:
+            self.end()
+            raise
+
+    def _take(self) -> Job | None:
+        with self._lock:
+            return next(self._todo, None)
+
+    def end(self) -> None:
+        """Let no thread take another job."""
+        with self._lock:
+            self._todo = iter(())
+
+    def tell(self, done: Callable[[Job, Sums | None], object]) -> None:
+        """Pass on what was done since; one thread alone may call it."""
+        while self._done:
+            done(*self._done.popleft())
 
 
 # -- what the report says of it

@@ -19,8 +19,8 @@ from lora_fx.files.checkpoint.rounding import Noise, round_into
 
 TILE = 1 << 18
 """Elements of a tile, and of the factors that it takes."""
-BLOCK = 1 << 16
-"""Elements of which all that a merge computes is in a core's cache at once."""
+BLOCK = 1 << 17
+"""Elements whose steps a core makes in its cache, 14 bytes each; with fewer of them threads wait for Python's lock."""
 _WIDEST, _FEWEST_ROWS, _FEWEST_COLUMNS = 1 << 14, 32, 64
 
 
@@ -116,16 +116,19 @@ class OpenTensor:
     def read(self, tile: Tile, scratch: Scratch) -> Tensor:
         """Return a tile, flat; it lives in the scratch memory."""
         flat = scratch.take("read", tile.elements, self.dtype)
-        for element, first, number in tile.runs():
-            self.file.read_into(bytes_of(flat[first : first + number]), self._position(element))
+        for part, position in self._parts(tile, flat):
+            self.file.read_into(part, position)
         return flat
 
     def write(self, tile: Tile, flat: Tensor) -> None:
-        for element, first, number in tile.runs():
-            self.file.write_from(bytes_of(flat[first : first + number]), self._position(element))
+        for part, position in self._parts(tile, flat):
+            self.file.write_from(part, position)
 
-    def _position(self, element: int) -> int:
-        return self.start + element * self.dtype.itemsize
+    def _parts(self, tile: Tile, flat: Tensor) -> Iterator[tuple[memoryview, int]]:
+        """Yield what lies in one piece in the file, in memory, and its position there."""
+        memory, size = bytes_of(flat), self.dtype.itemsize
+        for element, first, number in tile.runs():
+            yield memory[first * size : (first + number) * size], self.start + element * size
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,36 +171,40 @@ def fold_tile(
         OverflowError: a value is NaN or infinite.
     """
     stored, delta = source.read(tile, scratch), _product(fold, tile, scratch)
-    written = scratch.take("written", tile.elements, target.dtype)
+    written = stored if stored.dtype == target.dtype else scratch.take("written", tile.elements, target.dtype)
     is_first = (tile.rows.start, tile.columns.start) == (0, 0)
     sums = Sums(delta=_square(fold) if is_first and fold.magnitude is None else 0.0)
-    for part in _blocks(fold, tile, noise):
-        sums += _fold_block(fold, tile, part, (stored[part], delta[part], written[part]), noise, lengths, scratch)
+    parts = (torch.split(flat, _block(fold, tile, noise)) for flat in (stored, delta, written))
+    for values in zip(*parts, strict=True):
+        sums += _fold_block(fold, tile, values, noise, lengths, scratch)
     if not math.isfinite(sums.survived) and not bool(torch.isfinite(written).all()):
         raise OverflowError("the merged weight has NaN or infinite values")
     target.write(tile, written)
     return sums
 
 
-def _blocks(fold: WeightFold, tile: Tile, noise: Noise | None) -> Iterator[slice]:
-    """Yield parts of a tile, flat, whose values stay in a core's cache; the tile itself where its shape matters."""
-    size = BLOCK if noise is None and fold.magnitude is None else tile.elements
-    yield from (slice(start, min(start + size, tile.elements)) for start in range(0, tile.elements, size))
+def _block(fold: WeightFold, tile: Tile, noise: Noise | None) -> int:
+    """Return how many values of a tile, flat, are computed at a time: all of them where their places matter."""
+    return BLOCK if noise is None and fold.magnitude is None else tile.elements
 
 
 def _fold_block(
     fold: WeightFold,
     tile: Tile,
-    part: slice,
-    values: tuple[Tensor, Tensor, Tensor],
+    values: tuple[Tensor, ...],
     noise: Noise | None,
     lengths: Tensor | None,
     scratch: Scratch,
 ) -> Sums:
-    """Round W + ΔW of a part of a tile; `values` are W as it is stored, ΔW unscaled, and what is to be written."""
+    """Round W + ΔW of a part of a tile.
+
+    Args:
+        values: W as it is stored, ΔW unscaled, and what is to be written, which may take the place of W.
+    """
     stored, delta, written = values
+    scaling = _scaling(fold)
     base = scratch.take("base", stored.numel(), torch.promote_types(delta.dtype, stored.dtype)).copy_(stored)
-    delta = (delta if _scaling(fold) == 1 else delta.mul_(_scaling(fold))).to(base.dtype)
+    delta = (delta if scaling == 1 else delta.mul_(scaling)).to(base.dtype)
     merged = torch.add(base, delta, out=scratch.take("merged", base.numel(), base.dtype))
     if fold.magnitude is not None:
         set_lengths(fold, tile, merged.view(tile.shape), lengths)
