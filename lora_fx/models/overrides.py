@@ -43,7 +43,7 @@ def replaced_forward(module: nn.Module) -> Any:
     """
     own = vars(module)
     forward = own.get(_OLD) if accelerate_hooks(module) else own.get("forward")
-    cells = _cells_of_parallel(forward)
+    cells = variables_of_parallel(forward)
     forward = cells[_ORIGINAL].cell_contents if cells else forward
     is_class_forward = isinstance(forward, MethodType) and forward.__self__ is module and _is_of_class(forward, module)
     return None if is_class_forward else forward
@@ -64,7 +64,7 @@ def follows_class(function: Any) -> bool:
 def follow_class(model: nn.Module) -> None:
     """Let what accelerate and transformers put around a forward run that of the class a module has then, in place."""
     for module in modules_of(model):
-        cells = _cells_of_parallel(vars(module).get("forward"))
+        cells = variables_of_parallel(vars(module).get("forward"))
         if not (cells or accelerate_hooks(module)) or replaced_forward(module) is not None:
             continue
         kind: Any = type(module)
@@ -90,7 +90,7 @@ def parallel_style(module: nn.Module) -> str:
     forward = vars(module).get("forward")
     if not _is_of_parallel(forward):
         return ""
-    cells = _cells_of_parallel(forward)
+    cells = variables_of_parallel(forward)
     return type(cells[_STYLE].cell_contents).__name__ if _STYLE in cells else "unknown"
 
 
@@ -98,7 +98,7 @@ def _is_of_parallel(forward: object) -> bool:
     return str(getattr(forward, "__module__", "")).startswith(_TRANSFORMERS)
 
 
-def _cells_of_parallel(forward: Any) -> dict[str, CellType]:
+def variables_of_parallel(forward: Any) -> dict[str, CellType]:
     """Return the variables of a forward of transformers' tensor parallelism that runs another; none of all others."""
     if not isinstance(forward, FunctionType) or not _is_of_parallel(forward):
         return {}
@@ -117,7 +117,7 @@ def parallel_styles(model: nn.Module) -> dict[str, str]:
 def unknown_parallel(model: nn.Module) -> list[str]:
     """Return the paths of modules with a forward of transformers' parallelism that is not known to run another."""
     found = ((path, vars(module).get("forward")) for path, module in named_modules_of(model))
-    return [path for path, forward in found if _is_of_parallel(forward) and not _cells_of_parallel(forward)]
+    return [path for path, forward in found if _is_of_parallel(forward) and not variables_of_parallel(forward)]
 
 
 def without_parallel(model: nn.Module) -> None:

@@ -129,6 +129,23 @@ def _part_in_strides(tensor: Tensor, like: Any, of_first: bool) -> Tensor:
     return made
 
 
+def local_part(tensor: Tensor, alone: bool) -> Tensor:
+    """Return what this process has of a sharded tensor, as a plain one.
+
+    Its gradients reach the tensor; of what every process has whole they are parts of a sum.  To be used `alone` it is a
+    parameter of its own.
+    """
+    held: Any = tensor
+    wanted = tensor.requires_grad and torch.is_grad_enabled()
+    if wanted and not alone:
+        slopes = [_dtensors().Partial() if one.is_replicate() else one for one in held.placements]
+        part: Tensor = held.to_local(grad_placements=slopes)
+        return part
+    with torch.no_grad():
+        part = held.to_local()
+    return nn.Parameter(part, requires_grad=wanted) if alone else part
+
+
 def split(tensor: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
     """Return a tensor that every process has whole with placements on a mesh; nothing is sent."""
     made: Tensor = _dtensors().distribute_tensor(tensor, mesh, placements, src_data_rank=None)

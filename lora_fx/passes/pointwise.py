@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from torch import fx
 
 from lora_fx.adapters.rawweight.products import VIEWS, name_of
+from lora_fx.models.parts import into_parts
 from lora_fx.passes.flatten import adapted_output
 
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "double", "contiguous"})
-_KEEP_NOTHING = frozenset({"add", "sub", "neg", "mean", "sum", "rsub"})
+_INTO_PARTS = into_parts.__name__
+_KEEP_NOTHING = frozenset({"add", "sub", "neg", "mean", "sum", "rsub", _INTO_PARTS})
 _KEEP_OPERANDS = frozenset(
     {"mul", "pow", "square", "div", "true_divide", "silu", "gelu", "softplus", "abs", "sin", "cos", "log", "erf",
      "leaky_relu", "elu", "hardswish", "mish", "layer_norm", "rms_norm", "relu6", "clamp", "rsub"}
@@ -85,7 +87,7 @@ def work_of(node: fx.Node) -> int:
 def is_alias(node: fx.Node) -> bool:
     """Whether the result is its operand itself, or a view of it: a cast to the dtype that it has."""
     name = operation(node)
-    if name in VIEWS:
+    if name in VIEWS or name == _INTO_PARTS:
         return True
     return name in _CASTS - {"contiguous"} and _dtype(node) is not None and _dtype(node) == _dtype(node.args[0])
 

@@ -15,11 +15,15 @@ class BlockPrograms:
 
     passes: tuple[str, ...] = ()
     """Names of what is done to programs to make training cheaper."""
+    known: bool = True
+    """Whether its graphs are kept for other models, and theirs are used."""
     programs: list[Program] = field(default_factory=list)
     failures: dict[tuple[object, ...], str] = field(default_factory=dict)
     """Reason for each signature of a call that cannot be captured."""
     recalled: dict[int, tuple[Captured, Program | None]] = field(default_factory=dict)
     """Graphs of other models, by their ids, and their programs until these are used or found wrong."""
+    split: "dict[tuple[Any, ...], BlockPrograms]" = field(default_factory=dict)
+    """The same of blocks whose layers processes share, by how they share them."""
     sizes: Sizes = field(default_factory=Sizes)
     seconds: float = 0.0
     """Time spent capturing and checking."""

@@ -78,6 +78,15 @@ class Replay:
         module = stand_in(self._before) if module is None else module
         return ModuleCall(module, module.forward, *copied((self.call.args, self.call.kwargs), copy))
 
+    def answered_alone(self) -> Any:
+        """Return what a stand-in of the module answers, with which programs are compared from now on.
+
+        In the place of a call that was made for real: random state is as after it.
+        """
+        self._given = self.again()
+        self.random.restore()
+        return self.run(self._given.by_forward)
+
     def difference(self, program: Program, match: Match, answer: Any) -> str | None:
         """Return how the program differs from the forward, which gave `answer`; None if not at all.
 

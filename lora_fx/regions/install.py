@@ -148,6 +148,7 @@ def remade(model: nn.Module, owners: Collection[int]) -> None:
     for _, module, region in regions(model):
         if not any(id(inner) in owners for inner in modules_of(module)):
             continue
+        region.be_whole()  # what is split is found out anew
         key = (id(region.block), structure_of(module))
         if key not in blocks:
             old, block = region.block, BlockPrograms(region.block.passes, sizes=region.block.sizes)

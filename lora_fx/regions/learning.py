@@ -67,8 +67,9 @@ def capture_new(block: BlockPrograms, replay: Replay, result: object) -> Program
     if other is not None:
         block.programs.remove(other)
     block.programs.append(program)
-    known = Known(program.captured, program.static, varying)
-    KNOWN.learn(kind_of(call.module), known, None if other is None else other.captured)
+    if block.known:
+        known = Known(program.captured, program.static, varying)
+        KNOWN.learn(kind_of(call.module), known, None if other is None else other.captured)
     return program
 
 

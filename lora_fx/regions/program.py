@@ -26,6 +26,7 @@ from lora_fx.passes.labels import labels_of
 from lora_fx.passes.lift import Lifted, Unfit, lifted
 from lora_fx.passes.pack import NotPacked, Pack, Packing
 from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.spread import Spread, split_layers
 from lora_fx.passes.stack import Stack
 from lora_fx.regions.compiling import Compiling, compiling_of, may_be_fast
 from lora_fx.regions.crossing import Crossing
@@ -235,6 +236,8 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     seen_into = {str(node.target) for node in inlined(graph_module)} if passes else set()
     if COMPILE in passes:
         seen_into |= _dropouts(graph_module)
+    if split := split_layers(module):
+        apply_pass(Spread(split), Editor(graph_module))
     apply_pass(Flatten(), Editor(graph_module))
     if is_plain_layer(module) and attached(module) is not None:
         bypassed.add("")

@@ -14,20 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapters.fused.eligible import is_watched
 from lora_fx.adapters.selection import is_off
-from lora_fx.capture.calls.ambient import RandomState, ambient_state
-from lora_fx.capture.calls.arguments import flatten, is_constant
+from lora_fx.capture.calls.ambient import RandomState
 from lora_fx.capture.calls.reasons import reason_of
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.capture.tracing.recording import OtherShape
 from lora_fx.errors import LoraFxWarning
 from lora_fx.liveness.rows import LazyRows, whole
 from lora_fx.models.layers import has_hooks
-from lora_fx.models.torch_internals import pytree
+from lora_fx.models.torch_internals import checkpointing, in_backward, pytree
 from lora_fx.models.walking import modules_of
 from lora_fx.passes.pack import NOTHING_MIXED
 from lora_fx.progress.steps import block_called
 from lora_fx.regions.blocks import BlockPrograms
+from lora_fx.regions.callfacts import facts_of, on_meta, signature_of
 from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
 from lora_fx.regions.compiled import UNCOMPILED, compiled_answer
 from lora_fx.regions.compiling import may_be_compiled
@@ -39,6 +40,7 @@ from lora_fx.regions.learning import capture_new, prove_waiting, recall
 from lora_fx.regions.leavingout import answered, answered_late, unproven, wants_all
 from lora_fx.regions.packing import RowTally, uncounted
 from lora_fx.regions.program import Program
+from lora_fx.regions.splitblock import SplitBlock, split_of
 from lora_fx.regions.thin import Purpose, ThinLinears
 
 MOST_GRAPHS = 16
@@ -58,6 +60,8 @@ class GuardedRegion(RunsGraphs):
         region: Region = self.__dict__[REGION]
         if region.thin is not None and not region.thin.paused:
             return region.show(ModuleCall(self, super().forward, args, kwargs))
+        if region.split is not None:
+            return region.answer_split(ModuleCall(self, super().forward, args, kwargs))
         hit = region.find(self, args, kwargs)
         late = any(type(x) is LazyRows for x in ((*args, *kwargs.values()) if hit is None else hit[1]))
         if (
@@ -96,15 +100,19 @@ class Region:
     """While the model only runs to show its calls: what keeps large products from being computed."""
     tally: RowTally = field(default_factory=RowTally)
     deferring: Deferring = field(default_factory=Deferring)
+    split: SplitBlock | None = None
+    """How processes share its layers; None if they do not, or in a way that no graph knows."""
 
     def __getstate__(self) -> tuple[Any, ...]:
-        facts = (self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing)
+        block = self.block if self.split is None else self.split.before
+        facts = (self.path, block, self.number, self.enabled, self.hits, self.misses, self.capturing)
         return (*facts, self.deferring)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.path, self.block, self.number, self.enabled, self.hits, self.misses, self.capturing = state[:7]
         self.deferring = state[7]
         self.captures, self.mine, self.checking, self.thin, self.tally = 0, [], False, None, RowTally()
+        self.split = None
 
     # -- a call
 
@@ -166,11 +174,11 @@ class Region:
         assert self.thin is not None
         if not self.capturing:
             with self.thin.unseen():
-                key: tuple[object, ...] = (id(self.block), *_signature(call, sizes=True))
+                key: tuple[object, ...] = (id(self.block), *signature_of(call, sizes=True))
             return self.thin.once(key, lambda: self.miss(call))
         with self.thin.unseen():
             program, inputs = self._settled(call)
-            key = (id(program), *_facts_of(inputs))
+            key = (id(program), *facts_of(inputs))
             hit = None if program is None else self.find(call.module, call.args, call.kwargs)
         if program is None:
             with self.thin.whole():
@@ -191,7 +199,7 @@ class Region:
             inputs = call.matched(program.guard.match_unproven)
             if isinstance(inputs, int):
                 continue
-            if _on_meta(inputs):
+            if on_meta(inputs):
                 return program, inputs
             if program.verified and not program.wants_proof and not program.may_give_up:
                 compared = not self.checking or program.checks >= MOST_CHECKS
@@ -213,9 +221,13 @@ class Region:
         """Run the module's own forward; if worth while, prove or capture a graph for such calls afterwards."""
         if not self.enabled or is_off(self):
             return call.by_forward()
+        split = split_of(call.module, self.block)
+        if isinstance(split, SplitBlock):
+            self.split, self.block, self.mine = split, split.programs, []
+            return self.answer_split(call)
         block_called(self.number, self.path)
         with self._unseen():
-            self.misses[self.why_missed(call)] += 1
+            self.misses[split or self.why_missed(call)] += 1
             noted = self.block.sizes.noted(call.args, call.kwargs)
             learns = self._may_capture(call) and self.block.lock.acquire(blocking=False)
         if not learns:
@@ -236,6 +248,51 @@ class Region:
         finally:
             self.block.lock.release()
 
+    # -- a block of whose layers each process computes a part
+
+    def answer_split(self, call: ModuleCall) -> Any:
+        """Return what a call gives: by a graph of what this process computes of it, or by the forward, as all do."""
+        split = self.split
+        assert split is not None
+        if not split.holds(call.module):
+            self.be_whole()
+            return call.module.forward(*call.args, **call.kwargs)
+        if not self.enabled or is_off(self) or is_watched() or split.uses_rows(call.module):
+            return call.by_forward()
+        args, kwargs = pytree.tree_map_only(LazyRows, whole, (call.args, call.kwargs))
+        here = ModuleCall(split.here(call.module), call.forward, args, kwargs)
+        hit = self.find(here.module, args, kwargs)
+        # what torch's checkpoint makes again must be made as before, by the forward
+        if hit is None and not (in_backward() and checkpointing()) and self._learn_split(split, call):
+            hit = self.find(here.module, args, kwargs)
+        if hit is None:
+            self.misses[self.why_missed(here)] += 1
+            return here.by_forward()
+        program, inputs = hit
+        if program.wants_proof:
+            split.prove_fast(self._kept(split.alone(call)), program)
+        return program.run(here.module, inputs)
+
+    def _learn_split(self, split: SplitBlock, call: ModuleCall) -> bool:
+        """Capture or prove a program for a call, and return whether there is one now; collective."""
+        call = split.alone(call)
+        if not self._may_capture(call):
+            return False
+        with self.block.lock:
+            started = time.perf_counter()
+            self.block.sizes.noted(call.args, call.kwargs)()
+            why = split.learn(self._kept(call))
+            self.block.seconds += time.perf_counter() - started
+        self.captures += 1
+        if why is not None:
+            self._note_failure(call, why)
+        return why is None
+
+    def be_whole(self) -> None:
+        """Forget how processes share the layers, and what was captured of their parts; what it is now is found out."""
+        if self.split is not None:
+            self.block, self.split, self.mine = self.split.before, None, []
+
     def _unseen(self) -> AbstractContextManager[None]:
         return self.thin.unseen() if self.thin is not None and not self.thin.paused else nullcontext()
 
@@ -250,7 +307,7 @@ class Region:
 
     def _note_failure(self, call: ModuleCall, reason: str) -> None:
         """Remember why calls like this one run without a graph."""
-        self.block.failures[_signature(call)] = reason
+        self.block.failures[signature_of(call)] = reason
 
     def check(self, call: ModuleCall, program: Program) -> Any:
         """Return what the forward returns; a program that computes something else is given up."""
@@ -288,7 +345,7 @@ class Region:
     def why_missed(self, call: ModuleCall) -> str:
         programs = self.mine or self.block.programs
         if not programs:
-            return self.block.failures.get(_signature(call), "not captured yet")
+            return self.block.failures.get(signature_of(call), "not captured yet")
         tried = [(call.matched(program.guard.match), program.guard.reasons) for program in programs]
         failed = [(index, reasons[index]) for index, reasons in tried if isinstance(index, int)]
         # the program that came furthest is the one that was meant
@@ -301,7 +358,7 @@ class Region:
         if self.captures >= MOST_GRAPHS:
             self._warn_once()
             return False
-        return _signature(call) not in self.block.failures
+        return signature_of(call) not in self.block.failures
 
     def _warn_once(self) -> None:
         self.capturing = False
@@ -328,39 +385,6 @@ class Region:
             self._note_failure(replay.call, str(reason))
         except Exception as error:
             self._note_failure(replay.call, f"the capture failed: {reason_of(error)}")
-
-
-def _signature(call: ModuleCall, sizes: bool = False) -> tuple[object, ...]:
-    """Return what calls have in common that all can or all cannot be captured; sizes other than 1 count if asked.
-
-    What fails at a size of 1 may be captured at others.
-    """
-    flat = flatten(call.args, call.kwargs)
-    devices, shapes = set(), []
-    for leaf in flat.leaves:
-        if isinstance(leaf.value, Tensor):
-            shape = leaf.value.shape
-            devices.add(leaf.value.device)
-            shapes.append(shape if sizes else tuple([size == 1 for size in shape]))
-    return (flat.shape_free(), tuple(shapes), call.module.training, ambient_state(devices))
-
-
-def _on_meta(inputs: tuple[Any, ...]) -> bool:
-    for value in inputs:  # noqa: SIM110 - a generator would be called again for each of them, in every call of a block
-        if isinstance(value, Tensor) and value.is_meta:
-            return True
-    return False
-
-
-def _facts_of(inputs: tuple[Any, ...]) -> list[object]:
-    """Return what of a program's inputs decides on the shapes, dtypes and gradients of its results."""
-    facts: list[object] = []
-    for value in inputs:
-        if isinstance(value, Tensor):
-            facts.append((value.shape, value.dtype, value.requires_grad))
-        else:
-            facts.append(value if is_constant(value) else type(value))
-    return facts
 
 
 def region_of(module: nn.Module) -> Region | None:

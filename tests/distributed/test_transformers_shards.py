@@ -27,6 +27,7 @@ def test_losses_of_fifty_steps_are_those_of_one_process(ranks):
     for rank in ranks:
         torch.testing.assert_close(*rank["losses"], rtol=1e-5, atol=1e-5)
         assert rank["losses"][0][-1] < rank["losses"][0][0]
+        assert rank["hits"] == [(50, {}), (50, {})]
 
 
 def test_first_values_are_alike_and_factors_are_placed_as_their_weights_imply(ranks):

@@ -112,7 +112,7 @@ def read_off(tuned: nn.Module, same: nn.Module, folder: Path) -> dict[str, Any]:
         "removed": (values_of(removed), base().state_dict()),
         "placed": {name: p.placements for name, p in tuned.named_parameters() if hasattr(p, "placements")},
         "placed merged": {name: p.placements for name, p in merged.named_parameters() if hasattr(p, "placements")},
-        "report": str(lora_fx.inspect(tuned)),
+        "hits": {region.path: region.hits for region in lora_fx.inspect(tuned).regions},
         "unchanged": (before, values_of(tuned)),
     }
 
@@ -143,15 +143,15 @@ def _after(folder: Path) -> dict[str, Any]:
     )
 
 
-def both_adapters() -> nn.Module:
-    tuned = adapted(rules(rule("blocks.*.{q,up}")), backend="modules")
+def both_adapters(backend: str = "modules") -> nn.Module:
+    tuned = adapted(rules(rule("blocks.*.{q,up}")), backend=backend)
     torch.manual_seed(5)
     lora_fx.add(tuned, rules(rule("blocks.*.{up,down}", init="random")), adapter="b")
     return tuned
 
 
 def _several(folder: Path) -> dict[str, Any]:
-    tuned, same = parallel(both_adapters()), both_adapters()
+    tuned, same = parallel(both_adapters("auto")), both_adapters()
     for model in (tuned, same):
         lora_fx.use(model, {"default": 0.5, "b": 2})
     result = read_off(tuned, same, folder)
@@ -198,10 +198,10 @@ def _rows(tuned: nn.Module) -> None:
 def _others() -> dict[str, Any]:
     """Gradients with checkpointing, compiled code, autocast, a sequence-parallel norm; factors after dropout."""
 
-    def make(**options: Any) -> nn.Module:
-        return adapted(rules(rule(LAYERS, **options)), backend="modules")
+    def make(backend: str = "auto", **options: Any) -> nn.Module:
+        return adapted(rules(rule(LAYERS, **options)), backend=backend)
 
-    tuned, same = parallel(make()), make()
+    tuned, same = parallel(make()), make("modules")
     torch.utils.checkpoint.checkpoint(tuned, tokens(), use_reentrant=False).square().mean().backward()
     same(tokens()).square().mean().backward()
     grads = [(whole(p.grad), q.grad) for p, q in zip(lora_fx.parameters(tuned), lora_fx.parameters(same), strict=True)]

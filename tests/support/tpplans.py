@@ -47,6 +47,7 @@ def planned(folder: Path) -> dict[str, Any]:
         "first": first,
         "losses": (train(tuned, 50), train(same, 50)),
     }
+    result["hits"] = [(r.hits, r.misses) for r in lora_fx.inspect(tuned).regions if "layers." in r.path]
     trained = values_of(tuned)
     alike(same, trained)
     result |= _read_off(tuned, same, folder, (values_of(model), plain.state_dict()))

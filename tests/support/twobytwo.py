@@ -38,7 +38,7 @@ STYLES = {
     "blocks.0.down": RowwiseParallel(),
     "head": ColwiseParallel(output_layouts=Replicate()),
 }
-"""The first block and the head are split; the second block is not, and runs as its graph."""
+"""The first block and the head are split; the second block is not."""
 
 
 def by_four(folder: Path) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _placed(model: nn.Module) -> dict[str, str]:
 
 def _grown(folder: Path, mesh: Any) -> dict[str, Any]:
     """Adapters are added, combined, swapped, dropped and renamed in place, and train then."""
-    tuned, same = _shared(both_adapters(), mesh), both_adapters()
+    tuned, same = _shared(both_adapters("auto"), mesh), both_adapters()
     optimizer = torch.optim.SGD(lora_fx.parameters(tuned), lr=0.0)
     for model, seed in ((tuned, 7 + dist.get_rank()), (same, 7)):  # the values of the first process are taken
         torch.manual_seed(seed)

@@ -1,0 +1,228 @@
+"""Work for two processes that share the layers of blocks, which run as graphs; beside one process, and without graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import lora_fx
+from lora_fx.capture.captured import NotCaptured
+from lora_fx.models.torch_internals import DispatchMode, pytree
+from lora_fx.regions.splitblock import SplitBlock
+from tests.support.parallel import LAYERS, parallel, rules
+from tests.support.sharded import Block, Tokens, adapted, alike, rule, tokens, values_of
+
+STYLES: dict[str, Any] = {
+    "layers.*.self_attn.[qkv]_proj": ColwiseParallel(),
+    "layers.*.self_attn.o_proj": RowwiseParallel(),
+    "layers.*.mlp.gate_proj": ColwiseParallel(),
+    "layers.*.mlp.up_proj": ColwiseParallel(),
+    "layers.*.mlp.down_proj": RowwiseParallel(),
+}
+"""Of a Llama's blocks, as Megatron splits them."""
+
+
+# -- what is counted
+
+
+def kept(model: nn.Module, x: dict[str, Tensor]) -> int:
+    """Return the bytes that autograd keeps of a forward pass in this process, every storage once, without weights."""
+    own = {_storage(p.detach())._cdata for p in model.parameters()}
+    found: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage._cdata not in own:
+            found[storage._cdata] = tensor, storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**x)
+    return sum(size for _, size in found.values())
+
+
+def _storage(tensor: Any) -> Any:
+    with torch.no_grad():
+        return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).untyped_storage()
+
+
+class Sums(DispatchMode):
+    """Counts what processes add up, and the bytes of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # what it does with its parts comes here
+        if "all_reduce" in str(func) or "allreduce" in str(func):
+            self.number += 1
+            self.bytes += sum(leaf.nbytes for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+# -- what the processes do
+
+
+def split(folder: Path) -> dict[str, Any]:
+    return {
+        "llama": _llama(),
+        "checkpointed": _llama(checkpointed=True),
+        "without graphs": _llama("modules"),
+        "ways": _ways(),
+        "hooked": _hooked(),
+        "parted": _parted(),
+        "otherwise": _otherwise() | {"asked": _asked()},
+    }
+
+
+def llama(backend: str, checkpointed: bool = False) -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 48, "vocab_size": 33, "num_hidden_layers": 2}
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, mlp_bias=True)
+    model = transformers.LlamaForCausalLM(config)
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    example = {"input_ids": tokens(), "labels": tokens()}
+    return lora_fx.apply(model, rules(rule("**.layers.*.**", init="random")), example, backend=backend).train()
+
+
+def _llama(backend: str = "auto", checkpointed: bool = False) -> dict[str, Any]:
+    """Train fifty steps beside one process; count what is kept and added up; generate with a cache."""
+    tuned, same = llama(backend, checkpointed), llama("modules")
+    alike(same, values_of(tuned))
+    parallelize_module(
+        tuned, init_device_mesh("cpu", (dist.get_world_size(),)), {f"model.{path}": one for path, one in STYLES.items()}
+    )
+    losses = [_trained(model) for model in (tuned, same)]
+    hits, misses = _counted(tuned)
+    with Sums() as sums:
+        tuned(input_ids=tokens(), labels=tokens()).loss.backward()
+    bytes_kept = kept(tuned, {"input_ids": tokens()})
+    alike(same, values_of(tuned))
+    tokens_of = [m.eval().generate(tokens(), max_new_tokens=4, do_sample=False) for m in (tuned, same)]
+    found = {"hits": hits, "misses": misses, "sums": sums.number, "kept": bytes_kept, "generated": tokens_of}
+    return found | {"losses": losses, "report": str(lora_fx.inspect(tuned))}
+
+
+def _trained(model: Any, steps: int = 50) -> list[float]:
+    optimizer = torch.optim.AdamW(lora_fx.parameters(model), lr=1e-3, foreach=False)
+    losses = []
+    for step in range(steps):
+        loss = model(input_ids=tokens(step), labels=tokens(step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _counted(tuned: nn.Module) -> tuple[list[int], list[dict[str, int]]]:
+    blocks = [region for region in lora_fx.inspect(tuned).regions if "." in region.path]
+    return [region.hits for region in blocks], [region.misses for region in blocks]
+
+
+def _two() -> tuple[Any, Any]:
+    """Return a model whose blocks are split, and the same whole."""
+    those = rules(rule(LAYERS))
+    return parallel(adapted(those)), adapted(those, backend="modules")
+
+
+def _ways() -> dict[str, Any]:
+    """Outputs under autocast, with other adapters, with none, at other sizes, of a copy; each beside the whole model's."""
+    tuned, same = _two()
+    for model in (tuned, same):
+        torch.manual_seed(5)
+        lora_fx.add(model, rules(rule("blocks.*.{up,v}", init="random")), adapter="b")
+    alike(same, values_of(tuned))
+    found: dict[str, Any] = {}
+    with torch.autocast("cpu", torch.bfloat16):
+        found["autocast"] = tuned(tokens()).detach(), same(tokens()).detach()
+    for name, chosen in (("both", ["default", "b"]), ("weighted", {"default": 0.5, "b": 2}), ("none", None)):
+        with lora_fx.use(tuned, chosen), lora_fx.use(same, chosen):
+            found[name] = tuned(tokens()).detach(), same(tokens()).detach()
+    found["other sizes"] = tuned(tokens()[:1, :3]).detach(), same(tokens()[:1, :3]).detach()
+    with torch.no_grad():
+        found["no gradients"] = tuned(tokens()), same(tokens())
+    return {"outputs": found, "counted": _counted(tuned)}
+
+
+def _hooked() -> dict[str, Any]:
+    """A hook of the user's on a split layer, which a graph would not call; then without it again."""
+    tuned, same = _two()
+    tuned(tokens())
+    handles = [m.blocks[0].up.register_forward_hook(lambda _m, _x, y: y * 2) for m in (tuned, same)]
+    outputs = [(tuned(tokens()).detach(), same(tokens()).detach())]
+    hits, _ = _counted(tuned)
+    for handle in handles:
+        handle.remove()
+    outputs.append((tuned(tokens()).detach(), same(tokens()).detach()))
+    return {"outputs": outputs, "hits": (hits, _counted(tuned)[0]), "report": str(lora_fx.inspect(tuned))}
+
+
+def _parted() -> dict[str, Any]:
+    """One process alone finds no graph: none of them runs one."""
+    tuned, same = _two()
+    found = SplitBlock._found
+
+    def fails(self: SplitBlock, replay: Any) -> int:
+        raise NotCaptured("here something is different")
+
+    if dist.get_rank() == 1:
+        SplitBlock._found = fails  # type: ignore[method-assign]
+    try:
+        outputs = [(tuned(tokens()).detach(), same(tokens()).detach()) for _ in range(2)]
+    finally:
+        SplitBlock._found = found  # type: ignore[method-assign]
+    return {"outputs": outputs, "counted": _counted(tuned)}
+
+
+def _otherwise() -> dict[str, Any]:
+    """What no graph is made for: (output, that of the whole model, hits, misses of the first block)."""
+    kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "gathered": ({}, {"blocks.*.q": ColwiseParallel(output_layouts=Replicate()), "blocks.*.v": ColwiseParallel(
+            output_layouts=Replicate())}),
+        "dora": ({"dora": True}, {}),
+        "bias": ({"bias": True}, {}),
+    }  # fmt: skip
+    found = {}
+    for name, (lora, styles) in kinds.items():
+        tuned = parallel(adapted(rules(rule(LAYERS, **lora))), **styles)
+        same = adapted(rules(rule(LAYERS, **lora)), backend="modules")
+        outputs = tuned(tokens()).detach(), same(tokens()).detach()
+        hits, misses = _counted(tuned)
+        found[name] = (*outputs, hits[0], list(misses[0]))
+    return found
+
+
+class Asks(Block):
+    """Its scale is that of the whole layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.up.bias.shape[0] ** -0.5
+
+
+def _asked() -> tuple[Any, ...]:
+    """Return what `_otherwise` does, of blocks that ask a split layer for its shape."""
+
+    def make() -> Any:
+        torch.manual_seed(3)
+        model = Tokens()
+        model.blocks = nn.ModuleList(Asks(16) for _ in range(2))
+        return lora_fx.apply(model, rules(rule(LAYERS)), (tokens(),))
+
+    tuned, same = make(), make()
+    alike(same, values_of(parallel(tuned)))
+    outputs = tuned(tokens()).detach(), same(tokens()).detach()
+    hits, misses = _counted(tuned)
+    return (*outputs, hits[0], list(misses[0]))
