@@ -26,7 +26,7 @@ from lora_fx.tuned.several import adapters_called, attach_more, changing, refuse
 from lora_fx.tuned.switching import selection_of
 
 Method = Literal[
-    "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
+    "cat", "linear", "ties", "dare", "dare_linear", "dare_ties", "magnitude_prune",
     "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
 ]  # fmt: skip
 Part = tuple[Attached, float]
@@ -53,7 +53,7 @@ def combine(
     - `linear`: A and B are summed apart, A with ±√|weight · scaling|, B with √|weight · scaling|, as PEFT does; B A
       then has products of one adapter's B and another's A in it.
     - `ties` (arXiv:2306.01708), `dare_linear` and `dare_ties` (arXiv:2311.03099), `magnitude_prune`: so too, of what is
-      left of A and B after pruning.
+      left of A and B after pruning.  `dare` is `dare_linear`.
     - the same with `_svd`: of the ΔW themselves, which are formed site by site, then the nearest of rank `r`.
 
     The new adapter has the scaling 1 and no dropout.  The names and numbers are those of PEFT's
@@ -149,6 +149,7 @@ def _recipe(
     if majority not in get_args(Majority):
         raise ValueError(f"majority is {majority!r}; it must be one of {', '.join(get_args(Majority))}")
     kind = "linear" if method in ("cat", "svd") else method.removesuffix("_svd")
+    kind = "dare_linear" if kind == "dare" else kind
     prunes = kind != "linear"
     if prunes and (density is None or not 0 < density <= 1):
         raise ValueError(f"density is {density!r}; {method} needs a share above 0, at most 1")

@@ -107,6 +107,13 @@ def test_the_majority_may_be_counted():
     assert_made(tuned, in_peft(tuned, "ties", density=0.6, majority_sign_method="frequency"))
 
 
+def test_dare_is_dare_linear():
+    tuned = alike()
+    for name, method in (("x", "dare"), ("y", "dare_linear")):
+        lora_fx.combine(tuned, WEIGHTS, adapter=name, method=method, density=0.5, seed=1)
+    assert all(torch.equal(one, factors(tuned, "y")[name]) for name, one in factors(tuned, "x").items())
+
+
 def test_the_same_seed_drops_the_same():
     tuned = alike()
     before = torch.random.get_rng_state()
