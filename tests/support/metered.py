@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -197,12 +198,33 @@ def by_four(_folder: Path) -> dict[str, dict[str, int]]:
         "dp=2,tp=2": lambda tuned: sharded(parallel(tuned, tp), first),
         "tp=2,pp=2": lambda tuned: Stage(parallel(tuned, tp), first.get_local_rank()),
     }
+    return measured(ways, {"tp=2,pp=2": lambda: piped(first)})
+
+
+Step = Callable[[nn.Module, Meter], int]
+
+
+def measured(
+    ways: dict[str, Callable[[nn.Module], nn.Module]], steps: dict[str, Callable[[], Step]]
+) -> dict[str, dict[str, int]]:
+    """Return what this process has and makes of a model that is shared in some ways; plain and checkpointed."""
     found = {}
     for name, way in ways.items():
         for more in ("", " checkpointed"):
-            tuned = adapted()
+            tuned: Any = adapted()
             if more:
                 tuned.gradient_checkpointing_enable({"use_reentrant": False})
                 tuned.disable_input_require_grads()  # for blocks that reenter; it would keep what is not yet reduced
-            found[name + more] = metered(way(tuned).train(), piped(first) if "pp" in name else stepped)
+            found[name + more] = metered(way(tuned).train(), steps.get(name, lambda: stepped)())
     return found
+
+
+def by_two(_folder: Path) -> dict[str, dict[str, int]]:
+    """What a process of two has and makes of a model; plain and checkpointed."""
+    mesh = init_device_mesh("cpu", (2,))
+    ways: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "dp=2": lambda tuned: sharded(tuned, mesh),
+        "tp=2": lambda tuned: parallel(tuned, mesh),
+        "ddp": lambda tuned: DistributedDataParallel(tuned, gradient_as_bucket_view=True),
+    }
+    return measured(ways, {})
