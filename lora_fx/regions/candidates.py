@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lora_fx.adapters.attach import attached_to, shown_parameters
+from lora_fx.adapters.rawweight.known_experts import interface_of
 from lora_fx.models.swap import original_class
 from lora_fx.models.walking import modules_of, named_modules_of
 from lora_fx.passes.flatten import is_plain_layer
@@ -118,10 +119,14 @@ def _is_below(path: str, ancestor: str) -> bool:
 
 
 def _largest_ancestor(model: nn.Module, site: str, blocks: list[str]) -> str | None:
-    """Return the outermost ancestor of the site, below the root, that contains no block; at the least the site."""
+    """Return the outermost ancestor of the site, below the root, that contains no block; at the least the site.
+
+    Never routed experts that are one function when they are called (`known_experts`): their graph keeps more.
+    """
     for path in itertools.accumulate(site.split(".")[:-1], dotted):
         holds_block = any(block == path or _is_below(block, path) for block in blocks)
-        if not holds_block and _has_forward(model.get_submodule(path)):
+        module = model.get_submodule(path)
+        if not holds_block and _has_forward(module) and interface_of(original_class(module)) is None:
             return path
     return site if site and _is_layer(model, site) else None
 
