@@ -27,10 +27,7 @@ def copies_again(tuned: nn.Module, stamp: Stamp | None, adapter: str) -> tuple[l
     kept: KeptTargets | None = tuned.__dict__.get(KEPT_TARGETS)
     if stamp is None or kept is None or stamp not in kept.files or targets_in(tuned, adapter) is not kept:
         return None
-    found = kept.files[stamp].copies()
-    if found is None:
-        del kept.files[stamp]
-    return found
+    return kept.files[stamp].copies()
 
 
 def plain_file_copies(tuned: nn.Module, file: AdapterFile, adapter: str, stamp: Stamp | None = None) -> Copies | None:
