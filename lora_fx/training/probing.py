@@ -37,7 +37,7 @@ _SEED = 0
 _WHO = "probing"
 _TOGETHER = "all in one batch"
 _SAME = 1e-3
-"""How far a loss may differ by rounding."""
+"""How far a loss may differ by rounding, in float32; in half precision by a rounding of its dtype, if that is more."""
 
 
 _Groups = Callable[..., list[dict[str, Any]]]
@@ -227,11 +227,13 @@ class _Together:
     def refuse_mixed(self, batch: Sample) -> None:
         """Raise _ApartError where a job's loss is another one without the rows of the others, which differ by now."""
         together = self.losses(batch)
+        dtypes = {parameter.dtype for parameter in self.twin.parameters() if parameter.is_floating_point()}
+        most = max([_SAME, *(torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2)])
         for name, value in zip(self.names, together, strict=True):
             if name in self.live:
                 with use(self.twin, name):
                     alone = loss_of(self.twin(*batch.args, **batch.kwargs), batch, self.loss, _WHO)
-                if not math.isclose(value, float(alone), rel_tol=_SAME, abs_tol=_SAME):
+                if not math.isclose(value, float(alone), rel_tol=most, abs_tol=most):
                     raise _ApartError("rows of one job change those of another")
 
     @contextmanager

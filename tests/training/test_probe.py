@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -191,3 +192,15 @@ def test_rows_that_change_each_other_unseen_are_found_by_each_job_alone(monkeypa
     monkeypatch.setattr(probing, "rows", careless)
     probe = probe_rates(model(), read(ALL), batches(), to_one, RATES)
     assert "rows of one job change those of another" in probe.how
+
+
+@pytest.mark.parametrize(("dtype", "is_together"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_losses_of_half_precision_may_differ_by_its_rounding(dtype, is_together):
+    signs = itertools.cycle([1, -1])
+
+    def rounded(output: Tensor, batch: Sample) -> Tensor:
+        return to_one(output, batch).float() * (1 + 0.002 * next(signs))
+
+    given = [Sample((batch.args[0].to(dtype),)) for batch in batches()]
+    probe = probe_rates(model().to(dtype), read(ALL), given, rounded, [1e-3])
+    assert probe.how.startswith("all in one batch") == is_together
