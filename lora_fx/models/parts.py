@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from lora_fx.models.overrides import parallel_style, replaced_forward, variables_of_parallel
 from lora_fx.models.shards import is_sharded, local_part
+from lora_fx.models.torch_internals import without_modes
+from lora_fx.models.walking import modules_of
 
 PART = "lora_fx_part"
 """Attribute of a layer that holds one process's part of its weight as a plain tensor: the LayerPart."""
 _TABLES = ("_forward_pre_hooks", "_forward_hooks")
+_HOOKS = (*_TABLES, "_backward_hooks", "_backward_pre_hooks")
 _HOMES = ("torch.distributed.tensor.parallel.style", "transformers.distributed.tensor_parallel")
 """Modules of the styles that are known."""
 _WAYS = {
@@ -47,7 +50,10 @@ class LayerPart:
 
 
 def part_of_layer(layer: nn.Module) -> LayerPart | None:
-    """Return how torch's or transformers' styles split a linear; None if in a way that is not known here."""
+    """Return how torch's or transformers' styles split a linear; None if in a way that is not known here.
+
+    Hooks of the user's, which one process alone may have, are no part of that.
+    """
     around = _around(layer)
     told = _told_by_hooks(*around) if len(around) == 2 else _told_by_forward(layer)
     along_outputs = None if told is None else _WAYS.get(told[:3])
@@ -60,6 +66,11 @@ def part_of_layer(layer: nn.Module) -> LayerPart | None:
 def has_style(module: nn.Module) -> bool:
     """Whether hooks of torch's parallel styles, or a forward of transformers', stand around a module."""
     return bool(parallel_style(module)) or any(map(_variables, _around(module)))
+
+
+def has_own_hooks(layer: nn.Module) -> bool:
+    """Whether hooks stand around a layer, or a module in it, that are not of torch's parallel styles."""
+    return any(not _variables(hook) for module in modules_of(layer) for hook in _hooks(module))
 
 
 def is_split_so(layer: nn.Module, part: LayerPart) -> bool:
@@ -75,11 +86,13 @@ def is_split_so(layer: nn.Module, part: LayerPart) -> bool:
 
 
 def _around(layer: nn.Module) -> tuple[Any, ...]:
-    """Return all that stands around a module's forward, or in its place."""
+    """Return what parallel styles have put around a module's forward, and what is in its place."""
     own = vars(layer)
-    hooks = [hook for name in _TABLES for hook in own[name].values()]
-    others = [*layer._backward_hooks.values(), *layer._backward_pre_hooks.values()]
-    return (*hooks, *others, *(own[name] for name in ("forward", "_hf_hook") if name in own))
+    return (*filter(_variables, _hooks(layer)), *(own[name] for name in ("forward", "_hf_hook") if name in own))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [hook for name in _HOOKS for hook in vars(module)[name].values()]
 
 
 def _told_by_forward(layer: nn.Module) -> tuple[str, str, str, Any] | None:
@@ -171,10 +184,13 @@ class _Total(torch.autograd.Function):
 
 
 def all_same(mesh: Any, number: int) -> bool:
-    """Return whether all processes of a mesh give the same number.  Collective."""
-    ends = torch.tensor([number, -number], dtype=torch.int64, device=mesh.device_type)
-    dist.all_reduce(ends, op=dist.ReduceOp.MIN, group=mesh.get_group())
-    least, most = ends.tolist()
+    """Return whether all processes of a mesh give the same number.  Collective; modes that record see none of it."""
+    if mesh.size() == 1:
+        return True
+    with without_modes():
+        ends = torch.tensor([number, -number], dtype=torch.int64, device=mesh.device_type)
+        dist.all_reduce(ends, op=dist.ReduceOp.MIN, group=mesh.get_group())
+        least, most = ends.tolist()
     return bool(least == -most)
 
 

@@ -139,7 +139,9 @@ def local_part(tensor: Tensor, alone: bool) -> Tensor:
     wanted = tensor.requires_grad and torch.is_grad_enabled()
     if wanted and not alone:
         slopes = [_dtensors().Partial() if one.is_replicate() else one for one in held.placements]
-        part: Tensor = held.to_local(grad_placements=slopes)
+        here: Any = held.to_local(grad_placements=slopes)
+        here.register_hook(_of_its_own)  # siblings' are views of one tensor, and torch copies no DTensor that is a view
+        part: Tensor = here
         return part
     with torch.no_grad():
         part = held.to_local()

@@ -159,11 +159,17 @@ _LOCAL = re.compile(r"L\['(\w+)'\]")
 
 
 @contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Keep modes that follow operations from those of ours that are no part of the user's work."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+@contextlib.contextmanager
 def quiet_fakes() -> Iterator[None]:
     """Keep torch from logging every failure of a fake tensor: here a failure is an outcome, with a reason."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
+    before, logger.disabled = logger.disabled, True
     try:
         yield
     finally:
@@ -185,7 +191,7 @@ class Fakes:
         """
         sizes = [DimDynamic.STATIC if is_static else DimDynamic.DYNAMIC for is_static in static]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
+        with without_modes():
             detached = like.detach().requires_grad_(like.requires_grad)
             fake: Tensor = self.mode.from_tensor(detached, symbolic_context=context, source=ConstantSource(name))
         return fake

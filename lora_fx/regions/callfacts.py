@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lora_fx.capture.calls.ambient import ambient_state
 from lora_fx.capture.calls.arguments import flatten, is_constant
+from lora_fx.models.torch_internals import FakeTensor
 from lora_fx.regions.checking import ModuleCall
 
 
@@ -29,6 +30,11 @@ def on_meta(inputs: tuple[Any, ...]) -> bool:
         if isinstance(value, Tensor) and value.is_meta:
             return True
     return False
+
+
+def sends(inputs: tuple[Any, ...]) -> bool:
+    """Whether processes send what they compute of inputs: nothing of fakes, nor on the meta device."""
+    return not any(isinstance(value, Tensor) and (value.is_meta or type(value) is FakeTensor) for value in inputs)
 
 
 def facts_of(inputs: tuple[Any, ...]) -> list[object]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapters.fused.eligible import is_watched
 from lora_fx.adapters.selection import is_off
 from lora_fx.capture.calls.ambient import RandomState
 from lora_fx.capture.calls.reasons import reason_of
@@ -23,12 +22,12 @@ from lora_fx.capture.tracing.recording import OtherShape
 from lora_fx.errors import LoraFxWarning
 from lora_fx.liveness.rows import LazyRows, whole
 from lora_fx.models.layers import has_hooks
-from lora_fx.models.torch_internals import checkpointing, in_backward, pytree
+from lora_fx.models.torch_internals import pytree
 from lora_fx.models.walking import modules_of
 from lora_fx.passes.pack import NOTHING_MIXED
 from lora_fx.progress.steps import block_called
 from lora_fx.regions.blocks import BlockPrograms
-from lora_fx.regions.callfacts import facts_of, on_meta, signature_of
+from lora_fx.regions.callfacts import facts_of, on_meta, sends, signature_of
 from lora_fx.regions.checking import REGION, ModuleCall, Replay, RunsGraphs
 from lora_fx.regions.compiled import UNCOMPILED, compiled_answer
 from lora_fx.regions.compiling import may_be_compiled
@@ -40,7 +39,7 @@ from lora_fx.regions.learning import capture_new, prove_waiting, recall
 from lora_fx.regions.leavingout import answered, answered_late, unproven, wants_all
 from lora_fx.regions.packing import RowTally, uncounted
 from lora_fx.regions.program import Program
-from lora_fx.regions.splitblock import SplitBlock, split_of
+from lora_fx.regions.splitblock import LEARN, OTHERS, SplitBlock, split_of
 from lora_fx.regions.thin import Purpose, ThinLinears
 
 MOST_GRAPHS = 16
@@ -257,16 +256,20 @@ class Region:
         if not split.holds(call.module):
             self.be_whole()
             return call.module.forward(*call.args, **call.kwargs)
-        if not self.enabled or is_off(self) or is_watched() or split.uses_rows(call.module):
-            return call.by_forward()
         args, kwargs = pytree.tree_map_only(LazyRows, whole, (call.args, call.kwargs))
+        if not sends((*args, *kwargs.values())):
+            return call.by_forward()
         here = ModuleCall(split.here(call.module), call.forward, args, kwargs)
-        hit = self.find(here.module, args, kwargs)
-        # what torch's checkpoint makes again must be made as before, by the forward
-        if hit is None and not (in_backward() and checkpointing()) and self._learn_split(split, call):
-            hit = self.find(here.module, args, kwargs)
-        if hit is None:
-            self.misses[self.why_missed(here)] += 1
+        on = self.enabled and not is_off(self)
+        hit, number, why = split.standing(call, here, self.find, self._may_capture, on)
+        agreed = split.agrees(number)
+        if agreed and number == LEARN and self._learn_split(split, call):
+            hit, number, why = split.standing(call, here, self.find, self._may_capture, on)
+            agreed = split.agrees(number)
+        if hit is None or not agreed:
+            self.hits -= hit is not None
+            if why is not None:
+                self.misses[why or (self.why_missed(here) if agreed else OTHERS)] += 1
             return here.by_forward()
         program, inputs = hit
         if program.wants_proof:
@@ -276,8 +279,6 @@ class Region:
     def _learn_split(self, split: SplitBlock, call: ModuleCall) -> bool:
         """Capture or prove a program for a call, and return whether there is one now; collective."""
         call = split.alone(call)
-        if not self._may_capture(call):
-            return False
         with self.block.lock:
             started = time.perf_counter()
             self.block.sizes.noted(call.args, call.kwargs)()

@@ -2,11 +2,12 @@
 
 What is captured is what one process computes: the block on the parts of the weights that it has, without the hooks that
 send.  A graph of it sends around the split layers itself, in the order of their calls.  So all processes must run the
-graph, or all the forward: what one of them learns counts when all have learned the same, and nothing is compared by
-sending.
+graph, or all the forward.  What one of them learns counts when all have learned the same; nothing is compared by
+sending.  And before each call they tell each other in one number what each can do: a hook, or another attribute, that
+one of them alone has lets all run the forward.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +16,18 @@ from torch import nn
 from lora_fx.adapters.attach import attached_to, shown_parameters
 from lora_fx.adapters.factors.lora import LoRAFactor
 from lora_fx.adapters.factors.moved import MovedA, MovedB
+from lora_fx.adapters.fused.eligible import is_watched
 from lora_fx.adapters.layers import AdaptedLayer
 from lora_fx.adapters.trained import TRAINED
 from lora_fx.capture.calls.ambient import RandomState
 from lora_fx.capture.calls.reasons import reason_of
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.liveness.rows import LazyRows, whole
-from lora_fx.models.layers import has_hooks, linear_layout
-from lora_fx.models.parts import LayerPart, all_same, has_style, is_split_so, on_parts_of, part_of_layer
+from lora_fx.models.layers import linear_layout
+from lora_fx.models.parts import LayerPart, all_same, has_own_hooks, has_style, is_split_so, on_parts_of, part_of_layer
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.shards import is_sharded
-from lora_fx.models.torch_internals import pytree
+from lora_fx.models.torch_internals import checkpointing, in_backward, pytree
 from lora_fx.models.walking import named_modules_of
 from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.candidates import structure_of
@@ -37,6 +39,9 @@ OTHERS = "another process that shares its layers cannot do so"
 OTHERWISE = "otherwise than a linear by ColwiseParallel() or RowwiseParallel()"
 _APART = {COMPILE, LIVENESS, LOSS}
 """Optimisations that split blocks do without: what they do depends on values, or on what only one process knows."""
+FORWARD, LEARN, PROGRAMS = range(3)
+"""What a process can do with a call, as a number; from the last on it is that of a program."""
+_Find = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Program, tuple[Any, ...]] | None]
 _FACTORS = (LoRAFactor, MovedA, MovedB)
 
 
@@ -75,6 +80,31 @@ class SplitBlock:
         layers = map(module.get_submodule, self.parts)
         first = next((layer for layer in layers if isinstance(layer, AdaptedLayer)), None)
         return first is not None and first.chosen_rows() is not None
+
+    def standing(
+        self, call: ModuleCall, here: ModuleCall, find: _Find, may_learn: Callable[[ModuleCall], bool], on: bool
+    ) -> tuple[tuple[Program, tuple[Any, ...]] | None, int, str | None]:
+        """Return what fits a call, what this process can do with it as a number, and why it can do nothing.
+
+        The reason is empty if it is to be looked for, and None if there is nothing to be said.
+        """
+        if not on or is_watched() or self.uses_rows(call.module):
+            return None, FORWARD, None
+        hooked = next((path for path in self.parts if has_own_hooks(call.module.get_submodule(path))), None)
+        if hooked is not None:
+            return None, FORWARD, f"there is a hook on {hooked}, which processes share"
+        hit = find(here.module, here.args, here.kwargs)
+        if hit is not None:
+            numbers = [number for number, one in enumerate(self.programs.programs, 1) if one is hit[0]]
+            at = numbers[0] if numbers else 0  # one in the place of which there is another, for more blocks
+            return hit, PROGRAMS + 2 * at + hit[0].wants_proof, ""
+        # what torch's checkpoint makes again must be made as before, by the forward
+        learns = not (in_backward() and checkpointing()) and may_learn(self.alone(call))
+        return None, LEARN if learns else FORWARD, ""
+
+    def agrees(self, number: int) -> bool:
+        """Return whether all processes can do the same with a call.  Collective."""
+        return all_same(self.mesh, number)
 
     def learn(self, replay: Replay | None) -> str | None:
         """Capture or prove a program for a call of the block on this process's parts; return why there is none.
@@ -176,4 +206,4 @@ def _is_trained(layer: nn.Module, name: str) -> bool:
 
 def _is_plain(adapter: Any) -> bool:
     factors = (adapter.lora_A, adapter.lora_B)
-    return all(type(one) in _FACTORS and not has_hooks(one) for one in factors) and adapter.call is None
+    return all(type(one) in _FACTORS for one in factors) and adapter.call is None

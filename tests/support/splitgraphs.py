@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lora_fx.capture.captured import NotCaptured
 from lora_fx.models.torch_internals import DispatchMode, pytree
 from lora_fx.regions.splitblock import SplitBlock
 from tests.support.parallel import LAYERS, parallel, rules
-from tests.support.sharded import Block, Tokens, adapted, alike, rule, tokens, values_of
+from tests.support.sharded import Block, Tokens, adapted, alike, rule, tokens, values_of, whole
 
 STYLES: dict[str, Any] = {
     "layers.*.self_attn.[qkv]_proj": ColwiseParallel(),
@@ -80,6 +81,7 @@ def split(folder: Path) -> dict[str, Any]:
         "ways": _ways(),
         "hooked": _hooked(),
         "parted": _parted(),
+        "one of them": {name: _one_of_them(change) for name, change in CHANGES.items()},
         "otherwise": _otherwise() | {"asked": _asked()},
     }
 
@@ -108,10 +110,15 @@ def _llama(backend: str = "auto", checkpointed: bool = False) -> dict[str, Any]:
     hits, misses = _counted(tuned)
     with Sums() as sums:
         tuned(input_ids=tokens(), labels=tokens()).loss.backward()
+    grads = [
+        (whole(p.grad), whole(q.grad))
+        for p, q in zip(*map(lora_fx.parameters, (tuned, copy.deepcopy(tuned))), strict=True)
+    ]
     bytes_kept = kept(tuned, {"input_ids": tokens()})
     alike(same, values_of(tuned))
     tokens_of = [m.eval().generate(tokens(), max_new_tokens=4, do_sample=False) for m in (tuned, same)]
     found = {"hits": hits, "misses": misses, "sums": sums.number, "kept": bytes_kept, "generated": tokens_of}
+    found["copied"] = grads
     return found | {"losses": losses, "report": str(lora_fx.inspect(tuned))}
 
 
@@ -185,6 +192,37 @@ def _parted() -> dict[str, Any]:
     finally:
         SplitBlock._found = found  # type: ignore[method-assign]
     return {"outputs": outputs, "counted": _counted(tuned)}
+
+
+CHANGES: dict[str, Any] = {
+    "hook on a split layer": lambda block: block.up.register_forward_hook(lambda *_: None),
+    "hook on a whole layer": lambda block: block.norm.register_forward_hook(lambda *_: None),
+    "hook on a factor": lambda block: block.up.lora_A["default"].register_forward_hook(lambda *_: None),
+    "backward hook": lambda block: block.up.register_full_backward_hook(lambda *_: None),
+    "attribute": lambda block: setattr(block.norm, "forward", block.norm.forward),
+}
+"""What the first process alone does to a block."""
+
+
+def _one_of_them(change: Any) -> dict[str, Any]:
+    """What one process alone does to a block, before the first graph and after: (outputs, gradients), hits, misses."""
+    found = {}
+    for when in ("before", "after"):
+        tuned, same = _two()
+        if when == "after":
+            tuned(tokens())
+        if dist.get_rank() == 0:
+            change(tuned.blocks[0])
+        pairs = []
+        for _ in range(2):
+            outputs = [model(tokens()) for model in (tuned, same)]
+            pairs.append(tuple(output.detach() for output in outputs))
+            for output in outputs:
+                output.square().mean().backward()
+        both = zip(lora_fx.parameters(tuned), lora_fx.parameters(same), strict=True)
+        pairs += [(whole(p.grad), q.grad) for p, q in both if q.grad is not None]
+        found[when] = pairs, _counted(tuned)
+    return found
 
 
 def _otherwise() -> dict[str, Any]:
