@@ -65,6 +65,7 @@ def test_gradients_reach_each_adapter_from_its_own_rows():
 @IMPLEMENTATIONS
 def test_banks_are_refused_by_name_and_everything_goes_on(implementation: str):
     tuned = two(implementation, ATTENTION, EXPERTS)
+    logits(tuned)  # the first call fits no graph yet, and may round otherwise
     before = logits(tuned)
     refused = pytest.raises(lora_fx.RefusedError, match=r"code reads an adapted weight(.|\n)*experts.down_proj +'b' is")
     with refused, lora_fx.rows(tuned, ["b", None, None]):  # before any call
