@@ -124,21 +124,23 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
         alike.setdefault((tensor.shape[1:], tensor.dtype, tensor.device, alone), []).append(number)
     found: list[list[int]] = []
     for group in alike.values():
-        total = _MOST_TOGETHER
+        together: list[int] = []
+        total = 0
         for number in group:
             size = tensors[number].numel()
             if total + size > _MOST_TOGETHER:
-                found.append([])
-                total = 0
-            found[-1].append(number)
+                found.append(together)
+                together, total = [], 0
+            together.append(number)
             total += size
+        found.append(together)
     return found
 
 
 def _have_finite_sums(tensors: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> bool:
     sums: list[Tensor] = []
     with torch.no_grad():
-        for group in groups:
+        for group in filter(None, groups):
             ones = [tensors[number] for number in group]
             one = torch.cat(ones) if len(ones) > 1 else ones[0]
             sums.append(one.sum(dtype=_wide(one.dtype)))
