@@ -6,9 +6,9 @@ check that failed.  It is plain Python with plain names, so that a hit costs mic
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, MappingProxyType
 from typing import Any
 
 import torch
@@ -54,12 +54,15 @@ class Guard:
         return _guard(self.codes, self.names, self.reasons, self.source)
 
 
-def compile_guard(captured: Captured, classes: Mapping[str, type]) -> Guard:
+def compile_guard(
+    captured: Captured, classes: Mapping[str, type], unset: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Guard:
     """Return the guard of a captured graph.
 
     Args:
         captured: the graph and what it relies on.
         classes: for each submodule whose own call the graph bypasses, the class that it must have.
+        unset: the attributes of some of them that must be None.
 
     Returns:
         Three compiled functions, the reasons that their numbers stand for, and the source of the strictest.
@@ -84,7 +87,7 @@ def compile_guard(captured: Captured, classes: Mapping[str, type]) -> Guard:
 
     so a tensor of three dimensions gets 6, and `reasons[6]` is "number of dimensions of x".
     """
-    writer = _GuardWriter(captured, classes)
+    writer = _GuardWriter(captured, classes, unset)
     lines, reasons = writer.write()
     sources = []
     for instead in ({}, writer.at_ones, writer.at_ones | writer.unproven):
@@ -112,9 +115,8 @@ def _guard(codes: tuple[CodeType, ...], names: Mapping[str, Any], reasons: tuple
 class _GuardWriter:
     """Writes the source of one guard."""
 
-    def __init__(self, captured: Captured, classes: Mapping[str, type]) -> None:
-        self.captured = captured
-        self.classes = classes
+    def __init__(self, captured: Captured, classes: Mapping[str, type], unset: Mapping[str, Sequence[str]]) -> None:
+        self.captured, self.classes, self.unset = captured, classes, unset
         self.names: dict[str, Any] = {**shape_guard_names, "Plain": (Tensor, nn.Parameter, LazyRows), "torch": torch}
         self.names["proven"] = ()  # each guard has a set of its own
         self.module_names: dict[str, str] = {}
@@ -286,6 +288,8 @@ class _GuardWriter:
             self._check(f"type({m}) is {self._name(kind)}", f"class of {path}")
             self._check(f"not ({_any_hook(m)})", f"a hook on {path}")
             self._check(f"'forward' not in {m}.__dict__", f"forward of {path} is replaced")
+            for name in self.unset.get(path, ()):
+                self._check(f"{m}.{name} is None", f"{name} of {path} is set")
 
     def _structure(self) -> None:
         """Check what is where in the tree of modules."""

@@ -49,6 +49,12 @@ def inlined(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
                 yield node
 
 
+def left_out(module: nn.Module) -> list[str]:
+    """Return the attributes that the function of a module is not given, because they are None."""
+    _, arguments = _LAYERS.get(type(module), (None, {}))
+    return [attribute for attribute in arguments.values() if getattr(module, attribute) is None]
+
+
 def _inline(editor: Editor, node: fx.Node) -> None:
     path = str(node.target)
     module = editor.graph_module.get_submodule(path)

@@ -21,7 +21,7 @@ from lora_fx.passes.cross import crossings_of
 from lora_fx.passes.editor import Editor
 from lora_fx.passes.flatten import Flatten, adapted_output, is_bypassed, is_plain_layer
 from lora_fx.passes.halve import HALVE, Halve
-from lora_fx.passes.inline import Inline, inlined
+from lora_fx.passes.inline import Inline, inlined, left_out
 from lora_fx.passes.labels import labels_of
 from lora_fx.passes.lift import Lifted, Unfit, lifted
 from lora_fx.passes.pack import NotPacked, Pack, Packing
@@ -246,7 +246,8 @@ def make_program(captured: Captured, module: nn.Module, passes: Collection[str] 
     watched = (*captured.dependencies.inlined, *bypassed, *seen_into)
     classes = {path: type(module.get_submodule(path)) for path in watched if path}
     checks = any(node.target is of_shape for node in graph_module.graph.nodes)
-    guard = compile_guard(captured, classes)
+    unset = {path: left_out(module.get_submodule(path)) for path in seen_into}
+    guard = compile_guard(captured, classes, unset)
     graph = graph_module.graph
     computes = bypassed | set(_weights_read(graph, module))
     function = compiled(graph, _title(module))

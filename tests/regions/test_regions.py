@@ -343,3 +343,16 @@ def test_error_of_a_capture_is_a_reason_and_never_the_users(monkeypatch):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tuned(**call.kwargs), lora_fx.remove(tuned)(**call.kwargs))
     assert "the capture failed: RuntimeError: broken on purpose" in lora_fx.inspect(tuned).regions[0].failures
+
+
+@pytest.mark.parametrize(("name", "value"), [("eps", 0.5), ("weight", nn.Parameter(torch.full((4,), 2.0)))])
+def test_what_a_norm_gets_later_instead_of_none_is_used(name, value):
+    models = [nn.Sequential(nn.Sequential(nn.RMSNorm(4, elementwise_affine=False), nn.Linear(4, 4))) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    those = {"version": 1, "rules": [{"match": {"name": "0.1"}, "lora": {"r": 2}}]}
+    x = torch.randn(3, 4)
+    tuned, same = (lora_fx.apply(m, those, (x,), backend=b) for m, b in zip(models, ("auto", "modules"), strict=True))
+    for _ in range(2):
+        assert torch.equal(tuned(x), same(x))
+        for model in (tuned, same):
+            setattr(model[0][0], name, value)
