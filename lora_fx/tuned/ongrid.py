@@ -26,7 +26,8 @@ from lora_fx.tuned.undo import merged
 GridName = Literal["base", "q4_0"]
 _Holds = Literal["codes", "values", "layer"]
 
-_LITTLE = 0.5
+_LITTLE = 0.7
+"""Half of the square of an effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,8 @@ def merged_on_grid(
         progress: as for `plan`.
 
     Warns:
-        LoraFxWarning: at some sites less than half of the adapter is kept: the inputs vary in too many directions, or
-            the change is larger than the grid.
+        LoraFxWarning: at some sites less than 0.7 of the adapter's effect is kept: the inputs vary in too many
+            directions, or the change is larger than the grid.
 
     Raises:
         RefusedError: fewer than two batches; codes that are packed, of other layers than linear ones or of a sharded
