@@ -12,10 +12,8 @@ from lora_fx.progress.steps import ShowProgress, running
 @contextlib.contextmanager
 def normal_tensors() -> Iterator[None]:
     """Return a context in which what is made can be trained, also where the caller is in inference mode."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False):
+    # one way out: nothing runs of what an interruption could end after the change that was made inside
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
         yield
 
 
