@@ -36,26 +36,29 @@ def between_calls(model: nn.Module, roots: Iterable[nn.Module] = ()) -> Iterator
         roots: modules in it that others call by themselves; their calls wait too.  Of other parts that are called by
             themselves those calls wait that follow one which was waited for.
     """
-    if len(sys._current_frames()) == 1:  # a thread can only be started by this one
+    with contextlib.nullcontext() if _is_one_thread() else _between(model, roots):
         yield
-        return
+
+
+@contextlib.contextmanager
+def _between(model: nn.Module, roots: Iterable[nn.Module]) -> Iterator[None]:
     change = _Change(model)
     with change.alone() as is_behind_doors:
-        if change.is_inside or is_behind_doors:
-            yield
-            return
-        with change.behind_doors((model, *roots)):
+        is_waited_for = change.is_inside or is_behind_doors
+        with contextlib.nullcontext() if is_waited_for else change.behind_doors((model, *roots)):
             yield
 
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Return a context in which no other thread changes the model as `between_calls` does; for who reads all of it."""
-    if len(sys._current_frames()) == 1:
+    with contextlib.nullcontext() if _is_one_thread() else _Change(model).alone():
         yield
-        return
-    with _Change(model).alone():
-        yield
+
+
+def _is_one_thread() -> bool:
+    """Whether no other thread can change or call anything: one can only be started by this one."""
+    return len(sys._current_frames()) == 1
 
 
 def one_at_a_time(function: _Function) -> _Function:

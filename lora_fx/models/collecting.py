@@ -12,11 +12,10 @@ def collected_later() -> Iterator[None]:
     An adapter is some forty small objects at each site.  What they set off is a look through all objects of the
     process, which in one that has imported transformers takes longer than making them.
     """
-    if not gc.isenabled():
-        yield
-        return
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()

@@ -106,11 +106,8 @@ def apart(model: nn.Module, needed: bool = True) -> Iterator[None]:
     Raises:
         RefusedError: as `refuse_unjoinable` and `take_apart`; before anything is changed.
     """
-    if not has_parts(model):
-        yield
-        return
-    with between_calls(model):
-        tell = _taken_apart(model, needed)
+    with between_calls(model) if has_parts(model) else contextlib.nullcontext():
+        tell = _taken_apart(model, needed) if has_parts(model) else None
         try:
             yield
         finally:
