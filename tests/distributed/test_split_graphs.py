@@ -18,7 +18,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     pytest.importorskip("transformers")
-    return in_processes(2, splitgraphs.split, tmp_path_factory.mktemp("split"))
+    return in_processes(2, splitgraphs.split, tmp_path_factory.mktemp("split"), seconds=900)
 
 
 def near(one, other, tolerance=1e-5):
