@@ -381,7 +381,7 @@ def extract(
     At each linear whose weight differs, B A is the truncated singular value decomposition of W_tuned - W_base, the
     nearest matrix of rank r (Eckart and Young 1936), with √σ in A and in B, computed in float32 (float64 for float64).
     The scaling is 1 (alpha = r).  The twin is as `apply` returns it: it can be saved, trained, merged.  What differs
-    outside of linears (biases, norms) is lost, and a LoraFxWarning names it; `lora_fx.extracted` tells of energies.
+    outside of linears (biases, norms) is lost, and a LoraFxWarning names it; `lora_fx.extracted` reports each site.
 
     Args:
         tuned_full: the model after full fine-tuning.

@@ -7,13 +7,13 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.shards import is_sharded, values_at
+from lora_fx.models.together import PLAIN
 
 VALUES = 8
-_PLAIN = (Tensor, nn.Parameter)
 TOLERANCE = 2.0**-6
 """Relative; bfloat16 keeps 8 bits."""
 
@@ -61,7 +61,7 @@ class SampledWeights:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    return type(weight) in _PLAIN and weight.layout is torch.strided
+    return type(weight) in PLAIN and weight.layout is torch.strided
 
 
 @functools.lru_cache(maxsize=1024)

@@ -106,8 +106,9 @@ def apart(model: nn.Module, needed: bool = True) -> Iterator[None]:
     Raises:
         RefusedError: as `refuse_unjoinable` and `take_apart`; before anything is changed.
     """
-    with between_calls(model) if has_parts(model) else contextlib.nullcontext():
-        tell = _taken_apart(model, needed) if has_parts(model) else None
+    is_shared = has_parts(model)
+    with between_calls(model) if is_shared else contextlib.nullcontext():
+        tell = _taken_apart(model, needed) if is_shared else None
         try:
             yield
         finally:

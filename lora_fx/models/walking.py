@@ -4,7 +4,8 @@ torch's own `named_modules` passes every module through a generator of each leve
 some hundred times before its first step.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ _PLAIN_SET = nn.Module.__setattr__
 _OF_TRANSFORMERS = ("transformers.modeling_utils", "PreTrainedModel.train")
 _EVAL_OF_TRANSFORMERS = ("transformers.modeling_utils", "PreTrainedModel.eval")
 _USUAL: set[Any] = {_PLAIN}
+_PARAMETERS = attrgetter("_parameters")
 _DEEPEST = 200
 """How many levels of modules are passed without asking torch, whose limit is Python's."""
 
@@ -113,7 +115,7 @@ def all_parameters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return what `model.named_parameters(remove_duplicate=False)` yields, in its order: each by all its names."""
     if type(model).named_parameters is not nn.Module.named_parameters:
         return list(model.named_parameters(remove_duplicate=False))
-    return _all_held(model, attrgetter("_parameters"))
+    return _all_held(model, _PARAMETERS)
 
 
 def all_buffers_of(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -218,3 +220,8 @@ def _has_plain_base(kind: type) -> bool:
 def devices_of(model: nn.Module) -> set[torch.device]:
     """Return the devices of the model's parameters."""
     return {parameter.device for parameter in parameters_in(modules_of(model))}
+
+
+def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor | None]:
+    """Return the parameter `weight` of each module, None of one that has none; asked without a line of Python each."""
+    return map(dict.get, map(_PARAMETERS, modules), repeat("weight"))

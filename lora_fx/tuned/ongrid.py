@@ -27,7 +27,7 @@ GridName = Literal["base", "q4_0"]
 _Holds = Literal["codes", "values", "layer"]
 
 _LITTLE = 0.7
-"""Half of the square of an effect."""
+"""Below it a tenth and more of the square of the effect is missed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from lora_fx.models.torch_internals import DispatchMode, pytree
 from lora_fx.regions.splitblock import SplitBlock
 from tests.support.parallel import LAYERS, parallel, rules
 from tests.support.sharded import Block, Tokens, adapted, alike, rule, tokens, values_of, whole
+from tests.support.tpplans import train
 
 STYLES: dict[str, Any] = {
     "layers.*.self_attn.[qkv]_proj": ColwiseParallel(),
@@ -106,7 +107,7 @@ def _llama(backend: str = "auto", checkpointed: bool = False) -> dict[str, Any]:
     parallelize_module(
         tuned, init_device_mesh("cpu", (dist.get_world_size(),)), {f"model.{path}": one for path, one in STYLES.items()}
     )
-    losses = [_trained(model) for model in (tuned, same)]
+    losses = [train(model, steps=50) for model in (tuned, same)]
     hits, misses = _counted(tuned)
     with Sums() as sums:
         tuned(input_ids=tokens(), labels=tokens()).loss.backward()
@@ -120,18 +121,6 @@ def _llama(backend: str = "auto", checkpointed: bool = False) -> dict[str, Any]:
     found = {"hits": hits, "misses": misses, "sums": sums.number, "kept": bytes_kept, "generated": tokens_of}
     found["copied"] = grads
     return found | {"losses": losses, "report": str(lora_fx.inspect(tuned))}
-
-
-def _trained(model: Any, steps: int = 50) -> list[float]:
-    optimizer = torch.optim.AdamW(lora_fx.parameters(model), lr=1e-3, foreach=False)
-    losses = []
-    for step in range(steps):
-        loss = model(input_ids=tokens(step), labels=tokens(step)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def _counted(tuned: nn.Module) -> tuple[list[int], list[dict[str, int]]]:

@@ -53,9 +53,8 @@ def _of_file(path: Path) -> list[object]:
     if other := [f"{name} is of {entry.dtype}" for name, entry in file.tensors.items() if entry.dtype not in READ]:
         raise ModelSpecError(f"--data {path}: {'; '.join(other)}, of which torch makes no inputs")
     try:
-        tensors = {
-            name: tensor.clone() for name, tensor in read_tensors(file).items()
-        }  # the file may change after this
+        # copies: the file may change after this
+        tensors = {name: tensor.clone() for name, tensor in read_tensors(file).items()}
     except (OSError, UnreadableError) as error:
         raise ModelSpecError(f"--data {path}: cannot be read: {error}") from error
     rows = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_fx.adapters.dicts import KEPT, AdapterDict
 from lora_fx.discovery.sites import take_inventory, uses_in
 from lora_fx.models.tensors import dotted
+from lora_fx.models.together import PLAIN
 from lora_fx.models.walking import named_modules_of
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory
@@ -97,7 +98,7 @@ def _parts_of(tuned: nn.Module) -> tuple[tuple[Any, ...], list[Tensor]] | None:
             for name, tensor in table.items():
                 if tensor is None:
                     continue
-                if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+                if type(tensor) not in PLAIN or tensor.is_meta:
                     return None
                 tensors.append(tensor)
                 parts.append((name, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device))

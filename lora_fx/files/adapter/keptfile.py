@@ -6,8 +6,7 @@ Its hash, its configuration and its header have been checked; its values are sti
 import os
 import time
 from collections.abc import Sequence
-from itertools import repeat
-from operator import attrgetter, is_
+from operator import is_
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -17,10 +16,10 @@ from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.fingerprint import SampledWeights
 from lora_fx.models.together import Alike
 from lora_fx.models.torch_internals import kinds_checked
+from lora_fx.models.walking import weights_of
 from lora_fx.sources.regular import UnreadableError, open_regular
 
 Stamp = tuple[int, ...]
-_PARAMETERS = attrgetter("_parameters")
 MOST_FILES = 4
 """Whose maps are kept: each is a file that is open."""
 _SETTLED = 2_000_000_000
@@ -51,10 +50,9 @@ def stamp_of(folder: str | os.PathLike[str]) -> Stamp | None:
 class KeptFile:
     """What was copied of a file into an adapter, value by value as it lies there."""
 
-    def __init__(self, copies: Sequence[tuple[Tensor, Tensor]], homes: Sequence[nn.Module], alike: Alike) -> None:
-        self._targets, self._values = [target for target, _ in copies], [value for _, value in copies]
-        self._homes, self._alike = homes, alike
-        self._weights = [weight for home in homes if (weight := home._parameters["weight"]) is not None]
+    def __init__(self, targets: list[Tensor], values: list[Tensor], homes: Sequence[nn.Module], alike: Alike) -> None:
+        self._targets, self._values, self._homes, self._alike = targets, values, homes, alike
+        self._weights = [weight for weight in weights_of(homes) if weight is not None]
         self._weights_hold = kinds_checked(self._weights)
         self._samples = SampledWeights(self._weights)
         self._sampled = self._samples.values()
@@ -62,13 +60,13 @@ class KeptFile:
     @classmethod
     def of(cls, copies: Sequence[tuple[Tensor, Tensor]], homes: Sequence[nn.Module]) -> "KeptFile | None":
         """Return a file that may be kept: its values are copied as they are."""
-        alike = Alike.of([target for target, _ in copies], [value for _, value in copies])
-        return None if alike is None else cls(copies, homes, alike)
+        targets, values = [target for target, _ in copies], [value for _, value in copies]
+        alike = Alike.of(targets, values)
+        return None if alike is None else cls(targets, values, homes, alike)
 
     def copies(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """Return the tensors of the adapter and the values for them; None if these or the base may be others now."""
-        weights = map(dict.get, map(_PARAMETERS, self._homes), repeat("weight"))
-        if not all(map(is_, weights, self._weights)) or not self._weights_hold(self._weights):
+        if not all(map(is_, weights_of(self._homes), self._weights)) or not self._weights_hold(self._weights):
             return None
         if self._samples.values() != self._sampled or not self._alike.holds(self._targets, self._values):
             return None

@@ -6,7 +6,7 @@ What is not as plain as that (a lower rank, another device or dtype, PiSSA, slic
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
@@ -20,10 +20,11 @@ from lora_fx.files.adapter.keptfile import KeptFile, Stamp
 from lora_fx.models.fsdp import is_of_fully_shard
 from lora_fx.models.shards import is_kind_of_shards
 from lora_fx.models.together import Alike
+from lora_fx.models.walking import weights_of
 from lora_fx.models.wrappers import WRAPPING
 
 _WEIGHT = ".weight"
-_MODULES, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
+_MODULES = attrgetter("_modules")
 _VALUES = ("lora_A", "lora_B", "lora_magnitude_vector")
 _PLAIN = frozenset({LoRAFactor, EmbeddingA, ConvolutionA, ConvolutionB, SharedFactor, DoRAMagnitude})
 """Of what modules beside a weight `weight` is all that a state has."""
@@ -82,11 +83,10 @@ class KeptTargets:
     def still_holds(self, tuned: nn.Module) -> bool:
         """Whether a walk would find the same: the same modules of the same classes, with the same tensors."""
         names, children, kinds = _seen((tuned, *self.inside))
-        now = map(dict.get, map(_PARAMETERS, self.owners), repeat("weight"))
         return (
             (names, kinds) == (self.names, self.kinds)
             and all(map(is_, children, self.children))  # as many as there are names
-            and all(map(is_, now, self.targets.values()))
+            and all(map(is_, weights_of(self.owners), self.targets.values()))
         )
 
     def called(self, name: str) -> Sequence[str]:
