@@ -31,7 +31,7 @@ slow: $(VENV)/extra-test
 
 # not in .ci/run: the random and crossed cases that there are more of than it has time for
 fuzz: $(VENV)/extra-test
-	$(BIN)/python -m pytest -n auto -m fuzz
+	$(BIN)/python -m pytest -n auto -m fuzz -o timeout=0
 
 # always a fresh installation, without the pins; libraries that want one torch of their own are left out
 compat:
