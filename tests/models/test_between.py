@@ -16,6 +16,7 @@ import lora_fx
 from lora_fx.models.between import between_calls
 from tests.support import faultcases
 from tests.support.endurance import running, threads_at_once
+from tests.support.killing import fork
 from tests.support.zoo import features
 
 
@@ -186,7 +187,7 @@ def test_a_process_that_is_forked_during_a_change_does_not_wait_for_it():
     changing = threading.Thread(target=change)
     changing.start()
     assert begun.wait(20)
-    child = os.fork()
+    child = fork()
     if not child:
         ended = []
 

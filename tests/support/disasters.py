@@ -22,7 +22,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
-from tests.support.killing import disturbed_before
+from tests.support.killing import disturbed_before, fork
 from tests.support.merging import factors, weight, write_adapter, write_base
 from tests.support.zoo import Mlp, features
 
@@ -324,7 +324,7 @@ def _in_child(work: Callable[[], object]) -> tuple[str, int]:
 
 
 def _started(work: Callable[[], object], told: int | None = None) -> int:
-    child = os.fork()
+    child = fork()
     if child == 0:
         code = 0
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,16 @@ from lora_fx.errors import LoraFxError
 _STEPS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 KILLED = 77
+_LONGEST = 300
+"""Seconds."""
+
+
+def fork() -> int:
+    """Fork; a child that waits for ever, for a lock of a thread that it does not have, shows where and ends."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(_LONGEST, exit=True, file=sys.__stderr__)
+    return child
 
 
 def killed_before(step: int, work: Callable[[], object]) -> bool:
@@ -19,7 +30,7 @@ def killed_before(step: int, work: Callable[[], object]) -> bool:
 
     Steps are what changes the disk: a file opened for writing, a rename, a deletion, a folder made, a sync.
     """
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             _before_step(step, lambda: os._exit(KILLED))
@@ -55,7 +66,7 @@ def disturbed_before(step: int, work: Callable[[], object], disturb: Callable[[]
     error of lora_fx, or what else it ended with.
     """
     reading, writing = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         happened: list[bool] = []
         try:
