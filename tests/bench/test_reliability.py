@@ -43,9 +43,8 @@ def reliability():
     return module
 
 
-@pytest.mark.parametrize(
-    "sections", [["kills"], pytest.param(["long", "threads", "faults", "disks"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sections", [["kills"], ["long", "threads", "faults", "disks"]])
 def test_sections_are_written_into_the_page_and_nothing_is_wrong(tmp_path, reliability, sections):
     page = tmp_path / "page.md"
     shutil.copy(PAGE, page)

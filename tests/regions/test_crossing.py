@@ -54,7 +54,7 @@ def its_loss(outputs: Any) -> Tensor:
     return loss
 
 
-@pytest.mark.parametrize("build", [t5, bart], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [pytest.param(t5, marks=pytest.mark.slow), bart], ids=lambda build: build.__name__)
 def test_the_padding_of_an_encoder_is_not_computed_and_gradients_are_those_of_the_forward(build: Any) -> None:
     late, plain = pair(build(), inputs(), optimise=ALL)
     for length, masked in ((7, False), (7, True), (7, True), (5, False), (7, True)):
@@ -68,6 +68,7 @@ def test_the_padding_of_an_encoder_is_not_computed_and_gradients_are_those_of_th
     torch.testing.assert_close(memory + 0, plain(**inputs()).encoder_last_hidden_state + 0)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_attends_to_padding_gets_it() -> None:
     late, plain = pair(t5(), inputs(), optimise=ALL)
     for _ in range(3):
