@@ -91,7 +91,7 @@ def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) 
     places = placed_in(twin)
     names = _trained_parameters(twin, places)
     held = {name: tensor for name in names if (tensor := get_tensor(twin, name)) is not None}
-    codes = [name for name, tensor in held.items() if is_quantised(tensor) or not tensor.is_floating_point()]
+    codes = [name for name, tensor in held.items() if is_quantised(tensor) or not _takes_steps(tensor)]
     if codes:
         facts = [(name, "holds codes, not numbers") for name in codes]
         raise RefusedError("quantised weights cannot be trained whole (`train:`)", facts, "give them an adapter")
@@ -105,6 +105,11 @@ def own_what_is_trained(model: nn.Module, twin: nn.Module, record: ModelRecord) 
     record.switch.whole = tuple(dict.fromkeys((*names, *(rows.weight for rows in record.plan.tokens))))
     _choose_trained(twin, names, record, places)
     _give_rows(twin, record.plan, record.switch)
+
+
+def _takes_steps(tensor: Tensor) -> bool:
+    """Whether an optimizer can move such numbers; in float8 a step would be rounded away, and torch adds none."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 def _choose_trained(twin: nn.Module, names: Collection[str], record: ModelRecord, places: Sequence[Placed]) -> None:

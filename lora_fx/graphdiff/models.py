@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from lora_fx.adapters.attach import HOME, all_attached, attached_to
+from lora_fx.adapters.attach import HOME, all_attached, attached_to, is_adapted
 from lora_fx.adapters.dicts import unspeakable
 from lora_fx.adapters.factors.spec import AdapterSpec
 from lora_fx.adapters.trained import VALUES
@@ -93,14 +93,15 @@ def _pair(a: nn.Module, b: nn.Module, example_inputs: object) -> tuple[Graph, Gr
 
 
 def _own_captures(model: nn.Module, example_inputs: object) -> dict[str, Captured]:
-    """Return a captured graph for every region of the model, or, without regions, for what the inputs show."""
+    """Return a captured graph for every region of the model; without regions, if it is a base, for what inputs show."""
     captures = {}
     for path, module, region in regions(model):
         own = (program.captured for program in region.mine or region.block.programs)
         fitting = next((one for one in own if _reads_the_same(module, one, one)), None)  # blocks may share captures
         if fitting is not None and not is_layer(module):  # a layer is shown as a module
             captures[path] = fitting
-    return captures if captures or example_inputs is None else _surveyed(model, example_inputs)
+    shown = captures or example_inputs is None or is_adapted(model)  # of modules, if that has left it no region
+    return captures if shown else _surveyed(model, example_inputs)
 
 
 def _surveyed(model: nn.Module, example_inputs: object) -> dict[str, Captured]:

@@ -15,16 +15,17 @@ def offloading_hook(module: nn.Module) -> Any:
 
 
 def stored_weight(owner: nn.Module, name: str) -> Tensor:
-    """Return a parameter of the module with its values, also where they are offloaded; it may be read from a file.
+    """Return a parameter or buffer of the module with its values, also where they are offloaded, even in a file.
 
     Of a packed layer it is a PackedWeight.
 
     Raises:
-        KeyError: the module has no such parameter.
+        KeyError: the module has no such parameter and no such buffer.
     """
     if name == "weight" and is_packed(owner):
         return PackedWeight(owner)
-    weight, hook = owner._parameters[name], offloading_hook(owner)
+    held, hook = owner._parameters if name in owner._parameters else owner._buffers, offloading_hook(owner)
+    weight = held[name]
     if weight is None:
         raise KeyError(name)
     if hook is None or not weight.is_meta:

@@ -16,10 +16,10 @@ from lora_fx.adapters.placed import is_trained, placed_in
 from lora_fx.discovery.sites import take_inventory
 from lora_fx.errors import LoraFxWarning, RefusedError
 from lora_fx.models.fsdp import refuse_sharded
+from lora_fx.models.offload import offloading_hook, stored_weight
 from lora_fx.models.packed import held_weight, is_packed
 from lora_fx.models.quantised import dense
 from lora_fx.models.tensors import dotted, get_tensor
-from lora_fx.models.twin import is_meta
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
@@ -116,6 +116,19 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors | {dotted(path, "weight"): held_weight(layer, "weight") for path, layer in packed}
 
 
+def _value(model: nn.Module, name: str) -> Tensor:
+    """Return one of them with its values, of which one at a time is read where they are offloaded."""
+    path, _, last = name.rpartition(".")
+    return stored_weight(model.get_submodule(path), last)
+
+
+def _without_values(model: nn.Module) -> list[tuple[str, str]]:
+    """Return what is on the meta device and offloaded nowhere, each with that it has no values."""
+    names = [name for name, tensor in _tensors(model).items() if tensor.is_meta]
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    return [(name, "has no values") for name, owner in owners.items() if offloading_hook(owner) is None]
+
+
 def _check(tuned_full: nn.Module, base: nn.Module) -> None:
     """Raise RefusedError if the two are not two checkpoints of one architecture, or have no values."""
     if is_adapted(tuned_full) or is_adapted(base):
@@ -125,8 +138,9 @@ def _check(tuned_full: nn.Module, base: nn.Module) -> None:
         refuse_sharded(
             model, "processes hold parts of this model, and not its differences", "extract before fully_shard"
         )
-    if is_meta(tuned_full) or is_meta(base):
-        raise RefusedError("on the meta device: there are no values to compare")
+    lost = _without_values(tuned_full) or _without_values(base)
+    if lost:
+        raise RefusedError("on the meta device: there are no values to compare", lost)
     ours, theirs = _tensors(base), _tensors(tuned_full)
     problems = [(name, "only in the base") for name in ours if name not in theirs]
     problems += [(name, "only in the tuned model") for name in theirs if name not in ours]
@@ -145,8 +159,8 @@ def _differing(tuned_full: nn.Module, base: nn.Module) -> dict[str, float]:
     Raises:
         RefusedError: naming each, if a difference is not finite; or if there is none.
     """
-    theirs = _tensors(tuned_full)
-    norms = {name: float(difference(theirs[name], ours).norm()) for name, ours in _tensors(base).items()}
+    names = list(_tensors(base))
+    norms = {name: float(difference(_value(tuned_full, name), _value(base, name)).norm()) for name in names}
     bad = [(name, "NaN or infinite") for name, norm in norms.items() if not norm < float("inf")]
     if bad:
         raise RefusedError("the difference of the two models has values that are not finite", bad)
@@ -201,7 +215,7 @@ def _unfit(base: nn.Module, site: PlannedSite) -> str | None:
 
 def _fill(path: str, adapter: Attached, tuned_full: nn.Module, base: nn.Module) -> ExtractedSite:
     """Give the adapter the best values of its rank, in place."""
-    ours, theirs = (held_weight(model.get_submodule(path), "weight") for model in (base, tuned_full))
+    ours, theirs = (stored_weight(model.get_submodule(path), "weight") for model in (base, tuned_full))
     delta, r = difference(theirs, ours), adapter.spec.lora.r
     left, values, right = torch.linalg.svd(delta, full_matrices=False)
     kept = min(r, len(values))
@@ -231,9 +245,8 @@ def _trained(twin: nn.Module) -> list[str]:
 
 def _take_over_trained(twin: nn.Module, tuned_full: nn.Module) -> None:
     """Give what is trained whole the tuned model's values, in place."""
-    theirs = _tensors(tuned_full)
     for name in _trained(twin):
         own = get_tensor(twin, name)
         assert own is not None
         with torch.no_grad():
-            own.copy_(theirs[name])
+            own.copy_(_value(tuned_full, name))

@@ -314,7 +314,7 @@ def test_what_is_not_known_to_train_is_refused_by_name():
     for model, reason in cases():
         with pytest.raises(lora_fx.RefusedError, match=reason):
             lora_fx.apply(model, {"version": 1, "rules": [{"match": {"name": "0.up"}, "lora": {"r": 4}}]})
-    for kind in ("hqq 4 bits", "quanto int8"):
+    for kind in ("hqq 4 bits", "quanto int8", "compressed-tensors FP8"):
         with pytest.raises(lora_fx.RefusedError, match=r"0\.down\.[A-Za-z_]+ +holds codes"):
             lora_fx.apply(KINDS[kind](), {**rules(), "rules": [UP], "train": ["0.down"]}, (X,))
 

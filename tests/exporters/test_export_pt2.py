@@ -191,3 +191,11 @@ def test_parts_of_fused_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     randomise_(tuned)
     assert_verified(export(tuned, tmp_path / "model.pt2", "pt2", Sample((torch.randn(3, 8),)), verify=True))
     assert not load_file(tmp_path / "default.safetensors")["0.lora_B.default.weight"][4:8].any()
+
+
+def test_weights_that_accelerate_offloads_are_in_no_program_and_that_is_said(tmp_path: Path):
+    accelerate = pytest.importorskip("accelerate")
+    tuned = accelerate.cpu_offload(adapted(MIXED), execution_device="cpu")
+    with pytest.raises(ExportError, match=r"layer\.0\.attention\.query +accelerate offloads its weights"):
+        export(tuned, tmp_path / "model.pt2", "pt2", call_encoder(3, 7))
+    assert list(tmp_path.iterdir()) == []

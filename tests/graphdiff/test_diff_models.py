@@ -46,6 +46,15 @@ def test_costs_of_an_adapter_are_its_parameters_bytes_and_operations():
     assert diff.flops[1] - diff.flops[0] == 6 * 256
 
 
+def test_an_adapted_model_without_graphs_is_compared_where_inputs_are_given_too():
+    model = zoo.Encoder().eval()
+    tuned = lora_fx.apply(model, rules("**.{query,value}", r=4), zoo.call_encoder(), backend="modules")
+    diff = lora_fx.diff(model, tuned, zoo.call_encoder())
+    assert len(diff.changes) == 6
+    assert {change.note for change in diff.changes} == {"rule 1 · r=4 scaling=4"}
+    assert lora_fx.graph(tuned, zoo.call_encoder()).parameters == sum(p.numel() for p in tuned.parameters())
+
+
 def test_an_adapted_model_loses_its_adapters_when_it_is_merged():
     _, tuned = encoder()
     diff = lora_fx.diff(tuned, lora_fx.merge(tuned))

@@ -205,3 +205,29 @@ def test_rule_that_matches_nothing_is_an_error():
     base = zoo.Mlp()
     with pytest.raises(NoMatchError):
         lora_fx.extract(changed(base, 2, "fc1"), base, rules=rules("fc9"))
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_weights_that_accelerate_offloads_are_read_and_stay_where_they_are(offload, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    base = zoo.Mlp()
+    tuned = changed(base, 3, "fc1", "fc2")
+    plain, expected = extracted(tuned, base, r=3)
+    away = [copy.deepcopy(model) for model in (tuned, base)]
+    for number, model in enumerate(away):
+        if offload == "cpu":
+            accelerate.cpu_offload(model, execution_device="cpu")
+        else:
+            accelerate.disk_offload(model, str(tmp_path / str(number)), execution_device="cpu")
+    adapted, report = extracted(*away, r=3)
+    assert str(report) == str(expected)
+    assert torch.equal(adapted(X), plain(X))
+    assert all(parameter.is_meta for model in away for parameter in model.parameters())
+
+
+def test_a_model_of_which_parts_have_no_values_is_refused_and_they_are_named():
+    base = zoo.Mlp()
+    tuned = changed(base, 1, "fc1")
+    tuned.fc2.to("meta")
+    with pytest.raises(RefusedError, match=r"(?s)there are no values to compare.*fc2\.weight +has no values"):
+        lora_fx.extract(tuned, base)
