@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters.factors.decompositions import leading_values
-from lora_fx.discovery.gradients import Loss, gradients_of
+from lora_fx.discovery.gradients import Loss, check_loss, gradients_of
 from lora_fx.discovery.study import observed
 from lora_fx.errors import InvariantError, RefusedError
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.modes import making
 from lora_fx.models.offload import stored_weight
 from lora_fx.models.quantised import dense
-from lora_fx.models.samples import Sample, samples_for, samples_of
+from lora_fx.models.samples import Sample, batches_of, samples_for
 from lora_fx.planning.allocation import AllocatedSite, Allocation
 from lora_fx.planning.decide import decide
 from lora_fx.planning.decisions import Decisions
 from lora_fx.planning.planned import Inventory, PlannedSite
 from lora_fx.planning.ranks import RHO, Gains, spread, with_ranks
 from lora_fx.progress.steps import ShowProgress, step
+from lora_fx.rules.given import is_number, is_whole
 from lora_fx.rules.inits import ranks_needed
 from lora_fx.rules.keys import RANK
 from lora_fx.rules.reader import read_rules
@@ -80,7 +81,8 @@ def allocate(
     if loss is not None and data is None:
         raise ValueError("loss is for data: give batches, or leave the loss out")
     wanted = read_rules(rules)
-    batches = None if data is None else [sample for batch in data for sample in samples_of(batch)]
+    check_loss(loss)
+    batches = None if data is None else batches_of(data)
     if batches is not None and not batches:
         raise RefusedError("data has no batches", advice="give some, or leave data out: ranks go by the spectrum then")
     given = batches[:1] if example_inputs is None and batches else example_inputs
@@ -109,10 +111,10 @@ def _check_numbers(budget: int | None, mean_r: float | None, least: int, most: i
     wrong = [
         f"{name} is {value!r}; it must be {what}"
         for name, value, what, right in (
-            ("budget", budget, "a number of parameters, at least 1", _is_whole(budget, 1)),
-            ("mean_r", mean_r, f"a rank above 0, at most {highest}", _is_above(mean_r, 0, highest)),
-            ("least", least, f"a rank from 0 to {highest}", _is_whole(least, 0, highest)),
-            ("most", most, f"a rank from 1 to {highest}", _is_whole(most, 1, highest)),
+            ("budget", budget, "a number of parameters, at least 1", is_whole(budget, 1)),
+            ("mean_r", mean_r, f"a rank above 0, at most {highest}", is_number(mean_r, 0, highest)),
+            ("least", least, f"a rank from 0 to {highest}", is_whole(least, 0, highest)),
+            ("most", most, f"a rank from 1 to {highest}", is_whole(most, 1, highest)),
         )
         if value is not None and not right
     ]
@@ -120,14 +122,6 @@ def _check_numbers(budget: int | None, mean_r: float | None, least: int, most: i
         wrong = [f"least is {least}, above most, {most}"]
     if wrong:
         raise ValueError("; ".join(wrong))
-
-
-def _is_whole(value: object, lowest: int, highest: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
-
-
-def _is_above(value: object, lowest: int, highest: int) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and lowest < value <= highest
 
 
 def _lora(site: PlannedSite) -> LoRAConfig:

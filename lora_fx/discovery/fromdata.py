@@ -14,12 +14,12 @@ from lora_fx.discovery.gradients import Loss, gradients_of
 from lora_fx.discovery.inputs import Noted, note_inputs
 from lora_fx.discovery.redistributed import redistributed
 from lora_fx.discovery.study import CAPTURING, observed
-from lora_fx.errors import CaptureError, RefusedError
+from lora_fx.errors import RefusedError
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.modes import making
 from lora_fx.models.offload import stored_weight
 from lora_fx.models.quantised import dense
-from lora_fx.models.samples import Sample, samples_for, samples_of
+from lora_fx.models.samples import Sample, batches_of, samples_for
 from lora_fx.planning.decide import decide
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import PlannedSite
@@ -64,7 +64,7 @@ def plan_from_data(
         CaptureError: as `plan`; `data` is one batch, or a batch in it has another form.
         RuleError, NoMatchError: as `plan`.
     """
-    batches = [sample for batch in _batches(data) for sample in samples_of(batch, "a batch of `data`")]
+    batches = batches_of(data)
     given = (batches[:1] or None) if example_inputs is None else example_inputs
     wanted = read_rules(rules)
     with making("plan_from_data", progress, 3 + CAPTURING):
@@ -91,19 +91,6 @@ def plan_from_data(
         }
         _refuse_not_finite(values)
         return replace(seen.planned(decisions), first_values=values)
-
-
-def _batches(data: Iterable[object]) -> Iterable[object]:
-    """Return the data if it may be batches.
-
-    Raises:
-        CaptureError: it is one batch, whose parts would be taken for batches, or none at all.
-    """
-    is_one = isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)
-    if is_one or isinstance(data, (Mapping, Tensor, str, Sample)):
-        found = f"Tensor {list(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
-        raise CaptureError("`data` is no iterable of batches", [("found", found)], "put one batch into a list: [batch]")
-    return data
 
 
 def _init(site: PlannedSite) -> str:

@@ -125,6 +125,16 @@ def _groups(sites: Sequence[PlannedSite], weights: dict[str, nn.Parameter]) -> I
     yield group
 
 
+def check_loss(loss: object) -> None:
+    """Do nothing for what may be a loss.
+
+    Raises:
+        ValueError: it is no function.
+    """
+    if loss is not None and not callable(loss):
+        raise ValueError(f"loss must be a function of output and batch, found {type(loss).__name__}")
+
+
 def loss_of(output: Any, batch: Sample, loss: Loss | None, who: str) -> Tensor:
     """Return the loss of an output: by a function of output and batch, or the output's own.
 

@@ -17,6 +17,7 @@ from lora_fx.models.shards import is_sharded, sharded_names, split
 from lora_fx.models.swap import layers_of, swap
 from lora_fx.models.torch_internals import composed_states
 from lora_fx.models.walking import modules_of
+from lora_fx.models.wrappers import check_module
 from lora_fx.text import dotted
 
 SHARDING = "lora_fx_sharding"
@@ -116,6 +117,7 @@ def has_parts(model: nn.Module) -> bool:
 
 def refuse_sharded(model: nn.Module, what: str, advice: str) -> None:
     """Raise RefusedError if processes hold parts of a model; `what` is what would be wrong then."""
+    check_module(model)
     if not has_parts(model):
         return
     marks = (

@@ -1,7 +1,7 @@
 """One sample of a model's inputs, and the ways in which users give several."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,6 +92,19 @@ def samples_of(example_inputs: object, called: str = "example_inputs") -> tuple[
     if not items:
         raise CaptureError(f"{called} is an empty list", advice="leave it out, or give a tuple, a dict or a call")
     return tuple(_sample(item, called) for item in items)
+
+
+def batches_of(data: object) -> list[Sample]:
+    """Return the samples in batches that a user gave.
+
+    Raises:
+        CaptureError: it is one batch, whose parts would be taken for batches, or none at all; or as `samples_of`.
+    """
+    is_one = isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)
+    if is_one or isinstance(data, (Mapping, Tensor, str, bytes, Sample)) or not isinstance(data, Iterable):
+        found = f"Tensor {list(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+        raise CaptureError("`data` is no iterable of batches", [("found", found)], "put one batch into a list: [batch]")
+    return [sample for batch in data for sample in samples_of(batch, "a batch of `data`")]
 
 
 def _sample(item: object, called: str) -> Sample:

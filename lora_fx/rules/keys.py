@@ -278,6 +278,6 @@ TOP = Table(
 )
 
 
-def is_adapter_name(name: str) -> bool:
+def is_adapter_name(name: object) -> bool:
     """Whether an adapter can bear the name: letters, digits and _, a letter first."""
-    return re.fullmatch(_ADAPTER, name) is not None
+    return isinstance(name, str) and re.fullmatch(_ADAPTER, name) is not None

@@ -1,18 +1,18 @@
 """recipe: rules and a learning rate for a model and a task, as evidence has them, or as data shows."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from lora_fx.discovery.gradients import Loss
+from lora_fx.discovery.gradients import Loss, check_loss
 from lora_fx.discovery.study import CAPTURING, observed
 from lora_fx.errors import RefusedError
 from lora_fx.models.modes import making
-from lora_fx.models.samples import samples_for, samples_of
+from lora_fx.models.samples import batches_of, samples_for
 from lora_fx.models.twin import is_meta
 from lora_fx.planning.recipes import Recipe, check_task, recipe_for
 from lora_fx.progress.steps import ShowProgress
+from lora_fx.rules.given import is_number
 from lora_fx.training.probing import LEAST_BATCHES, probe_rates
 
 _EACH_SIDE = 4
@@ -60,10 +60,11 @@ def recipe(
         CaptureError: as `plan`.
     """
     check_task(task)
-    _check_rates(full_lr, rates)
+    rates = _checked_rates(full_lr, rates)
     if data is None and (loss is not None or rates is not None):
         raise ValueError("loss and rates are for data: give batches, or leave them out")
-    batches = None if data is None else [sample for batch in data for sample in samples_of(batch)]
+    batches = None if data is None else batches_of(data)
+    check_loss(loss)
     if batches is not None and len(batches) < LEAST_BATCHES:
         raise RefusedError(f"probing needs {LEAST_BATCHES} batches or more, of which one in four is held out")
     if batches is not None and is_meta(model):
@@ -77,15 +78,15 @@ def recipe(
         return found.probed(probe_rates(model, found.rules, batches, loss, sorted(set(tried))))
 
 
-def _check_rates(full_lr: float | None, rates: Sequence[float] | None) -> None:
-    given = [("full_lr", full_lr)] if full_lr is not None else []
-    given += [("rates", rate) for rate in rates or ()]
-    wrong = [f"{name} has {value!r}" for name, value in given if not _is_rate(value)]
-    if rates is not None and not len(rates):
+def _checked_rates(full_lr: float | None, rates: object) -> list[float] | None:
+    given: list[tuple[str, object]] = [("full_lr", full_lr)] if full_lr is not None else []
+    tried = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, (str, bytes)) else None
+    given += [("rates", rate) for rate in tried or ()]
+    wrong = [f"{name} has {value!r}" for name, value in given if not is_number(value, above=0)]
+    if rates is not None and tried is None:
+        wrong.append(f"rates is {rates!r}, and no list of them")
+    if tried == []:
         wrong.append("rates is empty")
     if wrong:
         raise ValueError(f"rates must be positive numbers: {', '.join(wrong)}")
-
-
-def _is_rate(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return tried

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Literal, get_args
 
 import torch
@@ -20,9 +21,11 @@ from lora_fx.models.modes import normal_tensors
 from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.planned import PlannedSite
 from lora_fx.planning.sites import CONVOLUTIONS
+from lora_fx.rules.given import is_number, is_whole
+from lora_fx.rules.keys import RANK
 from lora_fx.rules.ruleset import LoRAConfig
 from lora_fx.tuned.build import whole_record_in
-from lora_fx.tuned.several import adapters_called, attach_more, changing, refuse_name, trained_beside
+from lora_fx.tuned.several import adapters_called, attach_more, changing, check_trainable, refuse_name, trained_beside
 from lora_fx.tuned.switching import selection_of
 
 Method = Literal[
@@ -81,6 +84,7 @@ def combine(
     weights = dict(selection_of(record.switch.names, adapters).weights)
     recipe = _recipe(weights, method, r, density, majority, seed)
     refuse_name(adapter, record.switch.names)
+    check_trainable(trainable)
     sites = _sites(with_values(tuned), weights)
     _refuse_beside(tuned, record, weights)
     _refuse_kinds(sites)
@@ -113,8 +117,11 @@ class _Recipe:
         return self.method != "cat" and not self.method.endswith("svd")
 
     def made(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-        """Return the new A [.., r, in] and B [.., out, r] of a site."""
+        """Return the new A [.., r, in] and B [.., out, r] of a site, in float32 or wider: not yet rounded."""
         factors = [(_flat(one, one.lora_A.plain), _flat(one, one.lora_B.plain)) for one, _ in parts]
+        dtype = reduce(torch.promote_types, (factor.dtype for both in factors for factor in both))
+        wide = torch.promote_types(dtype, torch.float32)  # a product by a weight in half precision would be rounded
+        factors = [(A.to(wide), B.to(wide)) for A, B in factors]
         shares = [share for _, share in parts]
         if self.of_factors:
             roots = [math.sqrt(abs(share)) for share in shares]
@@ -151,12 +158,14 @@ def _recipe(
     kind = "linear" if method in ("cat", "svd") else method.removesuffix("_svd")
     kind = "dare_linear" if kind == "dare" else kind
     prunes = kind != "linear"
-    if prunes and (density is None or not 0 < density <= 1):
+    if prunes and not is_number(density, above=0, highest=1):
         raise ValueError(f"density is {density!r}; {method} needs a share above 0, at most 1")
     if not prunes and density is not None:
         raise ValueError(f"{method} prunes nothing: leave density out")
-    if r is not None and (not method.endswith("svd") or isinstance(r, bool) or r < 1):
-        raise ValueError(f"r is {r!r}; it is a whole number, for svd and the like")
+    if r is not None and not (method.endswith("svd") and is_whole(r, 1, RANK["maximum"])):
+        raise ValueError(f"r is {r!r}; it is a whole number from 1 to {RANK['maximum']}, for svd and the like")
+    if not is_whole(seed, -(2**63), 2**64 - 1):
+        raise ValueError(f"seed is {seed!r}; it is a whole number of 64 bits")
     generator = torch.Generator().manual_seed(seed)
     return _Recipe(method, r, Blend(kind, density or 1.0, majority, generator))  # type: ignore[arg-type]
 

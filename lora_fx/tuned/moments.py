@@ -9,7 +9,7 @@ from lora_fx.adapters.attach import Attached
 from lora_fx.adapters.factors.rounding import Moment
 from lora_fx.discovery.inputs import Noted, note_inputs
 from lora_fx.errors import RefusedError
-from lora_fx.models.samples import Sample, samples_of
+from lora_fx.models.samples import Sample, batches_of
 
 _HELD_OUT = 4
 """One batch in so many is not used for rounding, but to see what it gives."""
@@ -40,7 +40,7 @@ def parted(data: Iterable[object]) -> tuple[list[Sample], list[Sample]]:
     Raises:
         RefusedError: there are fewer than two.
     """
-    batches = [sample for batch in data for sample in samples_of(batch, "a batch of the data")]
+    batches = batches_of(data)
     if len(batches) < 2:
         facts = [("batches", f"{len(batches)}, where two are needed: one to round by, one to see what it gives")]
         raise RefusedError("codes are chosen by data", facts, "give data=[batch, batch, …]")

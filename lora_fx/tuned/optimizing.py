@@ -1,15 +1,15 @@
 """What an optimizer is given: the parameters that are trained, and groups of them with rates of their own."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx.adapters.attach import all_attached
 from lora_fx.adapters.trained import parameters_of
 from lora_fx.models.fsdp import resharded
 from lora_fx.models.wrappers import seen_through
+from lora_fx.rules.given import is_number
 from lora_fx.tuned.build import trainable
 from lora_fx.tuned.several import adapters_called, refuse_trained_together
 from lora_fx.tuned.switching import names_of, refuse_unknown, switches_in
@@ -97,10 +97,16 @@ def param_groups(
 
 def _check_rates(lr: float, lora_plus: float | None, lr_embedding: float, weight_decay: float) -> None:
     given = {"lr": lr, "lora_plus": 1.0 if lora_plus is None else lora_plus, "lr_embedding": lr_embedding}
-    wrong = [f"{name} is {value!r}" for name, value in given.items() if not 0 < value < math.inf]
-    wrong += [] if 0 <= weight_decay < math.inf else [f"weight_decay is {weight_decay!r}"]
+    wrong = [f"{name} is {value!r}" for name, value in given.items() if not is_number(_plain(value), above=0)]
+    if weight_decay != 0 and not is_number(weight_decay, above=0):
+        wrong.append(f"weight_decay is {weight_decay!r}")
     if wrong:
         raise ValueError(f"rates must be positive numbers: {', '.join(wrong)}")
+
+
+def _plain(rate: object) -> object:
+    """Return the number that a tensor holds, which torch's optimizers take for a rate."""
+    return rate.item() if isinstance(rate, Tensor) and rate.numel() == 1 else rate
 
 
 def _kinds(tuned: nn.Module) -> dict[int, str]:

@@ -4,7 +4,7 @@ import contextlib
 import operator
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from lora_fx.adapters.tokens import OFFSETS
 from lora_fx.capture.calls.objects import tensors_in
 from lora_fx.errors import RefusedError
 from lora_fx.models.wrappers import seen_through
+from lora_fx.rules.given import is_whole
 from lora_fx.tuned.asking import ask_layers
 from lora_fx.tuned.calls import kind_of
 from lora_fx.tuned.rowlayouts import look_for_rows, refuse_unclear, row_axis
@@ -61,13 +62,11 @@ def rows(tuned: nn.Module, adapters: Sequence[str | None], *, dim: int = 0) -> I
             whole; and at a call, before anything is computed with adapters: its inputs have another number of rows, a
             layer's input does not show them or has entries that values have picked, or rows hear of each other.
     """
-    tuned, names = seen_through(tuned), tuple(adapters)
-    if isinstance(adapters, str) or not names:
-        raise ValueError("adapters must be a sequence: a name, or None, for each row of the batch")
-    if dim not in (0, 1):
+    tuned, names = seen_through(tuned), _names(adapters)
+    if not is_whole(dim, 0, 1):
         raise ValueError(f"dim is {dim!r}; the batch is dimension 0 or 1 of the inputs")
     switches = switches_in(tuned)
-    refuse_unknown([name for name in dict.fromkeys(names) if name is not None], names_of(switches))
+    refuse_unknown([name for name in names if name is not None], names_of(switches))
     _refuse_whole(switches)
     known = _known_rows(tuned, switches)
     _refuse_read(known, names)
@@ -80,6 +79,16 @@ def rows(tuned: nn.Module, adapters: Sequence[str | None], *, dim: int = 0) -> I
         for switch in switches:
             stack.enter_context(switch.chosen_here(chosen))
         yield
+
+
+def _names(adapters: object) -> tuple[str | None, ...]:
+    names: tuple[str | None, ...] = ()
+    if isinstance(adapters, Iterable) and not isinstance(adapters, (str, bytes, Mapping, Set)):
+        names = tuple(adapters)
+    if not names:
+        wanted = "a name, or None, for each row of the batch"
+        raise ValueError(f"adapters must be a sequence: {wanted}; found {type(adapters).__name__}")
+    return names
 
 
 def _refuse_whole(switches: Sequence[Switch]) -> None:

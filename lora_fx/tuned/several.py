@@ -120,6 +120,12 @@ def known_switches(tuned: nn.Module, adapter: str) -> list[Switch]:
     return [switch for switch in switches if adapter in switch.names]
 
 
+def check_trainable(trainable: object) -> None:
+    """Raise ValueError for what does not say whether a new adapter is trained."""
+    if not isinstance(trainable, bool):
+        raise ValueError(f"trainable is {trainable!r}; it must be True or False")
+
+
 def refuse_name(name: str, known: Collection[str]) -> None:
     """Raise ValueError for what cannot be a new adapter's name."""
     if not is_adapter_name(name):

@@ -3,7 +3,6 @@
 import contextlib
 import dis
 import inspect
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -17,6 +16,7 @@ from lora_fx.adapters.trained import added_value, are_equal, trained_owners
 from lora_fx.errors import RefusedError
 from lora_fx.models.between import between_calls
 from lora_fx.models.wrappers import seen_through
+from lora_fx.rules.given import is_number
 from lora_fx.text import dotted
 from lora_fx.tuned.asking import ask_layers
 from lora_fx.tuned.build import places_in
@@ -189,11 +189,13 @@ def selection_of(known: Collection[str], adapters: Adapters) -> Selection:
     elif isinstance(adapters, Mapping):
         weights = dict(adapters)
     else:
-        weights = dict.fromkeys(adapters, 1.0)
-        if len(weights) < len(list(adapters)):
-            raise ValueError(f"an adapter is named twice: {', '.join(adapters)}; give a dict of weights instead")
+        names = _names(adapters)
+        refuse_unknown(names, known)
+        weights = dict.fromkeys(names, 1.0)
+        if len(weights) < len(names):
+            raise ValueError(f"an adapter is named twice: {', '.join(names)}; give a dict of weights instead")
     refuse_unknown(weights, known)
-    bad = [name for name, weight in weights.items() if not _is_number(weight)]
+    bad = [name for name, weight in weights.items() if not is_number(weight)]
     if bad:
         raise ValueError(f"weights must be finite numbers: {', '.join(f'{name}: {weights[name]!r}' for name in bad)}")
     return Selection(tuple((name, float(weight)) for name, weight in weights.items() if weight))
@@ -201,10 +203,13 @@ def selection_of(known: Collection[str], adapters: Adapters) -> Selection:
 
 def refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
     """Raise ValueError for names that no adapter has."""
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if not isinstance(name, str) or name not in known]
     if unknown:
         raise ValueError(f"no adapter is called {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
 
 
-def _is_number(weight: object) -> bool:
-    return isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+def _names(adapters: object) -> list[str]:
+    if isinstance(adapters, bytes) or not isinstance(adapters, Iterable):
+        wanted = "a name, several, a dict of weights, or None for the base"
+        raise ValueError(f"adapters must be {wanted}, found {type(adapters).__name__}")
+    return list(adapters)

@@ -101,6 +101,19 @@ def assert_made(tuned, expected):
         assert delta.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_of_adapters_in_half_precision_only_the_result_is_rounded(method, dtype):
+    options = {} if method in ("cat", "linear", "svd") else {"density": 0.6}
+    made = []
+    for wide in (torch.float32, torch.float64):
+        tuned = alike().to(dtype).to(wide if wide == torch.float64 else dtype)
+        lora_fx.combine(tuned, WEIGHTS, adapter="ab", method=method, seed=4, **options)
+        layer = tuned.blocks[0].q
+        made.append(layer.lora_B["ab"].weight.double() @ layer.lora_A["ab"].weight.double())
+    assert (made[0] - made[1]).norm() < 1e-6 * made[1].norm()
+
+
 def test_the_majority_may_be_counted():
     tuned = alike()
     lora_fx.combine(tuned, WEIGHTS, adapter="ab", method="ties", density=0.6, majority="frequency")
@@ -162,6 +175,13 @@ def test_a_combined_adapter_is_saved_dropped_and_frozen_like_any(tmp_path):
         ({"method": "ties", "density": 1.5}, r"density is 1\.5"),
         ({"density": 0.5}, "prunes nothing"),
         ({"r": 3}, "r is 3"),
+        ({"method": "svd", "r": 1.5}, r"r is 1\.5"),
+        ({"method": "svd", "r": "2"}, "r is '2'"),
+        ({"method": "ties", "density": "half"}, "density is 'half'"),
+        ({"method": "dare", "density": 0.5, "seed": None}, "seed is None"),
+        ({"trainable": None}, "trainable is None"),
+        ({"adapter": 3}, "cannot be called 3"),
+        ({"adapters": 3}, "adapters must be a name.*found int"),
         ({"majority": "most"}, "majority is 'most'"),
     ],
 )

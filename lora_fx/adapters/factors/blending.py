@@ -54,7 +54,7 @@ class Blend:
 
 
 def truncated(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Return the nearest product of rank r to B A, without forming it: (U Σ, Vᵀ), in the dtype of B.
+    """Return the nearest product of rank r to B A, without forming it: (U Σ, Vᵀ), in float64.
 
     Args:
         B: [.., out, ranks].
@@ -65,17 +65,17 @@ def truncated(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """
     left, right = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().mT)
     U, S, V = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
-    return _of_rank(left.Q @ U * S.unsqueeze(-2), V @ right.Q.mT, r, B.dtype)
+    return _of_rank(left.Q @ U * S.unsqueeze(-2), V @ right.Q.mT, r)
 
 
 def truncated_matrix(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Return the nearest product of rank r to a matrix [.., out, in]: (U Σ, Vᵀ)."""
+    """Return the nearest product of rank r to a matrix [.., out, in]: (U Σ, Vᵀ), in float64."""
     U, S, V = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return _of_rank(U * S.unsqueeze(-2), V, r, matrix.dtype)
+    return _of_rank(U * S.unsqueeze(-2), V, r)
 
 
-def _of_rank(B: Tensor, A: Tensor, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _of_rank(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
     there = min(r, B.shape[-1])
     first, second = B.new_zeros(*B.shape[:-1], r), A.new_zeros(*A.shape[:-2], r, A.shape[-1])
     first[..., :there], second[..., :there, :] = B[..., :there], A[..., :there, :]
-    return first.to(dtype), second.to(dtype)
+    return first, second

@@ -28,13 +28,15 @@ from lora_fx.models.wrappers import seen_through
 from lora_fx.planning.decide import decide, on_modules
 from lora_fx.planning.plan import Plan
 from lora_fx.planning.planned import Inventory
+from lora_fx.rules.given import is_whole
+from lora_fx.rules.keys import RANK
 from lora_fx.rules.peftwords import answering_peft
 from lora_fx.rules.reader import read_rules
 from lora_fx.rules.ruleset import RuleSet
 from lora_fx.rules.short import Target, rules_or_short
 from lora_fx.text import listing
 from lora_fx.tuned.build import check_refusals, record_in, whole_record_in
-from lora_fx.tuned.several import adapters_called, attach_more, changing, refuse_name
+from lora_fx.tuned.several import adapters_called, attach_more, changing, check_trainable, refuse_name
 from lora_fx.tuned.undo import removed
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | RuleSet | nn.Module
@@ -89,6 +91,9 @@ def add(
 @one_at_a_time
 def _add(tuned: nn.Module, given: Source, adapter: str | None, rank: int | None, trainable: bool) -> None:
     record = whole_record_in(tuned)
+    if adapter is not None:
+        refuse_name(adapter, record.switch.names)
+    check_trainable(trainable)
     with apart(tuned), collected_later(), normal_tensors():
         if _is_directory(given):
             _add_read(tuned, record, read_adapters(given), adapter, rank, trainable)  # type: ignore[arg-type]
@@ -197,6 +202,8 @@ def _of_rank(plan: Plan, rank: int | None) -> Plan:
     loras = {site.path: site.lora for site in plan.sites if site.lora is not None}
     if rank is None:
         return plan
+    if not is_whole(rank, 1, RANK["maximum"]):
+        raise ValueError(f"rank is {rank!r}; it must be a rank from 1 to {RANK['maximum']}")
     above = [f"{path} has rank {lora.r}" for path, lora in loras.items() if lora.r > rank]
     if above:
         raise ValueError(f"rank is {rank}, and {listing(above)}")

@@ -19,6 +19,18 @@ _MOVED = ".lora-fx-save"
 _LOCK = f"{_MOVED}.lock"
 
 
+def folder_of(directory: object) -> Path:
+    """Return the path of an adapter's folder.
+
+    Raises:
+        ValueError: it is no path.
+    """
+    given = os.fspath(directory) if isinstance(directory, os.PathLike) else directory
+    if not isinstance(given, str):
+        raise ValueError(f"the directory of an adapter must be a path, found {type(directory).__name__}")
+    return Path(given)
+
+
 def file_in(folder: Path, *names: str) -> Path:
     """Return where a file of an adapter's folder is: in the hidden one, if a save was killed while it moved it."""
     moved = folder.joinpath(_MOVED, *names)

@@ -7,11 +7,10 @@ import os
 import time
 from collections.abc import Sequence
 from operator import is_
-from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_fx.files.adapter.folder import file_in
+from lora_fx.files.adapter.folder import file_in, folder_of
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.fingerprint import SampledWeights
 from lora_fx.models.together import Alike
@@ -32,12 +31,12 @@ def stamp_of(folder: str | os.PathLike[str]) -> Stamp | None:
     None where that is not sure: they have just been written, are not there, or the system lets nobody replace a file
     that is open.
     """
+    root, found = folder_of(folder), list[int]()
     if os.name == "nt":
         return None
-    found: list[int] = []
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         try:
-            with open_regular(file_in(Path(folder), name)) as file:
+            with open_regular(file_in(root, name)) as file:
                 status = os.fstat(file.fileno())
         except (OSError, UnreadableError):
             return None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.configuration import Configuration, read_configuration
-from lora_fx.files.adapter.folder import file_in
+from lora_fx.files.adapter.folder import file_in, folder_of
 from lora_fx.files.adapter.header import read_header
 from lora_fx.files.adapter.names import (
     CONFIG_FILE,
@@ -85,7 +85,7 @@ def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFile]:
     Raises:
         AdapterFileError: missing, truncated, damaged, foreign or contradictory files; says which and how.
     """
-    folder = Path(directory)
+    folder = folder_of(directory)
     first = _read(folder)
     return [first, *(_read(folder, name) for name in first.header.others)]
 

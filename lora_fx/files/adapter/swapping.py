@@ -64,6 +64,8 @@ def swap(tuned: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
     """
     tuned = seen_through(tuned)
     is_whole = any(switch.whole for switch in known_switches(tuned, adapter))
+    if isinstance(source, Mapping) and not all(issubclass(kind, str) for kind in set(map(type, source))):
+        raise ValueError("a state has tensors by name, and keys of this one are no names")
     stamp = None if isinstance(source, Mapping) or is_whole else stamp_of(source)
     if not is_whole and (plain := _plain(tuned, source, adapter, stamp)) is not None:
         with between_calls(tuned):

@@ -15,7 +15,7 @@ from lora_fx.adapters.placed import base_in, is_trained, placed_in
 from lora_fx.adapters.trained import added_tensors
 from lora_fx.errors import AdapterFileError, LoraFxWarning
 from lora_fx.files.adapter.describe import Described, describe
-from lora_fx.files.adapter.folder import replace_files
+from lora_fx.files.adapter.folder import folder_of, replace_files
 from lora_fx.files.adapter.names import CONFIG_FILE, WEIGHTS_FILE
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.between import unchanged
@@ -48,7 +48,7 @@ def save(tuned: nn.Module, directory: str | os.PathLike[str], adapter: str | Non
         RefusedError: the model is not adapted; or another adapter's rules train biases of the model itself.
         AdapterFileError: the directory cannot be written, or the adapter has no values; on every process.
     """
-    given, folder = resharded(seen_through(tuned)), Path(directory)
+    given, folder = resharded(seen_through(tuned)), folder_of(directory)
     _refuse_partitioned(given, folder)
     tuned = with_values(given)
     whole = ((name, get_tensor(tuned, name)) for name in trained_parameters(tuned))

@@ -1,0 +1,25 @@
+"""Numbers that a caller gives: True and False are none, and NaN is in no range."""
+
+import math
+import sys
+from numbers import Real
+from typing import Any
+
+_LARGEST = sys.float_info.max
+
+
+def is_whole(value: object, lowest: float = -math.inf, highest: float = math.inf) -> bool:
+    """Whether it is an integer from the lowest to the highest."""
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
+
+
+def is_number(value: object, above: float = -math.inf, highest: float = _LARGEST) -> bool:
+    """Whether it is a finite number above one and at most another.
+
+    >>> is_number(0.5, above=0), is_number(0, above=0), is_number(10**400), is_number(True), is_number("1")
+    (True, False, False, False, False)
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):  # NumPy's are Real
+        return False
+    number: Any = value
+    return bool(-_LARGEST <= number <= _LARGEST and above < number <= highest)
