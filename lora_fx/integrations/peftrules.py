@@ -137,13 +137,25 @@ def _excluding(config: Configuration) -> Iterator[RuleDict]:
 def _of_attention(rule: RuleDict) -> RuleDict:
     """Return a rule for what PEFT adapts together with a torch.nn.MultiheadAttention that is a target."""
     names = [
-        rf"{EXPRESSION_PREFIX}({name.removeprefix(EXPRESSION_PREFIX)})\.out_proj"
+        rf"{EXPRESSION_PREFIX}({_without_anchors(name.removeprefix(EXPRESSION_PREFIX))})\.out_proj"
         if name.startswith(EXPRESSION_PREFIX)
         else f"{name}.out_proj"
         for name in rule["match"]["name"]
     ]
     lora = {"lora": {**rule["lora"]}} if "lora" in rule else {}
     return {**rule, "name": f"{rule['name']} (torch's attention)", "match": {"name": names}, **lora, "expect": "any"}
+
+
+def _without_anchors(expression: str) -> str:
+    """Return an expression that more may be put around: `^` and `$` of one that must match a whole name say nothing.
+
+    >>> _without_anchors("^model[.].*_proj$"), _without_anchors(r"a\\$")
+    ('model[.].*_proj', 'a\\\\$')
+    """
+    inside = expression.removeprefix("^")
+    ended = inside.removesuffix("$")
+    is_escaped = (len(ended) - len(ended.rstrip("\\"))) % 2 == 1
+    return inside if is_escaped else ended
 
 
 def _expression_rules(config: Configuration) -> Iterator[RuleDict]:

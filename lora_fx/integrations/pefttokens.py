@@ -9,6 +9,7 @@ from lora_fx.discovery.tables import tables_in
 from lora_fx.errors import RefusedError
 from lora_fx.files.adapter.configuration import Configuration
 from lora_fx.files.adapter.tokens import ROWS, ties_it
+from lora_fx.models.ties import input_embeddings
 from lora_fx.rules.patterns import glob_of
 from lora_fx.text import listing
 
@@ -53,8 +54,7 @@ def _targets(config: Configuration, model: nn.Module) -> Iterator[tuple[str, tup
     """Yield (path, ids) of the modules that PEFT would train rows of; the first name that means a module counts."""
     rows = config.token_rows
     if isinstance(rows, tuple):
-        asked = getattr(model, "get_input_embeddings", None)
-        inputs = asked() if callable(asked) else None
+        inputs = input_embeddings(model) if rows else None
         own = next((path for path, module in model.named_modules() if module is inputs), _USUAL)
         rows = {own: rows} if rows else {}
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]

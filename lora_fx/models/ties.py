@@ -49,6 +49,16 @@ def memory_of(tensor: Tensor) -> object:
         return id(tensor)
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return what a transformers model calls its input embeddings; None if it has none, as a model of images."""
+    asked = getattr(model, "get_input_embeddings", None)
+    try:
+        found = asked() if callable(asked) else None
+    except NotImplementedError:  # which transformers raises where its class does not say
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def says_tied(model: nn.Module) -> bool:
     """Whether a transformers model declares weights as tied that are not one: loading what it saves would tie them."""
     for module in modules_of(model):

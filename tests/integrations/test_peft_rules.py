@@ -72,6 +72,37 @@ def test_rules_choose_what_peft_chooses_or_both_refuse(kind, seed):
         assert of_rules(model, lora_fx.rules_from_peft(config), strict=False) == (sites, whole)
 
 
+@pytest.mark.parametrize(
+    "expression",
+    [r"^.*\.(q|v)_proj$", r".*(?:q_proj)$", "^model.layers.1.self_attn.q_proj", r".*\.q_proj|.*\.1\..*v_proj$"],
+)
+@pytest.mark.parametrize("with_model", [True, False])
+def test_anchors_of_an_expression_say_nothing(expression, with_model):
+    model, config = llama(), peft.LoraConfig(r=2, target_modules=expression)
+    rules = lora_fx.rules_from_peft(config, model if with_model else None)
+    assert of_rules(model, rules, strict=False) == of_peft(model, config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["convolution"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*layer\.[02]\.convolution", "rank_pattern": {r"stages\.0\..*": 5}},
+        {"target_modules": ["convolution"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["convolution"], "exclude_modules": ["shortcut.convolution"], "use_dora": True},
+        {"target_modules": ["classifier.1"], "modules_to_save": ["normalization"]},
+    ],
+    ids=str,
+)
+def test_models_of_images_without_input_embeddings_are_read_as_well(settings):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "num_labels": 3}
+    model, config = ResNetForImageClassification(ResNetConfig(**sizes)), peft.LoraConfig(r=4, **settings)
+    assert of_rules(model, lora_fx.rules_from_peft(config, model)) == of_peft(model, config)
+
+
 def test_targets_of_every_model_type_are_those_of_peft():
     assert DEFAULT_TARGETS == TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 

@@ -69,7 +69,7 @@ def drawn(seed: int, model: nn.Module) -> peft.LoraConfig:
     settings: dict[str, Any] = {"r": draw.choice([2, 4]), "lora_alpha": draw.choice([4, 16])}
     form = draw.choice(["ends", "ends", "ends", "layers", "expression", "all-linear", "banks"])
     if form == "expression":
-        settings["target_modules"] = rf"(.*\.)?({'|'.join(ends(3))})"
+        settings["target_modules"] = rf"{draw.choice(['', '^'])}(.*\.)?({'|'.join(ends(3))}){draw.choice(['', '$'])}"
     elif form == "all-linear":
         settings["target_modules"] = "all-linear"
     else:

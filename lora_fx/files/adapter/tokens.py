@@ -17,7 +17,7 @@ from lora_fx.files.adapter.biases import at_hand
 from lora_fx.files.adapter.names import begins_in, rows_key
 from lora_fx.files.adapter.read import AdapterFile
 from lora_fx.models.swap import original_class
-from lora_fx.models.ties import says_tied
+from lora_fx.models.ties import input_embeddings, says_tied
 from lora_fx.models.wrappers import module_at, without_wrappers
 from lora_fx.planning.planned import EmbeddingTable, TrainedRows
 from lora_fx.text import listing
@@ -72,8 +72,7 @@ def saved_rows(tuned: nn.Module, adapter: str) -> SavedRows:
 def ties_it(model: nn.Module, path: str) -> bool:
     """Whether PEFT gives the rows of an embedding to all that the model declares as tied to it."""
     flag = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    asked = getattr(model, "get_input_embeddings", None)
-    return bool(flag) and callable(asked) and asked() is module_at(model, path)
+    return bool(flag) and input_embeddings(model) is module_at(model, path)
 
 
 def _unlike_peft(model: nn.Module, path: str) -> Iterator[tuple[str, str]]:
