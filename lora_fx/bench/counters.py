@@ -116,9 +116,9 @@ class Tally(DispatchMode):  # type: ignore[no-untyped-call]
         before = {tensor.untyped_storage()._cdata for tensor in given}
         result = self.call(func, args, kwargs or {})
         self.calls += 1
-        formula = FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += self.share(func, given, formula(*args, **(kwargs or {}), out_val=result))
+        flops = self.computes(func, args, kwargs or {}, result)
+        if flops:
+            self.flops += self.share(func, given, flops)
         made = operands((result,))
         for tensor in made:
             self._add(tensor, before)
@@ -129,6 +129,10 @@ class Tally(DispatchMode):  # type: ignore[no-untyped-call]
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Return what an operator does."""
         return func(*args, **kwargs)
+
+    def computes(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Return the FLOPs of an operator that has just run."""
+        return flops_of(func, args, kwargs, result)
 
     def share(self, func: Any, given: list[Tensor], flops: int) -> int:
         """Return how many of the FLOPs of an operator count."""
@@ -157,6 +161,12 @@ class Tally(DispatchMode):  # type: ignore[no-untyped-call]
     def gone(self, key: int) -> None:
         """Forget a storage that is no more."""
         self.live -= self._known.pop(key, 0)
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Return the FLOPs of an operator; 0 for one that multiplies nothing."""
+    formula = FORMULAS.get(func._overloadpacket)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=result)
 
 
 def operands(values: Iterable[Any]) -> list[Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_fx.api import Rules
-from lora_fx.bench.counters import no_collection
 from lora_fx.bench.subjects import loss_of
+from lora_fx.capture.calls.ambient import no_collections
 from lora_fx.discovery.study import planned_for
 from lora_fx.errors import RefusedError
 from lora_fx.meshes.groups import NOTHING, Groups, groups_of
@@ -235,7 +235,7 @@ class _Counted:
         for module in wrapped:
             module.forward = _checkpointed(module.forward)
         try:
-            with torch.enable_grad(), no_collection(), device, KernelAttention():
+            with torch.enable_grad(), no_collections(), device, KernelAttention():
                 output: Any = self.tuned(*sample.args, **sample.kwargs)
                 loss = loss_of(output)
                 if of is not None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lora_fx.bench.counters import Tally
+from lora_fx.bench.counters import Tally, flops_of
 from lora_fx.meshes.numbers import KnownNumbers
+from lora_fx.meshes.remembered import RememberedKernels
 from lora_fx.models.torch_internals import pytree
 
 _ATEN = torch.ops.aten
@@ -37,6 +38,7 @@ class OneDevice(Tally):  # type: ignore[no-untyped-call]
         super().__init__()
         self._tp = tp
         self.numbers = KnownNumbers()
+        self._kernels, self._flops = RememberedKernels(_run, flops_of), 0
         self.gathered = self.most = 0
         """Bytes that are gathered now, and the most that were live at once with what was gathered then."""
         self.seen: Callable[[OneDevice, list[Tensor], list[Tensor]], None] | None = None
@@ -53,12 +55,13 @@ class OneDevice(Tally):  # type: ignore[no-untyped-call]
         return result
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return what an operator does; torch's groups of products are for bfloat16 alone on the meta device."""
-        if func is _ATEN._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            a, b = args[:2]
-            groups = [len(args[2])] if a.dim() == b.dim() == 2 else [len(a)] if a.dim() == b.dim() else []
-            return a.new_empty(*groups, a.shape[-2], b.shape[-1])
-        return func(*args, **kwargs)
+        """Return what an operator does."""
+        result, self._flops = self._kernels.call(func, args, kwargs)
+        return result
+
+    def computes(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Return the FLOPs of the operator that was just called."""
+        return self._flops
 
     def share(self, func: Any, given: list[Tensor], flops: int) -> int:
         """Of an operator on parts each device computes its part."""
@@ -120,6 +123,15 @@ class OneDevice(Tally):  # type: ignore[no-untyped-call]
     def gathering(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Return a layer's output whole: a hook for layers whose outputs are gathered."""
         return pytree.tree_map_only(Tensor, lambda tensor: _gathered(tensor, self), output)
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return what an operator does; torch's groups of products are for bfloat16 alone on the meta device."""
+    if func is _ATEN._grouped_mm.default and args[0].dtype != torch.bfloat16:
+        a, b = args[:2]
+        groups = [len(args[2])] if a.dim() == b.dim() == 2 else [len(a)] if a.dim() == b.dim() else []
+        return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+    return func(*args, **kwargs)
 
 
 class _Gathered(torch.autograd.Function):
