@@ -6,6 +6,7 @@ place of adapted ones.
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lora_fx.files.adapter.write import by_one_process, save
 from lora_fx.files.atomic import write_files
 from lora_fx.files.values import canonical_safetensors
 from lora_fx.models.fsdp import resharded
-from lora_fx.models.shards import sharded_names, whole
+from lora_fx.models.shards import is_sharded, sharded_names, whole
 from lora_fx.models.swap import MADE_BY, Swapped, swap
 from lora_fx.models.tensors import borrowed
 from lora_fx.models.walking import modules_of
@@ -99,7 +100,7 @@ class AdaptedModel(Swapped, nn.Module):
             push_to_hub: refused.
 
         Raises:
-            RefusedError: `push_to_hub`.
+            RefusedError: `push_to_hub`; or `state_dict` holds parts, which the main process would wait for alone.
             AdapterFileError: as `lora_fx.save`.
         """
         if push_to_hub:
@@ -112,6 +113,7 @@ class AdaptedModel(Swapped, nn.Module):
             return  # of shards that nobody has gathered, every process has to give its part
         wanted = {id(parameter) for parameter in held(self)}
         given = state_dict or {}
+        _refuse_parts(given)
         values = {
             name: nn.Parameter(given.get(name, torch.empty(p.shape, dtype=p.dtype, device="meta")), p.requires_grad)
             for name, p in self.named_parameters(remove_duplicate=False)
@@ -120,6 +122,16 @@ class AdaptedModel(Swapped, nn.Module):
         with borrowed(self, values):
             write = write_checkpoint if _has(type(self), "get_input_embeddings") else save
             write(self, Path(save_directory))
+
+
+def _refuse_parts(state: Mapping[str, Tensor]) -> None:
+    parts = [(name, "is a DTensor") for name, tensor in state.items() if is_sharded(tensor)]
+    if parts:
+        raise RefusedError(
+            "the state_dict holds parts of tensors, and other processes, which hold the rest, may not come by",
+            parts[:8],
+            "gather it (`StateDictOptions(full_state_dict=True)`), or leave it out and let every process call this",
+        )
 
 
 class AdaptedTokens(Swapped, nn.Module):

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_fx.integrations.pretrained import write_checkpoint
+from lora_fx.models.fsdp import has_parts
 from lora_fx.training.recorder import Recorder
 
 _IGNORED = "_keys_to_ignore_on_save"
@@ -36,8 +37,8 @@ class AdapterCheckpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Write the adapter into the checkpoint that the Trainer has just written."""
-        if state.is_world_process_zero:
+        """Write the adapter into the checkpoint that the Trainer has just written; every process has its shards."""
+        if state.is_world_process_zero or has_parts(model):
             write_checkpoint(model, Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
 
 

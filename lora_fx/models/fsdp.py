@@ -7,6 +7,7 @@ they were sharded; what is given to callers is sharded again by it.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ class Sharding:
     """Of those that were DTensors before (tensor parallel): on which mesh, and how they were placed there."""
     meshes: frozenset[Any]
     """On which the shards are; what tensor parallelism alone has split is on others."""
+    methods: tuple[tuple[str, str], ...] = ()
+    """What `register_fsdp_forward_method` was called on: paths of modules, names of methods."""
     problem: str = ""
     """Why it cannot be done again."""
 
@@ -157,6 +160,7 @@ def sharding_of(model: nn.Module) -> Sharding | None:
         along={name: p.fsdp_placement for name, p in held.items() if p.fsdp_placement.dim != 0},
         before={name: spec for name, p in held.items() if (spec := _placed_before(p)) is not None},
         meshes=meshes,
+        methods=tuple((path, name) for path, module in model.named_modules() for name in _registered_on(module)),
         problem=next(filter(None, problems), ""),
     )
 
@@ -268,12 +272,17 @@ def plain_shell(module: nn.Module) -> nn.Module | None:
     Tables of submodules, parameters and buffers are the module's own: for `copy.deepcopy`, which copies them.
     """
     own = vars(module)
-    hooks = {name: kept for name in _HOOKS if (kept := _without_hooks(own.get(name))) is not None}
+    hooks = {name: table for name in _HOOKS if (table := _without_hooks(own.get(name))) is not None}
     if not hooks and not any(name in own for name in _MARKS) and not is_fully_sharded(module):
         return None
     kind, mixins = layers_of(type(module))
     shell: nn.Module = object.__new__(_class_before(kind))
-    vars(shell).update({name: value for name, value in own.items() if not is_mark(name)} | hooks)
+    left_out = _registered_on(module)
+    kept = {name: value for name, value in own.items() if not is_mark(name) and name not in left_out}
+    for name, value in kept.items():  # a method bound to the sharded module would be copied with it
+        if isinstance(value, MethodType) and value.__self__ is module:
+            kept[name] = MethodType(value.__func__, shell)
+    vars(shell).update(kept | hooks)
     for mixin in mixins:
         swap(shell, mixin)
     return shell
@@ -289,6 +298,13 @@ def _class_before(kind: type) -> type:
 def is_mark(name: str) -> bool:
     """Whether FSDP2 keeps something of its own in an attribute of this name."""
     return name in _MARKS or str(name).startswith(_STATES)
+
+
+def _registered_on(module: nn.Module) -> list[str]:
+    """Return the names of the methods that `register_fsdp_forward_method` has replaced on a module."""
+    own = {name: value for name, value in vars(module).items() if isinstance(value, MethodType)}
+    homes = {name: str(getattr(value.__func__, "__globals__", {}).get("__name__", "")) for name, value in own.items()}
+    return [name for name, home in homes.items() if home.startswith("torch.distributed.fsdp.")]
 
 
 def _without_hooks(table: Any) -> Any:

@@ -35,7 +35,7 @@ def sharded_again(model: nn.Module) -> nn.Module:
         )
     del vars(model)[SHARDING]
     shards = _with_empty_places(model, how)
-    fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
+    library = importlib.import_module("torch.distributed.fsdp")
     named = list(model.named_parameters(remove_duplicate=False))
     ignored = {parameter for name, parameter in named if name in how.apart}
     along = {id(parameter): how.along[name] for name, parameter in named if name in how.along}
@@ -45,7 +45,10 @@ def sharded_again(model: nn.Module) -> nn.Module:
         if inside:
             one_or_all = inside[0] if len(inside) == 1 else inside
             placed: Callable[[nn.Parameter], Any] | None = (lambda p: along.get(id(p))) if along else None
-            fully_shard(one_or_all, **group.options, shard_placement_fn=placed, ignored_params=ignored or None)
+            library.fully_shard(one_or_all, **group.options, shard_placement_fn=placed, ignored_params=ignored or None)
+    for path, name in how.methods:
+        if path in modules and name not in vars(modules[path]):  # of a model that was taken apart they are there
+            library.register_fsdp_forward_method(modules[path], name)
     _put_back(model, shards)
     return model
 

@@ -118,6 +118,7 @@ def test_trainers_save_from_every_process_or_from_the_main_one_with_gathered_val
         saved = rank["llama checkpointed"]["auto"]
         assert sorted(saved["every"]) == ["adapter_config.json", "adapter_model.safetensors", "model.safetensors"]
         assert saved["every"] == saved["main"]
+    assert "the state_dict holds parts of tensors" in ranks[0]["llama checkpointed"]["auto"]["parts"]
 
 
 def test_what_is_trained_in_another_dtype_has_a_group_of_its_own(ranks):

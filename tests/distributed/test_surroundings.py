@@ -45,6 +45,15 @@ def test_offloaded_shards_train_and_are_saved_merged_and_removed_as_a_whole_mode
             assert [name for name in expected if not torch.equal(mine[name], expected[name])] == []
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_methods_that_fsdp_is_told_of_stay_so_on_whatever_comes_back(ranks, order):
+    for rank in ranks:
+        found = rank["registered"][order]
+        assert found.pop("bound") == [True, True, True]
+        for what, pair in found.items():
+            torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6, msg=lambda text, what=what: f"{what}: {text}")
+
+
 @pytest.mark.parametrize("name", [*surroundings.SCHEDULES, "traced"])
 def test_stages_of_each_schedule_train_as_one_process(ranks, name):
     found = [rank["schedules"][name] for rank in ranks]

@@ -23,6 +23,7 @@ from tests.support.sharded import (
     adapted,
     alike,
     files,
+    refusal,
     rule,
     sharded,
     tokens,
@@ -167,5 +168,7 @@ def _saved_by_trainers(tuned: Any, folder: Path) -> dict[str, Any]:
     tuned.save_pretrained(folder / "every")
     state = get_model_state_dict(tuned, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     tuned.save_pretrained(folder / "main", is_main_process=dist.get_rank() == 0, state_dict=state)
+    alone = dist.get_rank() == 0
+    parts = refusal(lambda: tuned.save_pretrained(folder / "parts", alone, tuned.state_dict())) if alone else ""
     dist.barrier()
-    return {"every": files(folder / "every"), "main": files(folder / "main")}
+    return {"every": files(folder / "every"), "main": files(folder / "main"), "parts": parts}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, register_fsdp_forward_method
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -22,6 +23,7 @@ import lora_fx
 from tests.support.aftershards import steps_of
 from tests.support.sharded import (
     Block,
+    Tokens,
     adapted,
     alike,
     all_of,
@@ -42,6 +44,7 @@ def by_two(folder: Path) -> dict[str, Any]:
         "parallel": {name: _data_parallel(options) for name, options in OPTIONS.items()} | {"of one": of_one},
         "prepared": _prepared(),
         "offloaded": {name: _offloaded(later, folder / name) for name, later in (("before", False), ("after", True))},
+        "registered": {name: _registered(later, folder) for name, later in (("before", False), ("after", True))},
         "schedules": {name: _scheduled(name) for name in SCHEDULES} | {"traced": _traced()},
     }
 
@@ -69,6 +72,49 @@ def _prepared() -> dict[str, Any]:
     tuned = alike(lora_fx.apply(wrapped.module, RULES, (tokens(),)), adapted(RULES).state_dict())
     losses = steps_of(DistributedDataParallel(tuned), tokens, 5, together=False)
     return {"asked": refusal(lambda: lora_fx.apply(wrapped, RULES, (tokens(),))), "losses": losses}
+
+
+# -- methods that are called in the place of the forward
+
+
+class Scored(Tokens):
+    """The same with a method that FSDP2 is told of, as trainers do of `generate`."""
+
+    def scores(self, tokens: Tensor) -> Tensor:
+        return self(tokens).softmax(-1) + self.norm.weight.sum()
+
+
+def _registered(later: bool, folder: Path) -> dict[str, Any]:
+    """Whatever comes back has the method, and what is bound to an instance by others is bound to what comes back."""
+    model, whole_model = (_scored() for _ in range(2))
+    same = alike(lora_fx.apply(whole_model, RULES, (tokens(),)), adapted(RULES).state_dict())
+    tuned = _told(sharded(model)) if later else alike(lora_fx.apply(model, RULES, (tokens(),)), same.state_dict())
+    if later:
+        lora_fx.save(same, folder / f"scored {dist.get_rank()}")
+        tuned = lora_fx.load(tuned, folder / f"scored {dist.get_rank()}", (tokens(),))
+    else:
+        tuned = _told(sharded(tuned))
+    given: Any = tokens(2)
+    lora_fx.save(tuned, folder / f"registered {later}")
+    expected = {"tuned": same, "merged": lora_fx.merge(same), "removed": lora_fx.remove(same)}
+    found = {"tuned": tuned, "merged": lora_fx.merge(tuned), "removed": lora_fx.remove(tuned)}
+    lora_fx.add(tuned, {"version": 1, "rules": [rule("head")]}, adapter="b")
+    lora_fx.drop(tuned, "b")
+    with torch.no_grad():
+        return {name: (one.scores(given), expected[name].scores(given)) for name, one in found.items()} | {
+            "bound": [one.mine() is one for one in found.values()]
+        }
+
+
+def _scored() -> Scored:
+    torch.manual_seed(3)
+    return Scored()
+
+
+def _told(model: Any) -> Any:
+    register_fsdp_forward_method(model, "scores")
+    model.mine = MethodType(lambda own: own, model)
+    return model
 
 
 # -- parameters that wait elsewhere
