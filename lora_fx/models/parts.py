@@ -24,7 +24,7 @@ from lora_fx.models.walking import modules_of
 PART = "lora_fx_part"
 """Attribute of a layer that holds one process's part of its weight as a plain tensor: the LayerPart."""
 _TABLES = ("_forward_pre_hooks", "_forward_hooks")
-_HOOKS = (*_TABLES, "_backward_hooks", "_backward_pre_hooks")
+HOOKS = (*_TABLES, "_backward_hooks", "_backward_pre_hooks")
 _HOMES = ("torch.distributed.tensor.parallel.style", "transformers.distributed.tensor_parallel")
 """Modules of the styles that are known."""
 _WAYS = {
@@ -92,7 +92,7 @@ def _around(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    return [hook for name in _HOOKS for hook in vars(module)[name].values()]
+    return [hook for name in HOOKS for hook in vars(module)[name].values()]
 
 
 def _told_by_forward(layer: nn.Module) -> tuple[str, str, str, Any] | None:

@@ -39,7 +39,7 @@ from lora_fx.regions.learning import capture_new, prove_waiting, recall
 from lora_fx.regions.leavingout import answered, answered_late, unproven, wants_all
 from lora_fx.regions.packing import RowTally, uncounted
 from lora_fx.regions.program import Program
-from lora_fx.regions.splitblock import LEARN, OTHERS, SplitBlock, split_of
+from lora_fx.regions.splitblock import CHANGED, LEARN, OTHERS, SplitBlock, split_of
 from lora_fx.regions.thin import Purpose, ThinLinears
 
 MOST_GRAPHS = 16
@@ -218,12 +218,12 @@ class Region:
 
     def miss(self, call: ModuleCall) -> Any:
         """Run the module's own forward; if worth while, prove or capture a graph for such calls afterwards."""
-        if not self.enabled or is_off(self):
-            return call.by_forward()
         split = split_of(call.module, self.block)
-        if isinstance(split, SplitBlock):
+        if isinstance(split, SplitBlock):  # what one process alone is told to leave does not part it from the others
             self.split, self.block, self.mine = split, split.programs, []
             return self.answer_split(call)
+        if not self.enabled or is_off(self):
+            return call.by_forward()
         block_called(self.number, self.path)
         with self._unseen():
             self.misses[split or self.why_missed(call)] += 1
@@ -253,18 +253,22 @@ class Region:
         """Return what a call gives: by a graph of what this process computes of it, or by the forward, as all do."""
         split = self.split
         assert split is not None
-        if not split.holds(call.module):
-            self.be_whole()
-            return call.module.forward(*call.args, **call.kwargs)
         args, kwargs = pytree.tree_map_only(LazyRows, whole, (call.args, call.kwargs))
         if not sends((*args, *kwargs.values())):
             return call.by_forward()
-        here = ModuleCall(split.here(call.module), call.forward, args, kwargs)
+        kept = split.here(call.module)
+        if kept is None and split.stays(call.module):
+            self.misses[split.why or CHANGED] += 1
+            return call.forward(*args, **kwargs)
+        if kept is None:
+            self.be_whole()
+            return call.module.forward(*args, **kwargs)
+        here = ModuleCall(kept.module, call.forward, args, kwargs)
         on = self.enabled and not is_off(self)
-        hit, number, why = split.standing(call, here, self.find, self._may_capture, on)
+        hit, number, why = split.standing(here, kept.hooked, self.find, self._may_capture, on)
         agreed = split.agrees(number)
         if agreed and number == LEARN and self._learn_split(split, call):
-            hit, number, why = split.standing(call, here, self.find, self._may_capture, on)
+            hit, number, why = split.standing(here, kept.hooked, self.find, self._may_capture, on)
             agreed = split.agrees(number)
         if hit is None or not agreed:
             self.hits -= hit is not None

@@ -8,9 +8,10 @@ one of them alone has lets all run the forward.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fx.adapters.attach import attached_to, shown_parameters
@@ -23,57 +24,92 @@ from lora_fx.capture.calls.ambient import RandomState
 from lora_fx.capture.calls.reasons import reason_of
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.liveness.rows import LazyRows, whole
+from lora_fx.models.keptparts import KeptParts
 from lora_fx.models.layers import linear_layout
-from lora_fx.models.parts import LayerPart, all_same, has_own_hooks, has_style, is_split_so, on_parts_of, part_of_layer
+from lora_fx.models.parts import LayerPart, all_same, has_style, is_split_so, on_parts_of, part_of_layer
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.shards import is_sharded
 from lora_fx.models.torch_internals import checkpointing, in_backward, pytree
 from lora_fx.models.walking import named_modules_of
 from lora_fx.regions.blocks import BlockPrograms
 from lora_fx.regions.candidates import structure_of
-from lora_fx.regions.checking import ModuleCall, Replay
+from lora_fx.regions.checking import REGION, ModuleCall, Replay
 from lora_fx.regions.learning import capture_new, prove_waiting
 from lora_fx.regions.program import CALLS, COMPILE, LIVENESS, LOSS, Program
 
 OTHERS = "another process that shares its layers cannot do so"
 OTHERWISE = "otherwise than a linear by ColwiseParallel() or RowwiseParallel()"
+CHANGED = "its layers are not split as they were"
 _APART = {COMPILE, LIVENESS, LOSS}
 """Optimisations that split blocks do without: what they do depends on values, or on what only one process knows."""
-FORWARD, LEARN, PROGRAMS = range(3)
-"""What a process can do with a call, as a number; from the last on it is that of a program."""
+GONE, NEVER, FORWARD, LEARN, PROGRAMS = range(5)
+"""What a process can do with a call, as a number; from the last on it is that of a program.
+
+The layers are not split as they were; no graph can be of them as they are; none can be of this call.
+"""
 _Find = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Program, tuple[Any, ...]] | None]
 _FACTORS = (LoRAFactor, MovedA, MovedB)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SplitBlock:
     """How the layers of a block are split."""
 
     parts: Mapping[str, LayerPart]
     """By the paths of the layers."""
+    mesh: Any
     before: BlockPrograms
     """Of the block as long as none of its layers is split."""
     programs: BlockPrograms
+    why: str = ""
+    """Why this process can run no graph of it."""
+    silent: bool = False
+    """Whether no process can, as all of them know: nothing is sent about it any more."""
+    kept: dict[tuple[bool, bool], KeptParts] = field(default_factory=dict)
+    """What stands for the block, with gradients and without."""
 
-    @property
-    def mesh(self) -> Any:
-        return next(iter(self.parts.values())).mesh
+    def here(self, module: nn.Module) -> KeptParts | None:
+        """Return the block on what this process has of its weights; None if it is not split as it was."""
+        if self.why:
+            return None
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        kept = self.kept.get(mode)
+        if kept is None or not kept.is_of(module):
+            if not self._holds(module):
+                return None
+            kept = self.kept[mode] = KeptParts(module, self.parts, REGION)
+        kept.renew()
+        return kept
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether a block's layers are split as they were."""
+    def _holds(self, module: nn.Module) -> bool:
         try:
-            return all(is_split_so(module.get_submodule(path), part) for path, part in self.parts.items())
+            layers = {path: module.get_submodule(path) for path in self.parts}
         except AttributeError:  # one of them is gone
             return False
+        return all(
+            is_split_so(layer, self.parts[path]) and not _obstacle(layer, _sharded_in(layer))
+            for path, layer in layers.items()
+        )
 
-    def here(self, module: nn.Module, alone: bool = False) -> nn.Module:
-        """Return the block on what this process has of its weights, as `on_parts_of` does."""
-        return on_parts_of(module, self.parts, alone)
+    def stays(self, module: nn.Module) -> bool:
+        """Whether a block that is split otherwise than it was, or than is known, runs its forward; else all begin anew.
+
+        Collective, once for a call as everything is: what begins anew here alone tells the others then.
+        """
+        if self.silent:
+            return True
+        found = split_of(module, self.before)
+        if not isinstance(found, SplitBlock) or found.mesh != self.mesh:
+            return not self.agrees(GONE)
+        if not found.why or found.why != self.why:
+            return False
+        self.silent = self.agrees(NEVER)
+        return True
 
     def alone(self, call: ModuleCall) -> ModuleCall:
         """Return a call of the block on these parts by which a graph is found or compared: nothing of it is sent."""
         args, kwargs = pytree.tree_map_only(LazyRows, whole, (call.args, call.kwargs))
-        return ModuleCall(self.here(call.module, alone=True), call.forward, args, kwargs)
+        return ModuleCall(on_parts_of(call.module, self.parts, True), call.forward, args, kwargs)
 
     def uses_rows(self, module: nn.Module) -> bool:
         """Whether adapters are chosen row by row, which split layers refuse."""
@@ -82,24 +118,23 @@ class SplitBlock:
         return first is not None and first.chosen_rows() is not None
 
     def standing(
-        self, call: ModuleCall, here: ModuleCall, find: _Find, may_learn: Callable[[ModuleCall], bool], on: bool
+        self, call: ModuleCall, hooked: str | None, find: _Find, may_learn: Callable[[ModuleCall], bool], on: bool
     ) -> tuple[tuple[Program, tuple[Any, ...]] | None, int, str | None]:
-        """Return what fits a call, what this process can do with it as a number, and why it can do nothing.
+        """Return what fits a call on these parts, what this process can do with it, and why it can do nothing.
 
         The reason is empty if it is to be looked for, and None if there is nothing to be said.
         """
         if not on or is_watched() or self.uses_rows(call.module):
             return None, FORWARD, None
-        hooked = next((path for path in self.parts if has_own_hooks(call.module.get_submodule(path))), None)
         if hooked is not None:
             return None, FORWARD, f"there is a hook on {hooked}, which processes share"
-        hit = find(here.module, here.args, here.kwargs)
+        hit = find(call.module, call.args, call.kwargs)
         if hit is not None:
             numbers = [number for number, one in enumerate(self.programs.programs, 1) if one is hit[0]]
             at = numbers[0] if numbers else 0  # one in the place of which there is another, for more blocks
             return hit, PROGRAMS + 2 * at + hit[0].wants_proof, ""
         # what torch's checkpoint makes again must be made as before, by the forward
-        learns = not (in_backward() and checkpointing()) and may_learn(self.alone(call))
+        learns = not (in_backward() and checkpointing()) and may_learn(call)
         return None, LEARN if learns else FORWARD, ""
 
     def agrees(self, number: int) -> bool:
@@ -152,11 +187,33 @@ class SplitBlock:
 
 
 def split_of(module: nn.Module, block: BlockPrograms) -> SplitBlock | str | None:
-    """Return how the layers of a block are split; None if none is; else why it runs without a graph."""
+    """Return how the layers of a block are split; None if none is; else why it runs without a graph.
+
+    Where processes share a layer, it is what they tell each other of before each call, whether or not they can do more.
+    """
     inside = named_modules_of(module)
     found = [(path, inner, held) for path, inner in inside if (held := _sharded_in(inner))]
-    if any(not path for path, _, _ in found) or not any(has_style(inner) for _, inner, _ in found):
+    styled = [(path, inner, held) for path, inner, held in found if has_style(inner)]
+    if not styled or any(not path for path, _, _ in found):
         return None  # a layer alone gets DTensors; what else is sharded is FSDP2's
+    path, inner, held = styled[0]
+    mesh: Any = next(tensor for tensor in _tensors_of(inner) if is_sharded(tensor)).device_mesh
+    if mesh.ndim != 1:
+        return f"{path} is split {OTHERWISE}"
+    parts = _parts_of(inside, found, mesh)
+    if isinstance(parts, str):
+        return SplitBlock({}, mesh, block, BlockPrograms((), known=False), parts)
+    alone = on_parts_of(module, parts, True)
+    shared = tuple((path, part.along_outputs, part.mesh) for path, part in parts.items())
+    key = (structure_of(alone), shared)
+    passes = tuple(name for name in block.passes if name not in _APART)
+    return SplitBlock(parts, mesh, block, block.split.setdefault(key, BlockPrograms(passes, known=False)))
+
+
+def _parts_of(
+    inside: list[tuple[str, nn.Module]], found: list[tuple[str, nn.Module, list[str]]], mesh: Any
+) -> dict[str, LayerPart] | str:
+    """Return how each layer is split; or why a block runs without a graph."""
     parts: dict[str, LayerPart] = {}
     for path, inner, held in found:
         if path.rpartition(".lora_")[0] in parts:
@@ -170,13 +227,13 @@ def split_of(module: nn.Module, block: BlockPrograms) -> SplitBlock | str | None
     others = [path for path, inner in inside if path and path not in parts and has_style(inner)]
     if others:
         return f"{others[0]} is called {OTHERWISE}"
-    if len({part.mesh for part in parts.values()}) > 1:
+    if any(part.mesh != mesh for part in parts.values()):
         return "its layers are split over several meshes"
-    alone = on_parts_of(module, parts, True)
-    shared = tuple((path, part.along_outputs, part.mesh) for path, part in parts.items())
-    key = (structure_of(alone), shared)
-    passes = tuple(name for name in block.passes if name not in _APART)
-    return SplitBlock(parts, block, block.split.setdefault(key, BlockPrograms(passes, known=False)))
+    return parts
+
+
+def _tensors_of(module: nn.Module) -> list[Any]:
+    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
 
 
 def _sharded_in(module: nn.Module) -> list[str]:

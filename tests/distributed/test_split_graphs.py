@@ -93,6 +93,16 @@ def test_what_one_process_alone_does_to_a_block_lets_all_run_its_forward(ranks, 
             assert list(misses[0]) == ["another process that shares its layers cannot do so"]
 
 
+@pytest.mark.parametrize("what", splitgraphs.REPLACED)
+def test_what_stands_for_a_block_is_kept_until_something_in_it_is_replaced(ranks, what):
+    for rank in ranks:
+        found = rank["replaced"][what]
+        assert len(found["pairs"]) > 8
+        for pair in found["pairs"]:
+            near(*pair)
+        assert found["kept"] == (True, what in ("nothing", "values", "trained bias"))
+
+
 @pytest.mark.parametrize(
     ("what", "reason"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import lora_fx
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.models.torch_internals import DispatchMode, pytree
+from lora_fx.regions.region import region_of
 from lora_fx.regions.splitblock import SplitBlock
 from tests.support.parallel import LAYERS, parallel, rules
 from tests.support.sharded import Block, Tokens, adapted, alike, rule, tokens, values_of, whole
@@ -83,6 +85,7 @@ def split(folder: Path) -> dict[str, Any]:
         "hooked": _hooked(),
         "parted": _parted(),
         "one of them": {name: _one_of_them(change) for name, change in CHANGES.items()},
+        "replaced": {name: _replaced(change) for name, change in REPLACED.items()},
         "otherwise": _otherwise() | {"asked": _asked()},
     }
 
@@ -189,6 +192,7 @@ CHANGES: dict[str, Any] = {
     "hook on a factor": lambda block: block.up.lora_A["default"].register_forward_hook(lambda *_: None),
     "backward hook": lambda block: block.up.register_full_backward_hook(lambda *_: None),
     "attribute": lambda block: setattr(block.norm, "forward", block.norm.forward),
+    "forward around a split layer": lambda block: setattr(block.up, "forward", functools.partial(block.up.forward)),
 }
 """What the first process alone does to a block."""
 
@@ -212,6 +216,52 @@ def _one_of_them(change: Any) -> dict[str, Any]:
         pairs += [(whole(p.grad), q.grad) for p, q in both if q.grad is not None]
         found[when] = pairs, _counted(tuned)
     return found
+
+
+def _twice(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach() * 2, requires_grad=False)
+
+
+def _norm(block: nn.Module) -> None:
+    block.norm = nn.LayerNorm(16)
+    nn.init.constant_(block.norm.weight, 2)
+
+
+REPLACED: dict[str, Any] = {
+    "nothing": lambda block: None,
+    "values": lambda block: block.up.weight.detach().mul_(2),
+    "weight": lambda block: setattr(block.down, "weight", _twice(block.down.weight)),
+    "all of a layer in its place": lambda block: block.up._apply(lambda tensor: tensor * 2),
+    "bias of a split layer": lambda block: setattr(block.down, "bias", _twice(block.down.bias)),
+    "whole layer": _norm,
+    "frozen factor": lambda block: block.up.lora_A["default"].weight.requires_grad_(False),
+    "trained bias": lambda block: block.down.bias.requires_grad_(True),
+    "attribute": lambda block: setattr(block, "note", 3),
+}
+"""What all processes do to a block of which they keep a stand-in."""
+
+
+def _replaced(change: Any) -> dict[str, Any]:
+    """Return outputs and gradients beside those of the whole model, and whether a stand-in was kept: before, after."""
+    tuned, same = _two()
+    split = [_step(tuned, same) or region_of(tuned.blocks[0]).split for _ in range(2)][-1]
+    first = [*split.kept.values()]
+    _step(tuned, same)
+    second = [*split.kept.values()]
+    for model in (tuned, same):
+        change(model.blocks[0])
+        model.zero_grad()
+    output = tuned(tokens()), same(tokens())
+    third = [*split.kept.values()]
+    _step(tuned, same)
+    both = zip(tuned.parameters(), same.parameters(), strict=True)
+    grads = [(whole(p.grad), q.grad) for p, q in both if q.grad is not None]
+    return {"pairs": [output, *grads], "kept": (first == second, second == third)}
+
+
+def _step(*models: nn.Module) -> None:
+    for model in models:
+        model(tokens()).square().mean().backward()
 
 
 def _otherwise() -> dict[str, Any]:
