@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from lora_fx.progress.steps import step
 from lora_fx.regions.program import USUAL
 from lora_fx.regions.survey import unchanged_random
 from lora_fx.rules.ruleset import RuleSet
+from lora_fx.training.ownloss import ApartError, own_loss
 from lora_fx.tuned import build
 from lora_fx.tuned.optimizing import param_groups
 from lora_fx.tuned.rows import rows
@@ -42,10 +44,6 @@ _SAME = 1e-3
 
 _Groups = Callable[..., list[dict[str, Any]]]
 """`param_groups`, with what is the same for all jobs."""
-
-
-class _ApartError(Exception):
-    """Rows of one batch would not give each job what it gets alone; says why."""
 
 
 def probe_rates(
@@ -87,11 +85,12 @@ def probe_rates(
     groups = partial(param_groups, lora_plus=lora_plus)
     with unchanged_random(model), torch.enable_grad():
         try:
-            _refuse_together(plan, loss)
-            jobs = _Together(model, plan, groups, rates, loss)
+            _refuse_together(plan)
+            by_rows = own_loss(model, batches[0]) if loss is None else loss
+            jobs = _Together(model, plan, groups, rates, loss, by_rows)
             how, (before, losses) = _TOGETHER, _run(jobs, *parts)
             jobs.refuse_mixed(parts[1][0])
-        except (_ApartError, RefusedError) as error:
+        except (ApartError, RefusedError) as error:
             how = f"one after the other ({str(error).splitlines()[0]})"
         if how != _TOGETHER:
             before, losses = _run(_Apart(model, plan, groups, rates, loss), *parts)
@@ -177,20 +176,24 @@ def _twin(model: nn.Module, plan: Plan) -> nn.Module:
 # -- all in one batch
 
 
-def _refuse_together(plan: Plan, loss: Loss | None) -> None:
-    if loss is None:
-        raise _ApartError("the loss is the output's own")
+def _refuse_together(plan: Plan) -> None:
     if plan.train or any(site.lora is not None and site.lora.bias for site in plan.adapted):
-        raise _ApartError("modules of the model are trained too")
+        raise ApartError("modules of the model are trained too")
 
 
 class _Together:
     """An adapter for each job on one twin; a batch has the rows once for each."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan, groups: _Groups, rates: Sequence[float], loss: Loss | None
+        self,
+        model: nn.Module,
+        plan: Plan,
+        groups: _Groups,
+        rates: Sequence[float],
+        loss: Loss | None,
+        by_rows: Loss,
     ) -> None:
-        self.loss = loss
+        self.loss, self.by_rows = loss, by_rows
         self.names = [f"rate{number}" for number in range(len(rates))]
         self.twin = _twin(model, plan)
         torch.manual_seed(_SEED)
@@ -225,7 +228,7 @@ class _Together:
 
     @torch.no_grad()
     def refuse_mixed(self, batch: Sample) -> None:
-        """Raise _ApartError where a job's loss is another one without the rows of the others, which differ by now."""
+        """Raise ApartError where a job's loss is another one without the rows of the others, which differ by now."""
         together = self.losses(batch)
         dtypes = {parameter.dtype for parameter in self.twin.parameters() if parameter.is_floating_point()}
         most = max([_SAME, *(torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize == 2)])
@@ -234,7 +237,7 @@ class _Together:
                 with use(self.twin, name):
                     alone = loss_of(self.twin(*batch.args, **batch.kwargs), batch, self.loss, _WHO)
                 if not math.isclose(value, float(alone), rel_tol=most, abs_tol=most):
-                    raise _ApartError("rows of one job change those of another")
+                    raise ApartError("rows of one job change those of another")
 
     @contextmanager
     def _given(self, batch: Sample) -> Iterator[dict[str, Tensor]]:
@@ -245,19 +248,21 @@ class _Together:
         )
         with rows(self.twin, [name for name in self.live for _ in range(size)]):
             output = self.twin(*args, **kwargs)
+            if self.loss is None:  # its own, of all rows, is nobody's
+                output = SimpleNamespace(logits=output.logits)
             parts = (_part(output, at, size, number) for at in range(number))
-            yield {name: loss_of(part, batch, self.loss, _WHO) for name, part in zip(self.live, parts, strict=True)}
+            yield {name: loss_of(part, batch, self.by_rows, _WHO) for name, part in zip(self.live, parts, strict=True)}
 
 
 def _rows_of(batch: Sample) -> int:
     """Return how many rows all tensors of a batch have.
 
     Raises:
-        _ApartError: they have different numbers of them.
+        ApartError: they have different numbers of them.
     """
     sizes = {value.shape[0] for value in pytree.tree_leaves((batch.args, batch.kwargs)) if _has_rows(value)}
     if len(sizes) != 1:
-        raise _ApartError("tensors of a batch have different numbers of rows")
+        raise ApartError("tensors of a batch have different numbers of rows")
     return int(sizes.pop())
 
 
@@ -269,12 +274,14 @@ def _part(output: Any, at: int, size: int, number: int) -> Any:
     """Return a job's rows of an output.
 
     Raises:
-        _ApartError: a tensor of it does not have the rows of all jobs.
+        ApartError: a tensor of it does not have the rows of all jobs.
     """
 
     def own(value: Tensor) -> Tensor:
         if not value.dim() or value.shape[0] != size * number:
-            raise _ApartError(f"an output is {list(value.shape)}, which does not show the rows of each job")
+            raise ApartError(f"an output is {list(value.shape)}, which does not show the rows of each job")
         return value[at * size : (at + 1) * size]
 
+    if isinstance(output, SimpleNamespace):
+        return SimpleNamespace(logits=own(output.logits))
     return pytree.tree_map_only(Tensor, own, output)

@@ -1,0 +1,66 @@
+"""Rates probed with the loss that a model of transformers computes itself: one batch where rows have losses alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+import transformers
+
+from lora_fx.models.samples import Sample
+from lora_fx.rules.reader import read_rules
+from lora_fx.training.probing import probe_rates
+from tests.support.around import OF_OTHERS, llama
+from tests.support.peftkinds import mixtral
+
+pytestmark = pytest.mark.filterwarnings(*OF_OTHERS)
+
+RULES = read_rules({"rules": [{"match": {"name": "**.{q,v}_proj"}, "lora": {"r": 2, "alpha": 8}}]})
+RATES = [1e-3, 1e-2]
+
+
+def batches(**more):
+    draw = torch.Generator().manual_seed(0)
+    given = []
+    for _ in range(4):
+        ids = torch.randint(1, 16, (3, 8), generator=draw)
+        labels = ids.masked_fill(torch.rand(3, 8, generator=draw) < 0.3, -100)
+        given.append(Sample((), {"input_ids": ids, "labels": labels, **more}))
+    return given
+
+
+def own(output, _batch):
+    return output.loss.clone()
+
+
+def test_rows_of_a_causal_model_have_its_loss_each_and_end_as_alone():
+    model = llama()
+    probe = probe_rates(model, RULES, batches(), None, RATES)
+    assert probe.how == "all in one batch"
+    alone = probe_rates(model, RULES, batches(), own, RATES)
+    assert alone.how.startswith("one after the other")
+    assert probe.before == pytest.approx(alone.before, abs=1e-5)
+    assert probe.losses == pytest.approx(alone.losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["routers add", "another function", "counted by the caller"])
+def test_a_loss_that_is_more_than_that_of_the_logits_runs_apart(kind):
+    more = {}
+    if kind == "routers add":
+        model, more = mixtral(), {"output_router_logits": True}
+    else:
+        model = llama()
+    if kind == "another function":
+        model.loss_function = lambda **_: torch.zeros(())
+        forward = model.forward
+        model.forward = lambda *args, **kwargs: with_loss(forward(*args, **{**kwargs, "labels": None}), kwargs)
+    if kind == "counted by the caller":
+        more = {"num_items_in_batch": 5}
+    probe = probe_rates(model, RULES, batches(**more), None, RATES)
+    assert probe.how.startswith("one after the other (the loss is the output's own, and not that of its logits alone")
+
+
+def with_loss(output: transformers.modeling_outputs.ModelOutput, kwargs):
+    output.loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), kwargs["labels"].flatten())
+    return output
