@@ -45,7 +45,13 @@ def test_two_blocks_in_four_steps_are_graphs_and_train_as_without(ranks, kind, h
 
 @pytest.mark.parametrize(
     ("way", "hits"),
-    [("data parallel", 100), ("fully_shard", 100), ("checkpointed", 200), ("bfloat16 policy without graphs", 0)],
+    [
+        ("data parallel", 100),
+        ("fully_shard", 100),
+        ("checkpointed", 200),
+        ("bfloat16 policy without graphs", 0),
+        ("bfloat16 policy", 99),  # but the first call, in another dtype: blocks of one kind share what is captured
+    ],
 )
 def test_losses_of_fifty_steps_on_halves_of_each_batch_are_those_of_one_process(ranks, way, hits):
     for rank in ranks:
@@ -53,13 +59,6 @@ def test_losses_of_fifty_steps_on_halves_of_each_batch_are_those_of_one_process(
         assert len(losses) == 50
         torch.testing.assert_close(losses, of_one, rtol=1e-5, atol=1e-5)
         assert found == hits
-
-
-def test_graphs_round_to_bfloat16_elsewhere_and_train_alike_for_fifty_steps(ranks):
-    for rank in ranks:
-        losses, found, of_one = rank["fifty"]["bfloat16 policy"]
-        torch.testing.assert_close(losses, of_one, rtol=1e-3, atol=1e-3)
-        assert found == 99  # but the first call, in another dtype: blocks of one kind share what is captured
 
 
 @pytest.mark.parametrize(
