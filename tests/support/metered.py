@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -228,3 +229,15 @@ def by_two(_folder: Path) -> dict[str, dict[str, int]]:
         "ddp": lambda tuned: DistributedDataParallel(tuned, gradient_as_bucket_view=True),
     }
     return measured(ways, {})
+
+
+def by_all(_folder: Path) -> dict[str, dict[str, int]]:
+    """What a process has and makes of a model that all shard; one alone has it whole."""
+    number = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (number,))
+    return measured({"all": lambda tuned: sharded(tuned, mesh) if number > 1 else tuned}, {})
+
+
+def at_most(found: dict[str, int]) -> int:
+    """Return the most bytes at once of a process; gradients are among what the passes make."""
+    return found["weights"] + found["adapters"] + found["optimizer"] + found["peak"]
