@@ -256,7 +256,7 @@ def test_what_codes_cannot_hold_or_files_do_not_fit_is_refused_by_name_and_nothi
         lora_fx.input_covariances(tuned, batches()[:1], tmp_path / "none")
     with pytest.raises(RefusedError, match="the model is not adapted"):
         lora_fx.input_covariances(plain, batches(), tmp_path / "none")
-    with pytest.raises(lora_fx.CaptureError, match="a batch of the data is a bare tensor"):
+    with pytest.raises(lora_fx.CaptureError, match="a batch of `data` is a bare tensor"):
         lora_fx.input_covariances(tuned, [torch.zeros(2, 2)], tmp_path / "none")
     assert not (tmp_path / "none").exists()
     held = load_file((other := shutil.copytree(base, tmp_path / "other")) / "model.safetensors")
