@@ -18,9 +18,7 @@ from lora_fx.files.checkpoint.rawbytes import RawBytes
 from lora_fx.files.checkpoint.rounding import Noise, round_into
 
 TILE = 1 << 18
-"""Elements of a tile, and of the factors that it takes."""
-BLOCK = 1 << 17
-"""Elements whose steps a core makes in its cache, 14 bytes each; with fewer of them threads wait for Python's lock."""
+"""Elements of a tile, and of the factors that it takes; with fewer of them threads wait for Python's lock."""
 _WIDEST, _FEWEST_ROWS, _FEWEST_COLUMNS = 1 << 14, 32, 64
 
 
@@ -81,18 +79,19 @@ class Scratch:
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
-        self._taken: dict[str, Tensor] = {}
+        self._taken: dict[str, tuple[int, torch.dtype, Tensor]] = {}
         """What each name was taken as last: mostly the same again, and cutting it takes time."""
 
     def take(self, name: str, number: int, dtype: torch.dtype) -> Tensor:
         """Return a flat tensor of uninitialised values, valid until the name is taken again."""
         last = self._taken.get(name)
-        if last is not None and last.dtype == dtype and len(last) == number:
-            return last
+        if last is not None and last[:2] == (number, dtype):
+            return last[2]
         size = number * dtype.itemsize
         if name not in self._memory or len(self._memory[name]) < size:
             self._memory[name] = torch.empty(size, dtype=torch.uint8)
-        self._taken[name] = taken = self._memory[name][:size].view(dtype)
+        taken = self._memory[name][:size].view(dtype)
+        self._taken[name] = number, dtype, taken
         return taken
 
 
@@ -170,56 +169,32 @@ def fold_tile(
     Raises:
         OverflowError: a value is NaN or infinite.
     """
-    stored, delta = source.read(tile, scratch), _product(fold, tile, scratch)
+    stored, delta = source.read(tile, scratch), delta_of(fold, tile, scratch)
     written = stored if stored.dtype == target.dtype else scratch.take("written", tile.elements, target.dtype)
-    is_first = (tile.rows.start, tile.columns.start) == (0, 0)
-    sums = Sums(delta=_square(fold) if is_first and fold.magnitude is None else 0.0)
-    parts = (torch.split(flat, _block(fold, tile, noise)) for flat in (stored, delta, written))
-    for values in zip(*parts, strict=True):
-        sums += _fold_block(fold, tile, values, noise, lengths, scratch)
+    base = scratch.take("base", tile.elements, torch.promote_types(delta.dtype, stored.dtype)).copy_(stored)
+    delta = delta.to(base.dtype)
+    merged = torch.add(base, delta, out=scratch.take("merged", tile.elements, base.dtype))
+    if fold.magnitude is not None:
+        set_lengths(fold, tile, merged.view(tile.shape), lengths)
+        delta = torch.sub(merged, base, out=delta)
+    _round(merged, tile, written, noise)
+    change = merged.copy_(written).sub_(base)
+    sums = Sums(float(torch.dot(base, base)), _square(fold, tile, delta), float(torch.dot(change, delta)))
     if not math.isfinite(sums.survived) and not bool(torch.isfinite(written).all()):
         raise OverflowError("the merged weight has NaN or infinite values")
     target.write(tile, written)
     return sums
 
 
-def _block(fold: WeightFold, tile: Tile, noise: Noise | None) -> int:
-    """Return how many values of a tile, flat, are computed at a time: all of them where their places matter."""
-    return BLOCK if noise is None and fold.magnitude is None else tile.elements
+def _square(fold: WeightFold, tile: Tile, delta: Tensor) -> float:
+    """Return what a tile adds to ‖ΔW‖²; without DoRA the first adds all of it, in float64.
 
-
-def _fold_block(
-    fold: WeightFold,
-    tile: Tile,
-    values: tuple[Tensor, ...],
-    noise: Noise | None,
-    lengths: Tensor | None,
-    scratch: Scratch,
-) -> Sums:
-    """Round W + ΔW of a part of a tile.
-
-    Args:
-        values: W as it is stored, ΔW unscaled, and what is to be written, which may take the place of W.
+    ‖Σ scaling · B A‖² is Σ over pairs of scaling · scaling' · ⟨Bᵀ B', A A'ᵀ⟩.
     """
-    stored, delta, written = values
-    scaling = _scaling(fold)
-    base = scratch.take("base", stored.numel(), torch.promote_types(delta.dtype, stored.dtype)).copy_(stored)
-    delta = (delta if scaling == 1 else delta.mul_(scaling)).to(base.dtype)
-    merged = torch.add(base, delta, out=scratch.take("merged", base.numel(), base.dtype))
     if fold.magnitude is not None:
-        set_lengths(fold, tile, merged.view(tile.shape), lengths)
-        delta = torch.sub(merged, base, out=delta)
-    if noise is None:
-        written.copy_(merged)
-    else:
-        _round(merged, tile, written, noise)
-    change = merged.copy_(written).sub_(base)
-    square = 0.0 if fold.magnitude is None else float(torch.dot(delta, delta))
-    return Sums(float(torch.dot(base, base)), square, float(torch.dot(change, delta)))
-
-
-def _square(fold: WeightFold) -> float:
-    """Return ‖Σ scaling · B A‖² of a whole weight: Σ over pairs of scaling · scaling' · ⟨Bᵀ B', A A'ᵀ⟩, float64."""
+        return float(torch.dot(delta, delta))
+    if (tile.rows.start, tile.columns.start) != (0, 0):
+        return 0.0
     pairs = [(a, b) for a in fold.terms for b in fold.terms]
     inner = (_inner(a.left.t(), b.left.t()) * _inner(a.right, b.right) for a, b in pairs)
     return sum(a.scaling * b.scaling * float(both.sum()) for (a, b), both in zip(pairs, inner, strict=True))
@@ -227,42 +202,32 @@ def _square(fold: WeightFold) -> float:
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:
     """Return first @ secondᵀ in float64, a few columns at a time: a whole factor may be larger than a tile."""
-    step = max(1, BLOCK // max(1, len(first), len(second)))
+    step = max(1, TILE // max(1, len(first), len(second)))
     starts = range(0, first.shape[1], step)
     products = (first[:, at : at + step].double() @ second[:, at : at + step].double().t() for at in starts)
     return sum(products, start=torch.zeros(len(first), len(second), dtype=torch.float64))
 
 
-def _product(fold: WeightFold, tile: Tile, scratch: Scratch) -> Tensor:
-    """Return B A of a tile, flat, float32 or wider, which `_scaling` is still missing; of several Σ scaling · B A.
+def delta_of(fold: WeightFold, tile: Tile, scratch: Scratch) -> Tensor:
+    """Return Σ scaling · B A of a tile, flat, float32 or wider; it lives in the scratch memory.
 
-    It lives in the scratch memory: two new tensors for each tile would take longer than the product.
+    Two new tensors for each tile would take longer than the product.
     """
     if len(fold.terms) > 1:
         first, *others = (low_rank_weight(t.right[:, tile.columns], t.left[tile.rows], t.scaling) for t in fold.terms)
         return sum(others, start=first).view(-1)
-    left, right = fold.terms[0].left[tile.rows], fold.terms[0].right[:, tile.columns]
-    wide = torch.float64 if right.dtype == torch.float64 else torch.float32
-    left = left.to(wide) * fold.terms[0].scaling if _scales_exactly(fold) else left.to(wide)
+    (term,) = fold.terms
+    wide = torch.float64 if term.right.dtype == torch.float64 else torch.float32
+    left, right = term.left[tile.rows].to(wide), term.right[:, tile.columns].to(wide)
     product = scratch.take("product", tile.elements, wide)
-    torch.mm(left, right.to(wide), out=product.view(tile.shape))
-    return product
+    exactly = _scales_exactly(term.scaling)
+    product.view(tile.shape).addmm_(left, right, beta=0, alpha=term.scaling if exactly else 1)
+    return product if exactly else product.mul_(term.scaling)
 
 
-def delta_of(fold: WeightFold, tile: Tile, scratch: Scratch) -> Tensor:
-    """Return Σ scaling · B A of a tile, flat, float32 or wider; it lives in the scratch memory."""
-    return _product(fold, tile, scratch).mul_(_scaling(fold))
-
-
-def _scales_exactly(fold: WeightFold) -> bool:
+def _scales_exactly(scaling: float) -> bool:
     """Whether scaling · (B A) and (scaling · B) A have the same bits: where it is a power of two, as it mostly is."""
-    scaling = fold.terms[0].scaling
     return scaling >= 1 and math.frexp(scaling)[0] == 0.5
-
-
-def _scaling(fold: WeightFold) -> float:
-    """Return what `_product` is still to be multiplied by, part by part while it is in a core's cache."""
-    return fold.terms[0].scaling if len(fold.terms) == 1 and not _scales_exactly(fold) else 1.0
 
 
 def set_lengths(fold: WeightFold, tile: Tile, merged: Tensor, lengths: Tensor | None) -> None:

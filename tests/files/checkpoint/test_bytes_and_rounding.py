@@ -172,18 +172,19 @@ def test_tiles_cover_a_matrix_once_and_are_small(shape, rank):
 @pytest.mark.parametrize("shape", [s for s in SHAPES if min(s) >= 16])
 @pytest.mark.parametrize("rank", [1, 7, 16, 128])
 @pytest.mark.parametrize("stored", ["out_in", "in_out"])
-@pytest.mark.sampled(2)
-def test_tiles_have_the_bits_of_one_product(tmp_path, shape, rank, stored):
+@pytest.mark.parametrize("scaling", [3, 4])
+@pytest.mark.sampled(4)
+def test_tiles_have_the_bits_of_one_product(tmp_path, shape, rank, stored, scaling):
     out, inputs = shape
     before = torch.randn(shape)
     adapter = factors("fc", out, inputs, rank)
     tensors = {"fc.weight": before if stored == "out_in" else before.t().contiguous()}
     folder = write_adapter(
-        tmp_path / "adapter", adapter, r=rank, lora_alpha=3 * rank, fan_in_fan_out=stored == "in_out"
+        tmp_path / "adapter", adapter, r=rank, lora_alpha=scaling * rank, fan_in_fan_out=stored == "in_out"
     )
     merge_checkpoint(write_base(tmp_path / "base", tensors), folder, tmp_path / "out")
     merged = loaded(tmp_path / "out")["fc.weight"]
-    expected = in_memory({"fc.weight": before}, adapter, "fc", scaling=3.0)["fc.weight"]
+    expected = in_memory({"fc.weight": before}, adapter, "fc", scaling=float(scaling))["fc.weight"]
     assert torch.equal(merged if stored == "out_in" else merged.t(), expected)
 
 
