@@ -227,6 +227,12 @@ def test_models_that_cannot_be_counted_are_refused_by_name():
         counted(optimizer_states=-1)
 
 
+def test_offloaded_weights_are_refused_by_name():
+    accelerate = pytest.importorskip("accelerate")
+    with pytest.raises(lora_fx.RefusedError, match=r"blocks\.0\.up +is offloaded"):
+        lora_fx.budget(accelerate.cpu_offload(Stack(), execution_device="cpu"), RULES, rows())
+
+
 def test_the_command_prints_a_table_or_json_and_refuses_what_does_not_go_together(tmp_path):
     asked = ("plan", SMALL, "attention", "--mesh", "dp=4,tp=2", "--split", "layers.*.{q,k}_proj=colwise_gather_output")
     golden("plan-mesh-60.txt", run(*asked, columns=60).output)
