@@ -1,7 +1,7 @@
 """One sample of a model's inputs, and the ways in which users give several."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,10 +101,20 @@ def batches_of(data: object) -> list[Sample]:
         CaptureError: it is one batch, whose parts would be taken for batches, or none at all; or as `samples_of`.
     """
     is_one = isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)
-    if is_one or isinstance(data, (Mapping, Tensor, str, bytes, Sample)) or not isinstance(data, Iterable):
+    if is_one or isinstance(data, (Mapping, Tensor, str, bytes, Sample)) or not _can_be_iterated(data):
         found = f"Tensor {list(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
         raise CaptureError("`data` is no iterable of batches", [("found", found)], "put one batch into a list: [batch]")
-    return [sample for batch in data for sample in samples_of(batch, "a batch of `data`")]
+    batches: Any = data
+    return [sample for batch in batches for sample in samples_of(batch, "a batch of `data`")]
+
+
+def _can_be_iterated(data: object) -> bool:
+    """Whether a `for` loop takes it: a torch Dataset is no Iterable, and only has `__getitem__`."""
+    try:
+        iter(data)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    return True
 
 
 def _sample(item: object, called: str) -> Sample:

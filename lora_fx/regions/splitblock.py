@@ -47,6 +47,8 @@ GONE, NEVER, FORWARD, LEARN, PROGRAMS = range(5)
 
 The layers are not split as they were; no graph can be of them as they are; none can be of this call.
 """
+RESTS = 64
+"""Calls of a block of which no process can run a graph, before they tell each other again."""
 _Find = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Program, tuple[Any, ...]] | None]
 _FACTORS = (LoRAFactor, MovedA, MovedB)
 
@@ -63,10 +65,10 @@ class SplitBlock:
     programs: BlockPrograms
     why: str = ""
     """Why this process can run no graph of it."""
-    silent: bool = False
-    """Whether no process can, as all of them know: nothing is sent about it any more."""
+    silent: int = 0
+    """For how many more calls nothing is sent, as no process can run a graph and all of them know it."""
     kept: dict[tuple[bool, bool], KeptParts] = field(default_factory=dict)
-    """What stands for the block, with gradients and without."""
+    """What stands for the block as it is now, with gradients and without."""
 
     def here(self, module: nn.Module) -> KeptParts | None:
         """Return the block on what this process has of its weights; None if it is not split as it was."""
@@ -77,6 +79,7 @@ class SplitBlock:
         if kept is None or not kept.is_of(module):
             if not self._holds(module):
                 return None
+            self.kept = {other: one for other, one in self.kept.items() if other != mode and one.is_of(module)}
             kept = self.kept[mode] = KeptParts(module, self.parts, REGION)
         kept.renew()
         return kept
@@ -97,13 +100,14 @@ class SplitBlock:
         Collective, once for a call as everything is: what begins anew here alone tells the others then.
         """
         if self.silent:
+            self.silent -= 1  # in each process alike: all count the same calls
             return True
         found = split_of(module, self.before)
         if not isinstance(found, SplitBlock) or found.mesh != self.mesh:
             return not self.agrees(GONE)
         if not found.why or found.why != self.why:
             return False
-        self.silent = self.agrees(NEVER)
+        self.silent = RESTS if self.agrees(NEVER) else 0
         return True
 
     def alone(self, call: ModuleCall) -> ModuleCall:

@@ -1,11 +1,8 @@
 """Numbers that a caller gives: True and False are none, and NaN is in no range."""
 
 import math
-import sys
 from numbers import Real
 from typing import Any
-
-_LARGEST = sys.float_info.max
 
 
 def is_whole(value: object, lowest: float = -math.inf, highest: float = math.inf) -> bool:
@@ -13,7 +10,7 @@ def is_whole(value: object, lowest: float = -math.inf, highest: float = math.inf
     return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
 
 
-def is_number(value: object, above: float = -math.inf, highest: float = _LARGEST) -> bool:
+def is_number(value: object, above: float = -math.inf, highest: float = math.inf) -> bool:
     """Whether it is a finite number above one and at most another.
 
     >>> is_number(0.5, above=0), is_number(0, above=0), is_number(10**400), is_number(True), is_number("1")
@@ -21,5 +18,9 @@ def is_number(value: object, above: float = -math.inf, highest: float = _LARGEST
     """
     if not isinstance(value, Real) or isinstance(value, bool):  # NumPy's are Real
         return False
-    number: Any = value
-    return bool(-_LARGEST <= number <= _LARGEST and above < number <= highest)
+    given: Any = value
+    try:
+        number = float(given)
+    except OverflowError:
+        return False
+    return math.isfinite(number) and above < number <= highest

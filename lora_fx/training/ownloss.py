@@ -1,5 +1,6 @@
 """The loss that a model of transformers computes itself, as a function of the logits and labels of some of its rows."""
 
+import inspect
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from lora_fx.models.samples import Sample
 from lora_fx.regions.survey import trial_twin
 
 _LABELS = "labels"
+_OWN = "the loss is the output's own"
 _SAME = 1e-5
 """How far the function may be from the output's loss, relatively: both are computed in float32."""
 _OTHERWISE = (AttributeError, KeyError, TypeError, ValueError, RuntimeError)
@@ -27,15 +29,22 @@ def own_loss(model: nn.Module, batch: Sample) -> Loss:
     A twin runs once, in eval mode, to see that this is the output's loss: routers may add to it.
 
     Raises:
-        ApartError: the output's loss is not that, or there is none.
+        ApartError: the output's loss is not that, or there is none; from the loss too, of another batch.
     """
     function, labels = getattr(model, "loss_function", None), batch.kwargs.get(_LABELS)
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if not callable(function) or not isinstance(labels, Tensor) or not isinstance(size, int):
-        raise ApartError("the loss is the output's own")
+        raise ApartError(_OWN)
+
+    known = inspect.signature(type(model).forward).parameters
 
     def loss(output: Any, given: Sample) -> Tensor:
-        value: Tensor = function(logits=output.logits, labels=given.kwargs[_LABELS], vocab_size=size)
+        if handed_on := sorted(set(given.kwargs) - set(known)):
+            raise ApartError(f"the model may hand {handed_on[0]} on to its loss")
+        try:
+            value: Tensor = function(logits=output.logits, labels=given.kwargs[_LABELS], vocab_size=size)
+        except _OTHERWISE as error:
+            raise ApartError(_OWN) from error
         return value
 
     try:
@@ -43,7 +52,7 @@ def own_loss(model: nn.Module, batch: Sample) -> Loss:
             output = twin.eval()(*batch.args, **batch.kwargs)
             expected, found = float(output.loss), float(loss(output, batch))
     except _OTHERWISE as error:
-        raise ApartError("the loss is the output's own") from error
+        raise ApartError(_OWN) from error
     if not math.isclose(expected, found, rel_tol=_SAME):
-        raise ApartError("the loss is the output's own, and not that of its logits alone")
+        raise ApartError(f"{_OWN}, and not that of its logits alone")
     return loss

@@ -98,7 +98,7 @@ def param_groups(
 def _check_rates(lr: float, lora_plus: float | None, lr_embedding: float, weight_decay: float) -> None:
     given = {"lr": lr, "lora_plus": 1.0 if lora_plus is None else lora_plus, "lr_embedding": lr_embedding}
     wrong = [f"{name} is {value!r}" for name, value in given.items() if not is_number(_plain(value), above=0)]
-    if weight_decay != 0 and not is_number(weight_decay, above=0):
+    if weight_decay != 0 and not is_number(_plain(weight_decay), above=0):
         wrong.append(f"weight_decay is {weight_decay!r}")
     if wrong:
         raise ValueError(f"rates must be positive numbers: {', '.join(wrong)}")

@@ -4,7 +4,7 @@ import contextlib
 import operator
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +83,7 @@ def rows(tuned: nn.Module, adapters: Sequence[str | None], *, dim: int = 0) -> I
 
 def _names(adapters: object) -> tuple[str | None, ...]:
     names: tuple[str | None, ...] = ()
-    if isinstance(adapters, Iterable) and not isinstance(adapters, (str, bytes, Mapping, Set)):
+    if isinstance(adapters, Iterable) and not isinstance(adapters, (str, bytes, Mapping, set, frozenset)):
         names = tuple(adapters)
     if not names:
         wanted = "a name, or None, for each row of the batch"

@@ -203,9 +203,9 @@ def selection_of(known: Collection[str], adapters: Adapters) -> Selection:
 
 def refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
     """Raise ValueError for names that no adapter has."""
-    unknown = [name for name in names if not isinstance(name, str) or name not in known]
+    unknown = dict.fromkeys(repr(name) for name in names if not isinstance(name, str) or name not in known)
     if unknown:
-        raise ValueError(f"no adapter is called {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+        raise ValueError(f"no adapter is called {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 def _names(adapters: object) -> list[str]:

@@ -268,6 +268,15 @@ def test_batches_of_another_form_are_said_to_be_the_datas(data, message):
     assert "example_inputs" not in str(caught.value).splitlines()[0]
 
 
+def test_data_may_be_what_a_for_loop_takes():
+    class Rows(torch.utils.data.Dataset):
+        def __getitem__(self, number: int) -> tuple[Tensor]:
+            return (BATCHES[number],)
+
+    given = lora_fx.plan_from_data(Pair(), rules("eva"), Rows())
+    assert str(given) == str(lora_fx.plan_from_data(Pair(), rules("eva"), [(batch,) for batch in BATCHES]))
+
+
 def test_a_layer_that_the_data_does_not_reach_is_named():
     class Branch(Pair):
         def forward(self, x: Tensor) -> Tensor:

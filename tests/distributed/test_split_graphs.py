@@ -118,3 +118,18 @@ def test_what_runs_without_a_graph_says_why(ranks, what, reason):
         near(output, expected)
         assert hits == 0
         assert reasons == [reason]
+
+
+@pytest.mark.parametrize("what", splitgraphs.HINDERED)
+def test_a_block_has_its_graph_again_when_what_hindered_it_is_gone(ranks, what):
+    for rank in ranks:
+        found = rank["for a while"][what]
+        for pair in found["pairs"]:
+            near(*pair)
+        before, during, after = found["hits"]
+        assert before == during == 5
+        assert after > during
+
+
+def test_weights_that_a_block_had_are_not_kept_for_another_mode(ranks):
+    assert all(rank["let go"] for rank in ranks)

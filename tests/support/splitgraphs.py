@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import lora_fx
 from lora_fx.capture.captured import NotCaptured
 from lora_fx.models.torch_internals import DispatchMode, pytree
+from lora_fx.regions import splitblock
 from lora_fx.regions.region import region_of
 from lora_fx.regions.splitblock import SplitBlock
 from tests.support.parallel import LAYERS, parallel, rules
@@ -86,6 +89,8 @@ def split(folder: Path) -> dict[str, Any]:
         "parted": _parted(),
         "one of them": {name: _one_of_them(change) for name, change in CHANGES.items()},
         "replaced": {name: _replaced(change) for name, change in REPLACED.items()},
+        "for a while": {name: _for_a_while(*both) for name, both in HINDERED.items()},
+        "let go": _let_go(),
         "otherwise": _otherwise() | {"asked": _asked()},
     }
 
@@ -257,6 +262,48 @@ def _replaced(change: Any) -> dict[str, Any]:
     both = zip(tuned.parameters(), same.parameters(), strict=True)
     grads = [(whole(p.grad), q.grad) for p, q in both if q.grad is not None]
     return {"pairs": [output, *grads], "kept": (first == second, second == third)}
+
+
+def _dora(tuned: nn.Module) -> None:
+    lora_fx.add(tuned, rules(rule("blocks.0.up", dora=True)), adapter="d")
+
+
+HINDERED: dict[str, Any] = {
+    "an adapter of DoRA": (_dora, lambda tuned: lora_fx.drop(tuned, "d")),
+    "a trained bias": (
+        lambda tuned: tuned.blocks[0].down.bias.requires_grad_(True),
+        lambda tuned: tuned.blocks[0].down.bias.requires_grad_(False),
+    ),
+}
+"""What keeps a block from having a graph in all processes, and what ends it."""
+
+
+def _for_a_while(begin: Any, end: Any) -> dict[str, Any]:
+    """Return outputs beside those of the whole model, and the hits of the first block: before, while, after."""
+    tuned, same = _two()
+    rests, splitblock.RESTS = splitblock.RESTS, 2
+    pairs, hits = [], []
+    for change in (lambda _: None, begin, end):
+        for model in (tuned, same):
+            torch.manual_seed(7)
+            change(model)
+        pairs += [(tuned(tokens()).detach(), same(tokens()).detach()) for _ in range(5)]
+        hits.append(_counted(tuned)[0][0])
+    splitblock.RESTS = rests
+    return {"pairs": pairs, "hits": hits}
+
+
+def _let_go() -> bool:
+    """Whether the weights that a block had are gone though it was called in another mode with them."""
+    tuned, _ = _two()
+    with torch.no_grad():
+        tuned(tokens())
+    tuned(tokens())
+    held = weakref.ref(tuned.blocks[0].up._parameters["weight"]._local_tensor)
+    tuned.double()
+    tuned(tokens())
+    gc.collect()
+    return held() is None
 
 
 def _step(*models: nn.Module) -> None:

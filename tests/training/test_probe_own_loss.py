@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 import transformers
 
+from lora_fx.errors import RefusedError
 from lora_fx.models.samples import Sample
 from lora_fx.rules.reader import read_rules
 from lora_fx.training.probing import probe_rates
@@ -58,7 +59,23 @@ def test_a_loss_that_is_more_than_that_of_the_logits_runs_apart(kind):
     if kind == "counted by the caller":
         more = {"num_items_in_batch": 5}
     probe = probe_rates(model, RULES, batches(**more), None, RATES)
-    assert probe.how.startswith("one after the other (the loss is the output's own, and not that of its logits alone")
+    told = "the loss is the output's own, and not that of its logits alone", "the model may hand num_items_in_batch on"
+    assert probe.how.startswith(f"one after the other ({told['num_items_in_batch' in more]}")
+
+
+def test_what_a_later_batch_alone_has_for_the_loss_counts():
+    data = batches()
+    data[2].kwargs["num_items_in_batch"] = 50
+    probe, alone = (probe_rates(llama(), RULES, data, loss, RATES) for loss in (None, own))
+    assert probe.how.startswith("one after the other (the model may hand num_items_in_batch on")
+    assert (probe.before, probe.losses) == (alone.before, alone.losses)
+
+
+def test_a_later_batch_without_labels_is_refused_as_with_jobs_alone():
+    data = batches()
+    del data[2].kwargs["labels"]
+    with pytest.raises(RefusedError, match="needs a loss that is a scalar"):
+        probe_rates(llama(), RULES, data, None, RATES)
 
 
 def with_loss(output: transformers.modeling_outputs.ModelOutput, kwargs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,9 @@ CASES = {
     "use twice": (lambda t: lora_fx.use(t, iter(["a", "a"])), "named twice: a, a"),
     "use a weight that is none": (lambda t: lora_fx.use(t, {"a": "x"}), "finite numbers: a: 'x'"),
     "use a weight beyond float": (lambda t: lora_fx.use(t, {"a": 10**400}), "finite numbers: a"),
+    "use infinity": (lambda t: lora_fx.use(t, {"a": np.float32("inf")}), "finite numbers: a"),
+    "a rate of infinity": (lambda t: lora_fx.param_groups(t, lr=np.float16("inf")), "lr is np.float16"),
+    "rows of one that is not there": (lambda t: rows(t, ["x"] * 3), "no adapter is called 'x'; there are"),
     "merge a number": (lambda t: lora_fx.merge(t, adapters=3), "adapters must be a name.*found int"),
     "rows of a number": (lambda t: rows(t, 3), "must be a sequence.*found int"),
     "rows of a dict": (lambda t: rows(t, {"a": 1}), "must be a sequence.*found dict"),
@@ -93,4 +97,6 @@ def test_what_is_no_module_is_told():
 def test_torchs_own_rates_are_taken():
     tuned = two()
     rate = torch.tensor(1e-3)
-    assert all(group["lr"] == rate for group in lora_fx.param_groups(tuned, lr=rate))
+    groups = lora_fx.param_groups(tuned, lr=rate, weight_decay=torch.tensor(0.1))
+    assert all(group["lr"] == rate for group in groups)
+    assert {float(group["weight_decay"]) for group in groups} <= {0.0, float(torch.tensor(0.1))}

@@ -213,3 +213,15 @@ def test_file_systems_that_cannot_copy_among_themselves_give_the_same_bytes(tmp_
     monkeypatch.setattr(os, "copy_file_range", failing(errno.EXDEV))
     merge_checkpoint(sharded, adapter, tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_tile_is_rounded_to_the_nearest_at_once_and_with_noise_row_by_row(monkeypatch):
+    calls = []
+    monkeypatch.setattr(tiles, "round_into", lambda *given: (calls.append(given), round_into(*given)))
+    tile = next(tiles.tiles(512, 14336, 64))
+    wide, written = torch.randn(tile.elements), torch.empty(tile.elements, dtype=torch.bfloat16)
+    tiles._round(wide, tile, written, None)
+    assert calls == []
+    assert torch.equal(written, wide.bfloat16())
+    tiles._round(wide, tile, written, Noise(0, "w"))
+    assert len(calls) == len(list(tile.runs())) > 1
