@@ -16,7 +16,7 @@ from lora_fx.errors import ExportError, LoraFxWarning
 from lora_fx.exporters.clients import Both, outputs
 from lora_fx.exporters.running import call_with, without_and_with
 from lora_fx.exporters.target import FEATURES, Ability, Refusal, refusals
-from lora_fx.models.offload import offloading_hook
+from lora_fx.models.offload import offloaded_in
 from lora_fx.models.samples import Sample
 from lora_fx.models.swap import Swapped, swap
 from lora_fx.progress.steps import step
@@ -42,8 +42,7 @@ _AWAY = "accelerate offloads its weights, and a program holds them: load the ada
 def refused_by_programs(tuned: nn.Module) -> Iterator[Refusal]:
     """Yield (path, reason) for what no program of a whole model expresses, and for weights that are not here."""
     yield from refusals(tuned, _NOT_IN_PROGRAMS)
-    away = (path or "(root)" for path, module in tuned.named_modules() if offloading_hook(module) is not None)
-    yield from ((path, _AWAY) for path in itertools.islice(away, 8))
+    yield from ((path, _AWAY) for path in itertools.islice(offloaded_in(tuned), 8))
 
 
 class PlainOutputs(Swapped, nn.Module):

@@ -23,7 +23,7 @@ from lora_fx.meshes.splits import Splits, splits_of
 from lora_fx.models.dtypes import name_of_dtype
 from lora_fx.models.fsdp import refuse_sharded
 from lora_fx.models.joining import without_values_of
-from lora_fx.models.offload import offloading_hook
+from lora_fx.models.offload import offloaded_in
 from lora_fx.models.quantised import is_quantised
 from lora_fx.models.samples import Sample, Samples, samples_for, samples_of, without_values
 from lora_fx.models.torch_internals import pytree
@@ -102,7 +102,7 @@ def _refuse_uncountable(model: nn.Module) -> None:
     codes = [(name, "is quantised") for name, parameter in model.named_parameters() if _holds_codes(parameter)]
     if codes:
         raise RefusedError("quantised weights are not counted", codes[:8], "give the model that it was quantised from")
-    away = [(path or "(root)", "is offloaded") for path, module in model.named_modules() if offloading_hook(module)]
+    away = [(path, "is offloaded") for path in offloaded_in(model)]
     if away:  # its hooks would load them for each call
         raise RefusedError("weights that accelerate offloads are not counted", away[:8], "count before it does")
 

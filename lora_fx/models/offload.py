@@ -1,5 +1,6 @@
 """Weights that accelerate keeps elsewhere (cpu_offload, disk_offload, device_map): on meta between two calls."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from lora_fx.models.packed import PackedWeight, is_packed
 def offloading_hook(module: nn.Module) -> Any:
     """Return accelerate's hook that loads the module's own weights for each call and drops them after it, or None."""
     return next((hook for hook in accelerate_hooks(module) if getattr(hook, "offload", False)), None)
+
+
+def offloaded_in(model: nn.Module) -> Iterator[str]:
+    """Yield the paths of the modules whose own weights are kept elsewhere, "(root)" for the model itself."""
+    return (path or "(root)" for path, module in model.named_modules() if offloading_hook(module) is not None)
 
 
 def stored_weight(owner: nn.Module, name: str) -> Tensor:

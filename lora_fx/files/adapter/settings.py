@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lora_fx.files.adapter.patterns import Patterns
+from lora_fx.rules import given
 from lora_fx.rules.keys import BIASES
 
 Fact = tuple[str, str]
@@ -15,7 +16,7 @@ _MOST_NAMES, _MOST_LAYER_NAMES = 256, 16
 
 def is_whole(value: object, least: int = 1) -> bool:
     """Whether it is an integer, not below the least and of 31 bits at most."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST_WHOLE
+    return given.is_whole(value, least, _MOST_WHOLE)
 
 
 def is_number(value: object) -> bool:

@@ -34,13 +34,13 @@ class Noise:
         return torch.from_numpy(numbers.astype(np.float32)).mul_(2.0**-24)
 
 
-def round_into(wide: Tensor, out: Tensor, noise: Noise | None, first: int) -> None:
-    """Round `wide` into `out`, both flat; without noise to the nearest, ties to even.
+def round_into(wide: Tensor, out: Tensor, noise: Noise, first: int) -> None:
+    """Round `wide` into `out`, both flat, up or down as the noise says.
 
     Args:
         first: position in the tensor of the first element, for the noise.
     """
-    if noise is None or torch.promote_types(wide.dtype, out.dtype) == out.dtype:  # the latter is exact
+    if torch.promote_types(wide.dtype, out.dtype) == out.dtype:  # that is exact
         out.copy_(wide)
         return
     for start in range(0, wide.numel(), _AT_ONCE):
