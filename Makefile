@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # of make compat: the oldest torch that is supported, or the one that is named
 TORCH ?= 2.9.1
 COMPAT := .venv-compat
+# a process that a test has ended is not started again: it would meet the test again
+SPREAD := -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo test slow fuzz compat lint docs site-test pictures figures clean
@@ -24,14 +26,14 @@ demo: $(VENV)/extra-demo
 	$(BIN)/python demo/sentiment.py
 
 test: $(VENV)/extra-test
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(SPREAD)
 
 slow: $(VENV)/extra-test
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'slow and not fuzz'
+	$(BIN)/python -m pytest $(SPREAD) -m 'slow and not fuzz'
 
 # not in .ci/run: the random and crossed cases that there are more of than it has time for
 fuzz: $(VENV)/extra-test
-	$(BIN)/python -m pytest -n auto -m fuzz -o timeout=0
+	$(BIN)/python -m pytest -n auto -m fuzz -o faulthandler_timeout=0
 
 # always a fresh installation, without the pins; libraries that want one torch of their own are left out
 compat:
@@ -39,7 +41,7 @@ compat:
 	$(COMPAT)/bin/python -m pip install --quiet --upgrade pip
 	$(COMPAT)/bin/python -m pip install --quiet "torch==$(TORCH)" --editable '.[compat]'
 	$(COMPAT)/bin/python -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)'
-	$(COMPAT)/bin/python -m pytest -n auto --dist loadfile -p no:cacheprovider
+	$(COMPAT)/bin/python -m pytest $(SPREAD) -p no:cacheprovider
 
 lint: $(VENV)/extra-lint $(VENV)/extra-test
 	$(BIN)/ruff check .

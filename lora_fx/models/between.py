@@ -10,13 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lora_fx.models.torch_internals import MODULE_CALLS
+from lora_fx.models.frames import around_call, calls_in_threads, is_in_a_call, is_one_thread, outermost_call
 from lora_fx.models.walking import modules_of
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -36,7 +35,7 @@ def between_calls(model: nn.Module, roots: Iterable[nn.Module] = ()) -> Iterator
         roots: modules in it that others call by themselves; their calls wait too.  Of other parts that are called by
             themselves those calls wait that follow one which was waited for.
     """
-    with contextlib.nullcontext() if _is_one_thread() else _between(model, roots):
+    with contextlib.nullcontext() if is_one_thread() else _between(model, roots):
         yield
 
 
@@ -52,13 +51,8 @@ def _between(model: nn.Module, roots: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Return a context in which no other thread changes the model as `between_calls` does; for who reads all of it."""
-    with contextlib.nullcontext() if _is_one_thread() else _Change(model).alone():
+    with contextlib.nullcontext() if is_one_thread() else _Change(model).alone():
         yield
-
-
-def _is_one_thread() -> bool:
-    """Whether no other thread can change or call anything: one can only be started by this one."""
-    return len(sys._current_frames()) == 1
 
 
 def one_at_a_time(function: _Function) -> _Function:
@@ -78,7 +72,7 @@ class _Change:
     def __init__(self, model: nn.Module) -> None:
         self.thread = threading.get_ident()
         self.modules = frozenset(map(id, modules_of(model)))
-        self.is_inside = _outermost(sys._getframe(), self.modules) is not None
+        self.is_inside = outermost_call(sys._getframe(), self.modules) is not None
         """Whether a call of the model is running in this thread: then whoever waits for calls waits for this."""
         self.open = threading.Event()
         """Set when calls in other threads need not wait."""
@@ -93,7 +87,7 @@ class _Change:
                 mine = [one for one in _CHANGES if one.thread == self.thread]
                 own = [one for one in mine if self._touches(one)]
                 if not own:
-                    self._wait_in_turn(is_free=not mine and not _is_in_a_call(sys._getframe()))
+                    self._wait_in_turn(is_free=not mine and not is_in_a_call(sys._getframe()))
                 _CHANGES.append(self)
             yield any(one.has_doors for one in own)
         finally:
@@ -148,9 +142,7 @@ class _Change:
 
     def _called(self) -> list[nn.Module]:
         """Return what threads are in calls of, but for the owner and those that wait; of each the first module."""
-        frames = sys._current_frames()
-        others = [frame for thread, frame in frames.items() if thread not in (self.thread, *self._waiting)]
-        return [module for frame in others if (module := _outermost(frame, self.modules)) is not None]
+        return calls_in_threads(self.modules, but=(self.thread, *self._waiting))
 
     def wait(self, module: nn.Module) -> None:
         """Let a call that has just begun wait in another thread, where it is not a part of one that runs."""
@@ -159,7 +151,7 @@ class _Change:
             return
         if id(module) not in self.modules and not getattr(module, "_is_replica", False):
             return  # a stand-in, called for a call that is waited for
-        if _outermost(_around_call(sys._getframe(), module), self.modules) is None:
+        if outermost_call(around_call(sys._getframe(), module), self.modules) is None:
             self._waiting.add(thread)
             self.open.wait()
 
@@ -183,39 +175,6 @@ class _Opened:
 
     def __call__(self, *_: object) -> None:
         """Do nothing."""
-
-
-def _is_call(frame: FrameType) -> bool:
-    return frame.f_code in MODULE_CALLS
-
-
-def _is_in_a_call(frame: FrameType | None) -> bool:
-    """Whether a thread, by its innermost frame, is in a call of any module."""
-    while frame is not None and not _is_call(frame):
-        frame = frame.f_back
-    return frame is not None
-
-
-def _outermost(frame: FrameType | None, modules: frozenset[int]) -> nn.Module | None:
-    """Return the first of these modules that a thread, by its innermost frame, is in a call of; None if in none."""
-    found: nn.Module | None = None
-    while frame is not None:
-        if _is_call(frame) and id(module := frame.f_locals.get("self")) in modules:
-            found = module
-        frame = frame.f_back
-    return found
-
-
-def _around_call(frame: FrameType | None, module: nn.Module) -> FrameType | None:
-    """Return the frame from which the innermost call of a module was made."""
-    is_met = False
-    while frame is not None:
-        is_of_module = _is_call(frame) and frame.f_locals.get("self") is module
-        if is_met and not is_of_module:
-            return frame
-        is_met = is_met or is_of_module
-        frame = frame.f_back
-    return None
 
 
 _LOCK = threading.Condition()

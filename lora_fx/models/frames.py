@@ -1,0 +1,109 @@
+"""Which modules threads are in calls of, as their frames tell: a model that is only called keeps no record of it.
+
+Until Python 3.12 a frame of a thread that runs is looked at with care.  `sys._current_frames` holds a lock of the
+interpreter, which a collection of garbage inside of it may wait for (https://github.com/python/cpython/issues/106883).
+And `f_locals` is a dict that stays at the frame: values that it lets go when it is asked for again free tensors, for
+which torch gives other threads their turn, and the frame may have ended before the dict is returned.
+"""
+
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable, Container
+from types import FrameType
+from typing import TypeVar
+
+from torch import nn
+
+from lora_fx.models.torch_internals import MODULE_CALLS
+
+_Found = TypeVar("_Found")
+
+
+def is_one_thread() -> bool:
+    """Whether no other thread can call anything: one can only be started by this one."""
+    return _looked(lambda: len(sys._current_frames())) == 1
+
+
+def calls_in_threads(modules: frozenset[int], but: Container[int]) -> list[nn.Module]:
+    """Return of each thread, but for some, the first of these modules that it is in a call of, if of any."""
+    let_go: list[object] = []  # once others may have their turn
+
+    def look() -> list[nn.Module | None]:
+        frames = sys._current_frames()
+        let_go.append(frames)
+        return [_outermost(frame, modules, let_go) for thread, frame in frames.items() if thread not in but]
+
+    return [module for module in _looked(look) if module is not None]
+
+
+def outermost_call(frame: FrameType | None, modules: frozenset[int]) -> nn.Module | None:
+    """Return the first of these modules that this thread, by a frame of it, is in a call of, if of any."""
+    let_go: list[object] = []
+    return _looked(lambda: _outermost(frame, modules, let_go))
+
+
+def is_in_a_call(frame: FrameType | None) -> bool:
+    """Whether this thread, by a frame of it, is in a call of any module."""
+    while frame is not None and not _is_call(frame):
+        frame = frame.f_back
+    return frame is not None
+
+
+def around_call(frame: FrameType | None, module: nn.Module) -> FrameType | None:
+    """Return the frame of this thread from which the innermost call of a module was made."""
+    let_go: list[object] = []
+    return _looked(lambda: _around(frame, module, let_go))
+
+
+def _outermost(frame: FrameType | None, modules: frozenset[int], let_go: list[object]) -> nn.Module | None:
+    found: nn.Module | None = None
+    while frame is not None:
+        if _is_call(frame) and id(module := _called(frame, let_go)) in modules:
+            found = module
+        frame = frame.f_back
+    return found
+
+
+def _around(frame: FrameType | None, module: nn.Module, let_go: list[object]) -> FrameType | None:
+    is_met = False
+    while frame is not None:
+        is_of_module = _is_call(frame) and _called(frame, let_go) is module
+        if is_met and not is_of_module:
+            return frame
+        is_met = is_met or is_of_module
+        frame = frame.f_back
+    return None
+
+
+def _is_call(frame: FrameType) -> bool:
+    return frame.f_code in MODULE_CALLS
+
+
+def _called(frame: FrameType, let_go: list[object]) -> nn.Module | None:
+    """Return the module of a call, and leave the frame no values that it could free when it is asked again."""
+    values = frame.f_locals
+    module: nn.Module | None = values.get("self")
+    if type(values) is dict and frame.f_trace is None:  # a debugger writes what the dict holds back to the frame
+        let_go.append(dict(values))
+        values.clear()
+    return module
+
+
+def _looked(look: Callable[[], _Found]) -> _Found:
+    """Return what is found while no garbage is collected; one thread at a time, as they share the frames' dicts."""
+    with _LOOKING:
+        was_enabled = gc.isenabled()
+        try:
+            gc.disable()
+            return look()
+        finally:
+            if was_enabled:
+                gc.enable()
+
+
+_LOOKING = threading.RLock()
+
+if (at_fork := getattr(os, "register_at_fork", None)) is not None:  # Windows forks nothing
+    at_fork(before=_LOOKING.acquire, after_in_parent=_LOOKING.release, after_in_child=_LOOKING.release)
