@@ -19,6 +19,7 @@ from lora_fx.errors import AdapterFileError
 from lora_fx.files.adapter.header import header_text
 from lora_fx.passes.verify import verify
 from tests.support import zoo
+from tests.support.processes import in_processes
 
 RANK, ALPHA = 2, 3
 SCALING = ALPHA / RANK
@@ -221,17 +222,17 @@ def test_checkpoints_of_lightning_take_a_for_no_part_of_the_base():
     assert set(base_of(adapted())) == {f"{at}.{name}" for at in ("first", "last") for name in ("weight", "bias")}
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+def steps_of_data_parallel(_: Path) -> dict[str, Tensor]:
+    wrapped = nn.parallel.DistributedDataParallel(adapted(), find_unused_parameters=False)
+    for _ in range(2):  # the second step fails where a gradient of the first is waited for
+        found = step(wrapped)
+    return found
+
+
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_processes_wait_for_no_gradient_of_a(tmp_path: Path):
     expected = step(adapted())
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(adapted(), find_unused_parameters=False)
-        for _ in range(2):  # the second step fails where a gradient of the first is waited for
-            found = step(wrapped)
-    finally:
-        dist.destroy_process_group()
+    (found,) = in_processes(1, steps_of_data_parallel, tmp_path)
     assert {name.removeprefix("module."): grad.shape for name, grad in found.items()} == {
         name: grad.shape for name, grad in expected.items()
     }

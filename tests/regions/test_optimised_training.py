@@ -18,6 +18,7 @@ from lora_fx.regions import program
 from lora_fx.regions.gradients import gradients_differ
 from tests.regions.test_optimised import assert_equal_but_for_rounding, fast_passes, programs, trained
 from tests.support.peers import BERT, LLAMA, adapted, tensors
+from tests.support.processes import in_processes
 
 Spoil = Callable[[Tensor], Tensor]
 
@@ -172,28 +173,26 @@ def test_demo_learns_the_same_with_and_without_passes():
     torch.testing.assert_close(*torch.tensor(runs), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-def test_sharded_model_has_the_gradients_of_one_that_is_not(tmp_path: Path):
+def trained_in_shards(_: Path) -> list[Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh, tuned = init_device_mesh("cpu", (1,)), adapted(LLAMA).train()
+    for layer in tuned.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(tuned, mesh=mesh)
+    for _ in range(2):
+        torch.manual_seed(5)
+        tuned.zero_grad()
+        result = LLAMA.call(tuned)
+        result.float().square().mean().backward()
+    return [result.detach(), *(p.grad.full_tensor() for p in tuned.parameters() if p.requires_grad)]
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_sharded_model_has_the_gradients_of_one_that_is_not(tmp_path: Path):
     expected = trained(adapted(LLAMA).train(), LLAMA.call)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh, tuned = init_device_mesh("cpu", (1,)), adapted(LLAMA).train()
-        for layer in tuned.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(tuned, mesh=mesh)
-        for _ in range(2):
-            torch.manual_seed(5)
-            tuned.zero_grad()
-            result = LLAMA.call(tuned)
-            result.float().square().mean().backward()
-        sharded = [result.detach(), *(p.grad.full_tensor() for p in tuned.parameters() if p.requires_grad)]
-    finally:
-        dist.destroy_process_group()
+    (sharded,) = in_processes(1, trained_in_shards, tmp_path)
     assert_equal_but_for_rounding(sharded, expected)
 
 

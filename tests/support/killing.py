@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -21,7 +22,8 @@ def fork() -> int:
     """Fork; a child that waits for ever, for a lock of a thread that it does not have, shows where and ends."""
     child = os.fork()
     if child == 0:
-        faulthandler.dump_traceback_later(_LONGEST, exit=True, file=sys.__stderr__)
+        faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)  # pytest's own timer has no thread here
+        signal.alarm(_LONGEST)
     return child
 
 

@@ -19,6 +19,7 @@ from lora_fx.training.lines import RecordFileError
 from lora_fx.training.norms import norms_of, product_square, watched_in
 from tests.adapters.test_site_kinds import every_kind
 from tests.support import runs, zoo
+from tests.support.processes import in_processes
 from tests.support.sitekinds import Kind, randomise_
 
 SPREAD = pytest.mark.parametrize("every", [1, 5, 100])
@@ -229,23 +230,20 @@ def test_several_adapted_models_in_one_module_are_told_apart(tmp_path):
     assert [site.path for site in record.sites][5:7] == ["a.2.down", "b.0.up"]
 
 
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-def test_sharded_adapters_are_gathered(tmp_path):
+def record_whole_and_sharded(folder):
     plain, sharded = runs.adapted(), runs.adapted()
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     for layer in sharded:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     for name, model in (("plain", plain), ("sharded", sharded)):
-        with lora_fx.Recorder(model, tmp_path / name, every=5) as recorder:
+        with lora_fx.Recorder(model, folder / name, every=5) as recorder:
             runs.train(model, recorder, runs.batches())
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_sharded_adapters_are_gathered(tmp_path):
+    in_processes(1, record_whole_and_sharded, tmp_path)
     one, other = (lora_fx.read_record(tmp_path / name) for name in ("plain", "sharded"))
     assert one.sites == other.sites
     for a, b in zip(one.steps, other.steps, strict=True):

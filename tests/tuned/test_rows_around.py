@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lora_fx
+from tests.support.processes import in_processes
 from tests.support.twoadapters import BACKENDS, model, two
 
 MIXED = ["b", None, "a", "a"]
@@ -220,15 +220,7 @@ def test_half_precision_and_autocast_take_rows(dtype):
 # -- wrappers and compilers
 
 
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-def test_data_parallel_trains_jobs():
+def train_jobs_in_data_parallel(_: Path) -> None:
     tuned, plain = two(), two()
     wrapped = nn.parallel.DistributedDataParallel(tuned, find_unused_parameters=True)
     for tried, called in ((tuned, wrapped), (plain, plain)):
@@ -240,6 +232,11 @@ def test_data_parallel_trains_jobs():
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
             assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_data_parallel_trains_jobs(tmp_path: Path):
+    in_processes(1, train_jobs_in_data_parallel, tmp_path)
 
 
 @BACKENDS
