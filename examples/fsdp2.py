@@ -27,7 +27,7 @@ def model() -> nn.Sequential:
 
 
 def main(folder: str) -> None:
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     mesh = init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))  # starts the group of processes
     rank = dist.get_rank()
     x = torch.randn(8, 32, device=device)
