@@ -1,4 +1,4 @@
-"""Frames of threads that run are looked at with no collection of garbage, and keep nothing of being looked at."""
+"""Frames of threads that run are looked at with no collection of garbage, and stay what they are."""
 
 from __future__ import annotations
 
@@ -96,23 +96,60 @@ def test_an_error_leaves_collection_on_and_the_next_look_is_possible(monkeypatch
     assert not other.is_alive()
 
 
-def test_a_frame_keeps_no_values_of_having_been_looked_at(called):
+def test_values_of_the_last_look_stay_until_the_next_has_its_own(called):
     model, thread = called
-    values = frame_of_the_call(thread).f_locals  # until Python 3.12 one dict, whoever asks
-    assert values["self"] is model
-    frames.calls_in_threads(frozenset([id(model)]), but=())
-    if sys.version_info < (3, 13):
-        assert values == {}
-    assert frame_of_the_call(thread).f_locals["self"] is model
+    for _ in range(3):
+        assert frames.calls_in_threads(frozenset([id(model)]), but=()) == [model]
+        values = frame_of_the_call(thread).f_locals
+        assert values["self"] is model
+        if sys.version_info < (3, 13):  # until then one dict, whoever asks
+            assert values[frames._KEPT]["self"] is model
+            assert frames._KEPT not in values[frames._KEPT], "not those of all looks"
 
 
-def test_what_a_debugger_writes_back_to_a_frame_stays_whole(called):
-    model, thread = called
-    frame = frame_of_the_call(thread)
-    frame.f_trace = lambda *_: None
-    values = frame.f_locals
+@pytest.mark.parametrize("set_hook", [sys.setprofile, sys.settrace])
+def test_a_call_that_is_traced_keeps_its_locals(set_hook):
+    model, wrong = nn.Identity(), []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def seen(frame, event, _):
+        if event == "call" and frames._is_call(frame) and not begun.is_set():
+            begun.set()
+            go_on.wait(20)
+
+    def call() -> None:
+        set_hook(seen)
+        try:
+            assert torch.equal(model(torch.ones(2)), torch.ones(2))
+        except Exception as error:
+            wrong.append(error)
+        finally:
+            set_hook(None)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert begun.wait(20)
     assert frames.calls_in_threads(frozenset([id(model)]), but=()) == [model]
-    assert values["self"] is model
+    go_on.set()
+    thread.join(20)
+    assert wrong == []
+
+
+def test_a_thread_is_looked_at_again_where_a_generator_has_yielded_meanwhile(called, monkeypatch):
+    model, thread = called
+    real, asked = sys._current_frames, []
+    suspended = (None for _ in range(2))
+    next(suspended)
+
+    def cut_off_at_first():
+        asked.append(1)
+        return {**real(), thread.ident: suspended.gi_frame} if len(asked) == 1 else real()
+
+    monkeypatch.setattr(sys, "_current_frames", cut_off_at_first)
+    assert frames.calls_in_threads(frozenset([id(model)]), but=()) == [model]
+    assert len(asked) == 2
+    monkeypatch.setattr(sys, "_current_frames", lambda: {thread.ident: suspended.gi_frame})
+    assert frames.calls_in_threads(frozenset([id(model)]), but=()) == [], "a thread may begin with a generator"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -130,6 +167,10 @@ def test_a_process_that_is_forked_while_another_thread_looks_can_look_too(monkey
     assert looking.wait(20)
     child = fork()
     if not child:
-        os._exit(0 if frames.is_one_thread() and gc.isenabled() else 1)
+        code = 1
+        try:
+            code = 0 if frames.is_one_thread() and gc.isenabled() else 1
+        finally:
+            os._exit(code)
     other.join(20)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
