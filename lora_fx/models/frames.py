@@ -22,7 +22,7 @@ from lora_fx.models.torch_internals import MODULE_CALLS
 
 _Found = TypeVar("_Found")
 _LetGo = list[object]
-"""What is freed when other threads may have their turn."""
+"""What is freed after a look, when other threads may have their turn."""
 _KEPT = "<values of the last look>"
 """A key of a frame's values that no local has."""
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -32,16 +32,14 @@ _TRIES = 20
 
 def is_one_thread() -> bool:
     """Whether no other thread can change or call anything: one can only be started by this one."""
-    return _looked(lambda: len(sys._current_frames())) == 1
+    return _looked(lambda let_go: len(_frames(let_go))) == 1
 
 
 def calls_in_threads(modules: frozenset[int], but: Container[int]) -> list[nn.Module]:
     """Return of each thread, but for some, the first of these modules that it is in a call of, if of any."""
-    let_go: _LetGo = []
 
-    def look() -> list[nn.Module | None]:
-        frames = sys._current_frames()
-        let_go.append(frames)
+    def look(let_go: _LetGo) -> list[nn.Module | None]:
+        frames = _frames(let_go)
         return [_called_by(thread, frames[thread], modules, let_go) for thread in frames if thread not in but]
 
     return [module for module in _looked(look) if module is not None]
@@ -49,8 +47,7 @@ def calls_in_threads(modules: frozenset[int], but: Container[int]) -> list[nn.Mo
 
 def outermost_call(frame: FrameType | None, modules: frozenset[int]) -> nn.Module | None:
     """Return the first of these modules that this thread, by a frame of it, is in a call of, if of any."""
-    let_go: _LetGo = []
-    return _looked(lambda: _outermost(frame, modules, let_go)[0])
+    return _looked(lambda let_go: _outermost(frame, modules, let_go)[0])
 
 
 def is_in_a_call(frame: FrameType | None) -> bool:
@@ -62,8 +59,14 @@ def is_in_a_call(frame: FrameType | None) -> bool:
 
 def around_call(frame: FrameType | None, module: nn.Module) -> FrameType | None:
     """Return the frame of this thread from which the innermost call of a module was made."""
-    let_go: _LetGo = []
-    return _looked(lambda: _around(frame, module, let_go))
+    return _looked(lambda let_go: _around(frame, module, let_go))
+
+
+def _frames(let_go: _LetGo) -> dict[int, FrameType]:
+    """Return the innermost frame of each thread."""
+    frames = sys._current_frames()
+    let_go.append(frames)
+    return frames
 
 
 def _called_by(thread: int, frame: FrameType | None, modules: frozenset[int], let_go: _LetGo) -> nn.Module | None:
@@ -72,9 +75,7 @@ def _called_by(thread: int, frame: FrameType | None, modules: frozenset[int], le
         found, is_whole = _outermost(frame, modules, let_go)
         if is_whole:
             break
-        frames = sys._current_frames()
-        let_go.append(frames)
-        frame = frames.get(thread)
+        frame = _frames(let_go).get(thread)
     return found
 
 
@@ -116,13 +117,14 @@ def _called(frame: FrameType, let_go: _LetGo) -> nn.Module | None:
     return module
 
 
-def _looked(look: Callable[[], _Found]) -> _Found:
+def _looked(look: Callable[[_LetGo], _Found]) -> _Found:
     """Return what is found while no garbage is collected; one thread at a time, as they share the frames' dicts."""
+    let_go: _LetGo = []
     with _LOOKING:
         was_enabled = gc.isenabled()
         try:
             gc.disable()
-            return look()
+            return look(let_go)
         finally:
             if was_enabled:
                 gc.enable()

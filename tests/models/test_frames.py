@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -154,11 +155,11 @@ def test_a_thread_is_looked_at_again_where_a_generator_has_yielded_meanwhile(cal
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_process_that_is_forked_while_another_thread_looks_can_look_too(monkeypatch):
-    real, looking, end = sys._current_frames, threading.Event(), threading.Event()
+    real, looking = sys._current_frames, threading.Event()
 
     def slow():
         looking.set()
-        end.wait(0.2)
+        time.sleep(0.2)
         return real()
 
     monkeypatch.setattr(sys, "_current_frames", slow)
